@@ -1,0 +1,113 @@
+"""The messages that a userfaultfd delivers (`struct uffd_msg`), decoded. Addresses are the target's."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import attrs
+
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import FaultFlag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["Event", "FaultKind", "Fork", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap", "decode"]
+
+
+class FaultKind(enum.Enum):
+    """Why the kernel asks: nothing is there, it is write-protected, or it is in the file but not mapped."""
+
+    MISSING = "missing"
+    WP = "wp"
+    MINOR = "minor"
+
+
+@attrs.frozen
+class PageFault:
+    """UFFD_EVENT_PAGEFAULT: a thread waits for a page.
+
+    Attributes:
+        address: rounded down to the page, unless Feature.EXACT_ADDRESS is on.
+        flags: the kernel's flags.
+        thread_id: of the faulting thread, in the reader's pid namespace; 0 unless Feature.THREAD_ID is on.
+    """
+
+    address: int
+    flags: FaultFlag
+    thread_id: int
+
+    @property
+    def kind(self) -> FaultKind:
+        """MISSING, WP or MINOR."""
+        if self.flags & FaultFlag.WP:
+            return FaultKind.WP
+        return FaultKind.MINOR if self.flags & FaultFlag.MINOR else FaultKind.MISSING
+
+    @property
+    def write(self) -> bool:
+        """Whether it was a write access."""
+        return bool(self.flags & FaultFlag.WRITE)
+
+
+@attrs.frozen
+class Fork:
+    """UFFD_EVENT_FORK: the target forked; `uffd` serves the child and belongs to the receiver."""
+
+    uffd: Userfaultfd
+
+
+@attrs.frozen
+class Remap:
+    """UFFD_EVENT_REMAP: mremap moved `length` bytes from `source` to `destination`."""
+
+    source: int
+    destination: int
+    length: int
+
+
+@attrs.frozen
+class Remove:
+    """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros then."""
+
+    start: int
+    end: int
+
+
+@attrs.frozen
+class Unmap:
+    """UFFD_EVENT_UNMAP: [start, end) is mapped no longer."""
+
+    start: int
+    end: int
+
+
+@attrs.frozen
+class UnknownEvent:
+    """A message of a kind that this version does not know; `payload` is the whole message of 32 bytes."""
+
+    code: int
+    payload: bytes
+
+
+Event = PageFault | Fork | Remap | Remove | Unmap | UnknownEvent
+
+
+def decode(message: bytes | memoryview, adopt: Callable[[int], Userfaultfd]) -> Event:
+    """Decode one message of 32 bytes; `adopt` wraps the descriptor that a fork event brings."""
+    code = message[0]
+    if code == abi.EVENT_PAGEFAULT:
+        _, flags, address, thread_id = abi.PAGEFAULT_MESSAGE.unpack(message)
+        return PageFault(address, FaultFlag(flags), thread_id)
+    if code == abi.EVENT_FORK:
+        return Fork(adopt(*abi.FORK_MESSAGE.unpack(message)))
+    if code == abi.EVENT_REMAP:
+        return Remap(*abi.REMAP_MESSAGE.unpack(message))
+    if code == abi.EVENT_REMOVE:
+        return Remove(*abi.RANGE_MESSAGE.unpack(message))
+    if code == abi.EVENT_UNMAP:
+        return Unmap(*abi.RANGE_MESSAGE.unpack(message))
+    return UnknownEvent(code, bytes(message))

@@ -1,0 +1,91 @@
+"""Where a buffer lies, and memory that travels between processes as a descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
+
+__all__ = ["SealedMemory", "address_of"]
+
+
+class _PyBuffer(ctypes.Structure):
+    """`Py_buffer` of CPython's buffer protocol."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int]
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = [ctypes.POINTER(_PyBuffer)]
+_release_buffer.restype = None
+
+
+def address_of(buffer: Any) -> int:
+    """Return the address of a contiguous buffer's first byte, read-only or not.
+
+    The address holds as long as the caller keeps the object alive and does not resize it.
+    """
+    view = _PyBuffer()
+    _get_buffer(buffer, view, 0)  # PyBUF_SIMPLE: contiguous, or BufferError
+    address: int = view.buf or 0
+    _release_buffer(view)
+    return address
+
+
+class SealedMemory:
+    """Bytes in a memfd that nobody can write, grow or shrink any more (F_SEAL_*, Linux 3.17).
+
+    What is put into one travels to the pager as a descriptor, without a copy; whoever maps it may rely on its
+    size (no SIGBUS) and its content. The descriptor belongs to this object.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
+        # A private mapping of a sealed file shares its pages: reading costs no memory. Writable as far as the
+        # mapping goes, because ctypes gives the address of writable buffers only at a fraction of the cost.
+        self.map = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY) if self.size else None
+
+    @classmethod
+    def from_buffer(cls, data: Buffer, name: str = "aiouffd") -> SealedMemory:
+        """Copy `data` into a new sealed memfd."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            view = memoryview(data).cast("B")
+            done = 0
+            while done < len(view):
+                done += os.write(fd, view[done : done + (1 << 30)])
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping goes with its last view."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,387 @@
+"""The descriptor: opened however this user may, and one method for each ioctl.
+
+Two levels. The public methods (`copy`, `zeropage`, ...) return the bytes done and raise a typed error when
+nothing was done. Below them the `try_*` methods return a plain int, bytes done or a negated errno, and never
+raise for what the kernel answers: the engine decides on that number, on its hot path, without an exception.
+
+Some facts about these ioctls:
+
+- The kernel writes the result field only sometimes: validation failures and ESRCH leave it. So it is 0 in
+  each call, and read only when the ioctl fails.
+- EAGAIN has two meanings. A positive result is a partial copy: go on behind it. Otherwise the layout of the
+  target is changing, and the pending events must be read first.
+- `fcntl.ioctl` with a bytearray drops the GIL and writes the kernel's answer back, also when it raises. Each
+  call has a bytearray of its own: several threads (and a signal handler) may use one descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import TYPE_CHECKING, Self
+
+import attrs
+
+from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation_error
+from aiouffd.kernel import abi, events, libc
+from aiouffd.kernel.abi import Feature, Ioctl, RegisterMode
+from aiouffd.kernel.memory import address_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+__all__ = ["Capabilities", "Userfaultfd", "probe"]
+
+_ioctl = fcntl.ioctl
+_pack_copy = abi.COPY_STRUCT.pack
+_pack_zeropage = abi.ZEROPAGE_STRUCT.pack
+_pack_range = abi.RANGE_STRUCT.pack
+_unpack_result = abi.RESULT.unpack_from
+
+_REMEDY = (
+    "Use one of: `sysctl vm.unprivileged_userfaultfd=1`; read access to /dev/userfaultfd (Linux 6.1);"
+    " CAP_SYS_PTRACE; or user_mode_only=True, which serves no faults that are raised inside the kernel."
+    " In a container the seccomp profile must allow userfaultfd(2) as well."
+)
+_READ_MESSAGES = 64
+NO_FEATURES = Feature(0)
+
+
+@attrs.frozen
+class Capabilities:
+    """What this kernel and this user have.
+
+    Attributes:
+        features: all feature bits of the kernel, unknown ones included.
+        ioctls: the operations that a descriptor allows before any range is registered.
+        opened_by: "syscall", "device" (/dev/userfaultfd) or "user-mode-only".
+    """
+
+    features: Feature
+    ioctls: Ioctl
+    opened_by: str
+
+
+def _open_by_device(flags: int) -> int:
+    device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, abi.USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
+def _open(*, user_mode_only: bool, by: str | None = None) -> tuple[int, str]:
+    """Open a descriptor, non-blocking and close-on-exec: poll(2) reports EPOLLERR on a blocking one."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    ways = [by] if by else ["user-mode-only"] if user_mode_only else ["syscall", "device"]
+    refusal: OSError | None = None
+    for way in ways:
+        try:
+            if way == "device":
+                return _open_by_device(flags), way
+            mode = abi.UFFD_USER_MODE_ONLY if way == "user-mode-only" else 0
+            return libc.syscall(abi.SYS_USERFAULTFD, flags | mode), way
+        except OSError as error:
+            if refusal is None or refusal.errno == errno.ENOSYS:
+                refusal = error
+    assert refusal is not None
+    if refusal.errno == errno.ENOSYS:
+        raise UnsupportedError(
+            "userfaultfd(2)", "no CONFIG_USERFAULTFD, or a seccomp filter that hides it"
+        ) from refusal
+    if refusal.errno == errno.EINVAL and user_mode_only:
+        raise UnsupportedError("UFFD_USER_MODE_ONLY (Linux 5.11)", "full userfaultfd only") from refusal
+    if refusal.errno in (errno.EPERM, errno.EACCES):
+        raise AccessError("opening a userfaultfd", _REMEDY) from refusal
+    raise refusal
+
+
+def _handshake(fd: int, features: int) -> tuple[Feature, Ioctl]:
+    argument = bytearray(abi.API_STRUCT.pack(abi.UFFD_API, features, 0))
+    fcntl.ioctl(fd, abi.UFFDIO_API, argument)
+    _, available, ioctls = abi.API_STRUCT.unpack(argument)
+    return Feature(available), Ioctl(ioctls)
+
+
+def probe() -> Capabilities:
+    """Ask the kernel what it has, on a throwaway descriptor: the handshake can be done only once on each.
+
+    Raises:
+        UnsupportedError: the kernel has no userfaultfd.
+        AccessError: this user may not open one, not even in user mode only.
+    """
+    try:
+        fd, way = _open(user_mode_only=False)
+    except AccessError:
+        fd, way = _open(user_mode_only=True)
+    try:
+        features, ioctls = _handshake(fd, 0)
+    finally:
+        os.close(fd)
+    return Capabilities(features, ioctls, way)
+
+
+class Userfaultfd:
+    """A userfaultfd(2) descriptor, handshake done. A context manager that closes it.
+
+    Addresses are those of the process that opened it (of the forked child, for one that a fork event brought),
+    whichever process calls. Start and len are bytes and multiples of the page size of the mapping.
+
+    Args:
+        features: what to enable; a bit that the kernel lacks is an `UnsupportedError`.
+        user_mode_only: allowed to everyone since Linux 5.11, but faults raised inside the kernel (read(2) into
+            the memory, KVM) are not served: the system call fails with EFAULT.
+        opened_by: "syscall" or "device" to insist on one way; by default the first that is allowed.
+
+    Raises:
+        UnsupportedError: the kernel lacks userfaultfd, or a feature; it names both sides.
+        AccessError: not permitted; it names the sysctl, the device and the capability.
+    """
+
+    def __init__(
+        self, features: Feature = NO_FEATURES, *, user_mode_only: bool = False, opened_by: str | None = None
+    ) -> None:
+        fd, self.opened_by = _open(user_mode_only=user_mode_only, by=opened_by)
+        self._fd = fd
+        try:
+            _, self._ioctls = _handshake(fd, features)
+        except OSError as error:
+            self.close()
+            if error.errno == errno.EPERM:
+                raise AccessError(
+                    "Feature.EVENT_FORK",
+                    "It needs CAP_SYS_PTRACE: run as root, or grant it with `setcap cap_sys_ptrace+ep`.",
+                ) from error
+            if error.errno != errno.EINVAL:
+                raise
+            available = probe().features
+            missing = Feature(int(features) & ~int(available))  # on ints: Flag's own ~ forgets unknown bits
+            raise UnsupportedError(repr(missing), repr(available)) from error
+        implied = Feature.WP_UNPOPULATED if features & Feature.WP_ASYNC else Feature(0)
+        self._features = Feature(features) | implied
+
+    @classmethod
+    def from_fd(cls, fd: int, features: Feature = NO_FEATURES) -> Self:
+        """Adopt a descriptor whose handshake is done; it belongs to the new object.
+
+        The kernel cannot be asked which features were enabled on it: `features` says what the caller knows.
+        """
+        self = cls.__new__(cls)
+        self._fd = fd
+        self._features = Feature(features)
+        self._ioctls = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
+        self.opened_by = "adopted"
+        return self
+
+    @property
+    def features(self) -> Feature:
+        """The features enabled on this descriptor; `probe()` tells which exist."""
+        return self._features
+
+    @property
+    def ioctls(self) -> Ioctl:
+        """The operations allowed before any range is registered; `register` returns a range's."""
+        return self._ioctls
+
+    def fileno(self) -> int:
+        """Return the descriptor; it stays this object's."""
+        if self._fd < 0:
+            raise ClosedError("this Userfaultfd is closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor. If it was the last one, blocked threads are let go and read **zeros**."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def detach(self) -> int:
+        """Give the descriptor away: it is the caller's now, and this object is closed."""
+        fd = self.fileno()
+        self._fd = -1
+        return fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._fd < 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Userfaultfd {'closed' if self._fd < 0 else f'fd={self._fd}'} {self._features!r}>"
+
+    # Ranges
+
+    def register(self, start: int, len: int, mode: RegisterMode) -> Ioctl:  # noqa: A002 - the kernel's word
+        """UFFDIO_REGISTER (Linux 4.3): report the faults of a range; return the operations that it allows.
+
+        Raises:
+            BusyError: registered with another userfaultfd.
+            OperationError: EINVAL: not mapped, not aligned, not a supported kind or mode.
+        """
+        argument = bytearray(abi.REGISTER_STRUCT.pack(start, len, mode, 0))
+        self._call("UFFDIO_REGISTER", abi.UFFDIO_REGISTER, argument, start, len)
+        return Ioctl(abi.REGISTER_STRUCT.unpack(argument)[3])
+
+    def unregister(self, start: int, len: int) -> None:  # noqa: A002
+        """UFFDIO_UNREGISTER (Linux 4.3): report no more faults of a range; its sleepers are woken.
+
+        What is missing then is filled by the kernel with zeros (or from the file) on the next touch.
+        """
+        self._call("UFFDIO_UNREGISTER", abi.UFFDIO_UNREGISTER, bytearray(_pack_range(start, len)), start, len)
+
+    # Resolving
+
+    def copy(self, dst: int, src: Any, *, wake: bool = True, write_protect: bool = False) -> int:
+        """UFFDIO_COPY (Linux 4.3): place the bytes of the buffer `src` at `dst`, atomically for each page.
+
+        Args:
+            dst: page-aligned address in a registered range; the whole copy lies within one mapping.
+            src: any contiguous buffer of a multiple of the page size; it is not kept.
+            wake: let the sleepers of these pages go.
+            write_protect: the new pages are write-protected from the start (Linux 5.7, registered with WP).
+
+        Returns:
+            Bytes done; fewer than asked is a partial copy: go on behind it.
+
+        Raises:
+            LayoutChangingError, PagePresentError, RangeGoneError, TargetExitedError, OperationError: nothing
+                was done.
+        """
+        length = memoryview(src).nbytes
+        mode = (0 if wake else abi.COPY_MODE_DONTWAKE) | (abi.COPY_MODE_WP if write_protect else 0)
+        return self._done("UFFDIO_COPY", dst, length, self.try_copy(dst, address_of(src), length, mode))
+
+    def zeropage(self, start: int, len: int, *, wake: bool = True) -> int:  # noqa: A002
+        """UFFDIO_ZEROPAGE (Linux 4.3): map the zero page over a range; not for hugetlb. As `copy`, else."""
+        return self._done("UFFDIO_ZEROPAGE", start, len, self.try_zeropage(start, len, 0 if wake else 1))
+
+    def wake(self, start: int, len: int) -> None:  # noqa: A002
+        """UFFDIO_WAKE (Linux 4.3): let the sleepers of a range go.
+
+        Whoever's page is still missing faults again, which queues a new message.
+        """
+        self._call("UFFDIO_WAKE", abi.UFFDIO_WAKE, bytearray(_pack_range(start, len)), start, len)
+
+    def writeprotect(self, start: int, len: int, *, protect: bool, wake: bool = True) -> None:  # noqa: A002
+        """UFFDIO_WRITEPROTECT (Linux 5.7): protect a range against writing, or lift that and wake the writers.
+
+        `wake` counts only where the protection is lifted: protecting wakes nobody.
+        """
+        mode = abi.WRITEPROTECT_MODE_WP if protect else 0 if wake else abi.WRITEPROTECT_MODE_DONTWAKE
+        argument = bytearray(abi.WRITEPROTECT_STRUCT.pack(start, len, mode))
+        self._call("UFFDIO_WRITEPROTECT", abi.UFFDIO_WRITEPROTECT, argument, start, len)
+
+    def continue_(self, start: int, len: int, *, wake: bool = True, write_protect: bool = False) -> int:  # noqa: A002
+        """UFFDIO_CONTINUE (Linux 5.13 hugetlb, 5.14 shmem): map the pages that the file already has."""
+        mode = (0 if wake else abi.CONTINUE_MODE_DONTWAKE) | (abi.CONTINUE_MODE_WP if write_protect else 0)
+        return self._done("UFFDIO_CONTINUE", start, len, self.try_continue(start, len, mode))
+
+    def poison(self, start: int, len: int, *, wake: bool = True) -> int:  # noqa: A002
+        """UFFDIO_POISON (Linux 6.6): whoever touches these missing pages gets SIGBUS (a system call: EFAULT)."""
+        return self._done("UFFDIO_POISON", start, len, self.try_poison(start, len, 0 if wake else 1))
+
+    def move(self, dst: int, src: int, len: int, *, wake: bool = True, allow_src_holes: bool = False) -> int:  # noqa: A002
+        """UFFDIO_MOVE (Linux 6.8): move anonymous pages of the same process from `src` to `dst`, no copy.
+
+        Raises:
+            BusyError: a page is shared with a forked child, or pinned.
+            RangeGoneError: a hole in the source, unless `allow_src_holes`.
+        """
+        mode = (0 if wake else abi.MOVE_MODE_DONTWAKE) | (abi.MOVE_MODE_ALLOW_SRC_HOLES if allow_src_holes else 0)
+        argument = bytearray(_pack_copy(dst, src, len, mode, 0))
+        return self._done("UFFDIO_MOVE", dst, len, self._attempt(abi.UFFDIO_MOVE, argument, len, 32))
+
+    # The same for the engine: bytes done, or a negated errno when nothing was done.
+
+    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
+        """UFFDIO_COPY from the address `src` of the calling process."""
+        argument = bytearray(_pack_copy(dst, src, length, mode, 0))
+        try:
+            _ioctl(self._fd, 0xC028AA03, argument)
+        except OSError as error:
+            return _partial(argument, 32, error)
+        return length
+
+    def try_zeropage(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_ZEROPAGE."""
+        return self._attempt(abi.UFFDIO_ZEROPAGE, bytearray(_pack_zeropage(start, length, mode, 0)), length, 24)
+
+    def try_continue(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_CONTINUE."""
+        return self._attempt(abi.UFFDIO_CONTINUE, bytearray(_pack_zeropage(start, length, mode, 0)), length, 24)
+
+    def try_poison(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_POISON."""
+        return self._attempt(abi.UFFDIO_POISON, bytearray(_pack_zeropage(start, length, mode, 0)), length, 24)
+
+    def try_wake(self, start: int, length: int) -> int:
+        """UFFDIO_WAKE."""
+        return self._attempt(abi.UFFDIO_WAKE, bytearray(_pack_range(start, length)), length, None)
+
+    def _attempt(self, request: int, argument: bytearray, length: int, result_at: int | None) -> int:
+        try:
+            _ioctl(self._fd, request, argument)
+        except OSError as error:
+            return _partial(argument, result_at, error)
+        return length
+
+    def _done(self, operation: str, start: int, length: int, result: int) -> int:
+        if result < 0:
+            self.fileno()  # a closed descriptor says so, rather than EBADF
+            raise operation_error(operation, start, length, -result)
+        return result
+
+    def _call(self, operation: str, request: int, argument: bytearray, start: int, length: int) -> None:
+        try:
+            fcntl.ioctl(self.fileno(), request, argument)
+        except OSError as error:
+            raise operation_error(operation, start, length, error.errno or 0) from None
+
+    # Reading
+
+    def read(self) -> list[events.Event]:
+        """Read what is pending, up to 64 messages; an empty list where nothing is.
+
+        The kernel hands out page faults before queued layout events, also before older ones.
+        """
+        try:
+            data = os.read(self.fileno(), abi.MESSAGE_SIZE * _READ_MESSAGES)
+        except BlockingIOError:
+            return []
+        size = abi.MESSAGE_SIZE
+        return [events.decode(data[at : at + size], self._adopt) for at in range(0, len(data), size)]
+
+    def _adopt(self, fd: int) -> Userfaultfd:
+        """Wrap the descriptor of a forked child: it has its parent's features."""
+        return Userfaultfd.from_fd(fd, self._features)
+
+    def gone(self) -> bool:
+        """Tell whether the process that owned the memory has exited, or replaced it by execve.
+
+        There is no EPOLLHUP; a resolving operation answers ESRCH. This one is on the lowest page that a process
+        may map, which nobody registers, so on a living process it is ENOENT and does nothing.
+        """
+        return self.try_zeropage(0x10000, 4096, abi.ZEROPAGE_MODE_DONTWAKE) in (-errno.ESRCH, -errno.ENOSPC)
+
+
+def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:
+    """Return the bytes done where the kernel wrote some into the result field, else the negated errno."""
+    if result_at is not None and error.errno == errno.EAGAIN:
+        result: int = _unpack_result(argument, result_at)[0]
+        if result != 0:
+            return result
+    return -(error.errno or errno.EIO)

@@ -1,0 +1,135 @@
+"""Half-open ranges of integers, and sets of them. Pure arithmetic, no I/O."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING, NewType
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up"]
+
+Address = NewType("Address", int)
+"""A place in the address space of the process that owns the memory."""
+Offset = NewType("Offset", int)
+"""A place in a region or in its source. To take one for an `Address` corrupts memory: hence two types."""
+
+
+def align_down(value: int, alignment: int) -> int:
+    """Return the largest multiple of `alignment` (a power of two) that is not above `value`."""
+    return value & -alignment
+
+
+def align_up(value: int, alignment: int) -> int:
+    """Return the smallest multiple of `alignment` (a power of two) that is not below `value`."""
+    return (value + alignment - 1) & -alignment
+
+
+@attrs.frozen(order=True)
+class Range:
+    """`length` bytes from `start` on; whether these are offsets or addresses, the user says."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """First byte behind the range."""
+        return self.start + self.length
+
+    def __contains__(self, value: int) -> bool:
+        return self.start <= value < self.start + self.length
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, {self.end:#x})"
+
+
+class RangeSet:
+    """A set of integers, kept as sorted, disjoint, non-adjacent ranges.
+
+    Adding and removing cost O(log n) and a shift of the lists behind. With `limit`, at most so many ranges
+    are kept: what exceeds it is forgotten, smallest neighbours first come, so a bounded set is only a hint.
+    """
+
+    __slots__ = ("_ends", "_limit", "_starts")
+
+    def __init__(self, ranges: Iterable[Range] = (), *, limit: int | None = None) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._limit = limit
+        for item in ranges:
+            self.add(item.start, item.end)
+
+    def add(self, start: int, end: int) -> None:
+        """Put [start, end) into the set."""
+        if start >= end:
+            return
+        starts, ends = self._starts, self._ends
+        low = bisect_left(ends, start)  # the first range that ends at or behind `start` touches the new one
+        high = bisect_right(starts, end)
+        if low < high:
+            start = min(start, starts[low])
+            end = max(end, ends[high - 1])
+        elif self._limit is not None and len(starts) >= self._limit:
+            return
+        starts[low:high] = [start]
+        ends[low:high] = [end]
+
+    def remove(self, start: int, end: int) -> None:
+        """Take [start, end) out of the set."""
+        if start >= end:
+            return
+        starts, ends = self._starts, self._ends
+        low = bisect_right(ends, start)
+        high = bisect_left(starts, end)
+        if low >= high:
+            return
+        left = (starts[low], start) if starts[low] < start else None
+        right = (end, ends[high - 1]) if ends[high - 1] > end else None
+        kept = [piece for piece in (left, right) if piece is not None]
+        starts[low:high] = [piece[0] for piece in kept]
+        ends[low:high] = [piece[1] for piece in kept]
+
+    def __contains__(self, value: int) -> bool:
+        index = bisect_right(self._starts, value) - 1
+        return index >= 0 and value < self._ends[index]
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Tell whether any of [start, end) is in the set."""
+        index = bisect_right(self._ends, start)
+        return index < len(self._starts) and self._starts[index] < end
+
+    def gaps(self, start: int, end: int) -> Iterator[Range]:
+        """Yield what of [start, end) is not in the set, in order. The set must not change meanwhile."""
+        index = bisect_right(self._ends, start)
+        while start < end and index < len(self._starts) and self._starts[index] < end:
+            if self._starts[index] > start:
+                yield Range(start, self._starts[index] - start)
+            start = self._ends[index]
+            index += 1
+        if start < end:
+            yield Range(start, end - start)
+
+    def __iter__(self) -> Iterator[Range]:
+        for start, end in zip(self._starts, self._ends, strict=True):
+            yield Range(start, end - start)
+
+    def __len__(self) -> int:
+        """Return the number of ranges, not of integers."""
+        return len(self._starts)
+
+    @property
+    def total(self) -> int:
+        """How many integers are in the set."""
+        return sum(self._ends) - sum(self._starts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RangeSet) and self._starts == other._starts and self._ends == other._ends
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"RangeSet([{', '.join(map(str, self))}])"

@@ -1,0 +1,5 @@
+"""Where the bytes come from.
+
+Layout: `base` (the protocol, and `ZeroSource`), `buffer` (memory), `file` (a local file), `object_store`
+(http(s), s3, gs, az through obstore). A source is picklable, since it is served in another process.
+"""
