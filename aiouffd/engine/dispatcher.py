@@ -1,0 +1,251 @@
+"""Descriptors on one event loop: readable -> read -> serve, and look again before going to sleep.
+
+Going to sleep in epoll and being woken costs more than the whole rest of a fault. So after a fault the reader
+looks again for up to `spin_us`, and only while faults keep coming: a wake-up that comes long after the last fault
+is served and followed by sleep at once, and looks that were in vain make the next ones rarer. It looks at the set
+of descriptors, not at the one that fired: with a thousand clients the next fault is another's.
+
+Every so often the loop gets a turn, however many faults there are: other tasks run in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Protocol
+
+from aiouffd.engine.statistics import Counter
+from aiouffd.kernel import abi
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from aiouffd.engine.space import Space
+    from aiouffd.engine.statistics import Counters
+
+__all__ = ["Dispatcher", "Landing", "Memory"]
+
+log = logging.getLogger("aiouffd")
+
+_readv = os.readv
+_BURST_NS = 500_000  # after so long the loop gets a turn
+_RETRY = 0.001  # seconds between looks at what is deferred, while no message comes
+_GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
+_VAIN = 3  # looks in vain before they are made rarer
+MESSAGES = 64
+
+
+class Landing(Protocol):
+    """Where messages land, and how layout events are kept for a successor."""
+
+    buffers: list[memoryview]
+
+    def reading(self, identity: int) -> None:
+        """Say whose messages land next."""
+
+    def commit(self, space: Space, layout: list[bytes]) -> None:
+        """Make layout events durable; `buffers` may be another afterwards."""
+
+
+class Memory:
+    """Messages land in private memory: nobody succeeds this process."""
+
+    def __init__(self) -> None:
+        self.buffers = [memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))]
+
+    def reading(self, identity: int) -> None:
+        """Nothing to note."""
+
+    def commit(self, space: Space, layout: list[bytes]) -> None:
+        """Nothing to keep."""
+
+
+class Dispatcher:
+    """Serves any number of spaces on one loop. Not thread-safe: everything happens on that loop.
+
+    Args:
+        loop: asyncio's or uvloop's.
+        counters: shared by all spaces.
+        spin_us: microseconds to look again before sleeping; 0: sleep at once.
+        landing: where messages land.
+        on_idle: called when a space was dropped and none is left.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        counters: Counters,
+        *,
+        spin_us: int = 50,
+        landing: Landing | None = None,
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        self.spaces: dict[int, Space] = {}  # descriptor -> space
+        self._loop = loop
+        self._words = counters.words
+        self._spin_ns = spin_us * 1000
+        self._near_ns = 2 * self._spin_ns  # a fault that came so soon after the last would have been worth a look
+        self._landing: Landing = landing or Memory()
+        self._on_idle = on_idle
+        self._epoll = select.epoll()
+        self._last_ns = 0
+        self._vain = 0
+        self._skip = 0
+        self._turn: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._only: Space | None = None
+        loop.add_reader(self._epoll.fileno(), self._ready)
+        self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
+
+    def add(self, space: Space) -> None:
+        """Serve a space from now on; its `uffd` is non-blocking."""
+        fd = space.uffd.fileno()
+        self.spaces[fd] = space
+        self._only = space if len(self.spaces) == 1 else None
+        self._landing.reading(space.identity if self._only else -1)
+        space.on_deferred = self._deferred
+        self._epoll.register(fd, select.EPOLLIN)
+        self._words[Counter.SPACES] = len(self.spaces)
+
+    def drop(self, space: Space) -> None:
+        """Serve a space no longer, and close it."""
+        fd = space.uffd.fileno()
+        if self.spaces.pop(fd, None) is None:
+            return
+        self._epoll.unregister(fd)
+        space.close()
+        self._only = next(iter(self.spaces.values())) if len(self.spaces) == 1 else None
+        self._landing.reading(self._only.identity if self._only else -1)
+        self._words[Counter.SPACES] = len(self.spaces)
+        if not self.spaces and self._on_idle is not None and not self._closed:
+            self._on_idle()
+
+    def close(self) -> None:
+        """Drop all spaces and leave the loop."""
+        self._closed = True
+        self._checker.cancel()
+        for handle in (self._turn, self._timer):
+            if handle is not None:
+                handle.cancel()
+        self._loop.remove_reader(self._epoll.fileno())
+        for space in list(self.spaces.values()):
+            self.drop(space)
+        self._epoll.close()
+
+    # The way of a fault
+
+    def _ready(self) -> None:
+        """Read and serve until nothing has come for a while, or the loop is due for a turn."""
+        now = perf_counter_ns()
+        turn = now + _BURST_NS
+        deadline = now
+        looking = False
+        while not self._closed:
+            if self._poll():
+                if looking:
+                    self._vain = 0
+                now = perf_counter_ns()
+                deadline = now + self._patience(now)
+                looking = True
+            else:
+                now = perf_counter_ns()
+                if now >= deadline:
+                    if looking and deadline > self._last_ns:
+                        self._vain += 1
+                        self._skip = min(1 << self._vain, 64) if self._vain >= _VAIN else 0
+                    return
+            if now >= turn:
+                # A handle, not a task: other callbacks run, the descriptors are looked at again right after.
+                if self._turn is None:
+                    self._turn = self._loop.call_soon(self._again)
+                return
+
+    def _again(self) -> None:
+        self._turn = None
+        self._ready()
+
+    def _patience(self, now: int) -> int:
+        """Return for how many nanoseconds to look again after a fault: only while faults keep coming."""
+        gap = now - self._last_ns
+        self._last_ns = now
+        if gap > self._near_ns:
+            return 0
+        if self._skip:
+            self._skip -= 1
+            return 0
+        return self._spin_ns
+
+    def _poll(self) -> bool:
+        """Read once from whoever has something; tell whether anybody had."""
+        only = self._only
+        if only is not None:
+            try:
+                length = _readv(only.uffd.fileno(), self._landing.buffers)
+            except BlockingIOError:
+                length = 0
+            except OSError as error:
+                return self._broken(only, error)
+            if length:
+                only.messages(self._landing.buffers[0], length, self._landing.commit)
+            if only.deferred:
+                self._retry(only)
+            return length > 0
+        came = False
+        for fd, _ in self._epoll.poll(0):
+            space = self.spaces.get(fd)
+            if space is not None and self._read(space):
+                came = True
+        return came
+
+    def _read(self, space: Space) -> bool:
+        self._landing.reading(space.identity)
+        try:
+            length = _readv(space.uffd.fileno(), self._landing.buffers)
+        except BlockingIOError:
+            length = 0
+        except OSError as error:
+            return self._broken(space, error)
+        if length:
+            space.messages(self._landing.buffers[0], length, self._landing.commit)
+        if space.deferred:
+            self._retry(space)
+        return length > 0
+
+    def _broken(self, space: Space, error: OSError) -> bool:
+        if error.errno not in (errno.EINTR, errno.ENOMEM):
+            log.error("%r cannot be read and is dropped: %s", space, error)
+            self.drop(space)
+        return False
+
+    # Timers
+
+    def _retry(self, space: Space) -> None:
+        """Try deferred runs again now, and later on a timer: no message may ever come to remind us."""
+        space.retry()
+        if space.deferred:
+            self._deferred()
+
+    def _deferred(self) -> None:
+        if self._timer is None and not self._closed:
+            self._timer = self._loop.call_later(_RETRY, self._retry_all)
+
+    def _retry_all(self) -> None:
+        self._timer = None
+        for space in list(self.spaces.values()):
+            if space.deferred:
+                self._retry(space)
+        self._ready()
+
+    def _check_gone(self) -> None:
+        """Drop the spaces whose process has exited: there is no EPOLLHUP."""
+        for space in list(self.spaces.values()):
+            if space.is_gone or space.uffd.gone():
+                space.gone()
+                self.drop(space)
+        if not self._closed:
+            self._checker = self._loop.call_later(_GONE_CHECK, self._check_gone)

@@ -1,0 +1,319 @@
+"""Coroutines on the events: what an application overrides, and the server that runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.space import Flight
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import HandlerError
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import FaultFlag
+from aiouffd.kernel.events import Fork, PageFault, Remap, Remove, Unmap
+from aiouffd.kernel.memory import address_of
+from aiouffd.ranges import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.engine.source_server import Limits
+    from aiouffd.engine.space import Space
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.errors import UffdError
+
+__all__ = ["Batch", "Fault", "Handler", "HandlerServer"]
+
+log = logging.getLogger("aiouffd")
+
+
+@attrs.frozen
+class Fault(PageFault):
+    """A `PageFault` together with what the mappings know of it.
+
+    Attributes:
+        page: the addresses of the page, aligned to the region's page size.
+        offset: the page's place in the region.
+    """
+
+    page: Range
+    offset: int
+
+    def __str__(self) -> str:
+        access = "write" if self.write else "read"
+        return f"the fault of thread {self.thread_id} at {self.address:#x} (offset {self.offset:#x}, {access})"
+
+
+class Batch:
+    """What a handler wants done, carried out together when it returns: runs of pages, and one wake-up.
+
+    Ranges are addresses, as in the events: whole pages of the space that the fault came from. A batch may fill
+    more than the page that faulted.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._runs: list[Run] = []
+
+    def copy(self, page: Range, data: Any) -> None:
+        """Fill `page` with the bytes of a buffer of the same length; it is kept until the batch is done.
+
+        Raises:
+            ValueError: the range is not whole pages, or `data` has another length.
+        """
+        self._check(page)
+        size = memoryview(data).nbytes
+        if size != page.length:
+            raise ValueError(f"{size} bytes for a range of {page.length}: pad the last page of your data with zeros")
+        self._add(Op.COPY, page, address_of(data), data)
+
+    def zeropage(self, page: Range) -> None:
+        """Fill `page` with zeros."""
+        self._check(page)
+        if self._space.page_size != mmap.PAGESIZE:  # hugetlb knows no ZEROPAGE
+            self.copy(page, bytes(page.length))
+        else:
+            self._add(Op.ZEROPAGE, page)
+
+    def poison(self, page: Range) -> None:
+        """Let whoever touches `page` have SIGBUS (Linux 6.6)."""
+        self._check(page)
+        self._add(Op.POISON, page)
+
+    def flush(self) -> None:
+        """Carry out what is in the batch now, for a handler that goes on working."""
+        runs, self._runs = self._runs, []
+        pieces = [piece for run in runs for piece in self._space.valid(run)]
+        if pieces and not self._space.is_gone and not self._space.closing:
+            self._space.settle(pieces)
+
+    def _add(self, op: int, page: Range, source: int = 0, owner: object = None) -> None:
+        for shown in self._space.mappings.runs(page.start, page.end):
+            length = shown.end - shown.start
+            self._runs.append(Run(op, shown.start, shown.offset, length, source + shown.start - page.start, owner))
+
+    def _check(self, page: Range) -> None:
+        size = self._space.page_size
+        if page.start % size or page.length % size or page.length <= 0:
+            raise ValueError(f"{page} is not a range of whole pages of {size} bytes")
+
+    def covers(self, address: int) -> bool:
+        """Tell whether a run that has not been carried out yet holds this address."""
+        return any(run.dst <= address < run.dst + run.left for run in self._runs)
+
+
+class Handler:
+    """Override what you need. One handler serves a region and, with `fork="serve"`, its forked children.
+
+    Every coroutine runs as a task of the pager's loop; faults run concurrently, layout events one after the
+    other. An exception fails the page that it was given, not the pager.
+    """
+
+    async def pagefault(self, fault: Fault, batch: Batch) -> None:
+        """Fill `fault.page`, by `batch`. By default: with zeros.
+
+        Not asked for pages that were removed (MADV_DONTNEED): these are zeros, as the kernel promises.
+        """
+        batch.zeropage(fault.page)
+
+    async def fork(self, event: Fork) -> None:
+        """A process was forked, and is being served alike; `event.uffd` stays the engine's."""
+
+    async def remap(self, event: Remap) -> None:
+        """Memory was moved; the mappings know already."""
+
+    async def remove(self, event: Remove) -> None:
+        """Memory was emptied, and reads as zeros from now on."""
+
+    async def unmap(self, event: Unmap) -> None:
+        """Memory was unmapped."""
+
+
+_METHODS = {
+    abi.EVENT_FORK: "fork",
+    abi.EVENT_REMAP: "remap",
+    abi.EVENT_REMOVE: "remove",
+    abi.EVENT_UNMAP: "unmap",
+}
+
+
+class HandlerServer:
+    """Runs a `Handler`: a task for each fault, checked for having resolved it.
+
+    Args:
+        handler: the application's.
+        counters: where to count.
+        limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
+        on_error: told of each `HandlerError`, before the page is poisoned.
+        on_touch: told of each page that was asked for by a fault, in order: its offset.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        counters: Counters,
+        limits: Limits,
+        *,
+        on_error: Callable[[UffdError], None],
+        on_touch: Callable[[int], None] | None = None,
+    ) -> None:
+        self.handler = handler
+        self._words = counters.words
+        self._bound = asyncio.Semaphore(limits.concurrent_reads)
+        self._timeout = limits.timeout
+        self._on_error = on_error
+        self._on_touch = on_touch
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._overridden = {
+            code: getattr(handler, name)
+            for code, name in _METHODS.items()
+            if getattr(type(handler), name, None) is not getattr(Handler, name)
+        }
+        self._events: asyncio.Queue[Any] | None = None
+
+    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        """Begin a flight for each fault; removed pages and memory that grew are zeros."""
+        zeros: list[Run] = []
+        for page, flags, thread in faults:
+            start, _, first = space.mappings.locate(page)
+            if first < 0:
+                op, data = (Op.ZEROPAGE, None) if space.page_size == mmap.PAGESIZE else (Op.COPY, bytes(space.page_size))
+                zeros.append(Run(op, page, first, space.page_size, address_of(data) if data else 0, data))
+                continue
+            offset = first + page - start
+            if self._on_touch is not None:
+                self._on_touch(offset)
+            fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
+            self._begin(space, fault, began_ns, Counter.PAGES_FAULT)
+        if zeros:
+            self._words[Counter.PAGES_ZERO] += len(zeros)
+            self._words[Counter.PAGES_FAULT] += len(zeros)
+            space.settle(zeros)
+
+    def _begin(self, space: Space, fault: Fault, began_ns: int, cause: Counter) -> asyncio.Task[None]:
+        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns)
+        if cause == Counter.PAGES_FAULT:
+            flight.wanted.add(fault.page.start)
+        space.take_off(flight)
+        task = asyncio.get_running_loop().create_task(self._fly(space, flight, fault, cause))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _fly(self, space: Space, flight: Flight, fault: Fault, cause: Counter) -> None:
+        batch = Batch(space)
+        reason = ""
+        self._words[Counter.IN_FLIGHT] += 1
+        try:
+            async with self._bound, asyncio.timeout(self._timeout):
+                await self.handler.pagefault(fault, batch)
+            if space.is_gone or space.closing:
+                return
+            reason = self._unresolved(space, fault, batch)
+            batch.flush()
+            if not reason:
+                self._words[cause] += 1
+                if flight.wanted:
+                    space.record_latency(flight.began_ns)
+        except TimeoutError:
+            reason = f"has not returned in {self._timeout} s"
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises fails its page, not the pager
+            log.warning("the handler raised", exc_info=error)
+            reason = f"raised {type(error).__name__}: {error}"
+        finally:
+            self._words[Counter.IN_FLIGHT] -= 1
+            space.land(flight)
+        if reason and not space.is_gone and not space.closing:
+            self._words[Counter.HANDLER_ERRORS] += 1
+            failure = HandlerError(repr(self.handler), str(fault), reason)
+            flight.failure = failure
+            if flight.wanted:  # a prefetch raises in its caller instead
+                self._on_error(failure)
+                for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
+                    space.poison([piece.dst])
+
+    def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
+        """Return what is wrong with a batch whose handler has returned, or nothing."""
+        if batch.covers(fault.page.start):
+            return ""
+        start, _, first = space.mappings.locate(fault.page.start)
+        if first < 0 or first + fault.page.start - start != fault.offset:
+            return ""  # the layout has changed meanwhile: the batch rightly left it out
+        # It may have been flushed before, or filled with another page's batch.
+        return "" if space.settled(fault.page.start) else "returned without resolving it"
+
+    async def prefetch(self, space: Space, offset: int, length: int, cause: Counter = Counter.PAGES_PREFETCH) -> None:
+        """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
+
+        Raises:
+            HandlerError: it failed for one of them. Nothing is poisoned.
+        """
+        size = space.page_size
+        for shown in list(space.mappings.addresses(offset & -size, (offset + length + size - 1) & -size)):
+            pages = [page for page in range(shown.start, shown.end, size) if page not in space.flights]
+            for at in range(0, len(pages), 64):
+                tasks = []
+                flights = []
+                for page in pages[at : at + 64]:
+                    if space.is_gone or space.closing or page in space.flights:
+                        continue
+                    place = shown.offset + page - shown.start
+                    fault = Fault(page, FaultFlag(0), 0, Range(page, size), place)
+                    tasks.append(self._begin(space, fault, perf_counter_ns(), cause))
+                    flights.append(space.flights[page])
+                if tasks:
+                    await asyncio.wait(tasks)
+                for flight in flights:
+                    if flight.failure is not None:
+                        raise flight.failure
+
+    # Layout events
+
+    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
+        """Queue the event for the handler's coroutine, if it has one."""
+        if code not in self._overridden:
+            return
+        if code == abi.EVENT_FORK:
+            assert child is not None
+            event: Any = Fork(child.uffd)
+        elif code == abi.EVENT_REMAP:
+            event = Remap(*abi.REMAP_MESSAGE.unpack(message))
+        else:
+            event = (Remove if code == abi.EVENT_REMOVE else Unmap)(*abi.RANGE_MESSAGE.unpack(message))
+        if self._events is None:
+            self._events = asyncio.Queue()
+            task = asyncio.get_running_loop().create_task(self._run_events(self._events))
+            self._tasks.add(task)
+        self._events.put_nowait((code, event))
+
+    async def _run_events(self, queue: asyncio.Queue[Any]) -> None:
+        while True:
+            code, event = await queue.get()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._overridden[code](event)
+            except Exception as error:  # noqa: BLE001 - as for faults
+                log.warning("the handler raised", exc_info=error)
+                self._words[Counter.HANDLER_ERRORS] += 1
+                self._on_error(HandlerError(repr(self.handler), repr(event), f"raised {type(error).__name__}: {error}"))
+
+    def failed(self, space: Space, run: Run, number: int) -> None:
+        """The kernel refused a run for good."""
+        self._words[Counter.HANDLER_ERRORS] += 1
+        self._on_error(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
+        space.poison(range(run.dst, run.dst + run.left, space.page_size))
+
+    def closed(self, space: Space) -> None:
+        """Nothing: flights look at the space when they land."""
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

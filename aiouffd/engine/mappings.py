@@ -1,0 +1,162 @@
+"""Which address holds which offset now. Pure data: layout events in, look-ups out.
+
+A mapping is a run of addresses that shows a run of offsets, or zeros: what was removed (MADV_DONTNEED,
+MADV_REMOVE) reads as zeros afterwards, as the man page of madvise(2) promises, and not as the source's data.
+An address that is in no mapping but faults all the same belongs to memory that grew: that is zeros, too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Self
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["ZEROS", "Mapping", "Mappings"]
+
+ZEROS = -1
+"""In place of an offset: these addresses hold zeros."""
+
+
+@attrs.frozen
+class Mapping:
+    """Addresses [start, end) show the offsets from `offset` on, or `ZEROS`."""
+
+    start: int
+    end: int
+    offset: int
+
+
+class Mappings:
+    """Sorted, disjoint mappings of one address space.
+
+    Attributes:
+        generation: goes up with each change, so that whoever has waited knows whether to look again.
+    """
+
+    __slots__ = ("_ends", "_offsets", "_starts", "generation")
+
+    def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._offsets: list[int] = []
+        self.generation = 0
+        for mapping in mappings:
+            self.add(mapping.start, mapping.end, mapping.offset)
+
+    def find(self, address: int) -> Mapping | None:
+        """Return the mapping that `address` is in."""
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address >= self._ends[index]:
+            return None
+        return Mapping(self._starts[index], self._ends[index], self._offsets[index])
+
+    def locate(self, address: int) -> tuple[int, int, int]:
+        """Return (start, end, offset of start) of the mapping around `address`; (0, 0, ZEROS) where none is.
+
+        The same as `find`, for the hot path: no object is made.
+        """
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address >= self._ends[index]:
+            return (0, 0, ZEROS)
+        return (self._starts[index], self._ends[index], self._offsets[index])
+
+    def runs(self, start: int, end: int) -> Iterator[Mapping]:
+        """Yield the parts of [start, end) that are mapped, in order, each cut to the range."""
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        while index < len(self._starts) and self._starts[index] < end:
+            low, high = max(start, self._starts[index]), min(end, self._ends[index])
+            if low < high:
+                yield Mapping(low, high, self._shifted(index, low))
+            index += 1
+
+    def addresses(self, offset: int, end: int) -> Iterator[Mapping]:
+        """Yield where the offsets [offset, end) are shown, in order of address. Costs a look at every mapping."""
+        for index, first in enumerate(self._offsets):
+            if first == ZEROS:
+                continue
+            low = max(offset, first)
+            high = min(end, first + self._ends[index] - self._starts[index])
+            if low < high:
+                start = self._starts[index] + low - first
+                yield Mapping(start, start + high - low, low)
+
+    def add(self, start: int, end: int, offset: int) -> None:
+        """Show `offset` (or ZEROS) at [start, end), in place of whatever was there."""
+        self.unmap(start, end)
+        index = bisect_right(self._starts, start)
+        starts, ends, offsets = self._starts, self._ends, self._offsets
+        starts.insert(index, start)
+        ends.insert(index, end)
+        offsets.insert(index, offset)
+        # Merging keeps a balloon that gives back page by page from growing the list without end.
+        if index + 1 < len(starts) and self._continues(index):
+            ends[index] = ends[index + 1]
+            del starts[index + 1], ends[index + 1], offsets[index + 1]
+        if index > 0 and self._continues(index - 1):
+            ends[index - 1] = ends[index]
+            del starts[index], ends[index], offsets[index]
+
+    def unmap(self, start: int, end: int) -> None:
+        """UNMAP: nothing is at [start, end) any more."""
+        self.generation += 1
+        low = bisect_right(self._ends, start)
+        starts, ends, offsets = self._starts, self._ends, self._offsets
+        high = low
+        kept: list[tuple[int, int, int]] = []
+        while high < len(starts) and starts[high] < end:
+            if starts[high] < start:
+                kept.append((starts[high], start, offsets[high]))
+            if ends[high] > end:
+                kept.append((end, ends[high], self._shifted(high, end)))
+            high += 1
+        if low < high:
+            starts[low:high] = [item[0] for item in kept]
+            ends[low:high] = [item[1] for item in kept]
+            offsets[low:high] = [item[2] for item in kept]
+
+    def remove(self, start: int, end: int) -> None:
+        """REMOVE: what is mapped of [start, end) holds zeros from now on."""
+        for run in list(self.runs(start, end)):
+            if run.offset != ZEROS:
+                self.add(run.start, run.end, ZEROS)
+        self.generation += 1
+
+    def remap(self, source: int, destination: int, length: int) -> None:
+        """REMAP: [source, source + length) was moved to `destination`, over whatever was there."""
+        moved = list(self.runs(source, source + length))
+        self.unmap(source, source + length)
+        self.unmap(destination, destination + length)
+        for run in moved:
+            start = run.start - source + destination
+            self.add(start, start + run.end - run.start, run.offset)
+
+    def copy(self) -> Self:
+        """FORK: return the child's mappings, equal and independent."""
+        return type(self)(self)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
+            yield Mapping(start, end, offset)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(
+            f"[{m.start:#x}, {m.end:#x}) {'zeros' if m.offset == ZEROS else f'at {m.offset:#x}'}" for m in self
+        )
+        return f"Mappings({inside})"
+
+    def _shifted(self, index: int, address: int) -> int:
+        offset = self._offsets[index]
+        return offset if offset == ZEROS else offset + address - self._starts[index]
+
+    def _continues(self, index: int) -> bool:
+        """Tell whether the mapping behind `index` goes on where this one ends."""
+        if self._ends[index] != self._starts[index + 1]:
+            return False
+        return self._offsets[index + 1] == self._shifted(index, self._ends[index])

@@ -1,0 +1,188 @@
+"""Ioctls until a run of pages is settled: one state machine for everything that the kernel may answer.
+
+What it answers, and what that means here:
+
+- all bytes: done.
+- some bytes: a partial copy; go on behind it.
+- EEXIST: the first page is there already (a repeated message, a race with another cause): skip it, and WAKE it,
+  since EEXIST wakes nobody.
+- EAGAIN: the target's layout is changing. Put off: the events must be read first, and then the thread that
+  caused them must have run. Nothing will make the descriptor readable again, so whoever owns the run retries
+  on a timer.
+- ENOENT: no mapping covers the run, or it spans two (any mprotect or madvise may have split it): halve it down to
+  a page; a page that is covered by nothing is gone, and its sleepers are woken to find out themselves.
+- ESRCH, ENOSPC: the process is gone, and with it all need.
+- anything else (ENOMEM, EFAULT): reported to the owner of the run.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Protocol
+
+from aiouffd.engine.statistics import Counter
+
+if TYPE_CHECKING:
+    from aiouffd.engine.statistics import Counters
+
+__all__ = ["Op", "Resolver", "Run", "merge"]
+
+DONTWAKE = 1
+"""UFFDIO_*_MODE_DONTWAKE: bit 0 in COPY, ZEROPAGE, CONTINUE and POISON alike."""
+
+_EAGAIN, _EEXIST, _ENOENT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT
+_GONE = (-errno.ESRCH, -errno.ENOSPC)
+_EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
+_COPIES = int(Counter.COPIES)
+_PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
+
+
+class Op:
+    """What is done to a run; the values index `Resolver`'s tables."""
+
+    COPY = 0
+    ZEROPAGE = 1
+    CONTINUE = 2
+    POISON = 3
+
+
+_OP_COUNTER = (int(Counter.COPIES), int(Counter.ZEROPAGES), int(Counter.CONTINUES), int(Counter.POISONS))
+
+
+class _Uffd(Protocol):
+    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int: ...
+    def try_zeropage(self, start: int, length: int, mode: int) -> int: ...
+    def try_continue(self, start: int, length: int, mode: int) -> int: ...
+    def try_poison(self, start: int, length: int, mode: int) -> int: ...
+    def try_wake(self, start: int, length: int) -> int: ...
+
+
+class Run:
+    """Contiguous pages that one operation fills. Moves forward as it is worked off.
+
+    Attributes:
+        op: one of `Op`.
+        dst: address of the next page.
+        offset: what `dst` showed when the run was made, or ZEROS: if it shows another offset when the run can go
+            on, the run is out of date.
+        src: address of its bytes in this process (COPY only).
+        left: bytes still to do, a multiple of the page size.
+        owner: kept alive as long as the run is: the buffer that `src` points into.
+    """
+
+    __slots__ = ("dst", "left", "offset", "op", "owner", "src")
+
+    def __init__(self, op: int, dst: int, offset: int, length: int, src: int = 0, owner: object = None) -> None:
+        self.op = op
+        self.dst = dst
+        self.offset = offset
+        self.src = src
+        self.left = length
+        self.owner = owner
+
+    def advance(self, length: int) -> None:
+        """Take `length` bytes as settled."""
+        self.dst += length
+        self.src += length
+        if self.offset >= 0:
+            self.offset += length
+        self.left -= length
+
+    def __repr__(self) -> str:
+        name = ("COPY", "ZEROPAGE", "CONTINUE", "POISON")[self.op]
+        return f"<Run {name} [{self.dst:#x}, {self.dst + self.left:#x})>"
+
+
+def merge(runs: list[Run]) -> list[Run]:
+    """Sort runs by address and join those that continue each other, target and source alike."""
+    runs.sort(key=_by_address)
+    merged = runs[:1]
+    for run in runs[1:]:
+        last = merged[-1]
+        shown = last.offset if last.offset < 0 else last.offset + last.left
+        joins = run.op == last.op and run.dst == last.dst + last.left and run.offset == shown
+        if joins and (run.op != Op.COPY or (run.src == last.src + last.left and run.owner is last.owner)):
+            last.left += run.left
+        else:
+            merged.append(run)
+    return merged
+
+
+def _by_address(run: Run) -> int:
+    return run.dst
+
+
+class Resolver:
+    """Settles runs on one descriptor.
+
+    Args:
+        uffd: a `Userfaultfd` or anything with its `try_*` methods.
+        page_size: of the mapping, in bytes.
+        counters: where to count what the kernel answered.
+        mode: further mode bits of COPY and CONTINUE (2: write-protected from the start).
+    """
+
+    __slots__ = ("_mode", "_page", "_tries", "_uffd", "_words")
+
+    def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
+        self._uffd = uffd
+        self._page = page_size
+        self._words = counters.words
+        self._mode = mode
+        self._tries = (uffd.try_copy, self._try_zeropage, uffd.try_continue, uffd.try_poison)
+
+    def _try_zeropage(self, start: int, length: int, mode: int) -> int:
+        return self._uffd.try_zeropage(start, length, mode & DONTWAKE)
+
+    def settle(self, run: Run, *, wake: bool) -> int:
+        """Work a run off until it is settled or cannot go on now.
+
+        Returns:
+            0: settled: each page is there, or its mapping is gone. A negated errno otherwise: EAGAIN (retry
+            later), ESRCH (the process is gone), or what the kernel refused `run.dst` with.
+        """
+        words, page = self._words, self._page
+        mode = (0 if wake else DONTWAKE) | (self._mode if run.op in (Op.COPY, Op.CONTINUE) else 0)
+        chunk = run.left
+        while run.left > 0:
+            chunk = min(chunk, run.left)
+            if run.op == Op.COPY:
+                result = self._uffd.try_copy(run.dst, run.src, chunk, mode)
+            else:
+                result = self._tries[run.op](run.dst, chunk, mode & (DONTWAKE | self._mode))
+            words[_OP_COUNTER[run.op]] += 1
+            if result > 0:
+                if result < chunk:
+                    words[_PARTIAL] += 1
+                run.advance(result)
+                chunk = max(chunk, page) if result < chunk else max(run.left, page)
+            elif result == _EEXIST:
+                words[_EEXIST_COUNTER] += 1
+                if wake:
+                    self.wake(run.dst, page)
+                run.advance(page)
+            elif result == _ENOENT:
+                words[_ENOENT_COUNTER] += 1
+                if chunk > page:
+                    chunk = max(page, chunk // 2 & -page)
+                    continue
+                self.wake(run.dst, page)
+                run.advance(page)
+            elif result == _EAGAIN or result == 0:
+                words[_EAGAIN_COUNTER] += 1
+                return _EAGAIN
+            elif result in _GONE:
+                return -errno.ESRCH
+            else:
+                return result
+        return 0
+
+    def copy_page(self, dst: int, src: int) -> bool:
+        """COPY one page and wake its sleepers; tell whether that settled it. The hot path: no `Run` is made."""
+        self._words[_COPIES] += 1
+        return self._uffd.try_copy(dst, src, self._page, self._mode) == self._page
+
+    def wake(self, start: int, length: int) -> None:
+        """WAKE a range. Never refused by a living process: the layout is not looked at."""
+        self._words[_WAKES] += 1
+        self._uffd.try_wake(start, length)

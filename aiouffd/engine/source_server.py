@@ -1,0 +1,446 @@
+"""Serves faults from a `Source`: what is at hand in the same turn of the loop, what must be waited for as a flight."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import mmap
+import random
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.gate import Gate
+from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.space import Flight, Space
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, UffdError
+from aiouffd.kernel.memory import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.sources.base import Source
+
+__all__ = ["Limits", "SourceServer"]
+
+log = logging.getLogger("aiouffd")
+
+_PAGES_FAULT, _PAGES_READAHEAD, _PAGES_ZERO = (
+    int(Counter.PAGES_FAULT),
+    int(Counter.PAGES_READAHEAD),
+    int(Counter.PAGES_ZERO),
+)
+_BYTES_FETCHED, _LATENCY = int(Counter.BYTES_FETCHED), int(Counter.LATENCY)
+_CHUNK = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
+
+
+@attrs.frozen
+class Limits:
+    """Bounds of a server of faults.
+
+    Attributes:
+        concurrent_reads: source reads (or handlers) under way at once.
+        bytes_in_flight: bytes of source reads under way at once.
+        timeout: seconds for one read of the source, None for no limit.
+        retries: further tries after a read that failed, with exponential backoff and jitter.
+        backoff: seconds before the first of them.
+    """
+
+    concurrent_reads: int = 128
+    bytes_in_flight: int = 128 << 20
+    timeout: float | None = 30.0
+    retries: int = 4
+    backoff: float = 0.05
+
+
+class SourceServer:
+    """One source for any number of spaces.
+
+    Args:
+        source: see `aiouffd.sources.base.Source`.
+        counters: where to count.
+        limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
+        on_error: told of each failure that is for good: a `SourceError`, after the pages were poisoned.
+        on_touch: told of each page that was asked for by a fault, in order: its offset.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        counters: Counters,
+        limits: Limits,
+        *,
+        on_error: Callable[[UffdError], None],
+        on_touch: Callable[[int], None] | None = None,
+    ) -> None:
+        self.source = source
+        self.limits = limits
+        self.gate = Gate(limits.concurrent_reads, limits.bytes_in_flight)
+        self._words = counters.words
+        self._size = source.size
+        self._locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
+        self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
+        self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
+        self._timeout: float | None = getattr(source, "timeout", limits.timeout)
+        self._retries: int = getattr(source, "retries", limits.retries)
+        self._on_error = on_error
+        self._on_touch = on_touch
+        self._zeros: dict[int, mmap.mmap] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Faults
+
+    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        """Resolve what is at hand as one batch; begin flights for the rest."""
+        readahead = space.readahead
+        words = self._words
+        if len(faults) == 1 and not readahead.limit and self._locate is not None and self._on_touch is None:
+            # The short way, for pages one by one out of memory: no list, no window.
+            page = faults[0][0]
+            size = space.page_size
+            start, _, first = space.mappings.locate(page)
+            offset = first + page - start
+            if (
+                first >= 0
+                and offset + size <= self._size
+                and self._hole is None
+                and (source := self._locate(offset, size)) is not None
+            ):
+                words[_PAGES_FAULT] += 1
+                words[_BYTES_FETCHED] += size
+                if space.resolver.copy_page(page, source):
+                    words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += 1
+                else:
+                    space.settle([Run(Op.COPY, page, offset, size, source)])
+                return
+        runs: list[Run] = []
+        waiting = 0
+        asked: dict[int, int] = {}  # the windows of this wake-up, so that its faults do not bring one page twice
+        for page, _flags, _thread in faults:
+            if any(low <= page < high for low, high in asked.items()):
+                continue
+            start, end, first = space.mappings.locate(page)
+            if first < 0:
+                self._zero(space, page, first, space.page_size, runs)
+                continue
+            offset = first + page - start
+            if self._on_touch is not None:
+                self._on_touch(offset)
+            for low, length in readahead.windows(offset, first, first + end - start):
+                address = start + low - first
+                asked[address] = address + length
+                wanted = page if low <= offset < low + length else None
+                self._bring(space, address, low, length, runs, wanted, began_ns, Counter.PAGES_READAHEAD)
+        for page, _flags, _thread in faults:
+            flight = space.flights.get(page)
+            if flight is not None:
+                flight.wanted.add(page)
+                waiting += 1
+        if runs:
+            space.settle(runs)
+        served = len(faults) - waiting
+        if served:
+            words[_PAGES_FAULT] += served
+            words[_PAGES_READAHEAD] -= served  # they were counted with their windows
+            space.record_latency(began_ns, served)
+
+    def _bring(
+        self,
+        space: Space,
+        address: int,
+        offset: int,
+        length: int,
+        runs: list[Run],
+        wanted: int | None,
+        began_ns: int,
+        cause: Counter,
+    ) -> list[Flight]:
+        """Add runs for what is at hand of a window, and begin flights for the rest."""
+        page = space.page_size
+        flights: list[Flight] = []
+        for low, size in _spared(space, address, length):
+            at = offset + low - address
+            self._words[cause] += size // page
+            while size > 0:
+                kind, part = self._extent(at, size, page)
+                if kind == "zeros":
+                    self._zero(space, low, at, part, runs)
+                elif not self._at_hand(low, at, part, page, runs):
+                    flights.append(self._begin(space, low, at, part, wanted, began_ns, cause))
+                low, at, size = low + part, at + part, size - part  # noqa: PLW2901 - walks through the window
+        return flights
+
+    def _extent(self, offset: int, length: int, page: int) -> tuple[str, int]:
+        """Split a window at its first change: (what, bytes): "zeros", "tail" (the source's last, partial page) or "data"."""
+        if offset >= self._size:
+            return "zeros", length
+        if self._hole is not None and (hole := self._hole(offset, min(length, self._size - offset)) & -page):
+            return "zeros", hole
+        if offset + length <= self._size:
+            return "data", length
+        whole = (self._size - offset) & -page
+        return ("data", whole) if whole else ("tail", page)
+
+    def _at_hand(self, address: int, offset: int, length: int, page: int, runs: list[Run]) -> bool:
+        """Add a run for bytes that need no waiting; tell whether they did not."""
+        available = min(length, self._size - offset)
+        source: int | None = None
+        owner: Any = None
+        if available == length and self._locate is not None:
+            source = self._locate(offset, length)
+        if source is None:
+            if self._read_nowait is None:
+                return False
+            owner = self._read_nowait(offset, available)
+            if owner is None:
+                return False
+            owner, source = _whole_pages(owner, available, length)
+        self._words[_BYTES_FETCHED] += available
+        runs.append(Run(Op.COPY, address, offset, length, source, owner))
+        return True
+
+    def _zero(self, space: Space, address: int, offset: int, length: int, runs: list[Run]) -> None:
+        page = space.page_size
+        self._words[_PAGES_ZERO] += length // page
+        if page == mmap.PAGESIZE:
+            runs.append(Run(Op.ZEROPAGE, address, offset, length))
+            return
+        zeros = self._zeros.get(page)  # hugetlb knows no ZEROPAGE
+        if zeros is None:
+            zeros = self._zeros[page] = mmap.mmap(-1, page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        source = address_of(zeros)
+        for at in range(0, length, page):
+            runs.append(Run(Op.COPY, address + at, offset if offset < 0 else offset + at, page, source, zeros))  # noqa: PERF401
+
+    # Flights
+
+    def _begin(
+        self, space: Space, address: int, offset: int, length: int, wanted: int | None, began_ns: int, cause: Counter
+    ) -> Flight:
+        flight = Flight(address, address + length, offset, began_ns)
+        if wanted is not None and address <= wanted < address + length:
+            flight.wanted.add(wanted)
+        space.take_off(flight)
+        flight.done = self._spawn(self._fly(space, flight, cause))
+        return flight
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _fly(self, space: Space, flight: Flight, cause: Counter) -> None:
+        """Read what a flight brings, and place it; on failure settle with those who wait for it."""
+        try:
+            data = await self._read(flight.offset, flight.end - flight.start, urgent=cause == Counter.PAGES_READAHEAD)
+        except SourceError as error:
+            space.land(flight)
+            if not space.is_gone and not space.closing:
+                await self._rescue(space, flight, error)
+            if cause != Counter.PAGES_READAHEAD:
+                flight.failure = error
+            return
+        except asyncio.CancelledError:
+            space.land(flight)
+            raise
+        if not space.is_gone and not space.closing:
+            self._place(space, flight, data)
+        space.land(flight)
+
+    def _place(self, space: Space, flight: Flight, data: Any) -> None:
+        length = flight.end - flight.start
+        data, source = _whole_pages(data, min(length, self._size - flight.offset), length)
+        run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
+        for piece in space.valid(run):
+            space.settle([piece])
+        if count := len(flight.wanted):
+            self._words[_PAGES_FAULT] += count
+            self._words[_PAGES_READAHEAD] -= count
+            space.record_latency(flight.began_ns, count)
+
+    async def _rescue(self, space: Space, flight: Flight, error: SourceError) -> None:
+        """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison."""
+        page = space.page_size
+        for address in sorted(flight.wanted):
+            offset = flight.offset + address - flight.start
+            failure: SourceError = error
+            if flight.end - flight.start > page:
+                single = Flight(address, address + page, offset, flight.began_ns)
+                single.wanted.add(address)
+                space.take_off(single)
+                try:
+                    data = await self._read(offset, page, urgent=True)
+                    if not space.is_gone and not space.closing:
+                        self._place(space, single, data)
+                    continue
+                except SourceError as again:
+                    failure = again
+                finally:
+                    space.land(single)
+            self._words[Counter.SOURCE_ERRORS] += 1
+            self._on_error(failure)  # said before the poison, which may end the toucher's process at once
+            if not space.is_gone and not space.closing:
+                for piece in space.valid(Run(Op.POISON, address, offset, page)):
+                    space.poison([piece.dst])
+
+    async def _read(self, offset: int, length: int, *, urgent: bool) -> Any:
+        """Read from the source: bounded, timed, retried. Raises SourceError when all that is used up."""
+        length = min(length, self._size - offset)
+        words = self._words
+        await self.gate.enter(length, urgent=urgent)
+        words[Counter.IN_FLIGHT] += 1
+        words[Counter.BYTES_IN_FLIGHT] += length
+        try:
+            return await self._persist(offset, length)
+        finally:
+            words[Counter.IN_FLIGHT] -= 1
+            words[Counter.BYTES_IN_FLIGHT] -= length
+            self.gate.leave(length)
+
+    async def _persist(self, offset: int, length: int) -> Any:
+        tries = 0
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    data = await self.source.read(offset, length)
+                got = memoryview(data).nbytes
+            except SourceTimeoutError as error:
+                failure: SourceError = error
+            except SourceError:
+                raise  # the source itself says that it is for good
+            except TimeoutError as error:
+                failure = SourceTimeoutError(repr(self.source), offset, length, f"no answer in {self._timeout} s")
+                failure.__cause__ = error
+            except Exception as error:  # noqa: BLE001 - whatever a source raises fails the pages, not the pager
+                failure = SourceError(repr(self.source), offset, length, f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+            else:
+                self._words[_BYTES_FETCHED] += got
+                if got == length:
+                    return data
+                raise ShortReadError(
+                    repr(self.source), offset, length, f"gave {got} bytes of {length}; it says that it has {self._size}"
+                )
+            tries += 1
+            if tries > self._retries:
+                raise failure
+            self._words[Counter.SOURCE_RETRIES] += 1
+            # Full jitter: clients that failed together do not come back together.
+            pause = self.limits.backoff * 2 ** (tries - 1)
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, keeps no secret
+
+    # Ahead of faults
+
+    async def prefetch(self, space: Space, offset: int, length: int, cause: Counter = Counter.PAGES_PREFETCH) -> None:
+        """Bring the offsets [offset, offset + length), wherever they are shown. Faults go first.
+
+        Raises:
+            SourceError: the source failed. Nothing is poisoned; what came is kept.
+        """
+        page = space.page_size
+        low, high = offset & -page, (offset + length + page - 1) & -page
+        bound = asyncio.Semaphore(max(1, self.limits.concurrent_reads // 2))
+        errors: list[UffdError] = []
+        pending: set[asyncio.Task[None]] = set()
+        try:
+            at = low
+            while at < high and not errors and not space.is_gone and not space.closing:
+                end = min(at + _CHUNK - at % _CHUNK, high)
+                for shown in list(space.mappings.addresses(at, end)):
+                    for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
+                        address = shown.start + begin - shown.offset
+                        runs: list[Run] = []
+                        flights = self._bring(space, address, begin, size, runs, None, perf_counter_ns(), cause)
+                        space.readahead.brought(begin, size)
+                        if runs:
+                            space.settle(runs)
+                        for flight in flights:
+                            await bound.acquire()
+                            task = self._spawn(self._watch(flight, bound, errors))
+                            pending.add(task)
+                            task.add_done_callback(pending.discard)
+                at = end
+                await asyncio.sleep(0)  # faults first
+            if pending:
+                await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            for task in pending:
+                task.cancel()
+            raise
+        if errors:
+            raise errors[0]
+
+    async def _watch(self, flight: Flight, bound: asyncio.Semaphore, errors: list[UffdError]) -> None:
+        try:
+            if flight.done is not None:
+                await asyncio.wait([flight.done])
+            if flight.failure is not None:
+                errors.append(flight.failure)
+        finally:
+            bound.release()
+
+    # What the space tells
+
+    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
+        """Nothing: the space has applied it."""
+
+    def failed(self, space: Space, run: Run, number: int) -> None:
+        """The kernel refused a run: a truncated file behind a mapping (EFAULT), no memory (ENOMEM)."""
+        if number == errno.ENOMEM:
+            # Memory may come back: try again with what is deferred, which is on a timer.
+            space.defer(run)
+            return
+        if number == errno.EFAULT:
+            error: SourceError = ShortReadError(
+                repr(self.source), run.offset, run.left, "its bytes are there no longer: was the file truncated?"
+            )
+        else:
+            error = SourceError(repr(self.source), run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
+        self._words[Counter.SOURCE_ERRORS] += 1
+        self._on_error(error)
+        space.poison(range(run.dst, run.dst + run.left, space.page_size))
+
+    def closed(self, space: Space) -> None:
+        """Nothing: flights look at the space when they land."""
+
+    async def aclose(self) -> None:
+        """Cancel what is under way and close the source."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        close = getattr(self.source, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _spared(space: Space, address: int, length: int) -> list[tuple[int, int]]:
+    """Cut what is already on its way out of a window."""
+    if not space.flights:
+        return [(address, length)]
+    page = space.page_size
+    parts: list[tuple[int, int]] = []
+    begin = None
+    for at in range(address, address + length, page):
+        if at in space.flights:
+            if begin is not None:
+                parts.append((begin, at - begin))
+                begin = None
+        elif begin is None:
+            begin = at
+    if begin is not None:
+        parts.append((begin, address + length - begin))
+    return parts
+
+
+def _whole_pages(data: Any, available: int, length: int) -> tuple[Any, int]:
+    """Return (owner, address) of `length` bytes that begin with `data`: the tail of the last page is zeros."""
+    if available < length:
+        padded = bytearray(length)
+        padded[:available] = memoryview(data).cast("B")[:available]
+        data = padded
+    return data, address_of(data)

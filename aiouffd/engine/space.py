@@ -1,0 +1,398 @@
+"""One descriptor on a loop: its messages, what is in flight for it, and what is deferred.
+
+The order inside one wake-up. The kernel hands out page faults before older layout events, so layout events of a
+wake-up are applied first, and the faults are looked up in the newest layout. That cannot resolve a fault too
+early: while an event is unread, or its thread has not run again, every resolving ioctl answers EAGAIN.
+
+After a layout event the sleepers of the old range are woken: whoever still needs a page there faults again, under
+the new layout. So nothing that was begun under the old one has to be carried over: flights over a changed range
+are forgotten, and what they bring is used only where the mappings still say the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Protocol
+
+from aiouffd.engine.mappings import ZEROS
+from aiouffd.engine.resolver import Op, Resolver, Run, merge
+from aiouffd.engine.statistics import Counter
+from aiouffd.kernel import abi
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable
+
+    from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.prefetch import Readahead
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.errors import UffdError
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["FaultServer", "Flight", "Space"]
+
+log = logging.getLogger("aiouffd")
+
+_MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
+_FAULTS, _JOINED, _LATENCY, _DEFERRED = (
+    int(Counter.FAULTS),
+    int(Counter.JOINED),
+    int(Counter.LATENCY),
+    int(Counter.DEFERRED),
+)
+_EVENT_COUNTER = {
+    abi.EVENT_FORK: int(Counter.FORKS),
+    abi.EVENT_REMAP: int(Counter.REMAPS),
+    abi.EVENT_REMOVE: int(Counter.REMOVES),
+    abi.EVENT_UNMAP: int(Counter.UNMAPS),
+}
+_EAGAIN = -errno.EAGAIN
+_STUCK_NS = 5_000_000_000
+"""After so long a deferred run is reported. A failed mremap can leave EAGAIN for ever on kernels before mid-2026."""
+
+
+class Flight:
+    """Pages on their way: a source read, or a handler, that is not done yet.
+
+    Attributes:
+        start: address of the first page.
+        end: address behind the last.
+        offset: what `start` showed when the flight began.
+        wanted: addresses of the pages that threads wait for.
+        began_ns: when the first of these faults was read.
+        done: the task that flies it.
+        failure: why it brought nothing.
+    """
+
+    __slots__ = ("began_ns", "done", "end", "failure", "offset", "start", "wanted")
+
+    def __init__(self, start: int, end: int, offset: int, began_ns: int) -> None:
+        self.start = start
+        self.end = end
+        self.offset = offset
+        self.wanted: set[int] = set()
+        self.began_ns = began_ns
+        self.done: asyncio.Task[None] | None = None
+        self.failure: UffdError | None = None
+
+
+class FaultServer(Protocol):
+    """Who brings the pages of a space: see `source_server` and `handler`."""
+
+    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
+
+    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
+        """Take note of a layout event that has been applied to the space."""
+
+    def failed(self, space: Space, run: Run, number: int) -> None:
+        """Take note that the kernel refused a run for good, with this errno; its pages are missing still."""
+
+    def closed(self, space: Space) -> None:
+        """Take note that the space is gone."""
+
+
+class Space:
+    """One descriptor, its mappings, and what is under way for it. Single-threaded: one loop owns it.
+
+    Args:
+        uffd: belongs to the space from now on.
+        mappings: which address shows which offset; the space applies the layout events to it.
+        page_size: bytes of a page of all its mappings.
+        server: brings the pages.
+        counters: shared by all spaces of a dispatcher.
+        readahead: what it knows of this space's touchers.
+        identity: number that names it, also to a successor.
+        write_protect: new pages come write-protected, so that loads do not count as writes.
+        on_child: called with a forked child's space before its first message is read.
+        on_gone: called once when the process turns out to be gone.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        mappings: Mappings,
+        *,
+        page_size: int,
+        server: FaultServer,
+        counters: Counters,
+        readahead: Readahead,
+        identity: int = 0,
+        write_protect: bool = False,
+        on_child: Callable[[Space, Space], None] | None = None,
+        on_gone: Callable[[Space], None] | None = None,
+    ) -> None:
+        self.uffd = uffd
+        self.mappings = mappings
+        self.page_size = page_size
+        self.server = server
+        self.counters = counters
+        self.readahead = readahead
+        self.identity = identity
+        self.write_protect = write_protect
+        self.on_child = on_child
+        self.on_gone = on_gone
+        self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
+        self.is_gone = False
+        self.closing = False
+        self.children: list[Space] = []
+        self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
+        self.deferred: list[tuple[Run, bool, int]] = []  # run, wake, since when
+        self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
+        self._words = counters.words
+        self._mask = -page_size
+
+    # Messages
+
+    def messages(self, buffer: memoryview, length: int, commit: Callable[[Space, list[bytes]], None]) -> None:
+        """Act on the messages in buffer[:length]. `commit` makes layout events durable before they are acted on."""
+        began = perf_counter_ns()
+        if length == 32 and buffer[0] == 0x12:
+            _, flags, address, thread = _MESSAGE(buffer)
+            self._words[_FAULTS] += 1
+            page = address & self._mask
+            if self.flights and page in self.flights:
+                self._join(page)
+            elif flags & 6:  # write-protected or minor
+                self._special(page, flags)
+            else:
+                self.server.serve(self, [(page, flags, thread)], began)
+            return
+        faults: dict[int, tuple[int, int, int]] = {}
+        layout: list[bytes] = []
+        for at in range(0, length, abi.MESSAGE_SIZE):
+            code = buffer[at]
+            if code == abi.EVENT_PAGEFAULT:
+                _, flags, address, thread = _MESSAGE(buffer, at)
+                page = address & self._mask
+                faults[page] = (page, flags, thread)
+            elif code in _EVENT_COUNTER:
+                layout.append(bytes(buffer[at : at + abi.MESSAGE_SIZE]))
+            else:
+                log.warning("unknown userfaultfd event %#x: %s", code, bytes(buffer[at : at + 32]).hex())
+        self._words[_FAULTS] += length // abi.MESSAGE_SIZE - len(layout)
+        if layout:
+            commit(self, layout)
+            for message in layout:
+                self.layout(message)
+        missing = []
+        for page, flags, thread in faults.values():
+            if page in self.flights:
+                self._join(page)
+            elif flags & 6:
+                self._special(page, flags)
+            else:
+                missing.append((page, flags, thread))
+        if missing:
+            missing.sort()
+            self.server.serve(self, missing, began)
+
+    def _join(self, page: int) -> None:
+        self._words[_JOINED] += 1
+        self.flights[page].wanted.add(page)
+
+    def _special(self, page: int, flags: int) -> None:
+        """Resolve a write-protect fault by lifting the protection, a minor fault by mapping the file's page."""
+        if flags & 2:
+            with contextlib.suppress(OSError):
+                self.uffd.writeprotect(page, self.page_size, protect=False)
+            return
+        start, _, first = self.mappings.locate(page)
+        offset = first if first < 0 else first + page - start
+        self.settle([Run(Op.CONTINUE, page, offset, self.page_size)])
+
+    def layout(self, message: bytes, *, replay: bool = False) -> None:
+        """Apply one FORK, REMAP, REMOVE or UNMAP message; `replay`: it was read by a predecessor."""
+        code = message[0]
+        child: Space | None = None
+        if not replay:
+            self._words[_EVENT_COUNTER[code]] += 1
+        if code == abi.EVENT_FORK:
+            child = self._fork(*abi.FORK_MESSAGE.unpack(message))
+        elif code == abi.EVENT_REMAP:
+            source, destination, size = abi.REMAP_MESSAGE.unpack(message)
+            self.mappings.remap(source, destination, size)
+            self._changed(source, source + size)
+            self._changed(destination, destination + size)
+        else:
+            start, end = abi.RANGE_MESSAGE.unpack(message)
+            if code == abi.EVENT_REMOVE:
+                self.mappings.remove(start, end)
+            else:
+                self.mappings.unmap(start, end)
+            self._changed(start, end)
+        self.server.layout(self, code, message, child)
+
+    def _fork(self, fd: int) -> Space:
+        child = Space(
+            type(self.uffd).from_fd(fd, self.uffd.features),
+            self.mappings.copy(),
+            page_size=self.page_size,
+            server=self.server,
+            counters=self.counters,
+            readahead=self.readahead.fresh(),
+            write_protect=self.write_protect,
+            on_child=self.on_child,
+            on_gone=self.on_gone,
+        )
+        self.children.append(child)
+        if self.on_child is not None:
+            self.on_child(self, child)
+        return child
+
+    def _changed(self, start: int, end: int) -> None:
+        """Forget what is under way for a range whose layout has changed, and wake its sleepers to fault anew."""
+        if self.flights:
+            for page in [page for page in self.flights if start <= page < end]:
+                del self.flights[page]
+        if self.deferred:
+            self.deferred = [
+                (piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)
+            ]
+        self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
+
+    def valid(self, run: Run) -> list[Run]:
+        """Cut a run down to the parts whose addresses still show what they showed when it was made."""
+        pieces: list[Run] = []
+        at = run.dst
+        end = run.dst + run.left
+        while at < end:
+            start, stop, first = self.mappings.locate(at)
+            if stop == 0:  # memory that grew, or nothing: as zeros, page by page
+                stop, shown = at + self.page_size, ZEROS
+            else:
+                stop, shown = min(stop, end), first if first < 0 else first + at - start
+            expected = run.offset if run.offset < 0 else run.offset + at - run.dst
+            if shown == expected:
+                pieces.append(Run(run.op, at, expected, stop - at, run.src + at - run.dst, run.owner))
+            at = stop
+        return pieces
+
+    # Resolving
+
+    def settle(self, runs: list[Run]) -> None:
+        """Work off the runs of one wake-up: one run is one waking ioctl; several share a single WAKE.
+
+        What the layout does not allow now is deferred; what the kernel refuses for good goes to `server.failed`.
+        """
+        if len(runs) == 1:
+            self._settle(runs[0], wake=True)
+            return
+        runs = merge(runs)
+        if len(runs) == 1:
+            self._settle(runs[0], wake=True)
+            return
+        low, high = runs[0].dst, runs[-1].dst + runs[-1].left
+        if self.flights and any(low <= page < high for page in self.flights):
+            # A WAKE over all of them would send the sleepers in between around for nothing.
+            for run in runs:
+                self._settle(run, wake=True)
+            return
+        for run in runs:
+            self._settle(run, wake=False)
+        self.resolver.wake(low, high - low)
+
+    def _settle(self, run: Run, *, wake: bool) -> None:
+        result = self.resolver.settle(run, wake=wake)
+        if result == 0:
+            return
+        if result == _EAGAIN:
+            # Without this run's WAKE its sleepers would be let go by the batch's, fault anew, and be joined by
+            # nobody; with it they are woken when it is done.
+            self.defer(run)
+        elif result == -errno.ESRCH:
+            self.gone()
+        else:
+            self.server.failed(self, run, -result)
+
+    def defer(self, run: Run) -> None:
+        """Put a run off until `retry`; it wakes its sleepers then."""
+        self._words[_DEFERRED] += 1
+        self.deferred.append((run, True, perf_counter_ns()))
+        if self.on_deferred is not None:
+            self.on_deferred()
+
+    def retry(self) -> None:
+        """Try the deferred runs again: call after reading events, and on a timer."""
+        runs, self.deferred = self.deferred, []
+        now = perf_counter_ns()
+        for run, wake, since in runs:
+            if self.is_gone:
+                return
+            result = self.resolver.settle(run, wake=wake)
+            if result == _EAGAIN:
+                if now - since > _STUCK_NS:
+                    log.error("%r: the layout has been changing for %.0f s; still trying", run, (now - since) / 1e9)
+                    since += _STUCK_NS  # noqa: PLW2901 - said once per interval
+                self.deferred.append((run, wake, since))
+            elif result == -errno.ESRCH:
+                self.gone()
+            elif result != 0:
+                self.server.failed(self, run, -result)
+
+    def record_latency(self, began_ns: int, count: int = 1) -> None:
+        """Count `count` faults that were read at `began_ns` and are resolved now."""
+        self._words[_LATENCY + min((perf_counter_ns() - began_ns).bit_length(), 47)] += count
+
+    # Flights
+
+    def take_off(self, flight: Flight) -> None:
+        """Enter a flight: faults on its pages join it from now on."""
+        page = self.page_size
+        for address in range(flight.start, flight.end, page):
+            self.flights[address] = flight
+
+    def land(self, flight: Flight) -> None:
+        """Leave a flight, whatever came of it."""
+        flights = self.flights
+        for address in range(flight.start, flight.end, self.page_size):
+            if flights.get(address) is flight:
+                del flights[address]
+
+    # End
+
+    def gone(self) -> None:
+        """The process is gone: nothing is owed to it any more."""
+        if not self.is_gone:
+            self.is_gone = True
+            self.deferred.clear()
+            if self.on_gone is not None:
+                self.on_gone(self)
+
+    def wake_all(self) -> None:
+        """Wake every sleeper: each fault that a predecessor had read comes again as a new message."""
+        for mapping in self.mappings:
+            self.resolver.wake(mapping.start, mapping.end - mapping.start)
+
+    def settled(self, page: int) -> bool:
+        """Tell whether a page is there already, and wake its sleepers if so; **poison it** if not.
+
+        The kernel has no question that only asks: this is for pages that have failed if they are not there. Their
+        sleepers are left asleep, so that the failure can be told before `poison` lets them go.
+        """
+        if self.uffd.try_poison(page, self.page_size, 1) != -errno.EEXIST:
+            return False
+        self.resolver.wake(page, self.page_size)
+        return True
+
+    def poison(self, pages: Iterable[int]) -> None:
+        """Let whoever waits for these pages go with SIGBUS."""
+        for page in pages:
+            start, _, first = self.mappings.locate(page)
+            offset = first if first < 0 else first + page - start
+            self._words[Counter.PAGES_POISONED] += 1
+            self._settle(Run(Op.POISON, page, offset, self.page_size), wake=True)
+
+    def close(self) -> None:
+        """Close the descriptor and forget everything."""
+        self.closing = True
+        self.flights.clear()
+        self.deferred.clear()
+        self.server.closed(self)
+        self.uffd.close()
+
+    def __repr__(self) -> str:
+        return f"<Space {self.identity} {self.uffd!r} {self.mappings!r}>"

@@ -1,0 +1,133 @@
+"""Counters and the latency histogram, in an array of 64-bit words.
+
+The array may be memory that several processes map: what the worker counts, its keeper and the application read
+there, and a successor goes on with. A word has one writer, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import attrs
+
+__all__ = ["Counter", "Counters", "Statistics"]
+
+
+class Counter(enum.IntEnum):
+    """Which word counts what."""
+
+    FAULTS = 0  # messages of missing pages, joined and repeated ones included
+    JOINED = 1  # faults on a page that was on its way already
+    PAGES_FAULT = 2  # pages asked for by a fault
+    PAGES_READAHEAD = 3  # pages brought along with a fault
+    PAGES_PREFETCH = 4
+    PAGES_REPLAY = 5
+    PAGES_BACKGROUND = 6
+    PAGES_ZERO = 7  # of all these, pages filled with zeros
+    PAGES_POISONED = 8
+    BYTES_FETCHED = 9  # taken from the source
+    COPIES = 10
+    ZEROPAGES = 11
+    CONTINUES = 12
+    WAKES = 13
+    EAGAIN = 14
+    EEXIST = 15
+    ENOENT = 16
+    PARTIAL = 17
+    DEFERRED = 18  # runs put off to a timer
+    FORKS = 19
+    REMAPS = 20
+    REMOVES = 21
+    UNMAPS = 22
+    SOURCE_RETRIES = 23
+    SOURCE_ERRORS = 24
+    HANDLER_ERRORS = 25
+    IN_FLIGHT = 26  # source reads and handlers under way
+    BYTES_IN_FLIGHT = 27
+    RESTARTS = 28  # workers that died and were replaced
+    CLIENTS = 29
+    SPACES = 30  # descriptors being served
+    POISONS = 31
+    LATENCY = 32  # 48 buckets follow: index is the bit length of the nanoseconds
+
+
+LATENCY_BUCKETS = 48
+WORDS = 128
+SIZE = WORDS * 8
+
+
+@attrs.frozen
+class Statistics:
+    """A snapshot of what has been counted since the Monitor was entered."""
+
+    faults: int
+    joined: int
+    pages_fault: int
+    pages_readahead: int
+    pages_prefetch: int
+    pages_replay: int
+    pages_background: int
+    pages_zero: int
+    pages_poisoned: int
+    bytes_fetched: int
+    copies: int
+    zeropages: int
+    continues: int
+    wakes: int
+    eagain: int
+    eexist: int
+    enoent: int
+    partial: int
+    deferred: int
+    forks: int
+    remaps: int
+    removes: int
+    unmaps: int
+    source_retries: int
+    source_errors: int
+    handler_errors: int
+    in_flight: int
+    bytes_in_flight: int
+    restarts: int
+    clients: int
+    spaces: int
+    poisons: int
+    latency: tuple[int, ...]
+    """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n."""
+
+    @property
+    def pages(self) -> int:
+        """All pages resolved, whatever the cause."""
+        return (
+            self.pages_fault + self.pages_readahead + self.pages_prefetch + self.pages_replay + self.pages_background
+        )
+
+    def latency_ns(self, quantile: float) -> int:
+        """Return the upper bound of the bucket that holds this quantile (0.5: the median), 0 where nothing is."""
+        total = sum(self.latency)
+        seen = 0
+        for bits, count in enumerate(self.latency):
+            seen += count
+            if count and seen >= quantile * total:
+                return 1 << bits
+        return 0
+
+
+class Counters:
+    """The words themselves. `words[Counter.X] += n` is how the engine counts.
+
+    Args:
+        memory: at least `SIZE` writable bytes; by default a private bytearray.
+    """
+
+    __slots__ = ("words",)
+
+    def __init__(self, memory: Any = None) -> None:
+        self.words = memoryview(bytearray(SIZE) if memory is None else memory)[:SIZE].cast("B").cast("Q")
+
+    def snapshot(self) -> Statistics:
+        """Read all words. Each is exact; between two of them the engine may have gone on."""
+        values = {counter.name.lower(): self.words[counter] for counter in Counter if counter is not Counter.LATENCY}
+        first = int(Counter.LATENCY)
+        return Statistics(**values, latency=tuple(self.words[first : first + LATENCY_BUCKETS].tolist()))
