@@ -1,9 +1,84 @@
-"""aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch."""
+"""aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch.
 
-from aiouffd.errors import *  # noqa: F403
+Layout (imports point down only): `cli` > `monitor` > `pager` > `handoff` > `engine` > `sources` > `kernel` >
+`ranges`, `errors`.
+"""
+
+from aiouffd.engine.handler import Batch, Fault, Handler
+from aiouffd.engine.statistics import Statistics
+from aiouffd.errors import (
+    AccessError,
+    BusyError,
+    ClosedError,
+    HandlerError,
+    HandoffError,
+    LayoutChangingError,
+    OperationError,
+    PagePresentError,
+    PagerDiedError,
+    PagerError,
+    PagerStartError,
+    RangeGoneError,
+    ShortReadError,
+    SourceError,
+    SourceTimeoutError,
+    TargetExitedError,
+    UffdError,
+    UnsupportedError,
+)
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
+from aiouffd.kernel.events import Event, FaultKind, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
-from aiouffd.ranges import Range
+from aiouffd.monitor import Monitor
+from aiouffd.ranges import Address, Offset, Range
+from aiouffd.sources.base import Source, ZeroSource
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AccessError",
+    "Address",
+    "Batch",
+    "BusyError",
+    "Capabilities",
+    "ClosedError",
+    "Event",
+    "Fault",
+    "FaultFlag",
+    "FaultKind",
+    "Feature",
+    "Fork",
+    "Handler",
+    "HandlerError",
+    "HandoffError",
+    "Ioctl",
+    "LayoutChangingError",
+    "Monitor",
+    "Offset",
+    "OperationError",
+    "PageFault",
+    "PagePresentError",
+    "PagerDiedError",
+    "PagerError",
+    "PagerStartError",
+    "Range",
+    "RangeGoneError",
+    "Region",
+    "RegisterMode",
+    "Remap",
+    "Remove",
+    "ShortReadError",
+    "Source",
+    "SourceError",
+    "SourceTimeoutError",
+    "Statistics",
+    "TargetExitedError",
+    "UffdError",
+    "UnknownEvent",
+    "Unmap",
+    "UnsupportedError",
+    "Userfaultfd",
+    "ZeroSource",
+    "probe",
+]

@@ -72,6 +72,7 @@ class Dispatcher:
         counters: shared by all spaces.
         spin_us: microseconds to look again before sleeping; 0: sleep at once.
         landing: where messages land.
+        on_drop: called with a space that is being dropped, before its descriptor is closed.
         on_idle: called when a space was dropped and none is left.
     """
 
@@ -82,14 +83,15 @@ class Dispatcher:
         *,
         spin_us: int = 50,
         landing: Landing | None = None,
+        on_drop: Callable[[Space], None] | None = None,
         on_idle: Callable[[], None] | None = None,
     ) -> None:
         self.spaces: dict[int, Space] = {}  # descriptor -> space
         self._loop = loop
         self._words = counters.words
-        self._spin_ns = spin_us * 1000
-        self._near_ns = 2 * self._spin_ns  # a fault that came so soon after the last would have been worth a look
+        self.spin_us = spin_us
         self._landing: Landing = landing or Memory()
+        self._on_drop = on_drop
         self._on_idle = on_idle
         self._epoll = select.epoll()
         self._last_ns = 0
@@ -101,6 +103,16 @@ class Dispatcher:
         self._only: Space | None = None
         loop.add_reader(self._epoll.fileno(), self._ready)
         self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
+
+    @property
+    def spin_us(self) -> int:
+        """Microseconds to look again before sleeping."""
+        return self._spin_ns // 1000
+
+    @spin_us.setter
+    def spin_us(self, value: int) -> None:
+        self._spin_ns = value * 1000
+        self._near_ns = 2 * self._spin_ns  # a fault that came so soon after the last would have been worth a look
 
     def add(self, space: Space) -> None:
         """Serve a space from now on; its `uffd` is non-blocking."""
@@ -118,6 +130,8 @@ class Dispatcher:
         if self.spaces.pop(fd, None) is None:
             return
         self._epoll.unregister(fd)
+        if self._on_drop is not None:
+            self._on_drop(space)
         space.close()
         self._only = next(iter(self.spaces.values())) if len(self.spaces) == 1 else None
         self._landing.reading(self._only.identity if self._only else -1)

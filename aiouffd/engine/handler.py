@@ -177,6 +177,11 @@ class HandlerServer:
         }
         self._events: asyncio.Queue[Any] | None = None
 
+    @property
+    def local(self) -> bool:
+        """Whether bytes may be at hand without waiting: only the handler knows."""
+        return False
+
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Begin a flight for each fault; removed pages and memory that grew are zeros."""
         zeros: list[Run] = []

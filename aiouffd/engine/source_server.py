@@ -92,6 +92,11 @@ class SourceServer:
         self._zeros: dict[int, mmap.mmap] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def local(self) -> bool:
+        """Whether bytes may be at hand without waiting."""
+        return self._locate is not None or self._read_nowait is not None
+
     # Faults
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
@@ -118,7 +123,7 @@ class SourceServer:
                     space.settle([Run(Op.COPY, page, offset, size, source)])
                 return
         runs: list[Run] = []
-        waiting = 0
+        waiting = zeros = 0
         asked: dict[int, int] = {}  # the windows of this wake-up, so that its faults do not bring one page twice
         for page, _flags, _thread in faults:
             if any(low <= page < high for low, high in asked.items()):
@@ -126,6 +131,7 @@ class SourceServer:
             start, end, first = space.mappings.locate(page)
             if first < 0:
                 self._zero(space, page, first, space.page_size, runs)
+                zeros += 1
                 continue
             offset = first + page - start
             if self._on_touch is not None:
@@ -145,7 +151,7 @@ class SourceServer:
         served = len(faults) - waiting
         if served:
             words[_PAGES_FAULT] += served
-            words[_PAGES_READAHEAD] -= served  # they were counted with their windows
+            words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
 
     def _bring(
@@ -241,7 +247,7 @@ class SourceServer:
         except SourceError as error:
             space.land(flight)
             if not space.is_gone and not space.closing:
-                await self._rescue(space, flight, error)
+                await self._rescue(space, flight, error, cause)
             if cause != Counter.PAGES_READAHEAD:
                 flight.failure = error
             return
@@ -249,10 +255,10 @@ class SourceServer:
             space.land(flight)
             raise
         if not space.is_gone and not space.closing:
-            self._place(space, flight, data)
+            self._place(space, flight, data, cause)
         space.land(flight)
 
-    def _place(self, space: Space, flight: Flight, data: Any) -> None:
+    def _place(self, space: Space, flight: Flight, data: Any, cause: Counter) -> None:
         length = flight.end - flight.start
         data, source = _whole_pages(data, min(length, self._size - flight.offset), length)
         run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
@@ -260,10 +266,10 @@ class SourceServer:
             space.settle([piece])
         if count := len(flight.wanted):
             self._words[_PAGES_FAULT] += count
-            self._words[_PAGES_READAHEAD] -= count
+            self._words[cause] -= count
             space.record_latency(flight.began_ns, count)
 
-    async def _rescue(self, space: Space, flight: Flight, error: SourceError) -> None:
+    async def _rescue(self, space: Space, flight: Flight, error: SourceError, cause: Counter) -> None:
         """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison."""
         page = space.page_size
         for address in sorted(flight.wanted):
@@ -276,7 +282,7 @@ class SourceServer:
                 try:
                     data = await self._read(offset, page, urgent=True)
                     if not space.is_gone and not space.closing:
-                        self._place(space, single, data)
+                        self._place(space, single, data, cause)
                     continue
                 except SourceError as again:
                     failure = again

@@ -159,7 +159,7 @@ class Space:
             elif flags & 6:  # write-protected or minor
                 self._special(page, flags)
             else:
-                self.server.serve(self, [(page, flags, thread)], began)
+                self._serve([(page, flags, thread)], began)
             return
         faults: dict[int, tuple[int, int, int]] = {}
         layout: list[bytes] = []
@@ -188,7 +188,15 @@ class Space:
                 missing.append((page, flags, thread))
         if missing:
             missing.sort()
-            self.server.serve(self, missing, began)
+            self._serve(missing, began)
+
+    def _serve(self, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        try:
+            self.server.serve(self, faults, began_ns)
+        except Exception:
+            # A defect of ours, or of a source's `locate` or `read_nowait`: it costs these pages, and no hang.
+            log.exception("faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults))
+            self.poison(page for page, _, _ in faults if page not in self.flights)
 
     def _join(self, page: int) -> None:
         self._words[_JOINED] += 1
@@ -242,6 +250,11 @@ class Space:
         if self.on_child is not None:
             self.on_child(self, child)
         return child
+
+    def emptied(self, start: int, end: int) -> None:
+        """As a REMOVE event, for a region whose owner tells in place of the kernel."""
+        self.mappings.remove(start, end)
+        self._changed(start, end)
 
     def _changed(self, start: int, end: int) -> None:
         """Forget what is under way for a range whose layout has changed, and wake its sleepers to fault anew."""

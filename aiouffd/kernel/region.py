@@ -45,6 +45,8 @@ class Region(mmap.mmap):
     address: int
     page_size: int
     fd: int
+    monitor: Any
+    """The Monitor that serves it, or None."""
     _listener: LayoutListener | None
     _keep: list[Any]
 
@@ -99,6 +101,7 @@ class Region(mmap.mmap):
             raise
         self.page_size = page_size
         self.fd = fd
+        self.monitor = None
         self._listener = None
         self._keep = []
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
@@ -108,6 +111,14 @@ class Region(mmap.mmap):
     def mapped_length(self) -> int:
         """`len()` rounded up to whole pages: what is really mapped, and what is registered."""
         return align_up(len(self), self.page_size)
+
+    def listen(self, listener: LayoutListener | None) -> None:
+        """Have layout changes told to whoever serves the region without the kernel's events; None: to nobody."""
+        self._listener = listener
+
+    def keep(self, thing: object) -> None:
+        """Keep an object alive for as long as the region is mapped."""
+        self._keep.append(thing)
 
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`; what is emptied reads as zeros afterwards, not as the source's data."""
@@ -136,7 +147,7 @@ class Region(mmap.mmap):
         """
         if self.closed:
             return
-        if self._listener is not None:
+        if self.monitor is not None:
             raise BusyError("munmap", self.address, len(self), _EBUSY)
         length = self.mapped_length
         super().close()
@@ -152,7 +163,7 @@ class Region(mmap.mmap):
     def __del__(self) -> None:
         # Nobody holds a view any more, or the region would be alive.
         if hasattr(self, "_keep"):
-            self._listener = None
+            self.monitor = None
             self.close()
 
     def __repr__(self) -> str:

@@ -1,0 +1,339 @@
+"""The face for memory of this process: `Monitor` serves a region, `open` makes one for a source and serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import threading
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from aiouffd.engine.assembly import Options
+from aiouffd.engine.handler import Handler
+from aiouffd.engine.local import LocalEngine
+from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.source_server import Limits
+from aiouffd.errors import BusyError, ClosedError, UffdError
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.region import Region
+from aiouffd.kernel.settle import leave_sigbus
+from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.pager.client import PagerClient
+from aiouffd.sources.base import ZeroSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.sources.base import Source
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Serves the page faults of a region, from entering the `with` block until leaving it.
+
+    The loop runs in a pager process, so that any thread may touch the region, holding the GIL or not; a thread that
+    touches a missing page with the GIL held stops its whole interpreter, and a loop in it. An asynchronous context
+    manager, and a plain one for programs without a loop.
+
+    Args:
+        region: served by one Monitor at a time.
+        source_or_handler: where the bytes come from; by default zeros. What the region has beyond the source's end
+            is zeros.
+        in_process: run the engine on the caller's loop instead: for memory that only others touch (another process,
+            C code that has dropped the GIL). A touch with the GIL held would stop the loop that should serve it.
+        readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
+        spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
+        on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
+            process), "populate" (all are brought first), "zeros".
+        fork: "dontfork": forked children do not have the region at all, a touch is SIGSEGV there; "serve": they are
+            served with the same contents, and so are their children. That needs CAP_SYS_PTRACE.
+        timeout: seconds for one read of the source or one call of the handler; None: no limit.
+        retries: further tries after a failed read, with exponential backoff and jitter.
+        concurrent_reads: source reads, or handlers, under way at once.
+        bytes_in_flight: bytes of source reads under way at once.
+        user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
+
+    Raises (on entering):
+        UnsupportedError: the kernel lacks userfaultfd or a feature.
+        AccessError: this user may not use it; it names the knobs.
+        BusyError: the region is served already.
+        PagerStartError: the pager did not start, or source or handler cannot travel to it.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        source_or_handler: Source | Handler | None = None,
+        *,
+        in_process: bool = False,
+        readahead: int = 2 << 20,
+        spin_us: int = 50,
+        on_exit: Literal["sigbus", "populate", "zeros"] = "sigbus",
+        fork: Literal["dontfork", "serve"] = "dontfork",
+        timeout: float | None = 30.0,  # noqa: ASYNC109 - of each read, in the pager
+        retries: int = 4,
+        concurrent_reads: int = 128,
+        bytes_in_flight: int = 128 << 20,
+        user_mode_only: bool = False,
+    ) -> None:
+        if not isinstance(region, Region):
+            raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
+        if on_exit not in ("sigbus", "populate", "zeros"):
+            raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
+        if fork not in ("dontfork", "serve"):
+            raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
+        self.region = region
+        self.origin = ZeroSource(len(region)) if source_or_handler is None else source_or_handler
+        self._in_process = in_process
+        self._on_exit = on_exit
+        self._fork = fork
+        self._user_mode_only = user_mode_only
+        limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
+        self._options = Options(readahead, spin_us, limits=limits)
+        self._uffd: Userfaultfd | None = None
+        self._engine: LocalEngine | PagerClient | None = None
+        self._errors: list[BaseException] = []
+        self._raised = 0
+        self._news = threading.Condition()
+        self._waiters: list[Callable[[], object]] = []
+
+    # Entering and leaving
+
+    async def __aenter__(self) -> Self:
+        """Start to serve."""
+        if self._in_process:
+            self._register()
+            try:
+                self._engine = LocalEngine(
+                    self._descriptor, self.origin, self._mapping, self.region.page_size, self._options,
+                    on_error=self._failed,
+                )
+            except BaseException:
+                self._unregister()
+                raise
+            self.region.listen(self._engine)
+            return self
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread cannot be interrupted: let it finish, and undo what it did.
+            with contextlib.suppress(BaseException):
+                await starting
+                await asyncio.to_thread(self._stop)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Serve no longer; settle what is missing as `on_exit` says. Not interrupted by canceling."""
+        if isinstance(self._engine, LocalEngine):
+            try:
+                if self._on_exit == "populate" and kind is None:
+                    await self.prefetch(0, len(self.region))
+            finally:
+                await self._engine.close(poison=self._on_exit == "sigbus")
+                self._settle()
+            return
+        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None))
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            await stopping
+            raise
+
+    def __enter__(self) -> Self:
+        """Start to serve, in a program without a loop."""
+        if self._in_process:
+            raise RuntimeError("in_process=True serves on the caller's event loop: use `async with`")
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Serve no longer; settle what is missing as `on_exit` says."""
+        self._stop(populate=kind is None)
+
+    def _start(self) -> None:
+        # What may take time or fail comes first: the size of a source is asked of a server.
+        _ = getattr(self.origin, "size", None)
+        self._register()
+        try:
+            client = PagerClient(
+                self._descriptor, self.origin, self._mapping, self.region.page_size, self._options,
+                on_error=self._failed,
+            )
+            client.start()
+            self._engine = client
+        except BaseException:
+            self._unregister()
+            raise
+        self.region.listen(None)
+
+    def _stop(self, *, populate: bool = False) -> None:
+        engine = self._engine
+        if not isinstance(engine, PagerClient):
+            return
+        try:
+            if populate and self._on_exit == "populate":
+                engine.request("prefetch", offset=0, length=len(self.region)).result()
+        finally:
+            engine.close(poison=self._on_exit == "sigbus")
+            self._settle()
+
+    def _register(self) -> None:
+        region = self.region
+        if region.monitor is not None:
+            raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
+        if region.closed:
+            raise ClosedError("the region is closed")
+        available = probe()
+        wanted = Feature.THREAD_ID
+        if not self._in_process:
+            wanted |= abi.LAYOUT_EVENTS
+        if self._fork == "serve":
+            wanted |= Feature.EVENT_FORK
+        user_mode_only = self._user_mode_only
+        if not user_mode_only and available.opened_by == "user-mode-only":
+            # Faults of system calls would not be served, which the caller has not agreed to.
+            Userfaultfd().close()
+        self._uffd = Userfaultfd(wanted, user_mode_only=user_mode_only)
+        try:
+            if self._fork != "serve":
+                libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
+            self._uffd.register(region.address, region.mapped_length, RegisterMode.MISSING)
+        except BaseException:
+            self._unregister()
+            raise
+        region.monitor = self
+
+    def _unregister(self) -> None:
+        uffd, self._uffd = self._uffd, None
+        self.region.monitor = None
+        if uffd is not None:
+            with contextlib.suppress(UffdError):
+                uffd.unregister(self.region.address, self.region.mapped_length)
+            uffd.close()
+            if self._fork != "serve":
+                libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+
+    def _settle(self) -> None:
+        """Nobody reads any more: decide what a touch of a missing page is from now on."""
+        uffd, self._uffd = self._uffd, None
+        self._engine = None
+        self.region.monitor = None
+        self.region.listen(None)
+        if uffd is None:
+            return
+        with uffd:
+            if self._on_exit == "sigbus":
+                leave_sigbus(self.region, uffd)
+            else:
+                uffd.unregister(self.region.address, self.region.mapped_length)
+                if self._fork != "serve":
+                    libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+        with self._news:
+            self._tell()
+
+    # Using it
+
+    async def prefetch(self, start: int, length: int) -> None:
+        """Bring `length` bytes from offset `start` of the region. Faults go first.
+
+        Returns when all of them are there. Canceling gives up waiting; what is under way comes all the same.
+
+        Raises:
+            SourceError: the source failed; nothing is poisoned, what came is kept.
+            ValueError: not within the region.
+        """
+        self._check(start, length)
+        engine = self._running()
+        if isinstance(engine, LocalEngine):
+            await engine.prefetch(start, length)
+        else:
+            await asyncio.wrap_future(engine.request("prefetch", offset=start, length=length))
+
+    def prefetch_sync(self, start: int, length: int, timeout: float | None = None) -> None:
+        """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
+        self._check(start, length)
+        engine = self._running()
+        if isinstance(engine, LocalEngine):
+            raise RuntimeError("in_process=True serves on the caller's event loop: await prefetch()")
+        engine.request("prefetch", offset=start, length=length).result(timeout)
+
+    def statistics(self) -> Statistics:
+        """Return what has been counted since entering; also after worker deaths. Costs microseconds."""
+        return self._running().statistics()
+
+    async def wait_error(self) -> None:
+        """Wait until a page could not be had, and raise why: each error once, in order. Canceling is safe.
+
+        Raises:
+            SourceError, HandlerError: why a page was poisoned.
+            PagerDiedError: the pager was given up.
+            ClosedError: the Monitor was left.
+        """
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # that loop is closed
+                loop.call_soon_threadsafe(event.set)
+
+        with self._news:
+            self._waiters.append(tell)
+        try:
+            while True:
+                self.check()
+                if self._engine is None:
+                    raise ClosedError("the Monitor was left")
+                await event.wait()
+                event.clear()
+        finally:
+            with self._news:
+                self._waiters.remove(tell)
+
+    def check(self) -> None:
+        """Raise the next error that has not been raised yet; the plain form of `wait_error`."""
+        with self._news:
+            if self._raised < len(self._errors):
+                self._raised += 1
+                raise self._errors[self._raised - 1]
+
+    def _failed(self, error: BaseException) -> None:
+        with self._news:
+            self._errors.append(error)
+            self._tell()
+
+    def _tell(self) -> None:
+        for tell in self._waiters:
+            tell()
+
+    def _running(self) -> LocalEngine | PagerClient:
+        if self._engine is None:
+            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
+        return self._engine
+
+    def _check(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > len(self.region):
+            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
+
+    @property
+    def _descriptor(self) -> Userfaultfd:
+        assert self._uffd is not None
+        return self._uffd
+
+    @property
+    def _mapping(self) -> Mapping:
+        return Mapping(self.region.address, self.region.address + self.region.mapped_length, 0)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The pager's processes: keeper and worker; empty with `in_process`."""
+        return self._engine.pids if isinstance(self._engine, PagerClient) else ()

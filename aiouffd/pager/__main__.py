@@ -1,0 +1,25 @@
+"""`python -m aiouffd.pager FD`: the pager. Started by `aiouffd.pager.client`, not by hand."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+
+from aiouffd.pager import control, keeper
+from aiouffd.pager.journal import Journal
+
+
+def main() -> int:
+    """Run the keeper on the control socket that was inherited as descriptor FD."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the application's; the pager ends when it does
+    logging.basicConfig(level=logging.WARNING, format="%(name)s[%(process)d]: %(message)s", stream=sys.stderr)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    journal = Journal.create()
+    control.send(connection, {"event": "hello"}, [journal.fd])
+    return keeper.run(journal, connection)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""The application's side: starts a pager, talks to it, and starts it again when it dies.
+
+A thread of its own reads the answers and watches the keeper, so that neither depends on the application's event
+loop, nor on there being one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.resolver import Op, Resolver, Run
+from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError
+from aiouffd.kernel import abi
+from aiouffd.pager import control
+from aiouffd.pager.journal import Journal
+from aiouffd.pager.travel import pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.engine.assembly import Options
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["PagerClient"]
+
+log = logging.getLogger("aiouffd")
+
+_tokens = itertools.count()
+_START_TIMEOUT = 60.0
+_KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
+
+
+class PagerClient:
+    """One pager, for one region.
+
+    Args:
+        uffd: the region's; stays the caller's, and must stay open as long as the client: it is what makes touches
+            wait, instead of reading zeros, while no pager is there.
+        origin: a source or a handler.
+        mapping: where the region lies.
+        page_size: of the region.
+        options: how it is served.
+        on_error: called from the client's thread with each error that the pager reports.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        origin: Any,
+        mapping: Mapping,
+        page_size: int,
+        options: Options,
+        *,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._uffd = uffd
+        self._mapping = mapping
+        self._page_size = page_size
+        self._options = options
+        self._on_error = on_error
+        data, self._descriptors = pack(origin)
+        self._config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
+        with open(os.dup(self._config), "wb") as file:
+            file.write(data)
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[dict[str, Any], list[int], Future[Any]]] = {}
+        self._next = 0
+        self._closing = False
+        self._dead: BaseException | None = None
+        self._keepers = 0
+        self._progress = -1
+        self._origin = 0
+        self._journal: Journal | None = None
+        self._connection: socket.socket | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._worker_pid = 0
+        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
+
+    # The caller's side; thread-safe
+
+    def start(self) -> None:
+        """Start the pager; return when it serves. Blocks for about a tenth of a second.
+
+        Raises:
+            PagerStartError: it did not start, or what it should serve could not be rebuilt there.
+        """
+        try:
+            self._spawn()
+            self._thread.start()
+            self._open([(self._uffd.fileno(), [self._mapping])]).result(_START_TIMEOUT)
+        except TimeoutError as error:
+            self.stop()
+            raise PagerStartError(f"the pager did not answer in {_START_TIMEOUT:.0f} s") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def request(self, op: str, fds: list[int] | None = None, **arguments: Any) -> Future[Any]:
+        """Send a request; the future gives its answer. It is sent again to a worker that succeeds a dead one."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closing or self._dead is not None:
+                raise self._dead or ClosedError("the Monitor has been left")
+            self._next += 1
+            message = {"op": op, "id": self._next, "origin": self._origin, **arguments}
+            self._pending[self._next] = (message, fds or [], future)
+            self._send(message, fds or [])
+        return future
+
+    def statistics(self) -> Statistics:
+        """Read the counters: shared memory, no round trip."""
+        assert self._journal is not None
+        return self._journal.counters.snapshot()
+
+    @property
+    def pids(self) -> tuple[int, int]:
+        """Keeper and worker, as far as known."""
+        return (self._keeper.pid if self._keeper else 0, self._worker_pid)
+
+    def close(self, *, poison: bool) -> None:
+        """Have the pager stop serving the region, and end it unless forked children are still served."""
+        with contextlib.suppress(UffdError, TimeoutError):
+            self.request("close", poison=poison).result(10.0)
+        self.stop()
+
+    def stop(self) -> None:
+        """End the client's side, and the pager's processes with it where they have nothing left to serve."""
+        with self._lock:
+            self._closing = True
+            pending, self._pending = self._pending, {}
+        os.write(self._wake_w, b"x")
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(10.0)
+        for _, _, future in pending.values():
+            if not future.done():
+                future.set_exception(ClosedError("the Monitor has been left"))
+        if self._connection is not None:
+            self._connection.close()
+        if self._keeper is not None:
+            self._reap(self._keeper)
+        for fd in (self._config, self._wake_r, self._wake_w):
+            os.close(fd)
+
+    # The thread's side
+
+    def _spawn(self) -> None:
+        """Start a keeper and wait for its hello."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # -P: the working directory is not put in front of sys.path. A session of its own: Ctrl-C is not for it.
+            self._keeper = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", "aiouffd.pager", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise PagerStartError(f"{sys.executable!r} could not be started: {error}") from error
+        finally:
+            theirs.close()
+        ours.settimeout(_START_TIMEOUT)
+        try:
+            _, (journal,) = control.receive(ours)
+        except (control.Closed, TimeoutError, ValueError) as error:
+            ours.close()
+            self._keeper.kill()
+            status = self._keeper.wait()
+            raise PagerStartError(
+                f"`{sys.executable} -m aiouffd.pager` ended with status {status} before it said hello;"
+                " its standard error tells why (is aiouffd installed for this interpreter?)"
+            ) from error
+        ours.settimeout(None)
+        with self._lock:
+            self._journal, self._connection = Journal(journal), ours
+
+    def _open(self, spaces: list[tuple[int, list[Mapping]]]) -> Future[Any]:
+        options = attrs.asdict(self._options)
+        pidfd = os.pidfd_open(os.getpid())
+        fds = [pidfd, self._config, *(item.fd for item in self._descriptors), *(fd for fd, _ in spaces)]
+        items = [
+            {
+                "page_size": self._page_size,
+                "features": int(self._uffd.features),
+                "mappings": [attrs.astuple(mapping) for mapping in mappings],
+            }
+            for _, mappings in spaces
+        ]
+        token = f"{os.getpid()}-{id(self):x}-{next(_tokens)}"  # a request that is sent twice opens once
+        path = [entry for entry in sys.path if entry]
+        future = self.request("open", fds, token=token, spaces=items, options=options, path=path)
+
+        def opened(future: Future[Any]) -> None:
+            os.close(pidfd)
+            if future.exception() is None:
+                self._origin = future.result()["origin"]
+
+        future.add_done_callback(opened)
+        return future
+
+    def _send(self, message: dict[str, Any], fds: list[int]) -> None:
+        assert self._connection is not None
+        with contextlib.suppress(control.Closed, OSError):  # the keeper is gone: sent again by its successor
+            control.send(self._connection, message, fds)
+
+    def _run(self) -> None:
+        while not self._closing:
+            assert self._connection is not None
+            assert self._keeper is not None
+            # The worker holds the socket too: only the keeper's own end tells of its death.
+            keeper = os.pidfd_open(self._keeper.pid)
+            try:
+                self._listen(self._connection, keeper)
+            finally:
+                os.close(keeper)
+            if self._closing:
+                return
+            if self._dead is not None:
+                return
+            try:
+                self._restart()
+            except UffdError as error:
+                self._poison()
+                self._give_up(error)
+                return
+
+    def _listen(self, connection: socket.socket, keeper: int) -> None:
+        """Handle messages until the keeper ends, or the client is stopped."""
+        poller = select.poll()
+        for fd in (connection.fileno(), keeper, self._wake_r):
+            poller.register(fd, select.POLLIN)
+        while not self._closing:
+            ready = {fd for fd, _ in poller.poll()}
+            if connection.fileno() in ready:
+                try:
+                    self._handle(*control.receive(connection))
+                except (control.Closed, OSError):
+                    poller.unregister(connection)
+            elif keeper in ready:
+                return
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        event = message.get("event")
+        if event == "ready":
+            self._worker_pid = message["pid"]
+            # Perhaps the successor of one that died with our requests.
+            with self._lock:
+                opening = [item for item in self._pending.values() if item[0]["op"] in ("open", "takeover")]
+                for request, attached, _ in opening or self._pending.values():
+                    self._send(request, attached)
+        elif event == "error":
+            self._on_error(control.decode_error(message["error"]))
+        elif event == "died":
+            self._give_up(control.decode_error(message["error"]))
+        else:
+            _, _, future = self._pending.pop(message["id"], (None, None, None))
+            if future is None or future.done():
+                for fd in fds:
+                    os.close(fd)
+            elif "error" in message:
+                future.set_exception(control.decode_error(message["error"]))
+            else:
+                future.set_result({**(message["ok"] or {}), "fds": fds})
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._lock:
+            self._dead = error
+            pending, self._pending = self._pending, {}
+        for _, _, future in pending.values():
+            future.set_exception(error)
+        self._on_error(error)
+
+    def _restart(self) -> None:
+        """The keeper is gone: have the worker hand over what it serves, and give it to a new pair.
+
+        While nobody reads, touches wait: this process holds a duplicate of the descriptor.
+        """
+        assert self._journal is not None
+        assert self._keeper is not None
+        status = self._keeper.wait()
+        resolved = self.statistics().pages
+        self._keepers = 1 if resolved != self._progress else self._keepers + 1
+        self._progress = resolved
+        if self._keepers >= _KEEPERS:
+            raise PagerDiedError(f"{_KEEPERS} pagers died with no fault resolved between them (status {status})")
+        log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", self._keeper.pid, status)
+        old, journal = self._connection, self._journal
+        assert old is not None
+        # An orphaned worker serves on while its successor starts, and hands over to it directly: this thread may not
+        # get the GIL in between, since whoever holds it may be waiting for a page.
+        self._spawn()
+        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, contextlib.suppress(control.Closed, OSError):
+            control.send(old, {"op": "handover", "id": 0}, [theirs.fileno()])
+        future = self.request("takeover", [ours.fileno()])
+
+        def taken(future: Future[Any]) -> None:
+            ours.close()
+            old.close()
+            if future.exception() is None:
+                self._resend()
+                return
+            if journal.counters.words[Counter.SPACES] > 1:
+                log.error("keeper and worker died together: forked children are served no longer")
+            assert self._journal is not None
+            self._journal.counters.words[:] = journal.counters.words
+            self._open([(self._uffd.fileno(), self._mappings(journal))]).add_done_callback(lambda _: self._resend())
+
+        future.add_done_callback(taken)
+
+    def _resend(self) -> None:
+        with self._lock:
+            for request, attached, _ in self._pending.values():
+                self._send(request, attached)
+
+    def _poison(self) -> None:
+        """Nobody will serve any more: whoever waits, or touches a missing page, gets SIGBUS. No hang, no zeros."""
+        assert self._journal is not None
+        resolver = Resolver(self._uffd, self._page_size, Counters())
+        for mapping in self._mappings(self._journal):
+            resolver.settle(Run(Op.POISON, mapping.start, mapping.offset, mapping.end - mapping.start), wake=True)
+
+    @property
+    def _forked(self) -> bool:
+        return self._journal is not None and self._journal.counters.words[Counter.SPACES] > 1
+
+    def _mappings(self, journal: Journal) -> list[Mapping]:
+        """Return what the region shows now, from the journal of a pager that is gone."""
+        state, events = journal.load()
+        mappings = Mappings([self._mapping])
+        identity = -1
+        if state is not None and state["spaces"]:
+            first = min(state["spaces"], key=lambda item: int(item["id"]))
+            identity = first["id"]
+            mappings = Mappings(Mapping(*item) for item in first["mappings"])
+        for space, message in events:
+            if space != identity:
+                continue
+            if message[0] == abi.EVENT_REMAP:
+                mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
+            elif message[0] == abi.EVENT_REMOVE:
+                mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
+            elif message[0] == abi.EVENT_UNMAP:
+                mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
+        return list(mappings)
+
+    def _reap(self, keeper: subprocess.Popen[bytes]) -> None:
+        try:
+            keeper.wait(5.0 if not self._forked else 0.2)
+        except subprocess.TimeoutExpired:
+            if not self._forked:
+                keeper.kill()
+                keeper.wait()
+            else:  # it serves forked children until the last of them is gone; no zombie may be left then
+                threading.Thread(target=keeper.wait, name="aiouffd-reaper", daemon=True).start()

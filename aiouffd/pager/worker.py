@@ -1,0 +1,332 @@
+"""The worker: the event loop that serves. What it must not lose is in the journal before it acts on it."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.source_server import Limits
+from aiouffd.engine.space import Space
+from aiouffd.errors import PagerStartError, UffdError
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.pager import control
+from aiouffd.pager.journal import CLOSED, Journal
+from aiouffd.pager.travel import unpack
+
+if TYPE_CHECKING:
+    from aiouffd.engine.handler import HandlerServer
+    from aiouffd.engine.source_server import SourceServer
+
+__all__ = ["descriptors", "run", "spaces"]
+
+log = logging.getLogger("aiouffd.pager")
+
+
+def run(journal: Journal, connection: socket.socket) -> None:
+    """Serve until nobody is left to be served."""
+    gc.freeze()  # what the keeper made lives as long as the worker does
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Worker(journal, connection).main())
+
+
+def descriptors(journal: Journal) -> set[int]:
+    """Return the descriptors that a worker's journal speaks of."""
+    state, _ = journal.load()
+    return journal.forked() | (_numbers(state) if state is not None else set())
+
+
+def _numbers(state: dict[str, Any]) -> set[int]:
+    """Return the descriptors that a state speaks of."""
+    known = {space["fd"] for space in state["spaces"]}
+    for origin in state["origins"].values():
+        known.update((origin["pidfd"], origin["config"], *origin["fds"]))
+    return known
+
+
+def spaces(journal: Journal) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Return (descriptor, page size, ranges) of each space in a journal's last snapshot."""
+    state, _ = journal.load()
+    return [
+        (space["fd"], space["page_size"], [(start, end) for start, end, _ in space["mappings"]])
+        for space in (state["spaces"] if state else ())
+    ]
+
+
+class _Origin:
+    """What serves some spaces: a source or a handler, and how it came here."""
+
+    def __init__(self, identity: int, record: dict[str, Any], server: SourceServer | HandlerServer) -> None:
+        self.identity = identity
+        self.record = record
+        self.server = server
+
+
+class _Worker:
+    def __init__(self, journal: Journal, connection: socket.socket) -> None:
+        self.journal = journal
+        self.connection = connection
+        self.origins: dict[int, _Origin] = {}
+        self.of_space: dict[int, _Origin] = {}  # space identity -> what serves it
+        self.next_identity = 1
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.done = asyncio.Event()
+        self.dispatcher: Dispatcher
+
+    async def main(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.connection.setblocking(False)
+        fresh = self.journal.adopt()
+        state, events = self.journal.load()
+        self.journal.on_full = self.state
+        self.dispatcher = Dispatcher(
+            loop, self.journal.counters, spin_us=state["spin_us"] if state else 50, landing=self.journal,
+            on_drop=self.dropped, on_idle=self.idle
+        )
+        if state is not None:
+            self.restore(state, events, fresh)
+        loop.add_reader(self.connection.fileno(), self.requests)
+        self.send({"event": "ready", "pid": os.getpid()})
+        await self.done.wait()
+        for origin in self.origins.values():
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(origin.server.aclose(), 1.0)
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a successor needs."""
+        return {
+            "next": self.next_identity,
+            "spin_us": self.dispatcher.spin_us,
+            "origins": {str(origin.identity): origin.record for origin in self.origins.values()},
+            "spaces": [
+                {
+                    "id": space.identity,
+                    "fd": fd,
+                    "page_size": space.page_size,
+                    "features": int(space.uffd.features),
+                    "origin": self.of_space[space.identity].identity,
+                    "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in space.mappings],
+                }
+                for fd, space in self.dispatcher.spaces.items()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any], events: list[tuple[int, bytes]], fresh: int) -> None:
+        """Take over from a predecessor: its state, the events since then, and the faults that it had read."""
+        self.next_identity = state["next"]
+        for identity, record in state["origins"].items():
+            self.origins[int(identity)] = self.build(int(identity), record)
+        for item in state["spaces"]:
+            self.serve(item["fd"], item, self.origins[item["origin"]], item["id"])
+        known = {space.identity: space for space in self.dispatcher.spaces.values()}
+        for index, (identity, message) in enumerate(events):
+            space = known.get(identity)
+            if space is None:
+                continue
+            if message[0] == CLOSED:
+                self.dispatcher.drop(known.pop(identity))
+                continue
+            space.layout(message, replay=index < len(events) - fresh)
+            known.update((child.identity, child) for child in self.dispatcher.spaces.values())
+        self.save()
+        for space in self.dispatcher.spaces.values():
+            space.wake_all()
+
+    def save(self) -> None:
+        self.journal.save(self.state())
+
+    def build(self, identity: int, record: dict[str, Any]) -> _Origin:
+        """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
+        size = os.fstat(record["config"]).st_size
+        config = os.pread(record["config"], size, 0)
+        for entry in record["path"]:
+            if entry not in sys.path:
+                sys.path.append(entry)
+        thing = unpack(config, [os.dup(fd) for fd in record["fds"]])
+        server = make_server(thing, self.journal.counters, options_of(record), on_error=self.error)
+        origin = _Origin(identity, record, server)
+        with contextlib.suppress(OSError, ValueError):
+            asyncio.get_running_loop().add_reader(record["pidfd"], self.exited, record["pidfd"])
+        return origin
+
+    def serve(self, fd: int, item: dict[str, Any], origin: _Origin, identity: int) -> Space:
+        options = options_of(origin.record)
+        space = Space(
+            Userfaultfd.from_fd(fd, Feature(item["features"])),
+            Mappings(Mapping(*mapping) for mapping in item["mappings"]),
+            page_size=item["page_size"],
+            server=origin.server,
+            counters=self.journal.counters,
+            readahead=make_readahead(item["page_size"], options, local=origin.server.local),
+            identity=identity,
+            write_protect=options.track_writes,
+            on_child=self.forked,
+        )
+        self.of_space[identity] = origin
+        self.dispatcher.add(space)
+        return space
+
+    def forked(self, parent: Space, child: Space) -> None:
+        child.identity = self.next_identity
+        self.next_identity += 1
+        self.of_space[child.identity] = self.of_space[parent.identity]
+        self.dispatcher.add(child)
+
+    def dropped(self, space: Space) -> None:
+        """Tell the successor before the descriptor's number can mean something else."""
+        self.journal.closed(space.identity)
+        self.of_space.pop(space.identity, None)
+
+    # Requests
+
+    def requests(self) -> None:
+        try:
+            message, fds = control.receive(self.connection)
+        except BlockingIOError:
+            return
+        except control.Closed:
+            asyncio.get_running_loop().remove_reader(self.connection.fileno())
+            if not self.dispatcher.spaces:
+                self.done.set()
+            return
+        task = asyncio.get_running_loop().create_task(self.answer(message, fds))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def answer(self, message: dict[str, Any], fds: list[int]) -> None:
+        try:
+            answer = await getattr(self, "do_" + message["op"])(message, fds)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
+            self.send({"id": message["id"], "error": control.encode_error(error)})
+        else:
+            self.send({"id": message["id"], "ok": answer})
+
+    async def do_open(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Begin to serve: descriptors are the pidfd, the configuration, its own ones, then one for each space."""
+        for known in self.origins.values():
+            if known.record["token"] == message["token"]:  # sent again: a predecessor died before it could answer
+                for fd in fds:
+                    os.close(fd)
+                return {"origin": known.identity, "pid": os.getpid()}
+        items = message["spaces"]
+        pidfd, config = fds[:2]
+        own, uffds = fds[2 : len(fds) - len(items)], fds[len(fds) - len(items) :]
+        record = {"pidfd": pidfd, "config": config, "fds": own} | {
+            key: message[key] for key in ("token", "path", "options")
+        }
+        identity = self.next_identity
+        try:
+            origin = self.build(identity, record)
+        except UffdError:
+            raise
+        except Exception as error:
+            raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
+        self.origins[identity] = origin
+        self.next_identity += 1
+        self.dispatcher.spin_us = options_of(record).spin_us
+        for fd, item in zip(uffds, items, strict=True):
+            self.serve(fd, item, origin, self.next_identity)
+            self.next_identity += 1
+        self.save()
+        for space in self.dispatcher.spaces.values():
+            space.wake_all()
+        return {"origin": identity, "pid": os.getpid()}
+
+    async def do_prefetch(self, message: dict[str, Any], fds: list[int]) -> None:
+        for identity, origin in list(self.of_space.items()):
+            if origin.identity == message["origin"]:
+                space = next((s for s in self.dispatcher.spaces.values() if s.identity == identity), None)
+                if space is not None:
+                    await origin.server.prefetch(space, message["offset"], message["length"])
+                return
+
+    async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Serve the application's own space no longer; what threads wait for is poisoned, if asked. Children stay."""
+        for space in list(self.dispatcher.spaces.values()):
+            if self.of_space[space.identity].identity == message["origin"] and space.identity == message["origin"] + 1:
+                if message["poison"]:
+                    space.poison({page for flight in space.flights.values() for page in flight.wanted})
+                self.dispatcher.drop(space)
+
+    async def do_handover(self, message: dict[str, Any], fds: list[int]) -> None:
+        """The keeper is dead: give everything to the worker of another one, over the socket that came along."""
+        state = self.state()
+        numbers = sorted(_numbers(state))
+        text = json.dumps({"state": state, "numbers": numbers, "counters": self.journal.counters.words.tolist()})
+        memory = os.memfd_create("aiouffd-handover", os.MFD_CLOEXEC)
+        os.write(memory, text.encode())
+        with socket.socket(fileno=fds[0]) as successor:
+            for attached in [[memory], *(numbers[at : at + 200] for at in range(0, len(numbers), 200))]:
+                control.send(successor, {}, attached)
+        os._exit(0)  # nothing is finalized, nothing is read any more: what comes now waits for the successor
+
+    async def do_takeover(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Take everything over from a worker whose keeper is dead; `Closed` where that has died, too."""
+        with socket.socket(fileno=fds[0]) as predecessor:
+            predecessor.settimeout(10.0)
+            _, (memory,) = control.receive(predecessor)
+            text = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
+            os.close(memory)
+            received: list[int] = []
+            while len(received) < len(text["numbers"]):
+                received += control.receive(predecessor)[1]
+        renumbered = dict(zip(text["numbers"], received, strict=True))
+        state = text["state"]
+        for record in state["origins"].values():
+            record.update(
+                pidfd=renumbered[record["pidfd"]],
+                config=renumbered[record["config"]],
+                fds=[renumbered[fd] for fd in record["fds"]],
+            )
+        for item in state["spaces"]:
+            item["fd"] = renumbered[item["fd"]]
+        self.journal.counters.words[:] = memoryview(array.array("Q", text["counters"]))
+        self.dispatcher.spin_us = state["spin_us"]
+        self.restore(state, [], 0)
+        return {"origin": min(self.origins, default=0)}
+
+    # What happens
+
+    def idle(self) -> None:
+        self.done.set()
+
+    def exited(self, pidfd: int) -> None:
+        """The application is gone; its forked children may live on."""
+        asyncio.get_running_loop().remove_reader(pidfd)
+        for space in list(self.dispatcher.spaces.values()):
+            if space.uffd.gone():
+                space.gone()
+                self.dispatcher.drop(space)
+        if not self.dispatcher.spaces:
+            self.done.set()
+
+    def error(self, error: UffdError) -> None:
+        log.error("%s", error)
+        self.send({"event": "error", "error": control.encode_error(error)})
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            control.send(self.connection, message)
+        except (control.Closed, OSError) as error:
+            log.debug("nobody is there to be told: %s", error)
+
+
+def options_of(record: dict[str, Any]) -> Options:
+    """Rebuild the options from JSON."""
+    values = dict(record["options"])
+    return Options(**{**values, "limits": Limits(**values["limits"])})
