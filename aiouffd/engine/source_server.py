@@ -170,12 +170,14 @@ class SourceServer:
         flights: list[Flight] = []
         for low, size in _spared(space, address, length):
             at = offset + low - address
-            self._words[cause] += size // page
             while size > 0:
                 kind, part = self._extent(at, size, page)
                 if kind == "zeros":
                     self._zero(space, low, at, part, runs)
-                elif not self._at_hand(low, at, part, page, runs):
+                    self._words[cause] += part // page
+                elif self._at_hand(low, at, part, runs):
+                    self._words[cause] += part // page
+                else:
                     flights.append(self._begin(space, low, at, part, wanted, began_ns, cause))
                 low, at, size = low + part, at + part, size - part  # noqa: PLW2901 - walks through the window
         return flights
@@ -191,7 +193,7 @@ class SourceServer:
         whole = (self._size - offset) & -page
         return ("data", whole) if whole else ("tail", page)
 
-    def _at_hand(self, address: int, offset: int, length: int, page: int, runs: list[Run]) -> bool:
+    def _at_hand(self, address: int, offset: int, length: int, runs: list[Run]) -> bool:
         """Add a run for bytes that need no waiting; tell whether they did not."""
         available = min(length, self._size - offset)
         source: int | None = None
@@ -246,6 +248,7 @@ class SourceServer:
             data = await self._read(flight.offset, flight.end - flight.start, urgent=cause == Counter.PAGES_READAHEAD)
         except SourceError as error:
             space.land(flight)
+            space.readahead.forget(flight.offset, flight.offset + flight.end - flight.start)
             if not space.is_gone and not space.closing:
                 await self._rescue(space, flight, error, cause)
             if cause != Counter.PAGES_READAHEAD:
@@ -264,9 +267,10 @@ class SourceServer:
         run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
         for piece in space.valid(run):
             space.settle([piece])
-        if count := len(flight.wanted):
-            self._words[_PAGES_FAULT] += count
-            self._words[cause] -= count
+        count = len(flight.wanted)
+        self._words[_PAGES_FAULT] += count
+        self._words[cause] += length // space.page_size - count
+        if count:
             space.record_latency(flight.began_ns, count)
 
     async def _rescue(self, space: Space, flight: Flight, error: SourceError, cause: Counter) -> None:

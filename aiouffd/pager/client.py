@@ -87,6 +87,7 @@ class PagerClient:
         self._origin = 0
         self._journal: Journal | None = None
         self._connection: socket.socket | None = None
+        self._owners: list[tuple[socket.socket, Journal]] = []  # workers without a keeper, oldest first
         self._keeper: subprocess.Popen[bytes] | None = None
         self._worker_pid = 0
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -152,6 +153,7 @@ class PagerClient:
                 future.set_exception(ClosedError("the Monitor has been left"))
         if self._connection is not None:
             self._connection.close()
+        self._disown()
         if self._keeper is not None:
             self._reap(self._keeper)
         for fd in (self._config, self._wake_r, self._wake_w):
@@ -300,29 +302,58 @@ class PagerClient:
         if self._keepers >= _KEEPERS:
             raise PagerDiedError(f"{_KEEPERS} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", self._keeper.pid, status)
-        old, journal = self._connection, self._journal
-        assert old is not None
+        assert self._connection is not None
+        self._owners.append((self._connection, self._journal))
+        with self._lock:  # a takeover that was under way is begun anew
+            for number in [number for number, item in self._pending.items() if item[0]["op"] == "takeover"]:
+                del self._pending[number]
         # An orphaned worker serves on while its successor starts, and hands over to it directly: this thread may not
         # get the GIL in between, since whoever holds it may be waiting for a page.
         self._spawn()
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Have the new worker take over from whichever of its predecessors serves the region.
+
+        That is the oldest one that lives: a worker ends only when its successor has acknowledged that it has all.
+        """
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, contextlib.suppress(control.Closed, OSError):
-            control.send(old, {"op": "handover", "id": 0}, [theirs.fileno()])
+        with theirs:
+            for connection, _ in self._owners:
+                with contextlib.suppress(control.Closed, OSError):
+                    control.send(connection, {"op": "handover", "id": 0}, [theirs.fileno()])
+                    break
+            else:
+                ours.close()
+                self._open_from_journal()
+                return
         future = self.request("takeover", [ours.fileno()])
 
         def taken(future: Future[Any]) -> None:
             ours.close()
-            old.close()
             if future.exception() is None:
+                self._disown()
                 self._resend()
-                return
-            if journal.counters.words[Counter.SPACES] > 1:
-                log.error("keeper and worker died together: forked children are served no longer")
-            assert self._journal is not None
-            self._journal.counters.words[:] = journal.counters.words
-            self._open([(self._uffd.fileno(), self._mappings(journal))]).add_done_callback(lambda _: self._resend())
+            else:
+                self._take_over()
 
         future.add_done_callback(taken)
+
+    def _open_from_journal(self) -> None:
+        """All workers that have served the region are dead: what it shows is in the newest journal that was used."""
+        journal = next((item for _, item in reversed(self._owners) if item.load()[0] is not None), self._owners[0][1])
+        if journal.counters.words[Counter.SPACES] > 1:
+            log.error("keeper and worker died together: forked children are served no longer")
+        assert self._journal is not None
+        self._journal.counters.words[:] = journal.counters.words
+        mappings = self._mappings(journal)
+        self._disown()
+        self._open([(self._uffd.fileno(), mappings)]).add_done_callback(lambda _: self._resend())
+
+    def _disown(self) -> None:
+        for connection, _ in self._owners:
+            connection.close()
+        self._owners.clear()
 
     def _resend(self) -> None:
         with self._lock:

@@ -35,6 +35,8 @@ __all__ = ["descriptors", "run", "spaces"]
 
 log = logging.getLogger("aiouffd.pager")
 
+_HANDOVER_TIMEOUT = 10.0
+
 
 def run(journal: Journal, connection: socket.socket) -> None:
     """Serve until nobody is left to be served."""
@@ -270,34 +272,39 @@ class _Worker:
         text = json.dumps({"state": state, "numbers": numbers, "counters": self.journal.counters.words.tolist()})
         memory = os.memfd_create("aiouffd-handover", os.MFD_CLOEXEC)
         os.write(memory, text.encode())
-        with socket.socket(fileno=fds[0]) as successor:
+        with socket.socket(fileno=fds[0]) as successor, contextlib.suppress(control.Closed, OSError):
+            successor.settimeout(_HANDOVER_TIMEOUT)
             for attached in [[memory], *(numbers[at : at + 200] for at in range(0, len(numbers), 200))]:
                 control.send(successor, {}, attached)
-        os._exit(0)  # nothing is finalized, nothing is read any more: what comes now waits for the successor
+            control.receive(successor)  # it has all: from here on it serves
+            os._exit(0)
+        os.close(memory)
+        log.warning("the successor died before it had taken over: serving on")
 
     async def do_takeover(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Take everything over from a worker whose keeper is dead; `Closed` where that has died, too."""
         with socket.socket(fileno=fds[0]) as predecessor:
-            predecessor.settimeout(10.0)
+            predecessor.settimeout(_HANDOVER_TIMEOUT)
             _, (memory,) = control.receive(predecessor)
             text = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
             os.close(memory)
             received: list[int] = []
             while len(received) < len(text["numbers"]):
                 received += control.receive(predecessor)[1]
-        renumbered = dict(zip(text["numbers"], received, strict=True))
-        state = text["state"]
-        for record in state["origins"].values():
-            record.update(
-                pidfd=renumbered[record["pidfd"]],
-                config=renumbered[record["config"]],
-                fds=[renumbered[fd] for fd in record["fds"]],
-            )
-        for item in state["spaces"]:
-            item["fd"] = renumbered[item["fd"]]
-        self.journal.counters.words[:] = memoryview(array.array("Q", text["counters"]))
-        self.dispatcher.spin_us = state["spin_us"]
-        self.restore(state, [], 0)
+            renumbered = dict(zip(text["numbers"], received, strict=True))
+            state = text["state"]
+            for record in state["origins"].values():
+                record.update(
+                    pidfd=renumbered[record["pidfd"]],
+                    config=renumbered[record["config"]],
+                    fds=[renumbered[fd] for fd in record["fds"]],
+                )
+            for item in state["spaces"]:
+                item["fd"] = renumbered[item["fd"]]
+            self.journal.counters.words[:] = memoryview(array.array("Q", text["counters"]))
+            self.dispatcher.spin_us = state["spin_us"]
+            self.restore(state, [], 0)
+            control.send(predecessor, {"taken": True})
         return {"origin": min(self.origins, default=0)}
 
     # What happens

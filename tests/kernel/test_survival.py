@@ -1,0 +1,286 @@
+"""Kills of the pager's processes, at random and at chosen moments: no fault is lost, no byte is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from scenario import play
+
+import aiouffd
+
+KILLS = 200
+SIZE = 256 << 20
+
+
+def kill(pid: int) -> bool:
+    """Kill -9; tell whether it was alive."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def gone(pid: int, seconds: float) -> bool:
+    """Wait until a process has ended (a zombie has)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    """Wait until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
+
+
+def workers_die_while_threads_touch() -> None:
+    """Scenario."""
+    rng = random.Random(1)
+    landed = 0
+    while landed < KILLS:
+        region = aiouffd.Region(SIZE)
+        pages = list(range(SIZE // PAGE))
+        rng.shuffle(pages)
+        with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
+            touchers = Touchers(region.address, [pages[n::16] for n in range(16)])
+            while touchers.alive:
+                time.sleep(rng.uniform(0.002, 0.03))
+                landed += kill(monitor.pids[1]) and touchers.alive
+            touchers.join()
+            monitor.check()
+            assert monitor.statistics().restarts > 0
+        assert not touchers.wrong, touchers.wrong[:5]
+        assert touchers.worst < 0.2, touchers.worst
+    print(landed)
+
+
+def test_200_kills_of_the_worker_while_16_threads_touch() -> None:
+    """Every byte right, and no toucher waits more than 200 ms for one page."""
+    output, _ = play(workers_die_while_threads_touch, deadline=90)
+    assert int(output.split()[-1]) >= 150
+
+
+def tree(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[int]) -> bool:
+    """Touch, drop and fork; tell whether every byte was right. What was dropped is zeros, in children as well."""
+    for _ in range(120):
+        page = rng.randrange(pages)
+        choice = rng.random()
+        if choice < 0.1:
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+            dropped.add(page)
+        got = peek(region.address + page * PAGE)
+        if got != (bytes(8) if page in dropped else word(page)):
+            print("wrong", page, got, page in dropped, file=sys.stderr)
+            return False
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            right = False
+            try:
+                right = in_child(region, random.Random(rng.random()), pages, dropped)
+            finally:
+                os._exit(0 if right else 1)
+        children.append(child)
+    return all([os.waitpid(child, 0)[1] == 0 for child in children])  # noqa: C419 - wait for all of them
+
+
+def in_child(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[int]) -> bool:
+    """As `tree`, for a child: what its parent had dropped must not come back."""
+    for page in sorted(dropped):
+        if peek(region.address + page * PAGE) != bytes(8):
+            print("came back", page, file=sys.stderr)
+            return False
+    free = [page for page in range(pages) if page not in dropped]
+    for _ in range(60):
+        page = rng.choice(free)
+        if peek(region.address + page * PAGE) != word(page):
+            print("wrong in child", page, file=sys.stderr)
+            return False
+    return True
+
+
+def workers_die_while_a_tree_changes() -> None:
+    """Scenario."""
+    rng = random.Random(2)
+    landed = rounds = 0
+    size = 16 << 20
+    while landed < KILLS:
+        rounds += 1
+        region = aiouffd.Region(size)
+        with aiouffd.Monitor(region, Pattern(size), readahead=0, fork="serve") as monitor:
+            child = os.fork()
+            if child == 0:
+                right = False
+                try:
+                    dropped: set[int] = set()
+                    right = all(tree(region, rng, size // PAGE, dropped) for _ in range(6))
+                finally:
+                    os._exit(0 if right else 1)
+            while True:
+                time.sleep(rng.uniform(0.002, 0.02))
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    assert status == 0
+                    break
+                landed += kill(monitor.pids[1])
+            monitor.check()
+        rng.random()
+    print(landed)
+
+
+def test_200_kills_of_the_worker_while_a_process_tree_drops_and_forks() -> None:
+    """Dropped pages stay zeros, forked children see what their parents saw."""
+    output, _ = play(workers_die_while_a_tree_changes, deadline=110)
+    assert int(output.split()[-1]) >= 150
+
+
+def layout_changes_survive() -> None:
+    """Scenario."""
+    for number in range(20):
+        size = 4 << 20
+        region = aiouffd.Region(size)
+        with aiouffd.Monitor(region, Pattern(size), readahead=0) as monitor:
+            assert region[: 8 * PAGE] == content(0, 8 * PAGE)
+            region.madvise(mmap.MADV_DONTNEED, 0, 4 * PAGE)
+            if number % 2:
+                kill(monitor.pids[1])
+            region.resize(size + (8 << 20))  # moves, most times
+            if number % 3:
+                kill(monitor.pids[1])
+            assert region[: 4 * PAGE] == bytes(4 * PAGE)
+            assert region[4 * PAGE : 16 * PAGE] == content(4 * PAGE, 12 * PAGE)
+            assert region[size : size + PAGE] == bytes(PAGE)
+            kill(monitor.pids[1])
+            assert region[16 * PAGE : 64 * PAGE] == content(16 * PAGE, 48 * PAGE)
+
+
+def test_removed_moved_and_grown_memory_survives_kills() -> None:
+    """REMOVE and REMAP are not forgotten with the worker that read them."""
+    play(layout_changes_survive)
+
+
+def keeper_dies() -> None:
+    """Scenario."""
+    size = 4 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Pattern(size), readahead=0, fork="serve") as monitor:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0 if region[100 * PAGE : 108 * PAGE] == content(100 * PAGE, 8 * PAGE) else 1)
+        region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+        for number in range(5):
+            keeper, worker = monitor.pids
+            assert kill(keeper)
+            page = 1 + number * 4
+            assert region[page * PAGE : (page + 4) * PAGE] == content(page * PAGE, 4 * PAGE)  # served without a break
+            until(lambda keeper=keeper, worker=worker: not {keeper, worker} & set(monitor.pids))
+            assert gone(worker, 5)
+        assert region[:PAGE] == bytes(PAGE)
+        os.write(write, b"x")
+        assert os.waitpid(child, 0)[1] == 0  # its descriptor went from worker to worker
+        kill(monitor.pids[0])
+        kill(monitor.pids[1])
+        keeper, worker = monitor.pids
+        # Without the GIL: while both are dead, the thread that starts another pair needs it.
+        assert peek(region.address + 200 * PAGE) == word(200)
+        assert peek(region.address) == bytes(8)
+        monitor.check()
+
+
+def test_kill_of_the_keeper() -> None:
+    """The worker serves on, then hands over to another pair, descriptors of forked children included; both at once
+    come back too.
+    """
+    play(keeper_dies)
+
+
+def five_deaths() -> None:
+    """Scenario."""
+    size = 1 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Slow(size, 30.0), readahead=0, retries=0) as monitor:
+        touchers = Touchers(region.address, [[5]])
+        until(lambda: monitor.statistics().faults > 0)
+        for _ in range(5):
+            worker = monitor.pids[1]
+            kill(worker)
+            until(lambda worker=worker: monitor._errors or monitor.pids[1] != worker)
+        touchers.join()
+
+
+def test_five_deaths_without_progress_end_the_waiting() -> None:
+    """A worker that dies again and again is given up: who waits gets SIGBUS, not a hang, and stderr says why."""
+    _, errors = play(five_deaths, status=-signal.SIGBUS)
+    assert "5 workers died with no fault resolved between them" in errors
+    assert "poisoned" in errors
+
+
+APPLICATION = """
+import sys, time
+sys.path[:0] = {path!r}
+from pattern import Slow
+import aiouffd, os
+region = aiouffd.Region(1 << 20)
+monitor = aiouffd.Monitor(region, Slow(1 << 20, {latency}), fork={fork!r}).__enter__()
+print(*monitor.pids, flush=True)
+if {fork!r} == "serve":
+    child = os.fork()
+    if child == 0:
+        sys.stdin.readline()
+        os._exit(region[4096] - 2)
+    print(child, flush=True)
+    time.sleep(100)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("latency", [0.001, 100.0])
+def test_the_pager_ends_with_its_application(latency: float) -> None:
+    """SIGKILL of the application: keeper and worker are gone within a second, whatever they were waiting for."""
+    code = APPLICATION.format(path=[str(Path(__file__).parent.parent)], latency=latency, fork="dontfork")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+        process.wait()
+        assert all(gone(pid, 1.0) for pid in pids)
+
+
+def test_forked_children_keep_the_pager() -> None:
+    """After SIGKILL of the application its forked child is still served; when it has ended, the pager ends."""
+    code = APPLICATION.format(path=[str(Path(__file__).parent.parent)], latency=0.001, fork="serve")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        assert not gone(pids[1], 0.7)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert gone(child, 5.0)
+        assert all(gone(pid, 2.0) for pid in pids)

@@ -1,0 +1,100 @@
+"""Sources whose every page can be told: the first eight bytes of page n, and all others, are n + 1."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+PAGE = 4096
+
+_libc = ctypes.CDLL(None)
+_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def word(page: int) -> bytes:
+    """Return the eight bytes that a page consists of."""
+    return (page + 1).to_bytes(8, "little")
+
+
+def content(offset: int, length: int) -> bytes:
+    """Return the bytes [offset, offset + length)."""
+    first, last = offset // PAGE, (offset + length + PAGE - 1) // PAGE
+    data = b"".join(word(page) * (PAGE // 8) for page in range(first, last))
+    return data[offset - first * PAGE :][:length]
+
+
+class Pattern:
+    """At hand: answered by `read_nowait`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read_nowait(self, offset: int, length: int) -> bytes:
+        """Return the bytes."""
+        return content(offset, length)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes."""
+        return content(offset, length)
+
+
+class Slow:
+    """Far away: every read takes `latency` seconds."""
+
+    def __init__(self, size: int, latency: float = 0.001) -> None:
+        self.size = size
+        self.latency = latency
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, later."""
+        await asyncio.sleep(self.latency)
+        return content(offset, length)
+
+
+def peek(address: int, length: int = 8) -> bytes:
+    """Read memory without holding the GIL, as a native thread would."""
+    buffer = ctypes.create_string_buffer(length)
+    _libc.memcpy(buffer, address, length)
+    return buffer.raw
+
+
+class Touchers:
+    """Threads that touch pages without the GIL and compare each with what it must be.
+
+    Attributes:
+        wrong: (page, bytes) of each page that held something else.
+        worst: the longest wait for one page, in seconds.
+    """
+
+    def __init__(self, address: int, shares: Sequence[Iterable[int]], *, may_be_zero: bool = False) -> None:
+        self.address = address
+        self.wrong: list[tuple[int, bytes]] = []
+        self.worst = 0.0
+        self._allowed = {bytes(8)} if may_be_zero else set()
+        self.threads = [threading.Thread(target=self._touch, args=(share,)) for share in shares]
+        for thread in self.threads:
+            thread.start()
+
+    def _touch(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            before = time.perf_counter()
+            got = peek(self.address + page * PAGE)
+            self.worst = max(self.worst, time.perf_counter() - before)
+            if got != word(page) and got not in self._allowed:
+                self.wrong.append((page, got))
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of them still touches."""
+        return any(thread.is_alive() for thread in self.threads)
+
+    def join(self) -> None:
+        """Wait for all."""
+        for thread in self.threads:
+            thread.join()

@@ -1,0 +1,65 @@
+"""Runs a function of a test module in a child process with a deadline: faults are never taken in pytest's own.
+
+A scenario that hangs is killed and fails with the traceback that faulthandler wrote of it; one that dies of a signal
+fails with that signal, unless it is what the test expects.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TESTS = Path(__file__).parent
+
+
+def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, status: int = 0) -> tuple[str, str]:
+    """Call `function(*arguments)` (literals only) in a fresh interpreter; return its output and its error output.
+
+    Args:
+        function: of a test module's top level.
+        deadline: seconds until it is killed.
+        status: the exit status that is expected; negative: the signal.
+    """
+    path = Path(sys.modules[function.__module__].__file__ or "")
+    call = textwrap.dedent(
+        f"""
+        import asyncio, faulthandler, inspect, sys
+        faulthandler.enable()
+        faulthandler.dump_traceback_later({deadline - 1}, exit=True)
+        sys.path[:0] = [{str(TESTS)!r}, {str(path.parent)!r}]
+        import {path.stem} as module
+        result = module.{function.__name__}(*{arguments!r})
+        if inspect.isawaitable(result):
+            async def main():
+                await result
+            asyncio.run(main())
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", call],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    try:
+        output, errors = process.communicate(timeout=deadline + 5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        raise AssertionError(f"{function.__name__} hung:\n{output}\n{errors}") from None
+    if process.returncode != status:
+        raise AssertionError(
+            f"{function.__name__} ended with {process.returncode}, not {status}:\n{output}\n{errors[-6000:]}"
+        )
+    return output, errors

@@ -1,0 +1,113 @@
+"""`pager.control` and `pager.travel`: what goes over the socket."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from typing import Any
+
+import pytest
+
+from aiouffd import errors
+from aiouffd.pager import control
+from aiouffd.pager.travel import pack, unpack
+from aiouffd.sources.base import Descriptor
+
+
+def test_a_message_arrives_whole_with_its_descriptors() -> None:
+    """One packet, one message; the descriptors are new ones of the receiver, close-on-exec."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        fds = [os.memfd_create("a"), os.memfd_create("b")]
+        control.send(left, {"op": "x", "n": [1, 2]}, fds)
+        control.send(left, {"op": "y"})
+        message, received = control.receive(right)
+        assert message == {"op": "x", "n": [1, 2]}
+        assert [os.fstat(fd).st_ino for fd in received] == [os.fstat(fd).st_ino for fd in fds]
+        assert not any(os.get_inheritable(fd) for fd in received)
+        assert control.receive(right) == ({"op": "y"}, [])
+        for fd in fds + received:
+            os.close(fd)
+
+
+def test_the_end_is_told_on_both_sides() -> None:
+    """A closed peer is `Closed`, for reading and for writing."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left:
+        right.close()
+        with pytest.raises(control.Closed):
+            control.receive(left)
+        with pytest.raises(control.Closed):
+            control.send(left, {})
+
+
+def test_errors_keep_type_data_and_cause() -> None:
+    """What the worker raises is raised in the application: same type, same attributes, same cause."""
+    error = errors.ShortReadError("FileSource('x')", 4096, 8192, "gave 1 byte")
+    error.__cause__ = OSError(5, "Input/output error")
+    again = control.decode_error(control.encode_error(error))
+    assert type(again) is errors.ShortReadError
+    assert (again.offset, again.length) == (4096, 8192)
+    assert str(again) == str(error)
+    assert isinstance(again.__cause__, OSError)
+    assert again.__cause__.errno == 5
+
+
+class Strange(Exception):  # noqa: N818
+    """Known to nobody else."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Strange("what"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        errors.RangeGoneError("UFFDIO_COPY", 4096, 4096, 2),
+        KeyboardInterrupt(),
+    ],
+)
+def test_any_exception_can_be_sent(error: BaseException) -> None:
+    """An exception that cannot be rebuilt is a PagerError with its text; none fails to be sent."""
+    again = control.decode_error(control.encode_error(error))
+    assert isinstance(again, Exception)
+    assert type(error).__name__ in "".join(again.__notes__)
+
+
+class WithFile:
+    """A source that holds a descriptor."""
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
+
+    def travel(self) -> tuple[Any, tuple[Any, ...]]:
+        """Take the descriptor along."""
+        return WithFile, (self.descriptor,)
+
+
+def test_descriptors_travel_beside_the_pickle() -> None:
+    """An object with `travel()` is rebuilt around the receiver's descriptor."""
+    fd = os.memfd_create("x")
+    data, descriptors = pack([WithFile(Descriptor(fd))])
+    assert [item.fd for item in descriptors] == [fd]
+    (again,) = unpack(data, [os.dup(fd)])
+    assert os.fstat(again.descriptor.fd).st_ino == os.fstat(fd).st_ino
+    os.close(again.descriptor.detach())
+    os.close(fd)
+
+
+def test_closures_travel_by_value() -> None:
+    """A function of a function, which pickle itself refuses, arrives."""
+    number = 41
+
+    def add() -> int:
+        return number + 1
+
+    data, _ = pack(add)
+    assert pickle.loads(data)() == 42  # what cloudpickle writes, pickle reads
+
+
+def test_what_cannot_travel_is_a_typed_error_that_names_the_ways_out() -> None:
+    """A socket cannot be pickled: PagerStartError says what to do."""
+    with socket.socket() as thing, pytest.raises(errors.PagerStartError, match=r"in_process=True.*in_thread=True"):
+        pack(thing)

@@ -1,0 +1,95 @@
+"""`engine.gate`: the bound on what is under way."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from loops import run
+
+from aiouffd.engine.gate import Gate
+
+
+async def entered(gate: Gate, size: int, *, urgent: bool, log: list[str], name: str) -> None:
+    """Enter, and say so."""
+    await gate.enter(size, urgent=urgent)
+    log.append(name)
+
+
+async def settle() -> None:
+    """Let every task that can run do so."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@run
+async def test_both_bounds_hold() -> None:
+    """No more reads, and no more bytes, than allowed are inside at once."""
+    gate = Gate(reads=2, size=100)
+    assert gate.try_enter(60)
+    assert not gate.try_enter(60)
+    assert gate.try_enter(40)
+    gate.leave(60)
+    assert gate.try_enter(1)
+    assert not gate.try_enter(1)
+
+
+@run
+async def test_a_piece_larger_than_the_bound_is_let_in_alone() -> None:
+    """One read larger than all that is allowed does not wait for ever."""
+    gate = Gate(reads=8, size=100)
+    assert gate.try_enter(1000)
+    assert not gate.try_enter(1)
+    gate.leave(1000)
+    assert gate.try_enter(1)
+
+
+@run
+async def test_faults_pass_prefetches_and_do_not_starve_them() -> None:
+    """Urgent pieces go first; one of eight that are let in is a patient one."""
+    gate = Gate(reads=1, size=1000)
+    await gate.enter(1, urgent=True)
+    log: list[str] = []
+    tasks = [asyncio.ensure_future(entered(gate, 1, urgent=False, log=log, name="patient")) for _ in range(3)]
+    await settle()
+    tasks += [asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="urgent")) for _ in range(20)]
+    await settle()
+    for _ in range(23):
+        gate.leave(1)
+        await settle()
+    assert len(log) == 23
+    assert 1 <= log[:10].count("patient") <= 2
+    await asyncio.gather(*tasks)
+
+
+@run
+async def test_canceling_gives_the_place_up() -> None:
+    """A canceled waiter neither keeps its place nor takes one."""
+    gate = Gate(reads=1, size=10)
+    await gate.enter(1, urgent=True)
+    log: list[str] = []
+    first = asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="first"))
+    second = asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="second"))
+    await settle()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    gate.leave(1)
+    await second
+    assert log == ["second"]
+    gate.leave(1)
+    assert (gate.reads, gate.size) == (0, 0)
+
+
+@run
+async def test_a_waiter_that_was_let_in_and_canceled_at_once_leaves_again() -> None:
+    """Canceled between being let in and running: its place goes to the next."""
+    gate = Gate(reads=1, size=10)
+    await gate.enter(1, urgent=True)
+    waiter = asyncio.ensure_future(gate.enter(1, urgent=True))
+    await settle()
+    gate.leave(1)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert (gate.reads, gate.size) == (0, 0)

@@ -1,0 +1,119 @@
+"""`engine.mappings` against a plain model: a dictionary from page to what it shows."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
+
+PAGES = 48
+_page = st.integers(0, PAGES - 1)
+_length = st.integers(1, 12)
+_operation = st.one_of(
+    st.tuples(st.just("add"), _page, _length, st.integers(0, 100)),
+    st.tuples(st.just("unmap"), _page, _length),
+    st.tuples(st.just("remove"), _page, _length),
+    st.tuples(st.just("remap"), _page, st.integers(0, PAGES + 20), _length),
+)
+
+
+def apply(mappings: Mappings, model: dict[int, int], operation: tuple[object, ...]) -> None:
+    """Do one operation to both."""
+    name, *numbers = operation
+    values = [int(str(number)) for number in numbers]
+    if name == "add":
+        start, length, offset = values
+        mappings.add(start, start + length, offset)
+        model.update({start + at: offset + at for at in range(length)})
+    elif name == "unmap":
+        start, length = values
+        mappings.unmap(start, start + length)
+        for at in range(start, start + length):
+            model.pop(at, None)
+    elif name == "remove":
+        start, length = values
+        mappings.remove(start, start + length)
+        model.update({at: ZEROS for at in range(start, start + length) if at in model})
+    else:
+        source, destination, length = values
+        mappings.remap(source, destination, length)
+        moved = {at: model[at] for at in range(source, source + length) if at in model}
+        for at in range(source, source + length):
+            model.pop(at, None)
+        for at in range(destination, destination + length):
+            model.pop(at, None)
+        model.update({at - source + destination: shown for at, shown in moved.items()})
+
+
+def shown(mapping: Mapping | None, address: int) -> int | None:
+    """Return what a mapping shows at an address."""
+    if mapping is None:
+        return None
+    return mapping.offset if mapping.offset == ZEROS else mapping.offset + address - mapping.start
+
+
+@given(st.lists(_operation, max_size=30))
+def test_every_address_shows_what_the_model_says(operations: list[tuple[object, ...]]) -> None:
+    """After any sequence of events, `find`, `locate` and iteration agree with the model, and stay sorted."""
+    mappings, model = Mappings(), dict[int, int]()
+    for operation in operations:
+        apply(mappings, model, operation)
+    for address in range(PAGES * 2 + 40):
+        assert shown(mappings.find(address), address) == model.get(address)
+        start, end, offset = mappings.locate(address)
+        assert (start <= address < end) == (address in model)
+        if address in model:
+            assert shown(Mapping(start, end, offset), address) == model[address]
+    listed = list(mappings)
+    assert all(mapping.start < mapping.end for mapping in listed)
+    assert all(before.end <= after.start for before, after in zip(listed, listed[1:], strict=False))
+    assert sum(mapping.end - mapping.start for mapping in listed) == len(model)
+
+
+@given(st.lists(_operation, max_size=20), st.lists(_operation, max_size=10), _page, _length)
+def test_runs_cover_exactly_what_is_mapped(
+    first: list[tuple[object, ...]], then: list[tuple[object, ...]], start: int, length: int
+) -> None:
+    """`runs` yields each mapped address of a range once, in order; a forked copy is independent of its parent."""
+    mappings, model = Mappings(), dict[int, int]()
+    for operation in first:
+        apply(mappings, model, operation)
+    child, child_model = mappings.copy(), dict(model)
+    for operation in then:
+        apply(mappings, model, operation)
+    for which, expected in ((mappings, model), (child, child_model)):
+        found = [at for run in which.runs(start, start + length) for at in range(run.start, run.end)]
+        assert found == [at for at in range(start, start + length) if at in expected]
+
+
+@given(st.lists(_operation, max_size=20), st.integers(0, 100), _length)
+def test_addresses_are_where_an_offset_is_shown(operations: list[tuple[object, ...]], offset: int, length: int) -> None:
+    """`addresses` is the inverse of `find`, for offsets that are shown more than once as well."""
+    mappings, model = Mappings(), dict[int, int]()
+    for operation in operations:
+        apply(mappings, model, operation)
+    found = {
+        (address, run.offset + address - run.start)
+        for run in mappings.addresses(offset, offset + length)
+        for address in range(run.start, run.end)
+    }
+    assert found == {(address, value) for address, value in model.items() if offset <= value < offset + length}
+
+
+def test_giving_back_page_by_page_does_not_grow_the_list() -> None:
+    """A balloon that removes neighbouring pages one at a time leaves two mappings, not thousands."""
+    mappings = Mappings([Mapping(0, 1 << 20, 0)])
+    for page in range(0, 1 << 19, 4096):
+        mappings.remove(page, page + 4096)
+    assert list(mappings) == [Mapping(0, 1 << 19, ZEROS), Mapping(1 << 19, 1 << 20, 1 << 19)]
+
+
+def test_each_change_is_a_new_generation() -> None:
+    """Whoever has waited can see that the layout changed meanwhile."""
+    mappings = Mappings([Mapping(0, 10, 0)])
+    seen = {mappings.generation}
+    for change in (lambda: mappings.remove(0, 2), lambda: mappings.unmap(2, 4), lambda: mappings.remap(4, 20, 2)):
+        change()
+        assert mappings.generation not in seen
+        seen.add(mappings.generation)

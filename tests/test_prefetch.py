@@ -1,0 +1,121 @@
+"""`engine.prefetch`: which bytes come with a fault."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.engine.prefetch import Readahead
+
+PAGE = 4096
+END = 1 << 30
+
+
+def touch(readahead: Readahead, offsets: list[int], end: int = END) -> tuple[int, int]:
+    """Touch the offsets in order, faulting where a page is missing; return (faults, pages brought)."""
+    present: set[int] = set()
+    faults = 0
+    for offset in offsets:
+        page = offset // PAGE
+        if page in present:
+            continue
+        faults += 1
+        for start, length in readahead.windows(page * PAGE, 0, end):
+            present.update(range(start // PAGE, (start + length) // PAGE))
+        assert page in present
+    return faults, len(present)
+
+
+@given(
+    st.lists(st.integers(0, 400), max_size=200),
+    st.sampled_from([0, PAGE, 3 * PAGE, 64 << 10, 2 << 20]),
+    st.integers(401, 450),
+)
+def test_windows_hold_the_fault_and_stay_within_bounds(pages: list[int], limit: int, end: int) -> None:
+    """Whatever the touchers do: whole pages, in bounds, at most the limit, the faulting page among them."""
+    readahead = Readahead(PAGE, limit)
+    for page in pages:
+        windows = readahead.windows(page * PAGE, 0, end * PAGE)
+        assert any(start <= page * PAGE < start + length for start, length in windows)
+        assert sum(length for _, length in windows) <= max(limit, PAGE)
+        for start, length in windows:
+            assert start % PAGE == 0
+            assert length % PAGE == 0
+            assert 0 <= start < start + length <= end * PAGE
+
+
+@given(st.lists(st.integers(0, 400), max_size=100))
+def test_what_is_present_is_not_brought_again(pages: list[int]) -> None:
+    """Windows spare what earlier windows have brought, as long as it has not faulted again."""
+    readahead = Readahead(PAGE, 2 << 20)
+    present: set[int] = set()
+    for page in pages:
+        if page in present:
+            continue
+        for start, length in readahead.windows(page * PAGE, 0, 401 * PAGE):
+            brought = set(range(start // PAGE, (start + length) // PAGE))
+            assert not brought & present
+            present |= brought
+
+
+def test_limit_zero_is_page_by_page() -> None:
+    """`readahead=0` brings the page and nothing else."""
+    assert touch(Readahead(PAGE, 0), [n * PAGE for n in range(100)]) == (100, 100)
+
+
+def test_sequential_touchers_get_the_largest_window_soon() -> None:
+    """64 MiB in order take a few faults more than 64 MiB / 2 MiB, and nothing is brought that is not touched."""
+    faults, brought = touch(Readahead(PAGE, 2 << 20), [n * PAGE for n in range(16384)], end=16384 * PAGE)
+    assert faults <= 32 + 10
+    assert brought == 16384
+
+
+def test_several_streams_at_once() -> None:
+    """Eight interleaved sequential touchers are each recognised."""
+    offsets = [stream * (64 << 20) + n * PAGE for n in range(2048) for stream in range(8)]
+    faults, _ = touch(Readahead(PAGE, 2 << 20), offsets)
+    assert faults <= 8 * 14
+
+
+def test_a_toucher_that_goes_down_is_recognised() -> None:
+    """Backwards in order is a stride of minus one page."""
+    faults, brought = touch(Readahead(PAGE, 2 << 20), [n * PAGE for n in range(8191, -1, -1)])
+    assert faults < 600
+    assert brought <= 8192
+
+
+def test_strides_bring_what_will_be_touched_and_little_else() -> None:
+    """A column of a matrix, one page each MiB: few faults, few bytes in vain."""
+    offsets = [n << 20 for n in range(1000)]
+    faults, brought = touch(Readahead(PAGE, 2 << 20), offsets)
+    assert faults < 100
+    assert brought < 1200
+
+
+def test_random_touchers_fall_back_to_single_pages() -> None:
+    """Where nothing is in order, the neighbourhood shrinks to the page: bytes in vain stay below a tenth."""
+    rng = random.Random(7)
+    offsets = rng.sample(range(0, 1 << 38, PAGE), 5000)
+    _, brought = touch(Readahead(PAGE, 2 << 20), offsets, end=1 << 38)
+    assert brought < 5500
+
+
+def test_removed_pages_may_be_brought_again() -> None:
+    """After `forget`, a window may hold the pages once more."""
+    readahead = Readahead(PAGE, 64 << 10)
+    touch(readahead, [n * PAGE for n in range(64)])
+    assert readahead.missing(0, 64 * PAGE) == []
+    readahead.forget(16 * PAGE, 20 * PAGE)
+    assert readahead.missing(0, 64 * PAGE) == [(16 * PAGE, 4 * PAGE)]
+
+
+def test_memory_stays_flat() -> None:
+    """A million random pages leave a bounded state behind."""
+    readahead = Readahead(PAGE, 64 << 10)
+    rng = random.Random(1)
+    for _ in range(20_000):
+        readahead.windows(rng.randrange(1 << 28) * PAGE, 0, 1 << 40)
+    assert len(readahead._present) <= 1024
+    assert len(readahead._streams) <= 16

@@ -1,0 +1,157 @@
+"""`engine.resolver` against a scripted kernel: every answer, in any order, ends as it should."""
+
+from __future__ import annotations
+
+import errno
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.engine.resolver import Op, Resolver, Run, merge
+from aiouffd.engine.statistics import Counters
+
+PAGE = 4096
+BASE = 0x10000000
+
+
+class Kernel:
+    """Pages of one mapping (or several), and a script of refusals for the next calls."""
+
+    def __init__(self, mapped: list[tuple[int, int]], present: set[int], script: list[int]) -> None:
+        self.mapped = mapped
+        self.content: dict[int, int] = dict.fromkeys(present, -1)
+        self.script = script
+        self.woken: set[int] = set()
+        self.calls = 0
+
+    def fill(self, start: int, source: int, length: int, mode: int) -> int:
+        """Do as UFFDIO_COPY does."""
+        self.calls += 1
+        pages = range(start // PAGE, (start + length) // PAGE)
+        if self.script:
+            scripted = self.script.pop(0)
+            if scripted < 0:
+                return scripted
+            pages = pages[:scripted] if scripted else pages
+        if not any(low <= pages[0] and pages[-1] < high for low, high in self.mapped):
+            return -errno.ENOENT
+        done = 0
+        for page in pages:
+            if page in self.content:
+                break
+            self.content[page] = source + done
+            if not mode & 1:
+                self.woken.add(page)
+            done += PAGE
+        return done or -errno.EEXIST
+
+    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
+        """UFFDIO_COPY."""
+        return self.fill(dst, src, length, mode)
+
+    def try_zeropage(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_ZEROPAGE."""
+        return self.fill(start, 0, length, mode)
+
+    try_continue = try_poison = try_zeropage
+
+    def try_wake(self, start: int, length: int) -> int:
+        """UFFDIO_WAKE."""
+        self.woken.update(range(start // PAGE, (start + length) // PAGE))
+        return length
+
+
+FIRST = BASE // PAGE
+
+
+@given(
+    st.integers(1, 40),
+    st.sets(st.integers(0, 39)),
+    st.lists(st.integers(1, 39), unique=True, max_size=4),
+    st.sets(st.integers(0, 39), max_size=10),
+    st.lists(st.sampled_from([-errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, 0, 1, 2, 5]), max_size=12),
+    st.booleans(),
+)
+def test_a_run_ends_with_every_page_right_and_woken(
+    count: int, present: set[int], cuts: list[int], unmapped: set[int], script: list[int], wake: bool
+) -> None:
+    """Whatever the kernel answers: each mapped page has its own bytes, nothing present is touched, all are woken."""
+    edges = sorted({0, 40, *cuts})
+    mapped = [(FIRST + low, FIRST + high) for low, high in zip(edges, edges[1:], strict=False)]
+    mapped = [(low, high) for low, high in mapped if low - FIRST not in unmapped]
+    lies = any(answer in (-errno.EEXIST, -errno.ENOENT) for answer in script)
+    kernel = Kernel(mapped, {FIRST + page for page in present}, list(script))
+    resolver = Resolver(kernel, PAGE, Counters())
+    run = Run(Op.COPY, BASE, 0, count * PAGE, 1 << 20)
+    for _ in range(1000):
+        result = resolver.settle(run, wake=wake)
+        assert result in (0, -errno.EAGAIN)
+        if result == 0:
+            break
+    else:
+        raise AssertionError("the run never ended")
+    assert run.left == 0
+    for page in range(FIRST, FIRST + count):
+        covered = any(low <= page < high for low, high in mapped)
+        if page - FIRST in present:
+            assert kernel.content[page] == -1
+        elif covered and not lies:
+            assert kernel.content[page] == (1 << 20) + (page - FIRST) * PAGE
+        elif not covered:
+            assert page not in kernel.content
+        if wake:
+            assert page in kernel.woken
+    assert kernel.calls < 60 + len(script) + 14 * count
+
+
+def test_other_refusals_are_told_with_the_run_where_it_stopped() -> None:
+    """ENOMEM and EFAULT are the owner's: what came before is done, the run stands at the page that failed."""
+    for number in (errno.ENOMEM, errno.EFAULT, errno.EINVAL):
+        kernel = Kernel([(FIRST, FIRST + 8)], set(), [2, -number])
+        run = Run(Op.COPY, BASE, 0, 8 * PAGE, 1 << 20)
+        assert Resolver(kernel, PAGE, Counters()).settle(run, wake=True) == -number
+        assert (run.dst, run.src, run.offset, run.left) == (BASE + 2 * PAGE, (1 << 20) + 2 * PAGE, 2 * PAGE, 6 * PAGE)
+
+
+def test_a_dead_target_is_esrch_under_both_names() -> None:
+    """Linux 4.11 and 4.12 said ENOSPC."""
+    for number in (errno.ESRCH, errno.ENOSPC):
+        kernel = Kernel([(FIRST, FIRST + 8)], set(), [-number])
+        assert Resolver(kernel, PAGE, Counters()).settle(Run(Op.ZEROPAGE, BASE, 0, PAGE), wake=True) == -errno.ESRCH
+
+
+def test_counters_tell_what_the_kernel_answered() -> None:
+    """EAGAIN, EEXIST, ENOENT, partial copies, copies and wakes are each counted."""
+    counters = Counters()
+    kernel = Kernel([(FIRST, FIRST + 8)], {FIRST}, [])
+    run = Run(Op.COPY, BASE, 0, 10 * PAGE, 0)
+    kernel.script = [-errno.EAGAIN]
+    resolver = Resolver(kernel, PAGE, counters)
+    resolver.settle(run, wake=True)
+    resolver.settle(run, wake=True)
+    seen = counters.snapshot()
+    assert seen.eagain == 1
+    assert seen.enoent >= 2
+    assert seen.copies == kernel.calls
+    assert seen.wakes >= 3
+
+
+def test_merge_joins_what_continues_in_target_source_and_offset() -> None:
+    """Runs are sorted; two become one only where memory, source and offset all go on."""
+    owner = object()
+    runs = [
+        Run(Op.COPY, BASE + 2 * PAGE, 2 * PAGE, PAGE, 0x5000, owner),
+        Run(Op.COPY, BASE, 0, PAGE, 0x3000, owner),
+        Run(Op.COPY, BASE + PAGE, PAGE, PAGE, 0x4000, owner),
+        Run(Op.COPY, BASE + 3 * PAGE, 3 * PAGE, PAGE, 0x6000, object()),
+        Run(Op.ZEROPAGE, BASE + 5 * PAGE, -1, PAGE),
+        Run(Op.ZEROPAGE, BASE + 6 * PAGE, -1, PAGE),
+        Run(Op.ZEROPAGE, BASE + 7 * PAGE, 9 * PAGE, PAGE),
+    ]
+    merged = merge(runs)
+    assert [(run.op, run.dst - BASE, run.left // PAGE) for run in merged] == [
+        (Op.COPY, 0, 3),
+        (Op.COPY, 3 * PAGE, 1),
+        (Op.ZEROPAGE, 5 * PAGE, 2),
+        (Op.ZEROPAGE, 7 * PAGE, 1),
+    ]
