@@ -30,9 +30,12 @@ from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import Event, FaultKind, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
-from aiouffd.monitor import Monitor
+from aiouffd.monitor import Monitor, open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
 from aiouffd.sources.base import Source, ZeroSource
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.file import FileSource
+from aiouffd.sources.object_store import ObjectSource
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,7 @@ __all__ = [
     "AccessError",
     "Address",
     "Batch",
+    "BufferSource",
     "BusyError",
     "Capabilities",
     "ClosedError",
@@ -48,6 +52,7 @@ __all__ = [
     "FaultFlag",
     "FaultKind",
     "Feature",
+    "FileSource",
     "Fork",
     "Handler",
     "HandlerError",
@@ -55,6 +60,7 @@ __all__ = [
     "Ioctl",
     "LayoutChangingError",
     "Monitor",
+    "ObjectSource",
     "Offset",
     "OperationError",
     "PageFault",
@@ -80,5 +86,6 @@ __all__ = [
     "UnsupportedError",
     "Userfaultfd",
     "ZeroSource",
+    "open",
     "probe",
 ]

@@ -1,0 +1,59 @@
+"""Bytes in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiouffd.kernel.memory import SealedMemory, address_of
+from aiouffd.sources.base import Descriptor
+
+__all__ = ["BufferSource"]
+
+
+class BufferSource:
+    """The bytes of any contiguous buffer, which must not change while it is served.
+
+    Served in this process, nothing is copied until a page is. To the pager the bytes travel in a sealed memfd: one
+    copy, made once, that all pagers share.
+    """
+
+    def __init__(self, data: Any) -> None:
+        view = memoryview(data)
+        if not view.c_contiguous:
+            raise ValueError("a BufferSource takes a C-contiguous buffer")
+        self.size = view.nbytes
+        self._data: Any = data
+        self._address = address_of(data) if self.size else 0
+        self._sealed: SealedMemory | None = None
+
+    @classmethod
+    def from_sealed(cls, descriptor: Descriptor) -> BufferSource:
+        """Map what arrived in a sealed memfd."""
+        sealed = SealedMemory(descriptor.detach())
+        source = cls(sealed.map if sealed.map is not None else b"")
+        source._sealed = sealed
+        return source
+
+    def locate(self, offset: int, length: int) -> int | None:
+        """Return where the bytes lie: they are always at hand."""
+        return self._address + offset
+
+    def read_nowait(self, offset: int, length: int) -> memoryview:
+        """Return a view of the bytes."""
+        return memoryview(self._data).cast("B")[offset : offset + length]
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        """Return a view of the bytes."""
+        return self.read_nowait(offset, length)
+
+    def travel(self) -> tuple[Any, tuple[Any, ...]]:
+        """Take the sealed memfd along."""
+        if self._sealed is None:
+            self._sealed = SealedMemory.from_buffer(self._data)
+        return BufferSource.from_sealed, (Descriptor(self._sealed.fd),)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return BufferSource, (bytes(memoryview(self._data).cast("B")) if self.size else b"",)
+
+    def __repr__(self) -> str:
+        return f"BufferSource({self.size} bytes)"

@@ -1,0 +1,166 @@
+"""A local file, copied straight out of its mapping where its pages are in memory.
+
+The loop must not wait for a disk, so it is known before each copy whether the pages are resident: mincore(2) looks
+into the page cache and costs 1 us for a page, 25 us for 2 MiB. A window whose pages are not all there is read by a
+thread. Copying from the mapping faults it in as it goes, sixteen pages at a time, which costs no more than copying
+from memory that is mapped already (1.02 against 1.03 us a page, 2 MiB at a time); a pread first would cost a third
+more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import mmap
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.kernel.memory import address_of
+from aiouffd.sources.base import Descriptor
+
+__all__ = ["FileSource"]
+
+_mincore = ctypes.CDLL(None, use_errno=True).mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+_THREADS = 16  # reads of a disk under way at once
+
+
+class FileSource:
+    """A regular file, opened now: it is this file that is served, also when another takes its name.
+
+    Its size is taken now, too. Pages behind the end of a file that has been cut since are an error, not zeros.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        SourceError: it cannot be opened, or is no regular file; the OSError is its cause.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise SourceError(f"FileSource({self.path!r})", 0, 0, f"cannot be opened: {error.strerror}") from error
+        self._adopt(fd)
+
+    @classmethod
+    def from_descriptor(cls, path: str, descriptor: Descriptor) -> FileSource:
+        """Serve the file that is open already."""
+        self = cls.__new__(cls)
+        self.path = path
+        self._adopt(descriptor.detach())
+        return self
+
+    def _adopt(self, fd: int) -> None:
+        self._fd = fd
+        self._pool: ThreadPoolExecutor | None = None
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file"
+            raise SourceError(repr(self), 0, 0, f"it is {kind}")
+        self.size = info.st_size
+        self._holes = info.st_blocks * 512 < self.size  # a sparse file: worth asking
+        self._extent = (0, 0, False)  # start, end, hole: the last answer to that
+        self._map: mmap.mmap | None = None
+        self._address = 0
+        self._vector = ctypes.create_string_buffer(1 << 10)
+        if self.size:
+            self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
+            self._address = address_of(self._map)
+        # To others than the owner and those who may write the file, mincore says that all is resident (it would tell
+        # them what others read).
+        self._tells = info.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+
+    def locate(self, offset: int, length: int) -> int | None:
+        """Return where the bytes lie in the file's mapping, if reading them would not wait for the disk."""
+        if not self._tells:
+            return None
+        skew = offset % mmap.PAGESIZE
+        start = self._address + offset - skew
+        pages = (length + skew + mmap.PAGESIZE - 1) // mmap.PAGESIZE
+        if pages > len(self._vector):
+            self._vector = ctypes.create_string_buffer(pages)
+        if _mincore(start, length + skew, self._vector) or self._vector.raw.find(b"\0", 0, pages) >= 0:
+            return None
+        return start + skew
+
+    def read_nowait(self, offset: int, length: int) -> bytearray | None:
+        """Return the bytes if they are in memory: preadv2 with RWF_NOWAIT. For files that mincore is silent about."""
+        if self._tells:
+            return None
+        data = bytearray(length)
+        try:
+            got = os.preadv(self._fd, [data], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # tmpfs: it does not know the flag, and never waits
+                raise
+            got = os.preadv(self._fd, [data], offset)
+        return data if got == length else None
+
+    def hole(self, offset: int, length: int) -> int:
+        """Return how many bytes from `offset` on are in a hole of a sparse file, at most `length`."""
+        if not self._holes:
+            return 0
+        start, end, hole = self._extent
+        if not start <= offset < end:
+            try:
+                data = os.lseek(self._fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole up to the end
+                    raise
+                data = self.size
+            hole = data > offset
+            end = data if hole else os.lseek(self._fd, offset, os.SEEK_HOLE)
+            if os.fstat(self._fd).st_size < self.size:
+                return 0  # it was cut: what is behind the end now is no hole
+            self._extent = (offset, end, hole)
+        return min(end - offset, length) if hole else 0
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Read in a thread. Canceling gives the result up; the thread goes on to the end of its read."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, "aiouffd-file")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, offset, length)
+
+    def _read(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        view = memoryview(data)
+        done = 0
+        while done < length:
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise ShortReadError(
+                    repr(self), offset, length, f"the file ends at {offset + done}; it had {self.size} bytes when opened"
+                )
+            done += got
+        return data
+
+    async def aclose(self) -> None:
+        """Close the file; reads under way are waited for in the background."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def travel(self) -> tuple[Any, tuple[Any, ...]]:
+        """Take the open file along."""
+        return FileSource.from_descriptor, (self.path, Descriptor(self._fd))
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return FileSource, (self.path,)
+
+    def __del__(self) -> None:
+        fd = getattr(self, "_fd", -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"FileSource({self.path!r})"

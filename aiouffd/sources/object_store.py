@@ -1,0 +1,195 @@
+"""Objects behind http(s), s3, gs, az and file URLs, through obstore (the extra `aiouffd[http]`)."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["ObjectSource"]
+
+
+def _obstore() -> ModuleType:
+    try:
+        import obstore  # noqa: PLC0415 - an extra
+        import obstore.store  # noqa: PLC0415
+    except ImportError as error:
+        raise SourceError(
+            "ObjectSource", 0, 0, "needs the library obstore: install it with `pip install 'aiouffd[http]'`"
+        ) from error
+    return obstore
+
+
+class ObjectSource:
+    """One object in a store, read by ranges.
+
+    The object is pinned: what is read after it has changed is an error, not a mixture of both (by ETag, where the
+    server has one).
+
+    Args:
+        url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
+        timeout: seconds for one request.
+        retries: further tries after a request that failed in a way that may pass (a lost connection, 429, 5xx), with
+            exponential backoff and jitter.
+        **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`.
+
+    Raises:
+        SourceError: the URL cannot be used.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 4, **options: Any) -> None:
+        self.url = url
+        self.timeout = timeout
+        self.retries = 0  # the store's own retries are enough
+        self._tries = retries
+        self._options = options
+        self._size: int | None = None
+        self._tag: str | None = None
+        self._store: Any = None
+        self._key = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the object. The first use asks the server, and blocks: `prepare()` does not.
+
+        Raises:
+            SourceError: it is not there, not reachable, not allowed, or served without ranges.
+        """
+        if self._size is None:
+            obstore = self._connect()
+            try:
+                self._pin(obstore.head(self._store, self._key))
+                if self._size:
+                    obstore.get_range(self._store, self._key, start=0, length=1)  # a server without Range says so now
+            except Exception as error:
+                raise self._explain(error, 0, 0) from error
+        assert self._size is not None
+        return self._size
+
+    async def prepare(self) -> None:
+        """Ask the server for the size, without blocking the loop. Canceling is safe. Raises as `size` does."""
+        if self._size is None:
+            obstore = self._connect()
+            try:
+                self._pin(await obstore.head_async(self._store, self._key))
+                if self._size:
+                    await obstore.get_range_async(self._store, self._key, start=0, length=1)
+            except Exception as error:
+                raise self._explain(error, 0, 0) from error
+
+    async def read(self, offset: int, length: int) -> Any:
+        """Return the bytes, in the buffer that the store has received them in. Canceling is safe.
+
+        Raises:
+            SourceError: for good; what may pass was tried again.
+        """
+        obstore = self._connect()
+        try:
+            if self._tag is None:
+                data = await obstore.get_range_async(self._store, self._key, start=offset, length=length)
+            else:
+                options = {"range": (offset, offset + length), "if_match": self._tag}
+                answer = await obstore.get_async(self._store, self._key, options=options)
+                data = await answer.bytes_async()
+        except Exception as error:
+            raise self._explain(error, offset, length) from error
+        if len(data) != length:
+            raise ShortReadError(repr(self), offset, length, f"gave {len(data)} bytes of {length}")
+        return data
+
+    def _pin(self, meta: Any) -> None:
+        self._size = meta["size"]
+        tag = meta.get("e_tag")
+        # A weak tag promises the same meaning, not the same bytes, and If-Match never matches it.
+        self._tag = tag if tag and not tag.startswith("W/") else None
+
+    def _connect(self) -> ModuleType:
+        """Make the store on first use: it holds connections and threads, which do not travel."""
+        obstore = _obstore()
+        if self._store is None:
+            parts = urlsplit(self.url)
+            base, _, self._key = parts.path.rpartition("/")
+            root = urlunsplit((parts.scheme, parts.netloc, base, "", ""))
+            if not self._key:
+                raise SourceError(repr(self), 0, 0, "the URL names no object: it ends with a slash")
+            if parts.query:
+                self._key += "?" + parts.query
+            settings: dict[str, Any] = dict(self._options)
+            if parts.scheme != "file":
+                seconds = datetime.timedelta(seconds=self.timeout)
+                settings.setdefault("client_options", {})
+                settings["client_options"] = {
+                    "allow_http": parts.scheme == "http",
+                    "timeout": seconds,
+                    **settings["client_options"],
+                }
+                settings.setdefault(
+                    "retry_config",
+                    {
+                        "max_retries": self._tries,
+                        "retry_timeout": seconds,
+                        "backoff": {
+                            "init_backoff": datetime.timedelta(milliseconds=100),
+                            "max_backoff": datetime.timedelta(seconds=5),
+                            "base": 2,
+                        },
+                    },
+                )
+            try:
+                self._store = obstore.store.from_url(root, **settings)
+            except Exception as error:
+                raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {_first_line(error)}") from error
+        return obstore
+
+    def _explain(self, error: Exception, offset: int, length: int) -> SourceError:
+        """Say in one sentence what a store's exception means, and what to do."""
+        if isinstance(error, SourceError):
+            return error
+        name = type(error).__name__
+        text, whole = _first_line(error), str(error)  # behind the first line: the causes, as the store prints them
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such object (404): check the URL"
+        elif name in ("PermissionDeniedError", "UnauthenticatedError"):
+            reason = f"access was refused: check the credentials ({text})"
+        elif name == "NotSupportedError" or "Range" in text:
+            reason = "this server answers without Range requests, and cannot be read page by page: use one that has them"
+        elif name == "PreconditionError":
+            reason = "the object has changed since it was opened: open it again"
+        elif "operation timed out" in whole or "kind: Timeout" in whole:
+            return SourceTimeoutError(repr(self), offset, length, f"no answer in {self.timeout} s")
+        elif "ConnectionRefused" in whole:
+            reason = "the server refuses connections: is it up, and is the port right?"
+        elif "dns error" in whole:
+            reason = "the host's name cannot be resolved: is it spelled right?"
+        elif "kind: Connect" in whole:
+            reason = f"the server cannot be reached ({text})"
+        else:
+            reason = f"{name}: {text}"
+        return SourceError(repr(self), offset, length, reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = (self.url, self.timeout, self._tries, self._options, self._size, self._tag)
+        return _rebuild, state
+
+    def __repr__(self) -> str:
+        parts = urlsplit(self.url)
+        host = parts.netloc.rpartition("@")[2]  # no password in a log
+        return f"ObjectSource({urlunsplit((parts.scheme, host, parts.path, '', ''))!r})"
+
+
+def _rebuild(
+    url: str, timeout: float, retries: int, options: dict[str, Any], size: int | None, tag: str | None
+) -> ObjectSource:
+    """Rebuild a source that knows its size already: the pager need not ask again."""
+    source = ObjectSource(url, timeout=timeout, retries=retries, **options)
+    source._size, source._tag = size, tag  # noqa: SLF001 - its own
+    return source
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
