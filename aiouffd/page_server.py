@@ -65,13 +65,15 @@ class PageServer:
         return await asyncio.start_server(self._connection, host, port, limit=_MAX_HEADER, backlog=256)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        expected = (ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
         try:
-            with contextlib.suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            # Canceled only when the loop ends; asyncio's streams report a handler that was (until Python 3.12).
+            with contextlib.suppress(asyncio.CancelledError, *expected):
                 while await self._exchange(reader, writer):
                     pass
         finally:
             writer.close()
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -1,0 +1,205 @@
+"""`aiouffd demo`: a file on a page server, touched through memory, each touched byte checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import rich.console
+import rich.progress
+
+import aiouffd
+from aiouffd.kernel import pagemap
+from aiouffd.ranges import RangeSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiouffd.engine.statistics import Statistics
+
+__all__ = ["run"]
+
+PAGE = 4096
+_BLOCK = 4 << 20
+
+
+class Check:
+    """Compares what memory shows with what the file holds, read independently with pread: by CRC-32, page by page."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+        self.touched = RangeSet()
+        self.bytes = 0
+        self.wrong: list[int] = []
+
+    def compare(self, offset: int, data: memoryview) -> None:
+        """Check bytes that were read through the region at `offset`."""
+        right = zlib.crc32(os.pread(self._fd, len(data), offset)) == zlib.crc32(data)
+        with self._lock:
+            self.touched.add(offset, offset + len(data))
+            self.bytes += len(data)
+            if not right:
+                self.wrong.append(offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def make_input(path: Path, size: int, advance: rich.progress.Progress, task: rich.progress.TaskID) -> None:
+    """Write `size` bytes that differ from page to page, and are the same in each run."""
+    rng = np.random.default_rng(20)
+    block = rng.integers(0, 1 << 63, _BLOCK // 8, dtype=np.uint64)
+    with path.open("wb") as file:
+        for start in range(0, size, _BLOCK):
+            file.write((block ^ np.uint64(start + 1)).tobytes()[: min(_BLOCK, size - start)])
+            advance.update(task, completed=start)
+    advance.update(task, completed=size)
+
+
+@contextlib.contextmanager
+def page_server(directory: Path, latency: float) -> Iterator[str]:
+    """Run the page server as a process that ends with this one, however that ends: at the end of its input."""
+    command = [sys.executable, "-P", "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof"]
+    with subprocess.Popen(  # noqa: S603
+        [*command, "--latency-ms", str(latency * 1000)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise RuntimeError(f"the page server did not start: {line!r}")
+        try:
+            yield line.split()[-1]
+        finally:
+            process.terminate()
+
+
+def touch_at_random(region: aiouffd.Region, check: Check, pages: list[int], done: list[int]) -> None:
+    """Touch single pages, as a thread of the application."""
+    view = memoryview(region)
+    for page in pages:
+        check.compare(page * PAGE, view[page * PAGE : (page + 1) * PAGE])
+        done[0] += 1
+
+
+def use(
+    region: aiouffd.Region, check: Check, *, threads: int, touches: int, progress: rich.progress.Progress
+) -> tuple[float, Statistics]:
+    """Touch at random, then in order, then by numpy reductions; return the seconds, and the statistics."""
+    size = len(region)
+    count = (size - 1) // PAGE + 1
+    rng = random.Random(1)  # noqa: S311
+    pages = [rng.randrange(count) for _ in range(min(touches, count))]
+    began = time.perf_counter()
+    task = progress.add_task(f"{len(pages)} random pages, {threads} threads", total=len(pages))
+    done = [0]
+    workers = [
+        threading.Thread(target=touch_at_random, args=(region, check, pages[n::threads], done)) for n in range(threads)
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        progress.update(task, completed=done[0])
+        workers[-1].join(0.05)
+    for worker in workers:
+        worker.join()
+    progress.update(task, completed=len(pages))
+
+    start, end = size // 4 // PAGE * PAGE, size // 2
+    task = progress.add_task("a quarter in order", total=end - start)
+    view = memoryview(region)
+    for at in range(start, end, 1 << 20):
+        piece = view[at : min(at + (1 << 20), end)]
+        check.compare(at, piece)
+        progress.update(task, completed=at + len(piece) - start)
+
+    array = np.frombuffer(region, np.uint8)
+    at = size // 8 * 7
+    piece = array[at : at + (16 << 20)]
+    task = progress.add_task("numpy reductions", total=1)
+    total = int(piece.sum(dtype=np.uint64))
+    check.compare(at, memoryview(piece))
+    assert total == int(np.frombuffer(bytes(piece), np.uint8).sum(dtype=np.uint64))
+    progress.update(task, completed=1)
+    assert region.monitor is not None
+    return time.perf_counter() - began, region.monitor.statistics()
+
+
+def picture(region: aiouffd.Region, width: int, *, plain: bool) -> list[str]:
+    """Draw which parts of the region have arrived: a character for each part, the fuller the more of it is there."""
+    shades = " .:+#" if plain else " ░▒▓█"
+    present = RangeSet()
+    begin = region.address
+    at = begin
+    for gap in pagemap.missing(begin, region.mapped_length, region.fd):
+        present.add(at - begin, gap.start - begin)
+        at = gap.end
+    present.add(at - begin, region.mapped_length)
+    cells = width * 8
+    lines = []
+    row = ""
+    for cell in range(cells):
+        low, high = region.mapped_length * cell // cells, region.mapped_length * (cell + 1) // cells
+        missing = sum(gap.length for gap in present.gaps(low, high))
+        share = 1 - missing / max(1, high - low)
+        row += shades[0 if share == 0 else min(4, 1 + int(share * 3.999))]
+        if len(row) == width:
+            lines.append(row)
+            row = ""
+    return lines
+
+
+def run(*, size: int, threads: int, touches: int, latency: float) -> int:
+    """Run the demo; return the exit status."""
+    console = rich.console.Console()
+    plain = not console.is_terminal or (console.encoding or "").lower().replace("-", "") != "utf8"
+    directory = Path(tempfile.mkdtemp(prefix="aiouffd-demo-"))
+    path = directory / "input.bin"
+    try:
+        columns = (
+            rich.progress.TextColumn("{task.description:<34}"),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeElapsedColumn(),
+        )
+        with rich.progress.Progress(*columns, console=console) as progress:
+            make_input(path, size, progress, progress.add_task(f"making an input file of {size >> 20} MiB", total=size))
+            check = Check(path)
+            with page_server(directory, latency) as url:
+                opened = time.perf_counter()
+                with aiouffd.open(f"{url}/{path.name}") as region:
+                    ready = time.perf_counter() - opened
+                    seconds, seen = use(region, check, threads=threads, touches=touches, progress=progress)
+                    drawn = picture(region, max(20, min(console.width, 100) - 4), plain=plain)
+            check.close()
+        console.print()
+        console.print(f"  mapped       {size:>13,} bytes over HTTP, usable after {ready * 1000:.0f} ms", highlight=False)
+        console.print(f"  touched      {check.touched.total:>13,} bytes", highlight=False)
+        console.print(f"  fetched      {seen.bytes_fetched:>13,} bytes ({seen.bytes_fetched / size:.1%})", highlight=False)
+        console.print(f"  page faults  {seen.faults:>13,} in {seconds:.1f} s", highlight=False)
+        console.print(
+            f"  latency      p50 below {seen.latency_ns(0.5) / 1e6:.3f} ms, p99 below {seen.latency_ns(0.99) / 1e6:.3f} ms",
+            highlight=False,
+        )
+        console.print("\n  what has arrived:")
+        for line in drawn:
+            console.print(f"  |{line}|", highlight=False, markup=False)
+        if check.wrong:
+            console.print(f"\nWRONG: {len(check.wrong)} pieces differ from the file, the first at {check.wrong[0]:#x}")
+            return 1
+        console.print(f"\nEvery touched byte is right: {check.bytes:,} compared with the file by checksum.")
+        return 0
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
