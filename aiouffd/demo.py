@@ -127,11 +127,11 @@ def use(
 
     array = np.frombuffer(region, np.uint8)
     at = size // 8 * 7
-    piece = array[at : at + (16 << 20)]
+    part = array[at : at + (16 << 20)]
     task = progress.add_task("numpy reductions", total=1)
-    total = int(piece.sum(dtype=np.uint64))
-    check.compare(at, memoryview(piece))
-    assert total == int(np.frombuffer(bytes(piece), np.uint8).sum(dtype=np.uint64))
+    total = int(part.sum(dtype=np.uint64))
+    check.compare(at, memoryview(part))
+    assert total == int(np.frombuffer(bytes(part), np.uint8).sum(dtype=np.uint64))
     progress.update(task, completed=1)
     assert region.monitor is not None
     return time.perf_counter() - began, region.monitor.statistics()
@@ -185,14 +185,16 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
                     drawn = picture(region, max(20, min(console.width, 100) - 4), plain=plain)
             check.close()
         console.print()
-        console.print(f"  mapped       {size:>13,} bytes over HTTP, usable after {ready * 1000:.0f} ms", highlight=False)
-        console.print(f"  touched      {check.touched.total:>13,} bytes", highlight=False)
-        console.print(f"  fetched      {seen.bytes_fetched:>13,} bytes ({seen.bytes_fetched / size:.1%})", highlight=False)
-        console.print(f"  page faults  {seen.faults:>13,} in {seconds:.1f} s", highlight=False)
         console.print(
-            f"  latency      p50 below {seen.latency_ns(0.5) / 1e6:.3f} ms, p99 below {seen.latency_ns(0.99) / 1e6:.3f} ms",
-            highlight=False,
+            f"  mapped       {size:>13,} bytes over HTTP, usable after {ready * 1000:.0f} ms", highlight=False
         )
+        console.print(f"  touched      {check.touched.total:>13,} bytes", highlight=False)
+        console.print(
+            f"  fetched      {seen.bytes_fetched:>13,} bytes ({seen.bytes_fetched / size:.1%})", highlight=False
+        )
+        console.print(f"  page faults  {seen.faults:>13,} in {seconds:.1f} s", highlight=False)
+        p50, p99 = (seen.latency_ns(quantile) / 1e6 for quantile in (0.5, 0.99))
+        console.print(f"  latency      p50 below {p50:.3f} ms, p99 below {p99:.3f} ms", highlight=False)
         console.print("\n  what has arrived:")
         for line in drawn:
             console.print(f"  |{line}|", highlight=False, markup=False)

@@ -10,7 +10,7 @@ import attrs
 
 from aiouffd.errors import UffdError
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature
-from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
+from aiouffd.kernel.userfaultfd import NO_FEATURES, Capabilities, Userfaultfd, probe
 
 __all__ = ["Report", "examine"]
 
@@ -59,7 +59,7 @@ def _read(path: str) -> str:
         return f"unknown ({error.strerror})"
 
 
-def _try(way: str, features: Feature = Feature(0)) -> str:
+def _try(way: str, features: Feature = NO_FEATURES) -> str:
     try:
         if way == "user-mode-only":
             Userfaultfd(features, user_mode_only=True).close()
@@ -91,8 +91,9 @@ def examine() -> Report:
             advice.append("no POISON (Linux 6.6): a page that cannot be had leaves its toucher waiting")
     if capabilities is not None and refusals["syscall"] and refusals["device"]:
         advice.append(
-            "only user mode: system calls on missing pages fail with EFAULT. Set `sysctl vm.unprivileged_userfaultfd=1`,"
-            " open /dev/userfaultfd to this user, or grant CAP_SYS_PTRACE; then a Monitor runs with its defaults"
+            "only user mode: system calls on missing pages fail with EFAULT."
+            " Set `sysctl vm.unprivileged_userfaultfd=1`, open /dev/userfaultfd to this user, or grant CAP_SYS_PTRACE;"
+            " then a Monitor runs with its defaults"
         )
     if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
         advice.append('fork="serve" needs CAP_SYS_PTRACE')

@@ -9,7 +9,6 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from aiouffd.engine.assembly import Options
-from aiouffd.engine.handler import Handler
 from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from aiouffd.engine.handler import Handler
     from aiouffd.engine.statistics import Statistics
     from aiouffd.sources.base import Source
 
@@ -75,7 +75,7 @@ class Monitor:
         spin_us: int = 50,
         on_exit: Literal["sigbus", "populate", "zeros"] = "sigbus",
         fork: Literal["dontfork", "serve"] = "dontfork",
-        timeout: float | None = 30.0,  # noqa: ASYNC109 - of each read, in the pager
+        timeout: float | None = 30.0,
         retries: int = 4,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
@@ -110,7 +110,11 @@ class Monitor:
             self._register()
             try:
                 self._engine = LocalEngine(
-                    self._descriptor, self.origin, self._mapping, self.region.page_size, self._options,
+                    self._descriptor,
+                    self.origin,
+                    self._mapping,
+                    self.region.page_size,
+                    self._options,
                     on_error=self._failed,
                 )
             except BaseException:
@@ -167,7 +171,11 @@ class Monitor:
         self._register()
         try:
             client = PagerClient(
-                self._descriptor, self.origin, self._mapping, self.region.page_size, self._options,
+                self._descriptor,
+                self.origin,
+                self._mapping,
+                self.region.page_size,
+                self._options,
                 on_error=self._failed,
             )
             client.start()
@@ -265,7 +273,9 @@ class Monitor:
         self._check(start, length)
         engine = self._running()
         if isinstance(engine, LocalEngine):
-            raise RuntimeError("in_process=True serves on the caller's event loop: await prefetch()")
+            raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
+                "in_process=True serves on the caller's event loop: await prefetch()"
+            )
         engine.request("prefetch", offset=start, length=length).result(timeout)
 
     def statistics(self) -> Statistics:

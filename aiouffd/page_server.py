@@ -182,7 +182,12 @@ async def _run(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if arguments.until_eof:  # ends with whoever started it, however that ends
-        loop.add_reader(sys.stdin.fileno(), lambda: os.read(0, 4096) or stop.set())
+
+        def heard() -> None:
+            if not os.read(0, 4096):
+                stop.set()
+
+        loop.add_reader(sys.stdin.fileno(), heard)
     await stop.wait()
     listening.close()
 

@@ -1,6 +1,6 @@
 """A handler of one's own: an array that is computed on first touch, page by page, and a log of what happens.
 
-    python examples/custom_handler.py
+python examples/custom_handler.py
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """An array whose bytes are on a page server, and come when they are touched.
 
-    python examples/page_server.py --directory /data --port 8080
-    python examples/lazy_array.py http://127.0.0.1:8080/file.bin
+python examples/page_server.py --directory /data --port 8080
+python examples/lazy_array.py http://127.0.0.1:8080/file.bin
 """
 
 import asyncio

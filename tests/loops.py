@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,18 +22,14 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """Make two plain tests of an async one."""
 
-    @pytest.mark.parametrize("loop", list(LOOPS))
     @functools.wraps(test)
     def plain(*args: Any, loop: str, **kwargs: Any) -> None:
         with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
             runner.run(test(*args, **kwargs))
 
-    # pytest looks at the signature of the wrapped function for fixtures: it must see `loop` as well.
-    import inspect  # noqa: PLC0415
-
+    # pytest looks at the signature for fixtures, and wraps() has given it the test's: `loop` must be in it as well.
     signature = inspect.signature(test)
     parameter = inspect.Parameter("loop", inspect.Parameter.KEYWORD_ONLY)
-    plain.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), parameter]
-    )
-    return plain
+    vars(plain)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), parameter])
+    marked: Callable[..., None] = pytest.mark.parametrize("loop", list(LOOPS))(plain)
+    return marked

@@ -25,6 +25,7 @@ def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, 
 
     Args:
         function: of a test module's top level.
+        *arguments: literals.
         deadline: seconds until it is killed.
         status: the exit status that is expected; negative: the signal.
     """

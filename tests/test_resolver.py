@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ def test_a_run_ends_with_every_page_right_and_woken(
 ) -> None:
     """Whatever the kernel answers: each mapped page has its own bytes, nothing present is touched, all are woken."""
     edges = sorted({0, 40, *cuts})
-    mapped = [(FIRST + low, FIRST + high) for low, high in zip(edges, edges[1:], strict=False)]
+    mapped = [(FIRST + low, FIRST + high) for low, high in itertools.pairwise(edges)]
     mapped = [(low, high) for low, high in mapped if low - FIRST not in unmapped]
     lies = any(answer in (-errno.EEXIST, -errno.ENOENT) for answer in script)
     kernel = Kernel(mapped, {FIRST + page for page in present}, list(script))

@@ -188,7 +188,9 @@ class HandlerServer:
         for page, flags, thread in faults:
             start, _, first = space.mappings.locate(page)
             if first < 0:
-                op, data = (Op.ZEROPAGE, None) if space.page_size == mmap.PAGESIZE else (Op.COPY, bytes(space.page_size))
+                op, data = (
+                    (Op.ZEROPAGE, None) if space.page_size == mmap.PAGESIZE else (Op.COPY, bytes(space.page_size))
+                )
                 zeros.append(Run(op, page, first, space.page_size, address_of(data) if data else 0, data))
                 continue
             offset = first + page - start
@@ -228,7 +230,7 @@ class HandlerServer:
                     space.record_latency(flight.began_ns)
         except TimeoutError:
             reason = f"has not returned in {self._timeout} s"
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises fails its page, not the pager
+        except Exception as error:
             log.warning("the handler raised", exc_info=error)
             reason = f"raised {type(error).__name__}: {error}"
         finally:
@@ -303,7 +305,7 @@ class HandlerServer:
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._overridden[code](event)
-            except Exception as error:  # noqa: BLE001 - as for faults
+            except Exception as error:
                 log.warning("the handler raised", exc_info=error)
                 self._words[Counter.HANDLER_ERRORS] += 1
                 self._on_error(HandlerError(repr(self.handler), repr(event), f"raised {type(error).__name__}: {error}"))

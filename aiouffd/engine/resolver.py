@@ -129,10 +129,7 @@ class Resolver:
         self._page = page_size
         self._words = counters.words
         self._mode = mode
-        self._tries = (uffd.try_copy, self._try_zeropage, uffd.try_continue, uffd.try_poison)
-
-    def _try_zeropage(self, start: int, length: int, mode: int) -> int:
-        return self._uffd.try_zeropage(start, length, mode & DONTWAKE)
+        self._tries = (uffd.try_zeropage, uffd.try_zeropage, uffd.try_continue, uffd.try_poison)
 
     def settle(self, run: Run, *, wake: bool) -> int:
         """Work a run off until it is settled or cannot go on now.
@@ -149,7 +146,7 @@ class Resolver:
             if run.op == Op.COPY:
                 result = self._uffd.try_copy(run.dst, run.src, chunk, mode)
             else:
-                result = self._tries[run.op](run.dst, chunk, mode & (DONTWAKE | self._mode))
+                result = self._tries[run.op](run.dst, chunk, mode)
             words[_OP_COUNTER[run.op]] += 1
             if result > 0:
                 if result < chunk:
@@ -168,7 +165,7 @@ class Resolver:
                     continue
                 self.wake(run.dst, page)
                 run.advance(page)
-            elif result == _EAGAIN or result == 0:
+            elif result in (_EAGAIN, 0):
                 words[_EAGAIN_COUNTER] += 1
                 return _EAGAIN
             elif result in _GONE:

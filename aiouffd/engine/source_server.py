@@ -183,7 +183,7 @@ class SourceServer:
         return flights
 
     def _extent(self, offset: int, length: int, page: int) -> tuple[str, int]:
-        """Split a window at its first change: (what, bytes): "zeros", "tail" (the source's last, partial page) or "data"."""
+        """Split a window where it changes: ("zeros", "data" or "tail": the source's last, partial page; bytes)."""
         if offset >= self._size:
             return "zeros", length
         if self._hole is not None and (hole := self._hole(offset, min(length, self._size - offset)) & -page):

@@ -195,7 +195,9 @@ class Space:
             self.server.serve(self, faults, began_ns)
         except Exception:
             # A defect of ours, or of a source's `locate` or `read_nowait`: it costs these pages, and no hang.
-            log.exception("faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults))
+            log.exception(
+                "faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults)
+            )
             self.poison(page for page, _, _ in faults if page not in self.flights)
 
     def _join(self, page: int) -> None:
@@ -262,9 +264,7 @@ class Space:
             for page in [page for page in self.flights if start <= page < end]:
                 del self.flights[page]
         if self.deferred:
-            self.deferred = [
-                (piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)
-            ]
+            self.deferred = [(piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)]
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
 
     def valid(self, run: Run) -> list[Run]:

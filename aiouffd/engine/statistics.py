@@ -99,9 +99,7 @@ class Statistics:
     @property
     def pages(self) -> int:
         """All pages resolved, whatever the cause."""
-        return (
-            self.pages_fault + self.pages_readahead + self.pages_prefetch + self.pages_replay + self.pages_background
-        )
+        return self.pages_fault + self.pages_readahead + self.pages_prefetch + self.pages_replay + self.pages_background
 
     def latency_ns(self, quantile: float) -> int:
         """Return the upper bound of the bucket that holds this quantile (0.5: the median), 0 where nothing is."""

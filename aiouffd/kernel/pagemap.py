@@ -19,6 +19,8 @@ def missing(address: int, length: int, fd: int = -1) -> list[Range]:
     """Return the ranges of addresses of [address, address + length) that a first touch would ask for.
 
     Args:
+        address: page-aligned.
+        length: in bytes, whole pages.
         fd: the memfd behind it, from offset 0 on; -1: private anonymous memory. A page of a file is there when the
             file has it, mapped or not.
 

@@ -75,7 +75,7 @@ class PagerClient:
         self._on_error = on_error
         data, self._descriptors = pack(origin)
         self._config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
-        with open(os.dup(self._config), "wb") as file:
+        with os.fdopen(os.dup(self._config), "wb") as file:
             file.write(data)
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[dict[str, Any], list[int], Future[Any]]] = {}
@@ -233,10 +233,11 @@ class PagerClient:
                 os.close(keeper)
             if self._closing:
                 return
-            if self._dead is not None:
-                return
             try:
-                self._restart()
+                if self._dead is None:
+                    self._restart()
+                else:
+                    return
             except UffdError as error:
                 self._poison()
                 self._give_up(error)

@@ -21,10 +21,11 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control, worker
-from aiouffd.pager.journal import Journal
 
 if TYPE_CHECKING:
     import socket
+
+    from aiouffd.pager.journal import Journal
 
 __all__ = ["run"]
 
@@ -110,7 +111,7 @@ def _resolved(journal: Journal) -> int:
 
 
 def _open_descriptors() -> set[int]:
-    return set(map(int, os.listdir("/proc/self/fd")))
+    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
 
 
 def _close_strays(known: set[int]) -> None:

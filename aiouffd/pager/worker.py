@@ -95,8 +95,12 @@ class _Worker:
         state, events = self.journal.load()
         self.journal.on_full = self.state
         self.dispatcher = Dispatcher(
-            loop, self.journal.counters, spin_us=state["spin_us"] if state else 50, landing=self.journal,
-            on_drop=self.dropped, on_idle=self.idle
+            loop,
+            self.journal.counters,
+            spin_us=state["spin_us"] if state else 50,
+            landing=self.journal,
+            on_drop=self.dropped,
+            on_idle=self.idle,
         )
         if state is not None:
             self.restore(state, events, fresh)

@@ -43,7 +43,7 @@ class FileSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(path)  # noqa: PTH100 - links are not followed: it is a name for people
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -139,7 +139,10 @@ class FileSource:
             got = os.preadv(self._fd, [view[done:]], offset + done)
             if got == 0:
                 raise ShortReadError(
-                    repr(self), offset, length, f"the file ends at {offset + done}; it had {self.size} bytes when opened"
+                    repr(self),
+                    offset,
+                    length,
+                    f"the file ends at {offset + done}; it had {self.size} bytes when opened",
                 )
             done += got
         return data

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-from typing import TYPE_CHECKING, Any
+import datetime as dt
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 __all__ = ["ObjectSource"]
 
 
-def _obstore() -> ModuleType:
+def _obstore() -> Any:
     try:
         import obstore  # noqa: PLC0415 - an extra
         import obstore.store  # noqa: PLC0415
@@ -108,7 +105,7 @@ class ObjectSource:
         # A weak tag promises the same meaning, not the same bytes, and If-Match never matches it.
         self._tag = tag if tag and not tag.startswith("W/") else None
 
-    def _connect(self) -> ModuleType:
+    def _connect(self) -> Any:
         """Make the store on first use: it holds connections and threads, which do not travel."""
         obstore = _obstore()
         if self._store is None:
@@ -121,7 +118,7 @@ class ObjectSource:
                 self._key += "?" + parts.query
             settings: dict[str, Any] = dict(self._options)
             if parts.scheme != "file":
-                seconds = datetime.timedelta(seconds=self.timeout)
+                seconds = dt.timedelta(seconds=self.timeout)
                 settings.setdefault("client_options", {})
                 settings["client_options"] = {
                     "allow_http": parts.scheme == "http",
@@ -134,8 +131,8 @@ class ObjectSource:
                         "max_retries": self._tries,
                         "retry_timeout": seconds,
                         "backoff": {
-                            "init_backoff": datetime.timedelta(milliseconds=100),
-                            "max_backoff": datetime.timedelta(seconds=5),
+                            "init_backoff": dt.timedelta(milliseconds=100),
+                            "max_backoff": dt.timedelta(seconds=5),
                             "base": 2,
                         },
                     },
@@ -157,7 +154,9 @@ class ObjectSource:
         elif name in ("PermissionDeniedError", "UnauthenticatedError"):
             reason = f"access was refused: check the credentials ({text})"
         elif name == "NotSupportedError" or "Range" in text:
-            reason = "this server answers without Range requests, and cannot be read page by page: use one that has them"
+            reason = (
+                "this server answers without Range requests, and cannot be read page by page: use one that has them"
+            )
         elif name == "PreconditionError":
             reason = "the object has changed since it was opened: open it again"
         elif "operation timed out" in whole or "kind: Timeout" in whole:

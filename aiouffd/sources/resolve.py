@@ -33,7 +33,9 @@ def as_source(thing: Any, **options: Any) -> Source:
         if scheme == "file":
             return FileSource(unquote(urlsplit(thing).path))
         if scheme not in _STORES:
-            raise SourceError(thing, 0, 0, f"the scheme {scheme!r} is not known: use a path or one of {sorted(_STORES)}")
+            raise SourceError(
+                thing, 0, 0, f"the scheme {scheme!r} is not known: use a path or one of {sorted(_STORES)}"
+            )
         return ObjectSource(thing, **options)
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)

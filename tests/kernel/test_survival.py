@@ -209,9 +209,7 @@ def keeper_dies() -> None:
 
 
 def test_kill_of_the_keeper() -> None:
-    """The worker serves on, then hands over to another pair, descriptors of forked children included; both at once
-    come back too.
-    """
+    """The worker serves on, then hands over to another pair, forked children included; both at once come back too."""
     play(keeper_dies)
 
 
