@@ -14,7 +14,7 @@ __all__ = ["Size", "group"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore] - generic since click 8.3
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
     """Bytes, with an optional unit: 65536, 64K, 1G, 1GiB."""
 
     name = "size"

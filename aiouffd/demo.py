@@ -130,7 +130,7 @@ def use(
     part = array[at : at + (16 << 20)]
     task = progress.add_task("numpy reductions", total=1)
     total = int(part.sum(dtype=np.uint64))
-    check.compare(at, memoryview(part))
+    check.compare(at, part.data)
     assert total == int(np.frombuffer(bytes(part), np.uint8).sum(dtype=np.uint64))
     progress.update(task, completed=1)
     assert region.monitor is not None

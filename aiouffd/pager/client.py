@@ -191,6 +191,7 @@ class PagerClient:
         ours.settimeout(None)
         with self._lock:
             self._journal, self._connection = Journal(journal), ours
+        os.close(journal)
 
     def _open(self, spaces: list[tuple[int, list[Mapping]]]) -> Future[Any]:
         options = attrs.asdict(self._options)
@@ -222,26 +223,25 @@ class PagerClient:
             control.send(self._connection, message, fds)
 
     def _run(self) -> None:
-        while not self._closing:
-            assert self._connection is not None
-            assert self._keeper is not None
-            # The worker holds the socket too: only the keeper's own end tells of its death.
-            keeper = os.pidfd_open(self._keeper.pid)
+        while self._served():
             try:
-                self._listen(self._connection, keeper)
-            finally:
-                os.close(keeper)
-            if self._closing:
-                return
-            try:
-                if self._dead is None:
-                    self._restart()
-                else:
-                    return
+                self._restart()
             except UffdError as error:
                 self._poison()
                 self._give_up(error)
                 return
+
+    def _served(self) -> bool:
+        """Handle messages as long as the keeper lives; tell whether there must be another one."""
+        assert self._connection is not None
+        assert self._keeper is not None
+        # The worker holds the socket too: only the keeper's own end tells of its death.
+        keeper = os.pidfd_open(self._keeper.pid)
+        try:
+            self._listen(self._connection, keeper)
+        finally:
+            os.close(keeper)
+        return not self._closing and self._dead is None
 
     def _listen(self, connection: socket.socket, keeper: int) -> None:
         """Handle messages until the keeper ends, or the client is stopped."""

@@ -56,7 +56,7 @@ class Journal:
     """The shared memory; one process writes it at a time.
 
     Args:
-        fd: a memfd made by `create`; it belongs to this object.
+        fd: a memfd made by `create`. It stays the caller's, who may close it: the mapping keeps the memory.
     """
 
     def __init__(self, fd: int) -> None:

@@ -60,8 +60,9 @@ class ObjectSource:
         if self._size is None:
             obstore = self._connect()
             try:
-                self._pin(obstore.head(self._store, self._key))
-                if self._size:
+                meta = obstore.head(self._store, self._key)
+                self._pin(meta)
+                if meta["size"]:
                     obstore.get_range(self._store, self._key, start=0, length=1)  # a server without Range says so now
             except Exception as error:
                 raise self._explain(error, 0, 0) from error
@@ -73,8 +74,9 @@ class ObjectSource:
         if self._size is None:
             obstore = self._connect()
             try:
-                self._pin(await obstore.head_async(self._store, self._key))
-                if self._size:
+                meta = await obstore.head_async(self._store, self._key)
+                self._pin(meta)
+                if meta["size"]:
                     await obstore.get_range_async(self._store, self._key, start=0, length=1)
             except Exception as error:
                 raise self._explain(error, 0, 0) from error

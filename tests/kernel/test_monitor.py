@@ -1,0 +1,655 @@
+"""`Monitor` and `open` from the outside: what an application sees."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import hashlib
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from scenario import play
+
+import aiouffd
+
+LOOPS = ["asyncio", "uvloop"]
+
+
+def on(loop: str, main: Any) -> None:
+    """Run a coroutine on the loop of that name."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
+        runner.run(main)
+
+
+# The main job
+
+
+def four_threads_hold_the_gil(kind: str) -> None:
+    """Scenario."""
+    size = 256 << 20
+    data = b"".join(word(page) * (PAGE // 8) for page in range(size // PAGE)) if kind in ("buffer", "file") else b""
+    source: Any
+    if kind == "buffer":
+        source = aiouffd.BufferSource(data)
+    elif kind == "zero":
+        source = aiouffd.ZeroSource(size)
+    elif kind == "file":
+        path = Path(os.environ["AIOUFFD_TEST_DIRECTORY"]) / "input.bin"
+        path.write_bytes(data)
+        source = aiouffd.FileSource(path)
+    else:
+        source = aiouffd.ObjectSource(kind)
+    del data
+    region = aiouffd.Region(size)
+    pages = list(range(size // PAGE))
+    random.Random(3).shuffle(pages)
+    wrong = []
+
+    def touch(part: list[int]) -> None:
+        for page in part:
+            got = region[page * PAGE : page * PAGE + 8]  # mmap's own slice: with the GIL held
+            if got != (bytes(8) if kind == "zero" else word(page)):
+                wrong.append((page, got))
+
+    with aiouffd.Monitor(region, source) as monitor:
+        threads = [threading.Thread(target=touch, args=(pages[n::4],)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monitor.check()
+    assert not wrong, wrong[:5]
+
+
+@pytest.mark.parametrize("kind", ["buffer", "file", "zero"])
+def test_256_mib_in_random_order_from_four_threads_with_the_gil(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every page right, from each kind of source."""
+    monkeypatch.setenv("AIOUFFD_TEST_DIRECTORY", str(tmp_path))
+    play(four_threads_hold_the_gil, kind, deadline=90)
+
+
+def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
+    """The same, from a page server."""
+    with (tmp_path / "input.bin").open("wb") as file:
+        for page in range((256 << 20) // PAGE):
+            file.write(word(page) * (PAGE // 8))
+    with server(tmp_path) as url:
+        play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=110)
+
+
+class server:  # noqa: N801 - used as a function
+    """Runs the page server."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof", *options]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().split()[-1]
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def own_loop_thread_touches(loop: str) -> None:
+    """Scenario."""
+
+    async def main() -> None:
+        region = aiouffd.Region(1 << 20)
+        async with aiouffd.Monitor(region, Slow(1 << 20)) as monitor:
+            assert region[5 * PAGE] == 6  # in the loop's own thread, GIL held
+            assert np.frombuffer(region, np.uint64)[::512].sum() == sum(range(1, 257))
+            assert monitor.statistics().faults >= 1
+
+    on(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_touch_from_the_loops_own_thread(loop: str) -> None:
+    """`region[n]` in a coroutine, holding the GIL, gets its byte."""
+    play(own_loop_thread_touches, loop)
+
+
+def plain_and_async(loop: str) -> None:
+    """Scenario."""
+    data = random.Random(1).randbytes(100_003)
+
+    async def main() -> None:
+        async with aiouffd.open(data) as region:
+            assert len(region) == len(data)
+            assert region[:] == data
+            assert region.monitor is not None
+
+    on(loop, main())
+    with aiouffd.open(data) as region:
+        assert region[-1] == data[-1]
+        assert peek(region.address + 98304, 4096) == data[98304:] + bytes(4096 - len(data[98304:]))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_open_works_with_and_without_a_loop(loop: str) -> None:
+    """Any length; the tail of the last page is zeros."""
+    play(plain_and_async, loop)
+
+
+def prefetch_and_statistics(loop: str) -> None:
+    """Scenario."""
+
+    async def main() -> None:
+        size = 8 << 20
+        region = aiouffd.Region(size)
+        async with aiouffd.Monitor(region, Slow(size)) as monitor:
+            await asyncio.gather(monitor.prefetch(0, size // 2), monitor.prefetch(size // 4, size // 4))
+            seen = monitor.statistics()
+            assert (seen.faults, seen.pages_prefetch, seen.bytes_fetched) == (0, 1024, 4 << 20)
+            before = time.perf_counter()
+            assert region[: size // 2] == content(0, size // 2)
+            assert time.perf_counter() - before < 1
+            assert monitor.statistics().faults == 0
+            assert region[size // 2] != 0
+            assert monitor.statistics().latency_ns(0.5) > 500_000  # the source's millisecond
+            for start, length in ((-1, 1), (0, size + 1), (size, 1)):
+                with pytest.raises(ValueError, match="not within the region"):
+                    await monitor.prefetch(start, length)
+        with pytest.raises(aiouffd.ClosedError):
+            monitor.statistics()
+
+    on(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_prefetch_brings_all_and_faults_nothing(loop: str) -> None:
+    """What was prefetched is there without a fault, brought once; the statistics say so."""
+    play(prefetch_and_statistics, loop)
+
+
+def larger_than_memory() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 40)
+    with aiouffd.Monitor(region) as monitor:
+        assert region[123 << 30] == 0
+        assert region[(1 << 40) - 1] == 0
+        region[5 << 30] = 7
+        assert region[5 << 30] == 7
+        assert monitor.statistics().pages_zero >= 3
+
+
+def test_a_region_larger_than_memory() -> None:
+    """A terabyte of zeros is no more work than a page of them; with no source, that is what it is."""
+    play(larger_than_memory)
+
+
+# Leaving
+
+
+def after_leaving(on_exit: str, address_of_missing: int) -> None:
+    """Scenario: look at a page that was present and at one that was missing, when the block has been left."""
+    size = 4 << 20
+    region = aiouffd.Region(size)
+    array = np.frombuffer(region, np.uint64)
+    with aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit):  # type: ignore[arg-type]
+        assert array[0] == 1
+    assert array[0] == 1  # a view outlives it; what is present stays
+    with pytest.raises(BufferError):
+        region.close()
+    print(int(array[address_of_missing // 8]))
+
+
+@pytest.mark.parametrize(("on_exit", "found"), [("populate", 513), ("zeros", 0)])
+def test_what_is_missing_at_the_end_is_settled(on_exit: str, found: int) -> None:
+    """Populated from the source, or zeros, as asked."""
+    output, _ = play(after_leaving, on_exit, 2 << 20)
+    assert int(output) == found
+
+
+def test_a_missing_page_is_sigbus_after_the_end() -> None:
+    """By default a touch of what never came ends the process, with a traceback where faulthandler is on."""
+    _, errors = play(after_leaving, "sigbus", 2 << 20, status=-signal.SIGBUS)
+    assert "Bus error" in errors
+    assert "after_leaving" in errors
+
+
+def leave_while_waiting() -> None:
+    """Scenario."""
+    size = 4 << 20
+    region = aiouffd.Region(size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    answers: list[tuple[int, int]] = []
+
+    def touch(page: int) -> None:
+        _, write = os.pipe()  # one each: write(2) holds the pipe's lock while it waits for the page
+        result = libc.write(write, region.address + page * PAGE, 1)
+        answers.append((result, ctypes.get_errno()))
+
+    with aiouffd.Monitor(region, Slow(size, 60.0), readahead=0) as monitor:
+        threads = [threading.Thread(target=touch, args=(page,)) for page in range(8)]
+        for thread in threads:
+            thread.start()
+        while monitor.statistics().in_flight < 8:
+            time.sleep(0.001)
+        before = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    assert time.perf_counter() - before < 5
+    assert answers == [(-1, 14)] * 8  # EFAULT
+
+
+def test_leaving_lets_waiting_threads_go() -> None:
+    """Threads that wait for a slow source are let go with an error, not with zeros, and nothing hangs."""
+    play(leave_while_waiting)
+
+
+def nothing_is_left() -> None:
+    """Scenario."""
+
+    def count() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text().count("\n")
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), maps
+
+    def use(number: int) -> None:
+        region = aiouffd.Region(1 << 20)
+        on_exit = ("sigbus", "populate", "zeros")[number % 3]
+        with aiouffd.Monitor(region, Pattern(1 << 20), on_exit=on_exit) as monitor:  # type: ignore[arg-type]
+            pids.extend(monitor.pids)
+            assert region[number * PAGE] == number + 1
+
+    pids: list[int] = []
+    for number in range(3):
+        use(number)
+    before = count()
+    for number in range(3, 15):
+        use(number)
+    after = count()
+    assert after[:2] == before[:2]
+    assert after[2] <= before[2] + 4  # malloc's own
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_nothing_leaks() -> None:
+    """Descriptors, threads, mappings and processes are as before."""
+    play(nothing_is_left, deadline=60)
+
+
+# What bad input gets
+
+
+def refusals() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Pattern(1 << 20)):
+        with pytest.raises(aiouffd.BusyError), aiouffd.Monitor(region, Pattern(1 << 20)):
+            pass
+        with pytest.raises(aiouffd.BusyError):
+            region.close()
+        assert region[PAGE] == 2
+    with pytest.raises(TypeError, match=r"aiouffd\.Region"):
+        aiouffd.Monitor(mmap.mmap(-1, PAGE))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_exit"):
+        aiouffd.Monitor(region, on_exit="explode")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="async with"), aiouffd.Monitor(aiouffd.Region(PAGE), in_process=True):
+        pass
+    lock = threading.Lock()
+
+    class Stubborn:
+        size = PAGE
+
+        def __init__(self) -> None:
+            self.lock = lock
+
+        async def read(self, offset: int, length: int) -> bytes:
+            return bytes(length)
+
+    again = aiouffd.Region(PAGE)
+    with pytest.raises(aiouffd.PagerStartError, match="in_process"), aiouffd.Monitor(again, Stubborn()):
+        pass
+    with aiouffd.Monitor(again, Pattern(PAGE)):  # nothing was left behind
+        assert again[0] == 1
+    closed = aiouffd.Region(PAGE)
+    closed.close()
+    with pytest.raises(aiouffd.ClosedError), aiouffd.Monitor(closed, Pattern(PAGE)):
+        pass
+
+
+def test_wrong_use_is_a_typed_error() -> None:
+    """Registered twice, closed while served, no region, what cannot travel: each says so, and nothing is left over."""
+    play(refusals)
+
+
+def bad_sources() -> None:
+    """Scenario."""
+    for url, words in (
+        ("/no/such/file", "No such file"),
+        ("/tmp", "directory"),
+        ("http://127.0.0.1:1/x", "refuses connections"),
+        ("nonsense://x/y", "scheme"),
+    ):
+        with pytest.raises(aiouffd.SourceError, match=words), aiouffd.open(url):
+            pass
+    with pytest.raises(aiouffd.SourceError, match="empty"), aiouffd.open(b""):
+        pass
+
+
+def test_sources_that_cannot_be_opened() -> None:
+    """A missing file, a directory, a host that is down, an unknown scheme, nothing at all."""
+    play(bad_sources)
+
+
+def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
+    """A 404 and a server without Range are told apart, before anything is mapped."""
+    (tmp_path / "x.bin").write_bytes(bytes(10000))
+    with server(tmp_path) as url, pytest.raises(aiouffd.SourceError, match="404"), aiouffd.open(f"{url}/nothing"):
+        pass
+    with (
+        server(tmp_path, "--no-range") as url,
+        pytest.raises(aiouffd.SourceError, match="without Range"),
+        aiouffd.open(f"{url}/x.bin"),
+    ):
+        pass
+
+
+class Awkward(aiouffd.Handler):
+    """Each page misbehaves in its own way."""
+
+    async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+        """Do what the page's number says."""
+        page = fault.offset // PAGE
+        if page == 0:
+            raise RuntimeError("out of luck")
+        if page == 1:
+            return
+        if page == 2:
+            batch.copy(aiouffd.Range(fault.page.start + PAGE, PAGE), word(3) * 512)
+        elif page == 4:
+            batch.copy(fault.page, b"short")
+        elif page == 5:
+            await asyncio.sleep(60)
+        else:
+            batch.copy(fault.page, word(page) * 512)
+
+
+def awkward_handlers() -> None:
+    """Scenario."""
+    libc = ctypes.CDLL(None)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    _, write = os.pipe()
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Awkward(), timeout=0.5) as monitor:
+        results = [libc.write(write, region.address + page * PAGE, 1) for page in range(8)]
+        assert results == [-1, -1, -1, 1, -1, -1, 1, 1]
+        assert region[6 * PAGE : 8 * PAGE] == content(6 * PAGE, 2 * PAGE)
+        reasons = []
+        for _ in range(5):
+            with pytest.raises(aiouffd.HandlerError) as caught:
+                monitor.check()
+            reasons.append(caught.value.reason)
+            assert "Awkward" in caught.value.handler
+            assert "offset" in caught.value.fault
+        monitor.check()
+        assert monitor.statistics().handler_errors == 5
+    for reason, expected in zip(
+        reasons, ("out of luck", "without resolving", "without resolving", "5 bytes for a range", "0.5 s"), strict=True
+    ):
+        assert expected in reason
+
+
+def test_handlers_that_misbehave() -> None:
+    """One that raises, never resolves, resolves another page, gives short data, or takes too long: its page is
+    poisoned, the error names it, all other pages are served.
+    """
+    _, errors = play(awkward_handlers)
+    assert "out of luck" in errors
+
+
+class Failing:
+    """Fails where it is told to."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Fail for the page at 1 MiB, give too little for the one at 2 MiB, else give the bytes."""
+        if offset <= 1 << 20 < offset + length:
+            raise OSError(5, "bad sector")
+        if offset <= 2 << 20 < offset + length:
+            return content(offset, length - 1)
+        return content(offset, length)
+
+
+def failing_sources(loop: str) -> None:
+    """Scenario."""
+    libc = ctypes.CDLL(None)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    _, write = os.pipe()
+
+    async def main() -> None:
+        size = 4 << 20
+        region = aiouffd.Region(size)
+        async with aiouffd.Monitor(region, Failing(size), retries=2) as monitor:
+            with pytest.raises(aiouffd.SourceError, match="bad sector"):
+                await monitor.prefetch(0, size // 2)
+            assert libc.write(write, region.address + (1 << 20), 1) == -1
+            with pytest.raises(aiouffd.SourceError) as caught:
+                await asyncio.wait_for(monitor.wait_error(), 10)
+            assert (caught.value.offset, caught.value.length) == (1 << 20, PAGE)
+            assert isinstance(caught.value.__cause__, OSError)
+            assert caught.value.__cause__.errno == 5
+            assert libc.write(write, region.address + (2 << 20), 1) == -1
+            with pytest.raises(aiouffd.ShortReadError):
+                await asyncio.wait_for(monitor.wait_error(), 10)
+            for page in (0, 255, 257, 511, 513, 1023):  # the neighbours are none the worse
+                assert region[page * PAGE : page * PAGE + 8] == word(page)
+            assert monitor.statistics().source_retries >= 2
+            waiting = asyncio.ensure_future(monitor.wait_error())
+            await asyncio.sleep(0)
+        with pytest.raises(aiouffd.ClosedError):
+            await asyncio.wait_for(waiting, 10)
+
+    on(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_source_that_fails_for_good(loop: str) -> None:
+    """The page is poisoned, wait_error tells which bytes and why; a failed prefetch raises and poisons nothing."""
+    _, errors = play(failing_sources, loop)
+    assert "bad sector" in errors
+
+
+class Flaky(Slow):
+    """Fails three reads of ten."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 0.0)
+        self.rng = random.Random(5)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Give the bytes, mostly."""
+        if self.rng.random() < 0.3:
+            raise ConnectionResetError("reset by peer")
+        return content(offset, length)
+
+
+def flaky_source() -> None:
+    """Scenario."""
+    size = 8 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Flaky(size), readahead=0, retries=12) as monitor:
+        touchers = Touchers(region.address, [range(n, 2048, 64) for n in range(64)])
+        touchers.join()
+        assert not touchers.wrong
+        assert monitor.statistics().source_retries > 500
+        monitor.check()
+
+
+def test_a_source_that_fails_now_and_then() -> None:
+    """30 % of the reads fail: every byte is right, and nobody is told."""
+    play(flaky_source, deadline=60)
+
+
+# Its own loop
+
+
+def in_process(loop: str) -> None:
+    """Scenario."""
+
+    async def main() -> None:
+        size = 4 << 20
+        region = aiouffd.Region(size)
+        marks = []
+
+        class Here(aiouffd.Handler):
+            async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+                await asyncio.sleep(0.001)
+                marks.append(fault.offset)  # a closure of this process
+                batch.copy(fault.page, content(fault.offset, PAGE))
+
+        async with aiouffd.Monitor(region, Here(), in_process=True) as monitor:
+            assert monitor.pids == ()
+            assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == word(9)
+            assert marks == [9 * PAGE]
+            region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+            assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == bytes(8)
+            await monitor.prefetch(0, 16 * PAGE)
+            assert region[15 * PAGE] == 16
+            assert monitor.statistics().faults == 2
+        async with aiouffd.Monitor(aiouffd.Region(size), Pattern(size), in_process=True) as monitor:
+            address = monitor.region.address
+            touchers = [asyncio.to_thread(peek, address + page * PAGE) for page in range(100, 164)]
+            assert await asyncio.gather(*touchers) == [word(page) for page in range(100, 164)]
+
+    on(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_in_process_serves_what_others_touch(loop: str) -> None:
+    """The engine on the caller's loop; the region's own madvise tells it what the kernel does not."""
+    play(in_process, loop)
+
+
+def handler_of_main() -> None:
+    """Scenario: a script whose handler lives in `__main__`."""
+    code = """
+import aiouffd
+class Mine(aiouffd.Handler):
+    async def pagefault(self, fault, batch):
+        batch.copy(fault.page, bytes([fault.offset // 4096]) * 4096)
+region = aiouffd.Region(1 << 20)
+with aiouffd.Monitor(region, Mine()):
+    print(region[7 * 4096])
+"""
+    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_handler_that_lives_in_main() -> None:
+    """It travels by value: no `__main__` guard, no module."""
+    output, _ = play(handler_of_main)
+    assert output.split() == ["7"]
+
+
+def events_reach_the_handler() -> None:
+    """Scenario."""
+    seen = Path(os.environ["AIOUFFD_TEST_DIRECTORY"]) / "events"
+
+    class Telling(aiouffd.Handler):
+        async def tell(self, text: str) -> None:
+            with seen.open("a") as file:
+                file.write(text + "\n")
+
+        async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+            batch.copy(fault.page, content(fault.offset, PAGE))
+
+        async def fork(self, event: aiouffd.Fork) -> None:
+            await self.tell("fork")
+
+        async def remap(self, event: aiouffd.Remap) -> None:
+            await self.tell(f"remap {event.length}")
+
+        async def remove(self, event: aiouffd.Remove) -> None:
+            await self.tell(f"remove {event.end - event.start}")
+
+        async def unmap(self, event: aiouffd.Unmap) -> None:
+            await self.tell("unmap")
+
+    size = 1 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Telling(), fork="serve") as monitor:
+        assert region[PAGE] == 2
+        region.madvise(mmap.MADV_DONTNEED, 0, 2 * PAGE)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if region[: 4 * PAGE] == bytes(2 * PAGE) + content(2 * PAGE, 2 * PAGE) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        region.resize(2 << 20)
+        assert region[8 * PAGE] == 9
+        assert region[size] == 0
+        statistics = monitor.statistics()
+        assert (statistics.forks, statistics.removes) == (1, 1)
+        end = time.monotonic() + 10
+        while "fork" not in (text := seen.read_text() if seen.exists() else "") and time.monotonic() < end:
+            time.sleep(0.01)
+    assert text.split("\n")[:2] == [f"remove {2 * PAGE}", "fork"]
+
+
+def test_layout_events_reach_a_handler_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """remove, fork, remap, unmap: the engine has applied them, an overridden coroutine is told."""
+    monkeypatch.setenv("AIOUFFD_TEST_DIRECTORY", str(tmp_path))
+    play(events_reach_the_handler)
+
+
+def child_without_serving() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Pattern(1 << 20)):
+        assert region[0] == 1
+        child = os.fork()
+        if child == 0:
+            _ = region[0]
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
+        subprocess.run(["true"], check=True, preexec_fn=os.getpid)  # a real fork: it is not held up
+
+
+def test_a_forked_child_fails_loudly_by_default() -> None:
+    """It has not got the region: SIGSEGV, never silent zeros; fork itself is not held up."""
+    play(child_without_serving)
+
+
+def a_failing_disk(path: str) -> None:
+    """Scenario: the file is cut while it is served."""
+    libc = ctypes.CDLL(None)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    _, write = os.pipe()
+    size = 4 << 20
+    Path(path).write_bytes(content(0, size))
+    with aiouffd.open(path, readahead=0) as region:
+        assert region[PAGE] == 2
+        os.truncate(path, 1 << 20)
+        assert hashlib.sha256(region[: 1 << 20]).digest() == hashlib.sha256(content(0, 1 << 20)).digest()
+        assert libc.write(write, region.address + (2 << 20), 1) == -1
+        with pytest.raises(aiouffd.ShortReadError):
+            region.monitor.check()
+
+
+def test_a_file_that_is_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
+    """Pages behind the new end are poisoned; those before it are served."""
+    play(a_failing_disk, str(tmp_path / "x.bin"))
