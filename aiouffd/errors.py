@@ -157,6 +157,9 @@ class SourceError(UffdError):
         self.length = length
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:  # TimeoutError, of which a kind is, drops what is behind the second
+        return type(self), (self.source, self.offset, self.length, self.reason)
+
     def __str__(self) -> str:
         where = f" [{self.offset}, {self.offset + self.length})" if self.length else ""
         return f"{self.source}{where}: {self.reason}"

@@ -26,6 +26,7 @@ __all__ = ["PageServer", "main"]
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)$")
 _IDLE = 60.0  # seconds until a connection without a request is closed
 _MAX_HEADER = 16 << 10
+_CHUNK = 256 << 10
 
 
 @attrs.frozen
@@ -119,9 +120,14 @@ class PageServer:
             self._head(writer, status, headers)
             if request.method == "HEAD" or start == end:
                 return
-            await writer.drain()
             self.bytes_sent += end - start
-            await asyncio.get_running_loop().sendfile(writer.transport, file, start, end - start)
+            while start < end:  # a file that is cut meanwhile ends the connection: the length is promised already
+                data = os.pread(file.fileno(), min(_CHUNK, end - start), start)
+                if not data:
+                    raise ConnectionAbortedError
+                writer.write(data)
+                start += len(data)
+                await writer.drain()
 
     def _open(self, target: str) -> BinaryIO:
         path = urllib.parse.unquote(target.partition("?")[0]).lstrip("/")

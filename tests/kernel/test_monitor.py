@@ -263,7 +263,7 @@ def nothing_is_left() -> None:
     def count() -> tuple[int, int, int]:
         gc.collect()
         maps = Path("/proc/self/maps").read_text().count("\n")
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), maps
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), maps
 
     def use(number: int) -> None:
         region = aiouffd.Region(1 << 20)
@@ -414,9 +414,7 @@ def awkward_handlers() -> None:
 
 
 def test_handlers_that_misbehave() -> None:
-    """One that raises, never resolves, resolves another page, gives short data, or takes too long: its page is
-    poisoned, the error names it, all other pages are served.
-    """
+    """It raises, never resolves, resolves another page, gives short data, takes too long: only its page is poisoned."""
     _, errors = play(awkward_handlers)
     assert "out of luck" in errors
 

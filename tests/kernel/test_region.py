@@ -1,0 +1,140 @@
+"""`Region`: memory to be filled."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from pattern import PAGE
+
+import aiouffd
+from aiouffd import Region
+from aiouffd.kernel import pagemap
+from aiouffd.ranges import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HUGE = 2 << 20
+
+
+def mapped(address: int) -> bool:
+    """Tell whether something is mapped at an address."""
+    starts = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in starts)
+
+
+@pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 100_003])
+@pytest.mark.parametrize("shared", [False, True])
+def test_any_length(length: int, shared: bool) -> None:
+    """`len()` is exact, the mapping whole pages; it is an mmap, and numpy takes it."""
+    region = Region(length, shared=shared)
+    assert isinstance(region, mmap.mmap)
+    assert len(region) == length
+    assert region.mapped_length == (length + PAGE - 1) // PAGE * PAGE
+    assert region.address % PAGE == 0
+    array = np.frombuffer(region, np.uint8)
+    assert array.ctypes.data == region.address
+    assert (region.fd >= 0) == shared
+    with pytest.raises(BufferError):
+        region.close()
+    del array
+    address = region.address
+    region.close()
+    assert not mapped(address)
+    assert "closed" in repr(region)
+
+
+def test_the_last_reference_unmaps() -> None:
+    """No close() is needed."""
+    region = Region(1 << 20)
+    address = region.address
+    del region
+    gc.collect()
+    assert not mapped(address)
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_no_region_without_bytes(wrong: int) -> None:
+    """ValueError, not a mapping of the whole file."""
+    with pytest.raises(ValueError, match="at least one byte"):
+        Region(wrong)
+
+
+@pytest.mark.parametrize("wrong", [1, 1000, 4095, 12288])
+def test_page_sizes_are_powers_of_two(wrong: int) -> None:
+    """ValueError says what a page size is."""
+    with pytest.raises(ValueError, match="power of two"):
+        Region(PAGE, page_size=wrong)
+
+
+def test_shared_regions_share() -> None:
+    """Another mapping of the same memfd sees the same bytes, all or the first of them."""
+    region = Region(3 * PAGE, shared=True)
+    other = Region.from_fd(region.fd)
+    part = Region.from_fd(region.fd, PAGE)
+    region[5] = 77
+    assert other[5] == part[5] == 77
+    assert (len(other), len(part)) == (3 * PAGE, PAGE)
+    assert other.fd != region.fd
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Four huge pages, for the time of a test."""
+    knob = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = knob.read_text()
+    try:
+        knob.write_text(str(int(before) + 4))
+    except OSError:
+        pytest.skip("huge pages cannot be reserved by this user")
+    try:
+        if int(knob.read_text()) < int(before) + 4:
+            pytest.skip("no room for huge pages")
+        yield
+    finally:
+        knob.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("shared", [False, True])
+def test_huge_pages(shared: bool) -> None:
+    """Pages of 2 MiB; an odd length is unmapped whole all the same."""
+    region = Region(HUGE + 5, page_size=HUGE, shared=shared)
+    assert (len(region), region.mapped_length, region.address % HUGE) == (HUGE + 5, 2 * HUGE, 0)
+    region[HUGE + 4] = 1
+    address = region.address
+    region.close()
+    assert not mapped(address)
+    assert not mapped(address + HUGE)
+
+
+def test_too_few_huge_pages_is_said_so() -> None:
+    """UnsupportedError names the knob, at once and not at the first touch."""
+    with pytest.raises(aiouffd.UnsupportedError, match="nr_hugepages"):
+        Region(1 << 40, page_size=HUGE)
+
+
+def test_resize_keeps_the_address_right() -> None:
+    """It may move; `address` says where it is now."""
+    region = Region(PAGE)
+    region[0] = 9
+    region.resize(64 << 20)
+    assert len(region) == 64 << 20
+    assert np.frombuffer(region, np.uint8).ctypes.data == region.address
+    assert region[0] == 9
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_missing_is_found(shared: bool) -> None:
+    """`pagemap.missing` gives exactly the pages that nobody has touched."""
+    region = Region(64 * PAGE, shared=shared)
+    for page in (0, 3, 4, 63):
+        region[page * PAGE] = 1
+    gaps = pagemap.missing(region.address, region.mapped_length, region.fd)
+    pages = [Range((gap.start - region.address) // PAGE, gap.length // PAGE) for gap in gaps]
+    assert pages == [Range(1, 2), Range(5, 58)]

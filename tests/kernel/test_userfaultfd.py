@@ -1,0 +1,522 @@
+"""`Userfaultfd`: each operation, and each errno that the kernel can be made to show."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from pattern import PAGE, peek
+from scenario import play
+
+import aiouffd
+from aiouffd import Feature, Ioctl, RegisterMode, Userfaultfd
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.memory import SealedMemory, address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NOTHING = Feature(0)
+A = b"A" * PAGE
+B = b"B" * PAGE
+
+
+def registered(
+    pages: int = 8, features: Feature = NOTHING, mode: RegisterMode = RegisterMode.MISSING, *, shared: bool = False
+) -> tuple[aiouffd.Region, Userfaultfd]:
+    """Return a region and the descriptor that it is registered with."""
+    region = aiouffd.Region(pages * PAGE, shared=shared)
+    uffd = Userfaultfd(features)
+    uffd.register(region.address, pages * PAGE, mode)
+    return region, uffd
+
+
+class Reader(threading.Thread):
+    """Touches an address without the GIL."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__()
+        self.address = address
+        self.got = b""
+        self.start()
+
+    def run(self) -> None:
+        """Touch."""
+        self.got = peek(self.address)
+
+
+def next_events(uffd: Userfaultfd) -> list[aiouffd.Event]:
+    """Wait until something can be read, and read it."""
+    assert select.select([uffd], [], [], 10)[0]
+    return uffd.read()
+
+
+# Opening and the handshake
+
+
+def test_each_way_of_opening() -> None:
+    """The system call, the device, and user mode only: same features, and each says how it was opened."""
+    for uffd, way in (
+        (Userfaultfd(opened_by="syscall"), "syscall"),
+        (Userfaultfd(opened_by="device"), "device"),
+        (Userfaultfd(user_mode_only=True), "user-mode-only"),
+    ):
+        with uffd:
+            assert uffd.opened_by == way
+            assert uffd.ioctls >= Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
+            assert os.get_blocking(uffd.fileno()) is False
+            assert os.get_inheritable(uffd.fileno()) is False
+            assert uffd.read() == []
+        assert uffd.closed
+        with pytest.raises(aiouffd.ClosedError):
+            uffd.fileno()
+
+
+def test_probe_and_enabled_features_are_two_things() -> None:
+    """`probe()` tells what exists, `features` what is enabled; WP_ASYNC brings WP_UNPOPULATED along."""
+    existing = aiouffd.probe().features
+    assert existing >= Feature.EVENT_FORK | Feature.SIGBUS | Feature.THREAD_ID
+    with Userfaultfd() as uffd:
+        assert uffd.features == Feature(0)
+    for feature in Feature:
+        if feature & existing:
+            with Userfaultfd(feature) as uffd:
+                assert uffd.features & feature
+    with Userfaultfd(Feature.WP_ASYNC) as uffd:
+        assert uffd.features == Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+
+
+def test_a_feature_that_the_kernel_lacks() -> None:
+    """UnsupportedError names what is missing and what is there; the bit is kept."""
+    with pytest.raises(aiouffd.UnsupportedError) as caught:
+        Userfaultfd(Feature(1 << 50) | Feature.THREAD_ID)
+    assert str(1 << 50) in caught.value.missing
+    assert "THREAD_ID" not in caught.value.missing
+    assert "EVENT_FORK" in caught.value.available
+
+
+def test_the_handshake_as_the_kernel_does_it() -> None:
+    """A wrong version, a second handshake, use before it, a bad pointer: EINVAL, EINVAL, EINVAL, EFAULT."""
+    fd = libc.syscall(abi.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="Invalid"):
+            os.read(fd, 32)
+        with pytest.raises(OSError, match="Invalid"):
+            fcntl.ioctl(fd, abi.UFFDIO_WAKE, bytearray(struct.pack("QQ", 0x10000, PAGE)))
+        with pytest.raises(OSError, match="Invalid"):
+            fcntl.ioctl(fd, abi.UFFDIO_API, bytearray(abi.API_STRUCT.pack(0xAB, 0, 0)))
+        with pytest.raises(OSError, match="Bad address"):
+            libc.syscall(16, fd, abi.UFFDIO_API, 8)
+        fcntl.ioctl(fd, abi.UFFDIO_API, bytearray(abi.API_STRUCT.pack(abi.UFFD_API, 0, 0)))
+        with pytest.raises(OSError, match="Invalid"):
+            fcntl.ioctl(fd, abi.UFFDIO_API, bytearray(abi.API_STRUCT.pack(abi.UFFD_API, 0, 0)))
+        with pytest.raises(OSError, match="Invalid"):
+            os.read(fd, 31)
+    finally:
+        os.close(fd)
+
+
+def as_nobody() -> None:
+    """Scenario: an unprivileged user."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    with pytest.raises(aiouffd.AccessError) as caught:
+        Userfaultfd()
+    for knob in ("vm.unprivileged_userfaultfd", "/dev/userfaultfd", "CAP_SYS_PTRACE", "user_mode_only", "seccomp"):
+        assert knob in str(caught.value)
+    assert pickle.loads(pickle.dumps(caught.value)).remedy == caught.value.remedy
+    assert aiouffd.probe().opened_by == "user-mode-only"
+    with pytest.raises(aiouffd.AccessError, match="CAP_SYS_PTRACE"):
+        Userfaultfd(Feature.EVENT_FORK, user_mode_only=True)
+    region = aiouffd.Region(4 * PAGE)
+    with Userfaultfd(user_mode_only=True) as uffd:
+        uffd.register(region.address, 4 * PAGE, RegisterMode.MISSING)
+        reader = Reader(region.address)
+        (fault,) = next_events(uffd)
+        assert isinstance(fault, aiouffd.PageFault)
+        uffd.copy(fault.address, A)
+        reader.join()
+        assert reader.got == A[:8]
+        # A fault of a system call is not reported: EFAULT.
+        native = ctypes.CDLL(None, use_errno=True)
+        native.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        assert native.write(os.pipe()[1], region.address + PAGE, 1) == -1
+        assert ctypes.get_errno() == 14
+
+
+def test_an_unprivileged_user() -> None:
+    """Without a privilege: full use is an AccessError that names every knob; user mode only works, system calls not."""
+    if os.geteuid():
+        pytest.skip("needs root, to drop it")
+    play(as_nobody)
+
+
+# Operations
+
+
+def each_resolving_operation() -> None:
+    """Scenario."""
+    region, uffd = registered()
+    base = region.address
+    with uffd:
+        reader = Reader(base + PAGE)
+        (fault,) = next_events(uffd)
+        assert fault == aiouffd.PageFault(base + PAGE, aiouffd.FaultFlag(0), 0)
+        assert uffd.copy(base + PAGE, A, wake=False) == PAGE
+        reader.join(0.05)
+        assert reader.is_alive()  # the page is there, the sleeper has not been woken
+        uffd.wake(base + PAGE, PAGE)
+        reader.join()
+        assert reader.got == A[:8]
+
+        with pytest.raises(aiouffd.PagePresentError):
+            uffd.copy(base + PAGE, B)
+        assert uffd.copy(base, A + B) == PAGE  # partial: the second page is there
+        assert uffd.zeropage(base + 2 * PAGE, 2 * PAGE) == 2 * PAGE
+        assert region[: 4 * PAGE] == A + A + bytes(2 * PAGE)
+        with pytest.raises(aiouffd.PagePresentError):
+            uffd.zeropage(base, PAGE)
+
+        assert uffd.poison(base + 4 * PAGE, PAGE) == PAGE
+        native = ctypes.CDLL(None, use_errno=True)
+        native.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        assert native.write(os.pipe()[1], base + 4 * PAGE, 1) == -1
+        assert uffd.copy(base + 4 * PAGE, B) == PAGE  # heals it
+        assert region[4 * PAGE] == B[0]
+
+        # A wake-up without a page is a fault once more.
+        reader = Reader(base + 5 * PAGE)
+        next_events(uffd)
+        uffd.wake(base + 5 * PAGE, PAGE)
+        (again,) = next_events(uffd)
+        assert isinstance(again, aiouffd.PageFault)
+        assert again.address == base + 5 * PAGE
+        uffd.copy(base + 5 * PAGE, bytearray(B))
+        reader.join()
+
+
+def test_copy_zeropage_wake_and_poison() -> None:
+    """What each does to memory and to sleepers; partial results are return values."""
+    play(each_resolving_operation)
+
+
+REFUSALS: list[tuple[str, type[aiouffd.OperationError], Callable[[Userfaultfd, int], object]]] = [
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.copy(base + 1, A)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.copy(base, b"short")),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.zeropage(base, 100)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.zeropage(base, 0)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.wake(base, 0)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.wake(base + 1, PAGE)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.register(base, 0, RegisterMode.MISSING)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.register(base + 1, PAGE, RegisterMode.MISSING)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.register(base, PAGE, RegisterMode(0))),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.register(base, PAGE, RegisterMode(1 << 20))),
+    ("EINVAL", aiouffd.OperationError, lambda u, _: u.register(0x10000, PAGE, RegisterMode.MISSING)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.unregister(base, 1)),
+    ("EINVAL", aiouffd.OperationError, lambda u, _: u.unregister(0x10000, PAGE)),
+    ("ENOENT", aiouffd.RangeGoneError, lambda u, _: u.copy(0x10000, A)),
+    ("ENOENT", aiouffd.RangeGoneError, lambda u, _: u.zeropage(0x10000, PAGE)),
+    ("ENOENT", aiouffd.RangeGoneError, lambda u, base: u.copy(base + 7 * PAGE, A + B)),
+    ("EINVAL", aiouffd.OperationError, lambda u, base: u.continue_(base, PAGE)),
+    ("EINVAL", aiouffd.OperationError, lambda u, _: u.copy(2**64 - PAGE, A)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSALS)))
+def test_what_the_kernel_refuses(case: int) -> None:
+    """A typed error with operation, range and errno, whose text says what to do."""
+    name, kind, call = REFUSALS[case]
+    region, uffd = registered()
+    with uffd, pytest.raises(kind) as caught:
+        call(uffd, region.address)
+    assert type(caught.value) is kind
+    assert name in str(caught.value)
+    assert caught.value.operation.startswith("UFFDIO_")
+    assert "; " in str(caught.value) or caught.value.operation in (
+        "UFFDIO_WAKE",
+        "UFFDIO_UNREGISTER",
+        "UFFDIO_CONTINUE",
+    )
+
+
+def test_a_range_has_one_owner() -> None:
+    """EBUSY: registered with another descriptor; after unregistering it may be taken."""
+    region, uffd = registered()
+    with uffd, Userfaultfd() as other:
+        with pytest.raises(aiouffd.BusyError):
+            other.register(region.address, PAGE, RegisterMode.MISSING)
+        uffd.unregister(region.address, 8 * PAGE)
+        assert other.register(region.address, PAGE, RegisterMode.MISSING) >= Ioctl.COPY | Ioctl.ZEROPAGE | Ioctl.WAKE
+
+
+def test_a_copy_from_memory_that_cannot_be_read() -> None:
+    """EFAULT: the source buffer's file has been cut, for example."""
+    region, uffd = registered()
+    with uffd:
+        assert uffd.try_copy(region.address, 8, PAGE, 0) == -14
+
+
+def test_a_target_that_has_exited() -> None:
+    """ESRCH for COPY and ZEROPAGE, ENOMEM for REGISTER, nothing for WAKE: `gone()` tells."""
+    left, right = os.pipe()
+    region = aiouffd.Region(8 * PAGE)
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        uffd = Userfaultfd()
+        uffd.register(region.address, 8 * PAGE, RegisterMode.MISSING)
+        socket.send_fds(theirs, [b"x"], [uffd.fileno()])
+        os.read(left, 1)
+        os._exit(0)
+    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    with Userfaultfd.from_fd(fds[0]) as uffd:
+        assert not uffd.gone()
+        assert uffd.copy(region.address, A) == PAGE
+        os.write(right, b"x")
+        os.waitpid(child, 0)
+        assert uffd.gone()
+        with pytest.raises(aiouffd.TargetExitedError):
+            uffd.copy(region.address + PAGE, A)
+        with pytest.raises(aiouffd.TargetExitedError):
+            uffd.zeropage(region.address + PAGE, PAGE)
+        with pytest.raises(aiouffd.OperationError, match="ENOMEM"):
+            uffd.register(region.address, PAGE, RegisterMode.MISSING)
+        uffd.wake(region.address, PAGE)
+    for end in (left, right):
+        os.close(end)
+    ours.close()
+    theirs.close()
+
+
+def events_change_the_layout() -> None:
+    """Scenario."""
+    features = Feature.EVENT_REMOVE | Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+    region, uffd = registered(16, features)
+    base = region.address
+    with uffd:
+        uffd.copy(base, A)
+        thread = threading.Thread(target=lambda: libc.madvise(base, 2 * PAGE, mmap.MADV_DONTNEED))
+        thread.start()
+        assert select.select([uffd], [], [], 10)[0]
+        with pytest.raises(aiouffd.LayoutChangingError):  # while the event is unread
+            uffd.copy(base + 8 * PAGE, A)
+        uffd.wake(base, PAGE)  # this one does not look
+        assert uffd.read() == [aiouffd.Remove(base, base + 2 * PAGE)]
+        thread.join()
+        assert uffd.copy(base, B) == PAGE
+
+        target = mmap.mmap(-1, 64 * PAGE)
+        place = address_of(target)
+        moved: list[int] = []
+        flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED
+        thread = threading.Thread(
+            target=lambda: moved.append(libc.mremap(base + 8 * PAGE, 4 * PAGE, 4 * PAGE, flags, place))
+        )
+        thread.start()
+        seen: list[aiouffd.Event] = []
+        while thread.is_alive():
+            if select.select([uffd], [], [], 0.01)[0]:
+                seen += uffd.read()
+        seen += uffd.read()
+        assert moved == [place]
+        assert seen[0] == aiouffd.Remap(base + 8 * PAGE, place, 4 * PAGE)
+        assert uffd.copy(place, A) == PAGE  # it is registered where it is now
+        os._exit(0)  # Python's objects know nothing of where the memory has gone
+
+
+def test_layout_events() -> None:
+    """REMOVE, REMAP (and UNMAP of what it left): EAGAIN while one is unread, served at the new place afterwards."""
+    play(events_change_the_layout)
+
+
+def fork_event() -> None:
+    """Scenario."""
+    region, uffd = registered(features=Feature.EVENT_FORK)
+    base = region.address
+    children: list[Userfaultfd] = []
+
+    def read() -> None:
+        (event,) = next_events(uffd)
+        assert isinstance(event, aiouffd.Fork)
+        children.append(event.uffd)
+
+    native = ctypes.CDLL(None)
+    thread = threading.Thread(target=read)
+    thread.start()
+    # vfork-free and malloc-free: glibc's fork holds malloc's locks while it waits, and the reader would need them.
+    child = native.syscall(56 if os.uname().machine == "x86_64" else 220, signal.SIGCHLD, 0, 0, 0, 0)
+    if child == 0:
+        native.memcpy(ctypes.c_void_p(base + PAGE), ctypes.c_void_p(base), 8)
+        native._exit(int(ctypes.string_at(base + PAGE, 1) == b"A"))
+    thread.join()
+    (served,) = children
+    assert served.features == uffd.features
+    for _ in range(2):
+        for event in next_events(served):
+            assert isinstance(event, aiouffd.PageFault)
+            served.copy(event.address, A)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert served.gone()
+
+
+def test_fork_event() -> None:
+    """The child's descriptor arrives with the event, has the parent's features, and serves the child."""
+    play(fork_event)
+
+
+def write_protection() -> None:
+    """Scenario."""
+    region, uffd = registered(features=Feature.PAGEFAULT_FLAG_WP, mode=RegisterMode.MISSING | RegisterMode.WP)
+    base = region.address
+    with uffd:
+        uffd.copy(base, A + A, write_protect=True)
+        assert region[0] == A[0]  # reading is free
+
+        def write() -> None:
+            native = ctypes.CDLL(None)
+            native.memcpy(ctypes.c_void_p(base), ctypes.c_char_p(B), ctypes.c_size_t(8))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        (fault,) = next_events(uffd)
+        assert isinstance(fault, aiouffd.PageFault)
+        assert (fault.kind, fault.write) == (aiouffd.FaultKind.WP, True)
+        uffd.writeprotect(base, PAGE, protect=False)
+        writer.join()
+        assert region[:8] == B[:8]
+        uffd.writeprotect(base, 2 * PAGE, protect=True)
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert next_events(uffd)
+        uffd.writeprotect(base, PAGE, protect=False, wake=False)
+        uffd.wake(base, PAGE)
+        writer.join()
+
+
+def test_write_protection() -> None:
+    """COPY with protection, protecting and lifting it: a writer waits, is reported as such, and goes on."""
+    play(write_protection)
+
+
+def minor_faults() -> None:
+    """Scenario."""
+    region = aiouffd.Region(8 * PAGE, shared=True)
+    with Userfaultfd(Feature.MINOR_SHMEM) as uffd:
+        assert uffd.register(region.address, 8 * PAGE, RegisterMode.MISSING | RegisterMode.MINOR) & Ioctl.CONTINUE
+        os.pwrite(region.fd, A, PAGE)
+        reader = Reader(region.address + PAGE)
+        (fault,) = next_events(uffd)
+        assert isinstance(fault, aiouffd.PageFault)
+        assert fault.kind is aiouffd.FaultKind.MINOR
+        assert uffd.continue_(region.address + PAGE, PAGE) == PAGE
+        reader.join()
+        assert reader.got == A[:8]
+        with pytest.raises(aiouffd.OperationError, match="EFAULT"):
+            uffd.continue_(region.address + 2 * PAGE, PAGE)  # the file has no such page
+        with pytest.raises(aiouffd.PagePresentError):
+            uffd.continue_(region.address + PAGE, PAGE)
+
+
+def test_minor_faults() -> None:
+    """A page that the file has and the mapping lacks: CONTINUE maps it; EFAULT where the file has none."""
+    play(minor_faults)
+
+
+def moving() -> None:
+    """Scenario."""
+    region, uffd = registered()
+    source = aiouffd.Region(4 * PAGE)
+    source[: 2 * PAGE] = A + B
+    with uffd:
+        assert uffd.move(region.address, source.address, 2 * PAGE) == 2 * PAGE
+        assert region[: 2 * PAGE] == A + B
+        assert source[0] == 0
+        source[0] = 1
+        with pytest.raises(aiouffd.PagePresentError):
+            uffd.move(region.address, source.address, PAGE)
+        with pytest.raises(aiouffd.RangeGoneError):
+            uffd.move(region.address + 4 * PAGE, source.address + 3 * PAGE, PAGE)
+        assert uffd.move(region.address + 4 * PAGE, source.address + 3 * PAGE, PAGE, allow_src_holes=True) == PAGE
+        source[2 * PAGE] = 1
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        with pytest.raises(aiouffd.BusyError):
+            uffd.move(region.address + 5 * PAGE, source.address + 2 * PAGE, PAGE)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_move() -> None:
+    """Pages change their place without a copy; holes, pages that are there, and shared ones are refused."""
+    play(moving)
+
+
+def sigbus() -> None:
+    """Scenario."""
+    region, uffd = registered(features=Feature.SIGBUS)
+    assert uffd.read() == []
+    print(region[0])
+
+
+def test_sigbus_in_place_of_a_message() -> None:
+    """With Feature.SIGBUS nobody waits: the toucher gets the signal."""
+    play(sigbus, status=-signal.SIGBUS)
+
+
+def thread_and_exact_address() -> None:
+    """Scenario."""
+    region, uffd = registered(features=Feature.THREAD_ID | Feature.EXACT_ADDRESS)
+    with uffd:
+        reader = Reader(region.address + PAGE + 123)
+        (fault,) = next_events(uffd)
+        assert isinstance(fault, aiouffd.PageFault)
+        assert fault.address == region.address + PAGE + 123
+        assert fault.thread_id == reader.native_id
+        uffd.zeropage(region.address + PAGE, PAGE)
+        reader.join()
+
+
+def test_thread_id_and_exact_address() -> None:
+    """The faulting thread's id, and the address to the byte."""
+    play(thread_and_exact_address)
+
+
+def last_descriptor_closes() -> None:
+    """Scenario."""
+    region, uffd = registered()
+    reader = Reader(region.address)
+    next_events(uffd)
+    duplicate = os.dup(uffd.fileno())
+    uffd.close()
+    reader.join(0.05)
+    assert reader.is_alive()
+    os.close(duplicate)
+    reader.join()
+    assert reader.got == bytes(8)
+
+
+def test_the_last_descriptor_lets_go_with_zeros() -> None:
+    """Why somebody must always hold a duplicate: with the last one, whoever waits reads zeros."""
+    play(last_descriptor_closes)
+
+
+def test_sealed_memory_cannot_change() -> None:
+    """What travels as a sealed memfd can be neither written, cut nor grown, by anybody."""
+    memory = SealedMemory.from_buffer(A + b"x")
+    assert memory.map is not None
+    assert memory.map[:] == A + b"x"
+    for change in (lambda: os.write(memory.fd, b"y"), lambda: os.ftruncate(memory.fd, 1)):
+        with pytest.raises(PermissionError):
+            change()

@@ -1,0 +1,56 @@
+"""`ranges` against a plain set of integers."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.ranges import Range, RangeSet, align_down, align_up
+
+_operation = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 60), st.integers(0, 20))
+
+
+@given(st.lists(_operation, max_size=40), st.integers(0, 60), st.integers(0, 30))
+def test_a_range_set_is_a_set(operations: list[tuple[str, int, int]], start: int, length: int) -> None:
+    """After any additions and removals: membership, gaps, overlap and total are the model's; ranges are disjoint."""
+    ranges, model = RangeSet(), set[int]()
+    for name, low, size in operations:
+        getattr(ranges, name)(low, low + size)
+        (model.update if name == "add" else model.difference_update)(range(low, low + size))
+    assert {value for item in ranges for value in range(item.start, item.end)} == model
+    assert all((value in ranges) == (value in model) for value in range(90))
+    assert ranges.total == len(model)
+    listed = list(ranges)
+    assert all(before.end < after.start for before, after in itertools.pairwise(listed))
+    asked = set(range(start, start + length))
+    assert {value for gap in ranges.gaps(start, start + length) for value in range(gap.start, gap.end)} == asked - model
+    assert ranges.overlaps(start, start + length) == bool(asked & model)
+    assert RangeSet(ranges) == ranges
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 5)), max_size=100))
+def test_a_bounded_set_forgets_and_never_invents(additions: list[tuple[int, int]]) -> None:
+    """With a limit it holds at most so many ranges, and only what was added."""
+    ranges, model = RangeSet(limit=5), set[int]()
+    for start, length in additions:
+        ranges.add(start, start + length)
+        model.update(range(start, start + length))
+        assert len(ranges) <= 5
+    assert {value for item in ranges for value in range(item.start, item.end)} <= model
+
+
+@given(st.integers(0, 1 << 60), st.sampled_from([1, 4096, 2 << 20]))
+def test_alignment(value: int, alignment: int) -> None:
+    """Down and up enclose the value, by less than the alignment."""
+    assert align_down(value, alignment) <= value <= align_up(value, alignment)
+    assert align_down(value, alignment) % alignment == align_up(value, alignment) % alignment == 0
+    assert align_up(value, alignment) - align_down(value, alignment) in (0, alignment)
+
+
+def test_a_range_is_half_open() -> None:
+    """Its end is the first integer behind it."""
+    item = Range(10, 5)
+    assert (item.end, 10 in item, 14 in item, 15 in item) == (15, True, True, False)
+    assert str(item) == "[0xa, 0xf)"

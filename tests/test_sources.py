@@ -1,0 +1,238 @@
+"""Sources: the bytes they give, what they do at their end, and how they travel."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import pickle
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loops import run
+
+import aiouffd
+from aiouffd.pager.travel import pack, unpack
+from aiouffd.sources.resolve import as_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SIZE = 1_000_003
+DATA = random.Random(11).randbytes(SIZE)
+
+
+def travelled(source: Any) -> Any:
+    """Return the source as it arrives in the pager."""
+    data, descriptors = pack(source)
+    return unpack(data, [os.dup(item.fd) for item in descriptors])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with the data."""
+    path = tmp_path / "data.bin"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A page server with the data."""
+    directory = tmp_path_factory.mktemp("served")
+    (directory / "data.bin").write_bytes(DATA)
+    (directory / "empty.bin").write_bytes(b"")
+    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+
+
+def at(address: int | None, length: int) -> bytes:
+    """Return what lies at an address."""
+    assert address is not None
+    return ctypes.string_at(address, length)
+
+
+_places = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 300_000))
+
+
+@given(_places)
+def test_a_buffer_is_always_at_hand(place: tuple[int, int]) -> None:
+    """The same bytes by address, by view, and after the journey; the journey copies once."""
+    offset, length = place[0], min(place[1], SIZE - place[0])
+    for source in (BUFFER, TRAVELLED):
+        assert source.size == SIZE
+        assert at(source.locate(offset, length), length) == DATA[offset : offset + length]
+        assert bytes(source.read_nowait(offset, length)) == DATA[offset : offset + length]
+
+
+BUFFER = aiouffd.BufferSource(DATA)
+TRAVELLED = travelled(BUFFER)
+
+
+def test_a_buffer_travels_in_one_memfd() -> None:
+    """However often it travels: one sealed copy; a plain pickle carries the bytes."""
+    first, second = pack(BUFFER)[1][0].fd, pack(BUFFER)[1][0].fd
+    assert first == second
+    assert len(pack(BUFFER)[0]) < 1000
+    assert bytes(pickle.loads(pickle.dumps(BUFFER)).read_nowait(0, SIZE)) == DATA
+    empty = travelled(aiouffd.BufferSource(b""))
+    assert empty.size == 0
+
+
+def test_a_buffer_must_be_contiguous() -> None:
+    """Half of every second byte is refused, not misread."""
+    with pytest.raises(ValueError, match="contiguous"):
+        aiouffd.BufferSource(memoryview(DATA)[::2])
+
+
+@run
+async def test_a_file_by_address_and_by_thread(path: Path) -> None:
+    """Resident bytes are located in its mapping; a read gives them too; both after the journey as well."""
+    for source in (aiouffd.FileSource(path), travelled(aiouffd.FileSource(path))):
+        assert source.size == SIZE
+        for offset, length in ((0, 4096), (5, 1), (999_424, 579), (0, SIZE), (4097, 100_000)):
+            assert at(source.locate(offset, length), length) == DATA[offset : offset + length]
+            assert bytes(await source.read(offset, length)) == DATA[offset : offset + length]
+        assert source.hole(0, SIZE) == 0
+        await source.aclose()
+
+
+@run
+async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
+    """What the page cache has dropped would block the loop: it is read by a thread."""
+    source = aiouffd.FileSource(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if source.locate(0, SIZE) is not None:
+        pytest.skip("this file system keeps its pages")
+    assert bytes(await source.read(0, SIZE)) == DATA
+    assert source.locate(0, SIZE) is not None
+    await source.aclose()
+
+
+@run
+async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
+    """To others than its owner mincore tells nothing: RWF_NOWAIT is asked instead."""
+    source = aiouffd.FileSource(path)
+    source._tells = False
+    assert source.locate(0, 4096) is None
+    assert bytes(source.read_nowait(4096, 4096) or b"") == DATA[4096:8192]
+    await source.aclose()
+
+
+@run
+async def test_a_file_that_was_cut(path: Path) -> None:
+    """ShortReadError, not zeros, and no hole either."""
+    source = aiouffd.FileSource(path)
+    os.truncate(path, 5000)
+    with pytest.raises(aiouffd.ShortReadError):
+        await source.read(4096, 4096)
+    assert source.hole(8192, 4096) == 0
+    await source.aclose()
+
+
+def test_holes_of_a_sparse_file(tmp_path: Path) -> None:
+    """What SEEK_HOLE finds; data is never a hole."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(8 << 20)
+        file.seek(1 << 20)
+        file.write(b"data" * 1024)
+    source = aiouffd.FileSource(path)
+    assert source.hole(0, 8 << 20) == 1 << 20
+    assert source.hole(4096, 4096) == 4096
+    assert source.hole(1 << 20, 4096) == 0
+    assert source.hole((1 << 20) + 4096, 8 << 20) == (7 << 20) - 4096
+
+
+def test_a_file_stays_the_one_that_was_opened(path: Path) -> None:
+    """Another that takes its name changes nothing, not even on the journey."""
+    source = aiouffd.FileSource(path)
+    other = path.with_suffix(".new")
+    other.write_bytes(b"other")
+    other.rename(path)
+    assert travelled(source).size == source.size == SIZE
+    assert pickle.loads(pickle.dumps(source)).size == 5  # a plain pickle has only the path
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_files_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
+    """SourceError with the path; a directory is no file."""
+    with pytest.raises(aiouffd.SourceError, match=str(tmp_path)):
+        aiouffd.FileSource(tmp_path / name)
+
+
+@run
+async def test_objects_over_http(url: str) -> None:
+    """Size, ranges and the end; the size travels along."""
+    source = aiouffd.ObjectSource(f"{url}/data.bin")
+    await source.prepare()
+    assert source.size == SIZE
+    for offset, length in ((0, 1), (999_424, 579), (123_456, 300_000)):
+        assert bytes(await source.read(offset, length)) == DATA[offset : offset + length]
+    again = travelled(source)
+    assert again._size == SIZE
+    assert bytes(await again.read(7, 7)) == DATA[7:14]
+    with pytest.raises(aiouffd.SourceError):
+        await source.read(SIZE - 1, 100)
+
+
+@run
+async def test_64_ranges_at_once(url: str) -> None:
+    """Concurrent reads do not disturb each other."""
+    source = aiouffd.ObjectSource(f"{url}/data.bin")
+    places = [(n * 4096, 4096) for n in range(64)]
+    got = await asyncio.gather(*(source.read(*place) for place in places))
+    assert [bytes(data) for data in got] == [DATA[offset : offset + length] for offset, length in places]
+
+
+@run
+async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
+    """No mixture of two versions: the ETag is held against the server."""
+    (tmp_path / "x").write_bytes(bytes(10000))
+    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(tmp_path), "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:  # noqa: ASYNC220
+        assert process.stdout is not None
+        source = aiouffd.ObjectSource(process.stdout.readline().split()[-1] + "/x")
+        await source.prepare()
+        assert bytes(await source.read(0, 10)) == bytes(10)
+        (tmp_path / "x").write_bytes(bytes([1]) * 10000)
+        with pytest.raises(aiouffd.SourceError, match="has changed"):
+            await source.read(0, 10)
+        process.terminate()
+
+
+def test_passwords_are_not_shown() -> None:
+    """Neither in a log nor in an error."""
+    assert "secret" not in repr(aiouffd.ObjectSource("https://user:secret@host/x?token=secret"))
+
+
+def test_as_source(path: Path) -> None:
+    """Paths, URLs, buffers and sources; an unknown scheme is said so."""
+    assert isinstance(as_source(str(path)), aiouffd.FileSource)
+    assert isinstance(as_source(path), aiouffd.FileSource)
+    assert isinstance(as_source(path.as_uri()), aiouffd.FileSource)
+    assert isinstance(as_source(bytearray(5)), aiouffd.BufferSource)
+    assert isinstance(as_source("s3://bucket/key"), aiouffd.ObjectSource)
+    zeros = aiouffd.ZeroSource(5)
+    assert as_source(zeros) is zeros
+    with pytest.raises(aiouffd.SourceError, match="gopher"):
+        as_source("gopher://x/y")
+
+
+@run
+async def test_zeros() -> None:
+    """All of it is a hole."""
+    source = aiouffd.ZeroSource(10000)
+    assert source.hole(4096, 100) == 100
+    assert await source.read(5, 7) == bytes(7)
