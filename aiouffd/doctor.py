@@ -54,7 +54,7 @@ class Report:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="ascii").strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
         return f"unknown ({error.strerror})"
 
