@@ -1,0 +1,300 @@
+"""The rows: what is measured, beside whom, and the bar it is held against."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import numpy as np
+
+import aiouffd
+from aiouffd.kernel.memory import address_of
+from benchmarks.contestants import PAGE, Arena, bare, c_poll, c_spin, content, many, monitored, warm
+from benchmarks.native import touch
+
+MIB = 1 << 20
+
+
+@attrs.frozen
+class Bar:
+    """A bound on the ratio of ours to a peer."""
+
+    peer: str
+    limit: float
+    at_least: bool = False
+
+    def holds(self, ratio: float) -> bool:
+        """Tell whether a ratio is within the bound."""
+        return ratio >= self.limit if self.at_least else ratio <= self.limit
+
+
+@attrs.frozen
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: for `--rows`.
+        title: what is measured.
+        unit: of each figure; smaller is better.
+        contestants: name -> a function that runs once and returns a figure. "aiouffd" is ours.
+        bars: what ours is held against.
+    """
+
+    name: str
+    title: str
+    unit: str
+    contestants: dict[str, Callable[[], float]]
+    bars: tuple[Bar, ...] = ()
+    repeats: int | None = None
+
+
+def shuffled(size: int, seed: int = 1) -> np.ndarray:
+    """Return the numbers of all pages in random order."""
+    return np.random.default_rng(seed).permutation(size // PAGE).astype(np.uint32)
+
+
+Serve = Callable[[int], contextlib.AbstractContextManager[Arena]]
+
+
+def touching(serve: Serve, size: int, threads: int) -> Callable[[], float]:
+    """Return a contestant: microseconds a page, all pages touched in random order."""
+
+    def once() -> float:
+        pages = shuffled(size)
+        warm(size)
+        with serve(size) as arena:
+            return touch(arena.address, pages, threads) / len(pages) * 1e6
+
+    return once
+
+
+def processor(serve: Serve, size: int, threads: int) -> Callable[[], float]:
+    """Return a contestant: microseconds of processor time of the handler a fault."""
+
+    def once() -> float:
+        pages = shuffled(size)
+        warm(size)
+        with serve(size) as arena:
+            before = arena.cpu()
+            touch(arena.address, pages, threads)
+            return (arena.cpu() - before) / len(pages) * 1e6
+
+    return once
+
+
+def page_by_page(size: int) -> contextlib.AbstractContextManager[Arena]:
+    """Ours, default pager, no readahead."""
+    return monitored(size, readahead=0)
+
+
+def random_rows(*, quick: bool) -> Iterator[Row]:
+    """Single pages in random order, out of memory."""
+    size = (8 if quick else 64) * MIB
+    handlers: dict[str, Serve] = {"C poll": c_poll, "C spin": c_spin, "bare Python": bare, "aiouffd": page_by_page}
+    yield Row(
+        "random-1",
+        "random 4 KiB touches, 1 toucher",
+        "us/page",
+        {name: touching(serve, size, 1) for name, serve in handlers.items()},
+        (Bar("C poll", 0.45), Bar("C spin", 1.20)),
+    )
+    yield Row(
+        "random-16",
+        "random 4 KiB touches, 16 touchers",
+        "us/page",
+        {name: touching(serve, size, 16) for name, serve in handlers.items()},
+        (Bar("C poll", 1.15),),
+    )
+    yield Row(
+        "cpu-16",
+        "processor time of the handler, 16 touchers",
+        "us/fault",
+        {name: processor(serve, size, 16) for name, serve in handlers.items() if name in ("C poll", "aiouffd")},
+        (Bar("C poll", 1.40),),
+    )
+
+
+def sequential_row(*, quick: bool) -> Iterator[Row]:
+    """A file in the page cache, in order, with defaults."""
+    size = (64 if quick else 1024) * MIB
+    pages = np.arange(size // PAGE, dtype=np.uint32)
+    directory = tempfile.TemporaryDirectory(prefix="aiouffd-benchmark-")
+    path = Path(directory.name) / "file"
+
+    def ours() -> float:
+        if not path.exists():
+            path.write_bytes(content(size).map or b"")
+        warm(size)
+        with monitored(size, aiouffd.FileSource(path)) as arena:
+            return touch(arena.address, pages) / len(pages) * 1e6
+
+    def copy() -> float:
+        source = address_of(content(size).map)
+        warm(size)
+        region = aiouffd.Region(size)
+        with aiouffd.Userfaultfd() as uffd:
+            uffd.register(region.address, size, aiouffd.RegisterMode.MISSING)
+            before = time.perf_counter()
+            for at in range(0, size, 2 * MIB):
+                done = uffd.try_copy(region.address + at, source + at, 2 * MIB, 0)
+                if done != 2 * MIB:
+                    raise AssertionError(done)
+            seconds = time.perf_counter() - before
+            touch(region.address, pages)
+        return seconds / len(pages) * 1e6
+
+    def memmap() -> float:
+        array = np.memmap(path, np.uint8, "r")
+        return touch(array.ctypes.data, pages) / len(pages) * 1e6
+
+    yield Row(
+        "sequential",
+        f"sequential touch of {size // MIB} MiB, file source, page cache warm",
+        "us/page",
+        {"aiouffd": ours, "COPY in 2 MiB calls": copy, "np.memmap": memmap},
+        (Bar("COPY in 2 MiB calls", 1.30),),
+    )
+    directory.cleanup()
+
+
+class Far:
+    """A source that takes its time."""
+
+    def __init__(self, size: int, latency: float) -> None:
+        self.size = size
+        self.latency = latency
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the words of each page: its number plus one."""
+        await asyncio.sleep(self.latency)
+        first = offset // PAGE + 1
+        return np.repeat(np.arange(first, first + length // PAGE, dtype=np.uint64), PAGE // 8).tobytes()
+
+
+def latency_row(*, quick: bool) -> Iterator[Row]:
+    """Many touchers, a source with latency: are faults served in parallel?"""
+    size = (8 if quick else 32) * MIB
+    pages = shuffled(size)
+
+    def ours() -> float:
+        with monitored(size, Far(size, 0.005), readahead=0) as arena:
+            return touch(arena.address, pages, 64) / len(pages) * 1e6
+
+    yield Row(
+        "latency-64",
+        "64 touchers, random pages, a source with 5 ms latency",
+        "us/page",
+        {"aiouffd": ours, "ideal": lambda: 0.005 / 64 * 1e6},
+        (Bar("ideal", 1.30),),
+    )
+
+
+def descriptors_row(*, quick: bool) -> Iterator[Row]:
+    """A thousand descriptors on one loop, touches random over all."""
+    size = (8 if quick else 64) * MIB
+
+    def idle() -> float:
+        with many(size, 1000) as arena:
+            touch(arena.address, shuffled(size)[:1000])
+            time.sleep(0.2)
+            before = arena.cpu()
+            time.sleep(2)
+            return (arena.cpu() - before) / 2 * 100
+
+    yield Row(
+        "descriptors",
+        "1,000 descriptors on one loop, 1 toucher, random over all",
+        "us/page",
+        {
+            "aiouffd": touching(lambda n: many(n, 1000), size, 1),
+            "one descriptor": touching(lambda n: many(n, 1), size, 1),
+        },
+        (Bar("one descriptor", 1.20),),
+    )
+    yield Row(
+        "idle",
+        "processor time of an idle loop with 1,000 descriptors",
+        "%",
+        {"aiouffd": idle, "1 %": lambda: 1.0},
+        (Bar("1 %", 1.0),),
+        repeats=3,
+    )
+
+
+def memory_row(*, quick: bool) -> Iterator[Row]:
+    """Does the pager's memory grow with the region?"""
+    touches = 2_000 if quick else 20_000
+
+    def resident(size: int) -> Callable[[], float]:
+        def once() -> float:
+            with monitored(size, aiouffd.ZeroSource(size)) as arena:
+                rng = np.random.default_rng(3)
+                for page in rng.integers(0, size // PAGE, touches):
+                    ctypes.string_at(arena.address + int(page) * PAGE, 1)
+                status = Path(f"/proc/{arena.pid}/status").read_text()
+            return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+        return once
+
+    def allowed() -> float:
+        return resident(1 << 30)() + 10
+
+    yield Row(
+        "memory",
+        f"pager's memory, 1 TiB region, {touches} random touches, against 1 GiB plus 10 MiB",
+        "MiB",
+        {"aiouffd": resident(1 << 40), "1 GiB + 10 MiB": allowed},
+        (Bar("1 GiB + 10 MiB", 1.0),),
+        repeats=3,
+    )
+
+
+def recovery_row(*, quick: bool) -> Iterator[Row]:
+    """How long a toucher waits when the worker is killed."""
+    kills = 20 if quick else 100
+
+    def quantile(share: float) -> Callable[[], float]:
+        def once() -> float:
+            size = 64 * MIB
+            waits = []
+            with monitored(size, readahead=0) as arena:
+                monitor = arena.monitor
+                assert monitor is not None
+                for number in range(kills):
+                    worker = monitor.pids[1]
+                    os.kill(worker, signal.SIGKILL)
+                    waits.append(touch(arena.address, np.array([number * 16], np.uint32)))
+                    while monitor.pids[1] == worker:
+                        time.sleep(0.001)
+            return float(np.quantile(waits, share)) * 1e3
+
+        return once
+
+    yield Row(
+        "recovery",
+        "wait for a page when the worker is killed with -9",
+        "ms",
+        {"aiouffd": quantile(0.5), "p99": quantile(0.99)},
+        repeats=3,
+    )
+
+
+def rows(*, quick: bool) -> Iterator[Row]:
+    """Return all rows; a row's files live as long as it is being worked on."""
+    for make in (
+        random_rows,
+        sequential_row,
+        latency_row,
+        descriptors_row,
+        memory_row,
+        recovery_row,
+    ):
+        yield from make(quick=quick)
