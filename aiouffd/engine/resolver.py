@@ -25,7 +25,7 @@ from aiouffd.engine.statistics import Counter
 if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Op", "Resolver", "Run", "merge"]
+__all__ = ["DONTWAKE", "Op", "Resolver", "Run", "merge"]
 
 DONTWAKE = 1
 """UFFDIO_*_MODE_DONTWAKE: bit 0 in COPY, ZEROPAGE, CONTINUE and POISON alike."""
@@ -33,7 +33,6 @@ DONTWAKE = 1
 _EAGAIN, _EEXIST, _ENOENT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT
 _GONE = (-errno.ESRCH, -errno.ENOSPC)
 _EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
-_COPIES = int(Counter.COPIES)
 _PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
 
 
@@ -122,13 +121,13 @@ class Resolver:
         mode: further mode bits of COPY and CONTINUE (2: write-protected from the start).
     """
 
-    __slots__ = ("_mode", "_page", "_tries", "_uffd", "_words")
+    __slots__ = ("_page", "_tries", "_uffd", "_words", "mode")
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
         self._page = page_size
         self._words = counters.words
-        self._mode = mode
+        self.mode = mode
         self._tries = (uffd.try_zeropage, uffd.try_zeropage, uffd.try_continue, uffd.try_poison)
 
     def settle(self, run: Run, *, wake: bool) -> int:
@@ -139,7 +138,7 @@ class Resolver:
             later), ESRCH (the process is gone), or what the kernel refused `run.dst` with.
         """
         words, page = self._words, self._page
-        mode = (0 if wake else DONTWAKE) | (self._mode if run.op in (Op.COPY, Op.CONTINUE) else 0)
+        mode = (0 if wake else DONTWAKE) | (self.mode if run.op in (Op.COPY, Op.CONTINUE) else 0)
         chunk = run.left
         while run.left > 0:
             chunk = min(chunk, run.left)
@@ -173,11 +172,6 @@ class Resolver:
             else:
                 return result
         return 0
-
-    def copy_page(self, dst: int, src: int) -> bool:
-        """COPY one page and wake its sleepers; tell whether that settled it. The hot path: no `Run` is made."""
-        self._words[_COPIES] += 1
-        return self._uffd.try_copy(dst, src, self._page, self._mode) == self._page
 
     def wake(self, start: int, length: int) -> None:
         """WAKE a range. Never refused by a living process: the layout is not looked at."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.gate import Gate
-from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.resolver import DONTWAKE, Op, Run
 from aiouffd.engine.space import Flight, Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, UffdError
@@ -34,6 +34,7 @@ _PAGES_FAULT, _PAGES_READAHEAD, _PAGES_ZERO = (
     int(Counter.PAGES_READAHEAD),
     int(Counter.PAGES_ZERO),
 )
+_COPIES = int(Counter.COPIES)
 _BYTES_FETCHED, _LATENCY = int(Counter.BYTES_FETCHED), int(Counter.LATENCY)
 _CHUNK = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
@@ -85,6 +86,9 @@ class SourceServer:
         self._locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
         self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
         self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
+        if not getattr(source, "sparse", True):
+            self._hole = None
+        self._direct = self._locate is not None and self._hole is None and on_touch is None
         self._timeout: float | None = getattr(source, "timeout", limits.timeout)
         self._retries: int = getattr(source, "retries", limits.retries)
         self._on_error = on_error
@@ -102,26 +106,11 @@ class SourceServer:
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is at hand as one batch; begin flights for the rest."""
         readahead = space.readahead
-        words = self._words
-        if len(faults) == 1 and not readahead.limit and self._locate is not None and self._on_touch is None:
-            # The short way, for pages one by one out of memory: no list, no window.
-            page = faults[0][0]
-            size = space.page_size
-            start, _, first = space.mappings.locate(page)
-            offset = first + page - start
-            if (
-                first >= 0
-                and offset + size <= self._size
-                and self._hole is None
-                and (source := self._locate(offset, size)) is not None
-            ):
-                words[_PAGES_FAULT] += 1
-                words[_BYTES_FETCHED] += size
-                if space.resolver.copy_page(page, source):
-                    words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += 1
-                else:
-                    space.settle([Run(Op.COPY, page, offset, size, source)])
+        if self._direct and not readahead.limit:
+            faults = self._serve_directly(space, faults, began_ns)
+            if not faults:
                 return
+        words = self._words
         runs: list[Run] = []
         waiting = zeros = 0
         asked: dict[int, int] = {}  # the windows of this wake-up, so that its faults do not bring one page twice
@@ -153,6 +142,43 @@ class SourceServer:
             words[_PAGES_FAULT] += served
             words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
+
+    def _serve_directly(
+        self, space: Space, faults: list[tuple[int, int, int]], began_ns: int
+    ) -> list[tuple[int, int, int]]:
+        """Copy single pages out of memory, with no list, window or run; return the faults that need more than that.
+
+        Several pages are copied without waking anybody, and then share one WAKE.
+        """
+        size = space.page_size
+        locate_page, locate, copy, end = space.mappings.locate, self._locate, space.uffd.try_copy, self._size
+        assert locate is not None
+        single = len(faults) == 1
+        mode = space.resolver.mode if single else space.resolver.mode | DONTWAKE
+        left = []
+        start = stop = first = 0
+        for fault in faults:
+            page = fault[0]
+            if not start <= page < stop:
+                start, stop, first = locate_page(page)
+            offset = first + page - start
+            if (
+                first < 0
+                or offset + size > end
+                or (source := locate(offset, size)) is None
+                or copy(page, source, size, mode) != size
+            ):
+                left.append(fault)
+        done = len(faults) - len(left)
+        if done:
+            words = self._words
+            words[_COPIES] += done
+            words[_PAGES_FAULT] += done
+            words[_BYTES_FETCHED] += done * size
+            if not single:
+                space.wake(faults)
+            words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += done
+        return left
 
     def _bring(
         self,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import operator
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +38,8 @@ __all__ = ["FaultServer", "Flight", "Space"]
 log = logging.getLogger("aiouffd")
 
 _MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
+_ITER = abi.PAGEFAULT_MESSAGE.iter_unpack
+_by_address = operator.itemgetter(2)
 _FAULTS, _JOINED, _LATENCY, _DEFERRED = (
     int(Counter.FAULTS),
     int(Counter.JOINED),
@@ -161,34 +164,40 @@ class Space:
             else:
                 self._serve([(page, flags, thread)], began)
             return
-        faults: dict[int, tuple[int, int, int]] = {}
-        layout: list[bytes] = []
-        for at in range(0, length, abi.MESSAGE_SIZE):
-            code = buffer[at]
-            if code == abi.EVENT_PAGEFAULT:
-                _, flags, address, thread = _MESSAGE(buffer, at)
-                page = address & self._mask
-                faults[page] = (page, flags, thread)
-            elif code in _EVENT_COUNTER:
-                layout.append(bytes(buffer[at : at + abi.MESSAGE_SIZE]))
-            else:
-                log.warning("unknown userfaultfd event %#x: %s", code, bytes(buffer[at : at + 32]).hex())
-        self._words[_FAULTS] += length // abi.MESSAGE_SIZE - len(layout)
-        if layout:
-            commit(self, layout)
-            for message in layout:
-                self.layout(message)
-        missing = []
-        for page, flags, thread in faults.values():
-            if page in self.flights:
+        count = bytes(buffer[0 : length : abi.MESSAGE_SIZE]).count(abi.EVENT_PAGEFAULT)
+        self._words[_FAULTS] += count
+        if count * abi.MESSAGE_SIZE != length:
+            self._layout_first(buffer, length, commit)
+        mask, flights = self._mask, self.flights
+        missing: list[tuple[int, int, int]] = []
+        last = -1
+        # Sorted, so that neighbours are together, and a page that several threads wait for is there once.
+        for code, flags, address, thread in sorted(_ITER(buffer[:length]), key=_by_address):
+            page = address & mask
+            if code != abi.EVENT_PAGEFAULT or page == last:
+                continue
+            last = page
+            if flights and page in flights:
                 self._join(page)
             elif flags & 6:
                 self._special(page, flags)
             else:
                 missing.append((page, flags, thread))
         if missing:
-            missing.sort()
             self._serve(missing, began)
+
+    def _layout_first(self, buffer: memoryview, length: int, commit: Callable[[Space, list[bytes]], None]) -> None:
+        """Apply the layout events of a wake-up, before its faults are looked up."""
+        layout: list[bytes] = []
+        for at in range(0, length, abi.MESSAGE_SIZE):
+            code = buffer[at]
+            if code in _EVENT_COUNTER:
+                layout.append(bytes(buffer[at : at + abi.MESSAGE_SIZE]))
+            elif code != abi.EVENT_PAGEFAULT:
+                log.warning("unknown userfaultfd event %#x: %s", code, bytes(buffer[at : at + 32]).hex())
+        commit(self, layout)
+        for message in layout:
+            self.layout(message)
 
     def _serve(self, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         try:
@@ -390,6 +399,15 @@ class Space:
             return False
         self.resolver.wake(page, self.page_size)
         return True
+
+    def wake(self, faults: list[tuple[int, int, int]]) -> None:
+        """WAKE the pages of some faults, which are sorted: all at once, unless others would be woken in vain."""
+        low, high = faults[0][0], faults[-1][0] + self.page_size
+        if self.flights and any(low <= page < high for page in self.flights):
+            for page, _, _ in faults:
+                self.resolver.wake(page, self.page_size)
+        else:
+            self.resolver.wake(low, high - low)
 
     def poison(self, pages: Iterable[int]) -> None:
         """Let whoever waits for these pages go with SIGBUS."""

@@ -17,7 +17,8 @@ class Source(Protocol):
     - `read_nowait(offset, length) -> Buffer | None`: the bytes, if they are at hand without waiting.
     - `locate(offset, length) -> int | None`: the address in this process where the bytes lie and stay until
       `close`, if they are at hand: they are copied straight from there. Asked before `read_nowait`.
-    - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros.
+    - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros; not
+      asked where an attribute `sparse` is false.
     - `async aclose()`: called once when serving ends.
     """
 

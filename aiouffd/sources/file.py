@@ -66,7 +66,7 @@ class FileSource:
             kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
         self.size = info.st_size
-        self._holes = info.st_blocks * 512 < self.size  # a sparse file: worth asking
+        self.sparse = info.st_blocks * 512 < self.size  # else `hole` need not be asked
         self._extent = (0, 0, False)  # start, end, hole: the last answer to that
         self._map: mmap.mmap | None = None
         self._address = 0
@@ -108,7 +108,7 @@ class FileSource:
 
     def hole(self, offset: int, length: int) -> int:
         """Return how many bytes from `offset` on are in a hole of a sparse file, at most `length`."""
-        if not self._holes:
+        if not self.sparse:
             return 0
         start, end, hole = self._extent
         if not start <= offset < end:
