@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,6 +21,7 @@ from aiouffd.kernel.region import Region
 from aiouffd.kernel.settle import leave_sigbus
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.pager.client import PagerClient
+from aiouffd.pager.guard import Guard
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.resolve import as_source
 
@@ -56,6 +59,10 @@ class Monitor:
         retries: further tries after a failed read, with exponential backoff and jitter.
         concurrent_reads: source reads, or handlers, under way at once.
         bytes_in_flight: bytes of source reads under way at once.
+        stuck_warning: with `in_process`: seconds until a message on standard error says that the loop is stuck behind
+            a fault that it should serve itself.
+        stuck_limit: with `in_process`: seconds until that page is poisoned, so that the process ends with a traceback
+            (faulthandler is enabled for that) instead of hanging. None: no such guard.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises (on entering):
@@ -80,6 +87,8 @@ class Monitor:
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
         user_mode_only: bool = False,
+        stuck_warning: float = 2.0,
+        stuck_limit: float | None = 5.0,
     ) -> None:
         if not isinstance(region, Region):
             raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
@@ -93,6 +102,9 @@ class Monitor:
         self._on_exit = on_exit
         self._fork = fork
         self._user_mode_only = user_mode_only
+        self._stuck_warning = stuck_warning
+        self._stuck_limit = stuck_limit
+        self._guard: Guard | None = None
         limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
         self._options = Options(readahead, spin_us, limits=limits)
         self._uffd: Userfaultfd | None = None
@@ -121,6 +133,18 @@ class Monitor:
                 self._unregister()
                 raise
             self.region.listen(self._engine)
+            if self._stuck_limit is not None:
+                # A loop that is stuck ends with the traceback of the line that touched.
+                if not faulthandler.is_enabled() and sys.stderr is not None:
+                    faulthandler.enable()
+                self._guard = await asyncio.to_thread(
+                    Guard,
+                    self._descriptor,
+                    self._engine.counters_fd,
+                    self.region.page_size,
+                    min(self._stuck_warning, self._stuck_limit),
+                    self._stuck_limit,
+                )
             return self
         starting = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:
@@ -142,6 +166,8 @@ class Monitor:
                 if self._on_exit == "populate" and kind is None:
                     await self.prefetch(0, len(self.region))
             finally:
+                if self._guard is not None:
+                    self._guard.close()
                 await self._engine.close(poison=self._on_exit == "sigbus")
                 self._settle()
             return

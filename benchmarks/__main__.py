@@ -13,11 +13,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row, rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
 

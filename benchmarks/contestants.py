@@ -12,10 +12,9 @@ import mmap
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -29,6 +28,9 @@ from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import SealedMemory, address_of
 from benchmarks.native import library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PAGE = 4096
 
@@ -71,7 +73,7 @@ class Arena:
 
 
 @contextlib.contextmanager
-def child(serve: Callable[[], NoReturn | None]) -> Iterator[int]:
+def child(serve: Callable[[], None]) -> Iterator[int]:
     """Run a function in a forked process until the block is left."""
     pid = os.fork()
     if pid == 0:

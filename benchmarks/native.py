@@ -9,8 +9,10 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SOURCE = Path(__file__).parent / "native" / "peers.c"
 

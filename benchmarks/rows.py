@@ -132,6 +132,7 @@ def sequential_row(*, quick: bool) -> Iterator[Row]:
     def ours() -> float:
         if not path.exists():
             path.write_bytes(content(size).map or b"")
+            os.sync()  # or its write-back would be measured
         warm(size)
         with monitored(size, aiouffd.FileSource(path)) as arena:
             return touch(arena.address, pages) / len(pages) * 1e6

@@ -256,7 +256,8 @@ class Dispatcher:
         self._ready()
 
     def _check_gone(self) -> None:
-        """Drop the spaces whose process has exited: there is no EPOLLHUP."""
+        """Drop the spaces whose process has exited: there is no EPOLLHUP. The heartbeat beats here, too."""
+        self._words[Counter.HEARTBEAT] += 1
         for space in list(self.spaces.values()):
             if space.is_gone or space.uffd.gone():
                 space.gone()

@@ -11,8 +11,10 @@ from aiouffd.engine.assembly import Options, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
+from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.memory import map_shared
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ class LocalEngine:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._counters = Counters()
+        # In a memfd, so that a guard in another process can see whether the loop makes progress.
+        self.counters_fd = os.memfd_create("aiouffd-counters", os.MFD_CLOEXEC)
+        os.ftruncate(self.counters_fd, COUNTERS_SIZE)
+        self._counters = Counters(map_shared(self.counters_fd))
         self._server = make_server(origin, self._counters, options, on_error=on_error)
         self._start = mapping.start
         self._end = mapping.end
@@ -72,6 +77,7 @@ class LocalEngine:
         if poison:
             self.space.poison({page for flight in self.space.flights.values() for page in flight.wanted})
         self._dispatcher.close()
+        os.close(self.counters_fd)
         await self._server.aclose()
 
     # What the region tells

@@ -50,6 +50,7 @@ class Counter(enum.IntEnum):
     SPACES = 30  # descriptors being served
     POISONS = 31
     LATENCY = 32  # 48 buckets follow: index is the bit length of the nanoseconds
+    HEARTBEAT = 80  # goes up twice a second as long as the loop runs
 
 
 LATENCY_BUCKETS = 48
@@ -112,6 +113,9 @@ class Statistics:
         return 0
 
 
+_NAMES = tuple(field.name for field in attrs.fields(Statistics) if field.name != "latency")
+
+
 class Counters:
     """The words themselves. `words[Counter.X] += n` is how the engine counts.
 
@@ -126,6 +130,6 @@ class Counters:
 
     def snapshot(self) -> Statistics:
         """Read all words. Each is exact; between two of them the engine may have gone on."""
-        values = {counter.name.lower(): self.words[counter] for counter in Counter if counter is not Counter.LATENCY}
+        values = {name: self.words[Counter[name.upper()]] for name in _NAMES}
         first = int(Counter.LATENCY)
         return Statistics(**values, latency=tuple(self.words[first : first + LATENCY_BUCKETS].tolist()))

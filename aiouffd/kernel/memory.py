@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["SealedMemory", "address_of"]
+__all__ = ["SealedMemory", "address_of", "map_shared"]
 
 
 class _PyBuffer(ctypes.Structure):
@@ -49,6 +49,11 @@ def address_of(buffer: Any) -> int:
     address: int = view.buf or 0
     _release_buffer(view)
     return address
+
+
+def map_shared(fd: int) -> mmap.mmap:
+    """Map all of a memfd, shared and writable. The descriptor stays the caller's, who may close it."""
+    return mmap.mmap(fd, 0)
 
 
 class SealedMemory:

@@ -15,6 +15,7 @@ import platform
 import select
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 from aiouffd.engine.statistics import Counter
@@ -31,6 +32,10 @@ __all__ = ["run"]
 
 log = logging.getLogger("aiouffd.keeper")
 
+BLOCKED = 3.0
+"""Seconds without a turn of the worker's loop, until that is reported."""
+HOPELESS = 20.0
+"""Seconds without a turn of the worker's loop, until the worker is killed, and so replaced."""
 DEATHS = 5
 """So many deaths with no fault resolved between them are enough."""
 
@@ -77,7 +82,7 @@ def run(journal: Journal, connection: socket.socket) -> int:
         pid = _clone()
         if pid == 0:
             _work(journal, connection)
-        _, status = os.waitpid(pid, 0)
+        status = _wait(pid, journal)
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return 0
@@ -89,6 +94,34 @@ def run(journal: Journal, connection: socket.socket) -> int:
         journal.counters.words[Counter.RESTARTS] += 1
         if deaths >= DEATHS:
             return _give_up(journal, connection, reason)
+
+
+def _wait(pid: int, journal: Journal) -> int:
+    """Wait for the worker's end; a worker whose loop does not turn any more is told to say where it is, then killed."""
+    words = journal.counters.words
+    pidfd = os.pidfd_open(pid)
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    beat, since, warned = -1, time.monotonic(), False
+    try:
+        while not poller.poll(1000):
+            now = time.monotonic()
+            if words[Counter.HEARTBEAT] != beat:
+                beat, since, warned = words[Counter.HEARTBEAT], now, False
+            elif now - since > BLOCKED and not warned:
+                warned = True
+                log.error(
+                    "the worker's event loop has not turned for %.0f s: something blocks it, a handler or a source that"
+                    " waits without await. Where it is:",
+                    now - since,
+                )
+                os.kill(pid, signal.SIGUSR1)
+            elif now - since > HOPELESS:
+                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", now - since)
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitpid(pid, 0)[1]
 
 
 def _work(journal: Journal, connection: socket.socket) -> NoReturn:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,7 @@ _HANDOVER_TIMEOUT = 10.0
 
 def run(journal: Journal, connection: socket.socket) -> None:
     """Serve until nobody is left to be served."""
+    faulthandler.register(signal.SIGUSR1)  # the keeper asks for it when the loop does not turn
     gc.freeze()  # what the keeper made lives as long as the worker does
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Worker(journal, connection).main())

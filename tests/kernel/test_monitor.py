@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -651,3 +652,92 @@ def a_failing_disk(path: str) -> None:
 def test_a_file_that_is_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     """Pages behind the new end are poisoned; those before it are served."""
     play(a_failing_disk, str(tmp_path / "x.bin"))
+
+
+def stuck_loop(where: str) -> None:
+    """Scenario."""
+
+    async def main() -> None:
+        region = aiouffd.Region(1 << 20)
+        async with aiouffd.Monitor(region, Pattern(1 << 20), in_process=True, stuck_warning=0.5, stuck_limit=1.0):
+            if where == "loop":
+                _ = region[4096]  # the loop's own thread: nobody is left to serve it
+            else:
+                thread = threading.Thread(target=lambda: region[4096])  # holds the GIL while it waits
+                thread.start()
+                thread.join()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["loop", "thread"])
+def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str) -> None:
+    """The message names thread, address and the way out; then SIGBUS, with the traceback of the line that touched."""
+    _, errors = play(stuck_loop, where, status=-signal.SIGBUS, deadline=20)
+    assert "in_process=True" in errors
+    assert "prefetch" in errors
+    assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000", errors)
+    assert "in stuck_loop" in errors or "in main" in errors or "<lambda>" in errors
+
+
+def busy_loop() -> None:
+    """Scenario: a loop that is only late."""
+
+    async def main() -> None:
+        region = aiouffd.Region(1 << 20)
+        async with aiouffd.Monitor(region, Pattern(1 << 20), in_process=True, stuck_warning=0.2, stuck_limit=30.0):
+            waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
+            await asyncio.sleep(0.2)
+            waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 64 * PAGE))
+            time.sleep(1.0)  # noqa: ASYNC251 - blocks the loop on purpose
+            assert await waiting == word(64)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_only_late_loses_nothing() -> None:
+    """The guard's look at the message takes nothing away: when the loop comes back it serves the fault."""
+    play(busy_loop)
+
+
+class Blocking(aiouffd.Handler):
+    """Blocks its loop, for the page at 4096; in a way that nothing but a signal ends, for the one at 8192."""
+
+    async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+        """Sleep without await."""
+        if fault.offset == PAGE:
+            time.sleep(5)  # noqa: ASYNC251 - blocks the loop on purpose
+        if fault.offset == 2 * PAGE:
+            while True:  # with the GIL held
+                ctypes.PyDLL(None).sleep(1000)
+        batch.copy(fault.page, content(fault.offset, PAGE))
+
+
+def blocking_handler() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Blocking()):
+        assert region[PAGE] == 2
+        assert region[3 * PAGE] == 4
+
+
+def test_a_handler_that_blocks_its_loop_is_found() -> None:
+    """Standard error says that the loop does not turn, and shows the line; the fault is served all the same."""
+    _, errors = play(blocking_handler)
+    assert "has not turned" in errors
+    assert "pagefault" in errors
+
+
+@pytest.mark.nightly
+def test_a_loop_that_never_turns_again_is_replaced() -> None:
+    """Killed and replaced until five have died over the same fault: then its toucher gets SIGBUS."""
+    _, errors = play(hopeless_handler, status=-signal.SIGBUS, deadline=150)
+    assert "is killed" in errors
+    assert "given up" in errors or "died with no fault resolved" in errors
+
+
+def hopeless_handler() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Blocking()):
+        _ = region[2 * PAGE]

@@ -1,0 +1,249 @@
+"""`engine.space` and its servers over `FakeUffd`: whatever the kernel answers, in any order, no fault is lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pattern import PAGE, Pattern, content
+
+from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.space import Space
+from aiouffd.engine.statistics import Counters
+from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.memory import SealedMemory, address_of
+from aiouffd.testing import POISONED, FakeUffd
+
+if TYPE_CHECKING:
+    from aiouffd.errors import UffdError
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+BASE = 0x7F0000000000
+ELSEWHERE = 0x7E0000000000
+PAGES = 32
+SIZE = PAGES * PAGE
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Thousands of errors are provoked on purpose."""
+    caplog.set_level(logging.ERROR, "aiouffd")
+    logging.getLogger("aiouffd").propagate = True
+
+
+class Located(Pattern):
+    """At hand by address."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.memory = SealedMemory.from_buffer(content(0, size))
+        self.address = address_of(self.memory.map)
+
+    def locate(self, offset: int, length: int) -> int:
+        """Return where the bytes lie."""
+        return self.address + offset
+
+
+LOCATED = Located(SIZE)
+
+
+class World:
+    """A fake process, the engine that serves it, and a model of what each page must hold."""
+
+    def __init__(self, readahead: int, *, located: bool) -> None:
+        self.uffd = FakeUffd()
+        self.uffd.register(BASE, SIZE, RegisterMode.MISSING)
+        self.counters = Counters()
+        self.errors: list[UffdError] = []
+        options = Options(readahead=readahead)
+        source = LOCATED if located else Pattern(SIZE)
+        server = make_server(source, self.counters, options, on_error=self.errors.append)
+        self.space = Space(
+            cast("Userfaultfd", self.uffd),
+            Mappings([Mapping(BASE, BASE + SIZE, 0)]),
+            page_size=PAGE,
+            server=server,
+            counters=self.counters,
+            readahead=make_readahead(PAGE, options, local=True),
+        )
+        self.model: dict[int, bytes] = {BASE + at: content(at, PAGE) for at in range(0, SIZE, PAGE)}
+
+    def touch(self, page: int, thread: int) -> None:
+        """Touch a page, if it is mapped."""
+        if BASE + page * PAGE in self.model:
+            self.uffd.touch(BASE + page * PAGE, thread)
+
+    def remove(self, page: int, count: int) -> None:
+        """Empty some pages."""
+        start, end = BASE + page * PAGE, BASE + min(page + count, PAGES) * PAGE
+        self.uffd.madvise_dontneed(start, end)
+        self.model.update({at: bytes(PAGE) for at in range(start, end, PAGE) if at in self.model})
+
+    def unmap(self, page: int, count: int) -> None:
+        """Unmap some pages; who slept there is let go by the engine, and would get SIGSEGV."""
+        start, end = BASE + page * PAGE, BASE + min(page + count, PAGES) * PAGE
+        self.uffd.munmap(start, end)
+        for at in range(start, end, PAGE):
+            self.model.pop(at, None)
+
+    def move(self, page: int, count: int) -> None:
+        """Move some mapped pages to where nothing is."""
+        count = min(count, PAGES - page)
+        source = BASE + page * PAGE
+        places = range(source, source + count * PAGE, PAGE)
+        target = ELSEWHERE + page * PAGE
+        if not all(at in self.model for at in places) or target in self.model:
+            return
+        self.uffd.mremap(source, target, count * PAGE)
+        for at in places:
+            self.model[at - source + target] = self.model.pop(at)
+
+    def deliver(self, limit: int) -> bool:
+        """Read and serve; tell whether there was anything."""
+        data = self.uffd.read_raw(limit)
+        if data:
+            self.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+        return bool(data)
+
+    def settle(self) -> None:
+        """Serve until nothing is left to do."""
+        for _ in range(10_000):
+            if not self.deliver(64) and not self.space.deferred:
+                return
+            self.space.retry()
+        raise AssertionError("the engine never came to rest")
+
+
+_errnos = st.sampled_from([0, -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, -errno.ENOMEM, -errno.EFAULT, -errno.EINVAL])
+_page, _count = st.integers(0, PAGES - 1), st.integers(1, 8)
+_step = st.one_of(
+    st.tuples(st.just("touch"), _page, st.integers(1, 5)),
+    st.tuples(st.just("touch"), _page, st.integers(1, 5)),
+    st.tuples(st.just("remove"), _page, _count),
+    st.tuples(st.just("unmap"), _page, _count),
+    st.tuples(st.just("move"), _page, _count),
+    st.tuples(st.just("deliver"), st.integers(1, 64)),
+    st.tuples(st.just("retry")),
+    st.tuples(st.just("fail"), st.lists(_errnos, min_size=1, max_size=4)),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(_step, max_size=60), st.sampled_from([0, 64 << 10]), st.booleans())
+def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], readahead: int, located: bool) -> None:
+    """Touches, layout changes and refusals of every kind, read in any portions.
+
+    At the end nobody sleeps. Every page that is there holds what the model says: the source's bytes, zeros where it
+    was emptied; or it is poisoned, and then an error was told.
+    """
+    world = World(readahead, located=located)
+    lies = refusals = False
+    for name, *arguments in steps:
+        if name == "fail":
+            world.uffd.failures.extend(arguments[0])
+            # EEXIST or ENOENT for a page that is missing and mapped is a lie; its toucher comes again.
+            lies = lies or bool({-errno.EEXIST, -errno.ENOENT} & set(arguments[0]))
+            refusals = refusals or bool({-errno.EFAULT, -errno.EINVAL} & set(arguments[0]))
+        elif name == "retry":
+            world.space.retry()
+        else:
+            getattr(world, name)(*arguments)
+    world.uffd.failures.clear()
+    world.settle()
+    assert not world.uffd.asleep
+    assert not world.space.flights
+    for page, data in world.uffd.pages.items():
+        if data is POISONED:
+            assert world.errors
+            assert refusals
+        elif page in world.model:
+            assert data == world.model[page]
+    # And whoever touches now is served, for every page that is mapped.
+    for page in world.model:
+        world.uffd.touch(page, 9)
+    world.settle()
+    for page, expected in world.model.items():
+        assert world.uffd.pages[page] in (expected, POISONED)
+
+
+@settings(max_examples=5000, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(min_size=32, max_size=32),
+            st.builds(
+                lambda code, rest: bytes([code]) + rest,
+                st.sampled_from([0x12, 0x14, 0x15, 0x16]),
+                st.binary(min_size=31, max_size=31),
+            ),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_message_is_survived(messages: list[bytes]) -> None:
+    """5,000 reads of anything at all: the engine neither fails nor forgets how to serve."""
+    world = World(0, located=True)
+    data = b"".join(message for message in messages if message[0] != 0x13)  # a descriptor that is none of ours
+    if data:
+        world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+    fresh = World(0, located=True)
+    fresh.touch(3, 1)
+    fresh.settle()
+    assert fresh.uffd.pages[BASE + 3 * PAGE] == content(3 * PAGE, PAGE)
+
+
+def test_several_faults_share_one_wake() -> None:
+    """Pages of one wake-up are copied without waking, then woken at once."""
+    world = World(0, located=True)
+    for page in (1, 9, 17):
+        world.touch(page, page)
+    world.settle()
+    seen = world.counters.snapshot()
+    assert (seen.copies, seen.wakes, seen.pages_fault) == (3, 1, 3)
+
+
+def test_neighbours_are_one_copy() -> None:
+    """With readahead, pages that continue each other come in one operation, which wakes them all."""
+    world = World(64 << 10, located=True)
+    for page in (1, 2, 3):
+        world.touch(page, page)
+    world.settle()
+    seen = world.counters.snapshot()
+    assert (seen.copies, seen.wakes) == (1, 0)
+
+
+def test_a_dead_process_is_forgotten() -> None:
+    """ESRCH ends the space, once, with nothing deferred."""
+    world = World(0, located=True)
+    told: list[Space] = []
+    world.space.on_gone = told.append
+    for page in range(3):
+        world.touch(page, page)
+    data = world.uffd.read_raw()
+    world.uffd.exit()
+    world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+    assert told == [world.space]
+    assert not world.space.deferred
+
+
+def test_a_layout_that_never_settles_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EAGAIN for ever (kernels before mid-2026): logged at intervals, tried on, never dropped in silence."""
+    monkeypatch.setattr("aiouffd.engine.space._STUCK_NS", 0)
+    world = World(0, located=True)
+    world.touch(1, 1)
+    world.uffd.failures.extend([-errno.EAGAIN] * 10)
+    world.deliver(64)
+    for _ in range(5):
+        world.space.retry()
+    assert "layout has been changing" in caplog.text
+    world.uffd.failures.clear()
+    world.settle()
+    assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
