@@ -133,7 +133,7 @@ _step = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.lists(_step, max_size=60), st.sampled_from([0, 64 << 10]), st.booleans())
 def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], readahead: int, located: bool) -> None:
     """Touches, layout changes and refusals of every kind, read in any portions.
@@ -171,7 +171,7 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
         assert world.uffd.pages[page] in (expected, POISONED)
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=20000, deadline=None)
 @given(
     st.lists(
         st.one_of(

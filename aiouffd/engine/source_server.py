@@ -93,6 +93,7 @@ class SourceServer:
         self._retries: int = getattr(source, "retries", limits.retries)
         self._on_error = on_error
         self._on_touch = on_touch
+        self._largest = min(_CHUNK, limits.bytes_in_flight // 4)  # of one read, so that the bound on bytes can hold
         self._zeros: dict[int, mmap.mmap] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -204,6 +205,7 @@ class SourceServer:
                 elif self._at_hand(low, at, part, runs):
                     self._words[cause] += part // page
                 else:
+                    part = min(part, max(page, self._largest & -page))
                     flights.append(self._begin(space, low, at, part, wanted, began_ns, cause))
                 low, at, size = low + part, at + part, size - part  # noqa: PLW2901 - walks through the window
         return flights

@@ -141,7 +141,6 @@ class Space:
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.is_gone = False
         self.closing = False
-        self.children: list[Space] = []
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
         self.deferred: list[tuple[Run, bool, int]] = []  # run, wake, since when
         self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
@@ -257,7 +256,6 @@ class Space:
             on_child=self.on_child,
             on_gone=self.on_gone,
         )
-        self.children.append(child)
         if self.on_child is not None:
             self.on_child(self, child)
         return child

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["madvise", "mincore", "mprotect", "mremap", "munmap", "syscall"]
+__all__ = ["madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munmap", "syscall"]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these may sleep, so the GIL is dropped
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -13,6 +13,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _libc.syscall.restype = ctypes.c_long
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
@@ -60,6 +62,14 @@ def mremap(address: int, old_length: int, new_length: int, flags: int, new_addre
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return int(result)
+
+
+def mmap_fixed(address: int, length: int) -> None:
+    """Map anonymous private memory at `address`, in place of whatever is there."""
+    result = _libc.mmap(address, length, 3, 0x32, -1, 0)  # READ|WRITE, PRIVATE|ANONYMOUS|FIXED
+    if result is None or result == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def mincore(address: int, length: int) -> bytes:

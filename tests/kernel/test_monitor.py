@@ -741,3 +741,111 @@ def hopeless_handler() -> None:
     region = aiouffd.Region(1 << 20)
     with aiouffd.Monitor(region, Blocking()):
         _ = region[2 * PAGE]
+
+
+class Hanging(Slow):
+    """Never answers for the page at 4096."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Give the bytes, or hang."""
+        if offset == PAGE:
+            await asyncio.sleep(1000)
+        return content(offset, length)
+
+
+def hanging_source() -> None:
+    """Scenario."""
+    libc = ctypes.CDLL(None)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    _, write = os.pipe()
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Hanging(1 << 20), readahead=0, timeout=0.2, retries=1) as monitor:
+        assert libc.write(write, region.address + PAGE, 1) == -1
+        with pytest.raises(aiouffd.SourceTimeoutError) as caught:
+            monitor.check()
+        assert "0.2 s" in str(caught.value)
+        assert region[2 * PAGE] == 3
+
+
+def test_a_source_that_hangs() -> None:
+    """After its timeout and its retries the page is poisoned: SourceTimeoutError; the others are served."""
+    play(hanging_source)
+
+
+class Bounded:
+    """Complains when it is asked for more at once than allowed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.reads = self.bytes = 0
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Count what is under way."""
+        self.reads += 1
+        self.bytes += length
+        try:
+            if self.reads > 4 or self.bytes > 1 << 20:
+                raise AssertionError(f"{self.reads} reads, {self.bytes} bytes at once")
+            await asyncio.sleep(0.002)
+            return content(offset, length)
+        finally:
+            self.reads -= 1
+            self.bytes -= length
+
+
+def backpressure() -> None:
+    """Scenario."""
+    size = 16 << 20
+
+    async def main() -> None:
+        region = aiouffd.Region(size)
+        async with aiouffd.Monitor(
+            region,
+            Bounded(size),
+            concurrent_reads=4,
+            bytes_in_flight=1 << 20,
+            readahead=64 << 10,
+            retries=0,
+        ) as monitor:
+            prefetch = asyncio.ensure_future(monitor.prefetch(0, 4 << 20))
+            touchers = Touchers(region.address, [range(1024 + n, 4096, 64) for n in range(64)])
+            await prefetch  # a storm of faults does not starve it
+            await asyncio.to_thread(touchers.join)
+            assert not touchers.wrong
+            monitor.check()
+            assert monitor.statistics().source_errors == 0
+
+    asyncio.run(main())
+
+
+def test_bounds_hold_in_a_storm() -> None:
+    """64 touchers and a prefetch: never more reads or bytes under way than allowed, and all of it arrives."""
+    play(backpressure, deadline=60)
+
+
+def leave_in_the_middle(loop: str) -> None:
+    """Scenario."""
+
+    async def main() -> None:
+        size = 64 << 20
+        region = aiouffd.Region(size)
+        async with aiouffd.Monitor(region, Slow(size, 0.5)) as monitor:
+            prefetch = asyncio.ensure_future(monitor.prefetch(0, size))
+            waiting = asyncio.ensure_future(monitor.wait_error())
+            pids = monitor.pids
+            await asyncio.sleep(0.05)
+        with pytest.raises(aiouffd.ClosedError):
+            await prefetch
+        with pytest.raises(aiouffd.ClosedError):
+            await waiting
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    on(loop, main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_leaving_in_the_middle_of_a_prefetch(loop: str) -> None:
+    """ClosedError for whoever waits; no process is left."""
+    play(leave_in_the_middle, loop)

@@ -17,6 +17,8 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import play
 
 import aiouffd
+from aiouffd.kernel import libc
+from aiouffd.kernel.memory import address_of
 
 KILLS = 200
 SIZE = 256 << 20
@@ -79,13 +81,16 @@ def test_200_kills_of_the_worker_while_16_threads_touch() -> None:
 
 
 def tree(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[int]) -> bool:
-    """Touch, drop and fork; tell whether every byte was right. What was dropped is zeros, in children as well."""
+    """Touch, drop, move and fork; tell whether every byte was right. What was dropped is zeros, in children as well."""
     for _ in range(120):
         page = rng.randrange(pages)
         choice = rng.random()
         if choice < 0.1:
             region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
             dropped.add(page)
+        elif choice < 0.13 and not move_away(region, page := min(page, pages - 4), 4, dropped):
+            print("wrong after a move", page, file=sys.stderr)
+            return False
         got = peek(region.address + page * PAGE)
         if got != (bytes(8) if page in dropped else word(page)):
             print("wrong", page, got, page in dropped, file=sys.stderr)
@@ -101,6 +106,22 @@ def tree(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[in
                 os._exit(0 if right else 1)
         children.append(child)
     return all([os.waitpid(child, 0)[1] == 0 for child in children])  # noqa: C419 - wait for all of them
+
+
+def move_away(region: aiouffd.Region, page: int, count: int, dropped: set[int]) -> bool:
+    """Move some pages to another address with mremap, look at them there, and move them back."""
+    source, length = region.address + page * PAGE, count * PAGE
+    flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED
+    with mmap.mmap(-1, length) as room:
+        target = address_of(room)
+        libc.mremap(source, length, length, flags, target)
+        right = all(
+            peek(target + n * PAGE) == (bytes(8) if page + n in dropped else word(page + n)) for n in range(count)
+        )
+        libc.mremap(target, length, length, flags, source)
+        # mmap's own object unmaps the place that it believes in: it must be mapped again.
+        libc.mmap_fixed(target, length)
+    return right
 
 
 def in_child(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[int]) -> bool:
@@ -147,8 +168,8 @@ def workers_die_while_a_tree_changes() -> None:
     print(landed)
 
 
-def test_200_kills_of_the_worker_while_a_process_tree_drops_and_forks() -> None:
-    """Dropped pages stay zeros, forked children see what their parents saw."""
+def test_200_kills_of_the_worker_while_a_process_tree_drops_moves_and_forks() -> None:
+    """Dropped pages stay zeros, moved ones keep their bytes, forked children see what their parents saw."""
     output, _ = play(workers_die_while_a_tree_changes, deadline=110)
     assert int(output.split()[-1]) >= 150
 
