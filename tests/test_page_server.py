@@ -7,9 +7,11 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loops import run
 
-from aiouffd.page_server import PageServer
+from aiouffd.page_server import PageServer, _parse, _range, _RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -127,3 +129,27 @@ async def test_without_range(tmp_path: Path) -> None:
         ((status, headers, body),) = await ask(port, "GET /x.bin HTTP/1.1\nRange: bytes=0-9\n\n")
         assert (status, body) == (200, DATA)
         assert "accept-ranges" not in headers
+
+
+@settings(max_examples=5000, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_head_is_parsed_or_refused(head: bytes) -> None:
+    """No input of 5,000 is an exception; what is parsed has a method, a path and lower-case names."""
+    request = _parse(head)
+    if request is not None:
+        assert all(name == name.lower() for name in request.headers)
+
+
+_ranges = st.one_of(st.text(max_size=20), st.from_regex(r"bytes=[0-9]{0,30}-[0-9]{0,30}", fullmatch=True))
+
+
+@settings(max_examples=5000, deadline=None)
+@given(_ranges, st.integers(0, 1 << 40))
+def test_any_range_is_within_the_file_or_refused(value: str, size: int) -> None:
+    """A range is part of the file, or 416."""
+    try:
+        start, end = _range(value, size)
+    except _RefusedError as refused:
+        assert refused.status == 416
+    else:
+        assert 0 <= start < end <= size

@@ -171,31 +171,48 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
         assert world.uffd.pages[page] in (expected, POISONED)
 
 
-@settings(max_examples=20000, deadline=None)
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(min_size=32, max_size=32),
-            st.builds(
-                lambda code, rest: bytes([code]) + rest,
-                st.sampled_from([0x12, 0x14, 0x15, 0x16]),
-                st.binary(min_size=31, max_size=31),
-            ),
+_messages = st.lists(
+    st.one_of(
+        st.binary(min_size=32, max_size=32),
+        st.builds(
+            lambda code, rest: bytes([code]) + rest,
+            st.sampled_from([0x12, 0x14, 0x15, 0x16]),
+            st.binary(min_size=31, max_size=31),
         ),
-        min_size=1,
-        max_size=8,
-    )
+    ),
+    min_size=1,
+    max_size=8,
 )
-def test_any_message_is_survived(messages: list[bytes]) -> None:
-    """5,000 reads of anything at all: the engine neither fails nor forgets how to serve."""
+
+
+def survives(messages: list[bytes]) -> None:
+    """Feed anything to the engine, and see that it serves afterwards."""
     world = World(0, located=True)
     data = b"".join(message for message in messages if message[0] != 0x13)  # a descriptor that is none of ours
     if data:
         world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+    world.uffd.close()
     fresh = World(0, located=True)
     fresh.touch(3, 1)
     fresh.settle()
     assert fresh.uffd.pages[BASE + 3 * PAGE] == content(3 * PAGE, PAGE)
+    fresh.uffd.close()
+
+
+@settings(max_examples=5000, deadline=None)
+@given(_messages)
+def test_any_message_is_survived(messages: list[bytes]) -> None:
+    """5,000 reads of anything at all: the engine neither fails nor forgets how to serve."""
+    survives(messages)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@settings(max_examples=100_000, deadline=None)
+@given(_messages)
+def test_any_message_is_survived_at_length(messages: list[bytes]) -> None:
+    """100,000 of them."""
+    survives(messages)
 
 
 def test_several_faults_share_one_wake() -> None:
