@@ -30,6 +30,7 @@ from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import Event, FaultKind, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
+from aiouffd.kernel.write_tracker import WriteTracker
 from aiouffd.monitor import Monitor, open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
 from aiouffd.sources.base import Source, ZeroSource
@@ -85,6 +86,7 @@ __all__ = [
     "Unmap",
     "UnsupportedError",
     "Userfaultfd",
+    "WriteTracker",
     "ZeroSource",
     "open",
     "probe",

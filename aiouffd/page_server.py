@@ -23,7 +23,7 @@ import attrs
 
 __all__ = ["PageServer", "main"]
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)$")
+_RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 _IDLE = 60.0  # seconds until a connection without a request is closed
 _MAX_HEADER = 16 << 10
 _CHUNK = 256 << 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,9 +14,6 @@ import aiouffd
 from aiouffd import Region
 from aiouffd.kernel import pagemap
 from aiouffd.ranges import Range
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HUGE = 2 << 20
 
@@ -81,23 +77,6 @@ def test_shared_regions_share() -> None:
     assert other[5] == part[5] == 77
     assert (len(other), len(part)) == (3 * PAGE, PAGE)
     assert other.fd != region.fd
-
-
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """Four huge pages, for the time of a test."""
-    knob = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    before = knob.read_text()
-    try:
-        knob.write_text(str(int(before) + 4))
-    except OSError:
-        pytest.skip("huge pages cannot be reserved by this user")
-    try:
-        if int(knob.read_text()) < int(before) + 4:
-            pytest.skip("no room for huge pages")
-        yield
-    finally:
-        knob.write_text(before)
 
 
 @pytest.mark.usefixtures("huge_pages")
