@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
+import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -113,6 +114,7 @@ class Monitor:
         self._raised = 0
         self._news = threading.Condition()
         self._waiters: list[Callable[[], object]] = []
+        self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
 
@@ -161,6 +163,8 @@ class Monitor:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says. Not interrupted by canceling."""
+        if os.getpid() != self._pid:
+            return
         if isinstance(self._engine, LocalEngine):
             try:
                 if self._on_exit == "populate" and kind is None:
@@ -213,7 +217,7 @@ class Monitor:
 
     def _stop(self, *, populate: bool = False) -> None:
         engine = self._engine
-        if not isinstance(engine, PagerClient):
+        if not isinstance(engine, PagerClient) or os.getpid() != self._pid:
             return
         try:
             if populate and self._on_exit == "populate":
@@ -224,6 +228,7 @@ class Monitor:
 
     def _register(self) -> None:
         region = self.region
+        self._pid = os.getpid()
         if region.monitor is not None:
             raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
         if region.closed:
@@ -355,6 +360,8 @@ class Monitor:
     def _running(self) -> LocalEngine | PagerClient:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
+        if os.getpid() != self._pid:
+            raise ClosedError("this Monitor belongs to the process that entered it, not to its forked child")
         return self._engine
 
     def _check(self, start: int, length: int) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +65,16 @@ def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, 
             f"{function.__name__} ended with {process.returncode}, not {status}:\n{output}\n{errors[-6000:]}"
         )
     return output, errors
+
+
+def ended(pid: int, seconds: float) -> bool:
+    """Wait until a process has ended (a zombie has)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.005)
+    return False

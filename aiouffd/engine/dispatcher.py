@@ -198,26 +198,17 @@ class Dispatcher:
         """Read once from whoever has something; tell whether anybody had."""
         only = self._only
         if only is not None:
-            try:
-                length = _readv(only.uffd.fileno(), self._landing.buffers)
-            except BlockingIOError:
-                length = 0
-            except OSError as error:
-                return self._broken(only, error)
-            if length:
-                only.messages(self._landing.buffers[0], length, self._landing.commit)
-            if only.deferred:
-                self._retry(only)
-            return length > 0
+            return self._receive(only)
         came = False
         for fd, _ in self._epoll.poll(0):
             space = self.spaces.get(fd)
-            if space is not None and self._read(space):
-                came = True
+            if space is not None:
+                self._landing.reading(space.identity)
+                came = self._receive(space) or came
         return came
 
-    def _read(self, space: Space) -> bool:
-        self._landing.reading(space.identity)
+    def _receive(self, space: Space) -> bool:
+        """Read from one descriptor, and serve; tell whether there was anything."""
         try:
             length = _readv(space.uffd.fileno(), self._landing.buffers)
         except BlockingIOError:

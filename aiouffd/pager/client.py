@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -90,6 +91,7 @@ class PagerClient:
         self._owners: list[tuple[socket.socket, Journal]] = []  # workers without a keeper, oldest first
         self._keeper: subprocess.Popen[bytes] | None = None
         self._worker_pid = 0
+        self._worker = -1  # its pidfd: a number might be another process's by the time that it is used
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
@@ -156,6 +158,7 @@ class PagerClient:
         self._disown()
         if self._keeper is not None:
             self._reap(self._keeper)
+        self._forget_worker()
         for fd in (self._config, self._wake_r, self._wake_w):
             os.close(fd)
 
@@ -262,6 +265,9 @@ class PagerClient:
         event = message.get("event")
         if event == "ready":
             self._worker_pid = message["pid"]
+            self._forget_worker()
+            with contextlib.suppress(ProcessLookupError):  # it has died again already
+                self._worker = os.pidfd_open(self._worker_pid)
             # Perhaps the successor of one that died with our requests.
             with self._lock:
                 opening = [item for item in self._pending.values() if item[0]["op"] in ("open", "takeover")]
@@ -392,12 +398,20 @@ class PagerClient:
                 mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
         return list(mappings)
 
+    def _forget_worker(self) -> None:
+        if self._worker >= 0:
+            os.close(self._worker)
+            self._worker = -1
+
     def _reap(self, keeper: subprocess.Popen[bytes]) -> None:
         try:
             keeper.wait(5.0 if not self._forked else 0.2)
         except subprocess.TimeoutExpired:
-            if not self._forked:
+            if not self._forked:  # something blocks the worker's loop, so that it did not hear of the end
                 keeper.kill()
                 keeper.wait()
+                if self._worker >= 0:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(self._worker, signal.SIGKILL)
             else:  # it serves forked children until the last of them is gone; no zombie may be left then
                 threading.Thread(target=keeper.wait, name="aiouffd-reaper", daemon=True).start()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scenario import ended
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -62,18 +63,7 @@ def test_nothing_is_left_of_a_demo_that_is_killed() -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    end = time.monotonic() + 2
-    while any(alive(pid) for pid in family):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Tell whether a process runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert all(ended(pid, 2.0) for pid in family)
 
 
 def descendants(pid: int) -> set[int]:

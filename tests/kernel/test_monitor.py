@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import uvloop
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import play
+from scenario import ended, play
 
 import aiouffd
 
@@ -849,3 +849,45 @@ def leave_in_the_middle(loop: str) -> None:
 def test_leaving_in_the_middle_of_a_prefetch(loop: str) -> None:
     """ClosedError for whoever waits; no process is left."""
     play(leave_in_the_middle, loop)
+
+
+def child_leaves_the_block() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    child = 0
+    try:
+        with aiouffd.Monitor(region, Pattern(1 << 20), fork="serve") as monitor:
+            child = os.fork()
+            if child == 0:
+                with pytest.raises(aiouffd.ClosedError, match="forked child"):
+                    monitor.statistics()
+                sys.exit(region[PAGE] - 2)  # goes through the parent's `with`
+            assert os.waitpid(child, 0)[1] == 0
+            assert region[2 * PAGE] == 3
+            assert monitor.statistics().forks == 1
+    except SystemExit as end:
+        os._exit(int(str(end.code)))
+
+
+def test_a_forked_child_that_leaves_the_block_ends_nothing() -> None:
+    """The Monitor is its parent's: served on, and the child is told so when it asks."""
+    play(child_leaves_the_block)
+
+
+def leave_while_blocked() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    monitor = aiouffd.Monitor(region, Blocking(), on_exit="zeros")
+    with monitor:
+        pids = monitor.pids
+        toucher = threading.Thread(target=peek, args=(region.address + 2 * PAGE,))
+        toucher.start()
+        while monitor.statistics().faults == 0:
+            time.sleep(0.001)
+    toucher.join()
+    assert all(ended(pid, 2.0) for pid in pids)
+
+
+def test_leaving_while_a_handler_blocks_the_loop() -> None:
+    """It takes some seconds, and leaves no process behind."""
+    play(leave_while_blocked, deadline=60)

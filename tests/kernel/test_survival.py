@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import play
+from scenario import ended, play
 
 import aiouffd
 from aiouffd.kernel import libc
@@ -29,19 +29,6 @@ def kill(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
         return True
-    return False
-
-
-def gone(pid: int, seconds: float) -> bool:
-    """Wait until a process has ended (a zombie has)."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.005)
     return False
 
 
@@ -216,7 +203,7 @@ def keeper_dies() -> None:
             page = 1 + number * 4
             assert region[page * PAGE : (page + 4) * PAGE] == content(page * PAGE, 4 * PAGE)  # served without a break
             until(lambda keeper=keeper, worker=worker: not {keeper, worker} & set(monitor.pids))
-            assert gone(worker, 5)
+            assert ended(worker, 5)
         assert region[:PAGE] == bytes(PAGE)
         os.write(write, b"x")
         assert os.waitpid(child, 0)[1] == 0  # its descriptor went from worker to worker
@@ -283,7 +270,7 @@ def test_the_pager_ends_with_its_application(latency: float) -> None:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         process.kill()
         process.wait()
-        assert all(gone(pid, 1.0) for pid in pids)
+        assert all(ended(pid, 1.0) for pid in pids)
 
 
 def test_forked_children_keep_the_pager() -> None:
@@ -298,8 +285,8 @@ def test_forked_children_keep_the_pager() -> None:
         child = int(process.stdout.readline())
         process.kill()
         process.wait()
-        assert not gone(pids[1], 0.7)
+        assert not ended(pids[1], 0.7)
         process.stdin.write("\n")
         process.stdin.flush()
-        assert gone(child, 5.0)
-        assert all(gone(pid, 2.0) for pid in pids)
+        assert ended(child, 5.0)
+        assert all(ended(pid, 2.0) for pid in pids)
