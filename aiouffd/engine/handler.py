@@ -260,6 +260,7 @@ class HandlerServer:
 
         Raises:
             HandlerError: it failed for one of them. Nothing is poisoned.
+            ClosedError: the space was dropped meanwhile.
         """
         size = space.page_size
         for shown in list(space.mappings.addresses(offset & -size, (offset + length + size - 1) & -size)):
@@ -279,6 +280,7 @@ class HandlerServer:
                 for flight in flights:
                     if flight.failure is not None:
                         raise flight.failure
+                space.require_served()
 
     # Layout events
 

@@ -379,6 +379,7 @@ class SourceServer:
 
         Raises:
             SourceError: the source failed. Nothing is poisoned; what came is kept.
+            ClosedError: the space was dropped meanwhile.
         """
         page = space.page_size
         low, high = offset & -page, (offset + length + page - 1) & -page
@@ -412,6 +413,7 @@ class SourceServer:
             raise
         if errors:
             raise errors[0]
+        space.require_served()
 
     async def _watch(self, flight: Flight, bound: asyncio.Semaphore, errors: list[UffdError]) -> None:
         try:

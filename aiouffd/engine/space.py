@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.resolver import Op, Resolver, Run, merge
 from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ClosedError
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
@@ -381,6 +382,11 @@ class Space:
             self.deferred.clear()
             if self.on_gone is not None:
                 self.on_gone(self)
+
+    def require_served(self) -> None:
+        """Raise ClosedError where nobody serves the space any more, so that what was waited for may never have come."""
+        if self.closing or self.is_gone:
+            raise ClosedError("it is served no longer")
 
     def wake_all(self) -> None:
         """Wake every sleeper: each fault that a predecessor had read comes again as a new message."""
