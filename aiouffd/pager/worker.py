@@ -22,7 +22,7 @@ from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.space import Space
-from aiouffd.errors import PagerStartError, UffdError
+from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
@@ -262,7 +262,8 @@ class _Worker:
                 space = next((s for s in self.dispatcher.spaces.values() if s.identity == identity), None)
                 if space is not None:
                     await origin.server.prefetch(space, message["offset"], message["length"])
-                return
+                    return
+        raise ClosedError("it is served no longer")
 
     async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
         """Serve the application's own space no longer; what threads wait for is poisoned, if asked. Children stay."""
