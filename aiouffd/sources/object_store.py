@@ -10,6 +10,8 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 
 __all__ = ["ObjectSource"]
 
+_FIRST_TRIES = 3
+
 
 def _obstore() -> Any:
     try:
@@ -30,16 +32,17 @@ class ObjectSource:
 
     Args:
         url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
-        timeout: seconds for one request.
-        retries: further tries after a request that failed in a way that may pass (a lost connection, 429, 5xx), with
-            exponential backoff and jitter.
+        timeout: seconds for one read, its retries included.
+        retries: further tries after a request that failed in a way that may pass (a lost or refused connection, 429,
+            5xx), with exponential backoff and jitter: eight take some 15 s, so that a server may be restarted. The
+            first question, for the size, is tried three times at most: a wrong address is told at once.
         **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`.
 
     Raises:
         SourceError: the URL cannot be used.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 4, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 8, **options: Any) -> None:
         self.url = url
         self.timeout = timeout
         self.retries = 0  # the store's own retries are enough
@@ -58,12 +61,13 @@ class ObjectSource:
             SourceError: it is not there, not reachable, not allowed, or served without ranges.
         """
         if self._size is None:
-            obstore = self._connect()
+            obstore = _obstore()
+            store = self._connect(min(self._tries, _FIRST_TRIES))
             try:
-                meta = obstore.head(self._store, self._key)
+                meta = obstore.head(store, self._key)
                 self._pin(meta)
                 if meta["size"]:
-                    obstore.get_range(self._store, self._key, start=0, length=1)  # a server without Range says so now
+                    obstore.get_range(store, self._key, start=0, length=1)  # a server without Range says so now
             except Exception as error:
                 raise self._explain(error, 0, 0) from error
         assert self._size is not None
@@ -72,12 +76,13 @@ class ObjectSource:
     async def prepare(self) -> None:
         """Ask the server for the size, without blocking the loop. Canceling is safe. Raises as `size` does."""
         if self._size is None:
-            obstore = self._connect()
+            obstore = _obstore()
+            store = self._connect(min(self._tries, _FIRST_TRIES))
             try:
-                meta = await obstore.head_async(self._store, self._key)
+                meta = await obstore.head_async(store, self._key)
                 self._pin(meta)
                 if meta["size"]:
-                    await obstore.get_range_async(self._store, self._key, start=0, length=1)
+                    await obstore.get_range_async(store, self._key, start=0, length=1)
             except Exception as error:
                 raise self._explain(error, 0, 0) from error
 
@@ -87,7 +92,9 @@ class ObjectSource:
         Raises:
             SourceError: for good; what may pass was tried again.
         """
-        obstore = self._connect()
+        obstore = _obstore()
+        if self._store is None:
+            self._store = self._connect(self._tries)
         try:
             if self._tag is None:
                 data = await obstore.get_range_async(self._store, self._key, start=offset, length=length)
@@ -107,43 +114,29 @@ class ObjectSource:
         # A weak tag promises the same meaning, not the same bytes, and If-Match never matches it.
         self._tag = tag if tag and not tag.startswith("W/") else None
 
-    def _connect(self) -> Any:
-        """Make the store on first use: it holds connections and threads, which do not travel."""
-        obstore = _obstore()
-        if self._store is None:
-            parts = urlsplit(self.url)
-            base, _, self._key = parts.path.rpartition("/")
-            root = urlunsplit((parts.scheme, parts.netloc, base, "", ""))
-            if not self._key:
-                raise SourceError(repr(self), 0, 0, "the URL names no object: it ends with a slash")
-            if parts.query:
-                self._key += "?" + parts.query
-            settings: dict[str, Any] = dict(self._options)
-            if parts.scheme != "file":
-                seconds = dt.timedelta(seconds=self.timeout)
-                settings.setdefault("client_options", {})
-                settings["client_options"] = {
-                    "allow_http": parts.scheme == "http",
-                    "timeout": seconds,
-                    **settings["client_options"],
-                }
-                settings.setdefault(
-                    "retry_config",
-                    {
-                        "max_retries": self._tries,
-                        "retry_timeout": seconds,
-                        "backoff": {
-                            "init_backoff": dt.timedelta(milliseconds=100),
-                            "max_backoff": dt.timedelta(seconds=5),
-                            "base": 2,
-                        },
-                    },
-                )
-            try:
-                self._store = obstore.store.from_url(root, **settings)
-            except Exception as error:
-                raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {_first_line(error)}") from error
-        return obstore
+    def _connect(self, tries: int) -> Any:
+        """Make a store. Done on first use: it holds connections and threads, which do not travel."""
+        parts = urlsplit(self.url)
+        base, _, self._key = parts.path.rpartition("/")
+        if not self._key:
+            raise SourceError(repr(self), 0, 0, "the URL names no object: it ends with a slash")
+        if parts.query:
+            self._key += "?" + parts.query
+        settings: dict[str, Any] = dict(self._options)
+        if parts.scheme != "file":
+            seconds = dt.timedelta(seconds=self.timeout)
+            client = {"allow_http": parts.scheme == "http", "timeout": seconds}
+            settings["client_options"] = {**client, **settings.get("client_options", {})}
+            backoff = {
+                "init_backoff": dt.timedelta(milliseconds=100),
+                "max_backoff": dt.timedelta(seconds=5),
+                "base": 2,
+            }
+            settings.setdefault("retry_config", {"max_retries": tries, "retry_timeout": seconds, "backoff": backoff})
+        try:
+            return _obstore().store.from_url(urlunsplit((parts.scheme, parts.netloc, base, "", "")), **settings)
+        except Exception as error:
+            raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {_first_line(error)}") from error
 
     def _explain(self, error: Exception, offset: int, length: int) -> SourceError:
         """Say in one sentence what a store's exception means, and what to do."""

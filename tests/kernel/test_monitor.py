@@ -369,6 +369,36 @@ def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
         pass
 
 
+def server_restarts(directory: str) -> None:
+    """Scenario."""
+    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", directory, "--until-eof", "--port"]
+
+    def start(port: int) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen([*command, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        return process, process.stdout.readline().split()[-1]
+
+    first, url = start(0)
+    with aiouffd.open(f"{url}/x.bin", readahead=0) as region:
+        assert region[0] == 1
+        first.kill()
+        first.wait()
+        again: list[subprocess.Popen[str]] = []
+        timer = threading.Timer(1.5, lambda: again.append(start(int(url.rpartition(":")[2]))[0]))
+        timer.start()
+        assert peek(region.address + 5 * PAGE) == word(5)  # waits for the server; the timer needs the GIL
+        timer.join()
+        region.monitor.check()
+        again[0].kill()
+        again[0].wait()
+
+
+def test_a_server_that_is_restarted(tmp_path: Path) -> None:
+    """Whoever touches waits until it is back; nothing is poisoned."""
+    (tmp_path / "x.bin").write_bytes(content(0, 1 << 20))
+    play(server_restarts, str(tmp_path))
+
+
 class Awkward(aiouffd.Handler):
     """Each page misbehaves in its own way."""
 
