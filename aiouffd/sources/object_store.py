@@ -34,7 +34,7 @@ class ObjectSource:
         url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
         timeout: seconds for one read, its retries included.
         retries: further tries after a request that failed in a way that may pass (a lost or refused connection, 429,
-            5xx), with exponential backoff and jitter: eight take some 15 s, so that a server may be restarted. The
+            5xx), with exponential backoff and jitter: eight take 5 to 15 s, so that a server may be restarted. The
             first question, for the size, is tried three times at most: a wrong address is told at once.
         **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`.
 

@@ -162,6 +162,15 @@ def test_an_unprivileged_user() -> None:
     play(as_nobody)
 
 
+def test_a_kernel_without_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSYS is UnsupportedError, which names the kernel's option and the seccomp filter that may hide it."""
+    monkeypatch.setattr(abi, "SYS_USERFAULTFD", 100_000)
+    with pytest.raises(aiouffd.UnsupportedError, match=r"CONFIG_USERFAULTFD.*seccomp"):
+        Userfaultfd(opened_by="syscall")
+    with pytest.raises(aiouffd.UnsupportedError, match="CONFIG_USERFAULTFD"):
+        Userfaultfd(user_mode_only=True)
+
+
 # Operations
 
 
