@@ -11,6 +11,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 __all__ = ["ObjectSource"]
 
 _FIRST_TRIES = 3
+_NO_LIMIT = 10_000  # of tries: time is the limit
 
 
 def _obstore() -> Any:
@@ -32,21 +33,20 @@ class ObjectSource:
 
     Args:
         url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
-        timeout: seconds for one read, its retries included.
-        retries: further tries after a request that failed in a way that may pass (a lost or refused connection, 429,
-            5xx), with exponential backoff and jitter: eight take 5 to 15 s, so that a server may be restarted. The
-            first question, for the size, is tried three times at most: a wrong address is told at once.
+        timeout: seconds for one read, its retries included. A request that fails in a way that may pass (a lost or
+            refused connection, 429, 5xx) is tried again with exponential backoff and jitter for two thirds of that,
+            so that a server may be restarted. The first question, for the size, is tried three times: a wrong address
+            is told at once.
         **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`.
 
     Raises:
         SourceError: the URL cannot be used.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 8, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout: float = 30.0, **options: Any) -> None:
         self.url = url
         self.timeout = timeout
         self.retries = 0  # the store's own retries are enough
-        self._tries = retries
         self._options = options
         self._size: int | None = None
         self._tag: str | None = None
@@ -62,7 +62,7 @@ class ObjectSource:
         """
         if self._size is None:
             obstore = _obstore()
-            store = self._connect(min(self._tries, _FIRST_TRIES))
+            store = self._connect(_FIRST_TRIES)
             try:
                 meta = obstore.head(store, self._key)
                 self._pin(meta)
@@ -77,7 +77,7 @@ class ObjectSource:
         """Ask the server for the size, without blocking the loop. Canceling is safe. Raises as `size` does."""
         if self._size is None:
             obstore = _obstore()
-            store = self._connect(min(self._tries, _FIRST_TRIES))
+            store = self._connect(_FIRST_TRIES)
             try:
                 meta = await obstore.head_async(store, self._key)
                 self._pin(meta)
@@ -94,7 +94,7 @@ class ObjectSource:
         """
         obstore = _obstore()
         if self._store is None:
-            self._store = self._connect(self._tries)
+            self._store = self._connect(_NO_LIMIT)
         try:
             if self._tag is None:
                 data = await obstore.get_range_async(self._store, self._key, start=offset, length=length)
@@ -129,10 +129,12 @@ class ObjectSource:
             settings["client_options"] = {**client, **settings.get("client_options", {})}
             backoff = {
                 "init_backoff": dt.timedelta(milliseconds=100),
-                "max_backoff": dt.timedelta(seconds=5),
+                "max_backoff": dt.timedelta(seconds=min(2.0, self.timeout / 10)),
                 "base": 2,
             }
-            settings.setdefault("retry_config", {"max_retries": tries, "retry_timeout": seconds, "backoff": backoff})
+            settings.setdefault(
+                "retry_config", {"max_retries": tries, "retry_timeout": seconds * 2 / 3, "backoff": backoff}
+            )
         try:
             return _obstore().store.from_url(urlunsplit((parts.scheme, parts.netloc, base, "", "")), **settings)
         except Exception as error:
@@ -167,7 +169,7 @@ class ObjectSource:
         return SourceError(repr(self), offset, length, reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = (self.url, self.timeout, self._tries, self._options, self._size, self._tag)
+        state = (self.url, self.timeout, self._options, self._size, self._tag)
         return _rebuild, state
 
     def __repr__(self) -> str:
@@ -176,11 +178,9 @@ class ObjectSource:
         return f"ObjectSource({urlunsplit((parts.scheme, host, parts.path, '', ''))!r})"
 
 
-def _rebuild(
-    url: str, timeout: float, retries: int, options: dict[str, Any], size: int | None, tag: str | None
-) -> ObjectSource:
+def _rebuild(url: str, timeout: float, options: dict[str, Any], size: int | None, tag: str | None) -> ObjectSource:
     """Rebuild a source that knows its size already: the pager need not ask again."""
-    source = ObjectSource(url, timeout=timeout, retries=retries, **options)
+    source = ObjectSource(url, timeout=timeout, **options)
     source._size, source._tag = size, tag  # noqa: SLF001 - its own
     return source
 

@@ -35,6 +35,11 @@ def on(loop: str, main: Any) -> None:
         runner.run(main)
 
 
+def next_error(monitor: aiouffd.Monitor) -> None:
+    """Wait for the next error, in a program without a loop, and raise it: it is sent before the poison, and read after."""
+    asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+
+
 # The main job
 
 
@@ -432,7 +437,7 @@ def awkward_handlers() -> None:
         reasons = []
         for _ in range(5):
             with pytest.raises(aiouffd.HandlerError) as caught:
-                monitor.check()
+                next_error(monitor)
             reasons.append(caught.value.reason)
             assert "Awkward" in caught.value.handler
             assert "offset" in caught.value.fault
@@ -676,7 +681,7 @@ def a_failing_disk(path: str) -> None:
         assert hashlib.sha256(region[: 1 << 20]).digest() == hashlib.sha256(content(0, 1 << 20)).digest()
         assert libc.write(write, region.address + (2 << 20), 1) == -1
         with pytest.raises(aiouffd.ShortReadError):
-            region.monitor.check()
+            next_error(region.monitor)
 
 
 def test_a_file_that_is_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
@@ -792,7 +797,7 @@ def hanging_source() -> None:
     with aiouffd.Monitor(region, Hanging(1 << 20), readahead=0, timeout=0.2, retries=1) as monitor:
         assert libc.write(write, region.address + PAGE, 1) == -1
         with pytest.raises(aiouffd.SourceTimeoutError) as caught:
-            monitor.check()
+            next_error(monitor)
         assert "0.2 s" in str(caught.value)
         assert region[2 * PAGE] == 3
 
