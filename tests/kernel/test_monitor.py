@@ -36,7 +36,7 @@ def on(loop: str, main: Any) -> None:
 
 
 def next_error(monitor: aiouffd.Monitor) -> None:
-    """Wait for the next error, in a program without a loop, and raise it: it is sent before the poison, and read after."""
+    """Wait for the next error, and raise it: it is sent before the page is poisoned, but may arrive after."""
     asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
 
 
