@@ -141,6 +141,24 @@ async def test_a_file_that_was_cut(path: Path) -> None:
     await source.aclose()
 
 
+def test_a_page_that_was_cut_in_two_is_not_located(path: Path) -> None:
+    """The rest of a cut file's last page would be zeros in its mapping: it is read, which fails, instead."""
+    source = aiouffd.FileSource(path)
+    assert source.locate(4096, 4096) is not None
+    os.truncate(path, 5000)
+    assert source.locate(4096, 4096) is None
+    assert source.locate(0, 4096) is not None
+
+
+def test_a_buffer_that_is_served_cannot_be_resized() -> None:
+    """Its address has been given away."""
+    data = bytearray(4096)
+    source = aiouffd.BufferSource(data)
+    with pytest.raises(BufferError):
+        data.extend(bytes(1 << 20))
+    assert source.size == 4096
+
+
 def test_holes_of_a_sparse_file(tmp_path: Path) -> None:
     """What SEEK_HOLE finds; data is never a hole."""
     path = tmp_path / "sparse"

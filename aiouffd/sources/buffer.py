@@ -22,8 +22,9 @@ class BufferSource:
         if not view.c_contiguous:
             raise ValueError("a BufferSource takes a C-contiguous buffer")
         self.size = view.nbytes
-        self._data: Any = data
-        self._address = address_of(data) if self.size else 0
+        # Held, so that a bytearray refuses to be resized: that would move it away from its address.
+        self._view = view.cast("B") if self.size else memoryview(b"")
+        self._address = address_of(view) if self.size else 0
         self._sealed: SealedMemory | None = None
 
     @classmethod
@@ -40,7 +41,7 @@ class BufferSource:
 
     def read_nowait(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""
-        return memoryview(self._data).cast("B")[offset : offset + length]
+        return self._view[offset : offset + length]
 
     async def read(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""
@@ -49,11 +50,11 @@ class BufferSource:
     def travel(self) -> tuple[Any, tuple[Any, ...]]:
         """Take the sealed memfd along."""
         if self._sealed is None:
-            self._sealed = SealedMemory.from_buffer(self._data)
+            self._sealed = SealedMemory.from_buffer(self._view)
         return BufferSource.from_sealed, (Descriptor(self._sealed.fd),)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return BufferSource, (bytes(memoryview(self._data).cast("B")) if self.size else b"",)
+        return BufferSource, (bytes(self._view),)
 
     def __repr__(self) -> str:
         return f"BufferSource({self.size} bytes)"
