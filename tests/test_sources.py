@@ -230,6 +230,14 @@ async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
         process.terminate()
 
 
+@run
+async def test_an_encoded_url_with_a_query_arrives_as_it_was_given(url: str) -> None:
+    """Signed URLs have a query, and names have blanks."""
+    source = aiouffd.ObjectSource(f"{url}/data%2Ebin?signature=a%2Fb&expires=1")
+    await source.prepare()
+    assert bytes(await source.read(5, 5)) == DATA[5:10]
+
+
 def test_passwords_are_not_shown() -> None:
     """Neither in a log nor in an error."""
     assert "secret" not in repr(aiouffd.ObjectSource("https://user:secret@host/x?token=secret"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urldefrag, urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 
@@ -120,8 +120,11 @@ class ObjectSource:
         base, _, self._key = parts.path.rpartition("/")
         if not self._key:
             raise SourceError(repr(self), 0, 0, "the URL names no object: it ends with a slash")
-        if parts.query:
-            self._key += "?" + parts.query
+        root = urlunsplit((parts.scheme, parts.netloc, base, "", ""))
+        self._key = unquote(self._key)  # a store encodes the key again
+        if parts.scheme in ("http", "https"):
+            # The store of one object, so that the URL arrives as it was given: signed ones have their query.
+            root, self._key = urldefrag(self.url).url, ""
         settings: dict[str, Any] = dict(self._options)
         if parts.scheme != "file":
             seconds = dt.timedelta(seconds=self.timeout)
@@ -136,7 +139,7 @@ class ObjectSource:
                 "retry_config", {"max_retries": tries, "retry_timeout": seconds * 2 / 3, "backoff": backoff}
             )
         try:
-            return _obstore().store.from_url(urlunsplit((parts.scheme, parts.netloc, base, "", "")), **settings)
+            return _obstore().store.from_url(root, **settings)
         except Exception as error:
             raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {_first_line(error)}") from error
 
