@@ -106,7 +106,10 @@ class PagerClient:
         try:
             self._spawn()
             self._thread.start()
-            self._open([(self._uffd.fileno(), [self._mapping])]).result(_START_TIMEOUT)
+            opened = self._open([(self._uffd.fileno(), [self._mapping])]).result(_START_TIMEOUT)
+            self._origin = opened[
+                "origin"
+            ]  # a future's waiters may run before its callbacks, and the next request needs it
         except TimeoutError as error:
             self.stop()
             raise PagerStartError(f"the pager did not answer in {_START_TIMEOUT:.0f} s") from error
