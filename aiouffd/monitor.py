@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
+import mmap
 import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import attrs
+
 from aiouffd.engine.assembly import Options
+from aiouffd.engine.handler import wants_writes
 from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
@@ -21,6 +25,7 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.settle import leave_sigbus
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 from aiouffd.pager.client import PagerClient
 from aiouffd.pager.guard import Guard
 from aiouffd.sources.base import ZeroSource
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.handler import Handler
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
 __all__ = ["Monitor", "open"]
@@ -64,6 +70,8 @@ class Monitor:
             a fault that it should serve itself.
         stuck_limit: with `in_process`: seconds until that page is poisoned, so that the process ends with a traceback
             (faulthandler is enabled for that) instead of hanging. None: no such guard.
+        track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
+            written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises (on entering):
@@ -87,6 +95,7 @@ class Monitor:
         retries: int = 4,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
+        track_writes: bool = False,
         user_mode_only: bool = False,
         stuck_warning: float = 2.0,
         stuck_limit: float | None = 5.0,
@@ -102,12 +111,18 @@ class Monitor:
         self._in_process = in_process
         self._on_exit = on_exit
         self._fork = fork
+        self._track_writes = track_writes
         self._user_mode_only = user_mode_only
         self._stuck_warning = stuck_warning
         self._stuck_limit = stuck_limit
         self._guard: Guard | None = None
+        if track_writes and wants_writes(self.origin):
+            raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
+        self._modes = RegisterMode.MISSING
+        if track_writes or wants_writes(self.origin):
+            self._modes |= RegisterMode.WP
         limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
-        self._options = Options(readahead, spin_us, limits=limits)
+        self._options = Options(readahead, spin_us, write_protect=RegisterMode.WP in self._modes, limits=limits)
         self._uffd: Userfaultfd | None = None
         self._engine: LocalEngine | PagerClient | None = None
         self._errors: list[BaseException] = []
@@ -239,6 +254,15 @@ class Monitor:
             wanted |= abi.LAYOUT_EVENTS
         if self._fork == "serve":
             wanted |= Feature.EVENT_FORK
+        if self._track_writes:
+            wanted |= WRITE_TRACKING
+        elif RegisterMode.WP in self._modes:
+            wanted |= Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
+        if region.fd >= 0 and (minor := _minor(region) & available.features):
+            # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
+            wanted |= minor
+            self._modes |= RegisterMode.MINOR
+        self._options = attrs.evolve(self._options, modes=int(self._modes))
         user_mode_only = self._user_mode_only
         if not user_mode_only and available.opened_by == "user-mode-only":
             # Faults of system calls would not be served, which the caller has not agreed to.
@@ -247,7 +271,9 @@ class Monitor:
         try:
             if self._fork != "serve":
                 libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
-            self._uffd.register(region.address, region.mapped_length, RegisterMode.MISSING)
+            self._uffd.register(region.address, region.mapped_length, self._modes)
+            if self._track_writes:
+                self.collect()  # what was there before is protected, too
         except BaseException:
             self._unregister()
             raise
@@ -308,6 +334,20 @@ class Monitor:
                 "in_process=True serves on the caller's event loop: await prefetch()"
             )
         engine.request("prefetch", offset=start, length=length).result(timeout)
+
+    def collect(self) -> list[Range]:
+        """Return the pages written since the last call, or since entering, and begin anew: in one step.
+
+        Offsets in the region, whole pages, in order, neighbours joined; the last may reach behind `len(region)`. Needs
+        `track_writes=True`. Writes through another mapping of a shared region, and by write(2) to its memfd, are not
+        seen.
+        """
+        if not self._track_writes:
+            raise ValueError("writes are not tracked: Monitor(..., track_writes=True)")
+        if self._uffd is None:
+            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
+        # A page that is not there counts as written for the kernel, since it is not protected; not for us.
+        return collect(self.region, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
 
     def statistics(self) -> Statistics:
         """Return what has been counted since entering; also after worker deaths. Costs microseconds."""
@@ -381,6 +421,10 @@ class Monitor:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty with `in_process`."""
         return self._engine.pids if isinstance(self._engine, PagerClient) else ()
+
+
+def _minor(region: Region) -> Feature:
+    return Feature.MINOR_SHMEM if region.page_size == mmap.PAGESIZE else Feature.MINOR_HUGETLBFS
 
 
 class _Opened:

@@ -155,6 +155,10 @@ class FakeUffd:
         """Not for this memory: it is anonymous."""
         return -errno.EINVAL
 
+    def try_writeprotect(self, start: int, length: int, mode: int) -> int:
+        """Not for this memory: it is registered for missing pages only."""
+        return -errno.ENOENT
+
     def try_poison(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_poison`."""
         return self._fill(start, length, mode, lambda _: POISONED)

@@ -54,7 +54,7 @@ class Kernel:
         """UFFDIO_ZEROPAGE."""
         return self.fill(start, 0, length, mode)
 
-    try_continue = try_poison = try_zeropage
+    try_continue = try_poison = try_writeprotect = try_zeropage
 
     def try_wake(self, start: int, length: int) -> int:
         """UFFDIO_WAKE."""

@@ -9,6 +9,7 @@ import attrs
 from aiouffd.engine.handler import Handler, HandlerServer
 from aiouffd.engine.prefetch import Readahead
 from aiouffd.engine.source_server import Limits, SourceServer
+from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,13 +27,15 @@ class Options:
     Attributes:
         readahead: the largest window that a fault brings, in bytes; 0: page by page.
         spin_us: microseconds to look again for faults before sleeping.
-        track_writes: pages come write-protected, so that writes can be told from loads.
+        modes: the `RegisterMode` of the memory.
+        write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
     """
 
     readahead: int = 2 << 20
     spin_us: int = 50
-    track_writes: bool = False
+    modes: int = RegisterMode.MISSING
+    write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
 
 

@@ -33,7 +33,8 @@ log = logging.getLogger("aiouffd")
 
 _readv = os.readv
 _BURST_NS = 500_000  # after so long the loop gets a turn
-_RETRY = 0.001  # seconds between looks at what is deferred, while no message comes
+_RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
+_SLOWEST_RETRY = 0.064
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _VAIN = 3  # looks in vain before they are made rarer
 MESSAGES = 64
@@ -99,6 +100,7 @@ class Dispatcher:
         self._skip = 0
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._pause = _RETRY
         self._closed = False
         self._only: Space | None = None
         loop.add_reader(self._epoll.fileno(), self._ready)
@@ -233,14 +235,20 @@ class Dispatcher:
         """Try deferred runs again now, and later on a timer: no message may ever come to remind us."""
         space.retry()
         if space.deferred:
-            self._deferred()
+            self._schedule()
 
     def _deferred(self) -> None:
+        """Something was put off just now: it most likely needs but one more turn of its thread."""
+        self._pause = _RETRY
+        self._schedule()
+
+    def _schedule(self) -> None:
         if self._timer is None and not self._closed:
-            self._timer = self._loop.call_later(_RETRY, self._retry_all)
+            self._timer = self._loop.call_later(self._pause, self._retry_all)
 
     def _retry_all(self) -> None:
         self._timer = None
+        self._pause = min(2 * self._pause, _SLOWEST_RETRY)
         for space in list(self.spaces.values()):
             if space.deferred:
                 self._retry(space)

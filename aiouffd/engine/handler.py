@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
-import mmap
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import attrs
 from aiouffd.engine.resolver import Op, Run
 from aiouffd.engine.space import Flight
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import HandlerError
+from aiouffd.errors import HandlerError, LayoutChangingError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import Fork, PageFault, Remap, Remove, Unmap
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
 
-__all__ = ["Batch", "Fault", "Handler", "HandlerServer"]
+__all__ = ["Batch", "Fault", "Handler", "HandlerServer", "wants_writes"]
 
 log = logging.getLogger("aiouffd")
 
@@ -39,7 +39,7 @@ class Fault(PageFault):
 
     Attributes:
         page: the addresses of the page, aligned to the region's page size.
-        offset: the page's place in the region.
+        offset: the page's place in the region; -1 where it shows zeros because it was removed, or has grown there.
     """
 
     page: Range
@@ -76,15 +76,23 @@ class Batch:
     def zeropage(self, page: Range) -> None:
         """Fill `page` with zeros."""
         self._check(page)
-        if self._space.page_size != mmap.PAGESIZE:  # hugetlb knows no ZEROPAGE
-            self.copy(page, bytes(page.length))
-        else:
-            self._add(Op.ZEROPAGE, page)
+        for shown in self._space.mappings.runs(page.start, page.end):
+            self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start))
 
     def poison(self, page: Range) -> None:
         """Let whoever touches `page` have SIGBUS (Linux 6.6)."""
         self._check(page)
         self._add(Op.POISON, page)
+
+    def unprotect(self, page: Range) -> None:
+        """Let `page` be written to from now on, and wake who waits for that."""
+        self._check(page)
+        self._add(Op.UNPROTECT, page)
+
+    def protect(self, page: Range) -> None:
+        """Have the next write to `page`, where it is present, be told to `Handler.write`."""
+        self._check(page)
+        self._add(Op.PROTECT, page)
 
     def flush(self) -> None:
         """Carry out what is in the batch now, for a handler that goes on working."""
@@ -122,6 +130,15 @@ class Handler:
         """
         batch.zeropage(fault.page)
 
+    async def write(self, fault: Fault, batch: Batch) -> None:
+        """A protected page is about to be written to, for the first time since it came or since it was protected.
+
+        Called only where it is overridden: every page then comes write-protected (Linux 5.7; shared and huge pages
+        5.19). The writer waits until this returns; the page can be written to then, unless `batch` protects it
+        again, and whatever was raised. What is in the page can be read by other means meanwhile.
+        """
+        batch.unprotect(fault.page)
+
     async def fork(self, event: Fork) -> None:
         """A process was forked, and is being served alike; `event.uffd` stays the engine's."""
 
@@ -141,6 +158,11 @@ _METHODS = {
     abi.EVENT_REMOVE: "remove",
     abi.EVENT_UNMAP: "unmap",
 }
+
+
+def wants_writes(origin: object) -> bool:
+    """Tell whether this is a handler that is to be told of writes."""
+    return isinstance(origin, Handler) and type(origin).write is not Handler.write
 
 
 class HandlerServer:
@@ -188,10 +210,7 @@ class HandlerServer:
         for page, flags, thread in faults:
             start, _, first = space.mappings.locate(page)
             if first < 0:
-                op, data = (
-                    (Op.ZEROPAGE, None) if space.page_size == mmap.PAGESIZE else (Op.COPY, bytes(space.page_size))
-                )
-                zeros.append(Run(op, page, first, space.page_size, address_of(data) if data else 0, data))
+                zeros.extend(space.zeros(page, first, space.page_size))
                 continue
             offset = first + page - start
             if self._on_touch is not None:
@@ -282,6 +301,45 @@ class HandlerServer:
                         raise flight.failure
                 space.require_served()
 
+    # Writes
+
+    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
+        """Give it to the handler, if that wants to know; then let the writer go."""
+        run = space.run(Op.UNPROTECT, page)
+        if not wants_writes(self.handler):
+            space.settle([run])
+            return
+        fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
+        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns())
+        space.take_off(flight)
+        task = asyncio.get_running_loop().create_task(self._tell_write(space, flight, fault))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell_write(self, space: Space, flight: Flight, fault: Fault) -> None:
+        batch = Batch(space)
+        self._words[Counter.IN_FLIGHT] += 1
+        try:
+            async with self._bound, asyncio.timeout(self._timeout):
+                await self.handler.write(fault, batch)
+        except TimeoutError:
+            self._write_failed(fault, f"has not returned in {self._timeout} s")
+        except Exception as error:
+            log.warning("the handler raised", exc_info=error)
+            self._write_failed(fault, f"raised {type(error).__name__}: {error}")
+        finally:
+            self._words[Counter.IN_FLIGHT] -= 1
+            space.land(flight)
+        if space.is_gone or space.closing:
+            return
+        if not batch.covers(fault.page.start):
+            batch.unprotect(fault.page)
+        batch.flush()
+
+    def _write_failed(self, fault: Fault, reason: str) -> None:
+        self._words[Counter.HANDLER_ERRORS] += 1
+        self._on_error(HandlerError(repr(self.handler), str(fault), reason))
+
     # Layout events
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
@@ -317,6 +375,10 @@ class HandlerServer:
         self._words[Counter.HANDLER_ERRORS] += 1
         self._on_error(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
         space.poison(range(run.dst, run.dst + run.left, space.page_size))
+
+    def stalled(self, space: Space, run: Run) -> None:
+        """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
+        self._on_error(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
 
     def closed(self, space: Space) -> None:
         """Nothing: flights look at the space when they land."""

@@ -50,6 +50,7 @@ class LocalEngine:
         os.ftruncate(self.counters_fd, COUNTERS_SIZE)
         self._counters = Counters(map_shared(self.counters_fd))
         self._server = make_server(origin, self._counters, options, on_error=on_error)
+        self._modes = RegisterMode(options.modes)
         self._start = mapping.start
         self._end = mapping.end
         self.space = Space(
@@ -59,7 +60,7 @@ class LocalEngine:
             server=self._server,
             counters=self._counters,
             readahead=make_readahead(page_size, options, local=self._server.local),
-            write_protect=options.track_writes,
+            write_protect=options.write_protect,
         )
         self._dispatcher = Dispatcher(self._loop, self._counters, spin_us=options.spin_us)
         self._dispatcher.add(self.space)
@@ -97,7 +98,7 @@ class LocalEngine:
                 self.space.mappings.remap(source, address, size)
                 # Without EVENT_REMAP the kernel has unregistered what it moved.
                 page = self.space.page_size
-                self.space.uffd.register(address, (length + page - 1) & -page, RegisterMode.MISSING)
+                self.space.uffd.register(address, (length + page - 1) & -page, self._modes)
             self._start, self._end = address, address + length
 
         self._apply(moved)

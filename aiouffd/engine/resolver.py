@@ -10,7 +10,8 @@ What it answers, and what that means here:
   caused them must have run. Nothing will make the descriptor readable again, so whoever owns the run retries
   on a timer.
 - ENOENT: no mapping covers the run, or it spans two (any mprotect or madvise may have split it): halve it down to
-  a page; a page that is covered by nothing is gone, and its sleepers are woken to find out themselves.
+  a page; a page that is covered by nothing is gone, and its sleepers are woken to find out themselves. The same for
+  CONTINUE and EFAULT: the file does not have the page any more.
 - ESRCH, ENOSPC: the process is gone, and with it all need.
 - anything else (ENOMEM, EFAULT): reported to the owner of the run.
 """
@@ -21,6 +22,7 @@ import errno
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.statistics import Counter
+from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
@@ -30,7 +32,7 @@ __all__ = ["DONTWAKE", "Op", "Resolver", "Run", "merge"]
 DONTWAKE = 1
 """UFFDIO_*_MODE_DONTWAKE: bit 0 in COPY, ZEROPAGE, CONTINUE and POISON alike."""
 
-_EAGAIN, _EEXIST, _ENOENT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT
+_EAGAIN, _EEXIST, _ENOENT, _EFAULT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, -errno.EFAULT
 _GONE = (-errno.ESRCH, -errno.ENOSPC)
 _EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
 _PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
@@ -43,9 +45,14 @@ class Op:
     ZEROPAGE = 1
     CONTINUE = 2
     POISON = 3
+    UNPROTECT = 4
+    PROTECT = 5
 
 
-_OP_COUNTER = (int(Counter.COPIES), int(Counter.ZEROPAGES), int(Counter.CONTINUES), int(Counter.POISONS))
+_OP_COUNTER = tuple(
+    int(Counter[name]) for name in ("COPIES", "ZEROPAGES", "CONTINUES", "POISONS", "UNPROTECTS", "PROTECTS")
+)
+_NAMES = ("COPY", "ZEROPAGE", "CONTINUE", "POISON", "WRITEPROTECT", "WRITEPROTECT")
 
 
 class _Uffd(Protocol):
@@ -53,6 +60,7 @@ class _Uffd(Protocol):
     def try_zeropage(self, start: int, length: int, mode: int) -> int: ...
     def try_continue(self, start: int, length: int, mode: int) -> int: ...
     def try_poison(self, start: int, length: int, mode: int) -> int: ...
+    def try_writeprotect(self, start: int, length: int, mode: int) -> int: ...
     def try_wake(self, start: int, length: int) -> int: ...
 
 
@@ -87,9 +95,13 @@ class Run:
             self.offset += length
         self.left -= length
 
+    @property
+    def name(self) -> str:
+        """The operation, as the kernel calls it."""
+        return f"UFFDIO_{_NAMES[self.op]}"
+
     def __repr__(self) -> str:
-        name = ("COPY", "ZEROPAGE", "CONTINUE", "POISON")[self.op]
-        return f"<Run {name} [{self.dst:#x}, {self.dst + self.left:#x})>"
+        return f"<Run {self.name} [{self.dst:#x}, {self.dst + self.left:#x})>"
 
 
 def merge(runs: list[Run]) -> list[Run]:
@@ -128,7 +140,14 @@ class Resolver:
         self._page = page_size
         self._words = counters.words
         self.mode = mode
-        self._tries = (uffd.try_zeropage, uffd.try_zeropage, uffd.try_continue, uffd.try_poison)
+        self._tries = (
+            uffd.try_zeropage,  # COPY has a source, and is called by name
+            uffd.try_zeropage,
+            uffd.try_continue,
+            uffd.try_poison,
+            uffd.try_writeprotect,
+            uffd.try_writeprotect,
+        )
 
     def settle(self, run: Run, *, wake: bool) -> int:
         """Work a run off until it is settled or cannot go on now.
@@ -138,7 +157,10 @@ class Resolver:
             later), ESRCH (the process is gone), or what the kernel refused `run.dst` with.
         """
         words, page = self._words, self._page
-        mode = (0 if wake else DONTWAKE) | (self.mode if run.op in (Op.COPY, Op.CONTINUE) else 0)
+        if run.op < Op.UNPROTECT:
+            mode = (0 if wake else DONTWAKE) | (self.mode if run.op in (Op.COPY, Op.CONTINUE) else 0)
+        else:  # its bits are others; protecting wakes nobody
+            mode = abi.WRITEPROTECT_MODE_WP if run.op == Op.PROTECT else 0 if wake else abi.WRITEPROTECT_MODE_DONTWAKE
         chunk = run.left
         while run.left > 0:
             chunk = min(chunk, run.left)
@@ -146,6 +168,8 @@ class Resolver:
                 result = self._uffd.try_copy(run.dst, run.src, chunk, mode)
             else:
                 result = self._tries[run.op](run.dst, chunk, mode)
+                if result == _EFAULT and run.op == Op.CONTINUE:
+                    result = _ENOENT  # the file has lost the page since: its sleepers shall find out themselves
             words[_OP_COUNTER[run.op]] += 1
             if result > 0:
                 if result < chunk:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import mmap
 import random
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from aiouffd.engine.gate import Gate
 from aiouffd.engine.resolver import DONTWAKE, Op, Run
 from aiouffd.engine.space import Flight, Space
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, UffdError
+from aiouffd.errors import LayoutChangingError, ShortReadError, SourceError, SourceTimeoutError, UffdError
 from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ class SourceServer:
         self._on_error = on_error
         self._on_touch = on_touch
         self._largest = min(_CHUNK, limits.bytes_in_flight // 4)  # of one read, so that the bound on bytes can hold
-        self._zeros: dict[int, mmap.mmap] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -240,17 +238,8 @@ class SourceServer:
         return True
 
     def _zero(self, space: Space, address: int, offset: int, length: int, runs: list[Run]) -> None:
-        page = space.page_size
-        self._words[_PAGES_ZERO] += length // page
-        if page == mmap.PAGESIZE:
-            runs.append(Run(Op.ZEROPAGE, address, offset, length))
-            return
-        zeros = self._zeros.get(page)  # hugetlb knows no ZEROPAGE
-        if zeros is None:
-            zeros = self._zeros[page] = mmap.mmap(-1, page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        source = address_of(zeros)
-        for at in range(0, length, page):
-            runs.append(Run(Op.COPY, address + at, offset if offset < 0 else offset + at, page, source, zeros))  # noqa: PERF401
+        self._words[_PAGES_ZERO] += length // space.page_size
+        runs.extend(space.zeros(address, offset, length))
 
     # Flights
 
@@ -426,6 +415,10 @@ class SourceServer:
 
     # What the space tells
 
+    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
+        """Lift the protection: nobody asked to be told of writes."""
+        space.settle([space.run(Op.UNPROTECT, page)])
+
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
         """Nothing: the space has applied it."""
 
@@ -444,6 +437,10 @@ class SourceServer:
         self._words[Counter.SOURCE_ERRORS] += 1
         self._on_error(error)
         space.poison(range(run.dst, run.dst + run.left, space.page_size))
+
+    def stalled(self, space: Space, run: Run) -> None:
+        """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
+        self._on_error(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
 
     def closed(self, space: Space) -> None:
         """Nothing: flights look at the space when they land."""

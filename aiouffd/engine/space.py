@@ -11,9 +11,10 @@ are forgotten, and what they bring is used only where the mappings still say the
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import functools
 import logging
+import mmap
 import operator
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
@@ -23,10 +24,12 @@ from aiouffd.engine.resolver import Op, Resolver, Run, merge
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError
 from aiouffd.kernel import abi
+from aiouffd.kernel.abi import FaultFlag
+from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.prefetch import Readahead
@@ -56,6 +59,9 @@ _EVENT_COUNTER = {
 _EAGAIN = -errno.EAGAIN
 _STUCK_NS = 5_000_000_000
 """After so long a deferred run is reported. A failed mremap can leave EAGAIN for ever on kernels before mid-2026."""
+_STUCK_AGAIN_NS = 60_000_000_000
+_MINOR_AROUND = 64 << 10
+_ZEROS = 256 << 10
 
 
 class Flight:
@@ -89,14 +95,26 @@ class FaultServer(Protocol):
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
 
+    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
+        """Let a thread go that writes to a page which is protected (UFFDIO_WRITEPROTECT, COPY with MODE_WP)."""
+
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
         """Take note of a layout event that has been applied to the space."""
 
     def failed(self, space: Space, run: Run, number: int) -> None:
         """Take note that the kernel refused a run for good, with this errno; its pages are missing still."""
 
+    def stalled(self, space: Space, run: Run) -> None:
+        """Take note that the kernel has been putting a run off (EAGAIN) for seconds; it is still being tried."""
+
     def closed(self, space: Space) -> None:
         """Take note that the space is gone."""
+
+
+@functools.cache
+def _zeros(size: int) -> mmap.mmap:
+    """Return memory that is never written to: the kernel shows its one page of zeros all over it."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Space:
@@ -159,8 +177,8 @@ class Space:
             page = address & self._mask
             if self.flights and page in self.flights:
                 self._join(page)
-            elif flags & 6:  # write-protected or minor
-                self._special(page, flags)
+            elif flags & 6:
+                self._present(page, flags, thread)
             else:
                 self._serve([(page, flags, thread)], began)
             return
@@ -180,7 +198,7 @@ class Space:
             if flights and page in flights:
                 self._join(page)
             elif flags & 6:
-                self._special(page, flags)
+                self._present(page, flags, thread)
             else:
                 missing.append((page, flags, thread))
         if missing:
@@ -213,15 +231,40 @@ class Space:
         self._words[_JOINED] += 1
         self.flights[page].wanted.add(page)
 
-    def _special(self, page: int, flags: int) -> None:
-        """Resolve a write-protect fault by lifting the protection, a minor fault by mapping the file's page."""
-        if flags & 2:
-            with contextlib.suppress(OSError):
-                self.uffd.writeprotect(page, self.page_size, protect=False)
+    def _present(self, page: int, flags: int, thread: int) -> None:
+        """Serve a fault on a page that is there: a write to a protected one, or one that only the file has (minor)."""
+        if flags & FaultFlag.WP:
+            self._words[Counter.WRITE_FAULTS] += 1
+            self.server.written(self, page, flags, thread)
             return
+        self._words[Counter.MINOR_FAULTS] += 1
+        start, end, first = self.mappings.locate(page)
+        # The neighbours that the file has are mapped as well; the kernel stops at the first that it has not.
+        block = max(self.page_size, min(_MINOR_AROUND, self.readahead.limit))
+        length = min(block - (first + page - start) % block, end - page) if first >= 0 else 0
+        if length > self.page_size and self.uffd.try_continue(page, length, self.resolver.mode) > 0:
+            self._words[Counter.CONTINUES] += 1
+        else:
+            self.settle([self.run(Op.CONTINUE, page)])
+
+    def run(self, op: int, page: int) -> Run:
+        """Return a run of one page as it is shown now."""
         start, _, first = self.mappings.locate(page)
-        offset = first if first < 0 else first + page - start
-        self.settle([Run(Op.CONTINUE, page, offset, self.page_size)])
+        return Run(op, page, first if first < 0 else first + page - start, self.page_size)
+
+    def zeros(self, start: int, offset: int, length: int) -> Iterator[Run]:
+        """Yield the runs that fill [start, start + length) with zeros: by ZEROPAGE, where that is possible.
+
+        hugetlb knows no ZEROPAGE, and no ZEROPAGE comes write-protected, so that it would count as a write.
+        """
+        if self.page_size == mmap.PAGESIZE and not self.write_protect:
+            yield Run(Op.ZEROPAGE, start, offset, length)
+            return
+        zeros = _zeros(max(self.page_size, _ZEROS))
+        source, step = address_of(zeros), len(zeros)
+        for at in range(0, length, step):
+            part = min(step, length - at)
+            yield Run(Op.COPY, start + at, offset if offset < 0 else offset + at, part, source, zeros)
 
     def layout(self, message: bytes, *, replay: bool = False) -> None:
         """Apply one FORK, REMAP, REMOVE or UNMAP message; `replay`: it was read by a predecessor."""
@@ -346,8 +389,9 @@ class Space:
             result = self.resolver.settle(run, wake=wake)
             if result == _EAGAIN:
                 if now - since > _STUCK_NS:
-                    log.error("%r: the layout has been changing for %.0f s; still trying", run, (now - since) / 1e9)
-                    since += _STUCK_NS  # noqa: PLW2901 - said once per interval
+                    # Not even POISON is accepted in this state. So whoever owns the memory is told, and may leave.
+                    self.server.stalled(self, run)
+                    since = now + _STUCK_AGAIN_NS  # noqa: PLW2901 - said once per interval
                 self.deferred.append((run, wake, since))
             elif result == -errno.ESRCH:
                 self.gone()
@@ -416,10 +460,8 @@ class Space:
     def poison(self, pages: Iterable[int]) -> None:
         """Let whoever waits for these pages go with SIGBUS."""
         for page in pages:
-            start, _, first = self.mappings.locate(page)
-            offset = first if first < 0 else first + page - start
             self._words[Counter.PAGES_POISONED] += 1
-            self._settle(Run(Op.POISON, page, offset, self.page_size), wake=True)
+            self._settle(self.run(Op.POISON, page), wake=True)
 
     def close(self) -> None:
         """Close the descriptor and forget everything."""

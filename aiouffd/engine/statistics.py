@@ -51,6 +51,10 @@ class Counter(enum.IntEnum):
     POISONS = 31
     LATENCY = 32  # 48 buckets follow: index is the bit length of the nanoseconds
     HEARTBEAT = 80  # goes up twice a second as long as the loop runs
+    UNPROTECTS = 81
+    PROTECTS = 82
+    WRITE_FAULTS = 83  # messages of writes to protected pages
+    MINOR_FAULTS = 84  # messages of pages that the file has and the mapping does not
 
 
 LATENCY_BUCKETS = 48
@@ -94,6 +98,10 @@ class Statistics:
     clients: int
     spaces: int
     poisons: int
+    unprotects: int
+    protects: int
+    write_faults: int
+    minor_faults: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n."""
 

@@ -328,6 +328,12 @@ class Userfaultfd:
         """UFFDIO_POISON."""
         return self._attempt(abi.UFFDIO_POISON, bytearray(_pack_zeropage(start, length, mode, 0)), length, 24)
 
+    def try_writeprotect(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_WRITEPROTECT."""
+        return self._attempt(
+            abi.UFFDIO_WRITEPROTECT, bytearray(abi.WRITEPROTECT_STRUCT.pack(start, length, mode)), length, None
+        )
+
     def try_wake(self, start: int, length: int) -> int:
         """UFFDIO_WAKE."""
         return self._attempt(abi.UFFDIO_WAKE, bytearray(_pack_range(start, length)), length, None)

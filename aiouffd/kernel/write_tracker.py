@@ -16,7 +16,32 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.region import Region
 
-__all__ = ["WriteTracker"]
+__all__ = ["WRITE_TRACKING", "WriteTracker", "collect"]
+
+
+WRITE_TRACKING = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.PAGEFAULT_FLAG_WP
+"""What a descriptor needs for `collect`. It implies WP_UNPOPULATED: what is not there can be protected as well."""
+
+
+def collect(region: Region, *, anyof: int = 0) -> list[Range]:
+    """Return the offsets of the pages written since they were protected, and protect them again: in one step.
+
+    Args:
+        region: registered with `WRITE_TRACKING`, for write-protection.
+        anyof: PAGE_IS_*: only pages in one of these categories.
+
+    Raises:
+        UnsupportedError: the kernel lacks PAGEMAP_SCAN.
+    """
+    flags = abi.PM_SCAN_WP_MATCHING | abi.PM_SCAN_CHECK_WPASYNC
+    start = region.address
+    try:
+        found = pagemap.scan(start, region.mapped_length, mask=abi.PAGE_IS_WRITTEN, anyof=anyof, flags=flags)
+    except OSError as error:
+        if error.errno == errno.ENOTTY:
+            raise UnsupportedError("PAGEMAP_SCAN (Linux 6.7)", "an older /proc/self/pagemap") from error
+        raise
+    return [Range(item.start - start, item.length) for item in found]
 
 
 class WriteTracker:
@@ -26,7 +51,8 @@ class WriteTracker:
     anybody, so it is safe within one process. A write costs one minor fault a page and a look.
 
     Writes through another mapping of a shared region's memfd, and by write(2) to it, are not seen. While it is
-    tracked a region cannot be served by a Monitor: a range has one userfaultfd (`BusyError`).
+    tracked a region cannot be served by a Monitor: a range has one userfaultfd (`BusyError`). A Monitor tracks writes
+    itself, with `track_writes=True`.
 
     Args:
         region: anonymous, shared or of huge pages.
@@ -42,11 +68,8 @@ class WriteTracker:
         self._uffd: Userfaultfd | None = None
 
     def __enter__(self) -> Self:
-        # WP_UNPOPULATED, which WP_ASYNC implies, protects pages that are not there yet as well. Faults of system calls
-        # are no different here: the kernel resolves all of them by itself.
-        uffd = Userfaultfd(
-            Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.PAGEFAULT_FLAG_WP, user_mode_only=True
-        )
+        # Faults of system calls are no different here: the kernel resolves all of them by itself.
+        uffd = Userfaultfd(WRITE_TRACKING, user_mode_only=True)
         try:
             uffd.register(self.region.address, self.region.mapped_length, RegisterMode.WP)
             uffd.writeprotect(self.region.address, self.region.mapped_length, protect=True)
@@ -72,12 +95,4 @@ class WriteTracker:
         """
         if self._uffd is None:
             raise ClosedError("this WriteTracker is not entered: use it inside its `with` block")
-        flags = abi.PM_SCAN_WP_MATCHING | abi.PM_SCAN_CHECK_WPASYNC
-        start = self.region.address
-        try:
-            found = pagemap.scan(start, self.region.mapped_length, mask=abi.PAGE_IS_WRITTEN, flags=flags)
-        except OSError as error:
-            if error.errno == errno.ENOTTY:
-                raise UnsupportedError("PAGEMAP_SCAN (Linux 6.7)", "an older /proc/self/pagemap") from error
-            raise
-        return [Range(item.start - start, item.length) for item in found]
+        return collect(self.region)

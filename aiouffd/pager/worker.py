@@ -183,7 +183,7 @@ class _Worker:
             counters=self.journal.counters,
             readahead=make_readahead(item["page_size"], options, local=origin.server.local),
             identity=identity,
-            write_protect=options.track_writes,
+            write_protect=options.write_protect,
             on_child=self.forked,
         )
         self.of_space[identity] = origin
