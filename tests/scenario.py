@@ -78,3 +78,11 @@ def ended(pid: int, seconds: float) -> bool:
             return True
         time.sleep(0.005)
     return False
+
+
+def eventually(value: Callable[[], object], expected: object, seconds: float = 10.0) -> None:
+    """Wait until `value()` is what is expected: counters are written after the toucher was let go."""
+    end = time.monotonic() + seconds
+    while (found := value()) != expected:
+        assert time.monotonic() < end, f"{found!r} has not become {expected!r}"
+        time.sleep(0.001)
