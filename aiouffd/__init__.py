@@ -6,6 +6,7 @@ Layout (imports point down only): `cli` > `monitor` > `pager` > `handoff` > `eng
 
 from aiouffd.engine.handler import Batch, Fault, Handler
 from aiouffd.engine.statistics import Statistics
+from aiouffd.engine.trace import Trace
 from aiouffd.errors import (
     AccessError,
     BusyError,
@@ -23,6 +24,7 @@ from aiouffd.errors import (
     SourceError,
     SourceTimeoutError,
     TargetExitedError,
+    TraceError,
     UffdError,
     UnsupportedError,
 )
@@ -81,6 +83,8 @@ __all__ = [
     "SourceTimeoutError",
     "Statistics",
     "TargetExitedError",
+    "Trace",
+    "TraceError",
     "UffdError",
     "UnknownEvent",
     "Unmap",

@@ -29,6 +29,7 @@ __all__ = [
     "SourceError",
     "SourceTimeoutError",
     "TargetExitedError",
+    "TraceError",
     "UffdError",
     "UnsupportedError",
 ]
@@ -219,6 +220,23 @@ class HandoffError(UffdError):
 
     def __str__(self) -> str:
         return f"{self.peer}: {self.reason}"
+
+
+class TraceError(UffdError):
+    """A file is no recording that can be replayed.
+
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 _BY_ERRNO: dict[int, type[OperationError]] = {

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
+import math
 import mmap
 import os
 import sys
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
-from aiouffd.engine.assembly import Options
+from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.handler import wants_writes
 from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
+from aiouffd.engine.trace import Recorder, Trace
 from aiouffd.errors import BusyError, ClosedError, SourceError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -26,7 +28,7 @@ from aiouffd.kernel.region import Region
 from aiouffd.kernel.settle import leave_sigbus
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
-from aiouffd.pager.client import PagerClient
+from aiouffd.pager.engine import PagerEngine
 from aiouffd.pager.guard import Guard
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.resolve import as_source
@@ -70,6 +72,11 @@ class Monitor:
             a fault that it should serve itself.
         stuck_limit: with `in_process`: seconds until that page is poisoned, so that the process ends with a traceback
             (faulthandler is enabled for that) instead of hanging. None: no such guard.
+        record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
+            one then, whatever `readahead` says: what comes along with another page is not seen to be touched.
+        replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
+        background: True: bring all that is missing in the background, as fast as faults allow; a number: so many bytes
+            per second at most.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -78,6 +85,7 @@ class Monitor:
         UnsupportedError: the kernel lacks userfaultfd or a feature.
         AccessError: this user may not use it; it names the knobs.
         BusyError: the region is served already.
+        TraceError: `replay` is no recording, not complete, damaged, or of another page size.
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
     """
 
@@ -95,6 +103,9 @@ class Monitor:
         retries: int = 4,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
+        record: str | os.PathLike[str] | None = None,
+        replay: str | os.PathLike[str] | None = None,
+        background: bool | float = False,
         track_writes: bool = False,
         user_mode_only: bool = False,
         stuck_warning: float = 2.0,
@@ -116,15 +127,26 @@ class Monitor:
         self._stuck_warning = stuck_warning
         self._stuck_limit = stuck_limit
         self._guard: Guard | None = None
+        if record is not None and replay is not None:
+            raise ValueError("either record or replay: what a replay brings is not seen to be touched")
+        self._record = record
+        self._replay = replay
+        self._recorder: Recorder | None = None
         if track_writes and wants_writes(self.origin):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
         self._modes = RegisterMode.MISSING
         if track_writes or wants_writes(self.origin):
             self._modes |= RegisterMode.WP
         limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
-        self._options = Options(readahead, spin_us, write_protect=RegisterMode.WP in self._modes, limits=limits)
+        self._options = Options(
+            readahead if record is None else 0,
+            spin_us,
+            background=math.inf if background is True else float(background),
+            write_protect=RegisterMode.WP in self._modes,
+            limits=limits,
+        )
         self._uffd: Userfaultfd | None = None
-        self._engine: LocalEngine | PagerClient | None = None
+        self._engine: LocalEngine | PagerEngine | None = None
         self._errors: list[BaseException] = []
         self._raised = 0
         self._news = threading.Condition()
@@ -140,7 +162,7 @@ class Monitor:
             try:
                 self._engine = LocalEngine(
                     self._descriptor,
-                    self.origin,
+                    self._service(),
                     self._mapping,
                     self.region.page_size,
                     self._options,
@@ -215,16 +237,14 @@ class Monitor:
         _ = getattr(self.origin, "size", None)
         self._register()
         try:
-            client = PagerClient(
+            self._engine = PagerEngine(
                 self._descriptor,
-                self.origin,
+                self._service(),
                 self._mapping,
                 self.region.page_size,
                 self._options,
                 on_error=self._failed,
             )
-            client.start()
-            self._engine = client
         except BaseException:
             self._unregister()
             raise
@@ -232,11 +252,11 @@ class Monitor:
 
     def _stop(self, *, populate: bool = False) -> None:
         engine = self._engine
-        if not isinstance(engine, PagerClient) or os.getpid() != self._pid:
+        if not isinstance(engine, PagerEngine) or os.getpid() != self._pid:
             return
         try:
             if populate and self._on_exit == "populate":
-                engine.request("prefetch", offset=0, length=len(self.region)).result()
+                engine.prefetch(0, len(self.region)).result()
         finally:
             engine.close(poison=self._on_exit == "sigbus")
             self._settle()
@@ -279,7 +299,17 @@ class Monitor:
             raise
         region.monitor = self
 
+    def _service(self) -> Service:
+        page, size = self.region.page_size, len(self.region)
+        if self._record is not None:
+            self._recorder = Recorder.create(self._record, page, size)
+        trace = None if self._replay is None else Trace.load(self._replay, page)
+        return Service(self.origin, self._recorder, trace)
+
     def _unregister(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.close()
         uffd, self._uffd = self._uffd, None
         self.region.monitor = None
         if uffd is not None:
@@ -295,6 +325,9 @@ class Monitor:
         self._engine = None
         self.region.monitor = None
         self.region.listen(None)
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.complete()
         if uffd is None:
             return
         with uffd:
@@ -323,7 +356,7 @@ class Monitor:
         if isinstance(engine, LocalEngine):
             await engine.prefetch(start, length)
         else:
-            await asyncio.wrap_future(engine.request("prefetch", offset=start, length=length))
+            await asyncio.wrap_future(engine.prefetch(start, length))
 
     def prefetch_sync(self, start: int, length: int, timeout: float | None = None) -> None:
         """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
@@ -333,7 +366,7 @@ class Monitor:
             raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
                 "in_process=True serves on the caller's event loop: await prefetch()"
             )
-        engine.request("prefetch", offset=start, length=length).result(timeout)
+        engine.prefetch(start, length).result(timeout)
 
     def collect(self) -> list[Range]:
         """Return the pages written since the last call, or since entering, and begin anew: in one step.
@@ -397,7 +430,7 @@ class Monitor:
         for tell in self._waiters:
             tell()
 
-    def _running(self) -> LocalEngine | PagerClient:
+    def _running(self) -> LocalEngine | PagerEngine:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
         if os.getpid() != self._pid:
@@ -420,7 +453,7 @@ class Monitor:
     @property
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty with `in_process`."""
-        return self._engine.pids if isinstance(self._engine, PagerClient) else ()
+        return self._engine.pids if isinstance(self._engine, PagerEngine) else ()
 
 
 def _minor(region: Region) -> Feature:

@@ -10,7 +10,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up"]
+__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "pieces"]
 
 Address = NewType("Address", int)
 """A place in the address space of the process that owns the memory."""
@@ -26,6 +26,16 @@ def align_down(value: int, alignment: int) -> int:
 def align_up(value: int, alignment: int) -> int:
     """Return the smallest multiple of `alignment` (a power of two) that is not below `value`."""
     return (value + alignment - 1) & -alignment
+
+
+def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of [start, end), widened to `alignment`, cut at the multiples of `step`."""
+    at, end = align_down(start, alignment), align_up(end, alignment)
+    step = max(step, alignment)
+    while at < end:
+        cut = min(at - at % step + step, end)
+        yield at, cut - at
+        at = cut
 
 
 @attrs.frozen(order=True)

@@ -21,7 +21,7 @@ import numpy as np
 import uvloop
 
 import aiouffd
-from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
@@ -153,7 +153,7 @@ def many(size: int, count: int) -> Iterator[Arena]:
         assert memory.map is not None
         counters, options = Counters(), Options(readahead=0)
         dispatcher = Dispatcher(asyncio.get_running_loop(), counters)
-        server = make_server(aiouffd.BufferSource(memory.map), counters, options, on_error=print)
+        server = make_server(Service(aiouffd.BufferSource(memory.map)), counters, options, on_error=print)
         for identity, (uffd, start, end) in enumerate(uffds):
             mappings = Mappings([Mapping(region.address + start, region.address + end, start)])
             readahead = make_readahead(PAGE, options, local=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, content
 
-from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
@@ -63,7 +63,7 @@ class World:
         self.errors: list[UffdError] = []
         options = Options(readahead=readahead)
         source = LOCATED if located else Pattern(SIZE)
-        server = make_server(source, self.counters, options, on_error=self.errors.append)
+        server = make_server(Service(source), self.counters, options, on_error=self.errors.append)
         self.space = Space(
             cast("Userfaultfd", self.uffd),
             Mappings([Mapping(BASE, BASE + SIZE, 0)]),

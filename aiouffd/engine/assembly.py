@@ -1,4 +1,4 @@
-"""Puts an engine together: the server for a source or a handler, and spaces on a dispatcher."""
+"""Puts an engine together: the server for a source or a handler, and its options."""
 
 from __future__ import annotations
 
@@ -15,9 +15,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiouffd.engine.statistics import Counters
+    from aiouffd.engine.trace import Recorder, Trace
     from aiouffd.errors import UffdError
 
-__all__ = ["Options", "make_readahead", "make_server"]
+__all__ = ["Options", "Service", "make_readahead", "make_server"]
+
+
+@attrs.frozen
+class Service:
+    """What serves a region; it travels to where the engine runs.
+
+    Attributes:
+        origin: a `Source` or a `Handler`.
+        recorder: told of the pages that are touched.
+        trace: brought ahead of the touches.
+    """
+
+    origin: Any
+    recorder: Recorder | None = None
+    trace: Trace | None = None
 
 
 @attrs.frozen
@@ -27,6 +43,7 @@ class Options:
     Attributes:
         readahead: the largest window that a fault brings, in bytes; 0: page by page.
         spin_us: microseconds to look again for faults before sleeping.
+        background: bytes per second that are brought without being asked for, at most; 0: none.
         modes: the `RegisterMode` of the memory.
         write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
@@ -34,20 +51,18 @@ class Options:
 
     readahead: int = 2 << 20
     spin_us: int = 50
+    background: float = 0.0
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
 
 
 def make_server(
-    origin: Any,
-    counters: Counters,
-    options: Options,
-    *,
-    on_error: Callable[[UffdError], None],
-    on_touch: Callable[[int], None] | None = None,
+    service: Service, counters: Counters, options: Options, *, on_error: Callable[[UffdError], None]
 ) -> SourceServer | HandlerServer:
-    """Return the server for a `Handler` or a `Source`."""
+    """Return what brings the pages for a service."""
+    origin = service.origin
+    on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
         return HandlerServer(origin, counters, options.limits, on_error=on_error, on_touch=on_touch)
     return SourceServer(origin, counters, options.limits, on_error=on_error, on_touch=on_touch)

@@ -18,10 +18,10 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import Fork, PageFault, Remap, Remove, Unmap
 from aiouffd.kernel.memory import address_of
-from aiouffd.ranges import Range
+from aiouffd.ranges import Range, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.source_server import Limits
     from aiouffd.engine.space import Space
@@ -152,6 +152,7 @@ class Handler:
         """Memory was unmapped."""
 
 
+_TOGETHER = 64  # pages that are given to the handler ahead of faults at once
 _METHODS = {
     abi.EVENT_FORK: "fork",
     abi.EVENT_REMAP: "remap",
@@ -258,7 +259,8 @@ class HandlerServer:
         if reason and not space.is_gone and not space.closing:
             self._words[Counter.HANDLER_ERRORS] += 1
             failure = HandlerError(repr(self.handler), str(fault), reason)
-            flight.failure = failure
+            if flight.errors is not None:
+                flight.errors.append(failure)
             if flight.wanted:  # a prefetch raises in its caller instead
                 self._on_error(failure)
                 for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
@@ -274,7 +276,7 @@ class HandlerServer:
         # It may have been flushed before, or filled with another page's batch.
         return "" if space.settled(fault.page.start) else "returned without resolving it"
 
-    async def prefetch(self, space: Space, offset: int, length: int, cause: Counter = Counter.PAGES_PREFETCH) -> None:
+    async def prefetch(self, space: Space, offset: int, length: int) -> None:
         """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
 
         Raises:
@@ -282,24 +284,31 @@ class HandlerServer:
             ClosedError: the space was dropped meanwhile.
         """
         size = space.page_size
-        for shown in list(space.mappings.addresses(offset & -size, (offset + length + size - 1) & -size)):
-            pages = [page for page in range(shown.start, shown.end, size) if page not in space.flights]
-            for at in range(0, len(pages), 64):
-                tasks = []
-                flights = []
-                for page in pages[at : at + 64]:
+        await self.bring(space, pieces(offset, offset + length, size, _TOGETHER * size), Counter.PAGES_PREFETCH)
+
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Give the handler the pages of (offset, length) ranges, in this order; errors as for `prefetch`."""
+        size = space.page_size
+        errors: list[UffdError] = []
+        tasks: list[asyncio.Task[None]] = []
+        for offset, length in ranges:
+            for shown in list(space.mappings.addresses(offset, offset + length)):
+                for page in range(shown.start, shown.end, size):
                     if space.is_gone or space.closing or page in space.flights:
                         continue
-                    place = shown.offset + page - shown.start
-                    fault = Fault(page, FaultFlag(0), 0, Range(page, size), place)
+                    fault = Fault(page, FaultFlag(0), 0, Range(page, size), shown.offset + page - shown.start)
                     tasks.append(self._begin(space, fault, perf_counter_ns(), cause))
-                    flights.append(space.flights[page])
-                if tasks:
-                    await asyncio.wait(tasks)
-                for flight in flights:
-                    if flight.failure is not None:
-                        raise flight.failure
-                space.require_served()
+                    space.flights[page].errors = errors
+                    if len(tasks) == _TOGETHER:
+                        await asyncio.wait(tasks)
+                        tasks.clear()
+            if errors or space.is_gone or space.closing:
+                break
+        if tasks:
+            await asyncio.wait(tasks)
+        if errors:
+            raise errors[0]
+        space.require_served()
 
     # Writes
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.ahead import bring_ahead
+from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
@@ -36,7 +37,7 @@ class LocalEngine:
     def __init__(
         self,
         uffd: Userfaultfd,
-        origin: Any,
+        service: Service,
         mapping: Mapping,
         page_size: int,
         options: Options,
@@ -49,7 +50,7 @@ class LocalEngine:
         self.counters_fd = os.memfd_create("aiouffd-counters", os.MFD_CLOEXEC)
         os.ftruncate(self.counters_fd, COUNTERS_SIZE)
         self._counters = Counters(map_shared(self.counters_fd))
-        self._server = make_server(origin, self._counters, options, on_error=on_error)
+        self._server = make_server(service, self._counters, options, on_error=on_error)
         self._modes = RegisterMode(options.modes)
         self._start = mapping.start
         self._end = mapping.end
@@ -64,6 +65,9 @@ class LocalEngine:
         )
         self._dispatcher = Dispatcher(self._loop, self._counters, spin_us=options.spin_us)
         self._dispatcher.add(self.space)
+        self._ahead = self._loop.create_task(
+            bring_ahead(self.space, self._server, service.trace, options.background), name="aiouffd-ahead"
+        )
 
     def statistics(self) -> Statistics:
         """Read the counters."""
@@ -78,6 +82,7 @@ class LocalEngine:
         if poison:
             self.space.poison({page for flight in self.space.flights.values() for page in flight.wanted})
         self._dispatcher.close()
+        self._ahead.cancel()
         os.close(self.counters_fd)
         await self._server.aclose()
 

@@ -17,9 +17,10 @@ from aiouffd.engine.space import Flight, Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import LayoutChangingError, ShortReadError, SourceError, SourceTimeoutError, UffdError
 from aiouffd.kernel.memory import address_of
+from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
 
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
@@ -35,6 +36,7 @@ _PAGES_FAULT, _PAGES_READAHEAD, _PAGES_ZERO = (
 )
 _COPIES = int(Counter.COPIES)
 _BYTES_FETCHED, _LATENCY = int(Counter.BYTES_FETCHED), int(Counter.LATENCY)
+_SETTLED_TOGETHER = 64  # runs that are brought ahead, before the loop gets a turn
 _CHUNK = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
@@ -268,8 +270,8 @@ class SourceServer:
             space.readahead.forget(flight.offset, flight.offset + flight.end - flight.start)
             if not space.is_gone and not space.closing:
                 await self._rescue(space, flight, error, cause)
-            if cause != Counter.PAGES_READAHEAD:
-                flight.failure = error
+            if flight.errors is not None:
+                flight.errors.append(error)
             return
         except asyncio.CancelledError:
             space.land(flight)
@@ -363,38 +365,46 @@ class SourceServer:
 
     # Ahead of faults
 
-    async def prefetch(self, space: Space, offset: int, length: int, cause: Counter = Counter.PAGES_PREFETCH) -> None:
+    async def prefetch(self, space: Space, offset: int, length: int) -> None:
         """Bring the offsets [offset, offset + length), wherever they are shown. Faults go first.
 
         Raises:
             SourceError: the source failed. Nothing is poisoned; what came is kept.
             ClosedError: the space was dropped meanwhile.
         """
-        page = space.page_size
-        low, high = offset & -page, (offset + length + page - 1) & -page
+        await self.bring(space, pieces(offset, offset + length, space.page_size, _CHUNK), Counter.PAGES_PREFETCH)
+
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Bring (offset, length) ranges of whole pages, in this order; errors as for `prefetch`."""
         bound = asyncio.Semaphore(max(1, self.limits.concurrent_reads // 2))
         errors: list[UffdError] = []
         pending: set[asyncio.Task[None]] = set()
+
+        def landed(task: asyncio.Task[None]) -> None:
+            pending.discard(task)
+            bound.release()
+
+        runs: list[Run] = []
+        size = 0
         try:
-            at = low
-            while at < high and not errors and not space.is_gone and not space.closing:
-                end = min(at + _CHUNK - at % _CHUNK, high)
-                for shown in list(space.mappings.addresses(at, end)):
-                    for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
-                        address = shown.start + begin - shown.offset
-                        runs: list[Run] = []
-                        flights = self._bring(space, address, begin, size, runs, None, perf_counter_ns(), cause)
-                        space.readahead.brought(begin, size)
-                        if runs:
-                            space.settle(runs)
-                        for flight in flights:
-                            await bound.acquire()
-                            task = self._spawn(self._watch(flight, bound, errors))
-                            pending.add(task)
-                            task.add_done_callback(pending.discard)
-                at = end
-                await asyncio.sleep(0)  # faults first
-            if pending:
+            for offset, length in ranges:
+                for flight in self._approach(space, offset, length, runs, cause):
+                    flight.errors = errors
+                    await bound.acquire()
+                    assert flight.done is not None
+                    pending.add(flight.done)
+                    flight.done.add_done_callback(landed)
+                size += length
+                if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
+                    if runs:
+                        space.settle(runs)
+                    runs, size = [], 0
+                    await asyncio.sleep(0)  # faults first
+                if errors or space.is_gone or space.closing:
+                    break
+            if runs:
+                space.settle(runs)
+            while pending:
                 await asyncio.wait(pending)
         except asyncio.CancelledError:
             for task in pending:
@@ -404,14 +414,15 @@ class SourceServer:
             raise errors[0]
         space.require_served()
 
-    async def _watch(self, flight: Flight, bound: asyncio.Semaphore, errors: list[UffdError]) -> None:
-        try:
-            if flight.done is not None:
-                await asyncio.wait([flight.done])
-            if flight.failure is not None:
-                errors.append(flight.failure)
-        finally:
-            bound.release()
+    def _approach(self, space: Space, offset: int, length: int, runs: list[Run], cause: Counter) -> list[Flight]:
+        """Add runs for what is at hand of a range, wherever it is shown, and begin flights for the rest."""
+        flights: list[Flight] = []
+        for shown in list(space.mappings.addresses(offset, offset + length)):
+            for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
+                address = shown.start + begin - shown.offset
+                flights += self._bring(space, address, begin, size, runs, None, perf_counter_ns(), cause)
+                space.readahead.brought(begin, size)
+        return flights
 
     # What the space tells
 

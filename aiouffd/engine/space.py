@@ -11,6 +11,7 @@ are forgotten, and what they bring is used only where the mappings still say the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -74,10 +75,10 @@ class Flight:
         wanted: addresses of the pages that threads wait for.
         began_ns: when the first of these faults was read.
         done: the task that flies it.
-        failure: why it brought nothing.
+        errors: where to put why it brought nothing, for whoever has asked for it ahead of faults.
     """
 
-    __slots__ = ("began_ns", "done", "end", "failure", "offset", "start", "wanted")
+    __slots__ = ("began_ns", "done", "end", "errors", "offset", "start", "wanted")
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int) -> None:
         self.start = start
@@ -86,14 +87,21 @@ class Flight:
         self.wanted: set[int] = set()
         self.began_ns = began_ns
         self.done: asyncio.Task[None] | None = None
-        self.failure: UffdError | None = None
+        self.errors: list[UffdError] | None = None
 
 
 class FaultServer(Protocol):
     """Who brings the pages of a space: see `source_server` and `handler`."""
 
+    @property
+    def local(self) -> bool:
+        """Whether bytes may be at hand without waiting."""
+
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
+
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
         """Let a thread go that writes to a page which is protected (UFFDIO_WRITEPROTECT, COPY with MODE_WP)."""
@@ -163,6 +171,8 @@ class Space:
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
         self.deferred: list[tuple[Run, bool, int]] = []  # run, wake, since when
         self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
+        self.replayed = 0  # pages of a trace that have been brought
+        self.filled = 0  # bytes of the background fill that have been brought
         self._words = counters.words
         self._mask = -page_size
 
@@ -462,6 +472,12 @@ class Space:
         for page in pages:
             self._words[Counter.PAGES_POISONED] += 1
             self._settle(self.run(Op.POISON, page), wake=True)
+
+    def unregister(self) -> None:
+        """Give the memory back to its process: what is missing reads as zeros from now on, and nobody waits."""
+        for mapping in self.mappings:
+            with contextlib.suppress(OSError):  # unmapped meanwhile, or the process is gone
+                self.uffd.unregister(mapping.start, mapping.end - mapping.start)
 
     def close(self) -> None:
         """Close the descriptor and forget everything."""

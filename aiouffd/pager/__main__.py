@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -15,6 +16,9 @@ def main() -> int:
     """Run the keeper on the control socket that was inherited as descriptor FD."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the application's; the pager ends when it does
     logging.basicConfig(level=logging.WARNING, format="%(name)s[%(process)d]: %(message)s", stream=sys.stderr)
+    # A descriptor for each address space and some for each client: the soft limit of 1024 is for users of select(2).
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     connection = socket.socket(fileno=int(sys.argv[1]))
     journal = Journal.create()
     control.send(connection, {"event": "hello"}, [journal.fd])

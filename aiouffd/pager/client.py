@@ -33,11 +33,11 @@ from aiouffd.pager.travel import pack
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.engine.assembly import Options
+    from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.statistics import Statistics
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["PagerClient"]
+__all__ = ["Pack", "PagerClient", "Tenant"]
 
 log = logging.getLogger("aiouffd")
 
@@ -46,38 +46,83 @@ _START_TIMEOUT = 60.0
 _KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
 
 
-class PagerClient:
-    """One pager, for one region.
+class Pack:
+    """A service made ready to travel: a pickle in a memfd, and the descriptors that go along.
 
     Args:
-        uffd: the region's; stays the caller's, and must stay open as long as the client: it is what makes touches
-            wait, instead of reading zeros, while no pager is there.
-        origin: a source or a handler.
-        mapping: where the region lies.
-        page_size: of the region.
-        options: how it is served.
+        service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
+        options: how.
+
+    Raises:
+        PagerStartError: it cannot travel.
+    """
+
+    def __init__(self, service: Service, options: Options) -> None:
+        data, descriptors = pack(service)
+        self.service = service
+        self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
+        self.options = attrs.asdict(options)
+        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
+        with os.fdopen(os.dup(self.config), "wb") as file:
+            file.write(data)
+        self._descriptors = descriptors
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with a request that opens a space."""
+        return [self.config, *(item.fd for item in self._descriptors)]
+
+    def close(self) -> None:
+        """Forget it; what a pager has got of it stays the pager's."""
+        if self.config >= 0:
+            os.close(self.config)
+            self.config = -1
+
+
+@attrs.define(eq=False)
+class Tenant:
+    """Memory that a pager serves.
+
+    Attributes:
+        pack: what serves it.
+        uffd: stays its owner's, and must stay open as long as the tenant: it is what makes touches wait, instead of
+            reading zeros, while no pager is there.
+        mappings: what it showed when it was opened.
+        page_size: bytes.
+        tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
+        token: names it.
+    """
+
+    pack: Pack
+    uffd: Userfaultfd
+    mappings: list[Mapping]
+    page_size: int
+    tether: int = -1
+    token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with a request that opens it."""
+        return [self.uffd.fileno()] + ([self.tether] if self.tether >= 0 else [])
+
+
+class PagerClient:
+    """One pager, for any number of tenants. Thread-safe.
+
+    Args:
         on_error: called from the client's thread with each error that the pager reports.
+        on_gone: called from there with each tenant whose process has ended.
     """
 
     def __init__(
         self,
-        uffd: Userfaultfd,
-        origin: Any,
-        mapping: Mapping,
-        page_size: int,
-        options: Options,
         *,
         on_error: Callable[[BaseException], None],
+        on_gone: Callable[[Tenant], None] = lambda _: None,
     ) -> None:
-        self._uffd = uffd
-        self._mapping = mapping
-        self._page_size = page_size
-        self._options = options
         self._on_error = on_error
-        data, self._descriptors = pack(origin)
-        self._config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
-        with os.fdopen(os.dup(self._config), "wb") as file:
-            file.write(data)
+        self._on_gone = on_gone
+        self._tenants: dict[str, Tenant] = {}
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[dict[str, Any], list[int], Future[Any]]] = {}
         self._next = 0
@@ -85,7 +130,6 @@ class PagerClient:
         self._dead: BaseException | None = None
         self._keepers = 0
         self._progress = -1
-        self._origin = 0
         self._journal: Journal | None = None
         self._connection: socket.socket | None = None
         self._owners: list[tuple[socket.socket, Journal]] = []  # workers without a keeper, oldest first
@@ -95,36 +139,52 @@ class PagerClient:
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
-    # The caller's side; thread-safe
+    # The caller's side
 
     def start(self) -> None:
-        """Start the pager; return when it serves. Blocks for about a tenth of a second.
+        """Start the pager. Blocks for about a tenth of a second; it need not be ready then to be asked.
 
         Raises:
-            PagerStartError: it did not start, or what it should serve could not be rebuilt there.
+            PagerStartError: it did not start; `stop` it all the same.
+        """
+        self._spawn()
+        self._thread.start()
+
+    def open(self, tenant: Tenant) -> Future[Any]:
+        """Have a tenant served; the future is done when it is.
+
+        Its exception is a PagerStartError where what should serve could not be rebuilt there.
+        """
+        with self._lock:
+            self._tenants[tenant.token] = tenant
+        return self._open(tenant, tenant.mappings)
+
+    def open_wait(self, tenant: Tenant) -> None:
+        """As `open`, and wait for it.
+
+        Raises:
+            PagerStartError: it is not served.
         """
         try:
-            self._spawn()
-            self._thread.start()
-            opened = self._open([(self._uffd.fileno(), [self._mapping])]).result(_START_TIMEOUT)
-            self._origin = opened[
-                "origin"
-            ]  # a future's waiters may run before its callbacks, and the next request needs it
+            self.open(tenant).result(_START_TIMEOUT)
         except TimeoutError as error:
-            self.stop()
             raise PagerStartError(f"the pager did not answer in {_START_TIMEOUT:.0f} s") from error
-        except BaseException:
-            self.stop()
-            raise
 
-    def request(self, op: str, fds: list[int] | None = None, **arguments: Any) -> Future[Any]:
+    def forget(self, tenant: Tenant) -> None:
+        """Be done with a tenant that is served no longer: its descriptor may be closed."""
+        with self._lock:
+            self._tenants.pop(tenant.token, None)
+
+    def request(
+        self, op: str, tenant: Tenant | None = None, fds: list[int] | None = None, **arguments: Any
+    ) -> Future[Any]:
         """Send a request; the future gives its answer. It is sent again to a worker that succeeds a dead one."""
         future: Future[Any] = Future()
         with self._lock:
             if self._closing or self._dead is not None:
                 raise self._dead or ClosedError("the Monitor has been left")
             self._next += 1
-            message = {"op": op, "id": self._next, "origin": self._origin, **arguments}
+            message = {"op": op, "id": self._next, "token": tenant.token if tenant else None, **arguments}
             self._pending[self._next] = (message, fds or [], future)
             self._send(message, fds or [])
         return future
@@ -139,11 +199,11 @@ class PagerClient:
         """Keeper and worker, as far as known."""
         return (self._keeper.pid if self._keeper else 0, self._worker_pid)
 
-    def close(self, *, poison: bool) -> None:
-        """Have the pager stop serving the region, and end it unless forked children are still served."""
+    def close(self, tenant: Tenant, *, poison: bool) -> None:
+        """Have a tenant served no longer. What is waited for is poisoned, if asked; forked children are served on."""
         with contextlib.suppress(UffdError, TimeoutError):
-            self.request("close", poison=poison).result(10.0)
-        self.stop()
+            self.request("close", tenant, poison=poison).result(10.0)
+            self.forget(tenant)
 
     def stop(self) -> None:
         """End the client's side, and the pager's processes with it where they have nothing left to serve."""
@@ -162,7 +222,7 @@ class PagerClient:
         if self._keeper is not None:
             self._reap(self._keeper)
         self._forget_worker()
-        for fd in (self._config, self._wake_r, self._wake_w):
+        for fd in (self._wake_r, self._wake_w):
             os.close(fd)
 
     # The thread's side
@@ -199,28 +259,26 @@ class PagerClient:
             self._journal, self._connection = Journal(journal), ours
         os.close(journal)
 
-    def _open(self, spaces: list[tuple[int, list[Mapping]]]) -> Future[Any]:
-        options = attrs.asdict(self._options)
+    def _open(self, tenant: Tenant, mappings: list[Mapping]) -> Future[Any]:
         pidfd = os.pidfd_open(os.getpid())
-        fds = [pidfd, self._config, *(item.fd for item in self._descriptors), *(fd for fd, _ in spaces)]
-        items = [
-            {
-                "page_size": self._page_size,
-                "features": int(self._uffd.features),
+        future = self.request(
+            "open",
+            tenant,
+            [pidfd, *tenant.pack.fds, *tenant.fds],
+            service={
+                "token": tenant.pack.token,
+                "options": tenant.pack.options,
+                "path": [entry for entry in sys.path if entry],
+            },
+            space={
+                "token": tenant.token,
+                "page_size": tenant.page_size,
+                "features": int(tenant.uffd.features),
                 "mappings": [attrs.astuple(mapping) for mapping in mappings],
-            }
-            for _, mappings in spaces
-        ]
-        token = f"{os.getpid()}-{id(self):x}-{next(_tokens)}"  # a request that is sent twice opens once
-        path = [entry for entry in sys.path if entry]
-        future = self.request("open", fds, token=token, spaces=items, options=options, path=path)
-
-        def opened(future: Future[Any]) -> None:
-            os.close(pidfd)
-            if future.exception() is None:
-                self._origin = future.result()["origin"]
-
-        future.add_done_callback(opened)
+            },
+            own=len(tenant.fds),
+        )
+        future.add_done_callback(lambda _: os.close(pidfd))
         return future
 
     def _send(self, message: dict[str, Any], fds: list[int]) -> None:
@@ -273,9 +331,13 @@ class PagerClient:
                 self._worker = os.pidfd_open(self._worker_pid)
             # Perhaps the successor of one that died with our requests.
             with self._lock:
-                opening = [item for item in self._pending.values() if item[0]["op"] in ("open", "takeover")]
-                for request, attached, _ in opening or self._pending.values():
+                first = [item for item in self._pending.values() if item[0]["op"] == "takeover"]
+                for request, attached, _ in first or self._pending.values():
                     self._send(request, attached)
+        elif event == "gone":
+            tenant = self._tenants.get(message["token"])
+            if tenant is not None:
+                self._on_gone(tenant)
         elif event == "error":
             self._on_error(control.decode_error(message["error"]))
         elif event == "died":
@@ -337,7 +399,7 @@ class PagerClient:
                 ours.close()
                 self._open_from_journal()
                 return
-        future = self.request("takeover", [ours.fileno()])
+        future = self.request("takeover", None, [ours.fileno()])
 
         def taken(future: Future[Any]) -> None:
             ours.close()
@@ -350,15 +412,19 @@ class PagerClient:
         future.add_done_callback(taken)
 
     def _open_from_journal(self) -> None:
-        """All workers that have served the region are dead: what it shows is in the newest journal that was used."""
+        """All workers that have served are dead: what is shown is in the newest journal that was used."""
         journal = next((item for _, item in reversed(self._owners) if item.load()[0] is not None), self._owners[0][1])
-        if journal.counters.words[Counter.SPACES] > 1:
+        with self._lock:
+            tenants = list(self._tenants.values())
+        if journal.counters.words[Counter.SPACES] > len(tenants):
             log.error("keeper and worker died together: forked children are served no longer")
         assert self._journal is not None
         self._journal.counters.words[:] = journal.counters.words
-        mappings = self._mappings(journal)
+        shown = [(tenant, _mappings(journal, tenant)) for tenant in tenants]
         self._disown()
-        self._open([(self._uffd.fileno(), mappings)]).add_done_callback(lambda _: self._resend())
+        for tenant, mappings in shown:
+            self._open(tenant, mappings)
+        self._resend()
 
     def _disown(self) -> None:
         for connection, _ in self._owners:
@@ -373,33 +439,14 @@ class PagerClient:
     def _poison(self) -> None:
         """Nobody will serve any more: whoever waits, or touches a missing page, gets SIGBUS. No hang, no zeros."""
         assert self._journal is not None
-        resolver = Resolver(self._uffd, self._page_size, Counters())
-        for mapping in self._mappings(self._journal):
-            resolver.settle(Run(Op.POISON, mapping.start, mapping.offset, mapping.end - mapping.start), wake=True)
+        for tenant in self._tenants.values():
+            resolver = Resolver(tenant.uffd, tenant.page_size, Counters())
+            for mapping in _mappings(self._journal, tenant):
+                resolver.settle(Run(Op.POISON, mapping.start, mapping.offset, mapping.end - mapping.start), wake=True)
 
     @property
     def _forked(self) -> bool:
-        return self._journal is not None and self._journal.counters.words[Counter.SPACES] > 1
-
-    def _mappings(self, journal: Journal) -> list[Mapping]:
-        """Return what the region shows now, from the journal of a pager that is gone."""
-        state, events = journal.load()
-        mappings = Mappings([self._mapping])
-        identity = -1
-        if state is not None and state["spaces"]:
-            first = min(state["spaces"], key=lambda item: int(item["id"]))
-            identity = first["id"]
-            mappings = Mappings(Mapping(*item) for item in first["mappings"])
-        for space, message in events:
-            if space != identity:
-                continue
-            if message[0] == abi.EVENT_REMAP:
-                mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
-            elif message[0] == abi.EVENT_REMOVE:
-                mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
-            elif message[0] == abi.EVENT_UNMAP:
-                mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
-        return list(mappings)
+        return self._journal is not None and self._journal.counters.words[Counter.SPACES] > len(self._tenants)
 
     def _forget_worker(self) -> None:
         if self._worker >= 0:
@@ -418,3 +465,24 @@ class PagerClient:
                         signal.pidfd_send_signal(self._worker, signal.SIGKILL)
             else:  # it serves forked children until the last of them is gone; no zombie may be left then
                 threading.Thread(target=keeper.wait, name="aiouffd-reaper", daemon=True).start()
+
+
+def _mappings(journal: Journal, tenant: Tenant) -> list[Mapping]:
+    """Return what a tenant shows now, from the journal of a pager that is gone."""
+    state, events = journal.load()
+    mappings = Mappings(tenant.mappings)
+    identity = -1
+    for item in state["spaces"] if state is not None else ():
+        if item["token"] == tenant.token:
+            identity = item["id"]
+            mappings = Mappings(Mapping(*each) for each in item["mappings"])
+    for space, message in events:
+        if space != identity:
+            continue
+        if message[0] == abi.EVENT_REMAP:
+            mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
+        elif message[0] == abi.EVENT_REMOVE:
+            mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
+        elif message[0] == abi.EVENT_UNMAP:
+            mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
+    return list(mappings)

@@ -9,15 +9,18 @@ import faulthandler
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import uvloop
 
-from aiouffd.engine.assembly import Options, make_readahead, make_server
+from aiouffd.engine.ahead import bring_ahead, fill
+from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.source_server import Limits
@@ -56,7 +59,7 @@ def descriptors(journal: Journal) -> set[int]:
 
 def _numbers(state: dict[str, Any]) -> set[int]:
     """Return the descriptors that a state speaks of."""
-    known = {space["fd"] for space in state["spaces"]}
+    known = {fd for space in state["spaces"] for fd in (space["fd"], space["tether"]) if fd >= 0}
     for origin in state["origins"].values():
         known.update((origin["pidfd"], origin["config"], *origin["fds"]))
     return known
@@ -72,12 +75,33 @@ def spaces(journal: Journal) -> list[tuple[int, int, list[tuple[int, int]]]]:
 
 
 class _Origin:
-    """What serves some spaces: a source or a handler, and how it came here."""
+    """What serves some spaces: a service, and how it came here."""
 
-    def __init__(self, identity: int, record: dict[str, Any], server: SourceServer | HandlerServer) -> None:
+    def __init__(
+        self, identity: int, record: dict[str, Any], service: Service, server: SourceServer | HandlerServer
+    ) -> None:
         self.identity = identity
         self.record = record
+        self.service = service
         self.server = server
+        self.options = options_of(record)
+
+
+@attrs.define(eq=False)
+class _Tenancy:
+    """What the worker knows of a space besides.
+
+    Attributes:
+        origin: what serves it.
+        token: by which it is asked for; None: a forked child's.
+        tether: a descriptor to hold open as long as it is served; -1: none.
+        ahead: the task that brings pages before they are touched.
+    """
+
+    origin: _Origin
+    token: str | None
+    tether: int = -1
+    ahead: asyncio.Task[None] | None = None
 
 
 class _Worker:
@@ -85,7 +109,7 @@ class _Worker:
         self.journal = journal
         self.connection = connection
         self.origins: dict[int, _Origin] = {}
-        self.of_space: dict[int, _Origin] = {}  # space identity -> what serves it
+        self.tenancies: dict[int, _Tenancy] = {}  # by space identity
         self.next_identity = 1
         self.tasks: set[asyncio.Task[None]] = set()
         self.done = asyncio.Event()
@@ -110,9 +134,10 @@ class _Worker:
         loop.add_reader(self.connection.fileno(), self.requests)
         self.send({"event": "ready", "pid": os.getpid()})
         await self.done.wait()
-        for origin in self.origins.values():
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(origin.server.aclose(), 1.0)
+        for origin in list(self.origins.values()):
+            self.retire(origin)
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)
 
     # State
 
@@ -128,7 +153,10 @@ class _Worker:
                     "fd": fd,
                     "page_size": space.page_size,
                     "features": int(space.uffd.features),
-                    "origin": self.of_space[space.identity].identity,
+                    "origin": self.tenancies[space.identity].origin.identity,
+                    "token": self.tenancies[space.identity].token,
+                    "tether": self.tenancies[space.identity].tether,
+                    "ahead": (space.replayed, space.filled),
                     "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in space.mappings],
                 }
                 for fd, space in self.dispatcher.spaces.items()
@@ -141,7 +169,7 @@ class _Worker:
         for identity, record in state["origins"].items():
             self.origins[int(identity)] = self.build(int(identity), record)
         for item in state["spaces"]:
-            self.serve(item["fd"], item, self.origins[item["origin"]], item["id"])
+            self.serve(item, self.origins[item["origin"]])
         known = {space.identity: space for space in self.dispatcher.spaces.values()}
         for index, (identity, message) in enumerate(events):
             space = known.get(identity)
@@ -166,40 +194,67 @@ class _Worker:
         for entry in record["path"]:
             if entry not in sys.path:
                 sys.path.append(entry)
-        thing = unpack(config, [os.dup(fd) for fd in record["fds"]])
-        server = make_server(thing, self.journal.counters, options_of(record), on_error=self.error)
-        origin = _Origin(identity, record, server)
+        service = unpack(config, [os.dup(fd) for fd in record["fds"]])
+        server = make_server(service, self.journal.counters, options_of(record), on_error=self.error)
+        origin = _Origin(identity, record, service, server)
         with contextlib.suppress(OSError, ValueError):
             asyncio.get_running_loop().add_reader(record["pidfd"], self.exited, record["pidfd"])
         return origin
 
-    def serve(self, fd: int, item: dict[str, Any], origin: _Origin, identity: int) -> Space:
-        options = options_of(origin.record)
+    def serve(self, item: dict[str, Any], origin: _Origin) -> Space:
+        options = origin.options
         space = Space(
-            Userfaultfd.from_fd(fd, Feature(item["features"])),
+            Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
             Mappings(Mapping(*mapping) for mapping in item["mappings"]),
             page_size=item["page_size"],
             server=origin.server,
             counters=self.journal.counters,
             readahead=make_readahead(item["page_size"], options, local=origin.server.local),
-            identity=identity,
+            identity=item["id"],
             write_protect=options.write_protect,
             on_child=self.forked,
         )
-        self.of_space[identity] = origin
+        space.replayed, space.filled = item["ahead"]
+        tenancy = self.tenancies[space.identity] = _Tenancy(origin, item["token"], item["tether"])
         self.dispatcher.add(space)
+        tenancy.ahead = asyncio.get_running_loop().create_task(
+            bring_ahead(space, origin.server, origin.service.trace, options.background, self.save)
+        )
         return space
 
     def forked(self, parent: Space, child: Space) -> None:
         child.identity = self.next_identity
         self.next_identity += 1
-        self.of_space[child.identity] = self.of_space[parent.identity]
+        self.tenancies[child.identity] = _Tenancy(self.tenancies[parent.identity].origin, None)
         self.dispatcher.add(child)
 
     def dropped(self, space: Space) -> None:
         """Tell the successor before the descriptor's number can mean something else."""
         self.journal.closed(space.identity)
-        self.of_space.pop(space.identity, None)
+        tenancy = self.tenancies.pop(space.identity)
+        if tenancy.ahead is not None:
+            tenancy.ahead.cancel()
+        if tenancy.tether >= 0:
+            os.close(tenancy.tether)
+        if tenancy.token is not None:
+            self.send({"event": "gone", "token": tenancy.token})
+        self.retire(tenancy.origin)
+
+    def retire(self, origin: _Origin) -> None:
+        """Let go what serves nobody any more."""
+        if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
+            return
+        del self.origins[origin.identity]
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(origin.record["pidfd"])
+        task = loop.create_task(origin.server.aclose())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def space_of(self, token: str) -> Space | None:
+        return next(
+            (space for space in self.dispatcher.spaces.values() if self.tenancies[space.identity].token == token), None
+        )
 
     # Requests
 
@@ -225,53 +280,62 @@ class _Worker:
         else:
             self.send({"id": message["id"], "ok": answer})
 
-    async def do_open(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Begin to serve: descriptors are the pidfd, the configuration, its own ones, then one for each space."""
+    async def do_open(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Begin to serve: descriptors are the pidfd, the configuration, the service's own, and the space's own."""
+        own = fds[len(fds) - message["own"] :]
+        if self.space_of(message["token"]) is not None:  # sent again: a predecessor died before it could answer
+            close_all(fds)
+            return
+        origin = self.origin_of(message["service"], fds[: len(fds) - len(own)])
+        item = {"id": self.next_identity, "fd": own[0], "tether": own[1] if len(own) > 1 else -1, "ahead": (0, 0)}
+        self.next_identity += 1
+        self.dispatcher.spin_us = (
+            max(self.dispatcher.spin_us, origin.options.spin_us) if self.tenancies else (origin.options.spin_us)
+        )
+        space = self.serve(item | message["space"], origin)
+        self.save()
+        space.wake_all()
+
+    def origin_of(self, service: dict[str, Any], fds: list[int]) -> _Origin:
+        """Return what serves, made anew unless it is here already; the descriptors are taken either way."""
         for known in self.origins.values():
-            if known.record["token"] == message["token"]:  # sent again: a predecessor died before it could answer
-                for fd in fds:
-                    os.close(fd)
-                return {"origin": known.identity, "pid": os.getpid()}
-        items = message["spaces"]
-        pidfd, config = fds[:2]
-        own, uffds = fds[2 : len(fds) - len(items)], fds[len(fds) - len(items) :]
-        record = {"pidfd": pidfd, "config": config, "fds": own} | {
-            key: message[key] for key in ("token", "path", "options")
-        }
-        identity = self.next_identity
+            if known.record["token"] == service["token"]:
+                close_all(fds)
+                return known
+        record = {"pidfd": fds[0], "config": fds[1], "fds": fds[2:], **service}
         try:
-            origin = self.build(identity, record)
+            origin = self.build(self.next_identity, record)
         except UffdError:
             raise
         except Exception as error:
             raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
-        self.origins[identity] = origin
+        self.origins[origin.identity] = origin
         self.next_identity += 1
-        self.dispatcher.spin_us = options_of(record).spin_us
-        for fd, item in zip(uffds, items, strict=True):
-            self.serve(fd, item, origin, self.next_identity)
-            self.next_identity += 1
-        self.save()
-        for space in self.dispatcher.spaces.values():
-            space.wake_all()
-        return {"origin": identity, "pid": os.getpid()}
+        return origin
+
+    def asked(self, message: dict[str, Any]) -> tuple[Space, _Tenancy]:
+        space = self.space_of(message["token"])
+        if space is None:
+            raise ClosedError("it is served no longer")
+        return space, self.tenancies[space.identity]
 
     async def do_prefetch(self, message: dict[str, Any], fds: list[int]) -> None:
-        for identity, origin in list(self.of_space.items()):
-            if origin.identity == message["origin"]:
-                space = next((s for s in self.dispatcher.spaces.values() if s.identity == identity), None)
-                if space is not None:
-                    await origin.server.prefetch(space, message["offset"], message["length"])
-                    return
-        raise ClosedError("it is served no longer")
+        space, tenancy = self.asked(message)
+        await tenancy.origin.server.prefetch(space, message["offset"], message["length"])
+
+    async def do_fill(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Bring all that is missing, as fast as it goes."""
+        space, tenancy = self.asked(message)
+        await fill(space, tenancy.origin.server, math.inf)
 
     async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Serve the application's own space no longer; what threads wait for is poisoned, if asked. Children stay."""
-        for space in list(self.dispatcher.spaces.values()):
-            if self.of_space[space.identity].identity == message["origin"] and space.identity == message["origin"] + 1:
-                if message["poison"]:
-                    space.poison({page for flight in space.flights.values() for page in flight.wanted})
-                self.dispatcher.drop(space)
+        """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
+        space, _ = self.asked(message)
+        if message["poison"]:
+            space.poison({page for flight in space.flights.values() for page in flight.wanted})
+        if message.get("unregister"):
+            space.unregister()
+        self.dispatcher.drop(space)
 
     async def do_handover(self, message: dict[str, Any], fds: list[int]) -> None:
         """The keeper is dead: give everything to the worker of another one, over the socket that came along."""
@@ -289,7 +353,7 @@ class _Worker:
         os.close(memory)
         log.warning("the successor died before it had taken over: serving on")
 
-    async def do_takeover(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    async def do_takeover(self, message: dict[str, Any], fds: list[int]) -> None:
         """Take everything over from a worker whose keeper is dead; `Closed` where that has died, too."""
         with socket.socket(fileno=fds[0]) as predecessor:
             predecessor.settimeout(_HANDOVER_TIMEOUT)
@@ -309,11 +373,11 @@ class _Worker:
                 )
             for item in state["spaces"]:
                 item["fd"] = renumbered[item["fd"]]
+                item["tether"] = renumbered.get(item["tether"], -1)
             self.journal.counters.words[:] = memoryview(array.array("Q", text["counters"]))
             self.dispatcher.spin_us = state["spin_us"]
             self.restore(state, [], 0)
             control.send(predecessor, {"taken": True})
-        return {"origin": min(self.origins, default=0)}
 
     # What happens
 
@@ -339,6 +403,12 @@ class _Worker:
             control.send(self.connection, message)
         except (control.Closed, OSError) as error:
             log.debug("nobody is there to be told: %s", error)
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors that are not needed."""
+    for fd in fds:
+        os.close(fd)
 
 
 def options_of(record: dict[str, Any]) -> Options:

@@ -1,0 +1,91 @@
+"""Brings pages before they are touched: those of a recording, in its order; then, if asked for, all the others.
+
+Faults come first: the reads that they need pass those that are brought ahead, and the background fill waits while
+faults come in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ClosedError, UffdError
+from aiouffd.ranges import pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.engine.space import FaultServer, Space
+    from aiouffd.engine.trace import Trace
+
+__all__ = ["bring_ahead", "fill"]
+
+log = logging.getLogger("aiouffd")
+
+_NEAR = 512 << 10  # brought at once, if it is at hand: a fault waits for one such piece at most, some 0.2 ms
+_FAR = 8 << 20  # and if it must be waited for
+_SAVED = 64 << 20  # bytes after which a successor need not begin at the start
+_QUIET = 0.002  # seconds without a fault, before the background fill goes on
+_PATIENCE = 0.05  # seconds that it waits for that
+
+
+async def bring_ahead(
+    space: Space,
+    server: FaultServer,
+    trace: Trace | None,
+    background: float,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Replay a trace, then fill in the background. What fails is logged, and left to faults.
+
+    Args:
+        space: its `replayed` and `filled` say where to begin, and are kept up to date.
+        server: brings the pages.
+        trace: None: nothing to replay.
+        background: bytes per second at most; 0: no background fill.
+        on_progress: called after so much that a successor should know.
+    """
+    try:
+        if trace is not None:
+            await _replay(space, server, trace, on_progress)
+        if background:
+            await fill(space, server, background, on_progress)
+    except ClosedError:
+        return
+    except UffdError as error:
+        log.warning("%s; what was not brought ahead comes with its fault", error)
+
+
+async def _replay(space: Space, server: FaultServer, trace: Trace, on_progress: Callable[[], None]) -> None:
+    for index, ranges in trace.ranges(space.replayed):
+        await server.bring(space, ranges, Counter.PAGES_REPLAY)
+        space.replayed = index
+        on_progress()
+
+
+async def fill(space: Space, server: FaultServer, rate: float, on_progress: Callable[[], None] = lambda: None) -> None:
+    """Bring all that the space shows, `rate` bytes per second at most (inf: as fast as it goes).
+
+    Raises:
+        UffdError: the source or the handler failed.
+        ClosedError: the space was dropped.
+    """
+    words = space.counters.words
+    end = max((m.offset + m.end - m.start for m in space.mappings if m.offset >= 0), default=0)
+    began, first, saved = monotonic(), space.filled, space.filled
+    faults = words[Counter.FAULTS]
+    for offset, length in pieces(space.filled, end, space.page_size, _NEAR if server.local else _FAR):
+        patience = monotonic() + _PATIENCE
+        while faults != words[Counter.FAULTS] and monotonic() < patience:
+            faults = words[Counter.FAULTS]
+            await asyncio.sleep(_QUIET)
+        await asyncio.sleep(max(0.0, began + (offset - first) / rate - monotonic()))
+        await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+        space.filled = offset + length
+        if space.filled - saved >= _SAVED:
+            saved = space.filled
+            on_progress()
+    on_progress()

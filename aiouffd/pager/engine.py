@@ -1,0 +1,75 @@
+"""The engine in a pager process, as a Monitor uses it: one region, one pager."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiouffd.pager.client import Pack, PagerClient, Tenant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from typing import Any
+
+    from aiouffd.engine.assembly import Options, Service
+    from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["PagerEngine"]
+
+
+class PagerEngine:
+    """Serves a region from a pager of its own, as soon as it is made. Blocks for a tenth of a second.
+
+    Args:
+        uffd: the region's; stays the caller's, and must stay open until `close`.
+        service: what serves it.
+        mapping: where the region lies.
+        page_size: of the region.
+        options: how it is served.
+        on_error: called from another thread with each error that the pager reports.
+
+    Raises:
+        PagerStartError: the pager did not start, or what should serve could not travel or be rebuilt there.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        service: Service,
+        mapping: Mapping,
+        page_size: int,
+        options: Options,
+        *,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._pack = Pack(service, options)
+        self._tenant = Tenant(self._pack, uffd, [mapping], page_size)
+        self._client = PagerClient(on_error=on_error)
+        try:
+            self._client.start()
+            self._client.open_wait(self._tenant)
+        except BaseException:
+            self._client.stop()
+            self._pack.close()
+            raise
+
+    def prefetch(self, offset: int, length: int) -> Future[Any]:
+        """Bring offsets [offset, offset + length)."""
+        return self._client.request("prefetch", self._tenant, offset=offset, length=length)
+
+    def statistics(self) -> Statistics:
+        """Read the counters: shared memory, no round trip."""
+        return self._client.statistics()
+
+    @property
+    def pids(self) -> tuple[int, int]:
+        """Keeper and worker, as far as known."""
+        return self._client.pids
+
+    def close(self, *, poison: bool) -> None:
+        """Serve no longer. What threads wait for is poisoned, if asked; forked children are served on."""
+        self._client.close(self._tenant, poison=poison)
+        self._client.stop()
+        self._pack.close()

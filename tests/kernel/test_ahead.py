@@ -1,0 +1,214 @@
+"""Pages that come before they are touched: recorded and replayed, and filled in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from pattern import PAGE, Pattern, Slow, content, peek
+from scenario import eventually, play
+
+import aiouffd
+
+SIZE = 2048 * PAGE
+
+
+def order() -> list[int]:
+    """Return the pages of the working set."""
+    pages = list(range(0, 2048, 3))
+    random.Random(5).shuffle(pages)
+    return pages
+
+
+def record_and_replay(directory: str, kind: str) -> None:
+    """Scenario."""
+    source = {"near": Pattern, "far": Slow}[kind](SIZE)
+    path = Path(directory) / "trace"
+    pages = order()
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, source, record=path) as monitor:
+        for number, page in enumerate(pages):
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+            if number == 300:  # what was noted survives
+                os.kill(monitor.pids[1], signal.SIGKILL)
+    assert list(aiouffd.Trace.load(path, PAGE).offsets) == [page * PAGE for page in pages]
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, source, replay=path) as monitor:
+        eventually(lambda: monitor.statistics().pages_replay, len(pages))
+        for page in pages:
+            assert region[page * PAGE : (page + 1) * PAGE] == content(page * PAGE, PAGE)
+        found = monitor.statistics()
+        assert found.faults == 0
+        assert found.bytes_fetched == len(pages) * PAGE
+        assert region[PAGE] == content(PAGE, 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["near", "far"])
+def test_what_was_recorded_is_replayed(kind: str, tmp_path: Path) -> None:
+    """All of it comes with no fault, and nothing else does; a worker's death while recording loses nothing."""
+    play(record_and_replay, str(tmp_path), kind, deadline=60)
+
+
+def faults_pass_a_replay(directory: str) -> None:
+    """Scenario."""
+    path = Path(directory) / "trace"
+    size = 4000 * PAGE
+    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path):
+        for page in range(0, 4000, 2):
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Slow(size, 0.05), replay=path, concurrent_reads=16, readahead=0) as monitor:
+        began = time.monotonic()
+        for page in (3999, 3997, 2001):  # in no recording
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+        took = time.monotonic() - began
+        replayed = monitor.statistics().pages_replay
+    assert took < 1.5, took  # three reads of 50 ms: the 2,000 reads of the replay would take 12 s
+    assert replayed < 1000, replayed
+
+
+def test_faults_pass_a_replay(tmp_path: Path) -> None:
+    """A page that is touched does not wait for those that are brought ahead."""
+    play(faults_pass_a_replay, str(tmp_path), deadline=60)
+
+
+def a_replay_goes_on(directory: str) -> None:
+    """Scenario."""
+    path = Path(directory) / "trace"
+    size = 20_000 * PAGE
+    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path):
+        for page in range(0, 20_000, 2):
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Slow(size, 0.001), replay=path) as monitor:
+        eventually(lambda: monitor.statistics().pages_replay > 5000, expected=True)
+        os.kill(monitor.pids[1], signal.SIGKILL)
+        eventually(lambda: monitor.statistics().restarts, 1)
+        eventually(lambda: monitor.statistics().pages_replay >= 10_000, expected=True)
+        assert monitor.statistics().pages_replay < 10_000 + 4096 + 1  # one batch at most came twice
+        for page in range(0, 20_000, 2):
+            assert region[page * PAGE : page * PAGE + 8] == content(page * PAGE, 8)
+        assert monitor.statistics().faults < 1000
+
+
+def test_a_replay_goes_on_after_the_workers_death(tmp_path: Path) -> None:
+    """Where it was, not from the start."""
+    play(a_replay_goes_on, str(tmp_path), deadline=90)
+
+
+def a_source_fails_ahead() -> None:
+    """Scenario."""
+
+    class Broken(Slow):
+        async def read(self, offset: int, length: int) -> bytes:
+            if offset <= 1000 * PAGE < offset + length:
+                raise aiouffd.SourceError(repr(self), offset, length, "not there")
+            return await super().read(offset, length)
+
+    with aiouffd.Monitor(region := aiouffd.Region(SIZE), Broken(SIZE), background=True) as monitor:
+        eventually(lambda: monitor.statistics().pages_background, SIZE // PAGE - 512)  # all reads but one
+        assert region[3 * PAGE] == content(3 * PAGE, 1)[0]
+        assert monitor.statistics().source_errors == 0  # nobody has needed it
+        monitor.check()
+        monitor.prefetch_sync(0, PAGE)  # the loop has turned
+
+
+def test_what_cannot_be_brought_ahead_harms_nobody() -> None:
+    """It is logged; nothing is poisoned."""
+    _, errors = play(a_source_fails_ahead)
+    assert "not there; what was not brought ahead comes with its fault" in errors
+
+
+def fill(kind: str) -> None:
+    """Scenario."""
+    source = {"near": Pattern, "far": Slow}[kind](SIZE - 100 * PAGE)
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, source, background=True) as monitor:
+        eventually(lambda: monitor.statistics().pages_background, SIZE // PAGE)
+        assert region[:] == content(0, SIZE - 100 * PAGE) + bytes(100 * PAGE)
+        assert monitor.statistics().faults == 0
+        assert monitor.statistics().bytes_fetched == SIZE - 100 * PAGE
+
+
+@pytest.mark.parametrize("kind", ["near", "far"])
+def test_the_background_fill_brings_all(kind: str) -> None:
+    """Each page once, the part behind the source's end as zeros; then it stops."""
+    play(fill, kind)
+
+
+def paced() -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    began = time.monotonic()
+    with aiouffd.Monitor(region, Pattern(SIZE), background=16 << 20) as monitor:
+        eventually(lambda: monitor.statistics().pages_background, SIZE // PAGE)
+        assert time.monotonic() - began > 0.4  # 8 MiB; the last half MiB is not waited for
+
+
+def test_the_background_fill_is_paced() -> None:
+    """So many bytes per second at most."""
+    play(paced)
+
+
+def fill_after_removal() -> None:
+    """Scenario."""
+    size = 64 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Slow(size, 0.02), background=True) as monitor:
+        region.madvise(mmap.MADV_DONTNEED, 32 << 20, 1 << 20)
+        eventually(lambda: monitor.statistics().pages_background >= (size - (1 << 20)) // PAGE, expected=True)
+        assert region[32 << 20 : 33 << 20] == bytes(1 << 20)
+        assert region[31 << 20 : 32 << 20] == content(31 << 20, 1 << 20)
+        assert region[33 << 20 : 34 << 20] == content(33 << 20, 1 << 20)
+
+
+def test_the_background_fill_leaves_out_what_was_removed() -> None:
+    """Removed pages stay zeros."""
+    play(fill_after_removal)
+
+
+def in_process(directory: str) -> None:
+    """Scenario: the same on the caller's own loop."""
+    path = Path(directory) / "trace"
+
+    async def main() -> None:
+        region = aiouffd.Region(SIZE)
+        async with aiouffd.Monitor(region, Pattern(SIZE), in_process=True, record=path):
+            for page in (5, 3, 900):
+                await asyncio.to_thread(peek, region.address + page * PAGE)
+        assert list(aiouffd.Trace.load(path, PAGE).offsets) == [5 * PAGE, 3 * PAGE, 900 * PAGE]
+        region = aiouffd.Region(SIZE)
+        async with aiouffd.Monitor(region, Pattern(SIZE), in_process=True, replay=path, background=True) as monitor:
+            await asyncio.to_thread(eventually, lambda: monitor.statistics().pages, SIZE // PAGE)
+            found = monitor.statistics()
+            assert (found.pages_replay, found.pages_background) == (3, SIZE // PAGE - 3)
+            assert region[:] == content(0, SIZE)
+
+    asyncio.run(main())
+
+
+def test_in_the_callers_process(tmp_path: Path) -> None:
+    """Recorded, replayed and filled there as well."""
+    play(in_process, str(tmp_path))
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    """A clear error, and nothing is left behind."""
+    region = aiouffd.Region(SIZE)
+    with pytest.raises(ValueError, match="either record or replay"):
+        aiouffd.Monitor(region, record="a", replay="b")
+    (tmp_path / "no").write_bytes(b"no")
+    with pytest.raises(aiouffd.TraceError, match="too few"), aiouffd.Monitor(region, replay=tmp_path / "no"):
+        pass
+    with pytest.raises(FileNotFoundError), aiouffd.Monitor(region, replay=tmp_path / "nothing"):
+        pass
+    with pytest.raises(FileNotFoundError), aiouffd.Monitor(region, record=tmp_path / "nowhere" / "trace"):
+        pass
+    assert region.monitor is None
+    region.close()
