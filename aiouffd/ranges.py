@@ -110,7 +110,7 @@ class RangeSet:
     def overlaps(self, start: int, end: int) -> bool:
         """Tell whether any of [start, end) is in the set."""
         index = bisect_right(self._ends, start)
-        return index < len(self._starts) and self._starts[index] < end
+        return start < end and index < len(self._starts) and self._starts[index] < end
 
     def gaps(self, start: int, end: int) -> Iterator[Range]:
         """Yield what of [start, end) is not in the set, in order. The set must not change meanwhile."""

@@ -153,7 +153,7 @@ def many(size: int, count: int) -> Iterator[Arena]:
         assert memory.map is not None
         counters, options = Counters(), Options(readahead=0)
         dispatcher = Dispatcher(asyncio.get_running_loop(), counters)
-        server = make_server(Service(aiouffd.BufferSource(memory.map)), counters, options, on_error=print)
+        server = make_server(Service(aiouffd.BufferSource(memory.map)), counters, options)
         for identity, (uffd, start, end) in enumerate(uffds):
             mappings = Mappings([Mapping(region.address + start, region.address + end, start)])
             readahead = make_readahead(PAGE, options, local=True)
@@ -162,6 +162,7 @@ def many(size: int, count: int) -> Iterator[Arena]:
                     uffd,
                     mappings,
                     page_size=PAGE,
+                    on_error=print,
                     server=server,
                     counters=counters,
                     readahead=readahead,

@@ -63,13 +63,14 @@ class World:
         self.errors: list[UffdError] = []
         options = Options(readahead=readahead)
         source = LOCATED if located else Pattern(SIZE)
-        server = make_server(Service(source), self.counters, options, on_error=self.errors.append)
+        server = make_server(Service(source), self.counters, options)
         self.space = Space(
             cast("Userfaultfd", self.uffd),
             Mappings([Mapping(BASE, BASE + SIZE, 0)]),
             page_size=PAGE,
             server=server,
             counters=self.counters,
+            on_error=lambda _, error: self.errors.append(error),
             readahead=make_readahead(PAGE, options, local=True),
         )
         self.model: dict[int, bytes] = {BASE + at: content(at, PAGE) for at in range(0, SIZE, PAGE)}

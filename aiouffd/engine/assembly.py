@@ -12,11 +12,8 @@ from aiouffd.engine.source_server import Limits, SourceServer
 from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aiouffd.engine.statistics import Counters
     from aiouffd.engine.trace import Recorder, Trace
-    from aiouffd.errors import UffdError
 
 __all__ = ["Options", "Service", "make_readahead", "make_server"]
 
@@ -57,15 +54,13 @@ class Options:
     limits: Limits = attrs.field(factory=Limits)
 
 
-def make_server(
-    service: Service, counters: Counters, options: Options, *, on_error: Callable[[UffdError], None]
-) -> SourceServer | HandlerServer:
+def make_server(service: Service, counters: Counters, options: Options) -> SourceServer | HandlerServer:
     """Return what brings the pages for a service."""
     origin = service.origin
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
-        return HandlerServer(origin, counters, options.limits, on_error=on_error, on_touch=on_touch)
-    return SourceServer(origin, counters, options.limits, on_error=on_error, on_touch=on_touch)
+        return HandlerServer(origin, counters, options.limits, on_touch=on_touch)
+    return SourceServer(origin, counters, options.limits, on_touch=on_touch)
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:

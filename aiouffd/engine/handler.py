@@ -173,7 +173,6 @@ class HandlerServer:
         handler: the application's.
         counters: where to count.
         limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
-        on_error: told of each `HandlerError`, before the page is poisoned.
         on_touch: told of each page that was asked for by a fault, in order: its offset.
     """
 
@@ -183,14 +182,12 @@ class HandlerServer:
         counters: Counters,
         limits: Limits,
         *,
-        on_error: Callable[[UffdError], None],
         on_touch: Callable[[int], None] | None = None,
     ) -> None:
         self.handler = handler
         self._words = counters.words
         self._bound = asyncio.Semaphore(limits.concurrent_reads)
         self._timeout = limits.timeout
-        self._on_error = on_error
         self._on_touch = on_touch
         self._tasks: set[asyncio.Task[None]] = set()
         self._overridden = {
@@ -262,7 +259,7 @@ class HandlerServer:
             if flight.errors is not None:
                 flight.errors.append(failure)
             if flight.wanted:  # a prefetch raises in its caller instead
-                self._on_error(failure)
+                space.report(failure)
                 for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
                     space.poison([piece.dst])
 
@@ -332,10 +329,10 @@ class HandlerServer:
             async with self._bound, asyncio.timeout(self._timeout):
                 await self.handler.write(fault, batch)
         except TimeoutError:
-            self._write_failed(fault, f"has not returned in {self._timeout} s")
+            self._write_failed(space, fault, f"has not returned in {self._timeout} s")
         except Exception as error:
             log.warning("the handler raised", exc_info=error)
-            self._write_failed(fault, f"raised {type(error).__name__}: {error}")
+            self._write_failed(space, fault, f"raised {type(error).__name__}: {error}")
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
             space.land(flight)
@@ -345,9 +342,9 @@ class HandlerServer:
             batch.unprotect(fault.page)
         batch.flush()
 
-    def _write_failed(self, fault: Fault, reason: str) -> None:
+    def _write_failed(self, space: Space, fault: Fault, reason: str) -> None:
         self._words[Counter.HANDLER_ERRORS] += 1
-        self._on_error(HandlerError(repr(self.handler), str(fault), reason))
+        space.report(HandlerError(repr(self.handler), str(fault), reason))
 
     # Layout events
 
@@ -366,28 +363,28 @@ class HandlerServer:
             self._events = asyncio.Queue()
             task = asyncio.get_running_loop().create_task(self._run_events(self._events))
             self._tasks.add(task)
-        self._events.put_nowait((code, event))
+        self._events.put_nowait((space, code, event))
 
     async def _run_events(self, queue: asyncio.Queue[Any]) -> None:
         while True:
-            code, event = await queue.get()
+            space, code, event = await queue.get()
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._overridden[code](event)
             except Exception as error:
                 log.warning("the handler raised", exc_info=error)
                 self._words[Counter.HANDLER_ERRORS] += 1
-                self._on_error(HandlerError(repr(self.handler), repr(event), f"raised {type(error).__name__}: {error}"))
+                space.report(HandlerError(repr(self.handler), repr(event), f"raised {type(error).__name__}: {error}"))
 
     def failed(self, space: Space, run: Run, number: int) -> None:
         """The kernel refused a run for good."""
         self._words[Counter.HANDLER_ERRORS] += 1
-        self._on_error(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
+        space.report(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
         space.poison(range(run.dst, run.dst + run.left, space.page_size))
 
     def stalled(self, space: Space, run: Run) -> None:
         """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
-        self._on_error(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
+        space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
 
     def closed(self, space: Space) -> None:
         """Nothing: flights look at the space when they land."""

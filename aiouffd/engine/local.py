@@ -50,7 +50,7 @@ class LocalEngine:
         self.counters_fd = os.memfd_create("aiouffd-counters", os.MFD_CLOEXEC)
         os.ftruncate(self.counters_fd, COUNTERS_SIZE)
         self._counters = Counters(map_shared(self.counters_fd))
-        self._server = make_server(service, self._counters, options, on_error=on_error)
+        self._server = make_server(service, self._counters, options)
         self._modes = RegisterMode(options.modes)
         self._start = mapping.start
         self._end = mapping.end
@@ -62,6 +62,7 @@ class LocalEngine:
             counters=self._counters,
             readahead=make_readahead(page_size, options, local=self._server.local),
             write_protect=options.write_protect,
+            on_error=lambda _, error: on_error(error),
         )
         self._dispatcher = Dispatcher(self._loop, self._counters, spin_us=options.spin_us)
         self._dispatcher.add(self.space)

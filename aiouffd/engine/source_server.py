@@ -66,7 +66,6 @@ class SourceServer:
         source: see `aiouffd.sources.base.Source`.
         counters: where to count.
         limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
-        on_error: told of each failure that is for good: a `SourceError`, after the pages were poisoned.
         on_touch: told of each page that was asked for by a fault, in order: its offset.
     """
 
@@ -76,7 +75,6 @@ class SourceServer:
         counters: Counters,
         limits: Limits,
         *,
-        on_error: Callable[[UffdError], None],
         on_touch: Callable[[int], None] | None = None,
     ) -> None:
         self.source = source
@@ -92,7 +90,6 @@ class SourceServer:
         self._direct = self._locate is not None and self._hole is None and on_touch is None
         self._timeout: float | None = getattr(source, "timeout", limits.timeout)
         self._retries: int = getattr(source, "retries", limits.retries)
-        self._on_error = on_error
         self._on_touch = on_touch
         self._largest = min(_CHUNK, limits.bytes_in_flight // 4)  # of one read, so that the bound on bytes can hold
         self._tasks: set[asyncio.Task[None]] = set()
@@ -312,7 +309,7 @@ class SourceServer:
                 finally:
                     space.land(single)
             self._words[Counter.SOURCE_ERRORS] += 1
-            self._on_error(failure)  # said before the poison, which may end the toucher's process at once
+            space.report(failure)  # said before the poison, which may end the toucher's process at once
             if not space.is_gone and not space.closing:
                 for piece in space.valid(Run(Op.POISON, address, offset, page)):
                     space.poison([piece.dst])
@@ -446,12 +443,12 @@ class SourceServer:
         else:
             error = SourceError(repr(self.source), run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
         self._words[Counter.SOURCE_ERRORS] += 1
-        self._on_error(error)
+        space.report(error)
         space.poison(range(run.dst, run.dst + run.left, space.page_size))
 
     def stalled(self, space: Space, run: Run) -> None:
         """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
-        self._on_error(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
+        space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
 
     def closed(self, space: Space) -> None:
         """Nothing: flights look at the space when they land."""

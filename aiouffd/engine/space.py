@@ -137,6 +137,7 @@ class Space:
         readahead: what it knows of this space's touchers.
         identity: number that names it, also to a successor.
         write_protect: new pages come write-protected, so that loads do not count as writes.
+        on_error: told why a page could not be had, before it is poisoned.
         on_child: called with a forked child's space before its first message is read.
         on_gone: called once when the process turns out to be gone.
     """
@@ -152,6 +153,7 @@ class Space:
         readahead: Readahead,
         identity: int = 0,
         write_protect: bool = False,
+        on_error: Callable[[Space, UffdError], None],
         on_child: Callable[[Space, Space], None] | None = None,
         on_gone: Callable[[Space], None] | None = None,
     ) -> None:
@@ -163,6 +165,7 @@ class Space:
         self.readahead = readahead
         self.identity = identity
         self.write_protect = write_protect
+        self.on_error = on_error
         self.on_child = on_child
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
@@ -307,6 +310,7 @@ class Space:
             counters=self.counters,
             readahead=self.readahead.fresh(),
             write_protect=self.write_protect,
+            on_error=self.on_error,
             on_child=self.on_child,
             on_gone=self.on_gone,
         )
@@ -407,6 +411,10 @@ class Space:
                 self.gone()
             elif result != 0:
                 self.server.failed(self, run, -result)
+
+    def report(self, error: UffdError) -> None:
+        """Say why a page could not be had."""
+        self.on_error(self, error)
 
     def record_latency(self, began_ns: int, count: int = 1) -> None:
         """Count `count` faults that were read at `began_ns` and are resolved now."""

@@ -110,14 +110,15 @@ class PagerClient:
     """One pager, for any number of tenants. Thread-safe.
 
     Args:
-        on_error: called from the client's thread with each error that the pager reports.
+        on_error: called from the client's thread with each error that the pager reports, and whom it is about; None:
+            all, for the pager is given up.
         on_gone: called from there with each tenant whose process has ended.
     """
 
     def __init__(
         self,
         *,
-        on_error: Callable[[BaseException], None],
+        on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
     ) -> None:
         self._on_error = on_error
@@ -339,7 +340,9 @@ class PagerClient:
             if tenant is not None:
                 self._on_gone(tenant)
         elif event == "error":
-            self._on_error(control.decode_error(message["error"]))
+            tenant = self._tenants.get(message["token"])
+            if tenant is not None:
+                self._on_error(tenant, control.decode_error(message["error"]))
         elif event == "died":
             self._give_up(control.decode_error(message["error"]))
         else:
@@ -358,7 +361,7 @@ class PagerClient:
             pending, self._pending = self._pending, {}
         for _, _, future in pending.values():
             future.set_exception(error)
-        self._on_error(error)
+        self._on_error(None, error)
 
     def _restart(self) -> None:
         """The keeper is gone: have the worker hand over what it serves, and give it to a new pair.
@@ -473,7 +476,7 @@ def _mappings(journal: Journal, tenant: Tenant) -> list[Mapping]:
     mappings = Mappings(tenant.mappings)
     identity = -1
     for item in state["spaces"] if state is not None else ():
-        if item["token"] == tenant.token:
+        if item["token"] == tenant.token and not item["child"]:
             identity = item["id"]
             mappings = Mappings(Mapping(*each) for each in item["mappings"])
     for space, message in events:

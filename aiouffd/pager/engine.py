@@ -46,7 +46,7 @@ class PagerEngine:
     ) -> None:
         self._pack = Pack(service, options)
         self._tenant = Tenant(self._pack, uffd, [mapping], page_size)
-        self._client = PagerClient(on_error=on_error)
+        self._client = PagerClient(on_error=lambda _, error: on_error(error))
         try:
             self._client.start()
             self._client.open_wait(self._tenant)

@@ -93,15 +93,17 @@ class _Tenancy:
 
     Attributes:
         origin: what serves it.
-        token: by which it is asked for; None: a forked child's.
+        token: by which it, or the ancestor that it was forked from, is asked for.
         tether: a descriptor to hold open as long as it is served; -1: none.
         ahead: the task that brings pages before they are touched.
+        is_child: of a fork.
     """
 
     origin: _Origin
-    token: str | None
+    token: str
     tether: int = -1
     ahead: asyncio.Task[None] | None = None
+    is_child: bool = False
 
 
 class _Worker:
@@ -155,6 +157,7 @@ class _Worker:
                     "features": int(space.uffd.features),
                     "origin": self.tenancies[space.identity].origin.identity,
                     "token": self.tenancies[space.identity].token,
+                    "child": self.tenancies[space.identity].is_child,
                     "tether": self.tenancies[space.identity].tether,
                     "ahead": (space.replayed, space.filled),
                     "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in space.mappings],
@@ -195,7 +198,7 @@ class _Worker:
             if entry not in sys.path:
                 sys.path.append(entry)
         service = unpack(config, [os.dup(fd) for fd in record["fds"]])
-        server = make_server(service, self.journal.counters, options_of(record), on_error=self.error)
+        server = make_server(service, self.journal.counters, options_of(record))
         origin = _Origin(identity, record, service, server)
         with contextlib.suppress(OSError, ValueError):
             asyncio.get_running_loop().add_reader(record["pidfd"], self.exited, record["pidfd"])
@@ -212,20 +215,25 @@ class _Worker:
             readahead=make_readahead(item["page_size"], options, local=origin.server.local),
             identity=item["id"],
             write_protect=options.write_protect,
+            on_error=self.error,
             on_child=self.forked,
         )
         space.replayed, space.filled = item["ahead"]
-        tenancy = self.tenancies[space.identity] = _Tenancy(origin, item["token"], item["tether"])
-        self.dispatcher.add(space)
-        tenancy.ahead = asyncio.get_running_loop().create_task(
-            bring_ahead(space, origin.server, origin.service.trace, options.background, self.save)
+        tenancy = self.tenancies[space.identity] = _Tenancy(
+            origin, item["token"], item["tether"], is_child=item["child"]
         )
+        self.dispatcher.add(space)
+        if not tenancy.is_child:
+            tenancy.ahead = asyncio.get_running_loop().create_task(
+                bring_ahead(space, origin.server, origin.service.trace, options.background, self.save)
+            )
         return space
 
     def forked(self, parent: Space, child: Space) -> None:
         child.identity = self.next_identity
         self.next_identity += 1
-        self.tenancies[child.identity] = _Tenancy(self.tenancies[parent.identity].origin, None)
+        of_parent = self.tenancies[parent.identity]
+        self.tenancies[child.identity] = _Tenancy(of_parent.origin, of_parent.token, is_child=True)
         self.dispatcher.add(child)
 
     def dropped(self, space: Space) -> None:
@@ -236,7 +244,7 @@ class _Worker:
             tenancy.ahead.cancel()
         if tenancy.tether >= 0:
             os.close(tenancy.tether)
-        if tenancy.token is not None:
+        if not tenancy.is_child:
             self.send({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
 
@@ -253,7 +261,12 @@ class _Worker:
 
     def space_of(self, token: str) -> Space | None:
         return next(
-            (space for space in self.dispatcher.spaces.values() if self.tenancies[space.identity].token == token), None
+            (
+                space
+                for space in self.dispatcher.spaces.values()
+                if (tenancy := self.tenancies[space.identity]).token == token and not tenancy.is_child
+            ),
+            None,
         )
 
     # Requests
@@ -287,7 +300,8 @@ class _Worker:
             close_all(fds)
             return
         origin = self.origin_of(message["service"], fds[: len(fds) - len(own)])
-        item = {"id": self.next_identity, "fd": own[0], "tether": own[1] if len(own) > 1 else -1, "ahead": (0, 0)}
+        item: dict[str, Any] = {"id": self.next_identity, "fd": own[0], "tether": own[1] if len(own) > 1 else -1}
+        item |= {"ahead": (0, 0), "child": False}
         self.next_identity += 1
         self.dispatcher.spin_us = (
             max(self.dispatcher.spin_us, origin.options.spin_us) if self.tenancies else (origin.options.spin_us)
@@ -394,9 +408,10 @@ class _Worker:
         if not self.dispatcher.spaces:
             self.done.set()
 
-    def error(self, error: UffdError) -> None:
+    def error(self, space: Space, error: UffdError) -> None:
         log.error("%s", error)
-        self.send({"event": "error", "error": control.encode_error(error)})
+        token = self.tenancies[space.identity].token
+        self.send({"event": "error", "token": token, "error": control.encode_error(error)})
 
     def send(self, message: dict[str, Any]) -> None:
         try:
