@@ -8,8 +8,10 @@ The split is by whose doing it is: `UnsupportedError` (the kernel), `AccessError
 
 from __future__ import annotations
 
+import builtins
 import errno as _errno
 import os
+import traceback
 from typing import Any
 
 __all__ = [
@@ -270,3 +272,32 @@ _ADVICE: dict[tuple[str, int], str] = {
 def operation_error(operation: str, start: int, length: int, errno: int) -> OperationError:
     """Return the typed error for what an ioctl answered."""
     return _BY_ERRNO.get(errno, OperationError)(operation, start, length, errno)
+
+
+def encode_error(error: BaseException) -> dict[str, Any]:
+    """Return an exception as JSON: its type's name, its arguments and its causes."""
+    reduced = error.__reduce__() if isinstance(error, UffdError) else (type(error), error.args)
+    arguments = [item if isinstance(item, str | int | float | None) else repr(item) for item in reduced[1]]
+    cause = error.__cause__ or error.__context__
+    return {
+        "type": type(error).__name__,
+        "args": arguments,
+        "text": "".join(traceback.format_exception_only(error)).strip(),
+        "trace": "".join(traceback.format_exception(error, chain=False)),
+        "cause": encode_error(cause) if cause is not None else None,
+    }
+
+
+def decode_error(data: dict[str, Any]) -> BaseException:
+    """Return the exception again: of its own type where that is ours or Python's, else a `PagerError` with its text."""
+    kind = globals().get(data["type"]) or getattr(builtins, data["type"], None)
+    if not isinstance(kind, type) or not issubclass(kind, Exception):
+        kind = None
+    try:
+        error: BaseException = kind(*data["args"]) if kind is not None else PagerError(data["text"])
+    except TypeError:
+        error = PagerError(data["text"])
+    error.add_note("in the pager:\n" + data["trace"].rstrip())
+    if data["cause"] is not None:
+        error.__cause__ = decode_error(data["cause"])
+    return error

@@ -22,6 +22,7 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.trace import Recorder, Trace
 from aiouffd.errors import BusyError, ClosedError, SourceError, UffdError
+from aiouffd.handoff.link import ServerEngine
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.region import Region
@@ -72,6 +73,9 @@ class Monitor:
             a fault that it should serve itself.
         stuck_limit: with `in_process`: seconds until that page is poisoned, so that the process ends with a traceback
             (faulthandler is enabled for that) instead of hanging. None: no such guard.
+        server: the socket of `aiouffd serve`: that serves the region, from its own source, and no pager is started.
+            What a source or a pager is asked for (timeout, retries, readahead, record, ...) is the server's to say.
+        server_source: which of the server's sources, where it has several.
         record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
             one then, whatever `readahead` says: what comes along with another page is not seen to be touched.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
@@ -103,6 +107,8 @@ class Monitor:
         retries: int = 4,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
+        server: str | os.PathLike[str] | None = None,
+        server_source: str = "",
         record: str | os.PathLike[str] | None = None,
         replay: str | os.PathLike[str] | None = None,
         background: bool | float = False,
@@ -127,8 +133,14 @@ class Monitor:
         self._stuck_warning = stuck_warning
         self._stuck_limit = stuck_limit
         self._guard: Guard | None = None
+        if server is not None and (
+            source_or_handler is not None or in_process or record is not None or replay is not None or background
+        ):
+            raise ValueError("with server= there is no source, handler, in_process, record, replay or background here")
         if record is not None and replay is not None:
             raise ValueError("either record or replay: what a replay brings is not seen to be touched")
+        self._server = server
+        self._server_source = server_source
         self._record = record
         self._replay = replay
         self._recorder: Recorder | None = None
@@ -146,7 +158,7 @@ class Monitor:
             limits=limits,
         )
         self._uffd: Userfaultfd | None = None
-        self._engine: LocalEngine | PagerEngine | None = None
+        self._engine: LocalEngine | PagerEngine | ServerEngine | None = None
         self._errors: list[BaseException] = []
         self._raised = 0
         self._news = threading.Condition()
@@ -237,14 +249,25 @@ class Monitor:
         _ = getattr(self.origin, "size", None)
         self._register()
         try:
-            self._engine = PagerEngine(
-                self._descriptor,
-                self._service(),
-                self._mapping,
-                self.region.page_size,
-                self._options,
-                on_error=self._failed,
-            )
+            if self._server is not None:
+                self._engine = ServerEngine(
+                    self._server,
+                    self._descriptor,
+                    self._mapping,
+                    self.region.page_size,
+                    name=self._server_source,
+                    on_error=self._failed,
+                    on_lost=self._lost,
+                )
+            else:
+                self._engine = PagerEngine(
+                    self._descriptor,
+                    self._service(),
+                    self._mapping,
+                    self.region.page_size,
+                    self._options,
+                    on_error=self._failed,
+                )
         except BaseException:
             self._unregister()
             raise
@@ -252,7 +275,7 @@ class Monitor:
 
     def _stop(self, *, populate: bool = False) -> None:
         engine = self._engine
-        if not isinstance(engine, PagerEngine) or os.getpid() != self._pid:
+        if engine is None or isinstance(engine, LocalEngine) or os.getpid() != self._pid:
             return
         try:
             if populate and self._on_exit == "populate":
@@ -426,11 +449,18 @@ class Monitor:
             self._errors.append(error)
             self._tell()
 
+    def _lost(self) -> None:
+        """Nobody serves any more: what is missing is SIGBUS from now on, no hang and no zeros."""
+        uffd, self._uffd = self._uffd, None
+        if uffd is not None:
+            with uffd:
+                leave_sigbus(self.region, uffd)
+
     def _tell(self) -> None:
         for tell in self._waiters:
             tell()
 
-    def _running(self) -> LocalEngine | PagerEngine:
+    def _running(self) -> LocalEngine | PagerEngine | ServerEngine:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
         if os.getpid() != self._pid:

@@ -107,11 +107,6 @@ class RangeSet:
         index = bisect_right(self._starts, value) - 1
         return index >= 0 and value < self._ends[index]
 
-    def overlaps(self, start: int, end: int) -> bool:
-        """Tell whether any of [start, end) is in the set."""
-        index = bisect_right(self._ends, start)
-        return start < end and index < len(self._starts) and self._starts[index] < end
-
     def gaps(self, start: int, end: int) -> Iterator[Range]:
         """Yield what of [start, end) is not in the set, in order. The set must not change meanwhile."""
         index = bisect_right(self._ends, start)

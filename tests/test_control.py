@@ -46,7 +46,7 @@ def test_errors_keep_type_data_and_cause() -> None:
     """What the worker raises is raised in the application: same type, same attributes, same cause."""
     error = errors.ShortReadError("FileSource('x')", 4096, 8192, "gave 1 byte")
     error.__cause__ = OSError(5, "Input/output error")
-    again = control.decode_error(control.encode_error(error))
+    again = errors.decode_error(errors.encode_error(error))
     assert type(again) is errors.ShortReadError
     assert (again.offset, again.length) == (4096, 8192)
     assert str(again) == str(error)
@@ -69,7 +69,7 @@ class Strange(Exception):  # noqa: N818
 )
 def test_any_exception_can_be_sent(error: BaseException) -> None:
     """An exception that cannot be rebuilt is a PagerError with its text; none fails to be sent."""
-    again = control.decode_error(control.encode_error(error))
+    again = errors.decode_error(errors.encode_error(error))
     assert isinstance(again, Exception)
     assert type(error).__name__ in "".join(again.__notes__)
 

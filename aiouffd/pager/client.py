@@ -24,7 +24,7 @@ import attrs
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.resolver import Op, Resolver, Run
 from aiouffd.engine.statistics import Counter, Counters
-from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError
+from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError, decode_error
 from aiouffd.kernel import abi
 from aiouffd.pager import control
 from aiouffd.pager.journal import Journal
@@ -206,8 +206,12 @@ class PagerClient:
             self.request("close", tenant, poison=poison).result(10.0)
             self.forget(tenant)
 
-    def stop(self) -> None:
-        """End the client's side, and the pager's processes with it where they have nothing left to serve."""
+    def stop(self, *, leave: bool = False) -> None:
+        """End the client's side, and the pager's processes with it where they have nothing left to serve.
+
+        Args:
+            leave: the pager goes on until all tenants are gone.
+        """
         with self._lock:
             self._closing = True
             pending, self._pending = self._pending, {}
@@ -221,7 +225,7 @@ class PagerClient:
             self._connection.close()
         self._disown()
         if self._keeper is not None:
-            self._reap(self._keeper)
+            self._reap(self._keeper, leave=leave or self._forked)
         self._forget_worker()
         for fd in (self._wake_r, self._wake_w):
             os.close(fd)
@@ -342,16 +346,16 @@ class PagerClient:
         elif event == "error":
             tenant = self._tenants.get(message["token"])
             if tenant is not None:
-                self._on_error(tenant, control.decode_error(message["error"]))
+                self._on_error(tenant, decode_error(message["error"]))
         elif event == "died":
-            self._give_up(control.decode_error(message["error"]))
+            self._give_up(decode_error(message["error"]))
         else:
             _, _, future = self._pending.pop(message["id"], (None, None, None))
             if future is None or future.done():
                 for fd in fds:
                     os.close(fd)
             elif "error" in message:
-                future.set_exception(control.decode_error(message["error"]))
+                future.set_exception(decode_error(message["error"]))
             else:
                 future.set_result({**(message["ok"] or {}), "fds": fds})
 
@@ -456,17 +460,17 @@ class PagerClient:
             os.close(self._worker)
             self._worker = -1
 
-    def _reap(self, keeper: subprocess.Popen[bytes]) -> None:
+    def _reap(self, keeper: subprocess.Popen[bytes], *, leave: bool) -> None:
         try:
-            keeper.wait(5.0 if not self._forked else 0.2)
+            keeper.wait(0.2 if leave else 5.0)
         except subprocess.TimeoutExpired:
-            if not self._forked:  # something blocks the worker's loop, so that it did not hear of the end
+            if not leave:  # something blocks the worker's loop, so that it did not hear of the end
                 keeper.kill()
                 keeper.wait()
                 if self._worker >= 0:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(self._worker, signal.SIGKILL)
-            else:  # it serves forked children until the last of them is gone; no zombie may be left then
+            else:  # it goes on serving until nobody is left; no zombie may be left then
                 threading.Thread(target=keeper.wait, name="aiouffd-reaper", daemon=True).start()
 
 

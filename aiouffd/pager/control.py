@@ -7,15 +7,11 @@ leaves no half message to its successor. What is large travels as a memfd.
 from __future__ import annotations
 
 import array
-import builtins
 import json
 import socket
-import traceback
 from typing import Any
 
-from aiouffd import errors
-
-__all__ = ["Closed", "decode_error", "encode_error", "receive", "send"]
+__all__ = ["Closed", "receive", "send"]
 
 _MAX_PACKET = 128 << 10
 _MAX_FDS = 250  # SCM_MAX_FD is 253
@@ -54,32 +50,3 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     if not data:
         raise Closed
     return json.loads(data), list(fds)
-
-
-def encode_error(error: BaseException) -> dict[str, Any]:
-    """Return an exception as JSON: its type's name, its arguments and its causes."""
-    reduced = error.__reduce__() if isinstance(error, errors.UffdError) else (type(error), error.args)
-    arguments = [item if isinstance(item, str | int | float | None) else repr(item) for item in reduced[1]]
-    cause = error.__cause__ or error.__context__
-    return {
-        "type": type(error).__name__,
-        "args": arguments,
-        "text": "".join(traceback.format_exception_only(error)).strip(),
-        "trace": "".join(traceback.format_exception(error, chain=False)),
-        "cause": encode_error(cause) if cause is not None else None,
-    }
-
-
-def decode_error(data: dict[str, Any]) -> BaseException:
-    """Return the exception again: of its own type where that is ours or Python's, else a `PagerError` with its text."""
-    kind = getattr(errors, data["type"], None) or getattr(builtins, data["type"], None)
-    if not isinstance(kind, type) or not issubclass(kind, Exception):
-        kind = None
-    try:
-        error: BaseException = kind(*data["args"]) if kind is not None else errors.PagerError(data["text"])
-    except TypeError:
-        error = errors.PagerError(data["text"])
-    error.add_note("in the pager:\n" + data["trace"].rstrip())
-    if data["cause"] is not None:
-        error.__cause__ = decode_error(data["cause"])
-    return error

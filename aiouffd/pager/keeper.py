@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import PagerDiedError
+from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control, worker
 
@@ -161,7 +161,7 @@ def _give_up(journal: Journal, connection: socket.socket, reason: str) -> int:
     error = PagerDiedError(f"{DEATHS} workers died with no fault resolved between them, the last by {reason}")
     log.error("%s; pages that are touched are poisoned from now on", error)
     try:
-        control.send(connection, {"event": "died", "error": control.encode_error(error)})
+        control.send(connection, {"event": "died", "error": encode_error(error)})
     except (control.Closed, OSError):
         log.debug("nobody is there to be told")
     spaces = [(Userfaultfd.from_fd(fd), size, ranges) for fd, size, ranges in worker.spaces(journal)]

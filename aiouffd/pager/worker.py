@@ -25,7 +25,7 @@ from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.space import Space
-from aiouffd.errors import ClosedError, PagerStartError, UffdError
+from aiouffd.errors import ClosedError, PagerStartError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
@@ -289,7 +289,7 @@ class _Worker:
         try:
             answer = await getattr(self, "do_" + message["op"])(message, fds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
-            self.send({"id": message["id"], "error": control.encode_error(error)})
+            self.send({"id": message["id"], "error": encode_error(error)})
         else:
             self.send({"id": message["id"], "ok": answer})
 
@@ -411,7 +411,7 @@ class _Worker:
     def error(self, space: Space, error: UffdError) -> None:
         log.error("%s", error)
         token = self.tenancies[space.identity].token
-        self.send({"event": "error", "token": token, "error": control.encode_error(error)})
+        self.send({"event": "error", "token": token, "error": encode_error(error)})
 
     def send(self, message: dict[str, Any]) -> None:
         try:

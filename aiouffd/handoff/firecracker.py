@@ -1,0 +1,258 @@
+"""Firecracker's handoff: one message with a JSON array of regions, and the userfaultfd as SCM_RIGHTS.
+
+    [{"base_host_virt_addr": ..., "size": ..., "offset": ..., "page_size": ...}, ...]
+
+The array has neither a length nor a terminator: it is complete when it parses. `page_size_kib` is the older name of
+`page_size`, and holds bytes, too. Some clients send further descriptors (a memfd); other keys are ignored, but for
+`aiouffd` in the first element, which our own clients send to ask for answers (see `link`).
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import itertools
+import json
+import os
+import select
+import socket
+import struct
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from aiouffd.engine.mappings import Mapping
+from aiouffd.errors import HandoffError
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.ranges import align_up
+
+__all__ = ["Handoff", "Peer", "Regions", "encode", "parse", "receive"]
+
+MOST_BYTES: Final = 1 << 20
+MOST_REGIONS: Final = 4096
+_MOST_FDS: Final = 16
+_TRIES: Final = 16  # so often an array may seem to end within a message
+_CREDENTIALS: Final = struct.Struct("=iII")
+_ADDRESSES: Final = 1 << 57  # what a process can map at most, on any 64-bit architecture of today
+_PAGES: Final = range(12, 31)  # 4 KiB to 1 GiB, as powers of two
+
+
+@attrs.frozen
+class Peer:
+    """Who is on the other side of a Unix socket, as the kernel says (SO_PEERCRED); `pid` 0: of another namespace."""
+
+    pid: int
+    uid: int
+    gid: int
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Peer:
+        """Ask for the peer of a connection."""
+        return cls(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of user {self.uid}"
+
+
+@attrs.frozen
+class Regions:
+    """What the array says.
+
+    Attributes:
+        mappings: addresses of the peer, and the offsets in its source that they show.
+        page_size: bytes, the same for all.
+        extra: what one of our own clients asks for; None: it is not one of ours.
+    """
+
+    mappings: tuple[Mapping, ...]
+    page_size: int
+    extra: dict[str, Any] | None
+
+
+@attrs.frozen
+class Handoff:
+    """A handed-over address space. The descriptor is non-blocking, and the receiver's."""
+
+    peer: Peer
+    regions: Regions
+    uffd: Userfaultfd
+
+
+def encode(mappings: list[Mapping], page_size: int, extra: dict[str, Any] | None = None) -> bytes:
+    """Return the message for these mappings."""
+    items: list[dict[str, Any]] = [
+        {
+            "base_host_virt_addr": mapping.start,
+            "size": mapping.end - mapping.start,
+            "offset": mapping.offset,
+            "page_size": page_size,
+        }
+        for mapping in mappings
+    ]
+    if extra is not None:
+        items[0]["aiouffd"] = extra
+    return json.dumps(items).encode()
+
+
+def parse(data: bytes) -> Regions:
+    """Check the array.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        items = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise ValueError("not a JSON array of at least one region")
+    if len(items) > MOST_REGIONS:
+        raise ValueError(f"{len(items)} regions, more than {MOST_REGIONS}")
+    sizes = {_number(item, "page_size" if "page_size" in item else "page_size_kib") for item in items}
+    if len(sizes) > 1:
+        raise ValueError(f"regions of different page sizes: {sorted(sizes)}")
+    page = sizes.pop()
+    if page & (page - 1) or page.bit_length() - 1 not in _PAGES:
+        raise ValueError(f"a page size of {page} bytes")
+    mappings = sorted((_mapping(item, page) for item in items), key=lambda mapping: mapping.start)
+    for before, after in itertools.pairwise(mappings):
+        if before.end > after.start:
+            raise ValueError(f"regions overlap at {after.start:#x}")
+    extra = items[0].get("aiouffd")
+    if extra is not None and not isinstance(extra, dict):
+        raise ValueError("what is asked for beside the regions is no object")
+    return Regions(tuple(mappings), page, extra)
+
+
+def _number(item: dict[str, Any], key: str) -> int:
+    value = item.get(key)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} is {value!r:.50}, no natural number")
+    return value
+
+
+def _mapping(item: dict[str, Any], page: int) -> Mapping:
+    start, size, offset = (_number(item, key) for key in ("base_host_virt_addr", "size", "offset"))
+    if not size or start + size > _ADDRESSES or offset + size > _ADDRESSES:
+        raise ValueError(f"a region of {size} bytes at {start:#x} from offset {offset:#x}")
+    if start % page or size % page or offset % page:
+        raise ValueError(f"a region at {start:#x}, {size:#x} bytes, offset {offset:#x}, not aligned to {page} bytes")
+    return Mapping(start, start + size, offset)
+
+
+def check_size(regions: Regions, size: int) -> None:
+    """Check that a source of `size` bytes has what the regions want; its last page may be a part of one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    for mapping in regions.mappings:
+        end = mapping.offset + mapping.end - mapping.start
+        if end > align_up(size, regions.page_size):
+            raise ValueError(f"a region reaches to offset {end:#x} of a source of {size:#x} bytes")
+
+
+async def receive(connection: socket.socket, timeout: float) -> Handoff:  # noqa: ASYNC109 - of the whole exchange
+    """Take a handoff from a connection just accepted, which is non-blocking and stays the caller's.
+
+    Canceling is safe: what has arrived is closed.
+
+    Raises:
+        HandoffError: it is none; `peer` and `reason` say whose and why.
+    """
+    peer = Peer.of(connection)
+    fds: list[int] = []
+    try:
+        async with asyncio.timeout(timeout):
+            regions = await _gather(connection, fds)
+        return Handoff(peer, regions, _take(fds))
+    except TimeoutError:
+        raise HandoffError(str(peer), f"sent no complete handoff within {timeout:g} s") from None
+    except (ValueError, OSError) as error:
+        raise HandoffError(str(peer), str(error)) from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def _gather(connection: socket.socket, fds: list[int]) -> Regions:
+    data = b""
+    tries = 0
+    while True:
+        await _readable(connection)
+        try:
+            piece, ancillary, flags, _ = connection.recvmsg(
+                64 << 10, socket.CMSG_SPACE(4 * _MOST_FDS), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            continue
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) // 4 * 4])
+                fds.extend(numbers)
+        if flags & socket.MSG_CTRUNC or len(fds) > _MOST_FDS:
+            raise ValueError(f"more than {_MOST_FDS} descriptors")
+        if not piece:
+            raise ValueError(f"closed the connection after {len(data)} bytes of a handoff")
+        data += piece
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"a handoff of more than {MOST_BYTES} bytes")
+        # Whoever sends it byte by byte gets no parse for each of them.
+        if not data.rstrip().endswith(b"]"):
+            continue
+        try:
+            return parse(data)
+        except ValueError:
+            tries += 1
+            if tries > _TRIES or _is_whole(data):
+                raise
+
+
+def _is_whole(data: bytes) -> bool:
+    """Tell whether there is nothing to wait for: it is JSON, or can become none."""
+    try:
+        json.loads(data)
+    except json.JSONDecodeError as error:
+        return error.pos < len(data) and not error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        return True
+    return True
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(connection.fileno(), _arrived, future)
+    try:
+        await future
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+def _arrived(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _take(fds: list[int]) -> Userfaultfd:
+    """Take the one userfaultfd out of what has arrived.
+
+    Raises:
+        ValueError: there is none, or several, or it cannot be used.
+    """
+    found = [fd for fd in fds if str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} userfaultfds among {len(fds)} descriptors; one is needed")
+    fd = found[0]
+    os.set_blocking(fd, False)  # else poll(2) reports POLLERR for ever, and a read would stop the loop
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    if any(events & select.POLLERR for _, events in poller.poll(0)):
+        raise ValueError("its userfaultfd has not done the UFFDIO_API handshake")
+    uffd = Userfaultfd.from_fd(fd)
+    if uffd.gone():
+        raise ValueError("the process that owns the memory has ended")
+    fds.remove(fd)
+    return uffd

@@ -1,0 +1,214 @@
+"""What our own clients and the server say on the connection after the handoff: lines of JSON.
+
+The client asks `{"id": 1, "op": "prefetch", "offset": 0, "length": 4096}`; the server answers `{"id": 1, "ok": ...}` or
+`{"id": 1, "error": {...}}`, and tells of pages that could not be had by `{"error": {...}}` without an `id`. Its
+first line, `{"id": 0, "ok": {...}}`, says that the memory is served. The end of the connection says, to the server,
+that the client has left; to the client, that nobody serves it any more: server and pager both hold their end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import select
+import socket
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final
+
+from aiouffd.engine.statistics import Statistics
+from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, decode_error
+from aiouffd.handoff.firecracker import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aiouffd.engine.mappings import Mapping
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["VERSION", "Lines", "ServerEngine", "line"]
+
+log = logging.getLogger("aiouffd")
+
+VERSION: Final = 1
+_MOST: Final = 64 << 10  # of one line
+_TIMEOUT: Final = 30.0
+
+
+def line(message: dict[str, Any]) -> bytes:
+    """Return a message as it is sent."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Cuts what arrives into messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the messages that are complete now.
+
+        Raises:
+            ValueError: a line is too long, or no JSON object.
+        """
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MOST:
+            raise ValueError(f"a line of more than {_MOST} bytes")
+        for item in lines:
+            try:
+                message = json.loads(item)
+            except (ValueError, RecursionError):
+                message = None
+            if not isinstance(message, dict):
+                raise ValueError(f"{item[:50]!r} is no JSON object")  # noqa: TRY004 - no argument has a wrong type
+            yield message
+
+
+class ServerEngine:
+    """A region that a server serves (`aiouffd serve`). Thread-safe; blocks until it is served.
+
+    Args:
+        path: of the server's socket.
+        uffd: the region's; stays the caller's.
+        mapping: where the region lies, and which offsets of the server's source it shows.
+        page_size: of the region.
+        name: what is asked for, where the server has several sources.
+        on_error: called from another thread with each error that the server reports.
+        on_lost: called from there when nobody serves the region any more.
+
+    Raises:
+        PagerStartError: there is no server, or it does not serve this; its reason is said.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        uffd: Userfaultfd,
+        mapping: Mapping,
+        page_size: int,
+        *,
+        name: str = "",
+        on_error: Callable[[BaseException], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._path = os.fspath(path)
+        self._on_error = on_error
+        self._on_lost = on_lost
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[Any]] = {0: Future()}
+        self._closing = False
+        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
+        try:
+            self._connection.connect(self._path)
+            extra = {"version": VERSION, "name": name}
+            socket.send_fds(self._connection, [encode([mapping], page_size, extra)], [uffd.fileno()])
+            self._thread.start()
+            self._pending[0].result(_TIMEOUT)
+        except PermissionError as error:
+            self._end()
+            raise AccessError(self._path, "the server lets in its own user, and those of --allow-uid") from error
+        except TimeoutError as error:
+            self._end()
+            raise PagerStartError(f"{self._path}: the server did not answer within {_TIMEOUT:g} s") from error
+        except OSError as error:
+            self._end()
+            raise PagerStartError(f"{self._path}: {error.strerror}; is `aiouffd serve` running there?") from error
+        except BaseException:
+            self._end()
+            raise
+
+    pids = ()
+
+    def prefetch(self, offset: int, length: int) -> Future[Any]:
+        """Bring offsets [offset, offset + length)."""
+        return self._request("prefetch", offset=offset, length=length)
+
+    def statistics(self) -> Statistics:
+        """Return what the server has counted, for all its clients."""
+        return Statistics(**self._request("statistics").result(_TIMEOUT))
+
+    def close(self, *, poison: bool) -> None:
+        """Serve no longer. What threads wait for is poisoned, if asked."""
+        if not self._closing:
+            try:
+                self._request("close", poison=poison).result(_TIMEOUT)
+            except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
+                log.debug("the server has gone first")
+        self._end()
+
+    def _request(self, op: str, **arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closing:
+                raise ClosedError("nobody serves this region any more")
+            number = next(self._numbers)
+            self._pending[number] = future
+            try:
+                self._connection.sendall(line({"id": number, "op": op, **arguments}))
+            except OSError as error:
+                del self._pending[number]
+                raise ClosedError(f"the server has gone: {error.strerror}") from error
+        return future
+
+    def _run(self) -> None:
+        lines = Lines()
+        poller = select.poll()
+        poller.register(self._connection.fileno(), select.POLLIN)
+        poller.register(self._wake_r, select.POLLIN)
+        reason = "the server at {} and its pager have ended"
+        while True:
+            poller.poll()
+            if self._closing:
+                return
+            try:
+                data = self._connection.recv(64 << 10)
+                if not data:
+                    break
+                for message in lines.feed(data):
+                    self._handle(message)
+            except (OSError, ValueError) as error:
+                reason = f"the server at {{}} cannot be understood: {error}"
+                break
+        self._lost(PagerDiedError(reason.format(self._path)))
+
+    def _lost(self, error: PagerDiedError) -> None:
+        with self._lock:
+            self._closing = True
+            pending, self._pending = self._pending, {}
+        if 0 not in pending:  # it was served
+            self._on_error(error)
+            self._on_lost()
+        for future in pending.values():
+            future.set_exception(error)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        if "id" not in message:
+            self._on_error(decode_error(message["error"]))
+            return
+        future = self._pending.pop(message["id"], None)
+        if future is None:
+            return
+        if "error" in message:
+            future.set_exception(decode_error(message["error"]))
+        else:
+            future.set_result(message.get("ok"))
+
+    def _end(self) -> None:
+        with self._lock:
+            self._closing = True
+            pending, self._pending = self._pending, {}
+        os.write(self._wake_w, b"x")
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(10.0)
+        for future in pending.values():
+            if not future.done():
+                future.set_exception(ClosedError("the Monitor has been left"))
+        self._connection.close()
+        for fd in (self._wake_r, self._wake_w):
+            os.close(fd)

@@ -1,0 +1,444 @@
+"""The face for memory of others: takes handoffs on a Unix socket, and has them served by a pager.
+
+The process that listens does not serve: that is the pager's, which survives its own death and goes on even if the
+listener ends. What arrives is checked here, and goes to the pager only when it is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import logging
+import os
+import socket
+import stat
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+
+from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.source_server import Limits
+from aiouffd.engine.trace import Recorder, Trace
+from aiouffd.errors import HandoffError, UffdError, encode_error
+from aiouffd.handoff import firecracker
+from aiouffd.handoff.firecracker import Peer
+from aiouffd.handoff.link import VERSION, Lines, line
+from aiouffd.pager.client import Pack, PagerClient, Tenant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine
+    from types import TracebackType
+
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.handoff.firecracker import Handoff
+
+__all__ = ["Client", "Server"]
+
+log = logging.getLogger("aiouffd.server")
+
+_HANDOFFS = 64  # under way at once
+_BACKLOG = 128
+
+
+@attrs.define(eq=False)
+class Client:
+    """Somebody whose memory is served.
+
+    Attributes:
+        number: counts the handoffs of a server, from 1 on.
+        peer: who it is.
+        tenant: the memory.
+        size: bytes of it.
+        since: when it was taken, on the monotonic clock.
+    """
+
+    number: int
+    peer: Peer
+    tenant: Tenant
+    size: int
+    connection: socket.socket
+    link: bool
+    since: float = attrs.field(factory=monotonic)
+    pidfd: int = -1
+
+    def __str__(self) -> str:
+        return f"client {self.number} ({self.peer})"
+
+
+class Server:
+    """Serves whoever hands over a userfaultfd on a socket: Firecracker, and `Monitor(region, server=PATH)`.
+
+    An asynchronous context manager; entering listens, leaving ends. What is served then goes on being served by the
+    pager until it is gone, unless `fill` or `release` came before.
+
+    Args:
+        source: what all clients see; or a function of (peer, number of the client, name that it asks for) that
+            returns it. It runs in a thread, and may raise to turn the client away.
+        path: of the socket, which is made; None: `listener` is used.
+        listener: a socket that listens already (systemd's).
+        mode: of the socket's file.
+        uids: the users that may connect, besides root and the server's own.
+        readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
+        spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
+        background: bytes per second that are brought without being asked for; 0: none.
+        record: a file to write the order of first touches to, of all clients together; complete when the server is
+            left. Pages are served one by one then.
+        replay: a recorded file, whose pages are brought ahead for each client.
+        timeout: seconds for one read of the source; None: no limit.
+        retries: further tries after a failed read.
+        concurrent_reads: source reads under way at once.
+        bytes_in_flight: bytes of source reads under way at once.
+        handoff_timeout: seconds until a client must have sent its handoff.
+
+    Raises (on entering):
+        OSError: the socket cannot be made; EADDRINUSE: another server listens there.
+        TraceError: `replay` is no recording.
+        PagerStartError: the pager did not start.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        listener: socket.socket | None = None,
+        mode: int = 0o600,
+        uids: Collection[int] = (),
+        readahead: int = 2 << 20,
+        spin_us: int = 50,
+        background: float = 0.0,
+        record: str | os.PathLike[str] | None = None,
+        replay: str | os.PathLike[str] | None = None,
+        timeout: float | None = 30.0,
+        retries: int = 4,
+        concurrent_reads: int = 128,
+        bytes_in_flight: int = 128 << 20,
+        handoff_timeout: float = 5.0,
+    ) -> None:
+        if (path is None) == (listener is None):
+            raise ValueError("either the path of a socket, or one that listens")
+        if record is not None and replay is not None:
+            raise ValueError("either record or replay: what a replay brings is not seen to be touched")
+        self._choose: Callable[[Peer, int, str], Any] = source if callable(source) else lambda *_: source
+        self._path = None if path is None else Path(path)
+        self._listener = listener
+        self._mode = mode
+        self._uids = {0, os.geteuid(), *uids}
+        self._handoff_timeout = handoff_timeout
+        self._record = record
+        self._replay = replay
+        limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
+        self._options = Options(readahead if record is None else 0, spin_us, background=background, limits=limits)
+        self._packs: dict[tuple[int, int], Pack] = {}  # (identity of the source, page size)
+        self._recorder: Recorder | None = None
+        self._numbers = 0
+        self.clients: dict[str, Client] = {}  # by the token of their memory
+        self.rejected = 0
+        self._handoffs = asyncio.Semaphore(_HANDOFFS)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._pager: PagerClient
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        """Listen, and start the pager."""
+        self._loop = asyncio.get_running_loop()
+        self._pager = PagerClient(
+            on_error=lambda tenant, error: self._soon(self._failed, tenant, error),
+            on_gone=lambda tenant: self._soon(self._gone, tenant),
+        )
+        try:
+            if self._replay is not None:
+                Trace.load(self._replay, os.sysconf("SC_PAGESIZE"))  # what is wrong with it is said now
+            if self._listener is None:
+                assert self._path is not None
+                self._listener = _listen(self._path, self._mode)
+            self._listener.setblocking(False)
+            await asyncio.to_thread(self._pager.start)
+        except BaseException:
+            await asyncio.to_thread(self._pager.stop)
+            self._unlink()
+            raise
+        self._accepting = self._loop.create_task(self._accept(self._listener))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take no new clients; whom the pager serves it serves on."""
+        self.stop_listening()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        served = bool(self.clients)
+        for client in list(self.clients.values()):
+            self._forget(client, "goes on being served by the pager alone")
+        await asyncio.to_thread(self._pager.stop, leave=served)
+        for pack in self._packs.values():
+            pack.close()
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.complete)
+
+    def stop_listening(self) -> None:
+        """Take no new clients; those that are served stay."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            self._accepting = None
+            self._unlink()
+
+    async def wait_clients(self, most: int = 0) -> None:
+        """Wait until at most so many clients are left. Canceling is safe."""
+        while len(self.clients) > most:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def fill(self) -> None:
+        """Bring all that the clients miss, and let go each one that has all; what fails stays served."""
+        await asyncio.gather(*(self._fill(client) for client in list(self.clients.values())))
+
+    async def _fill(self, client: Client) -> None:
+        try:
+            await asyncio.wrap_future(self._pager.request("fill", client.tenant))
+            await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=False, unregister=True))
+        except UffdError as error:
+            log.warning("%s cannot be filled: %s", client, error)
+        else:
+            self._forget(client, "has all its pages")
+
+    def statistics(self) -> Statistics:
+        """Return what the pager has counted, for all clients."""
+        return attrs.evolve(self._pager.statistics(), clients=len(self.clients))
+
+    @property
+    def pids(self) -> tuple[int, int]:
+        """The pager's processes: keeper and worker."""
+        return self._pager.pids
+
+    # Clients come
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED):
+                    raise
+                log.error("no client can be taken: %s", error.strerror)  # noqa: TRY400 - no traceback helps here
+                await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            self._spawn(self._welcome(connection))
+
+    async def _welcome(self, connection: socket.socket) -> None:
+        """Take one handoff. Whatever is wrong with it costs this connection only."""
+        taken = False
+        try:
+            async with self._handoffs:
+                client = await self._take(connection)
+            taken = client is not None
+        finally:
+            if not taken:
+                connection.close()
+        if client is not None and client.link:
+            await self._converse(client)
+
+    async def _take(self, connection: socket.socket) -> Client | None:
+        handoff: Handoff | None = None
+        try:
+            peer = Peer.of(connection)
+            if peer.uid not in self._uids:
+                raise HandoffError(str(peer), "may not use this server")
+            handoff = await firecracker.receive(connection, self._handoff_timeout)
+            client = await self._serve(handoff, connection)
+        except (UffdError, OSError, ValueError) as error:
+            self.rejected += 1
+            log.warning("turned away: %s", error)
+            if handoff is not None:
+                handoff.uffd.close()
+                if handoff.regions.extra is not None:
+                    with contextlib.suppress(OSError):
+                        connection.send(line({"id": 0, "error": encode_error(error)}))
+            return None
+        return client
+
+    async def _serve(self, handoff: Handoff, connection: socket.socket) -> Client:
+        regions = handoff.regions
+        extra = regions.extra or {}
+        if extra.get("version", VERSION) != VERSION:
+            raise HandoffError(str(handoff.peer), f"speaks version {extra['version']!r}; this server speaks {VERSION}")
+        name = extra.get("name", "")
+        if not isinstance(name, str):
+            raise HandoffError(str(handoff.peer), "asks for a source by what is no name")
+        self._numbers += 1
+        number = self._numbers
+        pack, size = await asyncio.to_thread(self._pack, handoff.peer, number, name, regions.page_size)
+        try:
+            firecracker.check_size(regions, size)
+        except ValueError as error:
+            raise HandoffError(str(handoff.peer), str(error)) from None
+        tenant = Tenant(pack, handoff.uffd, list(regions.mappings), regions.page_size, os.dup(connection.fileno()))
+        length = sum(mapping.end - mapping.start for mapping in regions.mappings)
+        client = Client(number, handoff.peer, tenant, length, connection, link=regions.extra is not None)
+        self.clients[tenant.token] = client
+        try:
+            await asyncio.wrap_future(self._pager.open(tenant))
+        except BaseException:
+            self._forget(client, "could not be served")
+            raise
+        with contextlib.suppress(OSError):  # its own process is gone, or of another namespace: the pager finds out
+            client.pidfd = os.pidfd_open(handoff.peer.pid)
+            self._loop.add_reader(client.pidfd, self._exited, client)
+        log.info("%s: %d bytes in %d regions, pages of %d", client, length, len(regions.mappings), regions.page_size)
+        return client
+
+    def _pack(self, peer: Peer, number: int, name: str, page_size: int) -> tuple[Pack, int]:
+        """Return what serves a client, and its size; what several clients share is made once."""
+        source = self._choose(peer, number, name)
+        size = source.size
+        key = (id(source), page_size)
+        pack = self._packs.get(key)
+        if pack is None:
+            if self._record is not None and self._recorder is None:
+                self._recorder = Recorder.create(self._record, page_size, size)
+            trace = None if self._replay is None else Trace.load(self._replay, page_size)
+            pack = self._packs[key] = Pack(Service(source, self._recorder, trace), self._options)
+        return pack, size
+
+    # Clients speak
+
+    async def _converse(self, client: Client) -> None:
+        """Answer one of our own clients until it leaves."""
+        lines = Lines()
+        try:
+            client.connection.send(line({"id": 0, "ok": {"number": client.number}}))
+            while data := await self._loop.sock_recv(client.connection, 64 << 10):
+                for message in lines.feed(data):
+                    self._spawn(self._answer(client, message))
+        except (OSError, ValueError) as error:
+            log.warning("%s: %s", client, error)
+        if client.tenant.token in self.clients:
+            # It has left without a word: a Monitor says so first, and settles what is missing.
+            with contextlib.suppress(UffdError):
+                await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=True))
+            self._forget(client, "has left")
+        client.connection.close()
+
+    async def _answer(self, client: Client, message: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"id": message.get("id")}
+        try:
+            answer["ok"] = await self._do(client, message)
+        except (UffdError, ValueError) as error:
+            answer["error"] = encode_error(error)
+        with contextlib.suppress(OSError):
+            await self._loop.sock_sendall(client.connection, line(answer))
+
+    async def _do(self, client: Client, message: dict[str, Any]) -> Any:
+        op = message.get("op")
+        if op == "statistics":
+            return attrs.asdict(self.statistics())
+        if op == "prefetch":
+            offset, length = message.get("offset"), message.get("length")
+            if type(offset) is not int or type(length) is not int or offset < 0 or not 0 <= length <= 1 << 57:
+                raise ValueError("a prefetch has an offset and a length")
+            request = self._pager.request("prefetch", client.tenant, offset=offset, length=length)
+            await asyncio.wrap_future(request)
+            return None
+        if op == "close":
+            await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=message.get("poison") is True))
+            self._forget(client, "has left")
+            return None
+        raise ValueError(f"there is no {op!r:.50}")
+
+    # Clients go
+
+    def _exited(self, client: Client) -> None:
+        """Its process has ended; the pager finds out whether somebody else still has the memory."""
+        self._loop.remove_reader(client.pidfd)
+        if client.tenant.uffd.gone():
+            self._forget(client, "has ended")
+
+    def _gone(self, tenant: Tenant) -> None:
+        client = self.clients.get(tenant.token)
+        if client is not None:
+            self._forget(client, "has ended")
+
+    def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
+        for client in list(self.clients.values()):
+            if tenant is None or client.tenant is tenant:
+                log.error("%s: %s", client, error)
+                if client.link:
+                    with contextlib.suppress(OSError):
+                        client.connection.send(line({"error": encode_error(error)}))
+
+    def _forget(self, client: Client, why: str) -> None:
+        if self.clients.pop(client.tenant.token, None) is None:
+            return
+        self._pager.forget(client.tenant)
+        if client.pidfd >= 0:
+            self._loop.remove_reader(client.pidfd)
+            os.close(client.pidfd)
+        client.tenant.uffd.close()
+        os.close(client.tenant.tether)
+        if client.link:
+            with contextlib.suppress(OSError):
+                client.connection.shutdown(socket.SHUT_RD)  # `_converse` ends, which reads from it
+        else:
+            client.connection.close()
+        self._changed.set()
+        log.info("%s %s; %d left", client, why, len(self.clients))
+
+    # Helpers
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
+
+    def _unlink(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+
+
+def _listen(path: Path, mode: int) -> socket.socket:
+    """Make the socket; one that nobody listens on any more is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before bind(2), this is the mode that the file is made with: there is no moment in which others could connect.
+        os.fchmod(listener.fileno(), mode)
+        try:
+            listener.bind(os.fspath(path))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+            path.unlink()
+            listener.bind(os.fspath(path))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_stale(path: Path) -> bool:
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return True
+    return False
