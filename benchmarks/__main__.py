@@ -7,44 +7,34 @@ the rounds' ratios with their quartiles.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
+import signal
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import attrs
+
+from benchmarks import idle
 from benchmarks.rows import Row, rows
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
-
-
-@contextlib.contextmanager
-def halt_poll(nanoseconds: int | None) -> Iterator[None]:
-    """Have idle cores poll for so long before they halt; put back what was set, whatever happens."""
-    if nanoseconds is None:
-        yield
-        return
-    before = HALT_POLL.read_text()
-    HALT_POLL.write_text(str(nanoseconds))
-    try:
-        yield
-    finally:
-        HALT_POLL.write_text(before)
+REGIMES = (0, 200_000)  # halt at once; poll for 200 us, as a host that is not shared can afford
 
 
 def measure(row: Row, repeats: int) -> dict[str, Any]:
     """Run a row's contestants in turn, and compare."""
+    say(f"{row.name}: {row.title} ...")
+    for name, why in row.left_out.items():
+        say(f"{row.name}: {name} is left out: {why}")
     figures: dict[str, list[float]] = {name: [] for name in row.contestants}
     for _ in range(row.repeats or repeats):
         for name, run in row.contestants.items():
             figures[name].append(run())
     result: dict[str, Any] = {"row": row.name, "title": row.title, "unit": row.unit, "figures": figures, "ratios": {}}
+    result |= {"left_out": row.left_out, "remark": row.remark()}
     bars = {bar.peer: bar for bar in row.bars}
     for name, values in figures.items():
         if name == "aiouffd":
@@ -77,6 +67,73 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def say(message: str) -> None:
+    """Tell how far it is."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_rows(wanted: set[str] | None, repeats: int, *, quick: bool) -> list[dict[str, Any]]:
+    """Run the rows of these names, None: all; a row that this machine cannot run says why."""
+    results = []
+    for row in rows(quick=quick):
+        if wanted is not None:
+            if row.name not in wanted:
+                continue
+            wanted = wanted - {row.name}
+        if "aiouffd" in row.left_out:
+            say(f"{row.name} is left out: {row.left_out['aiouffd']}")
+        else:
+            results.append(measure(row, repeats))
+    if wanted:
+        raise ValueError(f"no such row: {', '.join(sorted(wanted))}")
+    return results
+
+
+def run_regimes(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
+    """Run one row in each regime of idle processors; an empty list where that cannot be changed."""
+    why = idle.unavailable()
+    if why is not None:
+        say(f"the regimes are left out: {why}")
+        return []
+    results = []
+    for nanoseconds in REGIMES:
+        with idle.halt_poll(nanoseconds):
+            (row,) = (row for row in rows(quick=quick) if row.name == "random-1")
+            words = f"idle cores poll for {nanoseconds // 1000} us" if nanoseconds else "idle cores halt at once"
+            # The bars are for cores that halt at once: where they poll, everybody is woken quickly.
+            row = attrs.evolve(
+                row,
+                name=f"{row.name}-idle-{nanoseconds}",
+                title=f"{row.title}, {words}",
+                bars=() if nanoseconds else row.bars,
+            )
+            results.append(measure(row, repeats))
+    return results
+
+
+def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, quick: bool) -> None:
+    """Print the table, and keep the figures."""
+    machine = {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "halt_poll_ns": halt_poll,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{machine['time'].replace(':', '')}.json"
+    path.write_text(json.dumps({"machine": machine, "quick": quick, "results": results}, indent=1))
+    print(*table(results), "", sep="\n")
+    for result in results:
+        if result["remark"]:
+            print(f"{result['row']}: {result['remark']}.")
+    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}")
+
+
+def terminated(number: int, _: object) -> None:
+    """Leave by an exception, so that what is mounted, set or written is put back."""
+    sys.exit(128 + number)
+
+
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
@@ -85,33 +142,36 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works; no figures to quote")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON")
     parser.add_argument("--halt-poll", type=int, metavar="NS", help="guest_halt_poll_ns for this run (put back after)")
-    arguments = parser.parse_args()
-    wanted = set(arguments.rows.split(",")) if arguments.rows else None
-    results = []
-    with halt_poll(arguments.halt_poll):
-        for row in rows(quick=arguments.quick):
-            if wanted is not None and row.name not in wanted:
-                continue
-            print(f"{row.name}: {row.title} ...", file=sys.stderr, flush=True)
-            results.append(measure(row, arguments.repeats))
-    if not results:
-        parser.error("no such row")
-    regime = HALT_POLL.read_text().strip() if HALT_POLL.exists() else "unknown"
-    machine = {
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "halt_poll_ns": arguments.halt_poll if arguments.halt_poll is not None else regime,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    name = arguments.output / f"{machine['time'].replace(':', '')}.json"
-    name.write_text(json.dumps({"machine": machine, "quick": arguments.quick, "results": results}, indent=1))
-    print(
-        *table(results),
-        "",
-        f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {machine['halt_poll_ns']}",
-        sep="\n",
+    parser.add_argument(
+        "--idle-regimes",
+        action="store_true",
+        help="instead: one row while idle cores halt at once, and while they poll",
     )
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="instead: draw latencies, windows and touchers as PNG"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, terminated)
+    if arguments.plots is not None:
+        from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
+
+        with idle.halt_poll(arguments.halt_poll):
+            for path in draw(arguments.plots, quick=arguments.quick):
+                print(path)
+        return 0
+    if arguments.idle_regimes:
+        results = run_regimes(arguments.repeats, quick=arguments.quick)
+        regime = " and ".join(map(str, REGIMES))
+    else:
+        try:
+            with idle.halt_poll(arguments.halt_poll):
+                regime = idle.regime()
+                wanted = set(arguments.rows.split(",")) if arguments.rows else None
+                results = run_rows(wanted, arguments.repeats, quick=arguments.quick)
+        except ValueError as error:
+            parser.error(str(error))
+    if results:
+        report(results, arguments.output, regime, quick=arguments.quick)
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PAGE = 4096
+PR_SET_PDEATHSIG = 1
 
 
 @cache
@@ -74,11 +76,14 @@ class Arena:
 
 @contextlib.contextmanager
 def child(serve: Callable[[], None]) -> Iterator[int]:
-    """Run a function in a forked process until the block is left."""
+    """Run a function in a forked process until the block is left, or this process ends."""
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
-            serve()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == parent:
+                serve()
         finally:
             os._exit(0)
     try:

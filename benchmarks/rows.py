@@ -17,6 +17,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
+from benchmarks import fuse, guest
 from benchmarks.contestants import PAGE, Arena, bare, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -46,6 +47,9 @@ class Row:
         unit: of each figure; smaller is better.
         contestants: name -> a function that runs once and returns a figure. "aiouffd" is ours.
         bars: what ours is held against.
+        repeats: rounds, where they are not as many as usual.
+        left_out: contestants that cannot run on this machine -> why; under "aiouffd" the row cannot.
+        remark: asks for what a reader must know of this machine's figures, or None.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Row:
     contestants: dict[str, Callable[[], float]]
     bars: tuple[Bar, ...] = ()
     repeats: int | None = None
+    left_out: dict[str, str] = attrs.field(factory=dict)
+    remark: Callable[[], str | None] = lambda: None
 
 
 def shuffled(size: int, seed: int = 1) -> np.ndarray:
@@ -152,16 +158,31 @@ def sequential_row(*, quick: bool) -> Iterator[Row]:
             touch(region.address, pages)
         return seconds / len(pages) * 1e6
 
-    def memmap() -> float:
-        array = np.memmap(path, np.uint8, "r")
+    def mapped(file: Path) -> float:
+        array = np.memmap(file, np.uint8, "r")
         return touch(array.ctypes.data, pages) / len(pages) * 1e6
 
+    def through_fuse() -> float:
+        warm(size)
+        with fuse.mounted(path) as shown:
+            return mapped(shown)
+
+    contestants = {
+        "aiouffd": ours,
+        "COPY in 2 MiB calls": copy,
+        "pyfuse3 + mmap": through_fuse,
+        "mmap of the file": lambda: mapped(path),
+    }
+    why = fuse.unavailable()
+    if why is not None:
+        del contestants["pyfuse3 + mmap"]
     yield Row(
         "sequential",
         f"sequential touch of {size // MIB} MiB, file source, page cache warm",
         "us/page",
-        {"aiouffd": ours, "COPY in 2 MiB calls": copy, "np.memmap": memmap},
+        contestants,
         (Bar("COPY in 2 MiB calls", 1.30),),
+        left_out={} if why is None else {"pyfuse3 + mmap": why},
     )
     directory.cleanup()
 
@@ -195,6 +216,25 @@ def latency_row(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {"aiouffd": ours, "ideal": lambda: 0.005 / 64 * 1e6},
         (Bar("ideal", 1.30),),
+    )
+
+
+def guest_row(*, quick: bool) -> Iterator[Row]:
+    """A guest of KVM that goes through its memory once."""
+    size = (8 if quick else 64) * MIB
+    why = guest.unavailable()
+    yield Row(
+        "kvm",
+        f"KVM guest that sums a byte of each page of {size // MIB} MiB",
+        "us/page",
+        {
+            "aiouffd": guest.summing(monitored, size),
+            "present memory": guest.summing(guest.present, size),
+            "C poll": guest.summing(c_poll, size),
+        },
+        (Bar("present memory", 1 / 0.7), Bar("C poll", 0.5)),
+        left_out={} if why is None else {"aiouffd": why},
+        remark=lambda: guest.interpreted(size),
     )
 
 
@@ -293,6 +333,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
     for make in (
         random_rows,
         sequential_row,
+        guest_row,
         latency_row,
         descriptors_row,
         memory_row,

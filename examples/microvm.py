@@ -83,16 +83,16 @@ class MicroVM:
     def __init__(self, memory: tuple[int, int], page_size: int = PAGE) -> None:
         self.memory, self.page_size = memory, page_size
         self._boot = self._tables(-(-memory[1] // GIB))
-        self._vm = self._vcpu = -1
+        self.vm = self.vcpu = -1
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._vm = ioctl(kvm, KVM_CREATE_VM)
-            ioctl(self._vm, KVM_SET_TSS_ADDR, 0xFFFBD000)
+            self.vm = ioctl(kvm, KVM_CREATE_VM)
+            ioctl(self.vm, KVM_SET_TSS_ADDR, 0xFFFBD000)
             boot = ctypes.addressof(ctypes.c_char.from_buffer(self._boot))
             for slot, start, length, address in ((0, 0, len(self._boot), boot), (1, MEMORY, memory[1], memory[0])):
-                ioctl(self._vm, KVM_SET_USER_MEMORY_REGION, struct.pack("IIQQQ", slot, 0, start, length, address))
-            self._vcpu = ioctl(self._vm, KVM_CREATE_VCPU)
-            self._state = mmap.mmap(self._vcpu, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE))  # struct kvm_run
+                ioctl(self.vm, KVM_SET_USER_MEMORY_REGION, struct.pack("IIQQQ", slot, 0, start, length, address))
+            self.vcpu = ioctl(self.vm, KVM_CREATE_VCPU)
+            self._state = mmap.mmap(self.vcpu, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE))  # struct kvm_run
             self._enter_long_mode()
         except BaseException:
             self.close()
@@ -116,14 +116,14 @@ class MicroVM:
 
     def _enter_long_mode(self) -> None:
         sregs = ctypes.create_string_buffer(312)
-        ioctl(self._vcpu, KVM_GET_SREGS, sregs)
+        ioctl(self.vcpu, KVM_GET_SREGS, sregs)
         # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding
         struct.pack_into("<QIH10B", sregs, 0, 0, 0xFFFFFFFF, 8, 11, 1, 0, 0, 1, 1, 1, 0, 0, 0)  # cs: 64-bit code
         for n in range(1, 6):
             struct.pack_into("<QIH10B", sregs, 24 * n, 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)  # data
         # cr0 (paging, protection), cr2, cr3 (the PML4), cr4 (PAE), cr8, efer (long mode enabled, active)
         struct.pack_into("6Q", sregs, 224, 0x80000011, 0, PAGE, 0x20, 0, 0x500)
-        ioctl(self._vcpu, KVM_SET_SREGS, sregs)
+        ioctl(self.vcpu, KVM_SET_SREGS, sregs)
 
     def run(self, start: int = 0, length: int | None = None) -> int:
         """Boot the guest and let it run until it halts; return its sum of a part of the memory (32 bits).
@@ -134,11 +134,11 @@ class MicroVM:
         pages = ((self.memory[1] - start) if length is None else length) // self.page_size
         # rax rbx rcx rdx rsi rdi rsp rbp r8-r15 rip rflags
         registers = (0, 0, pages, 0, MEMORY + start, self.page_size, *[0] * 10, 0, 2)
-        ioctl(self._vcpu, KVM_SET_REGS, struct.pack("18Q", *registers))
+        ioctl(self.vcpu, KVM_SET_REGS, struct.pack("18Q", *registers))
         checksum = 0
         while True:
             try:
-                ioctl(self._vcpu, KVM_RUN)
+                ioctl(self.vcpu, KVM_RUN)
             except InterruptedError:
                 continue  # a signal, whose Python handler has its turn here
             except OSError as error:
@@ -162,10 +162,10 @@ class MicroVM:
 
     def close(self) -> None:
         """Destroy the VM."""
-        for fd in (self._vcpu, self._vm):
+        for fd in (self.vcpu, self.vm):
             if fd >= 0:
                 os.close(fd)
-        self._vm = self._vcpu = -1
+        self.vm = self.vcpu = -1
 
     def __enter__(self) -> Self:
         return self
