@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from scenario import ended
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import idle  # noqa: E402 - the benchmarks are not installed
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    """The touchers are written in C."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+
+
+def run(*options: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the benchmarks at their smallest."""
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == status, result.stderr
+    return result
 
 
 def test_a_quick_run_compares_with_the_peers(tmp_path: Path) -> None:
     """Two rows, small: a table with the peers and their ratios, and the figures as JSON."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler")
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "2", "--rows", "random-1,latency-64"]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=100, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
+    result = run("--repeats", "2", "--rows", "random-1,latency-64", "--output", tmp_path)
     for words in ("random 4 KiB touches", "C poll", "C spin", "ideal"):
         assert words in result.stdout
     (path,) = tmp_path.glob("*.json")
@@ -31,10 +52,76 @@ def test_a_quick_run_compares_with_the_peers(tmp_path: Path) -> None:
     assert figures["latency-64"]["ratios"]["ideal"]["median"] >= 1  # nobody is faster than the source
 
 
+def test_who_cannot_run_here_is_named(tmp_path: Path) -> None:
+    """A guest and a FUSE file system run beside ours, or it is said why not."""
+    result = run("--repeats", "1", "--rows", "sequential,kvm", "--output", tmp_path)
+    assert ("pyfuse3 + mmap: " in result.stdout) != ("pyfuse3 + mmap is left out: " in result.stderr)
+    assert ("present memory: " in result.stdout) != ("kvm is left out: " in result.stderr)
+
+
+def test_a_row_that_does_not_exist() -> None:
+    """Status 2, and its name."""
+    assert "no such row: nonsense" in run("--rows", "nonsense", status=2).stderr
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Three PNGs that show something."""
+    result = run("--plots", tmp_path)
+    paths = [Path(line) for line in result.stdout.split()]
+    assert sorted(path.name for path in paths) == ["latency.png", "touchers.png", "window.png"]
+    for path in paths:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert path.stat().st_size > 10_000
+
+
+def test_regimes_of_idle_processors(tmp_path: Path) -> None:
+    """The row is run in both and the knob put back, or it is said why not."""
+    before = idle.regime()
+    result = run("--repeats", "1", "--idle-regimes", "--output", tmp_path)
+    if idle.unavailable() is None:
+        assert "idle cores halt at once" in result.stdout
+        assert "idle cores poll for 200 us" in result.stdout
+    else:
+        assert "the regimes are left out" in result.stderr
+    assert idle.regime() == before
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGKILL])
+def test_the_knob_is_put_back_whatever_happens(tmp_path: Path, number: int) -> None:
+    """Also when the benchmark is killed while a peer is running, which ends with it."""
+    knob = tmp_path / "knob"
+    knob.write_text("17\n")
+    code = f"""
+import signal
+from pathlib import Path
+from benchmarks.contestants import child
+from benchmarks.idle import halt_poll
+with halt_poll(200000, Path({str(knob)!r})), child(signal.pause) as pid:
+    print(pid, flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        peer = int(process.stdout.readline())
+        assert knob.read_text() == "200000"
+        if number:
+            process.send_signal(number)
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.wait(10) == -number
+        end = time.monotonic() + 10
+        while knob.read_text() != "17" and time.monotonic() < end:
+            time.sleep(0.005)
+        assert knob.read_text() == "17"
+        assert ended(peer, 10)
+
+
 def test_wrong_bytes_are_noticed() -> None:
     """A contestant that serves something else fails, instead of being fast."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler")
     code = """
 import numpy as np, aiouffd
 from benchmarks.native import touch
