@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import aiouffd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Size", "group"]
 
@@ -29,6 +33,20 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
         return int(match[1]) * _UNITS[match[2].upper()]
 
 
+class Octal(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+    """Permission bits: 600, 0660."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bits."""
+        if isinstance(value, int):
+            return value
+        if not re.fullmatch(r"0?[0-7]{3}", value):
+            self.fail(f"{value!r} is no mode: write for example 600 or 660", param, ctx)
+        return int(value, 8)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(aiouffd.__version__, prog_name="aiouffd")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -48,6 +66,78 @@ def demo(*, size: int, threads: int, touches: int, latency_ms: float) -> int:
     except ImportError as error:
         raise click.ClickException(f"{error}. The demo needs an extra: pip install 'aiouffd[demo]'") from error
     return program.run(size=size, threads=threads, touches=touches, latency=latency_ms / 1000)
+
+
+class Rate(Size):
+    """Bytes per second, or `max`."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; infinity for `max`."""
+        return math.inf if value == "max" else float(super().convert(value, param, ctx))
+
+
+class Address(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+    """HOST:PORT, or PORT on the loopback interface."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """Return host and port."""
+        if isinstance(value, tuple):
+            return value
+        host, _, port = value.rpartition(":")
+        if not port.isdecimal() or int(port) > 65535:
+            self.fail(f"{value!r} is no address: write for example 127.0.0.1:9100, [::1]:9100 or 9100", param, ctx)
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
+_SERVING = [
+    click.option("--readahead", type=Size(), default="2M", show_default=True, help="Largest window; 0: page by page."),
+    click.option("--spin-us", type=click.IntRange(0), default=50, show_default=True, help="Looking before sleeping."),
+    click.option("--background", type=Rate(), default="0", help="Bytes per second to bring unasked, or max."),
+    click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
+                 help="Seconds for one read."),
+    click.option("--retries", type=click.IntRange(0), default=4, show_default=True, help="Of a read that failed."),
+    click.option("--concurrent-reads", type=click.IntRange(1), default=128, show_default=True),
+    click.option("--bytes-in-flight", type=Size(), default="128M", show_default=True),
+    click.option("--metrics", type=Address(), metavar="[HOST:]PORT", help="Answer Prometheus there."),
+    click.option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", show_default=True,
+                 help="What SIGTERM does for clients: serve them until they go, or bring all they miss first."),
+]  # fmt: skip
+
+
+def _serving(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SERVING):
+        command = option(command)
+    return command
+
+
+@group.command()
+@click.argument("source", required=False)
+@click.option("--socket", "path", type=click.Path(), help="To listen on; not with systemd's socket activation.")
+@click.option("--source-for", metavar="TEMPLATE", help="A path or URL by client: {pid} {uid} {number} {name}.")
+@click.option("--mode", type=Octal(), default="600", show_default=True, help="Of the socket.")
+@click.option("--allow-uid", "uids", type=int, multiple=True, help="Another user that may connect; repeatable.")
+@click.option("--record", type=click.Path(), help="Write the order of first touches to this file.")
+@click.option("--replay", type=click.Path(), help="Bring the pages of a recorded file ahead, for each client.")
+@click.option("--handoff-timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@_serving
+def serve(
+    *, source: str | None, source_for: str | None, path: str | None, metrics: Any, on_term: str, **options: Any
+) -> int:
+    """Serve the memory of other processes: microVMs (Firecracker's handoff), and our own clients.
+
+    SOURCE is a path or a URL, of which all clients see the same.
+    """
+    if (source is None) == (source_for is None):
+        raise click.UsageError("either SOURCE or --source-for says what the clients see")
+    try:
+        from aiouffd import serving  # noqa: PLC0415 - needs an extra
+    except ImportError as error:
+        raise click.ClickException(f"{error}. Serving needs an extra: pip install 'aiouffd[serve]'") from error
+    return serving.serve(source, source_for, path, metrics=metrics, fill=on_term == "fill", **options)
 
 
 @group.command()

@@ -17,9 +17,9 @@ LEVELS = [
     {"engine"},
     {"handoff"},
     {"pager"},
-    {"monitor", "server", "testing", "doctor", "page_server"},
+    {"monitor", "server", "metrics", "testing", "doctor", "page_server"},
     {"__init__"},
-    {"demo", "commands", "cli"},
+    {"demo", "daemon", "serving", "commands", "cli"},
 ]
 
 

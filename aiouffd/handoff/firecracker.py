@@ -251,8 +251,9 @@ def _take(fds: list[int]) -> Userfaultfd:
     poller.register(fd, select.POLLIN)
     if any(events & select.POLLERR for _, events in poller.poll(0)):
         raise ValueError("its userfaultfd has not done the UFFDIO_API handshake")
+    fds.remove(fd)
     uffd = Userfaultfd.from_fd(fd)
     if uffd.gone():
+        uffd.close()
         raise ValueError("the process that owns the memory has ended")
-    fds.remove(fd)
     return uffd

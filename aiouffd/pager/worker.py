@@ -61,7 +61,9 @@ def _numbers(state: dict[str, Any]) -> set[int]:
     """Return the descriptors that a state speaks of."""
     known = {fd for space in state["spaces"] for fd in (space["fd"], space["tether"]) if fd >= 0}
     for origin in state["origins"].values():
-        known.update((origin["pidfd"], origin["config"], *origin["fds"]))
+        known.update((origin["config"], *origin["fds"]))
+    if state["owner"] >= 0:
+        known.add(state["owner"])
     return known
 
 
@@ -114,6 +116,8 @@ class _Worker:
         self.tenancies: dict[int, _Tenancy] = {}  # by space identity
         self.next_identity = 1
         self.tasks: set[asyncio.Task[None]] = set()
+        self.owner = -1  # pidfd of the process that has started this pager
+        self.left = False  # it has closed the connection, or has ended
         self.done = asyncio.Event()
         self.dispatcher: Dispatcher
 
@@ -147,6 +151,7 @@ class _Worker:
         """Return all that a successor needs."""
         return {
             "next": self.next_identity,
+            "owner": self.owner,
             "spin_us": self.dispatcher.spin_us,
             "origins": {str(origin.identity): origin.record for origin in self.origins.values()},
             "spaces": [
@@ -169,6 +174,8 @@ class _Worker:
     def restore(self, state: dict[str, Any], events: list[tuple[int, bytes]], fresh: int) -> None:
         """Take over from a predecessor: its state, the events since then, and the faults that it had read."""
         self.next_identity = state["next"]
+        if state["owner"] >= 0:
+            self.owned_by(state["owner"])
         for identity, record in state["origins"].items():
             self.origins[int(identity)] = self.build(int(identity), record)
         for item in state["spaces"]:
@@ -199,10 +206,12 @@ class _Worker:
                 sys.path.append(entry)
         service = unpack(config, [os.dup(fd) for fd in record["fds"]])
         server = make_server(service, self.journal.counters, options_of(record))
-        origin = _Origin(identity, record, service, server)
-        with contextlib.suppress(OSError, ValueError):
-            asyncio.get_running_loop().add_reader(record["pidfd"], self.exited, record["pidfd"])
-        return origin
+        return _Origin(identity, record, service, server)
+
+    def owned_by(self, pidfd: int) -> None:
+        """Note when the owner ends: end-of-file does not tell, since its forked children hold the connection."""
+        self.owner = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self.exited)
 
     def serve(self, item: dict[str, Any], origin: _Origin) -> Space:
         options = origin.options
@@ -253,9 +262,7 @@ class _Worker:
         if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
             return
         del self.origins[origin.identity]
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(origin.record["pidfd"])
-        task = loop.create_task(origin.server.aclose())
+        task = asyncio.get_running_loop().create_task(origin.server.aclose())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -278,6 +285,7 @@ class _Worker:
             return
         except control.Closed:
             asyncio.get_running_loop().remove_reader(self.connection.fileno())
+            self.left = True
             if not self.dispatcher.spaces:
                 self.done.set()
             return
@@ -294,7 +302,12 @@ class _Worker:
             self.send({"id": message["id"], "ok": answer})
 
     async def do_open(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Begin to serve: descriptors are the pidfd, the configuration, the service's own, and the space's own."""
+        """Begin to serve: descriptors are the owner's pidfd, the configuration, the service's, and the space's own."""
+        if self.owner < 0:
+            self.owned_by(fds[0])
+        else:
+            os.close(fds[0])
+        fds = fds[1:]
         own = fds[len(fds) - message["own"] :]
         if self.space_of(message["token"]) is not None:  # sent again: a predecessor died before it could answer
             close_all(fds)
@@ -316,7 +329,7 @@ class _Worker:
             if known.record["token"] == service["token"]:
                 close_all(fds)
                 return known
-        record = {"pidfd": fds[0], "config": fds[1], "fds": fds[2:], **service}
+        record = {"config": fds[0], "fds": fds[1:], **service}
         try:
             origin = self.build(self.next_identity, record)
         except UffdError:
@@ -379,9 +392,9 @@ class _Worker:
                 received += control.receive(predecessor)[1]
             renumbered = dict(zip(text["numbers"], received, strict=True))
             state = text["state"]
+            state["owner"] = renumbered.get(state["owner"], -1)
             for record in state["origins"].values():
                 record.update(
-                    pidfd=renumbered[record["pidfd"]],
                     config=renumbered[record["config"]],
                     fds=[renumbered[fd] for fd in record["fds"]],
                 )
@@ -396,11 +409,13 @@ class _Worker:
     # What happens
 
     def idle(self) -> None:
-        self.done.set()
+        if self.left:
+            self.done.set()
 
-    def exited(self, pidfd: int) -> None:
-        """The application is gone; its forked children may live on."""
-        asyncio.get_running_loop().remove_reader(pidfd)
+    def exited(self) -> None:
+        """The owner is gone; its forked children, or others that it had served, may live on."""
+        asyncio.get_running_loop().remove_reader(self.owner)
+        self.left = True
         for space in list(self.dispatcher.spaces.values()):
             if space.uffd.gone():
                 space.gone()

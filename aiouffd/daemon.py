@@ -1,0 +1,136 @@
+"""Runs a server until it is told to end: signals, a status line or log lines, systemd's socket and notifications."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from rich.logging import RichHandler
+from rich.status import Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.server import Server
+
+__all__ = ["activated", "log_to", "run"]
+
+log = logging.getLogger("aiouffd.server")
+
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+_EVERY = 0.25
+
+
+def activated() -> socket.socket | None:
+    """Return the listening socket that systemd has passed (sd_listen_fds), if it has."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+        return None
+    os.set_inheritable(_FIRST_FD, False)
+    return socket.socket(fileno=_FIRST_FD)
+
+
+def log_to(console: Console, *, level: int = logging.INFO) -> None:
+    """Write log records: beside the status line on a terminal, else as lines of `key=value`."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Lines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+        return (
+            f'time={time}.{int(record.msecs):03d} level={record.levelname.lower()} logger={record.name} msg="{escaped}"'
+        )
+
+
+async def run(server: Server, console: Console, *, fill: bool, where: str) -> int:
+    """Serve until SIGTERM or SIGINT; then take no new clients, and fill or keep those that are there.
+
+    A second signal ends this process at once; the pager goes on serving by itself.
+
+    Args:
+        server: not entered yet.
+        console: for the status line.
+        fill: bring at the end all that the clients miss, and let them go; else wait until they go.
+        where: the address, for the log.
+    """
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    async with server:
+        log.info("listening on %s; pager %s", where, server.pids[0])
+        _notify("READY=1")
+        status = loop.create_task(_show(server, console)) if console.is_terminal else None
+        try:
+            name = (await signals.get()).name
+            server.stop_listening()
+            _notify("STOPPING=1")
+            if server.clients:
+                doing = "filling" if fill else "serving on until they go:"
+                log.info("%s: no new clients; %s %d", name, doing, len(server.clients))
+            ending = loop.create_task(_end(server, fill=fill))
+            again = loop.create_task(signals.get())
+            await asyncio.wait({ending, again}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (ending, again):
+                task.cancel()
+            if server.clients:
+                log.warning(
+                    "ended again: the pager (%d) serves %d clients on by itself", server.pids[0], len(server.clients)
+                )
+        finally:
+            if status is not None:
+                status.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await status
+    log.info("ended")
+    return 0
+
+
+async def _end(server: Server, *, fill: bool) -> None:
+    if fill:
+        await server.fill()
+    await server.wait_clients()
+
+
+async def _show(server: Server, console: Console) -> None:
+    with Status("starting", console=console) as status:
+        before = server.statistics()
+        while True:
+            await asyncio.sleep(_EVERY)
+            now = server.statistics()
+            status.update(_line(now, before))
+            before = now
+
+
+def _line(now: Statistics, before: Statistics) -> str:
+    rate = (now.pages - before.pages) / _EVERY
+    fetched = (now.bytes_fetched - before.bytes_fetched) / _EVERY / (1 << 20)
+    text = f"{now.clients} clients  {now.pages:,} pages ({rate:,.0f}/s)  {now.faults:,} faults  {fetched:,.0f} MiB/s"
+    if now.restarts:
+        text += f"  {now.restarts} worker restarts"
+    return text + (f"  {now.source_errors} source errors" if now.source_errors else "")
+
+
+def _notify(state: str) -> None:
+    """Tell systemd (sd_notify), if it asked for that."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+            notifier.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
