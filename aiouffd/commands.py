@@ -133,6 +133,8 @@ def serve(
     """
     if (source is None) == (source_for is None):
         raise click.UsageError("either SOURCE or --source-for says what the clients see")
+    if options["record"] and options["replay"]:
+        raise click.UsageError("either --record or --replay: what a replay brings is not seen to be touched")
     try:
         from aiouffd import serving  # noqa: PLC0415 - needs an extra
     except ImportError as error:

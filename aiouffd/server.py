@@ -250,53 +250,58 @@ class Server:
             await self._converse(client)
 
     async def _take(self, connection: socket.socket) -> Client | None:
-        handoff: Handoff | None = None
+        link = False
         try:
             peer = Peer.of(connection)
-            if peer.uid not in self._uids:
-                raise HandoffError(str(peer), "may not use this server")
+            self._check_user(peer)
             handoff = await firecracker.receive(connection, self._handoff_timeout)
-            client = await self._serve(handoff, connection)
+            link = handoff.regions.extra is not None
+            client = await self._client(handoff, connection)
+            await self._serve(client)
         except (UffdError, OSError, ValueError) as error:
             self.rejected += 1
             log.warning("turned away: %s", error)
-            if handoff is not None:
-                handoff.uffd.close()
-                if handoff.regions.extra is not None:
-                    with contextlib.suppress(OSError):
-                        connection.send(line({"id": 0, "error": encode_error(error)}))
+            if link:
+                with contextlib.suppress(OSError):
+                    connection.send(line({"id": 0, "error": encode_error(error)}))
             return None
         return client
 
-    async def _serve(self, handoff: Handoff, connection: socket.socket) -> Client:
-        regions = handoff.regions
-        extra = regions.extra or {}
-        if extra.get("version", VERSION) != VERSION:
-            raise HandoffError(str(handoff.peer), f"speaks version {extra['version']!r}; this server speaks {VERSION}")
-        name = extra.get("name", "")
-        if not isinstance(name, str):
-            raise HandoffError(str(handoff.peer), "asks for a source by what is no name")
-        self._numbers += 1
-        number = self._numbers
-        pack, size = await asyncio.to_thread(self._pack, handoff.peer, number, name, regions.page_size)
+    def _check_user(self, peer: Peer) -> None:
+        if peer.uid not in self._uids:
+            raise HandoffError(str(peer), "may not use this server")
+
+    async def _client(self, handoff: Handoff, connection: socket.socket) -> Client:
+        """Return who it is and what is asked for, once that has been found to be right; else close what has come."""
+        regions, peer = handoff.regions, handoff.peer
         try:
-            firecracker.check_size(regions, size)
-        except ValueError as error:
-            raise HandoffError(str(handoff.peer), str(error)) from None
-        tenant = Tenant(pack, handoff.uffd, list(regions.mappings), regions.page_size, os.dup(connection.fileno()))
+            name = _name_asked_for(handoff)
+            self._numbers += 1
+            number = self._numbers
+            pack, size = await asyncio.to_thread(self._pack, peer, number, name, regions.page_size)
+            try:
+                firecracker.check_size(regions, size)
+            except ValueError as error:
+                raise HandoffError(str(peer), str(error)) from None
+        except BaseException:
+            handoff.close()
+            raise
+        tenant = Tenant(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether)
         length = sum(mapping.end - mapping.start for mapping in regions.mappings)
-        client = Client(number, handoff.peer, tenant, length, connection, link=regions.extra is not None)
-        self.clients[tenant.token] = client
+        return Client(number, peer, tenant, length, connection, link=regions.extra is not None)
+
+    async def _serve(self, client: Client) -> None:
+        self.clients[client.tenant.token] = client
         try:
-            await asyncio.wrap_future(self._pager.open(tenant))
+            await asyncio.wrap_future(self._pager.open(client.tenant))
         except BaseException:
             self._forget(client, "could not be served")
             raise
         with contextlib.suppress(OSError):  # its own process is gone, or of another namespace: the pager finds out
-            client.pidfd = os.pidfd_open(handoff.peer.pid)
+            client.pidfd = os.pidfd_open(client.peer.pid)
             self._loop.add_reader(client.pidfd, self._exited, client)
-        log.info("%s: %d bytes in %d regions, pages of %d", client, length, len(regions.mappings), regions.page_size)
-        return client
+        tenant = client.tenant
+        log.info("%s: %d bytes in %d regions, pages of %d", client, client.size, len(tenant.mappings), tenant.page_size)
 
     def _pack(self, peer: Peer, number: int, name: str, page_size: int) -> tuple[Pack, int]:
         """Return what serves a client, and its size; what several clients share is made once."""
@@ -385,7 +390,8 @@ class Server:
             self._loop.remove_reader(client.pidfd)
             os.close(client.pidfd)
         client.tenant.uffd.close()
-        os.close(client.tenant.tether)
+        if client.tenant.tether >= 0:
+            os.close(client.tenant.tether)
         if client.link:
             with contextlib.suppress(OSError):
                 client.connection.shutdown(socket.SHUT_RD)  # `_converse` ends, which reads from it
@@ -413,6 +419,16 @@ class Server:
                 self._path.unlink(missing_ok=True)
 
 
+def _name_asked_for(handoff: Handoff) -> str:
+    extra = handoff.regions.extra or {}
+    version, name = extra.get("version", VERSION), extra.get("name", "")
+    if version != VERSION:
+        raise HandoffError(str(handoff.peer), f"speaks version {version!r:.20}; this server speaks {VERSION}")
+    if not isinstance(name, str):
+        raise HandoffError(str(handoff.peer), "asks for a source by what is no name")
+    return name
+
+
 def _listen(path: Path, mode: int) -> socket.socket:
     """Make the socket; one that nobody listens on any more is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -426,6 +442,7 @@ def _listen(path: Path, mode: int) -> socket.socket:
                 raise OSError(error.errno, error.strerror, os.fspath(path)) from None
             path.unlink()
             listener.bind(os.fspath(path))
+        path.chmod(mode)  # what the umask has taken away
         listener.listen(_BACKLOG)
     except BaseException:
         listener.close()

@@ -19,7 +19,7 @@ LEVELS = [
     {"pager"},
     {"monitor", "server", "metrics", "testing", "doctor", "page_server"},
     {"__init__"},
-    {"demo", "daemon", "serving", "commands", "cli"},
+    {"demo", "daemon", "serving", "commands", "cli", "__main__"},
 ]
 
 

@@ -4,7 +4,7 @@
 
 The array has neither a length nor a terminator: it is complete when it parses. `page_size_kib` is the older name of
 `page_size`, and holds bytes, too. Some clients send further descriptors (a memfd); other keys are ignored, but for
-`aiouffd` in the first element, which our own clients send to ask for answers (see `link`).
+`aiouffd` in the first element, which our own clients send to ask for answers (see `link`), together with a pipe.
 """
 
 from __future__ import annotations
@@ -72,11 +72,26 @@ class Regions:
 
 @attrs.frozen
 class Handoff:
-    """A handed-over address space. The descriptor is non-blocking, and the receiver's."""
+    """A handed-over address space.
+
+    Attributes:
+        peer: who sent it.
+        regions: what it says.
+        uffd: non-blocking, and the receiver's.
+        tether: of one of our own clients: the end of a pipe, which tells it when nobody serves any more; else -1. The
+            receiver's, too.
+    """
 
     peer: Peer
     regions: Regions
     uffd: Userfaultfd
+    tether: int = -1
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        self.uffd.close()
+        if self.tether >= 0:
+            os.close(self.tether)
 
 
 def encode(mappings: list[Mapping], page_size: int, extra: dict[str, Any] | None = None) -> bytes:
@@ -166,7 +181,8 @@ async def receive(connection: socket.socket, timeout: float) -> Handoff:  # noqa
     try:
         async with asyncio.timeout(timeout):
             regions = await _gather(connection, fds)
-        return Handoff(peer, regions, _take(fds))
+        uffd = _take(fds)
+        return Handoff(peer, regions, uffd, fds.pop() if regions.extra is not None and fds else -1)
     except TimeoutError:
         raise HandoffError(str(peer), f"sent no complete handoff within {timeout:g} s") from None
     except (ValueError, OSError) as error:

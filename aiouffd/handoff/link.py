@@ -3,7 +3,9 @@
 The client asks `{"id": 1, "op": "prefetch", "offset": 0, "length": 4096}`; the server answers `{"id": 1, "ok": ...}` or
 `{"id": 1, "error": {...}}`, and tells of pages that could not be had by `{"error": {...}}` without an `id`. Its
 first line, `{"id": 0, "ok": {...}}`, says that the memory is served. The end of the connection says, to the server,
-that the client has left; to the client, that nobody serves it any more: server and pager both hold their end.
+that the client has left; to the client, that the server has ended, and nothing can be asked for any more: the pager
+may serve on by itself. Beside the userfaultfd the client sends the writing end of a pipe, which server and pager
+hold: its end says that nobody serves.
 """
 
 from __future__ import annotations
@@ -101,15 +103,21 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._pending: dict[int, Future[Any]] = {0: Future()}
         self._closing = False
+        self._gone = False  # the server; its pager may serve on
+        self._served = False
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._tether, tether = os.pipe2(os.O_CLOEXEC)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
         try:
             self._connection.connect(self._path)
             extra = {"version": VERSION, "name": name}
-            socket.send_fds(self._connection, [encode([mapping], page_size, extra)], [uffd.fileno()])
+            socket.send_fds(self._connection, [encode([mapping], page_size, extra)], [uffd.fileno(), tether])
+            os.close(tether)
+            tether = -1
             self._thread.start()
             self._pending[0].result(_TIMEOUT)
+            self._served = True
         except PermissionError as error:
             self._end()
             raise AccessError(self._path, "the server lets in its own user, and those of --allow-uid") from error
@@ -122,6 +130,9 @@ class ServerEngine:
         except BaseException:
             self._end()
             raise
+        finally:
+            if tether >= 0:
+                os.close(tether)
 
     pids = ()
 
@@ -136,6 +147,7 @@ class ServerEngine:
     def close(self, *, poison: bool) -> None:
         """Serve no longer. What threads wait for is poisoned, if asked."""
         if not self._closing:
+            self._served = False
             try:
                 self._request("close", poison=poison).result(_TIMEOUT)
             except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
@@ -145,15 +157,15 @@ class ServerEngine:
     def _request(self, op: str, **arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self._closing:
-                raise ClosedError("nobody serves this region any more")
+            if self._gone or self._closing:
+                raise ClosedError(f"the server at {self._path} has gone")
             number = next(self._numbers)
             self._pending[number] = future
             try:
                 self._connection.sendall(line({"id": number, "op": op, **arguments}))
             except OSError as error:
                 del self._pending[number]
-                raise ClosedError(f"the server has gone: {error.strerror}") from error
+                raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
         return future
 
     def _run(self) -> None:
@@ -161,29 +173,34 @@ class ServerEngine:
         poller = select.poll()
         poller.register(self._connection.fileno(), select.POLLIN)
         poller.register(self._wake_r, select.POLLIN)
-        reason = "the server at {} and its pager have ended"
+        poller.register(self._tether, 0)  # POLLHUP
         while True:
-            poller.poll()
+            ready = {fd for fd, _ in poller.poll()}
             if self._closing:
                 return
-            try:
-                data = self._connection.recv(64 << 10)
+            if self._connection.fileno() in ready:
+                try:
+                    data = self._connection.recv(64 << 10)
+                    for message in lines.feed(data):
+                        self._handle(message)
+                    reason = "has ended"
+                except (OSError, ValueError) as error:
+                    data, reason = b"", f"cannot be understood: {error}"
                 if not data:
-                    break
-                for message in lines.feed(data):
-                    self._handle(message)
-            except (OSError, ValueError) as error:
-                reason = f"the server at {{}} cannot be understood: {error}"
-                break
-        self._lost(PagerDiedError(reason.format(self._path)))
+                    poller.unregister(self._connection)
+                    self._fail(ClosedError(f"the server at {self._path} {reason}"))
+            elif self._tether in ready:
+                poller.unregister(self._tether)
+                if not self._served:  # turned away, or left: the answer tells
+                    continue
+                self._on_lost()  # first, so that whoever is told finds the region settled
+                self._on_error(PagerDiedError(f"the server at {self._path} and its pager have ended"))
 
-    def _lost(self, error: PagerDiedError) -> None:
+    def _fail(self, error: ClosedError) -> None:
+        """Nothing can be asked for any more."""
         with self._lock:
-            self._closing = True
+            self._gone = True
             pending, self._pending = self._pending, {}
-        if 0 not in pending:  # it was served
-            self._on_error(error)
-            self._on_lost()
         for future in pending.values():
             future.set_exception(error)
 
@@ -210,5 +227,5 @@ class ServerEngine:
             if not future.done():
                 future.set_exception(ClosedError("the Monitor has been left"))
         self._connection.close()
-        for fd in (self._wake_r, self._wake_w):
+        for fd in (self._wake_r, self._wake_w, self._tether):
             os.close(fd)

@@ -99,6 +99,7 @@ class _Tenancy:
         tether: a descriptor to hold open as long as it is served; -1: none.
         ahead: the task that brings pages before they are touched.
         is_child: of a fork.
+        announced: whether the client is told of its end.
     """
 
     origin: _Origin
@@ -106,6 +107,7 @@ class _Tenancy:
     tether: int = -1
     ahead: asyncio.Task[None] | None = None
     is_child: bool = False
+    announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
 
 class _Worker:
@@ -253,7 +255,7 @@ class _Worker:
             tenancy.ahead.cancel()
         if tenancy.tether >= 0:
             os.close(tenancy.tether)
-        if not tenancy.is_child:
+        if tenancy.announced:
             self.send({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
 
@@ -357,7 +359,8 @@ class _Worker:
 
     async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
         """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
-        space, _ = self.asked(message)
+        space, tenancy = self.asked(message)
+        tenancy.announced = False
         if message["poison"]:
             space.poison({page for flight in space.flights.values() for page in flight.wanted})
         if message.get("unregister"):

@@ -48,31 +48,32 @@ class FileSource:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise SourceError(f"FileSource({self.path!r})", 0, 0, f"cannot be opened: {error.strerror}") from error
-        self._adopt(fd)
+        self._adopt(fd, os.fstat(fd).st_size)
 
     @classmethod
-    def from_descriptor(cls, path: str, descriptor: Descriptor) -> FileSource:
-        """Serve the file that is open already."""
+    def from_descriptor(cls, path: str, descriptor: Descriptor, size: int) -> FileSource:
+        """Serve the file that is open already, and had this size when it was opened: it may have been cut since."""
         self = cls.__new__(cls)
         self.path = path
-        self._adopt(descriptor.detach())
+        self._adopt(descriptor.detach(), size)
         return self
 
-    def _adopt(self, fd: int) -> None:
+    def _adopt(self, fd: int, size: int) -> None:
         self._fd = fd
         self._pool: ThreadPoolExecutor | None = None
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
-        self.size = info.st_size
+        self.size = size
         self.sparse = info.st_blocks * 512 < self.size  # else `hole` need not be asked
         self._extent = (0, 0, False)  # start, end, hole: the last answer to that
         self._map: mmap.mmap | None = None
+        self._mapped = min(size, info.st_size)
         self._address = 0
         self._vector = ctypes.create_string_buffer(1 << 10)
-        if self.size:
-            self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
+        if self._mapped:
+            self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
             self._address = address_of(self._map)
         # To others than the owner and those who may write the file, mincore says that all is resident (it would tell
         # them what others read).
@@ -81,7 +82,8 @@ class FileSource:
     def locate(self, offset: int, length: int) -> int | None:
         """Return where the bytes lie in the file's mapping, if reading them would not wait for the disk."""
         # Behind the end of a file that was cut, the rest of its last page would read as zeros (0.4 us, to ask).
-        if not self._tells or os.lseek(self._fd, 0, os.SEEK_END) < offset + length:
+        end = offset + length
+        if not self._tells or end > self._mapped or end > os.lseek(self._fd, 0, os.SEEK_END):
             return None
         skew = offset % mmap.PAGESIZE
         start = self._address + offset - skew
@@ -156,7 +158,7 @@ class FileSource:
 
     def travel(self) -> tuple[Any, tuple[Any, ...]]:
         """Take the open file along."""
-        return FileSource.from_descriptor, (self.path, Descriptor(self._fd))
+        return FileSource.from_descriptor, (self.path, Descriptor(self._fd), self.size)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return FileSource, (self.path,)

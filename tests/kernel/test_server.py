@@ -1,0 +1,645 @@
+"""`aiouffd serve` and `Server` from the outside: microVMs, our own clients, and whoever sends nonsense."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import functools
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pattern import PAGE, Pattern, word
+from scenario import ended, eventually, play
+
+import aiouffd
+from aiouffd.engine.mappings import Mapping
+from aiouffd.handoff import firecracker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parent.parent.parent
+VM = ROOT / "examples" / "microvm.py"
+MIB = 1 << 20
+HUGE = 2 * MIB
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a file of 16 MiB, in which page n consists of words n + 1."""
+    path = tmp_path / "memory.bin"
+    path.write_bytes(b"".join(word(page) * (PAGE // 8) for page in range(16 * MIB // PAGE)))
+    return path
+
+
+class Serve:
+    """A running `aiouffd serve`."""
+
+    def __init__(self, directory: Path, *arguments: object, wait: bool = True, **environment: str) -> None:
+        self.path = directory / "uffd.sock"
+        self.log = directory / "serve.log"
+        command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), "--socket", str(self.path)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=log, env={**os.environ, **environment}
+            )
+        if wait:
+            eventually(self.says_or_ends("listening"), expected=True)
+            assert self.process.poll() is None, self.said
+
+    def says_or_ends(self, text: str) -> Callable[[], bool]:
+        """Return a function that tells whether it has said so, or has ended."""
+        return lambda: text in self.said or self.process.poll() is not None
+
+    @property
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text()
+
+    @property
+    def pager(self) -> int:
+        """Return the keeper's pid."""
+        return int(self.said.split("pager ", 1)[1].split('"', 1)[0])
+
+    @property
+    def worker(self) -> int:
+        """Return the worker's pid, or 0."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path(f"/proc/{self.pager}/task/{self.pager}/children").read_text().split()[0])
+        return 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        keeper = self.pager if "pager " in self.said else 0
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if keeper:
+            assert ended(keeper, 5.0), "the pager has outlived all that it served"
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Have it end, and return its status."""
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+
+def total(pages: range, step: int = 1) -> int:
+    """Return what the guest makes of these pages: it adds the first byte of each."""
+    return sum((page + 1) & 255 for page in pages[::step]) & 0xFFFFFFFF
+
+
+def run_vm(serve: Serve, *arguments: str) -> str:
+    """Run a guest to its end; return what it said."""
+    done = subprocess.run(
+        [sys.executable, str(VM), str(serve.path), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing")
+
+
+# Virtual machines
+
+
+@needs_kvm
+@pytest.mark.parametrize("readahead", ["0", "2M"])
+def test_a_guest_sums_its_memory(image: Path, tmp_path: Path, readahead: str) -> None:
+    """Every page right; a second machine beside the first; a balloon that gives back reads as zeros."""
+    with Serve(tmp_path, image, "--readahead", readahead) as serve:
+        right = total(range(16 * MIB // PAGE))
+        assert f"checksum {right}," in run_vm(serve, "--memory", "16")
+        machines = [
+            subprocess.Popen(
+                [sys.executable, str(VM), str(serve.path), "--memory", "16"], stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(4)
+        ]
+        for machine in machines:
+            output, _ = machine.communicate(timeout=60)
+            assert f"checksum {right}," in output
+        rest = total(range(4 * MIB // PAGE, 16 * MIB // PAGE))
+        assert f"checksum {rest}," in run_vm(serve, "--memory", "16", "--balloon", "4", "--rounds", "2")
+        eventually(lambda: serve.said.count("has ended"), 6)
+        assert serve.end() == 0
+
+
+@needs_kvm
+@pytest.mark.usefixtures("huge_pages")
+def test_a_guest_of_huge_pages(image: Path, tmp_path: Path) -> None:
+    """Four pages of 2 MiB."""
+    with Serve(tmp_path, image) as serve:
+        right = total(range(8 * MIB // PAGE), HUGE // PAGE)
+        assert f"checksum {right}, 4 pages" in run_vm(serve, "--memory", "8", "--page-size", str(HUGE))
+        rest = total(range(HUGE // PAGE, 8 * MIB // PAGE), HUGE // PAGE)
+        assert f"checksum {rest}, 4 pages" in run_vm(serve, "--memory", "8", "--page-size", str(HUGE), "--balloon", "2")
+
+
+@needs_kvm
+def test_a_guest_whose_memory_is_on_a_web_server(image: Path, tmp_path: Path) -> None:
+    """From an HTTP source."""
+    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(tmp_path), "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as web:
+        assert web.stdout is not None
+        url = web.stdout.readline().split()[-1]
+        with Serve(tmp_path, f"{url}/{image.name}") as serve:
+            assert f"checksum {total(range(16 * MIB // PAGE))}," in run_vm(serve, "--memory", "16")
+        web.kill()
+
+
+@needs_kvm
+def test_a_guest_while_the_worker_is_killed(image: Path, tmp_path: Path) -> None:
+    """Five kills that land while the guest runs, page by page: its sum is right, and it is done."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        command = [sys.executable, str(VM), str(serve.path), "--memory", "16", "--rounds", "1"]
+        landed = rounds = 0
+        while landed < 5:
+            rounds += 1
+            assert rounds <= 40, f"only {landed} kills have landed"
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as machine:
+                eventually(functools.partial(handoffs, serve), rounds)
+                time.sleep(random.uniform(0.0, 0.03))  # somewhere in the guest's run
+                os.kill(serve.worker, signal.SIGKILL)
+                if machine.poll() is None:
+                    landed += 1
+                assert machine.stdout is not None
+                assert f"checksum {total(range(16 * MIB // PAGE))}," in machine.stdout.read()
+        assert serve.said.count("is replaced") >= 5
+
+
+def handoffs(serve: Serve) -> int:
+    """Return how many were taken."""
+    return serve.said.count("bytes in 1 regions")
+
+
+# Our own clients
+
+
+def client(path: str, size: int, *, kill: str = "") -> None:
+    """Scenario: a Monitor that is served by a server; somebody is killed in the middle."""
+    region = aiouffd.Region(size)
+    pages = list(range(size // PAGE))
+    random.Random(3).shuffle(pages)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        monitor.prefetch_sync(0, MIB)
+        assert monitor.pids == ()
+        for number, page in enumerate(pages):
+            assert region[page * PAGE : page * PAGE + 8] == word(page)
+            if number == 500 and kill:
+                os.kill(int(kill), signal.SIGKILL)
+        assert monitor.statistics().pages_prefetch >= 256
+        region.madvise(mmap.MADV_DONTNEED, 0, 16 * PAGE)
+        assert region[: 16 * PAGE] == bytes(16 * PAGE)
+        with pytest.raises(ValueError, match="not within the region"):
+            monitor.prefetch_sync(size, 1)
+        monitor.check()
+    assert region[20 * PAGE] == 21
+
+
+def test_a_monitor_that_a_server_serves(image: Path, tmp_path: Path) -> None:
+    """The handoff is acknowledged, prefetch and statistics work, what is removed is zeros; no process is started."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(client, str(serve.path), 16 * MIB)
+        eventually(lambda: "has left; 0 left" in serve.said, expected=True)
+
+
+def run_killing(path: str, size: int, pid: str) -> None:
+    """Scenario, by position."""
+    client(path, size, kill=pid)
+
+
+@pytest.mark.parametrize("who", ["worker", "pager"])
+def test_a_server_whose_pager_is_killed(image: Path, tmp_path: Path, who: str) -> None:
+    """Worker or keeper: nobody notices but the log."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(client, str(serve.path), MIB)
+        play(run_killing, str(serve.path), 16 * MIB, str(getattr(serve, who)))
+        assert "is replaced" in serve.said
+
+
+def server_dies(path: str, pids: list[int]) -> None:
+    """Scenario: all of the server is killed."""
+    region = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        assert region[0] == 1
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(aiouffd.PagerDiedError, match="have ended"):
+            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+        assert region[0] == 1  # what is there stays
+        with pytest.raises(aiouffd.ClosedError):
+            monitor.prefetch_sync(0, PAGE)
+        sys.stdout.write("told\n")
+        sys.stdout.flush()
+        sys.stdout.write(str(region[8 * MIB]))
+
+
+def test_a_server_that_is_gone_altogether(image: Path, tmp_path: Path) -> None:
+    """Listener, keeper and worker killed: an error that says so, then SIGBUS; no hang, and no zeros."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(client, str(serve.path), MIB)
+        output, _ = play(
+            server_dies, str(serve.path), [serve.process.pid, serve.pager, serve.worker], status=-signal.SIGBUS
+        )
+        assert output == "told\n"
+
+
+def outlives(path: str, pid: int) -> None:
+    """Scenario: the listener is killed; the pager serves on."""
+    region = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        os.kill(pid, signal.SIGKILL)
+        for page in range(0, 16 * MIB // PAGE, 7):
+            assert region[page * PAGE] == (page + 1) & 255
+        with pytest.raises(aiouffd.ClosedError, match="gone"):
+            monitor.prefetch_sync(0, PAGE, timeout=10)
+
+
+def test_the_pager_serves_on_when_the_listener_is_killed(image: Path, tmp_path: Path) -> None:
+    """Page faults go on being served; what needs the listener is refused."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(outlives, str(serve.path), serve.process.pid)
+
+
+def no_server(path: str) -> None:
+    """Scenario."""
+    region = aiouffd.Region(MIB)
+    with pytest.raises(aiouffd.PagerStartError, match="is `aiouffd serve` running there"):
+        aiouffd.Monitor(region, server=path + ".no").__enter__()
+    with pytest.raises(aiouffd.HandoffError, match="reaches to offset"):
+        aiouffd.Monitor(aiouffd.Region(32 * MIB), server=path).__enter__()
+    assert region.monitor is None
+    with aiouffd.Monitor(region, server=path):
+        assert region[0] == 1
+    with pytest.raises(ValueError, match="with server= there is"):
+        aiouffd.Monitor(region, Pattern(MIB), server=path)
+
+
+def test_a_monitor_that_is_turned_away(image: Path, tmp_path: Path) -> None:
+    """The reason arrives as a typed error, and the region can be served after all."""
+    with Serve(tmp_path, image) as serve:
+        play(no_server, str(serve.path))
+        assert "turned away" in serve.said
+
+
+def errors_arrive(path: str) -> None:
+    """Scenario: pages that the source cannot give."""
+    region = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        assert region[0] == 1
+        with pytest.raises(aiouffd.ShortReadError):
+            monitor.prefetch_sync(8 * MIB, PAGE)
+        with pytest.raises(OSError, match="Bad address"):  # in place of SIGBUS, for a system call
+            os.write(os.memfd_create("x"), memoryview(region)[9 * MIB : 9 * MIB + 8])
+        with pytest.raises(aiouffd.ShortReadError, match="0x900000"):
+            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+    sys.stdout.write("done")
+
+
+def test_errors_of_the_source_reach_the_client(image: Path, tmp_path: Path) -> None:
+    """A prefetch that fails raises at the client."""
+    with Serve(tmp_path, image, "--readahead", "0", "--retries", "0") as serve:
+        os.truncate(image, 4 * MIB)
+        output, _ = play(errors_arrive, str(serve.path))
+        assert output == "done"
+
+
+def test_many_sources(tmp_path: Path) -> None:
+    """--source-for finds each client's by the name that it asks for; a name cannot leave its directory."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / f"{name}.mem").write_bytes(bytes([number + 1]) * MIB)
+    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem") as serve:
+        play(named, str(serve.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "aiouffd", "serve", "--source-for", "{nonsense}", "--socket", "x"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "knows name, number, pid, uid, not nonsense" in done.stderr
+
+
+def named(path: str) -> None:
+    """Scenario."""
+    for name, byte in (("a", 1), ("b", 2)):
+        region = aiouffd.Region(MIB)
+        with aiouffd.Monitor(region, server=path, server_source=name):
+            assert region[5000] == byte
+    for name in ("../a", "", ".hidden"):
+        with pytest.raises(aiouffd.HandoffError, match="which is no name"):
+            aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source=name).__enter__()
+    with pytest.raises(aiouffd.UffdError, match=r"c\.mem"):
+        aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source="c").__enter__()
+
+
+def working_set(path: str, kind: str) -> None:
+    """Scenario: touch, or find the pages there."""
+    region = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        if kind == "replay":
+            eventually(lambda: monitor.statistics().pages_replay, 200)
+        for page in range(0, 4000, 20):
+            assert region[page * PAGE] == (page + 1) & 255
+        if kind == "replay":
+            assert monitor.statistics().faults == 0
+
+
+def test_record_and_replay(image: Path, tmp_path: Path) -> None:
+    """What one client has touched is brought ahead for the next."""
+    trace = tmp_path / "trace"
+    with Serve(tmp_path, image, "--record", trace) as serve:
+        play(working_set, str(serve.path), "record")
+        assert serve.end() == 0
+    assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [page * PAGE for page in range(0, 4000, 20)]
+    with Serve(tmp_path, image, "--replay", trace) as serve:
+        play(working_set, str(serve.path), "replay")
+
+
+# Ending
+
+
+def waits_for_end(path: str, pid: int, kind: str) -> None:
+    """Scenario: the server is told to end while it serves."""
+    region, connection, _uffd = hand_over(path, 16 * MIB)
+    assert region[0] == 1
+    os.kill(pid, signal.SIGTERM)
+    connection.settimeout(10)
+    if kind == "fill":
+        assert connection.recv(1) == b""  # served no longer
+        assert bytes(region) == b"".join(word(page) * (PAGE // 8) for page in range(16 * MIB // PAGE))
+        region.madvise(mmap.MADV_DONTNEED, 0, PAGE)  # and nobody is asked
+        assert region[0] == 0
+    else:
+        eventually(lambda: Path(path).exists(), expected=False)
+        for page in range(0, 16 * MIB // PAGE, 5):
+            assert region[page * PAGE] == (page + 1) & 255
+
+
+@pytest.mark.parametrize("kind", ["keep", "fill"])
+def test_sigterm(image: Path, tmp_path: Path, kind: str) -> None:
+    """No new clients; those that are there are served until they go, or get all that they miss."""
+    with Serve(tmp_path, image, "--readahead", "0", "--on-term", kind) as serve:
+        play(waits_for_end, str(serve.path), serve.process.pid, kind)
+        assert serve.process.wait(10) == 0
+        assert "SIGTERM: no new clients" in serve.said
+        assert "ended" in serve.said
+
+
+def told_twice(path: str, pid: int, log: str) -> None:
+    """Scenario: the server is told to end twice, while it serves."""
+    region, _connection, _uffd = hand_over(path)
+    assert region[0] == 1
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: "no new clients" in Path(log).read_text(), expected=True)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid, 10.0)
+    for page in range(0, MIB // PAGE, 3):
+        assert region[page * PAGE] == (page + 1) & 255
+
+
+def test_a_second_signal(image: Path, tmp_path: Path) -> None:
+    """The listener ends at once; the pager serves its client on, and ends with it."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(told_twice, str(serve.path), serve.process.pid, str(serve.log))
+        assert serve.process.wait() == 0
+        assert "serves 1 clients on by itself" in serve.said
+
+
+def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
+    """Hand over a region as Firecracker does; keep all that is returned."""
+    region = aiouffd.Region(length)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.fspath(path))
+    mapping = Mapping(region.address, region.address + region.mapped_length, 0)
+    socket.send_fds(connection, [firecracker.encode([mapping], PAGE)], [uffd.fileno()])
+    return region, connection, uffd
+
+
+# Safety
+
+
+def test_the_socket_is_its_users_own(image: Path, tmp_path: Path) -> None:
+    """Mode 0600 unless asked otherwise; another user is turned away by the kernel, or by the peer's uid."""
+    with Serve(tmp_path, image) as serve:
+        assert serve.path.stat().st_mode & 0o777 == 0o600
+    open_to_all = Path(tempfile.mkdtemp())
+    open_to_all.chmod(0o755)
+    with Serve(open_to_all, image, "--mode", "666") as serve:
+        assert serve.path.stat().st_mode & 0o777 == 0o666
+        code = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(serve.path)!r}); print(s.recv(1))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, text=True,
+            timeout=20, check=False,
+        )  # fmt: skip
+        assert done.stdout == "b''\n", done.stderr
+        assert "of user 65534: may not use this server" in serve.said
+    shutil.rmtree(open_to_all)
+
+
+def test_a_socket_that_is_taken(image: Path, tmp_path: Path) -> None:
+    """A second server is refused; a socket that a killed one has left is replaced; another file is not."""
+    with Serve(tmp_path, image) as first:
+        (tmp_path / "x").mkdir()
+        second = subprocess.run(
+            [sys.executable, "-m", "aiouffd", "serve", str(image), "--socket", str(first.path)],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "Address already in use" in second.stderr
+        first.process.kill()
+        first.process.wait()
+        assert first.path.exists()
+    with Serve(tmp_path, image) as third:
+        assert third.end() == 0
+    third.path.write_text("precious")
+    fourth = Serve(tmp_path, image, wait=False)
+    assert fourth.process.wait(20) == 1
+    assert third.path.read_text() == "precious"
+
+
+NONSENSE = st.one_of(
+    st.binary(min_size=1, max_size=300),
+    st.sampled_from([b"[", b"[]", b"[{}]", b'[{"size": 18446744073709551616}]', b"]" * 100]),
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "base_host_virt_addr": st.sampled_from([0, 1, PAGE, 2**47, 2**64 - PAGE, 2**64]),
+                "size": st.sampled_from([0, 1, PAGE, MIB, 2**63, 2**64]),
+                "offset": st.sampled_from([0, 1, PAGE, 2**63]),
+                "page_size": st.sampled_from([0, 1, PAGE, HUGE, 2**64]),
+                "aiouffd": st.sampled_from([None, {}, {"version": 1, "name": []}, {"version": 7}, 3]),
+            },
+        ),
+        max_size=3,
+    ).map(lambda items: json.dumps(items).encode()),
+)
+WITH = st.sampled_from(["nothing", "pipe", "memfd", "uffd", "two"])
+AFTER = st.sampled_from(["close", "wait", "line", "garbage"])
+
+
+class Target:
+    """A server that is sent nonsense, once for all examples."""
+
+    def __init__(self, serve: Serve) -> None:
+        self.serve = serve
+        self.uffds = [aiouffd.Userfaultfd() for _ in range(2)]
+        self.pipe = os.pipe()
+        self.memfd = os.memfd_create("x")
+        self.mine = len(list(Path("/proc/self/fd").iterdir()))
+        self.before = self.descriptors()
+
+    def descriptors(self) -> int:
+        """Count those of listener and worker."""
+        pids = [self.serve.process.pid, self.serve.worker]
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+
+    def send(self, data: bytes, kind: str, after: str) -> None:
+        """Be a bad client."""
+        one, two = (uffd.fileno() for uffd in self.uffds)
+        fds = {"nothing": [], "pipe": [*self.pipe], "memfd": [self.memfd], "uffd": [one], "two": [one, two]}[kind]
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(str(self.serve.path))
+            with contextlib.suppress(ConnectionError):
+                connection.sendmsg(
+                    [data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                )
+                if after == "line":
+                    connection.sendall(b'{"id": 1, "op": "prefetch", "offset": 0, "length": 18446744073709551616}\n')
+                elif after == "garbage":
+                    connection.sendall(b"\0" * 100_000)
+                if after != "close":
+                    while connection.recv(4096):
+                        pass
+
+
+def bombard(image: Path, directory: Path, examples: int) -> None:
+    """Send so many malformed handoffs, then be served."""
+    with Serve(directory, image, "--handoff-timeout", "0.05", "--readahead", "0") as serve:
+        play(client, str(serve.path), MIB)
+        target = Target(serve)
+
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(NONSENSE, WITH, AFTER)
+        def sent(data: bytes, kind: str, after: str) -> None:
+            target.send(data, kind, after)
+
+        sent()
+        eventually(target.descriptors, target.before, 20.0)
+        rss = int(Path(f"/proc/{serve.process.pid}/statm").read_text().split()[1]) * PAGE
+        assert rss < 200 * MIB
+        play(client, str(serve.path), MIB)
+        assert serve.process.poll() is None
+        assert "Traceback" not in serve.said
+        assert "is replaced" not in serve.said
+
+
+def test_malformed_handoffs(image: Path, tmp_path: Path) -> None:
+    """5,000 of them, with the wrong descriptors and what not: the server still serves, and leaks nothing."""
+    bombard(image, tmp_path, 5000)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_malformed_handoffs_for_long(image: Path, tmp_path: Path) -> None:
+    """100,000 of them."""
+    bombard(image, tmp_path, 100_000)
+
+
+# Around it
+
+
+def test_metrics(image: Path, tmp_path: Path) -> None:
+    """What Prometheus reads is what happened."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Serve(tmp_path, image, "--readahead", "0", "--metrics", port) as serve:
+        play(client, str(serve.path), MIB)
+        os.kill(serve.worker, signal.SIGKILL)
+        eventually(lambda: "is replaced" in serve.said, expected=True)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+        assert found['aiouffd_pages_total{cause="prefetch"}'] == 256
+        assert found['aiouffd_events_total{event="remove"}'] == 1
+        assert found["aiouffd_worker_restarts_total"] == 1
+        assert found["aiouffd_clients"] == 0
+        assert found["aiouffd_faults_total"] >= 16
+        assert found['aiouffd_fault_latency_seconds_bucket{le="+Inf"}'] == found["aiouffd_fault_latency_seconds_count"]
+
+
+def test_socket_activation(image: Path, tmp_path: Path) -> None:
+    """As systemd does it: the socket is descriptor 3, and readiness is told."""
+    path = tmp_path / "given.sock"
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
+    ):
+        listener.bind(str(path))
+        listener.listen()
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(20)
+        code = (
+            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.dup2(int(sys.argv[1]), 3);"
+            " from aiouffd.cli import main; sys.exit(main(sys.argv[2:]))"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(listener.fileno()), "serve", str(image)],
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "LISTEN_FDS": "1", "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert notified.recv(100) == b"READY=1"
+            play(client, str(path), MIB)
+            process.terminate()
+            assert notified.recv(100) == b"STOPPING=1"
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_wrong_options(image: Path, tmp_path: Path) -> None:
+    """Each says what to do, and nothing is left running."""
+    for arguments, words in (
+        ([str(image)], "--socket PATH says where to listen"),
+        ([], "either SOURCE or --source-for"),
+        ([str(image), "--source-for", "x"], "either SOURCE or --source-for"),
+        ([str(tmp_path / "none"), "--socket", "s"], "No such file"),
+        ([str(image), "--socket", "s", "--record", "r", "--replay", "r"], "either --record or --replay"),
+        ([str(image), "--socket", "s", "--replay", str(image)], "no recording"),
+        ([str(image), "--socket", "s", "--mode", "888"], "is no mode"),
+        ([str(image), "--socket", "s", "--metrics", "x"], "is no address"),
+        ([str(image), "--socket", str(tmp_path / "no" / "s")], "No such file or directory"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "aiouffd", "serve", *arguments],
+            capture_output=True, text=True, timeout=20, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode in (1, 2), arguments
+        assert words in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
