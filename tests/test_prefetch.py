@@ -119,3 +119,24 @@ def test_memory_stays_flat() -> None:
         readahead.windows(rng.randrange(1 << 28) * PAGE, 0, 1 << 40)
     assert len(readahead._present) <= 1024
     assert len(readahead._streams) <= 16
+
+
+def test_the_window_behind_a_stream_at_full_speed() -> None:
+    """One window ahead, and no more before the toucher is in it; nothing for strangers, or beyond the end."""
+    policy = Readahead(PAGE, 64 * PAGE, 4 * PAGE)
+    size = 1000 * PAGE
+    assert policy.follow(0, size) is None
+    at = 0
+    while True:
+        ((start, length),) = policy.windows(at, 0, size)
+        if length == 64 * PAGE:
+            break
+        assert policy.follow(at, size) is None  # not at full speed yet
+        at = start + length
+    ahead = policy.follow(at, size)
+    assert ahead == (at + 64 * PAGE, 64 * PAGE)
+    assert policy.follow(at, size) is None  # it is in the first window still
+    assert policy.follow(at + 63 * PAGE, size) is None
+    assert policy.follow(at + 70 * PAGE, size) == (at + 128 * PAGE, 64 * PAGE)
+    assert policy.follow(900 * PAGE, size) is None
+    assert policy.follow(at + 130 * PAGE, at + 200 * PAGE) == (at + 192 * PAGE, 8 * PAGE)

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import select
+from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,6 +104,7 @@ class Dispatcher:
         self._pause = _RETRY
         self._closed = False
         self._only: Space | None = None
+        self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
         loop.add_reader(self._epoll.fileno(), self._ready)
         self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
 
@@ -123,6 +125,7 @@ class Dispatcher:
         self._only = space if len(self.spaces) == 1 else None
         self._landing.reading(space.identity if self._only else -1)
         space.on_deferred = self._deferred
+        space.on_later = self._behind.append
         self._epoll.register(fd, select.EPOLLIN)
         self._words[Counter.SPACES] = len(self.spaces)
 
@@ -168,6 +171,12 @@ class Dispatcher:
                 now = perf_counter_ns()
                 deadline = now + self._patience(now)
                 looking = True
+            elif self._behind:
+                if not self._behind[0].advance():
+                    self._behind.popleft()
+                now = perf_counter_ns()
+                if looking:  # its toucher is at work meanwhile, and will soon be behind the window
+                    deadline = now + self._spin_ns
             else:
                 now = perf_counter_ns()
                 if now >= deadline:

@@ -307,6 +307,9 @@ class HandlerServer:
             raise errors[0]
         space.require_served()
 
+    def follow(self, space: Space, page: int) -> None:
+        """Nothing: a handler brings no windows."""
+
     # Writes
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:

@@ -88,6 +88,23 @@ class Readahead:
         stream.expected = start + length
         return [(start, length)]
 
+    def follow(self, offset: int, high: int) -> tuple[int, int] | None:
+        """Return (start, length) of the window behind the one that `offset` is in, for a stream at full speed.
+
+        It is brought while its toucher works on this one, so that neither waits for the other. At most one window
+        ahead: nothing is returned before the toucher is in the one that was. It counts as present from now on.
+        """
+        for stream in reversed(self._streams):
+            if stream.window == self.limit and not stream.stride and stream.last <= offset < stream.expected:
+                start, end = stream.expected, min(stream.expected + stream.window, high)
+                length = next((gap.length for gap in self._present.gaps(start, end) if gap.start == start), 0)
+                if not length:
+                    return None
+                stream.last, stream.expected = start, start + length
+                self._present.add(start, start + length)
+                return start, length
+        return None
+
     def brought(self, start: int, length: int) -> None:
         """Take note that these bytes are present now (prefetch)."""
         if self.limit:

@@ -128,18 +128,33 @@ class SourceServer:
                 asked[address] = address + length
                 wanted = page if low <= offset < low + length else None
                 self._bring(space, address, low, length, runs, wanted, began_ns, Counter.PAGES_READAHEAD)
+            self._follow(space, start, first, offset, first + end - start, began_ns)
         for page, _flags, _thread in faults:
             flight = space.flights.get(page)
             if flight is not None:
                 flight.wanted.add(page)
                 waiting += 1
         if runs:
-            space.settle(runs)
+            space.settle_first(runs, [page for page, _, _ in faults])
         served = len(faults) - waiting
         if served:
             words[_PAGES_FAULT] += served
             words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
+
+    def follow(self, space: Space, page: int) -> None:
+        """A toucher has come upon a window that is being brought: bring the one behind it as well."""
+        start, end, first = space.mappings.locate(page)
+        if first >= 0:
+            self._follow(space, start, first, first + page - start, first + end - start, perf_counter_ns())
+
+    def _follow(self, space: Space, start: int, first: int, offset: int, high: int, began_ns: int) -> None:
+        window = space.readahead.follow(offset, high)
+        if window is not None:
+            runs: list[Run] = []
+            low, length = window
+            self._bring(space, start + low - first, low, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
+            space.settle_later(runs)
 
     def _serve_directly(
         self, space: Space, faults: list[tuple[int, int, int]], began_ns: int
@@ -403,6 +418,8 @@ class SourceServer:
                 space.settle(runs)
             while pending:
                 await asyncio.wait(pending)
+            while space.advance():  # noqa: ASYNC110 - works, and does not wait: windows of faults, which count as present
+                await asyncio.sleep(0)
         except asyncio.CancelledError:
             for task in pending:
                 task.cancel()

@@ -17,6 +17,7 @@ import functools
 import logging
 import mmap
 import operator
+from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,6 +63,9 @@ _STUCK_NS = 5_000_000_000
 """After so long a deferred run is reported. A failed mremap can leave EAGAIN for ever on kernels before mid-2026."""
 _STUCK_AGAIN_NS = 60_000_000_000
 _MINOR_AROUND = 64 << 10
+_FIRST = 64 << 10  # of a window, before its toucher goes on
+_MOST = 2 << 20
+_STEP = 128 << 10  # of the rest at once: some 30 us, for which a fault may have to wait
 _ZEROS = 256 << 10
 
 
@@ -103,6 +107,9 @@ class FaultServer(Protocol):
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""
 
+    def follow(self, space: Space, page: int) -> None:
+        """Take note that a page was touched whose window is being brought."""
+
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
         """Let a thread go that writes to a page which is protected (UFFDIO_WRITEPROTECT, COPY with MODE_WP)."""
 
@@ -123,6 +130,12 @@ class FaultServer(Protocol):
 def _zeros(size: int) -> mmap.mmap:
     """Return memory that is never written to: the kernel shows its one page of zeros all over it."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _part(run: Run, begin: int, length: int) -> Run:
+    """Return bytes [begin, begin + length) of a run."""
+    offset = run.offset if run.offset < 0 else run.offset + begin
+    return Run(run.op, run.dst + begin, offset, length, run.src + begin, run.owner)
 
 
 class Space:
@@ -169,6 +182,9 @@ class Space:
         self.on_child = on_child
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
+        self.later: deque[Run] = deque()  # the rest of windows whose beginning is there
+        self._hurry = max(_STEP, page_size)  # bytes of them that come at once when their toucher is there first
+        self.on_later: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
         self.is_gone = False
         self.closing = False
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
@@ -192,7 +208,7 @@ class Space:
                 self._join(page)
             elif flags & 6:
                 self._present(page, flags, thread)
-            else:
+            elif not self.later or not self._hasten(page, began):
                 self._serve([(page, flags, thread)], began)
             return
         count = bytes(buffer[0 : length : abi.MESSAGE_SIZE]).count(abi.EVENT_PAGEFAULT)
@@ -212,7 +228,7 @@ class Space:
                 self._join(page)
             elif flags & 6:
                 self._present(page, flags, thread)
-            else:
+            elif not self.later or not self._hasten(page, began):
                 missing.append((page, flags, thread))
         if missing:
             self._serve(missing, began)
@@ -330,6 +346,8 @@ class Space:
                 del self.flights[page]
         if self.deferred:
             self.deferred = [(piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)]
+        if self.later:
+            self.later = deque(piece for run in self.later for piece in self.valid(run))
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
 
     def valid(self, run: Run) -> list[Run]:
@@ -385,6 +403,72 @@ class Space:
             self.gone()
         else:
             self.server.failed(self, run, -result)
+
+    def settle_first(self, runs: list[Run], wanted: list[int]) -> None:
+        """As `settle`, for windows: of a large run, only what begins with the page that is waited for.
+
+        The rest follows in pieces while the toucher works on the beginning, and faults that come meanwhile pass it.
+        """
+        now: list[Run] = []
+        later: list[Run] = []
+        for run in runs:
+            page = next((page for page in wanted if run.dst <= page < run.dst + run.left), run.dst)
+            if run.op != Op.COPY or run.left <= max(_FIRST, self.page_size):
+                now.append(run)
+            else:
+                size = max(_FIRST, self.page_size)
+                before, behind = page - run.dst, run.dst + run.left - page - size
+                now.append(_part(run, before, min(size, run.left - before)))
+                if behind > 0:
+                    later.append(_part(run, before + size, behind))
+                if before > 0:
+                    later.append(_part(run, 0, before))
+        if now:
+            self.settle(now)
+        if later:
+            self.settle_later(later)
+
+    def _hasten(self, page: int, began_ns: int) -> bool:
+        """Settle a page whose window is being brought, out of turn; tell whether there was one.
+
+        Its toucher is faster than the pieces: each time, more of what is behind the page comes at once.
+        """
+        for index, run in enumerate(self.later):
+            if run.dst <= page < run.dst + run.left:
+                del self.later[index]
+                before = page - run.dst
+                size = min(self._hurry, run.left - before)
+                if before:
+                    self.later.append(_part(run, 0, before))
+                if behind := run.left - before - size:
+                    self.later.appendleft(_part(run, before + size, behind))
+                self._hurry = min(2 * self._hurry, _MOST)
+                self._words[Counter.PAGES_FAULT] += 1
+                self._words[Counter.PAGES_READAHEAD] -= 1
+                self._settle(_part(run, before, size), wake=True)
+                self.record_latency(began_ns)
+                self.server.follow(self, page)
+                return True
+        return False
+
+    def settle_later(self, runs: list[Run]) -> None:
+        """Settle runs when there is time, in pieces."""
+        idle = not self.later
+        self.later += runs
+        if idle and runs and self.on_later is not None:
+            self.on_later(self)
+
+    def advance(self) -> bool:
+        """Settle the next piece of what comes later; tell whether there is more."""
+        if self.later:
+            run = self.later.popleft()
+            size = min(max(_STEP, self.page_size), run.left)
+            if size < run.left:
+                self.later.appendleft(_part(run, size, run.left - size))
+            elif not self.later:  # nobody has come upon it before it was done
+                self._hurry = max(self._hurry // 2, _STEP, self.page_size)
+            self._settle(_part(run, 0, size), wake=True)
+        return bool(self.later)
 
     def defer(self, run: Run) -> None:
         """Put a run off until `retry`; it wakes its sleepers then."""
@@ -442,6 +526,7 @@ class Space:
         if not self.is_gone:
             self.is_gone = True
             self.deferred.clear()
+            self.later.clear()
             if self.on_gone is not None:
                 self.on_gone(self)
 
@@ -492,6 +577,7 @@ class Space:
         self.closing = True
         self.flights.clear()
         self.deferred.clear()
+        self.later.clear()
         self.server.closed(self)
         self.uffd.close()
 
