@@ -142,6 +142,50 @@ def serve(
     return serving.serve(source, source_for, path, metrics=metrics, fill=on_term == "fill", **options)
 
 
+@group.command("lazy-pages")
+@click.option(
+    "-D",
+    "--images-dir",
+    "images",
+    required=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory of the images.",
+)
+@click.option(
+    "-W",
+    "--work-dir",
+    "work",
+    type=click.Path(exists=True, file_okay=False),
+    help="Where `criu restore` looks for the socket, if elsewhere.",
+)
+@click.option("--page-server", metavar="ADDRESS", help="Fetch lazy pages from `criu dump --lazy-pages` there.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the page server.")
+@click.option(
+    "--criu",
+    type=click.Choice(["4.1", "4.2"]),
+    default="4.1",
+    show_default=True,
+    help="Version of the CRIU that dumps: up to 4.1, or from 4.2 on; its page server does not tell.",
+)
+@click.option(
+    "--background/--no-background",
+    default=True,
+    show_default=True,
+    help="Bring all pages unasked, and end when all are there.",
+)
+@click.option("--readahead", type=Size(), default="2M", show_default=True, help="Largest window; 0: page by page.")
+def lazy_pages(*, page_server: str | None, port: int | None, criu: str, **options: Any) -> int:
+    """Serve `criu restore --lazy-pages`, in place of `criu lazy-pages`."""
+    if (page_server is None) != (port is None):
+        raise click.UsageError("--page-server and --port belong together")
+    try:
+        from aiouffd import serving  # noqa: PLC0415 - needs an extra
+    except ImportError as error:
+        raise click.ClickException(f"{error}. Serving needs an extra: pip install 'aiouffd[serve]'") from error
+    server = (page_server, port) if page_server is not None and port is not None else None
+    return serving.lazy_pages(page_server=server, criu=criu, **options)
+
+
 @group.command()
 def doctor() -> int:
     """Tell what this kernel and this user can do, and what to change if that is too little."""

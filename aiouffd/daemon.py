@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.lazy_pages import LazyPages
     from aiouffd.server import Server
 
-__all__ = ["activated", "log_to", "run"]
+__all__ = ["activated", "log_to", "run", "run_lazy_pages"]
 
 log = logging.getLogger("aiouffd.server")
 
@@ -103,14 +104,46 @@ async def run(server: Server, console: Console, *, fill: bool, where: str) -> in
     return 0
 
 
+async def run_lazy_pages(service: LazyPages, console: Console) -> int:
+    """Serve one restore until all is there; SIGTERM or SIGINT leaves what is served to the pager."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+
+    def ready() -> None:
+        log.info("listening; pager %s", service.pids[0])
+        _notify("READY=1")
+
+    serving = loop.create_task(service.run(ready))
+    told = loop.create_task(signals.get())
+    status = loop.create_task(_show(service, console)) if console.is_terminal else None
+    try:
+        await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            log.warning("%s: what is not there yet is left to the pager", told.result().name)
+            return 1
+        await serving
+    finally:
+        for task in (told, status):
+            if task is not None:
+                task.cancel()
+    log.info("all is there: %d processes, %d pages", service.tasks, service.pages)
+    return 1 if service.errors else 0
+
+
 async def _end(server: Server, *, fill: bool) -> None:
     if fill:
         await server.fill()
     await server.wait_clients()
 
 
-async def _show(server: Server, console: Console) -> None:
+async def _show(server: Server | LazyPages, console: Console) -> None:
     with Status("starting", console=console) as status:
+        await asyncio.sleep(_EVERY)
         before = server.statistics()
         while True:
             await asyncio.sleep(_EVERY)

@@ -205,8 +205,7 @@ class Server:
 
     async def _fill(self, client: Client) -> None:
         try:
-            await asyncio.wrap_future(self._pager.request("fill", client.tenant))
-            await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=False, unregister=True))
+            await asyncio.wrap_future(self._pager.request("release", client.tenant))
         except UffdError as error:
             log.warning("%s cannot be filled: %s", client, error)
         else:

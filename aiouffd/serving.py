@@ -11,9 +11,12 @@ import uvloop
 from rich.console import Console
 
 from aiouffd import daemon
+from aiouffd.engine.assembly import Options
 from aiouffd.errors import HandoffError
+from aiouffd.lazy_pages import LazyPages
 from aiouffd.metrics import Metrics, expose
 from aiouffd.server import Server
+from aiouffd.sources.criu_page_server import HEADER_4_1, HEADER_4_2
 from aiouffd.sources.resolve import as_source
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from aiouffd.handoff.firecracker import Peer
     from aiouffd.sources.base import Source
 
-__all__ = ["choose_by", "serve"]
+__all__ = ["choose_by", "lazy_pages", "serve"]
 
 _FIELDS = {"pid", "uid", "number", "name"}
 
@@ -50,6 +53,34 @@ def serve(
         chosen = choose_by(source_for or "")
     server = Server(chosen, path, listener=listener, **options)
     return _run(server, metrics, fill=fill, where=path or "systemd's socket")
+
+
+def lazy_pages(
+    *,
+    images: str,
+    work: str | None,
+    page_server: tuple[str, int] | None,
+    criu: str,
+    background: bool,
+    readahead: int,
+) -> int:
+    """Run `aiouffd lazy-pages`; return its exit status."""
+    console = Console(stderr=True)
+    daemon.log_to(console)
+
+    async def main() -> int:
+        service = LazyPages(
+            images,
+            work=work,
+            page_server=page_server,
+            header=HEADER_4_2 if criu == "4.2" else HEADER_4_1,
+            options=Options(readahead=readahead),
+            background=background,
+        )
+        return await daemon.run_lazy_pages(service, console)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
 
 
 def choose_by(template: str) -> Callable[[Peer, int, str], Source]:

@@ -17,7 +17,7 @@ LEVELS = [
     {"engine"},
     {"handoff"},
     {"pager"},
-    {"monitor", "server", "metrics", "testing", "doctor", "page_server"},
+    {"monitor", "server", "lazy_pages", "metrics", "testing", "doctor", "page_server"},
     {"__init__"},
     {"demo", "daemon", "serving", "commands", "cli", "__main__"},
 ]

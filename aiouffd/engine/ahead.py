@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
-from aiouffd.ranges import pieces
+from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiouffd.engine.space import FaultServer, Space
     from aiouffd.engine.trace import Trace
@@ -74,18 +74,28 @@ async def fill(space: Space, server: FaultServer, rate: float, on_progress: Call
         ClosedError: the space was dropped.
     """
     words = space.counters.words
-    end = max((m.offset + m.end - m.start for m in space.mappings if m.offset >= 0), default=0)
-    began, first, saved = monotonic(), space.filled, space.filled
+    began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
-    for offset, length in pieces(space.filled, end, space.page_size, _NEAR if server.local else _FAR):
+    for offset, length in _shown(space, _NEAR if server.local else _FAR):
         patience = monotonic() + _PATIENCE
         while faults != words[Counter.FAULTS] and monotonic() < patience:
             faults = words[Counter.FAULTS]
             await asyncio.sleep(_QUIET)
-        await asyncio.sleep(max(0.0, began + (offset - first) / rate - monotonic()))
+        await asyncio.sleep(max(0.0, began + brought / rate - monotonic()))
         await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+        brought += length
         space.filled = offset + length
         if space.filled - saved >= _SAVED:
             saved = space.filled
             on_progress()
     on_progress()
+
+
+def _shown(space: Space, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of the offsets that a space shows, from `filled` on, in pieces."""
+    shown = RangeSet(
+        Range(mapping.offset, mapping.end - mapping.start) for mapping in space.mappings if mapping.offset >= 0
+    )
+    for run in shown:
+        if run.end > space.filled:
+            yield from pieces(max(run.start, space.filled), run.end, space.page_size, step)

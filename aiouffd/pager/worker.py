@@ -268,15 +268,11 @@ class _Worker:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    def family_of(self, token: str) -> list[Space]:
+        return [space for space in self.dispatcher.spaces.values() if self.tenancies[space.identity].token == token]
+
     def space_of(self, token: str) -> Space | None:
-        return next(
-            (
-                space
-                for space in self.dispatcher.spaces.values()
-                if (tenancy := self.tenancies[space.identity]).token == token and not tenancy.is_child
-            ),
-            None,
-        )
+        return next((space for space in self.family_of(token) if not self.tenancies[space.identity].is_child), None)
 
     # Requests
 
@@ -352,20 +348,24 @@ class _Worker:
         space, tenancy = self.asked(message)
         await tenancy.origin.server.prefetch(space, message["offset"], message["length"])
 
-    async def do_fill(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Bring all that is missing, as fast as it goes."""
-        space, tenancy = self.asked(message)
-        await fill(space, tenancy.origin.server, math.inf)
-
     async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
         """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
         space, tenancy = self.asked(message)
         tenancy.announced = False
         if message["poison"]:
             space.poison({page for flight in space.flights.values() for page in flight.wanted})
-        if message.get("unregister"):
-            space.unregister()
         self.dispatcher.drop(space)
+
+    async def do_release(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Bring all that a space and its forked children miss, and give the memory back to them."""
+        while family := self.family_of(message["token"]):
+            for space in family:
+                tenancy = self.tenancies[space.identity]
+                tenancy.announced = False
+                with contextlib.suppress(ClosedError):  # it has ended meanwhile
+                    await fill(space, tenancy.origin.server, math.inf)
+                    space.unregister()
+                    self.dispatcher.drop(space)
 
     async def do_handover(self, message: dict[str, Any], fds: list[int]) -> None:
         """The keeper is dead: give everything to the worker of another one, over the socket that came along."""

@@ -1,0 +1,65 @@
+"""Several sources as one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiouffd.sources.base import Source
+
+__all__ = ["ConcatSource"]
+
+_ALIGNMENT = 2 << 20
+
+
+class ConcatSource:
+    """Several sources behind each other, each from a multiple of 2 MiB on; what is between them is not to be read.
+
+    Args:
+        parts: at least one. They are this source's from now on.
+
+    Attributes:
+        starts: where each of them begins.
+    """
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = list(parts)
+        self.starts: list[int] = []
+        self.size = 0
+        for part in self.parts:
+            self.starts.append(self.size)
+            self.size += (part.size // _ALIGNMENT + 1) * _ALIGNMENT  # there is always something between two
+
+    def _find(self, offset: int) -> tuple[Any, int]:
+        index = bisect_right(self.starts, offset) - 1
+        return self.parts[index], offset - self.starts[index]
+
+    def locate(self, offset: int, length: int) -> int | None:
+        """As the part that it is in; `length` does not reach behind that."""
+        part, at = self._find(offset)
+        locate = getattr(part, "locate", None)
+        return None if locate is None else locate(at, length)
+
+    def read_nowait(self, offset: int, length: int) -> Any:
+        """As the part that it is in."""
+        part, at = self._find(offset)
+        read_nowait = getattr(part, "read_nowait", None)
+        return None if read_nowait is None else read_nowait(at, length)
+
+    async def read(self, offset: int, length: int) -> Any:
+        """As the part that it is in."""
+        part, at = self._find(offset)
+        return await part.read(at, length)
+
+    async def aclose(self) -> None:
+        """Close all parts."""
+        for part in self.parts:
+            close = getattr(part, "aclose", None)
+            if close is not None:
+                await close()
+
+    def __repr__(self) -> str:
+        return f"ConcatSource({self.parts!r})"
