@@ -28,6 +28,7 @@
 static struct {
 	uint64_t *at; /* where the page is now; none: unmapped */
 	uint64_t seed; /* what is in it */
+	int begins; /* a mapping may begin here */
 } pages[MOST];
 static size_t count;
 static const char *directory;
@@ -98,46 +99,54 @@ static void check(size_t low, size_t high)
 	}
 }
 
-/* The end of the run of pages from `low` on that lie behind each other. */
-static size_t adjacent(size_t low, size_t high)
+/* The end of the run of pages from `low` on that lie behind each other; with `one`, in one mapping. */
+static size_t adjacent(size_t low, size_t high, int one)
 {
 	size_t page = low + 1;
-	while (page < high && pages[page].at && pages[page].at == pages[page - 1].at + WORDS)
+	while (page < high && pages[page].at == pages[page - 1].at + WORDS && !(one && pages[page].begins))
 		page++;
 	return page;
 }
 
+static void split(size_t low, size_t high)
+{
+	pages[low].begins = 1;
+	if (high < count)
+		pages[high].begins = 1;
+}
+
+static void protect(size_t low, size_t high, int protection)
+{
+	split(low, high);
+	while (low < high) {
+		size_t end = adjacent(low, high, 0);
+		if (mprotect(pages[low].at, (end - low) * PAGE, protection))
+			fail("mprotect", low, errno, 0);
+		low = end;
+	}
+}
+
+/* Of pages in several mappings some kernels move none and some a part: so one by one. */
 static void move(size_t low, size_t high, int flags)
 {
-	size_t length = (high - low) * PAGE;
-	uint64_t *old = pages[low].at;
-	char *new = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (mremap(old, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | flags, new) == MAP_FAILED) {
-		int error = errno;
-		if (high - low == 1)
-			fail(flags & MREMAP_DONTUNMAP ? "dontunmap" : "mremap", low, error, (uint64_t)old);
-		/* The pages lie in several mappings. New kernels move some of these, and then fail. */
-		for (size_t page = low; page < high; page++) {
-			char *there = new + (page - low) * PAGE;
-			unsigned char present;
-			if (mincore(pages[page].at, PAGE, &present) == 0) {
-				munmap(there, PAGE);
-				move(page, page + 1, flags);
-			} else {
-				pages[page].at = (uint64_t *)there;
-			}
+	split(low, high);
+	while (low < high) {
+		size_t end = adjacent(low, high, 1), length = (end - low) * PAGE;
+		uint64_t *old = pages[low].at;
+		char *new = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (mremap(old, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | flags, new) != new)
+			fail("mremap", low, errno, (uint64_t)old);
+		for (size_t page = low; page < end; page++) {
+			if (flags & MREMAP_DONTUNMAP) /* what stays behind is empty */
+				for (size_t index = 0; index < WORDS; index++)
+					if (pages[page].at[index])
+						fail("left", page, index, pages[page].at[index]);
+			pages[page].at = (uint64_t *)(new + (page - low) * PAGE);
 		}
-		return;
+		if (flags & MREMAP_DONTUNMAP)
+			munmap(old, length);
+		low = end;
 	}
-	for (size_t page = low; page < high; page++) {
-		if (flags & MREMAP_DONTUNMAP) /* what stays behind is empty */
-			for (size_t index = 0; index < WORDS; index++)
-				if (pages[page].at[index])
-					fail("left", page, index, pages[page].at[index]);
-		pages[page].at = (uint64_t *)(new + (page - low) * PAGE);
-	}
-	if (flags & MREMAP_DONTUNMAP)
-		munmap(old, length);
 }
 
 static void act(size_t low, size_t high)
@@ -157,23 +166,22 @@ static void act(size_t low, size_t high)
 		return;
 	case 3:
 		munmap(at, length);
+		split(low, high);
 		for (size_t page = low; page < high; page++)
 			pages[page].at = NULL;
 		return;
 	case 4: /* new memory in place of the old */
 		mmap(at, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 		for (size_t page = low; page < high; page++)
-			pages[page].seed = ZEROS;
+			pages[page].seed = ZEROS, pages[page].begins = 0;
+		split(low, high);
 		return;
 	case 5: /* one mapping becomes three */
-		if (mprotect(at, length, PROT_READ))
-			fail("mprotect", low, errno, 0);
+		protect(low, high, PROT_READ);
 		check(low, low + (high - low) / 2);
 		if (draw(2) == 0)
-			mprotect(at, length, PROT_READ | PROT_WRITE);
-		else
-			move(low, high, 0), mprotect(pages[low].at, length, PROT_READ | PROT_WRITE);
-		return;
+			move(low, high, 0);
+		return protect(low, high, PROT_READ | PROT_WRITE);
 	case 6:
 		return fill(low, high, draw(1ul << 40) + 1);
 	default:
@@ -202,7 +210,7 @@ static void play(int steps)
 			children++;
 		}
 		while (low < high) {
-			size_t end = adjacent(low, high);
+			size_t end = adjacent(low, high, 0);
 			if (pages[low].at)
 				act(low, end);
 			low = end;
@@ -213,7 +221,7 @@ static void play(int steps)
 		if (wait(&status) > 0 && status)
 			wrong = 1;
 	if (wrong)
-		_exit(2);
+		fail("child", depth, 0, 0);
 }
 
 static void await_go(void)
@@ -273,7 +281,7 @@ int main(int arguments, char **argument)
 			for (size_t page = child; page < count; page += 5) /* differs from what is shared */
 				fill(page, page + 1, 1 + child);
 			for (size_t page = 100 * child; page < 100 * child + 50 && page < count; page++)
-				munmap(pages[page].at, PAGE), pages[page].at = NULL;
+				munmap(pages[page].at, PAGE), pages[page].at = NULL, split(page, page + 1);
 		}
 		if (write(ready[1], "x", 1) != 1)
 			return 71;
@@ -292,7 +300,9 @@ int main(int arguments, char **argument)
 	work(argument[1]);
 	while (wait(&status) > 0)
 		wrong |= status;
+	if (wrong)
+		fail("child", depth, 0, 0);
 	if (getsid(0) == getpid())
 		report("done\n");
-	return wrong != 0;
+	return 0;
 }
