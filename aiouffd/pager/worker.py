@@ -360,7 +360,9 @@ class _Worker:
         """Bring all that a space and its forked children miss, and give the memory back to them."""
         while family := self.family_of(message["token"]):
             for space in family:
-                tenancy = self.tenancies[space.identity]
+                tenancy = self.tenancies.get(space.identity)
+                if tenancy is None:  # it has ended while another was filled
+                    continue
                 tenancy.announced = False
                 with contextlib.suppress(ClosedError):  # it has ended meanwhile
                     await fill(space, tenancy.origin.server, math.inf)

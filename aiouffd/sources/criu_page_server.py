@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import struct
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
 
@@ -66,8 +66,7 @@ class _Replies(asyncio.BufferedProtocol):
         self._done = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._view[self._done : self._wanted()]

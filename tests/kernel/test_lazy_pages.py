@@ -1,0 +1,163 @@
+"""`aiouffd lazy-pages` with CRIU itself: a process, and a tree of them, checked word by word after the restore."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import criu
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def rig() -> None:
+    """CRIU is fetched on first use."""
+    try:
+        criu.command()
+    except criu.UnobtainableError as error:
+        pytest.skip(f"CRIU cannot be had: {error}")
+
+
+class Daemon:
+    """A running `aiouffd lazy-pages`."""
+
+    def __init__(self, checkpoint: criu.Checkpoint, *arguments: str) -> None:
+        self.log = checkpoint.images / "aiouffd.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(checkpoint.images), *arguments],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        checkpoint.await_socket(self.process)
+
+    @property
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text()
+
+    def worker(self) -> int:
+        """Return the pid of its worker, 0 where there is none now."""
+        with contextlib.suppress(OSError, IndexError):
+            keeper = self.said.split("pager ", 1)[1].split('"', 1)[0]
+            return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()[0])
+        return 0
+
+
+@contextlib.contextmanager
+def lazily(checkpoint: criu.Checkpoint, *arguments: str) -> Iterator[Daemon]:
+    """Run the daemon; it ends well by itself."""
+    daemon = Daemon(checkpoint, *arguments)
+    try:
+        yield daemon
+        assert daemon.process.wait(60) == 0, daemon.said
+        assert "all is there" in daemon.said
+    except BaseException:
+        sys.stderr.write(daemon.said)
+        raise
+    finally:
+        daemon.process.kill()
+        daemon.process.wait()
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "on-demand"])
+@pytest.mark.parametrize(("mode", "size"), [("scan", 64), ("tree", 16)])
+def test_from_images(tmp_path: Path, mode: str, size: int, background: bool) -> None:
+    """No wrong word; the tree forks, moves, drops and unmaps after the restore."""
+    with criu.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start(mode, size)
+        checkpoint.dump()
+        with lazily(checkpoint, "--background" if background else "--no-background"):
+            restore = checkpoint.restore()
+            checkpoint.go()
+            checkpoint.results()
+            checkpoint.finish(restore)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("scan", 64), ("tree", 16)])
+def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
+    """The lazy pages stay with the dump; it ends well when all are there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with criu.large_pipes(), criu.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start(mode, size)
+        checkpoint.dump_to_server(port)
+        with lazily(checkpoint, "--page-server", "127.0.0.1", "--port", str(port)):
+            restore = checkpoint.restore()
+            checkpoint.go()
+            checkpoint.results()
+            checkpoint.finish(restore)
+
+
+def test_while_the_worker_is_killed(tmp_path: Path) -> None:
+    """Page by page, with kills in between: no wrong word."""
+    with criu.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start("tree", 16)
+        checkpoint.dump()
+        with lazily(checkpoint, "--no-background", "--readahead", "0") as daemon:
+            restore = checkpoint.restore()
+            checkpoint.go()
+            kills = 0
+            while restore.poll() is None and kills < 20 and not (tmp_path / "results").exists():
+                if worker := daemon.worker():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGKILL)
+                    kills += 1
+                criu.until(functools.partial(replaced, daemon, restore, kills), "worker")
+            checkpoint.results()
+            checkpoint.finish(restore)
+            assert kills >= 1
+
+
+def replaced(daemon: Daemon, restore: subprocess.Popen[bytes], kills: int) -> bool:
+    """Tell whether so many workers were replaced, or all is over."""
+    return daemon.said.count("is replaced") >= kills or restore.poll() is not None
+
+
+def test_images_that_are_not_there(tmp_path: Path) -> None:
+    """A restore that fails, and a directory that is none: an error that names it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path / "none")],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = str(closed.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path),
+             "--page-server", "127.0.0.1", "--port", port],
+            capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_restore_that_fails(tmp_path: Path) -> None:
+    """The connection ends before the end mark: said so, with a status."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
+    path = tmp_path / "lazy-pages.socket"
+    criu.until(path.exists, "socket")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.send(b"\1\0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "before the end mark" in errors
+    assert "Traceback" not in errors
+    assert not path.exists()
