@@ -17,7 +17,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
-from benchmarks import fuse, guest
+from benchmarks import fuse, guest, served
 from benchmarks.contestants import PAGE, Arena, bare, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -328,6 +328,61 @@ def recovery_row(*, quick: bool) -> Iterator[Row]:
     )
 
 
+def replay_row(*, quick: bool) -> Iterator[Row]:
+    """A recorded working set on a source with latency, touched again in the same order."""
+    size = (32 if quick else 512) * MIB
+    pages = shuffled(size)[: 1000 if quick else 20_000]
+    directory = tempfile.TemporaryDirectory()
+    trace = Path(directory.name) / "trace"
+    with monitored(size, readahead=0, record=trace) as arena:
+        touch(arena.address, pages, 1)
+
+    def once(**options: Path) -> float:
+        with monitored(size, Far(size, 0.001), readahead=0, **options) as arena:
+            return touch(arena.address, pages, 1) * 1e3
+
+    yield Row(
+        "replay",
+        f"{len(pages)} random pages, a source with 1 ms latency, replayed from a recording",
+        "ms",
+        {"aiouffd": lambda: once(replay=trace), "without": once},
+        (Bar("without", 0.1),),
+        repeats=3,
+    )
+    directory.cleanup()
+
+
+def clients_row(*, quick: bool) -> Iterator[Row]:
+    """Two hundred clients of one server, touches random over all."""
+    size = (8 if quick else 64) * MIB
+    yield Row(
+        "serve-200",
+        "200 clients of `aiouffd serve`, 1 toucher, random over all",
+        "us/page",
+        {
+            "aiouffd": touching(lambda size: served.clients(size, 200), size, 1),
+            "one client": touching(lambda size: served.clients(size, 1), size, 1),
+        },
+    )
+
+
+def restore_row(*, quick: bool) -> Iterator[Row]:
+    """A process that CRIU restores lazily, until it has read all its memory."""
+    size = (8 if quick else 64) * MIB
+    why = served.restore_unavailable()
+    yield Row(
+        "criu",
+        f"lazy restore and full scan of {size // MIB} MiB",
+        "ms",
+        {
+            "aiouffd": served.restoring(served.our_daemon, size),
+            "criu lazy-pages": served.restoring(served.own_daemon, size),
+        },
+        (Bar("criu lazy-pages", 1.0),),
+        left_out={} if why is None else {"aiouffd": why},
+    )
+
+
 def rows(*, quick: bool) -> Iterator[Row]:
     """Return all rows; a row's files live as long as it is being worked on."""
     for make in (
@@ -335,6 +390,9 @@ def rows(*, quick: bool) -> Iterator[Row]:
         sequential_row,
         guest_row,
         latency_row,
+        replay_row,
+        clients_row,
+        restore_row,
         descriptors_row,
         memory_row,
         recovery_row,
