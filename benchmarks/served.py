@@ -18,7 +18,7 @@ from aiouffd.handoff import firecracker
 from benchmarks.contestants import PAGE, Arena, content
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import criu  # the rig of the tests
+import criu_rig  # the rig of the tests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def clients(size: int, count: int) -> Iterator[Arena]:
         log = stack.enter_context((Path(directory) / "log").open("w+"))
         server = stack.enter_context(subprocess.Popen(command, stderr=log))
         stack.callback(server.kill)
-        criu.until(lambda: "listening" in Path(log.name).read_text(), "server")
+        criu_rig.until(lambda: "listening" in Path(log.name).read_text(), "server")
         for number in range(count):
             start = region.address + number * step
             end = region.address + size if number == count - 1 else start + step
@@ -49,26 +49,26 @@ def clients(size: int, count: int) -> Iterator[Arena]:
             connection.connect(str(listening))
             message = firecracker.encode([Mapping(start, end, start - region.address)], PAGE)
             socket.send_fds(connection, [message], [uffd.fileno()])
-        criu.until(lambda: Path(log.name).read_text().count("regions, pages of") == count, "handoffs")
+        criu_rig.until(lambda: Path(log.name).read_text().count("regions, pages of") == count, "handoffs")
         yield Arena(region.address, server.pid)
 
 
 def restore_unavailable() -> str | None:
     """Return why there can be no restore here, or None."""
     try:
-        criu.command()
-    except criu.UnobtainableError as error:
+        criu_rig.command()
+    except criu_rig.UnobtainableError as error:
         return str(error)
     return None
 
 
 def restoring(
-    daemon: Callable[[criu.Checkpoint], contextlib.AbstractContextManager[None]], size: int
+    daemon: Callable[[criu_rig.Checkpoint], contextlib.AbstractContextManager[None]], size: int
 ) -> Callable[[], float]:
     """Return a contestant: milliseconds from the start of `criu restore` until the process has read all its memory."""
 
     def once() -> float:
-        with tempfile.TemporaryDirectory() as directory, criu.Checkpoint(Path(directory)) as checkpoint:
+        with tempfile.TemporaryDirectory() as directory, criu_rig.Checkpoint(Path(directory)) as checkpoint:
             checkpoint.start("scan", size // MIB)
             checkpoint.dump()
             with daemon(checkpoint):
@@ -84,20 +84,20 @@ def restoring(
 
 
 @contextlib.contextmanager
-def own_daemon(checkpoint: criu.Checkpoint) -> Iterator[None]:
+def own_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[None]:
     """`criu lazy-pages`."""
     checkpoint.lazy_pages()
     yield
 
 
 @contextlib.contextmanager
-def our_daemon(checkpoint: criu.Checkpoint) -> Iterator[None]:
+def our_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[None]:
     """`aiouffd lazy-pages`."""
     command = [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(checkpoint.images)]
     log = checkpoint.directory / "aiouffd.log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file, env=dict(os.environ)) as daemon:
         try:
-            criu.until(lambda: "listening" in log.read_text(), "daemon")
+            criu_rig.until(lambda: "listening" in log.read_text(), "daemon")
             yield
         finally:
             daemon.kill()

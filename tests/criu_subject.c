@@ -158,7 +158,8 @@ static void act(size_t low, size_t high)
 		return move(low, high, 0);
 	case 1:
 		return move(low, high, MREMAP_DONTUNMAP);
-	case 2: /* dropped pages hold zeros */
+	case 2: /* dropped pages hold zeros; CRIU's own daemon makes a mapping of its own of them */
+		split(low, high);
 		if (madvise(at, length, MADV_DONTNEED))
 			fail("madvise", low, errno, 0);
 		for (size_t page = low; page < high; page++)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import struct
 from collections import deque
 from typing import Any, cast
@@ -66,7 +67,7 @@ class _Replies(asyncio.BufferedProtocol):
         self._done = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's are none by type
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._view[self._done : self._wanted()]
@@ -137,7 +138,8 @@ class _Replies(asyncio.BufferedProtocol):
 class CriuPageServer:
     """The lazy pages of all processes of a dump. An async context manager that ends the session in order.
 
-    Used on one loop. Reads may be under way at once; their requests are pipelined.
+    Used on one loop. Reads may be under way at once; their requests are pipelined. Picklable, as long as only one of
+    the copies is connected.
 
     Args:
         host: where `criu dump --lazy-pages` runs.
@@ -169,7 +171,8 @@ class CriuPageServer:
         self.port = port
         self.header = header
         self.timeout = timeout
-        self._most = pages
+        self.requests = requests
+        self.pages = pages
         self._places = asyncio.Semaphore(requests)
         self._replies: _Replies | None = None
         self._closed = False
@@ -205,12 +208,12 @@ class CriuPageServer:
         """
         if nr_pages <= 0 or vaddr % PAGE_SIZE:
             raise ValueError(f"{nr_pages} pages at {vaddr:#x}")
-        first = await self._get(pid, vaddr, min(nr_pages, self._most))
+        first = await self._get(pid, vaddr, min(nr_pages, self.pages))
         if len(first) == nr_pages * PAGE_SIZE:
             return first
         while len(first) < nr_pages * PAGE_SIZE:
             done = len(first) // PAGE_SIZE
-            first += await self._get(pid, vaddr + len(first), min(nr_pages - done, self._most))
+            first += await self._get(pid, vaddr + len(first), min(nr_pages - done, self.pages))
         return first
 
     def task(self, pid: int) -> CriuTaskSource:
@@ -253,6 +256,10 @@ class CriuPageServer:
         else:
             with contextlib.suppress(SourceError):  # the first error is the one to be told
                 await self.aclose()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {name: getattr(self, name) for name in ("header", "timeout", "requests", "pages")}
+        return functools.partial(CriuPageServer, self.host, self.port, **settings), ()
 
     def __repr__(self) -> str:
         return f"CriuPageServer({self.host!r}, {self.port})"

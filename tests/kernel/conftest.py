@@ -6,6 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import criu_rig
 import pytest
 
 if TYPE_CHECKING:
@@ -35,3 +36,15 @@ def _four_more(knob: Path) -> Iterator[None]:
         yield
     finally:
         knob.write_text(before)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Iterator[criu_rig.Checkpoint]:
+    """A process to be checkpointed by a real CRIU, and killed at the end whatever became of it."""
+    try:
+        criu_rig.command()
+        criu_rig.subject_program()
+        with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as one:
+            yield one
+    except criu_rig.UnobtainableError as error:
+        pytest.skip(str(error))

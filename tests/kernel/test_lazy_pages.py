@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import criu
+import criu_rig
 import pytest
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 def rig() -> None:
     """CRIU is fetched on first use."""
     try:
-        criu.command()
-    except criu.UnobtainableError as error:
+        criu_rig.command()
+    except criu_rig.UnobtainableError as error:
         pytest.skip(f"CRIU cannot be had: {error}")
 
 
 class Daemon:
     """A running `aiouffd lazy-pages`."""
 
-    def __init__(self, checkpoint: criu.Checkpoint, *arguments: str) -> None:
+    def __init__(self, checkpoint: criu_rig.Checkpoint, *arguments: str) -> None:
         self.log = checkpoint.images / "aiouffd.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -55,7 +55,7 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def lazily(checkpoint: criu.Checkpoint, *arguments: str) -> Iterator[Daemon]:
+def lazily(checkpoint: criu_rig.Checkpoint, *arguments: str) -> Iterator[Daemon]:
     """Run the daemon; it ends well by itself."""
     daemon = Daemon(checkpoint, *arguments)
     try:
@@ -74,7 +74,7 @@ def lazily(checkpoint: criu.Checkpoint, *arguments: str) -> Iterator[Daemon]:
 @pytest.mark.parametrize(("mode", "size"), [("scan", 64), ("tree", 16)])
 def test_from_images(tmp_path: Path, mode: str, size: int, background: bool) -> None:
     """No wrong word; the tree forks, moves, drops and unmaps after the restore."""
-    with criu.Checkpoint(tmp_path) as checkpoint:
+    with criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start(mode, size)
         checkpoint.dump()
         with lazily(checkpoint, "--background" if background else "--no-background"):
@@ -90,7 +90,7 @@ def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with criu.large_pipes(), criu.Checkpoint(tmp_path) as checkpoint:
+    with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start(mode, size)
         checkpoint.dump_to_server(port)
         with lazily(checkpoint, "--page-server", "127.0.0.1", "--port", str(port)):
@@ -102,7 +102,7 @@ def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
 
 def test_while_the_worker_is_killed(tmp_path: Path) -> None:
     """Page by page, with kills in between: no wrong word."""
-    with criu.Checkpoint(tmp_path) as checkpoint:
+    with criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start("tree", 16)
         checkpoint.dump()
         with lazily(checkpoint, "--no-background", "--readahead", "0") as daemon:
@@ -114,7 +114,7 @@ def test_while_the_worker_is_killed(tmp_path: Path) -> None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker, signal.SIGKILL)
                     kills += 1
-                criu.until(functools.partial(replaced, daemon, restore, kills), "worker")
+                criu_rig.until(functools.partial(replaced, daemon, restore, kills), "worker")
             checkpoint.results()
             checkpoint.finish(restore)
             assert kills >= 1
@@ -152,7 +152,7 @@ def test_a_restore_that_fails(tmp_path: Path) -> None:
         [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
     path = tmp_path / "lazy-pages.socket"
-    criu.until(path.exists, "socket")
+    criu_rig.until(path.exists, "socket")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.send(b"\1\0")

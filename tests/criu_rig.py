@@ -25,7 +25,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-HERE = Path(__file__).parent
+SUBJECT = Path(__file__).parent / "kernel" / "criu_subject.c"
 SUITE = "trixie"
 PACKAGES = (
     *("libc6", "criu", "libcompel1", "libbsd0", "libgnutls30t64", "libnet1", "libnftables1", "libnl-3-200"),
@@ -76,7 +76,8 @@ def _apt(root: Path, *arguments: str, cwd: Path | None = None) -> None:
         "Dir::Etc::sourceparts": root / "etc/sources.list.d",
         "Dir::Etc::preferencesparts": root / "etc/preferences.d",
         "Acquire::Languages": "none",
-        "Acquire::Retries": "2",
+        "Acquire::Retries": "1",
+        "Acquire::http::Timeout": "20",
         "APT::Sandbox::User": "root",
         "APT::Get::List-Cleanup": "false",
     }
@@ -135,19 +136,23 @@ def command() -> tuple[str, ...]:
 @cache
 def subject_program() -> Path:
     """Build the process that is checkpointed: static, so that nothing of it is mapped from the system's files."""
-    source = HERE / "criu_subject.c"
     compiler = shutil.which("cc")
     if compiler is None:
         raise UnobtainableError("no C compiler")
-    built = cache_directory() / f"subject-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    built = cache_directory() / f"subject-{hashlib.sha256(SUBJECT.read_bytes()).hexdigest()[:16]}"
     if not built.exists():
         with tempfile.NamedTemporaryFile(dir=built.parent, delete=False) as file:
             pass
         options = ["-static", "-O2", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run([compiler, *options, "-o", file.name, source], check=True)
+        subprocess.run([compiler, *options, "-o", file.name, SUBJECT], check=True)
         Path(file.name).chmod(0o755)
         Path(file.name).rename(built)
     return built
+
+
+def word(page: int, index: int = 0) -> int:
+    """Return what the subject has put into a word of its memory, when it was started with `scan`."""
+    return (page * 512 + index + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
@@ -264,16 +269,8 @@ class Checkpoint:
         # Its pids are wanted again: the tasks below it are reaped by init, in its own time.
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before), "end of what was dumped")
 
-    def pre_dump(self) -> None:
-        """Put the memory as it is now into a parent image, without stopping the subject for good."""
-        parent = self.directory / "parent"
-        parent.mkdir()
-        common = ["-t", str(self.pid), "-D", str(parent), "-o", "pre-dump.log", "-v4", "--track-mem"]
-        result = subprocess.run([*command(), "pre-dump", *common], capture_output=True, timeout=60, check=False)
-        assert result.returncode == 0, tail(parent / "pre-dump.log")
-
-    def dump_to_server(self, port: int) -> None:
-        """Checkpoint the subject, but let `criu dump` keep the lazy pages and serve them at 127.0.0.1.
+    def dump_to_server(self, port: int) -> subprocess.Popen[bytes]:
+        """Checkpoint the subject, but let `criu dump` keep the lazy pages and serve them at 127.0.0.1; return it.
 
         Until they are fetched the subject stays, frozen, and so do its pids: it is restored in a pid namespace.
         """
@@ -296,6 +293,7 @@ class Checkpoint:
             if writing >= 0:
                 os.close(writing)
         self._namespace = True
+        return dump
 
     def go(self) -> None:
         """Let the subject begin, now or as soon as it is restored."""
