@@ -1,0 +1,298 @@
+"""`handoff.criu`: what `criu restore --lazy-pages` sends, and what it never sends."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loops import run
+
+from aiouffd.errors import HandoffError
+from aiouffd.handoff.criu import SOCKET_NAME, LazyPagesSocket, RestoredTask
+from aiouffd.handoff.receive import receive, require_userfaultfd
+from aiouffd.kernel.userfaultfd import Userfaultfd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+END = struct.pack("=I", 0x52535446)
+
+
+def pid(number: int) -> bytes:
+    """Return what CRIU sends of a pid."""
+    return struct.pack("=i", number)
+
+
+def connect(directory: Path) -> socket.socket:
+    """Connect as CRIU does."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    try:
+        client.connect(str(directory / SOCKET_NAME))
+    except OSError:
+        client.close()
+        raise
+    return client
+
+
+def hand_over(client: socket.socket, *descriptors: int, data: bytes = b"\0") -> None:
+    """Send descriptors with the byte that carries them."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    client.sendmsg([data], rights)
+
+
+async def gather(lazy: LazyPagesSocket, into: list[RestoredTask]) -> None:
+    """Gather the tasks up to the end mark, or to an error."""
+    async with asyncio.timeout(10):
+        async for task in lazy.tasks():
+            into.append(task)  # noqa: PERF401 - what came before an error counts
+
+
+async def all_of(lazy: LazyPagesSocket) -> list[RestoredTask]:
+    """Return the tasks up to the end mark."""
+    tasks: list[RestoredTask] = []
+    await gather(lazy, tasks)
+    return tasks
+
+
+def descriptors() -> set[str]:
+    """Return what this process has open."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{entry.name} {entry.readlink()}")
+    return found
+
+
+@pytest.fixture
+def uffd() -> Iterator[Userfaultfd]:
+    """One that any user may open."""
+    with Userfaultfd(user_mode_only=True) as one:
+        yield one
+
+
+@run
+async def test_two_tasks_and_a_zombie(tmp_path: Path, uffd: Userfaultfd) -> None:
+    """Each task comes with its descriptor, close-on-exec; a zombie has none; the end mark is the end."""
+    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+        client.sendall(pid(10))
+        hand_over(client, uffd.fileno())
+        client.sendall(pid(-11))
+        client.sendall(pid(12))
+        hand_over(client, uffd.fileno())
+        client.sendall(END)
+        tasks = await all_of(lazy)
+        assert [task.pid for task in tasks] == [10, 12]
+        for task in tasks:
+            assert not os.get_inheritable(task.fd)
+            require_userfaultfd(task.fd, "peer")
+            os.close(task.fd)
+        assert lazy.finished
+        assert lazy.peer is not None
+        assert (lazy.peer.pid, lazy.peer.uid) == (os.getpid(), os.geteuid())
+        client.close()
+        await lazy.closed()
+    assert not lazy.path.exists()
+
+
+@run
+async def test_tasks_come_as_they_are_sent(tmp_path: Path, uffd: Userfaultfd) -> None:
+    """A task is given before the next one has sent anything: it may fault before the end mark."""
+    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+        tasks = lazy.tasks()
+        for number in (5, 6):
+            for byte in pid(number):  # however it is cut
+                client.sendall(bytes([byte]))
+                await asyncio.sleep(0)
+            waiting = asyncio.ensure_future(anext(tasks))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            hand_over(client, uffd.fileno())
+            async with asyncio.timeout(10):
+                task = await waiting
+            assert task.pid == number
+            os.close(task.fd)
+        assert not lazy.finished
+        client.sendall(END)
+        with pytest.raises(StopAsyncIteration):
+            await anext(tasks)
+
+
+_BROKEN: dict[str, tuple[list[bytes | str], str]] = {
+    "nothing": ([], "before the end mark"),
+    "half a pid": ([pid(7)[:2]], r"within a number \(2 bytes\)"),
+    "zero": ([pid(0)], "where a pid or the end mark belongs"),
+    "beyond all pids": ([pid((1 << 22) + 1)], "where a pid or the end mark belongs"),
+    "the least number": ([pid(-(1 << 31))], "where a pid or the end mark belongs"),
+    "the same pid twice": ([pid(7), "uffd", pid(7)], "has sent 7"),
+    "the same zombie twice": ([pid(-7), pid(-7)], "has sent -7"),
+    "no descriptor": ([pid(7), b"\0"], "no descriptor behind the pid 7"),
+    "an end behind the pid": ([pid(7)], "nothing behind the pid 7"),
+    "a pipe": ([pid(7), "pipe"], "pipe:.*not a userfaultfd"),
+    "a blocking one": ([pid(7), "blocking"], "without O_NONBLOCK"),
+    "two": ([pid(7), "two"], "more than 1 descriptors"),
+    "a descriptor with a pid": (["early"], "more than 0 descriptors"),
+    "HTTP": ([b"GET / HTTP/1.1\r\n\r\n"], "where a pid or the end mark belongs"),
+}
+
+
+@pytest.mark.parametrize("what", _BROKEN)
+@run
+async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) -> None:
+    """Each is a `HandoffError` that says what was wrong, and no descriptor of it stays open."""
+    steps, complaint = _BROKEN[what]
+    with LazyPagesSocket(tmp_path, timeout=5) as lazy:
+        before = descriptors()
+        with connect(tmp_path) as client:
+            for step in steps:
+                if isinstance(step, bytes):
+                    client.sendall(step)
+                elif step in ("uffd", "two"):
+                    hand_over(client, *([uffd.fileno()] * (2 if step == "two" else 1)))
+                elif step == "early":
+                    hand_over(client, uffd.fileno(), data=pid(7))
+                elif step == "blocking":
+                    os.set_blocking(uffd.fileno(), True)
+                    hand_over(client, uffd.fileno())
+                else:
+                    ends = os.pipe()
+                    hand_over(client, ends[0])
+                    for end in ends:
+                        os.close(end)
+        given_out: list[RestoredTask] = []
+        with pytest.raises(HandoffError, match=complaint):
+            await gather(lazy, given_out)
+        assert not lazy.finished
+        assert len(given_out) == steps.count("uffd")
+        for task in given_out:
+            os.close(task.fd)
+    await asyncio.sleep(0)
+    assert {name for name in descriptors() - before if "socket:" not in name} == set()
+
+
+@run
+async def test_silence_behind_a_pid(tmp_path: Path) -> None:
+    """A descriptor that does not come is an error in bounded time."""
+    with LazyPagesSocket(tmp_path, timeout=0.05) as lazy, connect(tmp_path) as client:
+        client.sendall(pid(7))
+        with pytest.raises(HandoffError, match="nothing behind the pid 7"):
+            await all_of(lazy)
+
+
+@run
+async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
+    """Nothing may come there."""
+    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+        client.sendall(END + b"x")
+        assert await all_of(lazy) == []
+        with pytest.raises(HandoffError, match="behind the end mark"):
+            await lazy.closed()
+
+
+@run
+async def test_one_connection_only(tmp_path: Path) -> None:
+    """The second is refused, and does not wait."""
+    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+        client.sendall(END)
+        await all_of(lazy)
+        with pytest.raises(ConnectionRefusedError):
+            connect(tmp_path)
+
+
+@run
+async def test_canceling_loses_nothing(uffd: Userfaultfd) -> None:
+    """A wait that is given up leaves no reader behind, and what comes later is received."""
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    with left, right:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await receive(left, 1, 1)
+        hand_over(right, uffd.fileno())
+        data, found = await receive(left, 1, 1)
+        assert data == b"\0"
+        os.close(found[0])
+
+
+def test_the_socket_file(tmp_path: Path) -> None:
+    """Mode 0600; one that was left is replaced, anything else is not; a long path works; closing removes it."""
+    with LazyPagesSocket(tmp_path) as first:
+        assert stat.S_IMODE(first.path.stat().st_mode) == 0o600
+        with LazyPagesSocket(tmp_path) as second:
+            connect(tmp_path).close()
+        assert not second.path.exists()
+    first.path.write_text("mine")
+    with pytest.raises(HandoffError, match="in the way"):
+        LazyPagesSocket(tmp_path)
+    assert first.path.read_text() == "mine"
+    with pytest.raises(FileNotFoundError):
+        LazyPagesSocket(tmp_path / "nowhere")
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    before = descriptors()
+    with LazyPagesSocket(deep) as far:
+        assert stat.S_ISSOCK(far.path.stat().st_mode)
+    assert descriptors() == before
+    assert not list(deep.iterdir())
+
+
+_steps = st.lists(
+    st.one_of(
+        st.sampled_from([pid(1), pid(-2), pid(3), END, b"\0", b"", b"\xff" * 5]), st.binary(max_size=9), st.just("uffd")
+    ),
+    max_size=8,
+)
+
+
+async def answer(steps: list[bytes | str]) -> None:
+    """Play a client; whatever it sends ends in the end mark or in a `HandoffError`."""
+    with tempfile.TemporaryDirectory() as name, LazyPagesSocket(name, timeout=5) as lazy:
+        with connect(Path(name)) as client, Userfaultfd(user_mode_only=True) as one:
+            for step in steps:
+                if isinstance(step, bytes):
+                    client.sendall(step)
+                else:
+                    hand_over(client, one.fileno())
+        taken: list[RestoredTask] = []
+        try:
+            await gather(lazy, taken)
+        except HandoffError:
+            assert not lazy.finished
+        else:
+            assert lazy.finished
+        for task in taken:
+            os.close(task.fd)
+
+
+def survives(steps: list[bytes | str]) -> None:
+    """Play it; no descriptor is left open."""
+    before = descriptors()
+    asyncio.run(answer(steps))
+    assert descriptors() == before
+
+
+@settings(max_examples=1_000, deadline=None)
+@given(_steps)
+def test_any_client_is_survived(steps: list[bytes | str]) -> None:
+    """1,000 of them."""
+    survives(steps)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@settings(max_examples=20_000, deadline=None)
+@given(_steps)
+def test_any_client_is_survived_at_length(steps: list[bytes | str]) -> None:
+    """20,000 of them."""
+    survives(steps)
