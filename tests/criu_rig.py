@@ -25,7 +25,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-SUBJECT = Path(__file__).parent / "kernel" / "criu_subject.c"
+SUBJECT = Path(__file__).parent / "criu_subject.c"
 SUITE = "trixie"
 PACKAGES = (
     *("libc6", "criu", "libcompel1", "libbsd0", "libgnutls30t64", "libnet1", "libnftables1", "libnl-3-200"),
