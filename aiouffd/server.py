@@ -25,8 +25,8 @@ from aiouffd.engine.source_server import Limits
 from aiouffd.engine.trace import Recorder, Trace
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff import firecracker
-from aiouffd.handoff.firecracker import Peer
 from aiouffd.handoff.link import VERSION, Lines, line
+from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client import Pack, PagerClient, Tenant
 
 if TYPE_CHECKING:

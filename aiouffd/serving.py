@@ -22,7 +22,7 @@ from aiouffd.sources.resolve import as_source
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.handoff.firecracker import Peer
+    from aiouffd.handoff.receive import Peer
     from aiouffd.sources.base import Source
 
 __all__ = ["choose_by", "lazy_pages", "serve"]

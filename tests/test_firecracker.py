@@ -20,6 +20,7 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker
+from aiouffd.handoff.receive import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,7 +186,7 @@ async def test_a_handoff_in_one_message() -> None:
     with aiouffd.Userfaultfd() as uffd:
         socket.send_fds(wire.client, [text({})], [uffd.fileno()])
         handoff = await wire.receive()
-    assert handoff.peer == firecracker.Peer(os.getpid(), os.getuid(), os.getgid())
+    assert handoff.peer == Peer(os.getpid(), os.getuid(), os.getgid())
     assert not os.get_inheritable(handoff.uffd.fileno())
     assert not os.get_blocking(handoff.uffd.fileno())
     handoff.uffd.close()

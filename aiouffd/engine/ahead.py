@@ -66,8 +66,22 @@ async def _replay(space: Space, server: FaultServer, trace: Trace, on_progress: 
         on_progress()
 
 
-async def fill(space: Space, server: FaultServer, rate: float, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Bring all that the space shows, `rate` bytes per second at most (inf: as fast as it goes).
+async def fill(
+    space: Space,
+    server: FaultServer,
+    rate: float,
+    on_progress: Callable[[], None] = lambda: None,
+    *,
+    patience: float = _PATIENCE,
+) -> None:
+    """Bring all that the space shows.
+
+    Args:
+        space: its `filled` says where to begin, and is kept up to date.
+        server: brings the pages.
+        rate: bytes per second at most; inf: as fast as it goes.
+        on_progress: called after so much that a successor should know.
+        patience: seconds to wait, at most, for a moment without faults before each piece.
 
     Raises:
         UffdError: the source or the handler failed.
@@ -77,8 +91,8 @@ async def fill(space: Space, server: FaultServer, rate: float, on_progress: Call
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
     for offset, length in _shown(space, _NEAR if server.local else _FAR):
-        patience = monotonic() + _PATIENCE
-        while faults != words[Counter.FAULTS] and monotonic() < patience:
+        limit = monotonic() + patience
+        while faults != words[Counter.FAULTS] and monotonic() < limit:
             faults = words[Counter.FAULTS]
             await asyncio.sleep(_QUIET)
         await asyncio.sleep(max(0.0, began + brought / rate - monotonic()))

@@ -9,50 +9,33 @@ The array has neither a length nor a terminator: it is complete when it parses. 
 
 from __future__ import annotations
 
-import array
 import asyncio
 import itertools
 import json
 import os
 import select
-import socket
-import struct
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from aiouffd.engine.mappings import Mapping
 from aiouffd.errors import HandoffError
+from aiouffd.handoff.receive import Peer, is_userfaultfd
+from aiouffd.handoff.receive import receive as receive_some
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.ranges import align_up
 
-__all__ = ["Handoff", "Peer", "Regions", "encode", "parse", "receive"]
+if TYPE_CHECKING:
+    import socket
+
+__all__ = ["Handoff", "Regions", "encode", "parse", "receive"]
 
 MOST_BYTES: Final = 1 << 20
 MOST_REGIONS: Final = 4096
 _MOST_FDS: Final = 16
 _TRIES: Final = 16  # so often an array may seem to end within a message
-_CREDENTIALS: Final = struct.Struct("=iII")
 _ADDRESSES: Final = 1 << 57  # what a process can map at most, on any 64-bit architecture of today
 _PAGES: Final = range(12, 31)  # 4 KiB to 1 GiB, as powers of two
-
-
-@attrs.frozen
-class Peer:
-    """Who is on the other side of a Unix socket, as the kernel says (SO_PEERCRED); `pid` 0: of another namespace."""
-
-    pid: int
-    uid: int
-    gid: int
-
-    @classmethod
-    def of(cls, connection: socket.socket) -> Peer:
-        """Ask for the peer of a connection."""
-        return cls(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
-
-    def __str__(self) -> str:
-        return f"process {self.pid} of user {self.uid}"
 
 
 @attrs.frozen
@@ -196,19 +179,9 @@ async def _gather(connection: socket.socket, fds: list[int]) -> Regions:
     data = b""
     tries = 0
     while True:
-        await _readable(connection)
-        try:
-            piece, ancillary, flags, _ = connection.recvmsg(
-                64 << 10, socket.CMSG_SPACE(4 * _MOST_FDS), socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            continue
-        for level, kind, payload in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                numbers = array.array("i")
-                numbers.frombytes(payload[: len(payload) // 4 * 4])
-                fds.extend(numbers)
-        if flags & socket.MSG_CTRUNC or len(fds) > _MOST_FDS:
+        piece, more = await receive_some(connection, 64 << 10, _MOST_FDS)
+        fds += more
+        if len(fds) > _MOST_FDS:
             raise ValueError(f"more than {_MOST_FDS} descriptors")
         if not piece:
             raise ValueError(f"closed the connection after {len(data)} bytes of a handoff")
@@ -237,28 +210,13 @@ def _is_whole(data: bytes) -> bool:
     return True
 
 
-async def _readable(connection: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(connection.fileno(), _arrived, future)
-    try:
-        await future
-    finally:
-        loop.remove_reader(connection.fileno())
-
-
-def _arrived(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 def _take(fds: list[int]) -> Userfaultfd:
     """Take the one userfaultfd out of what has arrived.
 
     Raises:
         ValueError: there is none, or several, or it cannot be used.
     """
-    found = [fd for fd in fds if str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[userfaultfd]"]
+    found = [fd for fd in fds if is_userfaultfd(fd)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} userfaultfds among {len(fds)} descriptors; one is needed")
     fd = found[0]

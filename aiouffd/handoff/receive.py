@@ -12,7 +12,7 @@ import attrs
 
 from aiouffd.errors import HandoffError
 
-__all__ = ["Peer", "receive", "require_userfaultfd"]
+__all__ = ["Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
 
 _CREDENTIALS = struct.Struct("=iII")
 _LINK = "anon_inode:[userfaultfd]"
@@ -23,6 +23,7 @@ class Peer:
     """Who is at the other end of a connection, as the kernel knows it (SO_PEERCRED): when it connected."""
 
     pid: int
+    """0: of another pid namespace."""
     uid: int
     gid: int
 
@@ -33,7 +34,7 @@ class Peer:
         return cls(*_CREDENTIALS.unpack(data))
 
     def __str__(self) -> str:
-        return f"pid {self.pid} (uid {self.uid})"
+        return f"process {self.pid} of user {self.uid}"
 
 
 async def receive(connection: socket.socket, size: int, descriptors: int = 0) -> tuple[bytes, list[int]]:
@@ -86,6 +87,15 @@ def _settle(ready: asyncio.Future[None]) -> None:
         ready.set_result(None)
 
 
+def is_userfaultfd(fd: int) -> bool:
+    """Tell whether a descriptor is a userfaultfd."""
+    return _kind(fd) == _LINK
+
+
+def _kind(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+
+
 def require_userfaultfd(fd: int, peer: str) -> None:
     """See that a descriptor is a userfaultfd, and not blocking.
 
@@ -94,11 +104,7 @@ def require_userfaultfd(fd: int, peer: str) -> None:
     Raises:
         HandoffError: it is something else. It is not closed.
     """
-    try:
-        found = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
-    except OSError as error:
-        found = str(error)
-    if found != _LINK:
-        raise HandoffError(peer, f"has sent a descriptor of {found}, not a userfaultfd")
+    if not is_userfaultfd(fd):
+        raise HandoffError(peer, f"has sent a descriptor of {_kind(fd)}, not a userfaultfd")
     if os.get_blocking(fd):
         raise HandoffError(peer, "has sent a userfaultfd without O_NONBLOCK, which poll(2) does not work on")

@@ -365,7 +365,7 @@ class _Worker:
                     continue
                 tenancy.announced = False
                 with contextlib.suppress(ClosedError):  # it has ended meanwhile
-                    await fill(space, tenancy.origin.server, math.inf)
+                    await fill(space, tenancy.origin.server, math.inf, patience=0.0)
                     space.unregister()
                     self.dispatcher.drop(space)
 
