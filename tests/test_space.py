@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from typing import TYPE_CHECKING, Any, cast
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.ahead import complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError
+from aiouffd.kernel import abi
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.memory import SealedMemory, address_of
 from aiouffd.testing import POISONED, FakeUffd
@@ -266,3 +269,30 @@ def test_a_layout_that_never_settles_is_reported(monkeypatch: pytest.MonkeyPatch
     world.uffd.failures.clear()
     world.settle()
     assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
+
+
+@pytest.mark.parametrize("located", [True, False])
+def test_what_is_brought_ahead_is_there_when_that_is_said(located: bool) -> None:
+    """Also where the kernel puts pages off, and where a change of the layout has let a flight fall."""
+    world = World(64 * PAGE, located=located)
+
+    async def main() -> None:
+        world.uffd.failures.extend([-errno.EAGAIN] * 5)
+        done = asyncio.create_task(world.space.server.bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH))
+        while not done.done():
+            await asyncio.sleep(0.001)
+            world.space.retry()
+        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(8)]
+        late = asyncio.create_task(
+            world.space.server.bring(world.space, [(8 * PAGE, 8 * PAGE)], Counter.PAGES_PREFETCH)
+        )
+        await asyncio.sleep(0)
+        moved = (BASE + 8 * PAGE, ELSEWHERE, 8 * PAGE)
+        world.uffd.mappings.append((ELSEWHERE, ELSEWHERE + 8 * PAGE))
+        world.space.layout(abi.REMAP_MESSAGE.pack(*moved).replace(bytes(1), bytes([abi.EVENT_REMAP]), 1))
+        await late
+        await complete(world.space, world.space.server)
+        where = ELSEWHERE if not located else BASE + 8 * PAGE  # what was at hand had come before it was moved
+        assert {where + page * PAGE for page in range(8)} <= set(world.uffd.pages)
+
+    asyncio.run(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import FaultServer, Space
     from aiouffd.engine.trace import Trace
 
-__all__ = ["bring_ahead", "fill"]
+__all__ = ["bring_ahead", "complete", "fill"]
 
 log = logging.getLogger("aiouffd")
 
@@ -103,6 +104,28 @@ async def fill(
             saved = space.filled
             on_progress()
     on_progress()
+
+
+async def complete(space: Space, server: FaultServer) -> None:
+    """Bring all that a space misses, as fast as it goes, until nothing can be missing; errors as for `fill`.
+
+    What is known to be present is a hint, which a change of the layout makes doubtful: where there was one, everything
+    is offered to the kernel once more, which says EEXIST.
+    """
+    trusted = space.born
+    pause = 0.0
+    while True:
+        if space.mappings.generation != trusted:
+            trusted = space.mappings.generation
+            space.filled = 0
+            space.readahead = space.readahead.fresh()
+        await fill(space, server, math.inf, patience=0.0)
+        await space.quiet()
+        if space.mappings.generation == trusted and not space.flights:
+            return
+        # A process that changes its layout all the time is served on, and does not keep the loop busy.
+        pause = min(pause + 0.01, 1.0)
+        await asyncio.sleep(pause)
 
 
 def _shown(space: Space, step: int) -> Iterator[tuple[int, int]]:

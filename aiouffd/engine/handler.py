@@ -225,7 +225,7 @@ class HandlerServer:
         if cause == Counter.PAGES_FAULT:
             flight.wanted.add(fault.page.start)
         space.take_off(flight)
-        task = asyncio.get_running_loop().create_task(self._fly(space, flight, fault, cause))
+        task = flight.done = asyncio.get_running_loop().create_task(self._fly(space, flight, fault, cause))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -303,6 +303,8 @@ class HandlerServer:
                 break
         if tasks:
             await asyncio.wait(tasks)
+        if not errors:
+            await space.quiet()
         if errors:
             raise errors[0]
         space.require_served()

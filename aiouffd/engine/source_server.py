@@ -296,7 +296,10 @@ class SourceServer:
         length = flight.end - flight.start
         data, source = _whole_pages(data, min(length, self._size - flight.offset), length)
         run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
-        for piece in space.valid(run):
+        shown = space.valid(run)
+        if sum(piece.left for piece in shown) < length:  # the layout has changed meanwhile
+            space.readahead.forget(flight.offset, flight.offset + length)
+        for piece in shown:
             space.settle([piece])
         count = len(flight.wanted)
         self._words[_PAGES_FAULT] += count
@@ -418,8 +421,8 @@ class SourceServer:
                 space.settle(runs)
             while pending:
                 await asyncio.wait(pending)
-            while space.advance():  # noqa: ASYNC110 - works, and does not wait: windows of faults, which count as present
-                await asyncio.sleep(0)
+            if not errors:
+                await space.quiet()
         except asyncio.CancelledError:
             for task in pending:
                 task.cancel()

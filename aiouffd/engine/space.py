@@ -11,6 +11,7 @@ are forgotten, and what they bring is used only where the mappings still say the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -30,7 +31,6 @@ from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.mappings import Mappings
@@ -62,6 +62,7 @@ _EAGAIN = -errno.EAGAIN
 _STUCK_NS = 5_000_000_000
 """After so long a deferred run is reported. A failed mremap can leave EAGAIN for ever on kernels before mid-2026."""
 _STUCK_AGAIN_NS = 60_000_000_000
+_TURN = 0.001
 _MINOR_AROUND = 64 << 10
 _FIRST = 64 << 10  # of a window, before its toucher goes on
 _MOST = 2 << 20
@@ -177,6 +178,7 @@ class Space:
         self.counters = counters
         self.readahead = readahead
         self.identity = identity
+        self.born = mappings.generation
         self.write_protect = write_protect
         self.on_error = on_error
         self.on_child = on_child
@@ -341,14 +343,33 @@ class Space:
 
     def _changed(self, start: int, end: int) -> None:
         """Forget what is under way for a range whose layout has changed, and wake its sleepers to fault anew."""
+        # What is dropped here was taken for present: that must be forgotten, or nobody brings it any more.
         if self.flights:
             for page in [page for page in self.flights if start <= page < end]:
-                del self.flights[page]
+                flight = self.flights.pop(page)
+                self._forget(flight.offset + page - flight.start, self.page_size)
         if self.deferred:
+            for run, _, _ in self.deferred:
+                self._forget(run.offset, run.left)
             self.deferred = [(piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)]
         if self.later:
+            for run in self.later:
+                self._forget(run.offset, run.left)
             self.later = deque(piece for run in self.later for piece in self.valid(run))
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
+
+    def _forget(self, offset: int, length: int) -> None:
+        if offset >= 0:
+            self.readahead.forget(offset, offset + length)
+
+    async def quiet(self) -> None:
+        """Wait until what is under way now is done: flights, what is deferred, and the rests of windows."""
+        flights = {flight.done for flight in self.flights.values() if flight.done is not None}
+        if flights:
+            await asyncio.wait(flights)
+        while (self.deferred or self.later) and not self.is_gone and not self.closing:
+            self.advance()
+            await asyncio.sleep(_TURN if self.deferred else 0)  # the dispatcher's timer retries
 
     def valid(self, run: Run) -> list[Run]:
         """Cut a run down to the parts whose addresses still show what they showed when it was made."""

@@ -9,7 +9,6 @@ import faulthandler
 import gc
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import uvloop
 
-from aiouffd.engine.ahead import bring_ahead, fill
+from aiouffd.engine.ahead import bring_ahead, complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
@@ -365,7 +364,7 @@ class _Worker:
                     continue
                 tenancy.announced = False
                 with contextlib.suppress(ClosedError):  # it has ended meanwhile
-                    await fill(space, tenancy.origin.server, math.inf, patience=0.0)
+                    await complete(space, tenancy.origin.server)
                     space.unregister()
                     self.dispatcher.drop(space)
 
