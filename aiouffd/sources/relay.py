@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ __all__ = ["Relay", "RelaySource"]
 
 _REQUEST = struct.Struct("=IQQ")  # which source, offset, length
 _ANSWER = struct.Struct("=?Q")  # whether it is an error, bytes that follow
+_CREDENTIALS = struct.Struct("=iII")
 _CONNECTIONS = 16
 
 
@@ -52,7 +54,10 @@ class Relay:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while True:
+            _, uid, _ = _CREDENTIALS.unpack(
+                writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            while uid in (0, os.geteuid()):
                 index, offset, length = _REQUEST.unpack(await reader.readexactly(_REQUEST.size))
                 failed = False
                 try:
@@ -102,7 +107,11 @@ class RelaySource:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connection, self.address)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, self.address)
+        except BaseException:
+            connection.close()
+            raise
         return await asyncio.open_unix_connection(sock=connection, limit=1 << 20)
 
     async def aclose(self) -> None:

@@ -1,0 +1,112 @@
+"""`sources.relay` and `sources.concat`: a source of another process, and several as one."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import TYPE_CHECKING
+
+import pytest
+from loops import run
+from pattern import PAGE, Pattern, content
+
+import aiouffd
+from aiouffd.sources.concat import ConcatSource
+from aiouffd.sources.relay import Relay, RelaySource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 256 * PAGE
+
+
+class Sometimes(Pattern):
+    """Fails for its second page."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, a little later."""
+        await asyncio.sleep(0)
+        if offset == PAGE:
+            raise aiouffd.SourceError(repr(self), offset, length, "not today")
+        return content(offset, length)
+
+
+@run
+async def test_reads_go_through() -> None:
+    """Many at once, from several sources; what fails there fails here with its reason, and costs the others nothing."""
+    async with Relay() as relay:
+        first: RelaySource = pickle.loads(pickle.dumps(relay.add(Sometimes(SIZE))))
+        second = relay.add(Pattern(2 * SIZE))
+        assert (first.size, second.size) == (SIZE, 2 * SIZE)
+        offsets = [page * PAGE for page in range(2, 200)]
+        found = await asyncio.gather(*(first.read(offset, PAGE) for offset in offsets))
+        assert found == [content(offset, PAGE) for offset in offsets]
+        with pytest.raises(aiouffd.SourceError, match="not today"):
+            await first.read(PAGE, PAGE)
+        assert await second.read(SIZE, 17) == content(SIZE, 17)
+        await first.aclose()
+        assert await first.read(0, PAGE) == content(0, PAGE)
+        await first.aclose()
+        await second.aclose()
+
+
+@run
+async def test_a_canceled_read_leaves_no_answer_to_the_next() -> None:
+    """Its connection is given up."""
+    async with Relay() as relay:
+        source = relay.add(Sometimes(SIZE))
+        for offset in range(0, 64 * PAGE, 2 * PAGE):
+            task = asyncio.create_task(source.read(offset, PAGE))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert await source.read(offset + 2 * PAGE, PAGE) == content(offset + 2 * PAGE, PAGE)
+        await source.aclose()
+
+
+@run
+async def test_another_user_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abstract address has no mode: the peer's user is looked at."""
+    monkeypatch.setattr("aiouffd.sources.relay._CREDENTIALS", Nobody())
+    async with Relay() as relay:
+        source = relay.add(Pattern(SIZE))
+        with pytest.raises(aiouffd.SourceError, match="whoever has it is gone"):
+            await source.read(0, PAGE)
+
+
+class Nobody:
+    """As if the kernel said that the peer is another user."""
+
+    size = 12
+
+    def unpack(self, data: bytes) -> tuple[int, int, int]:
+        """Return other credentials."""
+        assert len(data) == self.size
+        return 1, 65534, 65534
+
+
+@run
+async def test_whoever_has_it_is_gone() -> None:
+    """A SourceError that says so."""
+    async with Relay() as relay:
+        source = relay.add(Pattern(SIZE))
+    with pytest.raises(aiouffd.SourceError, match="whoever has it is gone"):
+        await source.read(0, PAGE)
+
+
+@run
+async def test_several_sources_as_one(tmp_path: Path) -> None:
+    """Each from a multiple of 2 MiB on, with something in between; located, read at once, or later, as each can."""
+    path = tmp_path / "file"
+    path.write_bytes(content(0, SIZE))
+    whole = ConcatSource([aiouffd.FileSource(path), Sometimes(3 << 20), aiouffd.BufferSource(content(0, PAGE))])
+    assert whole.starts == [0, 2 << 20, 6 << 20]
+    assert whole.size == 8 << 20
+    assert whole.locate(5 * PAGE, PAGE) is not None
+    assert await whole.read(5 * PAGE, PAGE) == content(5 * PAGE, PAGE)
+    assert await whole.read((2 << 20) + 5 * PAGE, PAGE) == content(5 * PAGE, PAGE)
+    assert bytes(await whole.read(6 << 20, PAGE)) == content(0, PAGE)
+    with pytest.raises(aiouffd.SourceError, match="not today"):
+        await whole.read((2 << 20) + PAGE, PAGE)
+    await whole.aclose()
