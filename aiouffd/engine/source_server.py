@@ -410,14 +410,14 @@ class SourceServer:
                     pending.add(flight.done)
                     flight.done.add_done_callback(landed)
                 size += length
+                if errors or space.is_gone or space.closing:
+                    break
                 if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
                     if runs:
                         space.settle(runs)
                     runs, size = [], 0
                     await asyncio.sleep(0)  # faults first
-                if errors or space.is_gone or space.closing:
-                    break
-            if runs:
+            if runs and not space.is_gone and not space.closing:
                 space.settle(runs)
             while pending:
                 await asyncio.wait(pending)

@@ -162,8 +162,8 @@ def test_readme_commands_do_all_the_setup() -> None:
 def test_readme_snippets_run(tmp_path: Path) -> None:
     """The quick start's blocks, put into a program with a local file in place of the URL."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    opened, monitored, handler, kernel = blocks
+    assert len(blocks) == 6
+    opened, monitored, handler, ahead, writes, kernel = blocks
     weights = tmp_path / "weights.bin"
     weights.write_bytes(bytes(range(256)) * (1 << 20))
     indented = "\n".join("    " + line for line in monitored.splitlines() if "wait_error" not in line)
@@ -179,6 +179,12 @@ def test_readme_snippets_run(tmp_path: Path) -> None:
             "    region = aiouffd.Region(1 << 20)",
             "    async with aiouffd.Monitor(region, Tracing()): assert region[9 * 4096] == 9",
             "asyncio.run(main())",
+            f"source = aiouffd.FileSource({str(weights)!r})",
+            re.sub("^with", "region = aiouffd.Region(1 << 20)\nwith", ahead, flags=re.MULTILINE).replace(
+                "working-set.trace", str(tmp_path / "trace")
+            ),
+            "region = aiouffd.Region(1 << 20)",
+            writes,
             "region, page = aiouffd.Region(4096), bytes(4096)",
             kernel,
         ]
