@@ -101,7 +101,8 @@ class ServerEngine:
         self._on_lost = on_lost
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._pending: dict[int, Future[Any]] = {0: Future()}
+        taken: Future[Any] = Future()
+        self._pending: dict[int, Future[Any]] = {0: taken}
         self._closing = False
         self._gone = False  # the server; its pager may serve on
         self._served = False
@@ -116,7 +117,7 @@ class ServerEngine:
             os.close(tether)
             tether = -1
             self._thread.start()
-            self._pending[0].result(_TIMEOUT)
+            taken.result(_TIMEOUT)
             self._served = True
         except PermissionError as error:
             self._end()
