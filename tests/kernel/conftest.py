@@ -48,3 +48,12 @@ def checkpoint(tmp_path: Path) -> Iterator[criu_rig.Checkpoint]:
             yield one
     except criu_rig.UnobtainableError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    """A name of `kinds.MAKERS`, given by an indirect parameter: where it is one of huge pages, there are some."""
+    name: str = request.param
+    if name.startswith("hugetlb"):
+        request.getfixturevalue("huge_pages")
+    return name
