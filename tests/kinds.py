@@ -29,6 +29,7 @@ TMPFS = "/dev/shm"
 MAP_NORESERVE = 0x4000
 MAP_FIXED = 0x10
 PROT_NONE = 0
+KEEP_SIZE, PUNCH_HOLE = 1, 2
 
 IPC_RMID = 0
 
@@ -39,6 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
 _libc.shmat.restype = ctypes.c_void_p
 _libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
@@ -116,8 +118,15 @@ class Memory:
         return address_of(other)
 
     def empty(self) -> None:
-        """Give its pages back: a file's are punched out, MADV_DONTNEED would leave them in the file."""
+        """Give its pages back: a file's as well, or they would be there at the next touch."""
         libc.madvise(self.address, self.length, mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED)
+        if not self.shared and self.fd >= 0:  # a private mapping may not remove, yet what it has read the file has
+            self.punch(0, self.length)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Make a hole in the file."""
+        if _libc.fallocate(self.fd, PUNCH_HOLE | KEEP_SIZE, offset, length):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _of_mmap(area: mmap.mmap, pages: int, page_size: int, *, shared: bool, fd: int = -1) -> Memory:
