@@ -5,9 +5,12 @@ An address space of pages in dictionaries, threads that are names. It keeps the 
 - a page that was filled with DONTWAKE is there, and its sleepers still sleep;
 - EEXIST wakes nobody; WAKE without a page makes the thread fault once more;
 - read hands out page faults before layout events;
-- while a layout event is unread, every resolving operation is EAGAIN; WAKE is not;
+- the thread that caused a layout event sleeps until it is read: REMOVE is sent before the pages go, REMAP and UNMAP
+  after, and a move's UNMAP only when its REMAP has been read;
+- while a layout event is unread, every resolving operation is EAGAIN; WAKE, REGISTER and UNREGISTER are not;
 - a copy that meets a page that is there ends before it, and returns what it has done;
-- a run that no single mapping covers is ENOENT; after `exit()` all is ESRCH.
+- a run that no single registered mapping covers is ENOENT; after `exit()` all is ESRCH (REGISTER, UNREGISTER: ENOMEM);
+- memory that is not registered (any more) reads as zeros.
 
 The same contract tests run against it and against the kernel.
 """
@@ -17,9 +20,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
 
 from aiouffd.errors import operation_error
 from aiouffd.kernel import abi, events
@@ -27,15 +33,35 @@ from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
 
-__all__ = ["FakeUffd"]
+__all__ = ["POISONED", "FakeUffd"]
 
 PAGE = 4096
 POISONED = b"poisoned"
 """In place of a page's bytes: whoever touches it would get SIGBUS."""
 
 _DONTWAKE = 1
+_LOWEST = 0x10000
+_HIGHEST = (1 << 47) - PAGE
+"""Where memory of a process may lie (mmap_min_addr, TASK_SIZE): an operation outside is EINVAL, not ENOENT."""
+
+
+@attrs.define
+class _Area:
+    """Addresses [start, end) of one mapping.
+
+    Attributes:
+        origin: which mapping, and by how much it was moved: neighbours of one origin are one mapping to the kernel, if
+            both are registered or neither.
+        registered: whether its missing pages are told.
+    """
+
+    start: int
+    end: int
+    origin: tuple[int, int]
+    registered: bool
 
 
 class FakeUffd:
@@ -48,78 +74,107 @@ class FakeUffd:
             lets one do what it would.
     """
 
-    def __init__(self, features: Feature = abi.LAYOUT_EVENTS) -> None:
+    def __init__(self, features: Feature = abi.LAYOUT_EVENTS | Feature.THREAD_ID) -> None:
         self.features = features
         self.ioctls = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
         self.opened_by = "fake"
         self.pages: dict[int, bytes] = {}
         self.asleep: dict[int, list[int]] = {}
         self.failures: deque[int] = deque()
-        self.mappings: list[tuple[int, int]] = []
-        self._faults: deque[bytes] = deque()
-        self._events: deque[bytes] = deque()
+        self._areas: list[_Area] = []
+        self._origins = itertools.count()
+        self._faults: deque[tuple[int, bytes]] = deque()  # page, message
+        self._events: deque[tuple[bytes, Iterator[bytes]]] = deque()  # message, what its thread does when it is read
         self._alive = True
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    @property
+    def mappings(self) -> list[tuple[int, int]]:
+        """What is registered: (start, end), in order."""
+        return [(area.start, area.end) for area in self._areas if area.registered]
 
     # What threads do
 
     def touch(self, address: int, thread: int = 1) -> bytes | None:
-        """Have a thread touch a page: return its bytes, or None where it has to wait, asleep until it is woken."""
+        """Have a thread touch a page: return its bytes, or None where it has to wait, asleep until it is woken.
+
+        Raises:
+            MemoryError: nothing is mapped there.
+        """
         page = address & -PAGE
         if page in self.pages:
             return self.pages[page]
-        if not any(start <= page < end for start, end in self.mappings):
+        area = next((area for area in self._areas if area.start <= page < area.end), None)
+        if area is None:
             raise MemoryError(f"nothing is mapped at {address:#x}")
+        if not area.registered:
+            return self.pages.setdefault(page, bytes(PAGE))
+        told = thread if self.features & Feature.THREAD_ID else 0
         self.asleep.setdefault(page, []).append(thread)
-        self._faults.append(abi.PAGEFAULT_MESSAGE.pack(abi.EVENT_PAGEFAULT, FaultFlag(0), page, thread))
+        self._faults.append((page, abi.PAGEFAULT_MESSAGE.pack(abi.EVENT_PAGEFAULT, FaultFlag(0), page, told)))
         self._signal()
         return None
 
+    def mmap(self, start: int, length: int) -> None:
+        """Have a thread map memory where nothing is; it is not registered yet."""
+        if any(area.start < start + length and start < area.end for area in self._areas):
+            raise FileExistsError(errno.EEXIST, f"something is mapped in [{start:#x}, {start + length:#x})")
+        self._areas.append(_Area(start, start + length, (next(self._origins), 0), registered=False))
+        self._areas.sort(key=lambda area: area.start)
+
     def madvise_dontneed(self, start: int, end: int) -> None:
-        """Have a thread empty a range: REMOVE is queued, and the pages go."""
-        self._drop(start, end)
-        self._layout(Feature.EVENT_REMOVE, abi.EVENT_REMOVE, start, end)
+        """Have a thread empty a range: REMOVE is queued, and when it has been read the pages go."""
+        self._go_on(self._dontneed(start, end))
 
     def munmap(self, start: int, end: int) -> None:
         """Have a thread unmap a range; who sleeps there sleeps on until it is woken."""
-        self._drop(start, end)
-        self.mappings = [
-            piece
-            for low, high in self.mappings
-            for piece in ((low, min(high, start)), (max(low, end), high))
-            if piece[0] < piece[1]
-        ]
-        self._layout(Feature.EVENT_UNMAP, abi.EVENT_UNMAP, start, end)
+        self._go_on(self._munmap(start, end))
 
     def mremap(self, source: int, destination: int, length: int) -> None:
-        """Have a thread move a range that is mapped to where nothing is: REMAP, then UNMAP of what it left."""
-        moved = {page: self.pages[page] for page in range(source, source + length, PAGE) if page in self.pages}
-        self._layout(Feature.EVENT_REMAP, abi.EVENT_REMAP, source, destination, length)
-        self.munmap(source, source + length)
-        if self.features & Feature.EVENT_REMAP:  # else the kernel unregisters what it moves
-            self.mappings.append((destination, destination + length))
-        self.pages.update({page - source + destination: data for page, data in moved.items()})
+        """Have a thread move memory, over whatever is at its destination: REMAP, then UNMAP of what it left.
+
+        Raises:
+            OSError: EFAULT: the source is not within one mapping.
+        """
+        area = next((item for item in self._areas if item.start <= source and source + length <= item.end), None)
+        if area is None:
+            raise OSError(errno.EFAULT, f"no single mapping covers [{source:#x}, {source + length:#x})")
+        self._go_on(self._mremap(area, source, destination, length))
 
     def exit(self) -> None:
         """Have the process end."""
         self._alive = False
         self.asleep.clear()
+        self._faults.clear()
+        self._events.clear()
+        self._signal()
 
     # What a handler does
 
     def register(self, start: int, len: int, mode: RegisterMode) -> Ioctl:  # noqa: A002
-        """As UFFDIO_REGISTER, for a mapping of its own."""
-        if start % PAGE or len % PAGE or len <= 0 or not mode:
+        """As UFFDIO_REGISTER; where nothing is mapped in the range, a mapping of its own is made."""
+        if mode != RegisterMode.MISSING or not _valid(start, len):
             raise operation_error("UFFDIO_REGISTER", start, len, errno.EINVAL)
-        self.mappings.append((start, start + len))
+        if not self._alive:
+            raise operation_error("UFFDIO_REGISTER", start, len, errno.ENOMEM)
+        if not self._within(start, start + len):
+            self.mmap(start, len)
+        self._set_registered(start, start + len, registered=True)
         return Ioctl.WAKE | Ioctl.COPY | Ioctl.ZEROPAGE | Ioctl.POISON
 
     def unregister(self, start: int, len: int) -> None:  # noqa: A002
         """As UFFDIO_UNREGISTER: sleepers are let go, missing pages are zeros."""
-        self.mappings = [item for item in self.mappings if not start <= item[0] < start + len]
-        for page in [page for page in self.asleep if start <= page < start + len]:
-            del self.asleep[page]
-            self.pages.setdefault(page, bytes(PAGE))
+        if not _valid(start, len):
+            raise operation_error("UFFDIO_UNREGISTER", start, len, errno.EINVAL)
+        if not self._alive:
+            raise operation_error("UFFDIO_UNREGISTER", start, len, errno.ENOMEM)
+        found = self._within(start, start + len)
+        if not found:
+            raise operation_error("UFFDIO_UNREGISTER", start, len, errno.EINVAL)
+        ranges = [(max(start, area.start), min(start + len, area.end)) for area in found if area.registered]
+        self._set_registered(start, start + len, registered=False)
+        for low, high in ranges:
+            self._wake(low, high)
 
     def copy(self, dst: int, src: Any, *, wake: bool = True, write_protect: bool = False) -> int:
         """As `Userfaultfd.copy`."""
@@ -131,6 +186,11 @@ class FakeUffd:
         """As `Userfaultfd.zeropage`."""
         return self._done("UFFDIO_ZEROPAGE", start, len, self.try_zeropage(start, len, 0 if wake else _DONTWAKE))
 
+    def continue_(self, start: int, len: int, *, wake: bool = True, write_protect: bool = False) -> int:  # noqa: A002
+        """As `Userfaultfd.continue_`."""
+        mode = (0 if wake else _DONTWAKE) | (abi.CONTINUE_MODE_WP if write_protect else 0)
+        return self._done("UFFDIO_CONTINUE", start, len, self.try_continue(start, len, mode))
+
     def poison(self, start: int, len: int, *, wake: bool = True) -> int:  # noqa: A002
         """As `Userfaultfd.poison`."""
         return self._done("UFFDIO_POISON", start, len, self.try_poison(start, len, 0 if wake else _DONTWAKE))
@@ -141,11 +201,14 @@ class FakeUffd:
 
     def writeprotect(self, start: int, len: int, *, protect: bool, wake: bool = True) -> None:  # noqa: A002
         """Not for this memory: it is registered for missing pages only."""
-        raise operation_error("UFFDIO_WRITEPROTECT", start, len, errno.ENOENT)
+        mode = abi.WRITEPROTECT_MODE_WP if protect else 0 if wake else abi.WRITEPROTECT_MODE_DONTWAKE
+        self._done("UFFDIO_WRITEPROTECT", start, len, self.try_writeprotect(start, len, mode))
 
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_copy`: `src` is an address of this process."""
-        return self._fill(dst, length, mode, lambda at: ctypes.string_at(src + at, PAGE), heals=True)
+        return self._fill(
+            dst, length, mode, lambda at: ctypes.string_at(src + at, PAGE), heals=True, refused=abi.COPY_MODE_WP
+        )
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_zeropage`."""
@@ -153,11 +216,15 @@ class FakeUffd:
 
     def try_continue(self, start: int, length: int, mode: int) -> int:
         """Not for this memory: it is anonymous."""
-        return -errno.EINVAL
+        refused = _DONTWAKE | abi.CONTINUE_MODE_WP
+        return self._refusal(start, length, mode, refused) or -errno.EINVAL
 
     def try_writeprotect(self, start: int, length: int, mode: int) -> int:
         """Not for this memory: it is registered for missing pages only."""
-        return -errno.ENOENT
+        known = abi.WRITEPROTECT_MODE_WP | abi.WRITEPROTECT_MODE_DONTWAKE
+        if mode == known:  # protecting wakes nobody
+            return -errno.EAGAIN if self._events else -errno.EINVAL
+        return self._refusal(start, length, mode, known) or -errno.ENOENT
 
     def try_poison(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_poison`."""
@@ -165,23 +232,23 @@ class FakeUffd:
 
     def try_wake(self, start: int, length: int) -> int:
         """As `Userfaultfd.try_wake`: who still misses his page faults once more."""
-        if start % PAGE or length % PAGE or length <= 0:
+        if not _valid(start, length):
             return -errno.EINVAL
-        for page in sorted(page for page in self.asleep if start <= page < start + length):
-            for thread in self.asleep.pop(page):
-                if page not in self.pages and any(low <= page < high for low, high in self.mappings):
-                    self.touch(page, thread)
+        self._wake(start, start + length)
         return length
 
     def read_raw(self, limit: int = 64) -> bytes:
         """Return up to `limit` messages of 32 bytes, as read(2) does: page faults first."""
         messages: list[bytes] = []
-        for queue in (self._faults, self._events):
-            while queue and len(messages) < limit:
-                message = queue.popleft()
-                page = abi.PAGEFAULT_MESSAGE.unpack(message)[2] if queue is self._faults else None
-                if page is None or page in self.asleep:  # who was woken meanwhile has taken his message back
-                    messages.append(message)
+        while self._faults and len(messages) < limit:
+            messages.append(self._faults.popleft()[1])
+        threads: list[Iterator[bytes]] = []
+        while self._events and len(messages) < limit:
+            message, thread = self._events.popleft()
+            messages.append(message)
+            threads.append(thread)
+        for thread in threads:  # they run when the read is over: what they say next is for the next
+            self._go_on(thread)
         self._signal()
         return b"".join(messages)
 
@@ -199,28 +266,56 @@ class FakeUffd:
         return not self._alive
 
     def close(self) -> None:
-        """Close it: who sleeps is let go."""
+        """Close it: who sleeps is let go, and what is missing reads as zeros from now on."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            for area in self._areas:
+                area.registered = False
             self.asleep.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __del__(self) -> None:
         self.close()
 
     # The kernel's side
 
-    def _fill(self, start: int, length: int, mode: int, content: Any, *, heals: bool = False) -> int:
-        if self.failures and (failure := self.failures.popleft()):
-            return failure
-        if not self._alive:
-            return -errno.ESRCH
+    def _refusal(self, start: int, length: int, mode: int, known: int) -> int:
+        """Return what the kernel answers before it looks at any page, or 0: in its order."""
         if self._events:
             return -errno.EAGAIN
-        if start % PAGE or length % PAGE or length <= 0:
+        if not _valid(start, length) or mode & ~known:
             return -errno.EINVAL
-        if not any(low <= start and start + length <= high for low, high in self.mappings):
+        if not self._alive:
+            return -errno.ESRCH
+        if not any(area.registered and area.start <= start and start + length <= area.end for area in self._areas):
             return -errno.ENOENT
+        return 0
+
+    def _fill(
+        self,
+        start: int,
+        length: int,
+        mode: int,
+        content: Callable[[int], bytes],
+        *,
+        heals: bool = False,
+        refused: int = 0,
+    ) -> int:
+        """Fill missing pages; `refused`: modes that the operation knows, but not this memory."""
+        if self.failures and (failure := self.failures.popleft()):
+            return failure
+        if refusal := self._refusal(start, length, mode, _DONTWAKE | refused):
+            return refusal
+        if mode & refused:
+            return -errno.EINVAL
         done = 0
         while done < length:
             page = start + done
@@ -229,22 +324,105 @@ class FakeUffd:
             self.pages[page] = content(done)
             done += PAGE
         if done and not mode & _DONTWAKE:
-            self._wake(range(start, start + done, PAGE))
+            self._wake(start, start + done)
         return done or -errno.EEXIST
 
-    def _wake(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self.asleep.pop(page, None)
+    def _wake(self, start: int, end: int) -> None:
+        """Let threads run on; their messages, if nobody has read them yet, go with them."""
+        woken = [(page, self.asleep.pop(page)) for page in sorted(self.asleep) if start <= page < end]
+        self._faults = deque(item for item in self._faults if not start <= item[0] < end)
+        for page, threads in woken:
+            for thread in threads:
+                with contextlib.suppress(MemoryError):  # SIGSEGV: it waits for nothing any more
+                    self.touch(page, thread)
+        self._signal()
+
+    def _dontneed(self, start: int, end: int) -> Iterator[bytes]:
+        for area in self._within(start, end):
+            low, high = max(start, area.start), min(end, area.end)
+            if area.registered and self.features & Feature.EVENT_REMOVE:
+                yield _message(abi.EVENT_REMOVE, low, high)
+            self._drop(low, high)
+
+    def _munmap(self, start: int, end: int) -> Iterator[bytes]:
+        told = self._cut_out(start, end) and self.features & Feature.EVENT_UNMAP
+        self._drop(start, end)
+        if told:
+            yield _message(abi.EVENT_UNMAP, start, end)
+
+    def _mremap(self, area: _Area, source: int, destination: int, length: int) -> Iterator[bytes]:
+        moved = {page: self.pages[page] for page in range(source, source + length, PAGE) if page in self.pages}
+        covered = self._cut_out(destination, destination + length)
+        self._drop(destination, destination + length)
+        self._cut_out(source, source + length)
+        self._drop(source, source + length)
+        number, shift = area.origin
+        stays = area.registered and bool(
+            self.features & Feature.EVENT_REMAP
+        )  # else the kernel unregisters what it moves
+        self._areas.append(
+            _Area(destination, destination + length, (number, shift + destination - source), registered=stays)
+        )
+        self._areas.sort(key=lambda item: item.start)
+        self._join()
+        self.pages.update({page - source + destination: data for page, data in moved.items()})
+        if covered and self.features & Feature.EVENT_UNMAP:
+            yield _message(abi.EVENT_UNMAP, destination, destination + length)
+        if stays:
+            yield _message(abi.EVENT_REMAP, source, destination, length)
+        if area.registered and self.features & Feature.EVENT_UNMAP:
+            yield _message(abi.EVENT_UNMAP, source, source + length)
+
+    def _go_on(self, thread: Iterator[bytes]) -> None:
+        """Let a thread run until it has to tell something: it sleeps then, until that is read."""
+        message = next(thread, None)
+        if message is not None:
+            self._events.append((message, thread))
+            self._signal()
 
     def _drop(self, start: int, end: int) -> None:
-        for page in range(start, end, PAGE):
-            self.pages.pop(page, None)
+        for page in [page for page in self.pages if start <= page < end]:
+            del self.pages[page]
 
-    def _layout(self, feature: Feature, code: int, *numbers: int) -> None:
-        if self.features & feature:
-            message = bytes([code]).ljust(8, b"\0") + b"".join(number.to_bytes(8, "little") for number in numbers)
-            self._events.append(message.ljust(abi.MESSAGE_SIZE, b"\0"))
-            self._signal()
+    def _within(self, start: int, end: int) -> list[_Area]:
+        return [area for area in self._areas if area.start < end and start < area.end]
+
+    def _cut_out(self, start: int, end: int) -> bool:
+        """Unmap a range; tell whether any of it was registered."""
+        self._split(start, end)
+        gone = self._within(start, end)
+        self._areas = [area for area in self._areas if area not in gone]
+        return any(area.registered for area in gone)
+
+    def _set_registered(self, start: int, end: int, *, registered: bool) -> None:
+        self._split(start, end)
+        for area in self._within(start, end):
+            area.registered = registered
+        self._join()
+
+    def _split(self, *places: int) -> None:
+        """Let areas end at these places."""
+        for place in places:
+            for area in self._areas[:]:
+                if area.start < place < area.end:
+                    self._areas.append(attrs.evolve(area, start=place))
+                    area.end = place
+        self._areas.sort(key=lambda area: area.start)
+
+    def _join(self) -> None:
+        """Make one of neighbours that are one mapping."""
+        joined: list[_Area] = []
+        for area in self._areas:
+            last = joined[-1] if joined else None
+            if last is not None and (last.end, last.origin, last.registered) == (
+                area.start,
+                area.origin,
+                area.registered,
+            ):
+                last.end = area.end
+            else:
+                joined.append(area)
+        self._areas = joined
 
     def _signal(self) -> None:
         if self._fd < 0:
@@ -263,3 +441,12 @@ class FakeUffd:
     @staticmethod
     def _no_forks(fd: int) -> Any:
         raise AssertionError(fd)
+
+
+def _valid(start: int, length: int) -> bool:
+    return not (start % PAGE or length % PAGE) and length > 0 and start >= _LOWEST and start + length <= _HIGHEST
+
+
+def _message(code: int, *numbers: int) -> bytes:
+    data = bytes([code]).ljust(8, b"\0") + b"".join(number.to_bytes(8, "little") for number in numbers)
+    return data.ljust(abi.MESSAGE_SIZE, b"\0")

@@ -17,7 +17,7 @@ from aiouffd.engine.assembly import Options, Service, make_readahead, make_serve
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
-from aiouffd.errors import LayoutChangingError
+from aiouffd.errors import LayoutChangingError, OperationError, SourceError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.memory import SealedMemory, address_of
@@ -91,6 +91,7 @@ class World:
 
     def unmap(self, page: int, count: int) -> None:
         """Unmap some pages; who slept there is let go by the engine, and would get SIGSEGV."""
+        self.removed()
         start, end = BASE + page * PAGE, BASE + min(page + count, PAGES) * PAGE
         self.uffd.munmap(start, end)
         for at in range(start, end, PAGE):
@@ -104,9 +105,15 @@ class World:
         target = ELSEWHERE + page * PAGE
         if not all(at in self.model for at in places) or target in self.model:
             return
+        self.removed()
         self.uffd.mremap(source, target, count * PAGE)
         for at in places:
             self.model[at - source + target] = self.model.pop(at)
+
+    def removed(self) -> None:
+        """Have what is being emptied be empty: its pages go when its event has been read, from where they are then."""
+        while any(message[0] == abi.EVENT_REMOVE for message, _ in self.uffd._events):
+            self.deliver(64)
 
     def deliver(self, limit: int) -> bool:
         """Read and serve; tell whether there was anything."""
@@ -252,6 +259,23 @@ def test_a_dead_process_is_forgotten() -> None:
     world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
     assert told == [world.space]
     assert not world.space.deferred
+
+
+def test_a_poison_that_is_refused_is_told_once_and_tried_again() -> None:
+    """A kernel without POISON (before 6.6) answers EINVAL: told, no recursion; the page waits, as nothing is right."""
+    world = World(0, located=False)
+    world.touch(1, 1)
+    world.uffd.failures.extend([-errno.EIO, *[-errno.EINVAL] * 4])
+    world.deliver(64)
+    for _ in range(3):
+        world.space.retry()
+    failed, refused = world.errors
+    assert isinstance(failed, SourceError)
+    assert isinstance(refused, OperationError)
+    assert (refused.operation, refused.start, refused.errno) == ("UFFDIO_POISON", BASE + PAGE, errno.EINVAL)
+    assert world.uffd.asleep == {BASE + PAGE: [1]}
+    world.settle()
+    assert world.uffd.pages == {BASE + PAGE: POISONED}
 
 
 def test_a_layout_that_never_settles_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

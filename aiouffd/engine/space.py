@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.resolver import Op, Resolver, Run, merge
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError
+from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.memory import address_of
@@ -423,7 +423,15 @@ class Space:
         elif result == -errno.ESRCH:
             self.gone()
         else:
-            self.server.failed(self, run, -result)
+            self._refused(run, -result)
+
+    def _refused(self, run: Run, number: int) -> None:
+        """Have the server decide on what the kernel refused for good; for a refused POISON there is only waiting."""
+        if run.op != Op.POISON:
+            self.server.failed(self, run, number)
+            return
+        self.report(operation_error(run.name, run.dst, run.left, number))  # EINVAL: no such operation before Linux 6.6
+        self.defer(run)
 
     def settle_first(self, runs: list[Run], wanted: list[int]) -> None:
         """As `settle`, for windows: of a large run, only what begins with the page that is waited for.
@@ -514,6 +522,8 @@ class Space:
                 self.deferred.append((run, wake, since))
             elif result == -errno.ESRCH:
                 self.gone()
+            elif result != 0 and run.op == Op.POISON:
+                self.deferred.append((run, wake, since))  # it was told when it was refused first
             elif result != 0:
                 self.server.failed(self, run, -result)
 
