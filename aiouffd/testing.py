@@ -43,9 +43,8 @@ POISONED = b"poisoned"
 """In place of a page's bytes: whoever touches it would get SIGBUS."""
 
 _DONTWAKE = 1
-_LOWEST = 0x10000
 _HIGHEST = (1 << 47) - PAGE
-"""Where memory of a process may lie (mmap_min_addr, TASK_SIZE): an operation outside is EINVAL, not ENOENT."""
+"""Where the addresses of a process end (TASK_SIZE): an operation behind it is EINVAL, not ENOENT."""
 
 
 @attrs.define
@@ -444,7 +443,7 @@ class FakeUffd:
 
 
 def _valid(start: int, length: int) -> bool:
-    return not (start % PAGE or length % PAGE) and length > 0 and start >= _LOWEST and start + length <= _HIGHEST
+    return not (start % PAGE or length % PAGE) and length > 0 and 0 <= start <= _HIGHEST - length
 
 
 def _message(code: int, *numbers: int) -> bytes:
