@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -27,6 +28,7 @@ HUGE = 2 << 20
 TMPFS = "/dev/shm"
 
 MAP_NORESERVE = 0x4000
+MAP_HUGETLB = 0x40000
 MAP_FIXED = 0x10
 PROT_NONE = 0
 KEEP_SIZE, PUNCH_HOLE = 1, 2
@@ -166,6 +168,10 @@ def _tmpfs_private(pages: int) -> Memory:
     return _file(os.open(TMPFS, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC), pages, PAGE, shared=False)
 
 
+def _disk(pages: int, *, shared: bool) -> Memory:
+    return _file(os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC), pages, PAGE, shared=shared)
+
+
 def _dev_zero(pages: int, *, shared: bool) -> Memory:
     fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -207,6 +213,8 @@ MAKERS: dict[str, Callable[[int], Memory]] = {
     "dev-zero": lambda pages: _dev_zero(pages, shared=True),
     "dev-zero-private": lambda pages: _dev_zero(pages, shared=False),
     "system-v": _system_v,
+    "disk": lambda pages: _disk(pages, shared=True),
+    "disk-private": lambda pages: _disk(pages, shared=False),
     "hugetlb": _hugetlb,
     "hugetlb-private": _hugetlb_private,
     "hugetlb-memfd-private": _hugetlb_memfd_private,
