@@ -71,7 +71,10 @@ class Remap:
 
 @attrs.frozen
 class Remove:
-    """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros then."""
+    """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros then.
+
+    A hole that is punched into the file behind shared memory (fallocate) sends none, in any of its mappings.
+    """
 
     start: int
     end: int
