@@ -169,24 +169,24 @@ class SourceServer:
         single = len(faults) == 1
         mode = space.resolver.mode if single else space.resolver.mode | DONTWAKE
         left = []
+        words = self._words
         start = stop = first = 0
         for fault in faults:
             page = fault[0]
             if not start <= page < stop:
                 start, stop, first = locate_page(page)
             offset = first + page - start
-            if (
-                first < 0
-                or offset + size > end
-                or (source := locate(offset, size)) is None
-                or copy(page, source, size, mode) != size
-            ):
+            if first < 0 or offset + size > end or (source := locate(offset, size)) is None:
+                left.append(fault)
+                continue
+            # Counted first: whoever has the page may kill this process before it goes on, and that is no vain life.
+            words[_PAGES_FAULT] += 1
+            if copy(page, source, size, mode) != size:
+                words[_PAGES_FAULT] -= 1
                 left.append(fault)
         done = len(faults) - len(left)
         if done:
-            words = self._words
             words[_COPIES] += done
-            words[_PAGES_FAULT] += done
             words[_BYTES_FETCHED] += done * size
             if not single:
                 space.wake(faults)
