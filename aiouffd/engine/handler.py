@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.deadlines import Deadlines
 from aiouffd.engine.resolver import Op, Run
 from aiouffd.engine.space import Flight
 from aiouffd.engine.statistics import Counter
@@ -187,7 +188,7 @@ class HandlerServer:
         self.handler = handler
         self._words = counters.words
         self._bound = asyncio.Semaphore(limits.concurrent_reads)
-        self._timeout = limits.timeout
+        self._deadlines = Deadlines(limits.timeout)
         self._on_touch = on_touch
         self._tasks: set[asyncio.Task[None]] = set()
         self._overridden = {
@@ -221,7 +222,7 @@ class HandlerServer:
             space.settle(zeros)
 
     def _begin(self, space: Space, fault: Fault, began_ns: int, cause: Counter) -> asyncio.Task[None]:
-        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns)
+        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, space.mappings.generation)
         if cause == Counter.PAGES_FAULT:
             flight.wanted.add(fault.page.start)
         space.take_off(flight)
@@ -235,8 +236,9 @@ class HandlerServer:
         reason = ""
         self._words[Counter.IN_FLIGHT] += 1
         try:
-            async with self._bound, asyncio.timeout(self._timeout):
-                await self.handler.pagefault(fault, batch)
+            async with self._bound:
+                with self._deadlines:
+                    await self.handler.pagefault(fault, batch)
             if space.is_gone or space.closing:
                 return
             reason = self._unresolved(space, fault, batch)
@@ -246,7 +248,7 @@ class HandlerServer:
                 if flight.wanted:
                     space.record_latency(flight.began_ns)
         except TimeoutError:
-            reason = f"has not returned in {self._timeout} s"
+            reason = f"has not returned in {self._deadlines.seconds} s"
         except Exception as error:
             log.warning("the handler raised", exc_info=error)
             reason = f"raised {type(error).__name__}: {error}"
@@ -321,7 +323,7 @@ class HandlerServer:
             space.settle([run])
             return
         fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
-        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns())
+        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), space.mappings.generation)
         space.take_off(flight)
         task = asyncio.get_running_loop().create_task(self._tell_write(space, flight, fault))
         self._tasks.add(task)
@@ -331,10 +333,11 @@ class HandlerServer:
         batch = Batch(space)
         self._words[Counter.IN_FLIGHT] += 1
         try:
-            async with self._bound, asyncio.timeout(self._timeout):
-                await self.handler.write(fault, batch)
+            async with self._bound:
+                with self._deadlines:
+                    await self.handler.write(fault, batch)
         except TimeoutError:
-            self._write_failed(space, fault, f"has not returned in {self._timeout} s")
+            self._write_failed(space, fault, f"has not returned in {self._deadlines.seconds} s")
         except Exception as error:
             log.warning("the handler raised", exc_info=error)
             self._write_failed(space, fault, f"raised {type(error).__name__}: {error}")
@@ -374,7 +377,7 @@ class HandlerServer:
         while True:
             space, code, event = await queue.get()
             try:
-                async with asyncio.timeout(self._timeout):
+                with self._deadlines:
                     await self._overridden[code](event)
             except Exception as error:
                 log.warning("the handler raised", exc_info=error)
@@ -399,3 +402,4 @@ class HandlerServer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._deadlines.close()

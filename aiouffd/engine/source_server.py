@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.deadlines import Deadlines
 from aiouffd.engine.gate import Gate
 from aiouffd.engine.resolver import DONTWAKE, Op, Run
 from aiouffd.engine.space import Flight, Space
@@ -20,7 +21,7 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
@@ -36,6 +37,7 @@ _PAGES_FAULT, _PAGES_READAHEAD, _PAGES_ZERO = (
 )
 _COPIES = int(Counter.COPIES)
 _BYTES_FETCHED, _LATENCY = int(Counter.BYTES_FETCHED), int(Counter.LATENCY)
+_IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
 _SETTLED_TOGETHER = 64  # runs that are brought ahead, before the loop gets a turn
 _CHUNK = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
@@ -84,11 +86,12 @@ class SourceServer:
         self._size = source.size
         self._locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
         self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
+        self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
         if not getattr(source, "sparse", True):
             self._hole = None
         self._direct = self._locate is not None and self._hole is None and on_touch is None
-        self._timeout: float | None = getattr(source, "timeout", limits.timeout)
+        self._deadlines = Deadlines(getattr(source, "timeout", limits.timeout))
         self._retries: int = getattr(source, "retries", limits.retries)
         self._on_touch = on_touch
         self._largest = min(_CHUNK, limits.bytes_in_flight // 4)  # of one read, so that the bound on bytes can hold
@@ -111,9 +114,10 @@ class SourceServer:
         words = self._words
         runs: list[Run] = []
         waiting = zeros = 0
-        asked: dict[int, int] = {}  # the windows of this wake-up, so that its faults do not bring one page twice
+        asked: list[tuple[int, int]] = []  # the windows of this wake-up, so that its faults do not bring one page twice
         for page, _flags, _thread in faults:
-            if any(low <= page < high for low, high in asked.items()):
+            asked = [window for window in asked if window[1] > page]  # faults come in order of address
+            if asked and any(low <= page for low, _ in asked):
                 continue
             start, end, first = space.mappings.locate(page)
             if first < 0:
@@ -125,7 +129,7 @@ class SourceServer:
                 self._on_touch(offset)
             for low, length in readahead.windows(offset, first, first + end - start):
                 address = start + low - first
-                asked[address] = address + length
+                asked.append((address, address + length))
                 wanted = page if low <= offset < low + length else None
                 self._bring(space, address, low, length, runs, wanted, began_ns, Counter.PAGES_READAHEAD)
             self._follow(space, start, first, offset, first + end - start, began_ns)
@@ -153,6 +157,8 @@ class SourceServer:
         if window is not None:
             runs: list[Run] = []
             low, length = window
+            if self._expect is not None and (behind := min(2 * length, high - low - length)) > 0:
+                self._expect(low + length, behind)
             self._bring(space, start + low - first, low, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
             space.settle_later(runs)
 
@@ -260,18 +266,14 @@ class SourceServer:
     def _begin(
         self, space: Space, address: int, offset: int, length: int, wanted: int | None, began_ns: int, cause: Counter
     ) -> Flight:
-        flight = Flight(address, address + length, offset, began_ns)
+        flight = Flight(address, address + length, offset, began_ns, space.mappings.generation)
         if wanted is not None and address <= wanted < address + length:
             flight.wanted.add(wanted)
         space.take_off(flight)
-        flight.done = self._spawn(self._fly(space, flight, cause))
+        flight.done = asyncio.get_running_loop().create_task(self._fly(space, flight, cause))
+        self._tasks.add(flight.done)
+        flight.done.add_done_callback(self._tasks.discard)
         return flight
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _fly(self, space: Space, flight: Flight, cause: Counter) -> None:
         """Read what a flight brings, and place it; on failure settle with those who wait for it."""
@@ -296,11 +298,14 @@ class SourceServer:
         length = flight.end - flight.start
         data, source = _whole_pages(data, min(length, self._size - flight.offset), length)
         run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
-        shown = space.valid(run)
-        if sum(piece.left for piece in shown) < length:  # the layout has changed meanwhile
-            space.readahead.forget(flight.offset, flight.offset + length)
-        for piece in shown:
-            space.settle([piece])
+        if flight.generation == space.mappings.generation:
+            space.settle([run])
+        else:
+            shown = space.valid(run)
+            if sum(piece.left for piece in shown) < length:  # the layout has changed meanwhile
+                space.readahead.forget(flight.offset, flight.offset + length)
+            for piece in shown:
+                space.settle([piece])
         count = len(flight.wanted)
         self._words[_PAGES_FAULT] += count
         self._words[cause] += length // space.page_size - count
@@ -314,7 +319,7 @@ class SourceServer:
             offset = flight.offset + address - flight.start
             failure: SourceError = error
             if flight.end - flight.start > page:
-                single = Flight(address, address + page, offset, flight.began_ns)
+                single = Flight(address, address + page, offset, flight.began_ns, flight.generation)
                 single.wanted.add(address)
                 space.take_off(single)
                 try:
@@ -336,21 +341,22 @@ class SourceServer:
         """Read from the source: bounded, timed, retried. Raises SourceError when all that is used up."""
         length = min(length, self._size - offset)
         words = self._words
-        await self.gate.enter(length, urgent=urgent)
-        words[Counter.IN_FLIGHT] += 1
-        words[Counter.BYTES_IN_FLIGHT] += length
+        if not self.gate.try_enter(length):
+            await self.gate.enter(length, urgent=urgent)
+        words[_IN_FLIGHT] += 1
+        words[_BYTES_IN_FLIGHT] += length
         try:
             return await self._persist(offset, length)
         finally:
-            words[Counter.IN_FLIGHT] -= 1
-            words[Counter.BYTES_IN_FLIGHT] -= length
+            words[_IN_FLIGHT] -= 1
+            words[_BYTES_IN_FLIGHT] -= length
             self.gate.leave(length)
 
     async def _persist(self, offset: int, length: int) -> Any:
         tries = 0
         while True:
             try:
-                async with asyncio.timeout(self._timeout):
+                with self._deadlines:
                     data = await self.source.read(offset, length)
                 got = memoryview(data).nbytes
             except SourceTimeoutError as error:
@@ -358,7 +364,8 @@ class SourceServer:
             except SourceError:
                 raise  # the source itself says that it is for good
             except TimeoutError as error:
-                failure = SourceTimeoutError(repr(self.source), offset, length, f"no answer in {self._timeout} s")
+                reason = f"no answer in {self._deadlines.seconds} s"
+                failure = SourceTimeoutError(repr(self.source), offset, length, reason)
                 failure.__cause__ = error
             except Exception as error:  # noqa: BLE001 - whatever a source raises fails the pages, not the pager
                 failure = SourceError(repr(self.source), offset, length, f"{type(error).__name__}: {error}")
@@ -478,6 +485,7 @@ class SourceServer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._deadlines.close()
         close = getattr(self.source, "aclose", None)
         if close is not None:
             await close()

@@ -79,18 +79,20 @@ class Flight:
         offset: what `start` showed when the flight began.
         wanted: addresses of the pages that threads wait for.
         began_ns: when the first of these faults was read.
+        generation: of the mappings, when the flight began.
         done: the task that flies it.
         errors: where to put why it brought nothing, for whoever has asked for it ahead of faults.
     """
 
-    __slots__ = ("began_ns", "done", "end", "errors", "offset", "start", "wanted")
+    __slots__ = ("began_ns", "done", "end", "errors", "generation", "offset", "start", "wanted")
 
-    def __init__(self, start: int, end: int, offset: int, began_ns: int) -> None:
+    def __init__(self, start: int, end: int, offset: int, began_ns: int, generation: int) -> None:
         self.start = start
         self.end = end
         self.offset = offset
         self.wanted: set[int] = set()
         self.began_ns = began_ns
+        self.generation = generation
         self.done: asyncio.Task[None] | None = None
         self.errors: list[UffdError] | None = None
 

@@ -1,0 +1,103 @@
+"""`engine.deadlines`: many waits, one timer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from loops import run
+
+from aiouffd.engine.deadlines import Deadlines
+
+
+async def wait(deadlines: Deadlines, until: asyncio.Event) -> str:
+    """Wait for an event, as long as is allowed; tell how it ended."""
+    try:
+        with deadlines:
+            await until.wait()
+    except TimeoutError:
+        return "timeout"
+    return "done"
+
+
+@run
+async def test_each_wait_has_its_own_time() -> None:
+    """What began later ends later; what is done in time is left alone."""
+    loop = asyncio.get_running_loop()
+    deadlines, never, soon = Deadlines(0.05), asyncio.Event(), asyncio.Event()
+    began = loop.time()
+    first = asyncio.create_task(wait(deadlines, never))
+    good = asyncio.create_task(wait(deadlines, soon))
+    await asyncio.sleep(0.025)
+    second = asyncio.create_task(wait(deadlines, never))
+    soon.set()
+    assert await good == "done"
+    assert await first == "timeout"
+    assert loop.time() - began >= 0.045
+    assert not second.done()
+    assert await second == "timeout"
+    assert loop.time() - began >= 0.07
+    assert await wait(deadlines, soon) == "done"
+
+
+@run
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    """Whoever cancels a wait gets CancelledError, also when its time is up in the same turn."""
+    deadlines, never = Deadlines(0.01), asyncio.Event()
+    task = asyncio.create_task(wait(deadlines, never))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    both = asyncio.create_task(wait(deadlines, never))
+    await asyncio.sleep(0)
+    both.cancel()
+    deadlines._expired.add(both)  # as `_expire` does, in the same turn
+    both.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await both
+
+
+@run
+async def test_a_task_that_timed_out_can_be_used_on() -> None:
+    """The cancellation that ended the wait is taken back: the task waits again, and is not canceled."""
+    deadlines, never = Deadlines(0.01), asyncio.Event()
+
+    async def twice() -> list[str]:
+        answers = [await wait(deadlines, never), await wait(deadlines, never)]
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+        return answers
+
+    assert await asyncio.create_task(twice()) == ["timeout", "timeout"]
+
+
+@run
+async def test_a_body_that_swallows_the_cancellation_goes_on() -> None:
+    """As with asyncio.timeout: who ends in time after all has no TimeoutError, and is not canceled later."""
+    deadlines = Deadlines(0.01)
+    with deadlines:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            answer = "late, but here"
+    assert answer == "late, but here"
+    await asyncio.sleep(0.02)
+
+
+@run
+async def test_no_limit_and_close() -> None:
+    """None waits for ever; after close nothing is left on the loop."""
+    event = asyncio.Event()
+    task = asyncio.create_task(wait(Deadlines(None), event))
+    await asyncio.sleep(0.02)
+    event.set()
+    assert await task == "done"
+
+    deadlines = Deadlines(60.0)
+    assert await wait(deadlines, event) == "done"
+    deadlines.close()
+    assert deadlines._timer is None
+    assert not deadlines._waiting
