@@ -121,6 +121,31 @@ async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
 
 
 @run
+async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
+    """A thread reads what is announced, as far as the file goes; what was announced once is not read twice."""
+    source = aiouffd.FileSource(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if source.locate(0, SIZE) is not None:
+        pytest.skip("this file system keeps its pages")
+    source.expect(0, 4 * SIZE)
+    source.expect(4096, SIZE)
+    async with asyncio.timeout(10):
+        while not source._populated:
+            await asyncio.sleep(0.001)
+    assert [item[:2] for item in source._populated] == [(0, SIZE)]
+    assert at(source.locate(5, SIZE - 5), SIZE - 5) == DATA[5:]
+    # Not for long, and not behind the end of a file that is cut: it is asked again then.
+    source._populated[0] = (0, SIZE, 0.0)
+    assert at(source.locate(0, SIZE), SIZE) == DATA
+    source._populated[0] = (0, SIZE, float("inf"))
+    os.truncate(path, 5000)
+    assert source.locate(0, SIZE) is None
+    await source.aclose()
+
+
+@run
 async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
     """To others than its owner mincore tells nothing: RWF_NOWAIT is asked instead."""
     source = aiouffd.FileSource(path)

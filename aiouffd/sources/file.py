@@ -1,10 +1,12 @@
 """A local file, copied straight out of its mapping where its pages are in memory.
 
 The loop must not wait for a disk, so it is known before each copy whether the pages are resident: mincore(2) looks
-into the page cache and costs 1 us for a page, 25 us for 2 MiB. A window whose pages are not all there is read by a
-thread. Copying from the mapping faults it in as it goes, sixteen pages at a time, which costs no more than copying
-from memory that is mapped already (1.02 against 1.03 us a page, 2 MiB at a time); a pread first would cost a third
-more.
+into the page cache and costs 1 us for a page, 30 to 50 us for 2 MiB. A window whose pages are not all there is read
+by a thread. Copying from the mapping faults it in as it goes, sixteen pages at a time; a pread first would cost more.
+
+What a toucher in order will want next, a thread brings into memory and into the mapping (MADV_POPULATE_READ), while
+the loop copies what is before it: the question and the faults are spared then, 0.25 of 1.4 us a page, and a disk is
+read ahead.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import errno
 import mmap
 import os
 import stat
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 from typing import Any
 
 from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of
 from aiouffd.sources.base import Descriptor
 
@@ -28,6 +33,8 @@ _mincore = ctypes.CDLL(None, use_errno=True).mincore
 _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 _THREADS = 16  # reads of a disk under way at once
+_STREAMS = 8  # whose next pieces are remembered
+_FRESH = 0.1  # seconds for which what was populated is taken to be resident still, without asking
 
 
 class FileSource:
@@ -71,6 +78,8 @@ class FileSource:
         self._map: mmap.mmap | None = None
         self._mapped = min(size, info.st_size)
         self._address = 0
+        self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # start, end
+        self._populated: deque[tuple[int, int, float]] = deque(maxlen=_STREAMS)  # start, end, when
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
             self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
@@ -85,6 +94,8 @@ class FileSource:
         end = offset + length
         if not self._tells or end > self._mapped or end > os.lseek(self._fd, 0, os.SEEK_END):
             return None
+        if self._populated and self._was_populated(offset, end):
+            return self._address + offset
         skew = offset % mmap.PAGESIZE
         start = self._address + offset - skew
         pages = (length + skew + mmap.PAGESIZE - 1) // mmap.PAGESIZE
@@ -93,6 +104,27 @@ class FileSource:
         if _mincore(start, length + skew, self._vector) or self._vector.raw.find(b"\0", 0, pages) >= 0:
             return None
         return start + skew
+
+    def _was_populated(self, offset: int, end: int) -> bool:
+        recent = monotonic() - _FRESH
+        return any(low <= offset and end <= high and when > recent for low, high, when in self._populated)
+
+    def expect(self, offset: int, length: int) -> None:
+        """Have a thread bring these bytes to hand; what is being brought already is not asked for again."""
+        low, high = offset & -mmap.PAGESIZE, min(offset + length, self._mapped)
+        for start, end in self._expected:
+            if start <= low < end:
+                low = end
+        if low < high and self._tells:
+            self._expected.append((low, high))
+            self._threads.submit(self._populate, low, high)
+
+    def _populate(self, low: int, high: int) -> None:
+        try:
+            libc.madvise(self._address + low, high - low, libc.MADV_POPULATE_READ)
+        except OSError:  # before Linux 5.14, or the file was cut, or cannot be read: `locate` and `read` find out
+            return
+        self._populated.append((low, high, monotonic()))
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """Return the bytes if they are in memory: preadv2 with RWF_NOWAIT. For files that mincore is silent about."""
@@ -130,9 +162,13 @@ class FileSource:
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Read in a thread. Canceling gives the result up; the thread goes on to the end of its read."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, offset, length)
+
+    @property
+    def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, "aiouffd-file")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, offset, length)
+        return self._pool
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
