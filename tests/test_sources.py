@@ -131,15 +131,14 @@ async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
         pytest.skip("this file system keeps its pages")
     source.expect(0, 4 * SIZE)
     source.expect(4096, SIZE)
-    async with asyncio.timeout(10):
-        while not source._populated:
-            await asyncio.sleep(0.001)
+    await asyncio.to_thread(source._threads.shutdown)  # it has done all then
     assert [item[:2] for item in source._populated] == [(0, SIZE)]
     assert at(source.locate(5, SIZE - 5), SIZE - 5) == DATA[5:]
     # Not for long, and not behind the end of a file that is cut: it is asked again then.
-    source._populated[0] = (0, SIZE, 0.0)
+    piece = source._populated[0]
+    source._populated[0] = piece._replace(when=0.0)
     assert at(source.locate(0, SIZE), SIZE) == DATA
-    source._populated[0] = (0, SIZE, float("inf"))
+    source._populated[0] = piece._replace(when=float("inf"))
     os.truncate(path, 5000)
     assert source.locate(0, SIZE) is None
     await source.aclose()

@@ -1,17 +1,22 @@
 """How much to bring along with a fault. Pure decisions: offsets in, ranges out.
 
 A fault brings its neighbourhood, since one COPY of sixteen pages costs a third of sixteen faults. Touchers that
-move in order are recognised by where they fault next: just behind what was brought (sequential), or as far from
-the last fault as that was from the one before (strided, backwards too). Each recognised stream doubles its window
-up to the limit, as the kernel's own readahead does; faults that belong to no stream shrink the neighbourhood down
-to the page itself.
+move in order are recognised by where they fault next: just behind what was brought, or just before it (sequential,
+upwards or downwards: a large memcpy goes down), or as far from the last fault as that was from the one before
+(strided). Each recognised stream doubles its window up to the limit, as the kernel's own readahead does; faults that
+belong to no stream shrink the neighbourhood down to the page itself.
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from aiouffd.ranges import RangeSet
 
 __all__ = ["Readahead"]
+
+Window: TypeAlias = tuple[int, int]
+"""Where it starts, and its length."""
 
 _STREAMS = 16
 _PIECES = 64  # a strided stream is given at most so many separate pages at once
@@ -21,15 +26,24 @@ _STRANGERS = 4  # faults in a row without a stream, before the neighbourhood is 
 class _Stream:
     """One toucher's way: where it faulted last, where it is expected, how much it gets.
 
-    `step` is the distance from the fault before; `stride` is set once two steps in a row were the same.
+    Attributes:
+        last: the offset of the last fault.
+        expected: where it is expected if it goes up, or by its stride.
+        below: the page where it is expected if it goes down.
+        direction: 1: up; -1: down; 0: not known yet.
+        window: bytes that it gets.
+        step: the distance from the fault before.
+        stride: the same, once two steps in a row were equal; else 0.
     """
 
-    __slots__ = ("expected", "last", "step", "stride", "window")
+    __slots__ = ("below", "direction", "expected", "last", "step", "stride", "window")
 
-    def __init__(self, last: int, expected: int, window: int, step: int) -> None:
+    def __init__(self, last: int, page: int, step: int) -> None:
         self.last = last
-        self.expected = expected
-        self.window = window
+        self.expected = last + page
+        self.below = last - page
+        self.direction = 0
+        self.window = page
         self.step = step
         self.stride = 0
 
@@ -58,7 +72,7 @@ class Readahead:
         """Return one with the same settings that has seen nothing."""
         return Readahead(self.page, self.limit, self._asked_around)
 
-    def windows(self, offset: int, low: int, high: int) -> list[tuple[int, int]]:
+    def windows(self, offset: int, low: int, high: int) -> list[Window]:
         """Return (start, length) of what to bring for a fault at `offset`: one of them holds the fault.
 
         All are whole pages within [low, high), which holds the fault, and spare what is known to be present; from
@@ -84,26 +98,51 @@ class Readahead:
         if stream.stride:
             return self._strided(stream, offset, low, high)
         stream.window = max(stream.window, self._around)
-        start, length = self._clip(offset, offset, min(offset + stream.window, high))
-        stream.expected = start + length
+        if stream.direction > 0:
+            start, length = self._clip(offset, offset, min(offset + stream.window, high))
+            stream.expected = start + length
+        else:
+            start, length = self._clip(offset, max(offset + page - stream.window, low), offset + page)
+            stream.below = start - page
         return [(start, length)]
 
-    def follow(self, offset: int, high: int) -> tuple[int, int] | None:
-        """Return (start, length) of the window behind the one that `offset` is in, for a stream at full speed.
+    def follow(self, offset: int, low: int, high: int) -> tuple[Window, Window] | None:
+        """Return the window behind the one that `offset` is in, for a stream at full speed, and what is behind that.
 
         It is brought while its toucher works on this one, so that neither waits for the other. At most one window
         ahead: nothing is returned before the toucher is in the one that was. It counts as present from now on.
+
+        Both are (start, length) within [low, high). The second, of two windows, is not brought, and may be empty.
         """
         for stream in reversed(self._streams):
-            if stream.window == self.limit and not stream.stride and stream.last <= offset < stream.expected:
-                start, end = stream.expected, min(stream.expected + stream.window, high)
-                length = next((gap.length for gap in self._present.gaps(start, end) if gap.start == start), 0)
-                if not length:
-                    return None
-                stream.last, stream.expected = start, start + length
-                self._present.add(start, start + length)
-                return start, length
+            if stream.window != self.limit or stream.stride:
+                continue
+            if stream.direction > 0 and stream.last <= offset < stream.expected:
+                return self._above(stream, high)
+            if stream.direction < 0 and stream.below < offset <= stream.last:
+                return self._below(stream, low)
         return None
+
+    def _above(self, stream: _Stream, high: int) -> tuple[Window, Window] | None:
+        start, end = stream.expected, min(stream.expected + stream.window, high)
+        length = next((gap.length for gap in self._present.gaps(start, end) if gap.start == start), 0)
+        if not length:
+            return None
+        stream.last, stream.expected = start, start + length
+        self._present.add(start, start + length)
+        return (start, length), (start + length, min(2 * stream.window, high - start - length))
+
+    def _below(self, stream: _Stream, low: int) -> tuple[Window, Window] | None:
+        end = stream.below + self.page
+        start = max(end - stream.window, low)
+        length = next((gap.length for gap in self._present.gaps(start, end) if gap.end == end), 0)
+        if not length:
+            return None
+        start = end - length
+        stream.last, stream.below = end - self.page, start - self.page
+        self._present.add(start, end)
+        behind = min(2 * stream.window, start - low)
+        return (start, length), (start - behind, behind)
 
     def brought(self, start: int, length: int) -> None:
         """Take note that these bytes are present now (prefetch)."""
@@ -122,10 +161,15 @@ class Readahead:
         """Find the stream that was expected here; a sequential one may have skipped a little."""
         for index in range(len(self._streams) - 1, -1, -1):
             stream = self._streams[index]
-            ahead = offset - stream.expected
-            if ahead == 0 or (not stream.stride and 0 < ahead < max(stream.window, self._around)):
-                self._streams.append(self._streams.pop(index))
-                return stream
+            tolerance = 1 if stream.stride else max(stream.window, self._around)
+            if stream.direction >= 0 and 0 <= offset - stream.expected < tolerance:
+                stream.direction = 1
+            elif stream.direction <= 0 and not stream.stride and 0 <= stream.below - offset < tolerance:
+                stream.direction = -1
+            else:
+                continue
+            self._streams.append(self._streams.pop(index))
+            return stream
         return None
 
     def _train(self, offset: int) -> _Stream | None:
@@ -136,9 +180,10 @@ class Readahead:
             step = offset - nearest.last
             if step and step == nearest.step:
                 nearest.stride = step
+                nearest.direction = 0
                 nearest.window = self.page
                 return nearest
-        self._streams.append(_Stream(offset, offset + self.page, self.page, step))
+        self._streams.append(_Stream(offset, self.page, step))
         del self._streams[:-_STREAMS]
         return None
 
@@ -153,6 +198,7 @@ class Readahead:
         window = self._clip(offset, max(start, low), min(start + size, high))
         stream = self._streams[-1]
         stream.expected = window[0] + window[1]
+        stream.below = window[0] - self.page
         stream.window = window[1]
         return window
 

@@ -95,6 +95,11 @@ class Run:
             self.offset += length
         self.left -= length
 
+    def part(self, begin: int, length: int) -> Run:
+        """Return a run of the bytes [begin, begin + length) of this one."""
+        offset = self.offset if self.offset < 0 else self.offset + begin
+        return Run(self.op, self.dst + begin, offset, length, self.src + begin, self.owner)
+
     @property
     def name(self) -> str:
         """The operation, as the kernel calls it."""

@@ -16,8 +16,9 @@ from aiouffd.engine.gate import Gate
 from aiouffd.engine.resolver import DONTWAKE, Op, Run
 from aiouffd.engine.space import Flight, Space
 from aiouffd.engine.statistics import Counter
+from aiouffd.engine.zeros import BLOCK, cut
 from aiouffd.errors import LayoutChangingError, ShortReadError, SourceError, SourceTimeoutError, UffdError
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class SourceServer:
         self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
+        self._blank: Callable[[int, int, int], list[int]] | None = getattr(source, "blank", None)
         if not getattr(source, "sparse", True):
             self._hole = None
         self._direct = self._locate is not None and self._hole is None and on_touch is None
@@ -132,7 +134,7 @@ class SourceServer:
                 asked.append((address, address + length))
                 wanted = page if low <= offset < low + length else None
                 self._bring(space, address, low, length, runs, wanted, began_ns, Counter.PAGES_READAHEAD)
-            self._follow(space, start, first, offset, first + end - start, began_ns)
+            self._follow(space, start - first, offset, first, first + end - start, began_ns)
         for page, _flags, _thread in faults:
             flight = space.flights.get(page)
             if flight is not None:
@@ -150,16 +152,17 @@ class SourceServer:
         """A toucher has come upon a window that is being brought: bring the one behind it as well."""
         start, end, first = space.mappings.locate(page)
         if first >= 0:
-            self._follow(space, start, first, first + page - start, first + end - start, perf_counter_ns())
+            self._follow(space, start - first, first + page - start, first, first + end - start, perf_counter_ns())
 
-    def _follow(self, space: Space, start: int, first: int, offset: int, high: int, began_ns: int) -> None:
-        window = space.readahead.follow(offset, high)
-        if window is not None:
+    def _follow(self, space: Space, skew: int, offset: int, low: int, high: int, began_ns: int) -> None:
+        """Bring the window behind the one that `offset` is in; `skew`: from an offset to its address."""
+        windows = space.readahead.follow(offset, low, high)
+        if windows is not None:
+            (at, length), (behind, size) = windows
+            if self._expect is not None and size:
+                self._expect(behind, size)
             runs: list[Run] = []
-            low, length = window
-            if self._expect is not None and (behind := min(2 * length, high - low - length)) > 0:
-                self._expect(low + length, behind)
-            self._bring(space, start + low - first, low, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
+            self._bring(space, at + skew, at, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
             space.settle_later(runs)
 
     def _serve_directly(
@@ -220,7 +223,7 @@ class SourceServer:
                 if kind == "zeros":
                     self._zero(space, low, at, part, runs)
                     self._words[cause] += part // page
-                elif self._at_hand(low, at, part, runs):
+                elif self._at_hand(space, low, at, part, runs):
                     self._words[cause] += part // page
                 else:
                     part = min(part, max(page, self._largest & -page))
@@ -239,23 +242,40 @@ class SourceServer:
         whole = (self._size - offset) & -page
         return ("data", whole) if whole else ("tail", page)
 
-    def _at_hand(self, address: int, offset: int, length: int, runs: list[Run]) -> bool:
-        """Add a run for bytes that need no waiting; tell whether they did not."""
+    def _at_hand(self, space: Space, address: int, offset: int, length: int, runs: list[Run]) -> bool:
+        """Add runs for bytes that need no waiting; tell whether they did not."""
         available = min(length, self._size - offset)
         source: int | None = None
-        owner: Any = None
         if available == length and self._locate is not None:
             source = self._locate(offset, length)
-        if source is None:
-            if self._read_nowait is None:
+        if source is not None:
+            zeros = self._blank(offset, length, BLOCK) if self._blank is not None and space.maps_zeros else []
+            self._add(space, Run(Op.COPY, address, offset, length, source), zeros, runs)
+        else:
+            data = None if self._read_nowait is None else self._read_nowait(offset, available)
+            if data is None:
                 return False
-            owner = self._read_nowait(offset, available)
-            if owner is None:
-                return False
-            owner, source = _whole_pages(owner, available, length)
+            self._add_data(space, Run(Op.COPY, address, offset, length), data, runs)
         self._words[_BYTES_FETCHED] += available
-        runs.append(Run(Op.COPY, address, offset, length, source, owner))
         return True
+
+    def _add_data(self, space: Space, run: Run, data: Any, runs: list[Run]) -> None:
+        """Add runs for bytes that are ours."""
+        available = min(run.left, self._size - run.offset)
+        zeros = zero_blocks(memoryview(data).cast("B"), BLOCK) if space.maps_zeros and available == run.left else []
+        run.owner, run.src = _whole_pages(data, available, run.left)
+        self._add(space, run, zeros, runs)
+
+    def _add(self, space: Space, run: Run, zeros: list[int], runs: list[Run]) -> None:
+        """Add a run, in parts where it has blocks of zeros."""
+        if not zeros:
+            runs.append(run)
+            return
+        for begin, length, blank in cut(run.left, zeros):
+            if blank:
+                self._zero(space, run.dst + begin, run.offset + begin, length, runs)
+            else:
+                runs.append(run.part(begin, length))
 
     def _zero(self, space: Space, address: int, offset: int, length: int, runs: list[Run]) -> None:
         self._words[_PAGES_ZERO] += length // space.page_size
@@ -296,16 +316,15 @@ class SourceServer:
 
     def _place(self, space: Space, flight: Flight, data: Any, cause: Counter) -> None:
         length = flight.end - flight.start
-        data, source = _whole_pages(data, min(length, self._size - flight.offset), length)
-        run = Run(Op.COPY, flight.start, flight.offset, length, source, data)
-        if flight.generation == space.mappings.generation:
-            space.settle([run])
-        else:
-            shown = space.valid(run)
+        runs: list[Run] = []
+        self._add_data(space, Run(Op.COPY, flight.start, flight.offset, length), data, runs)
+        if flight.generation != space.mappings.generation:
+            shown = [piece for run in runs for piece in space.valid(run)]
             if sum(piece.left for piece in shown) < length:  # the layout has changed meanwhile
                 space.readahead.forget(flight.offset, flight.offset + length)
-            for piece in shown:
-                space.settle([piece])
+            runs = shown
+        if runs:
+            space.settle(runs)
         count = len(flight.wanted)
         self._words[_PAGES_FAULT] += count
         self._words[cause] += length // space.page_size - count

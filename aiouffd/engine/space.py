@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import logging
 import mmap
 import operator
@@ -28,7 +27,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -127,18 +126,6 @@ class FaultServer(Protocol):
 
     def closed(self, space: Space) -> None:
         """Take note that the space is gone."""
-
-
-@functools.cache
-def _zeros(size: int) -> mmap.mmap:
-    """Return memory that is never written to: the kernel shows its one page of zeros all over it."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _part(run: Run, begin: int, length: int) -> Run:
-    """Return bytes [begin, begin + length) of a run."""
-    offset = run.offset if run.offset < 0 else run.offset + begin
-    return Run(run.op, run.dst + begin, offset, length, run.src + begin, run.owner)
 
 
 class Space:
@@ -285,19 +272,24 @@ class Space:
         start, _, first = self.mappings.locate(page)
         return Run(op, page, first if first < 0 else first + page - start, self.page_size)
 
-    def zeros(self, start: int, offset: int, length: int) -> Iterator[Run]:
-        """Yield the runs that fill [start, start + length) with zeros: by ZEROPAGE, where that is possible.
+    @property
+    def maps_zeros(self) -> bool:
+        """Whether zeros are placed by ZEROPAGE, which costs no memory and a seventh of a COPY.
 
         hugetlb knows no ZEROPAGE, and no ZEROPAGE comes write-protected, so that it would count as a write.
         """
-        if self.page_size == mmap.PAGESIZE and not self.write_protect:
+        return self.page_size == mmap.PAGESIZE and not self.write_protect
+
+    def zeros(self, start: int, offset: int, length: int) -> Iterator[Run]:
+        """Yield the runs that fill [start, start + length) with zeros: by ZEROPAGE, where that is possible."""
+        if self.maps_zeros:
             yield Run(Op.ZEROPAGE, start, offset, length)
             return
-        zeros = _zeros(max(self.page_size, _ZEROS))
-        source, step = address_of(zeros), len(zeros)
+        memory = zeros(max(self.page_size, _ZEROS))
+        source, step = address_of(memory), len(memory)
         for at in range(0, length, step):
             part = min(step, length - at)
-            yield Run(Op.COPY, start + at, offset if offset < 0 else offset + at, part, source, zeros)
+            yield Run(Op.COPY, start + at, offset if offset < 0 else offset + at, part, source, memory)
 
     def layout(self, message: bytes, *, replay: bool = False) -> None:
         """Apply one FORK, REMAP, REMOVE or UNMAP message; `replay`: it was read by a predecessor."""
@@ -436,7 +428,7 @@ class Space:
         self.defer(run)
 
     def settle_first(self, runs: list[Run], wanted: list[int]) -> None:
-        """As `settle`, for windows: of a large run, only what begins with the page that is waited for.
+        """As `settle`, for windows: of a large run, only what begins (or ends) with the page that is waited for.
 
         The rest follows in pieces while the toucher works on the beginning, and faults that come meanwhile pass it.
         """
@@ -448,12 +440,12 @@ class Space:
                 now.append(run)
             else:
                 size = max(_FIRST, self.page_size)
-                before, behind = page - run.dst, run.dst + run.left - page - size
-                now.append(_part(run, before, min(size, run.left - before)))
-                if behind > 0:
-                    later.append(_part(run, before + size, behind))
-                if before > 0:
-                    later.append(_part(run, 0, before))
+                before = min(page - run.dst, run.left - size)  # at its end, where the toucher goes down
+                now.append(run.part(before, size))
+                if behind := run.left - before - size:
+                    later.append(run.part(before + size, behind))
+                if before:
+                    later.append(run.part(0, before))
         if now:
             self.settle(now)
         if later:
@@ -462,21 +454,21 @@ class Space:
     def _hasten(self, page: int, began_ns: int) -> bool:
         """Settle a page whose window is being brought, out of turn; tell whether there was one.
 
-        Its toucher is faster than the pieces: each time, more of what is behind the page comes at once.
+        Its toucher is faster than the pieces: each time, more of what is behind (or before) the page comes at once.
         """
         for index, run in enumerate(self.later):
             if run.dst <= page < run.dst + run.left:
                 del self.later[index]
-                before = page - run.dst
-                size = min(self._hurry, run.left - before)
+                size = min(self._hurry, run.left)
+                before = min(page - run.dst, run.left - size)
                 if before:
-                    self.later.append(_part(run, 0, before))
+                    self.later.append(run.part(0, before))
                 if behind := run.left - before - size:
-                    self.later.appendleft(_part(run, before + size, behind))
+                    self.later.appendleft(run.part(before + size, behind))
                 self._hurry = min(2 * self._hurry, _MOST)
                 self._words[Counter.PAGES_FAULT] += 1
                 self._words[Counter.PAGES_READAHEAD] -= 1
-                self._settle(_part(run, before, size), wake=True)
+                self._settle(run.part(before, size), wake=True)
                 self.record_latency(began_ns)
                 self.server.follow(self, page)
                 return True
@@ -495,10 +487,10 @@ class Space:
             run = self.later.popleft()
             size = min(max(_STEP, self.page_size), run.left)
             if size < run.left:
-                self.later.appendleft(_part(run, size, run.left - size))
+                self.later.appendleft(run.part(size, run.left - size))
             elif not self.later:  # nobody has come upon it before it was done
                 self._hurry = max(self._hurry // 2, _STEP, self.page_size)
-            self._settle(_part(run, 0, size), wake=True)
+            self._settle(run.part(0, size), wake=True)
         return bool(self.later)
 
     def defer(self, run: Run) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from typing import TYPE_CHECKING
 
-__all__ = ["madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munmap", "syscall"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munmap", "peek", "syscall"]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these may sleep, so the GIL is dropped
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -15,6 +20,10 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _libc.syscall.restype = ctypes.c_long
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.argtypes = [
+    *(ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong)
+]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
@@ -77,3 +86,16 @@ def mincore(address: int, length: int) -> bytes:
     vector = ctypes.create_string_buffer((length + 4095) // 4096)
     _check(_libc.mincore(address, length, vector))
     return vector.raw
+
+
+def peek(addresses: Sequence[int]) -> bytes:
+    """Return the byte at each of at most 1024 addresses of this process; fewer where one cannot be read (no signal).
+
+    Nothing at all where a seccomp filter forbids process_vm_readv (Linux 3.2).
+    """
+    count = len(addresses)
+    data = ctypes.create_string_buffer(count)
+    local = struct.pack("=QQ", ctypes.addressof(data), count)
+    remote = struct.pack(f"={2 * count}Q", *(word for address in addresses for word in (address, 1)))
+    got = _libc.process_vm_readv(os.getpid(), local, 1, remote, count, 0)
+    return data.raw[: max(got, 0)]

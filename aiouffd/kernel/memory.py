@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["SealedMemory", "address_of", "map_shared"]
+__all__ = ["SealedMemory", "address_of", "map_shared", "zero_blocks", "zeros"]
 
 
 class _PyBuffer(ctypes.Structure):
@@ -49,6 +50,41 @@ def address_of(buffer: Any) -> int:
     address: int = view.buf or 0
     _release_buffer(view)
     return address
+
+
+@functools.cache
+def zeros(size: int) -> mmap.mmap:
+    """Return memory that is never written to: the kernel shows its one page of zeros all over it."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+_memcmp = ctypes.PyDLL(None).memcmp  # PyDLL: to drop the GIL would cost more than the comparison
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> list[int]:
+    """Return where the blocks of a buffer begin that hold nothing but zeros; the last block may be a shorter one.
+
+    Next to nothing is looked at of a block that begins otherwise.
+
+    Args:
+        view: contiguous bytes.
+        block: bytes.
+        firsts: the first byte of each block, if known.
+    """
+    found: list[int] = []
+    if firsts is None:
+        firsts = view[::block].tobytes()
+    index = firsts.find(0)
+    if index < 0:
+        return found
+    address, reference = address_of(view), address_of(zeros(block))
+    while index >= 0:
+        begin = index * block
+        if not _memcmp(address + begin, reference, min(block, len(view) - begin)):
+            found.append(begin)
+        index = firsts.find(0, index + 1)
+    return found
 
 
 def map_shared(fd: int) -> mmap.mmap:

@@ -19,6 +19,8 @@ class Source(Protocol):
       `close`, if they are at hand: they are copied straight from there. Asked before `read_nowait`.
     - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros; not
       asked where an attribute `sparse` is false.
+    - `blank(offset, length, block) -> list[int]`: where, counted from `offset`, blocks begin that are zeros, among
+      bytes that `locate` has just found. They are mapped then, and not copied. Quick where there are none.
     - `expect(offset, length)`: these bytes, partly behind `size` perhaps, are likely to be wanted next: bring them to
       hand in the background, if that is worth it. Returns at once.
     - `async aclose()`: called once when serving ends.

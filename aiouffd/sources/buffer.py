@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiouffd.kernel.memory import SealedMemory, address_of
+from aiouffd.kernel.memory import SealedMemory, address_of, zero_blocks
 from aiouffd.sources.base import Descriptor
 
 __all__ = ["BufferSource"]
@@ -38,6 +38,10 @@ class BufferSource:
     def locate(self, offset: int, length: int) -> int | None:
         """Return where the bytes lie: they are always at hand."""
         return self._address + offset
+
+    def blank(self, offset: int, length: int, block: int) -> list[int]:
+        """Return where there are blocks of zeros."""
+        return zero_blocks(self._view[offset : offset + length], block)
 
     def read_nowait(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""

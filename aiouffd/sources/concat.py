@@ -43,6 +43,12 @@ class ConcatSource:
         locate = getattr(part, "locate", None)
         return None if locate is None else locate(at, length)
 
+    def blank(self, offset: int, length: int, block: int) -> list[int]:
+        """As the part that it is in."""
+        part, at = self._find(offset)
+        blank = getattr(part, "blank", None)
+        return [] if blank is None else blank(at, length, block)
+
     def read_nowait(self, offset: int, length: int) -> Any:
         """As the part that it is in."""
         part, at = self._find(offset)

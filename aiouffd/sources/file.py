@@ -20,11 +20,11 @@ import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.sources.base import Descriptor
 
 __all__ = ["FileSource"]
@@ -34,7 +34,17 @@ _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 _THREADS = 16  # reads of a disk under way at once
 _STREAMS = 8  # whose next pieces are remembered
+_PEEKED = 64 << 10  # of so many bytes the first is taken along
 _FRESH = 0.1  # seconds for which what was populated is taken to be resident still, without asking
+
+
+class _Populated(NamedTuple):
+    """Bytes [low, high) that a thread has brought to hand, when, and the first byte of each block of them."""
+
+    low: int
+    high: int
+    when: float
+    firsts: bytes
 
 
 class FileSource:
@@ -79,7 +89,7 @@ class FileSource:
         self._mapped = min(size, info.st_size)
         self._address = 0
         self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # start, end
-        self._populated: deque[tuple[int, int, float]] = deque(maxlen=_STREAMS)  # start, end, when
+        self._populated: deque[_Populated] = deque(maxlen=_STREAMS)
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
             self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
@@ -94,7 +104,7 @@ class FileSource:
         end = offset + length
         if not self._tells or end > self._mapped or end > os.lseek(self._fd, 0, os.SEEK_END):
             return None
-        if self._populated and self._was_populated(offset, end):
+        if self._populated and self._piece(offset, end) is not None:
             return self._address + offset
         skew = offset % mmap.PAGESIZE
         start = self._address + offset - skew
@@ -105,9 +115,34 @@ class FileSource:
             return None
         return start + skew
 
-    def _was_populated(self, offset: int, end: int) -> bool:
+    def blank(self, offset: int, length: int, block: int) -> list[int]:
+        """Return where resident blocks of zeros begin.
+
+        The mapping is not looked at: where the file has been cut meanwhile that would be SIGBUS. process_vm_readv
+        (Linux 3.2) takes the first byte of each block out of it in one call, and says EFAULT instead.
+        """
+        if length < block:  # not worth the question
+            return []
+        piece = self._piece(offset, offset + length) if block == _PEEKED else None
+        index, rest = divmod(offset - piece.low, block) if piece is not None else (0, 1)
+        if piece is not None and not rest:
+            firsts = piece.firsts[index : index + (length + block - 1) // block]
+        else:
+            firsts = self._peek(offset, offset + length, block)
+        if 0 not in firsts:
+            return []
+        return zero_blocks(memoryview(os.pread(self._fd, length, offset)), block, firsts)
+
+    def _peek(self, low: int, high: int, block: int) -> bytes:
+        return libc.peek(range(self._address + low, self._address + high, block))
+
+    def _piece(self, offset: int, end: int) -> _Populated | None:
+        """Return what was populated around [offset, end) of late."""
         recent = monotonic() - _FRESH
-        return any(low <= offset and end <= high and when > recent for low, high, when in self._populated)
+        for piece in self._populated:
+            if piece.low <= offset and end <= piece.high and piece.when > recent:
+                return piece
+        return None
 
     def expect(self, offset: int, length: int) -> None:
         """Have a thread bring these bytes to hand; what is being brought already is not asked for again."""
@@ -124,7 +159,7 @@ class FileSource:
             libc.madvise(self._address + low, high - low, libc.MADV_POPULATE_READ)
         except OSError:  # before Linux 5.14, or the file was cut, or cannot be read: `locate` and `read` find out
             return
-        self._populated.append((low, high, monotonic()))
+        self._populated.append(_Populated(low, high, monotonic(), self._peek(low, high, _PEEKED)))
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """Return the bytes if they are in memory: preadv2 with RWF_NOWAIT. For files that mincore is silent about."""

@@ -203,6 +203,46 @@ def test_a_region_larger_than_memory() -> None:
     play(larger_than_memory)
 
 
+def zeros_among_data(kind: str) -> None:
+    """Scenario: every second quarter of a MiB is zeros."""
+    size, part = 64 << 20, 256 << 10
+    data = b"".join(bytes(part) if at // part % 2 else content(at, part) for at in range(0, size, part))
+    source: Any = aiouffd.BufferSource(data)
+    if kind == "file":
+        path = Path(os.environ["AIOUFFD_TEST_DIRECTORY"]) / "input.bin"
+        path.write_bytes(data)
+        source = aiouffd.FileSource(path)
+    elif kind == "far":
+        source = Slow(size)
+
+        async def read(offset: int, length: int) -> bytes:
+            return data[offset : offset + length]
+
+        source.read = read
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, source) as monitor:
+        assert region[:] == data
+        pages = np.frombuffer(region, np.uint8)[::4096]
+        pages[64] = 1  # zeros can be written to
+        assert pages[64] == 1
+        assert region[part + 1 : 2 * part] == bytes(part - 1)
+        seen = monitor.statistics()
+        assert seen.pages_zero * 4096 >= size * 0.3, seen
+        resident = sum(
+            int(line.split()[1])
+            for line in Path("/proc/self/smaps").read_text().split(f"{region.address:x}-")[1].splitlines()[:20]
+            if line.startswith("Rss:")
+        )
+        assert resident <= (size >> 10) * 0.7, resident
+
+
+@pytest.mark.parametrize("kind", ["buffer", "file", "far"])
+def test_zeros_of_a_source_cost_no_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of zeros are mapped from the kernel's zero page, can be written to, and all bytes are right."""
+    monkeypatch.setenv("AIOUFFD_TEST_DIRECTORY", str(tmp_path))
+    play(zeros_among_data, kind)
+
+
 # Leaving
 
 
