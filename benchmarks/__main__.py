@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks import idle
+from benchmarks import knobs
 from benchmarks.rows import Row, rows
 
 REGIMES = (0, 200_000)  # halt at once; poll for 200 us, as a host that is not shared can afford
@@ -91,13 +91,13 @@ def run_rows(wanted: set[str] | None, repeats: int, *, quick: bool) -> list[dict
 
 def run_regimes(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     """Run one row in each regime of idle processors; an empty list where that cannot be changed."""
-    why = idle.unavailable()
+    why = knobs.unavailable()
     if why is not None:
         say(f"the regimes are left out: {why}")
         return []
     results = []
     for nanoseconds in REGIMES:
-        with idle.halt_poll(nanoseconds):
+        with knobs.halt_poll(nanoseconds):
             (row,) = (row for row in rows(quick=quick) if row.name == "random-1")
             words = f"idle cores poll for {nanoseconds // 1000} us" if nanoseconds else "idle cores halt at once"
             # The bars are for cores that halt at once: where they poll, everybody is woken quickly.
@@ -111,12 +111,13 @@ def run_regimes(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, quick: bool) -> None:
+def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, kept: bool, quick: bool) -> None:
     """Print the table, and keep the figures."""
-    machine = {
+    machine: dict[str, Any] = {
         "kernel": platform.release(),
         "python": platform.python_version(),
         "halt_poll_ns": halt_poll,
+        "free_memory_kept": kept,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,8 @@ def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, quick
     for result in results:
         if result["remark"]:
             print(f"{result['row']}: {result['remark']}.")
-    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}")
+    memory = "" if kept else ", free memory goes back to the host"
+    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}{memory}")
 
 
 def terminated(number: int, _: object) -> None:
@@ -152,26 +154,27 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
-    if arguments.plots is not None:
-        from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
+    with knobs.memory_kept() as kept, knobs.halt_poll(arguments.halt_poll):
+        if not kept:
+            say("free memory may go back to the host meanwhile: figures vary more than they would")
+        if arguments.plots is not None:
+            from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
 
-        with idle.halt_poll(arguments.halt_poll):
             for path in draw(arguments.plots, quick=arguments.quick):
                 print(path)
-        return 0
-    if arguments.idle_regimes:
-        results = run_regimes(arguments.repeats, quick=arguments.quick)
-        regime = " and ".join(map(str, REGIMES))
-    else:
-        try:
-            with idle.halt_poll(arguments.halt_poll):
-                regime = idle.regime()
-                wanted = set(arguments.rows.split(",")) if arguments.rows else None
+            return 0
+        regime = knobs.regime()
+        if arguments.idle_regimes:
+            results = run_regimes(arguments.repeats, quick=arguments.quick)
+            regime = " and ".join(map(str, REGIMES))
+        else:
+            wanted = set(arguments.rows.split(",")) if arguments.rows else None
+            try:
                 results = run_rows(wanted, arguments.repeats, quick=arguments.quick)
-        except ValueError as error:
-            parser.error(str(error))
+            except ValueError as error:
+                parser.error(str(error))
     if results:
-        report(results, arguments.output, regime, quick=arguments.quick)
+        report(results, arguments.output, regime, kept=kept, quick=arguments.quick)
     return 0
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import aiouffd
 from aiouffd.kernel.memory import address_of
 from benchmarks import clock, fuse, guest, served
-from benchmarks.contestants import PAGE, Arena, bare, c_poll, c_spin, content, many, monitored, warm
+from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
 MIB = 1 << 20
@@ -197,11 +197,12 @@ class Far:
     def __init__(self, size: int, latency: float) -> None:
         self.size = size
         self.latency = latency
+        self._bytes = buffer(size)
         self._due: deque[tuple[float, asyncio.Future[None]]] = deque()
         self._timer = -1
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the words of each page: its number plus one."""
+    async def read(self, offset: int, length: int) -> memoryview:
+        """Return the bytes, when it is time."""
         loop = asyncio.get_running_loop()
         if self._timer < 0:
             self._timer = clock.create()
@@ -211,8 +212,7 @@ class Far:
         if len(self._due) == 1:
             clock.ring(self._timer, self.latency)
         await answer
-        first = offset // PAGE + 1
-        return np.repeat(np.arange(first, first + length // PAGE, dtype=np.uint64), PAGE // 8).tobytes()
+        return self._bytes.read_nowait(offset, length)
 
     def _tick(self) -> None:
         os.read(self._timer, 8)

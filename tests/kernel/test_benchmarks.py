@@ -16,7 +16,7 @@ from scenario import ended
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import idle  # noqa: E402 - the benchmarks are not installed
+from benchmarks import knobs  # noqa: E402 - the benchmarks are not installed
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +76,14 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_regimes_of_idle_processors(tmp_path: Path) -> None:
     """The row is run in both and the knob put back, or it is said why not."""
-    before = idle.regime()
+    before = knobs.regime()
     result = run("--repeats", "1", "--idle-regimes", "--output", tmp_path)
-    if idle.unavailable() is None:
+    if knobs.unavailable() is None:
         assert "idle cores halt at once" in result.stdout
         assert "idle cores poll for 200 us" in result.stdout
     else:
         assert "the regimes are left out" in result.stderr
-    assert idle.regime() == before
+    assert knobs.regime() == before
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGKILL])
@@ -95,8 +95,8 @@ def test_the_knob_is_put_back_whatever_happens(tmp_path: Path, number: int) -> N
 import signal
 from pathlib import Path
 from benchmarks.contestants import child
-from benchmarks.idle import halt_poll
-with halt_poll(200000, Path({str(knob)!r})), child(signal.pause) as pid:
+from benchmarks.knobs import setting
+with setting(Path({str(knob)!r}), "200000"), child(signal.pause) as pid:
     print(pid, flush=True)
     input()
 """
