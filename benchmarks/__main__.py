@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run the rows beside their peers, in one run, interleaved; print the table.
+"""`python -m benchmarks`: run the rows beside their peers, in one run, interleaved; print the table, draw pictures.
 
 Each round runs every contestant of a row once; a ratio is taken within a round, and the table gives the median of
 the rounds' ratios with their quartiles.
@@ -145,36 +145,32 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON")
     parser.add_argument("--halt-poll", type=int, metavar="NS", help="guest_halt_poll_ns for this run (put back after)")
     parser.add_argument(
-        "--idle-regimes",
-        action="store_true",
-        help="instead: one row while idle cores halt at once, and while they poll",
+        "--idle-regimes", action="store_true", help="one row while idle cores halt at once, and while they poll"
     )
-    parser.add_argument(
-        "--plots", type=Path, metavar="DIR", help="instead: draw latencies, windows and touchers as PNG"
-    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw latencies, windows and touchers as PNG there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
+    everything = arguments.rows is None and not arguments.idle_regimes and arguments.plots is None
+    results: list[dict[str, Any]] = []
     with knobs.memory_kept() as kept, knobs.halt_poll(arguments.halt_poll):
         if not kept:
             say("free memory may go back to the host meanwhile: figures vary more than they would")
-        if arguments.plots is not None:
-            from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
-
-            for path in draw(arguments.plots, quick=arguments.quick):
-                print(path)
-            return 0
-        regime = knobs.regime()
-        if arguments.idle_regimes:
-            results = run_regimes(arguments.repeats, quick=arguments.quick)
-            regime = " and ".join(map(str, REGIMES))
-        else:
+        if everything or arguments.rows is not None:
             wanted = set(arguments.rows.split(",")) if arguments.rows else None
             try:
-                results = run_rows(wanted, arguments.repeats, quick=arguments.quick)
+                results += run_rows(wanted, arguments.repeats, quick=arguments.quick)
             except ValueError as error:
                 parser.error(str(error))
-    if results:
-        report(results, arguments.output, regime, kept=kept, quick=arguments.quick)
+        if everything or arguments.idle_regimes:
+            results += run_regimes(arguments.repeats, quick=arguments.quick)
+        regime = knobs.regime()
+        if results:
+            report(results, arguments.output, regime, kept=kept, quick=arguments.quick)
+        if everything or arguments.plots is not None:
+            from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
+
+            for path in draw(arguments.plots or arguments.output, quick=arguments.quick):
+                print(path)
     return 0
 
 
