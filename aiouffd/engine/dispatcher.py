@@ -6,6 +6,10 @@ is served and followed by sleep at once, and looks that were in vain make the ne
 of descriptors, not at the one that fired: with a thousand clients the next fault is another's.
 
 Every so often the loop gets a turn, however many faults there are: other tasks run in between.
+
+O_NONBLOCK belongs to the open file, not to the descriptor: whoever has handed one over can clear it at any time. A
+plain read would stop the loop then, and with it everybody else's pages, so each read says RWF_NOWAIT. Before Linux
+6.10 a userfaultfd does not know that, and the flag is all there is.
 """
 
 from __future__ import annotations
@@ -32,12 +36,13 @@ __all__ = ["Dispatcher", "Landing", "Memory"]
 
 log = logging.getLogger("aiouffd")
 
-_readv = os.readv
+_preadv = os.preadv
 _BURST_NS = 500_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _VAIN = 3  # looks in vain before they are made rarer
+_STUBBORN = 8  # so often O_NONBLOCK is set again
 MESSAGES = 64
 
 
@@ -103,6 +108,8 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _RETRY
         self._closed = False
+        self._flags = os.RWF_NOWAIT
+        self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._only: Space | None = None
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
         loop.add_reader(self._epoll.fileno(), self._ready)
@@ -135,6 +142,7 @@ class Dispatcher:
         if self.spaces.pop(fd, None) is None:
             return
         self._epoll.unregister(fd)
+        self._blocking.pop(fd, None)
         if self._on_drop is not None:
             self._on_drop(space)
         space.close()
@@ -211,17 +219,19 @@ class Dispatcher:
         if only is not None:
             return self._receive(only)
         came = False
-        for fd, _ in self._epoll.poll(0):
+        for fd, events in self._epoll.poll(0):
             space = self.spaces.get(fd)
             if space is not None:
                 self._landing.reading(space.identity)
                 came = self._receive(space) or came
+                if events & select.EPOLLERR:
+                    self._unblock(space)
         return came
 
     def _receive(self, space: Space) -> bool:
         """Read from one descriptor, and serve; tell whether there was anything."""
         try:
-            length = _readv(space.uffd.fileno(), self._landing.buffers)
+            length = _preadv(space.uffd.fileno(), self._landing.buffers, -1, self._flags)
         except BlockingIOError:
             length = 0
         except OSError as error:
@@ -233,10 +243,24 @@ class Dispatcher:
         return length > 0
 
     def _broken(self, space: Space, error: OSError) -> bool:
+        if error.errno == errno.EOPNOTSUPP and self._flags:
+            self._flags = 0
+            return True  # nothing was read: look again
         if error.errno not in (errno.EINTR, errno.ENOMEM):
             log.error("%r cannot be read and is dropped: %s", space, error)
             self.drop(space)
         return False
+
+    def _unblock(self, space: Space) -> None:
+        """Set O_NONBLOCK again: without it, poll(2) reports an error for ever, and the loop would never sleep."""
+        fd = space.uffd.fileno()
+        if space is not self.spaces.get(fd) or not os.get_blocking(fd):
+            return
+        os.set_blocking(fd, False)
+        self._blocking[fd] = times = self._blocking.get(fd, 0) + 1
+        if times == _STUBBORN:
+            log.error("%r is dropped: O_NONBLOCK was taken from it %d times", space, times)
+            self.drop(space)
 
     # Timers
 
@@ -270,5 +294,7 @@ class Dispatcher:
             if space.is_gone or space.uffd.gone():
                 space.gone()
                 self.drop(space)
+            elif space is self._only:  # the others are told by epoll
+                self._unblock(space)
         if not self._closed:
             self._checker = self._loop.call_later(_GONE_CHECK, self._check_gone)

@@ -174,6 +174,7 @@ def _give_up(journal: Journal, connection: socket.socket, reason: str) -> int:
         poller.poll(500)
         for item in list(spaces):
             uffd, size, _ = item
+            os.set_blocking(uffd.fileno(), False)  # whoever has handed it over may have cleared the flag
             for event in uffd.read():
                 address = getattr(event, "address", None)
                 if address is not None:
