@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,23 @@ def test_a_message_arrives_whole_with_its_descriptors() -> None:
         assert control.receive(right) == ({"op": "y"}, [])
         for fd in fds + received:
             os.close(fd)
+
+
+def test_a_large_message_arrives_whole() -> None:
+    """Larger than a packet can be: a process of a hundred thousand mappings. No descriptor is left behind."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right, Path(os.devnull).open() as beside:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        message = {"mappings": [[number << 12, (number + 1) << 12, number] for number in range(100_000)]}
+        control.send(left, message, [beside.fileno()])
+        control.send(left, {"op": "next"})
+        received, fds = control.receive(right)
+        assert received == message
+        assert len(fds) == 1
+        assert os.fstat(fds[0]).st_rdev == os.fstat(beside.fileno()).st_rdev
+        os.close(fds[0])
+        assert control.receive(right) == ({"op": "next"}, [])
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_end_is_told_on_both_sides() -> None:

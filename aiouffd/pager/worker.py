@@ -119,6 +119,8 @@ class _Worker:
         self.tasks: set[asyncio.Task[None]] = set()
         self.owner = -1  # pidfd of the process that has started this pager
         self.left = False  # it has closed the connection, or has ended
+        self.restoring = False
+        self.retired: list[int] = []  # descriptors that the journal may still speak of
         self.done = asyncio.Event()
         self.dispatcher: Dispatcher
 
@@ -137,7 +139,9 @@ class _Worker:
             on_idle=self.idle,
         )
         if state is not None:
+            self.restoring = True  # there is one whole state, or the other: nothing is saved in between
             self.restore(state, events, fresh)
+            self.restoring = False
         loop.add_reader(self.connection.fileno(), self.requests)
         self.send({"event": "ready", "pid": os.getpid()})
         await self.done.wait()
@@ -197,6 +201,9 @@ class _Worker:
 
     def save(self) -> None:
         self.journal.save(self.state())
+        # No successor is told of these any more, so that their numbers may mean something else.
+        close_all(self.retired)
+        self.retired.clear()
 
     def build(self, identity: int, record: dict[str, Any]) -> _Origin:
         """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
@@ -263,6 +270,9 @@ class _Worker:
         if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
             return
         del self.origins[origin.identity]
+        self.retired += [origin.record["config"], *origin.record["fds"]]
+        if not self.restoring:
+            self.save()
         task = asyncio.get_running_loop().create_task(origin.server.aclose())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -317,7 +327,11 @@ class _Worker:
             max(self.dispatcher.spin_us, origin.options.spin_us) if self.tenancies else (origin.options.spin_us)
         )
         space = self.serve(item | message["space"], origin)
-        self.save()
+        try:
+            self.save()
+        except MemoryError as error:  # what the others have is kept
+            self.dispatcher.drop(space)
+            raise PagerStartError(f"there is no room for {len(space.mappings)} more mappings: {error}") from error
         space.wake_all()
 
     def origin_of(self, service: dict[str, Any], fds: list[int]) -> _Origin:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import ctypes
 import functools
 import json
 import mmap
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -438,6 +440,94 @@ def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, sock
 # Safety
 
 
+def descriptors(serve: Serve) -> int:
+    """Return how many the listener and the pager have open."""
+    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (serve.process.pid, serve.worker))
+
+
+def come_and_go(path: str, times: int) -> None:
+    """Scenario: clients, one after the other; half of them close their connection, the others leave."""
+    for number in range(times):
+        if number % 2:
+            region = aiouffd.Region(MIB)
+            with aiouffd.Monitor(region, server=path):
+                assert region[5 * PAGE] == 6
+        else:
+            play(comes_and_ends, path)
+
+
+def comes_and_ends(path: str) -> None:
+    """Scenario: hand over, touch, and end."""
+    region, _connection, _uffd = hand_over(path)
+    assert region[7 * PAGE] == 8
+
+
+def test_clients_that_come_and_go_leave_nothing_behind(image: Path, tmp_path: Path) -> None:
+    """Neither descriptors nor memory, in the listener as in the pager; also where each is the only one."""
+    with Serve(tmp_path, image) as serve:
+        play(come_and_go, str(serve.path), 4)
+        eventually(lambda: serve.said.count("; 0 left"), 4)
+        before = descriptors(serve)
+        play(come_and_go, str(serve.path), 40, deadline=60)
+        eventually(lambda: serve.said.count("; 0 left"), 44)
+        eventually(lambda: descriptors(serve) <= before, expected=True)
+
+
+def many_regions(path: str) -> None:
+    """Scenario: a handoff of as many regions as there may be, which is more than a packet to the pager holds."""
+    count = firecracker.MOST_REGIONS
+    region = aiouffd.Region(2 * count * PAGE)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+    pages = [count - 1 - number for number in range(count)]
+    mappings = [
+        Mapping(region.address + 2 * n * PAGE, region.address + (2 * n + 1) * PAGE, page * PAGE)
+        for n, page in enumerate(pages)
+    ]
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        data = firecracker.encode(mappings, PAGE)
+        sent = socket.send_fds(connection, [data], [uffd.fileno()])
+        connection.sendall(data[sent:])
+        for number, page in enumerate(pages):
+            assert region[2 * number * PAGE] == (page + 1) & 255
+
+
+def test_as_many_regions_as_there_may_be(image: Path, tmp_path: Path) -> None:
+    """They are served, each page right; and there is room for the next client."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(many_regions, str(serve.path))
+        play(client, str(serve.path), MIB)
+
+
+def takes_the_flag_away(path: str, log: str) -> None:
+    """Scenario: clears O_NONBLOCK of its descriptor again and again, while another one is served."""
+    region, _connection, uffd = hand_over(path, 16 * MIB)
+    assert region[0] == 1
+    os.set_blocking(uffd.fileno(), True)
+    toucher = threading.Thread(target=touch_behind_a_blocking_descriptor, args=(region, uffd), daemon=True)
+    toucher.start()
+    play(client, path, MIB, deadline=20)
+    eventually(lambda: "O_NONBLOCK was taken from it" in Path(log).read_text(), expected=True)
+
+
+def touch_behind_a_blocking_descriptor(region: aiouffd.Region, uffd: aiouffd.Userfaultfd) -> None:
+    """Touch page by page, for seconds; each time the flag has been cleared."""
+    touch = ctypes.CDLL(None).memchr  # without the GIL: in the end nobody brings the page
+    for page in range(16 * MIB // PAGE):
+        os.set_blocking(uffd.fileno(), True)
+        touch(ctypes.c_void_p(region.address + page * PAGE), 0, ctypes.c_size_t(1))
+        time.sleep(0.002)
+
+
+def test_a_descriptor_that_is_made_blocking(image: Path, tmp_path: Path) -> None:
+    """Whoever shares the open file can clear O_NONBLOCK: it is given up after a while, and costs the others nothing."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(takes_the_flag_away, str(serve.path), str(serve.log), deadline=30)
+        assert "is replaced" not in serve.said
+        assert "has not turned" not in serve.said
+
+
 def connect_as_nobody(path: str) -> None:
     """Scenario."""
     os.setgroups([])
@@ -538,15 +628,10 @@ def bombard(path: str, examples: int) -> None:
 def survives(image: Path, directory: Path, examples: int) -> None:
     """Have a server be sent so many malformed handoffs; then be served by it."""
     with Serve(directory, image, "--handoff-timeout", "0.05", "--readahead", "0") as serve:
-
-        def descriptors() -> int:
-            pids = [serve.process.pid, serve.worker]
-            return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-
         play(client, str(serve.path), MIB)
-        before = descriptors()
+        before = descriptors(serve)
         play(bombard, str(serve.path), examples, deadline=30 + examples / 50)
-        eventually(descriptors, before, 20.0)
+        eventually(lambda: descriptors(serve), before, 20.0)
         rss = int(Path(f"/proc/{serve.process.pid}/statm").read_text().split()[1]) * PAGE
         assert rss < 200 * MIB
         play(client, str(serve.path), MIB)
