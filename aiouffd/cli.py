@@ -31,10 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return 130
-    except (UffdError, OSError) as error:
+    except UffdError as error:
         if debug:
             raise
         _say(str(error))
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        _say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
         return 1
     return int(result or 0)
 

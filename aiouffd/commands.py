@@ -23,6 +23,9 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
 
     name = "size"
 
+    def __init__(self, least: int = 0) -> None:
+        self._least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes."""
         if isinstance(value, int):
@@ -30,7 +33,10 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
         match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
         if match is None:
             self.fail(f"{value!r} is no size: write for example 65536, 64K, 256M or 1G", param, ctx)
-        return int(match[1]) * _UNITS[match[2].upper()]
+        size = int(match[1]) * _UNITS[match[2].upper()]
+        if size < self._least:
+            self.fail(f"{value} is too little: {self._least} at least", param, ctx)
+        return size
 
 
 class Octal(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
@@ -101,7 +107,7 @@ _SERVING = [
                  help="Seconds for one read."),
     click.option("--retries", type=click.IntRange(0), default=4, show_default=True, help="Of a read that failed."),
     click.option("--concurrent-reads", type=click.IntRange(1), default=128, show_default=True),
-    click.option("--bytes-in-flight", type=Size(), default="128M", show_default=True),
+    click.option("--bytes-in-flight", type=Size(1 << 20), default="128M", show_default=True),
     click.option("--metrics", type=Address(), metavar="[HOST:]PORT", help="Answer Prometheus there."),
     click.option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", show_default=True,
                  help="What SIGTERM does for clients: serve them until they go, or bring all they miss first."),

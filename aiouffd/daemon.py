@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.logging import RichHandler
 from rich.status import Status
@@ -30,11 +30,20 @@ _EVERY = 0.25
 
 
 def activated() -> socket.socket | None:
-    """Return the listening socket that systemd has passed (sd_listen_fds), if it has."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+    """Return the listening socket that systemd has passed (sd_listen_fds), if it has.
+
+    Raises:
+        OSError: it has passed something else.
+    """
+    count = os.environ.get("LISTEN_FDS", "0")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
         return None
     os.set_inheritable(_FIRST_FD, False)
-    return socket.socket(fileno=_FIRST_FD)
+    listener = socket.socket(fileno=_FIRST_FD)
+    listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if count != "1" or listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listens:
+        raise OSError("systemd's socket unit must have exactly one ListenStream=, with a path")
+    return listener
 
 
 def log_to(console: Console, *, level: int = logging.INFO) -> None:
@@ -70,6 +79,9 @@ async def run(server: Server, console: Console, *, fill: bool, where: str) -> in
         console: for the status line.
         fill: bring at the end all that the clients miss, and let them go; else wait until they go.
         where: the address, for the log.
+
+    Raises:
+        PagerDiedError: nobody can be served any more: another process may do.
     """
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -79,23 +91,26 @@ async def run(server: Server, console: Console, *, fill: bool, where: str) -> in
         log.info("listening on %s; pager %s", where, server.pids[0])
         _notify("READY=1")
         status = loop.create_task(_show(server, console)) if console.is_terminal else None
+        told, dead = loop.create_task(signals.get()), loop.create_task(server.wait_dead())
         try:
-            name = (await signals.get()).name
+            await _first(told, dead)
+            name = told.result().name
             server.stop_listening()
             _notify("STOPPING=1")
             if server.clients:
                 doing = "filling" if fill else "serving on until they go:"
                 log.info("%s: no new clients; %s %d", name, doing, len(server.clients))
+            told = loop.create_task(signals.get())
             ending = loop.create_task(_end(server, fill=fill))
-            again = loop.create_task(signals.get())
-            await asyncio.wait({ending, again}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (ending, again):
-                task.cancel()
+            await _first(ending, told, dead)
+            ending.cancel()
             if server.clients:
                 log.warning(
                     "ended again: the pager (%d) serves %d clients on by itself", server.pids[0], len(server.clients)
                 )
         finally:
+            told.cancel()
+            dead.cancel()
             if status is not None:
                 status.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -133,6 +148,13 @@ async def run_lazy_pages(service: LazyPages, console: Console) -> int:
                 task.cancel()
     log.info("all is there: %d processes, %d pages", service.tasks, service.pages)
     return 1 if service.errors else 0
+
+
+async def _first(*tasks: asyncio.Task[Any]) -> None:
+    """Wait for the first of the tasks; raise what it has raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
 
 
 async def _end(server: Server, *, fill: bool) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
 import os
 import socket
-import stat
-from pathlib import Path
+import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +24,7 @@ from aiouffd.engine.trace import Recorder, Trace
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.link import VERSION, Lines, line
+from aiouffd.handoff.listen import SocketFile
 from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client import Pack, PagerClient, Tenant
 
@@ -40,8 +39,9 @@ __all__ = ["Client", "Server"]
 
 log = logging.getLogger("aiouffd.server")
 
-_HANDOFFS = 64  # under way at once
-_BACKLOG = 128
+_HANDOFFS = 64  # that are not complete, at once
+_REQUESTS = 256  # of one client, under way at once
+_REMINDER = 10.0  # seconds between complaints about the same
 
 
 @attrs.define(eq=False)
@@ -64,6 +64,8 @@ class Client:
     link: bool
     since: float = attrs.field(factory=monotonic)
     pidfd: int = -1
+    sending: asyncio.Lock = attrs.field(factory=asyncio.Lock)  # a line at a time
+    untold: int = 0  # lines that wait for that
 
     def __str__(self) -> str:
         return f"client {self.number} ({self.peer})"
@@ -77,7 +79,8 @@ class Server:
 
     Args:
         source: what all clients see; or a function of (peer, number of the client, name that it asks for) that
-            returns it. It runs in a thread, and may raise to turn the client away.
+            returns it. It runs in a thread, and may raise to turn the client away. Sources that are the same, by their
+            `identity` or as objects, are read once for all that are served from them, and let go with the last.
         path: of the socket, which is made; None: `listener` is used.
         listener: a socket that listens already (systemd's).
         mode: of the socket's file.
@@ -86,7 +89,7 @@ class Server:
         spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
         background: bytes per second that are brought without being asked for; 0: none.
         record: a file to write the order of first touches to, of all clients together; complete when the server is
-            left. Pages are served one by one then.
+            left. Pages are served one by one then, to clients of one source and one page size.
         replay: a recorded file, whose pages are brought ahead for each client.
         timeout: seconds for one read of the source; None: no limit.
         retries: further tries after a failed read.
@@ -95,7 +98,7 @@ class Server:
         handoff_timeout: seconds until a client must have sent its handoff.
 
     Raises (on entering):
-        OSError: the socket cannot be made; EADDRINUSE: another server listens there.
+        OSError: the socket cannot be made (EADDRINUSE: another server listens there), or `record` not be written.
         TraceError: `replay` is no recording.
         PagerStartError: the pager did not start.
     """
@@ -124,8 +127,9 @@ class Server:
         if record is not None and replay is not None:
             raise ValueError("either record or replay: what a replay brings is not seen to be touched")
         self._choose: Callable[[Peer, int, str], Any] = source if callable(source) else lambda *_: source
-        self._path = None if path is None else Path(path)
+        self._path = path
         self._listener = listener
+        self._file: SocketFile | None = None
         self._mode = mode
         self._uids = {0, os.geteuid(), *uids}
         self._handoff_timeout = handoff_timeout
@@ -133,15 +137,20 @@ class Server:
         self._replay = replay
         limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
         self._options = Options(readahead if record is None else 0, spin_us, background=background, limits=limits)
-        self._packs: dict[tuple[int, int], Pack] = {}  # (identity of the source, page size)
+        self._packs: dict[Any, Pack] = {}  # by source and page size, as long as somebody is served from it
+        self._packed: dict[str, int] = {}  # token of a pack -> by how many clients it is used
+        self._packing = threading.Lock()
         self._recorder: Recorder | None = None
+        self._recorded: Any = None  # source and page size
         self._numbers = 0
         self.clients: dict[str, Client] = {}  # by the token of their memory
         self.rejected = 0
-        self._handoffs = asyncio.Semaphore(_HANDOFFS)
+        self._incomplete: dict[asyncio.Timeout, None] = {}  # handoffs, oldest first
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._dead = asyncio.Event()
+        self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
         self._pager: PagerClient
 
@@ -156,15 +165,18 @@ class Server:
         )
         try:
             if self._replay is not None:
-                Trace.load(self._replay, os.sysconf("SC_PAGESIZE"))  # what is wrong with it is said now
+                Trace.load(self._replay)  # what is wrong with it is said now
+            if self._record is not None:
+                Recorder.create(self._record, 0, 0).discard()  # the same
             if self._listener is None:
                 assert self._path is not None
-                self._listener = _listen(self._path, self._mode)
+                self._file = SocketFile(self._path, mode=self._mode)
+                self._listener = self._file.listener
             self._listener.setblocking(False)
             await asyncio.to_thread(self._pager.start)
         except BaseException:
             await asyncio.to_thread(self._pager.stop)
-            self._unlink()
+            self._close_listener()
             raise
         self._accepting = self._loop.create_task(self._accept(self._listener))
         return self
@@ -181,8 +193,6 @@ class Server:
         for client in list(self.clients.values()):
             self._forget(client, "goes on being served by the pager alone")
         await asyncio.to_thread(self._pager.stop, leave=served)
-        for pack in self._packs.values():
-            pack.close()
         if self._recorder is not None:
             await asyncio.to_thread(self._recorder.complete)
 
@@ -191,7 +201,7 @@ class Server:
         if self._accepting is not None:
             self._accepting.cancel()
             self._accepting = None
-            self._unlink()
+            self._close_listener()
 
     async def wait_clients(self, most: int = 0) -> None:
         """Wait until at most so many clients are left. Canceling is safe."""
@@ -211,6 +221,16 @@ class Server:
         else:
             self._forget(client, "has all its pages")
 
+    async def wait_dead(self) -> None:
+        """Wait until the pager has been given up: nobody can be served any more. Canceling is safe.
+
+        Raises:
+            PagerDiedError: always; it says why.
+        """
+        await self._dead.wait()
+        assert self._death is not None
+        raise self._death
+
     def statistics(self) -> Statistics:
         """Return what the pager has counted, for all clients."""
         return attrs.evolve(self._pager.statistics(), clients=len(self.clients))
@@ -223,13 +243,14 @@ class Server:
     # Clients come
 
     async def _accept(self, listener: socket.socket) -> None:
+        told = -_REMINDER
         while True:
             try:
                 connection, _ = await self._loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED):
-                    raise
-                log.error("no client can be taken: %s", error.strerror)  # noqa: TRY400 - no traceback helps here
+            except OSError as error:  # it has too many files open, most likely; they wait in the backlog
+                if monotonic() - told >= _REMINDER:
+                    told = monotonic()
+                    log.error("no client can be taken: %s", error.strerror)  # noqa: TRY400 - no traceback helps here
                 await asyncio.sleep(0.1)
                 continue
             connection.setblocking(False)
@@ -239,8 +260,7 @@ class Server:
         """Take one handoff. Whatever is wrong with it costs this connection only."""
         taken = False
         try:
-            async with self._handoffs:
-                client = await self._take(connection)
+            client = await self._take(connection)
             taken = client is not None
         finally:
             if not taken:
@@ -253,7 +273,7 @@ class Server:
         try:
             peer = Peer.of(connection)
             self._check_user(peer)
-            handoff = await firecracker.receive(connection, self._handoff_timeout)
+            handoff = await self._receive(connection, peer)
             link = handoff.regions.extra is not None
             client = await self._client(handoff, connection)
             await self._serve(client)
@@ -266,6 +286,22 @@ class Server:
             return None
         return client
 
+    async def _receive(self, connection: socket.socket, peer: Peer) -> Handoff:
+        """Receive a handoff. They arrive whole, in general; so where many are incomplete, the oldest one goes."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._incomplete[limit] = None
+                if len(self._incomplete) > _HANDOFFS:
+                    oldest = next(iter(self._incomplete))
+                    del self._incomplete[oldest]
+                    oldest.reschedule(self._loop.time())
+                try:
+                    return await firecracker.receive(connection, self._handoff_timeout)
+                finally:
+                    self._incomplete.pop(limit, None)
+        except TimeoutError:
+            raise HandoffError(str(peer), "was slow with its handoff, while many others came") from None
+
     def _check_user(self, peer: Peer) -> None:
         if peer.uid not in self._uids:
             raise HandoffError(str(peer), "may not use this server")
@@ -277,11 +313,7 @@ class Server:
             name = _name_asked_for(handoff)
             self._numbers += 1
             number = self._numbers
-            pack, size = await asyncio.to_thread(self._pack, peer, number, name, regions.page_size)
-            try:
-                firecracker.check_size(regions, size)
-            except ValueError as error:
-                raise HandoffError(str(peer), str(error)) from None
+            pack = await asyncio.to_thread(self._pack, handoff, number, name)
         except BaseException:
             handoff.close()
             raise
@@ -302,29 +334,61 @@ class Server:
         tenant = client.tenant
         log.info("%s: %d bytes in %d regions, pages of %d", client, client.size, len(tenant.mappings), tenant.page_size)
 
-    def _pack(self, peer: Peer, number: int, name: str, page_size: int) -> tuple[Pack, int]:
-        """Return what serves a client, and its size; what several clients share is made once."""
-        source = self._choose(peer, number, name)
-        size = source.size
-        key = (id(source), page_size)
-        pack = self._packs.get(key)
-        if pack is None:
-            if self._record is not None and self._recorder is None:
-                self._recorder = Recorder.create(self._record, page_size, size)
-            trace = None if self._replay is None else Trace.load(self._replay, page_size)
-            pack = self._packs[key] = Pack(Service(source, self._recorder, trace), self._options)
-        return pack, size
+    def _pack(self, handoff: Handoff, number: int, name: str) -> Pack:
+        """Return what serves a client; what several clients share is made once. In a thread: sources may block."""
+        peer, page_size = handoff.peer, handoff.regions.page_size
+        try:
+            source = self._choose(peer, number, name)
+            size = source.size
+            firecracker.check_size(handoff.regions, size)
+        except (UffdError, OSError):
+            raise
+        except ValueError as error:
+            raise HandoffError(str(peer), str(error)) from error
+        except Exception as error:
+            log.exception("what finds the source has failed")
+            raise HandoffError(str(peer), f"no source could be found for it: {error!r}") from error
+        identity = getattr(source, "identity", None)
+        key = (id(source) if identity is None else identity, page_size)
+        with self._packing:
+            pack = self._packs.get(key)
+            if pack is None:
+                trace = None if self._replay is None else Trace.load(self._replay, page_size)
+                pack = Pack(Service(source, self._recording(key, handoff, size), trace), self._options)
+                self._packs[key] = pack
+            self._packed[pack.token] = self._packed.get(pack.token, 0) + 1
+        return pack
+
+    def _recording(self, key: Any, handoff: Handoff, size: int) -> Recorder | None:
+        if self._record is None:
+            return None
+        if self._recorder is None:
+            self._recorder, self._recorded = Recorder.create(self._record, handoff.regions.page_size, size), key
+        if self._recorded != key:
+            raise HandoffError(str(handoff.peer), "a recording is of one source, and one page size: this is another")
+        return self._recorder
+
+    def _unpack(self, pack: Pack) -> None:
+        """Let go what served a client, if nobody else is served from it."""
+        with self._packing:
+            self._packed[pack.token] -= 1
+            if not self._packed[pack.token]:
+                del self._packed[pack.token]
+                self._packs = {key: other for key, other in self._packs.items() if other is not pack}
+                pack.close()
 
     # Clients speak
 
     async def _converse(self, client: Client) -> None:
         """Answer one of our own clients until it leaves."""
         lines = Lines()
+        places = asyncio.Semaphore(_REQUESTS)
         try:
-            client.connection.send(line({"id": 0, "ok": {"number": client.number}}))
+            await self._tell(client, {"id": 0, "ok": {"number": client.number}})
             while data := await self._loop.sock_recv(client.connection, 64 << 10):
                 for message in lines.feed(data):
-                    self._spawn(self._answer(client, message))
+                    await places.acquire()  # who asks faster than he can be answered is not read from
+                    self._spawn(self._answer(client, message, places))
         except (OSError, ValueError) as error:
             log.warning("%s: %s", client, error)
         if client.tenant.token in self.clients:
@@ -334,14 +398,27 @@ class Server:
             self._forget(client, "has left")
         client.connection.close()
 
-    async def _answer(self, client: Client, message: dict[str, Any]) -> None:
+    async def _answer(self, client: Client, message: dict[str, Any], places: asyncio.Semaphore) -> None:
         answer: dict[str, Any] = {"id": message.get("id")}
         try:
             answer["ok"] = await self._do(client, message)
         except (UffdError, ValueError) as error:
             answer["error"] = encode_error(error)
-        with contextlib.suppress(OSError):
-            await self._loop.sock_sendall(client.connection, line(answer))
+        finally:
+            places.release()
+        await self._tell(client, answer)
+
+    async def _tell(self, client: Client, message: dict[str, Any]) -> None:
+        """Send a line. One that is not read is waited for, but by nobody else, and not by too many."""
+        if client.untold >= 2 * _REQUESTS:
+            return
+        client.untold += 1
+        try:
+            async with client.sending:
+                with contextlib.suppress(OSError):
+                    await self._loop.sock_sendall(client.connection, line(message))
+        finally:
+            client.untold -= 1
 
     async def _do(self, client: Client, message: dict[str, Any]) -> Any:
         op = message.get("op")
@@ -351,6 +428,10 @@ class Server:
             offset, length = message.get("offset"), message.get("length")
             if type(offset) is not int or type(length) is not int or offset < 0 or not 0 <= length <= 1 << 57:
                 raise ValueError("a prefetch has an offset and a length")
+            # Its time grows with its length, whatever the client can see of that.
+            end = max(mapping.offset + mapping.end - mapping.start for mapping in client.tenant.mappings)
+            offset = min(offset, end)
+            length = min(length, end - offset)
             request = self._pager.request("prefetch", client.tenant, offset=offset, length=length)
             await asyncio.wrap_future(request)
             return None
@@ -374,12 +455,14 @@ class Server:
             self._forget(client, "has ended")
 
     def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
+        if tenant is None:
+            self._death = error
+            self._dead.set()
         for client in list(self.clients.values()):
             if tenant is None or client.tenant is tenant:
                 log.error("%s: %s", client, error)
                 if client.link:
-                    with contextlib.suppress(OSError):
-                        client.connection.send(line({"error": encode_error(error)}))
+                    self._spawn(self._tell(client, {"error": encode_error(error)}))
 
     def _forget(self, client: Client, why: str) -> None:
         if self.clients.pop(client.tenant.token, None) is None:
@@ -389,6 +472,7 @@ class Server:
             self._loop.remove_reader(client.pidfd)
             os.close(client.pidfd)
         client.tenant.uffd.close()
+        self._unpack(client.tenant.pack)
         if client.tenant.tether >= 0:
             os.close(client.tenant.tether)
         if client.link:
@@ -410,12 +494,11 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
 
-    def _unlink(self) -> None:
-        if self._listener is not None:
+    def _close_listener(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        elif self._listener is not None:
             self._listener.close()
-            self._listener = None
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
 
 
 def _name_asked_for(handoff: Handoff) -> str:
@@ -426,35 +509,3 @@ def _name_asked_for(handoff: Handoff) -> str:
     if not isinstance(name, str):
         raise HandoffError(str(handoff.peer), "asks for a source by what is no name")
     return name
-
-
-def _listen(path: Path, mode: int) -> socket.socket:
-    """Make the socket; one that nobody listens on any more is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Before bind(2), this is the mode that the file is made with: there is no moment in which others could connect.
-        os.fchmod(listener.fileno(), mode)
-        try:
-            listener.bind(os.fspath(path))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-            path.unlink()
-            listener.bind(os.fspath(path))
-        path.chmod(mode)  # what the umask has taken away
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _is_stale(path: Path) -> bool:
-    if not stat.S_ISSOCK(path.stat().st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return True
-    return False

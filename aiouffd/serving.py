@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import resource
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["choose_by", "lazy_pages", "serve"]
 
 _FIELDS = {"pid", "uid", "number", "name"}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
 
 def serve(
@@ -40,6 +43,9 @@ def serve(
     **options: Any,
 ) -> int:
     """Run `aiouffd serve`; return its exit status."""
+    # Some descriptors for each client: the soft limit of 1024 is for users of select(2).
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = None
     if path is None:
         listener = daemon.activated()
@@ -89,18 +95,19 @@ def choose_by(template: str) -> Callable[[Peer, int, str], Source]:
     Raises:
         OSError: the template names what there is not.
     """
-    names = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    if names - _FIELDS:
-        raise OSError(f"--source-for knows {', '.join(sorted(_FIELDS))}, not {', '.join(sorted(names - _FIELDS))}")
-    known: dict[str, Source] = {}
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise OSError(f"--source-for {template!r}: {error}; write for example /snapshots/{{name}}.mem") from None
+    if not fields or fields - _FIELDS:
+        wrong = ", ".join(sorted(fields - _FIELDS)) or "nothing" if fields else "a fixed place: that is SOURCE"
+        raise OSError(f"--source-for knows {', '.join(sorted(_FIELDS))}, not {wrong}")
 
     def choose(peer: Peer, number: int, name: str) -> Source:
-        if "name" in names and (not name or name.startswith(".") or "/" in name or "\0" in name):
-            raise HandoffError(str(peer), f"asks for the source {name!r}, which is no name")
-        target = template.format(pid=peer.pid, uid=peer.uid, number=number, name=name)
-        if target not in known:
-            known[target] = as_source(target)
-        return known[target]
+        if "name" in fields and not _NAME.fullmatch(name):
+            raise HandoffError(str(peer), f"asks for the source {name!r:.100}, which is no name")
+        # Opened anew for each client: what lies at that name may be another snapshot by now.
+        return as_source(template.format(pid=peer.pid, uid=peer.uid, number=number, name=name))
 
     return choose
 
@@ -110,7 +117,11 @@ def _run(server: Any, metrics: tuple[str, int] | None, *, fill: bool, where: str
     daemon.log_to(console)
     with contextlib.ExitStack() as stack:
         if metrics is not None:
-            web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)
+            try:
+                web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)
+            except OSError as error:
+                address = f"--metrics {metrics[0]}:{metrics[1]}"
+                raise OSError(error.errno, f"{error.strerror}: another port?", address) from None
             stack.callback(web.shutdown)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(daemon.run(server, console, fill=fill, where=where))

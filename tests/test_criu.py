@@ -229,9 +229,15 @@ def test_the_socket_file(tmp_path: Path) -> None:
     """Mode 0600; one that was left is replaced, anything else is not; a long path works; closing removes it."""
     with LazyPagesSocket(tmp_path) as first:
         assert stat.S_IMODE(first.path.stat().st_mode) == 0o600
-        with LazyPagesSocket(tmp_path) as second:
-            connect(tmp_path).close()
-        assert not second.path.exists()
+        with pytest.raises(OSError, match="another server listens there"):
+            LazyPagesSocket(tmp_path)
+        connect(tmp_path).close()
+    assert not first.path.exists()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(first.path))
+    with LazyPagesSocket(tmp_path):
+        connect(tmp_path).close()
+    assert not first.path.exists()
     first.path.write_text("mine")
     with pytest.raises(HandoffError, match="in the way"):
         LazyPagesSocket(tmp_path)

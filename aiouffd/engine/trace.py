@@ -18,6 +18,7 @@ It is written as `PATH.part` and renamed once it is complete.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import struct
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["Recorder", "Trace"]
+
+log = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
 VERSION: Final = 1
@@ -59,8 +62,8 @@ class Trace:
     offsets: array[int]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], page_size: int) -> Self:
-        """Read a file that `Recorder` has written for pages of this size.
+    def load(cls, path: str | os.PathLike[str], page_size: int | None = None) -> Self:
+        """Read a file that `Recorder` has written for pages of this size; None: of any.
 
         Raises:
             TraceError: it is not such a file, not complete, damaged, or of another page size.
@@ -81,10 +84,10 @@ class Trace:
             raise TraceError(str(path), f"it announces {count} pages and holds {len(body) / 8:g}: truncated?")
         if zlib.crc32(body) != checksum:
             raise TraceError(str(path), "its checksum is wrong: it is damaged")
-        if page != page_size:
+        if page_size is not None and page != page_size:
             raise TraceError(str(path), f"it was recorded with pages of {page} bytes, not {page_size}")
         offsets = array("Q", bytes(body))
-        if any(offset % page or offset >= size for offset in offsets):
+        if page < mmap.PAGESIZE or any(offset % page or offset >= size for offset in offsets):
             raise TraceError(str(path), "it names pages that cannot be")
         return cls(page, size, array("Q", dict.fromkeys(offsets)))
 
@@ -117,6 +120,7 @@ class Recorder:
         self._words = memoryview(bytearray(8)).cast("Q")
         self._count = 0
         self._room = 0
+        self._full = False
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], page_size: int, size: int) -> Self:
@@ -140,23 +144,33 @@ class Recorder:
 
     def note(self, offset: int) -> None:
         """Write down a page."""
-        if self._count >= self._room:
-            self._grow()
+        if self._count >= self._room and not self._grow():
+            return
         words, count = self._words, self._count
         words[HEADER.size // 8 + count] = offset
         self._count = count + 1
         words[_COUNT_AT // 8] = count + 1  # last: what it counts is there
 
-    def _grow(self) -> None:
+    def _grow(self) -> bool:
+        """Make room for more; tell whether there is."""
+        if self._full:
+            return False
         if self._map is None:  # what a predecessor has noted is kept
             self._count = struct.unpack("<Q", os.pread(self.fd, 8, _COUNT_AT))[0]
         used = HEADER.size + 8 * self._count
         length = (used // _STEP + 1) * _STEP
-        os.ftruncate(self.fd, length)
+        try:
+            # Not ftruncate: storing into a hole for which the disk has no room left is SIGBUS.
+            os.posix_fallocate(self.fd, 0, length)
+        except OSError as error:
+            self._full = True
+            log.error("what is touched is recorded no longer: %s", error.strerror)  # noqa: TRY400 - it is served on
+            return False
         self._words.release()
         self._map = mmap.mmap(self.fd, length)
         self._words = memoryview(self._map).cast("Q")
         self._room = (length - HEADER.size) // 8
+        return True
 
     def complete(self) -> None:
         """Make it a recording that can be read; nobody notes any more."""
@@ -168,6 +182,12 @@ class Recorder:
         os.pwrite(self.fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), 1), 0)
         os.fsync(self.fd)
         _part(self._path).rename(self._path)
+        self.close()
+
+    def discard(self) -> None:
+        """Give it up, and remove what there is of it."""
+        assert self._path is not None
+        _part(self._path).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:

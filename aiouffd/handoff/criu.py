@@ -17,8 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
-import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -26,9 +24,11 @@ from typing import TYPE_CHECKING, Self
 import attrs
 
 from aiouffd.errors import HandoffError
+from aiouffd.handoff.listen import SocketFile
 from aiouffd.handoff.receive import Peer, receive, require_userfaultfd
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator
     from types import TracebackType
 
@@ -38,7 +38,6 @@ SOCKET_NAME = "lazy-pages.socket"
 _FINISHED = 0x52535446
 _PID = struct.Struct("=i")
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT
-_PATH_ROOM = 107  # of sockaddr_un.sun_path, and a NUL
 
 
 @attrs.frozen
@@ -60,13 +59,14 @@ class LazyPagesSocket:
     """Listens for one `criu restore --lazy-pages`. A context manager that closes and removes the socket.
 
     Args:
-        directory: CRIU's work directory (its `-W`, or else `-D`). A socket that was left there is replaced.
+        directory: CRIU's work directory (its `-W`, or else `-D`). A socket that was left there is replaced, unless
+            somebody listens on it.
         timeout: seconds between a pid and its descriptor, which CRIU sends at once.
         mode: of the socket; CRIU connects as root.
 
     Raises:
         HandoffError: there is something else of that name.
-        OSError: one cannot listen there.
+        OSError: one cannot listen there; EADDRINUSE: another daemon does.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, timeout: float = 10.0, mode: int = 0o600) -> None:
@@ -77,7 +77,10 @@ class LazyPagesSocket:
         """Whether the end mark has come: everything is restored and runs."""
         self._timeout = timeout
         self._connection: socket.socket | None = None
-        self._listener = _listen(self.path, mode)
+        try:
+            self._file = SocketFile(self.path, mode=mode, backlog=1)
+        except FileExistsError as error:
+            raise HandoffError(str(self.path), error.strerror or str(error)) from None
 
     async def tasks(self) -> AsyncIterator[RestoredTask]:
         """Wait for CRIU, and yield the processes as they come; end at the end mark.
@@ -116,11 +119,10 @@ class LazyPagesSocket:
 
     def close(self) -> None:
         """Close the connection and the listener, and remove the socket."""
-        for part in (self._connection, self._listener):
-            if part is not None:
-                part.close()
+        if self._connection is not None:
+            self._connection.close()
         self._connection = None
-        _unlink(self.path)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -134,11 +136,13 @@ class LazyPagesSocket:
         return f"<LazyPagesSocket {str(self.path)!r}>"
 
     async def _accept(self) -> socket.socket:
-        connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+        connection, _ = await asyncio.get_running_loop().sock_accept(self._file.listener)
         connection.setblocking(False)
-        self._listener.close()  # a second one shall be refused, not wait
+        self._file.listener.close()  # a second one shall be refused, not wait
         self._connection = connection
         self.peer = Peer.of(connection)
+        if self.peer.uid not in (0, os.geteuid()):
+            raise self._wrong("is not of this user, nor root")
         return connection
 
     async def _number(self, connection: socket.socket) -> int:
@@ -174,35 +178,3 @@ class LazyPagesSocket:
 
     def _wrong(self, reason: str) -> HandoffError:
         return HandoffError(f"criu restore, {self.peer}", reason)
-
-
-def _unlink(path: Path) -> None:
-    """Remove a socket, and nothing that is none."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
-
-
-def _listen(path: Path, mode: int) -> socket.socket:
-    if os.path.lexists(path):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise HandoffError(str(path), "is in the way: it is no socket")
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    directory = -1
-    try:
-        name = str(path)
-        if len(os.fsencode(name)) > _PATH_ROOM:  # by a short name for the directory: CRIU itself binds a relative one
-            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            name = f"/proc/self/fd/{directory}/{path.name}"
-        os.fchmod(listener.fileno(), mode)  # bind(2) gives the file the mode of the socket, less the umask
-        listener.bind(name)
-        listener.listen(1)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        if directory >= 0:
-            os.close(directory)
-    return listener

@@ -83,6 +83,7 @@ class FileSource:
             kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
         self.size = size
+        self.identity = (info.st_dev, info.st_ino, size, info.st_mtime_ns)
         self.sparse = info.st_blocks * 512 < self.size  # else `hole` need not be asked
         self._extent = (0, 0, False)  # start, end, hole: the last answer to that
         self._map: mmap.mmap | None = None

@@ -73,6 +73,11 @@ class ObjectSource:
         assert self._size is not None
         return self._size
 
+    @property
+    def identity(self) -> tuple[Any, ...] | None:
+        """What only the same bytes have; None: the server does not say, or was not asked yet."""
+        return None if self._tag is None else (self.url, self._size, self._tag)
+
     async def prepare(self) -> None:
         """Ask the server for the size, without blocking the loop. Canceling is safe. Raises as `size` does."""
         if self._size is None:

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -345,11 +346,35 @@ def named(path: str) -> None:
         region = aiouffd.Region(MIB)
         with aiouffd.Monitor(region, server=path, server_source=name):
             assert region[5000] == byte
-    for name in ("../a", "", ".hidden"):
+    for name in ("../a", "", ".hidden", "a?b", "%2e%2e", "a\0b", "a/b", "\ud800", "a" * 300, "a\n"):
         with pytest.raises(aiouffd.HandoffError, match="which is no name"):
             aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source=name).__enter__()
     with pytest.raises(aiouffd.UffdError, match=r"c\.mem"):
         aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source="c").__enter__()
+
+
+def newest(path: str, expected: int) -> None:
+    """Scenario: which snapshot is it?"""
+    region = aiouffd.Region(MIB)
+    with aiouffd.Monitor(region, server=path, server_source="a"):
+        assert region[5 * PAGE] == expected
+        if expected == 1:
+            file = Path(path).parent / "a.mem"
+            (file.parent / "new").write_bytes(bytes([2]) * MIB)
+            (file.parent / "new").rename(file)
+            play(newest, path, 2)  # another client gets what lies there now
+            assert region[100 * PAGE] == 1  # and this one what it has begun with
+
+
+def test_a_snapshot_that_is_replaced(tmp_path: Path) -> None:
+    """With --source-for, each client gets the file that has the name when it comes."""
+    (tmp_path / "a.mem").write_bytes(bytes([1]) * MIB)
+    with Serve(tmp_path, "--readahead", "0", "--source-for", f"{tmp_path}/{{name}}.mem") as serve:
+        play(newest, str(serve.path), 1)
+        before = descriptors(serve)
+        for _ in range(3):
+            play(newest, str(serve.path), 2)
+        eventually(lambda: descriptors(serve) <= before, expected=True)
 
 
 def working_set(path: str, kind: str) -> None:
@@ -373,6 +398,56 @@ def test_record_and_replay(image: Path, tmp_path: Path) -> None:
     assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [page * PAGE for page in range(0, 4000, 20)]
     with Serve(tmp_path, image, "--replay", trace) as serve:
         play(working_set, str(serve.path), "replay")
+
+
+def touch_all(path: str, size: int) -> None:
+    """Scenario: touch each page, in order."""
+    region, _connection, _uffd = hand_over(path, size)
+    for page in range(size // PAGE):
+        assert region[page * PAGE] == (page + 1) & 255
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_recording_for_which_there_is_no_room(image: Path, tmp_path: Path) -> None:
+    """The disk is full: that is said, what was recorded until then can be replayed, and the client is served on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", small], check=True)
+    try:
+        with Serve(tmp_path, image, "--record", small / "trace") as serve:
+            (small / "filler").write_bytes(bytes(900 << 10))
+            play(touch_all, str(serve.path), 16 * MIB)
+            assert "recorded no longer" in serve.said
+            assert "is replaced" not in serve.said
+            (small / "filler").unlink()
+            assert serve.end() == 0
+        assert len(aiouffd.Trace.load(small / "trace", PAGE).offsets) < 4096
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def another_source(path: str) -> None:
+    """Scenario: the first client says what is recorded."""
+    for name in ("a", "b"):
+        region = aiouffd.Region(MIB)
+        monitor = aiouffd.Monitor(region, server=path, server_source=name)
+        if name == "a":
+            with monitor:
+                assert region[5 * PAGE] == 6
+        else:
+            with pytest.raises(aiouffd.HandoffError, match="a recording is of one source"):
+                monitor.__enter__()
+
+
+def test_a_recording_is_of_one_source(image: Path, tmp_path: Path) -> None:
+    """Offsets of two files in one recording would mean nothing."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mem").write_bytes(image.read_bytes()[:MIB])
+    trace = tmp_path / "trace"
+    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--record", trace) as serve:
+        play(another_source, str(serve.path))
+        assert serve.end() == 0
+    assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [5 * PAGE]
 
 
 # Ending
@@ -498,6 +573,118 @@ def test_as_many_regions_as_there_may_be(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, image, "--readahead", "0") as serve:
         play(many_regions, str(serve.path))
         play(client, str(serve.path), MIB)
+
+
+def slow_ones(path: str) -> None:
+    """Scenario: a crowd that sends no handoff, or half of one, and keeps its connections open; and a good client."""
+    silent = []
+    for number in range(300):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        if number % 2:
+            connection.send(b'[{"base_host')
+        silent.append(connection)
+    began = time.monotonic()
+    client(path, MIB)
+    assert time.monotonic() - began < 5
+
+
+def test_slow_senders_hold_up_nobody(image: Path, tmp_path: Path) -> None:
+    """However many they are, and however long they may take: the slowest are turned away, the good one is served."""
+    with Serve(tmp_path, image, "--handoff-timeout", "60") as serve:
+        play(slow_ones, str(serve.path))
+        assert "was slow with its handoff, while many others came" in serve.said
+
+
+def greedy(path: str) -> None:
+    """Scenario: one of our own clients asks for more than there can be, thousands of times, and reads no answer."""
+    region = aiouffd.Region(MIB)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        mapping = Mapping(region.address, region.address + MIB, 0)
+        extra = {"version": 1, "name": ""}
+        socket.send_fds(connection, [firecracker.encode([mapping], PAGE, extra)], [uffd.fileno()])
+        assert b'"ok"' in connection.recv(4096)
+        connection.settimeout(2.0)
+        request = b'{"id": 1, "op": "prefetch", "offset": 0, "length": 144115188075855872}\n'
+        statistics = b'{"id": 2, "op": "statistics"}\n'
+        with contextlib.suppress(TimeoutError):  # it is not read from any more
+            for _ in range(20_000):
+                connection.sendall(request + statistics)
+        play(client, path, MIB)
+
+
+def test_a_greedy_client(image: Path, tmp_path: Path) -> None:
+    """What it asks for is bounded by what it has; it costs the others nothing, and is forgotten when it has gone."""
+    with Serve(tmp_path, image) as serve:
+        play(client, str(serve.path), MIB)
+        before = descriptors(serve)
+        play(greedy, str(serve.path), deadline=60)
+        eventually(lambda: descriptors(serve) <= before, expected=True)
+        used = processor(serve)
+        eventually(lambda: processor(serve) - used < 5, expected=True)
+        play(client, str(serve.path), MIB)
+        assert "Traceback" not in serve.said
+        memory = int(Path(f"/proc/{serve.process.pid}/statm").read_text().split()[1]) * PAGE
+        assert memory < 100 * MIB
+
+
+def processor(serve: Serve) -> int:
+    """Return the processor time of the worker, in hundredths of a second."""
+    return sum(map(int, Path(f"/proc/{serve.worker}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+def crowd(path: str, count: int) -> None:
+    """Scenario: many at once."""
+    held = [hand_over(path, PAGE) for _ in range(count)]
+    assert all(region[0] == 1 for region, _, _ in held)
+
+
+def test_more_clients_than_the_soft_limit_of_descriptors(image: Path, tmp_path: Path) -> None:
+    """The limit is raised as far as it may be: a client takes some descriptors of the listener."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        serve = Serve(tmp_path, image)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with serve:
+        play(crowd, str(serve.path), 200)
+
+
+def killed_again_and_again(path: str, log: str) -> None:
+    """Scenario: no worker lives to serve a single page."""
+    region, _connection, _uffd = hand_over(path)
+    assert region[0] == 1
+    for deaths in range(1, 6):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker_of(log), signal.SIGKILL)
+        eventually(functools.partial(times_said, log, "died (signal"), deaths)
+
+
+def times_said(log: str, text: str) -> int:
+    """Return how often a log has it."""
+    return Path(log).read_text().count(text)
+
+
+def worker_of(log: str) -> int:
+    """Return the pid of the worker that is there now; wait for it."""
+    keeper = int(Path(log).read_text().split("pager ", 1)[1].split('"', 1)[0])
+    children = Path(f"/proc/{keeper}/task/{keeper}/children")
+    eventually(lambda: bool(children.read_text().split()), expected=True)
+    return int(children.read_text().split()[0])
+
+
+def test_a_server_whose_pager_is_given_up_ends(image: Path, tmp_path: Path) -> None:
+    """It could serve nobody any more: it says so, and its service manager starts another one."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(killed_again_and_again, str(serve.path), str(serve.log), deadline=60)
+        assert serve.process.wait(20) == 1
+        assert "workers died with no fault resolved between them" in serve.said
+        assert "Traceback" not in serve.said
+        assert not serve.path.exists()
 
 
 def takes_the_flag_away(path: str, log: str) -> None:
@@ -710,6 +897,8 @@ def test_socket_activation(image: Path, tmp_path: Path) -> None:
 
 def test_wrong_options(image: Path, tmp_path: Path) -> None:
     """Each says what to do, and nothing is left running."""
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
     for arguments, words in (
         ([str(image)], "--socket PATH says where to listen"),
         ([], "either SOURCE or --source-for"),
@@ -720,6 +909,14 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         ([str(image), "--socket", "s", "--mode", "888"], "is no mode"),
         ([str(image), "--socket", "s", "--metrics", "x"], "is no address"),
         ([str(image), "--socket", str(tmp_path / "no" / "s")], "No such file or directory"),
+        ([str(image), "--socket", str(tmp_path)], "is in the way: it is no socket"),
+        ([str(image), "--socket", str(tmp_path / ("x" * 200))], "File name too long"),
+        ([str(image), "--socket", "s", "--record", str(tmp_path / "no" / "r")], "No such file or directory"),
+        ([str(image), "--socket", "s", "--bytes-in-flight", "0"], "is too little"),
+        ([str(image), "--socket", "s", "--metrics", str(port)], f"--metrics 127.0.0.1:{port}: Address already in use"),
+        (["--source-for", "{", "--socket", "s"], "write for example"),
+        (["--source-for", "{}", "--socket", "s"], "knows name, number, pid, uid, not nothing"),
+        (["--source-for", "/fixed", "--socket", "s"], "that is SOURCE"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "aiouffd", "serve", *arguments],
@@ -728,3 +925,5 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         assert done.returncode in (1, 2), arguments
         assert words in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
+    taken.close()
+    assert not (tmp_path / "s").exists()
