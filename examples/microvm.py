@@ -2,25 +2,13 @@
 
     python examples/microvm.py /run/pager.sock --memory 64
 
-It does what a VM manager does that restores a snapshot lazily: map the guest's memory, register it with a
-userfaultfd, and hand it over in Firecracker's way to the pager that listens on a Unix socket: one sendmsg with a JSON
-array of the memory's regions and the descriptor as SCM_RIGHTS, then silence. The connection stays open, since its end
-is the end of the VM. The program keeps its own descriptor, so that a pager that dies stops the guest until another
-takes over; closed by all, the guest would read zeros.
+It does what a VM manager does that restores a snapshot lazily: map the guest's memory, register it with a userfaultfd,
+and hand it over in Firecracker's way to the pager that listens on a Unix socket: one message with a JSON array of the
+memory's regions and the descriptor, then silence. Connection and descriptor stay open as long as the VM lives.
 
-The guest runs in 64-bit mode. It adds up the first byte of each page of its memory, writes the sum to an I/O port and
-halts. Its code and page tables lie in present memory of their own, so that all it touches of the lazy memory is data.
-`MicroVM` is usable by itself, over whatever memory this process has:
-
-    region = aiouffd.Region(64 << 20)
-    with aiouffd.Monitor(region, aiouffd.FileSource("memory.bin")):
-        print(MicroVM((region.address, region.mapped_length)).run())
-
-Three things that such a program must get right:
-
-- The guest's faults are raised inside the kernel, by KVM_RUN, so the userfaultfd must not be "user mode only".
-- KVM_RUN and madvise are called through ctypes, which drops the GIL: both wait until the pager has answered.
-- A page that the pager has given up on (poisoned) cannot be mapped into the guest: that must end in an error.
+The guest adds up the first byte of each page of its memory, writes the sum to an I/O port and halts. Its faults are
+raised inside the kernel, so the userfaultfd must not be "user mode only"; KVM_RUN and madvise wait for the pager, and
+are called through ctypes, which drops the GIL; a page that the pager has given up on (poisoned) ends in an error.
 """
 
 import argparse
@@ -43,15 +31,8 @@ EXIT_IO, EXIT_HLT, EXIT_MMIO = 2, 5, 6
 
 PAGE, HUGE, GIB = 4096, 2 << 20, 1 << 30
 MEMORY = 4 * GIB  # where the guest sees its memory: above what KVM keeps for itself below 4 GiB
-CODE = bytes.fromhex(
-    "0fb61e"  # next: movzx ebx, byte [rsi]
-    "4801d8"  #       add rax, rbx
-    "4801fe"  #       add rsi, rdi
-    "48ffc9"  #       dec rcx
-    "75f2"  #         jnz next
-    "e710"  #         out 0x10, eax
-    "f4"  #           hlt
-)
+# next: movzx ebx, byte [rsi]; add rax, rbx; add rsi, rdi; dec rcx; jnz next; out 0x10, eax; hlt
+CODE = bytes.fromhex("0fb61e 4801d8 4801fe 48ffc9 75f2 e710 f4")
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]  # a number, bytes, or a buffer
@@ -59,7 +40,7 @@ libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class GuestError(Exception):
-    """The guest stopped where it should not have. Its VM is destroyed."""
+    """The guest stopped where it should not have. Its VM is destroyed: it is in the midst of an instruction."""
 
 
 def check(result: int) -> int:
@@ -73,64 +54,43 @@ def ioctl(fd: int, request: int, argument: object = 0) -> int:
 
 
 class MicroVM:
-    """A guest with one processor, which adds up the first byte of each page of its memory.
-
-    Args:
-        memory: (address, length) in this process. It stays the caller's, who may serve it; nothing is touched here.
-        page_size: the distance from one byte that is added up to the next.
-    """
+    """A guest over memory (address, length) of this process, which stays the caller's: whoever likes may serve it."""
 
     def __init__(self, memory: tuple[int, int], page_size: int = PAGE) -> None:
         self.memory, self.page_size = memory, page_size
-        self._boot = self._tables(-(-memory[1] // GIB))
-        self.vm = self.vcpu = -1
+        # Code, PML4, PDPT, and page directories of 2 MiB pages: the guest's addresses are its physical ones.
+        count = -(-memory[1] // GIB)
+        self._boot = mmap.mmap(-1, (4 + count) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._boot[: len(CODE)] = CODE
+        for place, entry in (PAGE, 2 * PAGE | 3), (2 * PAGE, 3 * PAGE | 3), (3 * PAGE, 0x83):  # the first 2 MiB
+            struct.pack_into("Q", self._boot, place, entry)  # 3: present, writable; 0x80: no further table
+        for gib in range(count):
+            struct.pack_into("Q", self._boot, 2 * PAGE + 8 * (MEMORY // GIB + gib), (4 + gib) * PAGE | 3)
+            pages = range(MEMORY + gib * GIB | 0x83, MEMORY + (gib + 1) * GIB, HUGE)
+            struct.pack_into("512Q", self._boot, (4 + gib) * PAGE, *pages)
+
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.vm = ioctl(kvm, KVM_CREATE_VM)
-            ioctl(self.vm, KVM_SET_TSS_ADDR, 0xFFFBD000)
-            boot = ctypes.addressof(ctypes.c_char.from_buffer(self._boot))
-            for slot, start, length, address in ((0, 0, len(self._boot), boot), (1, MEMORY, memory[1], memory[0])):
-                ioctl(self.vm, KVM_SET_USER_MEMORY_REGION, struct.pack("IIQQQ", slot, 0, start, length, address))
-            self.vcpu = ioctl(self.vm, KVM_CREATE_VCPU)
-            self._state = mmap.mmap(self.vcpu, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE))  # struct kvm_run
-            self._enter_long_mode()
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(kvm)
+        self.vm = ioctl(kvm, KVM_CREATE_VM)
+        ioctl(self.vm, KVM_SET_TSS_ADDR, 0xFFFBD000)
+        boot = ctypes.addressof(ctypes.c_char.from_buffer(self._boot))
+        for slot, start, length, address in ((0, 0, len(self._boot), boot), (1, MEMORY, memory[1], memory[0])):
+            ioctl(self.vm, KVM_SET_USER_MEMORY_REGION, struct.pack("IIQQQ", slot, 0, start, length, address))
+        self.vcpu = ioctl(self.vm, KVM_CREATE_VCPU)
+        self._state = mmap.mmap(self.vcpu, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE))  # struct kvm_run
+        os.close(kvm)
 
-    @staticmethod
-    def _tables(gibs: int) -> mmap.mmap:
-        """Lay out the guest's first bytes: code, PML4, PDPT, and page directories of 2 MiB pages, address = address."""
-        boot = mmap.mmap(-1, (4 + gibs) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        boot[: len(CODE)] = CODE
-        entries = {1 * 512: 2 * PAGE, 2 * 512: 3 * PAGE, 3 * 512: 0x80}  # PML4[0], PDPT[0], the first 2 MiB
-        for gib in range(gibs):
-            entries[2 * 512 + MEMORY // GIB + gib] = (4 + gib) * PAGE
-            for n in range(512):
-                entries[(4 + gib) * 512 + n] = MEMORY + gib * GIB + n * HUGE | 0x80  # 0x80: a page, no further table
-        for index, entry in entries.items():
-            struct.pack_into("Q", boot, index * 8, entry | 3)  # present, writable
-        return boot
-
-    def _enter_long_mode(self) -> None:
         sregs = ctypes.create_string_buffer(312)
         ioctl(self.vcpu, KVM_GET_SREGS, sregs)
-        # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding
-        struct.pack_into("<QIH10B", sregs, 0, 0, 0xFFFFFFFF, 8, 11, 1, 0, 0, 1, 1, 1, 0, 0, 0)  # cs: 64-bit code
+        # base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable, padding: 64-bit code, then data
+        struct.pack_into("<QIH10B", sregs, 0, 0, 0xFFFFFFFF, 8, 11, 1, 0, 0, 1, 1, 1, 0, 0, 0)
         for n in range(1, 6):
-            struct.pack_into("<QIH10B", sregs, 24 * n, 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)  # data
-        # cr0 (paging, protection), cr2, cr3 (the PML4), cr4 (PAE), cr8, efer (long mode enabled, active)
+            struct.pack_into("<QIH10B", sregs, 24 * n, 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
+        # cr0 (paging, protection), cr2, cr3 (the PML4), cr4 (PAE), cr8, efer (long mode)
         struct.pack_into("6Q", sregs, 224, 0x80000011, 0, PAGE, 0x20, 0, 0x500)
         ioctl(self.vcpu, KVM_SET_SREGS, sregs)
 
     def run(self, start: int = 0, length: int | None = None) -> int:
-        """Boot the guest and let it run until it halts; return its sum of a part of the memory (32 bits).
-
-        Raises:
-            GuestError: it stopped elsewhere; a page of its memory cannot be had.
-        """
+        """Let the guest run until it halts; return its sum of a part of the memory (32 bits), or raise GuestError."""
         pages = ((self.memory[1] - start) if length is None else length) // self.page_size
         # rax rbx rcx rdx rsi rdi rsp rbp r8-r15 rip rflags
         registers = (0, 0, pages, 0, MEMORY + start, self.page_size, *[0] * 10, 0, 2)
@@ -142,30 +102,25 @@ class MicroVM:
             except InterruptedError:
                 continue  # a signal, whose Python handler has its turn here
             except OSError as error:
-                raise self._stopped(f"KVM_RUN failed: {error.strerror}") from error
-            (reason,) = struct.unpack_from("<I", self._state, 8)
-            if reason == EXIT_IO:
-                (where,) = struct.unpack_from("<Q", self._state, 40)
-                (checksum,) = struct.unpack_from("<I", self._state, where)
-            elif reason == EXIT_HLT:
-                return int(checksum)
-            elif reason == EXIT_MMIO:
-                (address,) = struct.unpack_from("<Q", self._state, 32)
-                raise self._stopped(f"the page at offset {address - MEMORY:#x} of the guest's memory cannot be had")
-            else:
-                raise self._stopped(f"the guest stopped, KVM exit reason {reason}")
-
-    def _stopped(self, why: str) -> GuestError:
-        """Destroy a VM that is in the midst of an instruction: if it went on, its sum would be wrong."""
-        self.close()
-        return GuestError(why)
+                self.close()
+                raise GuestError(f"KVM_RUN failed: {error.strerror}") from error
+            reason, where = struct.unpack_from("<I20xQ", self._state, 8)
+            if reason == EXIT_HLT:
+                return checksum
+            if reason != EXIT_IO:
+                self.close()
+                if reason == EXIT_MMIO:
+                    raise GuestError(f"the page at offset {where - MEMORY:#x} of the guest's memory cannot be had")
+                raise GuestError(f"the guest stopped, KVM exit reason {reason}")
+            (where,) = struct.unpack_from("<Q", self._state, 40)
+            (checksum,) = struct.unpack_from("<I", self._state, where)
 
     def close(self) -> None:
         """Destroy the VM."""
         for fd in (self.vcpu, self.vm):
             if fd >= 0:
                 os.close(fd)
-        self.vm = self.vcpu = -1
+        self.vcpu = self.vm = -1
 
     def __enter__(self) -> Self:
         return self
@@ -176,21 +131,13 @@ class MicroVM:
 
 def hand_over(path: str, region: aiouffd.Region) -> tuple[socket.socket, aiouffd.Userfaultfd]:
     """Have the pager that listens at `path` serve a region, from the start of its file. Keep both that is returned."""
-    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)  # O_CLOEXEC | O_NONBLOCK, and faults of the kernel too
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
     uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
     mapping = {"base_host_virt_addr": region.address, "size": region.mapped_length, "offset": 0}
-    mapping["page_size"] = region.page_size
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    socket.send_fds(connection, [json.dumps([mapping]).encode()], [uffd.fileno()])
+    socket.send_fds(connection, [json.dumps([mapping | {"page_size": region.page_size}]).encode()], [uffd.fileno()])
     return connection, uffd
-
-
-def give_back(vm: MicroVM, length: int) -> None:
-    """Empty the first bytes of the guest's memory, as a balloon does: they are zeros from now on, not the file's."""
-    check(libc.madvise(vm.memory[0], length, mmap.MADV_DONTNEED))  # returns when the pager has read of it
-    if vm.run(0, length):
-        raise GuestError("memory that was given back is not zeros")
 
 
 def main() -> int:
@@ -204,23 +151,20 @@ def main() -> int:
     balloon = arguments.balloon << 20
     if arguments.memory < 1 or not 0 <= arguments.balloon <= arguments.memory or balloon % arguments.page_size:
         parser.error("--memory is positive, --balloon at most as much and whole pages")
-
     region = aiouffd.Region(arguments.memory << 20, page_size=arguments.page_size)
     connection, uffd = hand_over(arguments.socket, region)
-    try:
-        with connection, uffd, MicroVM((region.address, region.mapped_length), region.page_size) as vm:
-            if balloon:
-                give_back(vm, balloon)
-            for _ in range(arguments.rounds):
-                began = time.perf_counter()
-                checksum = vm.run()
-                seconds = time.perf_counter() - began
-                print(f"checksum {checksum}, {region.mapped_length // region.page_size} pages, {seconds:.4f} seconds")
-    except GuestError as error:
-        print(f"microvm: {error}", file=sys.stderr)
-        return 1
+    with connection, uffd, MicroVM((region.address, region.mapped_length), region.page_size) as vm:
+        if balloon:  # what is given back is zeros from now on, not the file's
+            check(libc.madvise(region.address, balloon, mmap.MADV_DONTNEED))  # returns when the pager has read of it
+        for _ in range(arguments.rounds):
+            began = time.perf_counter()
+            print(f"checksum {vm.run()}, {region.mapped_length // region.page_size} pages,", end=" ")
+            print(f"{time.perf_counter() - began:.4f} seconds")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except GuestError as error:
+        sys.exit(f"microvm: {error}")
