@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -90,6 +91,7 @@ class LazyPages:
         self._server = None if page_server is None else CriuPageServer(*page_server, header=header)
         self._options = options
         self._background = background
+        self._prepared: dict[int, tuple[Pack, list[Mapping]]] = {}
         self._tenants: dict[str, Tenant] = {}
         self._changed = asyncio.Event()
         self.errors: list[BaseException] = []
@@ -122,6 +124,7 @@ class LazyPages:
             self._relay = await stack.enter_async_context(Relay())
             if self._server is not None:
                 await stack.enter_async_context(self._server)
+            await asyncio.to_thread(self._prepare)
             ready()
             async for task in socket.tasks():
                 await self._serve(task)
@@ -144,18 +147,38 @@ class LazyPages:
     async def _serve(self, task: RestoredTask) -> None:
         uffd = Userfaultfd.from_fd(task.fd, _FEATURES)
         try:
-            image = await asyncio.to_thread(read_task, self._images, task.pid)
-            source, mappings = self._source(image)
-            pack = Pack(Service(source), self._options)
+            if task.pid not in self._prepared:
+                self._prepared[task.pid] = await asyncio.to_thread(self._pack, task.pid)
+            pack, mappings = self._prepared.pop(task.pid)
         except BaseException:
             uffd.close()  # CRIU has failed then: it kills what it has restored
             raise
         tenant = Tenant(pack, uffd, mappings, _PAGE)
         self._tenants[tenant.token] = tenant
-        await asyncio.wrap_future(self._pager.open(tenant))
+        opened = asyncio.wrap_future(self._pager.open(tenant))
+        if self._background:
+            # CRIU has some milliseconds of work left when the memory is there: all of it may come before it runs.
+            self._pager.request("begin", tenant)
+        await opened
         self.tasks += 1
         pages = sum(mapping.end - mapping.start for mapping in mappings) // _PAGE
         log.info("process %d: %d lazy pages in %d runs", task.pid, pages, len(mappings))
+
+    def _prepare(self) -> None:
+        """Read the images, and have the pager open what is in them, before CRIU comes: its processes wait for that.
+
+        What is wrong is said when the process comes that it concerns.
+        """
+        for path in Path(self._images).glob("mm-*.img"):
+            pid = path.name[3:-4]
+            if pid.isdecimal():
+                with contextlib.suppress(UffdError, OSError):
+                    self._prepared[int(pid)] = pack, _ = self._pack(int(pid))
+                    self._pager.prepare(pack)
+
+    def _pack(self, pid: int) -> tuple[Pack, list[Mapping]]:
+        source, mappings = self._source(read_task(self._images, pid))
+        return Pack(Service(source), self._options), mappings
 
     def _source(self, image: TaskImage) -> tuple[Source, list[Mapping]]:
         """Return where a process's lazy pages are, and which address shows which of them."""
@@ -206,6 +229,8 @@ class LazyPages:
         with contextlib.suppress(AssertionError):  # it has not started
             self.pages = self._pager.statistics().pages
         self._pager.stop(leave=bool(self._tenants))
+        for pack, _ in self._prepared.values():
+            pack.close()
 
 
 def _remote(server: CriuPageServer, pid: int, runs: list[tuple[int, int]]) -> _Remote:

@@ -7,13 +7,17 @@ faults come in.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
+import mmap
+from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
+from aiouffd.kernel.memory import address_of
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import FaultServer, Space
     from aiouffd.engine.trace import Trace
 
-__all__ = ["bring_ahead", "complete", "fill"]
+__all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 
 log = logging.getLogger("aiouffd")
 
@@ -31,6 +35,8 @@ _FAR = 8 << 20  # and if it must be waited for
 _SAVED = 64 << 20  # bytes after which a successor need not begin at the start
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
 _PATIENCE = 0.05  # seconds that it waits for that
+_SMALL = 1 << 20  # a mapping that is brought before larger ones
+_NOT_YET = 0.0005  # seconds between looks whether memory is registered
 
 
 async def bring_ahead(
@@ -106,22 +112,61 @@ async def fill(
     on_progress()
 
 
+async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) -> None:
+    """Bring all that a space shows as soon as its process has registered it, which may be after it was handed over.
+
+    Before that, a COPY would find nothing (ENOENT), as if the mapping were gone. What fails is left to whoever comes
+    later.
+
+    Args:
+        space: just opened.
+        server: brings the pages.
+        late: set when it is too late to wait for what is not registered yet.
+    """
+    for mapping in list(space.mappings):
+        while not (late.is_set() or space.closing or _registered(space, mapping.start)):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(_NOT_YET)
+    if late.is_set():
+        return
+    # Stacks, data and heaps are what the last steps of a restore touch; what is large can wait a little longer.
+    small = [
+        (mapping.offset, mapping.end - mapping.start)
+        for mapping in space.mappings
+        if mapping.offset >= 0 and mapping.end - mapping.start <= _SMALL
+    ]
+    try:
+        await server.bring(space, small, Counter.PAGES_BACKGROUND)
+        await fill(space, server, math.inf, patience=0.0)
+    except UffdError as error:
+        log.debug("%s; it is tried again", error)
+
+
+def _registered(space: Space, address: int) -> bool:
+    """Tell whether a page is registered: COPY looks for that first, and then finds that its source cannot be read."""
+    return space.uffd.try_copy(address, address_of(_unreadable()), space.page_size, 0) != -errno.ENOENT
+
+
+@cache
+def _unreadable() -> mmap.mmap:
+    return mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+
+
 async def complete(space: Space, server: FaultServer) -> None:
     """Bring all that a space misses, as fast as it goes, until nothing can be missing; errors as for `fill`.
 
-    What is known to be present is a hint, which a change of the layout makes doubtful: where there was one, everything
-    is offered to the kernel once more, which says EEXIST.
+    What is known to be present is a hint, which a change of the layout makes doubtful, and a read that failed: where
+    there was one, everything is offered to the kernel once more, which says EEXIST.
     """
-    trusted = space.born
+    trusted = (space.born, 0)
     pause = 0.0
     while True:
-        if space.mappings.generation != trusted:
-            trusted = space.mappings.generation
+        if (space.mappings.generation, space.readahead.losses) != trusted:
             space.filled = 0
             space.readahead = space.readahead.fresh()
+            trusted = (space.mappings.generation, 0)
         await fill(space, server, math.inf, patience=0.0)
         await space.quiet()
-        if space.mappings.generation == trusted and not space.flights:
+        if (space.mappings.generation, space.readahead.losses) == trusted and not space.flights:
             return
         # A process that changes its layout all the time is served on, and does not keep the loop busy.
         pause = min(pause + 0.01, 1.0)

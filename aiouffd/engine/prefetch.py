@@ -67,6 +67,8 @@ class Readahead:
         self._streams: list[_Stream] = []  # most recently used last
         # What was brought, as a hint: the kernel's EEXIST is the truth. Bounded, so that memory stays flat.
         self._present = RangeSet(limit=1024)
+        self.losses = 0
+        """How often something was forgotten that may have been taken for present meanwhile."""
 
     def fresh(self) -> Readahead:
         """Return one with the same settings that has seen nothing."""
@@ -150,7 +152,8 @@ class Readahead:
             self._present.add(start, start + length)
 
     def forget(self, start: int, end: int) -> None:
-        """Take note that these bytes are gone (removed, unmapped)."""
+        """Take note that these bytes are gone (removed, unmapped), or have not come after all."""
+        self.losses += 1
         self._present.remove(start, end)
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:

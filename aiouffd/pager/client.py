@@ -68,6 +68,11 @@ class Pack:
         self._descriptors = descriptors
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What a pager is told of it."""
+        return {"token": self.token, "options": self.options, "path": [entry for entry in sys.path if entry]}
+
+    @property
     def fds(self) -> list[int]:
         """What goes along with a request that opens a space."""
         return [self.config, *(item.fd for item in self._descriptors)]
@@ -159,6 +164,10 @@ class PagerClient:
         with self._lock:
             self._tenants[tenant.token] = tenant
         return self._open(tenant, tenant.mappings)
+
+    def prepare(self, pack: Pack) -> Future[Any]:
+        """Have made ready what will serve a tenant soon, so that it need not wait for that."""
+        return self.request("prepare", None, pack.fds, service=pack.record)
 
     def open_wait(self, tenant: Tenant) -> None:
         """As `open`, and wait for it.
@@ -270,11 +279,7 @@ class PagerClient:
             "open",
             tenant,
             [pidfd, *tenant.pack.fds, *tenant.fds],
-            service={
-                "token": tenant.pack.token,
-                "options": tenant.pack.options,
-                "path": [entry for entry in sys.path if entry],
-            },
+            service=tenant.pack.record,
             space={
                 "token": tenant.token,
                 "page_size": tenant.page_size,

@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Self
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pattern import PAGE, Pattern, word
+from pattern import PAGE, Pattern, Slow, content, word
 from scenario import ended, eventually, play
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -498,6 +499,52 @@ def test_a_second_signal(image: Path, tmp_path: Path) -> None:
         play(told_twice, str(serve.path), serve.process.pid, str(serve.log))
         assert serve.process.wait() == 0
         assert "serves 1 clients on by itself" in serve.said
+
+
+class FailsOnce(Slow):
+    """Fails one read of its beginning, when the rest has been read; and reads it well afterwards."""
+
+    def __init__(self, size: int, directory: str) -> None:
+        super().__init__(size)
+        self.directory = directory
+        self.last: asyncio.Event | None = None  # the last bytes have been read
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes."""
+        failed = Path(self.directory) / "failed"
+        self.last = self.last or asyncio.Event()
+        if offset < 16 * PAGE and length > PAGE and not failed.exists():
+            (Path(self.directory) / "asked").touch()
+            await self.last.wait()
+            failed.touch()
+            raise aiouffd.SourceError(repr(self), offset, length, "a bad moment")
+        if offset + length == self.size:
+            self.last.set()
+        return await super().read(offset, length)
+
+
+def filled_in_spite_of_a_failure(directory: str) -> None:
+    """Scenario: a window is on its way, and fails when the fill has passed it by."""
+
+    async def main() -> None:
+        path = Path(directory) / "socket"
+        async with Server(FailsOnce(MIB, directory), path) as server:
+            region, _connection, uffd = await asyncio.to_thread(hand_over, path)
+            touch = ctypes.CDLL(None).memchr
+            place = ctypes.c_void_p(region.address)
+            toucher = asyncio.create_task(asyncio.to_thread(touch, place, 0, ctypes.c_size_t(1)))
+            await asyncio.to_thread(eventually, (Path(directory) / "asked").exists, expected=True)
+            await server.fill()
+            await toucher
+            uffd.close()
+            assert bytes(region) == content(0, MIB)
+
+    asyncio.run(main())
+
+
+def test_a_fill_whose_reads_fail_for_a_moment(tmp_path: Path) -> None:
+    """Nothing is given back before all is there: what was taken for present and has failed is brought again."""
+    play(filled_in_spite_of_a_failure, str(tmp_path))
 
 
 def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
