@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,7 +26,6 @@ from aiouffd.sources.file import FileSource
 from aiouffd.sources.relay import Relay
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from aiouffd.engine.statistics import Statistics
@@ -124,7 +123,7 @@ class LazyPages:
             self._relay = await stack.enter_async_context(Relay())
             if self._server is not None:
                 await stack.enter_async_context(self._server)
-            await asyncio.to_thread(self._prepare)
+            await self._prepare()
             ready()
             async for task in socket.tasks():
                 await self._serve(task)
@@ -164,17 +163,17 @@ class LazyPages:
         pages = sum(mapping.end - mapping.start for mapping in mappings) // _PAGE
         log.info("process %d: %d lazy pages in %d runs", task.pid, pages, len(mappings))
 
-    def _prepare(self) -> None:
+    async def _prepare(self) -> None:
         """Read the images, and have the pager open what is in them, before CRIU comes: its processes wait for that.
 
         What is wrong is said when the process comes that it concerns.
         """
-        for path in Path(self._images).glob("mm-*.img"):
-            pid = path.name[3:-4]
-            if pid.isdecimal():
-                with contextlib.suppress(UffdError, OSError):
-                    self._prepared[int(pid)] = pack, _ = self._pack(int(pid))
-                    self._pager.prepare(pack)
+        names = await asyncio.to_thread(os.listdir, self._images)
+        pids = [name[3:-4] for name in names if name.startswith("mm-") and name.endswith(".img")]
+        for pid in map(int, filter(str.isdecimal, pids)):
+            with contextlib.suppress(UffdError, OSError):
+                self._prepared[pid] = pack, _ = await asyncio.to_thread(self._pack, pid)
+                await asyncio.wrap_future(self._pager.prepare(pack))
 
     def _pack(self, pid: int) -> tuple[Pack, list[Mapping]]:
         source, mappings = self._source(read_task(self._images, pid))

@@ -45,7 +45,12 @@ class Mappings:
         self._offsets: list[int] = []
         self.generation = 0
         for mapping in mappings:
-            self.add(mapping.start, mapping.end, mapping.offset)
+            if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
+                self._starts.append(mapping.start)
+                self._ends.append(mapping.end)
+                self._offsets.append(mapping.offset)
+            else:
+                self.add(mapping.start, mapping.end, mapping.offset)
 
     def find(self, address: int) -> Mapping | None:
         """Return the mapping that `address` is in."""

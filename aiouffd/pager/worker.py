@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import uvloop
 
-from aiouffd.engine.ahead import bring_ahead, complete
+from aiouffd.engine.ahead import bring_ahead, bring_early, complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
@@ -97,6 +97,7 @@ class _Tenancy:
         token: by which it, or the ancestor that it was forked from, is asked for.
         tether: a descriptor to hold open as long as it is served; -1: none.
         ahead: the task that brings pages before they are touched.
+        early: the task that begins to bring all of them before its process is ready; and when that is over.
         is_child: of a fork.
         announced: whether the client is told of its end.
     """
@@ -105,6 +106,7 @@ class _Tenancy:
     token: str
     tether: int = -1
     ahead: asyncio.Task[None] | None = None
+    early: tuple[asyncio.Task[None], asyncio.Event] | None = None
     is_child: bool = False
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
@@ -259,6 +261,8 @@ class _Worker:
         tenancy = self.tenancies.pop(space.identity)
         if tenancy.ahead is not None:
             tenancy.ahead.cancel()
+        if tenancy.early is not None:
+            tenancy.early[0].cancel()
         if tenancy.tether >= 0:
             os.close(tenancy.tether)
         if tenancy.announced:
@@ -334,6 +338,11 @@ class _Worker:
             raise PagerStartError(f"there is no room for {len(space.mappings)} more mappings: {error}") from error
         space.wake_all()
 
+    async def do_prepare(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Make a source ready that will be asked for."""
+        self.origin_of(message["service"], fds)
+        self.save()
+
     def origin_of(self, service: dict[str, Any], fds: list[int]) -> _Origin:
         """Return what serves, made anew unless it is here already; the descriptors are taken either way."""
         for known in self.origins.values():
@@ -369,6 +378,13 @@ class _Worker:
             space.poison({page for flight in space.flights.values() for page in flight.wanted})
         self.dispatcher.drop(space)
 
+    async def do_begin(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Begin to bring what a space misses, which is not registered yet, perhaps: a `release` will follow."""
+        space, tenancy = self.asked(message)
+        late = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(bring_early(space, tenancy.origin.server, late))
+        tenancy.early = (task, late)
+
     async def do_release(self, message: dict[str, Any], fds: list[int]) -> None:
         """Bring all that a space and its forked children miss, and give the memory back to them."""
         while family := self.family_of(message["token"]):
@@ -378,6 +394,9 @@ class _Worker:
                     continue
                 tenancy.announced = False
                 with contextlib.suppress(ClosedError):  # it has ended meanwhile
+                    if tenancy.early is not None:
+                        tenancy.early[1].set()
+                        await asyncio.wait([tenancy.early[0]])
                     await complete(space, tenancy.origin.server)
                     space.unregister()
                     self.dispatcher.drop(space)

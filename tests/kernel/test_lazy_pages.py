@@ -120,6 +120,42 @@ def test_while_the_worker_is_killed(tmp_path: Path) -> None:
             assert kills >= 1
 
 
+@pytest.mark.parametrize("where", ["images", "page server"])
+def test_while_the_worker_is_killed_and_all_is_brought(tmp_path: Path, where: str) -> None:
+    """As it is used: all comes in the background, from before the process runs on; kills in between, no wrong word."""
+    with contextlib.ExitStack() as stack:
+        arguments: list[str] = []
+        if where == "page server":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                arguments = ["--page-server", "127.0.0.1", "--port", str(free.getsockname()[1])]
+            stack.enter_context(criu_rig.large_pipes())
+        checkpoint = stack.enter_context(criu_rig.Checkpoint(tmp_path))
+        checkpoint.start("scan", 64)
+        if arguments:
+            checkpoint.dump_to_server(int(arguments[-1]))
+        else:
+            checkpoint.dump()
+        daemon = stack.enter_context(lazily(checkpoint, *arguments))
+        restore = checkpoint.restore()
+        checkpoint.go()
+        kills = 0
+        for text in ("lazy pages in", "is replaced", "processes are restored"):
+            criu_rig.until(functools.partial(says, daemon, text), text)
+            if worker := daemon.worker():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+                    kills += 1
+        checkpoint.results()
+        checkpoint.finish(restore)
+        assert kills >= 1
+
+
+def says(daemon: Daemon, text: str) -> bool:
+    """Tell whether it has said so, or has ended."""
+    return text in daemon.said or daemon.process.poll() is not None
+
+
 def replaced(daemon: Daemon, restore: subprocess.Popen[bytes], kills: int) -> bool:
     """Tell whether so many workers were replaced, or all is over."""
     return daemon.said.count("is replaced") >= kills or restore.poll() is not None
