@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.logging import RichHandler
 from rich.status import Status
 
+from aiouffd.loglines import SWITCH, Lines
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,26 +49,16 @@ def activated() -> socket.socket | None:
 
 
 def log_to(console: Console, *, level: int = logging.INFO) -> None:
-    """Write log records: beside the status line on a terminal, else as lines of `key=value`."""
+    """Write log records: beside the status line on a terminal, else as lines of `key=value`; the pager's as well."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Lines())
+        handler.setFormatter(Lines())
+        os.environ[SWITCH] = "1"
     logging.basicConfig(level=level, handlers=[handler], force=True)
-
-
-class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
-        return (
-            f'time={time}.{int(record.msecs):03d} level={record.levelname.lower()} logger={record.name} msg="{escaped}"'
-        )
 
 
 async def run(server: Server, console: Console, *, fill: bool, where: str) -> int:

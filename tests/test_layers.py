@@ -11,7 +11,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 
 # The lowest first; a module may import from its own level and from below.
 LEVELS = [
-    {"errors", "ranges"},
+    {"errors", "ranges", "loglines"},
     {"kernel"},
     {"sources"},
     {"engine"},

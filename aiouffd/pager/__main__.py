@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
 
+from aiouffd.loglines import SWITCH, Lines
 from aiouffd.pager import control, keeper
 from aiouffd.pager.journal import Journal
 
@@ -15,7 +17,9 @@ from aiouffd.pager.journal import Journal
 def main() -> int:
     """Run the keeper on the control socket that was inherited as descriptor FD."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the application's; the pager ends when it does
-    logging.basicConfig(level=logging.WARNING, format="%(name)s[%(process)d]: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines() if SWITCH in os.environ else logging.Formatter("%(name)s[%(process)d]: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # A descriptor for each address space and some for each client: the soft limit of 1024 is for users of select(2).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

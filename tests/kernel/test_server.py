@@ -10,7 +10,9 @@ import functools
 import json
 import mmap
 import os
+import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -83,10 +85,8 @@ class Serve:
 
     @property
     def worker(self) -> int:
-        """Return the worker's pid, or 0."""
-        with contextlib.suppress(OSError, ValueError):
-            return int(Path(f"/proc/{self.pager}/task/{self.pager}/children").read_text().split()[0])
-        return 0
+        """Return the worker's pid; wait for it, since the keeper forks it behind the first line of the log."""
+        return worker_of(str(self.log))
 
     def __enter__(self) -> Self:
         return self
@@ -907,6 +907,79 @@ def test_metrics(image: Path, tmp_path: Path) -> None:
         assert found["aiouffd_clients"] == 0
         assert found["aiouffd_faults_total"] >= 16
         assert found['aiouffd_fault_latency_seconds_bucket{le="+Inf"}'] == found["aiouffd_fault_latency_seconds_count"]
+
+
+def test_logs(image: Path, tmp_path: Path) -> None:
+    """Each line is one record of key=value, the pager's too; on a terminal they are for people, beside a status."""
+    with Serve(tmp_path, image) as serve:
+        os.kill(serve.worker, signal.SIGKILL)
+        eventually(lambda: "is replaced" in serve.said, expected=True)
+        pattern = r'time=[0-9T:.-]+ level=[a-z]+ logger=[a-z_.]+ msg=".*"'
+        assert all(re.fullmatch(pattern, line) for line in serve.said.splitlines()), serve.said
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "aiouffd", "serve", str(image), "--socket", str(tmp_path / "s")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    with subprocess.Popen(command, stdin=theirs, stderr=theirs, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        said = ""
+        while "0 clients" not in said:
+            said += os.read(ours, 4096).decode()
+        process.terminate()
+        with contextlib.suppress(OSError):  # the terminal's other end is closed
+            while data := os.read(ours, 4096):
+                said += data.decode()
+        os.close(ours)
+    assert process.returncode == 0
+    assert "listening on" in said
+    assert "INFO:aiouffd" not in said
+    assert "level=" not in said
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is missing")
+def test_the_unit(tmp_path: Path) -> None:
+    """The example's units are what systemd understands, and their command line is what `aiouffd serve` does."""
+    for kind in ("service", "socket"):
+        text = (ROOT / "examples" / "systemd" / f"aiouffd.{kind}").read_text()
+        (tmp_path / f"aiouffd.{kind}").write_text(text.replace("/opt/aiouffd/bin/aiouffd", "/bin/true"))
+    units = [str(tmp_path / f"aiouffd.{kind}") for kind in ("service", "socket")]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    command = re.search(r"^ExecStart=\S+ (.*)$", (ROOT / "examples/systemd/aiouffd.service").read_text(), re.MULTILINE)
+    assert command is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "aiouffd", *command[1].split()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "--socket PATH says where to listen" in done.stderr  # all of it was understood
+
+
+@pytest.mark.parametrize("kind", ["two", "internet", "datagram"])
+def test_sockets_that_are_not_for_us(image: Path, tmp_path: Path, kind: str) -> None:
+    """A socket unit that passes what cannot be served is told so."""
+    family, style = {
+        "internet": (socket.AF_INET, socket.SOCK_STREAM),
+        "datagram": (socket.AF_UNIX, socket.SOCK_DGRAM),
+    }.get(kind, (socket.AF_UNIX, socket.SOCK_STREAM))
+    with socket.socket(family, style) as given:
+        given.bind(("127.0.0.1", 0) if kind == "internet" else str(tmp_path / "s"))
+        if kind != "datagram":
+            given.listen()
+        code = (
+            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.dup2(int(sys.argv[1]), 3);"
+            " from aiouffd.cli import main; sys.exit(main(sys.argv[2:]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(given.fileno()), "serve", str(image)],
+            pass_fds=[given.fileno()],
+            env={**os.environ, "LISTEN_FDS": "2" if kind == "two" else "1"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "exactly one ListenStream=" in done.stderr
 
 
 def test_socket_activation(image: Path, tmp_path: Path) -> None:
