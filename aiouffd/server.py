@@ -20,6 +20,7 @@ import attrs
 
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.source_server import Limits
+from aiouffd.engine.statistics import Counters
 from aiouffd.engine.trace import Recorder, Trace
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff import firecracker
@@ -142,6 +143,7 @@ class Server:
         self._packing = threading.Lock()
         self._recorder: Recorder | None = None
         self._recorded: Any = None  # source and page size
+        self._started = False
         self._numbers = 0
         self.clients: dict[str, Client] = {}  # by the token of their memory
         self.rejected = 0
@@ -178,6 +180,7 @@ class Server:
             await asyncio.to_thread(self._pager.stop)
             self._close_listener()
             raise
+        self._started = True
         self._accepting = self._loop.create_task(self._accept(self._listener))
         return self
 
@@ -233,6 +236,8 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted, for all clients."""
+        if not self._started:  # and it may be scraped already
+            return Counters().snapshot()
         return attrs.evolve(self._pager.statistics(), clients=len(self.clients))
 
     @property

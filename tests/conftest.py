@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+# A machine that is busy with other work is no defect of a test.
+settings.register_profile("aiouffd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aiouffd")
 
 KERNEL = Path(__file__).parent / "kernel"
 

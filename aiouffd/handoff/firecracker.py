@@ -33,6 +33,7 @@ __all__ = ["Handoff", "Regions", "encode", "parse", "receive"]
 MOST_BYTES: Final = 1 << 20
 MOST_REGIONS: Final = 4096
 _MOST_FDS: Final = 16
+_BLANKS: Final = 256  # that may follow the end of the array
 _TRIES: Final = 16  # so often an array may seem to end within a message
 _ADDRESSES: Final = 1 << 57  # what a process can map at most, on any 64-bit architecture of today
 _PAGES: Final = range(12, 31)  # 4 KiB to 1 GiB, as powers of two
@@ -93,7 +94,7 @@ def encode(mappings: list[Mapping], page_size: int, extra: dict[str, Any] | None
     return json.dumps(items).encode()
 
 
-def parse(data: bytes) -> Regions:
+def parse(data: bytes | bytearray) -> Regions:
     """Check the array.
 
     Raises:
@@ -176,7 +177,7 @@ async def receive(connection: socket.socket, timeout: float) -> Handoff:  # noqa
 
 
 async def _gather(connection: socket.socket, fds: list[int]) -> Regions:
-    data = b""
+    data = bytearray()
     tries = 0
     while True:
         piece, more = await receive_some(connection, 64 << 10, _MOST_FDS)
@@ -188,8 +189,8 @@ async def _gather(connection: socket.socket, fds: list[int]) -> Regions:
         data += piece
         if len(data) > MOST_BYTES:
             raise ValueError(f"a handoff of more than {MOST_BYTES} bytes")
-        # Whoever sends it byte by byte gets no parse for each of them.
-        if not data.rstrip().endswith(b"]"):
+        # Whoever sends it byte by byte gets no parse for each of them, and no copy.
+        if not data[-_BLANKS:].rstrip().endswith(b"]"):
             continue
         try:
             return parse(data)
@@ -199,7 +200,7 @@ async def _gather(connection: socket.socket, fds: list[int]) -> Regions:
                 raise
 
 
-def _is_whole(data: bytes) -> bool:
+def _is_whole(data: bytes | bytearray) -> bool:
     """Tell whether there is nothing to wait for: it is JSON, or can become none."""
     try:
         json.loads(data)

@@ -906,6 +906,15 @@ def test_metrics(image: Path, tmp_path: Path) -> None:
         assert found["aiouffd_worker_restarts_total"] == 1
         assert found["aiouffd_clients"] == 0
         assert found["aiouffd_faults_total"] >= 16
+        assert found["aiouffd_fetched_bytes_total"] >= MIB
+        causes = ("fault", "readahead", "prefetch", "replay", "background")
+        wanted = {f'aiouffd_pages_total{{cause="{cause}"}}' for cause in causes}
+        wanted |= {
+            f'aiouffd_answers_total{{answer="{answer}"}}' for answer in ("eagain", "eexist", "enoent", "partial")
+        }
+        wanted |= {"aiouffd_in_flight", "aiouffd_in_flight_bytes", "aiouffd_rejected_clients_total"}
+        wanted |= {"aiouffd_source_retries_total", "aiouffd_source_errors_total", "aiouffd_fault_latency_seconds_sum"}
+        assert wanted <= set(found)
         assert found['aiouffd_fault_latency_seconds_bucket{le="+Inf"}'] == found["aiouffd_fault_latency_seconds_count"]
 
 
