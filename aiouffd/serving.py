@@ -53,10 +53,10 @@ def serve(
             raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
     chosen: Source | Callable[[Peer, int, str], Source]
     if source is not None:
-        chosen = as_source(source)
+        chosen = as_source(source, timeout=options["timeout"])
         _ = chosen.size  # what is wrong with it is said at once
     else:
-        chosen = choose_by(source_for or "")
+        chosen = choose_by(source_for or "", timeout=options["timeout"])
     server = Server(chosen, path, listener=listener, **options)
     return _run(server, metrics, fill=fill, where=path or "systemd's socket")
 
@@ -89,8 +89,12 @@ def lazy_pages(
         return runner.run(main())
 
 
-def choose_by(template: str) -> Callable[[Peer, int, str], Source]:
+def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Source]:
     """Return the function that finds a client's source by a template: `/snapshots/{name}.mem`.
+
+    Args:
+        template: a path or a URL.
+        **options: for sources behind URLs.
 
     Raises:
         OSError: the template names what there is not.
@@ -107,7 +111,7 @@ def choose_by(template: str) -> Callable[[Peer, int, str], Source]:
         if "name" in fields and not _NAME.fullmatch(name):
             raise HandoffError(str(peer), f"asks for the source {name!r:.100}, which is no name")
         # Opened anew for each client: what lies at that name may be another snapshot by now.
-        return as_source(template.format(pid=peer.pid, uid=peer.uid, number=number, name=name))
+        return as_source(template.format(pid=peer.pid, uid=peer.uid, number=number, name=name), **options)
 
     return choose
 

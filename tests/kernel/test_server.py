@@ -177,6 +177,18 @@ def test_a_guest_whose_memory_is_on_a_web_server(image: Path, tmp_path: Path) ->
         assert f"checksum {total(range(16 * MIB // PAGE))}," in run_vm(serve, "--memory", "16")
 
 
+def test_a_source_that_is_unplugged(image: Path, tmp_path: Path) -> None:
+    """The timeout that was asked for is the web's, too; then the page is an error, in the log as at its toucher."""
+    with contextlib.ExitStack() as stack:
+        with on_the_web(image) as url:
+            serve = stack.enter_context(Serve(tmp_path, url, "--readahead", "0", "--timeout", "1"))
+            play(client, str(serve.path), MIB)
+        began = time.monotonic()
+        play(touch_all, str(serve.path), MIB, status=-signal.SIGBUS)
+        assert time.monotonic() - began < 8
+        assert "the server refuses connections" in serve.said
+
+
 @needs_kvm
 @pytest.mark.parametrize("where", ["file", "web"])
 def test_a_guest_while_the_worker_is_killed(image: Path, tmp_path: Path, where: str) -> None:
