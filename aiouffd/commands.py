@@ -100,17 +100,24 @@ class Address(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 
 
 _SERVING = [
-    click.option("--readahead", type=Size(), default="2M", show_default=True, help="Largest window; 0: page by page."),
-    click.option("--spin-us", type=click.IntRange(0), default=50, show_default=True, help="Looking before sleeping."),
-    click.option("--background", type=Rate(), default="0", help="Bytes per second to bring unasked, or max."),
-    click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
-                 help="Seconds for one read."),
-    click.option("--retries", type=click.IntRange(0), default=4, show_default=True, help="Of a read that failed."),
-    click.option("--concurrent-reads", type=click.IntRange(1), default=128, show_default=True),
-    click.option("--bytes-in-flight", type=Size(1 << 20), default="128M", show_default=True),
-    click.option("--metrics", type=Address(), metavar="[HOST:]PORT", help="Answer Prometheus there."),
+    click.option("--readahead", type=Size(), metavar="BYTES", default="2M", show_default=True,
+                 help="The largest window that a fault brings; 0: page by page."),
+    click.option("--spin-us", type=click.IntRange(0), metavar="US", default=50, show_default=True,
+                 help="Microseconds to look again for faults before sleeping."),
+    click.option("--background", type=Rate(), metavar="BYTES", default="0", show_default=True,
+                 help="Bytes per second to bring without being asked, or max."),
+    click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", default=30.0,
+                 show_default=True, help="For one read of the source."),
+    click.option("--retries", type=click.IntRange(0), metavar="TIMES", default=4, show_default=True,
+                 help="Of a read of a file that failed; of a URL, as often as the timeout allows."),
+    click.option("--concurrent-reads", type=click.IntRange(1), metavar="READS", default=128, show_default=True,
+                 help="Reads of the source under way at once."),
+    click.option("--bytes-in-flight", type=Size(1 << 20), metavar="BYTES", default="128M", show_default=True,
+                 help="Bytes of these reads, all together."),
+    click.option("--metrics", type=Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics."),
     click.option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", show_default=True,
-                 help="What SIGTERM does for clients: serve them until they go, or bring all they miss first."),
+                 help="What SIGTERM does for clients: serve them until they go, or bring all they miss first. A second"
+                 " signal leaves them to the pager, which does not need this process."),
 ]  # fmt: skip
 
 
@@ -128,15 +135,27 @@ def _serving(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--allow-uid", "uids", type=int, multiple=True, help="Another user that may connect; repeatable.")
 @click.option("--record", type=click.Path(), help="Write the order of first touches to this file.")
 @click.option("--replay", type=click.Path(), help="Bring the pages of a recorded file ahead, for each client.")
-@click.option("--handoff-timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@click.option(
+    "--handoff-timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    default=5.0,
+    show_default=True,
+    help="Until a client must have sent its handoff.",
+)
 @_serving
 def serve(
     *, source: str | None, source_for: str | None, path: str | None, metrics: Any, on_term: str, **options: Any
 ) -> int:
     """Serve the memory of other processes: microVMs (Firecracker's handoff), and our own clients.
 
-    SOURCE is a path or a URL, of which all clients see the same.
-    """
+    SOURCE is a path or a URL (http, s3, gs, az), of which all clients see the same.
+
+    \b
+    aiouffd serve snapshot.mem --socket /run/uffd.sock
+    aiouffd serve https://host/snapshot.mem --socket /run/uffd.sock --background 200M
+    aiouffd serve --source-for '/snapshots/{name}.mem' --socket /run/uffd.sock
+    """  # noqa: D301 - a backspace is click's mark for lines that are kept
     if (source is None) == (source_for is None):
         raise click.UsageError("either SOURCE or --source-for says what the clients see")
     if options["record"] and options["replay"]:

@@ -93,6 +93,7 @@ class LazyPages:
         self._prepared: dict[int, tuple[Pack, list[Mapping]]] = {}
         self._tenants: dict[str, Tenant] = {}
         self._changed = asyncio.Event()
+        self._death: BaseException | None = None
         self.errors: list[BaseException] = []
         self.tasks = 0
         self.pages = 0  # brought, once all is done
@@ -106,6 +107,7 @@ class LazyPages:
         Raises:
             HandoffError: the restore has failed, or an image is not what it should be.
             SourceError: the page server is not there.
+            PagerDiedError: the pager was given up: what is missing is SIGBUS.
         """
         loop = asyncio.get_running_loop()
 
@@ -114,7 +116,8 @@ class LazyPages:
                 loop.call_soon_threadsafe(function, *arguments)
 
         self._pager = PagerClient(
-            on_error=lambda _, error: soon(self._failed, error), on_gone=lambda tenant: soon(self._gone, tenant)
+            on_error=lambda tenant, error: soon(self._failed, tenant, error),
+            on_gone=lambda tenant: soon(self._gone, tenant),
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._leave)
@@ -131,6 +134,8 @@ class LazyPages:
             if self._background:
                 await asyncio.gather(*(self._release(tenant) for tenant in list(self._tenants.values())))
             while self._tenants:
+                if self._death is not None:
+                    raise self._death
                 self._changed.clear()
                 await self._changed.wait()
 
@@ -220,7 +225,10 @@ class LazyPages:
             tenant.pack.close()
             self._changed.set()
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
+        if tenant is None:  # nobody is served any more, and of nobody's end will be told
+            self._death = error
+            self._changed.set()
         log.error("%s", error)
         self.errors.append(error)
 

@@ -151,6 +151,33 @@ def test_while_the_worker_is_killed_and_all_is_brought(tmp_path: Path, where: st
         assert kills >= 1
 
 
+def test_a_pager_that_is_given_up(tmp_path: Path) -> None:
+    """Five workers that serve nothing: the daemon says so and ends, instead of waiting for ever."""
+    with criu_rig.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start("scan", 16)
+        checkpoint.dump()
+        daemon = Daemon(checkpoint, "--no-background")
+        try:
+            checkpoint.restore()
+            criu_rig.until(functools.partial(says, daemon, "processes are restored"), "restore")
+            for deaths in range(1, 6):
+                criu_rig.until(lambda: daemon.worker() or daemon.process.poll() is not None, "worker")
+                if worker := daemon.worker():
+                    os.kill(worker, signal.SIGKILL)
+                criu_rig.until(functools.partial(died, daemon, deaths), "death")
+            assert daemon.process.wait(20) == 1
+            assert "workers died with no fault resolved between them" in daemon.said
+            assert "Traceback" not in daemon.said
+        finally:
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+def died(daemon: Daemon, times: int) -> bool:
+    """Tell whether so many workers have died, or all is over."""
+    return daemon.said.count("died (signal") >= times or daemon.process.poll() is not None
+
+
 def says(daemon: Daemon, text: str) -> bool:
     """Tell whether it has said so, or has ended."""
     return text in daemon.said or daemon.process.poll() is not None
