@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -251,6 +252,26 @@ def test_the_socket_file(tmp_path: Path) -> None:
         assert stat.S_ISSOCK(far.path.stat().st_mode)
     assert descriptors() == before
     assert not list(deep.iterdir())
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[str]:
+    """Yield a directory that everybody may look into."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield name
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be another user needs root")
+@run
+async def test_another_user(open_to_all: str) -> None:
+    """Whoever can connect is still not the restore, unless it is root, or this user."""
+    with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
+        code = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(lazy.path))
+        with pytest.raises(HandoffError, match="is not of this user, nor root"):
+            await gather(lazy, [])
+        assert await process.wait() == 0
 
 
 _steps = st.lists(
