@@ -274,8 +274,8 @@ def operation_error(operation: str, start: int, length: int, errno: int) -> Oper
     return _BY_ERRNO.get(errno, OperationError)(operation, start, length, errno)
 
 
-def encode_error(error: BaseException) -> dict[str, Any]:
-    """Return an exception as JSON: its type's name, its arguments and its causes."""
+def encode_error(error: BaseException, *, private: bool = True) -> dict[str, Any]:
+    """Return an exception as JSON: its type's name, its arguments; unless others read it, its trace and its causes."""
     reduced = error.__reduce__() if isinstance(error, UffdError) else (type(error), error.args)
     arguments = [item if isinstance(item, str | int | float | None) else repr(item) for item in reduced[1]]
     cause = error.__cause__ or error.__context__
@@ -283,8 +283,8 @@ def encode_error(error: BaseException) -> dict[str, Any]:
         "type": type(error).__name__,
         "args": arguments,
         "text": "".join(traceback.format_exception_only(error)).strip(),
-        "trace": "".join(traceback.format_exception(error, chain=False)),
-        "cause": encode_error(cause) if cause is not None else None,
+        "trace": "".join(traceback.format_exception(error, chain=False)) if private else "",
+        "cause": encode_error(cause) if cause is not None and private else None,
     }
 
 
@@ -297,7 +297,8 @@ def decode_error(data: dict[str, Any]) -> BaseException:
         error: BaseException = kind(*data["args"]) if kind is not None else PagerError(data["text"])
     except TypeError:
         error = PagerError(data["text"])
-    error.add_note("in the pager:\n" + data["trace"].rstrip())
+    if data["trace"]:
+        error.add_note("in the pager:\n" + data["trace"].rstrip())
     if data["cause"] is not None:
         error.__cause__ = decode_error(data["cause"])
     return error

@@ -287,7 +287,7 @@ class Server:
             log.warning("turned away: %s", error)
             if link:
                 with contextlib.suppress(OSError):
-                    connection.send(line({"id": 0, "error": encode_error(error)}))
+                    connection.send(line({"id": 0, "error": encode_error(error, private=False)}))
             return None
         return client
 
@@ -408,7 +408,7 @@ class Server:
         try:
             answer["ok"] = await self._do(client, message)
         except (UffdError, ValueError) as error:
-            answer["error"] = encode_error(error)
+            answer["error"] = encode_error(error, private=False)
         finally:
             places.release()
         await self._tell(client, answer)
@@ -467,7 +467,7 @@ class Server:
             if tenant is None or client.tenant is tenant:
                 log.error("%s: %s", client, error)
                 if client.link:
-                    self._spawn(self._tell(client, {"error": encode_error(error)}))
+                    self._spawn(self._tell(client, {"error": encode_error(error, private=False)}))
 
     def _forget(self, client: Client, why: str) -> None:
         if self.clients.pop(client.tenant.token, None) is None:

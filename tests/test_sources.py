@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import http.server
 import os
 import pickle
 import random
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -286,3 +288,27 @@ async def test_zeros() -> None:
     source = aiouffd.ZeroSource(10000)
     assert source.hole(4096, 100) == 100
     assert await source.read(5, 7) == bytes(7)
+
+
+class _Refuses(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(400)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+def test_signatures_are_not_shown() -> None:
+    """Neither the query of a signed URL nor a password is in an error, which goes to logs, and to clients."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://someone:hidden@127.0.0.1:{server.server_port}/a/b.mem?signature=hidden"
+            with pytest.raises(aiouffd.SourceError, match="400 Bad Request") as caught:
+                _ = aiouffd.ObjectSource(url, timeout=2).size
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "hidden" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit, urlunsplit
 
@@ -153,7 +154,9 @@ class ObjectSource:
         if isinstance(error, SourceError):
             return error
         name = type(error).__name__
-        text, whole = _first_line(error), str(error)  # behind the first line: the causes, as the store prints them
+        # Behind the first line: the causes, as the store prints them. Secrets: a signed URL's query, and a password.
+        text, whole = re.sub(r"\?[^\s\"')>]+", "?...", _first_line(error)), str(error)
+        text = re.sub(r"//[^/@\s]+@", "//", text)
         if isinstance(error, FileNotFoundError):
             reason = "there is no such object (404): check the URL"
         elif name in ("PermissionDeniedError", "UnauthenticatedError"):

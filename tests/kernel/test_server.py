@@ -329,8 +329,11 @@ def no_server(path: str) -> None:
     region = aiouffd.Region(MIB)
     with pytest.raises(aiouffd.PagerStartError, match="is `aiouffd serve` running there"):
         aiouffd.Monitor(region, server=path + ".no").__enter__()
-    with pytest.raises(aiouffd.HandoffError, match="reaches to offset"):
+    with pytest.raises(aiouffd.HandoffError, match="reaches to offset") as caught:
         aiouffd.Monitor(aiouffd.Region(32 * MIB), server=path).__enter__()
+    # What is said to clients is the reason, and not where in the server it came from, or from what.
+    assert not getattr(caught.value, "__notes__", [])
+    assert caught.value.__cause__ is None
     assert region.monitor is None
     with aiouffd.Monitor(region, server=path):
         assert region[0] == 1
