@@ -1,7 +1,7 @@
 """aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch.
 
 Layout (imports point down only): `cli` > `monitor` > `pager` > `handoff` > `engine` > `sources` > `kernel` >
-`ranges`, `errors`.
+`native` > `ranges`, `errors`.
 """
 
 from aiouffd.engine.handler import Batch, Fault, Handler
@@ -14,6 +14,7 @@ from aiouffd.errors import (
     HandlerError,
     HandoffError,
     LayoutChangingError,
+    NativePartError,
     OperationError,
     PagePresentError,
     PagerDiedError,
@@ -63,6 +64,7 @@ __all__ = [
     "Ioctl",
     "LayoutChangingError",
     "Monitor",
+    "NativePartError",
     "ObjectSource",
     "Offset",
     "OperationError",

@@ -21,6 +21,7 @@ __all__ = [
     "HandlerError",
     "HandoffError",
     "LayoutChangingError",
+    "NativePartError",
     "OperationError",
     "PagePresentError",
     "PagerDiedError",
@@ -56,6 +57,27 @@ class UnsupportedError(UffdError):
 
     def __str__(self) -> str:
         return f"this kernel lacks {self.missing} (it has: {self.available})"
+
+
+class NativePartError(UnsupportedError):
+    """The part of this package that is written in C is needed, and is not there.
+
+    Attributes:
+        why: it is not there.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__("the part of aiouffd that is written in C", why)
+        self.why = why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.why,)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.why}. Install a C compiler (the Debian package gcc, for example) and then aiouffd anew, or run"
+            " `python -m aiouffd.native`; everything else works without"
+        )
 
 
 class AccessError(UffdError, PermissionError):

@@ -35,6 +35,7 @@ def test_each_errno_has_its_type(number: int) -> None:
 
 EXAMPLES = [
     errors.UnsupportedError("Feature.X", "Feature.Y"),
+    errors.NativePartError("no compiler"),
     errors.AccessError("opening a userfaultfd", "Use the knob."),
     errors.SourceError("S", 1, 2, "why"),
     errors.SourceTimeoutError("S", 1, 2, "late"),

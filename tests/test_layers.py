@@ -12,6 +12,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 # The lowest first; a module may import from its own level and from below.
 LEVELS = [
     {"errors", "ranges", "loglines"},
+    {"native"},
     {"kernel"},
     {"sources"},
     {"engine"},

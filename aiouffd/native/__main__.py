@@ -1,0 +1,10 @@
+"""`python -m aiouffd.native`: compile the C files where they lie, for an editable install or where they were missed."""
+
+import sys
+
+from aiouffd.native import build
+
+try:
+    build.build(build.HERE / build.NAME)
+except build.BuildError as error:
+    sys.exit(str(error))

@@ -1,0 +1,66 @@
+"""Compiles the C files of this directory into one shared object.
+
+Run by the build hook when aiouffd is installed, before there is an `aiouffd` to import, so it uses the standard
+library only. The object has no Python.h and links with libc alone: one build serves each version of Python.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import zlib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAME = "libaiouffd.so"
+FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+class BuildError(Exception):
+    """There is no C compiler, or it has failed."""
+
+
+def sources() -> list[Path]:
+    """Return the C files."""
+    return sorted(HERE.glob("*.c"))
+
+
+def fingerprint() -> int:
+    """Return a number that changes with what is compiled: it is compiled in, and tells a build that is out of date."""
+    value = 0
+    for path in (*sources(), *sorted(HERE.glob("*.h"))):
+        value = zlib.crc32(path.read_bytes(), value)
+    return value
+
+
+def compiler() -> list[str]:
+    """Return the command of the C compiler: that of CC, else the first of cc, gcc and clang that is there."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]) is not None:
+            return command
+    raise BuildError(
+        f"no C compiler: CC={named[0]!r} is not there" if named else "no C compiler: neither cc, gcc nor clang"
+    )
+
+
+def build(output: Path, *flags: str) -> None:
+    """Compile to `output`, which is replaced at once, by a new file: a program that runs keeps the old one.
+
+    Raises:
+        BuildError: there is no compiler, or it has failed; what it said is in the message.
+    """
+    fresh = output.with_name(f".{output.name}.{os.getpid()}")
+    names = [str(path) for path in sources()]
+    command = [*compiler(), *FLAGS, *flags, f"-DAIOUFFD_FINGERPRINT={fingerprint()}u", "-o", str(fresh), *names]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
+        fresh.replace(output)
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{shlex.join(command)} failed:\n{error.stderr}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{shlex.join(command)} failed: {error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)

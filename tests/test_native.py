@@ -1,0 +1,155 @@
+"""`native`: the C part is built when aiouffd is installed, where there is a compiler, and missed politely elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import aiouffd
+from aiouffd import doctor, native
+from aiouffd.native import build
+
+ROOT = Path(__file__).parent.parent
+NOWHERE = "/nonexistent/cc"
+
+
+def test_the_c_files_compile_without_a_warning(tmp_path: Path) -> None:
+    """Optimised and not, and with all that -Wconversion and others find."""
+    for number, flags in enumerate((["-Werror"], ["-Werror", "-O0", "-Wpedantic", "-Wshadow", "-Wconversion"])):
+        build.build(tmp_path / f"{number}.so", *flags)
+
+
+def test_only_its_own_names_can_be_seen_outside(tmp_path: Path) -> None:
+    """What the C files share must not meet another library's names."""
+    build.build(tmp_path / "it.so")
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", tmp_path / "it.so"], check=True, capture_output=True, text=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert names
+    assert all(name.startswith("aiouffd_") for name in names)
+
+
+def test_it_is_here() -> None:
+    """The tests run where there is a compiler."""
+    assert native.reason() == ""
+    assert native.library().aiouffd_fingerprint() & 0xFFFFFFFF == build.fingerprint()
+    assert doctor.examine().facts["part in C"].startswith("here")
+
+
+def test_a_compiler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, whether it was asked for or looked for."""
+    monkeypatch.setenv("CC", NOWHERE)
+    with pytest.raises(build.BuildError, match=NOWHERE):
+        build.build(tmp_path / "it.so")
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match="neither cc"):
+        build.build(tmp_path / "it.so")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    """Nothing is left behind."""
+    with pytest.raises(build.BuildError, match="no-such-flag"):
+        build.build(tmp_path / "it.so", "--no-such-flag")
+    assert not list(tmp_path.iterdir())
+
+
+def copied(tmp_path: Path) -> Path:
+    """Copy what a build needs, without what was built before."""
+    root = tmp_path / "source"
+    root.mkdir()
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "aiouffd", root / "aiouffd", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return root
+
+
+def installed(root: Path, target: Path, compiler: str, *options: str) -> list[str]:
+    """Install into a directory of its own; return the names of what was put there."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, *options, root],
+        check=True,
+        env={**os.environ, "CC": compiler},
+        timeout=100,
+    )
+    return [str(path.relative_to(target)) for path in target.rglob("*")]
+
+
+def without(target: Path, statement: str) -> str:
+    """Run a statement with the package that lies in `target`; return what it prints."""
+    script = f"import sys; sys.path.insert(0, {str(target)!r}); import aiouffd\n{statement}"
+    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+
+
+ASK = """
+import aiouffd.native
+try:
+    aiouffd.native.library()
+except aiouffd.UnsupportedError as error:
+    print(error)
+else:
+    print("here", aiouffd.native.__file__)
+"""
+
+
+def test_an_install_with_a_compiler(tmp_path: Path) -> None:
+    """The wheel is this platform's and no version's of Python, and nothing is left in the source tree."""
+    root = copied(tmp_path)
+    names = installed(root, tmp_path / "target", "cc")
+    assert "aiouffd/native/libaiouffd.so" in names
+    assert "Tag: py3-none-linux" in next((tmp_path / "target").glob("*.dist-info/WHEEL")).read_text()
+    assert without(tmp_path / "target", ASK).startswith(f"here {tmp_path}")
+    assert not list(root.rglob("*.so"))
+
+
+def test_an_install_without_a_compiler(tmp_path: Path) -> None:
+    """It succeeds; what needs the C part says what to do, and so does the doctor."""
+    names = installed(copied(tmp_path), tmp_path / "target", NOWHERE)
+    assert not [name for name in names if name.endswith(".so")]
+    assert "Tag: py3-none-any" in next((tmp_path / "target").glob("*.dist-info/WHEEL")).read_text()
+    assert "Install a C compiler" in without(tmp_path / "target", ASK)
+    report = "from aiouffd import doctor\nprint(*doctor.examine().lines(), sep='\\n')"
+    assert "part in C            not here" in without(tmp_path / "target", report)
+
+
+def test_an_editable_install(tmp_path: Path) -> None:
+    """What is built lies in the source tree; a later install without a compiler takes it away again."""
+    root = copied(tmp_path)
+    built = root / "aiouffd" / "native" / "libaiouffd.so"
+    installed(root, tmp_path / "target", "cc", "--editable")
+    assert built.exists()
+    assert without(root, ASK).startswith(f"here {root}")
+    with (root / "aiouffd" / "native" / "native.h").open("a") as file:
+        file.write("\n")
+    assert "other C files" in without(root, ASK)
+    installed(root, tmp_path / "again", NOWHERE, "--editable")
+    assert not built.exists()
+
+
+def test_a_wheel_has_no_build_of_the_source_tree(tmp_path: Path) -> None:
+    """One that was left there by an editable install may be out of date."""
+    root = copied(tmp_path)
+    (root / "aiouffd" / "native" / "libaiouffd.so").write_bytes(b"old")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, root],
+        check=True,
+        env={**os.environ, "CC": NOWHERE},
+        timeout=100,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "aiouffd/native/faults.c" in zipfile.ZipFile(wheel).namelist()
+    assert "aiouffd/native/libaiouffd.so" not in zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_error_can_be_caught_as_what_it_is() -> None:
+    """It is an UnsupportedError, as for a kernel that lacks a feature."""
+    error = aiouffd.NativePartError("why")
+    assert isinstance(error, aiouffd.UnsupportedError)
+    assert str(error).startswith("why. Install")
