@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
+from aiouffd import native
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.handler import wants_writes
+from aiouffd.engine.in_thread import InThreadEngine
 from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
@@ -59,6 +61,10 @@ class Monitor:
             is zeros.
         in_process: run the engine on the caller's loop instead: for memory that only others touch (another process,
             C code that has dropped the GIL). A touch with the GIL held would stop the loop that should serve it.
+        in_thread: resolve faults in the thread that touches, and run the loop in a thread of this process: for
+            memory that only threads of this process touch, which it must do by itself: a system call on a missing page
+            fails with EFAULT (see `read`). No process is started, and what is at hand is there sooner than from any
+            handler elsewhere. It needs the part in C. With fork="serve" and with `Handler.write` it cannot be.
         readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
         spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
         on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
@@ -69,10 +75,10 @@ class Monitor:
         retries: further tries after a failed read, with exponential backoff and jitter.
         concurrent_reads: source reads, or handlers, under way at once.
         bytes_in_flight: bytes of source reads under way at once.
-        stuck_warning: with `in_process`: seconds until a message on standard error says that the loop is stuck behind
-            a fault that it should serve itself.
-        stuck_limit: with `in_process`: seconds until that page is poisoned, so that the process ends with a traceback
-            (faulthandler is enabled for that) instead of hanging. None: no such guard.
+        stuck_warning: with `in_process` and `in_thread`: seconds that a page is waited for, while the loop does not
+            run, until a message on standard error says so: its own thread waits for it, or native code keeps the GIL.
+        stuck_limit: with `in_process` and `in_thread`: seconds until whoever waits gets SIGBUS, so that the process
+            ends with a traceback (faulthandler is enabled for that) instead of hanging. None: never.
         server: the socket of `aiouffd serve`: that serves the region, from its own source, and no pager is started.
             What a source or a pager is asked for (timeout, retries, readahead, record, ...) is the server's to say.
         server_source: which of the server's sources, where it has several.
@@ -86,7 +92,7 @@ class Monitor:
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises (on entering):
-        UnsupportedError: the kernel lacks userfaultfd or a feature.
+        UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the part in C is missing.
         AccessError: this user may not use it; it names the knobs.
         BusyError: the region is served already.
         TraceError: `replay` is no recording, not complete, damaged, or of another page size.
@@ -99,6 +105,7 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         in_process: bool = False,
+        in_thread: bool = False,
         readahead: int = 2 << 20,
         spin_us: int = 50,
         on_exit: Literal["sigbus", "populate", "zeros"] = "sigbus",
@@ -126,6 +133,7 @@ class Monitor:
         self.region = region
         self.origin = ZeroSource(len(region)) if source_or_handler is None else source_or_handler
         self._in_process = in_process
+        self._in_thread = in_thread
         self._on_exit = on_exit
         self._fork = fork
         self._track_writes = track_writes
@@ -137,6 +145,8 @@ class Monitor:
             source_or_handler is not None or in_process or record is not None or replay is not None or background
         ):
             raise ValueError("with server= there is no source, handler, in_process, record, replay or background here")
+        if in_thread:
+            _check_in_thread(self.origin, fork, elsewhere=in_process or server is not None)
         if record is not None and replay is not None:
             raise ValueError("either record or replay: what a replay brings is not seen to be touched")
         self._server = server
@@ -158,7 +168,7 @@ class Monitor:
             limits=limits,
         )
         self._uffd: Userfaultfd | None = None
-        self._engine: LocalEngine | PagerEngine | ServerEngine | None = None
+        self._engine: LocalEngine | InThreadEngine | PagerEngine | ServerEngine | None = None
         self._errors: list[BaseException] = []
         self._raised = 0
         self._news = threading.Condition()
@@ -259,6 +269,19 @@ class Monitor:
                     on_error=self._failed,
                     on_lost=self._lost,
                 )
+            elif self._in_thread:
+                if not faulthandler.is_enabled() and sys.stderr is not None:
+                    faulthandler.enable()  # below our handler: what cannot be had ends with the line that touched it
+                self._engine = InThreadEngine(
+                    self._descriptor,
+                    self._service(),
+                    self._mapping,
+                    self.region.page_size,
+                    self._options,
+                    on_error=self._failed,
+                    warning=self._stuck_warning,
+                    limit=self._stuck_limit,
+                )
             else:
                 self._engine = PagerEngine(
                     self._descriptor,
@@ -271,7 +294,7 @@ class Monitor:
         except BaseException:
             self._unregister()
             raise
-        self.region.listen(None)
+        self.region.listen(self._engine if isinstance(self._engine, InThreadEngine) else None)
 
     def _stop(self, *, populate: bool = False) -> None:
         engine = self._engine
@@ -281,8 +304,23 @@ class Monitor:
             if populate and self._on_exit == "populate":
                 engine.prefetch(0, len(self.region)).result()
         finally:
-            engine.close(poison=self._on_exit == "sigbus")
+            if isinstance(engine, InThreadEngine):
+                self._leave(engine)
+            else:
+                engine.close(poison=self._on_exit == "sigbus")
+                self._settle()
+
+    def _leave(self, engine: InThreadEngine) -> None:
+        """Stop serving in the threads that touch: whoever touches meanwhile waits until it is settled."""
+        engine.close()
+        try:
+            if self._on_exit == "sigbus" and self._uffd is not None:
+                # A descriptor with Feature.SIGBUS stays: without our handler a missing page is SIGBUS for everybody.
+                self.region.keep(self._uffd)
+                self._uffd = None
             self._settle()
+        finally:
+            engine.remove()
 
     def _register(self) -> None:
         region = self.region
@@ -292,9 +330,13 @@ class Monitor:
         if region.closed:
             raise ClosedError("the region is closed")
         available = probe()
-        wanted = Feature.THREAD_ID
-        if not self._in_process:
-            wanted |= abi.LAYOUT_EVENTS
+        if self._in_thread:
+            native.library()  # what is missing is said before anything is done
+            wanted = Feature.SIGBUS
+        else:
+            wanted = Feature.THREAD_ID
+            if not self._in_process:
+                wanted |= abi.LAYOUT_EVENTS
         if self._fork == "serve":
             wanted |= Feature.EVENT_FORK
         if self._track_writes:
@@ -306,10 +348,10 @@ class Monitor:
             wanted |= minor
             self._modes |= RegisterMode.MINOR
         self._options = attrs.evolve(self._options, modes=int(self._modes))
-        user_mode_only = self._user_mode_only
+        # In user mode only, faults of system calls are not served; in_thread they never are.
+        user_mode_only = self._user_mode_only or (self._in_thread and available.opened_by == "user-mode-only")
         if not user_mode_only and available.opened_by == "user-mode-only":
-            # Faults of system calls would not be served, which the caller has not agreed to.
-            Userfaultfd().close()
+            Userfaultfd().close()  # raises: the caller has not agreed to that
         self._uffd = Userfaultfd(wanted, user_mode_only=user_mode_only)
         try:
             if self._fork != "serve":
@@ -391,6 +433,24 @@ class Monitor:
             )
         engine.prefetch(start, length).result(timeout)
 
+    def read(self, start: int, length: int) -> bytes:
+        """Return a copy of `length` bytes from offset `start` on, for what cannot wait for a missing page itself.
+
+        With `in_thread` (and with `user_mode_only`) a system call on a missing page fails with EFAULT: write(2) of a
+        view, for example. It succeeds with what this returns, and with a view of what was prefetched. Missing pages
+        are waited for as by any touch.
+
+        Raises:
+            ValueError: not within the region.
+            RuntimeError: with `in_process`, whose loop may be the caller's: await `prefetch` there.
+        """
+        self._check(start, length)
+        if isinstance(self._running(), LocalEngine):
+            raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
+                "in_process=True: a touch may stop the loop that serves it; await prefetch(), and take a slice"
+            )
+        return self.region[start : start + length]
+
     def collect(self) -> list[Range]:
         """Return the pages written since the last call, or since entering, and begin anew: in one step.
 
@@ -460,7 +520,7 @@ class Monitor:
         for tell in self._waiters:
             tell()
 
-    def _running(self) -> LocalEngine | PagerEngine | ServerEngine:
+    def _running(self) -> LocalEngine | InThreadEngine | PagerEngine | ServerEngine:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
         if os.getpid() != self._pid:
@@ -482,8 +542,21 @@ class Monitor:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The pager's processes: keeper and worker; empty with `in_process`."""
+        """The pager's processes: keeper and worker; empty with `in_process` and `in_thread`."""
         return self._engine.pids if isinstance(self._engine, PagerEngine) else ()
+
+
+def _check_in_thread(origin: Any, fork: str, *, elsewhere: bool) -> None:
+    """Raise for what cannot be served in the faulting thread."""
+    if elsewhere:
+        raise ValueError("either in_thread, or in_process, or server: the region is served in one place")
+    if fork == "serve":
+        raise ValueError('in_thread=True serves this process only: fork="serve" needs the pager')
+    if wants_writes(origin):
+        raise ValueError(
+            "the signal does not tell a write to a protected page from a missing page: with in_thread=True there is no"
+            " Handler.write; track_writes=True tells which pages were written"
+        )
 
 
 def _minor(region: Region) -> Feature:

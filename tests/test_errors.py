@@ -35,7 +35,6 @@ def test_each_errno_has_its_type(number: int) -> None:
 
 EXAMPLES = [
     errors.UnsupportedError("Feature.X", "Feature.Y"),
-    errors.NativePartError("no compiler"),
     errors.AccessError("opening a userfaultfd", "Use the knob."),
     errors.SourceError("S", 1, 2, "why"),
     errors.SourceTimeoutError("S", 1, 2, "late"),
@@ -44,6 +43,7 @@ EXAMPLES = [
     errors.HandoffError("pid 1", "no descriptor"),
     errors.PagerStartError("no"),
     errors.PagerDiedError("no"),
+    errors.NativePartError("no compiler"),
 ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from aiouffd.engine.ahead import bring_ahead
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.layout import Standstill, moved
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
@@ -17,9 +18,10 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.memory import map_shared
 from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.errors import UffdError
@@ -45,7 +47,7 @@ class LocalEngine:
         on_error: Callable[[UffdError], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
+        self._standstill = Standstill(self._loop)
         # In a memfd, so that a guard in another process can see whether the loop makes progress.
         self.counters_fd = os.memfd_create("aiouffd-counters", os.MFD_CLOEXEC)
         os.ftruncate(self.counters_fd, COUNTERS_SIZE)
@@ -89,36 +91,29 @@ class LocalEngine:
 
     # What the region tells
 
-    def region_removed(self, start: int, length: int) -> None:
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Self]:
+        """Serve nothing inside the block, in which the region changes its layout and says how.
+
+        Raises:
+            BusyError: the loop does not run; nothing was changed.
+        """
+        with self._standstill():
+            yield self
+
+    def removed(self, start: int, length: int) -> None:
         """The region was emptied there: zeros from now on."""
         begin = self._start + start
-        self._apply(lambda: self.space.emptied(begin, begin + length))
+        self.space.emptied(begin, begin + align_up(length, self.space.page_size))
 
-    def region_moved(self, address: int, length: int) -> None:
-        """The region lies at `address` now. What was added shows zeros."""
-        source, size = self._start, min(self._end - self._start, length)
-
-        def moved() -> None:
-            self.space.mappings.unmap(source + size, self._end)
-            if address != source:
-                self.space.mappings.remap(source, address, size)
-                # Without EVENT_REMAP the kernel has unregistered what it moved.
-                page = self.space.page_size
-                self.space.uffd.register(address, (length + page - 1) & -page, self._modes)
-            self._start, self._end = address, address + length
-
-        self._apply(moved)
-
-    def _apply(self, change: Callable[[], None]) -> None:
-        """Run a change on the loop's thread, and wait for it, so that no fault is served in between."""
-        if threading.get_ident() == self._thread:
-            change()
-            return
-        done = threading.Event()
-
-        def run() -> None:
-            change()
-            done.set()
-
-        self._loop.call_soon_threadsafe(run)
-        done.wait(5.0)
+    def moved(self, address: int, length: int) -> None:
+        """The region lies at `address` now, and has `length` bytes."""
+        new = (address, address + length)
+        # Without EVENT_REMAP the kernel has unregistered what it moved.
+        moved(
+            self.space,
+            (self._start, self._end),
+            new,
+            lambda start, size: self.space.uffd.register(start, size, self._modes),
+        )
+        self._start, self._end = new

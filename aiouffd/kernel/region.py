@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aiouffd.errors import BusyError, UnsupportedError
 from aiouffd.kernel import libc
 from aiouffd.ranges import align_up
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 __all__ = ["Region"]
 
@@ -19,14 +22,21 @@ MAP_HUGE_SHIFT = 26
 _EBUSY = 16
 
 
+class LayoutChange(Protocol):
+    """Takes down how the layout has changed, while the change is under way."""
+
+    def removed(self, start: int, length: int) -> None:
+        """Bytes [start, start + length) of the region have been emptied (offsets)."""
+
+    def moved(self, address: int, length: int) -> None:
+        """Take note that the region lies at `address` now and has `length` bytes; have it registered there."""
+
+
 class LayoutListener(Protocol):
     """Whoever serves a region is told of the layout changes that go through the `Region` object."""
 
-    def region_removed(self, start: int, length: int) -> None:
-        """Bytes [start, start + length) of the region have been emptied (offsets)."""
-
-    def region_moved(self, address: int, length: int) -> None:
-        """Take note that the region lies at `address` now and has `length` bytes."""
+    def changing(self) -> AbstractContextManager[LayoutChange]:
+        """Serve nothing until the block is left. An exception in it: nothing has changed."""
 
 
 class Region(mmap.mmap):
@@ -123,20 +133,39 @@ class Region(mmap.mmap):
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`; what is emptied reads as zeros afterwards, not as the source's data."""
         length = len(self) - start if length is None else length
-        super().madvise(option, start, length)
-        if self._listener is not None and option in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
-            self._listener.region_removed(start, length)
+        if self._listener is None or option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
+            super().madvise(option, start, length)
+            return
+        with self._listener.changing() as change:
+            super().madvise(option, start, length)
+            change.removed(start, length)
 
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; the mapping may move. What is added reads as zeros.
 
+        With `in_process` and `in_thread` another thread that touches it meanwhile gets SIGSEGV.
+
         Raises:
             BufferError: views of the region exist.
+            BusyError: the loop that serves it does not run.
         """
-        super().resize(newsize)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
-        if self._listener is not None:
-            self._listener.region_moved(self.address, newsize)
+        if self._listener is None:
+            super().resize(newsize)
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+            return
+        super().resize(len(self))  # changes nothing; raises if there are views, which are not to lose their memory
+        with self._listener.changing() as change:
+            # Without EVENT_REMAP moved memory is registered no longer, and missing pages would read as zeros until it
+            # is again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
+            libc.mprotect(self.address, self.mapped_length, 0)
+            try:
+                super().resize(newsize)
+            except BaseException:
+                libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
+                raise
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+            change.moved(self.address, newsize)
+            libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def close(self) -> None:
         """Unmap it.

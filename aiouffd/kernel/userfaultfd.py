@@ -352,8 +352,10 @@ class Userfaultfd:
         return result
 
     def _call(self, operation: str, request: int, argument: bytearray, start: int, length: int) -> None:
+        if self._fd < 0:
+            raise ClosedError("this Userfaultfd is closed")
         try:
-            fcntl.ioctl(self.fileno(), request, argument)
+            fcntl.ioctl(self._fd, request, argument)
         except OSError as error:
             raise operation_error(operation, start, length, error.errno or 0) from None
 

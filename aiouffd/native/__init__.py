@@ -1,8 +1,8 @@
 """The part in C: what must be done without Python, in a signal handler or while nobody gets the GIL.
 
-Layout: `build` (compiles the C files, when aiouffd is installed), `__main__` (the same by hand), `faults.c` (page faults resolved in the faulting
-thread), `signal.c` (who else has SIGBUS), `common.c` and `native.h` (what they share). Here it is loaded, by ctypes, on
-first use. It may be missing: there was no C compiler. Nothing else of the package needs it.
+Layout: `build` compiles the C files, when aiouffd is installed; `__main__` does it by hand. `faults.c`: page faults
+resolved in the faulting thread; `signal.c`: who else has SIGBUS; `common.c` and `native.h`: what they share. Here it is
+loaded, by ctypes, on first use. It may be missing: there was no C compiler. Nothing else of the package needs it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ class Source(Protocol):
     - `read_nowait(offset, length) -> Buffer | None`: the bytes, if they are at hand without waiting.
     - `locate(offset, length) -> int | None`: the address in this process where the bytes lie and stay until
       `close`, if they are at hand: they are copied straight from there. Asked before `read_nowait`.
+    - `memory() -> tuple[int, int, int] | None`: (address, length, descriptor) of memory of this process that shows the
+      source from its beginning on, and stays until `aclose`: what is missing can be copied from there without asking
+      (`in_thread`). Where it is a mapping of a file, the descriptor is that file's, and only pages that are in the page
+      cache are copied; else -1.
     - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros; not
       asked where an attribute `sparse` is false.
     - `blank(offset, length, block) -> list[int]`: where, counted from `offset`, blocks begin that are zeros, among

@@ -43,6 +43,10 @@ class BufferSource:
         """Return where there are blocks of zeros."""
         return zero_blocks(self._view[offset : offset + length], block)
 
+    def memory(self) -> tuple[int, int, int]:
+        """Return where all of the bytes lie."""
+        return self._address, self.size, -1
+
     def read_nowait(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""
         return self._view[offset : offset + length]

@@ -162,6 +162,10 @@ class FileSource:
             return
         self._populated.append(_Populated(low, high, monotonic(), self._peek(low, high, _PEEKED)))
 
+    def memory(self) -> tuple[int, int, int] | None:
+        """Return the file's mapping, if the kernel tells which of its pages are in memory."""
+        return (self._address, self._mapped, self._fd) if self._tells and self._mapped else None
+
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """Return the bytes if they are in memory: preadv2 with RWF_NOWAIT. For files that mincore is silent about."""
         if self._tells:
