@@ -31,6 +31,7 @@ from aiouffd.kernel.region import Region
 from aiouffd.kernel.settle import leave_sigbus
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
+from aiouffd.native import faults
 from aiouffd.pager.engine import PagerEngine
 from aiouffd.pager.guard import Guard
 from aiouffd.sources.base import ZeroSource
@@ -270,8 +271,10 @@ class Monitor:
                     on_lost=self._lost,
                 )
             elif self._in_thread:
-                if not faulthandler.is_enabled() and sys.stderr is not None:
-                    faulthandler.enable()  # below our handler: what cannot be had ends with the line that touched it
+                if not faulthandler.is_enabled() and sys.stderr is not None and faults.handler() == 0:
+                    # Below our handler, so that what cannot be had ends with the line that touched it. Whoever handles
+                    # SIGBUS already has a use for it.
+                    faulthandler.enable()
                 self._engine = InThreadEngine(
                     self._descriptor,
                     self._service(),
@@ -314,10 +317,6 @@ class Monitor:
         """Stop serving in the threads that touch: whoever touches meanwhile waits until it is settled."""
         engine.close()
         try:
-            if self._on_exit == "sigbus" and self._uffd is not None:
-                # A descriptor with Feature.SIGBUS stays: without our handler a missing page is SIGBUS for everybody.
-                self.region.keep(self._uffd)
-                self._uffd = None
             self._settle()
         finally:
             engine.remove()
@@ -393,7 +392,15 @@ class Monitor:
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.complete()
-        if uffd is None:
+        if uffd is not None:
+            self._give_back(uffd)
+        with self._news:
+            self._tell()
+
+    def _give_back(self, uffd: Userfaultfd) -> None:
+        if self._in_thread and self._on_exit == "sigbus":
+            # It has Feature.SIGBUS: without our handler a missing page is SIGBUS for everybody, as long as it is open.
+            self.region.keep(uffd)
             return
         with uffd:
             if self._on_exit == "sigbus":
@@ -402,8 +409,6 @@ class Monitor:
                 uffd.unregister(self.region.address, self.region.mapped_length)
                 if self._fork != "serve":
                     libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
-        with self._news:
-            self._tell()
 
     # Using it
 

@@ -25,6 +25,7 @@
 
 #include "native.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,7 +69,8 @@ _Static_assert(sizeof(struct message) == 32, "struct uffd_msg has 32 bytes");
 #define IOC_COPY _IOWR(0xAA, 0x03, struct copy_argument)
 #define IOC_ZEROPAGE _IOWR(0xAA, 0x04, struct range_argument)
 #define IOC_CONTINUE _IOWR(0xAA, 0x07, struct range_argument)
-enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, MODE_DONTWAKE = 1 };
+#define IOC_PAGEMAP_SCAN _IOC(_IOC_READ | _IOC_WRITE, 'f', 16, 96)
+enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, MODE_DONTWAKE = 1, PAGE_IS_WRITTEN = 2, PAGE_IS_SWAPPED = 16 };
 
 /* --- The table --- */
 
@@ -379,6 +381,29 @@ static void complain(uint64_t address, const char *why)
     say(&text);
 }
 
+static _Atomic int32_t pagemap = -1; /* of this process */
+
+/* Whether a page was poisoned (UFFDIO_POISON), since it could not be had. The signal does not tell: BUS_MCEERR_AR comes
+ * from kernels with CONFIG_MEMORY_FAILURE only. In the page tables it is an entry that is neither a page nor none, and
+ * not the mark of a write-protected one. */
+static int poisoned(const struct region *r, uint64_t page)
+{
+    struct {
+        uint64_t start, end, categories;
+    } found;
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned;
+    } scan = {.size = 96, .start = page, .end = page + r->is.page, .vec = (uint64_t)(uintptr_t)&found, .vec_len = 1};
+    scan.mask = scan.returned = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN;
+    int fd = atomic_load(&pagemap), number = ioctl(fd, IOC_PAGEMAP_SCAN, &scan);
+    if (number >= 0)
+        return number > 0;
+    uint64_t entry = 0; /* before Linux 6.7; says nothing of huge pages */
+    if (syscall(SYS_pread64, fd, &entry, sizeof entry, page / PAGE * sizeof entry) != (long)sizeof entry)
+        return 0;
+    return (entry >> 61) == 2 && !(entry >> 57 & 1); /* swapped, neither present nor of a file; not write-protected */
+}
+
 /* The caller is inside, and no longer when this returns: 1, to touch again, or 0 where that would be in vain. */
 static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
 {
@@ -387,6 +412,10 @@ static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
         leave(r);
         complain(address, ", which it should bring itself: it runs the event loop of this region. A source or handler"
                           " must not touch its own region.\n");
+        return 0;
+    }
+    if (poisoned(r, page)) {
+        leave(r);
         return 0;
     }
     int32_t ending = atomic_load(&finalizing);
@@ -411,6 +440,11 @@ static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
         futex_wait(&bucket->generation, generation, 1); /* EAGAIN: thousands of threads wait. EINTR. */
     atomic_fetch_sub(&bucket->waiters, 1);
     atomic_fetch_sub(&waiting, 1);
+    if (!going) { /* one traceback is enough: others wait for the end of the process */
+        static _Atomic uint32_t given_up;
+        if (atomic_exchange(&given_up, 1))
+            futex_wait(&given_up, 1, BUSY_MS);
+    }
     take_gil(state);
     return going;
 }
@@ -488,7 +522,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     int saved = errno, ours = 0;
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
-    /* BUS_ADRERR is how a missing page is told. A poisoned one (UFFDIO_POISON, a failed source) is BUS_MCEERR_AR. */
+    /* BUS_ADRERR is how a missing page is told; a poisoned one may be BUS_MCEERR_AR, as one whose memory is broken. */
     if (info->si_code != BUS_ADRERR || !serve(address, context, &ours))
         pass_on(number, info, context, ours || (info->si_code == BUS_MCEERR_AR && within(address)));
     errno = saved;
@@ -508,6 +542,9 @@ static void in_child(void)
         atomic_store(&buckets[i].waiters, 0);
     atomic_store(&waiting, 0);
     pthread_mutex_init(&table, NULL);
+    int32_t fd = atomic_exchange(&pagemap, -1); /* it shows the parent's memory */
+    if (fd >= 0)
+        close(fd);
     uninstall();
 }
 
@@ -520,6 +557,8 @@ EXPORT int aiouffd_add(const struct options *options, int *displaced)
     pthread_mutex_lock(&table);
     if (!forks_are_told)
         forks_are_told = pthread_atfork(NULL, NULL, in_child) == 0;
+    if (atomic_load(&pagemap) < 0)
+        atomic_store(&pagemap, open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
     for (uint32_t i = 0; i < REGIONS && slot < 0; i++)
         if (atomic_load(&regions[i].state) == FREE && atomic_load(&regions[i].inside) == 0)
             slot = (int)i;

@@ -13,9 +13,9 @@ from aiouffd.errors import BusyError
 from aiouffd.native import library
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["COUNTERS", "LATENCIES", "Extent", "Kind", "Served", "finalizing", "wake"]
+__all__ = ["COUNTERS", "LATENCIES", "Extent", "Kind", "Served", "finalizing", "handler", "wake"]
 
 COUNTERS = (
     *("FAULTS", "PAGES_FAULT", "PAGES_READAHEAD", "PAGES_ZERO", "BYTES_FETCHED"),
@@ -74,19 +74,25 @@ def _table() -> ctypes.CDLL:
         ("remove", slot),
         ("beat", slot),
         ("below",),
+        ("handler",),
         ("counters", slot, ctypes.c_void_p),
         ("finalizing",),
     ):
         getattr(table, f"aiouffd_{name}").argtypes = arguments
     for name in ("loop", "open", "wake", "remove", "counters", "finalizing"):
         getattr(table, f"aiouffd_{name}").restype = None
-    table.aiouffd_below.restype = number
+    table.aiouffd_below.restype = table.aiouffd_handler.restype = number
     return table
 
 
 def wake(start: int, length: int) -> None:
     """Let the threads go that wait for pages of a range: each touches again."""
     _table().aiouffd_wake(start, length)
+
+
+def handler() -> int:
+    """Return the address of the handler that has SIGBUS now; 0: nobody has it, 1: it is ignored."""
+    return int(_table().aiouffd_handler())
 
 
 def finalizing() -> None:
@@ -179,8 +185,3 @@ class Served:
 
 def _milliseconds(seconds: float) -> int:
     return min(int(seconds * 1000), 0xFFFFFFFF)
-
-
-def extents(items: Iterable[tuple[int, int, int, int, int, int]]) -> list[Extent]:
-    """Return extents of tuples (start, end, source, offset, kind, fd)."""
-    return [Extent(*item) for item in items]

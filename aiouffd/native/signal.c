@@ -74,6 +74,14 @@ EXPORT uint64_t aiouffd_below(void)
     return at < 0 ? 0 : (uint64_t)(uintptr_t)earlier[at].sa_sigaction;
 }
 
+/* The handler of SIGBUS, as a number. */
+EXPORT uint64_t aiouffd_handler(void)
+{
+    struct sigaction now;
+    sigaction(SIGBUS, NULL, &now);
+    return (uint64_t)(uintptr_t)now.sa_sigaction;
+}
+
 static __attribute__((noreturn)) void die(void)
 {
     struct sigaction plain;
