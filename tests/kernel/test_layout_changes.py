@@ -1,0 +1,222 @@
+"""Region's own madvise and resize, where no events tell: in_process and in_thread. Nobody sees anything in between."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pattern import PAGE, Pattern, Slow, Touchers, peek, word
+from scenario import play
+
+import aiouffd
+from aiouffd.engine import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGES = 512
+SIZE = PAGES * PAGE
+MODES = ["in_process", "in_thread"]
+
+
+def monitored(mode: str, region: aiouffd.Region, source: Any) -> aiouffd.Monitor:
+    """Return a Monitor."""
+    return aiouffd.Monitor(
+        region, source, in_process=mode == "in_process", in_thread=mode == "in_thread", readahead=0, stuck_limit=None
+    )
+
+
+def beside_the_loop(mode: str, source: Any, work: Callable[[aiouffd.Region, aiouffd.Monitor], None]) -> None:
+    """Do something in another thread than the loop's."""
+
+    async def main() -> None:
+        region = aiouffd.Region(SIZE)
+        async with monitored(mode, region, source) as monitor:
+            await asyncio.to_thread(work, region, monitor)
+
+    asyncio.run(main())
+
+
+def emptied(mode: str, far: bool) -> None:
+    """Scenario: pages are emptied while others touch them."""
+
+    def work(region: aiouffd.Region, _: aiouffd.Monitor) -> None:
+        stop = threading.Event()
+
+        def shown(page: int) -> bytes:
+            return peek(region.address + page * PAGE)
+
+        def again_and_again() -> None:
+            while not stop.is_set():
+                wrong.extend(page for page in range(PAGES) if shown(page) not in (word(page), bytes(8)))
+
+        wrong: list[int] = []
+        threads = [threading.Thread(target=again_and_again) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for page in range(PAGES):
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+            if shown(page) != bytes(8):
+                wrong.append(page)
+        wrong.extend(page for page in range(PAGES) if shown(page) != bytes(8))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    beside_the_loop(mode, Slow(SIZE, 0.0003) if far else Pattern(SIZE), work)
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool) -> None:
+    """From madvise's return on it is zeros: what was on its way for it has been forgotten."""
+    play(emptied, mode, far, deadline=60)
+
+
+def in_between(mode: str) -> None:
+    """Scenario: a thread touches just when the system call is done, and the engine does not know yet."""
+
+    def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+        engine: Any = monitor._engine
+        real, touching = engine.removed, []
+
+        def removed(start: int, length: int) -> None:
+            touching.append(Touchers(region.address, [[3]], may_be_zero=True))
+            time.sleep(0.2)  # as long as it may take until the engine has heard of it
+            assert touching[0].alive
+            real(start, length)
+
+        engine.removed = removed
+        assert peek(region.address + 3 * PAGE) == word(3)
+        region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
+        touching[0].join()
+        assert peek(region.address + 3 * PAGE) == bytes(8)
+        del engine.removed
+
+    beside_the_loop(mode, Pattern(SIZE), work)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_touch_between_the_system_call_and_its_message(mode: str) -> None:
+    """It waits, and finds zeros."""
+    play(in_between, mode)
+
+
+def refused(mode: str) -> None:
+    """Scenario."""
+
+    def work(region: aiouffd.Region, _: aiouffd.Monitor) -> None:
+        with pytest.raises(OSError, match="Invalid"):
+            region.madvise(mmap.MADV_DONTNEED, 3, PAGE)
+        view = memoryview(region)
+        with pytest.raises(BufferError):
+            region.resize(2 * SIZE)
+        assert view.nbytes == SIZE
+        view.release()
+        with pytest.raises((OSError, ValueError, OverflowError)):
+            region.resize(1 << 62)
+        for page in range(0, PAGES, 7):
+            assert peek(region.address + page * PAGE) == word(page)
+
+    beside_the_loop(mode, Pattern(SIZE), work)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_change_that_fails_changes_nothing(mode: str) -> None:
+    """The bytes come as before, and the memory can be touched."""
+    play(refused, mode)
+
+
+def permissions(address: int) -> str:
+    """Return those of the mapping at an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights, *_ = line.split()
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return rights
+    return ""
+
+
+def moving(mode: str) -> None:
+    """Scenario: moved memory cannot be touched until it is registered again."""
+
+    def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+        engine: Any = monitor._engine
+        real, seen = engine.moved, []
+
+        def moved(address: int, length: int) -> None:
+            seen.append((address, permissions(address)))
+            real(address, length)
+
+        engine.moved = moved
+        blocker = mmap.mmap(-1, SIZE)  # most likely right behind
+        before = region.address
+        region.resize(64 * SIZE)
+        assert seen == [(region.address, "---p")]
+        assert region.address != before, "it has not moved: the test shows nothing"
+        assert permissions(region.address) == "rw-p"
+        for page in range(0, PAGES, 7):
+            assert peek(region.address + page * PAGE) == word(page)
+        assert peek(region.address + 2 * SIZE) == bytes(8)
+        blocker.close()
+        del engine.moved
+
+    beside_the_loop(mode, Pattern(SIZE), work)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_moves_shows_no_zeros(mode: str) -> None:
+    """The kernel forgets that moved memory was registered: for that moment a touch is SIGSEGV, and no zeros."""
+    play(moving, mode)
+
+
+def nobody_there() -> None:
+    """Scenario: the loop does not come to it."""
+
+    def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+        engine: Any = monitor._engine
+        assert peek(region.address) == word(0)
+        engine._loop.call_soon_threadsafe(time.sleep, 1.0)
+        with pytest.raises(aiouffd.BusyError):
+            region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+        assert peek(region.address) == word(0)
+        assert peek(region.address + PAGE) == word(1)  # the loop is not stopped for good
+
+    vars(layout)["_PATIENCE"] = 0.2
+    beside_the_loop("in_process", Pattern(SIZE), work)
+
+
+def test_a_loop_that_does_not_run() -> None:
+    """BusyError, with nothing done."""
+    play(nobody_there)
+
+
+def in_the_loop(mode: str) -> None:
+    """Scenario: a handler changes the layout of its own region."""
+
+    class Giving(aiouffd.Handler):
+        async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+            if fault.offset == 5 * PAGE:
+                region.madvise(mmap.MADV_DONTNEED, 7 * PAGE, PAGE)
+            batch.copy(fault.page, word(fault.offset // PAGE) * (PAGE // 8))
+
+    region = aiouffd.Region(SIZE)
+
+    async def main() -> None:
+        async with monitored(mode, region, Giving()):
+            for page, expected in ((7, word(7)), (5, word(5)), (7, bytes(8))):
+                assert await asyncio.to_thread(peek, region.address + page * PAGE) == expected
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_change_that_the_loop_itself_makes(mode: str) -> None:
+    """It does not wait for itself."""
+    play(in_the_loop, mode)
