@@ -18,7 +18,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
-from benchmarks import clock, fuse, guest, served
+from benchmarks import clock, fuse, guest, in_thread, served
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -243,6 +243,47 @@ def latency_row(*, quick: bool) -> Iterator[Row]:
     )
 
 
+def in_thread_rows(*, quick: bool) -> Iterator[Row]:
+    """Faults resolved in the faulting thread."""
+    size = (8 if quick else 64) * MIB
+    why = in_thread.unavailable()
+    left_out = {} if why is None else {"aiouffd": why}
+    for name, title, threads, make, bars in (
+        ("thread-python-1", "1 Python toucher", 1, in_thread.python_touchers, (Bar("C spin", 0.5),)),
+        ("thread-python-4", "4 Python touchers", 4, in_thread.python_touchers, (Bar("C spin", 1.0),)),
+        ("thread-native-1", "1 native toucher", 1, in_thread.native_touchers, ()),
+        ("thread-native-16", "16 native touchers", 16, in_thread.native_touchers, ()),
+    ):
+        yield Row(
+            name,
+            f"`in_thread`: random 4 KiB touches, {title}",
+            "us/page",
+            {contestant: make(contestant, size, threads) for contestant in in_thread.CONTESTANTS},
+            bars,
+            left_out=left_out,
+        )
+    yield Row(
+        "thread-enter",
+        "`in_thread`: to enter and leave a Monitor",
+        "ms",
+        {
+            "aiouffd": in_thread.entering(in_thread=True),
+            "2 ms": lambda: 2.0,
+            "the pager": in_thread.entering(in_thread=False),
+        },
+        (Bar("2 ms", 1.0),),
+        left_out=left_out,
+    )
+    yield Row(
+        "thread-latency",
+        "`in_thread`: 32 Python touchers, 20 random pages each, a source with 2 ms latency",
+        "ms",
+        {"aiouffd": in_thread.far(Far(size, 0.002), size, 32, 20), "ideal": lambda: 20 * 2.0},
+        (Bar("ideal", 2.0),),
+        left_out=left_out,
+    )
+
+
 def guest_row(*, quick: bool) -> Iterator[Row]:
     """A guest of KVM that goes through its memory once."""
     size = (8 if quick else 64) * MIB
@@ -414,6 +455,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         sequential_row,
         guest_row,
         latency_row,
+        in_thread_rows,
         replay_row,
         clients_row,
         restore_row,
