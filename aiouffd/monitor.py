@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
-from aiouffd import native
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.handler import wants_writes
 from aiouffd.engine.in_thread import InThreadEngine
@@ -208,6 +207,8 @@ class Monitor:
                     self._stuck_limit,
                 )
             return self
+        if self._in_thread:
+            _enable_traceback()
         starting = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:
             await asyncio.shield(starting)
@@ -246,6 +247,8 @@ class Monitor:
         """Start to serve, in a program without a loop."""
         if self._in_process:
             raise RuntimeError("in_process=True serves on the caller's event loop: use `async with`")
+        if self._in_thread:
+            _enable_traceback()
         self._start()
         return self
 
@@ -271,10 +274,6 @@ class Monitor:
                     on_lost=self._lost,
                 )
             elif self._in_thread:
-                if not faulthandler.is_enabled() and sys.stderr is not None and faults.handler() == 0:
-                    # Below our handler, so that what cannot be had ends with the line that touched it. Whoever handles
-                    # SIGBUS already has a use for it.
-                    faulthandler.enable()
                 self._engine = InThreadEngine(
                     self._descriptor,
                     self._service(),
@@ -319,7 +318,7 @@ class Monitor:
         try:
             self._settle()
         finally:
-            engine.remove()
+            engine.remove(for_good=self._on_exit == "sigbus")
 
     def _register(self) -> None:
         region = self.region
@@ -330,7 +329,6 @@ class Monitor:
             raise ClosedError("the region is closed")
         available = probe()
         if self._in_thread:
-            native.library()  # what is missing is said before anything is done
             wanted = Feature.SIGBUS
         else:
             wanted = Feature.THREAD_ID
@@ -549,6 +547,18 @@ class Monitor:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty with `in_process` and `in_thread`."""
         return self._engine.pids if isinstance(self._engine, PagerEngine) else ()
+
+
+def _enable_traceback() -> None:
+    """Enable faulthandler, below our handler: a page that cannot be had ends with the line that touched it.
+
+    Whoever has SIGBUS already has a use for it. In the caller's thread, which gets an alternate stack by that.
+
+    Raises:
+        NativePartError: there is no part in C.
+    """
+    if faults.handler() == 0 and not faulthandler.is_enabled() and sys.stderr is not None:
+        faulthandler.enable()
 
 
 def _check_in_thread(origin: Any, fork: str, *, elsewhere: bool) -> None:

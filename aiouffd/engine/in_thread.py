@@ -54,19 +54,26 @@ __all__ = ["InThreadEngine"]
 log = logging.getLogger("aiouffd")
 
 _BEAT = 0.25  # seconds between signs of life; less where threads lose patience sooner
+_SHORT = 64 << 10  # 20 us
 _engines: weakref.WeakSet[InThreadEngine] = weakref.WeakSet()
 
 
 class _Asked(Userfaultfd):
     """A descriptor without messages and without sleepers, as one that has them."""
 
-    _pipe = -1
+    _pipe: int
+    _loop: asyncio.AbstractEventLoop
+    _copy: Callable[[int, int, int, int, int], int]
+    _later: list[tuple[int, int]]
 
     @classmethod
-    def joined(cls, uffd: Userfaultfd, pipe: int) -> Self:
+    def joined(cls, uffd: Userfaultfd, pipe: int, loop: asyncio.AbstractEventLoop) -> Self:
         """Work on a duplicate of `uffd`; messages come by `pipe`, which stays the caller's."""
         self = cls.from_fd(os.dup(uffd.fileno()), uffd.features)
         self._pipe = pipe
+        self._loop = loop
+        self._copy = faults.copying()
+        self._later = []
         return self
 
     def fileno(self) -> int:
@@ -75,7 +82,11 @@ class _Asked(Userfaultfd):
 
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """UFFDIO_COPY."""
-        return self._woken(dst, super().try_copy(dst, src, length, mode | DONTWAKE), mode)
+        if length <= _SHORT:
+            result = self._copy(self._fd, dst, src, length, mode | DONTWAKE)
+        else:
+            result = super().try_copy(dst, src, length, mode | DONTWAKE)
+        return self._woken(dst, result, mode)
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""
@@ -90,13 +101,27 @@ class _Asked(Userfaultfd):
         return self._woken(start, super().try_poison(start, length, mode | DONTWAKE), mode)
 
     def try_wake(self, start: int, length: int) -> int:
-        """Wake the threads that wait in their signal handlers."""
-        faults.wake(start, length)
+        """Wake the threads that wait in their signal handlers.
+
+        A thread that is woken wants the GIL, which the loop has until it sleeps. So those whose pages have come by a
+        task are woken when all the tasks of this turn have run, or each would be woken twice.
+        """
+        if asyncio.current_task(self._loop) is None:
+            faults.wake(start, length)
+            return length
+        if not self._later:
+            self._loop.call_soon(self._wake_all)
+        self._later.append((start, length))
         return length
+
+    def _wake_all(self) -> None:
+        later, self._later = self._later, []
+        for start, length in later:
+            faults.wake(start, length)
 
     def _woken(self, start: int, result: int, mode: int) -> int:
         if result > 0 and not mode & DONTWAKE:
-            faults.wake(start, result)
+            self.try_wake(start, result)
         return result
 
 
@@ -139,7 +164,6 @@ class InThreadEngine:
         self._on_error = on_error
         self._period = min([_BEAT] + [patience / 4 for patience in (warning, limit) if patience])
         self._pid = os.getpid()
-        self._loop: asyncio.AbstractEventLoop
         self._standstill: Standstill
         self._server: SourceServer | HandlerServer
         self._done: asyncio.Event
@@ -159,7 +183,8 @@ class InThreadEngine:
         except BaseException:
             self._close_pipe()
             raise
-        self._uffd = _Asked.joined(uffd, self._reading)
+        self._loop = uvloop.new_event_loop()
+        self._uffd = _Asked.joined(uffd, self._reading, self._loop)
         ready: Future[None] = Future()
         # A daemon, so that a program may end without leaving: see `_at_exit`.
         self._thread = threading.Thread(target=self._run, args=(ready,), name="aiouffd-in-thread", daemon=True)
@@ -169,7 +194,7 @@ class InThreadEngine:
         except BaseException:
             self._thread.join()
             self.close()
-            self.remove()
+            self.remove(for_good=True)
             raise
         _engines.add(self)
 
@@ -177,7 +202,7 @@ class InThreadEngine:
 
     def _run(self, ready: Future[None]) -> None:
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._main(ready))
         except BaseException as error:
             if ready.done():
@@ -186,7 +211,6 @@ class InThreadEngine:
                 ready.set_exception(error)
 
     async def _main(self, ready: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
         self._standstill = Standstill(self._loop)
         self._done = asyncio.Event()
         options, service = self._options, self._service
@@ -315,9 +339,9 @@ class InThreadEngine:
         """Whether it was made here, and not before a fork."""
         return os.getpid() == self._pid
 
-    def remove(self) -> None:
-        """Let whoever waits touch again: what that means has been settled."""
-        self._served.remove()
+    def remove(self, *, for_good: bool) -> None:
+        """Let whoever waits touch again: what that means has been settled. `for_good`: missing pages are SIGBUS."""
+        self._served.remove(for_good=for_good)
         _engines.discard(self)
 
     # What the region tells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -190,10 +191,11 @@ class Region(mmap.mmap):
         self._keep.clear()
 
     def __del__(self) -> None:
-        # Nobody holds a view any more, or the region would be alive.
+        # Nobody holds a view any more, or the region would be alive; unless the interpreter ends.
         if hasattr(self, "_keep"):
             self.monitor = None
-            self.close()
+            with contextlib.suppress(BufferError):
+                self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} bytes at {self.address:#x}"

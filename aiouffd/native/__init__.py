@@ -1,8 +1,9 @@
 """The part in C: what must be done without Python, in a signal handler or while nobody gets the GIL.
 
 Layout: `build` compiles the C files, when aiouffd is installed; `__main__` does it by hand. `faults.c`: page faults
-resolved in the faulting thread; `signal.c`: who else has SIGBUS; `common.c` and `native.h`: what they share. Here it is
-loaded, by ctypes, on first use. It may be missing: there was no C compiler. Nothing else of the package needs it.
+resolved in the faulting thread; `faults.h` and `table.c`: the table of regions, and `faults` the same typed;
+`signal.c`: who else has SIGBUS; `common.c` and `native.h`: what they share. Here it is loaded, by ctypes, on first use.
+It may be missing: there was no C compiler. Nothing else of the package needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from aiouffd.errors import NativePartError
 from aiouffd.native import build
 
-__all__ = ["library", "reason"]
+__all__ = ["holding", "library", "reason"]
 
 
 @cache
@@ -51,6 +52,13 @@ def _introduce(loaded: ctypes.CDLL) -> None:
     mine = ctypes.c_void_p() if sys.version_info >= (3, 12) else place("PyGILState_GetThisThreadState")
     loaded.aiouffd_python.restype = None
     loaded.aiouffd_python(place("PyEval_SaveThread"), place("PyEval_RestoreThread"), current, mine)
+
+
+@cache
+def holding() -> ctypes.PyDLL:
+    """Return the library once more, for calls that keep the GIL; errors as for `library`."""
+    library()
+    return ctypes.PyDLL(str(build.HERE / build.NAME))
 
 
 def library() -> ctypes.CDLL:

@@ -23,116 +23,12 @@
  * and asks again, as with UFFDIO_WAKE.
  */
 
-#include "native.h"
+#include "faults.h"
 #include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
-
-enum {
-    REGIONS = 256,
-    BUCKETS = 1024, /* a power of two */
-    STREAMS = 8,
-    LATENCIES = 48,
-    PAGE = 4096,
-    STRANGERS = 4,
-    REPEATS = 1000,  /* the same page is said to be there, and faults again: something else is wrong with it */
-    SLICE_MS = 100,  /* a waiter looks so often whether the loop is alive */
-    BUSY_MS = 5000,
-};
-#define AROUND (UINT64_C(16) << 10) /* what a fault that follows no other brings */
-#define LARGEST (UINT64_C(2) << 20) /* what one fault brings at most: 0.4 ms */
-
-/* --- What the kernel takes (linux/userfaultfd.h; old headers lack CONTINUE) --- */
-
-struct copy_argument {
-    uint64_t dst, src, len, mode;
-    int64_t done;
-};
-struct range_argument { /* of ZEROPAGE and CONTINUE */
-    uint64_t start, len, mode;
-    int64_t done;
-};
-struct message { /* struct uffd_msg of a page fault */
-    uint8_t event, padding[7];
-    uint64_t flags, address;
-    uint32_t thread, unused;
-};
-_Static_assert(sizeof(struct message) == 32, "struct uffd_msg has 32 bytes");
-
-#define IOC_COPY _IOWR(0xAA, 0x03, struct copy_argument)
-#define IOC_ZEROPAGE _IOWR(0xAA, 0x04, struct range_argument)
-#define IOC_CONTINUE _IOWR(0xAA, 0x07, struct range_argument)
-#define IOC_PAGEMAP_SCAN _IOC(_IOC_READ | _IOC_WRITE, 'f', 16, 96)
-enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, MODE_DONTWAKE = 1, PAGE_IS_WRITTEN = 2, PAGE_IS_SWAPPED = 16 };
-
-/* --- The table --- */
-
-enum state { FREE, LIVE, CHANGING };
-enum kind { ASK, COPY, ZEROS, RESIDENT }; /* RESIDENT: as COPY, of those pages of a file that are in memory */
-enum counter {
-    FAULTS,
-    PAGES_FAULT,
-    PAGES_READAHEAD,
-    PAGES_ZERO,
-    BYTES_FETCHED,
-    COPIES,
-    ZEROPAGES,
-    CONTINUES,
-    EEXISTS,
-    LATENCY,
-    COUNTERS = LATENCY + LATENCIES
-};
-
-struct extent {
-    uint64_t start, end; /* addresses, sorted and disjoint; what is in none is asked for */
-    uint64_t source;     /* what `start` shows: the address of its bytes */
-    uint64_t offset;     /* and where these are in the file behind them */
-    int32_t kind, fd;
-};
-
-struct stream {
-    _Atomic uint64_t expected, window;
-};
-
-struct options {
-    int32_t uffd, pipe, shared; /* shared: registered with MINOR, so that the file may have the page already */
-    uint32_t mode;              /* of COPY and CONTINUE: 2 for write-protected pages */
-    uint64_t page, readahead;
-    uint32_t warning_ms, limit_ms; /* 0: none */
-};
-
-struct region {
-    _Atomic uint32_t state;  /* a futex: those wait who met CHANGING */
-    _Atomic uint32_t inside; /* a futex: whoever changes waits */
-    _Atomic uint64_t start, end;
-    _Atomic uint32_t warning_ms, limit_ms; /* here as well, since waiters are not inside */
-    struct options is;
-    struct extent *extents;
-    uint64_t count;
-    _Atomic uint32_t heartbeat; /* of the loop */
-    _Atomic int32_t loop;       /* its thread */
-    struct stream streams[STREAMS];
-    _Atomic uint32_t turn, strangers;
-    _Atomic uint64_t around;
-    _Atomic uint64_t counters[COUNTERS];
-};
-
-struct bucket {
-    _Atomic uint32_t generation, waiters;
-};
-
-static struct region regions[REGIONS];
-static _Atomic uint32_t used; /* records behind it were never in use */
-static struct bucket buckets[BUCKETS];
-static _Atomic uint32_t waiting; /* the sum of their waiters */
-static _Atomic uint32_t epoch;   /* moves on when a record is freed */
 
 /* --- Placing what is at hand --- */
 
@@ -193,10 +89,7 @@ static const struct extent *find(const struct region *r, uint64_t page)
     return NULL;
 }
 
-#define GET(field) atomic_load_explicit(&(field), memory_order_relaxed)
-#define SET(field, value) atomic_store_explicit(&(field), (value), memory_order_relaxed)
-
-static uint64_t neighbourhood(const struct region *r)
+uint64_t neighbourhood(const struct region *r)
 {
     uint64_t around = AROUND < r->is.readahead ? AROUND : r->is.readahead;
     return around > r->is.page ? around : r->is.page;
@@ -381,8 +274,6 @@ static void complain(uint64_t address, const char *why)
     say(&text);
 }
 
-static _Atomic int32_t pagemap = -1; /* of this process */
-
 /* Whether a page was poisoned (UFFDIO_POISON), since it could not be had. The signal does not tell: BUS_MCEERR_AR comes
  * from kernels with CONFIG_MEMORY_FAILURE only. In the page tables it is an entry that is neither a page nor none, and
  * not the mark of a write-protected one. */
@@ -440,11 +331,6 @@ static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
         futex_wait(&bucket->generation, generation, 1); /* EAGAIN: thousands of threads wait. EINTR. */
     atomic_fetch_sub(&bucket->waiters, 1);
     atomic_fetch_sub(&waiting, 1);
-    if (!going) { /* one traceback is enough: others wait for the end of the process */
-        static _Atomic uint32_t given_up;
-        if (atomic_exchange(&given_up, 1))
-            futex_wait(&given_up, 1, BUSY_MS);
-    }
     take_gil(state);
     return going;
 }
@@ -518,7 +404,7 @@ static int within(uint64_t address)
     return 0;
 }
 
-static void on_sigbus(int number, siginfo_t *info, void *context)
+void on_sigbus(int number, siginfo_t *info, void *context)
 {
     int saved = errno, ours = 0;
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
@@ -526,156 +412,4 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
     if (info->si_code != BUS_ADRERR || !serve(address, context, &ours))
         pass_on(number, info, context, ours || (info->si_code == BUS_MCEERR_AR && within(address)));
     errno = saved;
-}
-
-/* --- What Python calls --- */
-
-static pthread_mutex_t table = PTHREAD_MUTEX_INITIALIZER; /* of these calls, not of handlers */
-
-static void in_child(void)
-{
-    for (int i = 0; i < REGIONS; i++) { /* the parent's regions are not here, and none of its other threads */
-        atomic_store(&regions[i].state, FREE);
-        atomic_store(&regions[i].inside, 0);
-    }
-    for (int i = 0; i < BUCKETS; i++)
-        atomic_store(&buckets[i].waiters, 0);
-    atomic_store(&waiting, 0);
-    pthread_mutex_init(&table, NULL);
-    int32_t fd = atomic_exchange(&pagemap, -1); /* it shows the parent's memory */
-    if (fd >= 0)
-        close(fd);
-    uninstall();
-}
-
-/* Enter a region into the table, closed, and take the signal: *displaced is what `install` says. A slot, or a negated
- * errno: ENOSPC, too many regions; EBUSY, too many others have taken the signal. */
-EXPORT int aiouffd_add(const struct options *options, int *displaced)
-{
-    static int forks_are_told;
-    int slot = -ENOSPC;
-    pthread_mutex_lock(&table);
-    if (!forks_are_told)
-        forks_are_told = pthread_atfork(NULL, NULL, in_child) == 0;
-    if (atomic_load(&pagemap) < 0)
-        atomic_store(&pagemap, open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-    for (uint32_t i = 0; i < REGIONS && slot < 0; i++)
-        if (atomic_load(&regions[i].state) == FREE && atomic_load(&regions[i].inside) == 0)
-            slot = (int)i;
-    if (slot >= 0) {
-        struct region *r = &regions[slot];
-        r->is = *options;
-        if (r->is.readahead > LARGEST)
-            r->is.readahead = LARGEST > r->is.page ? LARGEST : r->is.page;
-        r->is.readahead &= -r->is.page;
-        r->count = 0;
-        atomic_store(&r->start, 0);
-        atomic_store(&r->end, 0);
-        atomic_store(&r->loop, 0);
-        atomic_store(&r->strangers, 0);
-        atomic_store(&r->around, neighbourhood(r));
-        atomic_store(&r->warning_ms, options->warning_ms);
-        atomic_store(&r->limit_ms, options->limit_ms);
-        memset(r->streams, 0, sizeof r->streams);
-        memset(r->counters, 0, sizeof r->counters);
-        *displaced = install(on_sigbus);
-        atomic_store(&r->state, *displaced < 0 ? FREE : CHANGING);
-        if (atomic_load(&used) <= (uint32_t)slot)
-            atomic_store(&used, (uint32_t)slot + 1);
-        if (*displaced < 0)
-            slot = -EBUSY;
-    }
-    pthread_mutex_unlock(&table);
-    return slot;
-}
-
-/* Say which thread runs the loop of a region. */
-EXPORT void aiouffd_loop(int slot, int thread)
-{
-    atomic_store(&regions[slot].loop, thread);
-}
-
-/* Keep handlers out of a region: those that come wait. 0, or -ETIMEDOUT where one did not leave. */
-EXPORT int aiouffd_close(int slot)
-{
-    struct region *r = &regions[slot];
-    uint64_t limit = now_ns() + UINT64_C(1000000) * BUSY_MS;
-    atomic_store(&r->state, CHANGING);
-    for (uint32_t inside; (inside = atomic_load(&r->inside)) != 0;) {
-        if (now_ns() > limit)
-            return -ETIMEDOUT;
-        futex_wait(&r->inside, inside, 10);
-    }
-    return 0;
-}
-
-/* Let them in again. */
-EXPORT void aiouffd_open(int slot)
-{
-    atomic_store(&regions[slot].state, LIVE);
-    futex_wake(&regions[slot].state);
-}
-
-/* Say what a region shows, while it is closed. 0, or -ENOMEM: then all is asked of the loop. */
-EXPORT int aiouffd_show(int slot, uint64_t start, uint64_t end, const struct extent *extents, uint64_t number)
-{
-    struct region *r = &regions[slot];
-    free(r->extents);
-    r->extents = number ? malloc(number * sizeof *extents) : NULL;
-    r->count = r->extents != NULL ? number : 0;
-    if (r->count)
-        memcpy(r->extents, extents, number * sizeof *extents);
-    atomic_store(&r->start, start);
-    atomic_store(&r->end, end);
-    return r->count == number ? 0 : -ENOMEM;
-}
-
-/* Let the waiters of a range go: to be called after its pages were placed. */
-EXPORT void aiouffd_wake(uint64_t start, uint64_t length)
-{
-    if (atomic_load(&waiting) == 0)
-        return;
-    uint64_t first = start / PAGE, number = (length + PAGE - 1) / PAGE;
-    for (uint64_t i = 0; i < (number < BUCKETS ? number : BUCKETS); i++) {
-        struct bucket *bucket = &buckets[(first + i) % BUCKETS];
-        atomic_fetch_add(&bucket->generation, 1);
-        if (atomic_load(&bucket->waiters) != 0)
-            futex_wake(&bucket->generation);
-    }
-}
-
-/* Take a closed region out of the table; the last one gives the signal back. Waiters touch again. */
-EXPORT void aiouffd_remove(int slot)
-{
-    struct region *r = &regions[slot];
-    pthread_mutex_lock(&table);
-    free(r->extents);
-    r->extents = NULL;
-    r->count = 0;
-    atomic_fetch_add(&epoch, 1);
-    atomic_store(&r->state, FREE);
-    futex_wake(&r->state);
-    int live = 0;
-    for (uint32_t i = 0; i < REGIONS; i++)
-        live |= atomic_load(&regions[i].state) != FREE;
-    if (!live)
-        uninstall();
-    pthread_mutex_unlock(&table);
-    aiouffd_wake(0, (uint64_t)BUCKETS * PAGE);
-}
-
-/* The loop lives. 0: the signal is ours; 1: it is again, another had taken it; -1: it is not. */
-EXPORT int aiouffd_beat(int slot)
-{
-    atomic_fetch_add(&regions[slot].heartbeat, 1);
-    pthread_mutex_lock(&table);
-    int displaced = install(on_sigbus);
-    pthread_mutex_unlock(&table);
-    return displaced;
-}
-
-EXPORT void aiouffd_counters(int slot, uint64_t *values)
-{
-    for (int i = 0; i < COUNTERS; i++)
-        values[i] = GET(regions[slot].counters[i]);
 }

@@ -7,15 +7,15 @@ import enum
 import errno
 import os
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aiouffd.errors import BusyError
-from aiouffd.native import library
+from aiouffd.errors import AccessError, BusyError
+from aiouffd.native import holding, library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["COUNTERS", "LATENCIES", "Extent", "Kind", "Served", "finalizing", "handler", "wake"]
+__all__ = ["COUNTERS", "LATENCIES", "Extent", "Kind", "Served", "copying", "finalizing", "handler", "wake"]
 
 COUNTERS = (
     *("FAULTS", "PAGES_FAULT", "PAGES_READAHEAD", "PAGES_ZERO", "BYTES_FETCHED"),
@@ -70,8 +70,7 @@ def _table() -> ctypes.CDLL:
         ("close", slot),
         ("open", slot),
         ("show", slot, number, number, ctypes.c_void_p, number),
-        ("wake", number, number),
-        ("remove", slot),
+        ("remove", slot, ctypes.c_int),
         ("beat", slot),
         ("below",),
         ("handler",),
@@ -79,15 +78,35 @@ def _table() -> ctypes.CDLL:
         ("finalizing",),
     ):
         getattr(table, f"aiouffd_{name}").argtypes = arguments
-    for name in ("loop", "open", "wake", "remove", "counters", "finalizing"):
+    for name in ("loop", "open", "remove", "counters", "finalizing"):
         getattr(table, f"aiouffd_{name}").restype = None
     table.aiouffd_below.restype = table.aiouffd_handler.restype = number
     return table
 
 
+@cache
+def copying() -> Callable[[int, int, int, int, int], int]:
+    """Return a function of (descriptor, dst, src, length, mode): UFFDIO_COPY with the GIL held, for short runs.
+
+    It returns bytes done, or a negated errno.
+    """
+    function: Any = holding().aiouffd_copy
+    function.argtypes = [ctypes.c_int, *[ctypes.c_uint64] * 4]
+    function.restype = ctypes.c_int64
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def _waking() -> Callable[[int, int], None]:
+    function: Any = holding().aiouffd_wake
+    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    function.restype = None
+    return function  # type: ignore[no-any-return]
+
+
 def wake(start: int, length: int) -> None:
-    """Let the threads go that wait for pages of a range: each touches again."""
-    _table().aiouffd_wake(start, length)
+    """Let the threads go that wait for pages of a range: each touches again. The GIL is held meanwhile."""
+    _waking()(start, length)
 
 
 def handler() -> int:
@@ -116,6 +135,7 @@ class Served:
     Raises:
         NativePartError: there is no part in C.
         BusyError: 256 regions are served, or others have taken SIGBUS eight times.
+        AccessError: /proc/self/pagemap cannot be read.
     """
 
     def __init__(
@@ -135,8 +155,14 @@ class Served:
         options = _Options(uffd, pipe, shared, mode, page_size, readahead, _milliseconds(warning), _milliseconds(limit))
         displaced = ctypes.c_int()
         slot = self._table.aiouffd_add(options, displaced)
+        if slot in (-errno.ENOSPC, -errno.EBUSY):
+            raise BusyError("SIGBUS", 0, 0, errno.EBUSY)
         if slot < 0:
-            raise BusyError("SIGBUS", 0, 0, -slot if slot != -errno.ENOSPC else errno.EBUSY)
+            raise AccessError(
+                "reading /proc/self/pagemap",
+                "It tells a page that is missing from one that cannot be had. Have /proc mounted, and the process"
+                f" dumpable (prctl(2)): {os.strerror(-slot)}",
+            )
         self._slot = slot
 
     @property
@@ -177,10 +203,13 @@ class Served:
             self._table.aiouffd_counters(self._slot, values)
         return list(values)
 
-    def remove(self) -> None:
-        """Leave the table, closed. Threads that wait touch again. The last one gives SIGBUS back."""
+    def remove(self, *, for_good: bool) -> None:
+        """Leave the table, closed. Threads that wait touch again. The last one gives SIGBUS back, if `for_good`.
+
+        That must not be where missing pages are zeros from now on: a thread may be on its way into the handler.
+        """
         if self.here:
-            self._table.aiouffd_remove(self._slot)
+            self._table.aiouffd_remove(self._slot, for_good)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { EARLIER = 8 };
+enum { EARLIER = 8, TURN_MS = 300 };
 
 /* earlier[0] was there before us. Those behind took the signal while we had it. Entries are kept when the signal is
  * given back: whoever is above us then may still call us. */
@@ -18,7 +18,10 @@ static handler *own;
 THREAD_LOCAL struct {
     uint64_t address;  /* that was passed on last, */
     int32_t to;        /* to this one of `earlier` */
-    const char *frame; /* of the call that is passing it on just now */
+    /* The call that is passing it on just now, on this thread's stack. If what is there is not `ticket` any more, it was
+     * left by longjmp. */
+    volatile const uint64_t *frame;
+    uint64_t ticket;
 } passed;
 
 static int same(const struct sigaction *one, const struct sigaction *other)
@@ -97,6 +100,25 @@ static __attribute__((noreturn)) void die(void)
     __builtin_unreachable();
 }
 
+/* Several threads may wait for one page that cannot be had. Most handlers write a report and end the process, and two that
+ * do so at once spoil it: so each gets its turn, and the others most likely their end. A turn has a bound, since who is
+ * left by longjmp does not say that it is over. */
+static _Atomic int32_t turn_of;
+static _Atomic uint64_t turn_ends;
+
+static void wait_for_turn(void)
+{
+    _Atomic uint32_t nobody = 0;
+    int me = thread_id();
+    uint64_t ends;
+    while ((ends = atomic_load(&turn_ends)) > now_ns() && atomic_load(&turn_of) != me)
+        futex_wait(&nobody, 0, 5);
+    if (atomic_compare_exchange_strong(&turn_ends, &ends, now_ns() + UINT64_C(1000000) * TURN_MS))
+        atomic_store(&turn_of, me);
+    else if (atomic_load(&turn_of) != me)
+        wait_for_turn(); /* somebody else was faster */
+}
+
 /* Each of the earlier handlers may hand it back: by calling us, by raising it anew (as faulthandler does when it has
  * written its traceback), or by returning, so that the access is repeated. The next older one gets it then. For a fault
  * that is not ours the oldest gets it again and again, if it returns: it would without us. */
@@ -104,11 +126,14 @@ void pass_on(int number, siginfo_t *info, void *context, int ours)
 {
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
     int sent = info->si_code <= 0; /* by kill(2) or raise(3): it has no address */
-    const char *frame = __builtin_frame_address(0);
-    int nested = passed.frame != NULL && frame < passed.frame; /* deeper in the stack; else that one was left by longjmp */
+    volatile uint64_t frame = 0;
+    int nested = passed.frame != NULL && &frame < passed.frame && *passed.frame == passed.ticket;
+    int jumped = passed.frame != NULL && !nested;
     int32_t to = atomic_load(&newest);
-    if (nested ? sent || address == passed.address : !sent && address == passed.address && (ours || passed.to > 0))
+    if (nested && (sent || address == passed.address))
         to = passed.to - 1;
+    else if (!nested && !jumped && !sent && address == passed.address && (ours || passed.to > 0))
+        to = passed.to - 1; /* it has returned, and nothing was better */
     if (to < 0)
         die();
     struct sigaction action = earlier[to];
@@ -121,18 +146,26 @@ void pass_on(int number, siginfo_t *info, void *context, int ours)
         earlier[to].sa_handler = SIG_DFL;
         earlier[to].sa_flags = 0;
     }
+    if (ours && !nested)
+        wait_for_turn();
     sigset_t before;
     sigdelset(&action.sa_mask, SIGBUS);
     sigprocmask(SIG_BLOCK, &action.sa_mask, &before);
-    const char *outer = passed.frame;
+    volatile const uint64_t *outer = nested ? passed.frame : NULL;
+    uint64_t outer_ticket = passed.ticket;
     if (!sent)
         passed.address = address;
     passed.to = to;
-    passed.frame = frame;
+    frame = passed.ticket = now_ns() | 1;
+    passed.frame = &frame;
     if (action.sa_flags & SA_SIGINFO)
         action.sa_sigaction(number, info, context);
     else
         action.sa_handler(number);
+    if (ours && !nested)
+        atomic_store(&turn_ends, 0);
     passed.frame = outer;
+    passed.ticket = outer_ticket;
+    frame = 0;
     sigprocmask(SIG_SETMASK, &before, NULL);
 }

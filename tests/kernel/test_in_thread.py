@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -20,6 +21,7 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.native import faults
 
 SIZE = 8 << 20
 PAGES = SIZE // PAGE
@@ -490,6 +492,7 @@ def test_what_cannot_be() -> None:
 def test_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """A typed error that says what to do, and nothing has happened."""
     monkeypatch.setattr("aiouffd.native._load", lambda: (None, "aiouffd was installed without a C compiler"))
+    faults._table.cache_clear()
     region = aiouffd.Region(PAGE)
     with (
         pytest.raises(aiouffd.UnsupportedError, match="Install a C compiler") as caught,
@@ -504,6 +507,9 @@ def as_nobody() -> None:
     """Scenario: no privilege is needed."""
     os.setgid(65534)
     os.setuid(65534)
+    with pytest.raises(aiouffd.AccessError, match="dumpable"), aiouffd.Monitor(aiouffd.Region(SIZE), in_thread=True):
+        pass
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as a user's processes are
     region = aiouffd.Region(SIZE)
     with aiouffd.Monitor(region, Slow(SIZE), in_thread=True, readahead=0):
         assert not pages(region, range(20))
