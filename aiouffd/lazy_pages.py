@@ -18,7 +18,8 @@ from aiouffd.handoff.images import REMOTE, TaskImage, read_task
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
-from aiouffd.pager.client import Pack, PagerClient, Tenant
+from aiouffd.pager.client import PagerClient
+from aiouffd.pager.tenant import Pack, Tenant
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.criu_page_server import CriuPageServer

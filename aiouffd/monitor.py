@@ -292,6 +292,7 @@ class Monitor:
                     self.region.page_size,
                     self._options,
                     on_error=self._failed,
+                    on_lost=self._lost,
                 )
         except BaseException:
             self._unregister()

@@ -27,7 +27,8 @@ from aiouffd.handoff import firecracker
 from aiouffd.handoff.link import VERSION, Lines, line
 from aiouffd.handoff.listen import SocketFile
 from aiouffd.handoff.receive import Peer
-from aiouffd.pager.client import Pack, PagerClient, Tenant
+from aiouffd.pager.client import PagerClient
+from aiouffd.pager.tenant import Pack, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine

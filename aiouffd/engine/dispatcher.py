@@ -14,6 +14,7 @@ plain read would stop the loop then, and with it everybody else's pages, so each
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,6 +24,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.statistics import Counter
+from aiouffd.errors import operation_error
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ _BURST_NS = 500_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_PASSING_PAUSE = 0.05
+_SAID_AGAIN_NS = 5_000_000_000
 _VAIN = 3  # looks in vain before they are made rarer
 _STUBBORN = 8  # so often O_NONBLOCK is set again
 MESSAGES = 64
@@ -104,6 +109,7 @@ class Dispatcher:
         self._last_ns = 0
         self._vain = 0
         self._skip = 0
+        self._said_ns = -_SAID_AGAIN_NS
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _RETRY
@@ -141,7 +147,8 @@ class Dispatcher:
         fd = space.uffd.fileno()
         if self.spaces.pop(fd, None) is None:
             return
-        self._epoll.unregister(fd)
+        with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
+            self._epoll.unregister(fd)
         self._blocking.pop(fd, None)
         if self._on_drop is not None:
             self._on_drop(space)
@@ -246,8 +253,18 @@ class Dispatcher:
         if error.errno == errno.EOPNOTSUPP and self._flags:
             self._flags = 0
             return True  # nothing was read: look again
-        if error.errno not in (errno.EINTR, errno.ENOMEM):
+        if error.errno in _PASSING:
+            # The kernel keeps what could not be read, for instance a fork whose descriptor finds no room.
+            now = perf_counter_ns()
+            if now - self._said_ns > _SAID_AGAIN_NS:
+                self._said_ns = now
+                log.error("events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", error.strerror)
+            with contextlib.suppress(FileNotFoundError):  # it was looked at without being listened to
+                self._epoll.unregister(space.uffd.fileno())
+            self._loop.call_later(_PASSING_PAUSE, self._listen_again, space)
+        elif error.errno != errno.EINTR:
             log.error("%r cannot be read and is dropped: %s", space, error)
+            space.report(operation_error("read", 0, 0, error.errno or 0))
             self.drop(space)
         return False
 
@@ -261,6 +278,11 @@ class Dispatcher:
         if times == _STUBBORN:
             log.error("%r is dropped: O_NONBLOCK was taken from it %d times", space, times)
             self.drop(space)
+
+    def _listen_again(self, space: Space) -> None:
+        if not self._closed and self.spaces.get(space.uffd.fileno() if not space.closing else -1) is space:
+            with contextlib.suppress(FileExistsError):
+                self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
 
     # Timers
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["FaultServer", "Flight", "Space"]
+__all__ = ["COUNTER_OF_EVENT", "FaultServer", "Flight", "Space"]
 
 log = logging.getLogger("aiouffd")
 
@@ -51,7 +51,7 @@ _FAULTS, _JOINED, _LATENCY, _DEFERRED = (
     int(Counter.LATENCY),
     int(Counter.DEFERRED),
 )
-_EVENT_COUNTER = {
+COUNTER_OF_EVENT = {
     abi.EVENT_FORK: int(Counter.FORKS),
     abi.EVENT_REMAP: int(Counter.REMAPS),
     abi.EVENT_REMOVE: int(Counter.REMOVES),
@@ -229,7 +229,7 @@ class Space:
         layout: list[bytes] = []
         for at in range(0, length, abi.MESSAGE_SIZE):
             code = buffer[at]
-            if code in _EVENT_COUNTER:
+            if code in COUNTER_OF_EVENT:
                 layout.append(bytes(buffer[at : at + abi.MESSAGE_SIZE]))
             elif code != abi.EVENT_PAGEFAULT:
                 log.warning("unknown userfaultfd event %#x: %s", code, bytes(buffer[at : at + 32]).hex())
@@ -291,12 +291,11 @@ class Space:
             part = min(step, length - at)
             yield Run(Op.COPY, start + at, offset if offset < 0 else offset + at, part, source, memory)
 
-    def layout(self, message: bytes, *, replay: bool = False) -> None:
-        """Apply one FORK, REMAP, REMOVE or UNMAP message; `replay`: it was read by a predecessor."""
+    def layout(self, message: bytes) -> None:
+        """Apply one FORK, REMAP, REMOVE or UNMAP message."""
         code = message[0]
         child: Space | None = None
-        if not replay:
-            self._words[_EVENT_COUNTER[code]] += 1
+        self._words[COUNTER_OF_EVENT[code]] += 1
         if code == abi.EVENT_FORK:
             child = self._fork(*abi.FORK_MESSAGE.unpack(message))
         elif code == abi.EVENT_REMAP:

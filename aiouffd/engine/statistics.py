@@ -136,6 +136,12 @@ class Counters:
     def __init__(self, memory: Any = None) -> None:
         self.words = memoryview(bytearray(SIZE) if memory is None else memory)[:SIZE].cast("B").cast("Q")
 
+    def progress(self) -> int:
+        """Return a number that is another one whenever a fault has been resolved, in whatever way."""
+        words = self.words
+        others = (Counter.PAGES_POISONED, Counter.CONTINUES, Counter.UNPROTECTS)
+        return sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1]) + sum(words[at] for at in others)
+
     def snapshot(self) -> Statistics:
         """Read all words. Each is exact; between two of them the engine may have gone on."""
         values = {name: self.words[Counter[name.upper()]] for name in _NAMES}

@@ -16,99 +16,84 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.resolver import Op, Resolver, Run
-from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError, decode_error
-from aiouffd.kernel import abi
 from aiouffd.pager import control
 from aiouffd.pager.journal import Journal
-from aiouffd.pager.travel import pack
+from aiouffd.pager.last_resort import Forsaken, LastResort
+from aiouffd.pager.replay import survey
+from aiouffd.pager.tenant import Pack, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.statistics import Statistics
-    from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["Pack", "PagerClient", "Tenant"]
 
 log = logging.getLogger("aiouffd")
 
-_tokens = itertools.count()
 _START_TIMEOUT = 60.0
 _KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
+_PAUSES = (0.05, 0.2, 1.0, 5.0)  # seconds until what has failed is tried again
+_SETTLING = 50  # milliseconds without a fault, until whoever waited has been let go
+_FIRST = ("takeover", "open")  # before whatever speaks of what they bring
 
 
-class Pack:
-    """A service made ready to travel: a pickle in a memfd, and the descriptors that go along.
+class _LeftError(Exception):
+    """The client is being stopped."""
 
-    Args:
-        service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
-        options: how.
 
-    Raises:
-        PagerStartError: it cannot travel.
+@attrs.frozen
+class _Orphan:
+    """A worker without a keeper.
+
+    Attributes:
+        connection: to it.
+        journal: its own.
+        worker: its pidfd; -1 where it never was ready.
     """
 
-    def __init__(self, service: Service, options: Options) -> None:
-        data, descriptors = pack(service)
-        self.service = service
-        self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
-        self.options = attrs.asdict(options)
-        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
-        with os.fdopen(os.dup(self.config), "wb") as file:
-            file.write(data)
-        self._descriptors = descriptors
+    connection: socket.socket
+    journal: Journal
+    worker: int
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What a pager is told of it."""
-        return {"token": self.token, "options": self.options, "path": [entry for entry in sys.path if entry]}
-
-    @property
-    def fds(self) -> list[int]:
-        """What goes along with a request that opens a space."""
-        return [self.config, *(item.fd for item in self._descriptors)]
+    def lives(self) -> bool:
+        """Whether it serves on."""
+        poller = select.poll()
+        if self.worker < 0:
+            return False
+        poller.register(self.worker, select.POLLIN)
+        return not poller.poll(0)
 
     def close(self) -> None:
-        """Forget it; what a pager has got of it stays the pager's."""
-        if self.config >= 0:
-            os.close(self.config)
-            self.config = -1
+        """Be done with it."""
+        self.connection.close()
+        if self.worker >= 0:
+            os.close(self.worker)
 
 
 @attrs.define(eq=False)
-class Tenant:
-    """Memory that a pager serves.
+class _Request:
+    """What was asked for, and is not answered yet: it is sent again to a worker that succeeds a dead one."""
 
-    Attributes:
-        pack: what serves it.
-        uffd: stays its owner's, and must stay open as long as the tenant: it is what makes touches wait, instead of
-            reading zeros, while no pager is there.
-        mappings: what it showed when it was opened.
-        page_size: bytes.
-        tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
-        token: names it.
-    """
-
-    pack: Pack
-    uffd: Userfaultfd
-    mappings: list[Mapping]
-    page_size: int
-    tether: int = -1
-    token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
+    message: dict[str, Any]
+    fds: list[int]
+    future: Future[Any] = attrs.field(factory=Future)
 
     @property
-    def fds(self) -> list[int]:
-        """What goes along with a request that opens it."""
-        return [self.uffd.fileno()] + ([self.tether] if self.tether >= 0 else [])
+    def rank(self) -> int:
+        """Where it stands among those that are sent together."""
+        op = self.message["op"]
+        return _FIRST.index(op) if op in _FIRST else len(_FIRST)
 
 
 class PagerClient:
@@ -118,6 +103,8 @@ class PagerClient:
         on_error: called from the client's thread with each error that the pager reports, and whom it is about; None:
             all, for the pager is given up.
         on_gone: called from there with each tenant whose process has ended.
+        on_lost: called from there when no process of ours serves any more, and who waited has been let go; whoever
+            has the memory settles it then. None: the thread stays, and poisons what is touched.
     """
 
     def __init__(
@@ -125,21 +112,28 @@ class PagerClient:
         *,
         on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
+        self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
-        self._lock = threading.Lock()
-        self._pending: dict[int, tuple[dict[str, Any], list[int], Future[Any]]] = {}
+        self._lock = threading.RLock()
+        self._pending: dict[int, _Request] = {}
         self._next = 0
         self._closing = False
         self._dead: BaseException | None = None
+        self._held = False  # requests wait until the successor has all that they speak of
         self._keepers = 0
         self._progress = -1
         self._journal: Journal | None = None
         self._connection: socket.socket | None = None
-        self._owners: list[tuple[socket.socket, Journal]] = []  # workers without a keeper, oldest first
+        self._outbox: control.Outbox | None = None
+        self._orphans: list[_Orphan] = []  # oldest first
+        self._failures = 0  # to take over, in a row
+        self._again = 0.0  # when that is tried again; 0: not at all
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
         self._worker_pid = 0
         self._worker = -1  # its pidfd: a number might be another process's by the time that it is used
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -188,16 +182,20 @@ class PagerClient:
     def request(
         self, op: str, tenant: Tenant | None = None, fds: list[int] | None = None, **arguments: Any
     ) -> Future[Any]:
-        """Send a request; the future gives its answer. It is sent again to a worker that succeeds a dead one."""
-        future: Future[Any] = Future()
+        """Send a request; the future gives its answer. It is sent again to a worker that succeeds a dead one.
+
+        Raises:
+            ClosedError, PagerDiedError: nobody is there to be asked.
+        """
         with self._lock:
             if self._closing or self._dead is not None:
                 raise self._dead or ClosedError("the Monitor has been left")
             self._next += 1
             message = {"op": op, "id": self._next, "token": tenant.token if tenant else None, **arguments}
-            self._pending[self._next] = (message, fds or [], future)
-            self._send(message, fds or [])
-        return future
+            request = self._pending[self._next] = _Request(message, fds or [])
+            if not self._held or request.rank < len(_FIRST):
+                self._send(request)
+        return request.future
 
     def statistics(self) -> Statistics:
         """Read the counters: shared memory, no round trip."""
@@ -211,9 +209,13 @@ class PagerClient:
 
     def close(self, tenant: Tenant, *, poison: bool) -> None:
         """Have a tenant served no longer. What is waited for is poisoned, if asked; forked children are served on."""
-        with contextlib.suppress(UffdError, TimeoutError):
+        try:
             self.request("close", tenant, poison=poison).result(10.0)
             self.forget(tenant)
+        except (UffdError, TimeoutError):
+            if self._dead is not None:  # its keeper poisons what is touched, and must let go of this
+                with self._lock:
+                    self._send(_Request({"op": "close", "id": 0, "token": tenant.token}, []))
 
     def stop(self, *, leave: bool = False) -> None:
         """End the client's side, and the pager's processes with it where they have nothing left to serve.
@@ -227,14 +229,17 @@ class PagerClient:
         os.write(self._wake_w, b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
-        for _, _, future in pending.values():
-            if not future.done():
-                future.set_exception(ClosedError("the Monitor has been left"))
+        for request in pending.values():
+            _fail(request.future, ClosedError("the Monitor has been left"))
         if self._connection is not None:
             self._connection.close()
+        leave = leave or self._forked
+        for orphan in self._orphans:
+            if not leave and orphan.lives:
+                _kill(orphan.worker)
         self._disown()
         if self._keeper is not None:
-            self._reap(self._keeper, leave=leave or self._forked)
+            self._reap(self._keeper, leave=leave)
         self._forget_worker()
         for fd in (self._wake_r, self._wake_w):
             os.close(fd)
@@ -246,7 +251,7 @@ class PagerClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             # -P: the working directory is not put in front of sys.path. A session of its own: Ctrl-C is not for it.
-            self._keeper = subprocess.Popen(  # noqa: S603
+            keeper = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", "aiouffd.pager", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -257,93 +262,161 @@ class PagerClient:
             raise PagerStartError(f"{sys.executable!r} could not be started: {error}") from error
         finally:
             theirs.close()
-        ours.settimeout(_START_TIMEOUT)
         try:
-            _, (journal,) = control.receive(ours)
-        except (control.Closed, TimeoutError, ValueError) as error:
+            journal = self._hello(ours)
+        except (control.Closed, OSError, ValueError) as error:
             ours.close()
-            self._keeper.kill()
-            status = self._keeper.wait()
+            keeper.kill()
+            status = keeper.wait()
             raise PagerStartError(
                 f"`{sys.executable} -m aiouffd.pager` ended with status {status} before it said hello;"
                 " its standard error tells why (is aiouffd installed for this interpreter?)"
             ) from error
-        ours.settimeout(None)
         with self._lock:
-            self._journal, self._connection = Journal(journal), ours
+            self._keeper, self._is_ready = keeper, False
+            self._journal, self._connection, self._outbox = Journal(journal), ours, control.Outbox(ours)
         os.close(journal)
+
+    def _hello(self, connection: socket.socket) -> int:
+        """Return the descriptor of the journal; OSError where the client is stopped meanwhile, or it takes too long."""
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        poller.register(self._wake_r, select.POLLIN)
+        until = time.monotonic() + _START_TIMEOUT
+        while (left := until - time.monotonic()) > 0 and not self._closing:
+            if connection.fileno() in {fd for fd, _ in poller.poll(left * 1000)}:
+                _, (journal,) = control.receive(connection)
+                return journal
+            self._drain()
+        raise TimeoutError("no hello")
 
     def _open(self, tenant: Tenant, mappings: list[Mapping]) -> Future[Any]:
         pidfd = os.pidfd_open(os.getpid())
-        future = self.request(
-            "open",
-            tenant,
-            [pidfd, *tenant.pack.fds, *tenant.fds],
-            service=tenant.pack.record,
-            space={
-                "token": tenant.token,
-                "page_size": tenant.page_size,
-                "features": int(tenant.uffd.features),
-                "mappings": [attrs.astuple(mapping) for mapping in mappings],
-            },
-            own=len(tenant.fds),
-        )
+        try:
+            future = self.request(
+                "open",
+                tenant,
+                [pidfd, *tenant.pack.fds, *tenant.fds],
+                service=tenant.pack.record,
+                space={
+                    "token": tenant.token,
+                    "page_size": tenant.page_size,
+                    "features": int(tenant.uffd.features),
+                    "mappings": [attrs.astuple(mapping) for mapping in mappings],
+                },
+                own=len(tenant.fds),
+            )
+        except BaseException:
+            os.close(pidfd)
+            raise
         future.add_done_callback(lambda _: os.close(pidfd))
         return future
 
-    def _send(self, message: dict[str, Any], fds: list[int]) -> None:
-        assert self._connection is not None
-        with contextlib.suppress(control.Closed, OSError):  # the keeper is gone: sent again by its successor
-            control.send(self._connection, message, fds)
+    def _send(self, request: _Request) -> None:
+        """Send a request, or have it sent when there is room; what cannot be sent at all has failed."""
+        if self._outbox is None or request.future.done():  # canceled: its descriptors may be closed
+            return
+        try:
+            self._outbox.put(request.message, request.fds)
+        except control.Closed:
+            return  # the pager is gone: sent again to its successor
+        except OSError as error:
+            self._pending.pop(request.message["id"], None)
+            _fail(request.future, PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
+            return
+        if self._outbox and threading.current_thread() is not self._thread:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_w, b"x")
+
+    def _resend(self) -> None:
+        """Send all that is not answered yet, in an order that makes sense."""
+        with self._lock:
+            waiting = sorted(self._pending.values(), key=lambda request: request.rank)
+            for request in waiting:
+                if not self._held or request.rank < len(_FIRST):
+                    self._send(request)
 
     def _run(self) -> None:
-        while self._served():
+        try:
+            self._watch()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, who waits for a page must be let go
+            self._give_up(error if isinstance(error, UffdError) else PagerDiedError(f"the client failed: {error!r}"))
+            self._forsake()
+
+    def _watch(self) -> None:
+        """Listen to the pager, and replace it when it ends, until the client is stopped."""
+        assert self._keeper is not None
+        while True:
+            # The worker holds the socket too: only the keeper's own end tells of its death.
+            keeper = os.pidfd_open(self._keeper.pid)
             try:
-                self._restart()
-            except UffdError as error:
-                self._poison()
-                self._give_up(error)
+                self._listen(keeper)
+            finally:
+                os.close(keeper)
+            if self._closing:
+                return
+            if self._dead is not None:  # it was given up, and has poisoned what was touched, until now
+                self._forsake()
+                return
+            try:
+                self._replace()
+            except _LeftError:
                 return
 
-    def _served(self) -> bool:
-        """Handle messages as long as the keeper lives; tell whether there must be another one."""
-        assert self._connection is not None
-        assert self._keeper is not None
-        # The worker holds the socket too: only the keeper's own end tells of its death.
-        keeper = os.pidfd_open(self._keeper.pid)
-        try:
-            self._listen(self._connection, keeper)
-        finally:
-            os.close(keeper)
-        return not self._closing and self._dead is None
-
-    def _listen(self, connection: socket.socket, keeper: int) -> None:
+    def _listen(self, keeper: int) -> None:
         """Handle messages until the keeper ends, or the client is stopped."""
+        connection, outbox = self._connection, self._outbox
+        assert connection is not None
+        assert outbox is not None
         poller = select.poll()
-        for fd in (connection.fileno(), keeper, self._wake_r):
+        hears = True
+        for fd in (keeper, self._wake_r):
             poller.register(fd, select.POLLIN)
         while not self._closing:
-            ready = {fd for fd, _ in poller.poll()}
-            if connection.fileno() in ready:
-                try:
+            if hears:
+                poller.register(connection, select.POLLIN | (select.POLLOUT if outbox else 0))
+            ready = dict(poller.poll(self._patience()))
+            if self._again and time.monotonic() >= self._again:
+                self._again = 0.0
+                self._take_over()
+            if self._wake_r in ready:
+                self._drain()
+            events = ready.get(connection.fileno(), 0) if hears else 0
+            try:
+                if events & select.POLLOUT:
+                    with self._lock:
+                        outbox.flush()
+                if events & ~select.POLLOUT:
                     self._handle(*control.receive(connection))
-                except (control.Closed, OSError):
-                    poller.unregister(connection)
-            elif keeper in ready:
+            except (control.Closed, OSError) as error:
+                if isinstance(error, control.DescriptorsLostError):
+                    log.error("%s", error)  # noqa: TRY400 - no traceback helps here
+                    self._handle(error.message, [])
+                    continue
+                hears = False
+                poller.unregister(connection)
+            except Exception:
+                log.exception("a message of the pager could not be handled")
+            if not events and keeper in ready:
                 return
+
+    def _patience(self) -> float | None:
+        """Return for how many milliseconds to wait for messages."""
+        return max(0.0, self._again - time.monotonic()) * 1000 + 1 if self._again else None
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_r, 4096)
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         event = message.get("event")
         if event == "ready":
-            self._worker_pid = message["pid"]
             self._forget_worker()
-            with contextlib.suppress(ProcessLookupError):  # it has died again already
-                self._worker = os.pidfd_open(self._worker_pid)
-            # Perhaps the successor of one that died with our requests.
-            with self._lock:
-                first = [item for item in self._pending.values() if item[0]["op"] == "takeover"]
-                for request, attached, _ in first or self._pending.values():
-                    self._send(request, attached)
+            self._worker_pid, self._worker = message["pid"], fds[0] if fds else -1
+            # The first finds all that was sent in the socket. Any other is the successor of one that died with it.
+            if self._is_ready:
+                self._resend()
+            self._is_ready = True
         elif event == "gone":
             tenant = self._tenants.get(message["token"])
             if tenant is not None:
@@ -355,110 +428,173 @@ class PagerClient:
         elif event == "died":
             self._give_up(decode_error(message["error"]))
         else:
-            _, _, future = self._pending.pop(message["id"], (None, None, None))
-            if future is None or future.done():
-                for fd in fds:
-                    os.close(fd)
-            elif "error" in message:
-                future.set_exception(decode_error(message["error"]))
+            with self._lock:
+                request = self._pending.pop(message["id"], None)
+            if request is None:
+                return
+            if "error" in message:
+                _fail(request.future, decode_error(message["error"]))
             else:
-                future.set_result({**(message["ok"] or {}), "fds": fds})
+                with contextlib.suppress(InvalidStateError):  # canceled
+                    request.future.set_result(message["ok"])
 
     def _give_up(self, error: BaseException) -> None:
         with self._lock:
             self._dead = error
             pending, self._pending = self._pending, {}
-        for _, _, future in pending.values():
-            future.set_exception(error)
+        for request in pending.values():
+            _fail(request.future, error)
         self._on_error(None, error)
 
-    def _restart(self) -> None:
+    def _replace(self) -> None:
         """The keeper is gone: have the worker hand over what it serves, and give it to a new pair.
 
         While nobody reads, touches wait: this process holds a duplicate of the descriptor.
         """
         assert self._journal is not None
         assert self._keeper is not None
+        assert self._connection is not None
         status = self._keeper.wait()
-        resolved = self.statistics().pages
+        resolved = self._journal.counters.progress()
         self._keepers = 1 if resolved != self._progress else self._keepers + 1
         self._progress = resolved
         if self._keepers >= _KEEPERS:
             raise PagerDiedError(f"{_KEEPERS} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", self._keeper.pid, status)
-        assert self._connection is not None
-        self._owners.append((self._connection, self._journal))
-        with self._lock:  # a takeover that was under way is begun anew
-            for number in [number for number, item in self._pending.items() if item[0]["op"] == "takeover"]:
-                del self._pending[number]
+        with self._lock:
+            self._held = True
+            self._orphans.append(_Orphan(self._connection, self._journal, self._worker))
+            self._worker = -1
+            for number in [number for number, item in self._pending.items() if item.message["op"] == "takeover"]:
+                del self._pending[number]  # it is begun anew
+        self._again, self._failures = 0.0, 0
         # An orphaned worker serves on while its successor starts, and hands over to it directly: this thread may not
         # get the GIL in between, since whoever holds it may be waiting for a page.
-        self._spawn()
+        self._spawn_in_time()
         self._take_over()
+
+    def _spawn_in_time(self) -> None:
+        """Start a keeper; while the orphaned worker serves on, for as long as that takes."""
+        for attempt in itertools.count():
+            try:
+                self._spawn()
+            except PagerStartError as error:
+                if attempt >= _KEEPERS and not any(orphan.lives for orphan in self._orphans):
+                    raise
+                log.warning("%s; tried again", error)
+            else:
+                return
+            poller = select.poll()
+            poller.register(self._wake_r, select.POLLIN)
+            if poller.poll(_PAUSES[min(attempt, len(_PAUSES) - 1)] * 1000):
+                self._drain()
+            if self._closing:
+                raise _LeftError
 
     def _take_over(self) -> None:
         """Have the new worker take over from whichever of its predecessors serves the region.
 
-        That is the oldest one that lives: a worker ends only when its successor has acknowledged that it has all.
+        That is the oldest one that lives: a worker ends only when its successor has all.
         """
+        orphan = next((orphan for orphan in self._orphans if orphan.lives), None)
+        if orphan is None:
+            self._open_from_journal()
+            return
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            for connection, _ in self._owners:
-                with contextlib.suppress(control.Closed, OSError):
-                    control.send(connection, {"op": "handover", "id": 0}, [theirs.fileno()])
-                    break
-            else:
-                ours.close()
-                self._open_from_journal()
-                return
+        try:
+            with theirs:
+                control.send(orphan.connection, {"op": "handover", "id": 0}, [theirs.fileno()], wait=False)
+        except (control.Closed, OSError) as error:  # it has just ended; or its loop does not turn
+            ours.close()
+            self._take_over_again(error)
+            return
         future = self.request("takeover", None, [ours.fileno()])
 
         def taken(future: Future[Any]) -> None:
             ours.close()
-            if future.exception() is None:
-                self._disown()
-                self._resend()
-            else:
-                self._take_over()
+            error = future.exception()
+            if error is None:
+                self._taken()
+            elif not self._closing and self._dead is None:
+                self._take_over_again(error)
 
         future.add_done_callback(taken)
 
+    def _take_over_again(self, error: BaseException) -> None:
+        if not any(orphan.lives for orphan in self._orphans):
+            self._open_from_journal()
+            return
+        pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+        self._failures += 1
+        self._again = time.monotonic() + pause
+        log.warning("the worker without a keeper serves on (%s); tried again", error)
+
+    def _taken(self) -> None:
+        """The new worker has all: what waits may be asked of it."""
+        self._disown()
+        self._held = False
+        self._resend()
+
     def _open_from_journal(self) -> None:
         """All workers that have served are dead: what is shown is in the newest journal that was used."""
-        journal = next((item for _, item in reversed(self._owners) if item.load()[0] is not None), self._owners[0][1])
+        states = [(survey(orphan.journal), orphan.journal) for orphan in reversed(self._orphans)]
+        state, journal = next((item for item in states if item[0] is not None), states[-1])
         with self._lock:
             tenants = list(self._tenants.values())
         if journal.counters.words[Counter.SPACES] > len(tenants):
             log.error("keeper and worker died together: forked children are served no longer")
         assert self._journal is not None
         self._journal.counters.words[:] = journal.counters.words
-        shown = [(tenant, _mappings(journal, tenant)) for tenant in tenants]
-        self._disown()
-        for tenant, mappings in shown:
-            self._open(tenant, mappings)
-        self._resend()
+        asked = {item.message["token"] for item in self._pending.values() if item.message["op"] == "open"}
+        for tenant in tenants:
+            if tenant.token not in asked:
+                self._open(tenant, _mappings(state, tenant))
+        self._taken()
 
     def _disown(self) -> None:
-        for connection, _ in self._owners:
-            connection.close()
-        self._owners.clear()
+        """Be done with the workers before this one; what they had still to say is heard."""
+        orphans, self._orphans = self._orphans, []
+        for orphan in orphans:
+            with contextlib.suppress(control.Closed, OSError):
+                while not self._closing:
+                    orphan.connection.setblocking(False)
+                    message, fds = control.receive(orphan.connection)
+                    for fd in fds:
+                        os.close(fd)
+                    if message.get("event") in ("error", "gone"):
+                        self._handle(message, [])
+            orphan.close()
 
-    def _resend(self) -> None:
-        with self._lock:
-            for request, attached, _ in self._pending.values():
-                self._send(request, attached)
-
-    def _poison(self) -> None:
-        """Nobody will serve any more: whoever waits, or touches a missing page, gets SIGBUS. No hang, no zeros."""
-        assert self._journal is not None
-        for tenant in self._tenants.values():
-            resolver = Resolver(tenant.uffd, tenant.page_size, Counters())
-            for mapping in _mappings(self._journal, tenant):
-                resolver.settle(Run(Op.POISON, mapping.start, mapping.offset, mapping.end - mapping.start), wake=True)
+    def _forsake(self) -> None:
+        """Nobody of ours serves any more: whoever waits, or touches a missing page, gets SIGBUS. No hang, no zeros."""
+        state = survey(self._journal) if self._journal is not None else None
+        resort = LastResort(
+            Forsaken(
+                tenant.uffd,
+                tenant.page_size,
+                [(mapping.start, mapping.end) for mapping in _mappings(state, tenant)],
+                tenant.token,
+            )
+            for tenant in list(self._tenants.values())
+        )
+        poller = select.poll()
+        poller.register(resort.fileno(), select.POLLIN)
+        poller.register(self._wake_r, select.POLLIN)
+        while not self._closing:
+            ready = poller.poll(1 if resort.pending else _SETTLING)
+            if self._wake_r in dict(ready):
+                self._drain()
+            if not resort.attend() and not ready and self._on_lost is not None:
+                self._on_lost()
+                break
+            for token in {space.token for space in resort.spaces.values()} - self._tenants.keys():
+                resort.forget(token)
+        resort.close()
 
     @property
     def _forked(self) -> bool:
-        return self._journal is not None and self._journal.counters.words[Counter.SPACES] > len(self._tenants)
+        journals = [orphan.journal for orphan in self._orphans] + ([self._journal] if self._journal else [])
+        return any(journal.counters.words[Counter.SPACES] > len(self._tenants) for journal in journals)
 
     def _forget_worker(self) -> None:
         if self._worker >= 0:
@@ -466,35 +602,35 @@ class PagerClient:
             self._worker = -1
 
     def _reap(self, keeper: subprocess.Popen[bytes], *, leave: bool) -> None:
+        """Wait for the pager's end, and bring it about where something blocks its loop."""
         try:
             keeper.wait(0.2 if leave else 5.0)
         except subprocess.TimeoutExpired:
-            if not leave:  # something blocks the worker's loop, so that it did not hear of the end
-                keeper.kill()
-                keeper.wait()
-                if self._worker >= 0:
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(self._worker, signal.SIGKILL)
-            else:  # it goes on serving until nobody is left; no zombie may be left then
+            if leave:  # it goes on serving until nobody is left; no zombie may be left then
                 threading.Thread(target=keeper.wait, name="aiouffd-reaper", daemon=True).start()
+                return
+            keeper.kill()
+            keeper.wait()
+        if self._worker >= 0 and not leave:
+            poller = select.poll()
+            poller.register(self._worker, select.POLLIN)
+            if not poller.poll(1000):  # it was killed above, or before: a worker that goes on has not heard of the end
+                _kill(self._worker)
 
 
-def _mappings(journal: Journal, tenant: Tenant) -> list[Mapping]:
-    """Return what a tenant shows now, from the journal of a pager that is gone."""
-    state, events = journal.load()
-    mappings = Mappings(tenant.mappings)
-    identity = -1
+def _fail(future: Future[Any], error: BaseException) -> None:
+    with contextlib.suppress(InvalidStateError):  # canceled
+        future.set_exception(error)
+
+
+def _kill(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _mappings(state: dict[str, Any] | None, tenant: Tenant) -> list[Mapping]:
+    """Return what a tenant shows now, from the state of a pager that is gone."""
     for item in state["spaces"] if state is not None else ():
         if item["token"] == tenant.token and not item["child"]:
-            identity = item["id"]
-            mappings = Mappings(Mapping(*each) for each in item["mappings"])
-    for space, message in events:
-        if space != identity:
-            continue
-        if message[0] == abi.EVENT_REMAP:
-            mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
-        elif message[0] == abi.EVENT_REMOVE:
-            mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
-        elif message[0] == abi.EVENT_UNMAP:
-            mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
-    return list(mappings)
+            return [Mapping(*each) for each in item["mappings"]]
+    return tenant.mappings

@@ -1,46 +1,72 @@
 """Messages between the application and its pager: one JSON object and some descriptors a packet.
 
 The socket is SOCK_SEQPACKET: a packet arrives whole or not at all, so that a worker that is killed in the middle
-leaves no half message to its successor. What is large (a process of thousands of mappings) travels as a memfd, which
-is the last of the descriptors then: a packet is bounded by the socket's buffer, some 200 KiB.
+leaves no half message to its successor. What does not fit travels as a descriptor: a text that is longer than a packet
+in a memfd, and more descriptors than the kernel takes at once (SCM_MAX_FD) inside a socket of their own.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
-from typing import Any
+import struct
+from collections import deque
+from typing import Any, Final
 
-__all__ = ["Closed", "receive", "send"]
+__all__ = ["Closed", "DescriptorsLostError", "Outbox", "receive", "send"]
 
-_MAX_PACKET = 64 << 10
-_MAX_FDS = 250  # SCM_MAX_FD is 253
-_IN_MEMORY = b"@"  # in place of the JSON object: it is in the memfd
+_HEADER: Final = struct.Struct("=BI")  # how it is packed, how many descriptors there are
+_IN_MEMFD: Final = 1
+_IN_PARCEL: Final = 2
+_MAX_TEXT: Final = 64 << 10
+_MAX_PACKET: Final = _HEADER.size + _MAX_TEXT
+_MAX_FDS: Final = 200  # SCM_MAX_FD is 253
 
 
 class Closed(Exception):  # noqa: N818 - a state of the connection, no error
     """The other side has closed the connection."""
 
 
-def send(connection: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
-    """Send a message; the descriptors stay the caller's. Raises `Closed`."""
-    data = json.dumps(message).encode()
-    memory = -1
-    try:
-        if len(data) > _MAX_PACKET:
-            memory = os.memfd_create("aiouffd-message", os.MFD_CLOEXEC)
-            with os.fdopen(os.dup(memory), "wb") as file:
-                file.write(data)
-            data, fds = _IN_MEMORY, [*(fds or []), memory]
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        connection.sendmsg([data], ancillary)
-    except (BrokenPipeError, ConnectionResetError) as error:
-        raise Closed from error
-    finally:
-        if memory >= 0:
-            os.close(memory)
+class DescriptorsLostError(OSError):
+    """Descriptors have not arrived, for this process has too many open; those that have are closed.
+
+    Attributes:
+        message: the message that they came with; empty where that was lost as well.
+    """
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        super().__init__("descriptors were lost on the way: the limit of open files (RLIMIT_NOFILE) is reached")
+        self.message = message
+
+
+def send(
+    connection: socket.socket, message: dict[str, Any], fds: list[int] | None = None, *, wait: bool = True
+) -> None:
+    """Send a message; the descriptors stay the caller's.
+
+    Raises:
+        Closed: nobody will read it.
+        BlockingIOError: there is no room now, and the socket does not block or `wait` is false. Nothing was sent.
+        OSError: it cannot be sent at all.
+    """
+    text, packing, attached = json.dumps(message).encode(), 0, list(fds or [])
+    with contextlib.ExitStack() as stack:
+        if len(attached) > _MAX_FDS:
+            packing |= _IN_PARCEL
+            attached = [_parcel(attached, stack)]
+        if len(text) > _MAX_TEXT:
+            packing |= _IN_MEMFD
+            attached.append(_memfd(text, stack))
+            text = b""
+        header = _HEADER.pack(packing, len(fds or []))
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", attached))] if attached else []
+        try:
+            connection.sendmsg([header, text], ancillary, 0 if wait else socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Closed from error
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -49,8 +75,25 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     Raises:
         Closed: at the end.
         BlockingIOError: nothing is there, on a non-blocking socket.
+        DescriptorsLostError: not all of it has arrived.
     """
-    space = socket.CMSG_SPACE(_MAX_FDS * 4)
+    data, fds = _packet(connection)
+    packing, count = _HEADER.unpack_from(data)
+    text: bytes | None = data[_HEADER.size :]
+    if packing & _IN_MEMFD:
+        text = _content(fds.pop()) if len(fds) == (1 if packing & _IN_PARCEL else count) + 1 else None
+    message = json.loads(text) if text is not None else {}
+    if packing & _IN_PARCEL and len(fds) == 1:
+        fds = _unpacked(fds[0])
+    if len(fds) != count or text is None:
+        for fd in fds:
+            os.close(fd)
+        raise DescriptorsLostError(message)
+    return message, fds
+
+
+def _packet(connection: socket.socket) -> tuple[bytes, list[int]]:
+    space = socket.CMSG_SPACE((_MAX_FDS + 1) * 4)
     try:
         data, ancillary, _, _ = connection.recvmsg(_MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError as error:
@@ -61,8 +104,84 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if not data:
         raise Closed
-    if data == _IN_MEMORY:
-        with os.fdopen(fds.pop(), "rb") as file:
-            file.seek(0)  # it is the sender's place in the file, behind the end
-            data = file.read()
-    return json.loads(data), list(fds)
+    return data, list(fds)
+
+
+def _memfd(text: bytes, stack: contextlib.ExitStack) -> int:
+    fd = os.memfd_create("aiouffd-message", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    view = memoryview(text)
+    while view:
+        view = view[os.write(fd, view) :]
+    return fd
+
+
+def _content(fd: int) -> bytes:
+    with os.fdopen(fd, "rb") as file:
+        return os.pread(fd, os.fstat(file.fileno()).st_size, 0)
+
+
+def _parcel(fds: list[int], stack: contextlib.ExitStack) -> int:
+    """Put descriptors into a socket, which keeps them until it is read or closed."""
+    inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stack.enter_context(outer)
+    with inner:
+        for at in range(0, len(fds), _MAX_FDS):
+            part = array.array("i", fds[at : at + _MAX_FDS])
+            inner.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)], socket.MSG_DONTWAIT)
+    return outer.fileno()
+
+
+def _unpacked(parcel: int) -> list[int]:
+    fds: list[int] = []
+    with socket.socket(fileno=parcel) as inner, contextlib.suppress(Closed):
+        while True:
+            fds += _packet(inner)[1]
+    return fds
+
+
+class Outbox:
+    """Sends without waiting: what the other side has no room for yet is kept, in order.
+
+    Args:
+        connection: stays the caller's.
+        most: so many messages that may be lost are kept; a newer one is dropped then.
+    """
+
+    def __init__(self, connection: socket.socket, most: int = 1000) -> None:
+        self._connection = connection
+        self._most = most
+        self._kept: deque[tuple[dict[str, Any], list[int]]] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether anything is kept: `flush` when the connection is writable."""
+        return bool(self._kept)
+
+    def put(self, message: dict[str, Any], fds: list[int] | None = None, *, may_be_lost: bool = False) -> None:
+        """Send a message now, or keep it; its descriptors stay open as long as it is kept, which is the caller's care.
+
+        Raises:
+            Closed: nobody will read it.
+            OSError: it cannot be sent at all.
+        """
+        if self._kept:
+            if not may_be_lost or len(self._kept) < self._most:
+                self._kept.append((message, fds or []))
+            return
+        try:
+            send(self._connection, message, fds, wait=False)
+        except BlockingIOError:
+            self._kept.append((message, fds or []))
+
+    def flush(self) -> None:
+        """Send what is kept, as far as there is room. Raises as `put`; what cannot be sent at all is dropped."""
+        while self._kept:
+            message, fds = self._kept[0]
+            try:
+                send(self._connection, message, fds, wait=False)
+            except BlockingIOError:
+                return
+            except BaseException:
+                self._kept.popleft()
+                raise
+            self._kept.popleft()

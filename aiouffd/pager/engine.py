@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiouffd.pager.client import Pack, PagerClient, Tenant
+from aiouffd.pager.client import PagerClient
+from aiouffd.pager.tenant import Pack, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ class PagerEngine:
         page_size: of the region.
         options: how it is served.
         on_error: called from another thread with each error that the pager reports.
+        on_lost: called from there when nobody serves the region any more.
 
     Raises:
         PagerStartError: the pager did not start, or what should serve could not travel or be rebuilt there.
@@ -43,10 +45,11 @@ class PagerEngine:
         options: Options,
         *,
         on_error: Callable[[BaseException], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._pack = Pack(service, options)
         self._tenant = Tenant(self._pack, uffd, [mapping], page_size)
-        self._client = PagerClient(on_error=lambda _, error: on_error(error))
+        self._client = PagerClient(on_error=lambda _, error: on_error(error), on_lost=on_lost)
         try:
             self._client.start()
             self._client.open_wait(self._tenant)

@@ -99,8 +99,8 @@ class Journal:
         """Note that a space is served no longer."""
         self._append(identity, [bytes([CLOSED]) + bytes(31)])
 
-    def save(self, state: Any) -> None:
-        """Replace snapshot and log by this state."""
+    def save(self, state: Any, *, landed: bool = False) -> None:
+        """Replace snapshot and log by this state; `landed`: what the active landing holds is in it as well."""
         data = json.dumps(state, separators=(",", ":")).encode()
         word = self._words[0]
         other = ~(word >> 1) & 1
@@ -109,7 +109,9 @@ class Journal:
             raise MemoryError("the pager's state is larger than its journal")
         self._bytes[at + 8 : at + 8 + len(data)] = data
         self._bytes[at : at + 8].cast("Q")[0] = len(data)
-        self._words[0] = (other << 1) | (word & 1)
+        landing = self._clear_other(word) if landed else word & 1
+        self._words[0] = (other << 1) | landing
+        self.buffers[0] = self._landings[landing]
 
     def _append(self, identity: int, messages: list[bytes]) -> None:
         if (self._words[0] >> 2) + len(messages) > _LOG_RECORDS:
@@ -118,20 +120,16 @@ class Journal:
         count = word >> 2
         for index, message in enumerate(messages, count):
             _RECORD.pack_into(self._bytes, _LOG + index * _RECORD.size, identity, message)
-        other = ~word & 1
-        self._landings[other][:] = bytes(len(self._landings[other]))
-        self._identities[other][0] = self._identities[word & 1][0]
+        other = self._clear_other(word)
         self._words[0] = ((count + len(messages)) << 2) | (word & 2) | other
         self.buffers[0] = self._landings[other]
 
-    def adopt(self) -> int:
-        """Commit what a dead predecessor has read and not committed; return how many events that are."""
-        word = self._words[0]
-        fresh = self._landed()
-        if fresh:
-            self._append(self._identities[word & 1][0], fresh)
-        self.buffers[0] = self._landings[self._active]
-        return len(fresh)
+    def _clear_other(self, word: int) -> int:
+        """Make the inactive landing ready to be the active one; return which it is."""
+        other = ~word & 1
+        self._landings[other][:] = bytes(len(self._landings[other]))
+        self._identities[other][0] = self._identities[word & 1][0]
+        return other
 
     # Reading
 
@@ -153,9 +151,10 @@ class Journal:
         events += [(identity, message) for message in self._landed()]
         return state, events
 
-    def forked(self) -> set[int]:
-        """Return the descriptors that fork events since the snapshot have brought."""
-        return {abi.FORK_MESSAGE.unpack(message)[0] for _, message in self.load()[1] if message[0] == abi.EVENT_FORK}
+    @property
+    def fresh(self) -> int:
+        """How many of the events that `load` returns were read, and not committed: their reader died right then."""
+        return len(self._landed())
 
 
 def _landing(index: int) -> int:

@@ -8,20 +8,26 @@ were closed, the child would read zeros.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import platform
+import resource
 import select
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
+from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control, worker
+from aiouffd.pager.last_resort import Forsaken, LastResort
+from aiouffd.pager.replay import survey
 
 if TYPE_CHECKING:
     import socket
@@ -39,13 +45,19 @@ HOPELESS = 20.0
 DEATHS = 5
 """So many deaths with no fault resolved between them are enough."""
 
+ORPHANED = 1.0
+"""The same, where the process that has started the pager is gone: nobody is left who would want to know."""
+
+_TICK = 1.0
+_CLONE_PAUSE = 0.5
+_LOOK = 0.5  # seconds between looks whether the processes are still there
 _CLONE_FILES = 0x400
 _CLONE_CHILD_CLEARTID = 0x200000
 _CLONE_CHILD_SETTID = 0x1000000
 _PR_GET_TID_ADDRESS = 40
 _SYS_CLONE = {"x86_64": 56}.get(platform.machine(), 220)
 
-_libc = ctypes.PyDLL(None)  # PyDLL: the GIL must be held across the clone
+_libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the GIL must be held across the clone
 _python = ctypes.pythonapi
 
 
@@ -66,7 +78,8 @@ def _clone() -> int:
     else:
         _python.PyOS_AfterFork_Parent()
         if pid < 0:
-            raise OSError("clone(CLONE_FILES) was refused: does a seccomp filter forbid it?")
+            number = ctypes.get_errno()
+            raise OSError(number, f"clone(CLONE_FILES) was refused: {os.strerror(number)}")
     return pid
 
 
@@ -79,14 +92,22 @@ def run(journal: Journal, connection: socket.socket) -> int:
         _close_strays(own | worker.descriptors(journal))
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = _clone()
+        try:
+            pid = _clone()
+        except OSError as error:
+            # To give up would be to close the descriptors of forked children, who would read zeros then.
+            log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400 - no traceback helps
+            if not _anybody(journal) and _hung_up(connection):
+                return 1
+            time.sleep(_CLONE_PAUSE)
+            continue
         if pid == 0:
             _work(journal, connection)
         status = _wait(pid, journal)
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return 0
-        resolved = _resolved(journal)
+        resolved = journal.counters.progress()
         deaths = 1 if resolved != progress else deaths + 1
         progress = resolved
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -97,31 +118,64 @@ def run(journal: Journal, connection: socket.socket) -> int:
 
 
 def _wait(pid: int, journal: Journal) -> int:
-    """Wait for the worker's end; a worker whose loop does not turn any more is told to say where it is, then killed."""
+    """Wait for the worker's end; a worker whose loop does not turn any more is told to say where it is, then killed.
+
+    What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup, a
+    machine that was suspended) the worker has missed nothing.
+    """
     words = journal.counters.words
     pidfd = os.pidfd_open(pid)
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    beat, since, warned = -1, time.monotonic(), False
+    beat, still, warned = -1, 0.0, False
+    last = time.monotonic()
     try:
-        while not poller.poll(1000):
+        while not poller.poll(_TICK * 1000):
             now = time.monotonic()
+            passed, last = min(now - last, 2 * _TICK), now
             if words[Counter.HEARTBEAT] != beat:
-                beat, since, warned = words[Counter.HEARTBEAT], now, False
-            elif now - since > BLOCKED and not warned:
+                beat, still, warned = words[Counter.HEARTBEAT], 0.0, False
+                continue
+            still += passed
+            state = _state_of(pid)
+            if state == "t":  # a debugger has it
+                continue
+            if still > BLOCKED and not warned:
                 warned = True
-                log.error(
-                    "the worker's event loop has not turned for %.0f s: something blocks it, a handler or a source that"
-                    " waits without await. Where it is:",
-                    now - since,
-                )
-                os.kill(pid, signal.SIGUSR1)
-            elif now - since > HOPELESS:
-                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", now - since)
+                _say_blocked(pid, still, state)
+            elif still > HOPELESS or (still > ORPHANED and _orphaned(journal)):
+                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
                 os.kill(pid, signal.SIGKILL)
     finally:
         os.close(pidfd)
     return os.waitpid(pid, 0)[1]
+
+
+def _say_blocked(pid: int, still: float, state: str) -> None:
+    if state == "T":
+        log.error("the worker (pid %d) has been stopped for %.0f s (SIGSTOP), and pages wait for it", pid, still)
+        return
+    log.error(
+        "the worker's event loop has not turned for %.0f s: something blocks it, a handler or a source that"
+        " waits without await. Where it is:",
+        still,
+    )
+    os.kill(pid, signal.SIGUSR1)
+
+
+def _state_of(pid: int) -> str:
+    """Return the state of a child that has not been waited for, as ps(1) shows it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _orphaned(journal: Journal) -> bool:
+    """Tell whether the process that has started the pager is gone."""
+    state = survey(journal)
+    if state is None or state["owner"] < 0:
+        return False
+    poller = select.poll()
+    poller.register(state["owner"], select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def _work(journal: Journal, connection: socket.socket) -> NoReturn:
@@ -138,50 +192,98 @@ def _work(journal: Journal, connection: socket.socket) -> NoReturn:
         os._exit(status)
 
 
-def _resolved(journal: Journal) -> int:
-    words = journal.counters.words
-    return sum(words[at] for at in range(Counter.PAGES_FAULT, Counter.PAGES_BACKGROUND + 1))
-
-
 def _open_descriptors() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
 
 
 def _close_strays(known: set[int]) -> None:
     """Close what a dead worker has left in the shared table: its loop's, half-received ones."""
-    for fd in _open_descriptors() - known:
-        try:
-            os.close(fd)
-        except OSError:  # the listing's own
-            continue
+    # Not by what /proc lists: to look there takes a descriptor, and the table may be full.
+    begin = 0
+    for fd in (*sorted(known), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        if begin < fd:  # an empty range means all of them to close_range(2)
+            os.closerange(begin, fd)
+        begin = fd + 1
+
+
+def _forsaken(journal: Journal) -> list[Forsaken]:
+    state = survey(journal)
+    return [
+        Forsaken(
+            Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
+            item["page_size"],
+            [(start, end) for start, end, _ in item["mappings"]],
+            item["token"],
+            is_child=item["child"],
+        )
+        for item in (state["spaces"] if state is not None else ())
+    ]
+
+
+def _anybody(journal: Journal) -> bool:
+    """Tell whether any process that is served lives."""
+    state = survey(journal)
+    if state is None:
+        return False
+    uffds = [Userfaultfd.from_fd(item["fd"]) for item in state["spaces"]]
+    try:
+        return any(not uffd.gone() for uffd in uffds)
+    finally:
+        for uffd in uffds:
+            uffd.detach()
 
 
 def _give_up(journal: Journal, connection: socket.socket, reason: str) -> int:
     """Say so, and poison whatever is asked for from now on, until nobody is left: no hang, no zeros."""
     error = PagerDiedError(f"{DEATHS} workers died with no fault resolved between them, the last by {reason}")
     log.error("%s; pages that are touched are poisoned from now on", error)
+    connection.setblocking(False)
+    outbox = control.Outbox(connection)
+    _tell(outbox, {"event": "died", "error": encode_error(error)})
+    resort = LastResort(_forsaken(journal))
+    poller = select.poll()
+    poller.register(resort.fileno(), select.POLLIN)
+    poller.register(connection, select.POLLIN)
+    looked = time.monotonic()
+    while resort.spaces:
+        poller.poll(1 if resort.pending else _LOOK * 1000)
+        resort.attend()
+        if not _answer(connection, outbox, resort, error):
+            with contextlib.suppress(KeyError):
+                poller.unregister(connection)
+        if outbox:
+            with contextlib.suppress(control.Closed, OSError):
+                outbox.flush()
+        if time.monotonic() - looked > _LOOK:
+            looked = time.monotonic()
+            resort.look()
+    return 1
+
+
+def _answer(connection: socket.socket, outbox: control.Outbox, resort: LastResort, error: PagerDiedError) -> bool:
+    """Answer what the client asks, that nothing of its waits; tell whether it is still there."""
+    while True:
+        try:
+            message, fds = control.receive(connection)
+        except BlockingIOError:
+            return True
+        except control.DescriptorsLostError:
+            continue
+        except (control.Closed, OSError):
+            return False
+        worker.close_all(fds)
+        if message["op"] == "close":
+            resort.forget(message["token"])
+            _tell(outbox, {"id": message["id"], "ok": None})
+        else:
+            _tell(outbox, {"id": message["id"], "error": encode_error(error)})
+
+
+def _tell(outbox: control.Outbox, message: dict[str, Any]) -> None:
     try:
-        control.send(connection, {"event": "died", "error": encode_error(error)})
+        outbox.put(message)
     except (control.Closed, OSError):
         log.debug("nobody is there to be told")
-    spaces = [(Userfaultfd.from_fd(fd), size, ranges) for fd, size, ranges in worker.spaces(journal)]
-    poller = select.poll()
-    for uffd, _, ranges in spaces:
-        poller.register(uffd.fileno(), select.POLLIN)
-        for start, end in ranges:
-            uffd.try_wake(start, end - start)
-    while spaces:
-        poller.poll(500)
-        for item in list(spaces):
-            uffd, size, _ = item
-            os.set_blocking(uffd.fileno(), False)  # whoever has handed it over may have cleared the flag
-            for event in uffd.read():
-                address = getattr(event, "address", None)
-                if address is not None:
-                    uffd.try_poison(address & -size, size, 0)
-            if uffd.gone() or _hung_up(connection):
-                spaces.remove(item)
-    return 1
 
 
 def _hung_up(connection: socket.socket) -> bool:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
-import json
 import logging
 import os
 import signal
@@ -23,56 +22,46 @@ from aiouffd.engine.assembly import Options, Service, make_readahead, make_serve
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.source_server import Limits
-from aiouffd.engine.space import Space
+from aiouffd.engine.space import COUNTER_OF_EVENT, Space
+from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerStartError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
-from aiouffd.pager.journal import CLOSED, Journal
+from aiouffd.pager.replay import numbers, replay, survey
 from aiouffd.pager.travel import unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiouffd.engine.handler import HandlerServer
     from aiouffd.engine.source_server import SourceServer
+    from aiouffd.pager.journal import Journal
 
-__all__ = ["descriptors", "run", "spaces"]
+__all__ = ["descriptors", "run"]
 
 log = logging.getLogger("aiouffd.pager")
 
 _HANDOVER_TIMEOUT = 10.0
+_BUILD_TIMEOUT = 60.0  # of sources and handlers, which may import what they like
+_FAREWELL = 0.5
 
 
 def run(journal: Journal, connection: socket.socket) -> None:
     """Serve until nobody is left to be served."""
     faulthandler.register(signal.SIGUSR1)  # the keeper asks for it when the loop does not turn
     gc.freeze()  # what the keeper made lives as long as the worker does
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Worker(journal, connection).main())
+    # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
+    # canceled, and nobody is left who could wait for what they do.
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(_Worker(journal, connection).main())
 
 
 def descriptors(journal: Journal) -> set[int]:
     """Return the descriptors that a worker's journal speaks of."""
-    state, _ = journal.load()
-    return journal.forked() | (_numbers(state) if state is not None else set())
-
-
-def _numbers(state: dict[str, Any]) -> set[int]:
-    """Return the descriptors that a state speaks of."""
-    known = {fd for space in state["spaces"] for fd in (space["fd"], space["tether"]) if fd >= 0}
-    for origin in state["origins"].values():
-        known.update((origin["config"], *origin["fds"]))
-    if state["owner"] >= 0:
-        known.add(state["owner"])
-    return known
-
-
-def spaces(journal: Journal) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """Return (descriptor, page size, ranges) of each space in a journal's last snapshot."""
-    state, _ = journal.load()
-    return [
-        (space["fd"], space["page_size"], [(start, end) for start, end, _ in space["mappings"]])
-        for space in (state["spaces"] if state else ())
-    ]
+    state = survey(journal)
+    return numbers(state) if state is not None else set()
 
 
 class _Origin:
@@ -121,17 +110,18 @@ class _Worker:
         self.tasks: set[asyncio.Task[None]] = set()
         self.owner = -1  # pidfd of the process that has started this pager
         self.left = False  # it has closed the connection, or has ended
-        self.restoring = False
-        self.retired: list[int] = []  # descriptors that the journal may still speak of
         self.done = asyncio.Event()
+        self.outbox = control.Outbox(connection)
+        self.takeover: asyncio.Task[None] | None = None
         self.dispatcher: Dispatcher
 
     async def main(self) -> None:
         loop = asyncio.get_running_loop()
         self.connection.setblocking(False)
-        fresh = self.journal.adopt()
         state, events = self.journal.load()
         self.journal.on_full = self.state
+        for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT):  # what a predecessor had under way is no more
+            self.journal.counters.words[gauge] = 0
         self.dispatcher = Dispatcher(
             loop,
             self.journal.counters,
@@ -140,17 +130,20 @@ class _Worker:
             on_drop=self.dropped,
             on_idle=self.idle,
         )
-        if state is not None:
-            self.restoring = True  # there is one whole state, or the other: nothing is saved in between
-            self.restore(state, events, fresh)
-            self.restoring = False
+        if state is not None and state["awaits"] >= 0:
+            with socket.socket(fileno=state["awaits"]) as predecessor:
+                if await self.left_to_us(predecessor, state):
+                    self.restore(state, events, self.journal.fresh)
+        elif state is not None:
+            self.restore(state, events, self.journal.fresh)
         loop.add_reader(self.connection.fileno(), self.requests)
-        self.send({"event": "ready", "pid": os.getpid()})
+        pidfd = os.pidfd_open(os.getpid())  # a number alone might be another process's by the time that it is used
+        self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
         await self.done.wait()
         for origin in list(self.origins.values()):
             self.retire(origin)
         if self.tasks:
-            await asyncio.wait(self.tasks, timeout=1.0)
+            await asyncio.wait(self.tasks, timeout=_FAREWELL)
 
     # State
 
@@ -159,6 +152,7 @@ class _Worker:
         return {
             "next": self.next_identity,
             "owner": self.owner,
+            "awaits": -1,
             "spin_us": self.dispatcher.spin_us,
             "origins": {str(origin.identity): origin.record for origin in self.origins.values()},
             "spaces": [
@@ -172,40 +166,46 @@ class _Worker:
                     "child": self.tenancies[space.identity].is_child,
                     "tether": self.tenancies[space.identity].tether,
                     "ahead": (space.replayed, space.filled),
+                    "changed": space.mappings.generation != space.born,
                     "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in space.mappings],
                 }
                 for fd, space in self.dispatcher.spaces.items()
             ],
         }
 
-    def restore(self, state: dict[str, Any], events: list[tuple[int, bytes]], fresh: int) -> None:
+    def restore(
+        self,
+        state: dict[str, Any],
+        events: list[tuple[int, bytes]],
+        fresh: int,
+        built: dict[str, _Origin] | None = None,
+    ) -> None:
         """Take over from a predecessor: its state, the events since then, and the faults that it had read."""
+        end = replay(state, events)
+        state = end.state
         self.next_identity = state["next"]
         if state["owner"] >= 0:
             self.owned_by(state["owner"])
+        used = {item["origin"] for item in state["spaces"]}
         for identity, record in state["origins"].items():
-            self.origins[int(identity)] = self.build(int(identity), record)
-        for item in state["spaces"]:
-            self.serve(item, self.origins[item["origin"]])
-        known = {space.identity: space for space in self.dispatcher.spaces.values()}
-        for index, (identity, message) in enumerate(events):
+            if int(identity) in used:
+                origin = (built or {}).get(identity) or self.build(int(identity), record)
+                origin.record = record
+                self.origins[int(identity)] = origin
+        known = {item["id"]: self.serve(item, self.origins[item["origin"]]) for item in state["spaces"]}
+        old = len(end.told) - fresh
+        for index, (identity, message, child) in enumerate(end.told):
             space = known.get(identity)
-            if space is None:
-                continue
-            if message[0] == CLOSED:
-                self.dispatcher.drop(known.pop(identity))
-                continue
-            space.layout(message, replay=index < len(events) - fresh)
-            known.update((child.identity, child) for child in self.dispatcher.spaces.values())
-        self.save()
-        for space in self.dispatcher.spaces.values():
+            if index >= old:
+                self.journal.counters.words[COUNTER_OF_EVENT[message[0]]] += 1
+            if space is not None and (child < 0 or child in known):
+                space.server.layout(space, message[0], message, known.get(child))
+        self.journal.save(self.state(), landed=True)
+        for space in known.values():
             space.wake_all()
 
     def save(self) -> None:
         self.journal.save(self.state())
-        # No successor is told of these any more, so that their numbers may mean something else.
-        close_all(self.retired)
-        self.retired.clear()
 
     def build(self, identity: int, record: dict[str, Any]) -> _Origin:
         """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
@@ -238,6 +238,8 @@ class _Worker:
             on_child=self.forked,
         )
         space.replayed, space.filled = item["ahead"]
+        if item.get("changed"):  # what was brought may have gone with its mapping: see `complete`
+            space.born = -1
         tenancy = self.tenancies[space.identity] = _Tenancy(
             origin, item["token"], item["tether"], is_child=item["child"]
         )
@@ -273,10 +275,10 @@ class _Worker:
         """Let go what serves nobody any more."""
         if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
             return
-        del self.origins[origin.identity]
-        self.retired += [origin.record["config"], *origin.record["fds"]]
-        if not self.restoring:
-            self.save()
+        if self.origins.pop(origin.identity, None) is None:
+            return
+        self.save()  # a successor must not look for its descriptors
+        close_all([origin.record["config"], *origin.record["fds"]])
         task = asyncio.get_running_loop().create_task(origin.server.aclose())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -299,6 +301,11 @@ class _Worker:
             self.left = True
             if not self.dispatcher.spaces:
                 self.done.set()
+            return
+        except control.DescriptorsLostError as error:
+            log.error("%s", error)  # noqa: TRY400 - no traceback helps here
+            if "id" in error.message:
+                self.send({"id": error.message["id"], "error": encode_error(PagerStartError(str(error)))})
             return
         task = asyncio.get_running_loop().create_task(self.answer(message, fds))
         self.tasks.add(task)
@@ -323,7 +330,11 @@ class _Worker:
         if self.space_of(message["token"]) is not None:  # sent again: a predecessor died before it could answer
             close_all(fds)
             return
-        origin = self.origin_of(message["service"], fds[: len(fds) - len(own)])
+        try:
+            origin = self.origin_of(message["service"], fds[: len(fds) - len(own)])
+        except BaseException:
+            close_all(own)
+            raise
         item: dict[str, Any] = {"id": self.next_identity, "fd": own[0], "tether": own[1] if len(own) > 1 else -1}
         item |= {"ahead": (0, 0), "child": False}
         self.next_identity += 1
@@ -353,8 +364,10 @@ class _Worker:
         try:
             origin = self.build(self.next_identity, record)
         except UffdError:
+            close_all(fds)
             raise
         except Exception as error:
+            close_all(fds)
             raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
         self.origins[origin.identity] = origin
         self.next_identity += 1
@@ -392,56 +405,96 @@ class _Worker:
                 tenancy = self.tenancies.get(space.identity)
                 if tenancy is None:  # it has ended while another was filled
                     continue
-                tenancy.announced = False
-                with contextlib.suppress(ClosedError):  # it has ended meanwhile
+                announced, tenancy.announced = tenancy.announced, False
+                try:
                     if tenancy.early is not None:
                         tenancy.early[1].set()
                         await asyncio.wait([tenancy.early[0]])
                     await complete(space, tenancy.origin.server)
                     space.unregister()
                     self.dispatcher.drop(space)
+                except ClosedError:  # it has ended meanwhile
+                    continue
+                except BaseException:
+                    tenancy.announced = announced  # it is served on, and its end is to be told
+                    raise
+
+    # Handing over: the keeper is dead, and another pair is to serve. One of the two workers reads messages, at any
+    # moment; which one does not depend on an answer that may be lost: the successor serves when its predecessor is
+    # gone, and a predecessor that goes on after all says so before it lets go of the socket.
 
     async def do_handover(self, message: dict[str, Any], fds: list[int]) -> None:
-        """The keeper is dead: give everything to the worker of another one, over the socket that came along."""
-        state = self.state()
-        numbers = sorted(_numbers(state))
-        text = json.dumps({"state": state, "numbers": numbers, "counters": self.journal.counters.words.tolist()})
-        memory = os.memfd_create("aiouffd-handover", os.MFD_CLOEXEC)
-        os.write(memory, text.encode())
+        """Give everything to the worker of another keeper, over the socket that came along; serve until it is ready."""
         with socket.socket(fileno=fds[0]) as successor, contextlib.suppress(control.Closed, OSError):
             successor.settimeout(_HANDOVER_TIMEOUT)
-            for attached in [[memory], *(numbers[at : at + 200] for at in range(0, len(numbers), 200))]:
-                control.send(successor, {}, attached)
-            control.receive(successor)  # it has all: from here on it serves
-            os._exit(0)
-        os.close(memory)
-        log.warning("the successor died before it had taken over: serving on")
+            self.hand(successor)  # what it has to build, and may have to import for
+            await readable(successor, _BUILD_TIMEOUT)
+            control.receive(successor)
+            self.hand(successor)  # from here on nothing is read
+            try:
+                control.receive(successor)
+            except (control.Closed, OSError):
+                control.send(successor, {"keep": True})
+            else:
+                os._exit(0)
+        log.warning("the successor has not taken over: serving on")
+
+    def hand(self, successor: socket.socket) -> None:
+        state = self.state()
+        along = sorted(numbers(state))
+        control.send(
+            successor, {"state": state, "numbers": along, "counters": self.journal.counters.words.tolist()}, along
+        )
 
     async def do_takeover(self, message: dict[str, Any], fds: list[int]) -> None:
         """Take everything over from a worker whose keeper is dead; `Closed` where that has died, too."""
-        with socket.socket(fileno=fds[0]) as predecessor:
-            predecessor.settimeout(_HANDOVER_TIMEOUT)
-            _, (memory,) = control.receive(predecessor)
-            text = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
-            os.close(memory)
-            received: list[int] = []
-            while len(received) < len(text["numbers"]):
-                received += control.receive(predecessor)[1]
-            renumbered = dict(zip(text["numbers"], received, strict=True))
-            state = text["state"]
-            state["owner"] = renumbered.get(state["owner"], -1)
-            for record in state["origins"].values():
-                record.update(
-                    config=renumbered[record["config"]],
-                    fds=[renumbered[fd] for fd in record["fds"]],
-                )
-            for item in state["spaces"]:
-                item["fd"] = renumbered[item["fd"]]
-                item["tether"] = renumbered.get(item["tether"], -1)
-            self.journal.counters.words[:] = memoryview(array.array("Q", text["counters"]))
+        if self.takeover is None or self.takeover.done():
+            if self.origins:  # a worker before this one has taken it over, and died
+                close_all(fds)
+                return
+            self.takeover = asyncio.get_running_loop().create_task(self.take(fds[0]))
+        else:  # sent again
+            close_all(fds)
+        await asyncio.shield(self.takeover)
+
+    async def take(self, predecessor: int) -> None:
+        received: list[int] = []
+        with socket.socket(fileno=predecessor) as connection:
+            connection.settimeout(_HANDOVER_TIMEOUT)
+            try:
+                await readable(connection, _BUILD_TIMEOUT)
+                state, _ = taken(connection, received)
+                built = {identity: self.build(int(identity), record) for identity, record in state["origins"].items()}
+                close_all(received)
+                received.clear()
+                control.send(connection, {"built": True})
+                await readable(connection, _HANDOVER_TIMEOUT)
+                state, counters = taken(connection, received)
+            except BaseException:
+                close_all(received)
+                raise
+            # Durable before it is acknowledged: should this worker die now, the next one waits for the same end.
+            self.journal.save(state | {"awaits": connection.fileno()})
+            self.journal.counters.words[:] = counters
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(connection, {"taken": True})
+            if not await self.left_to_us(connection, state):
+                raise ClosedError("the predecessor serves on")
             self.dispatcher.spin_us = state["spin_us"]
-            self.restore(state, [], 0)
-            control.send(predecessor, {"taken": True})
+            self.restore(state, [], 0, built)
+
+    async def left_to_us(self, predecessor: socket.socket, state: dict[str, Any]) -> bool:
+        """Wait until the predecessor is gone; tell whether it is, and does not serve on instead."""
+        while True:
+            await readable(predecessor, None)
+            try:
+                message, _ = control.receive(predecessor)
+            except control.Closed:
+                return True
+            if message.get("keep"):
+                self.save()
+                close_all(numbers(state))
+                return False
 
     # What happens
 
@@ -462,17 +515,60 @@ class _Worker:
 
     def error(self, space: Space, error: UffdError) -> None:
         log.error("%s", error)
-        token = self.tenancies[space.identity].token
-        self.send({"event": "error", "token": token, "error": encode_error(error)})
+        tenancy = self.tenancies.get(space.identity)
+        if tenancy is None:  # it has been dropped meanwhile
+            return
+        message = {"event": "error", "token": tenancy.token, "error": encode_error(error)}
+        self.send(message, may_be_lost=True)  # a storm of them, while nobody reads, is told by its beginning
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], fds: list[int] | None = None, *, may_be_lost: bool = False) -> None:
+        """Tell the client; what it does not read now is kept. The descriptors are taken."""
         try:
-            control.send(self.connection, message)
+            self.outbox.put(message, fds, may_be_lost=may_be_lost)
         except (control.Closed, OSError) as error:
             log.debug("nobody is there to be told: %s", error)
+        if self.outbox:
+            asyncio.get_running_loop().add_writer(self.connection.fileno(), self.flush)
+        elif fds:
+            close_all(fds)
+
+    def flush(self) -> None:
+        try:
+            self.outbox.flush()
+        except (control.Closed, OSError) as error:
+            log.debug("nobody is there to be told: %s", error)
+        if not self.outbox:
+            asyncio.get_running_loop().remove_writer(self.connection.fileno())
 
 
-def close_all(fds: list[int]) -> None:
+async def readable(connection: socket.socket, seconds: float | None) -> None:
+    """Wait until something can be received; TimeoutError (an OSError) after `seconds`."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(connection.fileno(), event.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+def taken(connection: socket.socket, received: list[int]) -> tuple[dict[str, Any], memoryview]:
+    """Receive a state; its descriptors are added to `received`, and it speaks of them by their numbers here."""
+    message, fds = control.receive(connection)
+    received += fds
+    number_of = dict(zip(message["numbers"], fds, strict=True))
+    state = message["state"]
+    state["owner"] = number_of.get(state["owner"], -1)
+    for record in state["origins"].values():
+        record.update(config=number_of[record["config"]], fds=[number_of[fd] for fd in record["fds"]])
+    for item in state["spaces"]:
+        item["fd"] = number_of[item["fd"]]
+        item["tether"] = number_of.get(item["tether"], -1)
+    return state, memoryview(array.array("Q", message["counters"]))
+
+
+def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that are not needed."""
     for fd in fds:
         os.close(fd)

@@ -1,0 +1,380 @@
+"""What a worker's successor, or nobody's, does: descriptors whose numbers are used again, requests, the last resort."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from scenario import ended, eventually, play
+
+import aiouffd
+from aiouffd.pager import client as client_module
+from aiouffd.server import Server
+from aiouffd.sources.base import Descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SIZE = 1 << 20
+
+
+def kill(pid: int) -> None:
+    """Kill -9."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def replaced(served: aiouffd.Monitor | Server, *pids: int) -> None:
+    """Wait until none of these processes is the pager's any more, or it is given up."""
+    eventually(
+        lambda: bool(getattr(served, "_errors", ())) or not set(pids) & set(served.pids), expected=True, seconds=20
+    )
+
+
+def forked(body: Callable[[], object]) -> int:
+    """Run a function in a forked child; 0 is its status where it returns something true."""
+    child = os.fork()
+    if child == 0:
+        right = False
+        try:
+            right = bool(body())
+        finally:
+            os._exit(0 if right else 1)
+    return child
+
+
+def children_come_and_go() -> None:
+    """Scenario: the descriptor of the second child has the number that the first one's had."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0, fork="serve") as monitor:
+        region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+        assert os.waitpid(forked(lambda: True), 0)[1] == 0
+        eventually(lambda: monitor.statistics().spaces, 1)
+        read, write = os.pipe()
+
+        def look() -> bool:
+            os.read(read, 1)
+            return peek(region.address + 5 * PAGE) == word(5) and peek(region.address + 9 * PAGE) == bytes(8)
+
+        child = forked(look)
+        for number in range(3):
+            worker = monitor.pids[1]
+            kill(worker)
+            assert peek(region.address + (20 + number) * PAGE) == word(20 + number)
+            replaced(monitor, worker)
+        os.write(write, b"x")
+        assert os.waitpid(child, 0)[1] == 0
+        seen = monitor.statistics()
+        assert (seen.restarts, seen.forks, seen.removes) == (3, 2, 1)
+        monitor.check()
+
+
+def test_a_child_has_the_descriptors_number_of_one_that_has_ended() -> None:
+    """The successor closes neither of them, and serves the one that lives."""
+    play(children_come_and_go)
+
+
+def a_client_leaves(path: str) -> None:
+    """Scenario."""
+
+    def clients(server: Server) -> None:
+        one, other = aiouffd.Region(SIZE), aiouffd.Region(SIZE)
+        with aiouffd.Monitor(other, server=path):
+            with aiouffd.Monitor(one, server=path):
+                assert peek(one.address + PAGE) == word(1)
+            assert peek(other.address + PAGE) == word(1)
+            for number in range(3):
+                worker = server.pids[1]
+                kill(worker)
+                assert peek(other.address + (2 + number) * PAGE) == word(2 + number)
+                replaced(server, worker)
+
+    async def main() -> None:
+        async with Server(aiouffd.BufferSource(content(0, SIZE)), path) as server:
+            await asyncio.to_thread(clients, server)
+
+    asyncio.run(main())
+
+
+def test_a_client_has_left_before_the_worker_dies(tmp_path: Path) -> None:
+    """Its descriptor is closed: the successor does not look for it, and serves the others."""
+    _, errors = play(a_client_leaves, str(tmp_path / "socket"))
+    assert "given up" not in errors
+
+
+class Held:
+    """A source of its own: its descriptors are the worker's as long as it is used."""
+
+    def __init__(self, count: int) -> None:
+        self.size = SIZE
+        self.descriptors = [Descriptor(os.memfd_create("held")) for _ in range(count)]
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, as long as all descriptors are open."""
+        for descriptor in self.descriptors:
+            os.fstat(descriptor.fd)
+        return content(offset, length)
+
+    async def aclose(self) -> None:
+        """Close them."""
+        for descriptor in self.descriptors:
+            os.close(descriptor.detach())
+
+
+def many_descriptors() -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Held(700), readahead=0) as monitor:
+        assert peek(region.address + 7 * PAGE) == word(7)
+        kill(monitor.pids[1])
+        assert peek(region.address + 8 * PAGE) == word(8)
+
+
+def test_a_source_with_more_descriptors_than_a_message_takes() -> None:
+    """700 of them travel, and their numbers are still right for a successor."""
+    play(many_descriptors)
+
+
+def sources_come_and_go(path: str) -> None:
+    """Scenario: each client asks for a source of its own."""
+
+    def clients(server: Server) -> None:
+        def descriptors() -> int:
+            return len(list(Path(f"/proc/{server.pids[1]}/fd").iterdir()))
+
+        counts = []
+        for _ in range(6):
+            region = aiouffd.Region(SIZE)
+            with aiouffd.Monitor(region, server=path):
+                assert peek(region.address + PAGE) == word(1)
+            eventually(lambda: server.statistics().spaces, 0)
+            counts.append(descriptors())
+        assert len(set(counts[1:])) == 1, counts
+
+    async def main() -> None:
+        async with Server(lambda *_: Held(20), path) as server:
+            await asyncio.to_thread(clients, server)
+
+    asyncio.run(main())
+
+
+def test_what_serves_nobody_any_more_holds_no_descriptors(tmp_path: Path) -> None:
+    """A source whose last client has left is closed, with all that came along with it."""
+    play(sources_come_and_go, str(tmp_path / "socket"))
+
+
+def a_cut_up_region() -> None:
+    """Scenario: 20,000 mappings, which no packet holds, go to a pager that begins anew; and to one that takes over."""
+    pages = 20_000
+    region = aiouffd.Region(pages * PAGE)
+    with aiouffd.Monitor(region, Pattern(pages * PAGE), readahead=0) as monitor:
+        for page in range(0, pages, 2):
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+        for page, dead in ((6, 1), (8, 2)):
+            keeper, worker = pids = monitor.pids
+            for pid in pids[:dead]:
+                kill(pid)
+            assert peek(region.address + page * PAGE) == bytes(8)
+            assert peek(region.address + (page + 1) * PAGE) == word(page + 1)
+            replaced(monitor, keeper, worker)
+
+
+def test_more_mappings_than_a_message_takes() -> None:
+    """They arrive all the same, by either way."""
+    play(a_cut_up_region, deadline=60)
+
+
+async def answers_that_nobody_reads() -> None:
+    """Scenario: the answers to 3,000 prefetches come while the GIL is held."""
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Slow(SIZE, 1.0)) as monitor:
+        waiting = [asyncio.ensure_future(monitor.prefetch(0, PAGE)) for _ in range(3000)]
+        await asyncio.sleep(0.2)
+        assert region[5 * PAGE] == 6  # for a second and more
+        await asyncio.wait_for(asyncio.gather(*waiting), 15)
+
+
+def test_no_answer_is_lost_while_the_client_does_not_read() -> None:
+    """The socket is full; the worker keeps what does not fit, and every prefetch returns."""
+    play(answers_that_nobody_reads)
+
+
+async def requests_that_nobody_reads() -> None:
+    """Scenario: the worker is stopped, and asked for more than its socket holds."""
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Slow(SIZE, 0.01)) as monitor:
+        worker = monitor.pids[1]
+        os.kill(worker, signal.SIGSTOP)
+        before = time.monotonic()
+        waiting = [asyncio.ensure_future(monitor.prefetch(0, PAGE)) for _ in range(3000)]
+        await asyncio.sleep(0)
+        assert time.monotonic() - before < 2.0  # the loop was not kept
+        os.kill(worker, signal.SIGCONT)
+        await asyncio.wait_for(asyncio.gather(*waiting), 15)
+
+
+def test_asking_does_not_block_while_the_worker_does_not_read() -> None:
+    """What does not fit into the socket is sent later, in order."""
+    play(requests_that_nobody_reads)
+
+
+async def given_up_behind_a_canceled_prefetch() -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, on_exit="zeros") as monitor:
+        prefetch = asyncio.ensure_future(monitor.prefetch(0, SIZE))
+        await asyncio.sleep(0.2)
+        prefetch.cancel()
+        await asyncio.wait([prefetch])
+        other = asyncio.ensure_future(monitor.prefetch(0, SIZE))
+        told = asyncio.ensure_future(monitor.wait_error())
+        await asyncio.to_thread(give_up, monitor)
+        for waiting in (told, other):
+            with pytest.raises(aiouffd.PagerDiedError):
+                await asyncio.wait_for(waiting, 10)
+        with pytest.raises(aiouffd.PagerDiedError):
+            await monitor.prefetch(0, PAGE)
+
+
+def test_whoever_waits_is_told_that_the_pager_is_given_up() -> None:
+    """Also if somebody has canceled a prefetch before."""
+    play(given_up_behind_a_canceled_prefetch)
+
+
+def signals_of(children: list[int]) -> list[int]:
+    """Return by which signals children have ended."""
+    return [-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def give_up(monitor: aiouffd.Monitor) -> None:
+    """Kill five workers that resolve nothing."""
+    for _ in range(5):
+        worker = monitor.pids[1]
+        kill(worker)
+        replaced(monitor, worker)
+
+
+def children_of_a_pager_that_is_given_up() -> None:
+    """Scenario: one child was forked before and waits, one will touch later, one is forked afterwards."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, fork="serve", on_exit="zeros") as monitor:
+        read, write = os.pipe()
+        waits = forked(lambda: peek(region.address + PAGE))
+        later = forked(lambda: (os.read(read, 1), peek(region.address + 2 * PAGE)))
+        eventually(lambda: monitor.statistics().in_flight, 1)
+        give_up(monitor)
+        afterwards = forked(lambda: peek(region.address + 3 * PAGE))
+        os.write(write, b"x")
+        assert signals_of([waits, later, afterwards]) == [signal.SIGBUS] * 3
+        # The owner leaves; a child that lives still gets no zeros.
+        read, write = os.pipe()
+        last = forked(lambda: (os.read(read, 1), peek(region.address + 4 * PAGE)))
+        keeper = monitor.pids[0]
+        before = time.monotonic()
+    assert time.monotonic() - before < 3
+    os.write(write, b"x")
+    assert signals_of([last]) == [signal.SIGBUS]
+    assert ended(keeper, 3.0)
+
+
+def test_nobody_hangs_or_reads_zeros_when_the_pager_is_given_up() -> None:
+    """Each of them gets SIGBUS, and the keeper ends with the last of them."""
+    play(children_of_a_pager_that_is_given_up, deadline=40)
+
+
+def the_keeper_dies_as_well() -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    monitor = aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, on_exit="zeros").__enter__()
+    give_up(monitor)
+    kill(monitor.pids[0])
+    toucher = Touchers(region.address, [[7]])
+    toucher.join()
+
+
+def test_the_last_resort_dies_as_well() -> None:
+    """The application settles its own memory then: SIGBUS, no hang."""
+    play(the_keeper_dies_as_well, status=-signal.SIGBUS)
+
+
+def no_process_can_be_started() -> None:
+    """Scenario: the keeper dies, and for a while no other can be started."""
+    region = aiouffd.Region(SIZE)
+    real = subprocess.Popen
+    refused: list[int] = []
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if len(refused) < 8:
+            refused.append(1)
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real(*args, **kwargs)
+
+    client_module._PAUSES = (0.01, 0.02, 0.03, 0.05)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
+        keeper, worker = monitor.pids
+        subprocess.Popen = refuse  # type: ignore[misc,assignment]
+        kill(keeper)
+        for page in range(64):
+            assert peek(region.address + page * PAGE) == word(page)
+        replaced(monitor, keeper, worker)
+        monitor.prefetch_sync(0, SIZE, 10.0)
+        monitor.check()
+
+
+def test_the_worker_serves_on_until_another_keeper_can_be_started() -> None:
+    """fork(2) was refused eight times: nothing is given up as long as somebody serves."""
+    play(no_process_can_be_started)
+
+
+def prefetches_while_keepers_die() -> None:
+    """Scenario: a prefetch is asked for at every moment of a handover."""
+    region = aiouffd.Region(64 * SIZE)
+    with aiouffd.Monitor(region, Slow(64 * SIZE, 0.001), readahead=0) as monitor:
+        for number in range(4):
+            keeper = monitor.pids[0]
+            kill(keeper)
+            began = time.monotonic()
+            page = 1000 * number
+            while monitor.pids[0] == keeper or time.monotonic() - began < 0.5:
+                monitor.prefetch_sync(page * PAGE, PAGE, 10.0)
+                page += 1
+        monitor.check()
+
+
+def test_a_prefetch_during_a_handover_is_done() -> None:
+    """It waits for the successor, which knows of the memory before it is asked to bring any of it."""
+    play(prefetches_while_keepers_die, deadline=60)
+
+
+def the_table_is_full() -> None:
+    """Scenario: a child's descriptor does not fit into the pager's table; half a second later it does."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0, fork="serve") as monitor:
+        assert region[0] == 1
+        worker = monitor.pids[1]
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, limits[1]))
+        code = f"import resource, time; time.sleep(1); resource.prlimit({worker}, resource.RLIMIT_NOFILE, {limits})"
+        later = subprocess.Popen([sys.executable, "-c", code])  # fork(2) waits with the GIL held
+        child = forked(lambda: peek(region.address + 5 * PAGE) == word(5))
+        assert os.waitpid(child, 0)[1] == 0
+        assert later.wait() == 0
+        assert peek(region.address + 40 * PAGE) == word(40)
+        monitor.check()
+
+
+def test_a_fork_whose_descriptor_does_not_fit_waits() -> None:
+    """EMFILE when the event is read: it stays in the kernel's queue, and is read again; nothing is dropped."""
+    _, errors = play(the_table_is_full)
+    assert "RLIMIT_NOFILE" in errors
