@@ -233,8 +233,10 @@ class Monitor:
             finally:
                 if self._guard is not None:
                     self._guard.close()
-                await self._engine.close(poison=self._on_exit == "sigbus")
-                self._settle()
+                try:
+                    await self._engine.close(poison=self._on_exit == "sigbus")
+                finally:  # canceled, or the source could not be closed: nobody reads any more all the same
+                    self._settle()
             return
         stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None))
         try:

@@ -295,6 +295,56 @@ def test_a_layout_that_never_settles_is_reported(monkeypatch: pytest.MonkeyPatch
     assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
 
 
+def test_a_shortage_of_memory_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOMEM: tried again, told after a while; when it passes the page is there."""
+    monkeypatch.setattr("aiouffd.engine.space._STUCK_NS", 0)
+    world = World(0, located=True)
+    world.touch(1, 1)
+    world.uffd.failures.extend([-errno.ENOMEM] * 10)
+    world.deliver(64)
+    for _ in range(5):
+        world.space.retry()
+    assert [(error.operation, error.errno) for error in world.errors if isinstance(error, OperationError)] == [
+        ("UFFDIO_COPY", errno.ENOMEM)
+    ]
+    world.uffd.failures.clear()
+    world.settle()
+    assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
+
+
+def test_a_shortage_of_memory_that_does_not_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while the page is poisoned, and its toucher let go: no retry goes on for ever."""
+    monkeypatch.setattr("aiouffd.engine.space._NO_MEMORY_NS", 0)
+    world = World(0, located=True)
+    world.touch(1, 1)
+    world.uffd.failures.extend([-errno.ENOMEM] * 3)
+    world.deliver(64)
+    world.settle()
+    assert world.uffd.pages == {BASE + PAGE: POISONED}
+    assert not world.uffd.asleep
+    assert any(isinstance(error, SourceError) and "ENOMEM" in str(error) for error in world.errors)
+
+
+def test_what_is_put_off_is_put_off_once() -> None:
+    """While the layout does not settle, neither signals nor the WAKE of others make the list grow."""
+    world = World(0, located=True)
+    for page in range(8):
+        world.touch(page * 2, page)
+    world.uffd.failures.extend([-errno.EAGAIN] * 100_000)
+    for _ in range(50):
+        while world.deliver(64):
+            assert len(world.space.deferred) <= 8
+        world.space.retry()
+        world.uffd.try_wake(BASE, SIZE)  # as a signal to each of them does
+    assert len(world.space.deferred) == 8
+    calls = 100_000 - len(world.uffd.failures)
+    assert calls <= 50 * 3 * 8  # two when it faults, one when it is tried again
+    world.uffd.failures.clear()
+    world.settle()
+    assert not world.uffd.asleep
+    assert len(world.uffd.pages) == 8
+
+
 async def dispatch(world: World) -> None:
     """Be the dispatcher: read, serve and retry."""
     while True:

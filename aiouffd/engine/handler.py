@@ -12,7 +12,7 @@ import attrs
 
 from aiouffd.engine.deadlines import Deadlines
 from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.space import Flight
+from aiouffd.engine.space import Flight, canceled_from_outside, end_of
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import HandlerError, LayoutChangingError
 from aiouffd.kernel import abi
@@ -153,6 +153,7 @@ class Handler:
         """Memory was unmapped."""
 
 
+_LATER = 0.001
 _TOGETHER = 64  # pages that are given to the handler ahead of faults at once
 _METHODS = {
     abi.EVENT_FORK: "fork",
@@ -160,6 +161,11 @@ _METHODS = {
     abi.EVENT_REMOVE: "remove",
     abi.EVENT_UNMAP: "unmap",
 }
+
+
+def _raised(error: BaseException) -> str:
+    log.warning("the handler raised", exc_info=error)
+    return f"raised {type(error).__name__}: {error}"
 
 
 def wants_writes(origin: object) -> bool:
@@ -241,17 +247,18 @@ class HandlerServer:
                     await self.handler.pagefault(fault, batch)
             if space.is_gone or space.closing:
                 return
-            reason = self._unresolved(space, fault, batch)
-            batch.flush()
+            reason = await self._unresolved(space, fault, batch)
             if not reason:
-                self._words[cause] += 1
-                if flight.wanted:
-                    space.record_latency(flight.began_ns)
+                self._words[cause] += 1  # before its toucher goes on, who may kill this process
+            batch.flush()
+            if not reason and flight.wanted:
+                space.record_latency(flight.began_ns)
         except TimeoutError:
             reason = f"has not returned in {self._deadlines.seconds} s"
-        except Exception as error:
-            log.warning("the handler raised", exc_info=error)
-            reason = f"raised {type(error).__name__}: {error}"
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if canceled_from_outside(error):
+                raise
+            reason = _raised(error)
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
             space.land(flight)
@@ -265,15 +272,18 @@ class HandlerServer:
                 for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
                     space.poison([piece.dst])
 
-    def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
+    async def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
         """Return what is wrong with a batch whose handler has returned, or nothing."""
         if batch.covers(fault.page.start):
             return ""
         start, _, first = space.mappings.locate(fault.page.start)
         if first < 0 or first + fault.page.start - start != fault.offset:
             return ""  # the layout has changed meanwhile: the batch rightly left it out
-        # It may have been flushed before, or filled with another page's batch.
-        return "" if space.settled(fault.page.start) else "returned without resolving it"
+        # It may have been flushed before, or filled with another page's batch. The kernel does not tell while an event
+        # is unread.
+        while (settled := space.settled(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(_LATER)
+        return "" if settled else "returned without resolving it"
 
     async def prefetch(self, space: Space, offset: int, length: int) -> None:
         """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
@@ -338,9 +348,10 @@ class HandlerServer:
                     await self.handler.write(fault, batch)
         except TimeoutError:
             self._write_failed(space, fault, f"has not returned in {self._deadlines.seconds} s")
-        except Exception as error:
-            log.warning("the handler raised", exc_info=error)
-            self._write_failed(space, fault, f"raised {type(error).__name__}: {error}")
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if canceled_from_outside(error):
+                raise
+            self._write_failed(space, fault, _raised(error))
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
             space.land(flight)
@@ -379,10 +390,11 @@ class HandlerServer:
             try:
                 with self._deadlines:
                     await self._overridden[code](event)
-            except Exception as error:
-                log.warning("the handler raised", exc_info=error)
+            except (Exception, asyncio.CancelledError, SystemExit) as error:
+                if canceled_from_outside(error):
+                    raise
                 self._words[Counter.HANDLER_ERRORS] += 1
-                space.report(HandlerError(repr(self.handler), repr(event), f"raised {type(error).__name__}: {error}"))
+                space.report(HandlerError(repr(self.handler), repr(event), _raised(error)))
 
     def failed(self, space: Space, run: Run, number: int) -> None:
         """The kernel refused a run for good."""
@@ -399,7 +411,5 @@ class HandlerServer:
 
     async def aclose(self) -> None:
         """Cancel what is under way."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_of(self._tasks)
         self._deadlines.close()

@@ -169,13 +169,13 @@ class Resolver:
         chunk = run.left
         while run.left > 0:
             chunk = min(chunk, run.left)
+            words[_OP_COUNTER[run.op]] += 1
             if run.op == Op.COPY:
                 result = self._uffd.try_copy(run.dst, run.src, chunk, mode)
             else:
                 result = self._tries[run.op](run.dst, chunk, mode)
                 if result == _EFAULT and run.op == Op.CONTINUE:
                     result = _ENOENT  # the file has lost the page since: its sleepers shall find out themselves
-            words[_OP_COUNTER[run.op]] += 1
             if result > 0:
                 if result < chunk:
                     words[_PARTIAL] += 1

@@ -14,7 +14,7 @@ import attrs
 from aiouffd.engine.deadlines import Deadlines
 from aiouffd.engine.gate import Gate
 from aiouffd.engine.resolver import DONTWAKE, Op, Run
-from aiouffd.engine.space import Flight, Space
+from aiouffd.engine.space import Flight, Space, canceled_from_outside, end_of
 from aiouffd.engine.statistics import Counter
 from aiouffd.engine.zeros import BLOCK, cut
 from aiouffd.errors import LayoutChangingError, ShortReadError, SourceError, SourceTimeoutError, UffdError
@@ -22,7 +22,7 @@ from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
@@ -253,7 +253,7 @@ class SourceServer:
             self._add(space, Run(Op.COPY, address, offset, length, source), zeros, runs)
         else:
             data = None if self._read_nowait is None else self._read_nowait(offset, available)
-            if data is None:
+            if data is None or not _holds(data, available):  # too little: `read` is asked, whose faults are told
                 return False
             self._add_data(space, Run(Op.COPY, address, offset, length), data, runs)
         self._words[_BYTES_FETCHED] += available
@@ -290,29 +290,43 @@ class SourceServer:
         if wanted is not None and address <= wanted < address + length:
             flight.wanted.add(wanted)
         space.take_off(flight)
-        flight.done = asyncio.get_running_loop().create_task(self._fly(space, flight, cause))
-        self._tasks.add(flight.done)
-        flight.done.add_done_callback(self._tasks.discard)
+        flight.done = self._spawn(self._fly(space, flight, cause))
         return flight
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     async def _fly(self, space: Space, flight: Flight, cause: Counter) -> None:
-        """Read what a flight brings, and place it; on failure settle with those who wait for it."""
-        try:
-            data = await self._read(flight.offset, flight.end - flight.start, urgent=cause == Counter.PAGES_READAHEAD)
-        except SourceError as error:
-            space.land(flight)
-            space.readahead.forget(flight.offset, flight.offset + flight.end - flight.start)
-            if not space.is_gone and not space.closing:
-                await self._rescue(space, flight, error, cause)
-            if flight.errors is not None:
-                flight.errors.append(error)
+        """Bring what a flight is for; on failure settle with those who wait for it."""
+        failure = await self._carry(space, flight, cause, urgent=cause == Counter.PAGES_READAHEAD)
+        if failure is None:
             return
-        except asyncio.CancelledError:
-            space.land(flight)
-            raise
+        space.readahead.forget(flight.offset, flight.offset + flight.end - flight.start)
+        if flight.errors is not None:
+            flight.errors.append(failure)
         if not space.is_gone and not space.closing:
-            self._place(space, flight, data, cause)
-        space.land(flight)
+            await self._rescue(space, flight, failure, cause)
+
+    async def _carry(
+        self, space: Space, flight: Flight, cause: Counter, *, urgent: bool, retries: int | None = None
+    ) -> SourceError | None:
+        """Read, and place what has come; return why that failed. The flight has landed then, in any case."""
+        try:
+            data = await self._read(flight.offset, flight.end - flight.start, urgent=urgent, retries=retries)
+            if not space.is_gone and not space.closing:
+                self._place(space, flight, data, cause)
+        except SourceError as error:
+            return error
+        except Exception as error:
+            log.exception("%r could not be placed", flight)
+            reason = f"{type(error).__name__}: {error}"
+            return SourceError(repr(self.source), flight.offset, flight.end - flight.start, reason)
+        finally:
+            space.land(flight)
+        return None
 
     def _place(self, space: Space, flight: Flight, data: Any, cause: Counter) -> None:
         length = flight.end - flight.start
@@ -323,40 +337,54 @@ class SourceServer:
             if sum(piece.left for piece in shown) < length:  # the layout has changed meanwhile
                 space.readahead.forget(flight.offset, flight.offset + length)
             runs = shown
-        if runs:
-            space.settle(runs)
+        # Counted first: whoever has the page may kill this process before it goes on, and that is no vain life.
         count = len(flight.wanted)
         self._words[_PAGES_FAULT] += count
         self._words[cause] += length // space.page_size - count
+        if runs:
+            space.settle(runs)
         if count:
             space.record_latency(flight.began_ns, count)
 
     async def _rescue(self, space: Space, flight: Flight, error: SourceError, cause: Counter) -> None:
-        """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison."""
-        page = space.page_size
-        for address in sorted(flight.wanted):
-            offset = flight.offset + address - flight.start
-            failure: SourceError = error
-            if flight.end - flight.start > page:
-                single = Flight(address, address + page, offset, flight.began_ns, flight.generation)
-                single.wanted.add(address)
-                space.take_off(single)
-                try:
-                    data = await self._read(offset, page, urgent=True)
-                    if not space.is_gone and not space.closing:
-                        self._place(space, single, data, cause)
-                    continue
-                except SourceError as again:
-                    failure = again
-                finally:
-                    space.land(single)
-            self._words[Counter.SOURCE_ERRORS] += 1
-            space.report(failure)  # said before the poison, which may end the toucher's process at once
-            if not space.is_gone and not space.closing:
-                for piece in space.valid(Run(Op.POISON, address, offset, page)):
-                    space.poison([piece.dst])
+        """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison.
 
-    async def _read(self, offset: int, length: int, *, urgent: bool) -> Any:
+        All at once, as far as the gate allows, and without further tries where the source does not answer at all: so
+        that the last of many who wait does not wait for as many timeouts.
+        """
+        page = space.page_size
+        retries = 0 if isinstance(error, SourceTimeoutError) else None
+        if flight.end - flight.start == page:
+            if flight.wanted:
+                self._fail(space, flight.start, flight.offset, error)
+            return
+        singles = []
+        for address in sorted(flight.wanted):
+            single = Flight(
+                address, address + page, flight.offset + address - flight.start, flight.began_ns, flight.generation
+            )
+            single.wanted.add(address)
+            space.take_off(single)
+            single.done = self._spawn(self._fly_alone(space, single, cause, retries))
+            singles.append(single.done)
+        if singles:
+            await asyncio.wait(singles)
+
+    async def _fly_alone(self, space: Space, flight: Flight, cause: Counter, retries: int | None) -> None:
+        failure = await self._carry(space, flight, cause, urgent=True, retries=retries)
+        if failure is not None:
+            self._fail(space, flight.start, flight.offset, failure)
+
+    def _fail(self, space: Space, address: int, offset: int, failure: SourceError) -> None:
+        """A page cannot be had."""
+        if space.is_gone or space.closing:
+            return
+        self._words[Counter.SOURCE_ERRORS] += 1
+        space.report(failure)  # said before the poison, which may end the toucher's process at once
+        for piece in space.valid(Run(Op.POISON, address, offset, space.page_size)):
+            space.poison([piece.dst])
+
+    async def _read(self, offset: int, length: int, *, urgent: bool, retries: int | None = None) -> Any:
         """Read from the source: bounded, timed, retried. Raises SourceError when all that is used up."""
         length = min(length, self._size - offset)
         words = self._words
@@ -365,19 +393,22 @@ class SourceServer:
         words[_IN_FLIGHT] += 1
         words[_BYTES_IN_FLIGHT] += length
         try:
-            return await self._persist(offset, length)
+            return await self._persist(offset, length, self._retries if retries is None else retries)
         finally:
             words[_IN_FLIGHT] -= 1
             words[_BYTES_IN_FLIGHT] -= length
             self.gate.leave(length)
 
-    async def _persist(self, offset: int, length: int) -> Any:
+    async def _persist(self, offset: int, length: int, retries: int) -> Any:
         tries = 0
         while True:
             try:
                 with self._deadlines:
                     data = await self.source.read(offset, length)
-                got = memoryview(data).nbytes
+                view = memoryview(data)
+                got = view.nbytes
+                if not view.c_contiguous:
+                    raise TypeError("what it gave does not lie in one piece")  # noqa: TRY301 - as if it had raised
             except SourceTimeoutError as error:
                 failure: SourceError = error
             except SourceError:
@@ -386,7 +417,11 @@ class SourceServer:
                 reason = f"no answer in {self._deadlines.seconds} s"
                 failure = SourceTimeoutError(repr(self.source), offset, length, reason)
                 failure.__cause__ = error
-            except Exception as error:  # noqa: BLE001 - whatever a source raises fails the pages, not the pager
+            except (Exception, asyncio.CancelledError, SystemExit) as error:
+                # Whatever a source raises fails the pages, not the pager: also the cancelation of something that it
+                # has waited for, as long as nobody has canceled us.
+                if canceled_from_outside(error):
+                    raise
                 failure = SourceError(repr(self.source), offset, length, f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
             else:
@@ -397,7 +432,7 @@ class SourceServer:
                     repr(self.source), offset, length, f"gave {got} bytes of {length}; it says that it has {self._size}"
                 )
             tries += 1
-            if tries > self._retries:
+            if tries > retries:
                 raise failure
             self._words[Counter.SOURCE_RETRIES] += 1
             # Full jitter: clients that failed together do not come back together.
@@ -427,32 +462,28 @@ class SourceServer:
 
         runs: list[Run] = []
         size = 0
-        try:
-            for offset, length in ranges:
-                for flight in self._approach(space, offset, length, runs, cause):
-                    flight.errors = errors
-                    await bound.acquire()
-                    assert flight.done is not None
-                    pending.add(flight.done)
-                    flight.done.add_done_callback(landed)
-                size += length
-                if errors or space.is_gone or space.closing:
-                    break
-                if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
-                    if runs:
-                        space.settle(runs)
-                    runs, size = [], 0
-                    await asyncio.sleep(0)  # faults first
-            if runs and not space.is_gone and not space.closing:
-                space.settle(runs)
-            while pending:
-                await asyncio.wait(pending)
-            if not errors:
-                await space.quiet()
-        except asyncio.CancelledError:
-            for task in pending:
-                task.cancel()
-            raise
+        # Not undone by canceling: threads may have joined what is under way.
+        for offset, length in ranges:
+            for flight in self._approach(space, offset, length, runs, cause):
+                flight.errors = errors
+                await bound.acquire()
+                assert flight.done is not None
+                pending.add(flight.done)
+                flight.done.add_done_callback(landed)
+            size += length
+            if errors or space.is_gone or space.closing:
+                break
+            if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
+                if runs:
+                    space.settle(runs)
+                runs, size = [], 0
+                await asyncio.sleep(0)  # faults first
+        if runs and not space.is_gone and not space.closing:
+            space.settle(runs)
+        while pending:
+            await asyncio.wait(pending)
+        if not errors:
+            await space.quiet()
         if errors:
             raise errors[0]
         space.require_served()
@@ -478,10 +509,6 @@ class SourceServer:
 
     def failed(self, space: Space, run: Run, number: int) -> None:
         """The kernel refused a run: a truncated file behind a mapping (EFAULT), no memory (ENOMEM)."""
-        if number == errno.ENOMEM:
-            # Memory may come back: try again with what is deferred, which is on a timer.
-            space.defer(run)
-            return
         if number == errno.EFAULT:
             error: SourceError = ShortReadError(
                 repr(self.source), run.offset, run.left, "its bytes are there no longer: was the file truncated?"
@@ -501,9 +528,7 @@ class SourceServer:
 
     async def aclose(self) -> None:
         """Cancel what is under way and close the source."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_of(self._tasks)
         self._deadlines.close()
         close = getattr(self.source, "aclose", None)
         if close is not None:
@@ -527,6 +552,12 @@ def _spared(space: Space, address: int, length: int) -> list[tuple[int, int]]:
     if begin is not None:
         parts.append((begin, address + length - begin))
     return parts
+
+
+def _holds(data: Any, length: int) -> bool:
+    """Tell whether a buffer is of this length, and in one piece: its address is what is copied from."""
+    view = memoryview(data)
+    return view.nbytes == length and view.c_contiguous
 
 
 def _whole_pages(data: Any, available: int, length: int) -> tuple[Any, int]:

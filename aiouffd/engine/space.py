@@ -19,12 +19,12 @@ import mmap
 import operator
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.resolver import Op, Resolver, Run, merge
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, operation_error
+from aiouffd.errors import ClosedError, PagerError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.memory import address_of, zeros
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["COUNTER_OF_EVENT", "FaultServer", "Flight", "Space"]
+__all__ = ["COUNTER_OF_EVENT", "FaultServer", "Flight", "Space", "canceled_from_outside", "end_of"]
 
 log = logging.getLogger("aiouffd")
 
@@ -58,10 +58,14 @@ COUNTER_OF_EVENT = {
     abi.EVENT_UNMAP: int(Counter.UNMAPS),
 }
 _EAGAIN = -errno.EAGAIN
+_PUT_OFF = (_EAGAIN, -errno.ENOMEM)
 _STUCK_NS = 5_000_000_000
 """After so long a deferred run is reported. A failed mremap can leave EAGAIN for ever on kernels before mid-2026."""
 _STUCK_AGAIN_NS = 60_000_000_000
+_NO_MEMORY_NS = 30_000_000_000
+"""For so long ENOMEM is taken for a shortage that passes."""
 _TURN = 0.001
+_FAREWELL = 2.0
 _MINOR_AROUND = 64 << 10
 _FIRST = 64 << 10  # of a window, before its toucher goes on
 _MOST = 2 << 20
@@ -95,6 +99,9 @@ class Flight:
         self.done: asyncio.Task[None] | None = None
         self.errors: list[UffdError] | None = None
 
+    def __repr__(self) -> str:
+        return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"
+
 
 class FaultServer(Protocol):
     """Who brings the pages of a space: see `source_server` and `handler`."""
@@ -126,6 +133,23 @@ class FaultServer(Protocol):
 
     def closed(self, space: Space) -> None:
         """Take note that the space is gone."""
+
+
+def canceled_from_outside(error: BaseException) -> bool:
+    """Tell whether this is the cancelation of the task that runs, and none that it has come upon."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
+
+
+async def end_of(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for their end; for those that do not let themselves be canceled, not for ever."""
+    waiting = list(tasks)
+    for task in waiting:
+        task.cancel()
+    if waiting:
+        _, left = await asyncio.wait(waiting, timeout=_FAREWELL)
+        if left:
+            log.error("%d reads or handlers were canceled and go on: they are left alone", len(left))
 
 
 class Space:
@@ -179,7 +203,7 @@ class Space:
         self.is_gone = False
         self.closing = False
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
-        self.deferred: list[tuple[Run, bool, int]] = []  # run, wake, since when
+        self.deferred: list[tuple[Run, int, int]] = []  # run, since when, when it is reported
         self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
         self.replayed = 0  # pages of a trace that have been brought
         self.filled = 0  # bytes of the background fill that have been brought
@@ -240,11 +264,13 @@ class Space:
     def _serve(self, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         try:
             self.server.serve(self, faults, began_ns)
-        except Exception:
+        except Exception as error:
             # A defect of ours, or of a source's `locate` or `read_nowait`: it costs these pages, and no hang.
             log.exception(
                 "faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults)
             )
+            self._words[Counter.SOURCE_ERRORS] += 1
+            self.report(PagerError(f"the page at {faults[0][0]:#x} could not be served: {error!r}"))
             self.poison(page for page, _, _ in faults if page not in self.flights)
 
     def _join(self, page: int) -> None:
@@ -262,9 +288,9 @@ class Space:
         # The neighbours that the file has are mapped as well; the kernel stops at the first that it has not.
         block = max(self.page_size, min(_MINOR_AROUND, self.readahead.limit))
         length = min(block - (first + page - start) % block, end - page) if first >= 0 else 0
-        if length > self.page_size and self.uffd.try_continue(page, length, self.resolver.mode) > 0:
-            self._words[Counter.CONTINUES] += 1
-        else:
+        if length > self.page_size:
+            self._words[Counter.CONTINUES] += 1  # first: its toucher may kill this process before it goes on
+        if length <= self.page_size or self.uffd.try_continue(page, length, self.resolver.mode) <= 0:
             self.settle([self.run(Op.CONTINUE, page)])
 
     def run(self, op: int, page: int) -> Run:
@@ -344,7 +370,7 @@ class Space:
         if self.deferred:
             for run, _, _ in self.deferred:
                 self._forget(run.offset, run.left)
-            self.deferred = [(piece, wake, since) for run, wake, since in self.deferred for piece in self.valid(run)]
+            self.deferred = [(piece, since, due) for run, since, due in self.deferred for piece in self.valid(run)]
         if self.later:
             for run in self.later:
                 self._forget(run.offset, run.left)
@@ -401,22 +427,27 @@ class Space:
             for run in runs:
                 self._settle(run, wake=True)
             return
-        for run in runs:
-            self._settle(run, wake=False)
-        self.resolver.wake(low, high - low)
+        ranges = [(run.dst, run.left) for run in runs]
+        if all([self._settle(run, wake=False) for run in runs]):  # noqa: C419 - each of them
+            self.resolver.wake(low, high - low)
+            return
+        # Who waits for what was put off must not be woken: he would fault anew, and that would be put off again.
+        for (start, length), run in zip(ranges, runs, strict=True):
+            if length > run.left:
+                self.resolver.wake(start, length - run.left)
 
-    def _settle(self, run: Run, *, wake: bool) -> None:
+    def _settle(self, run: Run, *, wake: bool) -> bool:
+        """Settle a run, or put it off; tell whether it is settled."""
         result = self.resolver.settle(run, wake=wake)
         if result == 0:
-            return
-        if result == _EAGAIN:
-            # Without this run's WAKE its sleepers would be let go by the batch's, fault anew, and be joined by
-            # nobody; with it they are woken when it is done.
+            return True
+        if result in _PUT_OFF:
             self.defer(run)
         elif result == -errno.ESRCH:
             self.gone()
         else:
             self._refused(run, -result)
+        return False
 
     def _refused(self, run: Run, number: int) -> None:
         """Have the server decide on what the kernel refused for good; for a refused POISON there is only waiting."""
@@ -494,8 +525,14 @@ class Space:
 
     def defer(self, run: Run) -> None:
         """Put a run off until `retry`; it wakes its sleepers then."""
+        if any(
+            run.op == other.op and other.dst <= run.dst and run.dst + run.left <= other.dst + other.left
+            for other, _, _ in self.deferred
+        ):
+            return  # its toucher has faulted anew, because of a signal or of another's WAKE
         self._words[_DEFERRED] += 1
-        self.deferred.append((run, True, perf_counter_ns()))
+        now = perf_counter_ns()
+        self.deferred.append((run, now, now + _STUCK_NS))
         if self.on_deferred is not None:
             self.on_deferred()
 
@@ -503,20 +540,25 @@ class Space:
         """Try the deferred runs again: call after reading events, and on a timer."""
         runs, self.deferred = self.deferred, []
         now = perf_counter_ns()
-        for run, wake, since in runs:
+        for run, since, due in runs:
             if self.is_gone:
                 return
-            result = self.resolver.settle(run, wake=wake)
+            result = self.resolver.settle(run, wake=True)
             if result == _EAGAIN:
-                if now - since > _STUCK_NS:
+                if now > due:
                     # Not even POISON is accepted in this state. So whoever owns the memory is told, and may leave.
                     self.server.stalled(self, run)
-                    since = now + _STUCK_AGAIN_NS  # noqa: PLW2901 - said once per interval
-                self.deferred.append((run, wake, since))
+                    due = now + _STUCK_AGAIN_NS  # noqa: PLW2901 - said once per interval
+                self.deferred.append((run, since, due))
+            elif result == -errno.ENOMEM and now - since < _NO_MEMORY_NS:
+                if now > due:
+                    self.report(operation_error(run.name, run.dst, run.left, errno.ENOMEM))
+                    due = now + _STUCK_AGAIN_NS  # noqa: PLW2901 - as above
+                self.deferred.append((run, since, due))
             elif result == -errno.ESRCH:
                 self.gone()
             elif result != 0 and run.op == Op.POISON:
-                self.deferred.append((run, wake, since))  # it was told when it was refused first
+                self.deferred.append((run, since, due))  # it was told when it was refused first
             elif result != 0:
                 self.server.failed(self, run, -result)
 
@@ -564,13 +606,17 @@ class Space:
         for mapping in self.mappings:
             self.resolver.wake(mapping.start, mapping.end - mapping.start)
 
-    def settled(self, page: int) -> bool:
+    def settled(self, page: int) -> bool | None:
         """Tell whether a page is there already, and wake its sleepers if so; **poison it** if not.
 
         The kernel has no question that only asks: this is for pages that have failed if they are not there. Their
-        sleepers are left asleep, so that the failure can be told before `poison` lets them go.
+        sleepers are left asleep, so that the failure can be told before `poison` lets them go. None: it does not say
+        now, since the layout is changing.
         """
-        if self.uffd.try_poison(page, self.page_size, 1) != -errno.EEXIST:
+        result = self.uffd.try_poison(page, self.page_size, 1)
+        if result == _EAGAIN:
+            return None
+        if result != -errno.EEXIST:
             return False
         self.resolver.wake(page, self.page_size)
         return True
@@ -599,6 +645,9 @@ class Space:
     def close(self) -> None:
         """Close the descriptor and forget everything."""
         self.closing = True
+        for flight in set(self.flights.values()):  # others wait for the room that they take
+            if flight.done is not None:
+                flight.done.cancel()
         self.flights.clear()
         self.deferred.clear()
         self.later.clear()
