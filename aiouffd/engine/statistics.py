@@ -137,10 +137,12 @@ class Counters:
         self.words = memoryview(bytearray(SIZE) if memory is None else memory)[:SIZE].cast("B").cast("Q")
 
     def progress(self) -> int:
-        """Return a number that is another one whenever a fault has been resolved, in whatever way."""
+        """Return a number that is another one whenever a thread that waited has been let go, in whatever way."""
         words = self.words
+        pages = sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1])
         others = (Counter.PAGES_POISONED, Counter.CONTINUES, Counter.UNPROTECTS)
-        return sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1]) + sum(words[at] for at in others)
+        # Whoever forks, moves, empties or unmaps memory sleeps until that has been read.
+        return pages + sum(words[at] for at in others) + sum(words[Counter.FORKS : Counter.UNMAPS + 1])
 
     def snapshot(self) -> Statistics:
         """Read all words. Each is exact; between two of them the engine may have gone on."""

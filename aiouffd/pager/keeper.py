@@ -48,6 +48,9 @@ DEATHS = 5
 ORPHANED = 1.0
 """The same, where the process that has started the pager is gone: nobody is left who would want to know."""
 
+CALM = 60.0
+"""A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
+
 _TICK = 1.0
 _CLONE_PAUSE = 0.5
 _LOOK = 0.5  # seconds between looks whether the processes are still there
@@ -103,12 +106,14 @@ def run(journal: Journal, connection: socket.socket) -> int:
             continue
         if pid == 0:
             _work(journal, connection)
+        began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
         status = _wait(pid, journal)
+        calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return 0
         resolved = journal.counters.progress()
-        deaths = 1 if resolved != progress else deaths + 1
+        deaths = 1 if resolved != progress or calm else deaths + 1
         progress = resolved
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         log.warning("the worker (pid %d) died (%s) and is replaced", pid, reason)

@@ -442,6 +442,28 @@ def only_minor() -> None:
         assert monitor.statistics().restarts == 8
 
 
+def only_layout() -> None:
+    """Scenario: no page is missing; a worker dies behind each change of the layout."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
+        monitor.prefetch_sync(0, SIZE)
+        for page in range(8):
+            worker = monitor.pids[1]
+            region.madvise(4, page * PAGE, PAGE)  # MADV_DONTNEED
+            os.kill(worker, signal.SIGKILL)
+            end = time.monotonic() + 10
+            while monitor.pids[1] == worker and time.monotonic() < end:
+                monitor.check()
+                time.sleep(0.001)
+        assert peek(region.address + 7 * PAGE) == bytes(8)
+        monitor.check()
+
+
+def test_layout_events_are_progress() -> None:
+    """Whoever empties memory waits until that is read: eight deaths with one between each two give nothing up."""
+    play(only_layout)
+
+
 def test_minor_faults_are_progress() -> None:
     """Eight deaths with a page mapped between each two of them give nothing up."""
     play(only_minor)
