@@ -41,7 +41,9 @@ log = logging.getLogger("aiouffd.keeper")
 BLOCKED = 3.0
 """Seconds without a turn of the worker's loop, until that is reported."""
 HOPELESS = 20.0
-"""Seconds without a turn of the worker's loop, until the worker is killed, and so replaced."""
+"""Seconds without a turn of the worker's loop, until what blocks it is interrupted."""
+GRACE = 3.0
+"""Seconds more, until the worker is killed, and so replaced."""
 DEATHS = 5
 """So many deaths with no fault resolved between them are enough."""
 
@@ -123,7 +125,7 @@ def run(journal: Journal, connection: socket.socket) -> int:
 
 
 def _wait(pid: int, journal: Journal) -> int:
-    """Wait for the worker's end; a worker whose loop does not turn any more is told to say where it is, then killed.
+    """Wait for the worker's end; one whose loop does not turn is told to say where, to stop that, and killed.
 
     What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup, a
     machine that was suspended) the worker has missed nothing.
@@ -132,14 +134,14 @@ def _wait(pid: int, journal: Journal) -> int:
     pidfd = os.pidfd_open(pid)
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    beat, still, warned = -1, 0.0, False
+    beat, still, warned, interrupted = -1, 0.0, False, False
     last = time.monotonic()
     try:
         while not poller.poll(_TICK * 1000):
             now = time.monotonic()
             passed, last = min(now - last, 2 * _TICK), now
             if words[Counter.HEARTBEAT] != beat:
-                beat, still, warned = words[Counter.HEARTBEAT], 0.0, False
+                beat, still, warned, interrupted = words[Counter.HEARTBEAT], 0.0, False, False
                 continue
             still += passed
             state = _state_of(pid)
@@ -148,7 +150,10 @@ def _wait(pid: int, journal: Journal) -> int:
             if still > BLOCKED and not warned:
                 warned = True
                 _say_blocked(pid, still, state)
-            elif still > HOPELESS or (still > ORPHANED and _orphaned(journal)):
+            elif still > HOPELESS and not interrupted:
+                interrupted = True
+                os.kill(pid, signal.SIGUSR2)
+            elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(journal)):
                 log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
                 os.kill(pid, signal.SIGKILL)
     finally:

@@ -20,11 +20,12 @@ import uvloop
 from aiouffd.engine.ahead import bring_ahead, bring_early, complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.handler import Handler
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.space import COUNTER_OF_EVENT, Space
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, PagerStartError, UffdError, encode_error
+from aiouffd.errors import ClosedError, PagerStartError, SourceError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.handler import HandlerServer
     from aiouffd.engine.source_server import SourceServer
+    from aiouffd.engine.space import Flight
     from aiouffd.pager.journal import Journal
 
 __all__ = ["descriptors", "run"]
@@ -49,13 +51,17 @@ _FAREWELL = 0.5
 
 def run(journal: Journal, connection: socket.socket) -> None:
     """Serve until nobody is left to be served."""
-    faulthandler.register(signal.SIGUSR1)  # the keeper asks for it when the loop does not turn
+    worker = _Worker(journal, connection)
+    # The keeper asks for these when the loop does not turn. A handler of Python's runs also where time.sleep() blocks.
+    signal.signal(signal.SIGUSR1, worker.say_what_blocks)
+    faulthandler.register(signal.SIGUSR1, chain=True)
+    signal.signal(signal.SIGUSR2, worker.interrupt_what_blocks)
     gc.freeze()  # what the keeper made lives as long as the worker does
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.run_until_complete(_Worker(journal, connection).main())
+    loop.run_until_complete(worker.main())
 
 
 def descriptors(journal: Journal) -> set[int]:
@@ -495,6 +501,31 @@ class _Worker:
                 self.save()
                 close_all(numbers(state))
                 return False
+
+    # What blocks the loop
+
+    def blocked(self) -> tuple[Any, Flight] | None:
+        """Return the source or handler that runs just now, and what it was given."""
+        task = asyncio.current_task()
+        for space in self.dispatcher.spaces.values() if task is not None else ():
+            for flight in space.flights.values():
+                if flight.done is task:
+                    return self.tenancies[space.identity].origin.service.origin, flight
+        return None
+
+    def say_what_blocks(self, *_: object) -> None:
+        """Signal handler."""
+        if (found := self.blocked()) is not None:
+            log.error("%r blocks the event loop; it was given %r", *found)
+
+    def interrupt_what_blocks(self, *_: object) -> None:
+        """Signal handler: raises where the source or handler is, so that its page fails, and no other."""
+        if (found := self.blocked()) is not None:
+            origin, flight = found
+            reason = "it has blocked the event loop, and was interrupted"
+            if isinstance(origin, Handler):
+                raise RuntimeError(reason)
+            raise SourceError(repr(origin), flight.offset, flight.end - flight.start, reason)
 
     # What happens
 

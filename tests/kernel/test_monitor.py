@@ -783,7 +783,10 @@ class Blocking(aiouffd.Handler):
         """Sleep without await."""
         if fault.offset == PAGE:
             time.sleep(5)  # noqa: ASYNC251 - blocks the loop on purpose
+        if fault.offset == 3 * PAGE:
+            time.sleep(1000)  # noqa: ASYNC251 - as above
         if fault.offset == 2 * PAGE:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             while True:  # with the GIL held
                 ctypes.PyDLL(None).sleep(1000)
         batch.copy(fault.page, content(fault.offset, PAGE))
@@ -794,7 +797,7 @@ def blocking_handler() -> None:
     region = aiouffd.Region(1 << 20)
     with aiouffd.Monitor(region, Blocking()):
         assert region[PAGE] == 2
-        assert region[3 * PAGE] == 4
+        assert region[4 * PAGE] == 5
 
 
 def test_a_handler_that_blocks_its_loop_is_found() -> None:
@@ -802,12 +805,33 @@ def test_a_handler_that_blocks_its_loop_is_found() -> None:
     _, errors = play(blocking_handler)
     assert "has not turned" in errors
     assert "pagefault" in errors
+    assert re.search(r"Blocking .*blocks the event loop; it was given .* of 0x1000", errors)
+
+
+def interrupted_handler() -> None:
+    """Scenario."""
+    libc = ctypes.CDLL(None)
+    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    _, write = os.pipe()
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, Blocking()) as monitor:
+        assert libc.write(write, region.address + 3 * PAGE, 1) == -1
+        with pytest.raises(aiouffd.HandlerError, match="has blocked the event loop"):
+            next_error(monitor)
+        assert region[4 * PAGE] == 5
+        assert monitor.statistics().restarts == 0
+
+
+@pytest.mark.nightly
+def test_a_handler_that_blocks_for_ever_is_interrupted() -> None:
+    """Its page is poisoned, the error says why, and the worker lives."""
+    play(interrupted_handler, deadline=60)
 
 
 @pytest.mark.nightly
 def test_a_loop_that_never_turns_again_is_replaced() -> None:
     """Killed and replaced until five have died over the same fault: then its toucher gets SIGBUS."""
-    _, errors = play(hopeless_handler, status=-signal.SIGBUS, deadline=150)
+    _, errors = play(hopeless_handler, status=-signal.SIGBUS, deadline=200)
     assert "is killed" in errors
     assert "given up" in errors or "died with no fault resolved" in errors
 
