@@ -183,6 +183,35 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
         assert world.uffd.pages[page] in (expected, POISONED)
 
 
+_ends = st.sampled_from([-errno.ESRCH, -errno.ENOSPC])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(_step, max_size=30), st.lists(_errnos, max_size=6), _ends, st.sampled_from([0, 64 << 10]))
+def test_whatever_was_answered_before_the_process_ends(
+    steps: list[tuple[Any, ...]], before: list[int], end: int, readahead: int
+) -> None:
+    """ESRCH (ENOSPC of old) at any moment: the space is gone, once, and owes nobody anything."""
+    world = World(readahead, located=True)
+    told: list[Space] = []
+    world.space.on_gone = told.append
+    for name, *arguments in steps:
+        if name == "fail":
+            continue
+        world.space.retry() if name == "retry" else getattr(world, name)(*arguments)
+    world.uffd.failures.extend([*before, *[end] * 1000])
+    for page in range(PAGES):
+        world.touch(page, page)
+    for _ in range(50):
+        world.deliver(64)
+        world.space.retry()
+    if len(world.uffd.failures) < 1000:  # any was asked for
+        assert told == [world.space]
+        assert not world.space.deferred
+        assert not world.space.later
+        assert not world.space.flights
+
+
 _messages = st.lists(
     st.one_of(
         st.binary(min_size=32, max_size=32),
