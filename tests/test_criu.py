@@ -309,17 +309,17 @@ def survives(steps: list[bytes | str]) -> None:
     assert descriptors() == before
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=5_000, deadline=None)
 @given(_steps)
 def test_any_client_is_survived(steps: list[bytes | str]) -> None:
-    """1,000 of them."""
+    """5,000 of them."""
     survives(steps)
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
-@settings(max_examples=20_000, deadline=None)
+@pytest.mark.timeout(1800)
+@settings(max_examples=100_000, deadline=None)
 @given(_steps)
 def test_any_client_is_survived_at_length(steps: list[bytes | str]) -> None:
-    """20,000 of them."""
+    """100,000 of them."""
     survives(steps)

@@ -120,6 +120,7 @@ _value = st.one_of(
 _region = st.dictionaries(st.sampled_from([*GOOD, "page_size_kib", "aiouffd", "x"]), _value)
 
 
+@settings(max_examples=1_000, deadline=None)
 @given(st.one_of(st.binary(max_size=200), st.lists(_region, max_size=6).map(lambda items: json.dumps(items).encode())))
 def test_any_bytes(data: bytes) -> None:
     """Either a ValueError, or regions that are aligned, disjoint and within any address space."""

@@ -829,6 +829,7 @@ def test_a_handler_that_blocks_for_ever_is_interrupted() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(250)
 def test_a_loop_that_never_turns_again_is_replaced() -> None:
     """Killed and replaced until five have died over the same fault: then its toucher gets SIGBUS."""
     _, errors = play(hopeless_handler, status=-signal.SIGBUS, deadline=200)
