@@ -337,6 +337,47 @@ def test_the_worker_serves_on_until_another_keeper_can_be_started() -> None:
     play(no_process_can_be_started)
 
 
+class SlowToBuild(Pattern):
+    """Takes two seconds to arrive in a pager, as what has to be imported there does."""
+
+    def __reduce__(self) -> Any:
+        return built_slowly, (self.size,)
+
+
+def built_slowly(size: int) -> Pattern:
+    """Rebuild a source."""
+    time.sleep(2)
+    return Pattern(size)
+
+
+def a_slow_successor() -> None:
+    """Scenario: touch and empty memory all the time while a successor is being built."""
+    region = aiouffd.Region(64 * SIZE)
+    with aiouffd.Monitor(region, SlowToBuild(64 * SIZE), readahead=0) as monitor:
+        keeper, worker = monitor.pids
+        kill(keeper)
+        page, worst, since = 0, 0.0, 0.0
+        while not since or time.monotonic() - since < 0.5:
+            if not since and worker not in monitor.pids:
+                since = time.monotonic()
+            before = time.monotonic()
+            assert peek(region.address + page * PAGE) == word(page)
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+            worst = max(worst, time.monotonic() - before)
+            page += 1
+            time.sleep(0.001)
+        assert keeper not in monitor.pids
+        assert page > 500
+        assert worst < 0.5, worst
+        assert all(peek(region.address + number * PAGE) == bytes(8) for number in range(page))
+        monitor.check()
+
+
+def test_the_predecessor_serves_while_its_successor_is_built() -> None:
+    """Nobody waits for what the successor has to import; what was emptied meanwhile stays empty."""
+    play(a_slow_successor, deadline=40)
+
+
 def prefetches_while_keepers_die() -> None:
     """Scenario: a prefetch is asked for at every moment of a handover."""
     region = aiouffd.Region(64 * SIZE)
