@@ -162,8 +162,8 @@ def test_readme_commands_do_all_the_setup() -> None:
 def test_readme_snippets_run(tmp_path: Path) -> None:
     """The quick start's blocks, put into a program with a local file in place of the URL."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
-    opened, monitored, handler, ahead, writes, kernel = blocks
+    assert len(blocks) == 7
+    opened, monitored, handler, ahead, writes, in_thread, kernel = blocks
     weights = tmp_path / "weights.bin"
     weights.write_bytes(bytes(range(256)) * (1 << 20))
     indented = "\n".join("    " + line for line in monitored.splitlines() if "wait_error" not in line)
@@ -178,6 +178,13 @@ def test_readme_snippets_run(tmp_path: Path) -> None:
             "    assert region[255] == 255",
             "    region = aiouffd.Region(1 << 20)",
             "    async with aiouffd.Monitor(region, Tracing()): assert region[9 * 4096] == 9",
+            "asyncio.run(main())",
+            "import os",
+            f"source = aiouffd.FileSource({str(weights)!r})",
+            "async def main():",
+            "    region, fd = aiouffd.Region(source.size), os.memfd_create('out')",
+            *("    " + line.replace("123_456_789", "456_789") for line in in_thread.splitlines()),
+            "    assert os.pread(fd, 4096, 0) == bytes(range(256)) * 16",
             "asyncio.run(main())",
             f"source = aiouffd.FileSource({str(weights)!r})",
             re.sub("^with", "region = aiouffd.Region(1 << 20)\nwith", ahead, flags=re.MULTILINE).replace(

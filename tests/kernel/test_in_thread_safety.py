@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import fcntl
 import gc
+import logging
 import mmap
 import os
 import re
@@ -288,9 +289,22 @@ def test_sigbus_is_given_back() -> None:
     play(given_back)
 
 
+class Telling(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, and counts."""
+
+    times = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write first."""
+        super().emit(record)
+        self.times += 1
+
+
 def taken(how: int) -> None:
     """Scenario: another library takes SIGBUS while a Monitor has it."""
     library = touchers.free()
+    told = Telling()
+    logging.getLogger("aiouffd").addHandler(told)
     with served(near()) as monitor, served(Slow(SIZE)) as other:
         assert monitor.region[0] == 1
         ours = library.sigbus()
@@ -299,7 +313,7 @@ def taken(how: int) -> None:
         else:
             faulthandler.disable()
             faulthandler.enable()
-        eventually(library.sigbus, ours)
+        eventually(lambda: library.sigbus() == ours and told.times > 0, True)
         assert monitor.region[PAGE] == 2
         assert other.region[PAGE] == 2
         assert library.times_called() == 0
