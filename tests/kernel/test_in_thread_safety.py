@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import errno
 import faulthandler
 import fcntl
 import gc
@@ -82,15 +81,14 @@ def real_sigbus() -> mmap.mmap:
 
 def errno_scenario() -> None:
     """Scenario."""
-    for source in (near(), Slow(SIZE)):
+    for source in (near(), Slow(SIZE, 0.25)):
         with served(source) as monitor:
-            for page in range(20):
+            for page in range(4):
                 assert touchers.free().errno_after(monitor.region.address + page * PAGE) == 1234
-    assert errno.EAGAIN  # the one that it would be
 
 
 def test_errno_is_kept() -> None:
-    """Through an ioctl that fails (EEXIST), a write, and a futex."""
+    """Through a futex that times out, among others."""
     play(errno_scenario)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pattern import PAGE, Pattern, Slow, Touchers, peek, word
-from scenario import play
+from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from scenario import eventually, play
 
 import aiouffd
 from aiouffd.engine import layout
@@ -79,33 +79,43 @@ def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool) -> Non
     play(emptied, mode, far, deadline=60)
 
 
-def in_between(mode: str) -> None:
-    """Scenario: a thread touches just when the system call is done, and the engine does not know yet."""
+def in_between(mode: str, kind: str) -> None:
+    """Scenario: a page is touched, or comes, just when the system call is done and the engine does not know yet."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
         engine: Any = monitor._engine
         real, touching = engine.removed, []
 
-        def removed(start: int, length: int) -> None:
+        def touch() -> None:
             touching.append(Touchers(region.address, [[3]], may_be_zero=True))
-            time.sleep(0.2)  # as long as it may take until the engine has heard of it
+
+        def removed(start: int, length: int) -> None:
+            if kind != "under way":
+                touch()
+            time.sleep(0.3)  # as long as it may take until the engine has heard of it
             assert touching[0].alive
             real(start, length)
 
         engine.removed = removed
-        assert peek(region.address + 3 * PAGE) == word(3)
+        if kind == "under way":
+            touch()
+            eventually(lambda: monitor.statistics().in_flight, 1)
+        else:
+            assert peek(region.address + 3 * PAGE) == word(3)
         region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
         touching[0].join()
         assert peek(region.address + 3 * PAGE) == bytes(8)
         del engine.removed
 
-    beside_the_loop(mode, Pattern(SIZE), work)
+    sources = {"asked for": Pattern(SIZE), "in memory": aiouffd.BufferSource(content(0, SIZE))}
+    beside_the_loop(mode, sources.get(kind, Slow(SIZE, 0.15)), work)
 
 
+@pytest.mark.parametrize("kind", ["asked for", "in memory", "under way"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_touch_between_the_system_call_and_its_message(mode: str) -> None:
-    """It waits, and finds zeros."""
-    play(in_between, mode)
+def test_a_page_between_the_system_call_and_its_message(mode: str, kind: str) -> None:
+    """Whoever touches it waits, and finds zeros; what was on its way is not placed."""
+    play(in_between, mode, kind)
 
 
 def refused(mode: str) -> None:
