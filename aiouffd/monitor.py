@@ -78,7 +78,9 @@ class Monitor:
         stuck_warning: with `in_process` and `in_thread`: seconds that a page is waited for, while the loop does not
             run, until a message on standard error says so: its own thread waits for it, or native code keeps the GIL.
         stuck_limit: with `in_process` and `in_thread`: seconds until whoever waits gets SIGBUS, so that the process
-            ends with a traceback (faulthandler is enabled for that) instead of hanging. None: never.
+            ends with a traceback (faulthandler is enabled for that) instead of hanging. With a pager or a server:
+            seconds until the process is ended (SIGABRT) if all that serve were killed while a thread waits with the GIL
+            held, so that no others can be started; that needs the part in C. None: never.
         server: the socket of `aiouffd serve`: that serves the region, from its own source, and no pager is started.
             What a source or a pager is asked for (timeout, retries, readahead, record, ...) is the server's to say.
         server_source: which of the server's sources, where it has several.
@@ -274,6 +276,7 @@ class Monitor:
                     name=self._server_source,
                     on_error=self._failed,
                     on_lost=self._lost,
+                    stuck_limit=self._stuck_limit,
                 )
             elif self._in_thread:
                 self._engine = InThreadEngine(
@@ -295,6 +298,7 @@ class Monitor:
                     self._options,
                     on_error=self._failed,
                     on_lost=self._lost,
+                    stuck_limit=self._stuck_limit,
                 )
         except BaseException:
             self._unregister()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 TESTS = Path(__file__).parent
 
@@ -86,3 +86,19 @@ def eventually(value: Callable[[], object], expected: object, seconds: float = 1
     while (found := value()) != expected:
         assert time.monotonic() < end, f"{found!r} has not become {expected!r}"
         time.sleep(0.001)
+
+
+_KILLER = """
+import os, sys, time
+from pathlib import Path
+waits = Path(f"/proc/{os.getppid()}/wchan")
+while "userfault" not in waits.read_text():
+    time.sleep(0.002)
+for pid in sys.argv[1:]:
+    os.kill(int(pid), 9)
+"""
+
+
+def killed_when_this_thread_waits(pids: Iterable[int]) -> subprocess.Popen[bytes]:
+    """Have processes killed with -9 as soon as the main thread waits for a page; return who does it."""
+    return subprocess.Popen([sys.executable, "-c", _KILLER, *map(str, pids)])

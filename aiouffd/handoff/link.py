@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, decode_error
 from aiouffd.handoff.firecracker import encode
+from aiouffd.native.watchdog import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ class ServerEngine:
         name: what is asked for, where the server has several sources.
         on_error: called from another thread with each error that the server reports.
         on_lost: called from there when nobody serves the region any more.
+        stuck_limit: seconds until the process is ended when that happens while a thread waits for a page with the GIL
+            held; None: never.
 
     Raises:
         PagerStartError: there is no server, or it does not serve this; its reason is said.
@@ -95,6 +98,7 @@ class ServerEngine:
         name: str = "",
         on_error: Callable[[BaseException], None],
         on_lost: Callable[[], None],
+        stuck_limit: float | None = None,
     ) -> None:
         self._path = os.fspath(path)
         self._on_error = on_error
@@ -110,6 +114,7 @@ class ServerEngine:
         self._tether, tether = os.pipe2(os.O_CLOEXEC)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
+        self._watch = Watch(uffd.fileno(), stuck_limit)
         try:
             self._connection.connect(self._path)
             extra = {"version": VERSION, "name": name}
@@ -119,6 +124,7 @@ class ServerEngine:
             self._thread.start()
             taken.result(_TIMEOUT)
             self._served = True
+            self._watch.over(self._tether)
         except PermissionError as error:
             self._end()
             raise AccessError(self._path, "the server lets in its own user, and those of --allow-uid") from error
@@ -194,6 +200,7 @@ class ServerEngine:
                 poller.unregister(self._tether)
                 if not self._served:  # turned away, or left: the answer tells
                     continue
+                self._watch.close()
                 self._on_lost()  # first, so that whoever is told finds the region settled
                 self._on_error(PagerDiedError(f"the server at {self._path} and its pager have ended"))
 
@@ -224,6 +231,7 @@ class ServerEngine:
         os.write(self._wake_w, b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
+        self._watch.close()
         for future in pending.values():
             if not future.done():
                 future.set_exception(ClosedError("the Monitor has been left"))

@@ -2,8 +2,9 @@
 
 Layout: `build` compiles the C files, when aiouffd is installed; `__main__` does it by hand. `faults.c`: page faults
 resolved in the faulting thread; `faults.h` and `table.c`: the table of regions, and `faults` the same typed;
-`signal.c`: who else has SIGBUS; `common.c` and `native.h`: what they share. Here it is loaded, by ctypes, on first use.
-It may be missing: there was no C compiler. Nothing else of the package needs it.
+`signal.c`: who else has SIGBUS; `watchdog.c`, and `watchdog` the same typed: ends a process that nobody serves any
+more; `common.c` and `native.h`: what they share. Here it is loaded, by ctypes, on first use. It may be missing: there
+was no C compiler. Nothing else of the package needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 /* What the C files share. Each is compiled into the one object; only what is EXPORTed can be seen outside.
  *
  * common.c: futexes, messages on standard error, the GIL. signal.c: who else has SIGBUS. faults.h, table.c: the table of
- * regions; faults.c: what is done about a fault.
+ * regions; faults.c: what is done about a fault. watchdog.c: when nobody serves any more.
  */
 
 #ifndef AIOUFFD_NATIVE_H

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.native.watchdog import Watch
 
 __all__ = ["Pack", "PagerClient", "Tenant"]
 
@@ -105,6 +106,7 @@ class PagerClient:
         on_gone: called from there with each tenant whose process has ended.
         on_lost: called from there when no process of ours serves any more, and who waited has been let go; whoever
             has the memory settles it then. None: the thread stays, and poisons what is touched.
+        guard: over the memory of this process that is served, if it is this process's; the client's from now on.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class PagerClient:
         on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
         on_lost: Callable[[], None] | None = None,
+        guard: Watch | None = None,
     ) -> None:
+        self._guard = guard
         self._on_error = on_error
         self._on_gone = on_gone
         self._on_lost = on_lost
@@ -134,6 +138,7 @@ class PagerClient:
         self._again = 0.0  # when that is tried again; 0: not at all
         self._keeper: subprocess.Popen[bytes] | None = None
         self._is_ready = False
+        self._keeper_fd = -1  # its pidfd, while it is listened to
         self._worker_pid = 0
         self._worker = -1  # its pidfd: a number might be another process's by the time that it is used
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -229,6 +234,8 @@ class PagerClient:
         os.write(self._wake_w, b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
+        if self._guard is not None:
+            self._guard.close()
         for request in pending.values():
             _fail(request.future, ClosedError("the Monitor has been left"))
         if self._connection is not None:
@@ -284,7 +291,8 @@ class PagerClient:
         poller.register(self._wake_r, select.POLLIN)
         until = time.monotonic() + _START_TIMEOUT
         while (left := until - time.monotonic()) > 0 and not self._closing:
-            if connection.fileno() in {fd for fd, _ in poller.poll(left * 1000)}:
+            self._alive()
+            if connection.fileno() in {fd for fd, _ in poller.poll(min(left, 1.0) * 1000)}:
                 _, (journal,) = control.receive(connection)
                 return journal
             self._drain()
@@ -348,11 +356,11 @@ class PagerClient:
         assert self._keeper is not None
         while True:
             # The worker holds the socket too: only the keeper's own end tells of its death.
-            keeper = os.pidfd_open(self._keeper.pid)
+            self._keeper_fd = os.pidfd_open(self._keeper.pid)
             try:
-                self._listen(keeper)
+                self._listen(self._keeper_fd)
             finally:
-                os.close(keeper)
+                os.close(self._keeper_fd)
             if self._closing:
                 return
             if self._dead is not None:  # it was given up, and has poisoned what was touched, until now
@@ -417,6 +425,8 @@ class PagerClient:
             if self._is_ready:
                 self._resend()
             self._is_ready = True
+            if self._guard is not None and self._worker >= 0:
+                self._guard.over(self._keeper_fd, self._worker)
         elif event == "gone":
             tenant = self._tenants.get(message["token"])
             if tenant is not None:
@@ -438,7 +448,14 @@ class PagerClient:
                 with contextlib.suppress(InvalidStateError):  # canceled
                     request.future.set_result(message["ok"])
 
+    def _alive(self) -> None:
+        """Tell the guard that Python runs, and is about to have others serve."""
+        if self._guard is not None:
+            self._guard.alive()
+
     def _give_up(self, error: BaseException) -> None:
+        if self._guard is not None:
+            self._guard.close()
         with self._lock:
             self._dead = error
             pending, self._pending = self._pending, {}
@@ -454,6 +471,7 @@ class PagerClient:
         assert self._journal is not None
         assert self._keeper is not None
         assert self._connection is not None
+        self._alive()
         status = self._keeper.wait()
         resolved = self._journal.counters.progress()
         self._keepers = 1 if resolved != self._progress else self._keepers + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client import PagerClient
 from aiouffd.pager.tenant import Pack, Tenant
 
@@ -31,6 +32,8 @@ class PagerEngine:
         options: how it is served.
         on_error: called from another thread with each error that the pager reports.
         on_lost: called from there when nobody serves the region any more.
+        stuck_limit: seconds until the process is ended when keeper and worker were both killed while a thread waits for
+            a page with the GIL held, so that no others can be started; None: never.
 
     Raises:
         PagerStartError: the pager did not start, or what should serve could not travel or be rebuilt there.
@@ -46,10 +49,12 @@ class PagerEngine:
         *,
         on_error: Callable[[BaseException], None],
         on_lost: Callable[[], None],
+        stuck_limit: float | None = None,
     ) -> None:
         self._pack = Pack(service, options)
         self._tenant = Tenant(self._pack, uffd, [mapping], page_size)
-        self._client = PagerClient(on_error=lambda _, error: on_error(error), on_lost=on_lost)
+        guard = Watch(uffd.fileno(), stuck_limit)
+        self._client = PagerClient(on_error=lambda _, error: on_error(error), on_lost=on_lost, guard=guard)
         try:
             self._client.start()
             self._client.open_wait(self._tenant)

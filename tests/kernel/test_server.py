@@ -30,7 +30,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content, word
-from scenario import ended, eventually, play
+from scenario import ended, eventually, killed_when_this_thread_waits, play
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -295,6 +295,29 @@ def server_dies(path: str, pids: list[int]) -> None:
         sys.stdout.write("told\n")
         sys.stdout.flush()
         sys.stdout.write(str(region[8 * MIB]))
+
+
+def server_dies_while_the_gil_is_held(path: str, pids: list[int]) -> None:
+    """Scenario: all of the server is killed when this thread, and with it all of Python, waits for a page."""
+    region = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(region, server=path, stuck_limit=0.5):
+        assert region[0] == 1
+        os.kill(pids[2], signal.SIGSTOP)  # the worker: so that the page does not come first
+        with killed_when_this_thread_waits(pids):
+            print(region[8 * MIB])
+
+
+def test_a_server_that_is_killed_while_a_thread_waits_with_the_gil_held(image: Path, tmp_path: Path) -> None:
+    """Nothing in Python can run any more: it is said, and the process ends."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        _, errors = play(
+            server_dies_while_the_gil_is_held,
+            str(serve.path),
+            [serve.process.pid, serve.pager, serve.worker],
+            status=-signal.SIGABRT,
+        )
+        assert "waits for the page at" in errors
+        assert "in server_dies_while_the_gil_is_held" in errors
 
 
 def test_a_server_that_is_gone_altogether(image: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import ended, play
+from scenario import ended, killed_when_this_thread_waits, play
 
 import aiouffd
 from aiouffd.kernel import libc
@@ -240,6 +242,43 @@ def test_five_deaths_without_progress_end_the_waiting() -> None:
     _, errors = play(five_deaths, status=-signal.SIGBUS)
     assert "5 workers died with no fault resolved between them" in errors
     assert "poisoned" in errors
+
+
+def all_die_while_the_gil_is_held() -> None:
+    """Scenario: both are killed when this thread, and with it all of Python, waits for a page."""
+    size = 1 << 20
+    region = aiouffd.Region(size)
+    monitor = aiouffd.Monitor(region, Slow(size, 1000.0), stuck_limit=0.5).__enter__()
+    with killed_when_this_thread_waits(monitor.pids):
+        print(region[5 * PAGE])
+
+
+def test_all_are_killed_while_a_thread_waits_with_the_gil_held() -> None:
+    """Nothing in Python can run any more: it is said, and the process ends with a traceback of who touched."""
+    _, errors = play(all_die_while_the_gil_is_held, status=-signal.SIGABRT)
+    assert re.search(r"Thread \d+ waits for the page at 0x[0-9a-f]+, with the GIL held", errors), errors
+    assert "in all_die_while_the_gil_is_held" in errors, errors
+
+
+def all_die_while_python_is_busy() -> None:
+    """Scenario: native code keeps the GIL for longer than the limit, but waits for no page."""
+    size = 1 << 20
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, Pattern(size), stuck_limit=0.2) as monitor:
+        before = monitor.pids
+        for pid in before:
+            kill(pid)
+        ctypes.PyDLL(None).usleep(1_000_000)  # PyDLL: with the GIL held
+        until(lambda: not set(before) & set(monitor.pids))
+        assert region[5 * PAGE : 5 * PAGE + 8] == word(5)
+        # Another pair, another watch: nothing is ended later on.
+        assert peek(region.address + 9 * PAGE) == word(9)
+        monitor.check()
+
+
+def test_python_that_is_only_busy_is_not_ended() -> None:
+    """Nobody waits: when Python runs again, others are started."""
+    play(all_die_while_python_is_busy)
 
 
 APPLICATION = """
