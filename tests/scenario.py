@@ -6,6 +6,7 @@ fails with that signal, unless it is what the test expects.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -102,3 +103,9 @@ for pid in sys.argv[1:]:
 def killed_when_this_thread_waits(pids: Iterable[int]) -> subprocess.Popen[bytes]:
     """Have processes killed with -9 as soon as the main thread waits for a page; return who does it."""
     return subprocess.Popen([sys.executable, "-c", _KILLER, *map(str, pids)])
+
+
+def open_descriptors() -> int:
+    """Return how many descriptors this process has open, without those of objects that nobody has any more."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))

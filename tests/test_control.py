@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import open_descriptors
 
 from aiouffd import errors
 from aiouffd.pager import control
@@ -36,7 +37,7 @@ def test_a_large_message_arrives_whole() -> None:
     """Larger than a packet can be: a process of a hundred thousand mappings. No descriptor is left behind."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with left, right, Path(os.devnull).open() as beside:
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = open_descriptors()
         message = {"mappings": [[number << 12, (number + 1) << 12, number] for number in range(100_000)]}
         control.send(left, message, [beside.fileno()])
         control.send(left, {"op": "next"})
@@ -46,7 +47,7 @@ def test_a_large_message_arrives_whole() -> None:
         assert os.fstat(fds[0]).st_rdev == os.fstat(beside.fileno()).st_rdev
         os.close(fds[0])
         assert control.receive(right) == ({"op": "next"}, [])
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert open_descriptors() == before
 
 
 def test_the_end_is_told_on_both_sides() -> None:

@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import run
 from pattern import PAGE
+from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -173,11 +173,6 @@ class Wire:
         """Close both ends."""
         self.server.close()
         self.client.close()
-
-
-def open_descriptors() -> int:
-    """Count them."""
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @run

@@ -12,6 +12,7 @@ import pytest
 from criu_images import LAZY, PAGE, PARENT, PRESENT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scenario import open_descriptors
 
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.images import REMOTE, PageFlag, Run, read_task
@@ -182,7 +183,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     """A directory, a FIFO, a sparse giant: an error, no wait, no memory, no descriptor left."""
     make.write(tmp_path, PID, ENTRIES, BOUNDS, 14 * PAGE)
     path = tmp_path / f"mm-{PID}.img"
-    before = len([*Path("/proc/self/fd").iterdir()])
+    before = open_descriptors()
     path.unlink()
     path.mkdir()
     with pytest.raises(HandoffError, match="cannot be read"):
@@ -196,7 +197,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(HandoffError, match="are not an image"):
         read_task(tmp_path, PID)
-    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert open_descriptors() == before
 
 
 # Mutations

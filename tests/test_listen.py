@@ -7,15 +7,16 @@ import os
 import socket
 import stat
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from scenario import open_descriptors
 
 from aiouffd.handoff.listen import SocketFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_a_long_path(tmp_path: Path) -> None:
     """Longer than an address holds: by its directory; a name that is too long by itself is refused, with the path."""
     deep = tmp_path / ("x" * 100) / ("y" * 100)
     deep.mkdir(parents=True)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     stale_path = deep / "s"
     with SocketFile(stale_path) as file:
         assert stat.S_ISSOCK(file.path.stat().st_mode)
@@ -137,5 +138,5 @@ def test_a_long_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="too long") as caught:
         SocketFile(deep / ("z" * 100))
     assert str(deep) in caught.value.filename
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
     assert list(deep.iterdir()) == []
