@@ -277,14 +277,14 @@ static void complain(uint64_t address, const char *why)
 /* Whether a page was poisoned (UFFDIO_POISON), since it could not be had. The signal does not tell: BUS_MCEERR_AR comes
  * from kernels with CONFIG_MEMORY_FAILURE only. In the page tables it is an entry that is neither a page nor none, and
  * not the mark of a write-protected one. */
-static int poisoned(const struct region *r, uint64_t page)
+static int poisoned(uint64_t page, uint64_t size)
 {
     struct {
         uint64_t start, end, categories;
     } found;
     struct {
         uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned;
-    } scan = {.size = 96, .start = page, .end = page + r->is.page, .vec = (uint64_t)(uintptr_t)&found, .vec_len = 1};
+    } scan = {.size = 96, .start = page, .end = page + size, .vec = (uint64_t)(uintptr_t)&found, .vec_len = 1};
     scan.mask = scan.returned = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN;
     int fd = atomic_load(&pagemap), number = ioctl(fd, IOC_PAGEMAP_SCAN, &scan);
     if (number >= 0)
@@ -305,7 +305,8 @@ static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
                           " must not touch its own region.\n");
         return 0;
     }
-    if (poisoned(r, page)) {
+    const uint64_t size = r->is.page;
+    if (poisoned(page, size)) {
         leave(r);
         return 0;
     }
@@ -331,6 +332,11 @@ static int ask(struct region *r, uint64_t page, uint64_t address, void *context)
         futex_wait(&bucket->generation, generation, 1); /* EAGAIN: thousands of threads wait. EINTR. */
     atomic_fetch_sub(&bucket->waiters, 1);
     atomic_fetch_sub(&waiting, 1);
+    /* All who wait for one page that cannot be had are woken at once. While the first of them writes its report,
+     * faulthandler has put the default in our place, which would kill the others when they touch again, and the process
+     * with them. So they stay here. (A page that was swapped out again looks the same: that costs a little time.) */
+    if (going && poisoned(page, size))
+        wait_for_turn();
     take_gil(state);
     return going;
 }

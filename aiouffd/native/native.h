@@ -50,5 +50,7 @@ void uninstall(void);
 /* In a handler: have it handled as it would have been without us. `ours`: one of our pages that cannot be had, so that
  * it must not come back again and again. */
 void pass_on(int number, siginfo_t *info, void *context, int ours);
+/* In a handler, before what will be passed on for good: one thread after the other. */
+void wait_for_turn(void);
 
 #endif

@@ -106,7 +106,7 @@ static __attribute__((noreturn)) void die(void)
 static _Atomic int32_t turn_of;
 static _Atomic uint64_t turn_ends;
 
-static void wait_for_turn(void)
+void wait_for_turn(void)
 {
     _Atomic uint32_t nobody = 0;
     int me = thread_id();

@@ -38,7 +38,8 @@ class Broken:
     size = SIZE
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Fail."""
+        """Fail, when all who touch have come: one that comes while faulthandler writes spoils its report."""
+        await asyncio.sleep(0.2)
         raise aiouffd.SourceError("Broken", offset, length, "no such page")
 
 
