@@ -34,7 +34,8 @@ from aiouffd.kernel.events import Event, FaultKind, Fork, PageFault, Remap, Remo
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WriteTracker
-from aiouffd.monitor import Monitor, open  # noqa: A004 - it is called aiouffd.open
+from aiouffd.monitor import Monitor
+from aiouffd.opening import open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
 from aiouffd.sources.base import Source, ZeroSource
 from aiouffd.sources.buffer import BufferSource

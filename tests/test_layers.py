@@ -19,6 +19,7 @@ LEVELS = [
     {"handoff"},
     {"pager"},
     {"monitor", "server", "lazy_pages", "metrics", "testing", "doctor", "page_server"},
+    {"opening"},
     {"__init__"},
     {"demo", "daemon", "serving", "commands", "cli", "__main__"},
 ]

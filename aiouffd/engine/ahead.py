@@ -23,7 +23,8 @@ from aiouffd.ranges import Range, RangeSet, pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiouffd.engine.space import FaultServer, Space
+    from aiouffd.engine.flight import FaultServer
+    from aiouffd.engine.space import Space
     from aiouffd.engine.trace import Trace
 
 __all__ = ["bring_ahead", "bring_early", "complete", "fill"]

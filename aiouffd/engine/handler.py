@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.deadlines import Deadlines
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
 from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.space import Flight, canceled_from_outside, end_of
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import HandlerError, LayoutChangingError
 from aiouffd.kernel import abi

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.deadlines import Deadlines
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
 from aiouffd.engine.gate import Gate
 from aiouffd.engine.resolver import DONTWAKE, Op, Run
-from aiouffd.engine.space import Flight, Space, canceled_from_outside, end_of
 from aiouffd.engine.statistics import Counter
 from aiouffd.engine.zeros import BLOCK, cut
 from aiouffd.errors import LayoutChangingError, ShortReadError, SourceError, SourceTimeoutError, UffdError
@@ -24,6 +24,7 @@ from aiouffd.ranges import pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
+    from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
 

@@ -11,7 +11,6 @@ import itertools
 import logging
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -22,18 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError, decode_error
 from aiouffd.pager import control
 from aiouffd.pager.journal import Journal
 from aiouffd.pager.last_resort import Forsaken, LastResort
+from aiouffd.pager.orphan import Orphan, kill, mappings_of
 from aiouffd.pager.replay import survey
+from aiouffd.pager.request import FIRST, Request, fail
 from aiouffd.pager.tenant import Pack, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
     from aiouffd.native.watchdog import Watch
 
@@ -45,56 +46,10 @@ _START_TIMEOUT = 60.0
 _KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
 _PAUSES = (0.05, 0.2, 1.0, 5.0)  # seconds until what has failed is tried again
 _SETTLING = 50  # milliseconds without a fault, until whoever waited has been let go
-_FIRST = ("takeover", "open")  # before whatever speaks of what they bring
 
 
 class _LeftError(Exception):
     """The client is being stopped."""
-
-
-@attrs.frozen
-class _Orphan:
-    """A worker without a keeper.
-
-    Attributes:
-        connection: to it.
-        journal: its own.
-        worker: its pidfd; -1 where it never was ready.
-    """
-
-    connection: socket.socket
-    journal: Journal
-    worker: int
-
-    @property
-    def lives(self) -> bool:
-        """Whether it serves on."""
-        poller = select.poll()
-        if self.worker < 0:
-            return False
-        poller.register(self.worker, select.POLLIN)
-        return not poller.poll(0)
-
-    def close(self) -> None:
-        """Be done with it."""
-        self.connection.close()
-        if self.worker >= 0:
-            os.close(self.worker)
-
-
-@attrs.define(eq=False)
-class _Request:
-    """What was asked for, and is not answered yet: it is sent again to a worker that succeeds a dead one."""
-
-    message: dict[str, Any]
-    fds: list[int]
-    future: Future[Any] = attrs.field(factory=Future)
-
-    @property
-    def rank(self) -> int:
-        """Where it stands among those that are sent together."""
-        op = self.message["op"]
-        return _FIRST.index(op) if op in _FIRST else len(_FIRST)
 
 
 class PagerClient:
@@ -123,7 +78,7 @@ class PagerClient:
         self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
         self._lock = threading.RLock()
-        self._pending: dict[int, _Request] = {}
+        self._pending: dict[int, Request] = {}
         self._next = 0
         self._closing = False
         self._dead: BaseException | None = None
@@ -133,7 +88,7 @@ class PagerClient:
         self._journal: Journal | None = None
         self._connection: socket.socket | None = None
         self._outbox: control.Outbox | None = None
-        self._orphans: list[_Orphan] = []  # oldest first
+        self._orphans: list[Orphan] = []  # oldest first
         self._failures = 0  # to take over, in a row
         self._again = 0.0  # when that is tried again; 0: not at all
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -197,8 +152,8 @@ class PagerClient:
                 raise self._dead or ClosedError("the Monitor has been left")
             self._next += 1
             message = {"op": op, "id": self._next, "token": tenant.token if tenant else None, **arguments}
-            request = self._pending[self._next] = _Request(message, fds or [])
-            if not self._held or request.rank < len(_FIRST):
+            request = self._pending[self._next] = Request(message, fds or [])
+            if not self._held or request.rank < len(FIRST):
                 self._send(request)
         return request.future
 
@@ -220,7 +175,7 @@ class PagerClient:
         except (UffdError, TimeoutError):
             if self._dead is not None:  # its keeper poisons what is touched, and must let go of this
                 with self._lock:
-                    self._send(_Request({"op": "close", "id": 0, "token": tenant.token}, []))
+                    self._send(Request({"op": "close", "id": 0, "token": tenant.token}, []))
 
     def stop(self, *, leave: bool = False) -> None:
         """End the client's side, and the pager's processes with it where they have nothing left to serve.
@@ -237,13 +192,13 @@ class PagerClient:
         if self._guard is not None:
             self._guard.close()
         for request in pending.values():
-            _fail(request.future, ClosedError("the Monitor has been left"))
+            fail(request.future, ClosedError("the Monitor has been left"))
         if self._connection is not None:
             self._connection.close()
         leave = leave or self._forked
         for orphan in self._orphans:
             if not leave and orphan.lives:
-                _kill(orphan.worker)
+                kill(orphan.worker)
         self._disown()
         if self._keeper is not None:
             self._reap(self._keeper, leave=leave)
@@ -320,7 +275,7 @@ class PagerClient:
         future.add_done_callback(lambda _: os.close(pidfd))
         return future
 
-    def _send(self, request: _Request) -> None:
+    def _send(self, request: Request) -> None:
         """Send a request, or have it sent when there is room; what cannot be sent at all has failed."""
         if self._outbox is None or request.future.done():  # canceled: its descriptors may be closed
             return
@@ -330,7 +285,7 @@ class PagerClient:
             return  # the pager is gone: sent again to its successor
         except OSError as error:
             self._pending.pop(request.message["id"], None)
-            _fail(request.future, PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
+            fail(request.future, PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
             return
         if self._outbox and threading.current_thread() is not self._thread:
             with contextlib.suppress(BlockingIOError):
@@ -341,7 +296,7 @@ class PagerClient:
         with self._lock:
             waiting = sorted(self._pending.values(), key=lambda request: request.rank)
             for request in waiting:
-                if not self._held or request.rank < len(_FIRST):
+                if not self._held or request.rank < len(FIRST):
                     self._send(request)
 
     def _run(self) -> None:
@@ -443,7 +398,7 @@ class PagerClient:
             if request is None:
                 return
             if "error" in message:
-                _fail(request.future, decode_error(message["error"]))
+                fail(request.future, decode_error(message["error"]))
             else:
                 with contextlib.suppress(InvalidStateError):  # canceled
                     request.future.set_result(message["ok"])
@@ -460,7 +415,7 @@ class PagerClient:
             self._dead = error
             pending, self._pending = self._pending, {}
         for request in pending.values():
-            _fail(request.future, error)
+            fail(request.future, error)
         self._on_error(None, error)
 
     def _replace(self) -> None:
@@ -481,7 +436,7 @@ class PagerClient:
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", self._keeper.pid, status)
         with self._lock:
             self._held = True
-            self._orphans.append(_Orphan(self._connection, self._journal, self._worker))
+            self._orphans.append(Orphan(self._connection, self._journal, self._worker))
             self._worker = -1
             for number in [number for number, item in self._pending.items() if item.message["op"] == "takeover"]:
                 del self._pending[number]  # it is begun anew
@@ -566,7 +521,7 @@ class PagerClient:
         asked = {item.message["token"] for item in self._pending.values() if item.message["op"] == "open"}
         for tenant in tenants:
             if tenant.token not in asked:
-                self._open(tenant, _mappings(state, tenant))
+                self._open(tenant, mappings_of(state, tenant))
         self._taken()
 
     def _disown(self) -> None:
@@ -590,7 +545,7 @@ class PagerClient:
             Forsaken(
                 tenant.uffd,
                 tenant.page_size,
-                [(mapping.start, mapping.end) for mapping in _mappings(state, tenant)],
+                [(mapping.start, mapping.end) for mapping in mappings_of(state, tenant)],
                 tenant.token,
             )
             for tenant in list(self._tenants.values())
@@ -633,22 +588,4 @@ class PagerClient:
             poller = select.poll()
             poller.register(self._worker, select.POLLIN)
             if not poller.poll(1000):  # it was killed above, or before: a worker that goes on has not heard of the end
-                _kill(self._worker)
-
-
-def _fail(future: Future[Any], error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):  # canceled
-        future.set_exception(error)
-
-
-def _kill(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def _mappings(state: dict[str, Any] | None, tenant: Tenant) -> list[Mapping]:
-    """Return what a tenant shows now, from the state of a pager that is gone."""
-    for item in state["spaces"] if state is not None else ():
-        if item["token"] == tenant.token and not item["child"]:
-            return [Mapping(*each) for each in item["mappings"]]
-    return tenant.mappings
+                kill(self._worker)

@@ -11,18 +11,15 @@ import logging
 import os
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import uvloop
 
 from aiouffd.engine.ahead import bring_ahead, bring_early, complete
-from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
+from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.handler import Handler
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.source_server import Limits
 from aiouffd.engine.space import COUNTER_OF_EVENT, Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerStartError, SourceError, UffdError, encode_error
@@ -30,14 +27,12 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
 from aiouffd.pager.replay import numbers, replay, survey
-from aiouffd.pager.travel import unpack
+from aiouffd.pager.tenancy import Origin, Tenancy, build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiouffd.engine.handler import HandlerServer
-    from aiouffd.engine.source_server import SourceServer
-    from aiouffd.engine.space import Flight
+    from aiouffd.engine.flight import Flight
     from aiouffd.pager.journal import Journal
 
 __all__ = ["descriptors", "run"]
@@ -70,48 +65,12 @@ def descriptors(journal: Journal) -> set[int]:
     return numbers(state) if state is not None else set()
 
 
-class _Origin:
-    """What serves some spaces: a service, and how it came here."""
-
-    def __init__(
-        self, identity: int, record: dict[str, Any], service: Service, server: SourceServer | HandlerServer
-    ) -> None:
-        self.identity = identity
-        self.record = record
-        self.service = service
-        self.server = server
-        self.options = options_of(record)
-
-
-@attrs.define(eq=False)
-class _Tenancy:
-    """What the worker knows of a space besides.
-
-    Attributes:
-        origin: what serves it.
-        token: by which it, or the ancestor that it was forked from, is asked for.
-        tether: a descriptor to hold open as long as it is served; -1: none.
-        ahead: the task that brings pages before they are touched.
-        early: the task that begins to bring all of them before its process is ready; and when that is over.
-        is_child: of a fork.
-        announced: whether the client is told of its end.
-    """
-
-    origin: _Origin
-    token: str
-    tether: int = -1
-    ahead: asyncio.Task[None] | None = None
-    early: tuple[asyncio.Task[None], asyncio.Event] | None = None
-    is_child: bool = False
-    announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
-
-
 class _Worker:
     def __init__(self, journal: Journal, connection: socket.socket) -> None:
         self.journal = journal
         self.connection = connection
-        self.origins: dict[int, _Origin] = {}
-        self.tenancies: dict[int, _Tenancy] = {}  # by space identity
+        self.origins: dict[int, Origin] = {}
+        self.tenancies: dict[int, Tenancy] = {}  # by space identity
         self.next_identity = 1
         self.tasks: set[asyncio.Task[None]] = set()
         self.owner = -1  # pidfd of the process that has started this pager
@@ -184,7 +143,7 @@ class _Worker:
         state: dict[str, Any],
         events: list[tuple[int, bytes]],
         fresh: int,
-        built: dict[str, _Origin] | None = None,
+        built: dict[str, Origin] | None = None,
     ) -> None:
         """Take over from a predecessor: its state, the events since then, and the faults that it had read."""
         end = replay(state, events)
@@ -195,7 +154,7 @@ class _Worker:
         used = {item["origin"] for item in state["spaces"]}
         for identity, record in state["origins"].items():
             if int(identity) in used:
-                origin = (built or {}).get(identity) or self.build(int(identity), record)
+                origin = (built or {}).get(identity) or build(self.journal.counters, int(identity), record)
                 origin.record = record
                 self.origins[int(identity)] = origin
         known = {item["id"]: self.serve(item, self.origins[item["origin"]]) for item in state["spaces"]}
@@ -213,23 +172,12 @@ class _Worker:
     def save(self) -> None:
         self.journal.save(self.state())
 
-    def build(self, identity: int, record: dict[str, Any]) -> _Origin:
-        """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
-        size = os.fstat(record["config"]).st_size
-        config = os.pread(record["config"], size, 0)
-        for entry in record["path"]:
-            if entry not in sys.path:
-                sys.path.append(entry)
-        service = unpack(config, [os.dup(fd) for fd in record["fds"]])
-        server = make_server(service, self.journal.counters, options_of(record))
-        return _Origin(identity, record, service, server)
-
     def owned_by(self, pidfd: int) -> None:
         """Note when the owner ends: end-of-file does not tell, since its forked children hold the connection."""
         self.owner = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self.exited)
 
-    def serve(self, item: dict[str, Any], origin: _Origin) -> Space:
+    def serve(self, item: dict[str, Any], origin: Origin) -> Space:
         options = origin.options
         space = Space(
             Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
@@ -246,7 +194,7 @@ class _Worker:
         space.replayed, space.filled = item["ahead"]
         if item.get("changed"):  # what was brought may have gone with its mapping: see `complete`
             space.born = -1
-        tenancy = self.tenancies[space.identity] = _Tenancy(
+        tenancy = self.tenancies[space.identity] = Tenancy(
             origin, item["token"], item["tether"], is_child=item["child"]
         )
         self.dispatcher.add(space)
@@ -260,7 +208,7 @@ class _Worker:
         child.identity = self.next_identity
         self.next_identity += 1
         of_parent = self.tenancies[parent.identity]
-        self.tenancies[child.identity] = _Tenancy(of_parent.origin, of_parent.token, is_child=True)
+        self.tenancies[child.identity] = Tenancy(of_parent.origin, of_parent.token, is_child=True)
         self.dispatcher.add(child)
 
     def dropped(self, space: Space) -> None:
@@ -277,7 +225,7 @@ class _Worker:
             self.send({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
 
-    def retire(self, origin: _Origin) -> None:
+    def retire(self, origin: Origin) -> None:
         """Let go what serves nobody any more."""
         if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
             return
@@ -360,7 +308,7 @@ class _Worker:
         self.origin_of(message["service"], fds)
         self.save()
 
-    def origin_of(self, service: dict[str, Any], fds: list[int]) -> _Origin:
+    def origin_of(self, service: dict[str, Any], fds: list[int]) -> Origin:
         """Return what serves, made anew unless it is here already; the descriptors are taken either way."""
         for known in self.origins.values():
             if known.record["token"] == service["token"]:
@@ -368,7 +316,7 @@ class _Worker:
                 return known
         record = {"config": fds[0], "fds": fds[1:], **service}
         try:
-            origin = self.build(self.next_identity, record)
+            origin = build(self.journal.counters, self.next_identity, record)
         except UffdError:
             close_all(fds)
             raise
@@ -379,7 +327,7 @@ class _Worker:
         self.next_identity += 1
         return origin
 
-    def asked(self, message: dict[str, Any]) -> tuple[Space, _Tenancy]:
+    def asked(self, message: dict[str, Any]) -> tuple[Space, Tenancy]:
         space = self.space_of(message["token"])
         if space is None:
             raise ClosedError("it is served no longer")
@@ -470,7 +418,10 @@ class _Worker:
             try:
                 await readable(connection, _BUILD_TIMEOUT)
                 state, _ = taken(connection, received)
-                built = {identity: self.build(int(identity), record) for identity, record in state["origins"].items()}
+                built = {
+                    identity: build(self.journal.counters, int(identity), record)
+                    for identity, record in state["origins"].items()
+                }
                 close_all(received)
                 received.clear()
                 control.send(connection, {"built": True})
@@ -603,9 +554,3 @@ def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that are not needed."""
     for fd in fds:
         os.close(fd)
-
-
-def options_of(record: dict[str, Any]) -> Options:
-    """Rebuild the options from JSON."""
-    values = dict(record["options"])
-    return Options(**{**values, "limits": Limits(**values["limits"])})
