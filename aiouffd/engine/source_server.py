@@ -149,6 +149,11 @@ class SourceServer:
             words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
 
+    def expect(self, offset: int, length: int) -> None:
+        """Have the source bring bytes to hand, in the background, that will be wanted next."""
+        if self._expect is not None:
+            self._expect(offset, length)
+
     def follow(self, space: Space, page: int) -> None:
         """A toucher has come upon a window that is being brought: bring the one behind it as well."""
         start, end, first = space.mappings.locate(page)
@@ -160,8 +165,8 @@ class SourceServer:
         windows = space.readahead.follow(offset, low, high)
         if windows is not None:
             (at, length), (behind, size) = windows
-            if self._expect is not None and size:
-                self._expect(behind, size)
+            if size:
+                self.expect(behind, size)
             runs: list[Run] = []
             self._bring(space, at + skew, at, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
             space.settle_later(runs)

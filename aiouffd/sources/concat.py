@@ -43,6 +43,14 @@ class ConcatSource:
         locate = getattr(part, "locate", None)
         return None if locate is None else locate(at, length)
 
+    def expect(self, offset: int, length: int) -> None:
+        """As the part that it is in, and no further."""
+        if offset < self.size:
+            part, at = self._find(offset)
+            expect = getattr(part, "expect", None)
+            if expect is not None:
+                expect(at, length)
+
     def blank(self, offset: int, length: int, block: int) -> list[int]:
         """As the part that it is in."""
         part, at = self._find(offset)
