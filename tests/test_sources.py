@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import http.server
+import mmap
 import os
 import pickle
 import random
@@ -138,12 +139,65 @@ async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
     assert at(source.locate(5, SIZE - 5), SIZE - 5) == DATA[5:]
     # Not for long, and not behind the end of a file that is cut: it is asked again then.
     piece = source._populated[0]
-    source._populated[0] = piece._replace(when=0.0)
+    source._populated = (piece._replace(when=0.0),)
     assert at(source.locate(0, SIZE), SIZE) == DATA
-    source._populated[0] = piece._replace(when=float("inf"))
+    source._populated = (piece._replace(when=float("inf")),)
     os.truncate(path, 5000)
     assert source.locate(0, SIZE) is None
     await source.aclose()
+
+
+def test_threads_bring_to_hand_while_the_loop_looks(path: Path) -> None:
+    """Neither is disturbed."""
+    source = aiouffd.FileSource(path)
+    done = threading.Event()
+
+    def populate() -> None:
+        while not done.is_set():
+            source._populate(0, 4096)
+
+    threads = [threading.Thread(target=populate) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300_000):  # one in some 200 failed
+            assert source._piece(8192, 16384) is None
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_holes_are_not_brought_to_hand() -> None:
+    """In tmpfs they would take memory, which stays the file's."""
+    page = mmap.PAGESIZE
+    fd = os.memfd_create("sparse", os.MFD_CLOEXEC)
+    try:
+        os.truncate(fd, 64 * page)
+        for at_page in (3, 4, 9):
+            os.pwrite(fd, b"data", at_page * page)
+        source = aiouffd.FileSource(f"/proc/self/fd/{fd}")
+        blocks = os.fstat(fd).st_blocks
+        source.expect(page, 63 * page)
+        source._threads.shutdown()
+        assert os.fstat(fd).st_blocks == blocks
+        assert [item[:2] for item in source._populated] == [(3 * page, 5 * page), (9 * page, 10 * page)]
+    finally:
+        os.close(fd)
+
+
+def test_what_is_expected_needs_no_thread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a hint: where none can be started (RLIMIT_NPROC), nothing fails."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = aiouffd.FileSource(path)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    source.expect(0, SIZE)
 
 
 @run

@@ -71,7 +71,7 @@ def test_zeros_of_a_file_that_has_no_holes(tmp_path: Path) -> None:
     assert source._piece(0, source.size)
     assert source.blank(BLOCK, 4 * BLOCK, BLOCK) == [0, BLOCK, 3 * BLOCK]
     os.truncate(path, BLOCK)
-    source._populated.clear()
+    source._populated = ()
     assert source.blank(0, 5 * BLOCK, BLOCK) == []
 
 
@@ -80,3 +80,13 @@ def test_zeros_of_a_buffer(source: aiouffd.BufferSource) -> None:
     """From wherever it is looked at."""
     assert source.blank(0, 2 * BLOCK, BLOCK) == [BLOCK]
     assert source.blank(4096, 2 * BLOCK, BLOCK) == [0, BLOCK]
+
+
+def test_what_is_cut_while_zeros_are_looked_for_is_no_zeros(tmp_path: Path) -> None:
+    """Nor is anything looked at behind what was read: the copy says that the bytes are there no longer."""
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(16 * BLOCK))
+    source = aiouffd.FileSource(path)
+    source._populate(0, source.size)
+    os.truncate(path, BLOCK + 4096)
+    assert source.blank(0, 16 * BLOCK, BLOCK) == []

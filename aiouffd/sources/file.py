@@ -12,6 +12,7 @@ read ahead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -20,12 +21,15 @@ import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.sources.base import Descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["FileSource"]
 
@@ -90,7 +94,7 @@ class FileSource:
         self._mapped = min(size, info.st_size)
         self._address = 0
         self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # start, end
-        self._populated: deque[_Populated] = deque(maxlen=_STREAMS)
+        self._populated: tuple[_Populated, ...] = ()  # replaced as a whole: threads add to it while the loop looks
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
             self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
@@ -132,7 +136,9 @@ class FileSource:
             firsts = self._peek(offset, offset + length, block)
         if 0 not in firsts:
             return []
-        return zero_blocks(memoryview(os.pread(self._fd, length, offset)), block, firsts)
+        data = os.pread(self._fd, length, offset)
+        # Less than that: it was cut just now, and what is behind its end is no zeros; the copy finds out.
+        return zero_blocks(memoryview(data), block, firsts) if len(data) == length else []
 
     def _peek(self, low: int, high: int, block: int) -> bytes:
         return libc.peek(range(self._address + low, self._address + high, block))
@@ -153,14 +159,27 @@ class FileSource:
                 low = end
         if low < high and self._tells:
             self._expected.append((low, high))
-            self._threads.submit(self._populate, low, high)
+            with contextlib.suppress(RuntimeError):  # no thread can be started: it comes when it is asked for
+                self._threads.submit(self._populate, low, high)
 
     def _populate(self, low: int, high: int) -> None:
         try:
-            libc.madvise(self._address + low, high - low, libc.MADV_POPULATE_READ)
+            for start, end in self._extents(low, high) if self.sparse else ((low, high),):
+                libc.madvise(self._address + start, end - start, libc.MADV_POPULATE_READ)
+                piece = _Populated(start, end, monotonic(), self._peek(start, end, _PEEKED))
+                self._populated = (*self._populated, piece)[-_STREAMS:]  # what another thread adds just now may be lost
         except OSError:  # before Linux 5.14, or the file was cut, or cannot be read: `locate` and `read` find out
             return
-        self._populated.append(_Populated(low, high, monotonic(), self._peek(low, high, _PEEKED)))
+
+    def _extents(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """Yield what is no hole of [low, high): tmpfs gives memory to a hole that is looked at through a mapping."""
+        while low < high:
+            start = os.lseek(self._fd, low, os.SEEK_DATA) & -mmap.PAGESIZE  # ENXIO: holes up to the end
+            if start >= high:
+                return
+            low = os.lseek(self._fd, max(start, low), os.SEEK_HOLE)
+            yield start, min(low, high)
+            low = (low + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
 
     def memory(self) -> tuple[int, int, int] | None:
         """Return the file's mapping, if the kernel tells which of its pages are in memory."""
