@@ -123,7 +123,6 @@ class ServerEngine:
             tether = -1
             self._thread.start()
             taken.result(_TIMEOUT)
-            self._served = True
             self._watch.over(self._tether)
         except PermissionError as error:
             self._end()
@@ -222,6 +221,8 @@ class ServerEngine:
         if "error" in message:
             future.set_exception(decode_error(message["error"]))
         else:
+            if message["id"] == 0:  # here, since the server may end before whoever waits for this has run
+                self._served = True
             future.set_result(message.get("ok"))
 
     def _end(self) -> None:

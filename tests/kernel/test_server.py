@@ -297,6 +297,35 @@ def server_dies(path: str, pids: list[int]) -> None:
         sys.stdout.write(str(region[8 * MIB]))
 
 
+def server_dies_at_once(path: str) -> None:
+    """Scenario: a server takes the memory, and is gone before the client knows."""
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            _, fds, _, _ = socket.recv_fds(connection, 64 << 10, 4)
+            connection.sendall(b'{"id":0,"ok":{}}\n')
+            for fd in fds:
+                os.close(fd)
+
+    for _ in range(30):  # every third was never told of it
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            thread = threading.Thread(target=serve, args=(listener,))
+            thread.start()
+            told = pytest.raises(aiouffd.PagerDiedError, match="have ended")
+            with aiouffd.Monitor(aiouffd.Region(MIB), server=path) as monitor, told:
+                asyncio.run(asyncio.wait_for(monitor.wait_error(), 2))
+            thread.join()
+        os.unlink(path)  # noqa: PTH108 - a literal came along
+
+
+def test_a_server_that_is_gone_as_soon_as_it_has_answered(tmp_path: Path) -> None:
+    """Whoever touches a page must not wait for ever."""
+    play(server_dies_at_once, str(tmp_path / "socket"))
+
+
 def server_dies_while_the_gil_is_held(path: str, pids: list[int]) -> None:
     """Scenario: all of the server is killed when this thread, and with it all of Python, waits for a page."""
     region = aiouffd.Region(16 * MIB)
