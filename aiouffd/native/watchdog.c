@@ -26,7 +26,9 @@ static struct watch {
     int uffd;
     int ends[ENDS]; /* readable, or hung up, when one that serves has ended; -1: not used */
     uint32_t limit_ms;
-    uint64_t since; /* all have ended, or the application has shown life since; 0: one is there */
+    int alone;       /* all have ended */
+    uint64_t seen;   /* when that was looked at last */
+    uint64_t waited; /* ns that this thread has seen pass since all have ended, or the application has shown life */
 } watches[WATCHES];
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -70,17 +72,26 @@ static void end(const struct uffd_msg *message)
 /* Look at a watch, with the lock held; return for how many milliseconds nothing need be done, -1: until it is told. */
 static int look(struct watch *watch)
 {
-    for (int i = 0; i < ENDS; i++)
+    int known = 0;
+    for (int i = 0; i < ENDS; i++) {
+        known |= watch->ends[i] >= 0;
         if (watch->ends[i] >= 0 && !ended(watch->ends[i])) {
-            watch->since = 0;
+            watch->alone = 0;
             return -1;
         }
-    uint64_t now = now_ns();
-    if (watch->since == 0)
-        watch->since = now;
-    uint64_t waited = (now - watch->since) / 1000000;
-    if (waited < watch->limit_ms)
-        return (int)(watch->limit_ms - waited) + 1;
+    }
+    if (!known) /* who serves could not be told: whether they have ended cannot, either */
+        return -1;
+    /* A process that was stopped (SIGSTOP, a debugger, a frozen cgroup) could not have others started meanwhile: that
+     * time does not count. */
+    uint64_t now = now_ns(), limit = watch->limit_ms * UINT64_C(1000000), passed = now - watch->seen;
+    if (!watch->alone)
+        passed = watch->waited = 0;
+    watch->alone = 1;
+    watch->seen = now;
+    watch->waited += passed < limit / 2 ? passed : limit / 2;
+    if (watch->waited < limit)
+        return (int)(watch->limit_ms / 4) + 1;
     struct uffd_msg message;
     if (somebody_waits(watch, &message))
         end(&message);
@@ -99,12 +110,18 @@ static void *run(void *argument)
         for (struct watch *watch = watches; watch < watches + WATCHES; watch++) {
             if (!watch->used)
                 continue;
-            int pause = look(watch);
+            int pause = look(watch), left = 0, known = 0;
+            for (int i = 0; pause < 0 && i < ENDS; i++) {
+                known |= watch->ends[i] >= 0;
+                if (watch->ends[i] >= 0 && !ended(watch->ends[i])) {
+                    set[count++] = (struct pollfd){watch->ends[i], POLLIN, 0};
+                    left = 1;
+                }
+            }
+            if (known && !left) /* the last has ended in between */
+                pause = 0;
             if (pause >= 0 && (timeout < 0 || pause < timeout))
                 timeout = pause;
-            for (int i = 0; pause < 0 && i < ENDS; i++)
-                if (watch->ends[i] >= 0 && !ended(watch->ends[i]))
-                    set[count++] = (struct pollfd){watch->ends[i], POLLIN, 0};
         }
         pthread_mutex_unlock(&lock);
         /* Without the lock: a descriptor that is closed meanwhile was announced by the bell. */
@@ -159,15 +176,24 @@ static int start(void)
     return 0;
 }
 
-static void replace(struct watch *watch, int first, int second)
+/* All of them or none: whoever is not known could serve on. Returns 0, or an errno. */
+static int replace(struct watch *watch, int first, int second)
 {
-    int fresh[ENDS] = {first, second};
+    int fresh[ENDS] = {first, second}, failed = 0;
     for (int i = 0; i < ENDS; i++) {
         if (watch->ends[i] >= 0)
             close(watch->ends[i]);
-        watch->ends[i] = fresh[i] < 0 ? -1 : fcntl(fresh[i], F_DUPFD_CLOEXEC, 3);
+        watch->ends[i] = fresh[i] < 0 || failed ? -1 : fcntl(fresh[i], F_DUPFD_CLOEXEC, 3);
+        if (fresh[i] >= 0 && watch->ends[i] < 0 && !failed)
+            failed = errno;
     }
-    watch->since = 0;
+    for (int i = 0; failed && i < ENDS; i++)
+        if (watch->ends[i] >= 0) {
+            close(watch->ends[i]);
+            watch->ends[i] = -1;
+        }
+    watch->alone = 0;
+    return failed;
 }
 
 /* Watch over `uffd`, which stays the caller's and open until `aiouffd_unwatch`, as long as `first` or `second` is not
@@ -179,8 +205,9 @@ EXPORT int aiouffd_watch(int uffd, int first, int second, uint32_t limit_ms)
     int failed = start();
     for (int i = 0; !failed && i < WATCHES; i++)
         if (!watches[i].used) {
-            watches[i] = (struct watch){1, uffd, {-1, -1}, limit_ms, 0};
-            replace(&watches[i], first, second);
+            watches[i] = (struct watch){.used = 1, .uffd = uffd, .ends = {-1, -1}, .limit_ms = limit_ms};
+            failed = replace(&watches[i], first, second);
+            watches[i].used = !failed;
             ring();
             result = i;
             break;
@@ -189,15 +216,18 @@ EXPORT int aiouffd_watch(int uffd, int first, int second, uint32_t limit_ms)
     return failed ? -failed : result;
 }
 
-/* Others serve now. */
-EXPORT void aiouffd_watch_ends(int number, int first, int second)
+/* Others serve now; none that are known (-1): nothing is watched, until there are. Returns 0, or a negated errno:
+ * nothing is watched then, either. */
+EXPORT int aiouffd_watch_ends(int number, int first, int second)
 {
+    int failed = 0;
     pthread_mutex_lock(&lock);
     if (watches[number].used) {
-        replace(&watches[number], first, second);
+        failed = replace(&watches[number], first, second);
         ring();
     }
     pthread_mutex_unlock(&lock);
+    return -failed;
 }
 
 /* Python runs: its time begins anew. */
@@ -205,7 +235,7 @@ EXPORT void aiouffd_watch_alive(int number)
 {
     pthread_mutex_lock(&lock);
     if (watches[number].used)
-        watches[number].since = 0;
+        watches[number].alone = 0;
     pthread_mutex_unlock(&lock);
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -37,25 +39,41 @@ class Watch:
         self._uffd = uffd
         self._limit = limit
         self._number = -1
+        self._closed = False
+        self._lock = threading.Lock()
 
-    def over(self, first: int, second: int = -1) -> None:
-        """Watch over those that serve now: descriptors that are readable when they have ended; they are duplicated."""
-        if self._limit is None or reason():
-            return
-        if self._number >= 0:
-            _library().aiouffd_watch_ends(self._number, first, second)
-            return
-        self._number = _library().aiouffd_watch(self._uffd, first, second, int(self._limit * 1000))
-        if self._number < 0:
-            log.warning("nobody watches over the pager: %s", os.strerror(-self._number))
+    @property
+    def beat(self) -> float:
+        """Seconds within which `alive` is to be called again, while nobody serves."""
+        return math.inf if self._limit is None else self._limit / 4
+
+    def over(self, first: int = -1, second: int = -1) -> None:
+        """Watch over those that serve now: descriptors that are readable when they have ended; they are duplicated.
+
+        None: who serves is not known, and nothing is watched for now. After `close`: nothing is.
+        """
+        with self._lock:
+            if self._limit is None or self._closed or reason():
+                return
+            if self._number >= 0:
+                failed = min(0, _library().aiouffd_watch_ends(self._number, first, second))
+            elif first >= 0:
+                failed = self._number = _library().aiouffd_watch(self._uffd, first, second, int(self._limit * 1000))
+            else:
+                return
+        if failed < 0:
+            log.warning("nobody watches over the pager: %s", os.strerror(-failed))
 
     def alive(self) -> None:
         """Python runs, and is about to have others serve."""
-        if self._number >= 0:
-            _library().aiouffd_watch_alive(self._number)
+        with self._lock:
+            if self._number >= 0:
+                _library().aiouffd_watch_alive(self._number)
 
     def close(self) -> None:
         """Watch no longer."""
-        if self._number >= 0:
-            _library().aiouffd_unwatch(self._number)
-            self._number = -1
+        with self._lock:
+            self._closed = True
+            if self._number >= 0:
+                _library().aiouffd_unwatch(self._number)
+                self._number = -1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import select
 import socket
@@ -23,6 +24,7 @@ import attrs
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, UffdError, decode_error
+from aiouffd.native.watchdog import Watch
 from aiouffd.pager import control
 from aiouffd.pager.journal import Journal
 from aiouffd.pager.last_resort import Forsaken, LastResort
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
-    from aiouffd.native.watchdog import Watch
 
 __all__ = ["Pack", "PagerClient", "Tenant"]
 
@@ -72,7 +73,7 @@ class PagerClient:
         on_lost: Callable[[], None] | None = None,
         guard: Watch | None = None,
     ) -> None:
-        self._guard = guard
+        self._guard = guard or Watch(-1, None)
         self._on_error = on_error
         self._on_gone = on_gone
         self._on_lost = on_lost
@@ -189,8 +190,7 @@ class PagerClient:
         os.write(self._wake_w, b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
-        if self._guard is not None:
-            self._guard.close()
+        self._guard.close()
         for request in pending.values():
             fail(request.future, ClosedError("the Monitor has been left"))
         if self._connection is not None:
@@ -246,8 +246,8 @@ class PagerClient:
         poller.register(self._wake_r, select.POLLIN)
         until = time.monotonic() + _START_TIMEOUT
         while (left := until - time.monotonic()) > 0 and not self._closing:
-            self._alive()
-            if connection.fileno() in {fd for fd, _ in poller.poll(min(left, 1.0) * 1000)}:
+            self._guard.alive()
+            if connection.fileno() in {fd for fd, _ in poller.poll(min(left, 1.0, self._guard.beat) * 1000)}:
                 _, (journal,) = control.receive(connection)
                 return journal
             self._drain()
@@ -303,6 +303,8 @@ class PagerClient:
         try:
             self._watch()
         except BaseException as error:  # noqa: BLE001 - whatever it is, who waits for a page must be let go
+            if self._closing:  # nothing can be asked for any more, a takeover neither
+                return
             self._give_up(error if isinstance(error, UffdError) else PagerDiedError(f"the client failed: {error!r}"))
             self._forsake()
 
@@ -338,6 +340,8 @@ class PagerClient:
         while not self._closing:
             if hears:
                 poller.register(connection, select.POLLIN | (select.POLLOUT if outbox else 0))
+            if not self._is_ready:
+                self._guard.alive()
             ready = dict(poller.poll(self._patience()))
             if self._again and time.monotonic() >= self._again:
                 self._again = 0.0
@@ -365,7 +369,10 @@ class PagerClient:
 
     def _patience(self) -> float | None:
         """Return for how many milliseconds to wait for messages."""
-        return max(0.0, self._again - time.monotonic()) * 1000 + 1 if self._again else None
+        seconds = math.inf if self._is_ready else self._guard.beat
+        if self._again:
+            seconds = min(seconds, max(0.0, self._again - time.monotonic()))
+        return None if seconds == math.inf else seconds * 1000 + 1
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -380,8 +387,7 @@ class PagerClient:
             if self._is_ready:
                 self._resend()
             self._is_ready = True
-            if self._guard is not None and self._worker >= 0:
-                self._guard.over(self._keeper_fd, self._worker)
+            self._guard.over(*((self._keeper_fd, self._worker) if self._worker >= 0 else ()))
         elif event == "gone":
             tenant = self._tenants.get(message["token"])
             if tenant is not None:
@@ -403,14 +409,8 @@ class PagerClient:
                 with contextlib.suppress(InvalidStateError):  # canceled
                     request.future.set_result(message["ok"])
 
-    def _alive(self) -> None:
-        """Tell the guard that Python runs, and is about to have others serve."""
-        if self._guard is not None:
-            self._guard.alive()
-
     def _give_up(self, error: BaseException) -> None:
-        if self._guard is not None:
-            self._guard.close()
+        self._guard.close()
         with self._lock:
             self._dead = error
             pending, self._pending = self._pending, {}
@@ -426,7 +426,7 @@ class PagerClient:
         assert self._journal is not None
         assert self._keeper is not None
         assert self._connection is not None
-        self._alive()
+        self._guard.alive()
         status = self._keeper.wait()
         resolved = self._journal.counters.progress()
         self._keepers = 1 if resolved != self._progress else self._keepers + 1
@@ -459,8 +459,11 @@ class PagerClient:
                 return
             poller = select.poll()
             poller.register(self._wake_r, select.POLLIN)
-            if poller.poll(_PAUSES[min(attempt, len(_PAUSES) - 1)] * 1000):
-                self._drain()
+            until = time.monotonic() + _PAUSES[min(attempt, len(_PAUSES) - 1)]
+            while (left := until - time.monotonic()) > 0 and not self._closing:
+                self._guard.alive()
+                if poller.poll(min(left, self._guard.beat) * 1000):
+                    self._drain()
             if self._closing:
                 raise _LeftError
 
@@ -505,8 +508,9 @@ class PagerClient:
     def _taken(self) -> None:
         """The new worker has all: what waits may be asked of it."""
         self._disown()
-        self._held = False
-        self._resend()
+        with self._lock:
+            self._held = False
+            self._resend()
 
     def _open_from_journal(self) -> None:
         """All workers that have served are dead: what is shown is in the newest journal that was used."""
@@ -514,11 +518,11 @@ class PagerClient:
         state, journal = next((item for item in states if item[0] is not None), states[-1])
         with self._lock:
             tenants = list(self._tenants.values())
+            asked = {item.message["token"] for item in self._pending.values() if item.message["op"] == "open"}
         if journal.counters.words[Counter.SPACES] > len(tenants):
             log.error("keeper and worker died together: forked children are served no longer")
         assert self._journal is not None
         self._journal.counters.words[:] = journal.counters.words
-        asked = {item.message["token"] for item in self._pending.values() if item.message["op"] == "open"}
         for tenant in tenants:
             if tenant.token not in asked:
                 self._open(tenant, mappings_of(state, tenant))

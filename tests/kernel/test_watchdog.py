@@ -1,0 +1,156 @@
+"""`native.watchdog`: nobody is ended who can still be served, or of whom it is not known."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pattern import PAGE, Pattern, word
+from scenario import play
+
+import aiouffd
+from aiouffd.kernel.abi import RegisterMode
+from aiouffd.native.watchdog import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SIZE = 1 << 20
+LIMIT = 0.4
+
+
+def touched(address: int) -> tuple[threading.Thread, ctypes.Array[ctypes.c_char]]:
+    """Begin to read eight bytes in a thread that does not hold the GIL meanwhile."""
+    data = ctypes.create_string_buffer(8)
+    thread = threading.Thread(target=ctypes.CDLL(None).memcpy, args=(data, ctypes.c_void_p(address), 8))
+    thread.start()
+    return thread, data
+
+
+def others_start_slowly(directory: str) -> None:
+    """Scenario: both are killed, and the next ones need several times the limit to start."""
+    slow = Path(directory, "python")
+    slow.write_text(f'#!/bin/sh\nsleep {5 * LIMIT}\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), stuck_limit=LIMIT) as monitor:
+        sys.executable = str(slow)
+        for pid in monitor.pids:
+            os.kill(pid, signal.SIGKILL)
+        thread, data = touched(region.address + 5 * PAGE)
+        thread.join()
+        assert data.raw == word(5)
+
+
+def test_others_that_start_slowly_are_waited_for(tmp_path: Path) -> None:
+    """Python runs, and says so, however long that takes."""
+    play(others_start_slowly, str(tmp_path))
+
+
+@contextlib.contextmanager
+def nobody_serves() -> Iterator[tuple[aiouffd.Userfaultfd, threading.Thread]]:
+    """A thread waits for a page of memory that nobody serves; it gets it at the end."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Userfaultfd() as uffd:
+        uffd.register(region.address, SIZE, RegisterMode.MISSING)
+        thread, _ = touched(region.address)
+        yield uffd, thread
+        uffd.zeropage(region.address, PAGE)
+        thread.join()
+
+
+def ended_pipe() -> int:
+    """Return what is readable at once, as when those that served have ended."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    return reading
+
+
+def a_watch_ends_the_process() -> None:
+    """Scenario: the others here would end as this one, if it were not for what they do."""
+    with nobody_serves() as (uffd, _):
+        Watch(uffd.fileno(), LIMIT).over(ended_pipe())
+        time.sleep(20)
+
+
+def test_a_watch_ends_the_process() -> None:
+    """Nobody serves, and somebody waits."""
+    play(a_watch_ends_the_process, status=-signal.SIGABRT)
+
+
+STOPPER = """
+import os, signal, sys, time
+time.sleep(0.2)
+os.kill(os.getppid(), signal.SIGSTOP)
+time.sleep(3)
+os.kill(os.getppid(), signal.SIGCONT)
+"""
+
+
+def stopped_for_long() -> None:
+    """Scenario: the process is stopped for longer than the limit, and has others serve as soon as it runs again."""
+    with nobody_serves() as (uffd, _):
+        watch = Watch(uffd.fileno(), 2.0)
+        with subprocess.Popen([sys.executable, "-c", STOPPER]) as stopper:
+            watch.over(ended_pipe())
+            stopper.wait()
+            time.sleep(0.2)
+            watch.close()
+
+
+def test_time_for_which_the_process_was_stopped_does_not_count() -> None:
+    """SIGSTOP, a debugger, a frozen cgroup: nothing could be started meanwhile."""
+    play(stopped_for_long)
+
+
+def no_descriptors_left() -> None:
+    """Scenario: who serves cannot be duplicated."""
+    with nobody_serves() as (uffd, _):
+        alive, _ = os.pipe()
+        first, second = Watch(uffd.fileno(), LIMIT), Watch(uffd.fileno(), LIMIT)
+        first.over(alive)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1, limits[1])
+        )
+        filling: list[int] = []
+        with contextlib.suppress(OSError):
+            while True:
+                filling.append(os.dup(alive))
+        second.over(alive)
+        first.over(alive, alive)  # there is room for one of the two: the other would go unnoticed
+        time.sleep(3 * LIMIT)
+        first.close()
+        second.close()
+
+
+def test_who_is_not_known_may_serve() -> None:
+    """Where descriptors cannot be duplicated (RLIMIT_NOFILE), nobody is watched, and that is said."""
+    _, errors = play(no_descriptors_left)
+    assert errors.count("nobody watches over the pager: Too many open files") == 2, errors
+
+
+def told_late() -> None:
+    """Scenario: the watch was closed before it is told who serves; another is told that nobody is known."""
+    with nobody_serves() as (uffd, _):
+        closed, unsure = Watch(uffd.fileno(), LIMIT), Watch(uffd.fileno(), LIMIT)
+        closed.close()
+        closed.over(ended_pipe())
+        unsure.over(ended_pipe())
+        unsure.over()
+        time.sleep(3 * LIMIT)
+        unsure.close()
+
+
+def test_a_closed_watch_stays_closed() -> None:
+    """Its descriptor may be another's by then."""
+    play(told_late)
