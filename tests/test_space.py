@@ -15,6 +15,7 @@ from pattern import PAGE, Pattern, Slow, content
 from aiouffd.engine.ahead import complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.resolver import Op, Run
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
@@ -402,3 +403,116 @@ def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
 
     asyncio.run(asyncio.wait_for(main(), 20))
     assert world.uffd.pages == world.model
+
+
+class Gated:
+    """Fails for more than a page; a read of a single page waits until it is let through."""
+
+    size = SIZE
+    retries = 0
+
+    def __init__(self) -> None:
+        self.failing, self.through = asyncio.Event(), asyncio.Event()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, or fail, when that is allowed."""
+        if length > PAGE:
+            await self.failing.wait()
+            raise SourceError("Gated", offset, length, "broken")
+        await self.through.wait()
+        return content(offset, length)
+
+
+def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
+    """A read fails whose memory was moved away meanwhile: who waits for what lies there now must not join it."""
+
+    async def main() -> None:
+        source = Gated()
+        world = World(16 << 10, located=False, source=source)
+        world.touch(0, 1)
+        world.deliver(1)  # a flight for its neighbourhood
+        await asyncio.sleep(0)
+        for move in ((BASE, ELSEWHERE), (BASE + 8 * PAGE, BASE)):
+            world.uffd.mremap(*move, 4 * PAGE)
+            world.settle()
+        source.failing.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        world.uffd.touch(BASE, 2)
+        world.deliver(1)
+        source.through.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+            world.settle()
+        assert world.uffd.pages[BASE] == content(8 * PAGE, PAGE)
+
+    asyncio.run(main())
+
+
+def test_pieces_are_of_whole_pages() -> None:
+    """Also where a page is larger than the largest piece: 16 MiB and 1 GiB are sizes of huge pages."""
+    world = World(0, located=True)
+    size = 16 << 20
+    space = world.space
+    space.page_size, space._hurry = size, size
+    settled: list[Run] = []
+
+    def settle(run: Run, *, wake: bool) -> bool:
+        settled.append(run)
+        return wake
+
+    space._settle = settle  # type: ignore[method-assign]
+    space.settle_later([Run(Op.COPY, BASE, 0, 16 * size, 0)])
+    for page in range(0, 16, 2):
+        space._hasten(BASE + page * size, 0)
+    while space.advance():
+        pass
+    assert all(run.dst % size == run.left % size == 0 for run in settled)
+
+
+class Brittle(Pattern):
+    """Raises, as a defect of a source would, for what begins at or behind `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(SIZE)
+        self.limit = limit
+
+    def read_nowait(self, offset: int, length: int) -> bytes:
+        """Return the bytes, or raise."""
+        if offset + length > self.limit:
+            raise ValueError("a defect")
+        return content(offset, length)
+
+
+def test_a_window_that_cannot_be_brought_ahead_costs_no_fault() -> None:
+    """The faults of the same wake-up are served, and what was not brought is not taken for present."""
+    source = Brittle(SIZE // 2)
+    world = World(4 * PAGE, located=False, source=source)
+    for page in range(PAGES // 2):
+        world.touch(page, page)
+        world.deliver(64)
+        while world.space.advance():
+            pass
+    assert len(world.uffd.pages) == PAGES // 2
+    assert list(world.space.readahead.missing(0, SIZE)) == [(SIZE // 2, SIZE // 2)]
+
+
+def test_a_toucher_who_is_faster_than_the_pieces_is_let_go() -> None:
+    """Also where what is behind his window cannot be brought."""
+    world = World(4 * PAGE, located=False, source=Brittle(SIZE // 2))
+    world.space.settle_later([Run(Op.ZEROPAGE, BASE + (PAGES - 1) * PAGE, (PAGES - 1) * PAGE, PAGE)])
+    world.space.readahead.follow = lambda *_: ((SIZE // 2, PAGE), (0, 0))  # type: ignore[method-assign]
+    world.touch(PAGES - 1, 1)
+    world.deliver(64)
+    assert BASE + (PAGES - 1) * PAGE in world.uffd.pages
+
+
+def test_what_a_defect_has_kept_from_coming_is_not_taken_for_present() -> None:
+    """Whoever asks for it later gets it."""
+    source = Brittle(0)
+    world = World(16 << 10, located=False, source=source)
+    world.touch(0, 1)
+    world.deliver(1)
+    source.limit = SIZE
+    asyncio.run(world.space.server.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH))
+    assert len(world.uffd.pages) == PAGES

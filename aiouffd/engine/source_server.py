@@ -165,10 +165,14 @@ class SourceServer:
         windows = space.readahead.follow(offset, low, high)
         if windows is not None:
             (at, length), (behind, size) = windows
-            if size:
-                self.expect(behind, size)
             runs: list[Run] = []
-            self._bring(space, at + skew, at, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
+            try:
+                if size:
+                    self.expect(behind, size)
+                self._bring(space, at + skew, at, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
+            except Exception:  # a defect of the source: it costs none of the faults that are being served
+                log.exception("what was to be brought ahead, %d bytes at %#x, comes with its faults", length, at)
+                space.readahead.forget(at, at + length)
             space.settle_later(runs)
 
     def _serve_directly(
@@ -366,9 +370,10 @@ class SourceServer:
             return
         singles = []
         for address in sorted(flight.wanted):
-            single = Flight(
-                address, address + page, flight.offset + address - flight.start, flight.began_ns, flight.generation
-            )
+            offset = flight.offset + address - flight.start
+            if not space.valid(Run(Op.COPY, address, offset, page)):
+                continue  # who waited was woken then; whoever waits for what is there now must not join this
+            single = Flight(address, address + page, offset, flight.began_ns, flight.generation)
             single.wanted.add(address)
             space.take_off(single)
             single.done = self._spawn(self._fly_alone(space, single, cause, retries))

@@ -17,6 +17,7 @@ import errno
 import logging
 import mmap
 import operator
+import sys
 from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
@@ -190,6 +191,7 @@ class Space:
             log.exception(
                 "faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults)
             )
+            self.readahead.forget(0, sys.maxsize)  # what was to come along has not come
             self._words[Counter.SOURCE_ERRORS] += 1
             self.report(PagerError(f"the page at {faults[0][0]:#x} could not be served: {error!r}"))
             self.poison(page for page, _, _ in faults if page not in self.flights)
@@ -416,9 +418,10 @@ class Space:
                     self.later.append(run.part(0, before))
                 if behind := run.left - before - size:
                     self.later.appendleft(run.part(before + size, behind))
-                self._hurry = min(2 * self._hurry, _MOST)
-                self._words[Counter.PAGES_FAULT] += 1
-                self._words[Counter.PAGES_READAHEAD] -= 1
+                self._hurry = min(2 * self._hurry, max(_MOST, self.page_size))
+                if self._words[Counter.PAGES_READAHEAD]:  # else it was counted before, and has faulted anew
+                    self._words[Counter.PAGES_FAULT] += 1
+                    self._words[Counter.PAGES_READAHEAD] -= 1
                 self._settle(run.part(before, size), wake=True)
                 self.record_latency(began_ns)
                 self.server.follow(self, page)
