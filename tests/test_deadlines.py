@@ -101,3 +101,18 @@ async def test_no_limit_and_close() -> None:
     deadlines.close()
     assert deadlines._timer is None
     assert not deadlines._waiting
+
+
+def test_a_wait_whose_loop_is_gone_is_destroyed_in_silence() -> None:
+    """No task does that."""
+    waiting = wait(Deadlines(5.0), asyncio.Event())
+
+    async def main() -> None:
+        task = asyncio.get_running_loop().create_task(waiting)
+        await asyncio.sleep(0)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
+    waiting.close()

@@ -39,7 +39,7 @@ class Deadlines:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.seconds is None:
+        if self.seconds is None or kind is GeneratorExit:  # its loop is gone: it is being destroyed, by no task
             return
         task = asyncio.current_task()
         assert task is not None

@@ -18,6 +18,8 @@ __all__ = ["Watch"]
 
 log = logging.getLogger("aiouffd")
 
+_LONGEST = (1 << 31) - 1  # milliseconds
+
 
 @cache
 def _library() -> ctypes.CDLL:
@@ -58,7 +60,8 @@ class Watch:
             if self._number >= 0:
                 failed = min(0, _library().aiouffd_watch_ends(self._number, first, second))
             elif first >= 0:
-                failed = self._number = _library().aiouffd_watch(self._uffd, first, second, int(self._limit * 1000))
+                limit = int(min(self._limit * 1000, _LONGEST))
+                failed = self._number = _library().aiouffd_watch(self._uffd, first, second, limit)
             else:
                 return
         if failed < 0:

@@ -154,3 +154,19 @@ def told_late() -> None:
 def test_a_closed_watch_stays_closed() -> None:
     """Its descriptor may be another's by then."""
     play(told_late)
+
+
+def limits_of_months() -> None:
+    """Scenario: more milliseconds than 32 bits hold, and no end at all."""
+    with nobody_serves() as (uffd, _):
+        watches = [Watch(uffd.fileno(), limit) for limit in ((1 << 32) / 1000 + 0.1, float("inf"))]
+        for watch in watches:
+            watch.over(ended_pipe())
+        time.sleep(3 * LIMIT)
+        for watch in watches:
+            watch.close()
+
+
+def test_a_long_limit_is_a_long_one() -> None:
+    """It does not wrap around."""
+    play(limits_of_months)
