@@ -67,7 +67,7 @@ class Monitor:
         readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
         spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
         on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
-            process), "populate" (all are brought first), "zeros".
+            process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"), "zeros".
         fork: "dontfork": forked children do not have the region at all, a touch is SIGSEGV there; "serve": they are
             served with the same contents, and so are their children. That needs CAP_SYS_PTRACE.
         timeout: seconds for one read of the source or one call of the handler; None: no limit.
@@ -136,6 +136,7 @@ class Monitor:
         self._in_process = in_process
         self._in_thread = in_thread
         self._on_exit = on_exit
+        self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._fork = fork
         self._track_writes = track_writes
         self._user_mode_only = user_mode_only
@@ -231,11 +232,12 @@ class Monitor:
             try:
                 if self._on_exit == "populate" and kind is None:
                     await self.prefetch(0, len(self.region))
+                    self._sigbus = False
             finally:
                 if self._guard is not None:
                     self._guard.close()
                 try:
-                    await self._engine.close(poison=self._on_exit == "sigbus")
+                    await self._engine.close(poison=self._sigbus)
                 finally:  # canceled, or the source could not be closed: nobody reads any more all the same
                     self._settle()
             return
@@ -311,12 +313,19 @@ class Monitor:
         try:
             if populate and self._on_exit == "populate":
                 engine.prefetch(0, len(self.region)).result()
+                self._sigbus = False
         finally:
             if isinstance(engine, InThreadEngine):
                 self._leave(engine)
             else:
-                engine.close(poison=self._on_exit == "sigbus")
-                self._settle()
+                # Served until it is settled: a touch that nobody answers, with the GIL held, stops this very thread.
+                if self._sigbus and Feature.POISON in probe().features:
+                    engine.refuse()
+                try:
+                    self._give_back()
+                finally:
+                    engine.close()
+                    self._settle()
 
     def _leave(self, engine: InThreadEngine) -> None:
         """Stop serving in the threads that touch: whoever touches meanwhile waits until it is settled."""
@@ -324,11 +333,12 @@ class Monitor:
         try:
             self._settle()
         finally:
-            engine.remove(for_good=self._on_exit == "sigbus")
+            engine.remove(for_good=self._sigbus)
 
     def _register(self) -> None:
         region = self.region
         self._pid = os.getpid()
+        self._sigbus = self._on_exit != "zeros"
         if region.monitor is not None:
             raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
         if region.closed:
@@ -389,25 +399,25 @@ class Monitor:
 
     def _settle(self) -> None:
         """Nobody reads any more: decide what a touch of a missing page is from now on."""
-        uffd, self._uffd = self._uffd, None
+        self._give_back()
         self._engine = None
         self.region.monitor = None
         self.region.listen(None)
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.complete()
-        if uffd is not None:
-            self._give_back(uffd)
         with self._news:
             self._tell()
 
-    def _give_back(self, uffd: Userfaultfd) -> None:
-        if self._in_thread and self._on_exit == "sigbus":
+    def _give_back(self) -> None:
+        if (uffd := self._take()) is None:
+            return
+        if self._in_thread and self._sigbus:
             # It has Feature.SIGBUS: without our handler a missing page is SIGBUS for everybody, as long as it is open.
             self.region.keep(uffd)
             return
         with uffd:
-            if self._on_exit == "sigbus":
+            if self._sigbus:
                 leave_sigbus(self.region, uffd)
             else:
                 uffd.unregister(self.region.address, self.region.mapped_length)
@@ -520,10 +530,15 @@ class Monitor:
 
     def _lost(self) -> None:
         """Nobody serves any more: what is missing is SIGBUS from now on, no hang and no zeros."""
-        uffd, self._uffd = self._uffd, None
-        if uffd is not None:
+        if (uffd := self._take()) is not None:
             with uffd:
                 leave_sigbus(self.region, uffd)
+
+    def _take(self) -> Userfaultfd | None:
+        """Take the descriptor away, for who settles the memory; who comes second, from another thread, gets None."""
+        with self._news:
+            uffd, self._uffd = self._uffd, None
+        return uffd
 
     def _tell(self) -> None:
         for tell in self._waiters:

@@ -441,6 +441,9 @@ class Server:
             request = self._pager.request("prefetch", client.tenant, offset=offset, length=length)
             await asyncio.wrap_future(request)
             return None
+        if op == "refuse":  # a Monitor is about to settle what is missing, and closes then
+            await asyncio.wrap_future(self._pager.request("refuse", client.tenant))
+            return None
         if op == "close":
             await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=message.get("poison") is True))
             self._forget(client, "has left")

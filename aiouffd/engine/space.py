@@ -184,6 +184,9 @@ class Space:
             self.layout(message)
 
     def _serve(self, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        if self.closing:
+            self.poison(page for page, _, _ in faults)
+            return
         try:
             self.server.serve(self, faults, began_ns)
         except Exception as error:
@@ -566,13 +569,22 @@ class Space:
             with contextlib.suppress(OSError):  # unmapped meanwhile, or the process is gone
                 self.uffd.unregister(mapping.start, mapping.end - mapping.start)
 
-    def close(self) -> None:
-        """Close the descriptor and forget everything."""
+    def refuse(self) -> None:
+        """Poison what is waited for, and whatever is touched from now on: the owner is about to settle the rest."""
+        waited = {page for flight in self.flights.values() for page in flight.wanted}
+        self._end_flights()
+        self.poison(waited)
+
+    def _end_flights(self) -> None:
         self.closing = True
         for flight in set(self.flights.values()):  # others wait for the room that they take
             if flight.done is not None:
                 flight.done.cancel()
         self.flights.clear()
+
+    def close(self) -> None:
+        """Close the descriptor and forget everything."""
+        self._end_flights()
         self.deferred.clear()
         self.later.clear()
         self.server.closed(self)

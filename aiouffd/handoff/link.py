@@ -150,15 +150,22 @@ class ServerEngine:
         """Return what the server has counted, for all its clients."""
         return Statistics(**self._request("statistics").result(_TIMEOUT))
 
-    def close(self, *, poison: bool) -> None:
-        """Serve no longer. What threads wait for is poisoned, if asked."""
+    def refuse(self) -> None:
+        """Bring nothing more: whoever waits or touches gets SIGBUS, until the memory is settled and this is closed."""
+        self._ask("refuse")
+
+    def close(self) -> None:
+        """Serve no longer. Settle the memory first: who touches it later would hang."""
         if not self._closing:
             self._served = False
-            try:
-                self._request("close", poison=poison).result(_TIMEOUT)
-            except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
-                log.debug("the server has gone first")
+            self._ask("close", poison=False)
         self._end()
+
+    def _ask(self, op: str, **arguments: Any) -> None:
+        try:
+            self._request(op, **arguments).result(_TIMEOUT)
+        except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
+            log.debug("the server has gone first")
 
     def _request(self, op: str, **arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()

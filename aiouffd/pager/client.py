@@ -168,10 +168,15 @@ class PagerClient:
         """Keeper and worker, as far as known."""
         return (self._keeper.pid if self._keeper else 0, self._worker_pid)
 
-    def close(self, tenant: Tenant, *, poison: bool) -> None:
-        """Have a tenant served no longer. What is waited for is poisoned, if asked; forked children are served on."""
+    def refuse(self, tenant: Tenant) -> None:
+        """Have nothing more brought to a tenant, which its owner settles next: a touch until then is SIGBUS."""
+        with contextlib.suppress(UffdError, TimeoutError):
+            self.request("refuse", tenant).result(10.0)
+
+    def close(self, tenant: Tenant) -> None:
+        """Have a tenant served no longer, which its owner has settled; forked children are served on."""
         try:
-            self.request("close", tenant, poison=poison).result(10.0)
+            self.request("close", tenant, poison=False).result(10.0)
             self.forget(tenant)
         except (UffdError, TimeoutError):
             if self._dead is not None:  # its keeper poisons what is touched, and must let go of this

@@ -76,8 +76,12 @@ class PagerEngine:
         """Keeper and worker, as far as known."""
         return self._client.pids
 
-    def close(self, *, poison: bool) -> None:
-        """Serve no longer. What threads wait for is poisoned, if asked; forked children are served on."""
-        self._client.close(self._tenant, poison=poison)
+    def refuse(self) -> None:
+        """Bring nothing more: whoever waits or touches gets SIGBUS, until the memory is settled and this is closed."""
+        self._client.refuse(self._tenant)
+
+    def close(self) -> None:
+        """Serve no longer; forked children are served on. Settle the memory first: who touches it later would hang."""
+        self._client.close(self._tenant)
         self._client.stop()
         self._pack.close()

@@ -337,6 +337,13 @@ class _Worker:
         space, tenancy = self.asked(message)
         await tenancy.origin.server.prefetch(space, message["offset"], message["length"])
 
+    async def do_refuse(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""
+        space, tenancy = self.asked(message)
+        if tenancy.ahead is not None:
+            tenancy.ahead.cancel()
+        space.refuse()
+
     async def do_close(self, message: dict[str, Any], fds: list[int]) -> None:
         """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
         space, tenancy = self.asked(message)

@@ -304,6 +304,49 @@ def test_leaving_lets_waiting_threads_go() -> None:
     play(leave_while_waiting)
 
 
+def leave_while_touched(on_exit: str) -> None:
+    """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
+    size = 64 << 20
+    region = aiouffd.Region(size)
+    touched = threading.Semaphore(0)
+
+    def touch() -> None:
+        for page in range(0, size, PAGE):
+            _ = region[page]
+            touched.release()
+
+    with aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit):  # type: ignore[arg-type]
+        thread = threading.Thread(target=touch)
+        thread.start()
+        for _ in range(50):
+            touched.acquire()
+        assert thread.is_alive()
+    thread.join()
+
+
+@pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])
+def test_leaving_while_a_thread_touches_with_the_gil_does_not_hang(on_exit: str, status: int) -> None:
+    """It gets what `on_exit` says, and not a pager that answers no more: that would stop whoever leaves, too."""
+    _, errors = play(leave_while_touched, on_exit, status=status)
+    assert ("in touch" in errors) == (status != 0)
+
+
+def populate_fails() -> None:
+    """Scenario: what could not be brought at the end."""
+    region = aiouffd.Region(4 << 20)
+    with (
+        pytest.raises(aiouffd.SourceError),
+        aiouffd.Monitor(region, Failing(4 << 20), on_exit="populate", retries=0),
+    ):
+        pass
+    print(region[0])
+
+
+def test_what_could_not_be_populated_is_sigbus() -> None:
+    """And not zeros."""
+    play(populate_fails, status=-signal.SIGBUS)
+
+
 def nothing_is_left() -> None:
     """Scenario."""
 

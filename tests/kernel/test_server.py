@@ -376,6 +376,33 @@ def test_the_pager_serves_on_when_the_listener_is_killed(image: Path, tmp_path: 
         play(outlives, str(serve.path), serve.process.pid)
 
 
+def leave_while_touched(path: str, on_exit: str) -> None:
+    """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
+    region = aiouffd.Region(16 * MIB)
+    touched = threading.Semaphore(0)
+
+    def touch() -> None:
+        for page in range(16 * MIB // PAGE):
+            _ = region[page * PAGE]
+            touched.release()
+
+    with aiouffd.Monitor(region, server=path, on_exit=on_exit):  # type: ignore[arg-type]
+        thread = threading.Thread(target=touch)
+        thread.start()
+        for _ in range(50):
+            touched.acquire()
+        assert thread.is_alive()
+    thread.join()
+
+
+@pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])
+def test_leaving_while_a_thread_touches_with_the_gil(image: Path, tmp_path: Path, on_exit: str, status: int) -> None:
+    """It gets what `on_exit` says, and does not wait for a server that answers no more. Others are served on."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(leave_while_touched, str(serve.path), on_exit, status=status)
+        play(client, str(serve.path), MIB)
+
+
 def no_server(path: str) -> None:
     """Scenario."""
     region = aiouffd.Region(MIB)
