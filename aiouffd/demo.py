@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,25 +72,36 @@ def make_input(path: Path, size: int, advance: rich.progress.Progress, task: ric
 
 @contextlib.contextmanager
 def page_server(directory: Path, latency: float) -> Iterator[str]:
-    """Run the page server as a process that ends with this one, however that ends: at the end of its input."""
+    """Run the page server as a process that ends with this one, however that ends: at the end of its input.
+
+    A session of its own keeps Ctrl-C from it: pages that are being waited for are still to come.
+    """
     command = [sys.executable, "-P", "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof"]
     with subprocess.Popen(  # noqa: S603
-        [*command, "--latency-ms", str(latency * 1000)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--latency-ms", str(latency * 1000)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if "http://" not in line:
-            raise RuntimeError(f"the page server did not start: {line!r}")
         try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if "http://" not in line:
+                raise RuntimeError(f"the page server did not start: {line!r}")
             yield line.split()[-1]
         finally:
             process.terminate()
 
 
-def touch_at_random(region: aiouffd.Region, check: Check, pages: list[int], done: list[int]) -> None:
+def touch_at_random(
+    region: aiouffd.Region, check: Check, pages: list[int], done: list[int], stop: threading.Event
+) -> None:
     """Touch single pages, as a thread of the application."""
     view = memoryview(region)
     for page in pages:
+        if stop.is_set():
+            return
         check.compare(page * PAGE, view[page * PAGE : (page + 1) * PAGE])
         done[0] += 1
 
@@ -105,16 +117,22 @@ def use(
     began = time.perf_counter()
     task = progress.add_task(f"{len(pages)} random pages, {threads} threads", total=len(pages))
     done = [0]
+    stop = threading.Event()
     workers = [
-        threading.Thread(target=touch_at_random, args=(region, check, pages[n::threads], done)) for n in range(threads)
+        threading.Thread(target=touch_at_random, args=(region, check, pages[n::threads], done, stop))
+        for n in range(threads)
     ]
-    for worker in workers:
-        worker.start()
-    while any(worker.is_alive() for worker in workers):
-        progress.update(task, completed=done[0])
-        workers[-1].join(0.05)
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            progress.update(task, completed=done[0])
+            workers[-1].join(0.05)
+    finally:  # interrupted: whoever touches when nobody serves any more gets SIGBUS
+        stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
     progress.update(task, completed=len(pages))
 
     start, end = size // 4 // PAGE * PAGE, size // 2
@@ -167,6 +185,7 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
     plain = not console.is_terminal or (console.encoding or "").lower().replace("-", "") != "utf8"
     directory = Path(tempfile.mkdtemp(prefix="aiouffd-demo-"))
     path = directory / "input.bin"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left behind
     try:
         columns = (
             rich.progress.TextColumn("{task.description:<34}"),

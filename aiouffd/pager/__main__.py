@@ -25,7 +25,10 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     connection = socket.socket(fileno=int(sys.argv[1]))
     journal = Journal.create()
-    control.send(connection, {"event": "hello"}, [journal.fd])
+    try:
+        control.send(connection, {"event": "hello"}, [journal.fd])
+    except control.Closed:  # interrupted, whoever has started this has gone again
+        return 0
     return keeper.run(journal, connection)
 
 

@@ -39,20 +39,27 @@ def test_the_demo_checks_every_byte() -> None:
     assert re.search(r"\|[ .:+#]{20,}\|", output)
 
 
-def test_nothing_is_left_of_a_demo_that_is_killed() -> None:
-    """SIGKILL: the page server and both processes of the pager end by themselves."""
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
+def test_nothing_is_left_of_a_demo_that_is_ended(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    """The page server and both processes of the pager end; its input file, too, unless it is killed.
+
+    The signal comes as from a terminal, to all of the process group, while threads touch.
+    """
     command = [
         sys.executable,
         "-c",
-        "from aiouffd.cli import main; main()",
+        "import sys; from aiouffd.cli import main; sys.exit(main())",
         "demo",
         "--size",
         "64M",
         "--touches",
         "16000",
     ]
-    command += ["--latency-ms", "5", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=False)
+    command += ["--latency-ms", "5", "--threads", "2"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment)
     try:
         family: set[int] = set()
         end = time.monotonic() + 30
@@ -61,9 +68,10 @@ def test_nothing_is_left_of_a_demo_that_is_killed() -> None:
             time.sleep(0.01)
         assert len(family) == 3
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, number)
+        assert process.wait(20) == status
     assert all(ended(pid, 2.0) for pid in family)
+    assert number == signal.SIGKILL or not list(tmp_path.iterdir())
 
 
 def descendants(pid: int) -> set[int]:
