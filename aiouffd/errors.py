@@ -124,7 +124,7 @@ class OperationError(UffdError, OSError):
     def __str__(self) -> str:
         name = _errno.errorcode.get(self.errno or 0, str(self.errno))
         where = f" of [{self.start:#x}, {self.start + self.len:#x})" if self.len else ""
-        advice = self._advice or _ADVICE.get((self.operation, self.errno or 0), "")
+        advice = _ADVICE.get((self.operation, self.errno or 0)) or self._advice
         return f"{self.operation}{where}: {name} ({self.strerror})" + (f"; {advice}" if advice else "")
 
 
@@ -158,7 +158,7 @@ class TargetExitedError(OperationError):
 class BusyError(OperationError):
     """EBUSY: someone else is using it: another userfaultfd, another Monitor, or pinned and shared pages."""
 
-    _advice = "it is in use: a range can be registered with one userfaultfd only; a moved page must not be shared"
+    _advice = "it is in use by somebody else"
 
 
 class ClosedError(UffdError):
@@ -277,6 +277,12 @@ _ADVICE: dict[tuple[str, int], str] = {
         "start and len must be multiples of the page size of a mapping of a supported kind"
         " (anonymous, shmem or hugetlb), and the mode one that the kind supports"
     ),
+    ("UFFDIO_REGISTER", _errno.EBUSY): (
+        "a range can be registered with one userfaultfd only: another Monitor serves it, or one was left with"
+        ' on_exit="sigbus"; make another Region'
+    ),
+    ("UFFDIO_MOVE", _errno.EBUSY): "a page is pinned, or shared with a forked child: copy it",
+    ("munmap", _errno.EBUSY): "a Monitor serves it: leave its `with` block first",
     ("UFFDIO_REGISTER", _errno.EPERM): "a file mapped without write permission cannot be registered",
     ("UFFDIO_REGISTER", _errno.ENOMEM): "the process has exited, or vm.max_map_count is reached: register fewer ranges",
     ("UFFDIO_UNREGISTER", _errno.ENOMEM): "the process that owned this memory has exited",

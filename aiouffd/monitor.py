@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
-from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.handler import wants_writes
 from aiouffd.engine.in_thread import InThreadEngine
 from aiouffd.engine.local import LocalEngine
@@ -132,7 +132,7 @@ class Monitor:
         if fork not in ("dontfork", "serve"):
             raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
         self.region = region
-        self.origin = ZeroSource(len(region)) if source_or_handler is None else source_or_handler
+        self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         self._in_process = in_process
         self._in_thread = in_thread
         self._on_exit = on_exit

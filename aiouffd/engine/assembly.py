@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.engine.trace import Recorder, Trace
 
-__all__ = ["Options", "Service", "make_readahead", "make_server"]
+__all__ = ["Options", "Service", "checked", "make_readahead", "make_server"]
 
 
 @attrs.frozen
@@ -46,12 +46,21 @@ class Options:
         limits: bounds, timeouts and retries.
     """
 
-    readahead: int = 2 << 20
-    spin_us: int = 50
-    background: float = 0.0
+    readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    background: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
+
+
+def checked(origin: Any) -> Any:
+    """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
+    if isinstance(origin, type) or not (isinstance(origin, Handler) or callable(getattr(origin, "read", None))):
+        raise TypeError(
+            f"{origin!r} is no Source and no Handler: give an instance of one, FileSource(path) or BufferSource(data)"
+        )
+    return origin
 
 
 def make_server(service: Service, counters: Counters, options: Options) -> SourceServer | HandlerServer:

@@ -56,10 +56,10 @@ class Limits:
         backoff: seconds before the first of them.
     """
 
-    concurrent_reads: int = 128
-    bytes_in_flight: int = 128 << 20
-    timeout: float | None = 30.0
-    retries: int = 4
+    concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
+    bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
+    timeout: float | None = attrs.field(default=30.0, validator=attrs.validators.optional(attrs.validators.gt(0.0)))
+    retries: int = attrs.field(default=4, validator=attrs.validators.ge(0))
     backoff: float = 0.05
 
 

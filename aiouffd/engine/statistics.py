@@ -105,6 +105,12 @@ class Statistics:
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n."""
 
+    def __str__(self) -> str:
+        """Say what is not zero."""
+        said = {name: getattr(self, name) for name in _NAMES}
+        said |= {f"latency_ns({quantile})": self.latency_ns(quantile) for quantile in (0.5, 0.99)}
+        return f"Statistics({', '.join(f'{name}={value}' for name, value in said.items() if value)})"
+
     @property
     def pages(self) -> int:
         """All pages resolved, whatever the cause."""

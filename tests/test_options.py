@@ -1,0 +1,51 @@
+"""What a Monitor is asked for, before anything is done: sound, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import aiouffd
+from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.errors import BusyError, operation_error
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"readahead": -1},
+        {"spin_us": -1},
+        {"background": -1},
+        {"timeout": 0},
+        {"timeout": -1.0},
+        {"retries": -1},
+        {"concurrent_reads": 0},
+        {"bytes_in_flight": 0},
+    ],
+)
+def test_a_number_that_would_never_serve_a_page_is_refused(option: dict[str, Any]) -> None:
+    """At once, by its name."""
+    with pytest.raises(ValueError, match=next(iter(option))):
+        aiouffd.Monitor(aiouffd.Region(1), **option)
+
+
+@pytest.mark.parametrize("thing", ["a path", b"bytes", aiouffd.ZeroSource, aiouffd.Handler, 5, lambda: None])
+def test_what_is_neither_source_nor_handler_is_refused(thing: Any) -> None:
+    """At once, and not by the process that it would have to travel to."""
+    with pytest.raises(TypeError, match="is no Source and no Handler"):
+        aiouffd.Monitor(aiouffd.Region(1), thing)
+
+
+def test_busy_says_what_to_do() -> None:
+    """By operation."""
+    assert "leave its `with` block" in str(operation_error("munmap", 0, 1, 16))
+    assert "make another Region" in str(operation_error("UFFDIO_REGISTER", 0, 1, 16))
+    assert isinstance(operation_error("UFFDIO_MOVE", 0, 1, 16), BusyError)
+
+
+def test_statistics_print_what_has_happened() -> None:
+    """And no zeros."""
+    counters = Counters()
+    counters.words[Counter.FAULTS] += 2
+    assert str(counters.snapshot()) == "Statistics(faults=2)"
