@@ -58,7 +58,7 @@ class Limits:
 
     concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
     bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
-    timeout: float | None = attrs.field(default=30.0, validator=attrs.validators.optional(attrs.validators.gt(0.0)))
+    timeout: float | None = attrs.field(default=30.0, validator=attrs.validators.optional(attrs.validators.gt(0.0)))  # type: ignore[arg-type]  # None, too
     retries: int = attrs.field(default=4, validator=attrs.validators.ge(0))
     backoff: float = 0.05
 

@@ -196,8 +196,8 @@ static int replace(struct watch *watch, int first, int second)
     return failed;
 }
 
-/* Watch over `uffd`, which stays the caller's and open until `aiouffd_unwatch`, as long as `first` or `second` is not
- * readable (they are duplicated). Returns a number for the other calls, or a negated errno. */
+/* Watch over `uffd`, as long as `first` or `second` is not readable. All are duplicated: the region may be settled, and
+ * its descriptor closed, before `aiouffd_unwatch`. Returns a number for the other calls, or a negated errno. */
 EXPORT int aiouffd_watch(int uffd, int first, int second, uint32_t limit_ms)
 {
     int result = -ENOSPC;
@@ -205,9 +205,12 @@ EXPORT int aiouffd_watch(int uffd, int first, int second, uint32_t limit_ms)
     int failed = start();
     for (int i = 0; !failed && i < WATCHES; i++)
         if (!watches[i].used) {
-            watches[i] = (struct watch){.used = 1, .uffd = uffd, .ends = {-1, -1}, .limit_ms = limit_ms};
-            failed = replace(&watches[i], first, second);
+            int own = fcntl(uffd, F_DUPFD_CLOEXEC, 3);
+            watches[i] = (struct watch){.used = 1, .uffd = own, .ends = {-1, -1}, .limit_ms = limit_ms};
+            failed = own < 0 ? errno : replace(&watches[i], first, second);
             watches[i].used = !failed;
+            if (failed && own >= 0)
+                close(own);
             ring();
             result = i;
             break;
@@ -244,6 +247,7 @@ EXPORT void aiouffd_unwatch(int number)
     pthread_mutex_lock(&lock);
     if (watches[number].used) {
         replace(&watches[number], -1, -1);
+        close(watches[number].uffd);
         watches[number].used = 0;
         ring();
     }

@@ -33,7 +33,7 @@ class Watch:
     a thread waits for a page: that is said on standard error, and the process ends with SIGABRT.
 
     Args:
-        uffd: the region's descriptor; stays the caller's, and open until `close`.
+        uffd: the region's descriptor; stays the caller's, and open until the first `over`, which duplicates it.
         limit: seconds; None: for ever.
     """
 

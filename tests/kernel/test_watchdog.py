@@ -156,6 +156,29 @@ def test_a_closed_watch_stays_closed() -> None:
     play(told_late)
 
 
+def settled_first() -> None:
+    """Scenario: the region's descriptor is closed while it is watched over, and its number becomes another's."""
+    region = aiouffd.Region(SIZE)
+    uffd = aiouffd.Userfaultfd()
+    uffd.register(region.address, SIZE, RegisterMode.MISSING)
+    number = uffd.fileno()
+    watch = Watch(number, LIMIT)
+    watch.over(ended_pipe())
+    uffd.unregister(region.address, SIZE)
+    uffd.close()
+    reading, writing = os.pipe()
+    os.dup2(reading, number)
+    os.write(writing, bytes(32))
+    time.sleep(3 * LIMIT)
+    watch.close()
+    assert len(os.read(number, 64)) == 32
+
+
+def test_a_region_that_is_settled_first() -> None:
+    """Nothing is read from whatever has the descriptor's number then, and nobody is ended."""
+    play(settled_first)
+
+
 def limits_of_months() -> None:
     """Scenario: more milliseconds than 32 bits hold, and no end at all."""
     with nobody_serves() as (uffd, _):
