@@ -214,6 +214,14 @@ class Far:
         await answer
         return self._bytes.read_nowait(offset, length)
 
+    async def aclose(self) -> None:
+        """Be ready for another loop."""
+        if self._timer >= 0:
+            asyncio.get_running_loop().remove_reader(self._timer)
+            os.close(self._timer)
+            self._timer = -1
+        self._due.clear()
+
     def _tick(self) -> None:
         os.read(self._timer, 8)
         now = time.monotonic()

@@ -32,7 +32,6 @@ __all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 log = logging.getLogger("aiouffd")
 
 _NEAR = 512 << 10  # brought at once, if it is at hand: a fault waits for one such piece at most, some 0.2 ms
-_NEXT = 2 << 20  # announced to the source, ahead of what is brought
 _FAR = 8 << 20  # and if it must be waited for
 _SAVED = 64 << 20  # bytes after which a successor need not begin at the start
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
@@ -105,7 +104,6 @@ async def fill(
             faults = words[Counter.FAULTS]
             await asyncio.sleep(_QUIET)
         await asyncio.sleep(max(0.0, began + brought / rate - monotonic()))
-        server.expect(offset + length, _NEXT)
         await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
         brought += length
         space.filled = offset + length

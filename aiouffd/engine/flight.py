@@ -64,9 +64,6 @@ class FaultServer(Protocol):
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""
 
-    def expect(self, offset: int, length: int) -> None:
-        """Take note that these bytes will be brought next, so that they are at hand then, if that can be."""
-
     def follow(self, space: Space, page: int) -> None:
         """Take note that a page was touched whose window is being brought."""
 

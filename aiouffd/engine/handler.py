@@ -321,9 +321,6 @@ class HandlerServer:
             raise errors[0]
         space.require_served()
 
-    def expect(self, offset: int, length: int) -> None:
-        """Nothing: only the handler knows where its bytes are."""
-
     def follow(self, space: Space, page: int) -> None:
         """Nothing: a handler brings no windows."""
 

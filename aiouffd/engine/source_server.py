@@ -149,11 +149,6 @@ class SourceServer:
             words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
 
-    def expect(self, offset: int, length: int) -> None:
-        """Have the source bring bytes to hand, in the background, that will be wanted next."""
-        if self._expect is not None:
-            self._expect(offset, length)
-
     def follow(self, space: Space, page: int) -> None:
         """A toucher has come upon a window that is being brought: bring the one behind it as well."""
         start, end, first = space.mappings.locate(page)
@@ -167,8 +162,8 @@ class SourceServer:
             (at, length), (behind, size) = windows
             runs: list[Run] = []
             try:
-                if size:
-                    self.expect(behind, size)
+                if self._expect is not None and size:
+                    self._expect(behind, size)
                 self._bring(space, at + skew, at, length, runs, None, began_ns, Counter.PAGES_READAHEAD)
             except Exception:  # a defect of the source: it costs none of the faults that are being served
                 log.exception("what was to be brought ahead, %d bytes at %#x, comes with its faults", length, at)

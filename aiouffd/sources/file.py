@@ -39,6 +39,7 @@ _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _THREADS = 16  # reads of a disk under way at once
 _STREAMS = 8  # whose next pieces are remembered
 _PEEKED = 64 << 10  # of so many bytes the first is taken along
+_SAMPLED = 4
 _FRESH = 0.1  # seconds for which what was populated is taken to be resident still, without asking
 
 
@@ -124,7 +125,9 @@ class FileSource:
         """Return where resident blocks of zeros begin.
 
         The mapping is not looked at: where the file has been cut meanwhile that would be SIGBUS. process_vm_readv
-        (Linux 3.2) takes the first byte of each block out of it in one call, and says EFAULT instead.
+        (Linux 3.2) takes the first byte of each block out of it in one call, and says EFAULT instead. It costs as much
+        as a copy of four pages for each byte: so of four blocks one is looked at first. Zeros between two of these are
+        copied.
         """
         if length < block:  # not worth the question
             return []
@@ -132,8 +135,10 @@ class FileSource:
         index, rest = divmod(offset - piece.low, block) if piece is not None else (0, 1)
         if piece is not None and not rest:
             firsts = piece.firsts[index : index + (length + block - 1) // block]
-        else:
+        elif 0 in self._peek(offset, offset + length, _SAMPLED * block):
             firsts = self._peek(offset, offset + length, block)
+        else:
+            return []
         if 0 not in firsts:
             return []
         data = os.pread(self._fd, length, offset)
