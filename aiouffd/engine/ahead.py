@@ -32,6 +32,7 @@ __all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 log = logging.getLogger("aiouffd")
 
 _NEAR = 512 << 10  # brought at once, if it is at hand: a fault waits for one such piece at most, some 0.2 ms
+_HURRY = 2 << 20  # the same where somebody waits for all of it
 _FAR = 8 << 20  # and if it must be waited for
 _SAVED = 64 << 20  # bytes after which a successor need not begin at the start
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
@@ -98,7 +99,8 @@ async def fill(
     words = space.counters.words
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
-    for offset, length in _shown(space, _NEAR if server.local else _FAR):
+    near = _NEAR if patience else _HURRY
+    for offset, length in _shown(space, near if server.local else _FAR):
         limit = monotonic() + patience
         while faults != words[Counter.FAULTS] and monotonic() < limit:
             faults = words[Counter.FAULTS]
