@@ -58,9 +58,14 @@ class Limits:
 
     concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
     bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
-    timeout: float | None = attrs.field(default=30.0, validator=attrs.validators.optional(attrs.validators.gt(0.0)))  # type: ignore[arg-type]  # None, too
+    timeout: float | None = attrs.field(default=30.0)
     retries: int = attrs.field(default=4, validator=attrs.validators.ge(0))
     backoff: float = 0.05
+
+    @timeout.validator
+    def _time_passes(self, _: object, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"'timeout' must be > 0, or None: {value}")
 
 
 class SourceServer:
