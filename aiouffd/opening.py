@@ -62,6 +62,7 @@ def open(  # noqa: A001 - it is called aiouffd.open
 
     Args:
         url_or_path: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`.
+            URLs but `file://` need the extra `aiouffd[http]`.
         **options: as for `Monitor`.
 
     Raises (on entering):
