@@ -1,4 +1,4 @@
-"""The command line: `aiouffd demo`, `doctor`, `serve`, `lazy-pages`. Exit status: 0 well, 1 failed, 2 called wrongly."""
+"""The command line: demo, doctor, serve, lazy-pages. Exit status: 0 well, 1 failed, 2 called wrongly."""
 
 from __future__ import annotations
 
