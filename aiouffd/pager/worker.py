@@ -42,6 +42,8 @@ log = logging.getLogger("aiouffd.pager")
 _HANDOVER_TIMEOUT = 10.0
 _BUILD_TIMEOUT = 60.0  # of sources and handlers, which may import what they like
 _FAREWELL = 0.5
+_PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybody asks
+_PIECE = 4 << 20
 
 
 def run(journal: Journal, connection: socket.socket) -> None:
@@ -304,9 +306,13 @@ class _Worker:
         space.wake_all()
 
     async def do_prepare(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Make a source ready that will be asked for."""
-        self.origin_of(message["service"], fds)
+        """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand."""
+        source = self.origin_of(message["service"], fds).service.origin
         self.save()
+        expect = getattr(source, "expect", None)
+        if expect is not None:
+            for at in range(0, min(source.size, _PREPARED), _PIECE):
+                expect(at, _PIECE)
 
     def origin_of(self, service: dict[str, Any], fds: list[int]) -> Origin:
         """Return what serves, made anew unless it is here already; the descriptors are taken either way."""
