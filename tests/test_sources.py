@@ -124,6 +124,22 @@ async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
 
 
 @run
+async def test_single_pages_of_a_file(path: Path) -> None:
+    """They are read where that does not wait; else it is asked whether they are resident; nothing behind a cut."""
+    source = aiouffd.FileSource(path)
+    for offset, length in ((0, 4096), (40_960, 16_384), (8192, 65_536), (8192, 4096)):
+        assert at(source.page(offset, length), length) == DATA[offset : offset + length]
+    scratch = source.page(0, 4096)
+    assert source.page(4096, 4096) == scratch
+    assert source.page(0, 65_536) == source.locate(0, 65_536)
+    os.truncate(path, 5000)
+    assert source.page(4096, 4096) is None
+    assert source.page(8192, 4096) is None
+    assert at(source.page(0, 4096), 4096) == DATA[:4096]
+    await source.aclose()
+
+
+@run
 async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
     """A thread reads what is announced, as far as the file goes; what was announced once is not read twice."""
     source = aiouffd.FileSource(path)

@@ -92,6 +92,7 @@ class SourceServer:
         self._words = counters.words
         self._size = source.size
         self._locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
+        self._page: Callable[[int, int], int | None] | None = getattr(source, "page", self._locate)
         self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
@@ -183,7 +184,7 @@ class SourceServer:
         Several pages are copied without waking anybody, and then share one WAKE.
         """
         size = space.page_size
-        locate_page, locate, copy, end = space.mappings.locate, self._locate, space.uffd.try_copy, self._size
+        locate_page, locate, copy, end = space.mappings.locate, self._page, space.uffd.try_copy, self._size
         assert locate is not None
         single = len(faults) == 1
         mode = space.resolver.mode if single else space.resolver.mode | DONTWAKE

@@ -17,6 +17,8 @@ class Source(Protocol):
     - `read_nowait(offset, length) -> Buffer | None`: the bytes, if they are at hand without waiting.
     - `locate(offset, length) -> int | None`: the address in this process where the bytes lie and stay until
       `close`, if they are at hand: they are copied straight from there. Asked before `read_nowait`.
+    - `page(offset, length) -> int | None`: as `locate`, but the bytes need not stay there longer than until the next
+      call: for single pages, which are copied at once.
     - `memory() -> tuple[int, int, int] | None`: (address, length, descriptor) of memory of this process that shows the
       source from its beginning on, and stays until `aclose`: what is missing can be copied from there without asking
       (`in_thread`). Where it is a mapping of a file, the descriptor is that file's, and only pages that are in the page

@@ -51,6 +51,12 @@ class ConcatSource:
             if expect is not None:
                 expect(at, length)
 
+    def page(self, offset: int, length: int) -> int | None:
+        """As the part that it is in."""
+        part, at = self._find(offset)
+        page = getattr(part, "page", None) or getattr(part, "locate", None)
+        return None if page is None else page(at, length)
+
     def blank(self, offset: int, length: int, block: int) -> list[int]:
         """As the part that it is in."""
         part, at = self._find(offset)

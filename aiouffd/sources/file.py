@@ -40,6 +40,7 @@ _THREADS = 16  # reads of a disk under way at once
 _STREAMS = 8  # whose next pieces are remembered
 _PEEKED = 64 << 10  # of so many bytes the first is taken along
 _SAMPLED = 4
+_SMALL = 16 << 10  # bytes that are read sooner than they are mapped
 _FRESH = 0.1  # seconds for which what was populated is taken to be resident still, without asking
 
 
@@ -96,6 +97,8 @@ class FileSource:
         self._address = 0
         self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # start, end
         self._populated: tuple[_Populated, ...] = ()  # replaced as a whole: threads add to it while the loop looks
+        self._scratch = memoryview(bytearray(_SMALL))
+        self._scratch_address = address_of(self._scratch)
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
             self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
@@ -120,6 +123,20 @@ class FileSource:
         if _mincore(start, length + skew, self._vector) or self._vector.raw.find(b"\0", 0, pages) >= 0:
             return None
         return start + skew
+
+    def page(self, offset: int, length: int) -> int | None:
+        """Return where bytes lie until the next call: for a few, preadv2 costs half of a question and a fault or two.
+
+        RWF_NOWAIT (Linux 4.14) refuses what is resident, too, where the kernel would read ahead: see `locate` then.
+        """
+        if length <= _SMALL:
+            try:
+                got = os.preadv(self._fd, [self._scratch[:length]], offset, os.RWF_NOWAIT)
+            except OSError:  # also where the file system does not know the flag
+                got = -1
+            if got >= 0:
+                return self._scratch_address if got == length else None  # less: not all is resident
+        return self.locate(offset, length)
 
     def blank(self, offset: int, length: int, block: int) -> list[int]:
         """Return where resident blocks of zeros begin.
