@@ -22,7 +22,7 @@ from pattern import PAGE
 
 import aiouffd
 from aiouffd import Feature, RegisterMode, Userfaultfd
-from aiouffd.kernel import abi, libc
+from aiouffd.kernel import abi, events, libc
 from aiouffd.testing import POISONED, FakeUffd
 
 if TYPE_CHECKING:
@@ -102,11 +102,11 @@ class _Base:
         """Return the numbers of threads by what messages call them."""
         return {}
 
-    def decoded(self, events: list[aiouffd.Event]) -> list[tuple[Any, ...]]:
+    def decoded(self, messages: list[aiouffd.Event]) -> list[tuple[Any, ...]]:
         """Return messages as cases see them; of faults that came in one read the order is that of the pages."""
         faults: list[tuple[Any, ...]] = []
         layout: list[tuple[Any, ...]] = []
-        for event in events:
+        for event in messages:
             if isinstance(event, aiouffd.PageFault):
                 assert not layout, "a fault behind a layout event"
                 thread = self.threads().get(event.thread_id, event.thread_id)
@@ -328,8 +328,17 @@ class KernelWorld(_Base):
         return len(self._layout)
 
     def read(self) -> list[tuple[Any, ...]]:
-        """As `World`; what threads that went on say next is for the next read."""
-        found = self.decoded(self.uffd.read())
+        """As `World`; what threads that went on say next is for the next read.
+
+        So it is read message by message: a thread whose event has been read goes on at once, and can bring the next one
+        before a read of many is over.
+        """
+        messages: list[aiouffd.Event] = []
+        with contextlib.suppress(BlockingIOError):
+            while not messages or isinstance(messages[-1], aiouffd.PageFault):
+                message = os.read(self.uffd.fileno(), abi.MESSAGE_SIZE)
+                messages.append(events.decode(message, Userfaultfd.from_fd))
+        found = self.decoded(messages)
         for thread in self._layout:
             thread.settle()
         self._layout = [thread for thread in self._layout if thread.is_alive()]
