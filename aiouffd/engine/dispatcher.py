@@ -23,9 +23,11 @@ from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+from aiouffd.engine.fast_path import LINE, FastPath
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import operation_error
 from aiouffd.kernel import abi
+from aiouffd.kernel.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
     import asyncio
@@ -48,6 +50,10 @@ _PASSING_PAUSE = 0.05
 _SAID_AGAIN_NS = 5_000_000_000
 _VAIN = 3  # looks in vain before they are made rarer
 _STUBBORN = 8  # so often O_NONBLOCK is set again
+_LINE = LINE.size
+_line = LINE.unpack_from
+_READY = 32  # descriptors in one look: what there is to allocate counts
+_ONE = abi.MESSAGE_SIZE
 MESSAGES = 64
 
 
@@ -116,7 +122,8 @@ class Dispatcher:
         self._closed = False
         self._flags = os.RWF_NOWAIT
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
-        self._only: Space | None = None
+        self._only: tuple[tuple[int, int]] | None = None  # in place of epoll's list, if there is but one descriptor
+        self._fast_path = FastPath(counters)
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
         loop.add_reader(self._epoll.fileno(), self._ready)
         self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
@@ -135,12 +142,14 @@ class Dispatcher:
         """Serve a space from now on; its `uffd` is non-blocking."""
         fd = space.uffd.fileno()
         self.spaces[fd] = space
-        self._only = space if len(self.spaces) == 1 else None
-        self._landing.reading(space.identity if self._only else -1)
+        self._fast_path.admit(fd, space.identity)
+        if type(space.uffd) is Userfaultfd:  # others have a COPY of their own
+            space.fast_path = self._fast_path
+            space.server.opened(space)
+        self._count()
         space.on_deferred = self._deferred
         space.on_later = self._behind.append
         self._epoll.register(fd, select.EPOLLIN)
-        self._words[Counter.SPACES] = len(self.spaces)
 
     def drop(self, space: Space) -> None:
         """Serve a space no longer, and close it."""
@@ -152,12 +161,16 @@ class Dispatcher:
         self._blocking.pop(fd, None)
         if self._on_drop is not None:
             self._on_drop(space)
+        space.fast_path = None
+        self._fast_path.dismiss(fd)
         space.close()
-        self._only = next(iter(self.spaces.values())) if len(self.spaces) == 1 else None
-        self._landing.reading(self._only.identity if self._only else -1)
-        self._words[Counter.SPACES] = len(self.spaces)
+        self._count()
         if not self.spaces and self._on_idle is not None and not self._closed:
             self._on_idle()
+
+    def _count(self) -> None:
+        self._words[Counter.SPACES] = len(self.spaces)
+        self._only = ((next(iter(self.spaces)), 0),) if len(self.spaces) == 1 else None
 
     def close(self) -> None:
         """Drop all spaces and leave the loop."""
@@ -222,32 +235,35 @@ class Dispatcher:
 
     def _poll(self) -> bool:
         """Read once from whoever has something; tell whether anybody had."""
-        only = self._only
-        if only is not None:
-            return self._receive(only)
         came = False
-        for fd, events in self._epoll.poll(0):
-            space = self.spaces.get(fd)
-            if space is not None:
-                self._landing.reading(space.identity)
-                came = self._receive(space) or came
-                if events & select.EPOLLERR:
-                    self._unblock(space)
+        landing, fast_path = self._landing, self._fast_path
+        for fd, events in self._only or self._epoll.poll(0, _READY):
+            line = _line(fast_path.lines, fd * _LINE)
+            if line[0] < 0:
+                continue  # dropped just now
+            landing.reading(line[0])
+            buffers = landing.buffers
+            try:
+                length = _preadv(fd, buffers, -1, self._flags)
+            except BlockingIOError:
+                length = 0
+            except OSError as error:
+                came = self._broken(self.spaces[fd], error) or came
+                continue
+            if length:
+                came = True
+                if length == _ONE and fast_path.serve(fd, line, buffers[0]):
+                    continue
+                self.spaces[fd].messages(buffers[0], length, landing.commit)
+            self._afterwards(fd, events)
         return came
 
-    def _receive(self, space: Space) -> bool:
-        """Read from one descriptor, and serve; tell whether there was anything."""
-        try:
-            length = _preadv(space.uffd.fileno(), self._landing.buffers, -1, self._flags)
-        except BlockingIOError:
-            length = 0
-        except OSError as error:
-            return self._broken(space, error)
-        if length:
-            space.messages(self._landing.buffers[0], length, self._landing.commit)
-        if space.deferred:
+    def _afterwards(self, fd: int, events: int) -> None:
+        space = self.spaces.get(fd)
+        if space is not None and space.deferred:
             self._retry(space)
-        return length > 0
+        if events & select.EPOLLERR:
+            self._unblock(fd)
 
     def _broken(self, space: Space, error: OSError) -> bool:
         if error.errno == errno.EOPNOTSUPP and self._flags:
@@ -268,10 +284,10 @@ class Dispatcher:
             self.drop(space)
         return False
 
-    def _unblock(self, space: Space) -> None:
+    def _unblock(self, fd: int) -> None:
         """Set O_NONBLOCK again: without it, poll(2) reports an error for ever, and the loop would never sleep."""
-        fd = space.uffd.fileno()
-        if space is not self.spaces.get(fd) or not os.get_blocking(fd):
+        space = self.spaces.get(fd)
+        if space is None or not os.get_blocking(fd):
             return
         os.set_blocking(fd, False)
         self._blocking[fd] = times = self._blocking.get(fd, 0) + 1
@@ -316,7 +332,7 @@ class Dispatcher:
             if space.is_gone or space.uffd.gone():
                 space.gone()
                 self.drop(space)
-            elif space is self._only:  # the others are told by epoll
-                self._unblock(space)
+            elif self._only:  # the others are told by epoll
+                self._unblock(space.uffd.fileno())
         if not self._closed:
             self._checker = self._loop.call_later(_GONE_CHECK, self._check_gone)

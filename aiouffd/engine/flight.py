@@ -79,8 +79,8 @@ class FaultServer(Protocol):
     def stalled(self, space: Space, run: Run) -> None:
         """Take note that the kernel has been putting a run off (EAGAIN) for seconds; it is still being tried."""
 
-    def closed(self, space: Space) -> None:
-        """Take note that the space is gone."""
+    def opened(self, space: Space) -> None:
+        """Take note that the faults of a space are about to come."""
 
 
 def canceled_from_outside(error: BaseException) -> bool:

@@ -406,8 +406,8 @@ class HandlerServer:
         """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
         space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
 
-    def closed(self, space: Space) -> None:
-        """Nothing: flights look at the space when they land."""
+    def opened(self, space: Space) -> None:
+        """Nothing: every fault goes to the handler."""
 
     async def aclose(self) -> None:
         """Cancel what is under way."""

@@ -24,6 +24,7 @@ from aiouffd.ranges import pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
+    from aiouffd.engine.fast_path import Way
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
@@ -100,6 +101,7 @@ class SourceServer:
         if not getattr(source, "sparse", True):
             self._hole = None
         self._direct = self._locate is not None and self._hole is None and on_touch is None
+        self._ways: dict[tuple[int, int], Way] = {}  # by page size and mode of COPY
         self._deadlines = Deadlines(getattr(source, "timeout", limits.timeout))
         self._retries: int = getattr(source, "retries", limits.retries)
         self._on_touch = on_touch
@@ -112,6 +114,13 @@ class SourceServer:
         return self._locate is not None or self._read_nowait is not None
 
     # Faults
+
+    def opened(self, space: Space) -> None:
+        """Serve what is plain on the fast path, from the first fault on."""
+        if self._direct and not space.readahead.limit:
+            largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
+            if largest is not None and largest.offset >= 0:
+                space.known(self._way(space), largest.start, largest.end, largest.offset)
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is at hand as one batch; begin flights for the rest."""
@@ -208,10 +217,20 @@ class SourceServer:
         if done:
             words[_COPIES] += done
             words[_BYTES_FETCHED] += done * size
-            if not single:
+            if single:
+                space.known(self._way(space), start, stop, first)
+            else:
                 space.wake(faults)
             words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += done
         return left
+
+    def _way(self, space: Space) -> Way:
+        key = space.page_size, space.resolver.mode
+        way = self._ways.get(key)
+        if way is None:
+            assert self._page is not None
+            way = self._ways[key] = (self._page, self._size, *key)
+        return way
 
     def _bring(
         self,
@@ -534,9 +553,6 @@ class SourceServer:
     def stalled(self, space: Space, run: Run) -> None:
         """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
         space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
-
-    def closed(self, space: Space) -> None:
-        """Nothing: flights look at the space when they land."""
 
     async def aclose(self) -> None:
         """Cancel what is under way and close the source."""

@@ -33,6 +33,7 @@ from aiouffd.kernel.memory import address_of, zeros
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from aiouffd.engine.fast_path import FastPath, Way
     from aiouffd.engine.flight import FaultServer, Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.prefetch import Readahead
@@ -122,6 +123,7 @@ class Space:
         self.later: deque[Run] = deque()  # the rest of windows whose beginning is there
         self._hurry = max(_STEP, page_size)  # bytes of them that come at once when their toucher is there first
         self.on_later: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
+        self.fast_path: FastPath | None = None  # the dispatcher's
         self.is_gone = False
         self.closing = False
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
@@ -301,7 +303,17 @@ class Space:
             for run in self.later:
                 self._forget(run.offset, run.left)
             self.later = deque(piece for run in self.later for piece in self.valid(run))
+        self.known(None)
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
+
+    def known(self, way: Way | None, start: int = 0, end: int = 0, offset: int = 0) -> None:
+        """From now on, the plain faults of [start, end) take this way, until the layout changes; None: none does."""
+        if self.fast_path is None:
+            return
+        if way is None:
+            self.fast_path.block(self.uffd.fileno())
+        else:
+            self.fast_path.open(self.uffd.fileno(), start, end, offset, way)
 
     def _forget(self, offset: int, length: int) -> None:
         if offset >= 0:
@@ -577,6 +589,7 @@ class Space:
 
     def _end_flights(self) -> None:
         self.closing = True
+        self.known(None)
         for flight in set(self.flights.values()):  # others wait for the room that they take
             if flight.done is not None:
                 flight.done.cancel()
@@ -587,7 +600,6 @@ class Space:
         self._end_flights()
         self.deferred.clear()
         self.later.clear()
-        self.server.closed(self)
         self.uffd.close()
 
     def __repr__(self) -> str:
