@@ -242,6 +242,9 @@ class Userfaultfd:
         What is missing then is filled by the kernel with zeros (or from the file) on the next touch.
         """
         self._call("UFFDIO_UNREGISTER", abi.UFFDIO_UNREGISTER, bytearray(_pack_range(start, len)), start, len)
+        # The kernel wakes them before it has taken the locks of the mappings (Linux 6.18): who is quick faults again
+        # while they are still registered, and would sleep for ever. Now nobody can any more.
+        self.wake(start, len)
 
     # Resolving
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import threading
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import pytest
@@ -529,3 +530,40 @@ def test_sealed_memory_cannot_change() -> None:
     for change in (lambda: os.write(memory.fd, b"y"), lambda: os.ftruncate(memory.fd, 1)):
         with pytest.raises(PermissionError):
             change()
+
+
+class TwoPages(threading.Thread):
+    """Touches two pages, one right after the other."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__()
+        self.address = address
+        self.start()
+
+    def run(self) -> None:
+        """Touch."""
+        peek(self.address + PAGE - 1, 2)
+
+
+def unregistered_under_touches() -> None:
+    """Scenario."""
+    region, uffd = registered(2)
+    for number in range(400):
+        toucher = TwoPages(region.address)
+        next_events(uffd)
+        end = perf_counter_ns() + 100 * number
+        uffd.zeropage(region.address, PAGE)
+        while perf_counter_ns() < end:  # until it is about to come to the second page
+            pass
+        uffd.unregister(region.address, 2 * PAGE)
+        toucher.join(5)
+        assert not toucher.is_alive(), f"it sleeps on in round {number}"
+        libc.madvise(region.address, 2 * PAGE, mmap.MADV_DONTNEED)
+        uffd.read()
+        uffd.register(region.address, 2 * PAGE, RegisterMode.MISSING)
+    uffd.close()
+
+
+def test_whoever_touches_is_let_go_by_unregister() -> None:
+    """Also who comes, or comes again, between the kernel's WAKE and the end of the registration."""
+    play(unregistered_under_touches)
