@@ -128,6 +128,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 @settings(max_examples=100_000)
 @given(st.one_of(st.binary(max_size=200), st.lists(_region, max_size=6).map(lambda items: json.dumps(items).encode())))
 def test_any_bytes_for_long(data: bytes) -> None:
