@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import aiouffd
+
 PAGE = 4096
 
 _libc = ctypes.CDLL(None)
@@ -62,6 +64,24 @@ def peek(address: int, length: int = 8) -> bytes:
     buffer = ctypes.create_string_buffer(length)
     _libc.memcpy(buffer, address, length)
     return buffer.raw
+
+
+def left_while_touched(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+    """Leave a Monitor's block while a thread goes on touching, with the GIL held at each page, and wait for its end."""
+    touched = threading.Semaphore(0)
+
+    def touch() -> None:
+        for offset in range(0, len(region), PAGE):
+            _ = region[offset]
+            touched.release()
+
+    with monitor:
+        thread = threading.Thread(target=touch)
+        thread.start()
+        for _ in range(50):
+            touched.acquire()
+        assert thread.is_alive()
+    thread.join()
 
 
 class Touchers:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvloop
-from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
 from scenario import ended, eventually, play
 
 import aiouffd
@@ -308,20 +308,7 @@ def leave_while_touched(on_exit: str) -> None:
     """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
     size = 64 << 20
     region = aiouffd.Region(size)
-    touched = threading.Semaphore(0)
-
-    def touch() -> None:
-        for page in range(0, size, PAGE):
-            _ = region[page]
-            touched.release()
-
-    with aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit):  # type: ignore[arg-type]
-        thread = threading.Thread(target=touch)
-        thread.start()
-        for _ in range(50):
-            touched.acquire()
-        assert thread.is_alive()
-    thread.join()
+    left_while_touched(region, aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])

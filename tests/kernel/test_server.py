@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from pattern import PAGE, Pattern, Slow, content, word
+from pattern import PAGE, Pattern, Slow, content, left_while_touched, word
 from scenario import ended, eventually, killed_when_this_thread_waits, play
 
 import aiouffd
@@ -380,20 +380,7 @@ def test_the_pager_serves_on_when_the_listener_is_killed(image: Path, tmp_path: 
 def leave_while_touched(path: str, on_exit: str) -> None:
     """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
     region = aiouffd.Region(16 * MIB)
-    touched = threading.Semaphore(0)
-
-    def touch() -> None:
-        for page in range(16 * MIB // PAGE):
-            _ = region[page * PAGE]
-            touched.release()
-
-    with aiouffd.Monitor(region, server=path, on_exit=on_exit):  # type: ignore[arg-type]
-        thread = threading.Thread(target=touch)
-        thread.start()
-        for _ in range(50):
-            touched.acquire()
-        assert thread.is_alive()
-    thread.join()
+    left_while_touched(region, aiouffd.Monitor(region, server=path, on_exit=on_exit))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])
