@@ -32,14 +32,18 @@ def touch(readahead: Readahead, offsets: list[int], end: int = END) -> tuple[int
     st.lists(st.integers(0, 400), max_size=200),
     st.sampled_from([0, PAGE, 3 * PAGE, 64 << 10, 2 << 20]),
     st.integers(401, 450),
+    st.sets(st.integers(0, 400)),
 )
-def test_windows_hold_the_fault_and_stay_within_bounds(pages: list[int], limit: int, end: int) -> None:
+def test_windows_hold_the_fault_and_stay_within_bounds(
+    pages: list[int], limit: int, end: int, hurried: set[int]
+) -> None:
     """Whatever the touchers do: whole pages, in bounds, at most the limit, the faulting page among them."""
     readahead = Readahead(PAGE, limit)
     for page in pages:
+        readahead.hurry = 2 << 20 if page in hurried else 0
         windows = readahead.windows(page * PAGE, 0, end * PAGE)
         assert any(start <= page * PAGE < start + length for start, length in windows)
-        assert sum(length for _, length in windows) <= max(limit, PAGE)
+        assert sum(length for _, length in windows) <= max(limit, readahead.hurry if limit else 0, PAGE)
         for start, length in windows:
             assert start % PAGE == 0
             assert length % PAGE == 0

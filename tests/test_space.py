@@ -16,6 +16,7 @@ from aiouffd.engine.ahead import complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.source_server import SourceServer
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
@@ -403,6 +404,28 @@ def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
 
     asyncio.run(asyncio.wait_for(main(), 20))
     assert world.uffd.pages == world.model
+
+
+def test_a_fault_brings_all_that_is_behind_it_while_all_is_brought() -> None:
+    """At once, since the pieces of a window take as long again; and afterwards what it always brings."""
+    world = World(2 * PAGE, located=True)
+    server = world.space.server
+    assert isinstance(server, SourceServer)
+    bring = server.bring
+    found = []
+
+    async def touched(space: Space, ranges: list[tuple[int, int]], cause: Counter) -> None:
+        world.touch(5, 1)
+        assert world.deliver(64)
+        found.append(sorted(world.uffd.pages))
+        await bring(space, ranges, cause)
+
+    server.bring = touched  # type: ignore[assignment,method-assign]
+    asyncio.run(asyncio.wait_for(complete(world.space, server), 20))
+    assert found == [[BASE + page * PAGE for page in range(5, PAGES)]]
+    assert world.counters.words[Counter.COPIES] == 2
+    assert world.uffd.pages == world.model
+    assert world.space.readahead.hurry == 0
 
 
 class Gated:

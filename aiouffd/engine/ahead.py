@@ -99,19 +99,26 @@ async def fill(
     words = space.counters.words
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
-    near = _NEAR if patience else _HURRY
-    for offset, length in _shown(space, near if server.local else _FAR):
-        limit = monotonic() + patience
-        while faults != words[Counter.FAULTS] and monotonic() < limit:
-            faults = words[Counter.FAULTS]
-            await asyncio.sleep(_QUIET)
-        await asyncio.sleep(max(0.0, began + brought / rate - monotonic()))
-        await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
-        brought += length
-        space.filled = offset + length
-        if space.filled - saved >= _SAVED:
-            saved = space.filled
-            on_progress()
+    step = (_NEAR if patience else _HURRY) if server.local else _FAR
+    readahead = space.readahead
+    if server.local and not patience:
+        readahead.hurry = max(_HURRY, space.page_size)
+    try:
+        for offset, length in _shown(space, step):
+            limit = monotonic() + patience
+            while faults != words[Counter.FAULTS] and monotonic() < limit:
+                faults = words[Counter.FAULTS]
+                await asyncio.sleep(_QUIET)
+            if (pause := began + brought / rate - monotonic()) > 0:
+                await asyncio.sleep(pause)
+            await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+            brought += length
+            space.filled = offset + length
+            if space.filled - saved >= _SAVED:
+                saved = space.filled
+                on_progress()
+    finally:
+        readahead.hurry = 0
     on_progress()
 
 

@@ -67,6 +67,8 @@ class Readahead:
         self._streams: list[_Stream] = []  # most recently used last
         # What was brought, as a hint: the kernel's EEXIST is the truth. Bounded, so that memory stays flat.
         self._present = RangeSet(limit=1024)
+        self.hurry = 0
+        """Bytes that a fault brings at least, for the time that everything is brought: it is wanted anyway."""
         self.losses = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
 
@@ -90,6 +92,8 @@ class Readahead:
     def _choose(self, offset: int, low: int, high: int) -> list[tuple[int, int]]:
         page = self.page
         self._present.remove(offset, offset + page)  # it faulted, so it is not there
+        if self.hurry:
+            return [self._clip(offset, offset, min(offset + self.hurry, high))]
         stream = self._match(offset) or self._train(offset)
         if stream is None:
             return [self._neighbours(offset, low, high)]
