@@ -30,6 +30,7 @@ _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctyp
 MADV_DONTFORK = 10
 MADV_DOFORK = 11
 MADV_POPULATE_READ = 22  # Linux 5.14
+MADV_POPULATE_WRITE = 23
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4

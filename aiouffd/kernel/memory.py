@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import mmap
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from aiouffd.kernel import libc
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["SealedMemory", "address_of", "map_shared", "zero_blocks", "zeros"]
+__all__ = ["SealedMemory", "address_of", "map_shared", "unshare_memory", "zero_blocks", "zeros"]
 
 
 class _PyBuffer(ctypes.Structure):
@@ -90,6 +95,21 @@ def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> li
 def map_shared(fd: int) -> mmap.mmap:
     """Map all of a memfd, shared and writable. The descriptor stays the caller's, who may close it."""
     return mmap.mmap(fd, 0)
+
+
+def unshare_memory() -> None:
+    """Have all that this process shares with its parent since the fork copied now, not page by page at first writes.
+
+    Those cost 3 us each. What is not in memory is left alone, and all before Linux 5.14.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            bounds, access, *_ = line.split()
+            if access == "rw-p":
+                start, end = (int(bound, 16) for bound in bounds.split("-"))
+                for run in re.finditer(b"\1+", libc.mincore(start, end - start)):
+                    length = (run.end() - run.start()) * mmap.PAGESIZE
+                    libc.madvise(start + run.start() * mmap.PAGESIZE, length, libc.MADV_POPULATE_WRITE)
 
 
 class SealedMemory:

@@ -24,6 +24,7 @@ from aiouffd.engine.space import COUNTER_OF_EVENT, Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerStartError, SourceError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.memory import unshare_memory
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager import control
 from aiouffd.pager.replay import numbers, replay, survey
@@ -306,7 +307,12 @@ class _Worker:
         space.wake_all()
 
     async def do_prepare(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand."""
+        """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand.
+
+        And this process: the first request and fault write to 280 pages that the keeper has, too, which takes 1 ms.
+        """
+        if not self.origins:
+            unshare_memory()
         source = self.origin_of(message["service"], fds).service.origin
         self.save()
         expect = getattr(source, "expect", None)

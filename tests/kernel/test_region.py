@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import mmap
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pattern import PAGE
+from reader import in_child
 
 import aiouffd
 from aiouffd import Region
-from aiouffd.kernel import pagemap
+from aiouffd.kernel import libc, pagemap
+from aiouffd.kernel.memory import address_of, unshare_memory
 from aiouffd.ranges import Range
 
 HUGE = 2 << 20
@@ -117,3 +120,29 @@ def test_what_is_missing_is_found(shared: bool) -> None:
     gaps = pagemap.missing(region.address, region.mapped_length, region.fd)
     pages = [Range((gap.start - region.address) // PAGE, gap.length // PAGE) for gap in gaps]
     assert pages == [Range(1, 2), Range(5, 58)]
+
+
+def test_what_a_fork_shares_is_copied_at_once() -> None:
+    """Writing to it takes no page faults then, and it holds what it held; what was not in memory is not brought."""
+    memory = mmap.mmap(-1, 512 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(256):
+        memory[page * PAGE + 1] = page
+
+    def write() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for page in range(256):
+            memory[page * PAGE] = 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def shared() -> None:
+        assert write() >= 256
+
+    def copied() -> None:
+        unshare_memory()
+        assert write() < 32
+        assert all(memory[page * PAGE + 1] == page for page in range(256))
+        assert libc.mincore(address_of(memory), len(memory))[256:] == bytes(256)
+
+    in_child(shared)
+    in_child(copied)
+    assert memory[0] == 0
