@@ -120,7 +120,7 @@ class SourceServer:
         if self._direct and not space.readahead.limit:
             largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
             if largest is not None and largest.offset >= 0:
-                space.known(self._way(space), largest.start, largest.end, largest.offset)
+                space.open_way(self._way(space), largest.start, largest.end, largest.offset)
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is at hand as one batch; begin flights for the rest."""
@@ -220,7 +220,7 @@ class SourceServer:
             words[_COPIES] += done
             words[_BYTES_FETCHED] += done * size
             if single:
-                space.known(self._way(space), start, stop, first)
+                space.open_way(self._way(space), start, stop, first)
             else:
                 space.wake(faults)
             words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += done

@@ -303,17 +303,18 @@ class Space:
             for run in self.later:
                 self._forget(run.offset, run.left)
             self.later = deque(piece for run in self.later for piece in self.valid(run))
-        self.known(None)
+        self.block_way()
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
 
-    def known(self, way: Way | None, start: int = 0, end: int = 0, offset: int = 0) -> None:
-        """From now on, the plain faults of [start, end) take this way, until the layout changes; None: none does."""
-        if self.fast_path is None:
-            return
-        if way is None:
-            self.fast_path.block(self.uffd.fileno())
-        else:
+    def open_way(self, way: Way, start: int, end: int, offset: int) -> None:
+        """From now on, the plain faults of [start, end) take this way, until the layout changes."""
+        if self.fast_path is not None:
             self.fast_path.open(self.uffd.fileno(), start, end, offset, way)
+
+    def block_way(self) -> None:
+        """From now on, no fault does."""
+        if self.fast_path is not None:
+            self.fast_path.block(self.uffd.fileno())
 
     def _forget(self, offset: int, length: int) -> None:
         if offset >= 0:
@@ -589,7 +590,7 @@ class Space:
 
     def _end_flights(self) -> None:
         self.closing = True
-        self.known(None)
+        self.block_way()
         for flight in set(self.flights.values()):  # others wait for the room that they take
             if flight.done is not None:
                 flight.done.cancel()
