@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -89,4 +90,24 @@ def test_what_is_cut_while_zeros_are_looked_for_is_no_zeros(tmp_path: Path) -> N
     source = aiouffd.FileSource(path)
     source._populate(0, source.size)
     os.truncate(path, BLOCK + 4096)
+    assert source.blank(0, 16 * BLOCK, BLOCK) == []
+
+
+def test_a_disk_that_fails_while_zeros_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are none, then: whoever copies the pages is told."""
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(16 * BLOCK))
+    source = aiouffd.FileSource(path)
+    assert len(source.blank(0, 16 * BLOCK, BLOCK)) == 16
+    pread = os.pread
+
+    def fails(fd: int, length: int, offset: int) -> bytes:
+        if length > largest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", fails)
+    largest = 1
+    assert source.blank(0, 16 * BLOCK, BLOCK) == []
+    largest = 0
     assert source.blank(0, 16 * BLOCK, BLOCK) == []

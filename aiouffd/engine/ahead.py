@@ -100,8 +100,8 @@ async def fill(
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
     step = (_NEAR if patience else _HURRY) if server.local else _FAR
-    readahead = space.readahead
-    if server.local and not patience:
+    readahead, hurry = space.readahead, server.local and not patience
+    if hurry:
         readahead.hurry = max(_HURRY, space.page_size)
     try:
         for offset, length in _shown(space, step):
@@ -109,8 +109,9 @@ async def fill(
             while faults != words[Counter.FAULTS] and monotonic() < limit:
                 faults = words[Counter.FAULTS]
                 await asyncio.sleep(_QUIET)
-            if (pause := began + brought / rate - monotonic()) > 0:
-                await asyncio.sleep(pause)
+            pause = began + brought / rate - monotonic()
+            if pause > 0 or not server.local:  # else `bring` has just given the loop a turn
+                await asyncio.sleep(max(pause, 0.0))
             await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
             brought += length
             space.filled = offset + length
@@ -118,7 +119,8 @@ async def fill(
                 saved = space.filled
                 on_progress()
     finally:
-        readahead.hurry = 0
+        if hurry:
+            readahead.hurry = 0
     on_progress()
 
 

@@ -157,13 +157,20 @@ class FileSource:
             return []
         if 0 not in firsts:
             return []
-        data = os.pread(self._fd, length, offset)
+        data = self._some(offset, length)
         # Less than that: it was cut just now, and what is behind its end is no zeros; the copy finds out.
         return zero_blocks(memoryview(data), block, firsts) if len(data) == length else []
 
     def _peek(self, low: int, high: int, block: int) -> bytes:
         """Return the first byte of each block of [low, high), as far as the file goes now."""
-        return b"".join([os.pread(self._fd, 1, at) for at in range(low, high, block)])
+        return b"".join([self._some(at, 1) for at in range(low, high, block)])
+
+    def _some(self, offset: int, length: int) -> bytes:
+        """Return bytes that are resident; nothing if they cannot be read, which the copy finds out."""
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError:
+            return b""
 
     def _piece(self, offset: int, end: int) -> _Populated | None:
         """Return what was populated around [offset, end) of late."""
