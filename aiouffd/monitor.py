@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
@@ -22,7 +23,7 @@ from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.trace import Recorder, Trace
-from aiouffd.errors import BusyError, ClosedError, UffdError
+from aiouffd.errors import BusyError, ClosedError, HandlerError, SourceError, UffdError
 from aiouffd.handoff.link import ServerEngine
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from aiouffd.sources.base import Source
 
 __all__ = ["Monitor"]
+
+_KEPT = 1000  # errors that nobody has asked for yet
 
 
 class Monitor:
@@ -127,6 +130,8 @@ class Monitor:
     ) -> None:
         if not isinstance(region, Region):
             raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
+        if region.closed:
+            raise ClosedError("the region is closed")
         if on_exit not in ("sigbus", "populate", "zeros"):
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in ("dontfork", "serve"):
@@ -171,8 +176,7 @@ class Monitor:
         )
         self._uffd: Userfaultfd | None = None
         self._engine: LocalEngine | InThreadEngine | PagerEngine | ServerEngine | None = None
-        self._errors: list[BaseException] = []
-        self._raised = 0
+        self._errors: deque[BaseException] = deque()
         self._news = threading.Condition()
         self._waiters: list[Callable[[], object]] = []
         self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
@@ -450,7 +454,14 @@ class Monitor:
             raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
                 "in_process=True serves on the caller's event loop: await prefetch()"
             )
-        engine.prefetch(start, length).result(timeout)
+        future = engine.prefetch(start, length)
+        try:
+            future.result(timeout)
+        except TimeoutError:
+            if future.done():
+                raise
+            late = f"[{start}, {start + length}) is not all there after {timeout} s; it goes on coming"
+            raise TimeoutError(late) from None
 
     def read(self, start: int, length: int) -> bytes:
         """Return a copy of `length` bytes from offset `start` on, for what cannot wait for a missing page itself.
@@ -491,6 +502,8 @@ class Monitor:
     async def wait_error(self) -> None:
         """Wait until a page could not be had, and raise why: each error once, in order. Canceling is safe.
 
+        A thousand errors are kept until they are raised; of further ones the statistics tell, and the log.
+
         Raises:
             SourceError, HandlerError: why a page was poisoned.
             PagerDiedError: the pager was given up.
@@ -519,13 +532,13 @@ class Monitor:
     def check(self) -> None:
         """Raise the next error that has not been raised yet; the plain form of `wait_error`."""
         with self._news:
-            if self._raised < len(self._errors):
-                self._raised += 1
-                raise self._errors[self._raised - 1]
+            if self._errors:
+                raise self._errors.popleft()
 
     def _failed(self, error: BaseException) -> None:
         with self._news:
-            self._errors.append(error)
+            if len(self._errors) < _KEPT or not isinstance(error, (SourceError, HandlerError)):
+                self._errors.append(error)
             self._tell()
 
     def _lost(self) -> None:
@@ -554,6 +567,10 @@ class Monitor:
     def _check(self, start: int, length: int) -> None:
         if start < 0 or length < 0 or start + length > len(self.region):
             raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
+
+    def __repr__(self) -> str:
+        served = repr(self.origin) if self._server is None else f"the server at {os.fspath(self._server)!r}"
+        return f"<Monitor of {self.region!r} by {served}, {'not entered' if self._engine is None else 'entered'}>"
 
     @property
     def _descriptor(self) -> Userfaultfd:

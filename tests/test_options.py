@@ -37,6 +37,39 @@ def test_what_is_neither_source_nor_handler_is_refused(thing: Any) -> None:
         aiouffd.Monitor(aiouffd.Region(1), thing)
 
 
+def test_a_region_that_is_closed_is_refused() -> None:
+    """With the same error, whether there is a source or not."""
+    region = aiouffd.Region(1)
+    region.close()
+    for source in (None, aiouffd.ZeroSource(1)):
+        with pytest.raises(aiouffd.ClosedError, match="region is closed"):
+            aiouffd.Monitor(region, source)
+
+
+def test_a_monitor_says_what_it_is() -> None:
+    """Of what, and by whom."""
+    text = repr(aiouffd.Monitor(aiouffd.Region(100), aiouffd.BufferSource(b"abc")))
+    assert "100 bytes at 0x" in text
+    assert "BufferSource(3 bytes)" in text
+    assert "not entered" in text
+    assert "the server at '/run/x'" in repr(aiouffd.Monitor(aiouffd.Region(1), server="/run/x"))
+
+
+def test_a_storm_of_errors_that_nobody_asks_for_is_bounded() -> None:
+    """The first thousand are kept, in order, and whatever ends it all."""
+    monitor = aiouffd.Monitor(aiouffd.Region(1))
+    for offset in range(3000):
+        monitor._failed(aiouffd.SourceError("source", offset, 1, "no"))
+    monitor._failed(aiouffd.PagerDiedError("given up"))
+    for offset in range(1000):
+        with pytest.raises(aiouffd.SourceError) as caught:
+            monitor.check()
+        assert caught.value.offset == offset
+    with pytest.raises(aiouffd.PagerDiedError):
+        monitor.check()
+    monitor.check()
+
+
 def test_busy_says_what_to_do() -> None:
     """By operation."""
     assert "leave its `with` block" in str(operation_error("munmap", 0, 1, 16))

@@ -954,6 +954,22 @@ def test_bounds_hold_in_a_storm() -> None:
     play(backpressure, deadline=60)
 
 
+def too_late() -> None:
+    """Scenario."""
+    region = aiouffd.Region(PAGE)
+    with aiouffd.Monitor(region, Slow(PAGE, 0.3)) as monitor:
+        with pytest.raises(TimeoutError, match=r"\[0, 4096\) is not all there after 0.01 s; it goes on coming"):
+            monitor.prefetch_sync(0, PAGE, 0.01)
+        eventually(lambda: monitor.statistics().pages_prefetch, 1)
+        assert region[:8] == content(0, 8)
+        assert monitor.statistics().faults == 0
+
+
+def test_a_prefetch_that_is_late() -> None:
+    """An error that says so; the pages come all the same."""
+    play(too_late)
+
+
 def leave_in_the_middle(loop: str) -> None:
     """Scenario."""
 
