@@ -32,22 +32,47 @@ def touch(readahead: Readahead, offsets: list[int], end: int = END) -> tuple[int
     st.lists(st.integers(0, 400), max_size=200),
     st.sampled_from([0, PAGE, 3 * PAGE, 64 << 10, 2 << 20]),
     st.integers(401, 450),
-    st.sets(st.integers(0, 400)),
 )
-def test_windows_hold_the_fault_and_stay_within_bounds(
-    pages: list[int], limit: int, end: int, hurried: set[int]
-) -> None:
+def test_windows_hold_the_fault_and_stay_within_bounds(pages: list[int], limit: int, end: int) -> None:
     """Whatever the touchers do: whole pages, in bounds, at most the limit, the faulting page among them."""
     readahead = Readahead(PAGE, limit)
     for page in pages:
-        readahead.hurry = 2 << 20 if page in hurried else 0
         windows = readahead.windows(page * PAGE, 0, end * PAGE)
         assert any(start <= page * PAGE < start + length for start, length in windows)
-        assert sum(length for _, length in windows) <= max(limit, readahead.hurry if limit else 0, PAGE)
+        assert sum(length for _, length in windows) <= max(limit, PAGE)
         for start, length in windows:
             assert start % PAGE == 0
             assert length % PAGE == 0
             assert 0 <= start < start + length <= end * PAGE
+
+
+@given(
+    st.lists(st.integers(0, 400), max_size=100),
+    st.sampled_from([PAGE, 3 * PAGE, 2 << 20]),
+    st.integers(0, 50),
+    st.integers(401, 450),
+)
+def test_blocks_hold_the_fault_and_what_is_missing_around_it(pages: list[int], size: int, low: int, end: int) -> None:
+    """Whole pages of one block, in bounds; nothing that is present, and all that lies between."""
+    readahead = Readahead(PAGE, 2 << 20)
+    present: set[int] = set()
+    for page in pages:
+        if page < low:
+            continue
+        present.discard(page)
+        start, length = readahead.block(page * PAGE, size, low * PAGE, end * PAGE)
+        assert (start, length) == readahead.block(page * PAGE, size, low * PAGE, end * PAGE)  # nothing was noted
+        assert start % PAGE == length % PAGE == 0
+        brought = range(start // PAGE, (start + length) // PAGE)
+        assert page in brought
+        block = range(page * PAGE // size * size // PAGE, (page * PAGE // size * size + size) // PAGE)
+        assert max(low, block.start) <= brought.start < brought.stop <= min(end, block.stop)
+        assert not present & set(brought)
+        before, behind = brought.start - 1, brought.stop
+        assert before < max(low, block.start) or before in present
+        assert behind >= min(end, block.stop) or behind in present
+        readahead.brought(start, length)
+        present |= set(brought)
 
 
 @given(st.lists(st.integers(0, 400), max_size=100))

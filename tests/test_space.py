@@ -16,7 +16,7 @@ from aiouffd.engine.ahead import complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.source_server import SourceServer
+from aiouffd.engine.source_server import Limits, SourceServer
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
@@ -406,26 +406,95 @@ def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
     assert world.uffd.pages == world.model
 
 
-def test_a_fault_brings_all_that_is_behind_it_while_all_is_brought() -> None:
-    """At once, since the pieces of a window take as long again; and afterwards what it always brings."""
-    world = World(2 * PAGE, located=True)
+class Partly(Located):
+    """At hand, apart from some pages that are waited for until they are let through, and one that fails once."""
+
+    def __init__(self, far: set[int], fails: int = -1) -> None:
+        super().__init__(SIZE)
+        self.far = far
+        self.fails = fails
+        self.through = asyncio.Event()
+
+    def locate(self, offset: int, length: int) -> Any:
+        """Return where the bytes lie, if all of them are at hand."""
+        pages = set(range(offset // PAGE, (offset + length) // PAGE))
+        if self.fails in pages:
+            self.fails = -1
+            raise OSError(errno.EIO, "once")
+        return None if pages & self.far else super().locate(offset, length)
+
+    def read_nowait(self, offset: int, length: int) -> Any:
+        """Have nothing."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, when that is allowed."""
+        await self.through.wait()
+        return content(offset, length)
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> None:
+    """At once, if it is at hand, since the pieces of a window take as long again; afterwards what it always brings."""
+    source = Partly(set() if at_hand else {31})
+    world = World(16 * PAGE, located=True, source=source)
     server = world.space.server
     assert isinstance(server, SourceServer)
     bring = server.bring
     found = []
 
     async def touched(space: Space, ranges: list[tuple[int, int]], cause: Counter) -> None:
-        world.touch(5, 1)
+        world.touch(21, 1)
         assert world.deliver(64)
         found.append(sorted(world.uffd.pages))
+        source.through.set()
         await bring(space, ranges, cause)
 
     server.bring = touched  # type: ignore[assignment,method-assign]
     asyncio.run(asyncio.wait_for(complete(world.space, server), 20))
-    assert found == [[BASE + page * PAGE for page in range(5, PAGES)]]
-    assert world.counters.words[Counter.COPIES] == 2
+    assert found == [[BASE + page * PAGE for page in (range(16, 32) if at_hand else range(20, 24))]]
     assert world.uffd.pages == world.model
-    assert world.space.readahead.hurry == 0
+    assert world.space.filling == 0
+
+
+def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
+    """What was at hand is there; nothing counts as there that is not."""
+    source = Partly(set(range(1, PAGES, 2)))
+    world = World(2 * PAGE, located=True, source=source)
+    server = world.space.server
+    assert isinstance(server, SourceServer)
+    server.limits = Limits(concurrent_reads=4)
+
+    async def main() -> None:
+        ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
+        prefetch = asyncio.create_task(server.bring(world.space, ranges, Counter.PAGES_PREFETCH))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2, 4)]
+        prefetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await prefetch
+        source.through.set()
+        await complete(world.space, server)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert world.uffd.pages == world.model
+
+
+def test_a_source_that_breaks_while_all_is_brought() -> None:
+    """The error says where; what came before is there, and the rest comes the next time."""
+    world = World(2 * PAGE, located=True, source=Partly(set(), fails=9))
+    server = world.space.server
+
+    async def main() -> None:
+        ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
+        with pytest.raises(SourceError, match=r"OSError.*once") as caught:
+            await server.bring(world.space, ranges, Counter.PAGES_BACKGROUND)
+        assert caught.value.offset == 9 * PAGE
+        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(9)]
+        await complete(world.space, server)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert world.uffd.pages == world.model
 
 
 class Gated:

@@ -100,9 +100,9 @@ async def fill(
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
     step = (_NEAR if patience else _HURRY) if server.local else _FAR
-    readahead, hurry = space.readahead, server.local and not patience
-    if hurry:
-        readahead.hurry = max(_HURRY, space.page_size)
+    hurry = server.local and not patience
+    if hurry and space.readahead.limit:
+        space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
     try:
         for offset, length in _shown(space, step):
             limit = monotonic() + patience
@@ -120,7 +120,7 @@ async def fill(
                 on_progress()
     finally:
         if hurry:
-            readahead.hurry = 0
+            space.filling = 0
     on_progress()
 
 

@@ -67,8 +67,6 @@ class Readahead:
         self._streams: list[_Stream] = []  # most recently used last
         # What was brought, as a hint: the kernel's EEXIST is the truth. Bounded, so that memory stays flat.
         self._present = RangeSet(limit=1024)
-        self.hurry = 0
-        """Bytes that a fault brings at least, for the time that everything is brought: it is wanted anyway."""
         self.losses = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
 
@@ -92,8 +90,6 @@ class Readahead:
     def _choose(self, offset: int, low: int, high: int) -> list[tuple[int, int]]:
         page = self.page
         self._present.remove(offset, offset + page)  # it faulted, so it is not there
-        if self.hurry:
-            return [self._clip(offset, offset, min(offset + self.hurry, high))]
         stream = self._match(offset) or self._train(offset)
         if stream is None:
             return [self._neighbours(offset, low, high)]
@@ -111,6 +107,12 @@ class Readahead:
             start, length = self._clip(offset, max(offset + page - stream.window, low), offset + page)
             stream.below = start - page
         return [(start, length)]
+
+    def block(self, offset: int, size: int, low: int, high: int) -> Window:
+        """Return what is missing around a fault in its block of `size` bytes, within [low, high); nothing is noted."""
+        start = offset // size * size
+        self._present.remove(offset, offset + self.page)
+        return self._clip(offset, max(start, low), min(start + size, high))
 
     def follow(self, offset: int, low: int, high: int) -> tuple[Window, Window] | None:
         """Return the window behind the one that `offset` is in, for a stream at full speed, and what is behind that.

@@ -145,7 +145,7 @@ class SourceServer:
             offset = first + page - start
             if self._on_touch is not None:
                 self._on_touch(offset)
-            for low, length in readahead.windows(offset, first, first + end - start):
+            for low, length in self._windows(space, offset, first, first + end - start):
                 address = start + low - first
                 asked.append((address, address + length))
                 wanted = page if low <= offset < low + length else None
@@ -156,7 +156,7 @@ class SourceServer:
             if flight is not None:
                 flight.wanted.add(page)
                 waiting += 1
-        if runs and readahead.hurry and len(faults) == 1:  # in pieces it takes twice as long
+        if runs and space.filling and len(faults) == 1:  # in pieces it takes twice as long
             space.settle(runs)
         elif runs:
             space.settle_first(runs, [page for page, _, _ in faults])
@@ -165,6 +165,15 @@ class SourceServer:
             words[_PAGES_FAULT] += served
             words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
             space.record_latency(began_ns, served)
+
+    def _windows(self, space: Space, offset: int, low: int, high: int) -> list[tuple[int, int]]:
+        """Choose what comes with a fault within [low, high)."""
+        if space.filling and self._locate is not None:
+            start, length = space.readahead.block(offset, space.filling, low, high)
+            if start + length <= self._size and self._locate(start, length) is not None:
+                space.readahead.brought(start, length)
+                return [(start, length)]
+        return space.readahead.windows(offset, low, high)
 
     def follow(self, space: Space, page: int) -> None:
         """A toucher has come upon a window that is being brought: bring the one behind it as well."""
@@ -484,7 +493,7 @@ class SourceServer:
         await self.bring(space, pieces(offset, offset + length, space.page_size, _CHUNK), Counter.PAGES_PREFETCH)
 
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
-        """Bring (offset, length) ranges of whole pages, in this order; errors as for `prefetch`."""
+        """Bring (offset, length) ranges of whole pages, in this order; errors as for `prefetch`. Canceling is safe."""
         bound = asyncio.Semaphore(max(1, self.limits.concurrent_reads // 2))
         errors: list[UffdError] = []
         pending: set[asyncio.Task[None]] = set()
@@ -495,26 +504,35 @@ class SourceServer:
 
         runs: list[Run] = []
         size = 0
-        # Not undone by canceling: threads may have joined what is under way.
-        for offset, length in ranges:
-            for flight in self._approach(space, offset, length, runs, cause):
-                flight.errors = errors
-                await bound.acquire()
-                assert flight.done is not None
-                pending.add(flight.done)
-                flight.done.add_done_callback(landed)
-            size += length
-            if errors or space.is_gone or space.closing:
-                break
-            if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
-                if runs:
-                    space.settle(runs)
-                runs, size = [], 0
-                await asyncio.sleep(0)  # faults first
-        if size:
+
+        def place() -> None:
+            nonlocal runs, size
             if runs and not space.is_gone and not space.closing:
                 space.settle(runs)
-            await asyncio.sleep(0)
+            runs, size = [], 0
+
+        # Not undone by canceling: threads may have joined what is under way.
+        try:
+            for offset, length in ranges:
+                for flight in self._approach(space, offset, length, runs, cause):
+                    flight.errors = errors
+                    if bound.locked():
+                        place()
+                    await bound.acquire()
+                    assert flight.done is not None
+                    pending.add(flight.done)
+                    flight.done.add_done_callback(landed)
+                size += length
+                if errors or space.is_gone or space.closing:
+                    break
+                if len(runs) >= _SETTLED_TOGETHER or size >= _CHUNK:
+                    place()
+                    await asyncio.sleep(0)  # faults first
+            if size:
+                place()
+                await asyncio.sleep(0)
+        finally:
+            place()  # however this ends: it counts as present
         while pending:
             await asyncio.wait(pending)
         if not errors:
@@ -529,7 +547,11 @@ class SourceServer:
         for shown in list(space.mappings.addresses(offset, offset + length)):
             for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
                 address = shown.start + begin - shown.offset
-                flights += self._bring(space, address, begin, size, runs, None, perf_counter_ns(), cause)
+                try:
+                    flights += self._bring(space, address, begin, size, runs, None, perf_counter_ns(), cause)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise SourceError(repr(self.source), begin, size, reason) from error
                 space.readahead.brought(begin, size)
         return flights
 

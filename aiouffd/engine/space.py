@@ -124,6 +124,8 @@ class Space:
         self._hurry = max(_STEP, page_size)  # bytes of them that come at once when their toucher is there first
         self.on_later: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
         self.fast_path: FastPath | None = None  # the dispatcher's
+        self.filling = 0
+        """Bytes that a fault brings at once, as far as they are at hand, for the time that everything is brought."""
         self.is_gone = False
         self.closing = False
         self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
