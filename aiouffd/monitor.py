@@ -23,7 +23,7 @@ from aiouffd.engine.local import LocalEngine
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.source_server import Limits
 from aiouffd.engine.trace import Recorder, Trace
-from aiouffd.errors import BusyError, ClosedError, HandlerError, SourceError, UffdError
+from aiouffd.errors import BusyError, ClosedError, PagerDiedError, UffdError
 from aiouffd.handoff.link import ServerEngine
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -458,8 +458,9 @@ class Monitor:
         try:
             future.result(timeout)
         except TimeoutError:
-            if future.done():
-                raise
+            if future.done():  # just now, or with an error of this kind
+                future.result()
+                return
             late = f"[{start}, {start + length}) is not all there after {timeout} s; it goes on coming"
             raise TimeoutError(late) from None
 
@@ -537,7 +538,7 @@ class Monitor:
 
     def _failed(self, error: BaseException) -> None:
         with self._news:
-            if len(self._errors) < _KEPT or not isinstance(error, (SourceError, HandlerError)):
+            if len(self._errors) < _KEPT or isinstance(error, PagerDiedError):
                 self._errors.append(error)
             self._tell()
 

@@ -77,6 +77,7 @@ class _Worker:
         self.next_identity = 1
         self.tasks: set[asyncio.Task[None]] = set()
         self.owner = -1  # pidfd of the process that has started this pager
+        self.prepared = False
         self.left = False  # it has closed the connection, or has ended
         self.done = asyncio.Event()
         self.outbox = control.Outbox(connection)
@@ -311,7 +312,8 @@ class _Worker:
 
         And this process: the first request and fault write to 280 pages that the keeper has, too, which takes 1 ms.
         """
-        if not self.origins:
+        if not self.prepared:
+            self.prepared = True
             unshare_memory()
         source = self.origin_of(message["service"], fds).service.origin
         self.save()

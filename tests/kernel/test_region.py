@@ -122,24 +122,32 @@ def test_what_is_missing_is_found(shared: bool) -> None:
     assert pages == [Range(1, 2), Range(5, 58)]
 
 
-def test_what_a_fork_shares_is_copied_at_once() -> None:
-    """Writing to it takes no page faults then, and it holds what it held; what was not in memory is not brought."""
+def test_what_a_fork_shares_is_copied_at_once(tmp_path: Path) -> None:
+    """Writing to it takes no page faults then, and it holds what it held.
+
+    What was not in memory is not brought, and a file not copied.
+    """
     memory = mmap.mmap(-1, 512 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(256 * PAGE))
+    with path.open("rb") as opened:
+        file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     for page in range(256):
         memory[page * PAGE + 1] = page
 
-    def write() -> int:
+    def write(where: mmap.mmap) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for page in range(256):
-            memory[page * PAGE] = 1
+            where[page * PAGE] = 1
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     def shared() -> None:
-        assert write() >= 256
+        assert write(memory) >= 256
 
     def copied() -> None:
         unshare_memory()
-        assert write() < 32
+        assert write(memory) < 32
+        assert write(file) >= 256
         assert all(memory[page * PAGE + 1] == page for page in range(256))
         assert libc.mincore(address_of(memory), len(memory))[256:] == bytes(256)
 
