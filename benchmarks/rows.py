@@ -442,8 +442,8 @@ def clients_row(*, quick: bool) -> Iterator[Row]:
 def restore_rows(*, quick: bool) -> Iterator[Row]:
     """A process that CRIU restores lazily, until it has read all its memory."""
     size = (8 if quick else 64) * MIB
-    why = served.restore_unavailable()
     for name, when, again in (("criu", "", False), ("criu-again", ", within a second of another", True)):
+        why = served.restore_unavailable(again=again)
         yield Row(
             name,
             f"lazy restore and full scan of {size // MIB} MiB{when}",

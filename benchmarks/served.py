@@ -59,13 +59,14 @@ def clients(size: int, count: int) -> Iterator[Arena]:
         yield Arena(region.address, server.pid)
 
 
-def restore_unavailable() -> str | None:
+def restore_unavailable(*, again: bool) -> str | None:
     """Return why there can be no restore here, or None."""
     try:
         criu_rig.command()
-    except criu_rig.UnobtainableError as error:
+        with perf_kept_on() if again else contextlib.nullcontext():
+            return None
+    except (criu_rig.UnobtainableError, OSError) as error:
         return str(error)
-    return None
 
 
 @functools.cache
@@ -108,7 +109,7 @@ def restoring(
     Args:
         daemon: serves the pages.
         size: bytes of the process's memory.
-        again: within a second of another restore; else the first one in a while.
+        again: as within a second of another restore: this process has a perf event. Else the first one in a while.
     """
 
     def once() -> float:
@@ -121,8 +122,7 @@ def restoring(
             checkpoint.start("scan", size // MIB)
             checkpoint.dump()
             with daemon(checkpoint):
-                if not again:
-                    time.sleep(_PERF_FORGETS)
+                time.sleep(_PERF_FORGETS)
                 checkpoint.go()
                 began = time.perf_counter()
                 restore = checkpoint.restore()
