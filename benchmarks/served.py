@@ -109,7 +109,8 @@ def restoring(
     Args:
         daemon: serves the pages.
         size: bytes of the process's memory.
-        again: as within a second of another restore: this process has a perf event. Else the first one in a while.
+        again: right after the dump, while this process has a perf event. Else the first one in a while: also the
+            processors have slept, and a host has taken back what was free.
     """
 
     def once() -> float:
@@ -122,7 +123,8 @@ def restoring(
             checkpoint.start("scan", size // MIB)
             checkpoint.dump()
             with daemon(checkpoint):
-                time.sleep(_PERF_FORGETS)
+                if not again:
+                    time.sleep(_PERF_FORGETS)
                 checkpoint.go()
                 began = time.perf_counter()
                 restore = checkpoint.restore()
