@@ -110,7 +110,7 @@ def restoring(
         daemon: serves the pages.
         size: bytes of the process's memory.
         again: right after the dump, while this process has a perf event. Else the first one in a while: also the
-            processors have slept, and a host has taken back what was free.
+            processors have slept, and a host may have taken back what was free.
     """
 
     def once() -> float:
