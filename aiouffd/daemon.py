@@ -112,7 +112,11 @@ async def run(server: Server, console: Console, *, fill: bool, where: str) -> in
 
 
 async def run_lazy_pages(service: LazyPages, console: Console) -> int:
-    """Serve one restore until all is there; SIGTERM or SIGINT leaves what is served to the pager."""
+    """Serve one restore until all is there; SIGTERM or SIGINT leaves what is served to the pager.
+
+    What only a page server has comes through this process: the first signal is answered when all is there then, and
+    the second one loses the rest.
+    """
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -127,11 +131,17 @@ async def run_lazy_pages(service: LazyPages, console: Console) -> int:
     status = loop.create_task(_show(service, console)) if console.is_terminal else None
     try:
         await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
-        if told.done():
+        if told.done() and service.holds_pages:
+            name = told.result().name
+            log.warning("%s: the page server's pages come through here: going on; a second signal loses them", name)
+            told = loop.create_task(signals.get())
+            await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
+        if told.done() and not serving.done():
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
-            log.warning("%s: what is not there yet is left to the pager", told.result().name)
+            what = "what is not there yet is left to the pager" if service.tasks else "no process has come"
+            log.warning("%s: %s", told.result().name, "what is not there yet is lost" if service.holds_pages else what)
             return 1
         await serving
     finally:

@@ -140,6 +140,11 @@ class LazyPages:
                 self._changed.clear()
                 await self._changed.wait()
 
+    @property
+    def holds_pages(self) -> bool:
+        """Whether pages come through this process: the pager cannot do without it then."""
+        return self._server is not None
+
     def statistics(self) -> Statistics:
         """Return what the pager has counted."""
         return attrs.evolve(self._pager.statistics(), clients=len(self._tenants))

@@ -254,6 +254,19 @@ def test_the_socket_file(tmp_path: Path) -> None:
     assert not list(deep.iterdir())
 
 
+@run
+async def test_a_second_daemon_costs_the_first_nothing(tmp_path: Path) -> None:
+    """The only connection that it takes is CRIU's."""
+    with LazyPagesSocket(tmp_path) as first:
+        for _ in range(3):
+            with pytest.raises(OSError, match="another server listens there"):
+                LazyPagesSocket(tmp_path)
+        with connect(tmp_path) as criu:
+            criu.sendall(END)
+            assert await all_of(first) == []
+        assert first.finished
+
+
 @pytest.fixture
 def open_to_all() -> Iterator[str]:
     """Yield a directory that everybody may look into."""

@@ -91,6 +91,7 @@ def test_what_is_encoded_is_parsed() -> None:
         (text({"page_size": 0}), "a page size of 0"),
         (text({"page_size": 2048}), "a page size of 2048"),
         (text({"page_size": 1 << 40}), "a page size of"),
+        (text({"page_size": 1 << 30, "base_host_virt_addr": 1 << 40, "size": 1 << 30}), "4 KiB to 2 MiB"),
         (text({"page_size": None}), "page_size_kib is None"),
         (text({}, {"page_size": HUGE, "base_host_virt_addr": 1 << 30}), "different page sizes"),
         (text({}, {}), "overlap"),

@@ -10,14 +10,12 @@ import asyncio
 import errno
 import logging
 import math
-import mmap
-from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
@@ -155,12 +153,7 @@ async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) ->
 
 def _registered(space: Space, address: int) -> bool:
     """Tell whether a page is registered: COPY looks for that first, and then finds that its source cannot be read."""
-    return space.uffd.try_copy(address, address_of(_unreadable()), space.page_size, 0) != -errno.ENOENT
-
-
-@cache
-def _unreadable() -> mmap.mmap:
-    return mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+    return space.uffd.try_copy(address, address_of(unreadable()), space.page_size, 0) != -errno.ENOENT
 
 
 async def complete(space: Space, server: FaultServer) -> None:

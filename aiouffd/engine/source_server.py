@@ -111,7 +111,8 @@ class SourceServer:
     @property
     def local(self) -> bool:
         """Whether bytes may be at hand without waiting."""
-        return self._locate is not None or self._read_nowait is not None
+        at_hand = self._locate is not None or self._read_nowait is not None
+        return at_hand and getattr(self.source, "local", True)
 
     # Faults
 

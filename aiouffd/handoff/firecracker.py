@@ -10,8 +10,10 @@ The array has neither a length nor a terminator: it is complete when it parses. 
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
+import mmap
 import os
 import select
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +24,7 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.receive import Peer, is_userfaultfd
 from aiouffd.handoff.receive import receive as receive_some
+from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.ranges import align_up
 
@@ -36,7 +39,7 @@ _MOST_FDS: Final = 16
 _BLANKS: Final = 256  # that may follow the end of the array
 _TRIES: Final = 16  # so often an array may seem to end within a message
 _ADDRESSES: Final = 1 << 57  # what a process can map at most, on any 64-bit architecture of today
-_PAGES: Final = range(12, 31)  # 4 KiB to 1 GiB, as powers of two
+_PAGES: Final = range(12, 22)  # 4 KiB to 2 MiB, as powers of two: a COPY of 1 GiB would keep the others for seconds
 
 
 @attrs.frozen
@@ -113,7 +116,7 @@ def parse(data: bytes | bytearray) -> Regions:
         raise ValueError(f"regions of different page sizes: {sorted(sizes)}")
     page = sizes.pop()
     if page & (page - 1) or page.bit_length() - 1 not in _PAGES:
-        raise ValueError(f"a page size of {page} bytes")
+        raise ValueError(f"a page size of {page} bytes: there are those of 4 KiB to 2 MiB")
     mappings = sorted((_mapping(item, page) for item in items), key=lambda mapping: mapping.start)
     for before, after in itertools.pairwise(mappings):
         if before.end > after.start:
@@ -166,6 +169,7 @@ async def receive(connection: socket.socket, timeout: float) -> Handoff:  # noqa
         async with asyncio.timeout(timeout):
             regions = await _gather(connection, fds)
         uffd = _take(fds)
+        _check_pages(uffd, regions)
         return Handoff(peer, regions, uffd, fds.pop() if regions.extra is not None and fds else -1)
     except TimeoutError:
         raise HandoffError(str(peer), f"sent no complete handoff within {timeout:g} s") from None
@@ -232,3 +236,22 @@ def _take(fds: list[int]) -> Userfaultfd:
         uffd.close()
         raise ValueError("the process that owns the memory has ended")
     return uffd
+
+
+def _check_pages(uffd: Userfaultfd, regions: Regions) -> None:
+    """Check that the memory has the pages that the array says, as far as it is registered; else close the descriptor.
+
+    To copy larger pages than there are would meet some that are present, and go on doing so; huge pages take no
+    smaller ones, which the kernel looks at before it reads.
+
+    Raises:
+        ValueError: it has others.
+    """
+    for mapping in regions.mappings:
+        found = uffd.try_copy(mapping.start, address_of(unreadable()), mmap.PAGESIZE, 0)
+        if found in (-errno.EINVAL, -errno.EFAULT, -errno.EEXIST):
+            huge = found == -errno.EINVAL
+            if huge != (regions.page_size > mmap.PAGESIZE):
+                uffd.close()
+                kind = "larger" if huge else "smaller"
+                raise ValueError(f"the memory at {mapping.start:#x} has {kind} pages than {regions.page_size} bytes")

@@ -106,8 +106,10 @@ class SocketFile:
         found = os.lstat(address)
         if not stat.S_ISSOCK(found.st_mode):
             raise FileExistsError(errno.EEXIST, "is in the way: it is no socket", str(self.path))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)  # somebody whose backlog is full would have it wait
+        # Of another type than any listener: who listens is not bothered by a connection, which may be the only one that
+        # he takes.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.setblocking(False)
             try:
                 probe.connect(address)
             except ConnectionRefusedError:
@@ -118,7 +120,9 @@ class SocketFile:
                 ) from None
             except FileNotFoundError:  # just removed
                 return
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno != errno.EPROTOTYPE:
+                    raise
                 self._in_use()
             else:
                 self._in_use()

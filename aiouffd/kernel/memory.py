@@ -17,7 +17,7 @@ from aiouffd.kernel import libc
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["SealedMemory", "address_of", "map_shared", "unshare_memory", "zero_blocks", "zeros"]
+__all__ = ["SealedMemory", "address_of", "map_shared", "unreadable", "unshare_memory", "zero_blocks", "zeros"]
 
 
 class _PyBuffer(ctypes.Structure):
@@ -92,6 +92,12 @@ def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> li
     return found
 
 
+@functools.cache
+def unreadable() -> mmap.mmap:
+    """Return a page that cannot be read: a COPY of it changes nothing, and tells what it meets before that."""
+    return mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+
+
 def map_shared(fd: int) -> mmap.mmap:
     """Map all of a memfd, shared and writable. The descriptor stays the caller's, who may close it."""
     return mmap.mmap(fd, 0)
@@ -103,10 +109,10 @@ def unshare_memory() -> None:
     Those cost 3 us a page. Of anonymous memory mincore says what this process has, of files what any has: theirs is
     left alone, and everything is before Linux 5.14.
     """
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_bytes().splitlines():  # a path may have any bytes
         bounds, access, _, _, inode, *_ = line.split()
-        if access == "rw-p" and inode == "0":
-            start, end = (int(bound, 16) for bound in bounds.split("-"))
+        if access == b"rw-p" and inode == b"0":
+            start, end = (int(bound, 16) for bound in bounds.split(b"-"))
             with contextlib.suppress(OSError):
                 for run in re.finditer(b"\1+", libc.mincore(start, end - start)):
                     length = (run.end() - run.start()) * mmap.PAGESIZE

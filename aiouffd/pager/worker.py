@@ -374,8 +374,11 @@ class _Worker:
         tenancy.early = (task, late)
 
     async def do_release(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Bring all that a space and its forked children miss, and give the memory back to them."""
-        while family := self.family_of(message["token"]):
+        """Bring all that a space and its forked children miss, and give the memory back to them.
+
+        What is refused is left to its owner, who is about to close it.
+        """
+        while family := [space for space in self.family_of(message["token"]) if not space.closing]:
             for space in family:
                 tenancy = self.tenancies.get(space.identity)
                 if tenancy is None:  # it has ended while another was filled
@@ -388,8 +391,11 @@ class _Worker:
                     await complete(space, tenancy.origin.server)
                     space.unregister()
                     self.dispatcher.drop(space)
-                except ClosedError:  # it has ended meanwhile
-                    continue
+                except ClosedError:
+                    if space.is_gone:  # else it would be found again, until that is noticed
+                        self.dispatcher.drop(space)
+                    elif space.identity in self.tenancies and not space.closing:
+                        raise
                 except BaseException:
                     tenancy.announced = announced  # it is served on, and its end is to be told
                     raise

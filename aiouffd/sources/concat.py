@@ -33,6 +33,11 @@ class ConcatSource:
             self.starts.append(self.size)
             self.size += (part.size // _ALIGNMENT + 1) * _ALIGNMENT  # there is always something between two
 
+    @property
+    def local(self) -> bool:
+        """Whether the bytes of each part may be at hand."""
+        return all(hasattr(part, "locate") or hasattr(part, "read_nowait") for part in self.parts)
+
     def _find(self, offset: int) -> tuple[Any, int]:
         index = bisect_right(self.starts, offset) - 1
         return self.parts[index], offset - self.starts[index]

@@ -53,7 +53,9 @@ class Relay:
         return RelaySource(self._address, len(self._sources) - 1, source.size)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        # A handler of a stream server that ends as canceled is told as a traceback (Python 3.11).
+        ends = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.closing(writer), contextlib.suppress(*ends):
             _, uid, _ = _CREDENTIALS.unpack(
                 writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )

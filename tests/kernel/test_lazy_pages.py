@@ -100,6 +100,35 @@ def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
             checkpoint.finish(restore)
 
 
+def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> None:
+    """They come through this process: SIGTERM is told, and answered when all is there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start("scan", 64)
+        checkpoint.dump_to_server(port)
+        with lazily(checkpoint, "--page-server", "127.0.0.1", "--port", str(port)) as daemon:
+            daemon.process.send_signal(signal.SIGTERM)
+            criu_rig.until(lambda: "a second signal loses them" in daemon.said, "word of the signal")
+            restore = checkpoint.restore()
+            checkpoint.go()
+            checkpoint.results()
+            checkpoint.finish(restore)
+
+
+def test_a_signal_before_anybody_has_come(tmp_path: Path) -> None:
+    """It ends, and speaks of no pager that serves on; with a page server it takes a second one. No traceback."""
+    with criu_rig.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start("scan", 1)
+        checkpoint.dump()
+        daemon = Daemon(checkpoint)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(20) == 1
+        assert "SIGTERM: no process has come" in daemon.said
+        assert "Traceback" not in daemon.said
+
+
 def test_while_the_worker_is_killed(tmp_path: Path) -> None:
     """Page by page, with kills in between: no wrong word."""
     with criu_rig.Checkpoint(tmp_path) as checkpoint:

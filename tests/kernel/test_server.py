@@ -36,6 +36,7 @@ from scenario import ended, eventually, killed_when_this_thread_waits, play
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.handoff.link import ServerEngine
 from aiouffd.server import Server
 
 if TYPE_CHECKING:
@@ -670,6 +671,60 @@ def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, sock
 
 
 # Safety
+
+
+def refused(path: str, pid: int, log: str, worker: int) -> None:
+    """Scenario: a client that has asked to be refused, as a Monitor that is about to leave, and stays."""
+    region = aiouffd.Region(MIB)
+    with aiouffd.Monitor(region, server=path) as monitor:
+        assert region[0] == 1
+        engine = monitor._engine
+        assert isinstance(engine, ServerEngine)
+        engine.refuse()
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: "filling 1" in Path(log).read_text(), expected=True)
+        before, began = processor_time(worker), time.monotonic()
+        time.sleep(0.5)  # the time that is measured
+        assert processor_time(worker) - before < 0.5 * (time.monotonic() - began)
+
+
+def processor_time(pid: int) -> float:
+    """Return the seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_what_is_refused_is_not_filled(image: Path, tmp_path: Path) -> None:
+    """It is left to its owner; nobody asks for it again and again."""
+    with Serve(tmp_path, image, "--on-term", "fill") as serve:
+        play(refused, str(serve.path), serve.process.pid, str(serve.log), serve.worker)
+        assert serve.process.wait(10) == 0
+
+
+def other_pages(path: str, claimed: int, real: int, present: bool) -> None:
+    """Scenario: a client whose memory has other pages than it says."""
+    region = aiouffd.Region(2 * HUGE, page_size=real) if real > PAGE else aiouffd.Region(2 * HUGE + HUGE)
+    start = (region.address + HUGE - 1) & -HUGE
+    if present:
+        ctypes.memset(start, 1, 1)
+    with aiouffd.Userfaultfd() as uffd, socket.socket(socket.AF_UNIX) as connection:
+        uffd.register(start, 2 * HUGE, aiouffd.RegisterMode.MISSING)
+        connection.settimeout(10)
+        connection.connect(path)
+        message = firecracker.encode([Mapping(start, start + 2 * HUGE, 0)], claimed)
+        socket.send_fds(connection, [message], [uffd.fileno()])
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_pages_of_another_size_than_is_said(image: Path, tmp_path: Path) -> None:
+    """Turned away, before a page is copied that would meet what is there."""
+    with Serve(tmp_path, image) as serve:
+        for present in (False, True):
+            play(other_pages, str(serve.path), HUGE, PAGE, present)
+        assert serve.said.count("has smaller pages than 2097152 bytes") == 2
+        play(other_pages, str(serve.path), PAGE, HUGE, False)
+        assert "has larger pages than 4096 bytes" in serve.said
 
 
 def descriptors(serve: Serve) -> int:
