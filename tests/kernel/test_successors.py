@@ -37,8 +37,11 @@ def kill(pid: int) -> None:
 
 def replaced(served: aiouffd.Monitor | Server, *pids: int) -> None:
     """Wait until none of these processes is the pager's any more, or it is given up."""
+    client = served._pager if isinstance(served, Server) else getattr(served._engine, "_client", None)
     eventually(
-        lambda: bool(getattr(served, "_errors", ())) or not set(pids) & set(served.pids), expected=True, seconds=20
+        lambda: getattr(client, "_dead", None) is not None or not set(pids) & set(served.pids),
+        expected=True,
+        seconds=20,
     )
 
 
