@@ -195,7 +195,8 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         served = bool(self.clients)
         for client in list(self.clients.values()):
-            self._forget(client, "goes on being served by the pager alone")
+            alone = "goes on being served by the pager alone"
+            self._forget(client, alone if self._death is None else "is served no longer")
         await asyncio.to_thread(self._pager.stop, leave=served)
         if self._recorder is not None:
             await asyncio.to_thread(self._recorder.complete)

@@ -54,7 +54,8 @@ def serve(
     chosen: Source | Callable[[Peer, int, str], Source]
     if source is not None:
         chosen = as_source(source, timeout=options["timeout"])
-        _ = chosen.size  # what is wrong with it is said at once
+        if not chosen.size:  # whatever is wrong with it is said at once
+            raise OSError(f"{source}: has no bytes, of which no client could be served")
     else:
         chosen = choose_by(source_for or "", timeout=options["timeout"])
     server = Server(chosen, path, listener=listener, **options)
@@ -100,9 +101,12 @@ def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Sourc
         OSError: the template names what there is not.
     """
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        fields = {field or "" for _, field, _, _ in parts}
     except ValueError as error:
         raise OSError(f"--source-for {template!r}: {error}; write for example /snapshots/{{name}}.mem") from None
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise OSError(f"--source-for {template!r}: names take no format")
     if not fields or fields - _FIELDS:
         wrong = ", ".join(sorted(fields - _FIELDS)) or "nothing" if fields else "a fixed place: that is SOURCE"
         raise OSError(f"--source-for knows {', '.join(sorted(_FIELDS))}, not {wrong}")

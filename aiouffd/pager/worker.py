@@ -376,7 +376,7 @@ class _Worker:
     async def do_release(self, message: dict[str, Any], fds: list[int]) -> None:
         """Bring all that a space and its forked children miss, and give the memory back to them.
 
-        What is refused is left to its owner, who is about to close it.
+        What is refused is left to its owner, who is about to close it, and told as an error.
         """
         while family := [space for space in self.family_of(message["token"]) if not space.closing]:
             for space in family:
@@ -399,6 +399,8 @@ class _Worker:
                 except BaseException:
                     tenancy.announced = announced  # it is served on, and its end is to be told
                     raise
+        if self.space_of(message["token"]) is not None:
+            raise ClosedError("its owner is about to leave, and settles what is missing")
 
     # Handing over: the keeper is dead, and another pair is to serve. One of the two workers reads messages, at any
     # moment; which one does not depend on an answer that may be lost: the successor serves when its predecessor is

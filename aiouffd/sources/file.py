@@ -271,7 +271,7 @@ class FileSource:
                     repr(self),
                     offset,
                     length,
-                    f"the file ends at {offset + done}; it had {self.size} bytes when opened",
+                    f"the file ends at {os.fstat(self._fd).st_size}; it had {self.size} bytes when opened",
                 )
             done += got
         return data

@@ -699,6 +699,7 @@ def test_what_is_refused_is_not_filled(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, image, "--on-term", "fill") as serve:
         play(refused, str(serve.path), serve.process.pid, str(serve.log), serve.worker)
         assert serve.process.wait(10) == 0
+        assert "cannot be filled: its owner is about to leave" in serve.said
 
 
 def other_pages(path: str, claimed: int, real: int, present: bool) -> None:
@@ -1203,6 +1204,8 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
     """Each says what to do, and nothing is left running."""
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
+    empty = tmp_path / "empty"
+    empty.touch()
     for arguments, words in (
         ([str(image)], "--socket PATH says where to listen"),
         ([], "either SOURCE or --source-for"),
@@ -1221,6 +1224,8 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         (["--source-for", "{", "--socket", "s"], "write for example"),
         (["--source-for", "{}", "--socket", "s"], "knows name, number, pid, uid, not nothing"),
         (["--source-for", "/fixed", "--socket", "s"], "that is SOURCE"),
+        (["--source-for", "/{number:5d}", "--socket", "s"], "take no format"),
+        ([str(empty), "--socket", "s"], "has no bytes"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "aiouffd", "serve", *arguments],
