@@ -39,6 +39,17 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
         return size
 
 
+class Seconds(click.FloatRange):
+    """A range that "nan" is not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("is no number", param, ctx)
+        return number
+
+
 class Octal(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
     """Permission bits: 600, 0660."""
 
@@ -106,7 +117,7 @@ _SERVING = [
                  help="Microseconds to look again for faults before sleeping."),
     click.option("--background", type=Rate(), metavar="BYTES", default="0", show_default=True,
                  help="Bytes per second to bring without being asked, or max."),
-    click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", default=30.0,
+    click.option("--timeout", type=Seconds(0, min_open=True), metavar="SECONDS", default=30.0,
                  show_default=True, help="For one read of the source."),
     click.option("--retries", type=click.IntRange(0), metavar="TIMES", default=4, show_default=True,
                  help="Of a read of a file that failed; of a URL, as often as the timeout allows."),
@@ -137,7 +148,7 @@ def _serving(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--replay", type=click.Path(), help="Bring the pages of a recorded file ahead, for each client.")
 @click.option(
     "--handoff-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(0, min_open=True),
     metavar="SECONDS",
     default=5.0,
     show_default=True,

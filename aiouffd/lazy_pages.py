@@ -181,7 +181,12 @@ class LazyPages:
         """
         names = await asyncio.to_thread(os.listdir, self._images)
         pids = [name[3:-4] for name in names if name.startswith("mm-") and name.endswith(".img")]
-        for pid in map(int, filter(str.isdecimal, pids)):
+        pids = list(filter(str.isdecimal, pids))
+        if not pids:
+            raise HandoffError(
+                str(self._images), "there are no images of a process (mm-PID.img): -D says where they are"
+            )
+        for pid in map(int, pids):
             with contextlib.suppress(UffdError, OSError):
                 self._prepared[pid] = pack, _ = await asyncio.to_thread(self._pack, pid)
                 await asyncio.wrap_future(self._pager.prepare(pack))

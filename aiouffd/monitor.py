@@ -497,7 +497,10 @@ class Monitor:
         return collect(self.region, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
 
     def statistics(self) -> Statistics:
-        """Return what has been counted since entering; also after worker deaths. Costs microseconds."""
+        """Return what has been counted since entering; also after worker deaths. Costs microseconds.
+
+        With `server`, what that has counted for all its clients, since it began.
+        """
         return self._running().statistics()
 
     async def wait_error(self) -> None:

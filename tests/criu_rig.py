@@ -269,6 +269,10 @@ class Checkpoint:
         # Its pids are wanted again: the tasks below it are reaped by init, in its own time.
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before), "end of what was dumped")
 
+    def wait_dumped(self) -> None:
+        """Wait until the subject, which somebody else dumps, is gone."""
+        self._mine[0].wait(60)
+
     def dump_to_server(self, port: int) -> subprocess.Popen[bytes]:
         """Checkpoint the subject, but let `criu dump` keep the lazy pages and serve them at 127.0.0.1; return it.
 

@@ -113,7 +113,7 @@ def parse(data: bytes | bytearray) -> Regions:
         raise ValueError(f"{len(items)} regions, more than {MOST_REGIONS}")
     sizes = {_number(item, "page_size" if "page_size" in item else "page_size_kib") for item in items}
     if len(sizes) > 1:
-        raise ValueError(f"regions of different page sizes: {sorted(sizes)}")
+        raise ValueError(f"regions of {len(sizes)} different page sizes")
     page = sizes.pop()
     if page & (page - 1) or page.bit_length() - 1 not in _PAGES:
         raise ValueError(f"a page size of {page} bytes: there are those of 4 KiB to 2 MiB")
@@ -131,6 +131,8 @@ def _number(item: dict[str, Any], key: str) -> int:
     value = item.get(key)
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} is {value!r:.50}, no natural number")
+    if value >> 100:  # would fill the log
+        raise ValueError(f"{key} is a number of {value.bit_length()} bits")
     return value
 
 

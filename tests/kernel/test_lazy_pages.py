@@ -100,6 +100,39 @@ def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
             checkpoint.finish(restore)
 
 
+@pytest.mark.parametrize("mode", ["scan", "tree"])
+def test_the_example(tmp_path: Path, mode: str) -> None:
+    """`examples/lazy_restore.py` checkpoints a process, or a tree, and restores it: no wrong word."""
+    example = Path(__file__).parent.parent.parent / "examples" / "lazy_restore.py"
+    with criu_rig.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start(mode, 16)
+        with subprocess.Popen(
+            [sys.executable, example, str(checkpoint.pid), checkpoint.images, "--criu", " ".join(criu_rig.command())],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as running:  # fmt: skip
+            checkpoint.wait_dumped()
+            checkpoint.go()
+            said, errors = running.communicate(timeout=60)
+        try:
+            assert running.returncode == 0, errors
+            assert "all its memory is there" in said
+            checkpoint.results()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(checkpoint.pid, signal.SIGKILL)  # nobody's child any more
+
+
+def test_no_images(tmp_path: Path) -> None:
+    """It does not wait for a restore that cannot be."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path)],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "there are no images of a process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> None:
     """They come through this process: SIGTERM is told, and answered when all is there."""
     with socket.socket() as free:
@@ -240,6 +273,7 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
 
 def test_a_restore_that_fails(tmp_path: Path) -> None:
     """The connection ends before the end mark: said so, with a status."""
+    (tmp_path / "mm-1.img").touch()
     process = subprocess.Popen(
         [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path)], stderr=subprocess.PIPE, text=True
     )

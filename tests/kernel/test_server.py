@@ -1221,6 +1221,7 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         ([str(image), "--socket", "s", "--record", str(tmp_path / "no" / "r")], "No such file or directory"),
         ([str(image), "--socket", "s", "--bytes-in-flight", "0"], "is too little"),
         ([str(image), "--socket", "s", "--metrics", str(port)], f"--metrics 127.0.0.1:{port}: Address already in use"),
+        ([str(image), "--socket", "s", "--timeout", "nan"], "is no number"),
         (["--source-for", "{", "--socket", "s"], "write for example"),
         (["--source-for", "{}", "--socket", "s"], "knows name, number, pid, uid, not nothing"),
         (["--source-for", "/fixed", "--socket", "s"], "that is SOURCE"),
