@@ -140,8 +140,13 @@ async def run_lazy_pages(service: LazyPages, console: Console) -> int:
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
-            what = "what is not there yet is left to the pager" if service.tasks else "no process has come"
-            log.warning("%s: %s", told.result().name, "what is not there yet is lost" if service.holds_pages else what)
+            if service.holds_pages:
+                what = "what is not there yet is lost"
+            elif service.tasks:
+                what = "what is not there yet is left to the pager"
+            else:
+                what = "no process has come"
+            log.warning("%s: %s", told.result().name, what)
             return 1
         await serving
     finally:

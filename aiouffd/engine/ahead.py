@@ -97,8 +97,8 @@ async def fill(
     words = space.counters.words
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
-    step = (_NEAR if patience else _HURRY) if server.local else _FAR
     hurry = server.local and not patience
+    step = _HURRY if hurry else _NEAR if server.local else _FAR
     if hurry and space.readahead.limit:
         space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
     try:

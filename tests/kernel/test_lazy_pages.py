@@ -150,8 +150,25 @@ def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> No
             checkpoint.finish(restore)
 
 
+def test_a_second_signal_gives_the_page_servers_pages_up(tmp_path: Path) -> None:
+    """It ends at once, and says what that costs. No traceback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
+        checkpoint.start("scan", 1)
+        checkpoint.dump_to_server(port)
+        daemon = Daemon(checkpoint, "--page-server", "127.0.0.1", "--port", str(port))
+        daemon.process.send_signal(signal.SIGTERM)
+        criu_rig.until(lambda: "a second signal loses them" in daemon.said, "word of the first signal")
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.process.wait(20) == 1
+        assert "SIGINT: what is not there yet is lost" in daemon.said
+        assert "Traceback" not in daemon.said
+
+
 def test_a_signal_before_anybody_has_come(tmp_path: Path) -> None:
-    """It ends, and speaks of no pager that serves on; with a page server it takes a second one. No traceback."""
+    """It ends, and speaks of no pager that serves on. No traceback."""
     with criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start("scan", 1)
         checkpoint.dump()
