@@ -1,12 +1,13 @@
 """aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch.
 
-Layout (imports point down only): `cli` > `monitor` > `pager` > `handoff` > `engine` > `sources` > `kernel` >
-`native` > `ranges`, `errors`.
+Layout (imports point down only): `cli` (commands) > `monitor` (memory of this process) > `criu`, `server` (memory of
+others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `engine` (the core) > `sources` >
+`kernel` (userfaultfd, typed) > `native` (the part in C) > `ranges`, `errors`.
 """
 
-from aiouffd.engine.handler import Batch, Fault, Handler
+from aiouffd.engine.ahead.trace import Trace
+from aiouffd.engine.serve.handler import Batch, Fault, Handler
 from aiouffd.engine.statistics import Statistics
-from aiouffd.engine.trace import Trace
 from aiouffd.errors import (
     AccessError,
     BusyError,
@@ -30,12 +31,12 @@ from aiouffd.errors import (
     UnsupportedError,
 )
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
-from aiouffd.kernel.events import Event, FaultKind, Fork, PageFault, Remap, Remove, UnknownEvent, Unmap
+from aiouffd.kernel.events import FaultKind, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.region import Region
-from aiouffd.kernel.userfaultfd import Capabilities, Userfaultfd, probe
+from aiouffd.kernel.userfaultfd import Capabilities, Event, Fork, Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WriteTracker
-from aiouffd.monitor import Monitor
-from aiouffd.opening import open  # noqa: A004 - it is called aiouffd.open
+from aiouffd.monitor.monitor import Monitor
+from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
 from aiouffd.sources.base import Source, ZeroSource
 from aiouffd.sources.buffer import BufferSource

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from aiouffd.errors import operation_error
-from aiouffd.kernel import abi, events
+from aiouffd.kernel import abi, userfaultfd
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.memory import address_of
 
@@ -251,10 +251,10 @@ class FakeUffd:
         self._signal()
         return b"".join(messages)
 
-    def read(self) -> list[events.Event]:
+    def read(self) -> list[userfaultfd.Event]:
         """As `Userfaultfd.read`."""
         data = self.read_raw()
-        return [events.decode(data[at : at + 32], self._no_forks) for at in range(0, len(data), 32)]
+        return [userfaultfd.decode(data[at : at + 32], self._no_forks) for at in range(0, len(data), 32)]
 
     def fileno(self) -> int:
         """Return a descriptor that polls readable while there are messages."""

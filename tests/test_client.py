@@ -6,9 +6,9 @@ import socket
 import sys
 import threading
 
-from aiouffd.pager.client import PagerClient
-from aiouffd.pager.journal import Journal
-from aiouffd.pager.orphan import Orphan
+from aiouffd.pager.client.client import PagerClient
+from aiouffd.pager.client.orphan import Orphan
+from aiouffd.pager.process.journal import Journal
 
 
 def test_requests_while_others_take_over() -> None:

@@ -12,8 +12,8 @@ import pytest
 from scenario import open_descriptors
 
 from aiouffd import errors
-from aiouffd.pager import control
-from aiouffd.pager.travel import pack, unpack
+from aiouffd.pager.process import control
+from aiouffd.pager.process.travel import pack, unpack
 from aiouffd.sources.base import Descriptor
 
 

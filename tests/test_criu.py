@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import run
 
+from aiouffd.criu.socket import SOCKET_NAME, LazyPagesSocket, RestoredTask
 from aiouffd.errors import HandoffError
-from aiouffd.handoff.criu import SOCKET_NAME, LazyPagesSocket, RestoredTask
 from aiouffd.handoff.receive import receive, require_userfaultfd
 from aiouffd.kernel.userfaultfd import Userfaultfd
 

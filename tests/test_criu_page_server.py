@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from loops import run
 from pattern import content
 
+from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
-from aiouffd.sources.criu_page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

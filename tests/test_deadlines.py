@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from loops import run
 
-from aiouffd.engine.deadlines import Deadlines
+from aiouffd.engine.serve.deadlines import Deadlines
 
 
 async def wait(deadlines: Deadlines, until: asyncio.Event) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.kernel import abi, events
+from aiouffd.kernel import abi, events, userfaultfd
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import FaultKind
 
@@ -27,7 +27,7 @@ def refuse(fd: int) -> NoReturn:
 def test_page_faults(flags: int, address: int, thread: int) -> None:
     """flags, address and thread id as the kernel lays them out; unknown flags are kept."""
     message = struct.pack("=B7xQQI4x", 0x12, flags, address, thread)
-    fault = events.decode(message, refuse)
+    fault = userfaultfd.decode(message, refuse)
     assert isinstance(fault, events.PageFault)
     assert (int(fault.flags), fault.address, fault.thread_id) == (flags, address, thread)
     assert fault.write == bool(flags & 1)
@@ -38,24 +38,24 @@ def test_page_faults(flags: int, address: int, thread: int) -> None:
 @given(_u64, _u64, _u64)
 def test_layout_events(first: int, second: int, third: int) -> None:
     """REMAP has three numbers, REMOVE and UNMAP two."""
-    assert events.decode(struct.pack("=B7xQQQ", 0x14, first, second, third), refuse) == events.Remap(
+    assert userfaultfd.decode(struct.pack("=B7xQQQ", 0x14, first, second, third), refuse) == events.Remap(
         first, second, third
     )
-    assert events.decode(struct.pack("=B7xQQ8x", 0x15, first, second), refuse) == events.Remove(first, second)
-    assert events.decode(struct.pack("=B7xQQ8x", 0x16, first, second), refuse) == events.Unmap(first, second)
+    assert userfaultfd.decode(struct.pack("=B7xQQ8x", 0x15, first, second), refuse) == events.Remove(first, second)
+    assert userfaultfd.decode(struct.pack("=B7xQQ8x", 0x16, first, second), refuse) == events.Unmap(first, second)
 
 
 def test_fork_adopts_the_descriptor() -> None:
     """The number in the message is wrapped by whoever knows the features."""
     wrapped = cast("Userfaultfd", object())
-    event = events.decode(struct.pack("=B7xI20x", 0x13, 77), lambda fd: wrapped if fd == 77 else refuse(fd))
-    assert event == events.Fork(wrapped)
+    event = userfaultfd.decode(struct.pack("=B7xI20x", 0x13, 77), lambda fd: wrapped if fd == 77 else refuse(fd))
+    assert event == userfaultfd.Fork(wrapped)
 
 
 @given(st.binary(min_size=32, max_size=32))
 def test_anything_decodes(message: bytes) -> None:
     """Whatever the kernel sends, known or not, is an event; unknown ones keep the whole message."""
-    event = events.decode(message, lambda fd: cast("Userfaultfd", fd))
+    event = userfaultfd.decode(message, lambda fd: cast("Userfaultfd", fd))
     if message[0] not in range(0x12, 0x17):
         assert event == events.UnknownEvent(message[0], message)
 

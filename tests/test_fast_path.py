@@ -9,15 +9,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from aiouffd.engine import fast_path
-from aiouffd.engine.fast_path import LINE, FastPath
+from aiouffd.engine import plain as fast_path
+from aiouffd.engine.plain import LINE, FastPath
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.engine.fast_path import Way
+    from aiouffd.engine.plain import Way
 
 PAGE = 4096
 START = 0x7000_0000_0000

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from loops import run
 
-from aiouffd.engine.gate import Gate
+from aiouffd.engine.serve.gate import Gate
 
 
 async def entered(gate: Gate, size: int, *, urgent: bool, log: list[str], name: str) -> None:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scenario import open_descriptors
 
+from aiouffd.criu.images import REMOTE, PageFlag, Run, read_task
 from aiouffd.errors import HandoffError
-from aiouffd.handoff.images import REMOTE, PageFlag, Run, read_task
 from aiouffd.ranges import Range
 
 PID = 77

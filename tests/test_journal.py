@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.kernel import abi
-from aiouffd.pager import journal as module
-from aiouffd.pager.journal import Journal
+from aiouffd.pager.process import journal as module
+from aiouffd.pager.process.journal import Journal
 
 
 class Space:

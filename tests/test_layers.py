@@ -1,38 +1,72 @@
-"""The architecture: imports point down only."""
+"""The architecture: in each folder, imports point down only, types included."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 import aiouffd
 
 PACKAGE = Path(aiouffd.__file__).parent
 
-# The lowest first; a module may import from its own level and from below.
-LEVELS = [
-    {"errors", "ranges", "loglines"},
-    {"native"},
-    {"kernel"},
-    {"sources"},
-    {"engine"},
-    {"handoff"},
-    {"pager"},
-    {"monitor", "server", "lazy_pages", "metrics", "testing", "doctor", "page_server"},
-    {"opening"},
-    {"__init__"},
-    {"demo", "daemon", "serving", "commands", "cli", "__main__"},
-]
+# What each folder holds, the lowest first. A folder inside it stands for all that it holds.
+ORDER = {
+    "": [
+        *("errors", "ranges", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
+        *("server", "criu", "monitor", "__init__", "page_server", "cli", "__main__"),
+    ],
+    "native": ["build", "__init__", "__main__", "faults", "watchdog"],
+    "kernel": [
+        *("__init__", "abi", "libc", "memory", "region", "events", "userfaultfd", "pagemap", "write_tracker", "settle"),
+    ],
+    "sources": ["__init__", "base", "buffer", "file", "object_store", "concat", "resolve"],
+    "engine": [
+        *("__init__", "statistics", "plain", "mappings", "readahead", "resolver", "flight", "space", "dispatcher"),
+        *("serve", "ahead", "assembly"),
+    ],
+    "engine/serve": ["__init__", "zeros", "gate", "deadlines", "source", "handler"],
+    "engine/ahead": ["__init__", "trace", "fill"],
+    "handoff": ["__init__", "lines", "receive", "firecracker"],
+    "pager": ["__init__", "loglines", "process", "client", "__main__"],
+    "pager/process": [
+        *("__init__", "control", "travel", "tenancy", "journal", "replay", "last_resort", "worker", "keeper"),
+    ],
+    "pager/client": ["__init__", "request", "tenant", "orphan", "client"],
+    "server": ["__init__", "listener", "metrics", "server"],
+    "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
+    "monitor": ["__init__", "engines", "monitor", "open"],
+    "monitor/engines": ["__init__", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
+    "cli": ["__init__", "demo", "doctor", "daemon", "serving", "commands"],
+}
+LATE = {("cli/__init__", "cli/commands")}
+"""Imports inside a function, of what needs an extra: by whom, of what."""
 
 
-def level(module: str) -> int:
-    """Return the level of a module below the package; the package itself is its `__init__`."""
-    return next(number for number, names in enumerate(LEVELS) if module in names)
+def name_of(path: Path) -> str:
+    """Return a module's place in the package, with slashes: `pager/client/orphan`."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
-def imported(path: Path) -> set[str]:
-    """Return the first parts of what a file imports from this package."""
-    found: set[str] = set()
+def module(dotted: str) -> str | None:
+    """Return the place of what a dotted name stands for: a module, or a package's `__init__`."""
+    parts = dotted.split(".")[1:]
+    while parts:
+        if PACKAGE.joinpath(*parts).with_suffix(".py").exists():
+            return "/".join(parts)
+        if PACKAGE.joinpath(*parts, "__init__.py").exists():
+            return "/".join([*parts, "__init__"])
+        parts.pop()
+    return "__init__"
+
+
+def imports(path: Path) -> set[str]:
+    """Return the places of all that a file imports from this package."""
+    found: set[str | None] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -41,33 +75,48 @@ def imported(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] != "aiouffd":
-                continue
-            below = parts[1] if len(parts) > 1 else "__init__"
-            exists = (PACKAGE / below).is_dir() or (PACKAGE / f"{below}.py").exists()
-            found.add(below if exists else "__init__")
-    return found
+        found.update(module(name) for name in names if name.split(".")[0] == "aiouffd")
+    return {name for name in found if name is not None}
+
+
+def split(importer: str, imported: str) -> tuple[str, str, str]:
+    """Return the folder that two modules share, and what they are parts of in it."""
+    one, other = importer.split("/"), imported.split("/")
+    depth = 0
+    while one[depth] == other[depth]:
+        depth += 1
+    return "/".join(one[:depth]), one[depth], other[depth]
 
 
 def test_imports_point_down_only() -> None:
-    """No module imports from a level above its own, not even for types."""
+    """Within each folder, what is lower imports nothing that is higher, at any depth: so there is no circle either."""
     wrong = []
     for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        wrong += [f"{path.relative_to(PACKAGE)} imports {name}" for name in imported(path) if level(name) > level(own)]
-    assert not wrong
+        importer = name_of(path)
+        for imported in imports(path) - {importer}:
+            folder, one, other = split(importer, imported)
+            order = ORDER[folder]
+            if order.index(other) >= order.index(one) and (importer, imported) not in LATE:
+                wrong.append(f"{importer} imports {imported}")
+    assert not sorted(wrong)
 
 
-def test_the_core_needs_no_extra() -> None:
-    """`import aiouffd` imports neither click, rich, numpy nor obstore."""
-    import subprocess
-    import sys
+def test_each_module_has_its_place() -> None:
+    """The order names each module and folder of the package, and nothing else."""
+    there = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        parts = name_of(path).split("/")
+        for depth in range(len(parts)):
+            there["/".join(parts[:depth])].add(parts[depth])
+    assert there == {folder: set(names) for folder, names in ORDER.items()}
+    assert all(len(names) == len(set(names)) for names in ORDER.values())
 
-    code = "import sys, aiouffd; print({'click', 'rich', 'numpy', 'obstore'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
+
+@pytest.mark.parametrize("extra", ["click", "rich", "numpy", "obstore"])
+def test_the_core_needs_no_extra(extra: str) -> None:
+    """`import aiouffd` imports nothing that only an extra brings."""
+    code = f"import sys, aiouffd; sys.exit({extra!r} in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_exists() -> None:

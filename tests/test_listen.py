@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from scenario import open_descriptors
 
-from aiouffd.handoff.listen import SocketFile
+from aiouffd.server.listener import SocketFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import pytest
 from blockbuster import BlockingError
 from loops import run
 
-from aiouffd.engine.trace import Trace
+from aiouffd.engine.ahead.trace import Trace
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import aiouffd
-from aiouffd import doctor, native
+from aiouffd import native
+from aiouffd.cli import doctor
 from aiouffd.native import build
 
 ROOT = Path(__file__).parent.parent

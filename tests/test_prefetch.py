@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.engine.prefetch import Readahead
+from aiouffd.engine.readahead import Readahead
 
 PAGE = 4096
 END = 1 << 30

@@ -11,8 +11,8 @@ from loops import run
 from pattern import PAGE, Pattern, content
 
 import aiouffd
+from aiouffd.criu.relay import Relay, RelaySource
 from aiouffd.sources.concat import ConcatSource
-from aiouffd.sources.relay import Relay, RelaySource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ async def test_a_canceled_read_leaves_no_answer_to_the_next() -> None:
 @run
 async def test_another_user_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """An abstract address has no mode: the peer's user is looked at."""
-    monkeypatch.setattr("aiouffd.sources.relay._CREDENTIALS", Nobody())
+    monkeypatch.setattr("aiouffd.criu.relay._CREDENTIALS", Nobody())
     async with Relay() as relay:
         source = relay.add(Pattern(SIZE))
         with pytest.raises(aiouffd.SourceError, match="whoever has it is gone"):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.kernel import abi
-from aiouffd.pager.journal import CLOSED, Journal
-from aiouffd.pager.replay import numbers, replay, survey
+from aiouffd.pager.process.journal import CLOSED, Journal
+from aiouffd.pager.process.replay import numbers, replay, survey
 
 PAGE = 4096
 BASE = 0x10000000

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from loops import run
 
 import aiouffd
-from aiouffd.pager.travel import pack, unpack
+from aiouffd.pager.process.travel import pack, unpack
 from aiouffd.sources.resolve import as_source
 
 if TYPE_CHECKING:

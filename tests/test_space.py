@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
-from aiouffd.engine.ahead import complete
+from aiouffd.engine.ahead.fill import complete
 from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.source_server import Limits, SourceServer
+from aiouffd.engine.serve.source import Limits, SourceServer
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE
 
-from aiouffd.engine.trace import HEADER, Recorder, Trace
+from aiouffd.engine.ahead.trace import HEADER, Recorder, Trace
 from aiouffd.errors import TraceError
 from aiouffd.sources.base import Descriptor
 

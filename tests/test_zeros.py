@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd.engine.zeros import BLOCK, cut
+from aiouffd.engine.serve.zeros import BLOCK, cut
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
 

@@ -22,7 +22,7 @@ from pattern import PAGE
 
 import aiouffd
 from aiouffd import Feature, RegisterMode, Userfaultfd
-from aiouffd.kernel import abi, events, libc
+from aiouffd.kernel import abi, libc, userfaultfd
 from aiouffd.testing import POISONED, FakeUffd
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ class KernelWorld(_Base):
         with contextlib.suppress(BlockingIOError):
             while not messages or isinstance(messages[-1], aiouffd.PageFault):
                 message = os.read(self.uffd.fileno(), abi.MESSAGE_SIZE)
-                messages.append(events.decode(message, Userfaultfd.from_fd))
+                messages.append(userfaultfd.decode(message, Userfaultfd.from_fd))
         found = self.decoded(messages)
         for thread in self._layout:
             thread.settle()

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.handler import Handler, HandlerServer
-from aiouffd.engine.prefetch import Readahead
-from aiouffd.engine.source_server import Limits, SourceServer
+from aiouffd.engine.readahead import Readahead
+from aiouffd.engine.serve.handler import Handler, HandlerServer
+from aiouffd.engine.serve.source import Limits, SourceServer
 from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:
+    from aiouffd.engine.ahead.trace import Recorder, Trace
     from aiouffd.engine.statistics import Counters
-    from aiouffd.engine.trace import Recorder, Trace
 
 __all__ = ["Options", "Service", "checked", "make_readahead", "make_server"]
 

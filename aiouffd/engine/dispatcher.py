@@ -23,7 +23,7 @@ from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
-from aiouffd.engine.fast_path import LINE, FastPath
+from aiouffd.engine.plain import LINE, FastPath
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import operation_error
 from aiouffd.kernel import abi

@@ -1,20 +1,17 @@
-"""Pages on their way, and who brings them."""
+"""Pages on their way."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiouffd.engine.resolver import Run
-    from aiouffd.engine.space import Space
-    from aiouffd.engine.statistics import Counter
     from aiouffd.errors import UffdError
 
-__all__ = ["FaultServer", "Flight", "canceled_from_outside", "end_of"]
+__all__ = ["Flight", "canceled_from_outside", "end_of"]
 
 log = logging.getLogger("aiouffd")
 
@@ -49,38 +46,6 @@ class Flight:
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"
-
-
-class FaultServer(Protocol):
-    """Who brings the pages of a space: see `source_server` and `handler`."""
-
-    @property
-    def local(self) -> bool:
-        """Whether bytes may be at hand without waiting."""
-
-    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
-        """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
-
-    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
-        """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""
-
-    def follow(self, space: Space, page: int) -> None:
-        """Take note that a page was touched whose window is being brought."""
-
-    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
-        """Let a thread go that writes to a page which is protected (UFFDIO_WRITEPROTECT, COPY with MODE_WP)."""
-
-    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
-        """Take note of a layout event that has been applied to the space."""
-
-    def failed(self, space: Space, run: Run, number: int) -> None:
-        """Take note that the kernel refused a run for good, with this errno; its pages are missing still."""
-
-    def stalled(self, space: Space, run: Run) -> None:
-        """Take note that the kernel has been putting a run off (EAGAIN) for seconds; it is still being tried."""
-
-    def opened(self, space: Space) -> None:
-        """Take note that the faults of a space are about to come."""
 
 
 def canceled_from_outside(error: BaseException) -> bool:

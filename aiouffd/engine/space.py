@@ -20,7 +20,7 @@ import operator
 import sys
 from collections import deque
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.resolver import Op, Resolver, Run, merge
@@ -33,15 +33,15 @@ from aiouffd.kernel.memory import address_of, zeros
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aiouffd.engine.fast_path import FastPath, Way
-    from aiouffd.engine.flight import FaultServer, Flight
+    from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
-    from aiouffd.engine.prefetch import Readahead
+    from aiouffd.engine.plain import FastPath, Way
+    from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["COUNTER_OF_EVENT", "Space"]
+__all__ = ["COUNTER_OF_EVENT", "FaultServer", "Space"]
 
 log = logging.getLogger("aiouffd")
 
@@ -73,6 +73,38 @@ _FIRST = 64 << 10  # of a window, before its toucher goes on
 _MOST = 2 << 20
 _STEP = 128 << 10  # of the rest at once: some 30 us, for which a fault may have to wait
 _ZEROS = 256 << 10
+
+
+class FaultServer(Protocol):
+    """Who brings the pages of a space: see `source_server` and `handler`."""
+
+    @property
+    def local(self) -> bool:
+        """Whether bytes may be at hand without waiting."""
+
+    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
+
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""
+
+    def follow(self, space: Space, page: int) -> None:
+        """Take note that a page was touched whose window is being brought."""
+
+    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
+        """Let a thread go that writes to a page which is protected (UFFDIO_WRITEPROTECT, COPY with MODE_WP)."""
+
+    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
+        """Take note of a layout event that has been applied to the space."""
+
+    def failed(self, space: Space, run: Run, number: int) -> None:
+        """Take note that the kernel refused a run for good, with this errno; its pages are missing still."""
+
+    def stalled(self, space: Space, run: Run) -> None:
+        """Take note that the kernel has been putting a run off (EAGAIN) for seconds; it is still being tried."""
+
+    def opened(self, space: Space) -> None:
+        """Take note that the faults of a space are about to come."""
 
 
 class Space:

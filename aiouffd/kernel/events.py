@@ -1,21 +1,17 @@
-"""The messages that a userfaultfd delivers (`struct uffd_msg`), decoded. Addresses are the target's."""
+"""The messages that a userfaultfd delivers (`struct uffd_msg`), as values. Addresses are the target's.
+
+`Fork` brings a descriptor, so it is defined beside `Userfaultfd`.
+"""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
 
 import attrs
 
-from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aiouffd.kernel.userfaultfd import Userfaultfd
-
-__all__ = ["Event", "FaultKind", "Fork", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap", "decode"]
+__all__ = ["FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
 
 
 class FaultKind(enum.Enum):
@@ -54,13 +50,6 @@ class PageFault:
 
 
 @attrs.frozen
-class Fork:
-    """UFFD_EVENT_FORK: the target forked; `uffd` serves the child and belongs to the receiver."""
-
-    uffd: Userfaultfd
-
-
-@attrs.frozen
 class Remap:
     """UFFD_EVENT_REMAP: mremap moved `length` bytes from `source` to `destination`."""
 
@@ -94,23 +83,3 @@ class UnknownEvent:
 
     code: int
     payload: bytes
-
-
-Event = PageFault | Fork | Remap | Remove | Unmap | UnknownEvent
-
-
-def decode(message: bytes | memoryview, adopt: Callable[[int], Userfaultfd]) -> Event:
-    """Decode one message of 32 bytes; `adopt` wraps the descriptor that a fork event brings."""
-    code = message[0]
-    if code == abi.EVENT_PAGEFAULT:
-        _, flags, address, thread_id = abi.PAGEFAULT_MESSAGE.unpack(message)
-        return PageFault(address, FaultFlag(flags), thread_id)
-    if code == abi.EVENT_FORK:
-        return Fork(adopt(*abi.FORK_MESSAGE.unpack(message)))
-    if code == abi.EVENT_REMAP:
-        return Remap(*abi.REMAP_MESSAGE.unpack(message))
-    if code == abi.EVENT_REMOVE:
-        return Remove(*abi.RANGE_MESSAGE.unpack(message))
-    if code == abi.EVENT_UNMAP:
-        return Unmap(*abi.RANGE_MESSAGE.unpack(message))
-    return UnknownEvent(code, bytes(message))

@@ -24,15 +24,17 @@ from typing import TYPE_CHECKING, Self
 import attrs
 
 from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation_error
-from aiouffd.kernel import abi, events, libc
-from aiouffd.kernel.abi import Feature, Ioctl, RegisterMode
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
+from aiouffd.kernel.events import PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
-__all__ = ["Capabilities", "Userfaultfd", "probe"]
+__all__ = ["Capabilities", "Event", "Fork", "Userfaultfd", "decode", "probe"]
 
 _ioctl = fcntl.ioctl
 _pack_copy = abi.COPY_STRUCT.pack
@@ -364,7 +366,7 @@ class Userfaultfd:
 
     # Reading
 
-    def read(self) -> list[events.Event]:
+    def read(self) -> list[Event]:
         """Read what is pending, up to 64 messages; an empty list where nothing is.
 
         The kernel hands out page faults before queued layout events, also before older ones.
@@ -374,7 +376,7 @@ class Userfaultfd:
         except BlockingIOError:
             return []
         size = abi.MESSAGE_SIZE
-        return [events.decode(data[at : at + size], self._adopt) for at in range(0, len(data), size)]
+        return [decode(data[at : at + size], self._adopt) for at in range(0, len(data), size)]
 
     def _adopt(self, fd: int) -> Userfaultfd:
         """Wrap the descriptor of a forked child: it has its parent's features."""
@@ -396,3 +398,30 @@ def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:
         if result != 0:
             return result
     return -(error.errno or errno.EIO)
+
+
+@attrs.frozen
+class Fork:
+    """UFFD_EVENT_FORK: the target forked; `uffd` serves the child and belongs to the receiver."""
+
+    uffd: Userfaultfd
+
+
+Event = PageFault | Fork | Remap | Remove | Unmap | UnknownEvent
+
+
+def decode(message: bytes | memoryview, adopt: Callable[[int], Userfaultfd]) -> Event:
+    """Decode one message of 32 bytes; `adopt` wraps the descriptor that a fork event brings."""
+    code = message[0]
+    if code == abi.EVENT_PAGEFAULT:
+        _, flags, address, thread_id = abi.PAGEFAULT_MESSAGE.unpack(message)
+        return PageFault(address, FaultFlag(flags), thread_id)
+    if code == abi.EVENT_FORK:
+        return Fork(adopt(*abi.FORK_MESSAGE.unpack(message)))
+    if code == abi.EVENT_REMAP:
+        return Remap(*abi.REMAP_MESSAGE.unpack(message))
+    if code == abi.EVENT_REMOVE:
+        return Remove(*abi.RANGE_MESSAGE.unpack(message))
+    if code == abi.EVENT_UNMAP:
+        return Unmap(*abi.RANGE_MESSAGE.unpack(message))
+    return UnknownEvent(code, bytes(message))

@@ -1,4 +1,4 @@
-"""`python -m aiouffd.pager FD`: the pager. Started by `aiouffd.pager.client`, not by hand."""
+"""`python -m aiouffd.pager FD`: the pager. Started by `aiouffd.pager.client.client`, not by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import signal
 import socket
 import sys
 
-from aiouffd.loglines import SWITCH, Lines
-from aiouffd.pager import control, keeper
-from aiouffd.pager.journal import Journal
+from aiouffd.pager.loglines import SWITCH, Lines
+from aiouffd.pager.process import control, keeper
+from aiouffd.pager.process.journal import Journal
 
 
 def main() -> int:

@@ -94,7 +94,7 @@ def test_doctor_as_nobody() -> None:
     """Exit status 1, and what to change."""
     if os.geteuid():
         pytest.skip("needs root, to drop it")
-    code = "import os; from aiouffd.doctor import examine; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+    code = "import os; from aiouffd.cli.doctor import examine; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
     code += "report = examine(); print('\\n'.join(report.lines())); raise SystemExit(not report.ok)"
     output = run(sys.executable, "-c", code, status=1).stdout
     assert "vm.unprivileged_userfaultfd=1" in output

@@ -11,7 +11,7 @@ import criu_images as make
 import criu_rig
 import pytest
 
-from aiouffd.handoff.images import REMOTE, PageFlag, TaskImage, read_task
+from aiouffd.criu.images import REMOTE, PageFlag, TaskImage, read_task
 
 if TYPE_CHECKING:
     from criu_rig import Checkpoint

@@ -14,7 +14,7 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import eventually, play
 
 import aiouffd
-from aiouffd.engine import layout
+from aiouffd.monitor.engines import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import ended, eventually, play
 
 import aiouffd
-from aiouffd.pager.engine import PagerEngine
-from aiouffd.server import Server
+from aiouffd.monitor.engines.pager import PagerEngine
+from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable

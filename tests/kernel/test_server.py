@@ -36,8 +36,8 @@ from scenario import ended, eventually, killed_when_this_thread_waits, play
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
-from aiouffd.handoff.link import ServerEngine
-from aiouffd.server import Server
+from aiouffd.monitor.engines.served_by import ServerEngine
+from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,8 +19,8 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import ended, eventually, play
 
 import aiouffd
-from aiouffd.pager import client as client_module
-from aiouffd.server import Server
+from aiouffd.pager.client import client as client_module
+from aiouffd.server.server import Server
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:

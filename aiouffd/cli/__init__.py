@@ -1,0 +1,48 @@
+"""The command line: demo, doctor, serve, lazy-pages. Exit status: 0 well, 1 failed, 2 called wrongly."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.errors import UffdError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the console script's entry point."""
+    try:
+        import click  # noqa: PLC0415 - an extra
+
+        from aiouffd.cli import commands  # noqa: PLC0415 - needs the extra
+    except ImportError as error:
+        _say(f"{error}. The command line needs an extra: pip install 'aiouffd[cli]'")
+        return 2
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        result: Any = commands.group.main(args=arguments, prog_name="aiouffd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return 130
+    except UffdError as error:
+        if debug:
+            raise
+        _say(str(error))
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        _say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        return 1
+    return int(result or 0)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"aiouffd: {text}\n")

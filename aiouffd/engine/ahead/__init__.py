@@ -1,0 +1,1 @@
+"""What brings pages before they are touched: a recording, the background fill."""

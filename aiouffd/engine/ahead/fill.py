@@ -1,0 +1,187 @@
+"""Brings pages before they are touched: those of a recording, in its order; then, if asked for, all the others.
+
+Faults come first: the reads that they need pass those that are brought ahead, and the background fill waits while
+faults come in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ClosedError, UffdError
+from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.ranges import Range, RangeSet, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aiouffd.engine.ahead.trace import Trace
+    from aiouffd.engine.space import FaultServer, Space
+
+__all__ = ["bring_ahead", "bring_early", "complete", "fill"]
+
+log = logging.getLogger("aiouffd")
+
+_NEAR = 512 << 10  # brought at once, if it is at hand: a fault waits for one such piece at most, some 0.2 ms
+_HURRY = 2 << 20  # the same where somebody waits for all of it
+_FAR = 8 << 20  # and if it must be waited for
+_SAVED = 64 << 20  # bytes after which a successor need not begin at the start
+_QUIET = 0.002  # seconds without a fault, before the background fill goes on
+_PATIENCE = 0.05  # seconds that it waits for that
+_SMALL = 1 << 20  # a mapping that is brought before larger ones
+_NOT_YET = 0.0005  # seconds between looks whether memory is registered
+
+
+async def bring_ahead(
+    space: Space,
+    server: FaultServer,
+    trace: Trace | None,
+    background: float,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Replay a trace, then fill in the background. What fails is logged, and left to faults.
+
+    Args:
+        space: its `replayed` and `filled` say where to begin, and are kept up to date.
+        server: brings the pages.
+        trace: None: nothing to replay.
+        background: bytes per second at most; 0: no background fill.
+        on_progress: called after so much that a successor should know.
+    """
+    try:
+        if trace is not None:
+            await _replay(space, server, trace, on_progress)
+        if background:
+            await fill(space, server, background, on_progress)
+    except ClosedError:
+        return
+    except UffdError as error:
+        log.warning("%s; what was not brought ahead comes with its fault", error)
+
+
+async def _replay(space: Space, server: FaultServer, trace: Trace, on_progress: Callable[[], None]) -> None:
+    for index, ranges in trace.ranges(space.replayed):
+        await server.bring(space, ranges, Counter.PAGES_REPLAY)
+        space.replayed = index
+        on_progress()
+
+
+async def fill(
+    space: Space,
+    server: FaultServer,
+    rate: float,
+    on_progress: Callable[[], None] = lambda: None,
+    *,
+    patience: float = _PATIENCE,
+) -> None:
+    """Bring all that the space shows.
+
+    Args:
+        space: its `filled` says where to begin, and is kept up to date.
+        server: brings the pages.
+        rate: bytes per second at most; inf: as fast as it goes.
+        on_progress: called after so much that a successor should know.
+        patience: seconds to wait, at most, for a moment without faults before each piece.
+
+    Raises:
+        UffdError: the source or the handler failed.
+        ClosedError: the space was dropped.
+    """
+    words = space.counters.words
+    began, brought, saved = monotonic(), 0, space.filled
+    faults = words[Counter.FAULTS]
+    hurry = server.local and not patience
+    step = _HURRY if hurry else _NEAR if server.local else _FAR
+    if hurry and space.readahead.limit:
+        space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
+    try:
+        for offset, length in _shown(space, step):
+            limit = monotonic() + patience
+            while faults != words[Counter.FAULTS] and monotonic() < limit:
+                faults = words[Counter.FAULTS]
+                await asyncio.sleep(_QUIET)
+            pause = began + brought / rate - monotonic()
+            if pause > 0 or not server.local:  # else `bring` has just given the loop a turn
+                await asyncio.sleep(max(pause, 0.0))
+            await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+            brought += length
+            space.filled = offset + length
+            if space.filled - saved >= _SAVED:
+                saved = space.filled
+                on_progress()
+    finally:
+        if hurry:
+            space.filling = 0
+    on_progress()
+
+
+async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) -> None:
+    """Bring all that a space shows as soon as its process has registered it, which may be after it was handed over.
+
+    Before that, a COPY would find nothing (ENOENT), as if the mapping were gone. What fails is left to whoever comes
+    later.
+
+    Args:
+        space: just opened.
+        server: brings the pages.
+        late: set when it is too late to wait for what is not registered yet.
+    """
+    for mapping in list(space.mappings):
+        while not (late.is_set() or space.closing or _registered(space, mapping.start)):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(_NOT_YET)
+    if late.is_set():
+        return
+    # Stacks, data and heaps are what the last steps of a restore touch; what is large can wait a little longer.
+    small = [
+        (mapping.offset, mapping.end - mapping.start)
+        for mapping in space.mappings
+        if mapping.offset >= 0 and mapping.end - mapping.start <= _SMALL
+    ]
+    try:
+        await server.bring(space, small, Counter.PAGES_BACKGROUND)
+        await fill(space, server, math.inf, patience=0.0)
+    except UffdError as error:
+        log.debug("%s; it is tried again", error)
+
+
+def _registered(space: Space, address: int) -> bool:
+    """Tell whether a page is registered: COPY looks for that first, and then finds that its source cannot be read."""
+    return space.uffd.try_copy(address, address_of(unreadable()), space.page_size, 0) != -errno.ENOENT
+
+
+async def complete(space: Space, server: FaultServer) -> None:
+    """Bring all that a space misses, as fast as it goes, until nothing can be missing; errors as for `fill`.
+
+    What is known to be present is a hint, which a change of the layout makes doubtful, and a read that failed: where
+    there was one, everything is offered to the kernel once more, which says EEXIST.
+    """
+    trusted = (space.born, 0)
+    pause = 0.0
+    while True:
+        if (space.mappings.generation, space.readahead.losses) != trusted:
+            space.filled = 0
+            space.readahead = space.readahead.fresh()
+            trusted = (space.mappings.generation, 0)
+        await fill(space, server, math.inf, patience=0.0)
+        await space.quiet()
+        if (space.mappings.generation, space.readahead.losses) == trusted and not space.flights:
+            return
+        # A process that changes its layout all the time is served on, and does not keep the loop busy.
+        pause = min(pause + 0.01, 1.0)
+        await asyncio.sleep(pause)
+
+
+def _shown(space: Space, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, length) of the offsets that a space shows, from `filled` on, in pieces."""
+    shown = RangeSet(
+        Range(mapping.offset, mapping.end - mapping.start) for mapping in space.mappings if mapping.offset >= 0
+    )
+    for run in shown:
+        if run.end > space.filled:
+            yield from pieces(max(run.start, space.filled), run.end, space.page_size, step)

@@ -1,0 +1,1 @@
+"""Who brings the pages of a space: a source, or a handler."""

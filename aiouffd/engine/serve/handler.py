@@ -1,0 +1,416 @@
+"""Coroutines on the events: what an application overrides, and the server that runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
+from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.serve.deadlines import Deadlines
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import HandlerError, LayoutChangingError
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import FaultFlag
+from aiouffd.kernel.events import PageFault, Remap, Remove, Unmap
+from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.userfaultfd import Fork
+from aiouffd.ranges import Range, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aiouffd.engine.serve.source import Limits
+    from aiouffd.engine.space import Space
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.errors import UffdError
+
+__all__ = ["Batch", "Fault", "Handler", "HandlerServer", "wants_writes"]
+
+log = logging.getLogger("aiouffd")
+
+
+@attrs.frozen
+class Fault(PageFault):
+    """A `PageFault` together with what the mappings know of it.
+
+    Attributes:
+        page: the addresses of the page, aligned to the region's page size.
+        offset: the page's place in the region; -1 where it shows zeros because it was removed, or has grown there.
+    """
+
+    page: Range
+    offset: int
+
+    def __str__(self) -> str:
+        access = "write" if self.write else "read"
+        return f"the fault of thread {self.thread_id} at {self.address:#x} (offset {self.offset:#x}, {access})"
+
+
+class Batch:
+    """What a handler wants done, carried out together when it returns: runs of pages, and one wake-up.
+
+    Ranges are addresses, as in the events: whole pages of the space that the fault came from. A batch may fill
+    more than the page that faulted.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._runs: list[Run] = []
+
+    def copy(self, page: Range, data: Any) -> None:
+        """Fill `page` with the bytes of a buffer of the same length; it is kept until the batch is done.
+
+        Raises:
+            ValueError: the range is not whole pages, or `data` has another length.
+        """
+        self._check(page)
+        size = memoryview(data).nbytes
+        if size != page.length:
+            raise ValueError(f"{size} bytes for a range of {page.length}: pad the last page of your data with zeros")
+        self._add(Op.COPY, page, address_of(data), data)
+
+    def zeropage(self, page: Range) -> None:
+        """Fill `page` with zeros."""
+        self._check(page)
+        for shown in self._space.mappings.runs(page.start, page.end):
+            self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start))
+
+    def poison(self, page: Range) -> None:
+        """Let whoever touches `page` have SIGBUS (Linux 6.6)."""
+        self._check(page)
+        self._add(Op.POISON, page)
+
+    def unprotect(self, page: Range) -> None:
+        """Let `page` be written to from now on, and wake who waits for that."""
+        self._check(page)
+        self._add(Op.UNPROTECT, page)
+
+    def protect(self, page: Range) -> None:
+        """Have the next write to `page`, where it is present, be told to `Handler.write`."""
+        self._check(page)
+        self._add(Op.PROTECT, page)
+
+    def flush(self) -> None:
+        """Carry out what is in the batch now, for a handler that goes on working."""
+        runs, self._runs = self._runs, []
+        pieces = [piece for run in runs for piece in self._space.valid(run)]
+        if pieces and not self._space.is_gone and not self._space.closing:
+            self._space.settle(pieces)
+
+    def _add(self, op: int, page: Range, source: int = 0, owner: object = None) -> None:
+        for shown in self._space.mappings.runs(page.start, page.end):
+            length = shown.end - shown.start
+            self._runs.append(Run(op, shown.start, shown.offset, length, source + shown.start - page.start, owner))
+
+    def _check(self, page: Range) -> None:
+        size = self._space.page_size
+        if page.start % size or page.length % size or page.length <= 0:
+            raise ValueError(f"{page} is not a range of whole pages of {size} bytes")
+
+    def covers(self, address: int) -> bool:
+        """Tell whether a run that has not been carried out yet holds this address."""
+        return any(run.dst <= address < run.dst + run.left for run in self._runs)
+
+
+class Handler:
+    """Override what you need. One handler serves a region and, with `fork="serve"`, its forked children.
+
+    Every coroutine runs as a task of the pager's loop; faults run concurrently, layout events one after the
+    other. An exception fails the page that it was given, not the pager.
+    """
+
+    async def pagefault(self, fault: Fault, batch: Batch) -> None:
+        """Fill `fault.page`, by `batch`. By default: with zeros.
+
+        Not asked for pages that were removed (MADV_DONTNEED): these are zeros, as the kernel promises.
+        """
+        batch.zeropage(fault.page)
+
+    async def write(self, fault: Fault, batch: Batch) -> None:
+        """A protected page is about to be written to, for the first time since it came or since it was protected.
+
+        Called only where it is overridden: every page then comes write-protected (Linux 5.7; shared and huge pages
+        5.19). The writer waits until this returns; the page can be written to then, unless `batch` protects it
+        again, and whatever was raised. What is in the page can be read by other means meanwhile.
+        """
+        batch.unprotect(fault.page)
+
+    async def fork(self, event: Fork) -> None:
+        """A process was forked, and is being served alike; `event.uffd` stays the engine's."""
+
+    async def remap(self, event: Remap) -> None:
+        """Memory was moved; the mappings know already."""
+
+    async def remove(self, event: Remove) -> None:
+        """Memory was emptied, and reads as zeros from now on."""
+
+    async def unmap(self, event: Unmap) -> None:
+        """Memory was unmapped."""
+
+
+_LATER = 0.001
+_TOGETHER = 64  # pages that are given to the handler ahead of faults at once
+_METHODS = {
+    abi.EVENT_FORK: "fork",
+    abi.EVENT_REMAP: "remap",
+    abi.EVENT_REMOVE: "remove",
+    abi.EVENT_UNMAP: "unmap",
+}
+
+
+def _raised(error: BaseException) -> str:
+    log.warning("the handler raised", exc_info=error)
+    return f"raised {type(error).__name__}: {error}"
+
+
+def wants_writes(origin: object) -> bool:
+    """Tell whether this is a handler that is to be told of writes."""
+    return isinstance(origin, Handler) and type(origin).write is not Handler.write
+
+
+class HandlerServer:
+    """Runs a `Handler`: a task for each fault, checked for having resolved it.
+
+    Args:
+        handler: the application's.
+        counters: where to count.
+        limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
+        on_touch: told of each page that was asked for by a fault, in order: its offset.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        counters: Counters,
+        limits: Limits,
+        *,
+        on_touch: Callable[[int], None] | None = None,
+    ) -> None:
+        self.handler = handler
+        self._words = counters.words
+        self._bound = asyncio.Semaphore(limits.concurrent_reads)
+        self._deadlines = Deadlines(limits.timeout)
+        self._on_touch = on_touch
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._overridden = {
+            code: getattr(handler, name)
+            for code, name in _METHODS.items()
+            if getattr(type(handler), name, None) is not getattr(Handler, name)
+        }
+        self._events: asyncio.Queue[Any] | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether bytes may be at hand without waiting: only the handler knows."""
+        return False
+
+    def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
+        """Begin a flight for each fault; removed pages and memory that grew are zeros."""
+        zeros: list[Run] = []
+        for page, flags, thread in faults:
+            start, _, first = space.mappings.locate(page)
+            if first < 0:
+                zeros.extend(space.zeros(page, first, space.page_size))
+                continue
+            offset = first + page - start
+            if self._on_touch is not None:
+                self._on_touch(offset)
+            fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
+            self._begin(space, fault, began_ns, Counter.PAGES_FAULT)
+        if zeros:
+            self._words[Counter.PAGES_ZERO] += len(zeros)
+            self._words[Counter.PAGES_FAULT] += len(zeros)
+            space.settle(zeros)
+
+    def _begin(self, space: Space, fault: Fault, began_ns: int, cause: Counter) -> asyncio.Task[None]:
+        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, space.mappings.generation)
+        if cause == Counter.PAGES_FAULT:
+            flight.wanted.add(fault.page.start)
+        space.take_off(flight)
+        task = flight.done = asyncio.get_running_loop().create_task(self._fly(space, flight, fault, cause))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _fly(self, space: Space, flight: Flight, fault: Fault, cause: Counter) -> None:
+        batch = Batch(space)
+        reason = ""
+        self._words[Counter.IN_FLIGHT] += 1
+        try:
+            async with self._bound:
+                with self._deadlines:
+                    await self.handler.pagefault(fault, batch)
+            if space.is_gone or space.closing:
+                return
+            reason = await self._unresolved(space, fault, batch)
+            if not reason:
+                self._words[cause] += 1  # before its toucher goes on, who may kill this process
+            batch.flush()
+            if not reason and flight.wanted:
+                space.record_latency(flight.began_ns)
+        except TimeoutError:
+            reason = f"has not returned in {self._deadlines.seconds} s"
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if canceled_from_outside(error):
+                raise
+            reason = _raised(error)
+        finally:
+            self._words[Counter.IN_FLIGHT] -= 1
+            space.land(flight)
+        if reason and not space.is_gone and not space.closing:
+            self._words[Counter.HANDLER_ERRORS] += 1
+            failure = HandlerError(repr(self.handler), str(fault), reason)
+            if flight.errors is not None:
+                flight.errors.append(failure)
+            if flight.wanted:  # a prefetch raises in its caller instead
+                space.report(failure)
+                for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
+                    space.poison([piece.dst])
+
+    async def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
+        """Return what is wrong with a batch whose handler has returned, or nothing."""
+        if batch.covers(fault.page.start):
+            return ""
+        start, _, first = space.mappings.locate(fault.page.start)
+        if first < 0 or first + fault.page.start - start != fault.offset:
+            return ""  # the layout has changed meanwhile: the batch rightly left it out
+        # It may have been flushed before, or filled with another page's batch. The kernel does not tell while an event
+        # is unread.
+        while (settled := space.settled(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(_LATER)
+        return "" if settled else "returned without resolving it"
+
+    async def prefetch(self, space: Space, offset: int, length: int) -> None:
+        """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
+
+        Raises:
+            HandlerError: it failed for one of them. Nothing is poisoned.
+            ClosedError: the space was dropped meanwhile.
+        """
+        size = space.page_size
+        await self.bring(space, pieces(offset, offset + length, size, _TOGETHER * size), Counter.PAGES_PREFETCH)
+
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Give the handler the pages of (offset, length) ranges, in this order; errors as for `prefetch`."""
+        size = space.page_size
+        errors: list[UffdError] = []
+        tasks: list[asyncio.Task[None]] = []
+        for offset, length in ranges:
+            for shown in list(space.mappings.addresses(offset, offset + length)):
+                for page in range(shown.start, shown.end, size):
+                    if space.is_gone or space.closing or page in space.flights:
+                        continue
+                    fault = Fault(page, FaultFlag(0), 0, Range(page, size), shown.offset + page - shown.start)
+                    tasks.append(self._begin(space, fault, perf_counter_ns(), cause))
+                    space.flights[page].errors = errors
+                    if len(tasks) == _TOGETHER:
+                        await asyncio.wait(tasks)
+                        tasks.clear()
+            if errors or space.is_gone or space.closing:
+                break
+        if tasks:
+            await asyncio.wait(tasks)
+        if not errors:
+            await space.quiet()
+        if errors:
+            raise errors[0]
+        space.require_served()
+
+    def follow(self, space: Space, page: int) -> None:
+        """Nothing: a handler brings no windows."""
+
+    # Writes
+
+    def written(self, space: Space, page: int, flags: int, thread: int) -> None:
+        """Give it to the handler, if that wants to know; then let the writer go."""
+        run = space.run(Op.UNPROTECT, page)
+        if not wants_writes(self.handler):
+            space.settle([run])
+            return
+        fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
+        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), space.mappings.generation)
+        space.take_off(flight)
+        task = asyncio.get_running_loop().create_task(self._tell_write(space, flight, fault))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell_write(self, space: Space, flight: Flight, fault: Fault) -> None:
+        batch = Batch(space)
+        self._words[Counter.IN_FLIGHT] += 1
+        try:
+            async with self._bound:
+                with self._deadlines:
+                    await self.handler.write(fault, batch)
+        except TimeoutError:
+            self._write_failed(space, fault, f"has not returned in {self._deadlines.seconds} s")
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if canceled_from_outside(error):
+                raise
+            self._write_failed(space, fault, _raised(error))
+        finally:
+            self._words[Counter.IN_FLIGHT] -= 1
+            space.land(flight)
+        if space.is_gone or space.closing:
+            return
+        if not batch.covers(fault.page.start):
+            batch.unprotect(fault.page)
+        batch.flush()
+
+    def _write_failed(self, space: Space, fault: Fault, reason: str) -> None:
+        self._words[Counter.HANDLER_ERRORS] += 1
+        space.report(HandlerError(repr(self.handler), str(fault), reason))
+
+    # Layout events
+
+    def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
+        """Queue the event for the handler's coroutine, if it has one."""
+        if code not in self._overridden:
+            return
+        if code == abi.EVENT_FORK:
+            assert child is not None
+            event: Any = Fork(child.uffd)
+        elif code == abi.EVENT_REMAP:
+            event = Remap(*abi.REMAP_MESSAGE.unpack(message))
+        else:
+            event = (Remove if code == abi.EVENT_REMOVE else Unmap)(*abi.RANGE_MESSAGE.unpack(message))
+        if self._events is None:
+            self._events = asyncio.Queue()
+            task = asyncio.get_running_loop().create_task(self._run_events(self._events))
+            self._tasks.add(task)
+        self._events.put_nowait((space, code, event))
+
+    async def _run_events(self, queue: asyncio.Queue[Any]) -> None:
+        while True:
+            space, code, event = await queue.get()
+            try:
+                with self._deadlines:
+                    await self._overridden[code](event)
+            except (Exception, asyncio.CancelledError, SystemExit) as error:
+                if canceled_from_outside(error):
+                    raise
+                self._words[Counter.HANDLER_ERRORS] += 1
+                space.report(HandlerError(repr(self.handler), repr(event), _raised(error)))
+
+    def failed(self, space: Space, run: Run, number: int) -> None:
+        """The kernel refused a run for good."""
+        self._words[Counter.HANDLER_ERRORS] += 1
+        space.report(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
+        space.poison(range(run.dst, run.dst + run.left, space.page_size))
+
+    def stalled(self, space: Space, run: Run) -> None:
+        """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
+        space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
+
+    def opened(self, space: Space) -> None:
+        """Nothing: every fault goes to the handler."""
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        await end_of(self._tasks)
+        self._deadlines.close()

@@ -1,0 +1,86 @@
+"""What a pager is given to serve: what brings the pages, and whose memory it is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.pager.process.travel import pack
+
+if TYPE_CHECKING:
+    from aiouffd.engine.assembly import Options, Service
+    from aiouffd.engine.mappings import Mapping
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["Pack", "Tenant"]
+
+_tokens = itertools.count()
+
+
+class Pack:
+    """A service made ready to travel: a pickle in a memfd, and the descriptors that go along.
+
+    Args:
+        service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
+        options: how.
+
+    Raises:
+        PagerStartError: it cannot travel.
+    """
+
+    def __init__(self, service: Service, options: Options) -> None:
+        data, descriptors = pack(service)
+        self.service = service
+        self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
+        self.options = attrs.asdict(options)
+        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
+        with os.fdopen(os.dup(self.config), "wb") as file:
+            file.write(data)
+        self._descriptors = descriptors
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a pager is told of it."""
+        return {"token": self.token, "options": self.options, "path": [entry for entry in sys.path if entry]}
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with a request that opens a space."""
+        return [self.config, *(item.fd for item in self._descriptors)]
+
+    def close(self) -> None:
+        """Forget it; what a pager has got of it stays the pager's."""
+        if self.config >= 0:
+            os.close(self.config)
+            self.config = -1
+
+
+@attrs.define(eq=False)
+class Tenant:
+    """Memory that a pager serves.
+
+    Attributes:
+        pack: what serves it.
+        uffd: stays its owner's, and must stay open as long as the tenant: it is what makes touches wait, instead of
+            reading zeros, while no pager is there.
+        mappings: what it showed when it was opened.
+        page_size: bytes.
+        tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
+        token: names it.
+    """
+
+    pack: Pack
+    uffd: Userfaultfd
+    mappings: list[Mapping]
+    page_size: int
+    tether: int = -1
+    token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes along with a request that opens it."""
+        return [self.uffd.fileno()] + ([self.tether] if self.tether >= 0 else [])

@@ -1,0 +1,302 @@
+"""The keeper: forks the worker, and forks it again when it dies. It does nothing else, so that nothing can kill it.
+
+It imports what the worker needs, so that a fork is ready in some milliseconds, and starts no thread, so that it can
+fork at all. The worker is made with clone(CLONE_FILES): it shares the keeper's table of descriptors. The descriptor
+of a forked child of the application arrives in the table of whoever reads the event, and must outlive him: if it
+were closed, the child would read zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import resource
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import PagerDiedError, encode_error
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.pager.process import control, worker
+from aiouffd.pager.process.last_resort import Forsaken, LastResort
+from aiouffd.pager.process.replay import survey
+
+if TYPE_CHECKING:
+    import socket
+
+    from aiouffd.pager.process.journal import Journal
+
+__all__ = ["run"]
+
+log = logging.getLogger("aiouffd.keeper")
+
+BLOCKED = 3.0
+"""Seconds without a turn of the worker's loop, until that is reported."""
+HOPELESS = 20.0
+"""Seconds without a turn of the worker's loop, until what blocks it is interrupted."""
+GRACE = 3.0
+"""Seconds more, until the worker is killed, and so replaced."""
+DEATHS = 5
+"""So many deaths with no fault resolved between them are enough."""
+
+ORPHANED = 1.0
+"""The same, where the process that has started the pager is gone: nobody is left who would want to know."""
+
+CALM = 60.0
+"""A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
+
+_TICK = 1.0
+_CLONE_PAUSE = 0.5
+_LOOK = 0.5  # seconds between looks whether the processes are still there
+_CLONE_FILES = 0x400
+_CLONE_CHILD_CLEARTID = 0x200000
+_CLONE_CHILD_SETTID = 0x1000000
+_PR_GET_TID_ADDRESS = 40
+_SYS_CLONE = {"x86_64": 56}.get(platform.machine(), 220)
+
+_libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the GIL must be held across the clone
+_python = ctypes.pythonapi
+
+
+def _clone() -> int:
+    """fork(2), but with the table of descriptors shared. The caller is single-threaded."""
+    # glibc keeps the thread's id where set_tid_address points; its fork() has the kernel write the child's there.
+    tid = ctypes.c_void_p()
+    flags = _CLONE_FILES | signal.SIGCHLD
+    if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) == 0:
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    arguments: list[int | None] = [flags, None, None, tid.value, None]
+    if platform.machine() != "x86_64":
+        arguments[3:] = [None, tid.value]  # the order of tls and child_tid is the architecture's
+    _python.PyOS_BeforeFork()
+    pid: int = _libc.syscall(ctypes.c_long(_SYS_CLONE), *(ctypes.c_void_p(item) for item in arguments))
+    if pid == 0:
+        _python.PyOS_AfterFork_Child()
+    else:
+        _python.PyOS_AfterFork_Parent()
+        if pid < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"clone(CLONE_FILES) was refused: {os.strerror(number)}")
+    return pid
+
+
+def run(journal: Journal, connection: socket.socket) -> int:
+    """Keep a worker alive until it has nothing left to serve; return the exit status."""
+    own = _open_descriptors()
+    deaths = 0
+    progress = -1
+    while True:
+        _close_strays(own | worker.descriptors(journal))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            pid = _clone()
+        except OSError as error:
+            # To give up would be to close the descriptors of forked children, who would read zeros then.
+            log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400 - no traceback helps
+            if not _anybody(journal) and _hung_up(connection):
+                return 1
+            time.sleep(_CLONE_PAUSE)
+            continue
+        if pid == 0:
+            _work(journal, connection)
+        began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
+        status = _wait(pid, journal)
+        calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            return 0
+        resolved = journal.counters.progress()
+        deaths = 1 if resolved != progress or calm else deaths + 1
+        progress = resolved
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        log.warning("the worker (pid %d) died (%s) and is replaced", pid, reason)
+        journal.counters.words[Counter.RESTARTS] += 1
+        if deaths >= DEATHS:
+            return _give_up(journal, connection, reason)
+
+
+def _wait(pid: int, journal: Journal) -> int:
+    """Wait for the worker's end; one whose loop does not turn is told to say where, to stop that, and killed.
+
+    What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup, a
+    machine that was suspended) the worker has missed nothing.
+    """
+    words = journal.counters.words
+    pidfd = os.pidfd_open(pid)
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    beat, still, warned, interrupted = -1, 0.0, False, False
+    last = time.monotonic()
+    try:
+        while not poller.poll(_TICK * 1000):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * _TICK), now
+            if words[Counter.HEARTBEAT] != beat:
+                beat, still, warned, interrupted = words[Counter.HEARTBEAT], 0.0, False, False
+                continue
+            still += passed
+            state = _state_of(pid)
+            if state == "t":  # a debugger has it
+                continue
+            if still > BLOCKED and not warned:
+                warned = True
+                _say_blocked(pid, still, state)
+            elif still > HOPELESS and not interrupted:
+                interrupted = True
+                os.kill(pid, signal.SIGUSR2)
+            elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(journal)):
+                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitpid(pid, 0)[1]
+
+
+def _say_blocked(pid: int, still: float, state: str) -> None:
+    if state == "T":
+        log.error("the worker (pid %d) has been stopped for %.0f s (SIGSTOP), and pages wait for it", pid, still)
+        return
+    log.error(
+        "the worker's event loop has not turned for %.0f s: something blocks it, a handler or a source that"
+        " waits without await. Where it is:",
+        still,
+    )
+    os.kill(pid, signal.SIGUSR1)
+
+
+def _state_of(pid: int) -> str:
+    """Return the state of a child that has not been waited for, as ps(1) shows it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _orphaned(journal: Journal) -> bool:
+    """Tell whether the process that has started the pager is gone."""
+    state = survey(journal)
+    if state is None or state["owner"] < 0:
+        return False
+    poller = select.poll()
+    poller.register(state["owner"], select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _work(journal: Journal, connection: socket.socket) -> NoReturn:
+    """Be the worker. Never returns into the keeper's frames; nothing is finalized, since descriptors are shared."""
+    status = 1
+    try:
+        worker.run(journal, connection)
+        status = 0
+    except BaseException:
+        log.exception("the worker failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _open_descriptors() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
+
+
+def _close_strays(known: set[int]) -> None:
+    """Close what a dead worker has left in the shared table: its loop's, half-received ones."""
+    # Not by what /proc lists: to look there takes a descriptor, and the table may be full.
+    begin = 0
+    for fd in (*sorted(known), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        if begin < fd:  # an empty range means all of them to close_range(2)
+            os.closerange(begin, fd)
+        begin = fd + 1
+
+
+def _forsaken(journal: Journal) -> list[Forsaken]:
+    state = survey(journal)
+    return [
+        Forsaken(
+            Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
+            item["page_size"],
+            [(start, end) for start, end, _ in item["mappings"]],
+            item["token"],
+            is_child=item["child"],
+        )
+        for item in (state["spaces"] if state is not None else ())
+    ]
+
+
+def _anybody(journal: Journal) -> bool:
+    """Tell whether any process that is served lives."""
+    state = survey(journal)
+    if state is None:
+        return False
+    uffds = [Userfaultfd.from_fd(item["fd"]) for item in state["spaces"]]
+    try:
+        return any(not uffd.gone() for uffd in uffds)
+    finally:
+        for uffd in uffds:
+            uffd.detach()
+
+
+def _give_up(journal: Journal, connection: socket.socket, reason: str) -> int:
+    """Say so, and poison whatever is asked for from now on, until nobody is left: no hang, no zeros."""
+    error = PagerDiedError(f"{DEATHS} workers died with no fault resolved between them, the last by {reason}")
+    log.error("%s; pages that are touched are poisoned from now on", error)
+    connection.setblocking(False)
+    outbox = control.Outbox(connection)
+    _tell(outbox, {"event": "died", "error": encode_error(error)})
+    resort = LastResort(_forsaken(journal))
+    poller = select.poll()
+    poller.register(resort.fileno(), select.POLLIN)
+    poller.register(connection, select.POLLIN)
+    looked = time.monotonic()
+    while resort.spaces:
+        poller.poll(1 if resort.pending else _LOOK * 1000)
+        resort.attend()
+        if not _answer(connection, outbox, resort, error):
+            with contextlib.suppress(KeyError):
+                poller.unregister(connection)
+        if outbox:
+            with contextlib.suppress(control.Closed, OSError):
+                outbox.flush()
+        if time.monotonic() - looked > _LOOK:
+            looked = time.monotonic()
+            resort.look()
+    return 1
+
+
+def _answer(connection: socket.socket, outbox: control.Outbox, resort: LastResort, error: PagerDiedError) -> bool:
+    """Answer what the client asks, that nothing of its waits; tell whether it is still there."""
+    while True:
+        try:
+            message, fds = control.receive(connection)
+        except BlockingIOError:
+            return True
+        except control.DescriptorsLostError:
+            continue
+        except (control.Closed, OSError):
+            return False
+        worker.close_all(fds)
+        if message["op"] == "close":
+            resort.forget(message["token"])
+            _tell(outbox, {"id": message["id"], "ok": None})
+        else:
+            _tell(outbox, {"id": message["id"], "error": encode_error(error)})
+
+
+def _tell(outbox: control.Outbox, message: dict[str, Any]) -> None:
+    try:
+        outbox.put(message)
+    except (control.Closed, OSError):
+        log.debug("nobody is there to be told")
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection, 0)
+    return bool(poller.poll(0))

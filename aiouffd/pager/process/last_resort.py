@@ -1,0 +1,134 @@
+"""For spaces that nobody serves any more: who waits for a page, or touches a missing one, gets SIGBUS.
+
+No hang, and no zeros: the descriptors stay open for as long as their processes live, also those of children that are
+forked meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+from typing import TYPE_CHECKING
+
+import attrs
+
+from aiouffd.errors import ClosedError
+from aiouffd.kernel.abi import FaultFlag
+from aiouffd.kernel.events import PageFault
+from aiouffd.kernel.userfaultfd import Fork
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["Forsaken", "LastResort"]
+
+log = logging.getLogger("aiouffd.pager")
+
+
+@attrs.define(eq=False)
+class Forsaken:
+    """A space that nobody serves.
+
+    Attributes:
+        uffd: whoever let go of it last closes it.
+        page_size: in bytes.
+        ranges: (start, end) of what it shows: who sleeps there is woken, to fault anew.
+        token: by which it, or the ancestor that it was forked from, is asked for.
+        is_child: of a fork.
+    """
+
+    uffd: Userfaultfd
+    page_size: int
+    ranges: list[tuple[int, int]]
+    token: str = ""
+    is_child: bool = False
+
+
+class LastResort:
+    """Attends to forsaken spaces; `fileno()` is readable when one of them has something to say."""
+
+    def __init__(self, spaces: Iterable[Forsaken]) -> None:
+        self._epoll = select.epoll()
+        self.spaces: dict[int, Forsaken] = {}
+        self.pending: list[tuple[Forsaken, PageFault]] = []
+        for space in spaces:
+            self._add(space)
+        for space in list(self.spaces.values()):
+            for start, end in space.ranges:
+                space.uffd.try_wake(start, end - start)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+        return self._epoll.fileno()
+
+    def attend(self) -> bool:
+        """Let all go that wait now; tell whether there were any. What the kernel puts off is in `pending`."""
+        faults, self.pending = self.pending, []
+        for fd, _ in self._epoll.poll(0):
+            faults += self._read(fd)
+        for space, fault in faults:
+            if not _let_go(space, fault):
+                self.pending.append((space, fault))
+        return bool(faults)
+
+    def look(self) -> None:
+        """Forget the spaces whose process has ended."""
+        for fd, space in list(self.spaces.items()):
+            if space.uffd.gone():
+                self._drop(fd)
+
+    def forget(self, token: str) -> None:
+        """Forget a space whose owner looks after it; its forked children stay."""
+        for fd, space in list(self.spaces.items()):
+            if space.token == token and not space.is_child:
+                self._drop(fd)
+
+    def close(self) -> None:
+        """Let go of all."""
+        self.spaces.clear()
+        self.pending.clear()
+        self._epoll.close()
+
+    def _add(self, space: Forsaken) -> None:
+        self.spaces[space.uffd.fileno()] = space
+        self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
+
+    def _drop(self, fd: int) -> None:
+        space = self.spaces.pop(fd)
+        with contextlib.suppress(OSError):  # its owner has closed it
+            self._epoll.unregister(fd)
+        self.pending = [item for item in self.pending if item[0] is not space]
+
+    def _read(self, fd: int) -> list[tuple[Forsaken, PageFault]]:
+        space = self.spaces[fd]
+        faults: list[tuple[Forsaken, PageFault]] = []
+        with contextlib.suppress(OSError, ClosedError):  # EMFILE: a child's descriptor, tried again
+            os.set_blocking(fd, False)  # whoever has handed it over may have cleared the flag
+            for event in space.uffd.read():
+                if isinstance(event, PageFault):
+                    faults.append((space, event))
+                elif isinstance(event, Fork):
+                    self._add(attrs.evolve(space, uffd=event.uffd, is_child=True))
+        return faults
+
+
+def _let_go(space: Forsaken, fault: PageFault) -> bool:
+    """Let a thread go; tell whether that was possible now."""
+    uffd, size = space.uffd, space.page_size
+    page = fault.address & -size
+    if fault.flags & FaultFlag.WP:
+        result = uffd.try_writeprotect(page, size, 0)
+    elif fault.flags & FaultFlag.MINOR:
+        result = uffd.try_continue(page, size, 0)
+    else:
+        result = uffd.try_poison(page, size, 0)
+    if result == -errno.EINVAL:
+        log.error("thread %d waits for ever for the page at %#x: POISON needs Linux 6.6", fault.thread_id, page)
+    elif result in (-errno.EEXIST, -errno.ENOENT, -errno.EFAULT):
+        uffd.try_wake(page, size)
+    return result != -errno.EAGAIN
