@@ -22,7 +22,7 @@ import numpy as np
 import uvloop
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
@@ -158,7 +158,7 @@ def many(size: int, count: int) -> Iterator[Arena]:
         assert memory.map is not None
         counters, options = Counters(), Options(readahead=0)
         dispatcher = Dispatcher(asyncio.get_running_loop(), counters)
-        server = make_server(Service(aiouffd.BufferSource(memory.map)), counters, options)
+        backend = make_backend(Service(aiouffd.BufferSource(memory.map)), counters, options)
         for identity, (uffd, start, end) in enumerate(uffds):
             mappings = Mappings([Mapping(region.address + start, region.address + end, start)])
             readahead = make_readahead(PAGE, options, local=True)
@@ -168,7 +168,7 @@ def many(size: int, count: int) -> Iterator[Arena]:
                     mappings,
                     page_size=PAGE,
                     on_error=print,
-                    server=server,
+                    backend=backend,
                     counters=counters,
                     readahead=readahead,
                     identity=identity,

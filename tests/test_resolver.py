@@ -87,7 +87,7 @@ def test_a_run_ends_with_every_page_right_and_woken(
     first = 1 << 20 if op == Op.COPY else 0  # the others have no source
     run = Run(op, BASE, 0, count * PAGE, first)
     for _ in range(1000):
-        result = resolver.settle(run, wake=wake)
+        result = resolver.resolve(run, wake=wake)
         assert result in (0, -errno.EAGAIN)
         if result == 0:
             break
@@ -114,7 +114,7 @@ def test_other_refusals_are_told_with_the_run_where_it_stopped() -> None:
     for number in (errno.ENOMEM, errno.EFAULT, errno.EINVAL):
         kernel = Kernel([(FIRST, FIRST + 8)], set(), [2, -number])
         run = Run(Op.COPY, BASE, 0, 8 * PAGE, 1 << 20)
-        assert Resolver(kernel, PAGE, Counters()).settle(run, wake=True) == -number
+        assert Resolver(kernel, PAGE, Counters()).resolve(run, wake=True) == -number
         assert (run.dst, run.src, run.offset, run.left) == (BASE + 2 * PAGE, (1 << 20) + 2 * PAGE, 2 * PAGE, 6 * PAGE)
 
 
@@ -124,13 +124,13 @@ ANSWERS = sorted(REFUSALS | {errno.EAGAIN, errno.EEXIST, errno.ENOENT, errno.ESR
 
 @given(st.lists(st.sampled_from(ANSWERS), max_size=12), st.integers(0, 5), st.booleans())
 def test_every_operation_gives_every_answer(script: list[int], op: int, wake: bool) -> None:
-    """Each operation, each errno of userfaultfd(2), in any order: settled, put off, over, or the owner's to decide."""
+    """Each operation, each errno of userfaultfd(2), in any order: resolved, put off, over, or the owner's to decide."""
     kernel = Kernel([(FIRST, FIRST + 8)], set(), [-number for number in script])
     resolver = Resolver(kernel, PAGE, Counters())
     run = Run(op, BASE, 0, 8 * PAGE, 1 << 20)
     for _ in range(200):
         before = list(kernel.script)
-        result = resolver.settle(run, wake=wake)
+        result = resolver.resolve(run, wake=wake)
         last = -before[len(before) - len(kernel.script) - 1] if len(kernel.script) < len(before) else 0
         if result == 0:
             assert run.left == 0
@@ -149,7 +149,7 @@ def test_a_dead_target_is_esrch_under_both_names() -> None:
     """Linux 4.11 and 4.12 said ENOSPC."""
     for number in (errno.ESRCH, errno.ENOSPC):
         kernel = Kernel([(FIRST, FIRST + 8)], set(), [-number])
-        assert Resolver(kernel, PAGE, Counters()).settle(Run(Op.ZEROPAGE, BASE, 0, PAGE), wake=True) == -errno.ESRCH
+        assert Resolver(kernel, PAGE, Counters()).resolve(Run(Op.ZEROPAGE, BASE, 0, PAGE), wake=True) == -errno.ESRCH
 
 
 def test_counters_tell_what_the_kernel_answered() -> None:
@@ -159,8 +159,8 @@ def test_counters_tell_what_the_kernel_answered() -> None:
     run = Run(Op.COPY, BASE, 0, 10 * PAGE, 0)
     kernel.script = [-errno.EAGAIN]
     resolver = Resolver(kernel, PAGE, counters)
-    resolver.settle(run, wake=True)
-    resolver.settle(run, wake=True)
+    resolver.resolve(run, wake=True)
+    resolver.resolve(run, wake=True)
     seen = counters.snapshot()
     assert seen.eagain == 1
     assert seen.enoent >= 2

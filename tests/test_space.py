@@ -1,4 +1,4 @@
-"""`engine.space` and its servers over `FakeUffd`: whatever the kernel answers, in any order, no fault is lost."""
+"""`engine.space` and its backends over `FakeUffd`: whatever the kernel answers, in any order, no fault is lost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
 from aiouffd.engine.ahead.fill import complete
-from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.serve.source import Limits, SourceServer
+from aiouffd.engine.serve.source import Limits, SourceBackend
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
@@ -68,12 +68,12 @@ class World:
         self.errors: list[UffdError] = []
         options = Options(readahead=readahead)
         source = source or (LOCATED if located else Pattern(SIZE))
-        server = make_server(Service(source), self.counters, options)
+        backend = make_backend(Service(source), self.counters, options)
         self.space = Space(
             cast("Userfaultfd", self.uffd),
             Mappings([Mapping(BASE, BASE + SIZE, 0)]),
             page_size=PAGE,
-            server=server,
+            backend=backend,
             counters=self.counters,
             on_error=lambda _, error: self.errors.append(error),
             readahead=make_readahead(PAGE, options, local=True),
@@ -124,7 +124,7 @@ class World:
             self.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
         return bool(data)
 
-    def settle(self) -> None:
+    def serve_all(self) -> None:
         """Serve until nothing is left to do."""
         for _ in range(10_000):
             if not self.deliver(64) and not self.space.deferred:
@@ -168,7 +168,7 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
         else:
             getattr(world, name)(*arguments)
     world.uffd.failures.clear()
-    world.settle()
+    world.serve_all()
     assert not world.uffd.asleep
     assert not world.space.flights
     for page, data in world.uffd.pages.items():
@@ -180,7 +180,7 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
     # And whoever touches now is served, for every page that is mapped.
     for page in world.model:
         world.uffd.touch(page, 9)
-    world.settle()
+    world.serve_all()
     for page, expected in world.model.items():
         assert world.uffd.pages[page] in (expected, POISONED)
 
@@ -237,7 +237,7 @@ def survives(messages: list[bytes]) -> None:
     world.uffd.close()
     fresh = World(0, located=True)
     fresh.touch(3, 1)
-    fresh.settle()
+    fresh.serve_all()
     assert fresh.uffd.pages[BASE + 3 * PAGE] == content(3 * PAGE, PAGE)
     fresh.uffd.close()
 
@@ -263,7 +263,7 @@ def test_several_faults_share_one_wake() -> None:
     world = World(0, located=True)
     for page in (1, 9, 17):
         world.touch(page, page)
-    world.settle()
+    world.serve_all()
     seen = world.counters.snapshot()
     assert (seen.copies, seen.wakes, seen.pages_fault) == (3, 1, 3)
 
@@ -273,7 +273,7 @@ def test_neighbours_are_one_copy() -> None:
     world = World(64 << 10, located=True)
     for page in (1, 2, 3):
         world.touch(page, page)
-    world.settle()
+    world.serve_all()
     seen = world.counters.snapshot()
     assert (seen.copies, seen.wakes) == (1, 0)
 
@@ -305,11 +305,11 @@ def test_a_poison_that_is_refused_is_told_once_and_tried_again() -> None:
     assert isinstance(refused, OperationError)
     assert (refused.operation, refused.start, refused.errno) == ("UFFDIO_POISON", BASE + PAGE, errno.EINVAL)
     assert world.uffd.asleep == {BASE + PAGE: [1]}
-    world.settle()
+    world.serve_all()
     assert world.uffd.pages == {BASE + PAGE: POISONED}
 
 
-def test_a_layout_that_never_settles_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_that_never_becomes_stable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """EAGAIN for ever (kernels before mid-2026): an error at intervals, tried on, never dropped in silence."""
     monkeypatch.setattr("aiouffd.engine.space._STUCK_NS", 0)
     world = World(0, located=True)
@@ -322,7 +322,7 @@ def test_a_layout_that_never_settles_is_reported(monkeypatch: pytest.MonkeyPatch
     assert isinstance(error, LayoutChangingError)
     assert (error.operation, error.start, error.len) == ("UFFDIO_COPY", BASE + PAGE, PAGE)
     world.uffd.failures.clear()
-    world.settle()
+    world.serve_all()
     assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
 
 
@@ -339,7 +339,7 @@ def test_a_shortage_of_memory_is_waited_for_and_told(monkeypatch: pytest.MonkeyP
         ("UFFDIO_COPY", errno.ENOMEM)
     ]
     world.uffd.failures.clear()
-    world.settle()
+    world.serve_all()
     assert world.uffd.pages[BASE + PAGE] == content(PAGE, PAGE)
 
 
@@ -350,14 +350,14 @@ def test_a_shortage_of_memory_that_does_not_pass_is_an_error(monkeypatch: pytest
     world.touch(1, 1)
     world.uffd.failures.extend([-errno.ENOMEM] * 3)
     world.deliver(64)
-    world.settle()
+    world.serve_all()
     assert world.uffd.pages == {BASE + PAGE: POISONED}
     assert not world.uffd.asleep
     assert any(isinstance(error, SourceError) and "ENOMEM" in str(error) for error in world.errors)
 
 
 def test_what_is_put_off_is_put_off_once() -> None:
-    """While the layout does not settle, neither signals nor the WAKE of others make the list grow."""
+    """While the layout keeps changing, neither signals nor the WAKE of others make the list grow."""
     world = World(0, located=True)
     for page in range(8):
         world.touch(page * 2, page)
@@ -371,7 +371,7 @@ def test_what_is_put_off_is_put_off_once() -> None:
     calls = 100_000 - len(world.uffd.failures)
     assert calls <= 50 * 3 * 8  # two when it faults, one when it is tried again
     world.uffd.failures.clear()
-    world.settle()
+    world.serve_all()
     assert not world.uffd.asleep
     assert len(world.uffd.pages) == 8
 
@@ -391,7 +391,7 @@ def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
 
     async def main() -> None:
         pump = asyncio.create_task(dispatch(world))
-        bring = world.space.server.bring
+        bring = world.space.backend.bring
         world.uffd.failures.extend([-errno.EAGAIN] * 5)
         await bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH)
         assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(8)]
@@ -399,7 +399,7 @@ def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
         await asyncio.sleep(0)
         world.move(8, 8)
         await second
-        await complete(world.space, world.space.server)
+        await complete(world.space, world.space.backend)
         pump.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 20))
@@ -437,9 +437,9 @@ def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> Non
     """At once, if it is at hand, since the pieces of a window take as long again; afterwards what it always brings."""
     source = Partly(set() if at_hand else {31})
     world = World(16 * PAGE, located=True, source=source)
-    server = world.space.server
-    assert isinstance(server, SourceServer)
-    bring = server.bring
+    backend = world.space.backend
+    assert isinstance(backend, SourceBackend)
+    bring = backend.bring
     found = []
 
     async def touched(space: Space, ranges: list[tuple[int, int]], cause: Counter) -> None:
@@ -449,8 +449,8 @@ def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> Non
         source.through.set()
         await bring(space, ranges, cause)
 
-    server.bring = touched  # type: ignore[assignment,method-assign]
-    asyncio.run(asyncio.wait_for(complete(world.space, server), 20))
+    backend.bring = touched  # type: ignore[assignment,method-assign]
+    asyncio.run(asyncio.wait_for(complete(world.space, backend), 20))
     assert found == [[BASE + page * PAGE for page in (range(16, 32) if at_hand else range(20, 24))]]
     assert world.uffd.pages == world.model
     assert world.space.filling == 0
@@ -460,13 +460,13 @@ def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
     """What was at hand is there; nothing counts as there that is not."""
     source = Partly(set(range(1, PAGES, 2)))
     world = World(2 * PAGE, located=True, source=source)
-    server = world.space.server
-    assert isinstance(server, SourceServer)
-    server.limits = Limits(concurrent_reads=4)
+    backend = world.space.backend
+    assert isinstance(backend, SourceBackend)
+    backend.limits = Limits(concurrent_reads=4)
 
     async def main() -> None:
         ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
-        prefetch = asyncio.create_task(server.bring(world.space, ranges, Counter.PAGES_PREFETCH))
+        prefetch = asyncio.create_task(backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
         for _ in range(5):
             await asyncio.sleep(0)
         assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2, 4)]
@@ -474,7 +474,7 @@ def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
         with pytest.raises(asyncio.CancelledError):
             await prefetch
         source.through.set()
-        await complete(world.space, server)
+        await complete(world.space, backend)
 
     asyncio.run(asyncio.wait_for(main(), 20))
     assert world.uffd.pages == world.model
@@ -483,15 +483,15 @@ def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
 def test_a_source_that_breaks_while_all_is_brought() -> None:
     """The error says where; what came before is there, and the rest comes the next time."""
     world = World(2 * PAGE, located=True, source=Partly(set(), fails=9))
-    server = world.space.server
+    backend = world.space.backend
 
     async def main() -> None:
         ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
         with pytest.raises(SourceError, match=r"OSError.*once") as caught:
-            await server.bring(world.space, ranges, Counter.PAGES_BACKGROUND)
+            await backend.bring(world.space, ranges, Counter.PAGES_BACKGROUND)
         assert caught.value.offset == 9 * PAGE
         assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(9)]
-        await complete(world.space, server)
+        await complete(world.space, backend)
 
     asyncio.run(asyncio.wait_for(main(), 20))
     assert world.uffd.pages == world.model
@@ -526,7 +526,7 @@ def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
         await asyncio.sleep(0)
         for move in ((BASE, ELSEWHERE), (BASE + 8 * PAGE, BASE)):
             world.uffd.mremap(*move, 4 * PAGE)
-            world.settle()
+            world.serve_all()
         source.failing.set()
         for _ in range(10):
             await asyncio.sleep(0)
@@ -535,7 +535,7 @@ def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
         source.through.set()
         for _ in range(100):
             await asyncio.sleep(0)
-            world.settle()
+            world.serve_all()
         assert world.uffd.pages[BASE] == content(8 * PAGE, PAGE)
 
     asyncio.run(main())
@@ -547,19 +547,19 @@ def test_pieces_are_of_whole_pages() -> None:
     size = 16 << 20
     space = world.space
     space.page_size, space._hurry = size, size
-    settled: list[Run] = []
+    resolved: list[Run] = []
 
-    def settle(run: Run, *, wake: bool) -> bool:
-        settled.append(run)
+    def resolve(run: Run, *, wake: bool) -> bool:
+        resolved.append(run)
         return wake
 
-    space._settle = settle  # type: ignore[method-assign]
-    space.settle_later([Run(Op.COPY, BASE, 0, 16 * size, 0)])
+    space._resolve = resolve  # type: ignore[method-assign]
+    space.resolve_later([Run(Op.COPY, BASE, 0, 16 * size, 0)])
     for page in range(0, 16, 2):
         space._hasten(BASE + page * size, 0)
     while space.advance():
         pass
-    assert all(run.dst % size == run.left % size == 0 for run in settled)
+    assert all(run.dst % size == run.left % size == 0 for run in resolved)
 
 
 class Brittle(Pattern):
@@ -592,7 +592,7 @@ def test_a_window_that_cannot_be_brought_ahead_costs_no_fault() -> None:
 def test_a_toucher_who_is_faster_than_the_pieces_is_let_go() -> None:
     """Also where what is behind his window cannot be brought."""
     world = World(4 * PAGE, located=False, source=Brittle(SIZE // 2))
-    world.space.settle_later([Run(Op.ZEROPAGE, BASE + (PAGES - 1) * PAGE, (PAGES - 1) * PAGE, PAGE)])
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE + (PAGES - 1) * PAGE, (PAGES - 1) * PAGE, PAGE)])
     world.space.readahead.follow = lambda *_: ((SIZE // 2, PAGE), (0, 0))  # type: ignore[method-assign]
     world.touch(PAGES - 1, 1)
     world.deliver(64)
@@ -606,5 +606,5 @@ def test_what_a_defect_has_kept_from_coming_is_not_taken_for_present() -> None:
     world.touch(0, 1)
     world.deliver(1)
     source.limit = SIZE
-    asyncio.run(world.space.server.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH))
+    asyncio.run(world.space.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH))
     assert len(world.uffd.pages) == PAGES

@@ -1,4 +1,4 @@
-"""Puts an engine together: the server for a source or a handler, and its options."""
+"""Puts an engine together: the backend for a source or a handler, and its options."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.readahead import Readahead
-from aiouffd.engine.serve.handler import Handler, HandlerServer
-from aiouffd.engine.serve.source import Limits, SourceServer
+from aiouffd.engine.serve.handler import Handler, HandlerBackend
+from aiouffd.engine.serve.source import Limits, SourceBackend
 from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.trace import Recorder, Trace
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Options", "Service", "checked", "make_readahead", "make_server"]
+__all__ = ["Options", "Service", "checked", "make_backend", "make_readahead"]
 
 
 @attrs.frozen
@@ -63,13 +63,13 @@ def checked(origin: Any) -> Any:
     return origin
 
 
-def make_server(service: Service, counters: Counters, options: Options) -> SourceServer | HandlerServer:
+def make_backend(service: Service, counters: Counters, options: Options) -> SourceBackend | HandlerBackend:
     """Return what brings the pages for a service."""
     origin = service.origin
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
-        return HandlerServer(origin, counters, options.limits, on_touch=on_touch)
-    return SourceServer(origin, counters, options.limits, on_touch=on_touch)
+        return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
+    return SourceBackend(origin, counters, options.limits, on_touch=on_touch)
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:

@@ -145,7 +145,7 @@ class Dispatcher:
         self._fast_path.admit(fd, space.identity)
         if type(space.uffd) is Userfaultfd:  # others have a COPY of their own
             space.fast_path = self._fast_path
-            space.server.opened(space)
+            space.backend.opened(space)
         self._count()
         space.on_deferred = self._deferred
         space.on_later = self._behind.append

@@ -1,4 +1,4 @@
-"""Ioctls until a run of pages is settled: one state machine for everything that the kernel may answer.
+"""Ioctls until a run of pages is resolved: one state machine for everything that the kernel may answer.
 
 What it answers, and what that means here:
 
@@ -88,7 +88,7 @@ class Run:
         self.owner = owner
 
     def advance(self, length: int) -> None:
-        """Take `length` bytes as settled."""
+        """Take `length` bytes as done."""
         self.dst += length
         self.src += length
         if self.offset >= 0:
@@ -154,11 +154,11 @@ class Resolver:
             uffd.try_writeprotect,
         )
 
-    def settle(self, run: Run, *, wake: bool) -> int:
-        """Work a run off until it is settled or cannot go on now.
+    def resolve(self, run: Run, *, wake: bool) -> int:
+        """Work a run off until it is resolved or cannot go on now.
 
         Returns:
-            0: settled: each page is there, or its mapping is gone. A negated errno otherwise: EAGAIN (retry
+            0: resolved: each page is there, or its mapping is gone. A negated errno otherwise: EAGAIN (retry
             later), ESRCH (the process is gone), or what the kernel refused `run.dst` with.
         """
         words, page = self._words, self._page

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["COUNTER_OF_EVENT", "FaultServer", "Space"]
+__all__ = ["COUNTER_OF_EVENT", "Backend", "Space"]
 
 log = logging.getLogger("aiouffd")
 
@@ -75,8 +75,8 @@ _STEP = 128 << 10  # of the rest at once: some 30 us, for which a fault may have
 _ZEROS = 256 << 10
 
 
-class FaultServer(Protocol):
-    """Who brings the pages of a space: see `source_server` and `handler`."""
+class Backend(Protocol):
+    """Who brings the pages of a space: see `serve.source` and `handler`."""
 
     @property
     def local(self) -> bool:
@@ -114,7 +114,7 @@ class Space:
         uffd: belongs to the space from now on.
         mappings: which address shows which offset; the space applies the layout events to it.
         page_size: bytes of a page of all its mappings.
-        server: brings the pages.
+        backend: brings the pages.
         counters: shared by all spaces of a dispatcher.
         readahead: what it knows of this space's touchers.
         identity: number that names it, also to a successor.
@@ -130,7 +130,7 @@ class Space:
         mappings: Mappings,
         *,
         page_size: int,
-        server: FaultServer,
+        backend: Backend,
         counters: Counters,
         readahead: Readahead,
         identity: int = 0,
@@ -142,7 +142,7 @@ class Space:
         self.uffd = uffd
         self.mappings = mappings
         self.page_size = page_size
-        self.server = server
+        self.backend = backend
         self.counters = counters
         self.readahead = readahead
         self.identity = identity
@@ -224,7 +224,7 @@ class Space:
             self.poison(page for page, _, _ in faults)
             return
         try:
-            self.server.serve(self, faults, began_ns)
+            self.backend.serve(self, faults, began_ns)
         except Exception as error:
             # A defect of ours, or of a source's `locate` or `read_nowait`: it costs these pages, and no hang.
             log.exception(
@@ -243,7 +243,7 @@ class Space:
         """Serve a fault on a page that is there: a write to a protected one, or one that only the file has (minor)."""
         if flags & FaultFlag.WP:
             self._words[Counter.WRITE_FAULTS] += 1
-            self.server.written(self, page, flags, thread)
+            self.backend.written(self, page, flags, thread)
             return
         self._words[Counter.MINOR_FAULTS] += 1
         start, end, first = self.mappings.locate(page)
@@ -253,7 +253,7 @@ class Space:
         if length > self.page_size:
             self._words[Counter.CONTINUES] += 1  # first: its toucher may kill this process before it goes on
         if length <= self.page_size or self.uffd.try_continue(page, length, self.resolver.mode) <= 0:
-            self.settle([self.run(Op.CONTINUE, page)])
+            self.resolve([self.run(Op.CONTINUE, page)])
 
     def run(self, op: int, page: int) -> Run:
         """Return a run of one page as it is shown now."""
@@ -298,14 +298,14 @@ class Space:
             else:
                 self.mappings.unmap(start, end)
             self._changed(start, end)
-        self.server.layout(self, code, message, child)
+        self.backend.layout(self, code, message, child)
 
     def _fork(self, fd: int) -> Space:
         child = Space(
             type(self.uffd).from_fd(fd, self.uffd.features),
             self.mappings.copy(),
             page_size=self.page_size,
-            server=self.server,
+            backend=self.backend,
             counters=self.counters,
             readahead=self.readahead.fresh(),
             write_protect=self.write_protect,
@@ -337,15 +337,15 @@ class Space:
             for run in self.later:
                 self._forget(run.offset, run.left)
             self.later = deque(piece for run in self.later for piece in self.valid(run))
-        self.block_way()
+        self.close_fast_path()
         self.resolver.wake(start & self._mask, (end - start + self.page_size - 1) & self._mask)
 
-    def open_way(self, way: Way, start: int, end: int, offset: int) -> None:
+    def open_fast_path(self, way: Way, start: int, end: int, offset: int) -> None:
         """From now on, the plain faults of [start, end) take this way, until the layout changes."""
         if self.fast_path is not None:
             self.fast_path.open(self.uffd.fileno(), start, end, offset, way)
 
-    def block_way(self) -> None:
+    def close_fast_path(self) -> None:
         """From now on, no fault does."""
         if self.fast_path is not None:
             self.fast_path.block(self.uffd.fileno())
@@ -382,26 +382,26 @@ class Space:
 
     # Resolving
 
-    def settle(self, runs: list[Run]) -> None:
+    def resolve(self, runs: list[Run]) -> None:
         """Work off the runs of one wake-up: one run is one waking ioctl; several share a single WAKE.
 
-        What the layout does not allow now is deferred; what the kernel refuses for good goes to `server.failed`.
+        What the layout does not allow now is deferred; what the kernel refuses for good goes to `backend.failed`.
         """
         if len(runs) == 1:
-            self._settle(runs[0], wake=True)
+            self._resolve(runs[0], wake=True)
             return
         runs = merge(runs)
         if len(runs) == 1:
-            self._settle(runs[0], wake=True)
+            self._resolve(runs[0], wake=True)
             return
         low, high = runs[0].dst, runs[-1].dst + runs[-1].left
         if self.flights and any(low <= page < high for page in self.flights):
             # A WAKE over all of them would send the sleepers in between around for nothing.
             for run in runs:
-                self._settle(run, wake=True)
+                self._resolve(run, wake=True)
             return
         ranges = [(run.dst, run.left) for run in runs]
-        if all([self._settle(run, wake=False) for run in runs]):  # noqa: C419 - each of them
+        if all([self._resolve(run, wake=False) for run in runs]):  # noqa: C419 - each of them
             self.resolver.wake(low, high - low)
             return
         # Who waits for what was put off must not be woken: he would fault anew, and that would be put off again.
@@ -409,9 +409,9 @@ class Space:
             if length > run.left:
                 self.resolver.wake(start, length - run.left)
 
-    def _settle(self, run: Run, *, wake: bool) -> bool:
-        """Settle a run, or put it off; tell whether it is settled."""
-        result = self.resolver.settle(run, wake=wake)
+    def _resolve(self, run: Run, *, wake: bool) -> bool:
+        """Resolve a run, or put it off; tell whether it is resolved."""
+        result = self.resolver.resolve(run, wake=wake)
         if result == 0:
             return True
         if result in _PUT_OFF:
@@ -423,15 +423,15 @@ class Space:
         return False
 
     def _refused(self, run: Run, number: int) -> None:
-        """Have the server decide on what the kernel refused for good; for a refused POISON there is only waiting."""
+        """Have the backend decide on what the kernel refused for good; for a refused POISON there is only waiting."""
         if run.op != Op.POISON:
-            self.server.failed(self, run, number)
+            self.backend.failed(self, run, number)
             return
         self.report(operation_error(run.name, run.dst, run.left, number))  # EINVAL: no such operation before Linux 6.6
         self.defer(run)
 
-    def settle_first(self, runs: list[Run], wanted: list[int]) -> None:
-        """As `settle`, for windows: of a large run, only what begins (or ends) with the page that is waited for.
+    def resolve_window(self, runs: list[Run], wanted: list[int]) -> None:
+        """As `resolve`, for windows: of a large run, only what begins (or ends) with the page that is waited for.
 
         The rest follows in pieces while the toucher works on the beginning, and faults that come meanwhile pass it.
         """
@@ -450,9 +450,9 @@ class Space:
                 if before:
                     later.append(run.part(0, before))
         if now:
-            self.settle(now)
+            self.resolve(now)
         if later:
-            self.settle_later(later)
+            self.resolve_later(later)
 
     def _hasten(self, page: int, began_ns: int) -> bool:
         """Settle a page whose window is being brought, out of turn; tell whether there was one.
@@ -472,13 +472,13 @@ class Space:
                 if self._words[Counter.PAGES_READAHEAD]:  # else it was counted before, and has faulted anew
                     self._words[Counter.PAGES_FAULT] += 1
                     self._words[Counter.PAGES_READAHEAD] -= 1
-                self._settle(run.part(before, size), wake=True)
+                self._resolve(run.part(before, size), wake=True)
                 self.record_latency(began_ns)
-                self.server.follow(self, page)
+                self.backend.follow(self, page)
                 return True
         return False
 
-    def settle_later(self, runs: list[Run]) -> None:
+    def resolve_later(self, runs: list[Run]) -> None:
         """Settle runs when there is time, in pieces."""
         idle = not self.later
         self.later += runs
@@ -494,7 +494,7 @@ class Space:
                 self.later.appendleft(run.part(size, run.left - size))
             elif not self.later:  # nobody has come upon it before it was done
                 self._hurry = max(self._hurry // 2, _STEP, self.page_size)
-            self._settle(run.part(0, size), wake=True)
+            self._resolve(run.part(0, size), wake=True)
         return bool(self.later)
 
     def defer(self, run: Run) -> None:
@@ -517,11 +517,11 @@ class Space:
         for run, since, due in runs:
             if self.is_gone:
                 return
-            result = self.resolver.settle(run, wake=True)
+            result = self.resolver.resolve(run, wake=True)
             if result == _EAGAIN:
                 if now > due:
                     # Not even POISON is accepted in this state. So whoever owns the memory is told, and may leave.
-                    self.server.stalled(self, run)
+                    self.backend.stalled(self, run)
                     due = now + _STUCK_AGAIN_NS  # noqa: PLW2901 - said once per interval
                 self.deferred.append((run, since, due))
             elif result == -errno.ENOMEM and now - since < _NO_MEMORY_NS:
@@ -534,7 +534,7 @@ class Space:
             elif result != 0 and run.op == Op.POISON:
                 self.deferred.append((run, since, due))  # it was told when it was refused first
             elif result != 0:
-                self.server.failed(self, run, -result)
+                self.backend.failed(self, run, -result)
 
     def report(self, error: UffdError) -> None:
         """Say why a page could not be had."""
@@ -580,7 +580,7 @@ class Space:
         for mapping in self.mappings:
             self.resolver.wake(mapping.start, mapping.end - mapping.start)
 
-    def settled(self, page: int) -> bool | None:
+    def poison_if_missing(self, page: int) -> bool | None:
         """Tell whether a page is there already, and wake its sleepers if so; **poison it** if not.
 
         The kernel has no question that only asks: this is for pages that have failed if they are not there. Their
@@ -608,7 +608,7 @@ class Space:
         """Let whoever waits for these pages go with SIGBUS."""
         for page in pages:
             self._words[Counter.PAGES_POISONED] += 1
-            self._settle(self.run(Op.POISON, page), wake=True)
+            self._resolve(self.run(Op.POISON, page), wake=True)
 
     def unregister(self) -> None:
         """Give the memory back to its process: what is missing reads as zeros from now on, and nobody waits."""
@@ -624,7 +624,7 @@ class Space:
 
     def _end_flights(self) -> None:
         self.closing = True
-        self.block_way()
+        self.close_fast_path()
         for flight in set(self.flights.values()):  # others wait for the room that they take
             if flight.done is not None:
                 flight.done.cancel()

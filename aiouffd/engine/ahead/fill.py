@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aiouffd.engine.ahead.trace import Trace
-    from aiouffd.engine.space import FaultServer, Space
+    from aiouffd.engine.space import Backend, Space
 
 __all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 
@@ -40,7 +40,7 @@ _NOT_YET = 0.0005  # seconds between looks whether memory is registered
 
 async def bring_ahead(
     space: Space,
-    server: FaultServer,
+    backend: Backend,
     trace: Trace | None,
     background: float,
     on_progress: Callable[[], None] = lambda: None,
@@ -49,32 +49,32 @@ async def bring_ahead(
 
     Args:
         space: its `replayed` and `filled` say where to begin, and are kept up to date.
-        server: brings the pages.
+        backend: brings the pages.
         trace: None: nothing to replay.
         background: bytes per second at most; 0: no background fill.
         on_progress: called after so much that a successor should know.
     """
     try:
         if trace is not None:
-            await _replay(space, server, trace, on_progress)
+            await _replay(space, backend, trace, on_progress)
         if background:
-            await fill(space, server, background, on_progress)
+            await fill(space, backend, background, on_progress)
     except ClosedError:
         return
     except UffdError as error:
         log.warning("%s; what was not brought ahead comes with its fault", error)
 
 
-async def _replay(space: Space, server: FaultServer, trace: Trace, on_progress: Callable[[], None]) -> None:
+async def _replay(space: Space, backend: Backend, trace: Trace, on_progress: Callable[[], None]) -> None:
     for index, ranges in trace.ranges(space.replayed):
-        await server.bring(space, ranges, Counter.PAGES_REPLAY)
+        await backend.bring(space, ranges, Counter.PAGES_REPLAY)
         space.replayed = index
         on_progress()
 
 
 async def fill(
     space: Space,
-    server: FaultServer,
+    backend: Backend,
     rate: float,
     on_progress: Callable[[], None] = lambda: None,
     *,
@@ -84,7 +84,7 @@ async def fill(
 
     Args:
         space: its `filled` says where to begin, and is kept up to date.
-        server: brings the pages.
+        backend: brings the pages.
         rate: bytes per second at most; inf: as fast as it goes.
         on_progress: called after so much that a successor should know.
         patience: seconds to wait, at most, for a moment without faults before each piece.
@@ -96,8 +96,8 @@ async def fill(
     words = space.counters.words
     began, brought, saved = monotonic(), 0, space.filled
     faults = words[Counter.FAULTS]
-    hurry = server.local and not patience
-    step = _HURRY if hurry else _NEAR if server.local else _FAR
+    hurry = backend.local and not patience
+    step = _HURRY if hurry else _NEAR if backend.local else _FAR
     if hurry and space.readahead.limit:
         space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
     try:
@@ -107,9 +107,9 @@ async def fill(
                 faults = words[Counter.FAULTS]
                 await asyncio.sleep(_QUIET)
             pause = began + brought / rate - monotonic()
-            if pause > 0 or not server.local:  # else `bring` has just given the loop a turn
+            if pause > 0 or not backend.local:  # else `bring` has just given the loop a turn
                 await asyncio.sleep(max(pause, 0.0))
-            await server.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+            await backend.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
             brought += length
             space.filled = offset + length
             if space.filled - saved >= _SAVED:
@@ -121,7 +121,7 @@ async def fill(
     on_progress()
 
 
-async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) -> None:
+async def bring_early(space: Space, backend: Backend, late: asyncio.Event) -> None:
     """Bring all that a space shows as soon as its process has registered it, which may be after it was handed over.
 
     Before that, a COPY would find nothing (ENOENT), as if the mapping were gone. What fails is left to whoever comes
@@ -129,7 +129,7 @@ async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) ->
 
     Args:
         space: just opened.
-        server: brings the pages.
+        backend: brings the pages.
         late: set when it is too late to wait for what is not registered yet.
     """
     for mapping in list(space.mappings):
@@ -144,8 +144,8 @@ async def bring_early(space: Space, server: FaultServer, late: asyncio.Event) ->
         if mapping.offset >= 0 and mapping.end - mapping.start <= _SMALL
     ]
     try:
-        await server.bring(space, small, Counter.PAGES_BACKGROUND)
-        await fill(space, server, math.inf, patience=0.0)
+        await backend.bring(space, small, Counter.PAGES_BACKGROUND)
+        await fill(space, backend, math.inf, patience=0.0)
     except UffdError as error:
         log.debug("%s; it is tried again", error)
 
@@ -155,7 +155,7 @@ def _registered(space: Space, address: int) -> bool:
     return space.uffd.try_copy(address, address_of(unreadable()), space.page_size, 0) != -errno.ENOENT
 
 
-async def complete(space: Space, server: FaultServer) -> None:
+async def complete(space: Space, backend: Backend) -> None:
     """Bring all that a space misses, as fast as it goes, until nothing can be missing; errors as for `fill`.
 
     What is known to be present is a hint, which a change of the layout makes doubtful, and a read that failed: where
@@ -168,7 +168,7 @@ async def complete(space: Space, server: FaultServer) -> None:
             space.filled = 0
             space.readahead = space.readahead.fresh()
             trusted = (space.mappings.generation, 0)
-        await fill(space, server, math.inf, patience=0.0)
+        await fill(space, backend, math.inf, patience=0.0)
         await space.quiet()
         if (space.mappings.generation, space.readahead.losses) == trusted and not space.flights:
             return

@@ -1,4 +1,4 @@
-"""Coroutines on the events: what an application overrides, and the server that runs them."""
+"""Coroutines on the events: what an application overrides, and the backend that runs them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
 
-__all__ = ["Batch", "Fault", "Handler", "HandlerServer", "wants_writes"]
+__all__ = ["Batch", "Fault", "Handler", "HandlerBackend", "wants_writes"]
 
 log = logging.getLogger("aiouffd")
 
@@ -101,7 +101,7 @@ class Batch:
         runs, self._runs = self._runs, []
         pieces = [piece for run in runs for piece in self._space.valid(run)]
         if pieces and not self._space.is_gone and not self._space.closing:
-            self._space.settle(pieces)
+            self._space.resolve(pieces)
 
     def _add(self, op: int, page: Range, source: int = 0, owner: object = None) -> None:
         for shown in self._space.mappings.runs(page.start, page.end):
@@ -174,7 +174,7 @@ def wants_writes(origin: object) -> bool:
     return isinstance(origin, Handler) and type(origin).write is not Handler.write
 
 
-class HandlerServer:
+class HandlerBackend:
     """Runs a `Handler`: a task for each fault, checked for having resolved it.
 
     Args:
@@ -226,7 +226,7 @@ class HandlerServer:
         if zeros:
             self._words[Counter.PAGES_ZERO] += len(zeros)
             self._words[Counter.PAGES_FAULT] += len(zeros)
-            space.settle(zeros)
+            space.resolve(zeros)
 
     def _begin(self, space: Space, fault: Fault, began_ns: int, cause: Counter) -> asyncio.Task[None]:
         flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, space.mappings.generation)
@@ -282,9 +282,9 @@ class HandlerServer:
             return ""  # the layout has changed meanwhile: the batch rightly left it out
         # It may have been flushed before, or filled with another page's batch. The kernel does not tell while an event
         # is unread.
-        while (settled := space.settled(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
+        while (present := space.poison_if_missing(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
             await asyncio.sleep(_LATER)
-        return "" if settled else "returned without resolving it"
+        return "" if present else "returned without resolving it"
 
     async def prefetch(self, space: Space, offset: int, length: int) -> None:
         """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
@@ -331,7 +331,7 @@ class HandlerServer:
         """Give it to the handler, if that wants to know; then let the writer go."""
         run = space.run(Op.UNPROTECT, page)
         if not wants_writes(self.handler):
-            space.settle([run])
+            space.resolve([run])
             return
         fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
         flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), space.mappings.generation)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
 
-__all__ = ["Limits", "SourceServer"]
+__all__ = ["Limits", "SourceBackend"]
 
 log = logging.getLogger("aiouffd")
 
@@ -47,7 +47,7 @@ _CHUNK = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loo
 
 @attrs.frozen
 class Limits:
-    """Bounds of a server of faults.
+    """Bounds of a backend.
 
     Attributes:
         concurrent_reads: source reads (or handlers) under way at once.
@@ -69,7 +69,7 @@ class Limits:
             raise ValueError(f"'timeout' must be > 0, or None: {value}")
 
 
-class SourceServer:
+class SourceBackend:
     """One source for any number of spaces.
 
     Args:
@@ -121,7 +121,7 @@ class SourceServer:
         if self._direct and not space.readahead.limit:
             largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
             if largest is not None and largest.offset >= 0:
-                space.open_way(self._way(space), largest.start, largest.end, largest.offset)
+                space.open_fast_path(self._way(space), largest.start, largest.end, largest.offset)
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is at hand as one batch; begin flights for the rest."""
@@ -158,9 +158,9 @@ class SourceServer:
                 flight.wanted.add(page)
                 waiting += 1
         if runs and space.filling and len(faults) == 1:  # in pieces it takes twice as long
-            space.settle(runs)
+            space.resolve(runs)
         elif runs:
-            space.settle_first(runs, [page for page, _, _ in faults])
+            space.resolve_window(runs, [page for page, _, _ in faults])
         served = len(faults) - waiting
         if served:
             words[_PAGES_FAULT] += served
@@ -195,7 +195,7 @@ class SourceServer:
             except Exception:  # a defect of the source: it costs none of the faults that are being served
                 log.exception("what was to be brought ahead, %d bytes at %#x, comes with its faults", length, at)
                 space.readahead.forget(at, at + length)
-            space.settle_later(runs)
+            space.resolve_later(runs)
 
     def _serve_directly(
         self, space: Space, faults: list[tuple[int, int, int]], began_ns: int
@@ -230,7 +230,7 @@ class SourceServer:
             words[_COPIES] += done
             words[_BYTES_FETCHED] += done * size
             if single:
-                space.open_way(self._way(space), start, stop, first)
+                space.open_fast_path(self._way(space), start, stop, first)
             else:
                 space.wake(faults)
             words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += done
@@ -342,7 +342,7 @@ class SourceServer:
         return task
 
     async def _fly(self, space: Space, flight: Flight, cause: Counter) -> None:
-        """Bring what a flight is for; on failure settle with those who wait for it."""
+        """Bring what a flight is for; on failure ask again for the pages that threads wait for."""
         failure = await self._carry(space, flight, cause, urgent=cause == Counter.PAGES_READAHEAD)
         if failure is None:
             return
@@ -384,7 +384,7 @@ class SourceServer:
         self._words[_PAGES_FAULT] += count
         self._words[cause] += length // space.page_size - count
         if runs:
-            space.settle(runs)
+            space.resolve(runs)
         if count:
             space.record_latency(flight.began_ns, count)
 
@@ -509,7 +509,7 @@ class SourceServer:
         def place() -> None:
             nonlocal runs, size
             if runs and not space.is_gone and not space.closing:
-                space.settle(runs)
+                space.resolve(runs)
             runs, size = [], 0
 
         # Not undone by canceling: threads may have joined what is under way.
@@ -560,7 +560,7 @@ class SourceServer:
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
         """Lift the protection: nobody asked to be told of writes."""
-        space.settle([space.run(Op.UNPROTECT, page)])
+        space.resolve([space.run(Op.UNPROTECT, page)])
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
         """Nothing: the space has applied it."""

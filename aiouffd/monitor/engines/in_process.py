@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from aiouffd.engine.ahead.fill import bring_ahead
-from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.space import Space
@@ -52,7 +52,7 @@ class LocalEngine:
         self.counters_fd = os.memfd_create("aiouffd-counters", os.MFD_CLOEXEC)
         os.ftruncate(self.counters_fd, COUNTERS_SIZE)
         self._counters = Counters(map_shared(self.counters_fd))
-        self._server = make_server(service, self._counters, options)
+        self._backend = make_backend(service, self._counters, options)
         self._modes = RegisterMode(options.modes)
         self._start = mapping.start
         self._end = mapping.end
@@ -60,16 +60,16 @@ class LocalEngine:
             Userfaultfd.from_fd(os.dup(uffd.fileno()), uffd.features),
             Mappings([mapping]),
             page_size=page_size,
-            server=self._server,
+            backend=self._backend,
             counters=self._counters,
-            readahead=make_readahead(page_size, options, local=self._server.local),
+            readahead=make_readahead(page_size, options, local=self._backend.local),
             write_protect=options.write_protect,
             on_error=lambda _, error: on_error(error),
         )
         self._dispatcher = Dispatcher(self._loop, self._counters, spin_us=options.spin_us)
         self._dispatcher.add(self.space)
         self._ahead = self._loop.create_task(
-            bring_ahead(self.space, self._server, service.trace, options.background), name="aiouffd-ahead"
+            bring_ahead(self.space, self._backend, service.trace, options.background), name="aiouffd-ahead"
         )
 
     def statistics(self) -> Statistics:
@@ -78,7 +78,7 @@ class LocalEngine:
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring offsets [offset, offset + length)."""
-        await self._server.prefetch(self.space, offset, length)
+        await self._backend.prefetch(self.space, offset, length)
 
     async def close(self, *, poison: bool) -> None:
         """Serve no longer; what threads wait for is poisoned, if asked."""
@@ -87,7 +87,7 @@ class LocalEngine:
         self._dispatcher.close()
         self._ahead.cancel()
         os.close(self.counters_fd)
-        await self._server.aclose()
+        await self._backend.aclose()
 
     # What the region tells
 

@@ -25,7 +25,7 @@ import attrs
 import uvloop
 
 from aiouffd.engine.ahead.fill import bring_ahead
-from aiouffd.engine.assembly import Options, Service, make_readahead, make_server
+from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.engine.resolver import DONTWAKE
@@ -44,8 +44,8 @@ from aiouffd.ranges import align_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiouffd.engine.serve.handler import HandlerServer
-    from aiouffd.engine.serve.source import SourceServer
+    from aiouffd.engine.serve.handler import HandlerBackend
+    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Statistics
     from aiouffd.errors import UffdError
 
@@ -165,7 +165,7 @@ class InThreadEngine:
         self._period = min([_BEAT] + [patience / 4 for patience in (warning, limit) if patience])
         self._pid = os.getpid()
         self._standstill: Standstill
-        self._server: SourceServer | HandlerServer
+        self._backend: SourceBackend | HandlerBackend
         self._done: asyncio.Event
         self._space: Space
         self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -214,20 +214,20 @@ class InThreadEngine:
         self._standstill = Standstill(self._loop)
         self._done = asyncio.Event()
         options, service = self._options, self._service
-        self._server = make_server(service, self._counters, options)
+        self._backend = make_backend(service, self._counters, options)
         self._space = Space(
             self._uffd,
             Mappings([Mapping(self._start, self._end, 0)]),
             page_size=self._page_size,
-            server=self._server,
+            backend=self._backend,
             counters=self._counters,
-            readahead=make_readahead(self._page_size, options, local=self._server.local),
+            readahead=make_readahead(self._page_size, options, local=self._backend.local),
             write_protect=options.write_protect,
             on_error=lambda _, error: self._on_error(error),
         )
         dispatcher = Dispatcher(self._loop, self._counters, spin_us=0)  # its touchers need the GIL that it would hold
         dispatcher.add(self._space)
-        ahead = self._loop.create_task(bring_ahead(self._space, self._server, service.trace, options.background))
+        ahead = self._loop.create_task(bring_ahead(self._space, self._backend, service.trace, options.background))
         self._served.loop(threading.get_native_id())
         self._beat()
         self._show()
@@ -238,7 +238,7 @@ class InThreadEngine:
         finally:
             dispatcher.close()
             ahead.cancel()
-            await self._server.aclose()
+            await self._backend.aclose()
 
     def _beat(self) -> None:
         displaced = self._served.beat()
@@ -297,7 +297,7 @@ class InThreadEngine:
 
     async def _prefetch(self, offset: int, length: int) -> None:
         try:
-            await self._server.prefetch(self._space, offset, length)
+            await self._backend.prefetch(self._space, offset, length)
         except asyncio.CancelledError:
             if self._done.is_set():
                 raise ClosedError("the Monitor has been left") from None

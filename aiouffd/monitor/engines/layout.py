@@ -73,7 +73,7 @@ def moved(space: Space, old: tuple[int, int], new: tuple[int, int], register: Ca
         register: called with start and length where the kernel has forgotten the memory, since it was moved.
     """
     size = min(old[1] - old[0], new[1] - new[0])
-    space.block_way()
+    space.close_fast_path()
     space.mappings.unmap(old[0] + size, old[1])
     if new[0] != old[0]:
         space.mappings.remap(old[0], new[0], size)

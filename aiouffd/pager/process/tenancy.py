@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.assembly import Options, Service, make_server
+from aiouffd.engine.assembly import Options, Service, make_backend
 from aiouffd.engine.serve.source import Limits
 from aiouffd.pager.process.travel import unpack
 
 if TYPE_CHECKING:
     import asyncio
 
-    from aiouffd.engine.serve.handler import HandlerServer
-    from aiouffd.engine.serve.source import SourceServer
+    from aiouffd.engine.serve.handler import HandlerBackend
+    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["Origin", "Tenancy", "build"]
@@ -26,12 +26,12 @@ class Origin:
     """What serves some spaces: a service, and how it came here."""
 
     def __init__(
-        self, identity: int, record: dict[str, Any], service: Service, server: SourceServer | HandlerServer
+        self, identity: int, record: dict[str, Any], service: Service, backend: SourceBackend | HandlerBackend
     ) -> None:
         self.identity = identity
         self.record = record
         self.service = service
-        self.server = server
+        self.backend = backend
         self.options = _options_of(record)
 
 
@@ -66,8 +66,8 @@ def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
         if entry not in sys.path:
             sys.path.append(entry)
     service = unpack(config, [os.dup(fd) for fd in record["fds"]])
-    server = make_server(service, counters, _options_of(record))
-    return Origin(identity, record, service, server)
+    backend = make_backend(service, counters, _options_of(record))
+    return Origin(identity, record, service, backend)
 
 
 def _options_of(record: dict[str, Any]) -> Options:

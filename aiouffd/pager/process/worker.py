@@ -168,7 +168,7 @@ class _Worker:
             if index >= old:
                 self.journal.counters.words[COUNTER_OF_EVENT[message[0]]] += 1
             if space is not None and (child < 0 or child in known):
-                space.server.layout(space, message[0], message, known.get(child))
+                space.backend.layout(space, message[0], message, known.get(child))
         self.journal.save(self.state(), landed=True)
         for space in known.values():
             space.wake_all()
@@ -187,9 +187,9 @@ class _Worker:
             Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
             Mappings(Mapping(*mapping) for mapping in item["mappings"]),
             page_size=item["page_size"],
-            server=origin.server,
+            backend=origin.backend,
             counters=self.journal.counters,
-            readahead=make_readahead(item["page_size"], options, local=origin.server.local),
+            readahead=make_readahead(item["page_size"], options, local=origin.backend.local),
             identity=item["id"],
             write_protect=options.write_protect,
             on_error=self.error,
@@ -204,7 +204,7 @@ class _Worker:
         self.dispatcher.add(space)
         if not tenancy.is_child:
             tenancy.ahead = asyncio.get_running_loop().create_task(
-                bring_ahead(space, origin.server, origin.service.trace, options.background, self.save)
+                bring_ahead(space, origin.backend, origin.service.trace, options.background, self.save)
             )
         return space
 
@@ -237,7 +237,7 @@ class _Worker:
             return
         self.save()  # a successor must not look for its descriptors
         close_all([origin.record["config"], *origin.record["fds"]])
-        task = asyncio.get_running_loop().create_task(origin.server.aclose())
+        task = asyncio.get_running_loop().create_task(origin.backend.aclose())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -349,7 +349,7 @@ class _Worker:
 
     async def do_prefetch(self, message: dict[str, Any], fds: list[int]) -> None:
         space, tenancy = self.asked(message)
-        await tenancy.origin.server.prefetch(space, message["offset"], message["length"])
+        await tenancy.origin.backend.prefetch(space, message["offset"], message["length"])
 
     async def do_refuse(self, message: dict[str, Any], fds: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""
@@ -370,7 +370,7 @@ class _Worker:
         """Begin to bring what a space misses, which is not registered yet, perhaps: a `release` will follow."""
         space, tenancy = self.asked(message)
         late = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(bring_early(space, tenancy.origin.server, late))
+        task = asyncio.get_running_loop().create_task(bring_early(space, tenancy.origin.backend, late))
         tenancy.early = (task, late)
 
     async def do_release(self, message: dict[str, Any], fds: list[int]) -> None:
@@ -388,7 +388,7 @@ class _Worker:
                     if tenancy.early is not None:
                         tenancy.early[1].set()
                         await asyncio.wait([tenancy.early[0]])
-                    await complete(space, tenancy.origin.server)
+                    await complete(space, tenancy.origin.backend)
                     space.unregister()
                     self.dispatcher.drop(space)
                 except ClosedError:
