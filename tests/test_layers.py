@@ -41,7 +41,7 @@ ORDER = {
     "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "monitor", "open"],
     "monitor/engines": ["__init__", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
-    "cli": ["__init__", "demo", "doctor", "daemon", "serving", "commands"],
+    "cli": ["__init__", "parameters", "daemon", "demo", "doctor", "lazy_pages", "serve", "commands"],
 }
 LATE = {("cli/__init__", "cli/commands")}
 """Imports inside a function, of what needs an extra: by whom, of what."""

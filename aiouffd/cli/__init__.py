@@ -1,4 +1,8 @@
-"""The command line: demo, doctor, serve, lazy-pages. Exit status: 0 well, 1 failed, 2 called wrongly."""
+"""The command line: a module for each command. Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+
+Layout: `commands` (the group) > `serve`, `lazy_pages`, `doctor`, `demo` > `daemon` (signals, log, systemd) >
+`parameters` (types of options).
+"""
 
 from __future__ import annotations
 

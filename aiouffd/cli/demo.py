@@ -16,11 +16,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 import numpy as np
 import rich.console
 import rich.progress
 
 import aiouffd
+from aiouffd.cli import parameters
 from aiouffd.kernel import pagemap
 from aiouffd.ranges import RangeSet
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.statistics import Statistics
 
-__all__ = ["run"]
+__all__ = ["command", "run"]
 
 PAGE = 4096
 _BLOCK = 4 << 20
@@ -224,3 +226,13 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
         return 0
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@click.command("demo")
+@click.option("--size", type=parameters.Size(), default="1G", show_default=True, help="Of the input file.")
+@click.option("--threads", type=click.IntRange(1, 64), default=4, show_default=True, help="That touch at random.")
+@click.option("--touches", type=click.IntRange(1), default=4000, show_default=True, help="Pages touched at random.")
+@click.option("--latency-ms", type=float, default=0.0, show_default=True, help="Added to each answer of the server.")
+def command(*, size: int, threads: int, touches: int, latency_ms: float) -> int:
+    """Map a file of a page server, touch it with numpy, and check every byte that was touched."""
+    return run(size=size, threads=threads, touches=touches, latency=latency_ms / 1000)

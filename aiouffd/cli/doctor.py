@@ -7,13 +7,14 @@ import platform
 from pathlib import Path
 
 import attrs
+import click
 
 from aiouffd import native
 from aiouffd.errors import NativePartError, UffdError
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature
 from aiouffd.kernel.userfaultfd import NO_FEATURES, Capabilities, Userfaultfd, probe
 
-__all__ = ["Report", "examine"]
+__all__ = ["Report", "command", "examine"]
 
 
 @attrs.frozen
@@ -112,3 +113,12 @@ def examine() -> Report:
         "halt polling": f"guest_halt_poll_ns = {_read('/sys/module/haltpoll/parameters/guest_halt_poll_ns')}",
     }
     return Report(capabilities, refusals, full, facts, tuple(advice))
+
+
+@click.command("doctor")
+def command() -> int:
+    """Tell what this kernel and this user can do, and what to change if that is too little."""
+    report = examine()
+    for line in report.lines():
+        click.echo(line)
+    return 0 if report.ok else 1
