@@ -18,7 +18,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 ORDER = {
     "": [
         *("errors", "ranges", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
-        *("server", "criu", "monitor", "__init__", "page_server", "cli", "__main__"),
+        *("server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "watchdog"],
     "kernel": [
@@ -41,7 +41,7 @@ ORDER = {
     "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "monitor", "open"],
     "monitor/engines": ["__init__", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
-    "cli": ["__init__", "parameters", "daemon", "demo", "doctor", "lazy_pages", "serve", "commands"],
+    "cli": ["__init__", "parameters", "daemon", "demo_server", "demo", "doctor", "lazy_pages", "serve", "commands"],
 }
 LATE = {("cli/__init__", "cli/commands")}
 """Imports inside a function, of what needs an extra: by whom, of what."""

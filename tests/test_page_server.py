@@ -1,4 +1,4 @@
-"""`page_server`: what a client of ranges relies on."""
+"""`examples/page_server.py`: what a client of ranges relies on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import run
 
-from aiouffd.page_server import PageServer, _parse, _range, _RefusedError
+from examples.page_server import PageServer, _parse, _range, _RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

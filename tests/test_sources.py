@@ -9,7 +9,6 @@ import mmap
 import os
 import pickle
 import random
-import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loops import run
+from web import serving
 
 import aiouffd
 from aiouffd.pager.process.travel import pack, unpack
@@ -51,11 +51,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("served")
     (directory / "data.bin").write_bytes(DATA)
     (directory / "empty.bin").write_bytes(b"")
-    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
+    with serving(directory) as url:
+        yield url
 
 
 def at(address: int | None, length: int) -> bytes:
@@ -314,16 +311,13 @@ async def test_64_ranges_at_once(url: str) -> None:
 async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
     """No mixture of two versions: the ETag is held against the server."""
     (tmp_path / "x").write_bytes(bytes(10000))
-    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(tmp_path), "--until-eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:  # noqa: ASYNC220
-        assert process.stdout is not None
-        source = aiouffd.ObjectSource(process.stdout.readline().split()[-1] + "/x")
+    with serving(tmp_path) as url:
+        source = aiouffd.ObjectSource(f"{url}/x")
         await source.prepare()
         assert bytes(await source.read(0, 10)) == bytes(10)
         (tmp_path / "x").write_bytes(bytes([1]) * 10000)
         with pytest.raises(aiouffd.SourceError, match="has changed"):
             await source.read(0, 10)
-        process.terminate()
 
 
 @run

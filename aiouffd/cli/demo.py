@@ -1,8 +1,9 @@
-"""`aiouffd demo`: a file on a page server, touched through memory, each touched byte checked."""
+"""`aiouffd demo`: maps a file that an HTTP server holds, touches parts of it, and checks each touched byte."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import shutil
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "run"]
 
-PAGE = 4096
+_PAGE = mmap.PAGESIZE
 _BLOCK = 4 << 20
 
 
 class Check:
-    """Compares what memory shows with what the file holds, read independently with pread: by CRC-32, page by page."""
+    """Compares the bytes of the region with the bytes of the file, which it reads with pread(2), by CRC-32."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -62,7 +63,7 @@ class Check:
 
 
 def make_input(path: Path, size: int, advance: rich.progress.Progress, task: rich.progress.TaskID) -> None:
-    """Write `size` bytes that differ from page to page, and are the same in each run."""
+    """Write `size` bytes that differ from page to page and are the same in each run."""
     rng = np.random.default_rng(20)
     block = rng.integers(0, 1 << 63, _BLOCK // 8, dtype=np.uint64)
     with path.open("wb") as file:
@@ -73,25 +74,21 @@ def make_input(path: Path, size: int, advance: rich.progress.Progress, task: ric
 
 
 @contextlib.contextmanager
-def page_server(directory: Path, latency: float) -> Iterator[str]:
-    """Run the page server as a process that ends with this one, however that ends: at the end of its input.
+def served(path: Path, latency: float) -> Iterator[str]:
+    """Run the HTTP server in a process of its own; yield the URL of the file.
 
-    A session of its own keeps Ctrl-C from it: pages that are being waited for are still to come.
+    The process has a session of its own: Ctrl-C must not end it while a thread waits for a page.
     """
-    command = [sys.executable, "-P", "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof"]
+    command = [sys.executable, "-P", "-m", "aiouffd.cli.demo_server", str(path), str(latency)]
     with subprocess.Popen(  # noqa: S603
-        [*command, "--latency-ms", str(latency * 1000)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            if "http://" not in line:
-                raise RuntimeError(f"the page server did not start: {line!r}")
-            yield line.split()[-1]
+            url = process.stdout.readline().strip()
+            if not url:
+                raise RuntimeError("the HTTP server of the demo did not start")
+            yield url
         finally:
             process.terminate()
 
@@ -99,21 +96,21 @@ def page_server(directory: Path, latency: float) -> Iterator[str]:
 def touch_at_random(
     region: aiouffd.Region, check: Check, pages: list[int], done: list[int], stop: threading.Event
 ) -> None:
-    """Touch single pages, as a thread of the application."""
+    """Touch single pages, as a thread of an application does."""
     view = memoryview(region)
     for page in pages:
         if stop.is_set():
             return
-        check.compare(page * PAGE, view[page * PAGE : (page + 1) * PAGE])
+        check.compare(page * _PAGE, view[page * _PAGE : (page + 1) * _PAGE])
         done[0] += 1
 
 
 def use(
     region: aiouffd.Region, check: Check, *, threads: int, touches: int, progress: rich.progress.Progress
 ) -> tuple[float, Statistics]:
-    """Touch at random, then in order, then by numpy reductions; return the seconds, and the statistics."""
+    """Touch pages at random, then a part in order, then a part with numpy; return the seconds and the statistics."""
     size = len(region)
-    count = (size - 1) // PAGE + 1
+    count = (size - 1) // _PAGE + 1
     rng = random.Random(1)  # noqa: S311
     pages = [rng.randrange(count) for _ in range(min(touches, count))]
     began = time.perf_counter()
@@ -130,14 +127,14 @@ def use(
         while any(worker.is_alive() for worker in workers):
             progress.update(task, completed=done[0])
             workers[-1].join(0.05)
-    finally:  # interrupted: whoever touches when nobody serves any more gets SIGBUS
+    finally:  # a thread that touches a missing page after the block has been left gets SIGBUS
         stop.set()
         for worker in workers:
             if worker.ident is not None:
                 worker.join()
     progress.update(task, completed=len(pages))
 
-    start, end = size // 4 // PAGE * PAGE, size // 2
+    start, end = size // 4 // _PAGE * _PAGE, size // 2
     task = progress.add_task("a quarter in order", total=end - start)
     view = memoryview(region)
     for at in range(start, end, 1 << 20):
@@ -158,7 +155,7 @@ def use(
 
 
 def picture(region: aiouffd.Region, width: int, *, plain: bool) -> list[str]:
-    """Draw which parts of the region have arrived: a character for each part, the fuller the more of it is there."""
+    """Draw which parts of the region are present: a character for each part, fuller the more of it is present."""
     shades = " .:+#" if plain else " ░▒▓█"
     present = RangeSet()
     begin = region.address
@@ -187,7 +184,7 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
     plain = not console.is_terminal or (console.encoding or "").lower().replace("-", "") != "utf8"
     directory = Path(tempfile.mkdtemp(prefix="aiouffd-demo-"))
     path = directory / "input.bin"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as for Ctrl-C: remove the files first
     try:
         columns = (
             rich.progress.TextColumn("{task.description:<34}"),
@@ -198,9 +195,9 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
         with rich.progress.Progress(*columns, console=console) as progress:
             make_input(path, size, progress, progress.add_task(f"making an input file of {size >> 20} MiB", total=size))
             check = Check(path)
-            with page_server(directory, latency) as url:
+            with served(path, latency) as url:
                 opened = time.perf_counter()
-                with aiouffd.open(f"{url}/{path.name}") as region:
+                with aiouffd.open(url) as region:
                     ready = time.perf_counter() - opened
                     seconds, seen = use(region, check, threads=threads, touches=touches, progress=progress)
                     drawn = picture(region, max(20, min(console.width, 100) - 4), plain=plain)
@@ -216,13 +213,13 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
         console.print(f"  page faults  {seen.faults:>13,} in {seconds:.1f} s", highlight=False)
         p50, p99 = (seen.latency_ns(quantile) / 1e6 for quantile in (0.5, 0.99))
         console.print(f"  latency      p50 below {p50:.3f} ms, p99 below {p99:.3f} ms", highlight=False)
-        console.print("\n  what has arrived:")
+        console.print("\n  what is present:")
         for line in drawn:
             console.print(f"  |{line}|", highlight=False, markup=False)
         if check.wrong:
             console.print(f"\nWRONG: {len(check.wrong)} pieces differ from the file, the first at {check.wrong[0]:#x}")
             return 1
-        console.print(f"\nEvery touched byte is right: {check.bytes:,} compared with the file by checksum.")
+        console.print(f"\nEvery touched byte is right: {check.bytes:,} bytes compared with the file by checksum.")
         return 0
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -234,5 +231,5 @@ def run(*, size: int, threads: int, touches: int, latency: float) -> int:
 @click.option("--touches", type=click.IntRange(1), default=4000, show_default=True, help="Pages touched at random.")
 @click.option("--latency-ms", type=float, default=0.0, show_default=True, help="Added to each answer of the server.")
 def command(*, size: int, threads: int, touches: int, latency_ms: float) -> int:
-    """Map a file of a page server, touch it with numpy, and check every byte that was touched."""
+    """Map a file that an HTTP server holds, touch parts of it, and check each touched byte."""
     return run(size=size, threads=threads, touches=touches, latency=latency_ms / 1000)

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from scenario import ended
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import knobs
 
-from benchmarks import knobs  # noqa: E402 - the benchmarks are not installed
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from scenario import ended
+from web import serving
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -43,7 +44,7 @@ def test_the_demo_checks_every_byte() -> None:
     ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
 )
 def test_nothing_is_left_of_a_demo_that_is_ended(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    """The page server and both processes of the pager end; its input file, too, unless it is killed.
+    """The HTTP server and both processes of the pager end; its input file, too, unless it is killed.
 
     The signal comes as from a terminal, to all of the process group, while threads touch.
     """
@@ -120,11 +121,8 @@ def test_version() -> None:
 def url(tmp_path: Path) -> object:
     """The page server of the examples, with a weights file made by the example."""
     run(sys.executable, EXAMPLES / "safetensors_lazy.py", "--make", tmp_path / "model.safetensors")
-    command = [sys.executable, str(EXAMPLES / "page_server.py"), "--directory", str(tmp_path), "--until-eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1] + "/model.safetensors"
-        process.terminate()
+    with serving(tmp_path) as url:
+        yield f"{url}/model.safetensors"
 
 
 def test_example_lazy_array(url: str) -> None:

@@ -42,7 +42,6 @@ def kvm() -> None:
 
 def guest(region: aiouffd.Region) -> MicroVM:
     """Return a VM over a region."""
-    sys.path.insert(0, str(ROOT))
     from examples.microvm import MicroVM
 
     return MicroVM((region.address, region.mapped_length), region.page_size)
@@ -334,7 +333,6 @@ class Broken(Pattern):
 def source_fails_the_guest() -> None:
     """Scenario."""
     region = aiouffd.Region(MIB)
-    sys.path.insert(0, str(ROOT))
     from examples.microvm import GuestError
 
     with aiouffd.Monitor(region, Broken(MIB)) as monitor, guest(region) as vm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -23,6 +24,7 @@ import pytest
 import uvloop
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
 from scenario import ended, eventually, play
+from web import serving
 
 import aiouffd
 
@@ -94,24 +96,8 @@ def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
     with (tmp_path / "input.bin").open("wb") as file:
         for page in range((256 << 20) // PAGE):
             file.write(word(page) * (PAGE // 8))
-    with server(tmp_path) as url:
+    with serving(tmp_path) as url:
         play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=110)
-
-
-class server:  # noqa: N801 - used as a function
-    """Runs the page server."""
-
-    def __init__(self, directory: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(directory), "--until-eof", *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().split()[-1]
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def own_loop_thread_touches(loop: str) -> None:
@@ -435,10 +421,10 @@ def test_sources_that_cannot_be_opened() -> None:
 def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
     """A 404 and a server without Range are told apart, before anything is mapped."""
     (tmp_path / "x.bin").write_bytes(bytes(10000))
-    with server(tmp_path) as url, pytest.raises(aiouffd.SourceError, match="404"), aiouffd.open(f"{url}/nothing"):
+    with serving(tmp_path) as url, pytest.raises(aiouffd.SourceError, match="404"), aiouffd.open(f"{url}/nothing"):
         pass
     with (
-        server(tmp_path, "--no-range") as url,
+        serving(tmp_path, "--no-range") as url,
         pytest.raises(aiouffd.SourceError, match="without Range"),
         aiouffd.open(f"{url}/x.bin"),
     ):
@@ -447,26 +433,20 @@ def test_servers_that_cannot_be_used(tmp_path: Path) -> None:
 
 def server_restarts(directory: str) -> None:
     """Scenario."""
-    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", directory, "--until-eof", "--port"]
+    with contextlib.ExitStack() as later:
 
-    def start(port: int) -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen([*command, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        return process, process.stdout.readline().split()[-1]
+        def start(port: str) -> None:
+            later.enter_context(serving(Path(directory), "--port", port))
 
-    first, url = start(0)
-    with aiouffd.open(f"{url}/x.bin", readahead=0) as region:
-        assert region[0] == 1
-        first.kill()
-        first.wait()
-        again: list[subprocess.Popen[str]] = []
-        timer = threading.Timer(1.5, lambda: again.append(start(int(url.rpartition(":")[2]))[0]))
+        with contextlib.ExitStack() as first:
+            url = first.enter_context(serving(Path(directory)))
+            region = later.enter_context(aiouffd.open(f"{url}/x.bin", readahead=0))
+            assert region[0] == 1
+        timer = threading.Timer(1.5, start, [url.rpartition(":")[2]])
         timer.start()
         assert peek(region.address + 5 * PAGE) == word(5)  # waits for the server; the timer needs the GIL
         timer.join()
         region.monitor.check()
-        again[0].kill()
-        again[0].wait()
 
 
 def test_a_server_that_is_restarted(tmp_path: Path) -> None:

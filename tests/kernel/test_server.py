@@ -32,6 +32,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content, left_while_touched, word
 from scenario import ended, eventually, killed_when_this_thread_waits, play
+from web import serving
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -163,13 +164,8 @@ def test_a_guest_of_huge_pages(image: Path, tmp_path: Path) -> None:
 @contextlib.contextmanager
 def on_the_web(image: Path) -> Iterator[str]:
     """Serve a file by HTTP; yield its URL."""
-    command = [sys.executable, "-m", "aiouffd.page_server", "--directory", str(image.parent), "--until-eof"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as web:
-        assert web.stdout is not None
-        try:
-            yield f"{web.stdout.readline().split()[-1]}/{image.name}"
-        finally:
-            web.kill()
+    with serving(image.parent) as url:
+        yield f"{url}/{image.name}"
 
 
 @needs_kvm
