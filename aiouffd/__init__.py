@@ -35,6 +35,10 @@ from aiouffd.kernel.events import FaultKind, PageFault, Remap, Remove, UnknownEv
 from aiouffd.kernel.region import Region
 from aiouffd.kernel.userfaultfd import Capabilities, Event, Fork, Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WriteTracker
+from aiouffd.monitor.engines.in_process import InProcess
+from aiouffd.monitor.engines.in_thread import InThread
+from aiouffd.monitor.engines.pager import Pager
+from aiouffd.monitor.engines.served_by import ServedBy
 from aiouffd.monitor.monitor import Monitor
 from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
@@ -63,6 +67,8 @@ __all__ = [
     "Handler",
     "HandlerError",
     "HandoffError",
+    "InProcess",
+    "InThread",
     "Ioctl",
     "LayoutChangingError",
     "Monitor",
@@ -72,6 +78,7 @@ __all__ = [
     "OperationError",
     "PageFault",
     "PagePresentError",
+    "Pager",
     "PagerDiedError",
     "PagerError",
     "PagerStartError",
@@ -81,6 +88,7 @@ __all__ = [
     "RegisterMode",
     "Remap",
     "Remove",
+    "ServedBy",
     "ShortReadError",
     "Source",
     "SourceError",

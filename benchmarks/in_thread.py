@@ -34,7 +34,7 @@ def unavailable() -> str | None:
 def page_by_page(size: int) -> Iterator[Arena]:
     """Ours, in the thread, no readahead."""
     region = aiouffd.Region(size)
-    with aiouffd.Monitor(region, buffer(size), in_thread=True, readahead=0, on_exit="zeros") as monitor:
+    with aiouffd.Monitor(region, buffer(size), engine=aiouffd.InThread(), readahead=0, on_exit="zeros") as monitor:
         yield Arena(region.address, 0, monitor)
         monitor.check()
 
@@ -104,17 +104,17 @@ def native_touchers(name: str, size: int, threads: int) -> Callable[[], float]:
     return once
 
 
-def entering(*, in_thread: bool) -> Callable[[], float]:
+def entering(engine: aiouffd.Pager | aiouffd.InThread) -> Callable[[], float]:
     """Return a contestant: milliseconds to enter and leave a Monitor, on a loop."""
     size = 64 << 20
     source = buffer(size)
 
     async def once() -> float:
         spent = []
-        for _ in range(9 if in_thread else 1):
+        for _ in range(9 if isinstance(engine, aiouffd.InThread) else 1):
             region = aiouffd.Region(size)
             before = time.perf_counter()
-            async with aiouffd.Monitor(region, source, in_thread=in_thread, on_exit="zeros"):
+            async with aiouffd.Monitor(region, source, engine=engine, on_exit="zeros"):
                 pass
             spent.append(time.perf_counter() - before)
         return sorted(spent)[len(spent) // 2] * 1e3
@@ -128,7 +128,7 @@ def far(source: object, size: int, threads: int, each: int) -> Callable[[], floa
 
     def once() -> float:
         region = aiouffd.Region(size)
-        with aiouffd.Monitor(region, source, in_thread=True, readahead=0, on_exit="zeros") as monitor:  # type: ignore[arg-type]
+        with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0, on_exit="zeros") as monitor:  # type: ignore[call-overload]
             seconds = touched(region.address, size, pages, threads)
             monitor.check()
         return seconds * 1e3

@@ -275,9 +275,9 @@ def in_thread_rows(*, quick: bool) -> Iterator[Row]:
         "`in_thread`: to enter and leave a Monitor",
         "ms",
         {
-            "aiouffd": in_thread.entering(in_thread=True),
+            "aiouffd": in_thread.entering(aiouffd.InThread()),
             "2 ms": lambda: 2.0,
-            "the pager": in_thread.entering(in_thread=False),
+            "the pager": in_thread.entering(aiouffd.Pager()),
         },
         (Bar("2 ms", 1.0),),
         left_out=left_out,

@@ -128,5 +128,5 @@ def test_closures_travel_by_value() -> None:
 
 def test_what_cannot_travel_is_a_typed_error_that_names_the_ways_out() -> None:
     """A socket cannot be pickled: PagerStartError says what to do."""
-    with socket.socket() as thing, pytest.raises(errors.PagerStartError, match=r"in_process=True.*in_thread=True"):
+    with socket.socket() as thing, pytest.raises(errors.PagerStartError, match=r"InThread\(\).*InProcess\(\)"):
         pack(thing)

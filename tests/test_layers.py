@@ -40,7 +40,7 @@ ORDER = {
     "server": ["__init__", "listener", "metrics", "server"],
     "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "monitor", "open"],
-    "monitor/engines": ["__init__", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
+    "monitor/engines": ["__init__", "protocol", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
     "cli": ["__init__", "parameters", "daemon", "demo_server", "demo", "doctor", "lazy_pages", "serve", "commands"],
 }
 LATE = {("cli/__init__", "cli/commands")}

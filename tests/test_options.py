@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 
 import aiouffd
@@ -15,7 +16,6 @@ from aiouffd.errors import BusyError, operation_error
     "option",
     [
         {"readahead": -1},
-        {"spin_us": -1},
         {"background": -1},
         {"timeout": 0},
         {"timeout": -1.0},
@@ -28,6 +28,16 @@ def test_a_number_that_would_never_serve_a_page_is_refused(option: dict[str, Any
     """At once, by its name."""
     with pytest.raises(ValueError, match=next(iter(option))):
         aiouffd.Monitor(aiouffd.Region(1), **option)
+
+
+@pytest.mark.parametrize("engine", [aiouffd.Pager, aiouffd.InProcess, aiouffd.InThread])
+@pytest.mark.parametrize("option", [{"spin_us": -1}, {"stuck_warning": 0}, {"stuck_limit": 0}, {"stuck_limit": -1.0}])
+def test_an_engine_refuses_the_same(engine: Any, option: dict[str, Any]) -> None:
+    """At once, by its name; what it does not have is a TypeError."""
+    name = next(iter(option))
+    error = ValueError if name in attrs.fields_dict(engine) else TypeError
+    with pytest.raises(error, match=name):
+        engine(**option)
 
 
 @pytest.mark.parametrize("thing", ["a path", b"bytes", aiouffd.ZeroSource, aiouffd.Handler, 5, lambda: None])
@@ -52,7 +62,7 @@ def test_a_monitor_says_what_it_is() -> None:
     assert "100 bytes at 0x" in text
     assert "BufferSource(3 bytes)" in text
     assert "not entered" in text
-    assert "the server at '/run/x'" in repr(aiouffd.Monitor(aiouffd.Region(1), server="/run/x"))
+    assert "ServedBy(path='/run/x'" in repr(aiouffd.Monitor(aiouffd.Region(1), engine=aiouffd.ServedBy("/run/x")))
 
 
 def test_a_storm_of_errors_that_nobody_asks_for_is_bounded() -> None:

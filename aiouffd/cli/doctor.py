@@ -100,7 +100,7 @@ def examine() -> Report:
     if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
         advice.append('fork="serve" needs CAP_SYS_PTRACE')
     if native.reason():
-        advice.append(f"no Monitor(in_thread=True): {NativePartError(native.reason())}")
+        advice.append(f"no Monitor(engine=InThread()): {NativePartError(native.reason())}")
     free = _read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     facts = {
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -109,7 +109,7 @@ def examine() -> Report:
         "huge pages": f"{_read('/proc/sys/vm/nr_hugepages')} of the default size, {free} of 2 MiB free",
         "max_map_count": _read("/proc/sys/vm/max_map_count"),
         "KVM": "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not usable (/dev/kvm)",
-        "part in C": f"not here: {native.reason()}" if native.reason() else "here: in_thread=True can be used",
+        "part in C": f"not here: {native.reason()}" if native.reason() else "here: engine=InThread() can be used",
         "halt polling": f"guest_halt_poll_ns = {_read('/sys/module/haltpoll/parameters/guest_halt_poll_ns')}",
     }
     return Report(capabilities, refusals, full, facts, tuple(advice))

@@ -144,7 +144,7 @@ class Region(mmap.mmap):
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; the mapping may move. What is added reads as zeros.
 
-        With `in_process` and `in_thread` another thread that touches it meanwhile gets SIGSEGV.
+        With `InProcess` and `InThread` another thread that touches it meanwhile gets SIGSEGV.
 
         Raises:
             BufferError: views of the region exist.

@@ -1,18 +1,16 @@
-"""The face for memory of this process: `Monitor` serves a region, `open` makes one for a source and serves it."""
+"""`Monitor`: serves a region of this process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import faulthandler
 import math
 import mmap
 import os
-import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, overload
 
 import attrs
 
@@ -28,12 +26,8 @@ from aiouffd.kernel.region import Region
 from aiouffd.kernel.settle import leave_sigbus
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
-from aiouffd.monitor.engines.guard import Guard
-from aiouffd.monitor.engines.in_process import LocalEngine
-from aiouffd.monitor.engines.in_thread import InThreadEngine
-from aiouffd.monitor.engines.pager import PagerEngine
-from aiouffd.monitor.engines.served_by import ServerEngine
-from aiouffd.native import faults
+from aiouffd.monitor.engines.pager import Pager
+from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.sources.base import ZeroSource
 
 if TYPE_CHECKING:
@@ -42,10 +36,16 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.serve.handler import Handler
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.monitor.engines.in_process import InProcess
+    from aiouffd.monitor.engines.in_thread import InThread
+    from aiouffd.monitor.engines.protocol import Engine, EngineChoice
+    from aiouffd.monitor.engines.served_by import ServedBy
     from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
 __all__ = ["Monitor"]
+
+OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
 
 _KEPT = 1000  # errors that nobody has asked for yet
 
@@ -53,22 +53,16 @@ _KEPT = 1000  # errors that nobody has asked for yet
 class Monitor:
     """Serves the page faults of a region, from entering the `with` block until leaving it.
 
-    The loop runs in a pager process, so that any thread may touch the region, holding the GIL or not; a thread that
-    touches a missing page with the GIL held stops its whole interpreter, and a loop in it. An asynchronous context
+    A thread that touches a missing page with the GIL held stops its whole interpreter, and a loop in it. So the loop
+    runs in a pager process by default, and any thread may touch the region. A Monitor is an asynchronous context
     manager, and a plain one for programs without a loop.
 
     Args:
         region: served by one Monitor at a time.
         source_or_handler: where the bytes come from; by default zeros. What the region has beyond the source's end
             is zeros.
-        in_process: run the engine on the caller's loop instead: for memory that only others touch (another process,
-            C code that has dropped the GIL). A touch with the GIL held would stop the loop that should serve it.
-        in_thread: resolve faults in the thread that touches, and run the loop in a thread of this process: for
-            memory that only threads of this process touch, which it must do by itself: a system call on a missing page
-            fails with EFAULT (see `read`). No process is started, and what is at hand is there sooner than from any
-            handler elsewhere. It needs the part in C. With fork="serve" and with `Handler.write` it cannot be.
+        engine: where the loop runs: `Pager()` (the default), `InThread()`, `InProcess()` or `ServedBy(path)`.
         readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
-        spin_us: microseconds to look again for faults before sleeping, while faults keep coming.
         on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
             process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"), "zeros".
         fork: "dontfork": forked children do not have the region at all, a touch is SIGSEGV there; "serve": they are
@@ -77,17 +71,8 @@ class Monitor:
         retries: further tries after a failed read, with exponential backoff and jitter.
         concurrent_reads: source reads, or handlers, under way at once.
         bytes_in_flight: bytes of source reads under way at once.
-        stuck_warning: with `in_process` and `in_thread`: seconds that a page is waited for, while the loop does not
-            run, until a message on standard error says so: its own thread waits for it, or native code keeps the GIL.
-        stuck_limit: with `in_process` and `in_thread`: seconds until whoever waits gets SIGBUS, so that the process
-            ends with a traceback (faulthandler is enabled for that) instead of hanging. With a pager or a server:
-            seconds until the process is ended (SIGABRT) if all that serve were killed while a thread waits with the GIL
-            held, so that no others can be started; that needs the part in C. None: never.
-        server: the socket of `aiouffd serve`: that serves the region, from its own source, and no pager is started.
-            What a source or a pager is asked for (timeout, retries, readahead, record, ...) is the server's to say.
-        server_source: which of the server's sources, where it has several.
         record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
-            one then, whatever `readahead` says: what comes along with another page is not seen to be touched.
+            one then, whatever `readahead` says: a page that comes along with another is not seen to be touched.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
         background: True: bring all that is missing in the background, as fast as faults allow; a number: so many bytes
             per second at most.
@@ -96,86 +81,119 @@ class Monitor:
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises (on entering):
-        UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the part in C is missing.
+        UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the native part is missing.
         AccessError: this user may not use it; it names the knobs.
         BusyError: the region is served already.
         TraceError: `replay` is no recording, not complete, damaged, or of another page size.
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
+        TypeError: `InProcess()` without a running loop.
     """
+
+    @overload
+    def __init__(
+        self,
+        region: Region,
+        source_or_handler: Source | Handler | None = None,
+        *,
+        engine: Pager | InProcess | None = None,
+        readahead: int = 2 << 20,
+        on_exit: OnExit = "sigbus",
+        fork: Literal["dontfork", "serve"] = "dontfork",
+        timeout: float | None = 30.0,
+        retries: int = 4,
+        concurrent_reads: int = 128,
+        bytes_in_flight: int = 128 << 20,
+        record: str | os.PathLike[str] | None = None,
+        replay: str | os.PathLike[str] | None = None,
+        background: bool | float = False,
+        track_writes: bool = False,
+        user_mode_only: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        region: Region,
+        source_or_handler: Source | Handler | None = None,
+        *,
+        engine: InThread,
+        readahead: int = 2 << 20,
+        on_exit: OnExit = "sigbus",
+        fork: Literal["dontfork"] = "dontfork",
+        timeout: float | None = 30.0,
+        retries: int = 4,
+        concurrent_reads: int = 128,
+        bytes_in_flight: int = 128 << 20,
+        record: str | os.PathLike[str] | None = None,
+        replay: str | os.PathLike[str] | None = None,
+        background: bool | float = False,
+        track_writes: bool = False,
+        user_mode_only: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        region: Region,
+        *,
+        engine: ServedBy,
+        on_exit: OnExit = "sigbus",
+        fork: Literal["dontfork", "serve"] = "dontfork",
+        track_writes: bool = False,
+        user_mode_only: bool = False,
+    ) -> None: ...
 
     def __init__(
         self,
         region: Region,
         source_or_handler: Source | Handler | None = None,
         *,
-        in_process: bool = False,
-        in_thread: bool = False,
+        engine: EngineChoice | None = None,
         readahead: int = 2 << 20,
-        spin_us: int = 50,
-        on_exit: Literal["sigbus", "populate", "zeros"] = "sigbus",
+        on_exit: OnExit = "sigbus",
         fork: Literal["dontfork", "serve"] = "dontfork",
         timeout: float | None = 30.0,
         retries: int = 4,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
-        server: str | os.PathLike[str] | None = None,
-        server_source: str = "",
         record: str | os.PathLike[str] | None = None,
         replay: str | os.PathLike[str] | None = None,
         background: bool | float = False,
         track_writes: bool = False,
         user_mode_only: bool = False,
-        stuck_warning: float = 2.0,
-        stuck_limit: float | None = 5.0,
     ) -> None:
-        if not isinstance(region, Region):
-            raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
-        if region.closed:
-            raise ClosedError("the region is closed")
+        _check_region(region)
         if on_exit not in ("sigbus", "populate", "zeros"):
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in ("dontfork", "serve"):
             raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
+        if record is not None and replay is not None:
+            raise ValueError("either record or replay: what a replay brings is not seen to be touched")
         self.region = region
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
-        self._in_process = in_process
-        self._in_thread = in_thread
+        if track_writes and wants_writes(self.origin):
+            raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
+        self._choice: EngineChoice = Pager() if engine is None else engine
         self._on_exit = on_exit
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._fork = fork
         self._track_writes = track_writes
         self._user_mode_only = user_mode_only
-        self._stuck_warning = stuck_warning
-        self._stuck_limit = stuck_limit
-        self._guard: Guard | None = None
-        if server is not None and (
-            source_or_handler is not None or in_process or record is not None or replay is not None or background
-        ):
-            raise ValueError("with server= there is no source, handler, in_process, record, replay or background here")
-        if in_thread:
-            _check_in_thread(self.origin, fork, elsewhere=in_process or server is not None)
-        if record is not None and replay is not None:
-            raise ValueError("either record or replay: what a replay brings is not seen to be touched")
-        self._server = server
-        self._server_source = server_source
         self._record = record
         self._replay = replay
         self._recorder: Recorder | None = None
-        if track_writes and wants_writes(self.origin):
-            raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
         self._modes = RegisterMode.MISSING
         if track_writes or wants_writes(self.origin):
             self._modes |= RegisterMode.WP
-        limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
         self._options = Options(
             readahead if record is None else 0,
-            spin_us,
             background=math.inf if background is True else float(background),
             write_protect=RegisterMode.WP in self._modes,
-            limits=limits,
+            limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
         )
+        self._choice.check(Terms(source_or_handler, fork, self._options, record is not None, replay is not None))
         self._uffd: Userfaultfd | None = None
-        self._engine: LocalEngine | InThreadEngine | PagerEngine | ServerEngine | None = None
+        self._engine: Engine | None = None
         self._errors: deque[BaseException] = deque()
         self._news = threading.Condition()
         self._waiters: list[Callable[[], object]] = []
@@ -185,37 +203,8 @@ class Monitor:
 
     async def __aenter__(self) -> Self:
         """Start to serve."""
-        if self._in_process:
-            self._register()
-            try:
-                self._engine = LocalEngine(
-                    self._descriptor,
-                    self._service(),
-                    self._mapping,
-                    self.region.page_size,
-                    self._options,
-                    on_error=self._failed,
-                )
-            except BaseException:
-                self._unregister()
-                raise
-            self.region.listen(self._engine)
-            if self._stuck_limit is not None:
-                # A loop that is stuck ends with the traceback of the line that touched.
-                if not faulthandler.is_enabled() and sys.stderr is not None:
-                    faulthandler.enable()
-                self._guard = await asyncio.to_thread(
-                    Guard,
-                    self._descriptor,
-                    self._engine.counters_fd,
-                    self.region.page_size,
-                    min(self._stuck_warning, self._stuck_limit),
-                    self._stuck_limit,
-                )
-            return self
-        if self._in_thread:
-            _enable_traceback()
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        engine = self._choice.make(asyncio.get_running_loop())
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -229,22 +218,7 @@ class Monitor:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Serve no longer; settle what is missing as `on_exit` says. Not interrupted by canceling."""
-        if os.getpid() != self._pid:
-            return
-        if isinstance(self._engine, LocalEngine):
-            try:
-                if self._on_exit == "populate" and kind is None:
-                    await self.prefetch(0, len(self.region))
-                    self._sigbus = False
-            finally:
-                if self._guard is not None:
-                    self._guard.close()
-                try:
-                    await self._engine.close(poison=self._sigbus)
-                finally:  # canceled, or the source could not be closed: nobody reads any more all the same
-                    self._settle()
-            return
+        """Serve no longer; settle what is missing as `on_exit` says. Canceling does not interrupt this."""
         stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None))
         try:
             await asyncio.shield(stopping)
@@ -254,11 +228,7 @@ class Monitor:
 
     def __enter__(self) -> Self:
         """Start to serve, in a program without a loop."""
-        if self._in_process:
-            raise RuntimeError("in_process=True serves on the caller's event loop: use `async with`")
-        if self._in_thread:
-            _enable_traceback()
-        self._start()
+        self._start(self._choice.make(None))
         return self
 
     def __exit__(
@@ -267,77 +237,44 @@ class Monitor:
         """Serve no longer; settle what is missing as `on_exit` says."""
         self._stop(populate=kind is None)
 
-    def _start(self) -> None:
+    def _start(self, engine: Engine) -> None:
         # What may take time or fail comes first: the size of a source is asked of a server.
         _ = getattr(self.origin, "size", None)
         self._register()
+        region = self.region
         try:
-            if self._server is not None:
-                self._engine = ServerEngine(
-                    self._server,
-                    self._descriptor,
-                    self._mapping,
-                    self.region.page_size,
-                    name=self._server_source,
+            engine.start(
+                Assignment(
+                    uffd=self._descriptor,
+                    service=self._service(),
+                    mapping=Mapping(region.address, region.address + region.mapped_length, 0),
+                    page_size=region.page_size,
+                    options=self._options,
                     on_error=self._failed,
                     on_lost=self._lost,
-                    stuck_limit=self._stuck_limit,
                 )
-            elif self._in_thread:
-                self._engine = InThreadEngine(
-                    self._descriptor,
-                    self._service(),
-                    self._mapping,
-                    self.region.page_size,
-                    self._options,
-                    on_error=self._failed,
-                    warning=self._stuck_warning,
-                    limit=self._stuck_limit,
-                )
-            else:
-                self._engine = PagerEngine(
-                    self._descriptor,
-                    self._service(),
-                    self._mapping,
-                    self.region.page_size,
-                    self._options,
-                    on_error=self._failed,
-                    on_lost=self._lost,
-                    stuck_limit=self._stuck_limit,
-                )
+            )
         except BaseException:
             self._unregister()
             raise
-        self.region.listen(self._engine if isinstance(self._engine, InThreadEngine) else None)
+        self._engine = engine
+        region.listen(engine.layout)
 
     def _stop(self, *, populate: bool = False) -> None:
         engine = self._engine
-        if engine is None or isinstance(engine, LocalEngine) or os.getpid() != self._pid:
+        if engine is None or os.getpid() != self._pid:
             return
         try:
             if populate and self._on_exit == "populate":
                 engine.prefetch(0, len(self.region)).result()
                 self._sigbus = False
         finally:
-            if isinstance(engine, InThreadEngine):
-                self._leave(engine)
-            else:
-                # Served until it is settled: a touch that nobody answers, with the GIL held, stops this very thread.
-                if self._sigbus and Feature.POISON in probe().features:
-                    engine.refuse()
-                try:
-                    self._give_back()
-                finally:
-                    engine.close()
-                    self._settle()
-
-    def _leave(self, engine: InThreadEngine) -> None:
-        """Stop serving in the threads that touch: whoever touches meanwhile waits until it is settled."""
-        engine.close()
-        try:
-            self._settle()
-        finally:
-            engine.remove(for_good=self._sigbus)
+            if self._sigbus and Feature.POISON in probe().features:
+                engine.refuse()
+            try:
+                engine.leave(self._settle, sigbus=self._sigbus)
+            finally:
+                self._left()
 
     def _register(self) -> None:
         region = self.region
@@ -348,28 +285,13 @@ class Monitor:
         if region.closed:
             raise ClosedError("the region is closed")
         available = probe()
-        if self._in_thread:
-            wanted = Feature.SIGBUS
-        else:
-            wanted = Feature.THREAD_ID
-            if not self._in_process:
-                wanted |= abi.LAYOUT_EVENTS
-        if self._fork == "serve":
-            wanted |= Feature.EVENT_FORK
-        if self._track_writes:
-            wanted |= WRITE_TRACKING
-        elif RegisterMode.WP in self._modes:
-            wanted |= Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
-        if region.fd >= 0 and (minor := _minor(region) & available.features):
-            # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
-            wanted |= minor
-            self._modes |= RegisterMode.MINOR
-        self._options = attrs.evolve(self._options, modes=int(self._modes))
-        # In user mode only, faults of system calls are not served; in_thread they never are.
-        user_mode_only = self._user_mode_only or (self._in_thread and available.opened_by == "user-mode-only")
+        # In user mode only, faults of system calls are not served; some engines never serve them.
+        user_mode_only = self._user_mode_only or (
+            available.opened_by == "user-mode-only" and not self._choice.serves_system_calls
+        )
         if not user_mode_only and available.opened_by == "user-mode-only":
             Userfaultfd().close()  # raises: the caller has not agreed to that
-        self._uffd = Userfaultfd(wanted, user_mode_only=user_mode_only)
+        self._uffd = Userfaultfd(self._wanted(available.features), user_mode_only=user_mode_only)
         try:
             if self._fork != "serve":
                 libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
@@ -380,6 +302,22 @@ class Monitor:
             self._unregister()
             raise
         region.monitor = self
+
+    def _wanted(self, available: Feature) -> Feature:
+        """Return what the descriptor must have; with it goes what the region is registered for."""
+        wanted = self._choice.features
+        if self._fork == "serve":
+            wanted |= Feature.EVENT_FORK
+        if self._track_writes:
+            wanted |= WRITE_TRACKING
+        elif RegisterMode.WP in self._modes:
+            wanted |= Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
+        if self.region.fd >= 0 and (minor := _minor(self.region) & available):
+            # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
+            wanted |= minor
+            self._modes |= RegisterMode.MINOR
+        self._options = attrs.evolve(self._options, modes=int(self._modes))
+        return wanted
 
     def _service(self) -> Service:
         page, size = self.region.page_size, len(self.region)
@@ -401,9 +339,8 @@ class Monitor:
             if self._fork != "serve":
                 libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
 
-    def _settle(self) -> None:
-        """Nobody reads any more: decide what a touch of a missing page is from now on."""
-        self._give_back()
+    def _left(self) -> None:
+        """Nobody serves the region any more."""
         self._engine = None
         self.region.monitor = None
         self.region.listen(None)
@@ -413,11 +350,12 @@ class Monitor:
         with self._news:
             self._tell()
 
-    def _give_back(self) -> None:
+    def _settle(self) -> None:
+        """Decide what a touch of a missing page is from now on."""
         if (uffd := self._take()) is None:
             return
-        if self._in_thread and self._sigbus:
-            # It has Feature.SIGBUS: without our handler a missing page is SIGBUS for everybody, as long as it is open.
+        if self._sigbus and Feature.SIGBUS in uffd.features:
+            # As long as it is open, and none of our handlers is called, a missing page is SIGBUS for everybody.
             self.region.keep(uffd)
             return
         with uffd:
@@ -440,20 +378,13 @@ class Monitor:
             ValueError: not within the region.
         """
         self._check(start, length)
-        engine = self._running()
-        if isinstance(engine, LocalEngine):
-            await engine.prefetch(start, length)
-        else:
-            await asyncio.wrap_future(engine.prefetch(start, length))
+        await asyncio.wrap_future(self._running().prefetch(start, length))
 
     def prefetch_sync(self, start: int, length: int, timeout: float | None = None) -> None:
         """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
         self._check(start, length)
         engine = self._running()
-        if isinstance(engine, LocalEngine):
-            raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
-                "in_process=True serves on the caller's event loop: await prefetch()"
-            )
+        engine.check_may_wait()
         future = engine.prefetch(start, length)
         try:
             future.result(timeout)
@@ -465,21 +396,17 @@ class Monitor:
             raise TimeoutError(late) from None
 
     def read(self, start: int, length: int) -> bytes:
-        """Return a copy of `length` bytes from offset `start` on, for what cannot wait for a missing page itself.
+        """Return a copy of `length` bytes from offset `start` on. Missing pages are brought first.
 
-        With `in_thread` (and with `user_mode_only`) a system call on a missing page fails with EFAULT: write(2) of a
-        view, for example. It succeeds with what this returns, and with a view of what was prefetched. Missing pages
-        are waited for as by any touch.
+        For what cannot wait for a missing page itself: with `InThread` (and with `user_mode_only`) a system call on a
+        missing page fails with EFAULT, write(2) of a view for example. It succeeds with what this returns.
 
         Raises:
+            SourceError: a page could not be had.
             ValueError: not within the region.
-            RuntimeError: with `in_process`, whose loop may be the caller's: await `prefetch` there.
+            RuntimeError: this thread runs the engine's loop: await `prefetch` there, and take a slice.
         """
-        self._check(start, length)
-        if isinstance(self._running(), LocalEngine):
-            raise RuntimeError(  # noqa: TRY004 - no argument has a wrong type
-                "in_process=True: a touch may stop the loop that serves it; await prefetch(), and take a slice"
-            )
+        self.prefetch_sync(start, length)
         return self.region[start : start + length]
 
     def collect(self) -> list[Range]:
@@ -499,7 +426,7 @@ class Monitor:
     def statistics(self) -> Statistics:
         """Return what has been counted since entering; also after worker deaths. Costs microseconds.
 
-        With `server`, what that has counted for all its clients, since it began.
+        With `ServedBy`, what the server has counted for all its clients, since it began.
         """
         return self._running().statistics()
 
@@ -561,7 +488,7 @@ class Monitor:
         for tell in self._waiters:
             tell()
 
-    def _running(self) -> LocalEngine | InThreadEngine | PagerEngine | ServerEngine:
+    def _running(self) -> Engine:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
         if os.getpid() != self._pid:
@@ -573,8 +500,8 @@ class Monitor:
             raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
 
     def __repr__(self) -> str:
-        served = repr(self.origin) if self._server is None else f"the server at {os.fspath(self._server)!r}"
-        return f"<Monitor of {self.region!r} by {served}, {'not entered' if self._engine is None else 'entered'}>"
+        state = "not entered" if self._engine is None else "entered"
+        return f"<Monitor of {self.region!r} by {self.origin!r}, {self._choice!r}, {state}>"
 
     @property
     def _descriptor(self) -> Userfaultfd:
@@ -582,38 +509,16 @@ class Monitor:
         return self._uffd
 
     @property
-    def _mapping(self) -> Mapping:
-        return Mapping(self.region.address, self.region.address + self.region.mapped_length, 0)
-
-    @property
     def pids(self) -> tuple[int, ...]:
-        """The pager's processes: keeper and worker; empty with `in_process` and `in_thread`."""
-        return self._engine.pids if isinstance(self._engine, PagerEngine) else ()
+        """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
+        return () if self._engine is None else self._engine.pids
 
 
-def _enable_traceback() -> None:
-    """Enable faulthandler, below our handler: a page that cannot be had ends with the line that touched it.
-
-    Whoever has SIGBUS already has a use for it. In the caller's thread, which gets an alternate stack by that.
-
-    Raises:
-        NativePartError: there is no part in C.
-    """
-    if faults.handler() == 0 and not faulthandler.is_enabled() and sys.stderr is not None:
-        faulthandler.enable()
-
-
-def _check_in_thread(origin: Any, fork: str, *, elsewhere: bool) -> None:
-    """Raise for what cannot be served in the faulting thread."""
-    if elsewhere:
-        raise ValueError("either in_thread, or in_process, or server: the region is served in one place")
-    if fork == "serve":
-        raise ValueError('in_thread=True serves this process only: fork="serve" needs the pager')
-    if wants_writes(origin):
-        raise ValueError(
-            "the signal does not tell a write to a protected page from a missing page: with in_thread=True there is no"
-            " Handler.write; track_writes=True tells which pages were written"
-        )
+def _check_region(region: Region) -> None:
+    if not isinstance(region, Region):
+        raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
+    if region.closed:
+        raise ClosedError("the region is closed")
 
 
 def _minor(region: Region) -> Feature:

@@ -226,7 +226,7 @@ static int wait_for(struct region *r, _Atomic uint32_t *word, uint32_t value, ui
             add(&text, " s, and the event loop that should bring it (thread ");
             add_number(&text, (uint64_t)(uint32_t)atomic_load(&r->loop), 10);
             add(&text, ") does not run: something blocks it, or native code keeps the GIL while its threads touch"
-                       " missing pages. Prefetch them first, or leave out in_thread=True.");
+                       " missing pages. Prefetch them first, or leave out engine=InThread().");
             if (limit_ms != 0) {
                 add(&text, " The process is ended in ");
                 add_number(&text, (limit_ms > stalled ? limit_ms - stalled + 999 : 999) / 1000, 10);

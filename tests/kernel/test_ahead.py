@@ -179,12 +179,14 @@ def in_process(directory: str) -> None:
 
     async def main() -> None:
         region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Pattern(SIZE), in_process=True, record=path):
+        async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), record=path):
             for page in (5, 3, 900):
                 await asyncio.to_thread(peek, region.address + page * PAGE)
         assert list(aiouffd.Trace.load(path, PAGE).offsets) == [5 * PAGE, 3 * PAGE, 900 * PAGE]
         region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Pattern(SIZE), in_process=True, replay=path, background=True) as monitor:
+        async with aiouffd.Monitor(
+            region, Pattern(SIZE), engine=aiouffd.InProcess(), replay=path, background=True
+        ) as monitor:
             await asyncio.to_thread(eventually, lambda: monitor.statistics().pages, SIZE // PAGE)
             found = monitor.statistics()
             assert (found.pages_replay, found.pages_background) == (3, SIZE // PAGE - 3)

@@ -1,4 +1,4 @@
-"""`Monitor(in_thread=True)`: what the other modes do, in the thread that touches and without a process."""
+"""`Monitor(engine=InThread())`: what the other modes do, in the thread that touches and without a process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def every_source(kind: str, readahead: int, path: str) -> None:
     """Scenario: each page right, by threads that hold the GIL, and by native ones."""
     for threads in (1, 4):
         region = aiouffd.Region(SIZE)
-        with aiouffd.Monitor(region, at_hand(kind, path), in_thread=True, readahead=readahead) as monitor:
+        with aiouffd.Monitor(region, at_hand(kind, path), engine=aiouffd.InThread(), readahead=readahead) as monitor:
             assert monitor.pids == ()
             assert not in_threads(region, threads)
             eventually(lambda: monitor.statistics().pages >= PAGES, True)  # the loop counts after it has let them go
@@ -80,7 +80,7 @@ def every_source(kind: str, readahead: int, path: str) -> None:
             elif threads == 1:
                 assert seen.faults < PAGES / 16  # windows grow: 2 MiB at last
         region = aiouffd.Region(SIZE)
-        with aiouffd.Monitor(region, at_hand(kind, path), in_thread=True, readahead=readahead):
+        with aiouffd.Monitor(region, at_hand(kind, path), engine=aiouffd.InThread(), readahead=readahead):
             total = touchers.free().sum_in_threads(region.address, PAGES, threads)
             assert total == sum((number + 1) & 0xFF for number in range(PAGES))
 
@@ -96,7 +96,7 @@ def resolved_in_the_handler(path: str) -> None:
     """Scenario: the loop is not asked."""
     for source in (at_hand("buffer", ""), at_hand("file", path), aiouffd.ZeroSource(SIZE)):
         region = aiouffd.Region(SIZE)
-        with aiouffd.Monitor(region, source, in_thread=True, readahead=0) as monitor:
+        with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0) as monitor:
             for number in range(100):
                 _ = region[number * PAGE]
             engine = monitor._engine
@@ -109,7 +109,7 @@ def resolved_in_the_handler(path: str) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, aiouffd.FileSource(path), in_thread=True, readahead=0) as monitor:
+    with aiouffd.Monitor(region, aiouffd.FileSource(path), engine=aiouffd.InThread(), readahead=0) as monitor:
         assert not pages(region, [PAGES - 1])
         assert monitor._engine._counters.snapshot().faults >= 1  # type: ignore[union-attr]
 
@@ -124,7 +124,7 @@ def odd_ends() -> None:
     for size, length in ((5 * PAGE + 100, 8 * PAGE), (5 * PAGE, 8 * PAGE), (100, 100), (9 * PAGE + 1, 8 * PAGE + 7)):
         data = os.urandom(size)
         region = aiouffd.Region(length)
-        with aiouffd.Monitor(region, aiouffd.BufferSource(data), in_thread=True):
+        with aiouffd.Monitor(region, aiouffd.BufferSource(data), engine=aiouffd.InThread()):
             assert region[:] == (data + bytes(length))[:length]
 
 
@@ -146,7 +146,7 @@ def handlers(loop: str) -> None:
                 seen.append(fault)
                 batch.copy(fault.page, content(fault.offset, PAGE))
 
-        async with aiouffd.Monitor(region, Mine(), in_thread=True) as monitor:
+        async with aiouffd.Monitor(region, Mine(), engine=aiouffd.InThread()) as monitor:
             assert region[9 * PAGE : 9 * PAGE + 8] == word(9)  # in the loop's own thread: it pauses
             region[10 * PAGE + 8] = 1
             assert await asyncio.to_thread(peek, region.address + 11 * PAGE) == word(11)
@@ -176,7 +176,7 @@ def test_a_handler_that_is_a_closure(loop: str) -> None:
 def far_away() -> None:
     """Scenario: many threads that wait for a slow source."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Slow(SIZE, 0.002), in_thread=True, readahead=0) as monitor:
+    with aiouffd.Monitor(region, Slow(SIZE, 0.002), engine=aiouffd.InThread(), readahead=0) as monitor:
         began = time.monotonic()
         all_ = Touchers(region.address, [range(n, 640, 32) for n in range(32)])
         holding = threading.Thread(target=pages, args=(region, range(700, 720)))
@@ -216,7 +216,7 @@ def prefetching() -> None:
 
     async def main() -> None:
         region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Failing(), in_thread=True, readahead=0) as monitor:
+        async with aiouffd.Monitor(region, Failing(), engine=aiouffd.InThread(), readahead=0) as monitor:
             await monitor.prefetch(8 * PAGE, 100 * PAGE)
             before = monitor.statistics().faults
             assert not pages(region, range(8, 108))
@@ -242,7 +242,7 @@ def system_calls() -> None:
     """Scenario: EFAULT, and the two ways around it."""
     region = aiouffd.Region(SIZE)
     reading, writing = os.pipe()
-    with aiouffd.Monitor(region, Slow(SIZE), in_thread=True, readahead=0) as monitor:
+    with aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), readahead=0) as monitor:
         view = memoryview(region)
         with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is looked at
             os.write(writing, view[PAGE : 2 * PAGE])
@@ -268,11 +268,11 @@ def recorded(path: str) -> None:
     """Scenario: touches that the handler could resolve are recorded as well, and replayed."""
     order = [7, 3, 900, 5, 6, 1]
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, at_hand("buffer", ""), in_thread=True, record=path):
+    with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), record=path):
         assert not pages(region, order)
     assert [offset // PAGE for offset in aiouffd.Trace.load(path, PAGE).offsets] == order
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Slow(SIZE), in_thread=True, replay=path, readahead=0) as monitor:
+    with aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), replay=path, readahead=0) as monitor:
         eventually(lambda: monitor.statistics().pages_replay, len(order))
         assert not pages(region, order)
         assert monitor.statistics().faults == 0
@@ -286,7 +286,7 @@ def test_record_and_replay(tmp_path: Path) -> None:
 def in_the_background() -> None:
     """Scenario."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, at_hand("buffer", ""), in_thread=True, background=True) as monitor:
+    with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), background=True) as monitor:
         assert not pages(region, [1000])
         eventually(lambda: monitor.statistics().pages >= PAGES, True)
         assert not pages(region, range(PAGES))
@@ -301,7 +301,7 @@ def tracked(kind: str) -> None:
     """Scenario: WP_ASYNC needs no reader, and no signal."""
     region = aiouffd.Region(SIZE)
     source: Any = aiouffd.BufferSource(content(0, SIZE // 2)) if kind == "buffer" else Slow(SIZE // 2)
-    with aiouffd.Monitor(region, source, in_thread=True, track_writes=True) as monitor:
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), track_writes=True) as monitor:
         assert not pages(region, range(100))
         assert region[SIZE - PAGE] == 0
         assert monitor.collect() == []
@@ -324,8 +324,8 @@ def shared_region() -> None:
     region = aiouffd.Region(SIZE, shared=True)
     other = aiouffd.Region.from_fd(region.fd)
     with (
-        aiouffd.Monitor(region, at_hand("buffer", ""), in_thread=True, readahead=0),
-        aiouffd.Monitor(other, Slow(SIZE), in_thread=True, readahead=0) as second,
+        aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), readahead=0),
+        aiouffd.Monitor(other, Slow(SIZE), engine=aiouffd.InThread(), readahead=0) as second,
     ):
         assert not pages(region, range(50))
         assert not pages(other, range(50))
@@ -348,7 +348,7 @@ def huge() -> None:
     for source in (aiouffd.BufferSource(content(0, size)), Slow(size), aiouffd.BufferSource(content(0, size - 1))):
         for shared in (False, True):
             region = aiouffd.Region(size, page_size=2 << 20, shared=shared)
-            with aiouffd.Monitor(region, source, in_thread=True) as monitor:
+            with aiouffd.Monitor(region, source, engine=aiouffd.InThread()) as monitor:
                 assert not pages(region, range(0, size // PAGE - 1, 7))
                 eventually(lambda: monitor.statistics().pages, 2)
             region.close()
@@ -364,7 +364,7 @@ def layout(kind: str) -> None:
     """Scenario: madvise and resize, while others touch."""
     region = aiouffd.Region(SIZE)
     source: Any = at_hand("buffer", "") if kind == "buffer" else Slow(SIZE)
-    with aiouffd.Monitor(region, source, in_thread=True, readahead=0) as monitor:
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0) as monitor:
         touching = Touchers(region.address, [range(n, PAGES, 4) for n in range(4)], may_be_zero=True)
         for number in range(0, PAGES, 16):
             region.madvise(mmap.MADV_DONTNEED, number * PAGE, PAGE)
@@ -390,7 +390,7 @@ def resized(kind: str) -> None:
     region = aiouffd.Region(SIZE)
     source: Any = at_hand("buffer", "") if kind == "buffer" else Slow(SIZE)
     blocker = aiouffd.Region(PAGE)  # most likely right behind: the next one must move
-    with aiouffd.Monitor(region, source, in_thread=True, readahead=0):
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0):
         assert not pages(region, range(100))
         view = memoryview(region)
         with pytest.raises(BufferError):
@@ -414,9 +414,9 @@ def both_modes() -> None:
     """Scenario."""
     one, two, three = (aiouffd.Region(SIZE) for _ in range(3))
     with (
-        aiouffd.Monitor(one, at_hand("buffer", ""), in_thread=True),
+        aiouffd.Monitor(one, at_hand("buffer", ""), engine=aiouffd.InThread()),
         aiouffd.Monitor(two, Slow(SIZE)),
-        aiouffd.Monitor(three, Slow(SIZE), in_thread=True),
+        aiouffd.Monitor(three, Slow(SIZE), engine=aiouffd.InThread()),
     ):
         workers = [Touchers(each.address, [range(n, 200, 2) for n in range(2)]) for each in (one, two, three)]
         assert not pages(two, range(300, 310))
@@ -438,12 +438,12 @@ def many() -> None:
     with contextlib.ExitStack() as stack:
         for number, region in enumerate(regions[:256]):
             source = aiouffd.BufferSource(word(number) * (4 * PAGE // 8))
-            stack.enter_context(aiouffd.Monitor(region, source, in_thread=True))
-        with pytest.raises(aiouffd.BusyError), aiouffd.Monitor(regions[256], in_thread=True):
+            stack.enter_context(aiouffd.Monitor(region, source, engine=aiouffd.InThread()))
+        with pytest.raises(aiouffd.BusyError), aiouffd.Monitor(regions[256], engine=aiouffd.InThread()):
             pass
         for number, region in enumerate(regions[:256]):
             assert region[PAGE : PAGE + 8] == word(number)
-    with aiouffd.Monitor(regions[256], in_thread=True):
+    with aiouffd.Monitor(regions[256], engine=aiouffd.InThread()):
         assert regions[256][0] == 0
 
 
@@ -455,14 +455,14 @@ def test_many_regions() -> None:
 def on_exit(how: str) -> None:
     """Scenario: what becomes of what is missing, when nobody waits."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, at_hand("buffer", ""), in_thread=True, on_exit=how, readahead=0):  # type: ignore[arg-type]
+    with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), on_exit=how, readahead=0):  # type: ignore[call-overload]
         assert not pages(region, range(10))
     assert not pages(region, range(10))
     if how == "populate":
         assert not pages(region, range(PAGES))
     elif how == "zeros":
         assert region[20 * PAGE : 21 * PAGE] == bytes(PAGE)
-        with aiouffd.Monitor(region, at_hand("buffer", ""), in_thread=True):  # once more
+        with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread()):  # once more
             assert not pages(region, [21])
 
 
@@ -480,13 +480,11 @@ def test_what_cannot_be() -> None:
         async def write(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None: ...
 
     with pytest.raises(ValueError, match="fork="):
-        aiouffd.Monitor(region, in_thread=True, fork="serve")
-    with pytest.raises(ValueError, match="one place"):
-        aiouffd.Monitor(region, in_thread=True, in_process=True)
-    with pytest.raises(ValueError, match="one place"):
-        aiouffd.Monitor(region, in_thread=True, server="/nowhere")
+        aiouffd.Monitor(region, engine=aiouffd.InThread(), fork="serve")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="source"):
+        aiouffd.Monitor(region, aiouffd.ZeroSource(1), engine=aiouffd.ServedBy("/nowhere"))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="track_writes"):
-        aiouffd.Monitor(region, Writes(), in_thread=True)
+        aiouffd.Monitor(region, Writes(), engine=aiouffd.InThread())
 
 
 def test_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +494,7 @@ def test_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     region = aiouffd.Region(PAGE)
     with (
         pytest.raises(aiouffd.UnsupportedError, match="Install a C compiler") as caught,
-        aiouffd.Monitor(region, in_thread=True),
+        aiouffd.Monitor(region, engine=aiouffd.InThread()),
     ):
         pass
     assert region.monitor is None
@@ -507,11 +505,14 @@ def as_nobody() -> None:
     """Scenario: no privilege is needed."""
     os.setgid(65534)
     os.setuid(65534)
-    with pytest.raises(aiouffd.AccessError, match="dumpable"), aiouffd.Monitor(aiouffd.Region(SIZE), in_thread=True):
+    with (
+        pytest.raises(aiouffd.AccessError, match="dumpable"),
+        aiouffd.Monitor(aiouffd.Region(SIZE), engine=aiouffd.InThread()),
+    ):
         pass
     ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as a user's processes are
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Slow(SIZE), in_thread=True, readahead=0):
+    with aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), readahead=0):
         assert not pages(region, range(20))
 
 
@@ -525,18 +526,18 @@ def test_an_unprivileged_user() -> None:
 def opened(path: str) -> None:
     """Scenario."""
     Path(path).write_bytes(content(0, SIZE))
-    with aiouffd.open(path, in_thread=True) as region:
+    with aiouffd.open(path, engine=aiouffd.InThread()) as region:
         assert not pages(region, range(PAGES))
 
     async def main() -> None:
-        async with aiouffd.open(path, in_thread=True) as region:
+        async with aiouffd.open(path, engine=aiouffd.InThread()) as region:
             assert not pages(region, range(PAGES))
 
     asyncio.run(main())
 
 
 def test_open(tmp_path: Path) -> None:
-    """`aiouffd.open(..., in_thread=True)`, in both forms."""
+    """`aiouffd.open(..., engine=aiouffd.InThread())`, in both forms."""
     play(opened, str(tmp_path / "file"))
 
 
@@ -544,7 +545,7 @@ def truncated(path: str) -> None:
     """Scenario: the file is cut behind its mapping."""
     Path(path).write_bytes(content(0, SIZE))
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, aiouffd.FileSource(path), in_thread=True, readahead=0) as monitor:
+    with aiouffd.Monitor(region, aiouffd.FileSource(path), engine=aiouffd.InThread(), readahead=0) as monitor:
         assert not pages(region, range(10))
         os.truncate(path, 20 * PAGE + 5)
         assert not pages(region, range(10, 20))

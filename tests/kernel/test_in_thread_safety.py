@@ -1,4 +1,4 @@
-"""`Monitor(in_thread=True)`: what a signal handler could break, and what could hang. Each in a process of its own."""
+"""`InThread`: what a signal handler could break, and what could hang. Each in a process of its own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def near() -> aiouffd.BufferSource:
 
 def served(source: Any, **options: Any) -> aiouffd.Monitor:
     """Return a Monitor of a new region, page by page."""
-    return aiouffd.Monitor(aiouffd.Region(SIZE), source, in_thread=True, readahead=0, **options)
+    return aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=aiouffd.InThread(**options), readahead=0)
 
 
 def real_sigbus() -> mmap.mmap:
@@ -370,7 +370,7 @@ def broken_and_told() -> None:
         library = touchers.free()
         library.take_sigbus(2)
         region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Broken(), in_thread=True) as monitor:
+        async with aiouffd.Monitor(region, Broken(), engine=aiouffd.InThread()) as monitor:
             waiting = asyncio.ensure_future(monitor.wait_error())
             assert await asyncio.to_thread(library.probe, region.address + PAGE) == -1
             with pytest.raises(aiouffd.SourceError, match="no such page"):
@@ -401,7 +401,7 @@ class Selfish(aiouffd.Handler):
 def selfish() -> None:
     """Scenario."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Selfish(region), in_thread=True, stuck_limit=None):
+    with aiouffd.Monitor(region, Selfish(region), engine=aiouffd.InThread(stuck_limit=None)):
         region[0]
 
 

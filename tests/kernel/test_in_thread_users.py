@@ -1,4 +1,4 @@
-"""`Monitor(in_thread=True)` under libraries that read straight out of a lazy region, from many threads at once."""
+"""`Monitor(engine=InThread())` under libraries that read straight out of a lazy region, from many threads at once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def use(kind: str, threads: int, seconds: float, loop: str = "asyncio") -> None:
             region = aiouffd.Region(SIZE)
             source: Any = aiouffd.BufferSource(data) if kind == "buffer" else Mixed(data)
             readahead = (0, 64 << 10, 2 << 20)[turn % 3]
-            async with aiouffd.Monitor(region, source, in_thread=True, readahead=readahead):
+            async with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=readahead):
                 await asyncio.to_thread(around, region, turn)
             turn += 1
 

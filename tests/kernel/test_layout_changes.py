@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 PAGES = 512
 SIZE = PAGES * PAGE
-MODES = ["in_process", "in_thread"]
+MODES: dict[str, aiouffd.InProcess | aiouffd.InThread] = {
+    "in_process": aiouffd.InProcess(stuck_limit=None),
+    "in_thread": aiouffd.InThread(stuck_limit=None),
+}
 
 
 def monitored(mode: str, region: aiouffd.Region, source: Any) -> aiouffd.Monitor:
     """Return a Monitor."""
-    return aiouffd.Monitor(
-        region, source, in_process=mode == "in_process", in_thread=mode == "in_thread", readahead=0, stuck_limit=None
-    )
+    return aiouffd.Monitor(region, source, engine=MODES[mode], readahead=0)
 
 
 def beside_the_loop(mode: str, source: Any, work: Callable[[aiouffd.Region, aiouffd.Monitor], None]) -> None:

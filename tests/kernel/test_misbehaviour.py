@@ -155,7 +155,7 @@ def test_handlers_that_are_canceled_or_exit() -> None:
 async def canceled_prefetch() -> None:
     """Scenario: a thread waits for a page that a prefetch is bringing, which is canceled."""
     region = aiouffd.Region(SIZE)
-    async with aiouffd.Monitor(region, Slow(SIZE, 0.5), in_process=True) as monitor:
+    async with aiouffd.Monitor(region, Slow(SIZE, 0.5), engine=aiouffd.InProcess()) as monitor:
         prefetch = asyncio.ensure_future(monitor.prefetch(0, SIZE))
         await until(lambda: monitor.statistics().in_flight)
         joined = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
@@ -255,7 +255,7 @@ async def leaving_in_process(kind: str, canceled: bool) -> None:
     region = aiouffd.Region(SIZE)
 
     async def main() -> None:
-        async with aiouffd.Monitor(region, globals()[kind](SIZE), timeout=None, in_process=True) as monitor:
+        async with aiouffd.Monitor(region, globals()[kind](SIZE), timeout=None, engine=aiouffd.InProcess()) as monitor:
             thread = asyncio.ensure_future(asyncio.to_thread(poke, region.address))
             await until(lambda: monitor.statistics().in_flight)
             left.append(thread)
@@ -329,11 +329,11 @@ def a_guest_leaves_its_reads(path: str) -> None:
             "import aiouffd\n"
             "from pattern import Touchers\n"
             f"region = aiouffd.Region({SIZE})\n"
-            f"monitor = aiouffd.Monitor(region, server={path!r}).__enter__()\n"
+            f"monitor = aiouffd.Monitor(region, engine=aiouffd.ServedBy({path!r})).__enter__()\n"
             "Touchers(region.address, [[page] for page in range(8)])\n"
         )
         region = aiouffd.Region(SIZE)
-        with aiouffd.Monitor(region, server=path):
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
             with subprocess.Popen([sys.executable, "-c", code]) as greedy:
                 eventually(lambda: server.statistics().in_flight, 4)
                 greedy.kill()

@@ -237,7 +237,7 @@ def after_leaving(on_exit: str, address_of_missing: int) -> None:
     size = 4 << 20
     region = aiouffd.Region(size)
     array = np.frombuffer(region, np.uint64)
-    with aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit):  # type: ignore[arg-type]
+    with aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit):  # type: ignore[call-overload]
         assert array[0] == 1
     assert array[0] == 1  # a view outlives it; what is present stays
     with pytest.raises(BufferError):
@@ -294,7 +294,7 @@ def leave_while_touched(on_exit: str) -> None:
     """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
     size = 64 << 20
     region = aiouffd.Region(size)
-    left_while_touched(region, aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit))  # type: ignore[arg-type]
+    left_while_touched(region, aiouffd.Monitor(region, Pattern(size), readahead=0, on_exit=on_exit))  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])
@@ -331,7 +331,7 @@ def nothing_is_left() -> None:
     def use(number: int) -> None:
         region = aiouffd.Region(1 << 20)
         on_exit = ("sigbus", "populate", "zeros")[number % 3]
-        with aiouffd.Monitor(region, Pattern(1 << 20), on_exit=on_exit) as monitor:  # type: ignore[arg-type]
+        with aiouffd.Monitor(region, Pattern(1 << 20), on_exit=on_exit) as monitor:  # type: ignore[call-overload]
             pids.extend(monitor.pids)
             assert region[number * PAGE] == number + 1
 
@@ -367,10 +367,13 @@ def refusals() -> None:
             region.close()
         assert region[PAGE] == 2
     with pytest.raises(TypeError, match=r"aiouffd\.Region"):
-        aiouffd.Monitor(mmap.mmap(-1, PAGE))  # type: ignore[arg-type]
+        aiouffd.Monitor(mmap.mmap(-1, PAGE))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="on_exit"):
-        aiouffd.Monitor(region, on_exit="explode")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="async with"), aiouffd.Monitor(aiouffd.Region(PAGE), in_process=True):
+        aiouffd.Monitor(region, on_exit="explode")  # type: ignore[call-overload]
+    with (
+        pytest.raises(TypeError, match="async with"),
+        aiouffd.Monitor(aiouffd.Region(PAGE), engine=aiouffd.InProcess()),
+    ):
         pass
     lock = threading.Lock()
 
@@ -608,7 +611,7 @@ def in_process(loop: str) -> None:
                 marks.append(fault.offset)  # a closure of this process
                 batch.copy(fault.page, content(fault.offset, PAGE))
 
-        async with aiouffd.Monitor(region, Here(), in_process=True) as monitor:
+        async with aiouffd.Monitor(region, Here(), engine=aiouffd.InProcess()) as monitor:
             assert monitor.pids == ()
             assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == word(9)
             assert marks == [9 * PAGE]
@@ -617,7 +620,7 @@ def in_process(loop: str) -> None:
             await monitor.prefetch(0, 16 * PAGE)
             assert region[15 * PAGE] == 16
             assert monitor.statistics().faults == 2
-        async with aiouffd.Monitor(aiouffd.Region(size), Pattern(size), in_process=True) as monitor:
+        async with aiouffd.Monitor(aiouffd.Region(size), Pattern(size), engine=aiouffd.InProcess()) as monitor:
             address = monitor.region.address
             touchers = [asyncio.to_thread(peek, address + page * PAGE) for page in range(100, 164)]
             assert await asyncio.gather(*touchers) == [word(page) for page in range(100, 164)]
@@ -745,7 +748,9 @@ def stuck_loop(where: str) -> None:
 
     async def main() -> None:
         region = aiouffd.Region(1 << 20)
-        async with aiouffd.Monitor(region, Pattern(1 << 20), in_process=True, stuck_warning=0.5, stuck_limit=1.0):
+        async with aiouffd.Monitor(
+            region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.5, stuck_limit=1.0)
+        ):
             if where == "loop":
                 _ = region[4096]  # the loop's own thread: nobody is left to serve it
             else:
@@ -760,7 +765,7 @@ def stuck_loop(where: str) -> None:
 def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str) -> None:
     """The message names thread, address and the way out; then SIGBUS, with the traceback of the line that touched."""
     _, errors = play(stuck_loop, where, status=-signal.SIGBUS, deadline=20)
-    assert "in_process=True" in errors
+    assert "engine=InProcess()" in errors
     assert "prefetch" in errors
     assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000", errors)
     assert "in stuck_loop" in errors or "in main" in errors or "<lambda>" in errors
@@ -771,7 +776,9 @@ def busy_loop() -> None:
 
     async def main() -> None:
         region = aiouffd.Region(1 << 20)
-        async with aiouffd.Monitor(region, Pattern(1 << 20), in_process=True, stuck_warning=0.2, stuck_limit=30.0):
+        async with aiouffd.Monitor(
+            region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.2, stuck_limit=30.0)
+        ):
             waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
             await asyncio.sleep(0.2)
             waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 64 * PAGE))

@@ -37,7 +37,7 @@ from web import serving
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
-from aiouffd.monitor.engines.served_by import ServerEngine
+from aiouffd.monitor.engines.served_by import ServedByEngine
 from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def client(path: str, size: int, *, kill: str = "") -> None:
     region = aiouffd.Region(size)
     pages = list(range(size // PAGE))
     random.Random(3).shuffle(pages)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         monitor.prefetch_sync(0, MIB)
         assert monitor.pids == ()
         for number, page in enumerate(pages):
@@ -281,7 +281,7 @@ def test_a_server_whose_pager_is_killed(image: Path, tmp_path: Path, who: str) -
 def server_dies(path: str, pids: list[int]) -> None:
     """Scenario: all of the server is killed."""
     region = aiouffd.Region(16 * MIB)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         assert region[0] == 1
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -313,7 +313,7 @@ def server_dies_at_once(path: str) -> None:
             thread = threading.Thread(target=serve, args=(listener,))
             thread.start()
             told = pytest.raises(aiouffd.PagerDiedError, match="have ended")
-            with aiouffd.Monitor(aiouffd.Region(MIB), server=path) as monitor, told:
+            with aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path)) as monitor, told:
                 asyncio.run(asyncio.wait_for(monitor.wait_error(), 2))
             thread.join()
         os.unlink(path)  # noqa: PTH108 - a literal came along
@@ -327,7 +327,7 @@ def test_a_server_that_is_gone_as_soon_as_it_has_answered(tmp_path: Path) -> Non
 def server_dies_while_the_gil_is_held(path: str, pids: list[int]) -> None:
     """Scenario: all of the server is killed when this thread, and with it all of Python, waits for a page."""
     region = aiouffd.Region(16 * MIB)
-    with aiouffd.Monitor(region, server=path, stuck_limit=0.5):
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, stuck_limit=0.5)):
         assert region[0] == 1
         os.kill(pids[2], signal.SIGSTOP)  # the worker: so that the page does not come first
         with killed_when_this_thread_waits(pids):
@@ -360,7 +360,7 @@ def test_a_server_that_is_gone_altogether(image: Path, tmp_path: Path) -> None:
 def outlives(path: str, pid: int) -> None:
     """Scenario: the listener is killed; the pager serves on."""
     region = aiouffd.Region(16 * MIB)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         os.kill(pid, signal.SIGKILL)
         for page in range(0, 16 * MIB // PAGE, 7):
             assert region[page * PAGE] == (page + 1) & 255
@@ -377,7 +377,7 @@ def test_the_pager_serves_on_when_the_listener_is_killed(image: Path, tmp_path: 
 def leave_while_touched(path: str, on_exit: str) -> None:
     """Scenario: a thread goes on touching, with the GIL held at each page, while the block is left."""
     region = aiouffd.Region(16 * MIB)
-    left_while_touched(region, aiouffd.Monitor(region, server=path, on_exit=on_exit))  # type: ignore[arg-type]
+    left_while_touched(region, aiouffd.Monitor(region, engine=aiouffd.ServedBy(path), on_exit=on_exit))  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(("on_exit", "status"), [("sigbus", -signal.SIGBUS), ("zeros", 0)])
@@ -392,17 +392,17 @@ def no_server(path: str) -> None:
     """Scenario."""
     region = aiouffd.Region(MIB)
     with pytest.raises(aiouffd.PagerStartError, match="is `aiouffd serve` running there"):
-        aiouffd.Monitor(region, server=path + ".no").__enter__()
+        aiouffd.Monitor(region, engine=aiouffd.ServedBy(path + ".no")).__enter__()
     with pytest.raises(aiouffd.HandoffError, match="reaches to offset") as caught:
-        aiouffd.Monitor(aiouffd.Region(32 * MIB), server=path).__enter__()
+        aiouffd.Monitor(aiouffd.Region(32 * MIB), engine=aiouffd.ServedBy(path)).__enter__()
     # What is said to clients is the reason, and not where in the server it came from, or from what.
     assert not getattr(caught.value, "__notes__", [])
     assert caught.value.__cause__ is None
     assert region.monitor is None
-    with aiouffd.Monitor(region, server=path):
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
         assert region[0] == 1
-    with pytest.raises(ValueError, match="with server= there is"):
-        aiouffd.Monitor(region, Pattern(MIB), server=path)
+    with pytest.raises(ValueError, match="takes no a source or handler"):
+        aiouffd.Monitor(region, Pattern(MIB), engine=aiouffd.ServedBy(path))  # type: ignore[call-overload]
 
 
 def test_a_monitor_that_is_turned_away(image: Path, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_monitor_that_is_turned_away(image: Path, tmp_path: Path) -> None:
 def errors_arrive(path: str) -> None:
     """Scenario: pages that the source cannot give."""
     region = aiouffd.Region(16 * MIB)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         assert region[0] == 1
         with pytest.raises(aiouffd.ShortReadError):
             monitor.prefetch_sync(8 * MIB, PAGE)
@@ -452,19 +452,19 @@ def named(path: str) -> None:
     """Scenario."""
     for name, byte in (("a", 1), ("b", 2)):
         region = aiouffd.Region(MIB)
-        with aiouffd.Monitor(region, server=path, server_source=name):
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, source=name)):
             assert region[5000] == byte
     for name in ("../a", "", ".hidden", "a?b", "%2e%2e", "a\0b", "a/b", "\ud800", "a" * 300, "a\n"):
         with pytest.raises(aiouffd.HandoffError, match="which is no name"):
-            aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source=name).__enter__()
+            aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source=name)).__enter__()
     with pytest.raises(aiouffd.UffdError, match=r"c\.mem"):
-        aiouffd.Monitor(aiouffd.Region(MIB), server=path, server_source="c").__enter__()
+        aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source="c")).__enter__()
 
 
 def newest(path: str, expected: int) -> None:
     """Scenario: which snapshot is it?"""
     region = aiouffd.Region(MIB)
-    with aiouffd.Monitor(region, server=path, server_source="a"):
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, source="a")):
         assert region[5 * PAGE] == expected
         if expected == 1:
             file = Path(path).parent / "a.mem"
@@ -488,7 +488,7 @@ def test_a_snapshot_that_is_replaced(tmp_path: Path) -> None:
 def working_set(path: str, kind: str) -> None:
     """Scenario: touch, or find the pages there."""
     region = aiouffd.Region(16 * MIB)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         if kind == "replay":
             eventually(lambda: monitor.statistics().pages_replay, 200)
         for page in range(0, 4000, 20):
@@ -538,7 +538,7 @@ def another_source(path: str) -> None:
     """Scenario: the first client says what is recorded."""
     for name in ("a", "b"):
         region = aiouffd.Region(MIB)
-        monitor = aiouffd.Monitor(region, server=path, server_source=name)
+        monitor = aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, source=name))
         if name == "a":
             with monitor:
                 assert region[5 * PAGE] == 6
@@ -672,10 +672,10 @@ def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, sock
 def refused(path: str, pid: int, log: str, worker: int) -> None:
     """Scenario: a client that has asked to be refused, as a Monitor that is about to leave, and stays."""
     region = aiouffd.Region(MIB)
-    with aiouffd.Monitor(region, server=path) as monitor:
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         assert region[0] == 1
         engine = monitor._engine
-        assert isinstance(engine, ServerEngine)
+        assert isinstance(engine, ServedByEngine)
         engine.refuse()
         os.kill(pid, signal.SIGTERM)
         eventually(lambda: "filling 1" in Path(log).read_text(), expected=True)
@@ -734,7 +734,7 @@ def come_and_go(path: str, times: int) -> None:
     for number in range(times):
         if number % 2:
             region = aiouffd.Region(MIB)
-            with aiouffd.Monitor(region, server=path):
+            with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
                 assert region[5 * PAGE] == 6
         else:
             play(comes_and_ends, path)

@@ -93,8 +93,8 @@ def a_client_leaves(path: str) -> None:
 
     def clients(server: Server) -> None:
         one, other = aiouffd.Region(SIZE), aiouffd.Region(SIZE)
-        with aiouffd.Monitor(other, server=path):
-            with aiouffd.Monitor(one, server=path):
+        with aiouffd.Monitor(other, engine=aiouffd.ServedBy(path)):
+            with aiouffd.Monitor(one, engine=aiouffd.ServedBy(path)):
                 assert peek(one.address + PAGE) == word(1)
             assert peek(other.address + PAGE) == word(1)
             for number in range(3):
@@ -160,7 +160,7 @@ def sources_come_and_go(path: str) -> None:
         before = descriptors()
         for _ in range(6):
             region = aiouffd.Region(SIZE)
-            with aiouffd.Monitor(region, server=path):
+            with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
                 assert peek(region.address + PAGE) == word(1)
                 assert descriptors() >= before + 20
             eventually(lambda: server.statistics().spaces, 0)

@@ -248,7 +248,7 @@ def all_die_while_the_gil_is_held() -> None:
     """Scenario: both are killed when this thread, and with it all of Python, waits for a page."""
     size = 1 << 20
     region = aiouffd.Region(size)
-    monitor = aiouffd.Monitor(region, Slow(size, 1000.0), stuck_limit=0.5).__enter__()
+    monitor = aiouffd.Monitor(region, Slow(size, 1000.0), engine=aiouffd.Pager(stuck_limit=0.5)).__enter__()
     with killed_when_this_thread_waits(monitor.pids):
         print(region[5 * PAGE])
 
@@ -264,7 +264,7 @@ def all_die_while_python_is_busy() -> None:
     """Scenario: native code keeps the GIL for longer than the limit, but waits for no page."""
     size = 1 << 20
     region = aiouffd.Region(size)
-    with aiouffd.Monitor(region, Pattern(size), stuck_limit=0.2) as monitor:
+    with aiouffd.Monitor(region, Pattern(size), engine=aiouffd.Pager(stuck_limit=0.2)) as monitor:
         before = monitor.pids
         for pid in before:
             kill(pid)

@@ -42,7 +42,7 @@ def others_start_slowly(directory: str) -> None:
     slow.write_text(f'#!/bin/sh\nsleep {5 * LIMIT}\nexec {sys.executable} "$@"\n')
     slow.chmod(0o755)
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Pattern(SIZE), stuck_limit=LIMIT) as monitor:
+    with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.Pager(stuck_limit=LIMIT)) as monitor:
         sys.executable = str(slow)
         for pid in monitor.pids:
             os.kill(pid, signal.SIGKILL)

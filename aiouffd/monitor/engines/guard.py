@@ -1,6 +1,6 @@
 """The guard of an in-process Monitor: a small process that finds its loop stuck behind a fault, says so, and ends it.
 
-With `in_process=True` a thread that touches a missing page while it holds the GIL stops the loop that should serve
+With `engine=InProcess()` a thread that touches a missing page while it holds the GIL stops the loop that should serve
 it: for ever, and nothing in that process can so much as say why. The guard holds a duplicate of the descriptor. It
 looks a few times a second whether a message lies unread while the engine's count of faults stands still. Then it
 reads the message, which tells thread and address, and wakes the thread again: it faults once more, the message is
@@ -98,7 +98,7 @@ def watch(uffd: Userfaultfd, counters: Counters, pidfd: int, page_size: int, war
                 log.error(
                     "thread %d has been waiting for the page at %#x for %.1f s, and the event loop that should serve"
                     " it does not run. It was touched in that loop's own thread, or with the GIL held: leave out"
-                    " in_process=True (a pager process serves any touch), or `await monitor.prefetch(...)` first."
+                    " engine=InProcess() (a pager process serves any touch), or `await monitor.prefetch(...)` first."
                     " The page is poisoned in %.1f s",
                     *(fault.thread_id, fault.address, now - stuck_since, limit - (now - stuck_since)),
                 )

@@ -12,31 +12,34 @@ import asyncio
 import atexit
 import contextlib
 import errno
+import faulthandler
 import logging
 import mmap
 import os
+import sys
 import threading
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
 import uvloop
 
 from aiouffd.engine.ahead.fill import bring_ahead
-from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
+from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.engine.resolver import DONTWAKE
-from aiouffd.engine.serve.handler import Handler
+from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError, ClosedError
 from aiouffd.kernel import abi
-from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.monitor.engines.layout import Standstill, moved
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native import faults
 from aiouffd.native.faults import Extent, Kind, Served
 from aiouffd.ranges import align_up
@@ -44,12 +47,14 @@ from aiouffd.ranges import align_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.serve.handler import HandlerBackend
     from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Statistics
     from aiouffd.errors import UffdError
+    from aiouffd.monitor.engines.protocol import Assignment, Terms
 
-__all__ = ["InThreadEngine"]
+__all__ = ["InThread", "InThreadEngine"]
 
 log = logging.getLogger("aiouffd")
 
@@ -125,66 +130,102 @@ class _Asked(Userfaultfd):
         return result
 
 
+@attrs.frozen
+class InThread:
+    """A signal handler resolves each fault in the thread that touches; the loop runs in a thread of this process.
+
+    For memory that only threads of this process touch, and by themselves: a system call on a missing page fails with
+    EFAULT (see `Monitor.read`). No process is started, and bytes that are in memory are there sooner than from any
+    handler elsewhere. It needs the native part. It cannot serve forked children or call `Handler.write`.
+
+    Args:
+        stuck_warning: seconds that a page is waited for, while the loop does not run, until a message on standard error
+            says so: the loop's own thread waits for the page, or native code keeps the GIL.
+        stuck_limit: seconds until the process is ended with tracebacks instead of hanging. None: never.
+    """
+
+    stuck_warning: float = attrs.field(default=2.0, validator=attrs.validators.gt(0.0))
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+
+    features: ClassVar[Feature] = Feature.SIGBUS
+    serves_system_calls: ClassVar[bool] = False
+
+    def check(self, terms: Terms) -> None:
+        """Refuse fork="serve" and `Handler.write`."""
+        if terms.fork == "serve":
+            raise ValueError('engine=InThread() serves this process only: fork="serve" needs engine=Pager()')
+        if wants_writes(terms.origin):
+            raise ValueError(
+                "the signal does not tell a write to a protected page from a missing page: with engine=InThread() there"
+                " is no Handler.write; track_writes=True tells which pages were written"
+            )
+
+    def make(self, _loop: asyncio.AbstractEventLoop | None) -> InThreadEngine:
+        """Return an engine.
+
+        faulthandler is enabled below our handler, so that a page that cannot be had ends with the line that touched it;
+        where SIGBUS has a handler already, that one is kept.
+        """
+        if faults.handler() == 0 and not faulthandler.is_enabled() and sys.stderr is not None:
+            faulthandler.enable()  # in the caller's thread, which gets an alternate stack by that
+        return InThreadEngine(self)
+
+
 class InThreadEngine:
     """Serves one region of this process, in the threads that touch it and from a loop in a thread of its own.
 
-    Args:
-        uffd: the region's, with Feature.SIGBUS; stays the caller's, and must stay open until `remove`.
-        service: what serves it.
-        mapping: where the region lies.
-        page_size: of the region.
-        options: how it is served.
-        on_error: called from another thread with each error.
-        warning: seconds until a thread that waits says that the loop does not run.
-        limit: seconds until it is given up: SIGBUS, as if we were not there. None: never.
-
-    Raises:
-        NativePartError: there is no part in C.
+    Raises (on start):
+        NativePartError: there is no native part.
         BusyError: too many regions.
     """
 
-    def __init__(
-        self,
-        uffd: Userfaultfd,
-        service: Service,
-        mapping: Mapping,
-        page_size: int,
-        options: Options,
-        *,
-        on_error: Callable[[UffdError], None],
-        warning: float,
-        limit: float | None,
-    ) -> None:
-        self._service = service
-        self._options = options
-        self._page_size = page_size
-        self._start = mapping.start
-        self._end = mapping.end
+    pids = ()
+
+    def __init__(self, choice: InThread) -> None:
+        self._choice = choice
         self._counters = Counters()
-        self._on_error = on_error
-        self._period = min([_BEAT] + [patience / 4 for patience in (warning, limit) if patience])
         self._pid = os.getpid()
+        patiences = (choice.stuck_warning, choice.stuck_limit)
+        self._period = min([_BEAT] + [patience / 4 for patience in patiences if patience])
+        self._service: Service
+        self._options: Options
+        self._page_size: int
+        self._start: int
+        self._end: int
+        self._on_error: Callable[[UffdError], None]
         self._standstill: Standstill
         self._backend: SourceBackend | HandlerBackend
         self._done: asyncio.Event
         self._space: Space
+        self._served: Served
+        self._reading = self._writing = -1
+        self._loop: asyncio.AbstractEventLoop
+        self._uffd: _Asked
+        self._thread: threading.Thread
+
+    def start(self, assignment: Assignment) -> None:
+        """Serve the region."""
+        self._service, self._options = assignment.service, assignment.options
+        self._page_size = assignment.page_size
+        self._start, self._end = assignment.mapping.start, assignment.mapping.end
+        self._on_error = assignment.on_error
         self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._served = Served(
-                uffd.fileno(),
+                assignment.uffd.fileno(),
                 self._writing,
-                page_size=page_size,
-                readahead=options.readahead,
-                mode=abi.COPY_MODE_WP if options.write_protect else 0,
-                shared=bool(options.modes & RegisterMode.MINOR),
-                warning=warning,
-                limit=limit or 0.0,
+                page_size=self._page_size,
+                readahead=self._options.readahead,
+                mode=abi.COPY_MODE_WP if self._options.write_protect else 0,
+                shared=bool(self._options.modes & RegisterMode.MINOR),
+                warning=self._choice.stuck_warning,
+                limit=self._choice.stuck_limit or 0.0,
             )
         except BaseException:
             self._close_pipe()
             raise
         self._loop = uvloop.new_event_loop()
-        self._uffd = _Asked.joined(uffd, self._reading, self._loop)
+        self._uffd = _Asked.joined(assignment.uffd, self._reading, self._loop)
         ready: Future[None] = Future()
         # A daemon, so that a program may end without leaving: see `_at_exit`.
         self._thread = threading.Thread(target=self._run, args=(ready,), name="aiouffd-in-thread", daemon=True)
@@ -193,8 +234,8 @@ class InThreadEngine:
             ready.result()
         except BaseException:
             self._thread.join()
-            self.close()
-            self.remove(for_good=True)
+            self._close()
+            self._remove(for_good=True)
             raise
         _engines.add(self)
 
@@ -206,7 +247,7 @@ class InThreadEngine:
                 runner.run(self._main(ready))
         except BaseException as error:
             if ready.done():
-                log.exception("the loop of an in_thread Monitor has ended")
+                log.exception("the loop of a Monitor with engine=InThread() has ended")
             else:
                 ready.set_exception(error)
 
@@ -314,8 +355,28 @@ class InThreadEngine:
         latency = tuple(map(sum, zip(loop.latency, counted[len(faults.COUNTERS) :], strict=True)))
         return attrs.evolve(loop, latency=latency, **added)
 
-    def close(self) -> None:
-        """Serve no longer: the loop ends, and whoever touches a missing page waits until `remove`."""
+    def refuse(self) -> None:
+        """Do nothing: whoever touches a missing page waits until `leave` has settled it."""
+
+    def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        """Serve no longer: whoever touches a missing page meanwhile waits until it is settled."""
+        self._close()
+        try:
+            settle()
+        finally:
+            self._remove(for_good=sigbus)
+
+    def check_may_wait(self) -> None:
+        """Raise RuntimeError in the loop's thread."""
+        if threading.get_ident() == self._thread.ident:
+            raise RuntimeError("this thread runs the loop of engine=InThread(): await prefetch() instead")
+
+    @property
+    def layout(self) -> Self:
+        """Told by the region."""
+        return self
+
+    def _close(self) -> None:
         while not self._served.close():
             log.error("a thread is in the midst of a fault, and does not come to its end; waiting for it")
         self.stop()
@@ -339,7 +400,7 @@ class InThreadEngine:
         """Whether it was made here, and not before a fork."""
         return os.getpid() == self._pid
 
-    def remove(self, *, for_good: bool) -> None:
+    def _remove(self, *, for_good: bool) -> None:
         """Let whoever waits touch again: what that means has been settled. `for_good`: missing pages are SIGBUS."""
         self._served.remove(for_good=for_good)
         _engines.discard(self)
@@ -385,13 +446,13 @@ class InThreadEngine:
 def _tell(served: Served, displaced: int) -> None:
     if displaced > 0:
         log.warning(
-            "SIGBUS was taken from a Monitor with in_thread=True, by %s. It is taken back, and passed on where it is"
+            "SIGBUS was taken from a Monitor with engine=InThread(), by %s. It is taken back, and passed on where it is"
             " not the Monitor's. A missing page that was touched in between was not served",
             _where(served.below()),
         )
     else:
         log.error(
-            "SIGBUS was taken from a Monitor with in_thread=True, once too often: a touch of a missing page ends the"
+            "SIGBUS was taken from a Monitor with engine=InThread(), once too often: a touch of a missing page ends the"
             " process from now on"
         )
 

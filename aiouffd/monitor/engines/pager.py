@@ -1,60 +1,81 @@
-"""The engine in a pager process, as a Monitor uses it: one region, one pager."""
+"""The engine in a pager process: `Pager`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+import attrs
+
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Pack, Tenant
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
     from concurrent.futures import Future
     from typing import Any
 
-    from aiouffd.engine.assembly import Options, Service
-    from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
-    from aiouffd.kernel.userfaultfd import Userfaultfd
+    from aiouffd.monitor.engines.protocol import Assignment, Terms
 
-__all__ = ["PagerEngine"]
+__all__ = ["Pager", "PagerEngine"]
+
+
+@attrs.frozen
+class Pager:
+    """The loop runs in a process of its own, so that any thread may touch the region, holding the GIL or not.
+
+    This is the default.
+
+    Args:
+        spin_us: microseconds for which the pager looks for further faults before it sleeps, while faults keep coming.
+        stuck_limit: seconds until this process is ended (SIGABRT) if all processes of the pager were killed while a
+            thread waits for a page with the GIL held, so that no others can be started. It needs the native part.
+            None: never.
+    """
+
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+
+    features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
+    serves_system_calls: ClassVar[bool] = True
+
+    def check(self, terms: Terms) -> None:
+        """Accept everything."""
+
+    def make(self, _loop: asyncio.AbstractEventLoop | None) -> PagerEngine:
+        """Return an engine."""
+        return PagerEngine(self)
 
 
 class PagerEngine:
-    """Serves a region from a pager of its own, as soon as it is made. Blocks for a tenth of a second.
+    """Serves a region from a pager of its own. `start` blocks for a tenth of a second.
 
-    Args:
-        uffd: the region's; stays the caller's, and must stay open until `close`.
-        service: what serves it.
-        mapping: where the region lies.
-        page_size: of the region.
-        options: how it is served.
-        on_error: called from another thread with each error that the pager reports.
-        on_lost: called from there when nobody serves the region any more.
-        stuck_limit: seconds until the process is ended when keeper and worker were both killed while a thread waits for
-            a page with the GIL held, so that no others can be started; None: never.
-
-    Raises:
+    Raises (on start):
         PagerStartError: the pager did not start, or what should serve could not travel or be rebuilt there.
     """
 
-    def __init__(
-        self,
-        uffd: Userfaultfd,
-        service: Service,
-        mapping: Mapping,
-        page_size: int,
-        options: Options,
-        *,
-        on_error: Callable[[BaseException], None],
-        on_lost: Callable[[], None],
-        stuck_limit: float | None = None,
-    ) -> None:
-        self._pack = Pack(service, options)
-        self._tenant = Tenant(self._pack, uffd, [mapping], page_size)
-        guard = Watch(uffd.fileno(), stuck_limit)
-        self._client = PagerClient(on_error=lambda _, error: on_error(error), on_lost=on_lost, guard=guard)
+    layout = None
+
+    def __init__(self, choice: Pager) -> None:
+        self._choice = choice
+        self._pack: Pack
+        self._tenant: Tenant
+        self._client: PagerClient
+
+    def start(self, assignment: Assignment) -> None:
+        """Start a pager, and have it serve the region."""
+        self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
+        self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size)
+        self._client = PagerClient(
+            on_error=lambda _, error: assignment.on_error(error),
+            on_lost=assignment.on_lost,
+            guard=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
+        )
         try:
             self._client.start()
             self._client.open_wait(self._tenant)
@@ -67,6 +88,9 @@ class PagerEngine:
         """Bring offsets [offset, offset + length)."""
         return self._client.request("prefetch", self._tenant, offset=offset, length=length)
 
+    def check_may_wait(self) -> None:
+        """Do nothing: the loop runs in another process."""
+
     def statistics(self) -> Statistics:
         """Read the counters: shared memory, no round trip."""
         return self._client.statistics()
@@ -77,11 +101,17 @@ class PagerEngine:
         return self._client.pids
 
     def refuse(self) -> None:
-        """Bring nothing more: whoever waits or touches gets SIGBUS, until the memory is settled and this is closed."""
+        """Bring nothing more: a touch of a missing page is SIGBUS until `leave`."""
         self._client.refuse(self._tenant)
 
-    def close(self) -> None:
-        """Serve no longer; forked children are served on. Settle the memory first: who touches it later would hang."""
-        self._client.close(self._tenant)
-        self._client.stop()
-        self._pack.close()
+    def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        """Serve no longer; forked children are served on.
+
+        The memory is settled first: a touch that nobody answers, with the GIL held, would stop this very thread.
+        """
+        try:
+            settle()
+        finally:
+            self._client.close(self._tenant)
+            self._client.stop()
+            self._pack.close()

@@ -1,4 +1,4 @@
-"""The engine that a server runs: `aiouffd serve` serves the region, over the connection that handed it over."""
+"""The engine that a server runs: `ServedBy`."""
 
 from __future__ import annotations
 
@@ -9,76 +9,118 @@ import select
 import socket
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+import attrs
+
+from aiouffd.engine.assembly import Options
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, decode_error
 from aiouffd.handoff.firecracker import encode
 from aiouffd.handoff.lines import VERSION, Lines, line
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
-    from aiouffd.engine.mappings import Mapping
-    from aiouffd.kernel.userfaultfd import Userfaultfd
+    from aiouffd.monitor.engines.protocol import Assignment, Terms
 
-__all__ = ["ServerEngine"]
+__all__ = ["ServedBy", "ServedByEngine"]
 
 log = logging.getLogger("aiouffd")
 
 _TIMEOUT: Final = 30.0
 
 
-class ServerEngine:
-    """A region that a server serves (`aiouffd serve`). Thread-safe; blocks until it is served.
+@attrs.frozen
+class ServedBy:
+    """`aiouffd serve` serves the region, from its own source; no process is started.
+
+    What a source or a pager is asked for (timeout, retries, readahead, record, replay, background) is the server's to
+    say. `Monitor.statistics` counts for all clients of the server.
 
     Args:
         path: of the server's socket.
-        uffd: the region's; stays the caller's.
-        mapping: where the region lies, and which offsets of the server's source it shows.
-        page_size: of the region.
-        name: what is asked for, where the server has several sources.
-        on_error: called from another thread with each error that the server reports.
-        on_lost: called from there when nobody serves the region any more.
-        stuck_limit: seconds until the process is ended when that happens while a thread waits for a page with the GIL
-            held; None: never.
-
-    Raises:
-        PagerStartError: there is no server, or it does not serve this; its reason is said.
+        source: which of the server's sources, where it has several.
+        stuck_limit: seconds until this process is ended (SIGABRT) if all that serve have ended while a thread waits for
+            a page with the GIL held. It needs the native part. None: never.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        uffd: Userfaultfd,
-        mapping: Mapping,
-        page_size: int,
-        *,
-        name: str = "",
-        on_error: Callable[[BaseException], None],
-        on_lost: Callable[[], None],
-        stuck_limit: float | None = None,
-    ) -> None:
-        self._path = os.fspath(path)
-        self._on_error = on_error
-        self._on_lost = on_lost
+    path: str = attrs.field(converter=os.fspath)
+    source: str = ""
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+
+    features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
+    serves_system_calls: ClassVar[bool] = True
+
+    def check(self, terms: Terms) -> None:
+        """Refuse what only the server can be asked for."""
+        given = Options(modes=terms.options.modes, write_protect=terms.options.write_protect)
+        refused = [
+            name
+            for name, is_asked in {
+                "a source or handler": terms.origin is not None,
+                "record": terms.records,
+                "replay": terms.replays,
+                "background": bool(terms.options.background),
+                "readahead": terms.options.readahead != given.readahead and not terms.records,
+                "timeout, retries, concurrent_reads or bytes_in_flight": terms.options.limits != given.limits,
+            }.items()
+            if is_asked
+        ]
+        if refused:
+            raise ValueError(f"engine=ServedBy() takes no {', '.join(refused)}: these are the server's to choose")
+
+    def make(self, _loop: asyncio.AbstractEventLoop | None) -> ServedByEngine:
+        """Return an engine."""
+        return ServedByEngine(self)
+
+
+class ServedByEngine:
+    """A region that a server serves. `start` blocks until it is served.
+
+    Raises (on start):
+        PagerStartError: there is no server, or it does not serve this region; its reason is given.
+    """
+
+    layout = None
+    pids = ()
+
+    def __init__(self, choice: ServedBy) -> None:
+        self._path = choice.path
+        self._name = choice.source
+        self._stuck_limit = choice.stuck_limit
+        self._on_error: Callable[[BaseException], None]
+        self._on_lost: Callable[[], None]
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        taken: Future[Any] = Future()
-        self._pending: dict[int, Future[Any]] = {0: taken}
+        self._pending: dict[int, Future[Any]] = {}
         self._closing = False
         self._gone = False  # the server; its pager may serve on
         self._served = False
+        self._wake_r = self._wake_w = self._tether = -1
+        self._connection: socket.socket
+        self._thread: threading.Thread
+        self._watch: Watch
+
+    def start(self, assignment: Assignment) -> None:
+        """Hand the region over to the server."""
+        self._on_error, self._on_lost = assignment.on_error, assignment.on_lost
+        taken = self._pending[0] = Future()
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._tether, tether = os.pipe2(os.O_CLOEXEC)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
-        self._watch = Watch(uffd.fileno(), stuck_limit)
+        self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
             self._connection.connect(self._path)
-            extra = {"version": VERSION, "name": name}
-            socket.send_fds(self._connection, [encode([mapping], page_size, extra)], [uffd.fileno(), tether])
+            extra = {"version": VERSION, "name": self._name}
+            message = encode([assignment.mapping], assignment.page_size, extra)
+            socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether])
             os.close(tether)
             tether = -1
             self._thread.start()
@@ -100,26 +142,30 @@ class ServerEngine:
             if tether >= 0:
                 os.close(tether)
 
-    pids = ()
-
     def prefetch(self, offset: int, length: int) -> Future[Any]:
         """Bring offsets [offset, offset + length)."""
         return self._request("prefetch", offset=offset, length=length)
+
+    def check_may_wait(self) -> None:
+        """Do nothing: the loop runs in another process."""
 
     def statistics(self) -> Statistics:
         """Return what the server has counted, for all its clients."""
         return Statistics(**self._request("statistics").result(_TIMEOUT))
 
     def refuse(self) -> None:
-        """Bring nothing more: whoever waits or touches gets SIGBUS, until the memory is settled and this is closed."""
+        """Bring nothing more: a touch of a missing page is SIGBUS until `leave`."""
         self._ask("refuse")
 
-    def close(self) -> None:
-        """Serve no longer. Settle the memory first: who touches it later would hang."""
-        if not self._closing:
-            self._served = False
-            self._ask("close", poison=False)
-        self._end()
+    def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        """Serve no longer. The memory is settled first: a touch that nobody answers would hang."""
+        try:
+            settle()
+        finally:
+            if not self._closing:
+                self._served = False
+                self._ask("close", poison=False)
+            self._end()
 
     def _ask(self, op: str, **arguments: Any) -> None:
         try:

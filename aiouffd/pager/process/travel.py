@@ -58,8 +58,8 @@ def pack(obj: Any) -> tuple[bytes, list[Descriptor]]:
     except Exception as error:
         raise PagerStartError(
             f"{obj!r} cannot travel to the pager process: {error}. Leave out what cannot be pickled (open files,"
-            " locks, running loops) and make it in the pager on first use, or run it in this process: in_process=True"
-            " serves memory that only others touch, in_thread=True your own threads"
+            " locks, running loops) and make it in the pager on first use, or run it in this process: engine=InThread()"
+            " serves your own threads, engine=InProcess() memory that only others touch"
         ) from error
     return file.getvalue(), packer.descriptors
 

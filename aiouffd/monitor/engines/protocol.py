@@ -1,0 +1,134 @@
+"""What a Monitor asks of an engine, and what an engine is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from aiouffd.engine.assembly import Options, Service
+    from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.kernel.abi import Feature
+    from aiouffd.kernel.region import LayoutListener
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+
+__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none"]
+
+
+def positive_or_none(_: object, attribute: attrs.Attribute[Any], value: float | None) -> None:
+    """Refuse a number of seconds that is not above 0."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{attribute.name!r} must be > 0, or None: {value}")
+
+
+@attrs.frozen
+class Terms:
+    """What a Monitor was asked for, before anything is done.
+
+    Attributes:
+        origin: the source or handler; None: none was given.
+        fork: "dontfork" or "serve".
+        options: how to serve, as far as that is not a matter of the engine.
+        records: whether the order of touches is recorded.
+        replays: whether a recording is replayed.
+    """
+
+    origin: Any
+    fork: str
+    options: Options
+    records: bool = False
+    replays: bool = False
+
+
+@attrs.frozen
+class Assignment:
+    """A region to serve.
+
+    Attributes:
+        uffd: the region's descriptor; it stays the Monitor's, and open until `Engine.leave` settles it.
+        service: what brings the pages.
+        mapping: where the region lies.
+        page_size: of the region, in bytes.
+        options: how it is served.
+        on_error: called from any thread with each error.
+        on_lost: called from any thread when nobody serves the region any more, and nobody can.
+    """
+
+    uffd: Userfaultfd
+    service: Service
+    mapping: Mapping
+    page_size: int
+    options: Options
+    on_error: Callable[[BaseException], None]
+    on_lost: Callable[[], None]
+
+
+class Engine(Protocol):
+    """Serves one region, from `start` until `leave`.
+
+    Both block, and are called in a thread that does not run the engine's loop.
+    """
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that serve, as far as they belong to this Monitor."""
+
+    @property
+    def layout(self) -> LayoutListener | None:
+        """Told of each layout change that goes through the `Region`; None where the kernel's events tell."""
+
+    def start(self, assignment: Assignment) -> None:
+        """Serve the region. After an exception nothing is served, and `leave` is not called."""
+
+    def prefetch(self, offset: int, length: int) -> Future[Any]:
+        """Bring offsets [offset, offset + length). The future is done when all of them are present."""
+
+    def check_may_wait(self) -> None:
+        """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""
+
+    def refuse(self) -> None:
+        """Bring nothing more: a touch of a missing page is SIGBUS, or waits, until `leave`."""
+
+    def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        """Serve no longer.
+
+        Args:
+            settle: decides what a touch of a missing page is from now on. The engine calls it once, at the moment when
+                no touch can slip through between it and the engine.
+            sigbus: whether missing pages are SIGBUS from then on.
+        """
+
+    def statistics(self) -> Statistics:
+        """Return what has been counted."""
+
+
+class EngineChoice(Protocol):
+    """Where the loop of a Monitor runs, with the options that only such an engine has."""
+
+    @property
+    def features(self) -> Feature:
+        """What the region's descriptor must have."""
+
+    @property
+    def serves_system_calls(self) -> bool:
+        """Whether a system call that touches a missing page is served; else it fails with EFAULT."""
+
+    def check(self, terms: Terms) -> None:
+        """Raise ValueError where such an engine cannot do what the Monitor was asked for; it names both."""
+
+    def make(self, loop: asyncio.AbstractEventLoop | None) -> Engine:
+        """Return an engine; called in the thread that enters the Monitor.
+
+        Args:
+            loop: the loop that runs there, if the Monitor is entered by `async with`.
+
+        Raises:
+            TypeError: it needs a loop, and there is none.
+            NativePartError: it needs the native part, and there is none.
+        """
