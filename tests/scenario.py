@@ -6,6 +6,7 @@ fails with that signal, unless it is what the test expects.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -19,17 +20,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aiouffd import Monitor
+
 TESTS = Path(__file__).parent
 
 
-def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, status: int = 0) -> tuple[str, str]:
+def play(
+    function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, status: int = 0, loop: str = "asyncio"
+) -> tuple[str, str]:
     """Call `function(*arguments)` (literals only) in a fresh interpreter; return its output and its error output.
 
     Args:
-        function: of a test module's top level.
+        function: a function or a coroutine function at a test module's top level.
         *arguments: literals.
         deadline: seconds until it is killed.
         status: the exit status that is expected; negative: the signal.
+        loop: the name of the loop that runs a coroutine function.
     """
     path = Path(sys.modules[function.__module__].__file__ or "")
     call = textwrap.dedent(
@@ -40,10 +46,10 @@ def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, 
         sys.path[:0] = [{str(TESTS)!r}, {str(path.parent)!r}]
         import {path.stem} as module
         result = module.{function.__name__}(*{arguments!r})
-        if inspect.isawaitable(result):
-            async def main():
-                await result
-            asyncio.run(main())
+        if inspect.iscoroutine(result):
+            import blocking
+            with asyncio.Runner(loop_factory=blocking.loop_factories()[{loop!r}]) as runner:
+                runner.run(result)
         """
     )
     process = subprocess.Popen(
@@ -66,6 +72,11 @@ def play(function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, 
             f"{function.__name__} ended with {process.returncode}, not {status}:\n{output}\n{errors[-6000:]}"
         )
     return output, errors
+
+
+def next_error(monitor: Monitor, seconds: float = 10.0) -> None:
+    """Wait for the next error, and raise it: it is sent before the page is poisoned, but may arrive after."""
+    asyncio.run(asyncio.wait_for(monitor.wait_error(), seconds))
 
 
 def ended(pid: int, seconds: float) -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import run
 
 from aiouffd.criu.socket import SOCKET_NAME, LazyPagesSocket, RestoredTask
 from aiouffd.errors import HandoffError
@@ -83,7 +82,6 @@ def uffd() -> Iterator[Userfaultfd]:
         yield one
 
 
-@run
 async def test_two_tasks_and_a_zombie(tmp_path: Path, uffd: Userfaultfd) -> None:
     """Each task comes with its descriptor, close-on-exec; a zombie has none; the end mark is the end."""
     with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
@@ -107,7 +105,6 @@ async def test_two_tasks_and_a_zombie(tmp_path: Path, uffd: Userfaultfd) -> None
     assert not lazy.path.exists()
 
 
-@run
 async def test_tasks_come_as_they_are_sent(tmp_path: Path, uffd: Userfaultfd) -> None:
     """A task is given before the next one has sent anything: it may fault before the end mark."""
     with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
@@ -149,7 +146,6 @@ _BROKEN: dict[str, tuple[list[bytes | str], str]] = {
 
 
 @pytest.mark.parametrize("what", _BROKEN)
-@run
 async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) -> None:
     """Each is a `HandoffError` that says what was wrong, and no descriptor of it stays open."""
     steps, complaint = _BROKEN[what]
@@ -182,7 +178,6 @@ async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) 
     assert {name for name in descriptors() - before if "socket:" not in name} == set()
 
 
-@run
 async def test_silence_behind_a_pid(tmp_path: Path) -> None:
     """A descriptor that does not come is an error in bounded time."""
     with LazyPagesSocket(tmp_path, timeout=0.05) as lazy, connect(tmp_path) as client:
@@ -191,7 +186,6 @@ async def test_silence_behind_a_pid(tmp_path: Path) -> None:
             await all_of(lazy)
 
 
-@run
 async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
     """Nothing may come there."""
     with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
@@ -201,7 +195,6 @@ async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
             await lazy.closed()
 
 
-@run
 async def test_one_connection_only(tmp_path: Path) -> None:
     """The second is refused, and does not wait."""
     with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
@@ -211,7 +204,6 @@ async def test_one_connection_only(tmp_path: Path) -> None:
             connect(tmp_path)
 
 
-@run
 async def test_canceling_loses_nothing(uffd: Userfaultfd) -> None:
     """A wait that is given up leaves no reader behind, and what comes later is received."""
     left, right = socket.socketpair()
@@ -254,7 +246,6 @@ def test_the_socket_file(tmp_path: Path) -> None:
     assert not list(deep.iterdir())
 
 
-@run
 async def test_a_second_daemon_costs_the_first_nothing(tmp_path: Path) -> None:
     """The only connection that it takes is CRIU's."""
     with LazyPagesSocket(tmp_path) as first:
@@ -276,7 +267,6 @@ def open_to_all() -> Iterator[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user needs root")
-@run
 async def test_another_user(open_to_all: str) -> None:
     """Whoever can connect is still not the restore, unless it is root, or this user."""
     with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
@@ -315,24 +305,24 @@ async def answer(steps: list[bytes | str]) -> None:
             os.close(task.fd)
 
 
-def survives(steps: list[bytes | str]) -> None:
+async def survives(steps: list[bytes | str]) -> None:
     """Play it; no descriptor is left open."""
     before = descriptors()
-    asyncio.run(answer(steps))
+    await answer(steps)
     assert descriptors() == before
 
 
 @settings(max_examples=5_000, deadline=None)
 @given(_steps)
-def test_any_client_is_survived(steps: list[bytes | str]) -> None:
+async def test_any_client_is_survived(steps: list[bytes | str]) -> None:
     """5,000 of them."""
-    survives(steps)
+    await survives(steps)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @settings(max_examples=100_000, deadline=None)
 @given(_steps)
-def test_any_client_is_survived_at_length(steps: list[bytes | str]) -> None:
+async def test_any_client_is_survived_at_length(steps: list[bytes | str]) -> None:
     """100,000 of them."""
-    survives(steps)
+    await survives(steps)

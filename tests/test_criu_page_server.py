@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import run
 from pattern import content
 
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
@@ -82,7 +81,6 @@ async def serving(server: Server) -> AsyncIterator[Server]:
 
 
 @FORMATS
-@run
 async def test_reads(header: str) -> None:
     """The bytes asked for, of the process asked for; closing says so and waits for the answer."""
     async with serving(Server(header)) as server:
@@ -94,7 +92,6 @@ async def test_reads(header: str) -> None:
 
 
 @FORMATS
-@run
 async def test_requests_are_pipelined(header: str) -> None:
     """Many are sent before the first is answered, at most as many as allowed; each gets its own bytes."""
     async with serving(Server(header)) as server:
@@ -108,7 +105,6 @@ async def test_requests_are_pipelined(header: str) -> None:
         assert server.connections == 1
 
 
-@run
 async def test_no_more_than_allowed_is_under_way() -> None:
     """A silent server is sent five requests, not the sixth; who waits is told in time."""
     async with serving(Server(HEADER_4_1)) as server:
@@ -125,7 +121,6 @@ async def test_no_more_than_allowed_is_under_way() -> None:
 
 
 @FORMATS
-@run
 async def test_short_replies(header: str) -> None:
     """A reply of fewer pages is followed by a request for the rest."""
     async with (
@@ -136,7 +131,6 @@ async def test_short_replies(header: str) -> None:
         assert [count for _, count, _, _ in server.requests] == [5, 5, 5, 2]
 
 
-@run
 async def test_canceling_keeps_the_session() -> None:
     """The reply of a canceled read is dropped; the next read gets its own."""
     async with serving(Server(HEADER_4_1)) as server, CriuPageServer("127.0.0.1", server.port) as client:
@@ -150,7 +144,6 @@ async def test_canceling_keeps_the_session() -> None:
         assert await client.read(10, BASE + 7 * PAGE, 2) == content(7 * PAGE, 2 * PAGE)
 
 
-@run
 async def test_a_task_is_a_source() -> None:
     """Its offsets are addresses."""
     async with serving(Server(HEADER_4_2)) as server:
@@ -177,7 +170,6 @@ _SPOILED: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("what", _SPOILED)
-@run
 async def test_spoiled_replies(what: str) -> None:
     """Each is an error for all who wait and for all who come, and closing then is quiet."""
     spoil, complaint = _SPOILED[what]
@@ -199,7 +191,6 @@ async def test_spoiled_replies(what: str) -> None:
                 await client.aclose()
 
 
-@run
 async def test_words_without_a_question() -> None:
     """A server that speaks first is not one; neither is one that sends more than was asked for."""
     async with serving(Server(HEADER_4_1)) as server:
@@ -214,7 +205,6 @@ async def test_words_without_a_question() -> None:
 
 
 @FORMATS
-@run
 async def test_the_other_version(header: str) -> None:
     """The wrong header is an error in bounded time: no wrong byte, no hang."""
     other = HEADER_4_2 if header == HEADER_4_1 else HEADER_4_1
@@ -228,7 +218,6 @@ async def test_the_other_version(header: str) -> None:
             await client.aclose()
 
 
-@run
 async def test_states_and_arguments() -> None:
     """Before connecting, after closing, twice; nonsense in the arguments; nobody there; a bad status."""
     async with serving(Server(HEADER_4_1, status=-1)) as server:
@@ -252,7 +241,6 @@ async def test_states_and_arguments() -> None:
             CriuPageServer("127.0.0.1", 1, **wrong)
 
 
-@run
 async def test_the_first_error_is_the_one_told() -> None:
     """Leaving the block by an error does not put the session's end in its place."""
     async with serving(Server(HEADER_4_1, status=3)) as server:
@@ -283,6 +271,6 @@ _heads = st.tuples(st.sampled_from([6, 4 << 16 | 6, 7]), st.integers(0, 2), st.j
 
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(st.binary(max_size=80), _heads.map(lambda head: struct.pack(HEADER_4_1, *head) + b"x" * 50)))
-def test_any_answer_is_survived(garbage: bytes) -> None:
+async def test_any_answer_is_survived(garbage: bytes) -> None:
     """Bytes or a `SourceError`, in bounded time."""
-    asyncio.run(answer(garbage))
+    await answer(garbage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from loops import run
+from blocking import loop_factories
 
 from aiouffd.engine.serve.deadlines import Deadlines
 
@@ -20,7 +20,6 @@ async def wait(deadlines: Deadlines, until: asyncio.Event) -> str:
     return "done"
 
 
-@run
 async def test_each_wait_has_its_own_time() -> None:
     """What began later ends later; what is done in time is left alone."""
     loop = asyncio.get_running_loop()
@@ -40,7 +39,6 @@ async def test_each_wait_has_its_own_time() -> None:
     assert await wait(deadlines, soon) == "done"
 
 
-@run
 async def test_a_cancellation_from_outside_stays_one() -> None:
     """Whoever cancels a wait gets CancelledError, also when its time is up in the same turn."""
     deadlines, never = Deadlines(0.01), asyncio.Event()
@@ -59,7 +57,6 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
         await both
 
 
-@run
 async def test_a_task_that_timed_out_can_be_used_on() -> None:
     """The cancellation that ended the wait is taken back: the task waits again, and is not canceled."""
     deadlines, never = Deadlines(0.01), asyncio.Event()
@@ -74,7 +71,6 @@ async def test_a_task_that_timed_out_can_be_used_on() -> None:
     assert await asyncio.create_task(twice()) == ["timeout", "timeout"]
 
 
-@run
 async def test_a_body_that_swallows_the_cancellation_goes_on() -> None:
     """As with asyncio.timeout: who ends in time after all has no TimeoutError, and is not canceled later."""
     deadlines = Deadlines(0.01)
@@ -87,7 +83,6 @@ async def test_a_body_that_swallows_the_cancellation_goes_on() -> None:
     await asyncio.sleep(0.02)
 
 
-@run
 async def test_no_limit_and_close() -> None:
     """None waits for ever; after close nothing is left on the loop."""
     event = asyncio.Event()
@@ -103,7 +98,7 @@ async def test_no_limit_and_close() -> None:
     assert not deadlines._waiting
 
 
-def test_a_wait_whose_loop_is_gone_is_destroyed_in_silence() -> None:
+def test_a_wait_whose_loop_is_gone_is_destroyed_in_silence(loop: str) -> None:
     """No task does that."""
     waiting = wait(Deadlines(5.0), asyncio.Event())
 
@@ -112,7 +107,6 @@ def test_a_wait_whose_loop_is_gone_is_destroyed_in_silence() -> None:
         await asyncio.sleep(0)
         task._log_destroy_pending = False  # type: ignore[attr-defined]
 
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(main())
-    loop.close()
+    with asyncio.Runner(loop_factory=loop_factories()[loop]) as runner:
+        runner.run(main())
     waiting.close()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import run
 from pattern import PAGE
 from scenario import open_descriptors
 
@@ -177,7 +176,6 @@ class Wire:
         self.client.close()
 
 
-@run
 async def test_a_handoff_in_one_message() -> None:
     """The descriptor arrives, non-blocking and close-on-exec; who sent it is known from the kernel."""
     wire = Wire()
@@ -191,7 +189,6 @@ async def test_a_handoff_in_one_message() -> None:
     wire.close()
 
 
-@run
 async def test_a_handoff_in_pieces_with_a_memfd() -> None:
     """It is complete when it parses, wherever it is cut; what else comes along is closed."""
     wire = Wire()
@@ -242,7 +239,6 @@ def shaken() -> int:
 
 
 @pytest.mark.parametrize("case", CASES)
-@run
 async def test_a_bad_handoff(case: str) -> None:
     """The peer and the reason are named, and nothing is left open."""
     make, data, reason = CASES[case]
@@ -270,7 +266,6 @@ async def test_a_bad_handoff(case: str) -> None:
     assert open_descriptors() == before
 
 
-@run
 async def test_a_client_that_closes_at_once() -> None:
     """It says how far the handoff had come."""
     wire = Wire()
@@ -281,7 +276,6 @@ async def test_a_client_that_closes_at_once() -> None:
     wire.close()
 
 
-@run
 async def test_canceling_closes_what_has_arrived() -> None:
     """A server that is left in the middle leaks nothing."""
     wire = Wire()
@@ -300,7 +294,6 @@ async def test_canceling_closes_what_has_arrived() -> None:
     wire.close()
 
 
-@run
 async def test_a_process_that_has_ended() -> None:
     """Its memory is gone, and so is all need."""
     wire = Wire()

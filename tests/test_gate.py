@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from loops import run
 
 from aiouffd.engine.serve.gate import Gate
 
@@ -22,7 +21,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-@run
 async def test_both_bounds_hold() -> None:
     """No more reads, and no more bytes, than allowed are inside at once."""
     gate = Gate(reads=2, size=100)
@@ -34,7 +32,6 @@ async def test_both_bounds_hold() -> None:
     assert not gate.try_enter(1)
 
 
-@run
 async def test_a_piece_larger_than_the_bound_is_let_in_alone() -> None:
     """One read larger than all that is allowed does not wait for ever."""
     gate = Gate(reads=8, size=100)
@@ -44,7 +41,6 @@ async def test_a_piece_larger_than_the_bound_is_let_in_alone() -> None:
     assert gate.try_enter(1)
 
 
-@run
 async def test_faults_pass_prefetches_and_do_not_starve_them() -> None:
     """Urgent pieces go first; one of eight that are let in is a patient one."""
     gate = Gate(reads=1, size=1000)
@@ -62,7 +58,6 @@ async def test_faults_pass_prefetches_and_do_not_starve_them() -> None:
     await asyncio.gather(*tasks)
 
 
-@run
 async def test_canceling_gives_the_place_up() -> None:
     """A canceled waiter neither keeps its place nor takes one."""
     gate = Gate(reads=1, size=10)
@@ -81,7 +76,6 @@ async def test_canceling_gives_the_place_up() -> None:
     assert (gate.reads, gate.size) == (0, 0)
 
 
-@run
 async def test_a_waiter_that_was_let_in_and_canceled_at_once_leaves_again() -> None:
     """Canceled between being let in and running: its place goes to the next."""
     gate = Gate(reads=1, size=10)

@@ -116,7 +116,7 @@ def test_an_install_without_a_compiler(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".so")]
     assert "Tag: py3-none-any" in next((tmp_path / "target").glob("*.dist-info/WHEEL")).read_text()
     assert "Install a C compiler" in without(tmp_path / "target", ASK)
-    report = "from aiouffd import doctor\nprint(*doctor.examine().lines(), sep='\\n')"
+    report = "from aiouffd.cli import doctor\nprint(*doctor.examine().lines(), sep='\\n')"
     assert "part in C            not here" in without(tmp_path / "target", report)
 
 

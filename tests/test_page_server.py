@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import run
 
 from examples.page_server import PageServer, _parse, _range, _RefusedError
 
@@ -47,7 +46,6 @@ async def ask(port: int, *requests: str) -> list[tuple[int, dict[str, str], byte
     return answers
 
 
-@run
 async def test_ranges(tmp_path: Path) -> None:
     """First, middle, open and last bytes are 206 with Content-Range; beyond the end is 416; keep-alive throughout."""
     cases = {
@@ -68,7 +66,6 @@ async def test_ranges(tmp_path: Path) -> None:
             assert (status, headers["content-range"]) == (416, "bytes */25600")
 
 
-@run
 async def test_whole_files_and_heads(tmp_path: Path) -> None:
     """GET, HEAD, an empty file; ETag and Accept-Ranges are told."""
     async with serving(tmp_path) as port:
@@ -81,7 +78,6 @@ async def test_whole_files_and_heads(tmp_path: Path) -> None:
         assert head[1]["accept-ranges"] == "bytes"
 
 
-@run
 async def test_preconditions(tmp_path: Path) -> None:
     """If-Match of another version is 412, If-Range of one gives the whole file."""
     async with serving(tmp_path) as port:
@@ -93,7 +89,6 @@ async def test_preconditions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/../secret", "/..%2fsecret", "/nothing", "/", "/link", "/%00"])
-@run
 async def test_nothing_outside_is_served(tmp_path: Path, path: str) -> None:
     """Neither by dots, nor encoded, nor by a link."""
     (tmp_path / "secret").write_text("secret")
@@ -105,7 +100,6 @@ async def test_nothing_outside_is_served(tmp_path: Path, path: str) -> None:
         assert (status, body) == (404, b"")
 
 
-@run
 async def test_methods_and_garbage(tmp_path: Path) -> None:
     """POST is 405; what is no HTTP is 400 and the end of that connection only."""
     async with serving(tmp_path) as port:
@@ -122,7 +116,6 @@ async def test_methods_and_garbage(tmp_path: Path) -> None:
         assert (await ask(port, "GET /x.bin HTTP/1.1\n\n"))[0][0] == 200
 
 
-@run
 async def test_without_range(tmp_path: Path) -> None:
     """As servers that do not know it: the whole file, and no word of ranges."""
     async with serving(tmp_path, ranges=False) as port:

@@ -7,7 +7,6 @@ import pickle
 from typing import TYPE_CHECKING
 
 import pytest
-from loops import run
 from pattern import PAGE, Pattern, content
 
 import aiouffd
@@ -31,7 +30,6 @@ class Sometimes(Pattern):
         return content(offset, length)
 
 
-@run
 async def test_reads_go_through() -> None:
     """Many at once, from several sources; what fails there fails here with its reason, and costs the others nothing."""
     async with Relay() as relay:
@@ -50,7 +48,6 @@ async def test_reads_go_through() -> None:
         await second.aclose()
 
 
-@run
 async def test_a_canceled_read_leaves_no_answer_to_the_next() -> None:
     """Its connection is given up."""
     async with Relay() as relay:
@@ -65,7 +62,6 @@ async def test_a_canceled_read_leaves_no_answer_to_the_next() -> None:
         await source.aclose()
 
 
-@run
 async def test_another_user_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """An abstract address has no mode: the peer's user is looked at."""
     monkeypatch.setattr("aiouffd.criu.relay._CREDENTIALS", Nobody())
@@ -86,7 +82,6 @@ class Nobody:
         return 1, 65534, 65534
 
 
-@run
 async def test_whoever_has_it_is_gone() -> None:
     """A SourceError that says so."""
     async with Relay() as relay:
@@ -95,7 +90,6 @@ async def test_whoever_has_it_is_gone() -> None:
         await source.read(0, PAGE)
 
 
-@run
 async def test_several_sources_as_one(tmp_path: Path) -> None:
     """Each from a multiple of 2 MiB on, with something in between; located, read at once, or later, as each can."""
     path = tmp_path / "file"

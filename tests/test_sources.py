@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import run
 from web import serving
 
 import aiouffd
@@ -94,7 +93,6 @@ def test_a_buffer_must_be_contiguous() -> None:
         aiouffd.BufferSource(memoryview(DATA)[::2])
 
 
-@run
 async def test_a_file_by_address_and_by_thread(path: Path) -> None:
     """Resident bytes are located in its mapping; a read gives them too; both after the journey as well."""
     for source in (aiouffd.FileSource(path), travelled(aiouffd.FileSource(path))):
@@ -106,7 +104,6 @@ async def test_a_file_by_address_and_by_thread(path: Path) -> None:
         await source.aclose()
 
 
-@run
 async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
     """What the page cache has dropped would block the loop: it is read by a thread."""
     source = aiouffd.FileSource(path)
@@ -120,7 +117,6 @@ async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
     await source.aclose()
 
 
-@run
 async def test_single_pages_of_a_file(path: Path) -> None:
     """They are read where that does not wait; else it is asked whether they are resident; nothing behind a cut."""
     source = aiouffd.FileSource(path)
@@ -136,7 +132,6 @@ async def test_single_pages_of_a_file(path: Path) -> None:
     await source.aclose()
 
 
-@run
 async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
     """A thread reads what is announced, as far as the file goes; what was announced once is not read twice."""
     source = aiouffd.FileSource(path)
@@ -213,7 +208,6 @@ def test_what_is_expected_needs_no_thread(path: Path, monkeypatch: pytest.Monkey
     source.expect(0, SIZE)
 
 
-@run
 async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
     """To others than its owner mincore tells nothing: RWF_NOWAIT is asked instead."""
     source = aiouffd.FileSource(path)
@@ -223,7 +217,6 @@ async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
     await source.aclose()
 
 
-@run
 async def test_a_file_that_was_cut(path: Path) -> None:
     """ShortReadError, not zeros, and no hole either."""
     source = aiouffd.FileSource(path)
@@ -283,7 +276,6 @@ def test_files_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
         aiouffd.FileSource(tmp_path / name)
 
 
-@run
 async def test_objects_over_http(url: str) -> None:
     """Size, ranges and the end; the size travels along."""
     source = aiouffd.ObjectSource(f"{url}/data.bin")
@@ -298,7 +290,6 @@ async def test_objects_over_http(url: str) -> None:
         await source.read(SIZE - 1, 100)
 
 
-@run
 async def test_64_ranges_at_once(url: str) -> None:
     """Concurrent reads do not disturb each other."""
     source = aiouffd.ObjectSource(f"{url}/data.bin")
@@ -307,7 +298,6 @@ async def test_64_ranges_at_once(url: str) -> None:
     assert [bytes(data) for data in got] == [DATA[offset : offset + length] for offset, length in places]
 
 
-@run
 async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
     """No mixture of two versions: the ETag is held against the server."""
     (tmp_path / "x").write_bytes(bytes(10000))
@@ -320,7 +310,6 @@ async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
             await source.read(0, 10)
 
 
-@run
 async def test_an_encoded_url_with_a_query_arrives_as_it_was_given(url: str) -> None:
     """Signed URLs have a query, and names have blanks."""
     source = aiouffd.ObjectSource(f"{url}/data%2Ebin?signature=a%2Fb&expires=1")
@@ -346,7 +335,6 @@ def test_as_source(path: Path) -> None:
         as_source("gopher://x/y")
 
 
-@run
 async def test_zeros() -> None:
     """All of it is a hole."""
     source = aiouffd.ZeroSource(10000)

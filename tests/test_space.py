@@ -385,24 +385,22 @@ async def dispatch(world: World) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
+@pytest.mark.timeout(20)
+async def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
     """Also where the kernel puts pages off, and where a change of the layout has let a flight fall."""
     world = World(64 * PAGE, located=False, source=Slow(SIZE) if far else None)
 
-    async def main() -> None:
-        pump = asyncio.create_task(dispatch(world))
-        bring = world.space.backend.bring
-        world.uffd.failures.extend([-errno.EAGAIN] * 5)
-        await bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH)
-        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(8)]
-        second = asyncio.create_task(bring(world.space, [(8 * PAGE, 8 * PAGE)], Counter.PAGES_PREFETCH))
-        await asyncio.sleep(0)
-        world.move(8, 8)
-        await second
-        await complete(world.space, world.space.backend)
-        pump.cancel()
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    pump = asyncio.create_task(dispatch(world))
+    bring = world.space.backend.bring
+    world.uffd.failures.extend([-errno.EAGAIN] * 5)
+    await bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH)
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(8)]
+    second = asyncio.create_task(bring(world.space, [(8 * PAGE, 8 * PAGE)], Counter.PAGES_PREFETCH))
+    await asyncio.sleep(0)
+    world.move(8, 8)
+    await second
+    await complete(world.space, world.space.backend)
+    pump.cancel()
     assert world.uffd.pages == world.model
 
 
@@ -432,10 +430,11 @@ class Partly(Located):
         return content(offset, length)
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("at_hand", [True, False])
-def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> None:
+async def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> None:
     """At once, if it is at hand, since the pieces of a window take as long again; afterwards what it always brings."""
-    source = Partly(set() if at_hand else {31})
+    source = await asyncio.to_thread(Partly, set() if at_hand else {31})
     world = World(16 * PAGE, located=True, source=source)
     backend = world.space.backend
     assert isinstance(backend, SourceBackend)
@@ -450,50 +449,46 @@ def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> Non
         await bring(space, ranges, cause)
 
     backend.bring = touched  # type: ignore[assignment,method-assign]
-    asyncio.run(asyncio.wait_for(complete(world.space, backend), 20))
+    await complete(world.space, backend)
     assert found == [[BASE + page * PAGE for page in (range(16, 32) if at_hand else range(20, 24))]]
     assert world.uffd.pages == world.model
     assert world.space.filling == 0
 
 
-def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
+@pytest.mark.timeout(20)
+async def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
     """What was at hand is there; nothing counts as there that is not."""
-    source = Partly(set(range(1, PAGES, 2)))
+    source = await asyncio.to_thread(Partly, set(range(1, PAGES, 2)))
     world = World(2 * PAGE, located=True, source=source)
     backend = world.space.backend
     assert isinstance(backend, SourceBackend)
     backend.limits = Limits(concurrent_reads=4)
 
-    async def main() -> None:
-        ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
-        prefetch = asyncio.create_task(backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2, 4)]
-        prefetch.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await prefetch
-        source.through.set()
-        await complete(world.space, backend)
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
+    prefetch = asyncio.create_task(backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2, 4)]
+    prefetch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await prefetch
+    source.through.set()
+    await complete(world.space, backend)
     assert world.uffd.pages == world.model
 
 
-def test_a_source_that_breaks_while_all_is_brought() -> None:
+@pytest.mark.timeout(20)
+async def test_a_source_that_breaks_while_all_is_brought() -> None:
     """The error says where; what came before is there, and the rest comes the next time."""
-    world = World(2 * PAGE, located=True, source=Partly(set(), fails=9))
+    world = World(2 * PAGE, located=True, source=await asyncio.to_thread(Partly, set(), 9))
     backend = world.space.backend
 
-    async def main() -> None:
-        ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
-        with pytest.raises(SourceError, match=r"OSError.*once") as caught:
-            await backend.bring(world.space, ranges, Counter.PAGES_BACKGROUND)
-        assert caught.value.offset == 9 * PAGE
-        assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(9)]
-        await complete(world.space, backend)
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+    ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
+    with pytest.raises(SourceError, match=r"OSError.*once") as caught:
+        await backend.bring(world.space, ranges, Counter.PAGES_BACKGROUND)
+    assert caught.value.offset == 9 * PAGE
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(9)]
+    await complete(world.space, backend)
     assert world.uffd.pages == world.model
 
 
@@ -515,30 +510,26 @@ class Gated:
         return content(offset, length)
 
 
-def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
+async def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
     """A read fails whose memory was moved away meanwhile: who waits for what lies there now must not join it."""
-
-    async def main() -> None:
-        source = Gated()
-        world = World(16 << 10, located=False, source=source)
-        world.touch(0, 1)
-        world.deliver(1)  # a flight for its neighbourhood
+    source = Gated()
+    world = World(16 << 10, located=False, source=source)
+    world.touch(0, 1)
+    world.deliver(1)  # a flight for its neighbourhood
+    await asyncio.sleep(0)
+    for move in ((BASE, ELSEWHERE), (BASE + 8 * PAGE, BASE)):
+        world.uffd.mremap(*move, 4 * PAGE)
+        world.serve_all()
+    source.failing.set()
+    for _ in range(10):
         await asyncio.sleep(0)
-        for move in ((BASE, ELSEWHERE), (BASE + 8 * PAGE, BASE)):
-            world.uffd.mremap(*move, 4 * PAGE)
-            world.serve_all()
-        source.failing.set()
-        for _ in range(10):
-            await asyncio.sleep(0)
-        world.uffd.touch(BASE, 2)
-        world.deliver(1)
-        source.through.set()
-        for _ in range(100):
-            await asyncio.sleep(0)
-            world.serve_all()
-        assert world.uffd.pages[BASE] == content(8 * PAGE, PAGE)
-
-    asyncio.run(main())
+    world.uffd.touch(BASE, 2)
+    world.deliver(1)
+    source.through.set()
+    for _ in range(100):
+        await asyncio.sleep(0)
+        world.serve_all()
+    assert world.uffd.pages[BASE] == content(8 * PAGE, PAGE)
 
 
 def test_pieces_are_of_whole_pages() -> None:
@@ -599,12 +590,12 @@ def test_a_toucher_who_is_faster_than_the_pieces_is_let_go() -> None:
     assert BASE + (PAGES - 1) * PAGE in world.uffd.pages
 
 
-def test_what_a_defect_has_kept_from_coming_is_not_taken_for_present() -> None:
+async def test_what_a_defect_has_kept_from_coming_is_not_taken_for_present() -> None:
     """Whoever asks for it later gets it."""
     source = Brittle(0)
     world = World(16 << 10, located=False, source=source)
     world.touch(0, 1)
     world.deliver(1)
     source.limit = SIZE
-    asyncio.run(world.space.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH))
+    await world.space.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
     assert len(world.uffd.pages) == PAGES

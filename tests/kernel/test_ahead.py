@@ -173,31 +173,28 @@ def test_the_background_fill_leaves_out_what_was_removed() -> None:
     play(fill_after_removal)
 
 
-def in_process(directory: str) -> None:
+async def in_process(directory: str) -> None:
     """Scenario: the same on the caller's own loop."""
     path = Path(directory) / "trace"
 
-    async def main() -> None:
-        region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), record=path):
-            for page in (5, 3, 900):
-                await asyncio.to_thread(peek, region.address + page * PAGE)
-        assert list(aiouffd.Trace.load(path, PAGE).offsets) == [5 * PAGE, 3 * PAGE, 900 * PAGE]
-        region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(
-            region, Pattern(SIZE), engine=aiouffd.InProcess(), replay=path, background=True
-        ) as monitor:
-            await asyncio.to_thread(eventually, lambda: monitor.statistics().pages, SIZE // PAGE)
-            found = monitor.statistics()
-            assert (found.pages_replay, found.pages_background) == (3, SIZE // PAGE - 3)
-            assert region[:] == content(0, SIZE)
-
-    asyncio.run(main())
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), record=path):
+        for page in (5, 3, 900):
+            await asyncio.to_thread(peek, region.address + page * PAGE)
+    assert list(aiouffd.Trace.load(path, PAGE).offsets) == [5 * PAGE, 3 * PAGE, 900 * PAGE]
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(
+        region, Pattern(SIZE), engine=aiouffd.InProcess(), replay=path, background=True
+    ) as monitor:
+        await asyncio.to_thread(eventually, lambda: monitor.statistics().pages, SIZE // PAGE)
+        found = monitor.statistics()
+        assert (found.pages_replay, found.pages_background) == (3, SIZE // PAGE - 3)
+        assert region[:] == content(0, SIZE)
 
 
-def test_in_the_callers_process(tmp_path: Path) -> None:
+def test_in_the_callers_process(tmp_path: Path, loop: str) -> None:
     """Recorded, replayed and filled there as well."""
-    play(in_process, str(tmp_path))
+    play(in_process, str(tmp_path), loop=loop)
 
 
 def test_wrong_use(tmp_path: Path) -> None:

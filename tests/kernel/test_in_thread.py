@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import touchers
-from loops import LOOPS
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import eventually, play
 
@@ -133,44 +132,38 @@ def test_odd_ends() -> None:
     play(odd_ends)
 
 
-def handlers(loop: str) -> None:
+async def handlers() -> None:
     """Scenario: a closure as handler, touched by the application's own loop."""
+    region = aiouffd.Region(SIZE)
+    seen: list[aiouffd.Fault] = []
 
-    async def main() -> None:
-        region = aiouffd.Region(SIZE)
-        seen: list[aiouffd.Fault] = []
+    class Mine(aiouffd.Handler):
+        async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+            await asyncio.sleep(0.001)
+            seen.append(fault)
+            batch.copy(fault.page, content(fault.offset, PAGE))
 
-        class Mine(aiouffd.Handler):
-            async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
-                await asyncio.sleep(0.001)
-                seen.append(fault)
-                batch.copy(fault.page, content(fault.offset, PAGE))
-
-        async with aiouffd.Monitor(region, Mine(), engine=aiouffd.InThread()) as monitor:
-            assert region[9 * PAGE : 9 * PAGE + 8] == word(9)  # in the loop's own thread: it pauses
-            region[10 * PAGE + 8] = 1
-            assert await asyncio.to_thread(peek, region.address + 11 * PAGE) == word(11)
-            await monitor.prefetch(0, 8 * PAGE)
-            assert not pages(region, range(8))
-            assert [(fault.offset, fault.write) for fault in seen[:3]] == [
-                (9 * PAGE, False),
-                (10 * PAGE, True),
-                (11 * PAGE, False),
-            ]
-            assert seen[0].thread_id == threading.get_native_id() != seen[2].thread_id
-            eventually(lambda: monitor.statistics().faults, 3)
-            assert monitor.statistics().pages_prefetch == 8
-            region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
-            assert region[9 * PAGE : 10 * PAGE] == bytes(PAGE)
-
-    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-        runner.run(main())
+    async with aiouffd.Monitor(region, Mine(), engine=aiouffd.InThread()) as monitor:
+        assert region[9 * PAGE : 9 * PAGE + 8] == word(9)  # in the loop's own thread: it pauses
+        region[10 * PAGE + 8] = 1
+        assert await asyncio.to_thread(peek, region.address + 11 * PAGE) == word(11)
+        await monitor.prefetch(0, 8 * PAGE)
+        assert not pages(region, range(8))
+        assert [(fault.offset, fault.write) for fault in seen[:3]] == [
+            (9 * PAGE, False),
+            (10 * PAGE, True),
+            (11 * PAGE, False),
+        ]
+        assert seen[0].thread_id == threading.get_native_id() != seen[2].thread_id
+        eventually(lambda: monitor.statistics().faults, 3)
+        assert monitor.statistics().pages_prefetch == 8
+        region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+        assert region[9 * PAGE : 10 * PAGE] == bytes(PAGE)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_a_handler_that_is_a_closure(loop: str) -> None:
     """It runs in this process, told of address, access and thread; the application's loop may touch."""
-    play(handlers, loop)
+    play(handlers, loop=loop)
 
 
 def far_away() -> None:
@@ -211,31 +204,27 @@ class Failing:
         return content(offset, length)
 
 
-def prefetching() -> None:
+async def prefetching() -> None:
     """Scenario: errors of a prefetch; what is prefetched is there."""
-
-    async def main() -> None:
-        region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Failing(), engine=aiouffd.InThread(), readahead=0) as monitor:
-            await monitor.prefetch(8 * PAGE, 100 * PAGE)
-            before = monitor.statistics().faults
-            assert not pages(region, range(8, 108))
-            assert monitor.statistics().faults == before
-            with pytest.raises(aiouffd.SourceError, match="no such page"):
-                await monitor.prefetch(0, 16 * PAGE)
-            with pytest.raises(ValueError, match="not within"):
-                monitor.prefetch_sync(0, SIZE + 1)
-            waiting = asyncio.ensure_future(monitor.wait_error())
-            assert not pages(region, [3])
-        with pytest.raises(aiouffd.ClosedError):
-            await waiting
-
-    asyncio.run(main())
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Failing(), engine=aiouffd.InThread(), readahead=0) as monitor:
+        await monitor.prefetch(8 * PAGE, 100 * PAGE)
+        before = monitor.statistics().faults
+        assert not pages(region, range(8, 108))
+        assert monitor.statistics().faults == before
+        with pytest.raises(aiouffd.SourceError, match="no such page"):
+            await monitor.prefetch(0, 16 * PAGE)
+        with pytest.raises(ValueError, match="not within"):
+            monitor.prefetch_sync(0, SIZE + 1)
+        waiting = asyncio.ensure_future(monitor.wait_error())
+        assert not pages(region, [3])
+    with pytest.raises(aiouffd.ClosedError):
+        await waiting
 
 
-def test_prefetch() -> None:
+def test_prefetch(loop: str) -> None:
     """It returns when all is there, and raises what the source has raised; nothing is poisoned."""
-    play(prefetching)
+    play(prefetching, loop=loop)
 
 
 def system_calls() -> None:
@@ -523,22 +512,19 @@ def test_an_unprivileged_user() -> None:
     play(as_nobody)
 
 
-def opened(path: str) -> None:
+async def opened(path: str) -> None:
     """Scenario."""
     Path(path).write_bytes(content(0, SIZE))
     with aiouffd.open(path, engine=aiouffd.InThread()) as region:
         assert not pages(region, range(PAGES))
 
-    async def main() -> None:
-        async with aiouffd.open(path, engine=aiouffd.InThread()) as region:
-            assert not pages(region, range(PAGES))
-
-    asyncio.run(main())
+    async with aiouffd.open(path, engine=aiouffd.InThread()) as region:
+        assert not pages(region, range(PAGES))
 
 
-def test_open(tmp_path: Path) -> None:
+def test_open(tmp_path: Path, loop: str) -> None:
     """`aiouffd.open(..., engine=aiouffd.InThread())`, in both forms."""
-    play(opened, str(tmp_path / "file"))
+    play(opened, str(tmp_path / "file"), loop=loop)
 
 
 def truncated(path: str) -> None:

@@ -363,28 +363,24 @@ def test_a_page_that_cannot_be_had(how: str) -> None:
         assert "in broken" in errors or "in <lambda>" in errors
 
 
-def broken_and_told() -> None:
+async def broken_and_told() -> None:
     """Scenario: a program that survives SIGBUS learns why it came."""
-
-    async def main() -> None:
-        library = touchers.free()
-        library.take_sigbus(2)
-        region = aiouffd.Region(SIZE)
-        async with aiouffd.Monitor(region, Broken(), engine=aiouffd.InThread()) as monitor:
-            waiting = asyncio.ensure_future(monitor.wait_error())
-            assert await asyncio.to_thread(library.probe, region.address + PAGE) == -1
-            with pytest.raises(aiouffd.SourceError, match="no such page"):
-                await waiting
-            assert monitor.statistics().pages_poisoned == 1
-            for _ in range(10):
-                assert library.probe(region.address + PAGE) == -1  # again and again
-
-    asyncio.run(main())
+    library = touchers.free()
+    library.take_sigbus(2)
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Broken(), engine=aiouffd.InThread()) as monitor:
+        waiting = asyncio.ensure_future(monitor.wait_error())
+        assert await asyncio.to_thread(library.probe, region.address + PAGE) == -1
+        with pytest.raises(aiouffd.SourceError, match="no such page"):
+            await waiting
+        assert monitor.statistics().pages_poisoned == 1
+        for _ in range(10):
+            assert library.probe(region.address + PAGE) == -1  # again and again
 
 
-def test_why_a_page_cannot_be_had() -> None:
+def test_why_a_page_cannot_be_had(loop: str) -> None:
     """`wait_error()` raises it."""
-    play(broken_and_told)
+    play(broken_and_told, loop=loop)
 
 
 class Selfish(aiouffd.Handler):

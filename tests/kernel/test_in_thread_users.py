@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from loops import LOOPS
 from scenario import play
 
 import aiouffd
@@ -100,7 +99,7 @@ USES: dict[str, Callable[[Any, int], object]] = {
 }
 
 
-def use(kind: str, threads: int, seconds: float, loop: str = "asyncio") -> None:
+async def use(kind: str, threads: int, seconds: float) -> None:
     """Scenario: each thread does everything, in an order of its own, in region after region."""
     data = make()
     reference = memoryview(data)
@@ -127,43 +126,43 @@ def use(kind: str, threads: int, seconds: float, loop: str = "asyncio") -> None:
         assert bytes(view) == data
         view.release()
 
-    async def main() -> None:
-        end, turn = time.monotonic() + seconds, 0
-        while time.monotonic() < end or not turn:
-            region = aiouffd.Region(SIZE)
-            source: Any = aiouffd.BufferSource(data) if kind == "buffer" else Mixed(data)
-            readahead = (0, 64 << 10, 2 << 20)[turn % 3]
-            async with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=readahead):
-                await asyncio.to_thread(around, region, turn)
-            turn += 1
-
-    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-        runner.run(main())
+    end, turn = time.monotonic() + seconds, 0
+    while time.monotonic() < end or not turn:
+        region = aiouffd.Region(SIZE)
+        source: Any = aiouffd.BufferSource(data) if kind == "buffer" else Mixed(data)
+        readahead = (0, 64 << 10, 2 << 20)[turn % 3]
+        async with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=readahead):
+            await asyncio.to_thread(around, region, turn)
+        turn += 1
     assert not wrong
     assert done[0] >= threads * len(USES)
 
 
 @pytest.mark.parametrize("threads", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["buffer", "mixed"])
-def test_libraries_read_out_of_it(kind: str, threads: int) -> None:
+def test_libraries_read_out_of_it(kind: str, threads: int, loop: str) -> None:
     """numpy, memoryview, struct, hashlib, zlib, re, json, pickle: what they make of it is what it must be."""
-    play(use, kind, threads, 1.0)
+    play(use, kind, threads, 1.0, loop=loop)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("threads", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["buffer", "mixed"])
 def test_libraries_read_out_of_it_for_minutes(kind: str, threads: int, loop: str) -> None:
     """The same, for longer, beside an application's loop of either kind."""
-    play(use, kind, threads, 120.0, loop, deadline=300.0)
+    play(use, kind, threads, 120.0, loop=loop, deadline=300.0)
 
 
 @pytest.mark.parametrize("options", [["-X", "dev"], ["-X", "faulthandler"]])
 def test_libraries_in_modes_of_python(options: list[str]) -> None:
     """With Python's debug hooks, and with faulthandler from the beginning."""
-    script = "import sys\nsys.path[:0] = sys.argv[1:]\nimport test_in_thread_users as users\nusers.use('mixed', 4, 1.0)"
+    script = (
+        "import asyncio, sys\n"
+        "sys.path[:0] = sys.argv[1:]\n"
+        "import test_in_thread_users as users\n"
+        "asyncio.run(users.use('mixed', 4, 1.0))"
+    )
     here = Path(__file__).parent
     command = [sys.executable, *options, "-c", script, str(here), str(here.parent)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env={**os.environ})

@@ -32,18 +32,14 @@ def monitored(mode: str, region: aiouffd.Region, source: Any) -> aiouffd.Monitor
     return aiouffd.Monitor(region, source, engine=MODES[mode], readahead=0)
 
 
-def beside_the_loop(mode: str, source: Any, work: Callable[[aiouffd.Region, aiouffd.Monitor], None]) -> None:
+async def beside_the_loop(mode: str, source: Any, work: Callable[[aiouffd.Region, aiouffd.Monitor], None]) -> None:
     """Do something in another thread than the loop's."""
-
-    async def main() -> None:
-        region = aiouffd.Region(SIZE)
-        async with monitored(mode, region, source) as monitor:
-            await asyncio.to_thread(work, region, monitor)
-
-    asyncio.run(main())
+    region = aiouffd.Region(SIZE)
+    async with monitored(mode, region, source) as monitor:
+        await asyncio.to_thread(work, region, monitor)
 
 
-def emptied(mode: str, far: bool) -> None:
+async def emptied(mode: str, far: bool) -> None:
     """Scenario: pages are emptied while others touch them."""
 
     def work(region: aiouffd.Region, _: aiouffd.Monitor) -> None:
@@ -70,17 +66,17 @@ def emptied(mode: str, far: bool) -> None:
             thread.join()
         assert not wrong
 
-    beside_the_loop(mode, Slow(SIZE, 0.0003) if far else Pattern(SIZE), work)
+    await beside_the_loop(mode, Slow(SIZE, 0.0003) if far else Pattern(SIZE), work)
 
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool) -> None:
+def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool, loop: str) -> None:
     """From madvise's return on it is zeros: what was on its way for it has been forgotten."""
-    play(emptied, mode, far, deadline=60)
+    play(emptied, mode, far, loop=loop, deadline=60)
 
 
-def in_between(mode: str, kind: str) -> None:
+async def in_between(mode: str, kind: str) -> None:
     """Scenario: a page is touched, or comes, just when the system call is done and the engine does not know yet."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
@@ -109,17 +105,17 @@ def in_between(mode: str, kind: str) -> None:
         del engine.removed
 
     sources = {"asked for": Pattern(SIZE), "in memory": aiouffd.BufferSource(content(0, SIZE))}
-    beside_the_loop(mode, sources.get(kind, Slow(SIZE, 0.15)), work)
+    await beside_the_loop(mode, sources.get(kind, Slow(SIZE, 0.15)), work)
 
 
 @pytest.mark.parametrize("kind", ["asked for", "in memory", "under way"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_page_between_the_system_call_and_its_message(mode: str, kind: str) -> None:
+def test_a_page_between_the_system_call_and_its_message(mode: str, kind: str, loop: str) -> None:
     """Whoever touches it waits, and finds zeros; what was on its way is not placed."""
-    play(in_between, mode, kind)
+    play(in_between, mode, kind, loop=loop)
 
 
-def refused(mode: str) -> None:
+async def refused(mode: str) -> None:
     """Scenario."""
 
     def work(region: aiouffd.Region, _: aiouffd.Monitor) -> None:
@@ -135,13 +131,13 @@ def refused(mode: str) -> None:
         for page in range(0, PAGES, 7):
             assert peek(region.address + page * PAGE) == word(page)
 
-    beside_the_loop(mode, Pattern(SIZE), work)
+    await beside_the_loop(mode, Pattern(SIZE), work)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_change_that_fails_changes_nothing(mode: str) -> None:
+def test_a_change_that_fails_changes_nothing(mode: str, loop: str) -> None:
     """The bytes come as before, and the memory can be touched."""
-    play(refused, mode)
+    play(refused, mode, loop=loop)
 
 
 def permissions(address: int) -> str:
@@ -154,7 +150,7 @@ def permissions(address: int) -> str:
     return ""
 
 
-def moving(mode: str) -> None:
+async def moving(mode: str) -> None:
     """Scenario: moved memory cannot be touched until it is registered again."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
@@ -178,16 +174,16 @@ def moving(mode: str) -> None:
         blocker.close()
         del engine.moved
 
-    beside_the_loop(mode, Pattern(SIZE), work)
+    await beside_the_loop(mode, Pattern(SIZE), work)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_memory_that_moves_shows_no_zeros(mode: str) -> None:
+def test_memory_that_moves_shows_no_zeros(mode: str, loop: str) -> None:
     """The kernel forgets that moved memory was registered: for that moment a touch is SIGSEGV, and no zeros."""
-    play(moving, mode)
+    play(moving, mode, loop=loop)
 
 
-def nobody_there() -> None:
+async def nobody_there() -> None:
     """Scenario: the loop does not come to it."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
@@ -200,15 +196,15 @@ def nobody_there() -> None:
         assert peek(region.address + PAGE) == word(1)  # the loop is not stopped for good
 
     vars(layout)["_PATIENCE"] = 0.2
-    beside_the_loop("in_process", Pattern(SIZE), work)
+    await beside_the_loop("in_process", Pattern(SIZE), work)
 
 
-def test_a_loop_that_does_not_run() -> None:
+def test_a_loop_that_does_not_run(loop: str) -> None:
     """BusyError, with nothing done."""
-    play(nobody_there)
+    play(nobody_there, loop=loop)
 
 
-def in_the_loop(mode: str) -> None:
+async def in_the_loop(mode: str) -> None:
     """Scenario: a handler changes the layout of its own region."""
 
     class Giving(aiouffd.Handler):
@@ -219,15 +215,12 @@ def in_the_loop(mode: str) -> None:
 
     region = aiouffd.Region(SIZE)
 
-    async def main() -> None:
-        async with monitored(mode, region, Giving()):
-            for page, expected in ((7, word(7)), (5, word(5)), (7, bytes(8))):
-                assert await asyncio.to_thread(peek, region.address + page * PAGE) == expected
-
-    asyncio.run(main())
+    async with monitored(mode, region, Giving()):
+        for page, expected in ((7, word(7)), (5, word(5)), (7, bytes(8))):
+            assert await asyncio.to_thread(peek, region.address + page * PAGE) == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_change_that_the_loop_itself_makes(mode: str) -> None:
+def test_a_change_that_the_loop_itself_makes(mode: str, loop: str) -> None:
     """It does not wait for itself."""
-    play(in_the_loop, mode)
+    play(in_the_loop, mode, loop=loop)

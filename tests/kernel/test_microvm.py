@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow
-from scenario import play
+from scenario import next_error, play
 
 import aiouffd
 from aiouffd import Feature, LayoutChangingError, PageFault, RegisterMode, Remove, Userfaultfd
@@ -339,7 +338,7 @@ def source_fails_the_guest() -> None:
         with pytest.raises(GuestError, match="offset 0x9000 of the guest's memory cannot be had"):
             vm.run()
         with pytest.raises(aiouffd.SourceError, match="a bad sector"):
-            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))  # sent before the poison, but it may arrive after
+            next_error(monitor)
         with pytest.raises(OSError, match="Bad file descriptor"):
             vm.run()  # it is destroyed: half an instruction of it is pending
         with guest(region) as other:

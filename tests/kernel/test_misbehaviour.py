@@ -165,9 +165,9 @@ async def canceled_prefetch() -> None:
         monitor.check()
 
 
-def test_canceling_a_prefetch_loses_no_fault() -> None:
+def test_canceling_a_prefetch_loses_no_fault(loop: str) -> None:
     """Whoever has joined it gets his page."""
-    play(canceled_prefetch, deadline=15)
+    play(canceled_prefetch, loop=loop, deadline=15)
 
 
 class Silent(Slow):
@@ -275,9 +275,9 @@ async def leaving_in_process(kind: str, canceled: bool) -> None:
 
 @pytest.mark.parametrize("canceled", [False, True])
 @pytest.mark.parametrize("kind", ["Silent", "Deaf"])
-def test_leaving_on_ones_own_loop(kind: str, canceled: bool) -> None:
+def test_leaving_on_ones_own_loop(kind: str, canceled: bool, loop: str) -> None:
     """As before, also where leaving is canceled: the region is settled."""
-    play(leaving_in_process, kind, canceled, deadline=20)
+    play(leaving_in_process, kind, canceled, loop=loop, deadline=20)
 
 
 class Blocks(Slow):
@@ -320,7 +320,7 @@ def test_the_pager_ends_with_its_application(kind: str, seconds: float) -> None:
         assert time.monotonic() - before < seconds
 
 
-def a_guest_leaves_its_reads(path: str) -> None:
+async def a_guest_leaves_its_reads(path: str) -> None:
     """Scenario: one client's faults take all the room, and it is killed."""
 
     def clients(server: Server) -> None:
@@ -341,12 +341,9 @@ def a_guest_leaves_its_reads(path: str) -> None:
             assert peek(region.address + 100 * PAGE) == word(100)
             assert time.monotonic() - before < 5
 
-    async def main() -> None:
-        source = SilentAtTheBeginning(SIZE)
-        async with Server(source, path, readahead=0, timeout=None, concurrent_reads=4) as server:
-            await asyncio.to_thread(clients, server)
-
-    asyncio.run(main())
+    source = SilentAtTheBeginning(SIZE)
+    async with Server(source, path, readahead=0, timeout=None, concurrent_reads=4) as server:
+        await asyncio.to_thread(clients, server)
 
 
 class SilentAtTheBeginning(Slow):
@@ -359,9 +356,9 @@ class SilentAtTheBeginning(Slow):
         return content(offset, length)
 
 
-def test_the_reads_of_a_client_that_is_gone_take_no_room(tmp_path: Path) -> None:
+def test_the_reads_of_a_client_that_is_gone_take_no_room(tmp_path: Path, loop: str) -> None:
     """They are canceled with it: others need the places."""
-    play(a_guest_leaves_its_reads, str(tmp_path / "socket"))
+    play(a_guest_leaves_its_reads, str(tmp_path / "socket"), loop=loop)
 
 
 class Counting(Slow):

@@ -21,26 +21,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvloop
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
-from scenario import ended, eventually, play
+from scenario import ended, eventually, next_error, play
 from web import serving
 
 import aiouffd
-
-LOOPS = ["asyncio", "uvloop"]
-
-
-def on(loop: str, main: Any) -> None:
-    """Run a coroutine on the loop of that name."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
-        runner.run(main)
-
-
-def next_error(monitor: aiouffd.Monitor) -> None:
-    """Wait for the next error, and raise it: it is sent before the page is poisoned, but may arrive after."""
-    asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
-
 
 # The main job
 
@@ -100,77 +85,63 @@ def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
         play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=110)
 
 
-def own_loop_thread_touches(loop: str) -> None:
+async def own_loop_thread_touches() -> None:
     """Scenario."""
-
-    async def main() -> None:
-        region = aiouffd.Region(1 << 20)
-        async with aiouffd.Monitor(region, Slow(1 << 20)) as monitor:
-            assert region[5 * PAGE] == 6  # in the loop's own thread, GIL held
-            assert np.frombuffer(region, np.uint64)[::512].sum() == sum(range(1, 257))
-            assert monitor.statistics().faults >= 1
-
-    on(loop, main())
+    region = aiouffd.Region(1 << 20)
+    async with aiouffd.Monitor(region, Slow(1 << 20)) as monitor:
+        assert region[5 * PAGE] == 6  # in the loop's own thread, GIL held
+        assert np.frombuffer(region, np.uint64)[::512].sum() == sum(range(1, 257))
+        assert monitor.statistics().faults >= 1
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_a_touch_from_the_loops_own_thread(loop: str) -> None:
     """`region[n]` in a coroutine, holding the GIL, gets its byte."""
-    play(own_loop_thread_touches, loop)
+    play(own_loop_thread_touches, loop=loop)
 
 
-def plain_and_async(loop: str) -> None:
+async def plain_and_async() -> None:
     """Scenario."""
     data = random.Random(1).randbytes(100_003)
 
-    async def main() -> None:
-        async with aiouffd.open(data) as region:
-            assert len(region) == len(data)
-            assert region[:] == data
-            assert region.monitor is not None
-
-    on(loop, main())
+    async with aiouffd.open(data) as region:
+        assert len(region) == len(data)
+        assert region[:] == data
+        assert region.monitor is not None
     with aiouffd.open(data) as region:
         assert region[-1] == data[-1]
         assert peek(region.address + 98304, 4096) == data[98304:] + bytes(4096 - len(data[98304:]))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_open_works_with_and_without_a_loop(loop: str) -> None:
     """Any length; the tail of the last page is zeros."""
-    play(plain_and_async, loop)
+    play(plain_and_async, loop=loop)
 
 
-def prefetch_and_statistics(loop: str) -> None:
+async def prefetch_and_statistics() -> None:
     """Scenario."""
-
-    async def main() -> None:
-        size = 8 << 20
-        region = aiouffd.Region(size)
-        async with aiouffd.Monitor(region, Slow(size)) as monitor:
-            await asyncio.gather(monitor.prefetch(0, size // 2), monitor.prefetch(size // 4, size // 4))
-            seen = monitor.statistics()
-            assert (seen.faults, seen.pages_prefetch, seen.bytes_fetched) == (0, 1024, 4 << 20)
-            before = time.perf_counter()
-            assert region[: size // 2] == content(0, size // 2)
-            assert time.perf_counter() - before < 1
-            assert monitor.statistics().faults == 0
-            assert region[size // 2] != 0
-            # The source's millisecond, as a power of two.
-            eventually(lambda: monitor.statistics().latency_ns(0.5) > 500_000, expected=True)
-            for start, length in ((-1, 1), (0, size + 1), (size, 1)):
-                with pytest.raises(ValueError, match="not within the region"):
-                    await monitor.prefetch(start, length)
-        with pytest.raises(aiouffd.ClosedError):
-            monitor.statistics()
-
-    on(loop, main())
+    size = 8 << 20
+    region = aiouffd.Region(size)
+    async with aiouffd.Monitor(region, Slow(size)) as monitor:
+        await asyncio.gather(monitor.prefetch(0, size // 2), monitor.prefetch(size // 4, size // 4))
+        seen = monitor.statistics()
+        assert (seen.faults, seen.pages_prefetch, seen.bytes_fetched) == (0, 1024, 4 << 20)
+        before = time.perf_counter()
+        assert region[: size // 2] == content(0, size // 2)
+        assert time.perf_counter() - before < 1
+        assert monitor.statistics().faults == 0
+        assert region[size // 2] != 0
+        # The source's millisecond, as a power of two.
+        eventually(lambda: monitor.statistics().latency_ns(0.5) > 500_000, expected=True)
+        for start, length in ((-1, 1), (0, size + 1), (size, 1)):
+            with pytest.raises(ValueError, match="not within the region"):
+                await monitor.prefetch(start, length)
+    with pytest.raises(aiouffd.ClosedError):
+        monitor.statistics()
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_prefetch_brings_all_and_faults_nothing(loop: str) -> None:
     """What was prefetched is there without a fault, brought once; the statistics say so."""
-    play(prefetch_and_statistics, loop)
+    play(prefetch_and_statistics, loop=loop)
 
 
 def larger_than_memory() -> None:
@@ -524,42 +495,38 @@ class Failing:
         return content(offset, length)
 
 
-def failing_sources(loop: str) -> None:
+async def failing_sources() -> None:
     """Scenario."""
     libc = ctypes.CDLL(None)
     libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     _, write = os.pipe()
 
-    async def main() -> None:
-        size = 4 << 20
-        region = aiouffd.Region(size)
-        async with aiouffd.Monitor(region, Failing(size), retries=2) as monitor:
-            with pytest.raises(aiouffd.SourceError, match="bad sector"):
-                await monitor.prefetch(0, size // 2)
-            assert libc.write(write, region.address + (1 << 20), 1) == -1
-            with pytest.raises(aiouffd.SourceError) as caught:
-                await asyncio.wait_for(monitor.wait_error(), 10)
-            assert (caught.value.offset, caught.value.length) == (1 << 20, PAGE)
-            assert isinstance(caught.value.__cause__, OSError)
-            assert caught.value.__cause__.errno == 5
-            assert libc.write(write, region.address + (2 << 20), 1) == -1
-            with pytest.raises(aiouffd.ShortReadError):
-                await asyncio.wait_for(monitor.wait_error(), 10)
-            for page in (0, 255, 257, 511, 513, 1023):  # the neighbours are none the worse
-                assert region[page * PAGE : page * PAGE + 8] == word(page)
-            assert monitor.statistics().source_retries >= 2
-            waiting = asyncio.ensure_future(monitor.wait_error())
-            await asyncio.sleep(0)
-        with pytest.raises(aiouffd.ClosedError):
-            await asyncio.wait_for(waiting, 10)
-
-    on(loop, main())
+    size = 4 << 20
+    region = aiouffd.Region(size)
+    async with aiouffd.Monitor(region, Failing(size), retries=2) as monitor:
+        with pytest.raises(aiouffd.SourceError, match="bad sector"):
+            await monitor.prefetch(0, size // 2)
+        assert libc.write(write, region.address + (1 << 20), 1) == -1
+        with pytest.raises(aiouffd.SourceError) as caught:
+            await asyncio.wait_for(monitor.wait_error(), 10)
+        assert (caught.value.offset, caught.value.length) == (1 << 20, PAGE)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == 5
+        assert libc.write(write, region.address + (2 << 20), 1) == -1
+        with pytest.raises(aiouffd.ShortReadError):
+            await asyncio.wait_for(monitor.wait_error(), 10)
+        for page in (0, 255, 257, 511, 513, 1023):  # the neighbours are none the worse
+            assert region[page * PAGE : page * PAGE + 8] == word(page)
+        assert monitor.statistics().source_retries >= 2
+        waiting = asyncio.ensure_future(monitor.wait_error())
+        await asyncio.sleep(0)
+    with pytest.raises(aiouffd.ClosedError):
+        await asyncio.wait_for(waiting, 10)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_a_source_that_fails_for_good(loop: str) -> None:
     """The page is poisoned, wait_error tells which bytes and why; a failed prefetch raises and poisons nothing."""
-    _, errors = play(failing_sources, loop)
+    _, errors = play(failing_sources, loop=loop)
     assert "bad sector" in errors
 
 
@@ -597,41 +564,36 @@ def test_a_source_that_fails_now_and_then() -> None:
 # Its own loop
 
 
-def in_process(loop: str) -> None:
+async def in_process() -> None:
     """Scenario."""
+    size = 4 << 20
+    region = aiouffd.Region(size)
+    marks = []
 
-    async def main() -> None:
-        size = 4 << 20
-        region = aiouffd.Region(size)
-        marks = []
+    class Here(aiouffd.Handler):
+        async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+            await asyncio.sleep(0.001)
+            marks.append(fault.offset)  # a closure of this process
+            batch.copy(fault.page, content(fault.offset, PAGE))
 
-        class Here(aiouffd.Handler):
-            async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
-                await asyncio.sleep(0.001)
-                marks.append(fault.offset)  # a closure of this process
-                batch.copy(fault.page, content(fault.offset, PAGE))
-
-        async with aiouffd.Monitor(region, Here(), engine=aiouffd.InProcess()) as monitor:
-            assert monitor.pids == ()
-            assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == word(9)
-            assert marks == [9 * PAGE]
-            region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
-            assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == bytes(8)
-            await monitor.prefetch(0, 16 * PAGE)
-            assert region[15 * PAGE] == 16
-            assert monitor.statistics().faults == 2
-        async with aiouffd.Monitor(aiouffd.Region(size), Pattern(size), engine=aiouffd.InProcess()) as monitor:
-            address = monitor.region.address
-            touchers = [asyncio.to_thread(peek, address + page * PAGE) for page in range(100, 164)]
-            assert await asyncio.gather(*touchers) == [word(page) for page in range(100, 164)]
-
-    on(loop, main())
+    async with aiouffd.Monitor(region, Here(), engine=aiouffd.InProcess()) as monitor:
+        assert monitor.pids == ()
+        assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == word(9)
+        assert marks == [9 * PAGE]
+        region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+        assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == bytes(8)
+        await monitor.prefetch(0, 16 * PAGE)
+        assert region[15 * PAGE] == 16
+        assert monitor.statistics().faults == 2
+    async with aiouffd.Monitor(aiouffd.Region(size), Pattern(size), engine=aiouffd.InProcess()) as monitor:
+        address = monitor.region.address
+        touchers = [asyncio.to_thread(peek, address + page * PAGE) for page in range(100, 164)]
+        assert await asyncio.gather(*touchers) == [word(page) for page in range(100, 164)]
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_in_process_serves_what_others_touch(loop: str) -> None:
     """The engine on the caller's loop; the region's own madvise tells it what the kernel does not."""
-    play(in_process, loop)
+    play(in_process, loop=loop)
 
 
 def handler_of_main() -> None:
@@ -743,54 +705,42 @@ def test_a_file_that_is_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     play(a_failing_disk, str(tmp_path / "x.bin"))
 
 
-def stuck_loop(where: str) -> None:
+async def stuck_loop(where: str) -> None:
     """Scenario."""
-
-    async def main() -> None:
-        region = aiouffd.Region(1 << 20)
-        async with aiouffd.Monitor(
-            region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.5, stuck_limit=1.0)
-        ):
-            if where == "loop":
-                _ = region[4096]  # the loop's own thread: nobody is left to serve it
-            else:
-                thread = threading.Thread(target=lambda: region[4096])  # holds the GIL while it waits
-                thread.start()
-                thread.join()
-
-    asyncio.run(main())
+    region = aiouffd.Region(1 << 20)
+    async with aiouffd.Monitor(region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.5, stuck_limit=1.0)):
+        if where == "loop":
+            _ = region[4096]  # the loop's own thread: nobody is left to serve it
+        else:
+            thread = threading.Thread(target=lambda: region[4096])  # holds the GIL while it waits
+            thread.start()
+            thread.join()
 
 
 @pytest.mark.parametrize("where", ["loop", "thread"])
-def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str) -> None:
+def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str, loop: str) -> None:
     """The message names thread, address and the way out; then SIGBUS, with the traceback of the line that touched."""
-    _, errors = play(stuck_loop, where, status=-signal.SIGBUS, deadline=20)
+    _, errors = play(stuck_loop, where, loop=loop, status=-signal.SIGBUS, deadline=20)
     assert "engine=InProcess()" in errors
     assert "prefetch" in errors
     assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000", errors)
     assert "in stuck_loop" in errors or "in main" in errors or "<lambda>" in errors
 
 
-def busy_loop() -> None:
+async def busy_loop() -> None:
     """Scenario: a loop that is only late."""
-
-    async def main() -> None:
-        region = aiouffd.Region(1 << 20)
-        async with aiouffd.Monitor(
-            region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.2, stuck_limit=30.0)
-        ):
-            waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
-            await asyncio.sleep(0.2)
-            waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 64 * PAGE))
-            time.sleep(1.0)  # noqa: ASYNC251 - blocks the loop on purpose
-            assert await waiting == word(64)
-
-    asyncio.run(main())
+    region = aiouffd.Region(1 << 20)
+    async with aiouffd.Monitor(region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.2, stuck_limit=30.0)):
+        waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
+        await asyncio.sleep(0.2)
+        waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 64 * PAGE))
+        time.sleep(1.0)  # noqa: ASYNC251 - blocks the loop on purpose
+        assert await waiting == word(64)
 
 
-def test_a_loop_that_is_only_late_loses_nothing() -> None:
+def test_a_loop_that_is_only_late_loses_nothing(loop: str) -> None:
     """The guard's look at the message takes nothing away: when the loop comes back it serves the fault."""
-    play(busy_loop)
+    play(busy_loop, loop=loop)
 
 
 class Blocking(aiouffd.Handler):
@@ -911,34 +861,31 @@ class Bounded:
             self.bytes -= length
 
 
-def backpressure() -> None:
+async def backpressure() -> None:
     """Scenario."""
     size = 16 << 20
 
-    async def main() -> None:
-        region = aiouffd.Region(size)
-        async with aiouffd.Monitor(
-            region,
-            Bounded(size),
-            concurrent_reads=4,
-            bytes_in_flight=1 << 20,
-            readahead=64 << 10,
-            retries=0,
-        ) as monitor:
-            prefetch = asyncio.ensure_future(monitor.prefetch(0, 4 << 20))
-            touchers = Touchers(region.address, [range(1024 + n, 4096, 64) for n in range(64)])
-            await prefetch  # a storm of faults does not starve it
-            await asyncio.to_thread(touchers.join)
-            assert not touchers.wrong
-            monitor.check()
-            assert monitor.statistics().source_errors == 0
-
-    asyncio.run(main())
+    region = aiouffd.Region(size)
+    async with aiouffd.Monitor(
+        region,
+        Bounded(size),
+        concurrent_reads=4,
+        bytes_in_flight=1 << 20,
+        readahead=64 << 10,
+        retries=0,
+    ) as monitor:
+        prefetch = asyncio.ensure_future(monitor.prefetch(0, 4 << 20))
+        touchers = Touchers(region.address, [range(1024 + n, 4096, 64) for n in range(64)])
+        await prefetch  # a storm of faults does not starve it
+        await asyncio.to_thread(touchers.join)
+        assert not touchers.wrong
+        monitor.check()
+        assert monitor.statistics().source_errors == 0
 
 
-def test_bounds_hold_in_a_storm() -> None:
+def test_bounds_hold_in_a_storm(loop: str) -> None:
     """64 touchers and a prefetch: never more reads or bytes under way than allowed, and all of it arrives."""
-    play(backpressure, deadline=60)
+    play(backpressure, loop=loop, deadline=60)
 
 
 def too_late() -> None:
@@ -957,32 +904,27 @@ def test_a_prefetch_that_is_late() -> None:
     play(too_late)
 
 
-def leave_in_the_middle(loop: str) -> None:
+async def leave_in_the_middle() -> None:
     """Scenario."""
-
-    async def main() -> None:
-        size = 64 << 20
-        region = aiouffd.Region(size)
-        async with aiouffd.Monitor(region, Slow(size, 0.5)) as monitor:
-            prefetch = asyncio.ensure_future(monitor.prefetch(0, size))
-            waiting = asyncio.ensure_future(monitor.wait_error())
-            pids = monitor.pids
-            await asyncio.sleep(0.05)
-        with pytest.raises(aiouffd.ClosedError):
-            await prefetch
-        with pytest.raises(aiouffd.ClosedError):
-            await waiting
-        for pid in pids:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
-
-    on(loop, main())
+    size = 64 << 20
+    region = aiouffd.Region(size)
+    async with aiouffd.Monitor(region, Slow(size, 0.5)) as monitor:
+        prefetch = asyncio.ensure_future(monitor.prefetch(0, size))
+        waiting = asyncio.ensure_future(monitor.wait_error())
+        pids = monitor.pids
+        await asyncio.sleep(0.05)
+    with pytest.raises(aiouffd.ClosedError):
+        await prefetch
+    with pytest.raises(aiouffd.ClosedError):
+        await waiting
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 def test_leaving_in_the_middle_of_a_prefetch(loop: str) -> None:
     """ClosedError for whoever waits; no process is left."""
-    play(leave_in_the_middle, loop)
+    play(leave_in_the_middle, loop=loop)
 
 
 def child_leaves_the_block() -> None:

@@ -31,7 +31,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content, left_while_touched, word
-from scenario import ended, eventually, killed_when_this_thread_waits, play
+from scenario import ended, eventually, killed_when_this_thread_waits, next_error, play
 from web import serving
 
 import aiouffd
@@ -286,7 +286,7 @@ def server_dies(path: str, pids: list[int]) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(aiouffd.PagerDiedError, match="have ended"):
-            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+            next_error(monitor)
         assert region[0] == 1  # what is there stays
         with pytest.raises(aiouffd.ClosedError):
             monitor.prefetch_sync(0, PAGE)
@@ -314,7 +314,7 @@ def server_dies_at_once(path: str) -> None:
             thread.start()
             told = pytest.raises(aiouffd.PagerDiedError, match="have ended")
             with aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path)) as monitor, told:
-                asyncio.run(asyncio.wait_for(monitor.wait_error(), 2))
+                next_error(monitor, 2)
             thread.join()
         os.unlink(path)  # noqa: PTH108 - a literal came along
 
@@ -422,7 +422,7 @@ def errors_arrive(path: str) -> None:
         with pytest.raises(OSError, match="Bad address"):  # in place of SIGBUS, for a system call
             os.write(os.memfd_create("x"), memoryview(region)[9 * MIB : 9 * MIB + 8])
         with pytest.raises(aiouffd.ShortReadError, match=str(9 * MIB)):
-            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+            next_error(monitor)
     sys.stdout.write("done")
 
 
@@ -630,28 +630,24 @@ class FailsOnce(Slow):
         return await super().read(offset, length)
 
 
-def filled_in_spite_of_a_failure(directory: str) -> None:
+async def filled_in_spite_of_a_failure(directory: str) -> None:
     """Scenario: a window is on its way, and fails when the fill has passed it by."""
-
-    async def main() -> None:
-        path = Path(directory) / "socket"
-        async with Server(FailsOnce(MIB, directory), path) as server:
-            region, _connection, uffd = await asyncio.to_thread(hand_over, path)
-            touch = ctypes.CDLL(None).memchr
-            place = ctypes.c_void_p(region.address)
-            toucher = asyncio.create_task(asyncio.to_thread(touch, place, 0, ctypes.c_size_t(1)))
-            await asyncio.to_thread(eventually, (Path(directory) / "asked").exists, expected=True)
-            await server.fill()
-            await toucher
-            uffd.close()
-            assert bytes(region) == content(0, MIB)
-
-    asyncio.run(main())
+    path = Path(directory) / "socket"
+    async with Server(FailsOnce(MIB, directory), path) as server:
+        region, _connection, uffd = await asyncio.to_thread(hand_over, path)
+        touch = ctypes.CDLL(None).memchr
+        place = ctypes.c_void_p(region.address)
+        toucher = asyncio.create_task(asyncio.to_thread(touch, place, 0, ctypes.c_size_t(1)))
+        await asyncio.to_thread(eventually, (Path(directory) / "asked").exists, expected=True)
+        await server.fill()
+        await toucher
+        uffd.close()
+        assert bytes(region) == content(0, MIB)
 
 
-def test_a_fill_whose_reads_fail_for_a_moment(tmp_path: Path) -> None:
+def test_a_fill_whose_reads_fail_for_a_moment(tmp_path: Path, loop: str) -> None:
     """Nothing is given back before all is there: what was taken for present and has failed is brought again."""
-    play(filled_in_spite_of_a_failure, str(tmp_path))
+    play(filled_in_spite_of_a_failure, str(tmp_path), loop=loop)
 
 
 def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:

@@ -30,7 +30,7 @@ class Watched(Slow):
         """Return the bytes."""
         if time.monotonic() > self.next:
             self.next = time.monotonic() + 0.2
-            Path(self.path).write_text(str(len(asyncio.all_tasks())))  # noqa: ASYNC240 - short
+            Path(self.path).write_text(str(len(asyncio.all_tasks())))
         return await super().read(offset, length)
 
 

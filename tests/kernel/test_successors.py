@@ -88,7 +88,7 @@ def test_a_child_has_the_descriptors_number_of_one_that_has_ended() -> None:
     play(children_come_and_go)
 
 
-def a_client_leaves(path: str) -> None:
+async def a_client_leaves(path: str) -> None:
     """Scenario."""
 
     def clients(server: Server) -> None:
@@ -103,16 +103,13 @@ def a_client_leaves(path: str) -> None:
                 assert peek(other.address + (2 + number) * PAGE) == word(2 + number)
                 replaced(server, worker)
 
-    async def main() -> None:
-        async with Server(aiouffd.BufferSource(content(0, SIZE)), path) as server:
-            await asyncio.to_thread(clients, server)
-
-    asyncio.run(main())
+    async with Server(aiouffd.BufferSource(content(0, SIZE)), path) as server:
+        await asyncio.to_thread(clients, server)
 
 
-def test_a_client_has_left_before_the_worker_dies(tmp_path: Path) -> None:
+def test_a_client_has_left_before_the_worker_dies(tmp_path: Path, loop: str) -> None:
     """Its descriptor is closed: the successor does not look for it, and serves the others."""
-    _, errors = play(a_client_leaves, str(tmp_path / "socket"))
+    _, errors = play(a_client_leaves, str(tmp_path / "socket"), loop=loop)
     assert "given up" not in errors
 
 
@@ -149,7 +146,7 @@ def test_a_source_with_more_descriptors_than_a_message_takes() -> None:
     play(many_descriptors)
 
 
-def sources_come_and_go(path: str) -> None:
+async def sources_come_and_go(path: str) -> None:
     """Scenario: each client asks for a source of its own."""
 
     def clients(server: Server) -> None:
@@ -167,16 +164,13 @@ def sources_come_and_go(path: str) -> None:
             # The source is closed by a task; since the first client, there is a pidfd.
             eventually(lambda: descriptors() <= before + 2, expected=True)
 
-    async def main() -> None:
-        async with Server(lambda *_: Held(20), path) as server:
-            await asyncio.to_thread(clients, server)
-
-    asyncio.run(main())
+    async with Server(lambda *_: Held(20), path) as server:
+        await asyncio.to_thread(clients, server)
 
 
-def test_what_serves_nobody_any_more_holds_no_descriptors(tmp_path: Path) -> None:
+def test_what_serves_nobody_any_more_holds_no_descriptors(tmp_path: Path, loop: str) -> None:
     """A source whose last client has left is closed, with all that came along with it."""
-    play(sources_come_and_go, str(tmp_path / "socket"))
+    play(sources_come_and_go, str(tmp_path / "socket"), loop=loop)
 
 
 def a_cut_up_region() -> None:
@@ -210,9 +204,9 @@ async def answers_that_nobody_reads() -> None:
         await asyncio.wait_for(asyncio.gather(*waiting), 15)
 
 
-def test_no_answer_is_lost_while_the_client_does_not_read() -> None:
+def test_no_answer_is_lost_while_the_client_does_not_read(loop: str) -> None:
     """The socket is full; the worker keeps what does not fit, and every prefetch returns."""
-    play(answers_that_nobody_reads)
+    play(answers_that_nobody_reads, loop=loop)
 
 
 async def requests_that_nobody_reads() -> None:
@@ -229,9 +223,9 @@ async def requests_that_nobody_reads() -> None:
         await asyncio.wait_for(asyncio.gather(*waiting), 15)
 
 
-def test_asking_does_not_block_while_the_worker_does_not_read() -> None:
+def test_asking_does_not_block_while_the_worker_does_not_read(loop: str) -> None:
     """What does not fit into the socket is sent later, in order."""
-    play(requests_that_nobody_reads)
+    play(requests_that_nobody_reads, loop=loop)
 
 
 async def given_up_behind_a_canceled_prefetch() -> None:
@@ -252,9 +246,9 @@ async def given_up_behind_a_canceled_prefetch() -> None:
             await monitor.prefetch(0, PAGE)
 
 
-def test_whoever_waits_is_told_that_the_pager_is_given_up() -> None:
+def test_whoever_waits_is_told_that_the_pager_is_given_up(loop: str) -> None:
     """Also if somebody has canceled a prefetch before."""
-    play(given_up_behind_a_canceled_prefetch)
+    play(given_up_behind_a_canceled_prefetch, loop=loop)
 
 
 def signals_of(children: list[int]) -> list[int]:

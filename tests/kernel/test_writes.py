@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from pattern import PAGE, Pattern, Slow, content
-from scenario import eventually, play
+from scenario import eventually, next_error, play
 
 import aiouffd
 
@@ -142,7 +142,7 @@ def told_of_writes() -> None:
         assert region[7 * PAGE : 7 * PAGE + 2] == bytes([9, 7])
         assert os.pread(fd, 100, 0) == b"3 4 9 7 "
         with pytest.raises(aiouffd.HandlerError, match="no"):
-            asyncio.run(asyncio.wait_for(monitor.wait_error(), 10))
+            next_error(monitor)
         assert monitor.statistics().write_faults == 4
 
 
