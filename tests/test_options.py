@@ -69,10 +69,10 @@ def test_a_storm_of_errors_that_nobody_asks_for_is_bounded() -> None:
     """The first thousand are kept, in order, and whatever ends it all."""
     monitor = aiouffd.Monitor(aiouffd.Region(1))
     for offset in range(1000):
-        monitor._failed(aiouffd.SourceError("source", offset, 1, "no"))
+        monitor._errors.put(aiouffd.SourceError("source", offset, 1, "no"))
     for _ in range(1000):
-        monitor._failed(aiouffd.PagerError("a defect"))
-    monitor._failed(aiouffd.PagerDiedError("given up"))
+        monitor._errors.put(aiouffd.PagerError("a defect"))
+    monitor._errors.put(aiouffd.PagerDiedError("given up"))
     for offset in range(1000):
         with pytest.raises(aiouffd.SourceError) as caught:
             monitor.check()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import math
-import mmap
 import os
-import threading
-from collections import deque
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, overload
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict, Unpack, overload
 
 import attrs
 
@@ -19,19 +16,17 @@ from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.source import Limits
-from aiouffd.errors import BusyError, ClosedError, PagerDiedError, UffdError
-from aiouffd.kernel import abi, libc
-from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.errors import ClosedError
+from aiouffd.kernel import abi
 from aiouffd.kernel.region import Region
-from aiouffd.kernel.settle import leave_sigbus
-from aiouffd.kernel.userfaultfd import Userfaultfd, probe
-from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
+from aiouffd.kernel.write_tracker import collect
 from aiouffd.monitor.engines.pager import Pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
+from aiouffd.monitor.error_queue import ErrorQueue
+from aiouffd.monitor.registration import Registration
 from aiouffd.sources.base import ZeroSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
 
     from aiouffd.engine.serve.handler import Handler
@@ -43,11 +38,31 @@ if TYPE_CHECKING:
     from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
-__all__ = ["Monitor"]
+__all__ = ["AllOptions", "Fork", "MemoryOptions", "Monitor", "OnExit"]
 
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
+Fork: TypeAlias = Literal["dontfork", "serve"]
 
-_KEPT = 1000  # errors that nobody has asked for yet
+
+class MemoryOptions(TypedDict, total=False):
+    """Options of a Monitor about its memory, which go with each engine."""
+
+    on_exit: OnExit
+    track_writes: bool
+    user_mode_only: bool
+
+
+class AllOptions(MemoryOptions, total=False):
+    """The options of a Monitor that chooses how it is served; a server chooses for itself."""
+
+    readahead: int
+    timeout: float | None
+    retries: int
+    concurrent_reads: int
+    bytes_in_flight: int
+    record: str | os.PathLike[str] | None
+    replay: str | os.PathLike[str] | None
+    background: bool | float
 
 
 class Monitor:
@@ -96,18 +111,8 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         engine: Pager | InProcess | None = None,
-        readahead: int = 2 << 20,
-        on_exit: OnExit = "sigbus",
-        fork: Literal["dontfork", "serve"] = "dontfork",
-        timeout: float | None = 30.0,
-        retries: int = 4,
-        concurrent_reads: int = 128,
-        bytes_in_flight: int = 128 << 20,
-        record: str | os.PathLike[str] | None = None,
-        replay: str | os.PathLike[str] | None = None,
-        background: bool | float = False,
-        track_writes: bool = False,
-        user_mode_only: bool = False,
+        fork: Fork = "dontfork",
+        **options: Unpack[AllOptions],
     ) -> None: ...
 
     @overload
@@ -117,30 +122,13 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         engine: InThread,
-        readahead: int = 2 << 20,
-        on_exit: OnExit = "sigbus",
         fork: Literal["dontfork"] = "dontfork",
-        timeout: float | None = 30.0,
-        retries: int = 4,
-        concurrent_reads: int = 128,
-        bytes_in_flight: int = 128 << 20,
-        record: str | os.PathLike[str] | None = None,
-        replay: str | os.PathLike[str] | None = None,
-        background: bool | float = False,
-        track_writes: bool = False,
-        user_mode_only: bool = False,
+        **options: Unpack[AllOptions],
     ) -> None: ...
 
     @overload
     def __init__(
-        self,
-        region: Region,
-        *,
-        engine: ServedBy,
-        on_exit: OnExit = "sigbus",
-        fork: Literal["dontfork", "serve"] = "dontfork",
-        track_writes: bool = False,
-        user_mode_only: bool = False,
+        self, region: Region, *, engine: ServedBy, fork: Fork = "dontfork", **options: Unpack[MemoryOptions]
     ) -> None: ...
 
     def __init__(
@@ -151,7 +139,7 @@ class Monitor:
         engine: EngineChoice | None = None,
         readahead: int = 2 << 20,
         on_exit: OnExit = "sigbus",
-        fork: Literal["dontfork", "serve"] = "dontfork",
+        fork: Fork = "dontfork",
         timeout: float | None = 30.0,
         retries: int = 4,
         concurrent_reads: int = 128,
@@ -177,26 +165,21 @@ class Monitor:
         self._on_exit = on_exit
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._fork = fork
-        self._track_writes = track_writes
         self._user_mode_only = user_mode_only
         self._record = record
         self._replay = replay
         self._recorder: Recorder | None = None
-        self._modes = RegisterMode.MISSING
-        if track_writes or wants_writes(self.origin):
-            self._modes |= RegisterMode.WP
+        self._writes = "tracked" if track_writes else "served" if wants_writes(self.origin) else ""
         self._options = Options(
             readahead if record is None else 0,
             background=math.inf if background is True else float(background),
-            write_protect=RegisterMode.WP in self._modes,
+            write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
         )
         self._choice.check(Terms(source_or_handler, fork, self._options, record is not None, replay is not None))
-        self._uffd: Userfaultfd | None = None
+        self._registration: Registration | None = None
         self._engine: Engine | None = None
-        self._errors: deque[BaseException] = deque()
-        self._news = threading.Condition()
-        self._waiters: list[Callable[[], object]] = []
+        self._errors = ErrorQueue()
         self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
@@ -240,84 +223,56 @@ class Monitor:
     def _start(self, engine: Engine) -> None:
         # What may take time or fail comes first: the size of a source is asked of a server.
         _ = getattr(self.origin, "size", None)
-        self._register()
         region = self.region
+        self._pid = os.getpid()
+        self._sigbus = self._on_exit != "zeros"
+        registration = Registration(
+            region,
+            self._choice.features,
+            writes=self._writes,
+            children=self._fork == "serve",
+            user_mode_only=self._user_mode_only,
+            serves_system_calls=self._choice.serves_system_calls,
+        )
         try:
+            if self._writes == "tracked":
+                _written(region)  # what was there before is protected, too
             engine.start(
                 Assignment(
-                    uffd=self._descriptor,
+                    uffd=registration.uffd,
                     service=self._service(),
                     mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                     page_size=region.page_size,
-                    options=self._options,
-                    on_error=self._failed,
-                    on_lost=self._lost,
+                    options=attrs.evolve(self._options, modes=int(registration.modes)),
+                    on_error=self._errors.put,
+                    on_lost=partial(registration.settle, sigbus=True),  # no hang and no zeros
                 )
             )
         except BaseException:
-            self._unregister()
+            self._end_recording(complete=False)
+            registration.abandon()
             raise
-        self._engine = engine
+        self._registration, self._engine, region.monitor = registration, engine, self
         region.listen(engine.layout)
 
     def _stop(self, *, populate: bool = False) -> None:
-        engine = self._engine
-        if engine is None or os.getpid() != self._pid:
+        engine, registration = self._engine, self._registration
+        if engine is None or registration is None or os.getpid() != self._pid:
             return
         try:
             if populate and self._on_exit == "populate":
                 engine.prefetch(0, len(self.region)).result()
                 self._sigbus = False
         finally:
-            if self._sigbus and Feature.POISON in probe().features:
+            if self._sigbus and registration.can_poison:
                 engine.refuse()
             try:
-                engine.leave(self._settle, sigbus=self._sigbus)
+                engine.leave(partial(registration.settle, sigbus=self._sigbus), sigbus=self._sigbus)
             finally:
-                self._left()
-
-    def _register(self) -> None:
-        region = self.region
-        self._pid = os.getpid()
-        self._sigbus = self._on_exit != "zeros"
-        if region.monitor is not None:
-            raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
-        if region.closed:
-            raise ClosedError("the region is closed")
-        available = probe()
-        # In user mode only, faults of system calls are not served; some engines never serve them.
-        user_mode_only = self._user_mode_only or (
-            available.opened_by == "user-mode-only" and not self._choice.serves_system_calls
-        )
-        if not user_mode_only and available.opened_by == "user-mode-only":
-            Userfaultfd().close()  # raises: the caller has not agreed to that
-        self._uffd = Userfaultfd(self._wanted(available.features), user_mode_only=user_mode_only)
-        try:
-            if self._fork != "serve":
-                libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
-            self._uffd.register(region.address, region.mapped_length, self._modes)
-            if self._track_writes:
-                self.collect()  # what was there before is protected, too
-        except BaseException:
-            self._unregister()
-            raise
-        region.monitor = self
-
-    def _wanted(self, available: Feature) -> Feature:
-        """Return what the descriptor must have; with it goes what the region is registered for."""
-        wanted = self._choice.features
-        if self._fork == "serve":
-            wanted |= Feature.EVENT_FORK
-        if self._track_writes:
-            wanted |= WRITE_TRACKING
-        elif RegisterMode.WP in self._modes:
-            wanted |= Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
-        if self.region.fd >= 0 and (minor := _minor(self.region) & available):
-            # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
-            wanted |= minor
-            self._modes |= RegisterMode.MINOR
-        self._options = attrs.evolve(self._options, modes=int(self._modes))
-        return wanted
+                self._engine = self._registration = self.region.monitor = None
+                self.region.listen(None)
+                self._end_recording(complete=True)
+                self._errors.wake()
 
     def _service(self) -> Service:
         page, size = self.region.page_size, len(self.region)
@@ -326,45 +281,10 @@ class Monitor:
         trace = None if self._replay is None else Trace.load(self._replay, page)
         return Service(self.origin, self._recorder, trace)
 
-    def _unregister(self) -> None:
+    def _end_recording(self, *, complete: bool) -> None:
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
-            recorder.close()
-        uffd, self._uffd = self._uffd, None
-        self.region.monitor = None
-        if uffd is not None:
-            with contextlib.suppress(UffdError):
-                uffd.unregister(self.region.address, self.region.mapped_length)
-            uffd.close()
-            if self._fork != "serve":
-                libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
-
-    def _left(self) -> None:
-        """Nobody serves the region any more."""
-        self._engine = None
-        self.region.monitor = None
-        self.region.listen(None)
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            recorder.complete()
-        with self._news:
-            self._tell()
-
-    def _settle(self) -> None:
-        """Decide what a touch of a missing page is from now on."""
-        if (uffd := self._take()) is None:
-            return
-        if self._sigbus and Feature.SIGBUS in uffd.features:
-            # As long as it is open, and none of our handlers is called, a missing page is SIGBUS for everybody.
-            self.region.keep(uffd)
-            return
-        with uffd:
-            if self._sigbus:
-                leave_sigbus(self.region, uffd)
-            else:
-                uffd.unregister(self.region.address, self.region.mapped_length)
-                if self._fork != "serve":
-                    libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+            (recorder.complete if complete else recorder.close)()
 
     # Using it
 
@@ -416,12 +336,11 @@ class Monitor:
         `track_writes=True`. Writes through another mapping of a shared region, and by write(2) to its memfd, are not
         seen.
         """
-        if not self._track_writes:
+        if self._writes != "tracked":
             raise ValueError("writes are not tracked: Monitor(..., track_writes=True)")
-        if self._uffd is None:
+        if self._registration is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
-        # A page that is not there counts as written for the kernel, since it is not protected; not for us.
-        return collect(self.region, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
+        return _written(self.region)
 
     def statistics(self) -> Statistics:
         """Return what has been counted since entering; also after worker deaths. Costs microseconds.
@@ -440,53 +359,16 @@ class Monitor:
             PagerDiedError: the pager was given up.
             ClosedError: the Monitor was left.
         """
-        loop = asyncio.get_running_loop()
-        event = asyncio.Event()
 
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # that loop is closed
-                loop.call_soon_threadsafe(event.set)
+        def check() -> None:
+            if self._engine is None:
+                raise ClosedError("the Monitor was left")
 
-        with self._news:
-            self._waiters.append(tell)
-        try:
-            while True:
-                self.check()
-                if self._engine is None:
-                    raise ClosedError("the Monitor was left")
-                await event.wait()
-                event.clear()
-        finally:
-            with self._news:
-                self._waiters.remove(tell)
+        await self._errors.wait(check)
 
     def check(self) -> None:
         """Raise the next error that has not been raised yet; the plain form of `wait_error`."""
-        with self._news:
-            if self._errors:
-                raise self._errors.popleft()
-
-    def _failed(self, error: BaseException) -> None:
-        with self._news:
-            if len(self._errors) < _KEPT or isinstance(error, PagerDiedError):
-                self._errors.append(error)
-            self._tell()
-
-    def _lost(self) -> None:
-        """Nobody serves any more: what is missing is SIGBUS from now on, no hang and no zeros."""
-        if (uffd := self._take()) is not None:
-            with uffd:
-                leave_sigbus(self.region, uffd)
-
-    def _take(self) -> Userfaultfd | None:
-        """Take the descriptor away, for who settles the memory; who comes second, from another thread, gets None."""
-        with self._news:
-            uffd, self._uffd = self._uffd, None
-        return uffd
-
-    def _tell(self) -> None:
-        for tell in self._waiters:
-            tell()
+        self._errors.raise_next()
 
     def _running(self) -> Engine:
         if self._engine is None:
@@ -504,11 +386,6 @@ class Monitor:
         return f"<Monitor of {self.region!r} by {self.origin!r}, {self._choice!r}, {state}>"
 
     @property
-    def _descriptor(self) -> Userfaultfd:
-        assert self._uffd is not None
-        return self._uffd
-
-    @property
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
@@ -521,5 +398,6 @@ def _check_region(region: Region) -> None:
         raise ClosedError("the region is closed")
 
 
-def _minor(region: Region) -> Feature:
-    return Feature.MINOR_SHMEM if region.page_size == mmap.PAGESIZE else Feature.MINOR_HUGETLBFS
+def _written(region: Region) -> list[Range]:
+    # A page that is not there counts as written for the kernel, since it is not protected; not for us.
+    return collect(region, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)

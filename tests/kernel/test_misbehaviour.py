@@ -95,7 +95,7 @@ def awkward(name: str) -> None:
     source = globals()[name](SIZE)
     with aiouffd.Monitor(region, source, readahead=0, retries=1, timeout=2.0) as monitor:
         assert poke(region.address + PAGE) == -1
-        eventually(lambda: len(monitor._errors), 1)
+        eventually(lambda: len(monitor._errors._errors), 1)
         with pytest.raises(aiouffd.SourceError) as caught:
             monitor.check()
         assert (caught.value.offset, caught.value.length) == (PAGE, PAGE)
@@ -136,8 +136,8 @@ def wayward() -> None:
         assert [poke(region.address + page * PAGE) for page in range(4)] == [1, -1, -1, 1]
         region.madvise(4, 0, PAGE)  # MADV_DONTNEED
         region.madvise(4, 0, PAGE)
-        eventually(lambda: len(monitor._errors), 4)
-        reasons = [error.reason for error in monitor._errors if isinstance(error, aiouffd.HandlerError)]
+        eventually(lambda: len(monitor._errors._errors), 4)
+        reasons = [error.reason for error in monitor._errors._errors if isinstance(error, aiouffd.HandlerError)]
         assert [reason.split()[1] for reason in reasons] == [
             "CancelledError:",
             "SystemExit:",

@@ -358,7 +358,7 @@ def refusals() -> None:
             return bytes(length)
 
     again = aiouffd.Region(PAGE)
-    with pytest.raises(aiouffd.PagerStartError, match="in_process"), aiouffd.Monitor(again, Stubborn()):
+    with pytest.raises(aiouffd.PagerStartError, match="InProcess"), aiouffd.Monitor(again, Stubborn()):
         pass
     with aiouffd.Monitor(again, Pattern(PAGE)):  # nothing was left behind
         assert again[0] == 1

@@ -233,7 +233,7 @@ def five_deaths() -> None:
         for _ in range(5):
             worker = monitor.pids[1]
             kill(worker)
-            until(lambda worker=worker: monitor._errors or monitor.pids[1] != worker)
+            until(lambda worker=worker: monitor._errors._errors or monitor.pids[1] != worker)
         touchers.join()
 
 

@@ -1,0 +1,131 @@
+"""The userfaultfd of a region, from entering a Monitor until what is missing has been settled."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import threading
+from typing import TYPE_CHECKING
+
+from aiouffd.errors import BusyError, ClosedError, UffdError
+from aiouffd.kernel import libc
+from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.settle import leave_sigbus
+from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.kernel.write_tracker import WRITE_TRACKING
+
+if TYPE_CHECKING:
+    from aiouffd.kernel.region import Region
+
+__all__ = ["Registration"]
+
+
+class Registration:
+    """Registers a region with a userfaultfd of its own.
+
+    Args:
+        region: must not be registered yet.
+        features: that the engine needs.
+        writes: which writes are told: "tracked" (WP_ASYNC), "served" (a message each), or "" for none.
+        children: forked children have the region, and are served; else it is not theirs (MADV_DONTFORK).
+        user_mode_only: the caller agrees that system calls on missing pages fail.
+        serves_system_calls: the engine would serve them; else a descriptor for user mode only will do.
+
+    Raises:
+        BusyError, ClosedError: the region is served already, or closed.
+        UnsupportedError, AccessError: as `Userfaultfd`.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        features: Feature,
+        *,
+        writes: str,
+        children: bool,
+        user_mode_only: bool,
+        serves_system_calls: bool,
+    ) -> None:
+        if region.monitor is not None:
+            raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
+        if region.closed:
+            raise ClosedError("the region is closed")
+        available = probe()
+        if available.opened_by == "user-mode-only" and not user_mode_only:
+            if serves_system_calls:
+                Userfaultfd().close()  # raises: the caller has not agreed to that
+            user_mode_only = True
+        self.region = region
+        self.can_poison = Feature.POISON in available.features
+        self.modes = RegisterMode.MISSING
+        self._children = children
+        self._lock = threading.Lock()
+        if children:
+            features |= Feature.EVENT_FORK
+        if writes:
+            self.modes |= RegisterMode.WP
+            more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
+            features |= WRITE_TRACKING if writes == "tracked" else more
+        if region.fd >= 0 and (minor := _minor(region) & available.features):
+            # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
+            features |= minor
+            self.modes |= RegisterMode.MINOR
+        self._uffd: Userfaultfd | None = Userfaultfd(features, user_mode_only=user_mode_only)
+        try:
+            if not children:
+                libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
+            self._uffd.register(region.address, region.mapped_length, self.modes)
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def uffd(self) -> Userfaultfd:
+        """The descriptor; it stays this object's.
+
+        Raises:
+            ClosedError: the memory has been settled.
+        """
+        if self._uffd is None:
+            raise ClosedError("the Monitor was left")
+        return self._uffd
+
+    def settle(self, *, sigbus: bool) -> None:
+        """Decide what a touch of a missing page is from now on: SIGBUS, or zeros. The first call counts.
+
+        Thread-safe: the engine may lose its pager while the Monitor is being left.
+        """
+        if (uffd := self._take()) is None:
+            return
+        if sigbus and Feature.SIGBUS in uffd.features:
+            # As long as this descriptor is open, and no handler of ours is installed, a missing page is SIGBUS.
+            self.region.keep(uffd)
+            return
+        with uffd:
+            if sigbus:
+                leave_sigbus(self.region, uffd)
+            else:
+                self._give_back(uffd)
+
+    def abandon(self) -> None:
+        """Undo the registration: nothing has been served."""
+        if (uffd := self._take()) is not None:
+            with uffd, contextlib.suppress(UffdError):
+                self._give_back(uffd)
+
+    def _give_back(self, uffd: Userfaultfd) -> None:
+        try:
+            uffd.unregister(self.region.address, self.region.mapped_length)
+        finally:
+            if not self._children:
+                libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+
+    def _take(self) -> Userfaultfd | None:
+        with self._lock:
+            uffd, self._uffd = self._uffd, None
+        return uffd
+
+
+def _minor(region: Region) -> Feature:
+    return Feature.MINOR_SHMEM if region.page_size == mmap.PAGESIZE else Feature.MINOR_HUGETLBFS
