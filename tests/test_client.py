@@ -1,31 +1,60 @@
-"""`pager.client`: what its thread and its callers do at the same time."""
+"""`pager.client.client`: what its thread and its callers do at the same time."""
 
 from __future__ import annotations
 
 import socket
 import sys
 import threading
+from typing import TYPE_CHECKING, cast
 
 from aiouffd.pager.client.client import PagerClient
-from aiouffd.pager.client.orphan import Orphan
 from aiouffd.pager.process.journal import Journal
+
+if TYPE_CHECKING:
+    from aiouffd.pager.client.pair import Pair
+    from aiouffd.pager.client.tenant import Tenant
+
+
+class FakePair:
+    """A pair whose processes are dead."""
+
+    worker_lives = False
+    worker_fd = -1
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.connection, other = socket.socketpair()
+        other.close()
+
+    def close(self) -> None:
+        """As a pair does."""
+        self.connection.close()
+
+
+class FakeTenant:
+    """Memory that is named, and no more."""
+
+    token = "somebody"
 
 
 def test_requests_while_others_take_over() -> None:
     """The pager is not given up because somebody asks for something just then."""
     client = PagerClient(on_error=lambda *_: None)
-    client._journal = Journal.create()
+    journal = Journal.create()
+    client._reopen = lambda *_: None  # type: ignore[method-assign]
+    client._takeover._reopen = lambda *_: None
     client._held = True
+    tenant = cast("Tenant", FakeTenant())
     for _ in range(10_000):
-        client.request("prefetch", offset=0, length=0)
+        client.request("prefetch", tenant, offset=0, length=0)
     done = threading.Event()
 
     def ask() -> None:
         while not done.is_set():
             client._held = True
-            client.request("prefetch", offset=0, length=0)
-            with client._lock:
-                client._pending.pop(next(iter(client._pending)))
+            client.request("prefetch", tenant, offset=0, length=0)
+            with client._requests.lock:
+                client._requests.forget(client._requests.pending[:1])
 
     thread = threading.Thread(target=ask)
     interval = sys.getswitchinterval()
@@ -33,10 +62,8 @@ def test_requests_while_others_take_over() -> None:
     thread.start()
     try:
         for _ in range(100):
-            ours, theirs = socket.socketpair()
-            theirs.close()
-            client._orphans = [Orphan(ours, client._journal, -1)]
-            client._open_from_journal()
+            client._takeover.orphans = [cast("Pair", FakePair(journal))]
+            client._takeover.begin()
     finally:
         sys.setswitchinterval(interval)
         done.set()

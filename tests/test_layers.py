@@ -17,7 +17,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "ranges", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
+        *("errors", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
         *("server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "watchdog"],
@@ -36,7 +36,7 @@ ORDER = {
     "pager/process": [
         *("__init__", "control", "travel", "tenancy", "journal", "replay", "last_resort", "worker", "keeper"),
     ],
-    "pager/client": ["__init__", "request", "tenant", "orphan", "client"],
+    "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": ["__init__", "listener", "metrics", "server"],
     "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "registration", "error_queue", "monitor", "open"],

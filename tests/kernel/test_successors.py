@@ -19,7 +19,7 @@ from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
 from scenario import ended, eventually, play
 
 import aiouffd
-from aiouffd.pager.client import client as client_module
+from aiouffd.pager.client import takeover
 from aiouffd.server.server import Server
 from aiouffd.sources.base import Descriptor
 
@@ -319,7 +319,7 @@ def no_process_can_be_started() -> None:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return real(*args, **kwargs)
 
-    client_module._PAUSES = (0.01, 0.02, 0.03, 0.05)
+    takeover._PAUSES = (0.01, 0.02, 0.03, 0.05)
     with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
         keeper, worker = monitor.pids
         subprocess.Popen = refuse  # type: ignore[misc,assignment]

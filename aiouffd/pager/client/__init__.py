@@ -1,5 +1,6 @@
-"""The side of whoever uses a pager.
+"""The side of the application that uses a pager.
 
-Layout: `client` (starts the pager, asks it, and replaces it when it dies), `tenant` (what a pager is given to serve),
-`request` (what was asked for and is not answered yet), `orphan` (workers whose keeper has died).
+Layout: `interpreter` (which Python a pager runs in), `waiting` (how the client's thread waits), `pair` (a keeper and
+its worker, as their parent sees them), `tenant` (what a pager is given to serve), `takeover` (from a worker whose
+keeper has died), `abandoned` (when nothing of ours serves any more), `client` (starts, asks and replaces a pager).
 """

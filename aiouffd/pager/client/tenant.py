@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.mappings import Mapping
 from aiouffd.pager.process.travel import pack
 
 if TYPE_CHECKING:
     from aiouffd.engine.assembly import Options, Service
-    from aiouffd.engine.mappings import Mapping
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["Pack", "Tenant"]
@@ -84,3 +84,19 @@ class Tenant:
     def fds(self) -> list[int]:
         """What goes along with a request that opens it."""
         return [self.uffd.fileno()] + ([self.tether] if self.tether >= 0 else [])
+
+    def record(self, mappings: list[Mapping]) -> dict[str, Any]:
+        """Return what a pager is told of the memory; `mappings`: what it shows now."""
+        return {
+            "token": self.token,
+            "page_size": self.page_size,
+            "features": int(self.uffd.features),
+            "mappings": [attrs.astuple(mapping) for mapping in mappings],
+        }
+
+    def shown(self, state: dict[str, Any] | None) -> list[Mapping]:
+        """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
+        for item in state["spaces"] if state is not None else ():
+            if item["token"] == self.token and not item["child"]:
+                return [Mapping(*each) for each in item["mappings"]]
+        return self.mappings

@@ -76,20 +76,39 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         Closed: at the end.
         BlockingIOError: nothing is there, on a non-blocking socket.
         DescriptorsLostError: not all of it has arrived.
+        ValueError: it is no message. Its descriptors are closed.
     """
     data, fds = _packet(connection)
+    try:
+        message, fds, complete = _unpack(data, fds)
+    except BaseException:
+        _close(fds)
+        raise
+    if not complete:
+        _close(fds)
+        raise DescriptorsLostError(message)
+    return message, fds
+
+
+def _unpack(data: bytes, fds: list[int]) -> tuple[dict[str, Any], list[int], bool]:
+    """Return the message, its descriptors, and whether all of it has arrived; what is unpacked is taken from `fds`."""
+    if len(data) < _HEADER.size:
+        raise ValueError(f"a packet of {len(data)} bytes is no message")
     packing, count = _HEADER.unpack_from(data)
     text: bytes | None = data[_HEADER.size :]
     if packing & _IN_MEMFD:
         text = _content(fds.pop()) if len(fds) == (1 if packing & _IN_PARCEL else count) + 1 else None
     message = json.loads(text) if text is not None else {}
+    if not isinstance(message, dict):
+        raise ValueError(f"{text!r:.50} is no JSON object")  # noqa: TRY004 - no argument has a wrong type
     if packing & _IN_PARCEL and len(fds) == 1:
-        fds = _unpacked(fds[0])
-    if len(fds) != count or text is None:
-        for fd in fds:
-            os.close(fd)
-        raise DescriptorsLostError(message)
-    return message, fds
+        fds = _unparcel(fds.pop())
+    return message, fds, len(fds) == count and text is not None
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _packet(connection: socket.socket) -> tuple[bytes, list[int]]:
@@ -132,7 +151,7 @@ def _parcel(fds: list[int], stack: contextlib.ExitStack) -> int:
     return outer.fileno()
 
 
-def _unpacked(parcel: int) -> list[int]:
+def _unparcel(parcel: int) -> list[int]:
     fds: list[int] = []
     with socket.socket(fileno=parcel) as inner, contextlib.suppress(Closed):
         while True:

@@ -1,0 +1,56 @@
+"""What the client's thread does when no process of ours serves any more: SIGBUS for whoever waits or touches."""
+
+from __future__ import annotations
+
+import select
+from typing import TYPE_CHECKING
+
+from aiouffd.pager.process.last_resort import Forsaken, LastResort
+from aiouffd.pager.process.replay import survey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.pager.client.waiting import Waiter
+    from aiouffd.pager.process.journal import Journal
+
+__all__ = ["poison_what_is_touched"]
+
+_CALM = 50  # milliseconds without a fault, until all that waited are taken to have been let go
+
+
+def poison_what_is_touched(
+    tenants: dict[str, Tenant], journal: Journal | None, waiter: Waiter, on_lost: Callable[[], None] | None
+) -> None:
+    """Let all go that wait for a page, and all that touch a missing one, with SIGBUS: no hang, no zeros.
+
+    Args:
+        tenants: by token; one that is removed from it is left alone from then on.
+        journal: says what they show now.
+        waiter: ends this when it is stopped.
+        on_lost: called once all that waited have been let go; this ends then. None: it goes on.
+    """
+    state = survey(journal) if journal is not None else None
+    resort = LastResort(
+        Forsaken(
+            tenant.uffd,
+            tenant.page_size,
+            [(mapping.start, mapping.end) for mapping in tenant.shown(state)],
+            tenant.token,
+        )
+        for tenant in list(tenants.values())
+    )
+    poller = select.poll()
+    poller.register(resort.fileno(), select.POLLIN)
+    poller.register(waiter.fileno(), select.POLLIN)
+    while not waiter.stopped:
+        ready = poller.poll(1 if resort.pending else _CALM)
+        if waiter.fileno() in dict(ready):
+            waiter.drain()
+        if not resort.attend() and not ready and on_lost is not None:
+            on_lost()
+            break
+        for token in {space.token for space in resort.spaces.values()} - tenants.keys():
+            resort.forget(token)
+    resort.close()

@@ -1,0 +1,158 @@
+"""One pager, as the process sees it that has started it: a keeper and its worker, the connection, the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+from aiouffd.errors import PagerStartError
+from aiouffd.pager.client.interpreter import command
+from aiouffd.pager.process import control
+from aiouffd.pager.process.journal import Journal
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from aiouffd.pager.client.waiting import Waiter
+
+__all__ = ["START_TIMEOUT", "Pair"]
+
+START_TIMEOUT = 60.0
+"""Seconds until a pager must have said hello, or answered the first request."""
+
+_LEAVE_TIMEOUT = 0.2
+_END_TIMEOUT = 5.0
+
+
+class Pair:
+    """A keeper and its worker. The worker serves on when the keeper has died: it is an orphan then.
+
+    Args:
+        keeper: the process.
+        connection: to the pager; this object's from now on.
+        journal: the pager's.
+
+    Attributes:
+        keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.
+        outbox: sends on the connection.
+        worker_pid: 0 until the worker has said it.
+        worker_fd: the worker's pidfd; -1 until then. A number might be another process's by the time that it is used.
+    """
+
+    def __init__(self, keeper: subprocess.Popen[bytes], connection: socket.socket, journal: Journal) -> None:
+        self.keeper = keeper
+        self.keeper_fd = os.pidfd_open(keeper.pid)
+        self.connection = connection
+        self.outbox = control.Outbox(connection)
+        self.journal = journal
+        self.worker_pid = 0
+        self.worker_fd = -1
+
+    @classmethod
+    def start(cls, waiter: Waiter) -> Self:
+        """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
+
+        Raises:
+            PagerStartError: it did not start.
+            StoppedError: the client is being stopped.
+        """
+        arguments = [*command(), "-m", "aiouffd.pager"]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # A session of its own: Ctrl-C is not for the pager.
+            keeper = subprocess.Popen(  # noqa: S603
+                [*arguments, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise PagerStartError(f"{arguments[0]!r} could not be started: {error}") from error
+        finally:
+            theirs.close()
+        try:
+            journal = _hello(ours, waiter)
+        except BaseException as error:
+            ours.close()
+            keeper.kill()
+            status = keeper.wait()
+            if isinstance(error, control.Closed | OSError | ValueError):
+                raise PagerStartError(
+                    f"`{' '.join(arguments)}` ended with status {status} before it said hello;"
+                    " its standard error tells why (is aiouffd installed for this interpreter?)"
+                ) from error
+            raise
+        return cls(keeper, ours, journal)
+
+    def runs(self, pid: int, pidfd: int) -> None:
+        """Note which worker serves now; the pidfd is this object's from now on."""
+        self.forget_worker()
+        self.worker_pid, self.worker_fd = pid, pidfd
+
+    @property
+    def worker_lives(self) -> bool:
+        """Whether the worker runs, as far as is known."""
+        return self.worker_fd >= 0 and not _readable(self.worker_fd, 0)
+
+    def kill_worker(self) -> None:
+        """Kill the worker with -9, if it runs."""
+        if self.worker_fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.worker_fd, signal.SIGKILL)
+
+    def forget_worker(self) -> None:
+        """Close the worker's pidfd."""
+        if self.worker_fd >= 0:
+            os.close(self.worker_fd)
+            self.worker_fd = -1
+
+    def end(self, *, leave: bool) -> None:
+        """Close the connection and wait for the processes to end; kill them where something blocks them.
+
+        Args:
+            leave: they serve on until all memory is gone. They are not waited for, and not killed.
+        """
+        self.connection.close()
+        try:
+            self.keeper.wait(_LEAVE_TIMEOUT if leave else _END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            if leave:  # no zombie may be left when it ends
+                threading.Thread(target=self.keeper.wait, name="aiouffd-reaper", daemon=True).start()
+            else:
+                self.keeper.kill()
+                self.keeper.wait()
+        # A worker whose keeper was killed, here or before, does not know that it is to end.
+        if self.worker_fd >= 0 and not leave and not _readable(self.worker_fd, 1000):
+            self.kill_worker()
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self.connection.close()
+        self.forget_worker()
+        if self.keeper_fd >= 0:
+            os.close(self.keeper_fd)
+            self.keeper_fd = -1
+
+
+def _hello(connection: socket.socket, waiter: Waiter) -> Journal:
+    if not waiter.wait(START_TIMEOUT, connection.fileno()):
+        raise TimeoutError("no hello")
+    _, (fd,) = control.receive(connection)
+    try:
+        return Journal(fd)
+    finally:
+        os.close(fd)
+
+
+def _readable(fd: int, milliseconds: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(milliseconds))
