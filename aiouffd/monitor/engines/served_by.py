@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import os
 import select
 import socket
 import threading
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
 from aiouffd.engine.assembly import Options
 from aiouffd.engine.statistics import Statistics
-from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, decode_error
+from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.handoff.firecracker import encode
 from aiouffd.handoff.lines import VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
+from aiouffd.rpc import Requests
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from aiouffd.monitor.engines.protocol import Assignment, Terms
+    from aiouffd.rpc import Request
 
 __all__ = ["ServedBy", "ServedByEngine"]
 
@@ -96,11 +98,8 @@ class ServedByEngine:
         self._stuck_limit = choice.stuck_limit
         self._on_error: Callable[[BaseException], None]
         self._on_lost: Callable[[], None]
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-        self._pending: dict[int, Future[Any]] = {}
+        self._requests = Requests(f"the server at {self._path}", self._send, first=0)
         self._closing = False
-        self._gone = False  # the server; its pager may serve on
         self._served = False
         self._wake_r = self._wake_w = self._tether = -1
         self._connection: socket.socket
@@ -110,7 +109,7 @@ class ServedByEngine:
     def start(self, assignment: Assignment) -> None:
         """Hand the region over to the server."""
         self._on_error, self._on_lost = assignment.on_error, assignment.on_lost
-        taken = self._pending[0] = Future()
+        taken = self._requests.expect("serve").future  # the handoff is this request
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._tether, tether = os.pipe2(os.O_CLOEXEC)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -144,14 +143,18 @@ class ServedByEngine:
 
     def prefetch(self, offset: int, length: int) -> Future[Any]:
         """Bring offsets [offset, offset + length)."""
-        return self._request("prefetch", offset=offset, length=length)
+        return self._requests("prefetch", offset=offset, length=length)
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""
 
     def statistics(self) -> Statistics:
         """Return what the server has counted, for all its clients."""
-        return Statistics(**self._request("statistics").result(_TIMEOUT))
+        answer = self._requests("statistics").result(_TIMEOUT)
+        try:
+            return Statistics(**answer)
+        except TypeError as error:
+            raise HandoffError(f"the server at {self._path}", f"sent {answer!r:.80} as its statistics") from error
 
     def refuse(self) -> None:
         """Bring nothing more: a touch of a missing page is SIGBUS until `leave`."""
@@ -169,23 +172,15 @@ class ServedByEngine:
 
     def _ask(self, op: str, **arguments: Any) -> None:
         try:
-            self._request(op, **arguments).result(_TIMEOUT)
+            self._requests(op, **arguments).result(_TIMEOUT)
         except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
             log.debug("the server has gone first")
 
-    def _request(self, op: str, **arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._gone or self._closing:
-                raise ClosedError(f"the server at {self._path} has gone")
-            number = next(self._numbers)
-            self._pending[number] = future
-            try:
-                self._connection.sendall(line({"id": number, "op": op, **arguments}))
-            except OSError as error:
-                del self._pending[number]
-                raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
-        return future
+    def _send(self, request: Request) -> None:
+        try:
+            self._connection.sendall(line(request.message))
+        except OSError as error:
+            raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
 
     def _run(self) -> None:
         lines = Lines()
@@ -199,15 +194,13 @@ class ServedByEngine:
                 return
             if self._connection.fileno() in ready:
                 try:
-                    data = self._connection.recv(64 << 10)
-                    for message in lines.feed(data):
-                        self._handle(message)
-                    reason = "has ended"
-                except (OSError, ValueError) as error:
-                    data, reason = b"", f"cannot be understood: {error}"
-                if not data:
+                    self._receive(lines)
+                except UffdError as error:
+                    # Nothing can be asked any more; the server's pager may serve on.
                     poller.unregister(self._connection)
-                    self._fail(ClosedError(f"the server at {self._path} {reason}"))
+                    self._requests.close(error)
+                    with contextlib.suppress(OSError):
+                        self._connection.shutdown(socket.SHUT_RDWR)
             elif self._tether in ready:
                 poller.unregister(self._tether)
                 if not self._served:  # turned away, or left: the answer tells
@@ -216,39 +209,35 @@ class ServedByEngine:
                 self._on_lost()  # first, so that whoever is told finds the region settled
                 self._on_error(PagerDiedError(f"the server at {self._path} and its pager have ended"))
 
-    def _fail(self, error: ClosedError) -> None:
-        """Nothing can be asked for any more."""
-        with self._lock:
-            self._gone = True
-            pending, self._pending = self._pending, {}
-        for future in pending.values():
-            future.set_exception(error)
+    def _receive(self, lines: Lines) -> None:
+        """Handle what has come; UffdError when nothing will come any more, or it cannot be understood."""
+        try:
+            data = self._connection.recv(64 << 10)
+        except OSError as error:
+            raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
+        if not data:
+            raise ClosedError(f"the server at {self._path} has ended")
+        try:
+            for message in lines.feed(data):
+                self._handle(message)
+        except ValueError as error:
+            raise HandoffError(f"the server at {self._path}", f"cannot be understood: {error}") from error
 
     def _handle(self, message: dict[str, Any]) -> None:
         if "id" not in message:
-            self._on_error(decode_error(message["error"]))
+            self._on_error(self._requests.error(message.get("error")))
             return
-        future = self._pending.pop(message["id"], None)
-        if future is None:
-            return
-        if "error" in message:
-            future.set_exception(decode_error(message["error"]))
-        else:
-            if message["id"] == 0:  # here, since the server may end before whoever waits for this has run
-                self._served = True
-            future.set_result(message.get("ok"))
+        if message["id"] == 0 and "ok" in message:  # here, since the server may end before `start` goes on
+            self._served = True
+        self._requests.answer(message)
 
     def _end(self) -> None:
-        with self._lock:
-            self._closing = True
-            pending, self._pending = self._pending, {}
+        self._closing = True
+        self._requests.close(ClosedError("the Monitor has been left"))
         os.write(self._wake_w, b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
         self._watch.close()
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(ClosedError("the Monitor has been left"))
         self._connection.close()
         for fd in (self._wake_r, self._wake_w, self._tether):
             os.close(fd)

@@ -1,0 +1,119 @@
+"""`monitor.engines.served_by`: the connection to a server, whatever comes by it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pattern import PAGE, Slow
+from scenario import play
+
+import aiouffd
+from aiouffd.server.server import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SIZE = 1 << 20
+
+
+def link_threads() -> int:
+    """Return how many connections have their thread."""
+    return sum(thread.name == "aiouffd-link" for thread in threading.enumerate())
+
+
+async def canceled_prefetches(path: str) -> None:
+    """Scenario: the answers to a hundred canceled prefetches come; then others are asked for."""
+    async with Server(Slow(SIZE, 0.1), path, readahead=0):
+        region = aiouffd.Region(SIZE)
+        async with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
+            waiting = [asyncio.ensure_future(monitor.prefetch(page * PAGE, PAGE)) for page in range(100)]
+            await asyncio.sleep(0.05)
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+            await asyncio.wait_for(monitor.prefetch(128 * PAGE, PAGE), 20)
+            assert link_threads() == 1
+            assert (await asyncio.to_thread(monitor.statistics)).pages_prefetch > 0
+        assert link_threads() == 0
+
+
+def test_a_canceled_prefetch_costs_nobody_else_anything(tmp_path: Path) -> None:
+    """Its answer comes late, and is dropped."""
+    play(canceled_prefetches, str(tmp_path / "socket"))
+
+
+@contextlib.contextmanager
+def server_that_answers(path: Path, answer: Callable[[dict[str, Any]], bytes]) -> Iterator[None]:
+    """A server of one client, which it takes; it answers each later request as it is told."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            _, fds, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+            files = [os.fdopen(fd) for fd in fds]
+            connection.sendall(b'{"id": 0, "ok": {}}\n')
+            with contextlib.suppress(OSError), connection.makefile("rb") as lines:
+                for text in lines:
+                    connection.sendall(answer(json.loads(text)))
+            for file in files:
+                file.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(20)
+        listener.close()
+
+
+def ok(request: dict[str, Any]) -> bytes:
+    """Return an answer that is right."""
+    return json.dumps({"id": request["id"], "ok": None}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("noise", [b'{"id": 77, "ok": 1}\n', b'{"id": 0, "ok": 1}\n', b'{"id": 77, "error": 7}\n'])
+def test_answers_that_nobody_waits_for_are_dropped(tmp_path: Path, noise: bytes) -> None:
+    """Late or repeated: what is asked next is answered."""
+    path = tmp_path / "socket"
+    with server_that_answers(path, lambda request: noise + ok(request) + noise):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(path))) as monitor:
+            for _ in range(3):
+                monitor.prefetch_sync(0, PAGE, 10.0)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"nonsense\n", b"[]\n", b'{"id": 1}\n', b'{"id": "1"}\n', b'{"id": 1, "error": {}}\n', b'{"error": 7}\n']
+)
+def test_a_malformed_answer_closes_the_connection(tmp_path: Path, answer: bytes) -> None:
+    """Each request fails with a typed error that names the server; leaving does not hang."""
+    path = tmp_path / "socket"
+    with server_that_answers(path, lambda _: answer):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(path))) as monitor:
+            for _ in range(2):
+                with pytest.raises(aiouffd.HandoffError, match="the server at"):
+                    monitor.prefetch_sync(0, PAGE, 10.0)
+
+
+def test_statistics_that_are_none(tmp_path: Path) -> None:
+    """A well-formed answer with the wrong content is an error for whoever asked; the connection is kept."""
+    path = tmp_path / "socket"
+    with server_that_answers(path, ok):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(path))) as monitor:
+            with pytest.raises(aiouffd.HandoffError, match="statistics"):
+                monitor.statistics()
+            monitor.prefetch_sync(0, PAGE, 10.0)
