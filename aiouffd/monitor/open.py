@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import SourceError
 from aiouffd.kernel.region import Region
-from aiouffd.monitor.monitor import Monitor
+from aiouffd.monitor.monitor import AllOptions, Monitor
 from aiouffd.sources.resolve import as_source
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
-__all__ = ["open"]
+    from aiouffd.monitor.engines.in_process import InProcess
+    from aiouffd.monitor.engines.in_thread import InThread
+    from aiouffd.monitor.engines.pager import Pager
+    from aiouffd.monitor.monitor import Fork
+
+__all__ = ["Opened", "open"]
 
 
-class _Opened:
+class Opened:
     """What `open` returns: an asynchronous context manager of a region, and a plain one."""
 
-    def __init__(self, source: Any, options: dict[str, Any]) -> None:
-        self._source = source
-        self._options = options
+    def __init__(self, prepare: Callable[[], Monitor]) -> None:
+        self._prepare = prepare
         self._monitor: Monitor | None = None
 
-    def _prepare(self) -> Monitor:
-        source = as_source(self._source)
-        if not source.size:
-            raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
-        return Monitor(Region(source.size), source, **self._options)
-
     async def __aenter__(self) -> Region:
+        """Find the source, map a region of its size, and serve it."""
         self._monitor = await asyncio.to_thread(self._prepare)
         await self._monitor.__aenter__()
         return self._monitor.region
@@ -38,10 +38,12 @@ class _Opened:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Leave the Monitor."""
         assert self._monitor is not None
         await self._monitor.__aexit__(kind, value, trace)
 
     def __enter__(self) -> Region:
+        """Find the source, map a region of its size, and serve it."""
         self._monitor = self._prepare()
         self._monitor.__enter__()
         return self._monitor.region
@@ -49,24 +51,41 @@ class _Opened:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Leave the Monitor."""
         assert self._monitor is not None
         self._monitor.__exit__(kind, value, trace)
 
 
 def open(  # noqa: A001 - it is called aiouffd.open
-    url_or_path: Any, **options: Any
-) -> _Opened:
+    what: Any,
+    *,
+    engine: Pager | InThread | InProcess | None = None,
+    fork: Fork = "dontfork",
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Unpack[AllOptions],
+) -> Opened:
     """Map what a path or a URL names: a region of its size, whose pages come on first touch.
 
     `async with aiouffd.open(...) as region`, or plain `with`. `region.monitor` is the `Monitor`.
 
     Args:
-        url_or_path: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`.
-            URLs but `file://` need the extra `aiouffd[http]`.
+        what: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`. URLs other than
+            `file://` need the extra `aiouffd[http]`.
+        engine: as for `Monitor`; a server has sources of its own, so `ServedBy` is not for `open`.
+        fork: as for `Monitor`.
+        storage_options: credentials, endpoint, region and the like, for URLs: see `ObjectSource`.
         **options: as for `Monitor`.
 
     Raises (on entering):
         SourceError: it is not there, empty, or cannot be read page by page.
         UffdError: as for `Monitor`.
     """
-    return _Opened(url_or_path, options)
+
+    def prepare() -> Monitor:
+        source = as_source(what, **(storage_options or {}))
+        if not source.size:
+            raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
+        # What InThread cannot do is refused when the Monitor is made.
+        return Monitor(Region(source.size), source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
+
+    return Opened(prepare)

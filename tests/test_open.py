@@ -1,0 +1,56 @@
+"""`aiouffd.open`: what it takes, and when it asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import aiouffd
+from aiouffd.monitor import open as module
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_nothing_is_asked_before_the_block(tmp_path: Path) -> None:
+    """A path that is not there is an error of the block, and names the path."""
+    opened = aiouffd.open(tmp_path / "nothing")
+    with pytest.raises(aiouffd.SourceError, match="nothing"), opened:
+        pass
+
+
+def test_an_empty_source_cannot_be_mapped() -> None:
+    """It is told, and nothing is mapped."""
+    with pytest.raises(aiouffd.SourceError, match="it is empty"), aiouffd.open(b""):
+        pass
+
+
+@pytest.mark.parametrize("option", [{"on_exit": "explode"}, {"fork": "often"}, {"retries": -1}, {"readahead": -1}])
+def test_options_are_those_of_a_monitor(option: dict[str, Any]) -> None:
+    """Each is refused by its name."""
+    with pytest.raises(ValueError, match=next(iter(option))), aiouffd.open(b"bytes", **option):
+        pass
+
+
+def test_an_option_that_nobody_knows() -> None:
+    """It is a TypeError, as for any function."""
+    with pytest.raises(TypeError, match="chunks"), aiouffd.open(b"bytes", chunks=4):  # type: ignore[call-arg]
+        pass
+
+
+def test_storage_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else does."""
+    asked: dict[str, Any] = {}
+
+    def note(what: Any, **options: Any) -> aiouffd.Source:
+        asked.update(options, what=what)
+        raise aiouffd.SourceError(what, 0, 0, "asked")
+
+    monkeypatch.setattr(module, "as_source", note)
+    with (
+        pytest.raises(aiouffd.SourceError, match="asked"),
+        aiouffd.open("s3://bucket/key", storage_options={"region": "eu-west-1"}, readahead=0),
+    ):
+        pass
+    assert asked == {"what": "s3://bucket/key", "region": "eu-west-1"}

@@ -1,0 +1,90 @@
+"""What the types of the public names accept and refuse. Checked by mypy, never run.
+
+A line with `type: ignore[...]` is one that must be refused: mypy reports an ignore that is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import assert_type
+
+import aiouffd
+
+region = aiouffd.Region(1 << 20)
+source = aiouffd.ZeroSource(1 << 20)
+
+
+class Computed(aiouffd.Handler):
+    """A handler of one's own."""
+
+    async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+        """Fill the page with what its offset says."""
+        batch.copy(fault.page, fault.offset.to_bytes(8, "little") * (fault.page.length // 8))
+
+    async def fork(self, event: aiouffd.Fork) -> None:
+        """See the child's descriptor."""
+        assert_type(event.uffd, aiouffd.Userfaultfd)
+
+
+# Each engine takes what it can do.
+aiouffd.Monitor(region)
+aiouffd.Monitor(region, source, readahead=0, timeout=None, background=1e6, fork="serve")
+aiouffd.Monitor(region, Computed(), engine=aiouffd.Pager(stuck_limit=None))
+aiouffd.Monitor(region, source, engine=aiouffd.InThread(stuck_warning=1.0), record="trace", on_exit="zeros")
+aiouffd.Monitor(region, source, engine=aiouffd.InProcess(spin_us=0), fork="serve")
+aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock", source="a"), on_exit="populate", track_writes=True)
+
+# And refuses what it cannot.
+aiouffd.Monitor(region, source, engine=aiouffd.InThread(), fork="serve")  # type: ignore[call-overload]
+aiouffd.Monitor(region, source, engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[call-overload]
+aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), readahead=0)  # type: ignore[call-overload]
+aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), replay="trace")  # type: ignore[call-overload]
+aiouffd.Monitor(region, on_exit="explode")  # type: ignore[call-overload]
+aiouffd.Monitor(region, b"bytes")  # type: ignore[call-overload]
+aiouffd.Monitor(b"bytes")  # type: ignore[call-overload]
+aiouffd.Monitor(region, in_thread=True)  # type: ignore[call-overload]
+aiouffd.InThread(spin_us=50)  # type: ignore[call-arg]
+aiouffd.Pager(stuck_limit="never")  # type: ignore[arg-type]
+
+aiouffd.open("https://host/x", engine=aiouffd.InThread(), storage_options={"region": "eu-west-1"}, readahead=0)
+aiouffd.open(b"bytes", on_exit="zeros")
+aiouffd.open("path", engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[arg-type]
+aiouffd.open("path", chunks=4)  # type: ignore[call-arg]
+
+
+def plain() -> None:
+    """The plain forms."""
+    with aiouffd.Monitor(region) as monitor:
+        assert_type(monitor, aiouffd.Monitor)
+        assert_type(monitor.prefetch_sync(0, 4096, timeout=1.0), None)
+        assert_type(monitor.read(0, 10), bytes)
+        assert_type(monitor.collect(), list[aiouffd.Range])
+        assert_type(monitor.statistics(), aiouffd.Statistics)
+        assert_type(monitor.pids, tuple[int, ...])
+    with aiouffd.open("path") as opened:
+        assert_type(opened, aiouffd.Region)
+
+
+async def asynchronous() -> None:
+    """The forms for a program with a loop."""
+    async with aiouffd.Monitor(region) as monitor:
+        await monitor.prefetch(0, 4096)
+        await monitor.wait_error()
+    async with aiouffd.open("path") as opened:
+        assert_type(opened, aiouffd.Region)
+
+
+def kernel() -> None:
+    """The kernel interface."""
+    with aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE) as uffd:
+        uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+        for event in uffd.read():
+            match event:
+                case aiouffd.PageFault():
+                    assert_type(event.kind, aiouffd.FaultKind)
+                case aiouffd.Fork(uffd=child):
+                    assert_type(child, aiouffd.Userfaultfd)
+                case aiouffd.Remove():
+                    assert_type((event.start, event.end), tuple[int, int])
+    assert_type(aiouffd.probe(), aiouffd.Capabilities)
+    assert_type(aiouffd.FileSource(os.fspath("x")), aiouffd.FileSource)
