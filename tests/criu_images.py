@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 COMMON, PAGEMAP, MM = 0x54564319, 0x56084025, 0x57492820
 PARENT, LAZY, PRESENT = 1, 2, 4
 

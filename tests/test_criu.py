@@ -1,4 +1,4 @@
-"""`handoff.criu`: what `criu restore --lazy-pages` sends, and what it never sends."""
+"""`criu.socket`: what `criu restore --lazy-pages` sends, and what it never sends."""
 
 from __future__ import annotations
 
@@ -130,18 +130,18 @@ async def test_tasks_come_as_they_are_sent(tmp_path: Path, uffd: Userfaultfd) ->
 _BROKEN: dict[str, tuple[list[bytes | str], str]] = {
     "nothing": ([], "before the end mark"),
     "half a pid": ([pid(7)[:2]], r"within a number \(2 bytes\)"),
-    "zero": ([pid(0)], "where a pid or the end mark belongs"),
-    "beyond all pids": ([pid((1 << 22) + 1)], "where a pid or the end mark belongs"),
-    "the least number": ([pid(-(1 << 31))], "where a pid or the end mark belongs"),
-    "the same pid twice": ([pid(7), "uffd", pid(7)], "has sent 7"),
-    "the same zombie twice": ([pid(-7), pid(-7)], "has sent -7"),
-    "no descriptor": ([pid(7), b"\0"], "no descriptor behind the pid 7"),
-    "an end behind the pid": ([pid(7)], "nothing behind the pid 7"),
+    "zero": ([pid(0)], "in place of a new pid or the end mark"),
+    "beyond all pids": ([pid((1 << 22) + 1)], "in place of a new pid or the end mark"),
+    "the least number": ([pid(-(1 << 31))], "in place of a new pid or the end mark"),
+    "the same pid twice": ([pid(7), "uffd", pid(7)], "sent 7"),
+    "the same zombie twice": ([pid(-7), pid(-7)], "sent -7"),
+    "no descriptor": ([pid(7), b"\0"], "no descriptor after the pid 7"),
+    "an end behind the pid": ([pid(7)], "nothing after the pid 7"),
     "a pipe": ([pid(7), "pipe"], "pipe:.*not a userfaultfd"),
     "a blocking one": ([pid(7), "blocking"], "without O_NONBLOCK"),
     "two": ([pid(7), "two"], "more than 1 descriptors"),
     "a descriptor with a pid": (["early"], "more than 0 descriptors"),
-    "HTTP": ([b"GET / HTTP/1.1\r\n\r\n"], "where a pid or the end mark belongs"),
+    "HTTP": ([b"GET / HTTP/1.1\r\n\r\n"], "in place of a new pid or the end mark"),
 }
 
 
@@ -179,11 +179,12 @@ async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) 
 
 
 async def test_silence_behind_a_pid(tmp_path: Path) -> None:
-    """A descriptor that does not come is an error in bounded time."""
-    with LazyPagesSocket(tmp_path, timeout=0.05) as lazy, connect(tmp_path) as client:
-        client.sendall(pid(7))
-        with pytest.raises(HandoffError, match="nothing behind the pid 7"):
-            await all_of(lazy)
+    """A descriptor that does not come, or the rest of a number, is an error in bounded time."""
+    for sent, complaint in ((pid(7), "nothing after the pid 7"), (pid(7)[:3], r"nothing for .* within a number")):
+        with LazyPagesSocket(tmp_path, timeout=0.05) as lazy, connect(tmp_path) as client:
+            client.sendall(sent)
+            with pytest.raises(HandoffError, match=complaint):
+                await all_of(lazy)
 
 
 async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
     with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
         client.sendall(END + b"x")
         assert await all_of(lazy) == []
-        with pytest.raises(HandoffError, match="behind the end mark"):
+        with pytest.raises(HandoffError, match="after the end mark"):
             await lazy.closed()
 
 
@@ -272,7 +273,7 @@ async def test_another_user(open_to_all: str) -> None:
     with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
         code = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(lazy.path))
-        with pytest.raises(HandoffError, match="is not of this user, nor root"):
+        with pytest.raises(HandoffError, match="is neither of this user nor of root"):
             await gather(lazy, [])
         assert await process.wait() == 0
 

@@ -1,10 +1,10 @@
-"""`sources.criu_page_server`: a client held against a little server that speaks as CRIU does, or does not."""
+"""`criu.page_server`: the client against a small server that follows CRIU's protocol, or breaks it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import pickle
+import mmap
 import struct
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 BASE = 0x7F00_0000_0000
 PIDS = (10, 11)
 FORMATS = pytest.mark.parametrize("header", [HEADER_4_1, HEADER_4_2], ids=["4.1", "4.2"])
@@ -145,26 +145,28 @@ async def test_canceling_keeps_the_session() -> None:
 
 
 async def test_a_task_is_a_source() -> None:
-    """Its offsets are addresses."""
-    async with serving(Server(HEADER_4_2)) as server:
-        client = CriuPageServer("127.0.0.1", server.port, header=HEADER_4_2)
-        again = pickle.loads(pickle.dumps(client.task(11)))
-        assert (again.pid, again.server.port, again.server.header) == (11, server.port, HEADER_4_2)
-        async with again.server:
-            assert await again.read(BASE + PAGE, 2 * PAGE) == content(PAGE, 2 * PAGE)
-            assert again.size > BASE
-        assert server.requests[0][3] == 11
+    """Its runs follow each other, with a page between them."""
+    async with (
+        serving(Server(HEADER_4_2)) as server,
+        CriuPageServer("127.0.0.1", server.port, header=HEADER_4_2) as client,
+    ):
+        task = client.task(11, [(BASE, 3 * PAGE), (BASE + 40 * PAGE, 2 * PAGE)])
+        assert task.offsets == [0, 4 * PAGE]
+        assert task.size == 7 * PAGE
+        assert await task.read(PAGE, 2 * PAGE) == content(PAGE, 2 * PAGE)
+        assert await task.read(5 * PAGE, PAGE) == content(41 * PAGE, PAGE)
+        assert [request[2:] for request in server.requests] == [(BASE + PAGE, 11), (BASE + 41 * PAGE, 11)]
 
 
 _SPOILED: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
-    "end": (lambda _: None, "has closed the connection"),
+    "end": (lambda _: None, "closed the connection"),
     "end within the header": (lambda whole: whole[:7], "no answer"),
-    "command": (lambda whole: struct.pack("<I", 7) + whole[4:], "with the command 0x7; is the header"),
-    "no pages": (lambda whole: whole[:4] + bytes(4) + whole[8:], "sends 0"),
-    "too many": (lambda whole: whole[:4] + struct.pack("<I", 3) + whole[8:], "asked for 2 pages .* sends 3"),
-    "all pages": (lambda whole: whole[:4] + b"\xff" * 4 + whole[8:], "sends 4294967295"),
-    "another address": (lambda whole: whole[:8] + bytes(8) + whole[16:], "has answered 0x0 of 10"),
-    "another process": (lambda whole: whole[:16] + struct.pack("<Q", 11) + whole[24:], "of 11; is the header"),
+    "command": (lambda whole: struct.pack("<I", 7) + whole[4:], "with the command 0x7; does the header"),
+    "no pages": (lambda whole: whole[:4] + bytes(4) + whole[8:], "sent 0"),
+    "too many": (lambda whole: whole[:4] + struct.pack("<I", 3) + whole[8:], "asked for 2 pages .* sent 3"),
+    "all pages": (lambda whole: whole[:4] + b"\xff" * 4 + whole[8:], "sent 4294967295"),
+    "another address": (lambda whole: whole[:8] + bytes(8) + whole[16:], "answered 0x0 of 10"),
+    "another process": (lambda whole: whole[:16] + struct.pack("<Q", 11) + whole[24:], "of 11; does the header"),
     "text": (lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n", "with the command 0x"),
 }
 
@@ -236,8 +238,8 @@ async def test_states_and_arguments() -> None:
             await client.read(10, BASE, 1)
     with pytest.raises(SourceError, match="cannot be reached"):
         await CriuPageServer("127.0.0.1", server.port).connect()
-    for wrong in ({"pages": 1025}, {"pages": 0}, {"requests": 0}, {"header": "<Q"}):
-        with pytest.raises(ValueError, match=r"1 to 1024|header"):
+    for wrong in ({"pages": (4 << 20) // PAGE + 1}, {"pages": 0}, {"requests": 0}, {"header": "<Q"}):
+        with pytest.raises(ValueError, match=r"1 to \d+, |header"):
             CriuPageServer("127.0.0.1", 1, **wrong)
 
 

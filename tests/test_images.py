@@ -1,4 +1,4 @@
-"""`handoff.images`: CRIU's image files, right ones and all kinds of wrong ones."""
+"""`criu.images`: CRIU's image files, right ones and all kinds of wrong ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scenario import open_descriptors
 
-from aiouffd.criu.images import REMOTE, PageFlag, Run, read_task
+from aiouffd.criu.images import REMOTE, PageFlag, PageRun, read_task
+from aiouffd.criu.lazy_pages import LazyPages
+from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
+from aiouffd.engine.assembly import Options
 from aiouffd.errors import HandoffError
 from aiouffd.ranges import Range
 
@@ -34,9 +37,9 @@ def test_a_task(tmp_path: Path) -> None:
     task = read_task(tmp_path, PID)
     both = PageFlag.LAZY | PageFlag.PRESENT
     assert task.runs == (
-        Run(BASE, 4 * PAGE, 0, 0, both),
-        Run(BASE + 4 * PAGE, 2 * PAGE, 0, 4 * PAGE, PageFlag.PRESENT),
-        Run(BASE + 8 * PAGE, 8 * PAGE, 0, 6 * PAGE, both),
+        PageRun(BASE, 4 * PAGE, 0, 0, both),
+        PageRun(BASE + 4 * PAGE, 2 * PAGE, 0, 4 * PAGE, PageFlag.PRESENT),
+        PageRun(BASE + 8 * PAGE, 8 * PAGE, 0, 6 * PAGE, both),
     )
     assert task.mappings == tuple(Range(start, end - start) for start, end in BOUNDS)
     assert task.files == (tmp_path / "pages-1.img",)
@@ -58,6 +61,15 @@ def test_pages_with_a_server(tmp_path: Path) -> None:
     make.write(tmp_path, PID, entries[:1], BOUNDS, 0)
     (tmp_path / "pages-1.img").unlink()
     assert len(read_task(tmp_path, PID).runs) == 1  # no byte is here, so no file is needed
+
+
+def test_the_version_of_criu(tmp_path: Path) -> None:
+    """CRIU 4.2 counts pages in 64 bits, and so does its page server: the newest images tell, if they have a page."""
+    for entries, wide in (([{1: BASE, 2: 1, 4: PRESENT}], False), ([{1: BASE, 2: 1, 4: LAZY, 5: 1}], True), ([], None)):
+        make.write(tmp_path, PID, entries, BOUNDS, PAGE)
+        assert read_task(tmp_path, PID).wide_counts is wide
+        found = LazyPages(tmp_path, options=Options())._find_header([PID + 1, PID])
+        assert found == (HEADER_4_1 if wide is False else HEADER_4_2)
 
 
 def test_images_without_flags(tmp_path: Path) -> None:
@@ -108,7 +120,7 @@ def test_parents_that_are_not_there(tmp_path: Path) -> None:
     link.symlink_to("old")
     for entries in ([{1: BASE, 2: 1, 4: PRESENT}], [{1: BASE, 2: 2, 4: LAZY}], []):
         make.write(old, PID, entries, BOUNDS, PAGE)
-        with pytest.raises(HandoffError, match=r"pagemap-77.img: has no.* page at"):
+        with pytest.raises(HandoffError, match=r"pagemap-77.img: has no .*page at"):
             read_task(tmp_path, PID)
 
 
@@ -195,7 +207,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     path.unlink()
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(HandoffError, match="are not an image"):
+    with pytest.raises(HandoffError, match="an image has at most"):
         read_task(tmp_path, PID)
     assert open_descriptors() == before
 

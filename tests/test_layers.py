@@ -38,7 +38,7 @@ ORDER = {
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": ["__init__", "listener", "metrics", "server"],
-    "criu": ["__init__", "images", "page_server", "relay", "socket", "lazy_pages"],
+    "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "registration", "error_queue", "monitor", "open"],
     "monitor/engines": ["__init__", "protocol", "layout", "guard", "in_process", "in_thread", "pager", "served_by"],
     "cli": ["__init__", "parameters", "daemon", "demo_server", "demo", "doctor", "lazy_pages", "serve", "commands"],

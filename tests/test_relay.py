@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +13,7 @@ from pattern import PAGE, Pattern, content
 
 import aiouffd
 from aiouffd.criu.relay import Relay, RelaySource
+from aiouffd.handoff.receive import Peer
 from aiouffd.sources.concat import ConcatSource
 
 if TYPE_CHECKING:
@@ -64,30 +67,55 @@ async def test_a_canceled_read_leaves_no_answer_to_the_next() -> None:
 
 async def test_another_user_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """An abstract address has no mode: the peer's user is looked at."""
-    monkeypatch.setattr("aiouffd.criu.relay._CREDENTIALS", Nobody())
+    monkeypatch.setattr(Peer, "of", lambda _: Peer(1, 65534, 65534))
     async with Relay() as relay:
         source = relay.add(Pattern(SIZE))
-        with pytest.raises(aiouffd.SourceError, match="whoever has it is gone"):
+        with pytest.raises(aiouffd.SourceError, match="the process with the source is gone"):
             await source.read(0, PAGE)
-
-
-class Nobody:
-    """As if the kernel said that the peer is another user."""
-
-    size = 12
-
-    def unpack(self, data: bytes) -> tuple[int, int, int]:
-        """Return other credentials."""
-        assert len(data) == self.size
-        return 1, 65534, 65534
 
 
 async def test_whoever_has_it_is_gone() -> None:
     """A SourceError that says so."""
     async with Relay() as relay:
         source = relay.add(Pattern(SIZE))
-    with pytest.raises(aiouffd.SourceError, match="whoever has it is gone"):
+    with pytest.raises(aiouffd.SourceError, match="the process with the source is gone"):
         await source.read(0, PAGE)
+
+
+async def test_a_wrong_request_is_an_error() -> None:
+    """No such source, bytes behind its end: the error says so, and the connection goes on."""
+    async with Relay() as relay:
+        source = relay.add(Pattern(SIZE))
+        with pytest.raises(aiouffd.SourceError, match=f"it has {SIZE} bytes"):
+            await source.read(SIZE, PAGE)
+        source.index = 7
+        with pytest.raises(aiouffd.SourceError, match="list index"):
+            await source.read(0, PAGE)
+        source.index = 0
+        assert await source.read(0, PAGE) == content(0, PAGE)
+        await source.aclose()
+
+
+@pytest.mark.parametrize(
+    "answer", [struct.pack("=?Q", False, 1 << 60), struct.pack("=?Q", True, 1 << 60), struct.pack("=?Q", False, 1)]
+)
+async def test_an_answer_of_another_length_is_an_error(answer: bytes) -> None:
+    """Neither a wait for bytes that do not come, nor bytes that were not asked for."""
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(20)
+        writer.write(answer + b"x")
+        await reader.read()
+        writer.close()
+        ended.set()
+
+    address = b"\0aiouffd-test-" + os.urandom(8).hex().encode()
+    async with await asyncio.start_unix_server(serve, address.decode("latin-1")), asyncio.timeout(20):
+        source = RelaySource(address, 0, SIZE)
+        with pytest.raises(aiouffd.SourceError, match="bytes for"):
+            await source.read(0, PAGE)
+        await ended.wait()
 
 
 async def test_several_sources_as_one(tmp_path: Path) -> None:

@@ -37,9 +37,7 @@ _DIRECTORY = click.Path(exists=True, file_okay=False)
 @click.option(
     "--criu",
     type=click.Choice(list(_HEADERS)),
-    default="4.1",
-    show_default=True,
-    help="The version of the CRIU that dumps: up to 4.1, or 4.2 and later. Its page server does not tell.",
+    help="The version of the CRIU that dumps: up to 4.1, or 4.2 and later. By default the images tell it.",
 )
 @click.option(
     "--background/--no-background",
@@ -54,7 +52,7 @@ def command(
     work: str | None,
     page_server: str | None,
     port: int | None,
-    criu: str,
+    criu: str | None,
     background: bool,
     readahead: int,
 ) -> int:
@@ -69,7 +67,7 @@ def command(
             images,
             work=work,
             page_server=(page_server, port) if page_server is not None and port is not None else None,
-            header=_HEADERS[criu],
+            header=None if criu is None else _HEADERS[criu],
             options=Options(readahead=readahead),
             background=background,
         )

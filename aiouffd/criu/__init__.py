@@ -1,6 +1,6 @@
 """Lazy restores with CRIU.
 
-Layout: `lazy_pages` (the daemon), `socket` (how `criu restore --lazy-pages` hands its processes over), `images` (CRIU's
-image files), `page_server` (the pages of a running `criu dump --lazy-pages`, as a source), `relay` (a source of one
-process, read from another).
+Layout: `lazy_pages` (the daemon), `socket` (how `criu restore --lazy-pages` hands over its processes), `images` (what
+CRIU's image files say, in the encoding of `image_file`), `page_server` (a client of the page server of
+`criu dump --lazy-pages`), `relay` (a source of one process, read from another).
 """

@@ -1,17 +1,18 @@
-"""In place of `criu lazy-pages`: serves the processes that `criu restore --lazy-pages` hands over."""
+"""Takes the place of `criu lazy-pages`: serves the processes that `criu restore --lazy-pages` hands over."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
+import mmap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from aiouffd.criu.images import REMOTE, TaskImage, read_task
-from aiouffd.criu.page_server import CriuPageServer
+from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 from aiouffd.criu.relay import Relay
 from aiouffd.criu.socket import LazyPagesSocket
 from aiouffd.engine.assembly import Options, Service
@@ -27,6 +28,7 @@ from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.file import FileSource
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from aiouffd.criu.socket import RestoredTask
@@ -37,43 +39,26 @@ __all__ = ["LazyPages"]
 
 log = logging.getLogger("aiouffd.lazy_pages")
 
-_PAGE = 4096
 _FEATURES = Feature.EVENT_FORK | abi.LAYOUT_EVENTS
-"""What CRIU asks for on each descriptor."""
-
-
-@attrs.frozen
-class _Remote:
-    """The lazy pages of a process that a page server has, one behind the other: an offset is a place in that row.
-
-    Attributes:
-        server: connected.
-        pid: as in the images.
-        addresses: of the pages, when they were dumped: (first offset, address, bytes) of each run.
-        size: of them all.
-    """
-
-    server: CriuPageServer
-    pid: int
-    addresses: list[tuple[int, int, int]]
-    size: int
-
-    async def read(self, offset: int, length: int) -> Any:
-        """Return the pages; a mapping, and so a read, lies within one run."""
-        start, address, _ = next(run for run in reversed(self.addresses) if run[0] <= offset)
-        return await self.server.read(self.pid, address + offset - start, length // _PAGE)
+"""The features that CRIU enables on each descriptor."""
 
 
 class LazyPages:
-    """Serves one restore: takes its processes over, brings what is touched, and all the rest in the background.
+    """Serves one restore: resolves the faults of its processes, and fills all other pages in the background.
 
     Args:
         images: the directory of the images (`-D`).
         work: where CRIU looks for the socket (`-W`); by default `images`.
-        page_server: (host, port) of `criu dump --lazy-pages`, which has the lazy pages then.
-        header: of that page server: `criu_page_server.HEADER_4_1` or `HEADER_4_2`.
+        page_server: (host, port) of the `criu dump --lazy-pages` that has the lazy pages; None: the images have them.
+        header: of that page server: `page_server.HEADER_4_1` or `HEADER_4_2`. None: the one of the CRIU that wrote
+            the images.
         options: how the pages are served.
-        background: bring all in the background, and end when all is there; else serve until the processes end.
+        background: fill all pages in the background, and end when all are there; else serve until the processes end.
+
+    Attributes:
+        errors: of pages and processes, in order.
+        tasks: number of processes.
+        pages: number of pages that were placed, once `run` has ended.
     """
 
     def __init__(
@@ -82,13 +67,15 @@ class LazyPages:
         *,
         work: str | os.PathLike[str] | None = None,
         page_server: tuple[str, int] | None = None,
-        header: str,
+        header: str | None = None,
         options: Options,
         background: bool = True,
     ) -> None:
         self._images = images
         self._work = images if work is None else work
-        self._server = None if page_server is None else CriuPageServer(*page_server, header=header)
+        self._address = page_server
+        self._header = header
+        self._server: CriuPageServer | None = None
         self._options = options
         self._background = background
         self._prepared: dict[int, tuple[Pack, list[Mapping]]] = {}
@@ -97,7 +84,7 @@ class LazyPages:
         self._death: BaseException | None = None
         self.errors: list[BaseException] = []
         self.tasks = 0
-        self.pages = 0  # brought, once all is done
+        self.pages = 0
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Listen, serve, and return when all is done. Canceling leaves the pager serving.
@@ -106,9 +93,9 @@ class LazyPages:
             ready: called when CRIU may connect.
 
         Raises:
-            HandoffError: the restore has failed, or an image is not what it should be.
-            SourceError: the page server is not there.
-            PagerDiedError: the pager was given up: what is missing is SIGBUS.
+            HandoffError: the restore failed, or an image is not valid.
+            SourceError: the page server cannot be reached.
+            PagerDiedError: the pager was given up; a touch of a missing page is SIGBUS.
         """
         loop = asyncio.get_running_loop()
 
@@ -125,9 +112,13 @@ class LazyPages:
             socket = stack.enter_context(LazyPagesSocket(self._work))
             await asyncio.to_thread(self._pager.start)
             self._relay = await stack.enter_async_context(Relay())
-            if self._server is not None:
-                await stack.enter_async_context(self._server)
-            await self._prepare()
+            pids = await asyncio.to_thread(self._pids)
+            if self._address is not None:
+                header = self._header
+                if header is None:
+                    header = await asyncio.to_thread(self._find_header, pids)
+                self._server = await stack.enter_async_context(CriuPageServer(*self._address, header=header))
+            await self._prepare(pids)
             ready()
             async for task in socket.tasks():
                 await self._serve(task)
@@ -142,11 +133,11 @@ class LazyPages:
 
     @property
     def holds_pages(self) -> bool:
-        """Whether pages come through this process: the pager cannot do without it then."""
-        return self._server is not None
+        """Whether pages come through this process, so that the pager cannot serve without it."""
+        return self._address is not None
 
     def statistics(self) -> Statistics:
-        """Return what the pager has counted."""
+        """Return the pager's counters."""
         return attrs.evolve(self._pager.statistics(), clients=len(self._tenants))
 
     @property
@@ -161,32 +152,45 @@ class LazyPages:
                 self._prepared[task.pid] = await asyncio.to_thread(self._pack, task.pid)
             pack, mappings = self._prepared.pop(task.pid)
         except BaseException:
-            uffd.close()  # CRIU has failed then: it kills what it has restored
+            uffd.close()  # CRIU then fails, and kills what it has restored
             raise
-        tenant = Tenant(pack, uffd, mappings, _PAGE)
+        tenant = Tenant(pack, uffd, mappings, mmap.PAGESIZE)
         self._tenants[tenant.token] = tenant
         opened = asyncio.wrap_future(self._pager.open(tenant))
         if self._background:
-            # CRIU has some milliseconds of work left when the memory is there: all of it may come before it runs.
+            # CRIU has some milliseconds of work left when the memory is registered: all pages may come before the
+            # process runs.
             self._pager.request("begin", tenant)
         await opened
         self.tasks += 1
-        pages = sum(mapping.end - mapping.start for mapping in mappings) // _PAGE
+        pages = sum(mapping.end - mapping.start for mapping in mappings) // mmap.PAGESIZE
         log.info("process %d: %d lazy pages in %d runs", task.pid, pages, len(mappings))
 
-    async def _prepare(self) -> None:
-        """Read the images, and have the pager open what is in them, before CRIU comes: its processes wait for that.
-
-        What is wrong is said when the process comes that it concerns.
-        """
-        names = await asyncio.to_thread(os.listdir, self._images)
-        pids = [name[3:-4] for name in names if name.startswith("mm-") and name.endswith(".img")]
-        pids = list(filter(str.isdecimal, pids))
+    def _pids(self) -> list[int]:
+        """Return the processes that the directory has images of."""
+        names = [path.stem[3:] for path in Path(self._images).glob("mm-*.img")]
+        pids = [int(name) for name in names if name.isdecimal()]
         if not pids:
             raise HandoffError(
-                str(self._images), "there are no images of a process (mm-PID.img): -D says where they are"
+                str(self._images), "has no images of a process (mm-PID.img): give the directory of the images with -D"
             )
-        for pid in map(int, pids):
+        return pids
+
+    def _find_header(self, pids: list[int]) -> str:
+        """Return the header of the page server's version: the CRIU that wrote the images serves the pages."""
+        for pid in pids:
+            with contextlib.suppress(UffdError, OSError):
+                wide = read_task(self._images, pid).wide_counts
+                if wide is not None:
+                    return HEADER_4_2 if wide else HEADER_4_1
+        return HEADER_4_2
+
+    async def _prepare(self, pids: list[int]) -> None:
+        """Have the pager open the files of all images before CRIU connects: a restored process waits for that.
+
+        An image that is not valid raises when its process comes.
+        """
+        for pid in pids:
             with contextlib.suppress(UffdError, OSError):
                 self._prepared[pid] = pack, _ = await asyncio.to_thread(self._pack, pid)
                 await asyncio.wrap_future(self._pager.prepare(pack))
@@ -196,36 +200,35 @@ class LazyPages:
         return Pack(Service(source), self._options), mappings
 
     def _source(self, image: TaskImage) -> tuple[Source, list[Mapping]]:
-        """Return where a process's lazy pages are, and which address shows which of them."""
+        """Return the source of a process's lazy pages, and which address shows which offset."""
         runs = list(image.lazy())
         remote = [run for run in runs if run.file == REMOTE]
         if remote and self._server is None:
             raise HandoffError(
-                str(self._images), f"pages of process {image.pid} are with the page server of its dump: --page-server"
+                str(self._images), f"the page server of its dump has pages of process {image.pid}: use --page-server"
             )
         used = sorted({run.file for run in runs if run.file != REMOTE})
         parts: list[Source] = [FileSource(image.files[file]) for file in used]
+        offsets: list[int] = []
         if self._server is not None and remote:
-            parts.append(self._relay.add(_remote(self._server, image.pid, [(r.address, r.length) for r in remote])))
+            task = self._server.task(image.pid, ((run.address, run.length) for run in remote))
+            offsets = task.offsets
+            parts.append(self._relay.add(task))
         if not parts:
-            return ZeroSource(_PAGE), []  # it has no lazy pages; what it maps from now on is zeros
+            return ZeroSource(mmap.PAGESIZE), []  # no lazy pages: what the process maps from now on is zeros
         whole = ConcatSource(parts)
-        mappings = []
-        at = whole.starts[-1] if remote else 0
+        starts = {run.address: whole.starts[-1] + offset for run, offset in zip(remote, offsets, strict=True)}
         for run in runs:
-            if run.file == REMOTE:
-                mappings.append(Mapping(run.address, run.end, at))
-                at += run.length + _PAGE
-            else:
-                start = whole.starts[used.index(run.file)] + run.offset
-                mappings.append(Mapping(run.address, run.end, start))
+            if run.file != REMOTE:
+                starts[run.address] = whole.starts[used.index(run.file)] + run.offset
+        mappings = [Mapping(run.address, run.end, starts[run.address]) for run in runs]
         return (parts[0] if len(parts) == 1 else whole), mappings
 
     async def _release(self, tenant: Tenant) -> None:
         try:
             await asyncio.wrap_future(self._pager.request("release", tenant))
         except UffdError as error:
-            log.warning("not all could be brought: %s", error)
+            log.warning("not all pages could be placed: %s", error)
         else:
             self._gone(tenant)
 
@@ -237,7 +240,7 @@ class LazyPages:
             self._changed.set()
 
     def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
-        if tenant is None:  # nobody is served any more, and of nobody's end will be told
+        if tenant is None:  # the pager is given up: it serves nobody, and reports no end of a process
             self._death = error
             self._changed.set()
         log.error("%s", error)
@@ -249,12 +252,3 @@ class LazyPages:
         self._pager.stop(leave=bool(self._tenants))
         for pack, _ in self._prepared.values():
             pack.close()
-
-
-def _remote(server: CriuPageServer, pid: int, runs: list[tuple[int, int]]) -> _Remote:
-    addresses = []
-    at = 0
-    for address, length in runs:
-        addresses.append((at, address, length))
-        at += length + _PAGE  # a window must not reach from one run into the next
-    return _Remote(server, pid, addresses, at)

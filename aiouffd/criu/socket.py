@@ -1,15 +1,15 @@
-"""The socket `lazy-pages.socket`: how `criu restore --lazy-pages` hands its processes over to a daemon.
+"""The socket `lazy-pages.socket`: `criu restore --lazy-pages` hands its processes over to a daemon through it.
 
 Some facts about the protocol, which has no version and no answers:
 
-- The socket lies in CRIU's work directory; the daemon listens, and CRIU connects once. All processes that are being
-  restored send over that connection, in turn.
-- For each process: its pid as a native int32, then a byte of no meaning with the userfaultfd. For a zombie the pid is
-  negative and nothing follows. The pid is the one of the images.
-- When all are restored: 0x52535446, which is above every pid. The end of the connection before that means that the
-  restore has failed; after it, nothing.
-- A process registers its ranges after it has sent the descriptor, and closes its own copy then. It may fault before
-  the end mark: whoever waits for the mark before it serves may wait for ever.
+- The socket is in CRIU's work directory. The daemon listens, CRIU connects once. All processes that CRIU restores
+  send over that connection, one after the other.
+- For each process: its pid as a native int32, then one byte of no meaning together with its userfaultfd. For a zombie
+  the pid is negative and nothing follows. The pid is that of the images.
+- When all processes are restored: 0x52535446, which is above every pid. If the connection ends before that, the
+  restore has failed. After it the end means nothing.
+- A process sends the descriptor, then registers its ranges, then closes its own copy. It may fault before the end
+  mark. A daemon that waits for the mark before it serves may wait for ever.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from aiouffd.server.listener import SocketFile
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator
-    from types import TracebackType
 
 __all__ = ["SOCKET_NAME", "LazyPagesSocket", "RestoredTask"]
 
@@ -42,13 +41,13 @@ _MAX_PID = 1 << 22  # PID_MAX_LIMIT
 
 @attrs.frozen
 class RestoredTask:
-    """A process that is being restored.
+    """A process that CRIU restores.
 
     Attributes:
-        pid: as in the names of the images. In another pid namespace it has another number.
+        pid: as in the names of the images. In another pid namespace the process has another pid.
         fd: its userfaultfd, non-blocking and close-on-exec, with the features FORK, REMAP, UNMAP and REMOVE. It
-            belongs to the receiver. The process is about to close its own copy: if this one is closed then, what
-            is missing reads as **zeros**.
+            belongs to the receiver. The process is about to close its own copy: if the receiver closes this one
+            then, missing pages read as **zeros**.
     """
 
     pid: int
@@ -59,22 +58,24 @@ class LazyPagesSocket:
     """Listens for one `criu restore --lazy-pages`. A context manager that closes and removes the socket.
 
     Args:
-        directory: CRIU's work directory (its `-W`, or else `-D`). A socket that was left there is replaced, unless
-            somebody listens on it.
-        timeout: seconds between a pid and its descriptor, which CRIU sends at once.
-        mode: of the socket; CRIU connects as root.
+        directory: CRIU's work directory (its `-W`, or else `-D`). Replaces a socket that nobody listens on.
+        timeout: seconds between a pid and its descriptor. CRIU sends both at once.
+        mode: of the socket. CRIU connects as root.
+
+    Attributes:
+        path: of the socket.
+        peer: the process that connected; None before that.
+        finished: whether the end mark was received: all processes are restored and run.
 
     Raises:
-        HandoffError: there is something else of that name.
-        OSError: one cannot listen there; EADDRINUSE: another daemon does.
+        HandoffError: the name belongs to something that is no socket.
+        OSError: the socket cannot be made. EADDRINUSE: another daemon listens there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, timeout: float = 10.0, mode: int = 0o600) -> None:
         self.path = Path(directory) / SOCKET_NAME
         self.peer: Peer | None = None
-        """Who has connected."""
         self.finished = False
-        """Whether the end mark has come: everything is restored and runs."""
         self._timeout = timeout
         self._connection: socket.socket | None = None
         try:
@@ -83,12 +84,12 @@ class LazyPagesSocket:
             raise HandoffError(str(self.path), error.strerror or str(error)) from None
 
     async def tasks(self) -> AsyncIterator[RestoredTask]:
-        """Wait for CRIU, and yield the processes as they come; end at the end mark.
+        """Wait for CRIU and yield each process as it is sent, until the end mark. Call it once.
 
-        Canceling, or leaving the loop, is safe between two processes. To be called once.
+        Canceling, or leaving the loop, is safe between two processes.
 
         Raises:
-            HandoffError: CRIU has ended before the end mark, or has sent what it never sends.
+            HandoffError: CRIU ended before the end mark, or sent something that the protocol does not allow.
         """
         connection = await self._accept()
         seen: set[int] = set()
@@ -99,23 +100,23 @@ class LazyPagesSocket:
                 return
             pid = abs(number)
             if not 0 < pid <= _MAX_PID or pid in seen:
-                raise self._wrong(f"has sent {number} where a pid or the end mark belongs")
+                raise self._invalid(f"sent {number} in place of a new pid or the end mark")
             seen.add(pid)
             if number > 0:
                 yield RestoredTask(pid, await self._descriptor(connection, pid))
 
     async def closed(self) -> None:
-        """Wait until CRIU has closed the connection behind the end mark: it sends no more.
+        """Wait until CRIU closes the connection after the end mark. Canceling is safe.
 
         Raises:
-            HandoffError: it does.
+            HandoffError: CRIU sent something after the end mark.
         """
         if self._connection is not None:
             data = b""
             with contextlib.suppress(ConnectionError):
                 data, _ = await receive(self._connection, 1)
             if data:
-                raise self._wrong("has sent more behind the end mark")
+                raise self._invalid("sent data after the end mark")
 
     def close(self) -> None:
         """Close the connection and the listener, and remove the socket."""
@@ -127,9 +128,7 @@ class LazyPagesSocket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -138,24 +137,27 @@ class LazyPagesSocket:
     async def _accept(self) -> socket.socket:
         connection, _ = await asyncio.get_running_loop().sock_accept(self._file.listener)
         connection.setblocking(False)
-        self._file.listener.close()  # a second one shall be refused, not wait
+        self._file.listener.close()  # so that a second connection is refused and does not wait
         self._connection = connection
         self.peer = Peer.of(connection)
         if self.peer.uid not in (0, os.geteuid()):
-            raise self._wrong("is not of this user, nor root")
+            raise self._invalid("is neither of this user nor of root")
         return connection
 
     async def _number(self, connection: socket.socket) -> int:
-        """Receive a pid or the mark: exactly its four bytes, since behind them is a byte with a descriptor."""
+        """Receive a pid or the mark: not more than its four bytes, since a descriptor comes with the next byte."""
         data = b""
         while len(data) < _PID.size:
+            inside = f" within a number ({len(data)} bytes)" if data else ""
             try:
-                more, _ = await receive(connection, _PID.size - len(data))
+                async with asyncio.timeout(self._timeout if data else None):
+                    more, _ = await receive(connection, _PID.size - len(data))
             except ConnectionError:
                 more = b""
+            except TimeoutError:
+                raise self._invalid(f"sent nothing for {self._timeout} s{inside}") from None
             if not more:
-                inside = f" within a number ({len(data)} bytes)" if data else ""
-                raise self._wrong(f"has closed the connection before the end mark{inside}: see the log of the restore")
+                raise self._invalid(f"closed the connection before the end mark{inside}: see the log of the restore")
             data += more
         number: int = _PID.unpack(data)[0]
         return number
@@ -168,7 +170,7 @@ class LazyPagesSocket:
             data, descriptors = b"", []
         if not data or not descriptors:
             what = "nothing" if not data else "no descriptor"
-            raise self._wrong(f"has sent {what} behind the pid {pid} where its userfaultfd belongs")
+            raise self._invalid(f"sent {what} after the pid {pid} in place of its userfaultfd")
         try:
             require_userfaultfd(descriptors[0], str(self.peer))
         except HandoffError:
@@ -176,5 +178,5 @@ class LazyPagesSocket:
             raise
         return descriptors[0]
 
-    def _wrong(self, reason: str) -> HandoffError:
+    def _invalid(self, reason: str) -> HandoffError:
         return HandoffError(f"criu restore, {self.peer}", reason)

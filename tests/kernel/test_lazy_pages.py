@@ -129,7 +129,7 @@ def test_no_images(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "there are no images of a process" in done.stderr
+    assert "has no images of a process" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -275,6 +275,7 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "does not exist" in done.stderr
+    (tmp_path / "mm-1.img").touch()
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = str(closed.getsockname()[1])
