@@ -1,171 +1,147 @@
-/* Who has SIGBUS besides us: those from before are kept and passed what is not ours, those that take it while we have
- * it are put below us.
+/* The handler of SIGBUS: page faults resolved in the thread that took them.
+ *
+ * A userfaultfd with UFFD_FEATURE_SIGBUS sends no message: a thread that touches a missing page gets SIGBUS. The handler
+ * places what is in memory at a fixed address (plain.c); the thread then repeats its access. For anything else it asks
+ * the event loop (ask.c).
+ *
+ * What a handler of a synchronous signal may do. It runs between two instructions of the thread that touched, like a
+ * call that the interrupted code does not know of. So it must not need a lock that this code may hold, nor disturb what
+ * the code uses: no malloc, no stdio, no Python code; errno is put back; no other signal is blocked meanwhile (sa_mask
+ * is empty). PyEval_SaveThread and PyEval_RestoreThread are the only calls into Python, and only if this thread holds
+ * the GIL. Python never touches a region under the GIL's own locks.
  */
 
-#include "native.h"
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "ask.h"
+#include "chain.h"
+#include "gil.h"
+#include "plain.h"
+#include <errno.h>
 
-enum { EARLIER = 8, TURN_MS = 300 };
-
-/* earlier[0] was there before us. Those behind took the signal while we had it. Entries are kept when the signal is
- * given back: whoever is above us then may still call us. */
-static struct sigaction earlier[EARLIER];
-static _Atomic int32_t newest = -1;
-static handler *own;
+enum { REPEATS = 1000 }; /* a page that is present faults again and again: something else is wrong with it */
 
 THREAD_LOCAL struct {
-    uint64_t address;  /* that was passed on last, */
-    int32_t to;        /* to this one of `earlier` */
-    /* The call that is passing it on just now, on this thread's stack. If what is there is not `ticket` any more, it was
-     * left by longjmp. */
-    volatile const uint64_t *frame;
-    uint64_t ticket;
-} passed;
+    uint64_t missed;       /* the address that was in no region, */
+    uint32_t missed_epoch; /* at that time */
+    uint32_t repeats;      /* how often `repeated` was present and faulted all the same */
+    uint64_t repeated;
+} mine;
 
-static int same(const struct sigaction *one, const struct sigaction *other)
+static int holds(const struct region *r, uint64_t address)
 {
-    return one->sa_sigaction == other->sa_sigaction; /* of a union with sa_handler */
+    return address >= atomic_load(&r->start) && address < atomic_load(&r->end);
 }
 
-static int is_function(const struct sigaction *action)
+/* The caller is counted `inside`, and no longer when this returns: 1, to touch again, or 0. */
+static int serve_in(struct region *r, uint64_t address, void *context, uint64_t began)
 {
-    return action->sa_flags & SA_SIGINFO || (action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN);
+    uint64_t page = address & -r->is.page;
+    enum outcome how = place(r, page);
+    if (how == ASKED)
+        return ask(r, page, address, context);
+    uint64_t spent = now_ns() - began;
+    int bits = spent ? 64 - __builtin_clzll(spent) : 0;
+    count(r, FAULTS, 1);
+    count(r, LATENCY + (bits < LATENCIES ? bits : LATENCIES - 1), 1);
+    leave(r);
+    mine.repeats = how == PRESENT && mine.repeated == address ? mine.repeats + 1 : 0;
+    mine.repeated = address;
+    if (mine.repeats < REPEATS)
+        return 1;
+    complain(address, ", and the kernel says that it is present. Is it write-protected by another userfaultfd?\n");
+    return 0;
 }
 
-/* With a lock of the caller's held, as `uninstall`. */
-int install(handler *ours)
+/* 1: touch again; 0: pass the signal on; *ours is then whether it is for one of our pages. */
+static int serve(uint64_t address, void *context, int *ours)
 {
-    struct sigaction now, mine;
-    memset(&mine, 0, sizeof mine);
-    sigemptyset(&mine.sa_mask); /* a thread that waits for a page gets its other signals */
-    mine.sa_sigaction = own = ours;
-    /* NODEFER: an earlier handler may raise it anew, and a fault that comes while it is blocked kills the process.
-     * ONSTACK: whoever runs on a small stack has made an alternate one. */
-    mine.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGBUS, NULL, &now);
-    if (same(&now, &mine))
+    uint64_t began = now_ns();
+    struct region *changing = NULL;
+    uint32_t freed = atomic_load(&epoch);
+    for (uint32_t i = 0, end = atomic_load(&used); i < end; i++) {
+        struct region *r = &regions[i];
+        uint32_t state = atomic_load(&r->state);
+        if (state == CHANGING)
+            changing = r;
+        if (state != LIVE || !holds(r, address))
+            continue;
+        atomic_fetch_add(&r->inside, 1);
+        if (atomic_load(&r->state) != LIVE || !holds(r, address)) {
+            leave(r);
+            return 1; /* it has just changed: the next touch finds it as it is then */
+        }
+        *ours = 1;
+        return serve_in(r, address, context, began);
+    }
+    if (changing != NULL) { /* its new range may contain the address */
+        void *state = release_gil();
+        int going = wait_for(changing, &changing->state, CHANGING, address);
+        take_gil(state);
+        *ours = !going;
+        return going;
+    }
+    /* In no region; or in one that has left since the fault. The next touch tells. */
+    if (mine.missed == address && mine.missed_epoch == freed)
         return 0;
-    int32_t at = atomic_load(&newest);
-    while (at >= 0 && !same(&earlier[at], &now))
-        at--;
-    if (at < 0)
-        at = atomic_load(&newest) + 1;
-    if (at >= EARLIER)
-        return -1;
-    earlier[at] = now;
-    atomic_store(&newest, at);
-    sigaction(SIGBUS, &mine, NULL);
+    mine.missed = address;
+    mine.missed_epoch = freed;
     return 1;
 }
 
-void uninstall(void)
+static int within(uint64_t address)
 {
-    struct sigaction now;
-    if (atomic_load(&newest) < 0)
-        return;
-    sigaction(SIGBUS, NULL, &now);
-    if (now.sa_sigaction == own)
-        sigaction(SIGBUS, &earlier[atomic_load(&newest)], NULL);
+    for (uint32_t i = 0, end = atomic_load(&used); i < end; i++)
+        if (atomic_load(&regions[i].state) != FREE && holds(&regions[i], address))
+            return 1;
+    return 0;
 }
 
-/* The handler that is below ours, as a number. */
-EXPORT uint64_t aiouffd_below(void)
+static void on_sigbus(int number, siginfo_t *info, void *context)
 {
-    int32_t at = atomic_load(&newest);
-    return at < 0 ? 0 : (uint64_t)(uintptr_t)earlier[at].sa_sigaction;
-}
-
-/* The handler of SIGBUS, as a number. */
-EXPORT uint64_t aiouffd_handler(void)
-{
-    struct sigaction now;
-    sigaction(SIGBUS, NULL, &now);
-    return (uint64_t)(uintptr_t)now.sa_sigaction;
-}
-
-static __attribute__((noreturn)) void die(void)
-{
-    struct sigaction plain;
-    sigset_t only;
-    memset(&plain, 0, sizeof plain);
-    plain.sa_handler = SIG_DFL;
-    sigaction(SIGBUS, &plain, NULL);
-    sigemptyset(&only);
-    sigaddset(&only, SIGBUS);
-    sigprocmask(SIG_UNBLOCK, &only, NULL);
-    syscall(SYS_tgkill, getpid(), thread_id(), SIGBUS);
-    syscall(SYS_exit_group, 128 + SIGBUS); /* the first process of a container is not killed by its own signals */
-    __builtin_unreachable();
-}
-
-/* Several threads may wait for one page that cannot be had. Most handlers write a report and end the process, and two that
- * do so at once spoil it: so each gets its turn, and the others most likely their end. A turn has a bound, since who is
- * left by longjmp does not say that it is over. */
-static _Atomic int32_t turn_of;
-static _Atomic uint64_t turn_ends;
-
-void wait_for_turn(void)
-{
-    _Atomic uint32_t nobody = 0;
-    int me = thread_id();
-    uint64_t ends;
-    while ((ends = atomic_load(&turn_ends)) > now_ns() && atomic_load(&turn_of) != me)
-        futex_wait(&nobody, 0, 5);
-    if (atomic_compare_exchange_strong(&turn_ends, &ends, now_ns() + UINT64_C(1000000) * TURN_MS))
-        atomic_store(&turn_of, me);
-    else if (atomic_load(&turn_of) != me)
-        wait_for_turn(); /* somebody else was faster */
-}
-
-/* Each of the earlier handlers may hand it back: by calling us, by raising it anew (as faulthandler does when it has
- * written its traceback), or by returning, so that the access is repeated. The next older one gets it then. For a fault
- * that is not ours the oldest gets it again and again, if it returns: it would without us. */
-void pass_on(int number, siginfo_t *info, void *context, int ours)
-{
+    int saved = errno, ours = 0;
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
-    int sent = info->si_code <= 0; /* by kill(2) or raise(3): it has no address */
-    volatile uint64_t frame = 0;
-    int nested = passed.frame != NULL && &frame < passed.frame && *passed.frame == passed.ticket;
-    int jumped = passed.frame != NULL && !nested;
-    int32_t to = atomic_load(&newest);
-    if (nested && (sent || address == passed.address))
-        to = passed.to - 1;
-    else if (!nested && !jumped && !sent && address == passed.address && (ours || passed.to > 0))
-        to = passed.to - 1; /* it has returned, and nothing was better */
-    if (to < 0)
-        die();
-    struct sigaction action = earlier[to];
-    if (!is_function(&action)) {
-        if (sent && action.sa_handler == SIG_IGN)
-            return;
-        die(); /* a fault cannot be ignored */
+    /* A missing page is BUS_ADRERR. A poisoned one may be BUS_MCEERR_AR, as is one whose memory is broken. */
+    if (info->si_code != BUS_ADRERR || !serve(address, context, &ours))
+        pass_on(number, info, context, ours || (info->si_code == BUS_MCEERR_AR && within(address)));
+    errno = saved;
+}
+
+/* Enter a region into the table, closed, and take SIGBUS: *displaced is what `install` returns. Returns a slot, or a
+ * negated errno: ENOSPC, too many regions; EBUSY, too many others have taken SIGBUS; or why pagemap cannot be read. */
+EXPORT int aiouffd_add(const struct options *options, int *displaced)
+{
+    static int at_fork;
+    pthread_mutex_lock(&table);
+    if (!at_fork) /* a forked child has no region to serve */
+        at_fork = pthread_atfork(NULL, NULL, uninstall) == 0;
+    int slot = take_record(options);
+    if (slot >= 0 && (*displaced = install(on_sigbus)) < 0) {
+        free_record(slot);
+        slot = -EBUSY;
     }
-    if (action.sa_flags & (int)SA_RESETHAND) {
-        earlier[to].sa_handler = SIG_DFL;
-        earlier[to].sa_flags = 0;
-    }
-    if (ours && !nested)
-        wait_for_turn();
-    sigset_t before;
-    sigdelset(&action.sa_mask, SIGBUS);
-    sigprocmask(SIG_BLOCK, &action.sa_mask, &before);
-    volatile const uint64_t *outer = nested ? passed.frame : NULL;
-    uint64_t outer_ticket = passed.ticket;
-    if (!sent)
-        passed.address = address;
-    passed.to = to;
-    frame = passed.ticket = now_ns() | 1;
-    passed.frame = &frame;
-    if (action.sa_flags & SA_SIGINFO)
-        action.sa_sigaction(number, info, context);
-    else
-        action.sa_handler(number);
-    if (ours && !nested)
-        atomic_store(&turn_ends, 0);
-    passed.frame = outer;
-    passed.ticket = outer_ticket;
-    frame = 0;
-    sigprocmask(SIG_SETMASK, &before, NULL);
+    pthread_mutex_unlock(&table);
+    return slot;
+}
+
+/* Take a closed region out of the table. Its waiters touch again.
+ *
+ * The last one gives SIGBUS back, if `for_good`: a touch of a missing page is SIGBUS from now on as well. Where missing
+ * pages are zeros from now on, a thread may be on its way into our handler just now, and must find it. So the handler
+ * stays, and passes everything on, until the next time. */
+EXPORT void aiouffd_remove(int slot, int for_good)
+{
+    pthread_mutex_lock(&table);
+    if (free_record(slot) == 0 && for_good)
+        uninstall();
+    pthread_mutex_unlock(&table);
+    wake_everybody();
+}
+
+/* The loop runs. 0: SIGBUS is ours; 1: it is again, another handler had been installed; -1: it is not. */
+EXPORT int aiouffd_beat(int slot)
+{
+    atomic_fetch_add(&regions[slot].heartbeat, 1);
+    pthread_mutex_lock(&table);
+    int displaced = install(on_sigbus);
+    pthread_mutex_unlock(&table);
+    return displaced;
 }

@@ -1,0 +1,50 @@
+/* A thread that looks after others, and ends the process when nobody will ever bring a page that is waited for.
+ *
+ * It is a native thread, so that it needs neither the GIL nor malloc. What a watch looks at is in watch_servers.c and
+ * watch_loop.c.
+ */
+
+#ifndef AIOUFFD_WATCHDOG_H
+#define AIOUFFD_WATCHDOG_H
+
+#include "common.h"
+#include <poll.h>
+#include <pthread.h>
+
+enum { ENDS = 2 };
+
+struct watch {
+    int used;
+    /* Look, with `watches_lock` held. Enter at most ENDS descriptors into `set`, which are looked at when they become
+     * readable; returns the milliseconds until the next look in any case, -1: never. */
+    int (*look)(struct watch *watch, struct pollfd *set, nfds_t *count);
+    int uffd; /* a duplicate: the region may be given up, and its descriptor closed, before the watch is */
+    uint32_t warning_ms, limit_ms;
+    uint64_t seen;   /* when it was looked at last */
+    uint64_t waited; /* ns that this thread has seen pass without progress */
+    /* watch_servers.c */
+    int ends[ENDS]; /* readable, or hung up, when a process that serves has ended; -1: not used */
+    int alone;      /* all of them have ended */
+    /* watch_loop.c */
+    const volatile uint64_t *progress[2]; /* words that change while the loop runs */
+    uint64_t known[2];                    /* their values at the last look */
+    uint64_t start;                       /* of the region */
+    int loop, warned, period_ms;          /* the loop's thread; whether the warning was written */
+};
+
+extern pthread_mutex_t watches_lock;
+
+/* Take a free record, a copy of `filled`, with a duplicate of its descriptor. Starts the thread if needed. Returns its
+ * number, or a negated errno. With `watches_lock` held. */
+int add_watch(const struct watch *filled);
+struct watch *get_watch(int number); /* NULL, if it is not used. With `watches_lock` held. */
+void look_again(void);               /* something has changed */
+
+/* Add the time since the last look to `waited`, `most_ms` of it at most: a process that was stopped (SIGSTOP, a debugger,
+ * a frozen cgroup) could make no progress meanwhile. */
+void add_waited(struct watch *watch, uint64_t most_ms);
+
+/* Say it, and end the process by SIGABRT: faulthandler, where it is enabled, writes the traceback of each thread. */
+__attribute__((noreturn)) void end_process(const struct text *text);
+
+#endif
