@@ -1,8 +1,9 @@
-"""`native`: the C part is built when aiouffd is installed, where there is a compiler, and missed politely elsewhere."""
+"""`native`: the native part is built on installation where there is a compiler; without it the rest works."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,27 @@ from aiouffd.native import build
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "/nonexistent/cc"
+
+
+C_FILES = ("common", "gil", "uffd", "table", "plain", "chain", "ask", "signal", "watchdog", "watch_servers", "watch_loop")
+"""The lowest first."""
+
+
+def test_the_c_files_include_lower_ones_only() -> None:
+    """Each file knows the ones below it: so there is no circle."""
+    files = [*build.HERE.glob("*.c"), *build.HERE.glob("*.h")]
+    assert {path.stem for path in files} == set(C_FILES)
+    for path in files:
+        for included in re.findall(r'#include "(\w+)\.h"', path.read_text()):
+            lower = C_FILES.index(included) < C_FILES.index(path.stem)
+            assert lower or included == path.stem, f"{path.name} includes {included}.h"
+
+
+def test_the_c_functions_are_short() -> None:
+    """None has more than 60 lines."""
+    for path in build.HERE.glob("*.c"):
+        for function in re.findall(r"^\w[^;{}]*\)\n\{\n.*?^\}", path.read_text(), re.DOTALL | re.MULTILINE):
+            assert function.count("\n") < 60, f"{path.name}: {function[:80]}"
 
 
 def test_the_c_files_compile_without_a_warning(tmp_path: Path) -> None:
@@ -145,7 +167,7 @@ def test_a_wheel_has_no_build_of_the_source_tree(tmp_path: Path) -> None:
         timeout=100,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert "aiouffd/native/faults.c" in zipfile.ZipFile(wheel).namelist()
+    assert "aiouffd/native/signal.c" in zipfile.ZipFile(wheel).namelist()
     assert "aiouffd/native/libaiouffd.so" not in zipfile.ZipFile(wheel).namelist()
 
 
