@@ -21,7 +21,19 @@ ROOT = Path(__file__).parent.parent
 NOWHERE = "/nonexistent/cc"
 
 
-C_FILES = ("common", "gil", "uffd", "table", "plain", "chain", "ask", "signal", "watchdog", "watch_servers", "watch_loop")
+C_FILES = (
+    "common",
+    "gil",
+    "uffd",
+    "table",
+    "plain",
+    "chain",
+    "ask",
+    "signal",
+    "watchdog",
+    "watch_servers",
+    "watch_loop",
+)
 """The lowest first."""
 
 

@@ -63,9 +63,10 @@ def near() -> aiouffd.BufferSource:
     return aiouffd.BufferSource(content(0, SIZE))
 
 
-def served(source: Any, **options: Any) -> aiouffd.Monitor:
+def served(source: Any, on_exit: Any = "sigbus", **options: Any) -> aiouffd.Monitor:
     """Return a Monitor of a new region, page by page."""
-    return aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=aiouffd.InThread(**options), readahead=0)
+    engine = aiouffd.InThread(**options)
+    return aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=engine, readahead=0, on_exit=on_exit)
 
 
 def real_sigbus() -> mmap.mmap:
