@@ -216,7 +216,7 @@ class ServedByEngine:
         except OSError as error:
             raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
         if not data:
-            raise ClosedError(f"the server at {self._path} has ended")
+            raise ClosedError(f"the server at {self._path} has gone")
         try:
             for message in lines.feed(data):
                 self._handle(message)
