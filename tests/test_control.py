@@ -130,3 +130,41 @@ def test_what_cannot_travel_is_a_typed_error_that_names_the_ways_out() -> None:
     """A socket cannot be pickled: PagerStartError says what to do."""
     with socket.socket() as thing, pytest.raises(errors.PagerStartError, match=r"InThread\(\).*InProcess\(\)"):
         pack(thing)
+
+
+def test_messages_of_other_processes_are_dropped() -> None:
+    """The kernel says who sends: a forked child is not its parent. Its descriptors are closed."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    right.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    with left, right, Path(os.devnull).open() as beside:
+        before = open_descriptors()
+        sender = control.Sender(right)
+        child = os.fork()
+        if child == 0:
+            control.send(left, {"op": "open"}, [beside.fileno()])
+            left.send(b"")  # not to be taken for the end
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        control.send(left, {"op": "mine"}, [beside.fileno()])
+        for _ in range(2):
+            with pytest.raises(control.StrangerError, match=f"process {child}"):
+                control.receive(right, sender)
+        message, (fd,) = control.receive(right, sender)
+        assert message == {"op": "mine"}
+        os.close(fd)
+        left.send(b"")
+        with pytest.raises(ValueError, match="0 bytes"):
+            control.receive(right, sender)
+        assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("packet", [b"x", b"\0" * 5, b"\0\0\0\0\0[]", b"\0\0\0\0\0\xff", b"\0\0\0\0\0nonsense"])
+def test_a_packet_that_is_no_message(packet: bytes) -> None:
+    """It is told as that, and the next one is read."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        left.send(packet)
+        control.send(left, {"op": "next"})
+        with pytest.raises(ValueError, match=r"message|JSON|decode|Expecting"):
+            control.receive(right)
+        assert control.receive(right) == ({"op": "next"}, [])

@@ -21,7 +21,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
-from aiouffd.rpc import Requests
+from aiouffd.rpc import Requests, close_in_children
 
 if TYPE_CHECKING:
     import asyncio
@@ -112,7 +112,7 @@ class ServedByEngine:
         taken = self._requests.expect("serve").future  # the handoff is this request
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._tether, tether = os.pipe2(os.O_CLOEXEC)
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
@@ -216,7 +216,7 @@ class ServedByEngine:
         except OSError as error:
             raise ClosedError(f"the server at {self._path} has gone: {error.strerror}") from error
         if not data:
-            raise ClosedError(f"the server at {self._path} has ended")
+            raise ClosedError(f"the server at {self._path} has gone")
         try:
             for message in lines.feed(data):
                 self._handle(message)

@@ -15,6 +15,7 @@ from aiouffd.errors import PagerStartError
 from aiouffd.pager.client.interpreter import command
 from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
+from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
     from typing import Self
@@ -64,6 +65,8 @@ class Pair:
         """
         arguments = [*command(), "-m", "aiouffd.pager"]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        close_in_children(ours)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
         try:
             # A session of its own: Ctrl-C is not for the pager.
             keeper = subprocess.Popen(  # noqa: S603

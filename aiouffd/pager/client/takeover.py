@@ -20,6 +20,7 @@ from aiouffd.errors import PagerStartError
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.process import control
 from aiouffd.pager.process.replay import survey
+from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ class Takeover:
         if orphan is None:
             self._begin_from_journal()
             return
-        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs, ours = map(close_in_children, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         try:
             with theirs:
                 control.send(orphan.connection, {"op": "handover", "id": 0}, [theirs.fileno()], wait=False)

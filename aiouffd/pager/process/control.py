@@ -3,6 +3,10 @@
 The socket is SOCK_SEQPACKET: a packet arrives whole or not at all, so that a worker that is killed in the middle
 leaves no half message to its successor. What does not fit travels as a descriptor: a text that is longer than a packet
 in a memfd, and more descriptors than the kernel takes at once (SCM_MAX_FD) inside a socket of their own.
+
+A forked child of the application inherits the socket, and may have dropped the privileges that the pager has. So the
+pager takes messages from the application's own process only: the kernel says of each which process has sent it
+(SCM_CREDENTIALS).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import struct
 from collections import deque
 from typing import Any, Final
 
-__all__ = ["Closed", "DescriptorsLostError", "Outbox", "receive", "send"]
+__all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
 
 _HEADER: Final = struct.Struct("=BI")  # how it is packed, how many descriptors there are
 _IN_MEMFD: Final = 1
@@ -24,6 +28,7 @@ _IN_PARCEL: Final = 2
 _MAX_TEXT: Final = 64 << 10
 _MAX_PACKET: Final = _HEADER.size + _MAX_TEXT
 _MAX_FDS: Final = 200  # SCM_MAX_FD is 253
+_CREDENTIALS: Final = struct.Struct("=iII")  # pid, uid, gid
 
 
 class Closed(Exception):  # noqa: N818 - a state of the connection, no error
@@ -40,6 +45,36 @@ class DescriptorsLostError(OSError):
     def __init__(self, message: dict[str, Any]) -> None:
         super().__init__("descriptors were lost on the way: the limit of open files (RLIMIT_NOFILE) is reached")
         self.message = message
+
+
+class StrangerError(OSError):
+    """A message came from a process that may not send any; it was dropped, and its descriptors were closed."""
+
+    def __init__(self, sender: tuple[int, int]) -> None:
+        super().__init__(
+            "a message of process {} of user {} was dropped: only the pager's owner may send".format(*sender)
+        )
+
+
+class Sender:
+    """The only process whose messages are taken from a connection: the one that made it.
+
+    Args:
+        connection: one end of a socketpair, with SO_PASSCRED set since it was made.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid, self.uid, _ = _CREDENTIALS.unpack(found)
+
+    def check(self, pid: int, uid: int) -> None:
+        """Raise StrangerError for any other process.
+
+        The user is compared only where the process cannot be, in a pid namespace outside of this one (0): the owner may
+        drop its privileges, too.
+        """
+        if pid != self.pid or (pid == 0 and uid != self.uid):
+            raise StrangerError((pid, uid))
 
 
 def send(
@@ -69,16 +104,21 @@ def send(
             raise Closed from error
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def receive(connection: socket.socket, sender: Sender | None = None) -> tuple[dict[str, Any], list[int]]:
     """Return one message and the descriptors that came with it, which are the caller's (close-on-exec).
+
+    Args:
+        connection: the socket.
+        sender: the only process whose messages are taken; None: any.
 
     Raises:
         Closed: at the end.
         BlockingIOError: nothing is there, on a non-blocking socket.
         DescriptorsLostError: not all of it has arrived.
         ValueError: it is no message. Its descriptors are closed.
+        StrangerError: another process has sent it.
     """
-    data, fds = _packet(connection)
+    data, fds = _packet(connection, sender)
     try:
         message, fds, complete = _unpack(data, fds)
     except BaseException:
@@ -111,18 +151,27 @@ def _close(fds: list[int]) -> None:
         os.close(fd)
 
 
-def _packet(connection: socket.socket) -> tuple[bytes, list[int]]:
-    space = socket.CMSG_SPACE((_MAX_FDS + 1) * 4)
+def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[bytes, list[int]]:
+    space = socket.CMSG_SPACE((_MAX_FDS + 1) * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
     try:
         data, ancillary, _, _ = connection.recvmsg(_MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError as error:
         raise Closed from error
     fds = array.array("i")
+    pid, uid = 0, -1
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if not data:
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid, uid, _ = _CREDENTIALS.unpack_from(payload)
+    if not data and not fds and uid < 0:  # a message without a byte has a sender all the same
         raise Closed
+    try:
+        if sender is not None:
+            sender.check(pid, uid)
+    except StrangerError:
+        _close(list(fds))
+        raise
     return data, list(fds)
 
 

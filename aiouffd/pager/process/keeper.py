@@ -274,10 +274,10 @@ def _answer(connection: socket.socket, outbox: control.Outbox, resort: LastResor
     """Answer what the client asks, that nothing of its waits; tell whether it is still there."""
     while True:
         try:
-            message, fds = control.receive(connection)
+            message, fds = control.receive(connection, control.Sender(connection))
         except BlockingIOError:
             return True
-        except control.DescriptorsLostError:
+        except (control.DescriptorsLostError, control.StrangerError, ValueError):
             continue
         except (control.Closed, OSError):
             return False

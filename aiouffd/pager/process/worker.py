@@ -72,6 +72,8 @@ class _Worker:
     def __init__(self, journal: Journal, connection: socket.socket) -> None:
         self.journal = journal
         self.connection = connection
+        self.sender = control.Sender(connection)
+        self.strangers = 0
         self.origins: dict[int, Origin] = {}
         self.tenancies: dict[int, Tenancy] = {}  # by space identity
         self.next_identity = 1
@@ -251,8 +253,16 @@ class _Worker:
 
     def requests(self) -> None:
         try:
-            message, fds = control.receive(self.connection)
+            message, fds = control.receive(self.connection, self.sender)
         except BlockingIOError:
+            return
+        except control.StrangerError as error:
+            self.strangers += 1
+            if self.strangers == 1:
+                log.warning("%s; more such messages are dropped without a word", error)
+            return
+        except ValueError as error:
+            log.error("a message of the pager's owner cannot be understood and is dropped: %s", error)  # noqa: TRY400
             return
         except control.Closed:
             asyncio.get_running_loop().remove_reader(self.connection.fileno())

@@ -1,4 +1,4 @@
-"""README.md's table of the kernel interface: complete, and each row's module and test are there."""
+"""The documents: the table of the kernel interface is complete and proven, and what they name exists."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from pathlib import Path
 import attrs
 import pytest
 
+import aiouffd
+from aiouffd.cli.commands import group
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature, Ioctl
+from tools import picture
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 HEAD = "| operation or feature | since Linux | module | test |\n| --- | --- | --- | --- |\n"
 
 
 @attrs.frozen
 class Row:
-    """One of the table's."""
+    """A row of the table."""
 
     what: str
     since: str
@@ -36,8 +40,7 @@ class Row:
 
 def parsed() -> list[Row]:
     """Return the table's rows; each has four cells, the last two of them code."""
-    section = (ROOT / "README.md").read_text().partition("\n## The kernel interface\n")[2].partition("\n## ")[0]
-    lines = section.partition(HEAD)[2].partition("\n\n")[0].splitlines()
+    lines = (ROOT / "docs" / "kernel.md").read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines()
     rows = []
     for line in lines:
         found = re.fullmatch(r"\| (.+?) \| (.+?) \| `(\S+)` \| `(\S+)` \|", line)
@@ -114,3 +117,70 @@ def test_each_errno_has_a_row() -> None:
 def test_the_other_ways_in_have_rows() -> None:
     """The device, user mode only, and the call that finds what was written."""
     assert {"/dev/userfaultfd", "UFFD_USER_MODE_ONLY", "PAGEMAP_SCAN"} <= {row.name for row in ROWS}
+
+
+# All documents
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_each_link_leads_somewhere(document: Path) -> None:
+    """Files and headings of this repository; addresses elsewhere are not asked."""
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    for link in links:
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
+def test_each_path_exists(document: Path) -> None:
+    """Files that are named as code: from the root, or from the package. The changelog may name files that were."""
+    names = re.findall(r"`([\w./]+/[\w./]*|[\w/]+\.(?:py|md|c|h))`", document.read_text())
+    missing = [name for name in names if not name.startswith("/") and not exists(name)]
+    assert missing == []
+
+
+def exists(name: str) -> bool:
+    """Tell whether a path is there, below the root or below the package."""
+    return any((start / name).exists() for start in (ROOT, ROOT / "aiouffd"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_each_option_of_a_command_exists(document: Path) -> None:
+    """`aiouffd COMMAND --option`, in blocks of shell code."""
+    for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL):
+        for name, rest in re.findall(r"^(?:.*/)?aiouffd ([a-z-]+)(.*?)(?:\s#.*)?$", block, re.MULTILINE):
+            command = group.get_command(None, name)  # type: ignore[arg-type]  # it needs no context
+            assert command is not None, name
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert set(re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", rest)) <= known
+
+
+def test_each_public_name_that_is_used_exists() -> None:
+    """`aiouffd.Name` and `aiouffd.module`."""
+    for document in DOCUMENTS:
+        for name in re.findall(r"aiouffd\.([A-Za-z_]+)", document.read_text()):
+            assert hasattr(aiouffd, name) or importlib.util.find_spec(f"aiouffd.{name}") or name == "server", name
+
+
+def test_readme_is_short() -> None:
+    """It says what, why and how to try it; the rest is in docs/, whose files it all names."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name})" not in text] == []
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    """It is drawn again when the script is changed: python tools/picture.py."""
+    assert picture.TARGET.read_text() == picture.draw()
