@@ -46,7 +46,7 @@ def test_the_sdist_holds_the_repository(sdist: Path) -> None:
         packed = {name.partition("/")[2] for name in file.getnames()}
     tracked = set(run("git", "ls-files").splitlines()) if (ROOT / ".git").exists() else set()
     assert {name for name in tracked - packed if (ROOT / name).exists()} == set()
-    assert {"PKG-INFO", "README.md", "LICENSE", "aiouffd/native/native.h", "tests/test_packaging.py"} <= packed
+    assert {"PKG-INFO", "README.md", "LICENSE", "aiouffd/native/build.py", "tests/test_packaging.py"} <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
@@ -54,7 +54,8 @@ def test_the_wheel_holds_the_package_only(wheel: Path) -> None:
     """The package with its C files and its native part; no test, no example, no page server."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"aiouffd", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    assert {"aiouffd/py.typed", "aiouffd/native/native.h", "aiouffd/native/libaiouffd.so"} <= set(names)
+    c_files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aiouffd" / "native").glob("*.[ch]")}
+    assert c_files | {"aiouffd/py.typed", "aiouffd/native/libaiouffd.so"} <= set(names)
     assert "aiouffd/page_server.py" not in names
     assert len(names) == len(set(names))
 
