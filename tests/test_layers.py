@@ -24,7 +24,7 @@ ORDER = {
     "kernel": [
         *("__init__", "abi", "libc", "memory", "region", "events", "userfaultfd", "pagemap", "write_tracker", "settle"),
     ],
-    "sources": ["__init__", "base", "buffer", "file", "object_store", "concat", "resolve"],
+    "sources": ["__init__", "attributes", "holes", "base", "buffer", "file", "object_store", "concat", "resolve"],
     "engine": [
         *("__init__", "statistics", "plain", "mappings", "readahead", "resolver", "flight", "space", "dispatcher"),
         *("serve", "ahead", "assembly"),

@@ -69,7 +69,7 @@ def test_zeros_of_a_file_that_has_no_holes(tmp_path: Path) -> None:
     assert source.blank(BLOCK, BLOCK - 4096, BLOCK) == []
     source.expect(0, source.size)
     source._threads.shutdown()
-    assert source._piece(0, source.size)
+    assert source._find_populated(0, source.size)
     assert source.blank(BLOCK, 4 * BLOCK, BLOCK) == [0, BLOCK, 3 * BLOCK]
     os.truncate(path, BLOCK)
     source._populated = ()

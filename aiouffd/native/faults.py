@@ -43,6 +43,7 @@ class Extent(ctypes.Structure):
         ("offset", ctypes.c_uint64),
         ("kind", ctypes.c_int32),
         ("fd", ctypes.c_int32),
+        ("mtime_ns", ctypes.c_int64),
     )
 
 

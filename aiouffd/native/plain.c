@@ -40,6 +40,8 @@ static int resident(const struct extent *e, uint64_t start, uint64_t length)
     uint64_t from = start - e->start, pages = (length + page_size - 1) / page_size;
     if (length > LARGEST || fstat(e->fd, &file) || (uint64_t)file.st_size < e->offset + from + length)
         return 0;
+    if (file.st_mtim.tv_sec * INT64_C(1000000000) + file.st_mtim.tv_nsec != e->mtime_ns)
+        return 0; /* it was written: the loop says so */
     if (syscall(SYS_mincore, e->source + from, length, in_memory))
         return 0;
     for (uint64_t i = 0; i < pages; i++)

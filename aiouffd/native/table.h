@@ -42,6 +42,7 @@ struct extent {
     uint64_t source;     /* where the bytes shown at `start` are in memory */
     uint64_t offset;     /* where they are in the file behind that memory */
     int32_t kind, fd;
+    int64_t mtime_ns; /* of the file when it was opened */
 };
 
 struct stream { /* one sequence of touches */

@@ -9,49 +9,53 @@ __all__ = ["Descriptor", "Source", "ZeroSource"]
 
 @runtime_checkable
 class Source(Protocol):
-    """`size` bytes that can be read at any offset, and that do not change while they are served.
+    """`size` bytes that can be read at any offset and that do not change while they are served.
 
-    A source is used on one loop, and is picklable until it has been read from. Optional methods, looked up once
-    when serving begins:
+    One event loop uses a source. Until its first read it must be picklable. A source may have these methods and
+    attributes, too. The engine looks for them once, when serving begins. The methods must not block.
 
-    - `read_nowait(offset, length) -> Buffer | None`: the bytes, if they are at hand without waiting.
-    - `locate(offset, length) -> int | None`: the address in this process where the bytes lie and stay until
-      `close`, if they are at hand: they are copied straight from there. Asked before `read_nowait`.
-    - `page(offset, length) -> int | None`: as `locate`, but the bytes need not stay there longer than until the next
-      call: for single pages, which are copied at once.
-    - `memory() -> tuple[int, int, int] | None`: (address, length, descriptor) of memory of this process that shows the
-      source from its beginning on, and stays until `aclose`: what is missing can be copied from there without asking
-      (`in_thread`). Where it is a mapping of a file, the descriptor is that file's, and only pages that are in the page
-      cache are copied; else -1.
-    - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros; not
-      asked where an attribute `sparse` is false.
-    - `blank(offset, length, block) -> list[int]`: where, counted from `offset`, blocks begin that are zeros, among
-      bytes that `locate` has just found. They are mapped then, and not copied. Quick where there are none.
-    - `expect(offset, length)`: these bytes, partly behind `size` perhaps, are likely to be wanted next: bring them to
-      hand in the background, if that is worth it. Returns at once.
-    - `async aclose()`: called once when serving ends.
+    - `begin(timeout, retries, on_retry)`: called before all others. `timeout` and `retries` are what the Monitor was
+      given (`retries` is None by default), for a source that retries failed reads itself; it calls `on_retry()` for
+      each retry, so that the statistics count it.
+    - `timeout`, `retries`: attributes, in place of the Monitor's for the reads of this source.
+    - `read_nowait(offset, length) -> Buffer | None`: the bytes, if they can be had without waiting.
+    - `locate(offset, length) -> int | None`: the address of the bytes in this process, if they are in memory and stay
+      there until `aclose`. The engine copies from that address. It asks `locate` before `read_nowait`.
+    - `page(offset, length) -> int | None`: as `locate`, but the bytes may be gone with the next call. For single
+      pages, which the engine copies at once.
+    - `memory() -> tuple[int, int, int, int] | None`: (address, length, descriptor, mtime_ns) of memory of this process
+      that has the bytes of the source from its beginning, and stays until `aclose`. `InThread` copies from there
+      without a call. For a mapping of a file the descriptor is that of the file and mtime_ns its time of change: only
+      pages in the page cache are copied, while the file has that time. Otherwise the descriptor is -1.
+    - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros. Not
+      called if an attribute `sparse` is false.
+    - `blank(offset, length, block) -> list[int]`: where blocks of zeros begin, relative to `offset`, among bytes that
+      `locate` has just found. Those blocks are mapped and not copied. Must be quick if there are none.
+    - `expect(offset, length)`: these bytes will probably be read next; the range may reach behind `size`. The source
+      may fetch them in the background.
+    - `async aclose()`: called once, when serving ends.
     """
 
     @property
     def size(self) -> int:
-        """How many bytes there are."""
+        """The length in bytes. It never changes. The first use may block, and happens in a thread."""
 
     async def read(self, offset: int, length: int) -> Any:
-        """Return a buffer with exactly the bytes [offset, offset + length), which lie below `size`.
+        """Return a contiguous buffer with the bytes [offset, offset + length), all of them below `size`.
 
-        Canceling is safe. An exception is retried or fails the pages that need these bytes; a shorter buffer is
-        a `ShortReadError`.
+        Canceling must be safe. After a `SourceError` the pages that need these bytes fail. Other exceptions, and a
+        `SourceTimeoutError`, are retried first. A buffer of another length is a `ShortReadError`.
         """
 
 
 class ZeroSource:
-    """`size` zero bytes; pages are mapped from the kernel's zero page."""
+    """`size` zero bytes. Pages are mapped from the kernel's zero page."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def hole(self, offset: int, length: int) -> int:
-        """Everything is a hole."""
+        """Return `length`: all of it is a hole."""
         return length
 
     async def read(self, offset: int, length: int) -> bytes:
@@ -63,16 +67,16 @@ class ZeroSource:
 
 
 class Descriptor:
-    """A file descriptor that travels to the pager beside a pickle. It belongs to this object.
+    """A file descriptor that is sent to the pager beside a pickle. It belongs to this object.
 
-    A source that holds descriptors defines `travel()`, which returns `(callable, arguments)` as `__reduce__`
-    does, with a `Descriptor` in place of each; `__reduce__` itself stays for pickles that go elsewhere.
+    A source that holds descriptors defines `travel()`. It returns `(callable, arguments)` as `__reduce__` does, with a
+    `Descriptor` in place of each of them. `__reduce__` itself is for other pickles.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def detach(self) -> int:
-        """Give the descriptor away: it is the caller's now."""
+        """Return the descriptor, which belongs to the caller from now on."""
         fd, self.fd = self.fd, -1
         return fd

@@ -13,8 +13,11 @@ __all__ = ["BufferSource"]
 class BufferSource:
     """The bytes of any contiguous buffer, which must not change while it is served.
 
-    Served in this process, nothing is copied until a page is. To the pager the bytes travel in a sealed memfd: one
-    copy, made once, that all pagers share.
+    Served in this process, only the pages themselves are copied. To a pager the bytes travel in a sealed memfd: one
+    copy, made once, which all pagers share.
+
+    Raises:
+        ValueError: the buffer is not C-contiguous.
     """
 
     def __init__(self, data: Any) -> None:
@@ -22,30 +25,30 @@ class BufferSource:
         if not view.c_contiguous:
             raise ValueError("a BufferSource takes a C-contiguous buffer")
         self.size = view.nbytes
-        # Held, so that a bytearray refuses to be resized: that would move it away from its address.
+        # A bytearray with a view refuses to be resized, which would change its address.
         self._view = view.cast("B") if self.size else memoryview(b"")
         self._address = address_of(view) if self.size else 0
         self._sealed: SealedMemory | None = None
 
     @classmethod
     def from_sealed(cls, descriptor: Descriptor) -> BufferSource:
-        """Map what arrived in a sealed memfd."""
+        """Map the bytes of a sealed memfd."""
         sealed = SealedMemory(descriptor.detach())
         source = cls(sealed.map if sealed.map is not None else b"")
         source._sealed = sealed
         return source
 
     def locate(self, offset: int, length: int) -> int | None:
-        """Return where the bytes lie: they are always at hand."""
+        """Return the address of the bytes."""
         return self._address + offset
 
     def blank(self, offset: int, length: int, block: int) -> list[int]:
-        """Return where there are blocks of zeros."""
+        """Return where blocks of zeros begin, relative to `offset`."""
         return zero_blocks(self._view[offset : offset + length], block)
 
-    def memory(self) -> tuple[int, int, int]:
-        """Return where all of the bytes lie."""
-        return self._address, self.size, -1
+    def memory(self) -> tuple[int, int, int, int]:
+        """Return (address, size, -1, 0)."""
+        return self._address, self.size, -1, 0
 
     def read_nowait(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""
@@ -56,7 +59,7 @@ class BufferSource:
         return self.read_nowait(offset, length)
 
     def travel(self) -> tuple[Any, tuple[Any, ...]]:
-        """Take the sealed memfd along."""
+        """Return what makes this source from its sealed memfd."""
         if self._sealed is None:
             self._sealed = SealedMemory.from_buffer(self._view)
         return BufferSource.from_sealed, (Descriptor(self._sealed.fd),)

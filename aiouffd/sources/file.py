@@ -1,12 +1,15 @@
 """A local file, copied straight out of its mapping where its pages are in memory.
 
-The loop must not wait for a disk, so it is known before each copy whether the pages are resident: mincore(2) looks
-into the page cache and costs 1 us for a page, 30 to 50 us for 2 MiB. A window whose pages are not all there is read
-by a thread. Copying from the mapping faults it in as it goes, sixteen pages at a time; a pread first would cost more.
+The event loop must not wait for a disk or a server. So it asks before each copy whether the pages are resident:
+mincore(2) looks into the page cache and costs 1 us for a page, 30 to 50 us for 2 MiB. A thread reads what is not
+resident. A copy out of the mapping maps the pages as it goes, sixteen at a time; a pread first would cost more.
 
-What a toucher in order will want next, a thread brings into memory and into the mapping (MADV_POPULATE_READ), while
-the loop copies what is before it: the question and the faults are spared then, 0.25 of 1.4 us a page, and a disk is
-read ahead.
+A thread reads ahead of a sequential toucher: it brings the next pages into memory and into the mapping
+(MADV_POPULATE_READ) while the loop copies those before them. That saves mincore and the page faults, 0.25 of 1.4 us a
+page.
+
+For files on remote file systems (FUSE, NFS) the only system calls on the loop are mincore and statx with
+AT_STATX_DONT_SYNC: all others may wait for the server, even if the bytes are resident.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import stat
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -26,7 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
+from aiouffd.sources.attributes import FileSystem, Pin
 from aiouffd.sources.base import Descriptor
+from aiouffd.sources.holes import Holes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,16 +41,18 @@ __all__ = ["FileSource"]
 _mincore = ctypes.CDLL(None, use_errno=True).mincore
 _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
-_THREADS = 16  # reads of a disk under way at once
-_STREAMS = 8  # whose next pieces are remembered
-_PEEKED = 64 << 10  # of so many bytes the first is taken along
-_SAMPLED = 4
-_SMALL = 16 << 10  # bytes that are read sooner than they are mapped
-_FRESH = 0.1  # seconds for which what was populated is taken to be resident still, without asking
+_THREADS = 16  # limit of reads under way
+_STREAMS = 8  # ranges that are remembered as expected, or as populated
+_PEEK_BLOCK = 64 << 10  # the first byte of each block of this size is remembered with a populated range
+_PEEK_SAMPLE = 4  # of so many blocks one is looked at first
+_SMALL = 16 << 10  # a read of up to so many bytes costs less than a copy out of the mapping
+_POPULATED_TTL = 0.1  # seconds for which populated pages are taken to be resident, without mincore
+_FIRST_EXTENTS = 1 << 10  # of a sparse file that are looked up when it is opened
+_MORE_EXTENTS = 1 << 12  # looked up by a thread in one go
 
 
 class _Populated(NamedTuple):
-    """Bytes [low, high) that a thread has brought to hand, when, and the first byte of each block of them."""
+    """Bytes [low, high) that a thread has made resident, when it did, and the first byte of each block of them."""
 
     low: int
     high: int
@@ -54,66 +61,101 @@ class _Populated(NamedTuple):
 
 
 class FileSource:
-    """A regular file, opened now: it is this file that is served, also when another takes its name.
+    """A regular file, as it is when the source is made.
 
-    Its size is taken now, too. Pages behind the end of a file that has been cut since are an error, not zeros.
+    The source serves this file, also if another file takes its name. A file that is written, cut, or grows while it is
+    served is an error for the pages that are read from then on; the loop notices it within 1 ms. See
+    `attributes.Pin` for changes that cannot be seen.
+
+    Opening blocks, as open(2) does.
 
     Args:
         path: of the file.
 
+    Attributes:
+        path: absolute; links are kept.
+        size: in bytes.
+        identity: equal for sources of the same bytes.
+        sparse: whether the file may have holes.
+
     Raises:
-        SourceError: it cannot be opened, or is no regular file; the OSError is its cause.
+        SourceError: the file cannot be opened, or is not a regular file. `__cause__` is the OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)  # noqa: PTH100 - links are not followed: it is a name for people
+        self.path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise SourceError(f"FileSource({self.path!r})", 0, 0, f"cannot be opened: {error.strerror}") from error
-        self._adopt(fd, os.fstat(fd).st_size)
+        status = os.fstat(fd)
+        self._adopt(fd, status.st_size, status.st_mtime_ns)
 
     @classmethod
-    def from_descriptor(cls, path: str, descriptor: Descriptor, size: int) -> FileSource:
-        """Serve the file that is open already, and had this size when it was opened: it may have been cut since."""
+    def from_descriptor(cls, path: str, descriptor: Descriptor, size: int, mtime_ns: int) -> FileSource:
+        """Make a source of an open file that had this size and time when the first source of it was made."""
         self = cls.__new__(cls)
         self.path = path
-        self._adopt(descriptor.detach(), size)
+        self._adopt(descriptor.detach(), size, mtime_ns)
         return self
 
-    def _adopt(self, fd: int, size: int) -> None:
+    def _adopt(self, fd: int, size: int, mtime_ns: int) -> None:
+        """Set up; the descriptor belongs to this object."""
         self._fd = fd
         self._pool: ThreadPoolExecutor | None = None
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file"
+        self._file_system = FileSystem(fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
         self.size = size
-        self.identity = (info.st_dev, info.st_ino, size, info.st_mtime_ns)
-        self.sparse = info.st_blocks * 512 < self.size  # else `hole` need not be asked
-        self._extent = (0, 0, False)  # start, end, hole: the last answer to that
+        self.identity = (status.st_dev, status.st_ino, size, mtime_ns)
+        self._pin = Pin(fd, size, mtime_ns)
+        self.sparse = status.st_blocks * 512 < self.size
+        self._holes = Holes(fd, size if self.sparse else 0)
+        self._looking = False  # whether a thread looks up holes
+        if not self._file_system.remote:
+            with contextlib.suppress(OSError):
+                self._holes.look_up(_FIRST_EXTENTS)
         self._map: mmap.mmap | None = None
-        self._mapped = min(size, info.st_size)
+        self._mapped = min(size, status.st_size)
         self._address = 0
-        self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # start, end
-        self._populated: tuple[_Populated, ...] = ()  # replaced as a whole: threads add to it while the loop looks
+        self._expected: deque[tuple[int, int]] = deque(maxlen=_STREAMS)  # (start, end)
+        self._populated: tuple[_Populated, ...] = ()  # replaced as a whole: threads add to it while the loop reads it
         self._scratch = memoryview(bytearray(_SMALL))
         self._scratch_address = address_of(self._scratch)
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
             self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
             self._address = address_of(self._map)
-        # To others than the owner and those who may write the file, mincore says that all is resident (it would tell
-        # them what others read).
-        self._tells = info.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+        self._nowait = self._nowait_flag()
+        self._quick_end = not self._file_system.remote  # elsewhere lseek asks the server
+        # mincore says that all pages are resident unless the caller owns the file or may write it. (Otherwise it would
+        # tell what others read.)
+        owned = status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+        self._tells = owned and self._file_system.answers_at_once
+
+    def _nowait_flag(self) -> int | None:
+        """Return the flag of preadv2 for reads that do not wait (Linux 4.14); None: this file has no such reads."""
+        if not self._file_system.answers_at_once:
+            return None
+        try:
+            os.preadv(self._fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return os.RWF_NOWAIT
+        except OSError:  # EOPNOTSUPP: FUSE; tmpfs, which never waits
+            return 0 if self._file_system.in_memory else None
+        return os.RWF_NOWAIT
 
     def locate(self, offset: int, length: int) -> int | None:
-        """Return where the bytes lie in the file's mapping, if reading them would not wait for the disk."""
-        # Behind the end of a file that was cut, the rest of its last page would read as zeros (0.4 us, to ask).
+        """Return the address of the bytes in the mapping of the file, if they are resident."""
         end = offset + length
-        if not self._tells or end > self._mapped or end > os.lseek(self._fd, 0, os.SEEK_END):
+        if not self._tells or end > self._mapped or not self._pin.holds_nowait():
             return None
-        if self._populated and self._piece(offset, end) is not None:
+        # Behind the end of a file that was cut, the rest of its last page would read as zeros.
+        if self._quick_end and end > os.lseek(self._fd, 0, os.SEEK_END):  # 0.25 us
+            return None
+        if self._populated and self._find_populated(offset, end) is not None:
             return self._address + offset
         skew = offset % mmap.PAGESIZE
         start = self._address + offset - skew
@@ -125,133 +167,136 @@ class FileSource:
         return start + skew
 
     def page(self, offset: int, length: int) -> int | None:
-        """Return where bytes lie until the next call: for a few, preadv2 costs half of a question and a fault or two.
+        """Return the address of the bytes until the next call, if they are resident.
 
-        RWF_NOWAIT (Linux 4.14) refuses what is resident, too, where the kernel would read ahead: see `locate` then.
+        For a few pages preadv2 costs half of mincore and a page fault or two. RWF_NOWAIT also refuses resident bytes
+        if the kernel would read ahead; `locate` does not.
         """
-        if length <= _SMALL:
+        if length <= _SMALL and self._nowait is not None and self._pin.holds_nowait():
             try:
-                got = os.preadv(self._fd, [self._scratch[:length]], offset, os.RWF_NOWAIT)
-            except OSError:  # also where the file system does not know the flag
+                got = os.preadv(self._fd, [self._scratch[:length]], offset, self._nowait)
+            except OSError:
                 got = -1
             if got >= 0:
-                return self._scratch_address if got == length else None  # less: not all is resident
+                return self._scratch_address if got == length else None  # less: not all bytes are resident
         return self.locate(offset, length)
 
     def blank(self, offset: int, length: int, block: int) -> list[int]:
         """Return where resident blocks of zeros begin.
 
-        The mapping is not looked at: where the file has been cut meanwhile that would be SIGBUS. pread takes the first
-        byte of a block, for as much as a copy of two pages costs: so of four blocks one is looked at first. Zeros
-        between two of these are copied.
+        Does not look at the mapping: where the file has been cut meanwhile, that would be SIGBUS. A read of the first
+        byte of a block costs as much as a copy of two pages, so one block of four is looked at first. Zeros between
+        two of these are copied.
         """
-        if length < block:  # not worth the question
+        if length < block:  # it would cost more than it saves
             return []
-        piece = self._piece(offset, offset + length) if block == _PEEKED else None
+        piece = self._find_populated(offset, offset + length) if block == _PEEK_BLOCK else None
         index, rest = divmod(offset - piece.low, block) if piece is not None else (0, 1)
         if piece is not None and not rest:
             firsts = piece.firsts[index : index + (length + block - 1) // block]
-        elif 0 in self._peek(offset, offset + length, _SAMPLED * block):
+        elif 0 in self._peek(offset, offset + length, _PEEK_SAMPLE * block):
             firsts = self._peek(offset, offset + length, block)
         else:
             return []
         if 0 not in firsts:
             return []
-        data = self._some(offset, length)
-        # Less than that: it was cut just now, and what is behind its end is no zeros; the copy finds out.
+        data = self._read_resident(offset, length)
+        # Shorter: the file was cut just now. What is behind its end is not zeros; the copy finds out.
         return zero_blocks(memoryview(data), block, firsts) if len(data) == length else []
 
     def _peek(self, low: int, high: int, block: int) -> bytes:
         """Return the first byte of each block of [low, high), as far as the file goes now."""
-        return b"".join([self._some(at, 1) for at in range(low, high, block)])
+        return b"".join([self._read_resident(at, 1) for at in range(low, high, block)])
 
-    def _some(self, offset: int, length: int) -> bytes:
-        """Return bytes that are resident; nothing if they cannot be read, which the copy finds out."""
+    def _read_resident(self, offset: int, length: int) -> bytes:
+        """Return bytes that are resident, or fewer. Does not wait, unless the kernel has just dropped their pages."""
+        if self._nowait is None:  # a read asks the server, even for resident bytes
+            return b""
         try:
             return os.pread(self._fd, length, offset)
         except OSError:
             return b""
 
-    def _piece(self, offset: int, end: int) -> _Populated | None:
-        """Return what was populated around [offset, end) of late."""
-        recent = monotonic() - _FRESH
+    def _find_populated(self, offset: int, end: int) -> _Populated | None:
+        """Return the range around [offset, end) that was populated within the last 0.1 s."""
+        recent = monotonic() - _POPULATED_TTL
         for piece in self._populated:
             if piece.low <= offset and end <= piece.high and piece.when > recent:
                 return piece
         return None
 
     def expect(self, offset: int, length: int) -> None:
-        """Have a thread bring these bytes to hand; what is being brought already is not asked for again."""
+        """Have a thread populate these bytes, unless it does that already."""
         low, high = offset & -mmap.PAGESIZE, min(offset + length, self._mapped)
         for start, end in self._expected:
             if start <= low < end:
                 low = end
         if low < high and self._tells:
             self._expected.append((low, high))
-            with contextlib.suppress(RuntimeError):  # no thread can be started: it comes when it is asked for
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the bytes are read when they are needed
                 self._threads.submit(self._populate, low, high)
 
     def _populate(self, low: int, high: int) -> None:
         try:
             for start, end in self._extents(low, high) if self.sparse else ((low, high),):
                 libc.madvise(self._address + start, end - start, libc.MADV_POPULATE_READ)
-                # One call of a third of the speed: each of many would wait for the interpreter, which the loop has.
-                firsts = libc.peek(range(self._address + start, self._address + end, _PEEKED))
+                # One call, a third as fast: each of many calls would wait for the GIL, which the loop has.
+                firsts = libc.peek(range(self._address + start, self._address + end, _PEEK_BLOCK))
                 piece = _Populated(start, end, monotonic(), firsts)
-                self._populated = (*self._populated, piece)[-_STREAMS:]  # what another thread adds just now may be lost
+                self._populated = (*self._populated, piece)[-_STREAMS:]  # may lose what another thread adds now
         except OSError:  # before Linux 5.14, or the file was cut, or cannot be read: `locate` and `read` find out
             return
 
     def _extents(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """Yield what is no hole of [low, high): tmpfs gives memory to a hole that is looked at through a mapping."""
+        """Yield the data in [low, high). On tmpfs a look at a hole through a mapping allocates memory for it."""
         while low < high:
-            start = os.lseek(self._fd, low, os.SEEK_DATA) & -mmap.PAGESIZE  # ENXIO: holes up to the end
+            start = os.lseek(self._fd, low, os.SEEK_DATA) & -mmap.PAGESIZE  # ENXIO: no data up to the end
             if start >= high:
                 return
             low = os.lseek(self._fd, max(start, low), os.SEEK_HOLE)
             yield start, min(low, high)
             low = (low + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
 
-    def memory(self) -> tuple[int, int, int] | None:
-        """Return the file's mapping, if the kernel tells which of its pages are in memory."""
-        return (self._address, self._mapped, self._fd) if self._tells and self._mapped else None
+    def memory(self) -> tuple[int, int, int, int] | None:
+        """Return the mapping of the file, if the kernel tells which of its pages are resident."""
+        return (self._address, self._mapped, self._fd, self._pin.mtime_ns) if self._tells and self._mapped else None
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
-        """Return the bytes if they are in memory: preadv2 with RWF_NOWAIT. For files that mincore is silent about."""
-        if self._tells:
+        """Return the bytes if they are resident. For files that mincore tells nothing about."""
+        if self._tells or self._nowait is None or not self._pin.holds_nowait():
             return None
         data = bytearray(length)
         try:
-            got = os.preadv(self._fd, [data], offset, os.RWF_NOWAIT)
+            got = os.preadv(self._fd, [data], offset, self._nowait)
         except BlockingIOError:
             return None
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:  # tmpfs: it does not know the flag, and never waits
-                raise
-            got = os.preadv(self._fd, [data], offset)
         return data if got == length else None
 
     def hole(self, offset: int, length: int) -> int:
-        """Return how many bytes from `offset` on are in a hole of a sparse file, at most `length`."""
-        if not self.sparse:
+        """Return how many bytes from `offset` on are known to be in a hole of the file, at most `length`.
+
+        A thread looks up more holes where they are not known yet.
+        """
+        if not self.sparse or not self._file_system.answers_at_once or not self._pin.holds_nowait():
             return 0
-        start, end, hole = self._extent
-        if not start <= offset < end:
-            try:
-                data = os.lseek(self._fd, offset, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # nothing but a hole up to the end
-                    raise
-                data = self.size
-            hole = data > offset
-            end = data if hole else os.lseek(self._fd, offset, os.SEEK_HOLE)
-            if os.fstat(self._fd).st_size < self.size:
-                return 0  # it was cut: what is behind the end now is no hole
-            self._extent = (offset, end, hole)
-        return min(end - offset, length) if hole else 0
+        if offset >= self._holes.known and not self._holes.complete and not self._looking:
+            self._looking = True
+            with contextlib.suppress(RuntimeError):  # no thread can be started: holes are read, as zeros
+                self._threads.submit(self._look_up)
+        return self._holes.at(offset, length)
+
+    def _look_up(self) -> None:
+        with contextlib.suppress(OSError):  # SEEK_DATA fails here: `_looking` stays, so that this is not tried again
+            while not self._holes.complete and self._pool is not None:
+                self._holes.look_up(_MORE_EXTENTS)
 
     async def read(self, offset: int, length: int) -> bytearray:
-        """Read in a thread. Canceling gives the result up; the thread goes on to the end of its read."""
+        """Read in a thread. Canceling is safe; the thread ends its read.
+
+        Raises:
+            SourceError: the file has changed. ShortReadError: it has been cut.
+            OSError: as pread(2).
+        """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, offset, length)
 
     @property
@@ -267,32 +312,38 @@ class FileSource:
         while done < length:
             got = os.preadv(self._fd, [view[done:]], offset + done)
             if got == 0:
-                raise ShortReadError(
-                    repr(self),
-                    offset,
-                    length,
-                    f"the file ends at {os.fstat(self._fd).st_size}; it had {self.size} bytes when opened",
-                )
+                break
             done += got
+        change = self._pin.changed()  # asked after the read: what was written before it is noticed
+        if done < length and change is None:
+            change = ShortReadError, f"the file ended at {offset + done}"
+        if change is not None:
+            kind, reason = change
+            raise kind(repr(self), offset, length, reason)
         return data
 
     async def aclose(self) -> None:
-        """Close the file; reads under way are waited for in the background."""
+        """Let the threads end. Does not wait for reads under way."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     def travel(self) -> tuple[Any, tuple[Any, ...]]:
-        """Take the open file along."""
-        return FileSource.from_descriptor, (self.path, Descriptor(self._fd), self.size)
+        """Return what makes this source from the open file."""
+        return FileSource.from_descriptor, (self.path, Descriptor(self._fd), self.size, self._pin.mtime_ns)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return FileSource, (self.path,)
 
     def __del__(self) -> None:
         fd = getattr(self, "_fd", -1)
-        if fd >= 0:
-            os.close(fd)
+        if fd < 0:
+            return
+        if self._file_system.remote:  # close(2) waits for an answer of the server (FUSE_FLUSH)
+            with contextlib.suppress(RuntimeError):  # the interpreter ends, or no thread can be started
+                threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+                return
+        os.close(fd)
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"

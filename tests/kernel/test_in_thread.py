@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import pickle
+import signal
 import threading
 import time
 from pathlib import Path
@@ -530,15 +531,38 @@ def test_open(tmp_path: Path, loop: str) -> None:
 def truncated(path: str) -> None:
     """Scenario: the file is cut behind its mapping."""
     Path(path).write_bytes(content(0, SIZE))
+    os.utime(path, ns=(0, 0))
     region = aiouffd.Region(SIZE)
     with aiouffd.Monitor(region, aiouffd.FileSource(path), engine=aiouffd.InThread(), readahead=0) as monitor:
         assert not pages(region, range(10))
         os.truncate(path, 20 * PAGE + 5)
-        assert not pages(region, range(10, 20))
-        with pytest.raises(aiouffd.SourceError):
-            monitor.prefetch_sync(20 * PAGE, PAGE)
+        time.sleep(0.01)  # the source looks at the file at most once in a millisecond
+        for page in (20, 10):
+            with pytest.raises(aiouffd.SourceError):
+                monitor.prefetch_sync(page * PAGE, PAGE)
+        assert not pages(region, range(10))
+
+
+def overwritten(path: str) -> None:
+    """Scenario: the file is written in place, with the same size, while a signal handler serves it."""
+    Path(path).write_bytes(content(0, SIZE))
+    os.utime(path, ns=(0, 0))
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, aiouffd.FileSource(path), engine=aiouffd.InThread(), readahead=0):
+        assert not pages(region, range(10))
+        with open(path, "r+b") as file:  # noqa: PTH123 - in place
+            file.write(bytes(SIZE))
+        time.sleep(0.01)  # the source looks at the file at most once in a millisecond
+        print("touching", flush=True)
+        print(region[20 * PAGE])
+
+
+def test_a_file_that_was_overwritten(tmp_path: Path) -> None:
+    """No byte of the new one is shown: the touch is SIGBUS."""
+    output, _ = play(overwritten, str(tmp_path / "file"), status=-signal.SIGBUS)
+    assert output == "touching\n"
 
 
 def test_a_file_that_was_cut(tmp_path: Path) -> None:
-    """What is behind its end is an error, and no zeros: not even in its last page."""
+    """What is missing is an error from then on, and no zeros."""
     play(truncated, str(tmp_path / "file"))

@@ -412,11 +412,12 @@ def test_a_monitor_that_is_turned_away(image: Path, tmp_path: Path) -> None:
         assert "turned away" in serve.said
 
 
-def errors_arrive(path: str) -> None:
+def errors_arrive(path: str, image: str) -> None:
     """Scenario: pages that the source cannot give."""
     region = aiouffd.Region(16 * MIB)
     with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         assert region[0] == 1
+        os.truncate(image, 4 * MIB)
         with pytest.raises(aiouffd.ShortReadError):
             monitor.prefetch_sync(8 * MIB, PAGE)
         with pytest.raises(OSError, match="Bad address"):  # in place of SIGBUS, for a system call
@@ -429,8 +430,7 @@ def errors_arrive(path: str) -> None:
 def test_errors_of_the_source_reach_the_client(image: Path, tmp_path: Path) -> None:
     """A prefetch that fails raises at the client."""
     with Serve(tmp_path, image, "--readahead", "0", "--retries", "0") as serve:
-        os.truncate(image, 4 * MIB)
-        output, _ = play(errors_arrive, str(serve.path))
+        output, _ = play(errors_arrive, str(serve.path), str(image))
         assert output == "done"
 
 

@@ -316,17 +316,18 @@ class InThreadEngine:
     def _zeros(self, start: int, end: int) -> Iterator[Extent]:
         # hugetlb knows no ZEROPAGE, and none comes write-protected: the loop copies zeros.
         if start < end and self._page_size == mmap.PAGESIZE and not self._options.write_protect:
-            yield Extent(start, end, 0, 0, Kind.ZEROS, -1)
+            yield Extent(start, end, 0, 0, Kind.ZEROS, -1, 0)
 
-    def _data(self, mapping: Mapping, size: int, memory: tuple[int, int, int] | None) -> Iterator[Extent]:
+    def _data(self, mapping: Mapping, size: int, memory: tuple[int, int, int, int] | None) -> Iterator[Extent]:
         """What a mapping shows of the source, and the zeros behind it; the last, partial page is the loop's."""
         first, last = mapping.offset, mapping.offset + mapping.end - mapping.start
         if memory is not None:
-            address, length, fd = memory
+            address, length, fd, mtime_ns = memory
             whole = min(min(length, size) & -self._page_size, last)
             if first < whole:
                 kind = Kind.COPY if fd < 0 else Kind.RESIDENT
-                yield Extent(mapping.start, mapping.start + whole - first, address + first, first, kind, fd)
+                end = mapping.start + whole - first
+                yield Extent(mapping.start, end, address + first, first, kind, fd, mtime_ns)
         behind = max(align_up(size, self._page_size), first)
         yield from self._zeros(mapping.start + behind - first, mapping.end)
 

@@ -1,39 +1,24 @@
-"""Sources: the bytes they give, what they do at their end, and how they travel."""
+"""`sources.file`: a local file, its end, its holes, and what becomes of it when it changes."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import http.server
+import functools
 import mmap
 import os
 import pickle
-import random
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from web import serving
+from scenario import eventually
+from stored import DATA, SIZE, at, travelled
 
 import aiouffd
-from aiouffd.pager.process.travel import pack, unpack
-from aiouffd.sources.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-SIZE = 1_000_003
-DATA = random.Random(11).randbytes(SIZE)
-
-
-def travelled(source: Any) -> Any:
-    """Return the source as it arrives in the pager."""
-    data, descriptors = pack(source)
-    return unpack(data, [os.dup(item.fd) for item in descriptors])
 
 
 @pytest.fixture
@@ -42,55 +27,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "data.bin"
     path.write_bytes(DATA)
     return path
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A page server with the data."""
-    directory = tmp_path_factory.mktemp("served")
-    (directory / "data.bin").write_bytes(DATA)
-    (directory / "empty.bin").write_bytes(b"")
-    with serving(directory) as url:
-        yield url
-
-
-def at(address: int | None, length: int) -> bytes:
-    """Return what lies at an address."""
-    assert address is not None
-    return ctypes.string_at(address, length)
-
-
-_places = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 300_000))
-
-
-@given(_places)
-def test_a_buffer_is_always_at_hand(place: tuple[int, int]) -> None:
-    """The same bytes by address, by view, and after the journey; the journey copies once."""
-    offset, length = place[0], min(place[1], SIZE - place[0])
-    for source in (BUFFER, TRAVELLED):
-        assert source.size == SIZE
-        assert at(source.locate(offset, length), length) == DATA[offset : offset + length]
-        assert bytes(source.read_nowait(offset, length)) == DATA[offset : offset + length]
-
-
-BUFFER = aiouffd.BufferSource(DATA)
-TRAVELLED = travelled(BUFFER)
-
-
-def test_a_buffer_travels_in_one_memfd() -> None:
-    """However often it travels: one sealed copy; a plain pickle carries the bytes."""
-    first, second = pack(BUFFER)[1][0].fd, pack(BUFFER)[1][0].fd
-    assert first == second
-    assert len(pack(BUFFER)[0]) < 1000
-    assert bytes(pickle.loads(pickle.dumps(BUFFER)).read_nowait(0, SIZE)) == DATA
-    empty = travelled(aiouffd.BufferSource(b""))
-    assert empty.size == 0
-
-
-def test_a_buffer_must_be_contiguous() -> None:
-    """Half of every second byte is refused, not misread."""
-    with pytest.raises(ValueError, match="contiguous"):
-        aiouffd.BufferSource(memoryview(DATA)[::2])
 
 
 async def test_a_file_by_address_and_by_thread(path: Path) -> None:
@@ -128,7 +64,7 @@ async def test_single_pages_of_a_file(path: Path) -> None:
     os.truncate(path, 5000)
     assert source.page(4096, 4096) is None
     assert source.page(8192, 4096) is None
-    assert at(source.page(0, 4096), 4096) == DATA[:4096]
+    eventually(lambda: source.page(0, 4096), None)
     await source.aclose()
 
 
@@ -171,7 +107,7 @@ def test_threads_bring_to_hand_while_the_loop_looks(path: Path) -> None:
         for thread in threads:
             thread.start()
         for _ in range(300_000):  # one in some 200 failed
-            assert source._piece(8192, 16384) is None
+            assert source._find_populated(8192, 16384) is None
     finally:
         sys.setswitchinterval(interval)
         done.set()
@@ -217,6 +153,68 @@ async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
     await source.aclose()
 
 
+_CHANGES = {
+    "written": lambda path: path.write_bytes(DATA[::-1]),
+    "a byte": lambda path: patch(path, 5000, b"x"),
+    "behind": lambda path: patch(path, SIZE - 1, DATA[-1:]),
+    "grown": lambda path: patch(path, SIZE, b"more"),
+    "cut": lambda path: os.truncate(path, 5000),
+    "cut and grown": lambda path: path.write_bytes(bytes(SIZE)),
+    "touched": lambda path: os.utime(path, ns=(0, 1)),
+}
+
+
+def patch(path: Path, offset: int, data: bytes) -> None:
+    """Write into a file in place."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["mincore", "no mincore"])
+@pytest.mark.parametrize("change", _CHANGES)
+async def test_a_file_that_changes(path: Path, change: str, tells: bool) -> None:
+    """Neither way of reading mixes old and new bytes: nothing is located any more, and a read says what happened."""
+    os.utime(path, ns=(0, 0))  # long ago: the clock of file stamps ticks every few milliseconds only
+    for source in (aiouffd.FileSource(path), travelled(aiouffd.FileSource(path))):
+        source._tells = tells
+        assert bytes(await source.read(0, 8192)) == DATA[:8192]
+        await asyncio.to_thread(_CHANGES[change], path)
+        for ask in (source.locate, source.page, source.read_nowait):
+            eventually(functools.partial(ask, 0, 4096), None)
+        with pytest.raises(aiouffd.SourceError, match=r"the file (was written after|has \d+ bytes; it had)"):
+            await source.read(0, 4096)
+        assert source.hole(0, 4096) == 0
+        await source.aclose()
+        await asyncio.to_thread(path.write_bytes, DATA)
+        os.utime(path, ns=(0, 0))
+
+
+async def test_a_change_on_the_way_to_the_pager(path: Path) -> None:
+    """What is compared is the file as it was when the first source of it was made."""
+    os.utime(path, ns=(0, 0))
+    source = aiouffd.FileSource(path)
+    patch(path, 0, b"x")
+    arrived = travelled(source)
+    assert arrived.locate(0, 4096) is None
+    with pytest.raises(aiouffd.SourceError, match="was written after"):
+        await arrived.read(0, 4096)
+    await arrived.aclose()
+
+
+async def test_names_and_modes_are_no_change(path: Path) -> None:
+    """A file that is renamed, linked or protected has the same bytes."""
+    source = aiouffd.FileSource(path)
+    path.chmod(0o600)
+    os.link(path, path.with_suffix(".link"))
+    path.rename(path.with_suffix(".new"))
+    path.with_suffix(".new").unlink()
+    source._pin._until = 0.0  # so that it looks again
+    assert bytes(await source.read(0, 4096)) == DATA[:4096]
+    assert source.locate(0, 4096) is not None
+    await source.aclose()
+
+
 async def test_a_file_that_was_cut(path: Path) -> None:
     """ShortReadError, not zeros, and no hole either."""
     source = aiouffd.FileSource(path)
@@ -233,16 +231,7 @@ def test_a_page_that_was_cut_in_two_is_not_located(path: Path) -> None:
     assert source.locate(4096, 4096) is not None
     os.truncate(path, 5000)
     assert source.locate(4096, 4096) is None
-    assert source.locate(0, 4096) is not None
-
-
-def test_a_buffer_that_is_served_cannot_be_resized() -> None:
-    """Its address has been given away."""
-    data = bytearray(4096)
-    source = aiouffd.BufferSource(data)
-    with pytest.raises(BufferError):
-        data.extend(bytes(1 << 20))
-    assert source.size == 4096
+    eventually(lambda: source.locate(0, 4096), None)  # a file that was cut may have been written, too
 
 
 def test_holes_of_a_sparse_file(tmp_path: Path) -> None:
@@ -274,93 +263,3 @@ def test_files_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
     """SourceError with the path; a directory is no file."""
     with pytest.raises(aiouffd.SourceError, match=str(tmp_path)):
         aiouffd.FileSource(tmp_path / name)
-
-
-async def test_objects_over_http(url: str) -> None:
-    """Size, ranges and the end; the size travels along."""
-    source = aiouffd.ObjectSource(f"{url}/data.bin")
-    await source.prepare()
-    assert source.size == SIZE
-    for offset, length in ((0, 1), (999_424, 579), (123_456, 300_000)):
-        assert bytes(await source.read(offset, length)) == DATA[offset : offset + length]
-    again = travelled(source)
-    assert again._size == SIZE
-    assert bytes(await again.read(7, 7)) == DATA[7:14]
-    with pytest.raises(aiouffd.SourceError):
-        await source.read(SIZE - 1, 100)
-
-
-async def test_64_ranges_at_once(url: str) -> None:
-    """Concurrent reads do not disturb each other."""
-    source = aiouffd.ObjectSource(f"{url}/data.bin")
-    places = [(n * 4096, 4096) for n in range(64)]
-    got = await asyncio.gather(*(source.read(*place) for place in places))
-    assert [bytes(data) for data in got] == [DATA[offset : offset + length] for offset, length in places]
-
-
-async def test_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
-    """No mixture of two versions: the ETag is held against the server."""
-    (tmp_path / "x").write_bytes(bytes(10000))
-    with serving(tmp_path) as url:
-        source = aiouffd.ObjectSource(f"{url}/x")
-        await source.prepare()
-        assert bytes(await source.read(0, 10)) == bytes(10)
-        (tmp_path / "x").write_bytes(bytes([1]) * 10000)
-        with pytest.raises(aiouffd.SourceError, match="has changed"):
-            await source.read(0, 10)
-
-
-async def test_an_encoded_url_with_a_query_arrives_as_it_was_given(url: str) -> None:
-    """Signed URLs have a query, and names have blanks."""
-    source = aiouffd.ObjectSource(f"{url}/data%2Ebin?signature=a%2Fb&expires=1")
-    await source.prepare()
-    assert bytes(await source.read(5, 5)) == DATA[5:10]
-
-
-def test_passwords_are_not_shown() -> None:
-    """Neither in a log nor in an error."""
-    assert "secret" not in repr(aiouffd.ObjectSource("https://user:secret@host/x?token=secret"))
-
-
-def test_as_source(path: Path) -> None:
-    """Paths, URLs, buffers and sources; an unknown scheme is said so."""
-    assert isinstance(as_source(str(path)), aiouffd.FileSource)
-    assert isinstance(as_source(path), aiouffd.FileSource)
-    assert isinstance(as_source(path.as_uri()), aiouffd.FileSource)
-    assert isinstance(as_source(bytearray(5)), aiouffd.BufferSource)
-    assert isinstance(as_source("s3://bucket/key"), aiouffd.ObjectSource)
-    zeros = aiouffd.ZeroSource(5)
-    assert as_source(zeros) is zeros
-    with pytest.raises(aiouffd.SourceError, match="gopher"):
-        as_source("gopher://x/y")
-
-
-async def test_zeros() -> None:
-    """All of it is a hole."""
-    source = aiouffd.ZeroSource(10000)
-    assert source.hole(4096, 100) == 100
-    assert await source.read(5, 7) == bytes(7)
-
-
-class _Refuses(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(400)
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing."""
-
-
-def test_signatures_are_not_shown() -> None:
-    """Neither the query of a signed URL nor a password is in an error, which goes to logs, and to clients."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://someone:hidden@127.0.0.1:{server.server_port}/a/b.mem?signature=hidden"
-            with pytest.raises(aiouffd.SourceError, match="400 Bad Request") as caught:
-                _ = aiouffd.ObjectSource(url, timeout=2).size
-        finally:
-            server.shutdown()
-            thread.join()
-    assert "hidden" not in str(caught.value)
