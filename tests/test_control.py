@@ -1,20 +1,16 @@
-"""`pager.control` and `pager.travel`: what goes over the socket."""
+"""`pager.process.control`: what goes over the socket."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scenario import open_descriptors
 
 from aiouffd import errors
 from aiouffd.pager.process import control
-from aiouffd.pager.process.travel import pack, unpack
-from aiouffd.sources.base import Descriptor
 
 
 def test_a_message_arrives_whole_with_its_descriptors() -> None:
@@ -91,45 +87,6 @@ def test_any_exception_can_be_sent(error: BaseException) -> None:
     again = errors.decode_error(errors.encode_error(error))
     assert isinstance(again, Exception)
     assert type(error).__name__ in "".join(again.__notes__)
-
-
-class WithFile:
-    """A source that holds a descriptor."""
-
-    def __init__(self, descriptor: Descriptor) -> None:
-        self.descriptor = descriptor
-
-    def travel(self) -> tuple[Any, tuple[Any, ...]]:
-        """Take the descriptor along."""
-        return WithFile, (self.descriptor,)
-
-
-def test_descriptors_travel_beside_the_pickle() -> None:
-    """An object with `travel()` is rebuilt around the receiver's descriptor."""
-    fd = os.memfd_create("x")
-    data, descriptors = pack([WithFile(Descriptor(fd))])
-    assert [item.fd for item in descriptors] == [fd]
-    (again,) = unpack(data, [os.dup(fd)])
-    assert os.fstat(again.descriptor.fd).st_ino == os.fstat(fd).st_ino
-    os.close(again.descriptor.detach())
-    os.close(fd)
-
-
-def test_closures_travel_by_value() -> None:
-    """A function of a function, which pickle itself refuses, arrives."""
-    number = 41
-
-    def add() -> int:
-        return number + 1
-
-    data, _ = pack(add)
-    assert pickle.loads(data)() == 42  # what cloudpickle writes, pickle reads
-
-
-def test_what_cannot_travel_is_a_typed_error_that_names_the_ways_out() -> None:
-    """A socket cannot be pickled: PagerStartError says what to do."""
-    with socket.socket() as thing, pytest.raises(errors.PagerStartError, match=r"InThread\(\).*InProcess\(\)"):
-        pack(thing)
 
 
 def test_messages_of_other_processes_are_dropped() -> None:

@@ -23,6 +23,7 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.process.travel import Pickles
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.file import FileSource
@@ -106,6 +107,7 @@ class LazyPages:
         self._pager = PagerClient(
             on_error=lambda tenant, error: soon(self._failed, tenant, error),
             on_gone=lambda tenant: soon(self._gone, tenant),
+            pickles=Pickles.NEVER,
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._leave)

@@ -1,4 +1,4 @@
-"""`python -m aiouffd.pager FD`: the pager. Started by `aiouffd.pager.client.client`, not by hand."""
+"""`python -m aiouffd.pager FD PICKLES`: the pager. Started by `aiouffd.pager.client.client`, not by hand."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import sys
 from aiouffd.pager.loglines import SWITCH, Lines
 from aiouffd.pager.process import control, keeper
 from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.travel import Pickles
 
 
 def main() -> int:
-    """Run the keeper on the control socket that was inherited as descriptor FD."""
+    """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: see `travel.Pickles`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the application's; the pager ends when it does
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines() if SWITCH in os.environ else logging.Formatter("%(name)s[%(process)d]: %(message)s"))
@@ -29,7 +30,7 @@ def main() -> int:
         control.send(connection, {"event": "hello"}, [journal.fd])
     except control.Closed:  # interrupted, whoever has started this has gone again
         return 0
-    return keeper.run(journal, connection)
+    return keeper.run(journal, connection, Pickles(sys.argv[2]))
 
 
 if __name__ == "__main__":

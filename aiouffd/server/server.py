@@ -28,6 +28,7 @@ from aiouffd.handoff.lines import VERSION, Lines, line
 from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.process.travel import Pickles
 from aiouffd.server.listener import SocketFile
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class Server:
         self._pager = PagerClient(
             on_error=lambda tenant, error: self._soon(self._failed, tenant, error),
             on_gone=lambda tenant: self._soon(self._gone, tenant),
+            pickles=Pickles.ALWAYS,
         )
         try:
             if self._replay is not None:

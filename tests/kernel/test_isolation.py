@@ -6,15 +6,18 @@ import contextlib
 import ctypes
 import os
 import pickle
+import signal
 import socket
 import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, peek, word
-from scenario import play
+from scenario import eventually, play
 
 import aiouffd
+from aiouffd.engine.assembly import Options, Service
+from aiouffd.pager.client.tenant import Pack
 from aiouffd.pager.process import control
 
 if TYPE_CHECKING:
@@ -94,3 +97,37 @@ def test_a_forked_child_cannot_have_code_run_by_the_pager(how: str, tmp_path: Pa
     tmp_path.chmod(0o777)
     _, errors = play(child_attacks, how, str(tmp_path / "mark"))
     assert ("was dropped" in errors) == (how != "os.fork")
+
+
+def a_private_pager() -> None:
+    """Scenario: a second pickle is refused; what serves already serves on, also in a worker that begins anew."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
+        assert peek(region.address) == word(0)
+        for _ in range(2):
+            pack = Pack(Service(Pattern(SIZE)), Options())
+            with pytest.raises(aiouffd.PagerStartError, match="takes no source"):
+                monitor._engine._client.prepare(pack).result(10)  # type: ignore[union-attr]
+            pack.close()
+            worker = monitor.pids[1]
+            os.kill(worker, signal.SIGKILL)
+            assert peek(region.address + PAGE) == word(1)
+            eventually(lambda: monitor.pids[1] != worker, expected=True)  # noqa: B023 - called at once
+        ours = Pack(Service(aiouffd.BufferSource(b"plain values")), Options())
+        monitor._engine._client.prepare(ours).result(10)  # type: ignore[union-attr]
+        ours.close()
+
+
+def test_a_private_pager_unpickles_once() -> None:
+    """Only what its Monitor has been given; sources of ours are no pickles."""
+    play(a_private_pager)
+
+
+def test_what_a_pager_rebuilds_cannot_be_changed() -> None:
+    """A forked child has the descriptor, too; a worker that begins anew reads it again."""
+    pack = Pack(Service(Pattern(SIZE)), Options())
+    with pytest.raises(PermissionError):
+        os.pwrite(pack.config, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(pack.config, 0)
+    pack.close()

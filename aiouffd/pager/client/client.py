@@ -23,6 +23,7 @@ from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.client.waiting import StoppedError, Waiter
 from aiouffd.pager.process import control
+from aiouffd.pager.process.travel import Pickles
 from aiouffd.rpc import Request, Requests
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class PagerClient:
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
             owner of the memory settles it then. None: the thread stays, and poisons what is touched.
         guard: over the memory of this process that is served, if it is this process's; the client's from now on.
+        pickles: how often the pager unpickles a source or handler that this process sends.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PagerClient:
         on_gone: Callable[[Tenant], None] = lambda _: None,
         on_lost: Callable[[], None] | None = None,
         guard: Watch | None = None,
+        pickles: Pickles = Pickles.ONCE,
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
@@ -74,8 +77,9 @@ class PagerClient:
         self._requests = Requests("the pager", self._transmit)
         self._waiter = Waiter(guard or Watch(-1, None))
         self._takeover = Takeover(
-            self._requests, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
+            self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
         )
+        self._pickles = pickles
         self._pair: Pair | None = None
         self._worker_pid = 0
         self._held = False  # requests wait until the successor has all that they speak of
@@ -92,8 +96,11 @@ class PagerClient:
         Raises:
             PagerStartError: it did not start; `stop` it all the same.
         """
-        self._pair = Pair.start(self._waiter)
+        self._pair = self._start_pair()
         self._thread.start()
+
+    def _start_pair(self) -> Pair:
+        return Pair.start(self._waiter, self._pickles)
 
     def open(self, tenant: Tenant) -> Future[Any]:
         """Have a tenant served; the future is done when it is.

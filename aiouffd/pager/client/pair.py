@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from aiouffd.pager.client.waiting import Waiter
+    from aiouffd.pager.process.travel import Pickles
 
 __all__ = ["START_TIMEOUT", "Pair"]
 
@@ -56,8 +57,12 @@ class Pair:
         self.worker_fd = -1
 
     @classmethod
-    def start(cls, waiter: Waiter) -> Self:
+    def start(cls, waiter: Waiter, pickles: Pickles) -> Self:
         """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
+
+        Args:
+            waiter: of the client, which may be stopped meanwhile.
+            pickles: what the pager unpickles; said on its command line, which nothing that is sent can change.
 
         Raises:
             PagerStartError: it did not start.
@@ -70,7 +75,7 @@ class Pair:
         try:
             # A session of its own: Ctrl-C is not for the pager.
             keeper = subprocess.Popen(  # noqa: S603
-                [*arguments, str(theirs.fileno())],
+                [*arguments, str(theirs.fileno()), pickles],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

@@ -17,7 +17,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import PagerStartError
-from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.process import control
 from aiouffd.pager.process.replay import survey
 from aiouffd.rpc import close_in_children
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
     from aiouffd.pager.process.journal import Journal
     from aiouffd.rpc import Requests
@@ -43,6 +43,7 @@ class Takeover:
 
     Args:
         requests: of the client, which sends them to the newest pair.
+        start: starts a pair; raises as `successor` does.
         waiter: of the client's thread.
         reopen: called where no orphan lives, with the journal that says what is served and that journal's state.
         taken: called when the new worker has everything.
@@ -52,6 +53,7 @@ class Takeover:
     def __init__(
         self,
         requests: Requests,
+        start: Callable[[], Pair],
         waiter: Waiter,
         *,
         reopen: Callable[[Journal, dict[str, Any] | None], None],
@@ -60,6 +62,7 @@ class Takeover:
     ) -> None:
         self.orphans: list[Pair] = []  # oldest first
         self._requests = requests
+        self._start = start
         self._waiter = waiter
         self._reopen = reopen
         self._taken = taken
@@ -84,7 +87,7 @@ class Takeover:
         self._due, self._failures = math.inf, 0
         for attempt in itertools.count():
             try:
-                return Pair.start(self._waiter)
+                return self._start()
             except PagerStartError as error:
                 if attempt >= _STARTS and not self.orphan_lives:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.mappings import Mapping
-from aiouffd.pager.process.travel import pack
+from aiouffd.pager.process.travel import is_pickle, pack
 
 if TYPE_CHECKING:
     from aiouffd.engine.assembly import Options, Service
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["Pack", "Tenant"]
 
 _tokens = itertools.count()
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Pack:
-    """A service made ready to travel: a pickle in a memfd, and the descriptors that go along.
+    """A service made ready to travel: its data in a sealed memfd, and the descriptors that go along.
 
     Args:
         service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
@@ -37,15 +39,18 @@ class Pack:
         self.service = service
         self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
         self.options = attrs.asdict(options)
-        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC)
+        # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
+        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(os.dup(self.config), "wb") as file:
             file.write(data)
+        fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
+        self._path = [entry for entry in sys.path if entry] if is_pickle(data) else []
         self._descriptors = descriptors
 
     @property
     def record(self) -> dict[str, Any]:
         """What a pager is told of it."""
-        return {"token": self.token, "options": self.options, "path": [entry for entry in sys.path if entry]}
+        return {"token": self.token, "options": self.options, "path": self._path}
 
     @property
     def fds(self) -> list[int]:

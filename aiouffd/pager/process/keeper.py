@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import socket
 
     from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.travel import Pickles
 
 __all__ = ["run"]
 
@@ -88,7 +89,7 @@ def _clone() -> int:
     return pid
 
 
-def run(journal: Journal, connection: socket.socket) -> int:
+def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
     """Keep a worker alive until it has nothing left to serve; return the exit status."""
     own = _open_descriptors()
     deaths = 0
@@ -107,7 +108,7 @@ def run(journal: Journal, connection: socket.socket) -> int:
             time.sleep(_CLONE_PAUSE)
             continue
         if pid == 0:
-            _work(journal, connection)
+            _work(journal, connection, pickles)
         began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
         status = _wait(pid, journal)
         calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
@@ -188,11 +189,11 @@ def _orphaned(journal: Journal) -> bool:
     return bool(poller.poll(0))
 
 
-def _work(journal: Journal, connection: socket.socket) -> NoReturn:
+def _work(journal: Journal, connection: socket.socket, pickles: Pickles) -> NoReturn:
     """Be the worker. Never returns into the keeper's frames; nothing is finalized, since descriptors are shared."""
     status = 1
     try:
-        worker.run(journal, connection)
+        worker.run(journal, connection, pickles)
         status = 0
     except BaseException:
         log.exception("the worker failed")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Origin", "Tenancy", "build"]
+__all__ = ["Origin", "Tenancy", "build", "config_of"]
 
 
 class Origin:
@@ -60,14 +60,17 @@ class Tenancy:
 
 def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
     """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
-    size = os.fstat(record["config"]).st_size
-    config = os.pread(record["config"], size, 0)
     for entry in record["path"]:
         if entry not in sys.path:
             sys.path.append(entry)
-    service = unpack(config, [os.dup(fd) for fd in record["fds"]])
+    service = unpack(config_of(record), [os.dup(fd) for fd in record["fds"]])
     backend = make_backend(service, counters, _options_of(record))
     return Origin(identity, record, service, backend)
+
+
+def config_of(record: dict[str, Any]) -> bytes:
+    """Return what `pack` has made of a service."""
+    return os.pread(record["config"], os.fstat(record["config"]).st_size, 0)
 
 
 def _options_of(record: dict[str, Any]) -> Options:

@@ -1,69 +1,209 @@
-"""Pickles that take descriptors along.
+"""How what brings the pages travels to the pager.
 
-What the pager runs is pickled by cloudpickle, so that classes and closures of `__main__` travel by value. An object
-with a method `travel()` (a source that holds a file or a memfd) is rebuilt from what that returns; descriptors in it
-are numbered, and sent beside the pickle.
+Sources of this package travel as plain values (JSON) and descriptors: what arrives can be nothing else than such a
+source. Sources and handlers of the application's own are pickled by cloudpickle, so that classes and closures of
+`__main__` travel by value; to unpickle is to run code, and a pager does that as seldom as `Pickles` says.
+
+An object with a method `travel()` (a source that holds a file or a memfd) is rebuilt from what that returns: a callable
+and its arguments. Descriptors among them are numbered, and sent beside the data.
 """
 
 from __future__ import annotations
 
+import base64
+import enum
 import io
+import json
 import pickle
-from typing import Any
+from array import array
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
-import cloudpickle
+import attrs
 
 from aiouffd.errors import PagerStartError
 from aiouffd.sources.base import Descriptor
 
-__all__ = ["pack", "unpack"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Pickles", "is_pickle", "pack", "unpack"]
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.descriptors: list[Descriptor] = []
+class Pickles(enum.StrEnum):
+    """How often a pager unpickles what its owner sends."""
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Descriptor):
-            return None
-        self.descriptors.append(obj)
-        return len(self.descriptors) - 1
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, type) and hasattr(type(obj), "travel"):
-            return obj.travel()
-        return super().reducer_override(obj)
+    NEVER = "never"
+    ONCE = "once"
+    """The first time that it is asked to: for a pager that is private to one Monitor."""
+    ALWAYS = "always"
+    """For the pager of a server, whose sources are its own program's."""
 
 
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, fds: list[int]) -> None:
-        super().__init__(file)
-        self._fds = fds
+_MAKERS: Final = frozenset(
+    (
+        "aiouffd.criu.relay:RelaySource",
+        "aiouffd.engine.ahead.trace:Recorder._arrived",
+        "aiouffd.engine.ahead.trace:Trace",
+        "aiouffd.engine.assembly:Service",
+        "aiouffd.sources.base:ZeroSource",
+        "aiouffd.sources.buffer:BufferSource.from_sealed",
+        "aiouffd.sources.concat:ConcatSource",
+        "aiouffd.sources.file:FileSource.from_descriptor",
+        "aiouffd.sources.object_store:_rebuild",
+    )
+)
+"""What may be called to rebuild an object from plain values. None of them runs code that came along."""
 
-    def persistent_load(self, pid: Any) -> Descriptor:
-        return Descriptor(self._fds[pid])
+_ATTRIBUTES: Final = {"ZeroSource": ("size",), "ConcatSource": ("parts",)}
+"""The arguments of classes that have neither `travel` nor `__reduce__`, and are no attrs classes."""
+
+
+class _NotPlainError(Exception):
+    """An object is of no kind that travels as plain values."""
 
 
 def pack(obj: Any) -> tuple[bytes, list[Descriptor]]:
-    """Pickle `obj`; return the bytes and the descriptors that must travel beside, which stay their owners'.
+    """Return an object as JSON or a pickle, and the descriptors that must travel beside it, which stay their owners'.
 
     Raises:
         PagerStartError: it cannot travel.
     """
-    file = io.BytesIO()
-    packer = _Packer(file)
+    descriptors: list[Descriptor] = []
     try:
-        packer.dump(obj)
+        return json.dumps(_plain(obj, descriptors)).encode(), descriptors
+    except (_NotPlainError, ValueError, RecursionError):
+        return _pickled(obj)
+
+
+def is_pickle(data: bytes) -> bool:
+    """Tell what `pack` has returned: JSON is text."""
+    return data[:1] == pickle.PROTO
+
+
+def unpack(data: bytes, fds: Sequence[int]) -> Any:
+    """Rebuild the object; the descriptors belong to it then. A pickle runs code: see `is_pickle`.
+
+    Raises:
+        ValueError: the plain values are not what `pack` makes.
+    """
+    if is_pickle(data):
+        return _Unpickler(io.BytesIO(data), fds).load()
+    return _rebuilt(json.loads(data), fds)
+
+
+# Plain values
+
+
+def _plain(obj: Any, descriptors: list[Descriptor]) -> Any:
+    """Return an object as JSON; what it is, where that is no plain value, is the only key of a JSON object."""
+    kind = type(obj)
+    if obj is None or kind in (bool, int, float, str):
+        return obj
+    value: Any
+    if kind is Descriptor:
+        descriptors.append(obj)
+        name, value = "fd", len(descriptors) - 1
+    elif kind is dict and all(type(key) is str for key in obj):
+        name, value = "dict", {key: _plain(item, descriptors) for key, item in obj.items()}
+    elif kind is bytes:
+        name, value = "bytes", base64.b64encode(obj).decode()
+    elif kind is array:
+        name, value = "array", [obj.typecode, base64.b64encode(obj.tobytes()).decode()]
+    else:
+        name, items = (kind.__name__, obj) if kind in (list, tuple) else _parts(obj)
+        value = [_plain(item, descriptors) for item in items]
+    return {name: value}
+
+
+def _parts(obj: Any) -> tuple[str, Sequence[Any]]:
+    """Return what rebuilds an object of ours, by name, and its arguments."""
+    kind = type(obj)
+    if not kind.__module__.startswith("aiouffd."):
+        raise _NotPlainError
+    if hasattr(kind, "travel"):
+        maker, arguments = obj.travel()
+    elif kind.__name__ in _ATTRIBUTES:
+        maker, arguments = kind, [getattr(obj, name) for name in _ATTRIBUTES[kind.__name__]]
+    elif attrs.has(kind):
+        maker, arguments = kind, [getattr(obj, field.name) for field in attrs.fields(kind)]
+    elif "__reduce__" in vars(kind):
+        maker, arguments = obj.__reduce__()[:2]
+    else:
+        raise _NotPlainError
+    name = f"{maker.__module__}:{maker.__qualname__}"
+    if name not in _MAKERS:
+        raise _NotPlainError
+    return name, arguments
+
+
+def _rebuilt(value: Any, fds: Sequence[int]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((name, content),) = value.items()
+    match name:
+        case "fd":
+            result: Any = Descriptor(fds[content])
+        case "dict":
+            result = {key: _rebuilt(item, fds) for key, item in content.items()}
+        case "bytes":
+            result = base64.b64decode(content)
+        case "array":
+            result = array(content[0], base64.b64decode(content[1]))
+        case "list" | "tuple":
+            items = (_rebuilt(item, fds) for item in content)
+            result = tuple(items) if name == "tuple" else list(items)
+        case _:
+            result = _maker(name)(*(_rebuilt(item, fds) for item in content))
+    return result
+
+
+def _maker(name: str) -> Any:
+    if name not in _MAKERS:
+        raise ValueError(f"{name!r:.80} does not arrive in a pager")
+    module, _, path = name.partition(":")
+    maker: Any = import_module(module)
+    for part in path.split("."):
+        maker = getattr(maker, part)
+    return maker
+
+
+# Pickles
+
+
+def _pickled(obj: Any) -> tuple[bytes, list[Descriptor]]:
+    import cloudpickle  # noqa: PLC0415 - a pager whose source is ours has no use for it
+
+    descriptors: list[Descriptor] = []
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def persistent_id(self, obj: Any) -> int | None:
+            if not isinstance(obj, Descriptor):
+                return None
+            descriptors.append(obj)
+            return len(descriptors) - 1
+
+        def reducer_override(self, obj: Any) -> Any:
+            if not isinstance(obj, type) and hasattr(type(obj), "travel"):
+                return obj.travel()
+            return super().reducer_override(obj)
+
+    file = io.BytesIO()
+    try:
+        Pickler(file).dump(obj)
     except Exception as error:
         raise PagerStartError(
             f"{obj!r} cannot travel to the pager process: {error}. Leave out what cannot be pickled (open files,"
             " locks, running loops) and make it in the pager on first use, or run it in this process: engine=InThread()"
             " serves your own threads, engine=InProcess() memory that only others touch"
         ) from error
-    return file.getvalue(), packer.descriptors
+    return file.getvalue(), descriptors
 
 
-def unpack(data: bytes, fds: list[int]) -> Any:
-    """Rebuild the object; the descriptors belong to it then."""
-    return _Unpacker(io.BytesIO(data), fds).load()
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, fds: Sequence[int]) -> None:
+        super().__init__(file)
+        self._fds = fds
+
+    def persistent_load(self, pid: Any) -> Descriptor:
+        return Descriptor(self._fds[pid])

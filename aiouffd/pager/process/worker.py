@@ -28,7 +28,8 @@ from aiouffd.kernel.memory import unshare_memory
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
 from aiouffd.pager.process.replay import numbers, replay, survey
-from aiouffd.pager.process.tenancy import Origin, Tenancy, build
+from aiouffd.pager.process.tenancy import Origin, Tenancy, build, config_of
+from aiouffd.pager.process.travel import Pickles, is_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,9 +48,9 @@ _PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybo
 _PIECE = 4 << 20
 
 
-def run(journal: Journal, connection: socket.socket) -> None:
+def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> None:
     """Serve until nobody is left to be served."""
-    worker = _Worker(journal, connection)
+    worker = _Worker(journal, connection, pickles)
     # The keeper asks for these when the loop does not turn. A handler of Python's runs also where time.sleep() blocks.
     signal.signal(signal.SIGUSR1, worker.say_what_blocks)
     faulthandler.register(signal.SIGUSR1, chain=True)
@@ -69,9 +70,10 @@ def descriptors(journal: Journal) -> set[int]:
 
 
 class _Worker:
-    def __init__(self, journal: Journal, connection: socket.socket) -> None:
+    def __init__(self, journal: Journal, connection: socket.socket, pickles: Pickles) -> None:
         self.journal = journal
         self.connection = connection
+        self.pickles = pickles
         self.sender = control.Sender(connection)
         self.strangers = 0
         self.origins: dict[int, Origin] = {}
@@ -340,6 +342,7 @@ class _Worker:
                 return known
         record = {"config": fds[0], "fds": fds[1:], **service}
         try:
+            self.check_pickles(record)
             origin = build(self.journal.counters, self.next_identity, record)
         except UffdError:
             close_all(fds)
@@ -350,6 +353,14 @@ class _Worker:
         self.origins[origin.identity] = origin
         self.next_identity += 1
         return origin
+
+    def check_pickles(self, record: dict[str, Any]) -> None:
+        """Raise PagerStartError where a source or handler would have to be unpickled, and this pager does not do so."""
+        if not is_pickle(config_of(record)) or self.pickles is Pickles.ALWAYS:
+            return
+        known = (origin.record for origin in self.origins.values())
+        if self.pickles is Pickles.NEVER or any(is_pickle(config_of(other)) for other in known):
+            raise PagerStartError("this pager takes no source or handler of the application's own (any more)")
 
     def asked(self, message: dict[str, Any]) -> tuple[Space, Tenancy]:
         space = self.space_of(message["token"])
