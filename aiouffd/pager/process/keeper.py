@@ -28,12 +28,12 @@ from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import survey
+from aiouffd.pager.process.travel import Pickles
 
 if TYPE_CHECKING:
     import socket
 
     from aiouffd.pager.process.journal import Journal
-    from aiouffd.pager.process.travel import Pickles
 
 __all__ = ["run"]
 
@@ -121,6 +121,8 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         log.warning("the worker (pid %d) died (%s) and is replaced", pid, reason)
         journal.counters.words[Counter.RESTARTS] += 1
+        if pickles is not Pickles.NEVER:
+            import cloudpickle  # noqa: F401, PLC0415 - else each successor would import it, for a pickle that needs it
         if deaths >= DEATHS:
             return _give_up(journal, connection, reason)
 
