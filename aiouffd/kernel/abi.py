@@ -1,7 +1,8 @@
 """Numbers and structs of `<linux/userfaultfd.h>` and of PAGEMAP_SCAN in `<linux/fs.h>`.
 
-A test compiles a C probe and proves each of them. All are the same on every 64-bit architecture, except the
-number of the system call.
+A test compiles a C probe and checks each of them against the headers. They hold for 64-bit x86, arm64, riscv and
+loongarch. Other architectures have other numbers: of system calls, or of ioctls (powerpc, mips and sparc encode the
+direction and the size of an argument differently). There this module raises ImportError.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import enum
 import platform
 import struct
+import sys
 from typing import Final
 
 __all__ = ["FaultFlag", "Feature", "Ioctl", "RegisterMode"]
@@ -25,10 +27,28 @@ UFFDIO_MOVE: Final = 0xC028AA05
 UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 UFFDIO_CONTINUE: Final = 0xC020AA07
 UFFDIO_POISON: Final = 0xC020AA08
+UFFDIO_RWPROTECT: Final = 0xC018AA09
+UFFDIO_SET_MODE: Final = 0x4010AA0A
 USERFAULTFD_IOC_NEW: Final = 0xAA00
 PAGEMAP_SCAN: Final = 0xC0606610
 
-SYS_USERFAULTFD: Final = {"x86_64": 323, "ppc64le": 364, "s390x": 355}.get(platform.machine(), 282)
+
+def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
+    """Return the numbers of userfaultfd(2) and mlock2(2) on an architecture, as `platform.machine()` names it.
+
+    Raises:
+        ImportError: this package does not know its numbers.
+    """
+    numbers = {"x86_64": (323, 325), "aarch64": (282, 284), "riscv64": (282, 284), "loongarch64": (282, 284)}
+    if machine not in numbers or pointer_bits != 64:
+        raise ImportError(
+            f"aiouffd does not know the numbers of system calls and ioctls of a {pointer_bits}-bit process on {machine};"
+            f" it runs in 64-bit processes on {', '.join(numbers)}"
+        )
+    return numbers[machine]
+
+
+SYS_USERFAULTFD, SYS_MLOCK2 = system_calls(platform.machine(), pointer_bits=64 if sys.maxsize > 2**32 else 32)
 
 UFFD_USER_MODE_ONLY: Final = 1
 
@@ -42,6 +62,8 @@ WRITEPROTECT_MODE_WP: Final = 1
 WRITEPROTECT_MODE_DONTWAKE: Final = 2
 MOVE_MODE_DONTWAKE: Final = 1
 MOVE_MODE_ALLOW_SRC_HOLES: Final = 2
+RWPROTECT_MODE_RWP: Final = 1
+RWPROTECT_MODE_DONTWAKE: Final = 2
 
 EVENT_PAGEFAULT: Final = 0x12
 EVENT_FORK: Final = 0x13
@@ -54,7 +76,8 @@ REGISTER_STRUCT: Final = struct.Struct("=QQQQ")  # start, len, mode, ioctls
 RANGE_STRUCT: Final = struct.Struct("=QQ")  # start, len
 COPY_STRUCT: Final = struct.Struct("=QQQQq")  # dst, src, len, mode, result; MOVE alike
 ZEROPAGE_STRUCT: Final = struct.Struct("=QQQq")  # start, len, mode, result; CONTINUE and POISON alike
-WRITEPROTECT_STRUCT: Final = struct.Struct("=QQQ")  # start, len, mode
+WRITEPROTECT_STRUCT: Final = struct.Struct("=QQQ")  # start, len, mode; RWPROTECT alike
+SET_MODE_STRUCT: Final = struct.Struct("=QQ")  # enable, disable
 RESULT: Final = struct.Struct("=q")
 
 MESSAGE_SIZE: Final = 32
@@ -74,6 +97,9 @@ PAGE_IS_PRESENT: Final = 8
 PAGE_IS_SWAPPED: Final = 16
 PAGE_IS_PFNZERO: Final = 32
 PAGE_IS_HUGE: Final = 64
+PAGE_IS_SOFT_DIRTY: Final = 128
+PAGE_IS_GUARD: Final = 256
+PAGE_IS_ACCESSED: Final = 512
 
 
 class Feature(enum.IntFlag, boundary=enum.KEEP):
@@ -118,10 +144,13 @@ FEATURE_SINCE: Final[dict[Feature, str]] = {
     Feature.POISON: "6.6",
     Feature.WP_ASYNC: "6.7",
     Feature.MOVE: "6.8",
-    Feature.RWP: "after 6.18",
-    Feature.RWP_ASYNC: "after 6.18",
+    Feature.RWP: "7.2",
+    Feature.RWP_ASYNC: "7.2",
 }
 """The Linux release that brought each feature."""
+
+FEATURE_NEEDS: Final[dict[Feature, Feature]] = {Feature.RWP_ASYNC: Feature.RWP}
+"""Features that the kernel refuses (EINVAL) without another."""
 
 LAYOUT_EVENTS: Final = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 
@@ -139,6 +168,7 @@ class Ioctl(enum.IntFlag, boundary=enum.KEEP):
     CONTINUE = 1 << 0x07
     POISON = 1 << 0x08
     RWPROTECT = 1 << 0x09
+    SET_MODE = 1 << 0x0A
     API = 1 << 0x3F
 
 

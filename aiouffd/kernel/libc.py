@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import struct
 from typing import TYPE_CHECKING
 
+from aiouffd.kernel import abi
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munmap", "peek", "syscall"]
+__all__ = [
+    *("lock_on_fault", "madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munlock", "munmap"),
+    *("peek", "punch_hole", "syscall"),
+]
 
-_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these may sleep, so the GIL is dropped
+_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these calls may sleep, so ctypes releases the GIL
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.syscall.restype = ctypes.c_long
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -27,36 +35,51 @@ _libc.process_vm_readv.argtypes = [
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
+PROT_NONE = 0
 MADV_DONTFORK = 10
 MADV_DOFORK = 11
 MADV_POPULATE_READ = 22  # Linux 5.14
 MADV_POPULATE_WRITE = 23
+MADV_DONTNEED_LOCKED = 24  # Linux 5.18
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4
 
+_MLOCK_ONFAULT = 1
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 _FAILED = ctypes.c_void_p(-1).value
 
 
 def _check(result: int) -> int:
     if result == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise _last_error()
     return result
 
 
+def _check_address(result: int | None) -> int:
+    if result is None or result == _FAILED:
+        raise _last_error()
+    return result
+
+
+def _last_error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
 def syscall(number: int, *args: int) -> int:
-    """Call a system call by number; the arguments are passed as longs."""
+    """Call a system call by its number. The arguments are passed as longs."""
     return _check(int(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args))))
 
 
 def mprotect(address: int, length: int, protection: int) -> None:
-    """Set the protection of [address, address + length), which is page-aligned."""
+    """Set the protection of the page-aligned range [address, address + length)."""
     _check(_libc.mprotect(address, length, protection))
 
 
 def madvise(address: int, length: int, advice: int) -> None:
-    """Give advice on [address, address + length); `address` is page-aligned."""
+    """Give advice on [address, address + length). `address` is page-aligned."""
     _check(_libc.madvise(address, length, advice))
 
 
@@ -66,33 +89,41 @@ def munmap(address: int, length: int) -> None:
 
 
 def mremap(address: int, old_length: int, new_length: int, flags: int, new_address: int = 0) -> int:
-    """Move or resize a mapping; return where it is now."""
-    result = _libc.mremap(address, old_length, new_length, flags, new_address)
-    if result is None or result == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(result)
+    """Move or resize a mapping. Return its new address."""
+    return _check_address(_libc.mremap(address, old_length, new_length, flags, new_address))
 
 
 def mmap_fixed(address: int, length: int) -> None:
-    """Map anonymous private memory at `address`, in place of whatever is there."""
-    result = _libc.mmap(address, length, 3, 0x32, -1, 0)  # READ|WRITE, PRIVATE|ANONYMOUS|FIXED
-    if result is None or result == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    """Map anonymous private memory at `address` and replace what is mapped there."""
+    _check_address(_libc.mmap(address, length, 3, 0x32, -1, 0))  # READ|WRITE, PRIVATE|ANONYMOUS|FIXED
+
+
+def munlock(address: int, length: int) -> None:
+    """Unlock [address, address + length), which mlock or mlockall has locked in memory."""
+    _check(_libc.munlock(address, length))
+
+
+def lock_on_fault(address: int, length: int) -> None:
+    """Lock each page of [address, address + length) in memory when it comes (mlock2, Linux 4.4). None is brought."""
+    syscall(abi.SYS_MLOCK2, address, length, _MLOCK_ONFAULT)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Remove the pages [offset, offset + length) of a memfd, for every process that maps it."""
+    _check(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length))
 
 
 def mincore(address: int, length: int) -> bytes:
-    """Tell for each 4 KiB page of [address, address + length) whether it is in memory (bit 0 of its byte)."""
-    vector = ctypes.create_string_buffer((length + 4095) // 4096)
+    """Return a byte for each page of [address, address + length), of `mmap.PAGESIZE`. Bit 0: it is in memory."""
+    vector = ctypes.create_string_buffer((length + mmap.PAGESIZE - 1) // mmap.PAGESIZE)
     _check(_libc.mincore(address, length, vector))
     return vector.raw
 
 
 def peek(addresses: Sequence[int]) -> bytes:
-    """Return the byte at each of at most 1024 addresses of this process; fewer where one cannot be read (no signal).
+    """Return the byte at each of at most 1024 addresses of this process, up to the first that cannot be read.
 
-    Nothing at all where a seccomp filter forbids process_vm_readv (Linux 3.2).
+    A bad address raises no signal. Where a seccomp filter forbids process_vm_readv (Linux 3.2), the result is empty.
     """
     count = len(addresses)
     data = ctypes.create_string_buffer(count)

@@ -1,4 +1,4 @@
-"""Where a buffer lies, and memory that travels between processes as a descriptor."""
+"""Addresses of buffers, what is mapped where, and memory that travels between processes as a descriptor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.kernel import libc
+from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
 
-__all__ = ["SealedMemory", "address_of", "map_shared", "unreadable", "unshare_memory", "zero_blocks", "zeros"]
+__all__ = [
+    *("SealedMemory", "address_of", "map_shared", "mapped"),
+    *("unreadable", "unshare_memory", "zero_blocks", "zeros"),
+]
 
 
 class _PyBuffer(ctypes.Structure):
@@ -48,7 +53,7 @@ _release_buffer.restype = None
 def address_of(buffer: Any) -> int:
     """Return the address of a contiguous buffer's first byte, read-only or not.
 
-    The address holds as long as the caller keeps the object alive and does not resize it.
+    The address is valid as long as the caller keeps the object alive and does not resize it.
     """
     view = _PyBuffer()
     _get_buffer(buffer, view, 0)  # PyBUF_SIMPLE: contiguous, or BufferError
@@ -59,18 +64,18 @@ def address_of(buffer: Any) -> int:
 
 @functools.cache
 def zeros(size: int) -> mmap.mmap:
-    """Return memory that is never written to: the kernel shows its one page of zeros all over it."""
+    """Return zeros that cost no memory: nobody writes to them, so that the kernel maps its zero page everywhere."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-_memcmp = ctypes.PyDLL(None).memcmp  # PyDLL: to drop the GIL would cost more than the comparison
+_memcmp = ctypes.PyDLL(None).memcmp  # PyDLL: to release the GIL would cost more than the comparison
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> list[int]:
-    """Return where the blocks of a buffer begin that hold nothing but zeros; the last block may be a shorter one.
+    """Return the offsets of the blocks of a buffer that hold nothing but zeros. The last block may be shorter.
 
-    Next to nothing is looked at of a block that begins otherwise.
+    A block whose first byte is not zero costs nothing more.
 
     Args:
         view: contiguous bytes.
@@ -94,43 +99,58 @@ def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> li
 
 @functools.cache
 def unreadable() -> mmap.mmap:
-    """Return a page that cannot be read: a COPY of it changes nothing, and tells what it meets before that."""
+    """Return a page that cannot be read: a COPY from it changes nothing, and returns what the kernel checks before."""
     return mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
 
 
 def map_shared(fd: int) -> mmap.mmap:
-    """Map all of a memfd, shared and writable. The descriptor stays the caller's, who may close it."""
+    """Map all of a memfd, shared and writable. The descriptor stays the caller's, and may be closed."""
     return mmap.mmap(fd, 0)
 
 
-def unshare_memory() -> None:
-    """Have the memory that this process shares with its parent since the fork copied now, not at its first writes.
-
-    Those cost 3 us a page. Of anonymous memory mincore says what this process has, of files what any has: theirs is
-    left alone, and everything is before Linux 5.14.
-    """
+def _mappings() -> Iterator[tuple[Range, bytes, bytes]]:
+    """Yield the mappings of this process: range, access (as "rw-p") and inode ("0": no file)."""
     for line in Path("/proc/self/maps").read_bytes().splitlines():  # a path may have any bytes
         bounds, access, _, _, inode, *_ = line.split()
+        start, end = (int(bound, 16) for bound in bounds.split(b"-"))
+        yield Range(start, end - start), access, inode
+
+
+def mapped(start: int, length: int) -> list[Range]:
+    """Return the parts of [start, start + length) that are mapped; all of it where there is no /proc."""
+    try:
+        bounds = [(max(item.start, start), min(item.end, start + length)) for item, _, _ in _mappings()]
+    except OSError:
+        return [Range(start, length)]
+    return [Range(low, high - low) for low, high in bounds if low < high]
+
+
+def unshare_memory() -> None:
+    """Copy now the memory that this process shares with its parent since the fork, and not at its first writes.
+
+    Those would cost 3 us a page. Only anonymous memory is copied: of that mincore says what this process has, but of a
+    file what any process has. Before Linux 5.14 nothing is copied.
+    """
+    for item, access, inode in _mappings():
         if access == b"rw-p" and inode == b"0":
-            start, end = (int(bound, 16) for bound in bounds.split(b"-"))
             with contextlib.suppress(OSError):
-                for run in re.finditer(b"\1+", libc.mincore(start, end - start)):
+                for run in re.finditer(b"\1+", libc.mincore(item.start, item.length)):
                     length = (run.end() - run.start()) * mmap.PAGESIZE
-                    libc.madvise(start + run.start() * mmap.PAGESIZE, length, libc.MADV_POPULATE_WRITE)
+                    libc.madvise(item.start + run.start() * mmap.PAGESIZE, length, libc.MADV_POPULATE_WRITE)
 
 
 class SealedMemory:
     """Bytes in a memfd that nobody can write, grow or shrink any more (F_SEAL_*, Linux 3.17).
 
-    What is put into one travels to the pager as a descriptor, without a copy; whoever maps it may rely on its
-    size (no SIGBUS) and its content. The descriptor belongs to this object.
+    It travels to the pager as a descriptor, without a copy. A process that maps it can rely on its size (no SIGBUS)
+    and on its content. The descriptor belongs to this object.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.size = os.fstat(fd).st_size
-        # A private mapping of a sealed file shares its pages: reading costs no memory. Writable as far as the
-        # mapping goes, because ctypes gives the address of writable buffers only at a fraction of the cost.
+        # A private mapping of a sealed file shares its pages: reading costs no memory. The mapping is writable, since
+        # ctypes gives the address of a writable buffer at a fraction of the cost.
         self.map = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY) if self.size else None
 
     @classmethod
@@ -150,7 +170,7 @@ class SealedMemory:
             raise
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with its last view."""
+        """Close the descriptor. The mapping ends with its last view."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,85 +1,180 @@
-"""Which pages of this process are there: PAGEMAP_SCAN (Linux 6.7) on /proc/self/pagemap, and a memfd's holes."""
+"""Which pages of this process are present: /proc/self/pagemap, and the holes of a memfd.
+
+The kernel offers three interfaces, and `missing` uses the best that it finds:
+
+- PAGEMAP_SCAN (Linux 6.7), an ioctl of /proc/self/pagemap that returns ranges;
+- read(2) of /proc/self/pagemap, which has 64 bits a page: bit 63 for a present page, bit 62 for one in swap;
+- mincore(2), which needs no /proc, and does not tell a page in swap from a missing one.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
+import re
+from typing import TYPE_CHECKING, Final, Self
 
-from aiouffd.kernel import abi
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
 from aiouffd.ranges import Range, RangeSet
 
-__all__ = ["missing", "scan"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
 
-_VECTOR = 512
+__all__ = ["Pagemap"]
+
+_PATH: Final = "/proc/self/pagemap"
+_VECTOR: Final = 512  # ranges that one PAGEMAP_SCAN returns at most
+_ENTRY: Final = 8  # bytes of /proc/self/pagemap for each page
+_PAGES_PER_READ: Final = 1 << 16
+_PRESENT_OR_SWAPPED: Final = bytes(1 if value & 0xC0 else 0 for value in range(256))  # of an entry's highest byte
+_IN_MEMORY: Final = bytes(value & 1 for value in range(256))  # of a byte of mincore's vector
+_ONES: Final = re.compile(b"\1+")
 
 
-def missing(address: int, length: int, fd: int = -1) -> list[Range]:
-    """Return the ranges of addresses of [address, address + length) that a first touch would ask for.
+class Pagemap:
+    """/proc/self/pagemap, opened once. A context manager that closes it.
 
-    Args:
-        address: page-aligned.
-        length: in bytes, whole pages.
-        fd: the memfd behind it, from offset 0 on; -1: private anonymous memory. A page of a file is there when the
-            file has it, mapped or not.
+    The kernel checks the permission when the file is opened. A process that drops its privileges (setuid) or becomes
+    undumpable may not open it any more, but can go on using this object. A forked child that inherits it sees the
+    pages of its parent.
 
     Raises:
-        OSError: ENOTTY: the kernel has no PAGEMAP_SCAN.
+        OSError: there is no /proc, or this process may not read it.
     """
-    present = RangeSet()
-    if fd >= 0:
-        at = 0
-        while at < length:
-            try:
-                begin = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # nothing but a hole up to the end
-                    break
+
+    def __init__(self) -> None:
+        self._fd = os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
+
+    @classmethod
+    def open_if_possible(cls) -> Self:
+        """Open it. Where that fails the object has no file: `missing` falls back to mincore(2), `scan` raises."""
+        try:
+            return cls()
+        except OSError:
+            self = cls.__new__(cls)
+            self._fd = -1
+            return self
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def missing(self, address: int, length: int, fd: int = -1, page_size: int = mmap.PAGESIZE) -> list[Range]:
+        """Return the ranges of addresses of [address, address + length) whose pages are missing.
+
+        Args:
+            address: aligned to `page_size`.
+            length: in bytes, whole pages.
+            fd: the memfd behind the mapping, from offset 0 on; -1: private anonymous memory. A page of a memfd counts
+                as present if the file has it, mapped or not.
+            page_size: of the mapping.
+        """
+        present = RangeSet()
+        for start, end in self._present(address, length, fd, page_size):
+            present.add(start, end)
+        return list(present.gaps(address, address + length))
+
+    def _present(self, address: int, length: int, fd: int, page_size: int) -> Iterator[tuple[int, int]]:
+        # hugetlbfs has no SEEK_HOLE: its llseek reports the whole file as data. What counts there is what is mapped.
+        if fd >= 0 and page_size == mmap.PAGESIZE:
+            yield from _data_of(fd, address, length)
+            return
+        try:
+            found = self.scan(address, length, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES):
                 raise
-            at = os.lseek(fd, begin, os.SEEK_HOLE)
-            present.add(address + begin, address + at)
-    else:
-        there = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
-        for found in scan(address, length, anyof=there):
-            present.add(found.start, found.end)
-    return list(present.gaps(address, address + length))
+            yield from self._read(address, length)
+        else:
+            for item in found:
+                yield item.start, item.end
 
+    def _read(self, address: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield the present ranges as read(2) tells them, or mincore(2)."""
+        try:
+            yield from _runs(address, length, self._highest_bytes)
+        except OSError:
+            yield from _runs(address, length, lambda start, size: libc.mincore(start, size).translate(_IN_MEMORY))
 
-def scan(address: int, length: int, *, mask: int = 0, anyof: int = 0, flags: int = 0) -> list[Range]:
-    """PAGEMAP_SCAN (Linux 6.7): return the ranges whose pages are in all categories of `mask` and any of `anyof`.
+    def _highest_bytes(self, start: int, size: int) -> bytes:
+        count = size // mmap.PAGESIZE
+        entries = os.pread(self._fd, count * _ENTRY, start // mmap.PAGESIZE * _ENTRY)
+        if len(entries) < count * _ENTRY:
+            raise OSError(errno.EIO, f"{_PATH} is shorter than the address space")
+        return entries[_ENTRY - 1 :: _ENTRY].translate(_PRESENT_OR_SWAPPED)  # little-endian, as all known processors
 
-    Args:
-        address: page-aligned.
-        length: in bytes, whole pages.
-        mask: PAGE_IS_*.
-        anyof: PAGE_IS_*; 0: not asked for.
-        flags: PM_SCAN_WP_MATCHING write-protects what is found, in the same step.
+    def scan(self, address: int, length: int, *, mask: int = 0, anyof: int = 0, flags: int = 0) -> list[Range]:
+        """PAGEMAP_SCAN (Linux 6.7): return the ranges whose pages are in all categories of `mask` and any of `anyof`.
 
-    Raises:
-        OSError: ENOTTY: the kernel has no PAGEMAP_SCAN; EPERM: PM_SCAN_CHECK_WPASYNC, and the range is not registered
-            with Feature.WP_ASYNC.
-    """
-    found: list[Range] = []
-    start, end = address, address + length
-    vector = bytearray(abi.PAGE_REGION.size * _VECTOR)
-    place = address_of(vector)
-    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+        Args:
+            address: page-aligned.
+            length: in bytes, whole pages.
+            mask: PAGE_IS_*.
+            anyof: PAGE_IS_*; 0: no such condition.
+            flags: PM_SCAN_WP_MATCHING write-protects what is found, in the same step.
+
+        Raises:
+            OSError: ENOTTY: the kernel has no PAGEMAP_SCAN; EPERM: PM_SCAN_CHECK_WPASYNC, and the range is not
+                registered with Feature.WP_ASYNC; EBADF: /proc/self/pagemap could not be opened.
+        """
+        if self._fd < 0:
+            raise OSError(errno.EBADF, f"{_PATH} is not open")
+        found: list[Range] = []
+        start, end = address, address + length
+        vector = bytearray(abi.PAGE_REGION.size * _VECTOR)
+        place = address_of(vector)
         while start < end:
             argument = bytearray(
                 abi.PM_SCAN_ARG.pack(
                     abi.PM_SCAN_ARG.size, flags, start, end, 0, place, _VECTOR, 0, 0, mask, anyof, mask | anyof
                 )
             )
-            count = fcntl.ioctl(pagemap, abi.PAGEMAP_SCAN, argument)
+            count = fcntl.ioctl(self._fd, abi.PAGEMAP_SCAN, argument)
             for index in range(count):
                 low, high, _ = abi.PAGE_REGION.unpack_from(vector, index * abi.PAGE_REGION.size)
                 if found and found[-1].end == low:  # the vector was full in the middle of a range
                     found[-1] = Range(found[-1].start, high - found[-1].start)
                 else:
                     found.append(Range(low, high - low))
-            start = abi.PM_SCAN_ARG.unpack(argument)[4]  # walk_end: where it stopped
-    finally:
-        os.close(pagemap)
-    return found
+            start = abi.PM_SCAN_ARG.unpack(argument)[4]  # walk_end: where the kernel stopped
+        return found
+
+
+def _data_of(fd: int, address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of addresses whose pages a memfd has."""
+    at = 0
+    while at < length:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            raise
+        at = os.lseek(fd, begin, os.SEEK_HOLE)
+        yield address + begin, address + at
+
+
+def _runs(address: int, length: int, present: Callable[[int, int], bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the present ranges. `present` returns a byte for each page of a start and a size: 1 if it is present."""
+    step = _PAGES_PER_READ * mmap.PAGESIZE
+    for start in range(address, address + length, step):
+        for run in _ONES.finditer(present(start, min(step, address + length - start))):
+            yield start + run.start() * mmap.PAGESIZE, start + run.end() * mmap.PAGESIZE

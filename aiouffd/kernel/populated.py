@@ -1,0 +1,117 @@
+"""Pages that the kernel filled with zeros before a region is registered. They never fault, and read as zeros for good.
+
+Three things fill them:
+
+- mlockall(MCL_FUTURE) fills each new mapping, and the holes of a shared one for every process that maps the file;
+- mlock and mlockall(MCL_CURRENT) fill a mapping that exists;
+- a transparent huge page: a touch of one byte fills 2 MiB.
+
+MCL_ONFAULT and MLOCK_ONFAULT fill nothing. After registering, all of these are harmless: the kernel reports a fault for
+each missing page, or leaves it missing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from aiouffd.errors import PopulatedError
+from aiouffd.kernel import libc
+from aiouffd.kernel.memory import address_of, zero_blocks
+from aiouffd.kernel.pagemap import Pagemap
+from aiouffd.ranges import Range, RangeSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiouffd.kernel.region import Region
+
+__all__ = ["drop_populated_zeros", "empty_locked", "new_mappings_are_populated"]
+
+_HUGE_MAPPED: Final = re.compile(r"^(AnonHugePages|ShmemPmdMapped|FilePmdMapped): +[1-9]", re.MULTILINE)
+_FLAGS: Final = re.compile(r"^VmFlags:(.*)$", re.MULTILINE)
+
+
+def new_mappings_are_populated() -> bool:
+    """Tell whether mlockall(MCL_FUTURE) is in force, without MCL_ONFAULT. Costs a few microseconds."""
+    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        return bool(libc.mincore(address_of(page), mmap.PAGESIZE)[0] & 1)
+
+
+def empty_locked(address: int, length: int, fd: int = -1) -> None:
+    """Drop all pages of a locked mapping: of the memfd behind it, if there is one. It is not locked any more.
+
+    Raises:
+        OSError: EINVAL: huge pages that are private, before Linux 5.18.
+    """
+    libc.munlock(address, length)
+    if fd >= 0:
+        libc.punch_hole(fd, 0, length)
+    else:
+        libc.madvise(address, length, mmap.MADV_DONTNEED)
+
+
+def drop_populated_zeros(region: Region) -> None:
+    """Make the pages of a region missing again that the kernel has filled with zeros. Costs microseconds if none are.
+
+    A page of zeros that the program has written itself into a locked mapping, or into a transparent huge page, cannot
+    be told from those, and is dropped as well. Other pages that are present stay.
+
+    Raises:
+        PopulatedError: the region is shared. Other processes may write these pages at this moment, so none is dropped.
+    """
+    start, length = region.address, region.mapped_length
+    with Pagemap.open_if_possible() as pagemap:
+        missing = pagemap.missing(start, length, region.fd, region.page_size)
+    present = RangeSet(missing).gaps(start, start + length)
+    zeros = RangeSet()
+    for item in present:
+        for suspect in _suspects(region, item, complete=not missing):
+            view = memoryview(region)[suspect.start - start : suspect.end - start]
+            for at in zero_blocks(view, region.page_size):
+                zeros.add(suspect.start + at, suspect.start + at + region.page_size)
+            view.release()
+    if not zeros:
+        return
+    if region.fd >= 0:
+        raise PopulatedError(
+            f"mlock, mlockall or a huge page has filled {zeros.total // region.page_size} pages of {region!r} with zeros",
+            "Lock it with MCL_ONFAULT or MLOCK_ONFAULT, or enter the Monitor first",
+        )
+    for item in zeros:
+        try:
+            libc.madvise(item.start, item.length, libc.MADV_DONTNEED_LOCKED)
+        except OSError:  # before Linux 5.18
+            libc.munlock(item.start, item.length)
+            libc.madvise(item.start, item.length, mmap.MADV_DONTNEED)
+
+
+def _suspects(region: Region, present: Range, *, complete: bool) -> Iterator[Range]:
+    """Yield the parts of a present range whose pages the kernel may have filled.
+
+    hugetlb mappings do not show that they are locked: they are suspect if they are complete.
+    """
+    if region.page_size > mmap.PAGESIZE:
+        if complete:
+            yield present
+        return
+    for mapping, description in _smaps():
+        flags = match[1].split() if (match := _FLAGS.search(description)) else []
+        if ("lo" in flags and "lf" not in flags) or _HUGE_MAPPED.search(description):
+            low, high = max(mapping.start, present.start), min(mapping.end, present.end)
+            if low < high:
+                yield Range(low, high - low)
+
+
+def _smaps() -> Iterator[tuple[Range, str]]:
+    """Yield the mappings of this process with what /proc/self/smaps says of each; none where there is no /proc."""
+    try:
+        text = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    bounds = list(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*$", text, re.MULTILINE))
+    for match, behind in zip(bounds, [*(item.start() for item in bounds[1:]), len(text)], strict=True):
+        start, end = int(match[1], 16), int(match[2], 16)
+        yield Range(start, end - start), text[match.end() : behind]
