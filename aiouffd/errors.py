@@ -1,9 +1,10 @@
 """The error tree. Every exception of this package is an `UffdError`.
 
-The split is by whose doing it is: `UnsupportedError` (the kernel), `AccessError` (the permissions),
-`OperationError` (the kernel refused one operation), `ClosedError` and `BusyError` (the caller),
-`SourceError` (the data's origin), `HandlerError` (the caller's coroutine), `PagerError` (our own processes),
-`HandoffError` (a peer on a socket). Exceptions carry their data; the sentence is built from it.
+They are split by the cause: `UnsupportedError` (the kernel), `AccessError` (permissions), `LimitError` (a limit of the
+process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused one operation), `ClosedError`
+and `BusyError` (the caller), `SourceError` (where the data come from), `HandlerError` (the caller's coroutine),
+`PagerError` (our own processes), `HandoffError` (a peer on a socket). Exceptions carry their data and build their
+sentence from it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ __all__ = [
     "HandlerError",
     "HandoffError",
     "LayoutChangingError",
+    "LimitError",
     "NativePartError",
     "OperationError",
     "PagePresentError",
     "PagerDiedError",
     "PagerError",
     "PagerStartError",
+    "PopulatedError",
     "RangeGoneError",
     "ShortReadError",
     "SourceError",
@@ -46,8 +49,8 @@ class UnsupportedError(UffdError):
     """The kernel lacks something that was asked for.
 
     Attributes:
-        missing: what was asked for and is not there.
-        available: what the kernel has in its place.
+        missing: what the kernel lacks.
+        available: what it has instead.
     """
 
     def __init__(self, missing: str, available: str) -> None:
@@ -60,10 +63,10 @@ class UnsupportedError(UffdError):
 
 
 class NativePartError(UnsupportedError):
-    """The part of this package that is written in C is needed, and is not there.
+    """The native part of this package, which is written in C, is needed and could not be built or loaded.
 
     Attributes:
-        why: it is not there.
+        why: the reason.
     """
 
     def __init__(self, why: str) -> None:
@@ -75,17 +78,17 @@ class NativePartError(UnsupportedError):
 
     def __str__(self) -> str:
         return (
-            f"{self.why}. Install a C compiler (the Debian package gcc, for example) and then aiouffd anew, or run"
-            " `python -m aiouffd.native`; everything else works without"
+            f"{self.why}. Install a C compiler (the Debian package gcc, for example) and then reinstall aiouffd, or run"
+            " `python -m aiouffd.native`; everything else works without it"
         )
 
 
 class AccessError(UffdError, PermissionError):
-    """userfaultfd exists, but this process may not use it that way.
+    """This process may not do something that the machine can do.
 
     Attributes:
         what: what was refused.
-        remedy: the knobs that would allow it, by name.
+        remedy: what would allow it, by name.
     """
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -100,14 +103,56 @@ class AccessError(UffdError, PermissionError):
         return f"{self.what}: not permitted. {self.remedy}"
 
 
+class LimitError(UffdError, OSError):
+    """A limit of the process or the machine is too low.
+
+    Attributes:
+        what: what could not be had.
+        limit: the name of the limit, for example `RLIMIT_AS`.
+        value: what it is now.
+        hint: how to raise it, or what else may have refused.
+        errno: the kernel's answer.
+    """
+
+    def __init__(self, what: str, limit: str, value: str, hint: str, errno: int) -> None:
+        super().__init__(errno, os.strerror(errno))
+        self.what = what
+        self.limit = limit
+        self.value = value
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.limit, self.value, self.hint, self.errno)
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.strerror}; {self.limit} is {self.value}: {self.hint}"
+
+
+class PopulatedError(UffdError):
+    """Pages that should be missing are present: the kernel has filled them with zeros, or would have to.
+
+    Attributes:
+        what: has happened, or would.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.remedy}"
+
+
 class OperationError(UffdError, OSError):
-    """The kernel refused an operation; nothing was done.
+    """The kernel refused an operation, and did nothing.
 
     Attributes:
         operation: the ioctl's name, for example `UFFDIO_COPY`.
-        start: first address of the range, or 0 where the operation has none.
+        start: first address of the range, or 0 if the operation has none.
         len: its length in bytes.
-        errno: the kernel's reason.
+        errno: the kernel's answer.
     """
 
     _advice = ""
@@ -131,20 +176,20 @@ class OperationError(UffdError, OSError):
 class LayoutChangingError(OperationError):
     """EAGAIN: the target's memory layout is changing (fork, mremap, madvise, munmap under way).
 
-    Read the pending events, then try again; nothing makes the descriptor readable a second time.
+    Read the pending events, then retry, on a timer: nothing makes the descriptor readable a second time.
     """
 
     _advice = "a layout event is pending: read the events, then retry"
 
 
 class PagePresentError(OperationError):
-    """EEXIST: the first page of the range is already there. Nobody was woken: WAKE it, and skip it."""
+    """EEXIST: the first page of the range is present. The kernel has woken nobody: WAKE it, and skip it."""
 
-    _advice = "the page is already present: wake its waiters and go on behind it"
+    _advice = "the page is present: wake its waiters and go on behind it"
 
 
 class RangeGoneError(OperationError):
-    """ENOENT: no registered mapping covers the range (any more), or the range spans two mappings."""
+    """ENOENT: no single registered mapping covers the range (any more)."""
 
     _advice = "no single registered mapping covers it: it was unmapped, moved, split or never registered"
 
@@ -156,9 +201,9 @@ class TargetExitedError(OperationError):
 
 
 class BusyError(OperationError):
-    """EBUSY: someone else is using it: another userfaultfd, another Monitor, or pinned and shared pages."""
+    """EBUSY: another userfaultfd or Monitor uses the memory, or a page is pinned or shared."""
 
-    _advice = "it is in use by somebody else"
+    _advice = "it is in use"
 
 
 class ClosedError(UffdError):
@@ -166,13 +211,13 @@ class ClosedError(UffdError):
 
 
 class SourceError(UffdError):
-    """A source could not give the bytes that it was asked for.
+    """A source could not deliver bytes.
 
     Attributes:
-        source: which source, as text.
-        offset: first byte asked for, as an offset in the source.
-        length: how many bytes were asked for.
-        reason: what went wrong; the exception itself, where there was one, is `__cause__`.
+        source: as text.
+        offset: of the first byte, in the source.
+        length: in bytes.
+        reason: what went wrong; the exception that says so, if there was one, is `__cause__`.
     """
 
     def __init__(self, source: str, offset: int, length: int, reason: str) -> None:
@@ -182,7 +227,7 @@ class SourceError(UffdError):
         self.length = length
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # TimeoutError, of which a kind is, drops what is behind the second
+    def __reduce__(self) -> tuple[Any, ...]:  # TimeoutError, a base of SourceTimeoutError, keeps two arguments only
         return type(self), (self.source, self.offset, self.length, self.reason)
 
     def __str__(self) -> str:
@@ -195,15 +240,15 @@ class SourceTimeoutError(SourceError, TimeoutError):
 
 
 class ShortReadError(SourceError):
-    """The source gave fewer bytes than it has said that it has."""
+    """The source delivered fewer bytes than its size says."""
 
 
 class HandlerError(UffdError):
-    """A handler coroutine raised, never resolved its fault, or resolved another one.
+    """A handler coroutine raised, did not resolve its fault, or resolved another one.
 
     Attributes:
-        handler: which handler, as text.
-        fault: the fault that it was given, as text.
+        handler: as text.
+        fault: what it was called for, as text.
         reason: what it did.
     """
 
@@ -214,7 +259,7 @@ class HandlerError(UffdError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.handler} was given {self.fault} and {self.reason}"
+        return f"{self.handler} was called for {self.fault} and {self.reason}"
 
 
 class PagerError(UffdError):
@@ -222,19 +267,19 @@ class PagerError(UffdError):
 
 
 class PagerStartError(PagerError):
-    """The pager could not be started, or what it should run could not travel to it."""
+    """The pager could not be started, or its source or handler could not be sent to it."""
 
 
 class PagerDiedError(PagerError):
-    """The pager died again and again without resolving one fault between its deaths, and was given up."""
+    """The pager died repeatedly, and resolved no fault in between. It is not started again."""
 
 
 class HandoffError(UffdError):
     """A peer sent something that the handoff protocol does not allow.
 
     Attributes:
-        peer: who, as text.
-        reason: what was wrong with it.
+        peer: as text.
+        reason: what was wrong.
     """
 
     def __init__(self, peer: str, reason: str) -> None:
@@ -247,7 +292,7 @@ class HandoffError(UffdError):
 
 
 class TraceError(UffdError):
-    """A file is no recording that can be replayed.
+    """A file is not a recording that can be replayed.
 
     Attributes:
         path: of the file.
@@ -298,12 +343,12 @@ _ADVICE: dict[tuple[str, int], str] = {
 
 
 def operation_error(operation: str, start: int, length: int, errno: int) -> OperationError:
-    """Return the typed error for what an ioctl answered."""
+    """Return the typed error for an ioctl's errno."""
     return _BY_ERRNO.get(errno, OperationError)(operation, start, length, errno)
 
 
 def encode_error(error: BaseException, *, private: bool = True) -> dict[str, Any]:
-    """Return an exception as JSON: its type's name, its arguments; unless others read it, its trace and its causes."""
+    """Return an exception as JSON: the name of its type and its arguments; if `private`, its trace and its causes."""
     reduced = error.__reduce__() if isinstance(error, UffdError) else (type(error), error.args)
     arguments = [item if isinstance(item, str | int | float | None) else repr(item) for item in reduced[1]]
     cause = error.__cause__ or error.__context__
@@ -317,7 +362,7 @@ def encode_error(error: BaseException, *, private: bool = True) -> dict[str, Any
 
 
 def decode_error(data: dict[str, Any]) -> BaseException:
-    """Return the exception again: of its own type where that is ours or Python's, else a `PagerError` with its text."""
+    """Return the exception again. A type that is neither ours nor Python's becomes a `PagerError` with its text."""
     kind = globals().get(data["type"]) or getattr(builtins, data["type"], None)
     if not isinstance(kind, type) or not issubclass(kind, Exception):
         kind = None

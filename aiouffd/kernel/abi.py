@@ -144,8 +144,8 @@ FEATURE_SINCE: Final[dict[Feature, str]] = {
     Feature.POISON: "6.6",
     Feature.WP_ASYNC: "6.7",
     Feature.MOVE: "6.8",
-    Feature.RWP: "7.2",
-    Feature.RWP_ASYNC: "7.2",
+    Feature.RWP: "7.3",
+    Feature.RWP_ASYNC: "7.3",
 }
 """The Linux release that brought each feature."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-__all__ = ["Pagemap"]
+__all__ = ["Pagemap", "data_ranges"]
 
 _PATH: Final = "/proc/self/pagemap"
 _VECTOR: Final = 512  # ranges that one PAGEMAP_SCAN returns at most
@@ -95,7 +95,8 @@ class Pagemap:
     def _present(self, address: int, length: int, fd: int, page_size: int) -> Iterator[tuple[int, int]]:
         # hugetlbfs has no SEEK_HOLE: its llseek reports the whole file as data. What counts there is what is mapped.
         if fd >= 0 and page_size == mmap.PAGESIZE:
-            yield from _data_of(fd, address, length)
+            for start, end in data_ranges(fd, length):
+                yield address + start, address + end
             return
         try:
             found = self.scan(address, length, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
@@ -158,18 +159,19 @@ class Pagemap:
         return found
 
 
-def _data_of(fd: int, address: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of addresses whose pages a memfd has."""
+def data_ranges(fd: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of what a memfd or file has of its first `length` bytes; the rest is holes."""
     at = 0
     while at < length:
         try:
-            begin = os.lseek(fd, at, os.SEEK_DATA)
+            start = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end
                 return
             raise
-        at = os.lseek(fd, begin, os.SEEK_HOLE)
-        yield address + begin, address + at
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        if start < length:
+            yield start, min(at, length)
 
 
 def _runs(address: int, length: int, present: Callable[[int, int], bytes]) -> Iterator[tuple[int, int]]:

@@ -62,6 +62,8 @@ def drop_populated_zeros(region: Region) -> None:
     Raises:
         PopulatedError: the region is shared. Other processes may write these pages at this moment, so none is dropped.
     """
+    if not region.never_served:
+        return
     start, length = region.address, region.mapped_length
     with Pagemap.open_if_possible() as pagemap:
         missing = pagemap.missing(start, length, region.fd, region.page_size)

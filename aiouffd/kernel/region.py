@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
-from typing import TYPE_CHECKING, Any, Protocol, Self
+import resource
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from aiouffd.errors import BusyError, UnsupportedError
+from aiouffd.errors import BusyError, LimitError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
+from aiouffd.kernel.pagemap import data_ranges
+from aiouffd.kernel.populated import empty_locked, new_mappings_are_populated
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
@@ -17,40 +23,59 @@ if TYPE_CHECKING:
 
 __all__ = ["Region"]
 
-MAP_NORESERVE = 0x4000
-MAP_HUGETLB = 0x40000
-MAP_HUGE_SHIFT = 26
-_EBUSY = 16
+MAP_NORESERVE: Final = 0x4000
+MAP_HUGETLB: Final = 0x40000
+MAP_HUGE_SHIFT: Final = 26
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
 
 
 class LayoutChange(Protocol):
-    """Takes down how the layout has changed, while the change is under way."""
+    """Takes note of how the layout changes, while it changes."""
 
     def removed(self, start: int, length: int) -> None:
         """Bytes [start, start + length) of the region have been emptied (offsets)."""
 
     def moved(self, address: int, length: int) -> None:
-        """Take note that the region lies at `address` now and has `length` bytes; have it registered there."""
+        """Take note that the region lies at `address` now and has `length` bytes. Register it there."""
 
 
 class LayoutListener(Protocol):
-    """Whoever serves a region is told of the layout changes that go through the `Region` object."""
+    """An engine that gets no layout events from the kernel. It learns of the changes that `Region` makes."""
 
     def changing(self) -> AbstractContextManager[LayoutChange]:
-        """Serve nothing until the block is left. An exception in it: nothing has changed."""
+        """Serve nothing until the block is left. If the block raises, nothing has changed."""
 
 
 class Region(mmap.mmap):
-    """Anonymous memory to be filled on demand: numpy, memoryview and slices work on it as on any mmap.
+    """Anonymous memory that is filled on demand: numpy, memoryview and slices work on it as on any mmap.
 
     Args:
         length: bytes; any length. `len()` is exact, the mapping is rounded up to whole pages.
-        page_size: 4096, or 2 MiB (or another size that the machine has) for hugetlb pages, which are reserved
-            at once: too few of them (`sysctl vm.nr_hugepages`) is an OSError here.
+        page_size: `mmap.PAGESIZE`, or 2 MiB (or another size that the machine has) for hugetlb pages. Those are
+            reserved at once: too few of them (`sysctl vm.nr_hugepages`) is an UnsupportedError here.
         shared: backed by a memfd that other processes can map too (`fd`, `from_fd`).
 
     Small pages are not reserved (MAP_NORESERVE), so a region may be larger than memory. The mapping ends with
     `close()`, which fails with BufferError while views exist, or with the last reference.
+
+    A Monitor serves pages that are missing when it is entered. Pages that are present then stay as they are. Two
+    things make pages present without the program's doing:
+
+    - **Locked memory.** mlockall(MCL_FUTURE) fills each new mapping with zeros. A region is made without that, and is
+      locked page by page as its pages come (MLOCK_ONFAULT, Linux 4.4). What mlock or mlockall(MCL_CURRENT) has filled
+      before the first Monitor is entered is dropped again; where it cannot be dropped, since others share it, entering
+      raises PopulatedError.
+    - **Another mapping of shared memory.** A process that maps a shared region's memfd without a Monitor of its own,
+      and touches a missing page of it, makes the kernel put a page of zeros into the file: for all processes, for good.
+      userfaultfd cannot prevent this. Let each process that maps the memfd have a Monitor (`from_fd`), or touch only
+      pages that are present.
+
+    Missing pages are missing for debuggers as well: gdb and /proc/PID/mem get EIO, and a core dump leaves them out.
+    process_vm_readv(2) waits for them like a touch.
+
+    Raises:
+        LimitError: a limit of the process or machine; the error names it.
+        UnsupportedError: there are no, or too few, huge pages of this size.
     """
 
     address: int
@@ -58,65 +83,93 @@ class Region(mmap.mmap):
     fd: int
     monitor: Any
     """The Monitor that serves it, or None."""
+    never_served: bool
+    """Whether no Monitor has been entered yet: until then zeros may be the kernel's, see `kernel.populated`."""
     _listener: LayoutListener | None
     _keep: list[Any]
 
     def __new__(cls, length: int, *, page_size: int = mmap.PAGESIZE, shared: bool = False) -> Self:
         """Map the memory."""
         _check(length, page_size)
-        if shared:
-            huge = os.MFD_HUGETLB | ((page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
-            flags = os.MFD_CLOEXEC | (huge if page_size > mmap.PAGESIZE else 0)
+        if not shared:
+            return cls._map(-1, length, page_size)
+        huge = os.MFD_HUGETLB | ((page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
+        flags = os.MFD_CLOEXEC | (huge if page_size > mmap.PAGESIZE else 0)
+        try:
             fd = os.memfd_create("aiouffd-region", flags)
-            try:
-                os.ftruncate(fd, align_up(length, page_size))
-                return cls._map(fd, length, page_size)
-            except BaseException:
-                os.close(fd)
-                raise
-        return cls._map(-1, length, page_size)
+        except OSError as error:
+            raise _refusal(error, length, page_size) from error
+        return cls._map(fd, length, page_size, new=True)
 
     def __init__(self, length: int, *, page_size: int = mmap.PAGESIZE, shared: bool = False) -> None:
-        """All is done in `__new__`, as in mmap itself."""
+        """`__new__` does everything, as in mmap itself."""
 
     @classmethod
     def from_fd(cls, fd: int, length: int | None = None, *, page_size: int = mmap.PAGESIZE) -> Self:
         """Map a shared region's memfd (or another shmem file), all of it or its first `length` bytes.
 
         The descriptor is duplicated; the caller's stays the caller's.
+
+        Raises:
+            PopulatedError: mlockall(MCL_FUTURE) is in force: to map the file would fill its holes with zeros.
+            LimitError: a limit of the process or machine; the error names it.
         """
         length = os.fstat(fd).st_size if length is None else length
         _check(length, page_size)
-        own = os.dup(fd)
-        try:
-            return cls._map(own, length, page_size)
-        except BaseException:
-            os.close(own)
-            raise
+        if new_mappings_are_populated() and (holes := _holes(fd, length, page_size)):
+            raise PopulatedError(
+                f"mlockall(MCL_FUTURE) is in force: to map this memfd would fill its {holes} bytes that are missing with"
+                " zeros, for every process that maps it",
+                "Lock with mlockall(MCL_FUTURE | MCL_ONFAULT), or map the memfd before mlockall",
+            )
+        return cls._map(os.dup(fd), length, page_size)
 
     @classmethod
-    def _map(cls, fd: int, length: int, page_size: int) -> Self:
-        flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        if page_size == mmap.PAGESIZE:
-            flags |= MAP_NORESERVE
-        elif fd < 0:
-            flags |= MAP_HUGETLB | ((page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
+    def _map(cls, fd: int, length: int, page_size: int, *, new: bool = False) -> Self:
+        """Map memory; `fd` belongs to the region. `new`: an empty memfd that nobody else has."""
         try:
-            self = super().__new__(cls, fd, length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            if new:
+                os.ftruncate(fd, align_up(length, page_size))
+            locked = (new or fd < 0) and new_mappings_are_populated()
+            # Of locked memory only one page is mapped, unlocked, and grown then: that fills nothing.
+            first = mmap.PAGESIZE if locked and page_size == mmap.PAGESIZE else length
+            self = super().__new__(
+                cls, fd, first, flags=_flags(fd, page_size), prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
         except OSError as error:
-            if page_size > mmap.PAGESIZE:
-                raise UnsupportedError(
-                    f"{align_up(length, page_size) // page_size} free huge pages of {page_size >> 10} KiB",
-                    f"{error.strerror}; set vm.nr_hugepages",
-                ) from error
+            if fd >= 0:
+                os.close(fd)
+            raise _refusal(error, length, page_size) from error
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
             raise
         self.page_size = page_size
         self.fd = fd
         self.monitor = None
+        self.never_served = True
         self._listener = None
         self._keep = []
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        self._find()
+        if locked:
+            try:
+                self._lock_on_fault(length)
+            except OSError as error:
+                raise _refusal(error, length, page_size) from error
         return self
+
+    def _lock_on_fault(self, length: int) -> None:
+        """Drop what the kernel filled the new mapping with, and lock pages as they come: memory is locked, not filled."""
+        empty_locked(self.address, self.mapped_length, self.fd)
+        if len(self) != length:
+            super().resize(length)
+            self._find()
+            if self.fd >= 0:
+                os.ftruncate(self.fd, self.mapped_length)
+        libc.lock_on_fault(self.address, self.mapped_length)
+
+    def _find(self) -> None:
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
 
     @property
     def mapped_length(self) -> int:
@@ -124,7 +177,7 @@ class Region(mmap.mmap):
         return align_up(len(self), self.page_size)
 
     def listen(self, listener: LayoutListener | None) -> None:
-        """Have layout changes told to whoever serves the region without the kernel's events; None: to nobody."""
+        """Tell layout changes to an engine that gets no layout events from the kernel; None: to nobody."""
         self._listener = listener
 
     def keep(self, thing: object) -> None:
@@ -132,9 +185,17 @@ class Region(mmap.mmap):
         self._keep.append(thing)
 
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
-        """As `mmap.madvise`; what is emptied reads as zeros afterwards, not as the source's data."""
+        """As `mmap.madvise`. MADV_DONTNEED and MADV_REMOVE empty pages: they read as zeros, not as the source's data.
+
+        A RuntimeWarning says so where a Monitor shows data in the region.
+        """
         length = len(self) - start if length is None else length
-        if self._listener is None or option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
+        if option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
+            super().madvise(option, start, length)
+            return
+        if self.monitor is not None and self.monitor.shows_data:
+            warnings.warn("emptied pages read as zeros, and not as the source's data", RuntimeWarning, stacklevel=2)
+        if self._listener is None:
             super().madvise(option, start, length)
             return
         with self._listener.changing() as change:
@@ -156,34 +217,34 @@ class Region(mmap.mmap):
             return
         super().resize(len(self))  # changes nothing; raises if there are views, which are not to lose their memory
         with self._listener.changing() as change:
-            # Without EVENT_REMAP moved memory is registered no longer, and missing pages would read as zeros until it
-            # is again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
-            libc.mprotect(self.address, self.mapped_length, 0)
+            # Without EVENT_REMAP the kernel unregisters memory that moves, and missing pages would read as zeros until
+            # it is registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
+            libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
             try:
                 super().resize(newsize)
             except BaseException:
                 libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
                 raise
-            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+            self._find()
             change.moved(self.address, newsize)
             libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def close(self) -> None:
-        """Unmap it.
+        """Unmap the region.
 
         Raises:
-            BusyError: a Monitor is serving it: leave that first.
+            BusyError: a Monitor serves it: leave that first.
             BufferError: views of it exist.
         """
         if self.closed:
             return
         if self.monitor is not None:
-            raise BusyError("munmap", self.address, len(self), _EBUSY)
+            raise BusyError("munmap", self.address, len(self), errno.EBUSY)
         length = self.mapped_length
         super().close()
         if self.page_size > mmap.PAGESIZE:
-            # mmap.close() has unmapped len() bytes; on hugetlb munmap(2) insists on whole huge pages (EINVAL
-            # else), so that an odd length is still mapped.
+            # mmap.close() calls munmap(2) with len() bytes. hugetlb needs whole huge pages (EINVAL), so that an odd
+            # length is still mapped.
             libc.munmap(self.address, length)
         if self.fd >= 0:
             os.close(self.fd)
@@ -191,7 +252,7 @@ class Region(mmap.mmap):
         self._keep.clear()
 
     def __del__(self) -> None:
-        # Nobody holds a view any more, or the region would be alive; unless the interpreter ends.
+        # A view would keep the region alive, except when the interpreter ends.
         if hasattr(self, "_keep"):
             self.monitor = None
             with contextlib.suppress(BufferError):
@@ -207,3 +268,54 @@ def _check(length: int, page_size: int) -> None:
         raise ValueError(f"a region has at least one byte, not {length}")
     if page_size < mmap.PAGESIZE or page_size & (page_size - 1):
         raise ValueError(f"page_size is a power of two of at least {mmap.PAGESIZE}, not {page_size}")
+
+
+def _flags(fd: int, page_size: int) -> int:
+    flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if page_size == mmap.PAGESIZE:
+        return flags | MAP_NORESERVE
+    return flags if fd >= 0 else flags | MAP_HUGETLB | ((page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
+
+
+def _holes(fd: int, length: int, page_size: int) -> int:
+    """Return how many of a file's first `length` bytes lie in holes."""
+    if page_size == mmap.PAGESIZE:
+        return length - sum(end - start for start, end in data_ranges(fd, length))
+    status = os.fstat(fd)  # hugetlbfs has no SEEK_HOLE
+    return max(0, status.st_size - status.st_blocks * 512)
+
+
+def _refusal(error: OSError, length: int, page_size: int) -> OSError | UnsupportedError:
+    """Return the error that names why memory could not be mapped."""
+    what = f"a region of {length} bytes"
+    if page_size > mmap.PAGESIZE and error.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+        return _no_huge_pages(align_up(length, page_size) // page_size, page_size)
+    if error.errno == errno.EFBIG:
+        return LimitError(what, "RLIMIT_FSIZE", _limit(resource.RLIMIT_FSIZE), "`ulimit -f` raises it", error.errno)
+    if error.errno == errno.EMFILE:
+        return LimitError(what, "RLIMIT_NOFILE", _limit(resource.RLIMIT_NOFILE), "`ulimit -n` raises it", error.errno)
+    if error.errno in (errno.EAGAIN, errno.EPERM):
+        limit = _limit(resource.RLIMIT_MEMLOCK)
+        return LimitError(what, "RLIMIT_MEMLOCK", limit, "the process has locked its memory (mlockall)", errno.EAGAIN)
+    if error.errno == errno.ENOMEM:
+        limit = _limit(resource.RLIMIT_AS)
+        hint = "`ulimit -v` raises it; if it is unlimited, vm.max_map_count or vm.overcommit_memory=2 has refused"
+        return LimitError(what, "RLIMIT_AS", limit, hint, error.errno)
+    return error
+
+
+def _limit(which: int) -> str:
+    soft, _ = resource.getrlimit(which)
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def _no_huge_pages(count: int, page_size: int) -> UnsupportedError:
+    size = page_size >> 10
+    try:
+        free = (_HUGE_PAGES / f"hugepages-{size}kB" / "free_hugepages").read_text(encoding="ascii").strip()
+    except OSError:
+        sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
+        return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
+    return UnsupportedError(
+        f"{count} free huge pages of {size} KiB", f"{free} free; `sysctl vm.nr_hugepages` reserves more of the default size"
+    )
