@@ -1,7 +1,7 @@
 """The error tree. Every exception of this package is an `UffdError`.
 
 They are split by the cause: `UnsupportedError` (the kernel), `AccessError` (permissions), `LimitError` (a limit of the
-process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused one operation), `ClosedError`
+process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused an operation), `ClosedError`
 and `BusyError` (the caller), `SourceError` (where the data come from), `HandlerError` (the caller's coroutine),
 `PagerError` (our own processes), `HandoffError` (a peer on a socket). Exceptions carry their data and build their
 sentence from it.

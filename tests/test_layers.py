@@ -22,7 +22,8 @@ ORDER = {
     ],
     "native": ["build", "__init__", "__main__", "faults", "watchdog"],
     "kernel": [
-        *("__init__", "abi", "libc", "memory", "region", "events", "userfaultfd", "pagemap", "write_tracker", "settle"),
+        *("__init__", "abi", "libc", "memory", "pagemap", "locked", "region", "populated", "events", "userfaultfd"),
+        *("write_tracker", "sentinel"),
     ],
     "sources": ["__init__", "attributes", "holes", "base", "buffer", "file", "object_store", "concat", "resolve"],
     "engine": [

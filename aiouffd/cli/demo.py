@@ -24,7 +24,7 @@ import rich.progress
 
 import aiouffd
 from aiouffd.cli import parameters
-from aiouffd.kernel import pagemap
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import RangeSet
 
 if TYPE_CHECKING:
@@ -160,7 +160,9 @@ def picture(region: aiouffd.Region, width: int, *, plain: bool) -> list[str]:
     present = RangeSet()
     begin = region.address
     at = begin
-    for gap in pagemap.missing(begin, region.mapped_length, region.fd):
+    with Pagemap.open_if_possible() as pagemap:
+        gaps = pagemap.missing(begin, region.mapped_length, region.fd, region.page_size)
+    for gap in gaps:
         present.add(at - begin, gap.start - begin)
         at = gap.end
     present.add(at - begin, region.mapped_length)

@@ -1,6 +1,9 @@
-"""The kernel's interface, typed; no event loop, no policy.
+"""The kernel's interface, typed. No event loop, no policy.
 
-Layout: `abi` (numbers and structs), `events` (the 32-byte messages), `userfaultfd` (the descriptor: a method an
-ioctl), `region` (memory that can be registered), `memory` (addresses of buffers, sealed memfds), `libc` (system
-calls that the standard library lacks), `write_tracker` (which pages were written).
+- `abi`: numbers and structs; `libc`: system calls that the standard library lacks;
+- `memory`: addresses of buffers, sealed memfds; `pagemap`: which pages are present;
+- `locked`, `populated`: memory that the kernel fills with zeros before it is registered;
+- `region`: memory that can be registered; `sentinel`: SIGBUS for pages that are still missing at the end;
+- `events`: the 32-byte messages; `userfaultfd`: the descriptor, a method for each ioctl;
+- `write_tracker`: which pages were written.
 """

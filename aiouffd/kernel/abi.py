@@ -42,7 +42,7 @@ def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
     numbers = {"x86_64": (323, 325), "aarch64": (282, 284), "riscv64": (282, 284), "loongarch64": (282, 284)}
     if machine not in numbers or pointer_bits != 64:
         raise ImportError(
-            f"aiouffd does not know the numbers of system calls and ioctls of a {pointer_bits}-bit process on {machine};"
+            f"aiouffd does not know the system calls and ioctls of {machine} in a {pointer_bits}-bit process;"
             f" it runs in 64-bit processes on {', '.join(numbers)}"
         )
     return numbers[machine]

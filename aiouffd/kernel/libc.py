@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    *("lock_on_fault", "madvise", "mincore", "mmap_fixed", "mprotect", "mremap", "munlock", "munmap"),
-    *("peek", "punch_hole", "syscall"),
+    "lock_on_fault",
+    "madvise",
+    "mincore",
+    "mmap_fixed",
+    "mprotect",
+    "mremap",
+    "munlock",
+    "munmap",
+    "peek",
+    "punch_hole",
+    "syscall",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these calls may sleep, so ctypes releases the GIL

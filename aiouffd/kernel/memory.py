@@ -16,12 +16,17 @@ from aiouffd.kernel import libc
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
+    from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]
 
 __all__ = [
-    *("SealedMemory", "address_of", "map_shared", "mapped"),
-    *("unreadable", "unshare_memory", "zero_blocks", "zeros"),
+    "SealedMemory",
+    "address_of",
+    "map_shared",
+    "mapped",
+    "unreadable",
+    "unshare_memory",
+    "zero_blocks",
+    "zeros",
 ]
 
 

@@ -2,7 +2,8 @@
 
 Three things fill them:
 
-- mlockall(MCL_FUTURE) fills each new mapping, and the holes of a shared one for every process that maps the file;
+- mlockall(MCL_FUTURE) fills each new mapping, and the holes of a shared one for every process that maps the file
+  (`Region` prevents it for its own mapping, see `locked`);
 - mlock and mlockall(MCL_CURRENT) fill a mapping that exists;
 - a transparent huge page: a touch of one byte fills 2 MiB.
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import mmap
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.errors import PopulatedError
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import address_of, zero_blocks
+from aiouffd.kernel.locked import smaps
+from aiouffd.kernel.memory import zero_blocks
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range, RangeSet
 
@@ -28,29 +29,9 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.region import Region
 
-__all__ = ["drop_populated_zeros", "empty_locked", "new_mappings_are_populated"]
+__all__ = ["drop_populated_zeros"]
 
 _HUGE_MAPPED: Final = re.compile(r"^(AnonHugePages|ShmemPmdMapped|FilePmdMapped): +[1-9]", re.MULTILINE)
-_FLAGS: Final = re.compile(r"^VmFlags:(.*)$", re.MULTILINE)
-
-
-def new_mappings_are_populated() -> bool:
-    """Tell whether mlockall(MCL_FUTURE) is in force, without MCL_ONFAULT. Costs a few microseconds."""
-    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        return bool(libc.mincore(address_of(page), mmap.PAGESIZE)[0] & 1)
-
-
-def empty_locked(address: int, length: int, fd: int = -1) -> None:
-    """Drop all pages of a locked mapping: of the memfd behind it, if there is one. It is not locked any more.
-
-    Raises:
-        OSError: EINVAL: huge pages that are private, before Linux 5.18.
-    """
-    libc.munlock(address, length)
-    if fd >= 0:
-        libc.punch_hole(fd, 0, length)
-    else:
-        libc.madvise(address, length, mmap.MADV_DONTNEED)
 
 
 def drop_populated_zeros(region: Region) -> None:
@@ -78,8 +59,9 @@ def drop_populated_zeros(region: Region) -> None:
     if not zeros:
         return
     if region.fd >= 0:
+        count = zeros.total // region.page_size
         raise PopulatedError(
-            f"mlock, mlockall or a huge page has filled {zeros.total // region.page_size} pages of {region!r} with zeros",
+            f"mlock, mlockall or a huge page has filled {count} pages of {region!r} with zeros",
             "Lock it with MCL_ONFAULT or MLOCK_ONFAULT, or enter the Monitor first",
         )
     for item in zeros:
@@ -99,21 +81,8 @@ def _suspects(region: Region, present: Range, *, complete: bool) -> Iterator[Ran
         if complete:
             yield present
         return
-    for mapping, description in _smaps():
-        flags = match[1].split() if (match := _FLAGS.search(description)) else []
+    for mapping, flags, description in smaps():
         if ("lo" in flags and "lf" not in flags) or _HUGE_MAPPED.search(description):
             low, high = max(mapping.start, present.start), min(mapping.end, present.end)
             if low < high:
                 yield Range(low, high - low)
-
-
-def _smaps() -> Iterator[tuple[Range, str]]:
-    """Yield the mappings of this process with what /proc/self/smaps says of each; none where there is no /proc."""
-    try:
-        text = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    bounds = list(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*$", text, re.MULTILINE))
-    for match, behind in zip(bounds, [*(item.start() for item in bounds[1:]), len(text)], strict=True):
-        start, end = int(match[1], 16), int(match[2], 16)
-        yield Range(start, end - start), text[match.end() : behind]

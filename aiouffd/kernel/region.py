@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from aiouffd.errors import BusyError, LimitError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
+from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
 from aiouffd.kernel.pagemap import data_ranges
-from aiouffd.kernel.populated import empty_locked, new_mappings_are_populated
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ class Region(mmap.mmap):
         """
         length = os.fstat(fd).st_size if length is None else length
         _check(length, page_size)
-        if new_mappings_are_populated() and (holes := _holes(fd, length, page_size)):
+        if new_mappings_are_populated(page_size) and (holes := _holes(fd, length, page_size)):
             raise PopulatedError(
-                f"mlockall(MCL_FUTURE) is in force: to map this memfd would fill its {holes} bytes that are missing with"
-                " zeros, for every process that maps it",
+                f"mlockall(MCL_FUTURE) is in force: to map this memfd would fill {holes} missing bytes with zeros,"
+                " for every process that maps it",
                 "Lock with mlockall(MCL_FUTURE | MCL_ONFAULT), or map the memfd before mlockall",
             )
         return cls._map(os.dup(fd), length, page_size)
@@ -130,12 +130,10 @@ class Region(mmap.mmap):
         try:
             if new:
                 os.ftruncate(fd, align_up(length, page_size))
-            locked = (new or fd < 0) and new_mappings_are_populated()
-            # Of locked memory only one page is mapped, unlocked, and grown then: that fills nothing.
-            first = mmap.PAGESIZE if locked and page_size == mmap.PAGESIZE else length
-            self = super().__new__(
-                cls, fd, first, flags=_flags(fd, page_size), prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
+            locked = (new or fd < 0) and page_size == mmap.PAGESIZE and new_mappings_are_populated()
+            # In a process that locks its memory, one page is mapped, unlocked, and grown then: that fills nothing.
+            first = mmap.PAGESIZE if locked else length
+            self = super().__new__(cls, fd, first, flags=_flags(fd, page_size), prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -151,21 +149,22 @@ class Region(mmap.mmap):
         self._listener = None
         self._keep = []
         self._find()
-        if locked:
+        if locked or ((new or fd < 0) and page_size > mmap.PAGESIZE and is_populated(self.address)):
             try:
-                self._lock_on_fault(length)
+                self._empty(length)
             except OSError as error:
                 raise _refusal(error, length, page_size) from error
         return self
 
-    def _lock_on_fault(self, length: int) -> None:
-        """Drop what the kernel filled the new mapping with, and lock pages as they come: memory is locked, not filled."""
+    def _empty(self, length: int) -> None:
+        """Drop what the kernel has filled the new mapping with. Small pages are locked again, each when it comes."""
         empty_locked(self.address, self.mapped_length, self.fd)
-        if len(self) != length:
-            super().resize(length)
-            self._find()
-            if self.fd >= 0:
-                os.ftruncate(self.fd, self.mapped_length)
+        if self.page_size > mmap.PAGESIZE:  # never swapped; to lock them would fill them again
+            return
+        super().resize(length)
+        self._find()
+        if self.fd >= 0:
+            os.ftruncate(self.fd, self.mapped_length)
         libc.lock_on_fault(self.address, self.mapped_length)
 
     def _find(self) -> None:
@@ -317,5 +316,6 @@ def _no_huge_pages(count: int, page_size: int) -> UnsupportedError:
         sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
         return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
     return UnsupportedError(
-        f"{count} free huge pages of {size} KiB", f"{free} free; `sysctl vm.nr_hugepages` reserves more of the default size"
+        f"{count} free huge pages of {size} KiB",
+        f"{free} free; `sysctl vm.nr_hugepages` reserves more of the default size",
     )

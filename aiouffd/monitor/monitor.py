@@ -17,9 +17,7 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.source import Limits
 from aiouffd.errors import ClosedError
-from aiouffd.kernel import abi
 from aiouffd.kernel.region import Region
-from aiouffd.kernel.write_tracker import collect
 from aiouffd.monitor.engines.pager import Pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.monitor.error_queue import ErrorQueue
@@ -158,6 +156,7 @@ class Monitor:
         if record is not None and replay is not None:
             raise ValueError("either record or replay: what a replay brings is not seen to be touched")
         self.region = region
+        self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         if track_writes and wants_writes(self.origin):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
@@ -236,7 +235,7 @@ class Monitor:
         )
         try:
             if self._writes == "tracked":
-                _written(region)  # what was there before is protected, too
+                registration.collect()  # what was there before is protected, too
             engine.start(
                 Assignment(
                     uffd=registration.uffd,
@@ -330,17 +329,17 @@ class Monitor:
         return self.region[start : start + length]
 
     def collect(self) -> list[Range]:
-        """Return the pages written since the last call, or since entering, and begin anew: in one step.
+        """Return the pages written since the last call, or since entering, and protect them again, in one step.
 
-        Offsets in the region, whole pages, in order, neighbours joined; the last may reach behind `len(region)`. Needs
-        `track_writes=True`. Writes through another mapping of a shared region, and by write(2) to its memfd, are not
-        seen.
+        The ranges are offsets in the region, of whole pages, in order; neighbours are joined, and the last may reach
+        behind `len(region)`. Needs `track_writes=True`. Three kinds of writes are not seen: through another mapping of
+        a shared region, by write(2) to its memfd, and by a device (DMA) into pinned memory.
         """
         if self._writes != "tracked":
             raise ValueError("writes are not tracked: Monitor(..., track_writes=True)")
         if self._registration is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
-        return _written(self.region)
+        return self._registration.collect()
 
     def statistics(self) -> Statistics:
         """Return what has been counted since entering; also after worker deaths. Costs microseconds.
@@ -396,8 +395,3 @@ def _check_region(region: Region) -> None:
         raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
     if region.closed:
         raise ClosedError("the region is closed")
-
-
-def _written(region: Region) -> list[Range]:
-    # A page that is not there counts as written for the kernel, since it is not protected; not for us.
-    return collect(region, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)

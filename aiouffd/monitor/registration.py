@@ -9,14 +9,16 @@ import threading
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import BusyError, ClosedError, UffdError
-from aiouffd.kernel import libc
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
-from aiouffd.kernel.settle import leave_sigbus
+from aiouffd.kernel.populated import drop_populated_zeros
+from aiouffd.kernel.sentinel import Sentinel
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
-from aiouffd.kernel.write_tracker import WRITE_TRACKING
+from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 
 if TYPE_CHECKING:
     from aiouffd.kernel.region import Region
+    from aiouffd.ranges import Range
 
 __all__ = ["Registration"]
 
@@ -35,6 +37,7 @@ class Registration:
     Raises:
         BusyError, ClosedError: the region is served already, or closed.
         UnsupportedError, AccessError: as `Userfaultfd`.
+        PopulatedError: the kernel has filled the region with zeros.
     """
 
     def __init__(
@@ -71,11 +74,15 @@ class Registration:
             # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
             features |= minor
             self.modes |= RegisterMode.MINOR
-        self._uffd: Userfaultfd | None = Userfaultfd(features, user_mode_only=user_mode_only)
+        drop_populated_zeros(region)
+        region.never_served = False
+        uffd = Userfaultfd(features, user_mode_only=user_mode_only)
+        self._sentinel = Sentinel(uffd, user_mode_only=user_mode_only)  # now: privileges may be dropped later
+        self._uffd: Userfaultfd | None = uffd
         try:
             if not children:
                 libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
-            self._uffd.register(region.address, region.mapped_length, self.modes)
+            uffd.register(region.address, region.mapped_length, self.modes)
         except BaseException:
             self.abandon()
             raise
@@ -91,6 +98,13 @@ class Registration:
             raise ClosedError("the Monitor was left")
         return self._uffd
 
+    def collect(self) -> list[Range]:
+        """Return the offsets of the pages written since the last call, and protect them again."""
+        _ = self.uffd
+        # A page that is missing counts as written for the kernel, since it is not protected; not for us.
+        present = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
+        return collect(self.region, self._sentinel.pagemap, anyof=present)
+
     def settle(self, *, sigbus: bool) -> None:
         """Decide what a touch of a missing page is from now on: SIGBUS, or zeros. The first call counts.
 
@@ -98,21 +112,19 @@ class Registration:
         """
         if (uffd := self._take()) is None:
             return
-        if sigbus and Feature.SIGBUS in uffd.features:
-            # As long as this descriptor is open, and no handler of ours is installed, a missing page is SIGBUS.
-            self.region.keep(uffd)
-            return
-        with uffd:
-            if sigbus:
-                leave_sigbus(self.region, uffd)
-            else:
+        if sigbus:
+            self._sentinel.take_over(self.region, uffd)
+        else:
+            with uffd:
                 self._give_back(uffd)
+            self._sentinel.close()
 
     def abandon(self) -> None:
         """Undo the registration: nothing has been served."""
         if (uffd := self._take()) is not None:
             with uffd, contextlib.suppress(UffdError):
                 self._give_back(uffd)
+            self._sentinel.close()
 
     def _give_back(self, uffd: Userfaultfd) -> None:
         try:

@@ -22,8 +22,9 @@ from scenario import play
 
 import aiouffd
 from aiouffd import Feature, Ioctl, RegisterMode, Remap, Remove, Unmap, Userfaultfd
-from aiouffd.kernel import abi, libc, pagemap
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.pagemap import Pagemap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,10 +252,10 @@ def tracked(kind: str) -> None:
                     uffd.register(area.address, area.length, mode)
         assert uffd.register(area.address, area.length, WP) & Ioctl.WRITEPROTECT
         flags = abi.PM_SCAN_WP_MATCHING | abi.PM_SCAN_CHECK_WPASYNC
-        pagemap.scan(area.address, area.length, mask=abi.PAGE_IS_WRITTEN, flags=flags)
+        Pagemap().scan(area.address, area.length, mask=abi.PAGE_IS_WRITTEN, flags=flags)
         poke(area.page(2), b"new")
         assert area.read(1)[:3] == b"old"
-        written = pagemap.scan(area.address, area.length, mask=abi.PAGE_IS_WRITTEN, flags=flags)
+        written = Pagemap().scan(area.address, area.length, mask=abi.PAGE_IS_WRITTEN, flags=flags)
         assert written == [aiouffd.Range(area.page(2), area.page_size)]
         assert uffd.read() == []
 

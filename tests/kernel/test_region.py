@@ -14,8 +14,9 @@ from reader import in_child
 
 import aiouffd
 from aiouffd import Region
-from aiouffd.kernel import libc, pagemap
+from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, unshare_memory
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range
 
 HUGE = 2 << 20
@@ -113,11 +114,11 @@ def test_resize_keeps_the_address_right() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_is_missing_is_found(shared: bool) -> None:
-    """`pagemap.missing` gives exactly the pages that nobody has touched."""
+    """`Pagemap.missing` gives exactly the pages that nobody has touched."""
     region = Region(64 * PAGE, shared=shared)
     for page in (0, 3, 4, 63):
         region[page * PAGE] = 1
-    gaps = pagemap.missing(region.address, region.mapped_length, region.fd)
+    gaps = Pagemap().missing(region.address, region.mapped_length, region.fd)
     pages = [Range((gap.start - region.address) // PAGE, gap.length // PAGE) for gap in gaps]
     assert pages == [Range(1, 2), Range(5, 58)]
 

@@ -18,7 +18,8 @@ from scenario import play
 
 import aiouffd
 from aiouffd import FaultFlag, Feature, RegisterMode, Userfaultfd
-from aiouffd.kernel import abi, libc, pagemap
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.pagemap import Pagemap
 
 PMD = 2 << 20
 CHUNKS = 4
@@ -68,7 +69,7 @@ def move_all(source: Memory, target: Memory, chunk: int) -> None:
 
 def huge(area: Memory) -> int:
     """Return how many bytes of it are mapped by huge entries."""
-    return sum(found.length for found in pagemap.scan(area.address, area.length, mask=abi.PAGE_IS_HUGE))
+    return sum(found.length for found in Pagemap().scan(area.address, area.length, mask=abi.PAGE_IS_HUGE))
 
 
 def aligned(extra: int, advice: int) -> Memory:
