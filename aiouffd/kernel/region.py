@@ -153,7 +153,7 @@ class Region(mmap.mmap):
             try:
                 self._empty(length)
             except OSError as error:
-                raise _refusal(error, length, page_size) from error
+                raise _memory_lock(length) from error
         return self
 
     def _empty(self, length: int) -> None:
@@ -293,14 +293,19 @@ def _refusal(error: OSError, length: int, page_size: int) -> OSError | Unsupport
         return LimitError(what, "RLIMIT_FSIZE", _limit(resource.RLIMIT_FSIZE), "`ulimit -f` raises it", error.errno)
     if error.errno == errno.EMFILE:
         return LimitError(what, "RLIMIT_NOFILE", _limit(resource.RLIMIT_NOFILE), "`ulimit -n` raises it", error.errno)
-    if error.errno in (errno.EAGAIN, errno.EPERM):
-        limit = _limit(resource.RLIMIT_MEMLOCK)
-        return LimitError(what, "RLIMIT_MEMLOCK", limit, "the process has locked its memory (mlockall)", errno.EAGAIN)
+    if error.errno == errno.EAGAIN:
+        return _memory_lock(length)
     if error.errno == errno.ENOMEM:
         limit = _limit(resource.RLIMIT_AS)
         hint = "`ulimit -v` raises it; if it is unlimited, vm.max_map_count or vm.overcommit_memory=2 has refused"
         return LimitError(what, "RLIMIT_AS", limit, hint, error.errno)
     return error
+
+
+def _memory_lock(length: int) -> LimitError:
+    limit = _limit(resource.RLIMIT_MEMLOCK)
+    hint = "the process locks its memory (mlockall); `ulimit -l` raises the limit"
+    return LimitError(f"a region of {length} bytes", "RLIMIT_MEMLOCK", limit, hint, errno.EAGAIN)
 
 
 def _limit(which: int) -> str:
