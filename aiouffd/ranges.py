@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NewType, Self
 
 import attrs
 
@@ -12,19 +13,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "pieces"]
 
+_UPPER_HALF = 1 << (47 if platform.machine() == "aarch64" else 46)
+"""The address space of a process ends at twice this. mmap(2) returns addresses of its upper half."""
+
 Address = NewType("Address", int)
 """A place in the address space of the process that owns the memory."""
 Offset = NewType("Offset", int)
-"""A place in a region or in its source. To take one for an `Address` corrupts memory: hence two types."""
+"""A place in a region or in its source. To use one as an `Address` would corrupt memory: hence two types."""
 
 
 def align_down(value: int, alignment: int) -> int:
-    """Return the largest multiple of `alignment` (a power of two) that is not above `value`."""
+    """Return the largest multiple of `alignment` (a power of two) that is at most `value`."""
     return value & -alignment
 
 
 def align_up(value: int, alignment: int) -> int:
-    """Return the smallest multiple of `alignment` (a power of two) that is not below `value`."""
+    """Return the smallest multiple of `alignment` (a power of two) that is at least `value`."""
     return (value + alignment - 1) & -alignment
 
 
@@ -40,14 +44,31 @@ def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[in
 
 @attrs.frozen(order=True)
 class Range:
-    """`length` bytes from `start` on; whether these are offsets or addresses, the user says."""
+    """`length` bytes from `start` on, of offsets or of addresses. `Range.between` takes an end in place of a length.
+
+    Raises:
+        ValueError: `start` or `length` is negative, or both are addresses as mmap(2) returns them: an end was passed
+            as the length.
+    """
 
     start: int
     length: int
 
+    def __attrs_post_init__(self) -> None:
+        if self.start < 0 or self.length < 0 or _UPPER_HALF <= self.start <= self.length < 2 * _UPPER_HALF:
+            raise ValueError(
+                f"Range({self.start:#x}, {self.length:#x}): start and length must not be negative, and the length no"
+                " address. Was an end passed as the length? Range.between(start, end) takes one"
+            )
+
+    @classmethod
+    def between(cls, start: int, end: int) -> Self:
+        """Return the range [start, end)."""
+        return cls(start, end - start)
+
     @property
     def end(self) -> int:
-        """First byte behind the range."""
+        """The first byte behind the range."""
         return self.start + self.length
 
     def __contains__(self, value: int) -> bool:
@@ -60,8 +81,8 @@ class Range:
 class RangeSet:
     """A set of integers, kept as sorted, disjoint, non-adjacent ranges.
 
-    Adding and removing cost O(log n) and a shift of the lists behind. With `limit`, at most so many ranges
-    are kept: what exceeds it is forgotten, smallest neighbours first come, so a bounded set is only a hint.
+    Adding and removing cost O(log n), and a shift of the lists. A set with a `limit` keeps at most so many ranges: it
+    ignores a new one that touches none of them. So it is only a hint.
     """
 
     __slots__ = ("_ends", "_limit", "_starts")
@@ -108,19 +129,19 @@ class RangeSet:
         return index >= 0 and value < self._ends[index]
 
     def gaps(self, start: int, end: int) -> Iterator[Range]:
-        """Yield what of [start, end) is not in the set, in order. The set must not change meanwhile."""
+        """Yield the parts of [start, end) that are not in the set, in order. The set must not change meanwhile."""
         index = bisect_right(self._ends, start)
         while start < end and index < len(self._starts) and self._starts[index] < end:
             if self._starts[index] > start:
-                yield Range(start, self._starts[index] - start)
+                yield Range.between(start, self._starts[index])
             start = self._ends[index]
             index += 1
         if start < end:
-            yield Range(start, end - start)
+            yield Range.between(start, end)
 
     def __iter__(self) -> Iterator[Range]:
         for start, end in zip(self._starts, self._ends, strict=True):
-            yield Range(start, end - start)
+            yield Range.between(start, end)
 
     def __len__(self) -> int:
         """Return the number of ranges, not of integers."""

@@ -31,8 +31,8 @@ def test_page_faults(flags: int, address: int, thread: int) -> None:
     assert isinstance(fault, events.PageFault)
     assert (int(fault.flags), fault.address, fault.thread_id) == (flags, address, thread)
     assert fault.write == bool(flags & 1)
-    expected = FaultKind.WP if flags & 2 else FaultKind.MINOR if flags & 4 else FaultKind.MISSING
-    assert fault.kind is expected
+    kinds = {2: FaultKind.WP, 8: FaultKind.RWP, 4: FaultKind.MINOR}
+    assert fault.kind is next((kind for flag, kind in kinds.items() if flags & flag), FaultKind.MISSING)
 
 
 @given(_u64, _u64, _u64)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import platform
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,3 +55,15 @@ def test_a_range_is_half_open() -> None:
     item = Range(10, 5)
     assert (item.end, 10 in item, 14 in item, 15 in item) == (15, True, True, False)
     assert str(item) == "[0xa, 0xf)"
+
+
+def test_an_end_in_place_of_a_length_is_refused() -> None:
+    """Of addresses, where it cannot be a length; `between` takes an end. So are negative numbers."""
+    start = 0x7F12_3456_7000 if platform.machine() == "x86_64" else 0xFFFF_1234_5000
+    assert Range.between(start, start + 4096) == Range(start, 4096)
+    for wrong in ((start, start + 4096), (-1, 4), (0, -4)):
+        with pytest.raises(ValueError, match=r"end passed as the length.*Range\.between"):
+            Range(*wrong)
+    with pytest.raises(ValueError, match="negative"):
+        Range.between(8, 4)
+    assert Range(0xFFFF_FFFF_FF60_0000, 4096).end == 0xFFFF_FFFF_FF60_1000  # the kernel's page for vsyscalls

@@ -173,7 +173,10 @@ def _read_mappings(path: Path) -> tuple[Range, ...]:
         _require_pages(path, "the mapping", start, end - start)
         if found and start < found[-1].end:
             raise invalid(path, f"the mapping at {start:#x} begins before the end of the one before it")
-        found.append(Range(start, end - start))
+        try:
+            found.append(Range.between(start, end))
+        except ValueError as error:
+            raise invalid(path, f"has a mapping that cannot be: {error}") from error
         if len(found) > _MAX_MAPPINGS:
             raise invalid(path, f"has more than {_MAX_MAPPINGS} mappings")
     return tuple(found)

@@ -1,6 +1,6 @@
 """The kernel's interface, typed. No event loop, no policy.
 
-- `abi`: numbers and structs; `libc`: system calls that the standard library lacks;
+- `abi`: numbers and structs; `libc`: system calls that the standard library lacks; `limits`: errors that name them;
 - `memory`: addresses of buffers, sealed memfds; `pagemap`: which pages are present;
 - `locked`, `populated`: memory that the kernel fills with zeros before it is registered;
 - `region`: memory that can be registered; `sentinel`: SIGBUS for pages that are still missing at the end;

@@ -15,11 +15,16 @@ __all__ = ["FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
 
 
 class FaultKind(enum.Enum):
-    """Why the kernel asks: nothing is there, it is write-protected, or it is in the file but not mapped."""
+    """Why the kernel asks.
+
+    MISSING: there is no page. WP: it is write-protected. MINOR: the file has it, but it is not mapped. RWP: it is
+    protected against any access (Linux 7.3).
+    """
 
     MISSING = "missing"
     WP = "wp"
     MINOR = "minor"
+    RWP = "rwp"
 
 
 @attrs.frozen
@@ -38,9 +43,11 @@ class PageFault:
 
     @property
     def kind(self) -> FaultKind:
-        """MISSING, WP or MINOR."""
+        """MISSING, WP, MINOR or RWP."""
         if self.flags & FaultFlag.WP:
             return FaultKind.WP
+        if self.flags & FaultFlag.RWP:
+            return FaultKind.RWP
         return FaultKind.MINOR if self.flags & FaultFlag.MINOR else FaultKind.MISSING
 
     @property
@@ -60,9 +67,9 @@ class Remap:
 
 @attrs.frozen
 class Remove:
-    """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros then.
+    """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros afterwards.
 
-    A hole that is punched into the file behind shared memory (fallocate) sends none, in any of its mappings.
+    A hole that is punched into the file behind shared memory (fallocate) sends no message, in any of its mappings.
     """
 
     start: int
@@ -71,7 +78,7 @@ class Remove:
 
 @attrs.frozen
 class Unmap:
-    """UFFD_EVENT_UNMAP: [start, end) is mapped no longer."""
+    """UFFD_EVENT_UNMAP: [start, end) is no longer mapped."""
 
     start: int
     end: int

@@ -61,4 +61,4 @@ def smaps() -> Iterator[tuple[Range, list[str], str]]:
         start, end = int(match[1], 16), int(match[2], 16)
         description = text[match.end() : behind]
         flags = _FLAGS.search(description)
-        yield Range(start, end - start), flags[1].split() if flags else [], description
+        yield Range.between(start, end), flags[1].split() if flags else [], description

@@ -118,7 +118,7 @@ def _mappings() -> Iterator[tuple[Range, bytes, bytes]]:
     for line in Path("/proc/self/maps").read_bytes().splitlines():  # a path may have any bytes
         bounds, access, _, _, inode, *_ = line.split()
         start, end = (int(bound, 16) for bound in bounds.split(b"-"))
-        yield Range(start, end - start), access, inode
+        yield Range.between(start, end), access, inode
 
 
 def mapped(start: int, length: int) -> list[Range]:
@@ -127,7 +127,7 @@ def mapped(start: int, length: int) -> list[Range]:
         bounds = [(max(item.start, start), min(item.end, start + length)) for item, _, _ in _mappings()]
     except OSError:
         return [Range(start, length)]
-    return [Range(low, high - low) for low, high in bounds if low < high]
+    return [Range.between(low, high) for low, high in bounds if low < high]
 
 
 def unshare_memory() -> None:

@@ -152,9 +152,9 @@ class Pagemap:
             for index in range(count):
                 low, high, _ = abi.PAGE_REGION.unpack_from(vector, index * abi.PAGE_REGION.size)
                 if found and found[-1].end == low:  # the vector was full in the middle of a range
-                    found[-1] = Range(found[-1].start, high - found[-1].start)
+                    found[-1] = Range.between(found[-1].start, high)
                 else:
-                    found.append(Range(low, high - low))
+                    found.append(Range.between(low, high))
             start = abi.PM_SCAN_ARG.unpack(argument)[4]  # walk_end: where the kernel stopped
         return found
 

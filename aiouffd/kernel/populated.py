@@ -85,4 +85,4 @@ def _suspects(region: Region, present: Range, *, complete: bool) -> Iterator[Ran
         if ("lo" in flags and "lf" not in flags) or _HUGE_MAPPED.search(description):
             low, high = max(mapping.start, present.start), min(mapping.end, present.end)
             if low < high:
-                yield Range(low, high - low)
+                yield Range.between(low, high)

@@ -7,13 +7,12 @@ import ctypes
 import errno
 import mmap
 import os
-import resource
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from aiouffd.errors import BusyError, LimitError, PopulatedError, UnsupportedError
+from aiouffd.errors import BusyError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
+from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import align_up
@@ -26,7 +25,6 @@ __all__ = ["Region"]
 MAP_NORESERVE: Final = 0x4000
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
-_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
 
 
 class LayoutChange(Protocol):
@@ -153,7 +151,8 @@ class Region(mmap.mmap):
             try:
                 self._empty(length)
             except OSError as error:
-                raise _memory_lock(length) from error
+                # ENOMEM and EPERM as well: more than RLIMIT_MEMLOCK.
+                raise limit_error(f"a region of {length} bytes", errno.EAGAIN) or error from error
         return self
 
     def _empty(self, length: int) -> None:
@@ -285,42 +284,7 @@ def _holes(fd: int, length: int, page_size: int) -> int:
 
 
 def _refusal(error: OSError, length: int, page_size: int) -> OSError | UnsupportedError:
-    """Return the error that names why memory could not be mapped."""
-    what = f"a region of {length} bytes"
+    """Return the error that says why memory could not be mapped."""
     if page_size > mmap.PAGESIZE and error.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
-        return _no_huge_pages(align_up(length, page_size) // page_size, page_size)
-    if error.errno == errno.EFBIG:
-        return LimitError(what, "RLIMIT_FSIZE", _limit(resource.RLIMIT_FSIZE), "`ulimit -f` raises it", error.errno)
-    if error.errno == errno.EMFILE:
-        return LimitError(what, "RLIMIT_NOFILE", _limit(resource.RLIMIT_NOFILE), "`ulimit -n` raises it", error.errno)
-    if error.errno == errno.EAGAIN:
-        return _memory_lock(length)
-    if error.errno == errno.ENOMEM:
-        limit = _limit(resource.RLIMIT_AS)
-        hint = "`ulimit -v` raises it; if it is unlimited, vm.max_map_count or vm.overcommit_memory=2 has refused"
-        return LimitError(what, "RLIMIT_AS", limit, hint, error.errno)
-    return error
-
-
-def _memory_lock(length: int) -> LimitError:
-    limit = _limit(resource.RLIMIT_MEMLOCK)
-    hint = "the process locks its memory (mlockall); `ulimit -l` raises the limit"
-    return LimitError(f"a region of {length} bytes", "RLIMIT_MEMLOCK", limit, hint, errno.EAGAIN)
-
-
-def _limit(which: int) -> str:
-    soft, _ = resource.getrlimit(which)
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-
-
-def _no_huge_pages(count: int, page_size: int) -> UnsupportedError:
-    size = page_size >> 10
-    try:
-        free = (_HUGE_PAGES / f"hugepages-{size}kB" / "free_hugepages").read_text(encoding="ascii").strip()
-    except OSError:
-        sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
-        return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
-    return UnsupportedError(
-        f"{count} free huge pages of {size} KiB",
-        f"{free} free; `sysctl vm.nr_hugepages` reserves more of the default size",
-    )
+        return no_huge_pages(length, page_size)
+    return limit_error(f"a region of {length} bytes", error.errno or 0) or error

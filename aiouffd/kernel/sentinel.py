@@ -74,7 +74,7 @@ class Sentinel:
         start, length = region.address, region.mapped_length
         gaps = self.pagemap.missing(start, length, region.fd, region.page_size)
         if len(gaps) > _MAX_GAPS:
-            gaps = [Range(gaps[0].start, gaps[-1].end - gaps[0].start)]
+            gaps = [Range.between(gaps[0].start, gaps[-1].end)]
         if uffd is self._uffd:
             return gaps
         gaps = _protect(gaps, start, length)

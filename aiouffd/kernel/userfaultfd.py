@@ -1,23 +1,24 @@
-"""The descriptor: opened however this user may, and one method for each ioctl.
+"""The descriptor: opened in the way that this user may, and one method for each ioctl.
 
-Two levels. The public methods (`copy`, `zeropage`, ...) return the bytes done and raise a typed error when
-nothing was done. Below them the `try_*` methods return a plain int, bytes done or a negated errno, and never
-raise for what the kernel answers: the engine decides on that number, on its hot path, without an exception.
+There are two levels. The public methods (`copy`, `zeropage`, ...) return the bytes done, and raise a typed error if
+nothing was done. The `try_*` methods below them return an int, bytes done or a negated errno, and raise nothing: the
+engine needs no exception on its hot path.
 
 Some facts about these ioctls:
 
-- The kernel writes the result field only sometimes: validation failures and ESRCH leave it. So it is 0 in
-  each call, and read only when the ioctl fails.
-- EAGAIN has two meanings. A positive result is a partial copy: go on behind it. Otherwise the layout of the
-  target is changing, and the pending events must be read first.
-- `fcntl.ioctl` with a bytearray drops the GIL and writes the kernel's answer back, also when it raises. Each
-  call has a bytearray of its own: several threads (and a signal handler) may use one descriptor.
+- The kernel writes the result field only sometimes: validation failures and ESRCH leave it. So each call sets it to
+  0, and reads it only if the ioctl fails.
+- EAGAIN has two meanings. A positive result is a partial copy: go on behind it. Otherwise the layout of the target
+  is changing: read the pending events, then retry.
+- `fcntl.ioctl` with a bytearray releases the GIL and writes the kernel's answer back, also when it raises. Each call
+  has a bytearray of its own, so that several threads (and a signal handler) may use one descriptor.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,7 @@ from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import PageFault, Remap, Remove, UnknownEvent, Unmap
+from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
@@ -42,10 +44,10 @@ _pack_zeropage = abi.ZEROPAGE_STRUCT.pack
 _pack_range = abi.RANGE_STRUCT.pack
 _unpack_result = abi.RESULT.unpack_from
 
-_REMEDY = (
-    "Use one of: `sysctl vm.unprivileged_userfaultfd=1`; read access to /dev/userfaultfd (Linux 6.1);"
-    " CAP_SYS_PTRACE; or user_mode_only=True, which serves no faults that are raised inside the kernel."
-    " In a container the seccomp profile must allow userfaultfd(2) as well."
+REMEDY = (
+    "Without a privilege, Monitor(engine=InThread()) works, and user_mode_only=True, where a system call on a missing"
+    " page fails with EFAULT. Full use needs one of: `sysctl vm.unprivileged_userfaultfd=1`; read access to"
+    " /dev/userfaultfd (Linux 6.1); CAP_SYS_PTRACE. In a container the seccomp profile must allow userfaultfd(2), too."
 )
 _READ_MESSAGES = 64
 NO_FEATURES = Feature(0)
@@ -53,7 +55,7 @@ NO_FEATURES = Feature(0)
 
 @attrs.frozen
 class Capabilities:
-    """What this kernel and this user have.
+    """What this kernel has, and how this user may use it.
 
     Attributes:
         features: all feature bits of the kernel, unknown ones included.
@@ -78,7 +80,7 @@ def _open(*, user_mode_only: bool, by: str | None = None) -> tuple[int, str]:
     """Open a descriptor, non-blocking and close-on-exec: poll(2) reports EPOLLERR on a blocking one."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     ways = [by] if by else ["user-mode-only"] if user_mode_only else ["syscall", "device"]
-    refusal: OSError | None = None
+    refusals: list[OSError] = []
     for way in ways:
         try:
             if way == "device":
@@ -86,18 +88,23 @@ def _open(*, user_mode_only: bool, by: str | None = None) -> tuple[int, str]:
             mode = abi.UFFD_USER_MODE_ONLY if way == "user-mode-only" else 0
             return libc.syscall(abi.SYS_USERFAULTFD, flags | mode), way
         except OSError as error:
-            if refusal is None or refusal.errno == errno.ENOSYS:
-                refusal = error
-    assert refusal is not None
-    if refusal.errno == errno.ENOSYS:
-        raise UnsupportedError(
-            "userfaultfd(2)", "no CONFIG_USERFAULTFD, or a seccomp filter that hides it"
-        ) from refusal
-    if refusal.errno == errno.EINVAL and user_mode_only:
-        raise UnsupportedError("UFFD_USER_MODE_ONLY (Linux 5.11)", "full userfaultfd only") from refusal
-    if refusal.errno in (errno.EPERM, errno.EACCES):
-        raise AccessError("opening a userfaultfd", _REMEDY) from refusal
-    raise refusal
+            refusals.append(error)
+    raise _refusal(refusals, user_mode_only=user_mode_only) from refusals[0]
+
+
+def _refusal(refusals: list[OSError], *, user_mode_only: bool) -> Exception:
+    """Return the error for what the kernel answered to each way of opening a descriptor."""
+    numbers = [error.errno for error in refusals]
+    if any(number in (errno.EPERM, errno.EACCES) for number in numbers):
+        return AccessError("opening a userfaultfd", REMEDY)
+    # ENOENT, ENODEV: there is no /dev/userfaultfd, as before Linux 6.1 and in most containers.
+    if all(number in (errno.ENOSYS, errno.ENOENT, errno.ENODEV, errno.ENXIO) for number in numbers):
+        if errno.ENOSYS in numbers:
+            return UnsupportedError("userfaultfd(2)", "no CONFIG_USERFAULTFD, or a seccomp filter that hides it")
+        return UnsupportedError("/dev/userfaultfd (Linux 6.1)", "the system call userfaultfd(2), perhaps")
+    if numbers[0] == errno.EINVAL and user_mode_only:
+        return UnsupportedError("UFFD_USER_MODE_ONLY (Linux 5.11)", "full userfaultfd only")
+    return limit_error("opening a userfaultfd", numbers[0] or 0) or refusals[0]
 
 
 def _handshake(fd: int, features: int) -> tuple[Feature, Ioctl]:
@@ -108,7 +115,7 @@ def _handshake(fd: int, features: int) -> tuple[Feature, Ioctl]:
 
 
 def probe() -> Capabilities:
-    """Ask the kernel what it has, on a throwaway descriptor: the handshake can be done only once on each.
+    """Ask the kernel what it has, on a descriptor that is closed again: each can do the handshake only once.
 
     Raises:
         UnsupportedError: the kernel has no userfaultfd.
@@ -126,20 +133,25 @@ def probe() -> Capabilities:
 
 
 class Userfaultfd:
-    """A userfaultfd(2) descriptor, handshake done. A context manager that closes it.
+    """A userfaultfd(2) descriptor after its handshake. A context manager that closes it.
 
     Addresses are those of the process that opened it (of the forked child, for one that a fork event brought),
-    whichever process calls. Start and len are bytes and multiples of the page size of the mapping.
+    whichever process calls. `start` and `len` are in bytes, and multiples of the page size of the mapping.
+
+    A debugger, /proc/PID/mem and ptrace get EIO for a missing page, and a core dump leaves it out: they do not wait.
+    process_vm_readv(2) is served like a touch. Writes by a device (DMA) into pinned memory fault on no protection.
 
     Args:
-        features: what to enable; a bit that the kernel lacks is an `UnsupportedError`.
-        user_mode_only: allowed to everyone since Linux 5.11, but faults raised inside the kernel (read(2) into
+        features: what to enable; a bit that the kernel lacks is an `UnsupportedError`. Feature.RWP_ASYNC brings
+            Feature.RWP with it, without which the kernel refuses it.
+        user_mode_only: allowed to every user since Linux 5.11, but faults raised inside the kernel (read(2) into
             the memory, KVM) are not served: the system call fails with EFAULT.
         opened_by: "syscall" or "device" to insist on one way; by default the first that is allowed.
 
     Raises:
-        UnsupportedError: the kernel lacks userfaultfd, or a feature; it names both sides.
-        AccessError: not permitted; it names the sysctl, the device and the capability.
+        UnsupportedError: the kernel lacks userfaultfd, or a feature; the error names what it lacks and what it has.
+        AccessError: not permitted; the error names the sysctl, the device and the capability.
+        LimitError: too many open files.
     """
 
     def __init__(
@@ -147,6 +159,9 @@ class Userfaultfd:
     ) -> None:
         fd, self.opened_by = _open(user_mode_only=user_mode_only, by=opened_by)
         self._fd = fd
+        for feature, needed in abi.FEATURE_NEEDS.items():
+            if feature & features:
+                features |= needed
         try:
             _, self._ioctls = _handshake(fd, features)
         except OSError as error:
@@ -160,15 +175,17 @@ class Userfaultfd:
                 raise
             available = probe().features
             missing = Feature(int(features) & ~int(available))  # on ints: Flag's own ~ forgets unknown bits
+            if not missing:
+                raise  # the kernel has each of them, and refuses them together
             raise UnsupportedError(repr(missing), repr(available)) from error
         implied = Feature.WP_UNPOPULATED if features & Feature.WP_ASYNC else Feature(0)
         self._features = Feature(features) | implied
 
     @classmethod
     def from_fd(cls, fd: int, features: Feature = NO_FEATURES) -> Self:
-        """Adopt a descriptor whose handshake is done; it belongs to the new object.
+        """Adopt a descriptor after its handshake; it belongs to the new object.
 
-        The kernel cannot be asked which features were enabled on it: `features` says what the caller knows.
+        The kernel does not tell which features are enabled on it: `features` says what the caller knows.
         """
         self = cls.__new__(cls)
         self._fd = fd
@@ -179,12 +196,12 @@ class Userfaultfd:
 
     @property
     def features(self) -> Feature:
-        """The features enabled on this descriptor; `probe()` tells which exist."""
+        """The features that are enabled on this descriptor; `probe()` tells which exist."""
         return self._features
 
     @property
     def ioctls(self) -> Ioctl:
-        """The operations allowed before any range is registered; `register` returns a range's."""
+        """The operations allowed before a range is registered; `register` returns those of a range."""
         return self._ioctls
 
     def fileno(self) -> int:
@@ -194,13 +211,13 @@ class Userfaultfd:
         return self._fd
 
     def close(self) -> None:
-        """Close the descriptor. If it was the last one, blocked threads are let go and read **zeros**."""
+        """Close the descriptor. When the last duplicate closes, blocked threads go on and read **zeros**."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def detach(self) -> int:
-        """Give the descriptor away: it is the caller's now, and this object is closed."""
+        """Return the descriptor, which is the caller's now; this object is closed."""
         fd = self.fileno()
         self._fd = -1
         return fd
@@ -228,7 +245,7 @@ class Userfaultfd:
     # Ranges
 
     def register(self, start: int, len: int, mode: RegisterMode) -> Ioctl:  # noqa: A002 - the kernel's word
-        """UFFDIO_REGISTER (Linux 4.3): report the faults of a range; return the operations that it allows.
+        """UFFDIO_REGISTER (Linux 4.3): report the faults of a range; return the operations that are allowed on it.
 
         Raises:
             BusyError: registered with another userfaultfd.
@@ -239,56 +256,77 @@ class Userfaultfd:
         return Ioctl(abi.REGISTER_STRUCT.unpack(argument)[3])
 
     def unregister(self, start: int, len: int) -> None:  # noqa: A002
-        """UFFDIO_UNREGISTER (Linux 4.3): report no more faults of a range; its sleepers are woken.
+        """UFFDIO_UNREGISTER (Linux 4.3): report no more faults of a range, and wake its sleepers.
 
-        What is missing then is filled by the kernel with zeros (or from the file) on the next touch.
+        The kernel fills a missing page with zeros (or from the file) when it is touched next.
         """
         self._call("UFFDIO_UNREGISTER", abi.UFFDIO_UNREGISTER, bytearray(_pack_range(start, len)), start, len)
-        # The kernel wakes them before it has taken the locks of the mappings (Linux 6.18): who is quick faults again
-        # while they are still registered, and would sleep for ever. Now nobody can any more.
+        # The kernel wakes the sleepers before it takes the locks of the mappings (Linux 6.18). A quick thread faults
+        # again while they are still registered, and would sleep for ever. From here on none can.
         self.wake(start, len)
 
     # Resolving
 
     def copy(self, dst: int, src: Any, *, wake: bool = True, write_protect: bool = False) -> int:
-        """UFFDIO_COPY (Linux 4.3): place the bytes of the buffer `src` at `dst`, atomically for each page.
+        """UFFDIO_COPY (Linux 4.3): copy the bytes of the buffer `src` to missing pages at `dst`, each page atomically.
 
         Args:
             dst: page-aligned address in a registered range; the whole copy lies within one mapping.
             src: any contiguous buffer of a multiple of the page size; it is not kept.
-            wake: let the sleepers of these pages go.
+            wake: wake the sleepers of these pages.
             write_protect: the new pages are write-protected from the start (Linux 5.7, registered with WP).
 
         Returns:
-            Bytes done; fewer than asked is a partial copy: go on behind it.
+            Bytes done. Fewer than asked is a partial copy: go on behind it.
 
         Raises:
-            LayoutChangingError, PagePresentError, RangeGoneError, TargetExitedError, OperationError: nothing
-                was done.
+            LayoutChangingError, PagePresentError, RangeGoneError, TargetExitedError, OperationError: nothing was
+                done.
         """
         length = memoryview(src).nbytes
         mode = (0 if wake else abi.COPY_MODE_DONTWAKE) | (abi.COPY_MODE_WP if write_protect else 0)
         return self._done("UFFDIO_COPY", dst, length, self.try_copy(dst, address_of(src), length, mode))
 
     def zeropage(self, start: int, len: int, *, wake: bool = True) -> int:  # noqa: A002
-        """UFFDIO_ZEROPAGE (Linux 4.3): map the zero page over a range; not for hugetlb. As `copy`, else."""
+        """UFFDIO_ZEROPAGE (Linux 4.3): map the zero page over a range. Not for hugetlb; otherwise as `copy`."""
         return self._done("UFFDIO_ZEROPAGE", start, len, self.try_zeropage(start, len, 0 if wake else 1))
 
     def wake(self, start: int, len: int) -> None:  # noqa: A002
-        """UFFDIO_WAKE (Linux 4.3): let the sleepers of a range go.
+        """UFFDIO_WAKE (Linux 4.3): wake the sleepers of a range.
 
-        Whoever's page is still missing faults again, which queues a new message.
+        A thread whose page is still missing faults again, which queues a new message.
         """
         self._call("UFFDIO_WAKE", abi.UFFDIO_WAKE, bytearray(_pack_range(start, len)), start, len)
 
     def writeprotect(self, start: int, len: int, *, protect: bool, wake: bool = True) -> None:  # noqa: A002
         """UFFDIO_WRITEPROTECT (Linux 5.7): protect a range against writing, or lift that and wake the writers.
 
-        `wake` counts only where the protection is lifted: protecting wakes nobody.
+        `wake` matters only where the protection is lifted: protecting wakes nobody.
         """
+        self._protect("UFFDIO_WRITEPROTECT", abi.UFFDIO_WRITEPROTECT, start, len, protect=protect, wake=wake)
+
+    def rwprotect(self, start: int, len: int, *, protect: bool, wake: bool = True) -> None:  # noqa: A002
+        """UFFDIO_RWPROTECT (Linux 7.3): protect a range against any access, or lift that and wake the threads.
+
+        For a range that is registered with RegisterMode.RWP. With Feature.RWP_ASYNC the kernel itself lifts the
+        protection of a page at its first access, and PAGEMAP_SCAN tells which pages were accessed (PAGE_IS_ACCESSED).
+        """
+        self._protect("UFFDIO_RWPROTECT", abi.UFFDIO_RWPROTECT, start, len, protect=protect, wake=wake)
+
+    def set_mode(self, *, enable: Feature = NO_FEATURES, disable: Feature = NO_FEATURES) -> None:
+        """UFFDIO_SET_MODE (Linux 7.3): switch Feature.RWP_ASYNC on or off after the handshake.
+
+        Raises:
+            OperationError: EINVAL: another feature, or the same one in both.
+        """
+        argument = bytearray(abi.SET_MODE_STRUCT.pack(enable, disable))
+        self._call("UFFDIO_SET_MODE", abi.UFFDIO_SET_MODE, argument, 0, 0)
+        self._features = Feature((int(self._features) | int(enable)) & ~int(disable))
+
+    def _protect(self, operation: str, request: int, start: int, length: int, *, protect: bool, wake: bool) -> None:
+        # The modes of RWPROTECT are those of WRITEPROTECT.
         mode = abi.WRITEPROTECT_MODE_WP if protect else 0 if wake else abi.WRITEPROTECT_MODE_DONTWAKE
-        argument = bytearray(abi.WRITEPROTECT_STRUCT.pack(start, len, mode))
-        self._call("UFFDIO_WRITEPROTECT", abi.UFFDIO_WRITEPROTECT, argument, start, len)
+        self._call(operation, request, bytearray(abi.WRITEPROTECT_STRUCT.pack(start, length, mode)), start, length)
 
     def continue_(self, start: int, len: int, *, wake: bool = True, write_protect: bool = False) -> int:  # noqa: A002
         """UFFDIO_CONTINUE (Linux 5.13 hugetlb, 5.14 shmem): map the pages that the file already has."""
@@ -296,11 +334,11 @@ class Userfaultfd:
         return self._done("UFFDIO_CONTINUE", start, len, self.try_continue(start, len, mode))
 
     def poison(self, start: int, len: int, *, wake: bool = True) -> int:  # noqa: A002
-        """UFFDIO_POISON (Linux 6.6): whoever touches these missing pages gets SIGBUS (a system call: EFAULT)."""
+        """UFFDIO_POISON (Linux 6.6): make a touch of these missing pages SIGBUS (a system call: EFAULT)."""
         return self._done("UFFDIO_POISON", start, len, self.try_poison(start, len, 0 if wake else 1))
 
     def move(self, dst: int, src: int, len: int, *, wake: bool = True, allow_src_holes: bool = False) -> int:  # noqa: A002
-        """UFFDIO_MOVE (Linux 6.8): move anonymous pages of the same process from `src` to `dst`, no copy.
+        """UFFDIO_MOVE (Linux 6.8): move anonymous pages of the same process from `src` to `dst`, without a copy.
 
         Raises:
             BusyError: a page is shared with a forked child, or pinned.
@@ -310,7 +348,7 @@ class Userfaultfd:
         argument = bytearray(_pack_copy(dst, src, len, mode, 0))
         return self._done("UFFDIO_MOVE", dst, len, self._attempt(abi.UFFDIO_MOVE, argument, len, 32))
 
-    # The same for the engine: bytes done, or a negated errno when nothing was done.
+    # The same for the engine: bytes done, or a negated errno if nothing was done.
 
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """UFFDIO_COPY from the address `src` of the calling process."""
@@ -352,7 +390,7 @@ class Userfaultfd:
 
     def _done(self, operation: str, start: int, length: int, result: int) -> int:
         if result < 0:
-            self.fileno()  # a closed descriptor says so, rather than EBADF
+            self.fileno()  # raises ClosedError where the kernel says EBADF
             raise operation_error(operation, start, length, -result)
         return result
 
@@ -367,9 +405,9 @@ class Userfaultfd:
     # Reading
 
     def read(self) -> list[Event]:
-        """Read what is pending, up to 64 messages; an empty list where nothing is.
+        """Return the pending messages, up to 64; an empty list if there are none.
 
-        The kernel hands out page faults before queued layout events, also before older ones.
+        The kernel delivers page faults before layout events, also before older ones.
         """
         try:
             data = os.read(self.fileno(), abi.MESSAGE_SIZE * _READ_MESSAGES)
@@ -379,20 +417,20 @@ class Userfaultfd:
         return [decode(data[at : at + size], self._adopt) for at in range(0, len(data), size)]
 
     def _adopt(self, fd: int) -> Userfaultfd:
-        """Wrap the descriptor of a forked child: it has its parent's features."""
+        """Wrap the descriptor of a forked child. It has the features of its parent's."""
         return Userfaultfd.from_fd(fd, self._features)
 
     def gone(self) -> bool:
         """Tell whether the process that owned the memory has exited, or replaced it by execve.
 
-        There is no EPOLLHUP; a resolving operation answers ESRCH. This one is on the lowest page that a process
-        may map, which nobody registers, so on a living process it is ENOENT and does nothing.
+        There is no EPOLLHUP, but a resolving operation answers ESRCH. This one asks for the lowest page that a process
+        may map, which nobody registers: on a living process it is ENOENT, and changes nothing.
         """
-        return self.try_zeropage(0x10000, 4096, abi.ZEROPAGE_MODE_DONTWAKE) in (-errno.ESRCH, -errno.ENOSPC)
+        return self.try_zeropage(0x10000, mmap.PAGESIZE, abi.ZEROPAGE_MODE_DONTWAKE) in (-errno.ESRCH, -errno.ENOSPC)
 
 
 def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:
-    """Return the bytes done where the kernel wrote some into the result field, else the negated errno."""
+    """Return the bytes done, if the kernel wrote some into the result field, else the negated errno."""
     if result_at is not None and error.errno == errno.EAGAIN:
         result: int = _unpack_result(argument, result_at)[0]
         if result != 0:

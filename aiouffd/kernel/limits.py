@@ -1,0 +1,60 @@
+"""Errors that name the limit that has refused something."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+from typing import Final
+
+from aiouffd.errors import LimitError, UnsupportedError
+from aiouffd.ranges import align_up
+
+__all__ = ["limit_error", "no_huge_pages"]
+
+_LIMITS: Final = {
+    errno.EFBIG: ("RLIMIT_FSIZE", "`ulimit -f` raises it"),
+    errno.EMFILE: ("RLIMIT_NOFILE", "`ulimit -n` raises it"),
+    errno.EAGAIN: ("RLIMIT_MEMLOCK", "the process locks its memory (mlockall); `ulimit -l` raises the limit"),
+    errno.ENOMEM: (
+        "RLIMIT_AS",
+        "`ulimit -v` raises it; where it is unlimited, vm.max_map_count or vm.overcommit_memory=2 refuses",
+    ),
+}
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
+
+
+def limit_error(what: str, number: int) -> LimitError | None:
+    """Return the error for an errno that comes from a limit; None for another errno.
+
+    Args:
+        what: could not be had.
+        number: the errno.
+    """
+    if number == errno.ENFILE:
+        value = _read(Path("/proc/sys/fs/file-max"))
+        return LimitError(what, "fs.file-max", value, "`sysctl fs.file-max` raises it", number)
+    if number not in _LIMITS:
+        return None
+    name, hint = _LIMITS[number]
+    soft, _ = resource.getrlimit(getattr(resource, name))
+    return LimitError(what, name, "unlimited" if soft == resource.RLIM_INFINITY else str(soft), hint, number)
+
+
+def no_huge_pages(length: int, page_size: int) -> UnsupportedError:
+    """Return the error for a mapping that the kernel has no, or too few, huge pages for."""
+    size = page_size >> 10
+    free = _read(_HUGE_PAGES / f"hugepages-{size}kB" / "free_hugepages")
+    if free:
+        count = align_up(length, page_size) // page_size
+        hint = f"{free}; `sysctl vm.nr_hugepages` reserves more of the default size"
+        return UnsupportedError(f"{count} free huge pages of {size} KiB", hint)
+    sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
+    return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
