@@ -70,7 +70,7 @@ class NativePartError(UnsupportedError):
     """
 
     def __init__(self, why: str) -> None:
-        super().__init__("the part of aiouffd that is written in C", why)
+        super().__init__("the native part of aiouffd", why)
         self.why = why
 
     def __reduce__(self) -> tuple[Any, ...]:

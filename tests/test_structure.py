@@ -41,8 +41,6 @@ UNTESTED = {
     "kernel/memory",
     "kernel/pagemap",
     "kernel/settle",
-    "monitor/engines/guard",
-    "monitor/engines/in_process",
     "monitor/engines/layout",
     "monitor/engines/pager",
     "monitor/engines/protocol",

@@ -11,10 +11,10 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import click
-import uvloop
 from rich.console import Console
 
 from aiouffd.cli import daemon, parameters
+from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Metrics, expose
 from aiouffd.server.server import Server
@@ -152,7 +152,7 @@ def command(
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
-    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
         if metrics is not None:
             try:
                 web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)

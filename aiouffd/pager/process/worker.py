@@ -13,11 +13,10 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-import uvloop
-
 from aiouffd.engine.ahead.fill import bring_ahead, bring_early, complete
 from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.space import COUNTER_OF_EVENT, Space
@@ -58,7 +57,7 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> None:
     gc.freeze()  # what the keeper made lives as long as the worker does
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
-    loop = uvloop.new_event_loop()
+    loop = new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(worker.main())
 
