@@ -20,7 +20,7 @@ import attrs
 
 from aiouffd.engine.ahead.trace import Recorder, Trace
 from aiouffd.engine.assembly import Options, Service
-from aiouffd.engine.serve.source import Limits
+from aiouffd.engine.serve.reads import Limits
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff import firecracker

@@ -18,8 +18,9 @@ from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.messages import COUNTER_OF_EVENT
 from aiouffd.engine.serve.handler import Handler
-from aiouffd.engine.space import COUNTER_OF_EVENT, Space
+from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerStartError, SourceError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
