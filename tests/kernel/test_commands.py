@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from scenario import ended
+from processes import descendants, ended
 from web import serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,15 +73,6 @@ def test_nothing_is_left_of_a_demo_that_is_ended(number: signal.Signals, status:
         assert process.wait(20) == status
     assert all(ended(pid, 2.0) for pid in family)
     assert number == signal.SIGKILL or not list(tmp_path.iterdir())
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the processes below one."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found |= {child} | (descendants(child) if Path(f"/proc/{child}").exists() else set())
-    return found
 
 
 def test_doctor() -> None:
