@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from stored import DATA, SIZE, travelled
-from web import serving
 
 import aiouffd
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The command line, the examples and the README, as a user runs them."""
+"""The command line and the commands of README.md, as a user runs them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 from processes import descendants, ended
-from web import serving
 
 ROOT = Path(__file__).parent.parent.parent
-EXAMPLES = ROOT / "examples"
 
 
 def run(*command: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -96,34 +94,6 @@ def test_version() -> None:
     import aiouffd as package
 
     assert package.__version__ in aiouffd("--version").stdout
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> object:
-    """The page server of the examples, with a weights file made by the example."""
-    run(sys.executable, EXAMPLES / "safetensors_lazy.py", "--make", tmp_path / "model.safetensors")
-    with serving(tmp_path) as url:
-        yield f"{url}/model.safetensors"
-
-
-def test_example_lazy_array(url: str) -> None:
-    """It touches a little and fetches not much more."""
-    output = run(sys.executable, EXAMPLES / "lazy_array.py", url).stdout
-    assert "sum of the last 100,000: 7200000" in output  # layer 7: 00 00 e0 40, 25,000 times
-
-
-def test_example_safetensors(url: str) -> None:
-    """A tensor of the middle is right, and most of the file was not fetched."""
-    output = run(sys.executable, EXAMPLES / "safetensors_lazy.py", url, "layers.5.weight").stdout
-    assert "mean of layers.5.weight: 5.0" in output
-    fetched, size = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) of ([\d,]+) bytes", output)[0])
-    assert fetched < size / 3
-
-
-def test_example_custom_handler() -> None:
-    """Squares, computed where they are looked at."""
-    result = run(sys.executable, EXAMPLES / "custom_handler.py")
-    assert f"1234567 squared is {1234567**2}" in result.stdout
 
 
 # The README

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
 from scenario import ended, eventually, next_error, play
-from web import serving
 
 import aiouffd
+from examples.page_server import serving
 
 # The main job
 

@@ -32,13 +32,13 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content, left_while_touched, word
 from scenario import ended, eventually, killed_when_this_thread_waits, next_error, play
-from web import serving
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.monitor.engines.served_by import ServedByEngine
 from aiouffd.server.server import Server
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
