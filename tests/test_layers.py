@@ -49,7 +49,8 @@ ORDER = {
     "handoff": ["__init__", "lines", "receive", "firecracker"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
-        *("__init__", "control", "travel", "tenancy", "journal", "replay", "last_resort", "worker", "keeper"),
+        *("__init__", "handles", "inherited", "control", "travel", "tenancy", "journal", "replay", "last_resort"),
+        *("worker", "keeper"),
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": ["__init__", "listener", "metrics", "server"],
