@@ -46,14 +46,14 @@ ORDER = {
         *("__init__", "zeros", "gate", "deadlines", "reads", "extents", "presence", "source", "handler"),
     ],
     "engine/ahead": ["__init__", "trace", "fill"],
-    "handoff": ["__init__", "lines", "receive", "firecracker"],
+    "handoff": ["__init__", "lines", "apart", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
         *("__init__", "handles", "inherited", "control", "travel", "tenancy", "journal", "replay", "last_resort"),
         *("worker", "keeper"),
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
-    "server": ["__init__", "listener", "metrics", "server"],
+    "server": ["__init__", "listener", "metrics", "rejection", "reception", "services", "clients", "server"],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "registration", "error_queue", "monitor", "open"],
     "monitor/engines": [

@@ -105,6 +105,14 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a 
     "--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus at this address, /metrics."
 )
 @click.option(
+    "--on-reject",
+    type=click.Choice(["poison", "kill", "hold"]),
+    default="poison",
+    show_default=True,
+    help="What becomes of a microVM that is turned away, whose threads would wait for ever: make its memory SIGBUS"
+    " (Linux 6.6), kill it, or let it wait.",
+)
+@click.option(
     "--on-term",
     type=click.Choice(["keep", "fill"]),
     default="keep",

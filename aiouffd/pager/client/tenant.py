@@ -66,6 +66,7 @@ class Pack:
         if self.config >= 0:
             os.close(self.config)
             self.config = -1
+            del self.service, self._descriptors  # its files may be closed with them, here and now
 
 
 @attrs.define(eq=False)
