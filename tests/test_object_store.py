@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
-import threading
+import os
+import shutil
+import socket
 from typing import TYPE_CHECKING
 
+import odd_http
 import pytest
 from stored import DATA, SIZE, travelled
+from web import serving
 
 import aiouffd
-from examples.page_server import serving
+from aiouffd.errors import decode_error, encode_error
+from aiouffd.sources.plain_http import PlainHttp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +40,7 @@ async def test_objects_over_http(url: str) -> None:
     for offset, length in ((0, 1), (999_424, 579), (123_456, 300_000)):
         assert bytes(await source.read(offset, length)) == DATA[offset : offset + length]
     again = travelled(source)
-    assert again._size == SIZE
+    assert again._pinned.size == SIZE
     assert bytes(await again.read(7, 7)) == DATA[7:14]
     with pytest.raises(aiouffd.SourceError):
         await source.read(SIZE - 1, 100)
@@ -74,25 +78,253 @@ def test_passwords_are_not_shown() -> None:
     assert "secret" not in repr(aiouffd.ObjectSource("https://user:secret@host/x?token=secret"))
 
 
-class _Refuses(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(400)
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing."""
-
-
 def test_signatures_are_not_shown() -> None:
     """Neither the query of a signed URL nor a password is in an error, which goes to logs, and to clients."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://someone:hidden@127.0.0.1:{server.server_port}/a/b.mem?signature=hidden"
-            with pytest.raises(aiouffd.SourceError, match="400 Bad Request") as caught:
-                _ = aiouffd.ObjectSource(url, timeout=2).size
-        finally:
-            server.shutdown()
-            thread.join()
+    with odd_http.serving("400") as server:
+        url = server.url.replace("//", "//someone:hidden@")
+        with pytest.raises(aiouffd.SourceError, match="400 Bad Request") as caught:
+            _ = aiouffd.ObjectSource(url, timeout=2).size
     assert "hidden" not in str(caught.value)
+
+
+SIZE_OF_ODD = len(odd_http.DATA)
+PLACES = ((0, 4096), (65_000, 30_000), (SIZE_OF_ODD - 100, 100))
+
+
+async def read_all(source: aiouffd.ObjectSource) -> None:
+    """Read some ranges, and compare."""
+    assert await asyncio.to_thread(lambda: source.size) == SIZE_OF_ODD
+    for offset, length in PLACES:
+        assert bytes(await source.read(offset, length)) == odd_http.DATA[offset : offset + length]
+    await source.aclose()
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        *("head 403", "head 404", "head 405", "head 501"),
+        *("short", "star", "late star", "chunked", "aligned"),
+        *("modified", "weak", "weak tag", "drops"),
+    ],
+)
+async def test_valid_answers(habit: str) -> None:
+    """HEAD refused; fewer bytes than were asked for, or more; no total, no length; weak validators; one that breaks."""
+    with odd_http.serving(habit) as server:
+        server.failures = 1
+        await read_all(aiouffd.ObjectSource(server.url, timeout=20))
+
+
+@pytest.mark.parametrize(
+    ("habit", "complaint"),
+    [
+        ("wrong offset", r"was asked for bytes 65000-94999, and answered bytes 0-29999"),
+        ("no content-range", "without Range requests"),
+        ("multipart", "without Range requests"),
+        ("late 200", "without Range requests"),
+        ("other total", "has changed"),
+        ("compressed", "compresses its answers"),
+        ("403", r"access was refused \(403\).*signed URL has expired"),
+        ("404", r"no such object \(404\)"),
+        ("410", r"no such object \(410\)"),
+        ("400", "400 Bad Request"),
+        ("501", "501 Not Implemented"),
+        ("ends early", "the connection broke"),
+    ],
+)
+async def test_answers_that_mean_no_bytes(habit: str, complaint: str) -> None:
+    """Each is an error that says what is wrong, and no byte."""
+    with odd_http.serving(habit) as server, pytest.raises(aiouffd.SourceError, match=complaint) as caught:
+        await read_all(aiouffd.ObjectSource(server.url, timeout=20, retries=1))
+    decode_error(encode_error(caught.value))  # its causes are no circle: it travels from the pager
+
+
+@pytest.mark.parametrize("client", ["obstore", "plain"])
+@pytest.mark.parametrize("habit", ["", "ignores", "none", "modified", "modified, ignores", "weak", "weak tag"])
+async def test_a_change_is_noticed(habit: str, client: str) -> None:
+    """By what the server refuses, or by what it answers; in both ways of asking."""
+    with odd_http.serving(habit.partition(",")[0]) as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        if client == "plain":
+            source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        assert bytes(await source.read(0, 100)) == odd_http.DATA[:100]
+        server.habit = habit
+        await asyncio.to_thread(server.change)
+        for _ in range(2):
+            with pytest.raises(aiouffd.SourceError, match="has changed since it was opened"):
+                await source.read(100, 100)
+        await source.aclose()
+
+
+@pytest.mark.parametrize("client", ["obstore", "plain"])
+@pytest.mark.parametrize("size", [150, SIZE_OF_ODD + 1])
+async def test_another_size_is_noticed(size: int, client: str) -> None:
+    """A server without any validator tells the size; behind a smaller object's end it says 416."""
+    with odd_http.serving("none") as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        if client == "plain":
+            source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        server.data = bytes(size)
+        for offset in (100, 1000):
+            with pytest.raises(aiouffd.SourceError, match="has changed since it was opened"):
+                await source.read(offset, 100)
+        await source.aclose()
+
+
+def test_a_server_without_validators_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be noticed is said once."""
+    with odd_http.serving("none") as server:
+        source = aiouffd.ObjectSource(server.url)
+        assert source.size == source.size == SIZE_OF_ODD
+        assert source.identity is None
+    assert [record.message.count("changes that keep the size may not be noticed") for record in caplog.records] == [1]
+
+
+def test_an_empty_object() -> None:
+    """It has no first byte to ask for, and the size 0."""
+    with odd_http.serving() as server:
+        server.data = b""
+        assert aiouffd.ObjectSource(server.url).size == 0
+
+
+def test_a_size_that_nobody_tells() -> None:
+    """No total in Content-Range, and HEAD is refused."""
+    with odd_http.serving("star") as server:
+        assert aiouffd.ObjectSource(server.url).size == SIZE_OF_ODD
+    with odd_http.serving("star, head 405") as server, pytest.raises(aiouffd.SourceError, match="405"):
+        _ = aiouffd.ObjectSource(server.url).size
+
+
+@pytest.mark.parametrize(("retries", "failures", "tries"), [(0, 1, 1), (2, 5, 3), (2, 2, 3), (None, 5, 6)])
+async def test_retries(retries: int | None, failures: int, tries: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As many as were asked for, else until the timeout; each is counted; the outage and its end are logged."""
+    caplog.set_level("INFO")
+    counted: list[int] = []
+    with odd_http.serving() as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        source.begin(20.0, retries, lambda: counted.append(1))
+        server.failures, server.requests = failures, []
+        try:
+            assert bytes(await source.read(0, 10)) == odd_http.DATA[:10]
+        except aiouffd.SourceError as error:
+            assert tries <= failures
+            assert "503 Service Unavailable" in str(error)  # noqa: PT017 - both ends are allowed
+        else:
+            assert tries > failures
+        assert len(server.requests) == tries
+        assert len(counted) == tries - 1
+    told = [record.message for record in caplog.records if "ObjectSource" in record.message]
+    assert sum("trying again" in text for text in told) == (1 if tries > 1 else 0)
+    assert sum("answers again" in text for text in told) == (1 if tries > 1 and tries > failures else 0)
+
+
+async def test_an_outage_is_logged_as_long_as_it_lasts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its beginning, and every ten seconds, however many reads fail."""
+    monkeypatch.setattr("aiouffd.sources.object_store._REMINDER", 0.0)
+    with odd_http.serving() as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        server.failures = 4
+        await source.read(0, 10)
+    assert [record.message.count("trying again") for record in caplog.records] == [1] * 4
+    assert "trying again for" in caplog.records[-1].message
+
+
+async def test_the_monitors_limits_reach_a_url() -> None:
+    """Unless the source has its own."""
+    source = aiouffd.ObjectSource("http://127.0.0.1:1/x")
+    source.begin(3.0, 2, lambda: None)
+    assert (source.timeout, source._most) == (3.0, 2)
+    source.begin(None, None, lambda: None)
+    assert (source.timeout, source._most) == (None, None)
+    own = aiouffd.ObjectSource("http://127.0.0.1:1/x", timeout=5.0, retries=0)
+    own.begin(3.0, 2, lambda: None)
+    assert (own.timeout, own._most) == (5.0, 0)
+    again = travelled(own)
+    again.begin(3.0, 2, lambda: None)
+    assert (again.timeout, again._most) == (5.0, 0)
+
+
+def test_pauses_are_bounded() -> None:
+    """No pause of minutes, however long the outage."""
+    for timeout, most in ((None, 2.0), (30.0, 2.0), (5.0, 0.5)):
+        source = aiouffd.ObjectSource("http://127.0.0.1:1/x")
+        source.timeout = timeout
+        assert most / 2 <= source._pause(50) <= most
+        assert source._pause(0) <= 0.1
+
+
+def test_a_server_that_is_not_there() -> None:
+    """It is told after some tries, with what to look at."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
+        with pytest.raises(aiouffd.SourceError, match="the server refuses connections"):
+            _ = aiouffd.ObjectSource(url, timeout=1).size
+
+
+def test_a_server_that_does_not_answer() -> None:
+    """A timeout is an error of its own, and is not tried again: the timeout is over."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(aiouffd.SourceTimeoutError, match=r"no answer in 0\.3 s"):
+            _ = aiouffd.ObjectSource(url, timeout=0.3).size
+
+
+def test_a_dead_proxy_is_told_as_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is not to blame."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://someone:hidden@127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("http_proxy", address)
+        with pytest.raises(
+            aiouffd.SourceError, match=r"the proxy http://127\.0\.0\.1:.* refuses connections"
+        ) as caught:
+            _ = aiouffd.ObjectSource("http://example.invalid/x", timeout=1).size
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by openssl")
+@pytest.mark.parametrize("habit", ["", "short"])
+def test_certificates(tmp_path: Path, habit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not trusted is told as that; SSL_CERT_FILE names one to trust, in both ways of asking."""
+    authority, context = odd_http.certified(tmp_path)
+    with odd_http.serving(habit, context) as server:
+        with pytest.raises(aiouffd.SourceError, match=r"certificate of the server is not trusted.*SSL_CERT_FILE"):
+            _ = aiouffd.ObjectSource(server.url).size
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+        asyncio.run(read_all(aiouffd.ObjectSource(server.url)))
+        source = aiouffd.ObjectSource(server.url)
+        source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        with pytest.raises(aiouffd.SourceError, match="certificate of the server is not trusted"):
+            _ = source.size
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said at once, and no metadata service is asked."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    for url in ("s3://bucket/key", "gs://bucket/key", "az://container/key"):
+        with pytest.raises(aiouffd.SourceError, match="there are no credentials: set"):
+            _ = aiouffd.ObjectSource(url).size
+
+
+async def test_a_bucket_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWS_ENDPOINT_URL, AWS_ALLOW_HTTP and the keys, as other programs read them."""
+    with odd_http.serving() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        with pytest.raises(aiouffd.SourceError, match="AWS_ALLOW_HTTP=true"):
+            _ = aiouffd.ObjectSource("s3://bucket/a/key").size
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        await read_all(aiouffd.ObjectSource("s3://bucket/a/key"))
+        assert server.requests[0][1]["authorization"].startswith("AWS4-HMAC-SHA256 Credential=key/")

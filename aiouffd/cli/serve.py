@@ -11,10 +11,10 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import click
+import uvloop
 from rich.console import Console
 
 from aiouffd.cli import daemon, parameters
-from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Metrics, expose
 from aiouffd.server.server import Server
@@ -81,9 +81,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a 
     "--retries",
     type=click.IntRange(0),
     metavar="TIMES",
-    default=4,
-    show_default=True,
-    help="Of a failed read of a file. A read of a URL is repeated until the timeout.",
+    help="Of a failed read. By default 4 for a file, and as many as the timeout allows for a URL.",
 )
 @click.option(
     "--concurrent-reads",
@@ -103,14 +101,6 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a 
 )
 @click.option(
     "--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus at this address, /metrics."
-)
-@click.option(
-    "--on-reject",
-    type=click.Choice(["poison", "kill", "hold"]),
-    default="poison",
-    show_default=True,
-    help="What becomes of a microVM that is turned away, whose threads would wait for ever: make its memory SIGBUS"
-    " (Linux 6.6), kill it, or let it wait.",
 )
 @click.option(
     "--on-term",
@@ -152,15 +142,15 @@ def command(
             raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
     chosen: Source | Callable[[Peer, int, str], Source]
     if source is not None:
-        chosen = as_source(source, timeout=options["timeout"])
+        chosen = as_source(source, timeout=options["timeout"], retries=options["retries"])
         if not chosen.size:
             raise OSError(f"{source}: has no bytes, so no client could be served")
     else:
-        chosen = choose_by(source_for or "", timeout=options["timeout"])
+        chosen = choose_by(source_for or "", timeout=options["timeout"], retries=options["retries"])
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
-    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if metrics is not None:
             try:
                 web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)

@@ -15,7 +15,7 @@ from aiouffd.engine.ahead.trace import Recorder, Trace
 from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.serve.source import Limits
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.engines.pager import Pager
@@ -55,7 +55,7 @@ class AllOptions(MemoryOptions, total=False):
 
     readahead: int
     timeout: float | None
-    retries: int
+    retries: int | None
     concurrent_reads: int
     bytes_in_flight: int
     record: str | os.PathLike[str] | None
@@ -81,7 +81,8 @@ class Monitor:
         fork: "dontfork": forked children do not have the region at all, a touch is SIGSEGV there; "serve": they are
             served with the same contents, and so are their children. That needs CAP_SYS_PTRACE.
         timeout: seconds for one read of the source or one call of the handler; None: no limit.
-        retries: further tries after a failed read, with exponential backoff and jitter.
+        retries: further tries after a failed read, with exponential backoff and jitter. None: 4, and for URLs as many
+            as two thirds of the timeout allow.
         concurrent_reads: source reads, or handlers, under way at once.
         bytes_in_flight: bytes of source reads under way at once.
         record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
@@ -139,7 +140,7 @@ class Monitor:
         on_exit: OnExit = "sigbus",
         fork: Fork = "dontfork",
         timeout: float | None = 30.0,
-        retries: int = 4,
+        retries: int | None = None,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
         record: str | os.PathLike[str] | None = None,

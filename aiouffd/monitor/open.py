@@ -82,7 +82,9 @@ def open(  # noqa: A001 - it is called aiouffd.open
     """
 
     def prepare() -> Monitor:
-        source = as_source(what, **(storage_options or {}))
+        source = as_source(
+            what, timeout=options.get("timeout"), retries=options.get("retries"), options=storage_options
+        )
         if not source.size:
             raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
         # What InThread cannot do is refused when the Monitor is made.

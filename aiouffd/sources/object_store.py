@@ -2,57 +2,79 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import re
-from typing import Any
-from urllib.parse import unquote, urldefrag, urlsplit, urlunsplit
+import asyncio
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.plain_http import PlainHttp
+from aiouffd.sources.store_client import StoreClient
+from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
+from aiouffd.sources.store_settings import proxy_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ObjectSource"]
 
-_FIRST_TRIES = 3
-_NO_LIMIT = 10_000  # of tries: time is the limit
+log = logging.getLogger("aiouffd")
 
-
-def _obstore() -> Any:
-    try:
-        import obstore  # noqa: PLC0415 - an extra
-        import obstore.store  # noqa: PLC0415
-    except ImportError as error:
-        raise SourceError(
-            "ObjectSource", 0, 0, "needs the library obstore: install it with `pip install 'aiouffd[http]'`"
-        ) from error
-    return obstore
+_DEFAULT_TIMEOUT = 30.0
+_FIRST_RETRIES = 3
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
+_WITNESS = 4096  # bytes of a read that are read again where nothing names the version
+_REMINDER = 10.0  # seconds between two messages about one outage
 
 
 class ObjectSource:
     """One object in a store, read by ranges.
 
-    The object is pinned: what is read after it has changed is an error, not a mixture of both (by ETag, where the
-    server has one).
+    The object is pinned: a read after it has changed is an error, not a mixture of both versions. A request has
+    If-Match with the ETag, or If-Unmodified-Since, and the ETag, Last-Modified and size of each answer are compared. If
+    the server tells neither ETag nor Last-Modified, that is logged, and each read is followed by another one of bytes
+    that were read before: so most changes are noticed, but not all.
+
+    A request that fails in a way that may pass (a lost or refused connection, a timeout, 429, 5xx) is repeated with
+    exponential backoff and jitter. An outage is logged as long as it lasts.
 
     Args:
         url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
-        timeout: seconds for one read, its retries included. A request that fails in a way that may pass (a lost or
-            refused connection, 429, 5xx) is tried again with exponential backoff and jitter for two thirds of that,
-            so that a server may be restarted. The first question, for the size, is tried three times: a wrong address
-            is told at once.
-        **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`.
+        timeout: seconds for one read, retries included. No retry begins after two thirds of them. By default that of
+            the Monitor, 30 s.
+        retries: limit of the retries of one read. By default that of the Monitor; if that has none, the timeout is
+            the only limit, so that a server may be restarted. The first request, which finds the size, is repeated at
+            most three times, so that a wrong address is an error soon.
+        **options: passed to the store (credentials, endpoint, region): see `obstore.store.from_url`. What is not
+            given comes from the environment, as obstore reads it (AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, http_proxy, ...).
+
+    Attributes:
+        url: as given.
+        timeout: seconds for one read, None: no limit.
 
     Raises:
         SourceError: the URL cannot be used.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, **options: Any) -> None:
+    retries = 0
+    """The engine does not repeat a failed read: this source has."""
+
+    def __init__(self, url: str, *, timeout: float | None = None, retries: int | None = None, **options: Any) -> None:
         self.url = url
-        self.timeout = timeout
-        self.retries = 0  # the store's own retries are enough
+        self.timeout: float | None = _DEFAULT_TIMEOUT if timeout is None else timeout
+        self._given = timeout, retries
+        self._most = retries
+        self._on_retry: Callable[[], None] = _nothing
         self._options = options
-        self._size: int | None = None
-        self._tag: str | None = None
-        self._store: Any = None
-        self._key = ""
+        self._pinned: Validator | None = None
+        self._witness: tuple[int, bytes] = (0, b"")  # (offset, bytes that were read there)
+        self._client: StoreClient | PlainHttp | None = None  # made at first use: it does not travel
+        self._failing_since: float | None = None
+        self._told = 0.0
 
     @property
     def size(self) -> int:
@@ -61,127 +83,183 @@ class ObjectSource:
         Raises:
             SourceError: it is not there, not reachable, not allowed, or served without ranges.
         """
-        if self._size is None:
-            obstore = _obstore()
-            store = self._connect(_FIRST_TRIES)
-            try:
-                meta = obstore.head(store, self._key)
-                self._pin(meta)
-                if meta["size"]:
-                    obstore.get_range(store, self._key, start=0, length=1)  # a server without Range says so now
-            except Exception as error:
-                raise self._explain(error, 0, 0) from error
-        assert self._size is not None
-        return self._size
+        if self._pinned is None:
+            self._pinned = self._first()
+        assert self._pinned.size is not None
+        return self._pinned.size
 
     @property
     def identity(self) -> tuple[Any, ...] | None:
         """What only the same bytes have; None: the server does not say, or was not asked yet."""
-        return None if self._tag is None else (self.url, self._size, self._tag)
+        pinned = self._pinned
+        return None if pinned is None or pinned.strong_tag is None else (self.url, pinned.size, pinned.strong_tag)
 
     async def prepare(self) -> None:
-        """Ask the server for the size, without blocking the loop. Canceling is safe. Raises as `size` does."""
-        if self._size is None:
-            obstore = _obstore()
-            store = self._connect(_FIRST_TRIES)
-            try:
-                meta = await obstore.head_async(store, self._key)
-                self._pin(meta)
-                if meta["size"]:
-                    await obstore.get_range_async(store, self._key, start=0, length=1)
-            except Exception as error:
-                raise self._explain(error, 0, 0) from error
+        """Ask the server for the size, in a thread. Canceling is safe. Raises as `size` does."""
+        await asyncio.to_thread(getattr, self, "size")
+
+    def begin(self, timeout: float | None, retries: int | None, on_retry: Callable[[], None]) -> None:
+        """Take over what the Monitor was given, as far as this source was not given its own."""
+        own_timeout, own_retries = self._given
+        before = self._seconds
+        self.timeout = timeout if own_timeout is None else own_timeout
+        if self._seconds != before:
+            self._client = None  # it has the other timeout
+        self._most = retries if own_retries is None else own_retries
+        self._on_retry = on_retry
 
     async def read(self, offset: int, length: int) -> Any:
         """Return the bytes, in the buffer that the store has received them in. Canceling is safe.
 
         Raises:
-            SourceError: for good; what may pass was tried again.
+            SourceError: for good. SourceTimeoutError: no answer in time.
         """
-        obstore = _obstore()
-        if self._store is None:
-            self._store = self._connect(_NO_LIMIT)
-        try:
-            if self._tag is None:
-                data = await obstore.get_range_async(self._store, self._key, start=offset, length=length)
+        pieces: list[Any] = []
+        at, stop = offset, offset + length
+        while at < stop:
+            answer = await self._persist(at, stop)
+            pieces.append(answer.data)
+            at += len(answer.data)
+        if at > stop:
+            raise ShortReadError(repr(self), offset, length, f"gave {at - offset} bytes of {length}")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def aclose(self) -> None:
+        """Let threads end."""
+        if self._client is not None:
+            self._client.close()
+
+    # Requests
+
+    async def _persist(self, start: int, stop: int) -> Answer:
+        """Request bytes until they come, or it is too late."""
+        began = time.monotonic()
+        tries = 0
+        while True:
+            try:
+                answer = await self._request(start, stop)
+            except RequestError as error:
+                failure = error.failure
+                pause = self._pause(tries)
+                late = self.timeout is not None and time.monotonic() - began + pause > self.timeout * 2 / 3
+                if not failure.may_pass or late or (self._most is not None and tries >= self._most):
+                    raise self._error(failure, start, stop - start) from error
+                self._retry(failure)
+                tries += 1
+                await asyncio.sleep(pause)
             else:
-                options = {"range": (offset, offset + length), "if_match": self._tag}
-                answer = await obstore.get_async(self._store, self._key, options=options)
-                data = await answer.bytes_async()
-        except Exception as error:
-            raise self._explain(error, offset, length) from error
-        if len(data) != length:
-            raise ShortReadError(repr(self), offset, length, f"gave {len(data)} bytes of {length}")
-        return data
+                self._succeeded()
+                return answer
 
-    def _pin(self, meta: Any) -> None:
-        self._size = meta["size"]
-        tag = meta.get("e_tag")
-        # A weak tag promises the same meaning, not the same bytes, and If-Match never matches it.
-        self._tag = tag if tag and not tag.startswith("W/") else None
-
-    def _connect(self, tries: int) -> Any:
-        """Make a store. Done on first use: it holds connections and threads, which do not travel."""
-        parts = urlsplit(self.url)
-        base, _, self._key = parts.path.rpartition("/")
-        if not self._key:
-            raise SourceError(repr(self), 0, 0, "the URL names no object: it ends with a slash")
-        root = urlunsplit((parts.scheme, parts.netloc, base, "", ""))
-        self._key = unquote(self._key)  # a store encodes the key again
-        if parts.scheme in ("http", "https"):
-            # The store of one object, so that the URL arrives as it was given: signed ones have their query.
-            root, self._key = urldefrag(self.url).url, ""
-        settings: dict[str, Any] = dict(self._options)
-        if parts.scheme != "file":
-            seconds = dt.timedelta(seconds=self.timeout)
-            client = {"allow_http": parts.scheme == "http", "timeout": seconds}
-            settings["client_options"] = {**client, **settings.get("client_options", {})}
-            backoff = {
-                "init_backoff": dt.timedelta(milliseconds=100),
-                "max_backoff": dt.timedelta(seconds=min(2.0, self.timeout / 10)),
-                "base": 2,
-            }
-            settings.setdefault(
-                "retry_config", {"max_retries": tries, "retry_timeout": seconds * 2 / 3, "backoff": backoff}
-            )
+    async def _request(self, start: int, stop: int) -> Answer:
         try:
-            return _obstore().store.from_url(root, **settings)
-        except Exception as error:
-            raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {_first_line(error)}") from error
+            answer = await self._connect().get_async(start, stop, self._pinned)
+        except RequestError as error:
+            answer = await self._other_client(error).get_async(start, stop, self._pinned)
+        if self._pinned is not None and self._pinned.contradicts(answer.validator):
+            raise RequestError(Failure(CHANGED))
+        if self._pinned is not None and not self._pinned.names_version:
+            await self._read_again()
+            self._witness = answer.start, bytes(memoryview(answer.data)[:_WITNESS])
+        return answer
 
-    def _explain(self, error: Exception, offset: int, length: int) -> SourceError:
-        """Say in one sentence what a store's exception means, and what to do."""
-        if isinstance(error, SourceError):
-            return error
-        name = type(error).__name__
-        # Behind the first line: the causes, as the store prints them. Secrets: a signed URL's query, and a password.
-        text, whole = re.sub(r"\?[^\s\"')>]+", "?...", _first_line(error)), str(error)
-        text = re.sub(r"//[^/@\s]+@", "//", text)
-        if isinstance(error, FileNotFoundError):
-            reason = "there is no such object (404): check the URL"
-        elif name in ("PermissionDeniedError", "UnauthenticatedError"):
-            reason = f"access was refused: check the credentials ({text})"
-        elif name == "NotSupportedError" or "Range" in text:
-            reason = (
-                "this server answers without Range requests, and cannot be read page by page: use one that has them"
-            )
-        elif name == "PreconditionError":
-            reason = "the object has changed since it was opened: open it again"
-        elif "operation timed out" in whole or "kind: Timeout" in whole:
-            return SourceTimeoutError(repr(self), offset, length, f"no answer in {self.timeout} s")
-        elif "ConnectionRefused" in whole:
-            reason = "the server refuses connections: is it up, and is the port right?"
-        elif "dns error" in whole:
-            reason = "the host's name cannot be resolved: is it spelled right?"
-        elif "kind: Connect" in whole:
-            reason = f"the server cannot be reached ({text})"
-        else:
-            reason = f"{name}: {text}"
-        return SourceError(repr(self), offset, length, reason)
+    async def _read_again(self) -> None:
+        """Compare bytes that were read before with what they are now."""
+        start, data = self._witness
+        again = await self._connect().get_async(start, start + len(data), self._pinned)
+        if bytes(again.data) != data[: len(again.data)]:
+            raise RequestError(Failure(CHANGED))
+
+    def _first(self) -> Validator:
+        """Ask for the first byte: the answer has the size and the validators. Blocks."""
+        most = _FIRST_RETRIES if self._given[1] is None else self._given[1]
+        tries = 0
+        while True:
+            try:
+                found = self._ask()
+            except RequestError as error:
+                if not error.failure.may_pass or error.failure.timed_out or tries >= most:
+                    raise self._error(error.failure, 0, 0) from error
+                time.sleep(self._pause(tries))
+                tries += 1
+            else:
+                if found.size and not found.names_version:
+                    log.warning("%r: no ETag and no Last-Modified: changes that keep the size may not be noticed", self)
+                return found
+
+    def _ask(self) -> Validator:
+        # Not by HEAD: a URL may be signed for GET only, and servers forget HEAD. A server without Range says so now.
+        client = self._connect()
+        try:
+            answer = client.get(0, 1, None)
+        except RequestError as error:
+            if error.failure.status == 416:  # Range Not Satisfiable: an empty object has no first byte
+                answer = Answer(b"", 0, Validator(None))
+            else:
+                client = self._other_client(error)
+                answer = client.get(0, 1, None)
+        self._witness = 0, bytes(answer.data)
+        found = answer.validator
+        if found.size is None:
+            found = Validator(client.size(), found.tag, found.modified)
+        if found.size is None:
+            raise RequestError(Failure("the server does not tell the size of the object"))
+        return found
+
+    def _connect(self) -> StoreClient | PlainHttp:
+        if self._client is None:
+            try:
+                self._client = StoreClient(self.url, self._options, self._seconds, self._proxy)
+            except ValueError as error:
+                raise SourceError(repr(self), 0, 0, f"this URL cannot be used: {error}") from error
+        return self._client
+
+    def _other_client(self, error: RequestError) -> PlainHttp:
+        """Return the client to use from now on, if obstore refused an answer that may be valid; else raise."""
+        if not error.failure.answer_refused or urlsplit(self.url).scheme not in ("http", "https"):
+            raise error
+        if not isinstance(self._client, PlainHttp):  # several reads may fail at once
+            self._client = PlainHttp(self.url, self._options.get("client_options", {}), self._seconds, self._proxy)
+        return self._client
+
+    @property
+    def _seconds(self) -> float:
+        return _DEFAULT_TIMEOUT if self.timeout is None else self.timeout
+
+    # Failures
+
+    def _pause(self, tries: int) -> float:
+        longest = _LONGEST_PAUSE if self.timeout is None else min(_LONGEST_PAUSE, self.timeout / 10)
+        pause = min(longest, _FIRST_PAUSE * 2**tries)
+        # Jitter: clients that failed together do not come back together.
+        return random.uniform(pause / 2, pause)  # noqa: S311 - spreads load, keeps no secret
+
+    def _retry(self, failure: Failure) -> None:
+        """Count a retry, and log the outage: when it begins, and every 10 s."""
+        self._on_retry()
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = self._told = now
+            log.warning("%r: %s; trying again", self, failure.reason)
+        elif now - self._told >= _REMINDER:
+            self._told = now
+            log.warning("%r: %s; trying again for %.0f s", self, failure.reason, now - self._failing_since)
+
+    def _succeeded(self) -> None:
+        if self._failing_since is not None:
+            log.info("%r: answers again after %.1f s", self, time.monotonic() - self._failing_since)
+            self._failing_since = None
+
+    def _proxy(self) -> str | None:
+        return proxy_of(self.url, self._options.get("client_options", {}))
+
+    def _error(self, failure: Failure, offset: int, length: int) -> SourceError:
+        if failure.timed_out:
+            return SourceTimeoutError(repr(self), offset, length, f"{failure.reason} in {self.timeout} s")
+        return SourceError(repr(self), offset, length, failure.reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = (self.url, self.timeout, self._options, self._size, self._tag)
-        return _rebuild, state
+        return _rebuild, (self.url, *self._given, self._options, self._pinned, self._witness)
 
     def __repr__(self) -> str:
         parts = urlsplit(self.url)
@@ -189,12 +267,19 @@ class ObjectSource:
         return f"ObjectSource({urlunsplit((parts.scheme, host, parts.path, '', ''))!r})"
 
 
-def _rebuild(url: str, timeout: float, options: dict[str, Any], size: int | None, tag: str | None) -> ObjectSource:
+def _rebuild(
+    url: str,
+    timeout: float | None,
+    retries: int | None,
+    options: dict[str, Any],
+    pinned: Validator | None,
+    witness: tuple[int, bytes],
+) -> ObjectSource:
     """Rebuild a source that knows its size already: the pager need not ask again."""
-    source = ObjectSource(url, timeout=timeout, **options)
-    source._size, source._tag = size, tag  # noqa: SLF001 - its own
+    source = ObjectSource(url, timeout=timeout, retries=retries, **options)
+    source._pinned, source._witness = pinned, witness  # noqa: SLF001 - its own
     return source
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _nothing() -> None:
+    """Count nothing."""

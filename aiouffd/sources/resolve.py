@@ -1,9 +1,9 @@
-"""From what a user names to a source."""
+"""Finds the source for what a user names."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from aiouffd.errors import SourceError
@@ -12,18 +12,27 @@ from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.object_store import ObjectSource
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = ["as_source"]
 
 _STORES = frozenset(("http", "https", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"))
 
 
-def as_source(thing: Any, **options: Any) -> Source:
+def as_source(
+    thing: Any, *, timeout: float | None = None, retries: int | None = None, options: Mapping[str, Any] | None = None
+) -> Source:
     """Return a source for a path, a URL, a buffer, or a source itself.
 
+    Blocks on the file system for a path; does not ask the server of a URL yet.
+
     Args:
-        thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, anything with the buffer protocol, or a
+        thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, an object with the buffer protocol, or a
             source, which is returned as it is.
-        **options: for `ObjectSource`.
+        timeout: of an `ObjectSource`.
+        retries: of an `ObjectSource`.
+        options: for the store of an `ObjectSource`.
 
     Raises:
         SourceError: it names nothing that can be read.
@@ -33,10 +42,8 @@ def as_source(thing: Any, **options: Any) -> Source:
         if scheme == "file":
             return FileSource(unquote(urlsplit(thing).path))
         if scheme not in _STORES:
-            raise SourceError(
-                thing, 0, 0, f"the scheme {scheme!r} is not known: use a path or one of {sorted(_STORES)}"
-            )
-        return ObjectSource(thing, **options)
+            raise SourceError(thing, 0, 0, f"the scheme {scheme!r} is unknown: use a path or one of {sorted(_STORES)}")
+        return ObjectSource(thing, timeout=timeout, retries=retries, **(options or {}))
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)
     if isinstance(thing, Source):

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scenario import play
-
-from examples.page_server import serving
+from web import serving
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if "```python" in path.read_text()]

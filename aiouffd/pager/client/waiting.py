@@ -8,8 +8,6 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from aiouffd.pager.process.handles import open_eventfd
-
 if TYPE_CHECKING:
     from aiouffd.native.watchdog import Watch
 
@@ -34,7 +32,7 @@ class Waiter:
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.stopped = False
-        self._event = open_eventfd()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once somebody has called `wake`."""

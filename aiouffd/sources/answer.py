@@ -1,0 +1,58 @@
+"""One answer to a request for bytes of an object, and what must stay the same between two of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+__all__ = ["Answer", "Validator"]
+
+
+class Validator(NamedTuple):
+    """What a server says about the version of an object.
+
+    Attributes:
+        size: of the object in bytes, None if the server does not say.
+        tag: its ETag.
+        modified: its Last-Modified.
+    """
+
+    size: int | None
+    tag: str | None = None
+    modified: dt.datetime | None = None
+
+    @property
+    def strong_tag(self) -> str | None:
+        """The ETag, if it promises the same bytes. A weak one promises the same meaning; If-Match never matches it."""
+        return self.tag if self.tag is not None and not self.tag.startswith("W/") else None
+
+    @property
+    def names_version(self) -> bool:
+        """Whether another version of the same size would be noticed."""
+        return self.tag is not None or self.modified is not None
+
+    def contradicts(self, other: Validator) -> bool:
+        """Tell whether two answers are of different versions, as far as both say something."""
+        if self.size is not None and other.size is not None and self.size != other.size:
+            return True
+        if self.tag is not None and other.tag is not None and self.tag != other.tag:
+            return True
+        if self.strong_tag is not None and self.strong_tag == other.strong_tag:
+            return False  # the copies of one version may have different times
+        return self.modified is not None and other.modified is not None and self.modified != other.modified
+
+
+class Answer(NamedTuple):
+    """Bytes of an object.
+
+    Attributes:
+        data: a buffer.
+        start: offset of its first byte in the object.
+        validator: of the version that they are of.
+    """
+
+    data: Any
+    start: int
+    validator: Validator

@@ -1,0 +1,154 @@
+"""Ranges of an object over HTTP by the standard library, for answers that obstore refuses though they are valid.
+
+obstore takes only a 206 with exactly the range that was asked for, its total and a Content-Length. Others are allowed:
+a shorter range, `Content-Range: bytes 0-9/*`, a chunked body. Here each request is a connection and a thread, so this
+is slower; only servers that answer so are read this way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import http.client
+import re
+import ssl
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["PlainHttp"]
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_THREADS = 16  # limit of requests under way
+_SENSITIVE = frozenset(("authorization", "cookie", "proxy-authorization"))
+
+
+class PlainHttp:
+    """One object behind an http(s) URL. `get` and `size` block.
+
+    Args:
+        url: may have a user and a password.
+        options: as for the client of obstore: `default_headers`, `root_certificate`, `allow_invalid_certificates` and
+            `proxy_url` are used.
+        timeout: seconds without a byte.
+        proxy: see `store_errors.Proxy`.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
+        parts = urlsplit(url)
+        user, at, host = parts.netloc.rpartition("@")
+        self._url = quote(urlunsplit((parts.scheme, host, parts.path, parts.query, "")), safe="%/:=&?~+!$,;'@()*[]")
+        self._headers = {name: _text(value) for name, value in options.get("default_headers", {}).items()}
+        if at:
+            self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
+        self._timeout = timeout
+        self._proxy = proxy
+        self._pool: ThreadPoolExecutor | None = None
+        context = ssl.create_default_context()  # OpenSSL reads SSL_CERT_FILE
+        if options.get("root_certificate"):
+            context.load_verify_locations(cadata=_text(options["root_certificate"]))
+        if options.get("allow_invalid_certificates"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        through = options.get("proxy_url")
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler({"http": through, "https": through} if through else None),
+            urllib.request.HTTPHandler(),
+            urllib.request.HTTPSHandler(context=context),
+            urllib.request.HTTPRedirectHandler(),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPErrorProcessor(),
+        ):
+            self._opener.add_handler(handler)
+
+    def get(self, start: int, stop: int, pinned: Validator | None) -> Answer:
+        """Return the bytes from `start` on, at most up to `stop`, at least one.
+
+        Args:
+            start: offset in the object.
+            stop: offset behind the last byte that is wanted.
+            pinned: the version that they must be of.
+
+        Raises:
+            RequestError: with the reason.
+        """
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        if pinned is not None and pinned.strong_tag is not None:
+            headers["If-Match"] = pinned.strong_tag
+        elif pinned is not None and pinned.modified is not None:
+            headers["If-Unmodified-Since"] = email.utils.format_datetime(pinned.modified, usegmt=True)
+        try:
+            with self._open("GET", headers) as response:
+                return self._answer(response, start, stop)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise RequestError(from_exception(error, self._proxy)) from error
+
+    async def get_async(self, start: int, stop: int, pinned: Validator | None) -> Answer:
+        """As `get`, in a thread. Canceling is safe; the thread ends its request."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, "aiouffd-http")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.get, start, stop, pinned)
+
+    def size(self) -> int | None:
+        """Return the size of the object by a HEAD request, None if the server does not say. Raises as `get`."""
+        try:
+            with self._open("HEAD", {}) as response:
+                length = response.headers.get("Content-Length", "")
+                return int(length) if length.isdecimal() else None
+        except Exception as error:
+            raise RequestError(from_exception(error, self._proxy)) from error
+
+    def close(self) -> None:
+        """Let the threads end. Does not wait for requests under way."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _open(self, method: str, headers: Mapping[str, str]) -> Any:
+        request = urllib.request.Request(self._url, method=method)  # noqa: S310 - the opener knows http and https only
+        for name, value in {"User-Agent": "aiouffd", "Accept-Encoding": "identity", **headers, **self._headers}.items():
+            # What proves who asks must not be sent to another host.
+            add = request.add_unredirected_header if name.lower() in _SENSITIVE else request.add_header
+            add(name, value)
+        response = self._opener.open(request, timeout=self._timeout)
+        if response is None:
+            raise RequestError(Failure("the server redirects to another scheme than http and https"))
+        return response
+
+    def _answer(self, response: http.client.HTTPResponse, start: int, stop: int) -> Answer:
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT or found is None:
+            raise RequestError(Failure(NO_RANGES))
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise RequestError(
+                Failure(f"the server answers with Content-Encoding: {encoding}, where ranges mean nothing")
+            )
+        first, last = int(found[1]), int(found[2])
+        if not first <= start <= last:
+            raise RequestError(Failure(f"the server was asked for bytes {start}-{stop - 1}, and answered {found[0]}"))
+        data = response.read(min(last + 1, stop) - first)
+        if len(data) < min(last + 1, stop) - first:
+            raise http.client.IncompleteRead(data)
+        total = None if found[3] == "*" else int(found[3])
+        modified = response.headers.get("Last-Modified")
+        validator = Validator(
+            total,
+            response.headers.get("ETag"),
+            None if modified is None else email.utils.parsedate_to_datetime(modified),
+        )
+        return Answer(memoryview(data)[start - first :], start, validator)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

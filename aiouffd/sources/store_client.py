@@ -1,0 +1,99 @@
+"""Ranges of an object through obstore."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.store_errors import COMPRESSED, Failure, Proxy, RequestError, from_obstore
+from aiouffd.sources.store_settings import client_options, obstore, require_credentials, split_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["StoreClient"]
+
+_NO_DATE = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)  # what obstore has in place of a missing Last-Modified
+
+
+class StoreClient:
+    """One object in a store. It holds connections and threads of obstore, and cannot be pickled.
+
+    Args:
+        url: of the object.
+        options: for `obstore.store.from_url`.
+        timeout: seconds for one request.
+        proxy: see `store_errors.Proxy`.
+
+    Raises:
+        ValueError: the URL or an option cannot be used, or there are no credentials.
+        SourceError: obstore is not installed.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
+        settings = dict(options)
+        root, self._key = split_url(url)
+        if urlsplit(url).scheme != "file":
+            require_credentials(url, options)
+            seconds = dt.timedelta(seconds=timeout)
+            settings["client_options"] = {"timeout": seconds, **client_options(url, options.get("client_options", {}))}
+            # Retries of obstore can neither be counted nor logged: the source has its own.
+            settings.setdefault("retry_config", {"max_retries": 0, "retry_timeout": seconds})
+        self._obstore = obstore()
+        self._proxy = proxy
+        try:
+            self._store = self._obstore.store.from_url(root, **settings)
+        except Exception as error:
+            raise ValueError(str(error).strip().partition("\n")[0]) from error
+
+    def get(self, start: int, stop: int, pinned: Validator | None) -> Answer:
+        """Return the bytes [start, stop); blocks. As `PlainHttp.get`."""
+        try:
+            result = self._obstore.get(self._store, self._key, options=_conditions(start, stop, pinned))
+            data = result.bytes()
+        except Exception as error:
+            raise self._failed(error) from error
+        return _answer(result, data)
+
+    async def get_async(self, start: int, stop: int, pinned: Validator | None) -> Answer:
+        """As `get`, without blocking. Canceling is safe."""
+        try:
+            result = await self._obstore.get_async(self._store, self._key, options=_conditions(start, stop, pinned))
+            data = await result.bytes_async()
+        except Exception as error:
+            raise self._failed(error) from error
+        return _answer(result, data)
+
+    def size(self) -> int | None:
+        """Return the size of the object by a HEAD request; blocks. Raises as `get`."""
+        try:
+            size: int = self._obstore.head(self._store, self._key)["size"]
+        except Exception as error:
+            raise self._failed(error) from error
+        return size
+
+    def close(self) -> None:
+        """Do nothing: obstore closes its connections by itself."""
+
+    def _failed(self, error: Exception) -> RequestError:
+        return RequestError(from_obstore(error, self._proxy))
+
+
+def _conditions(start: int, stop: int, pinned: Validator | None) -> dict[str, Any]:
+    """Return the options of a request: its range, and the version that it must be of."""
+    options: dict[str, Any] = {"range": (start, stop)}
+    if pinned is not None and pinned.strong_tag is not None:
+        options["if_match"] = pinned.strong_tag
+    elif pinned is not None and pinned.modified is not None:
+        options["if_unmodified_since"] = pinned.modified
+    return options
+
+
+def _answer(result: Any, data: Any) -> Answer:
+    if result.attributes.get("Content-Encoding", "identity") != "identity":
+        raise RequestError(Failure(COMPRESSED))
+    meta = result.meta
+    modified = None if meta["last_modified"] == _NO_DATE else meta["last_modified"]
+    return Answer(data, result.range[0], Validator(meta["size"], meta["e_tag"], modified))

@@ -1,0 +1,42 @@
+"""`sources.answer`: when two answers are of different versions of an object."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from aiouffd.sources.answer import Validator
+
+MONDAY, TUESDAY = (dt.datetime(2026, 11, day, tzinfo=dt.UTC) for day in (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        (Validator(5), Validator(5), False),
+        (Validator(5), Validator(6), True),
+        (Validator(5), Validator(None), False),
+        (Validator(5, '"a"'), Validator(5, '"a"'), False),
+        (Validator(5, '"a"'), Validator(5, '"b"'), True),
+        (Validator(5, '"a"'), Validator(5), False),
+        (Validator(5, 'W/"a"'), Validator(5, 'W/"b"'), True),
+        (Validator(5, 'W/"a"'), Validator(5, '"a"'), True),
+        (Validator(5, None, MONDAY), Validator(5, None, TUESDAY), True),
+        (Validator(5, None, MONDAY), Validator(5), False),
+        (Validator(5, 'W/"a"', MONDAY), Validator(5, 'W/"a"', TUESDAY), True),
+        (Validator(5, '"a"', MONDAY), Validator(5, '"a"', TUESDAY), False),  # the copies of one version
+        (Validator(5, '"a"', MONDAY), Validator(6, '"a"', MONDAY), True),
+    ],
+)
+def test_what_differs(one: Validator, other: Validator, differ: bool) -> None:
+    """Size, ETag, Last-Modified, in either order; what one of them does not say is no difference."""
+    assert one.contradicts(other) is differ
+    assert other.contradicts(one) is differ
+
+
+def test_a_weak_tag_is_no_promise() -> None:
+    """If-Match never matches it."""
+    assert Validator(5, '"a"').strong_tag == '"a"'
+    assert Validator(5, 'W/"a"').strong_tag is None
+    assert Validator(5).strong_tag is None
