@@ -44,6 +44,7 @@ from aiouffd.monitor.engines.served_by import ServedBy
 from aiouffd.monitor.monitor import Monitor
 from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
 from aiouffd.ranges import Address, Offset, Range
+from aiouffd.server.server import Server
 from aiouffd.sources.base import Source, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
@@ -93,6 +94,7 @@ __all__ = [
     "Remap",
     "Remove",
     "ServedBy",
+    "Server",
     "ShortReadError",
     "Source",
     "SourceError",

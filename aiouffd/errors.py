@@ -70,7 +70,7 @@ class NativePartError(UnsupportedError):
     """
 
     def __init__(self, why: str) -> None:
-        super().__init__("the part of aiouffd that is written in C", why)
+        super().__init__("the native part of aiouffd", why)
         self.why = why
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -338,7 +338,11 @@ _ADVICE: dict[tuple[str, int], str] = {
     ("UFFDIO_ZEROPAGE", _errno.EINVAL): "start and len must be page-aligned; hugetlb has no ZEROPAGE: copy zeros",
     ("UFFDIO_CONTINUE", _errno.EFAULT): "the page cache holds no such page: write the file's page first",
     ("UFFDIO_MOVE", _errno.EINVAL): "both ranges must be anonymous memory of this process, equally protected",
-    ("UFFDIO_API", _errno.EINVAL): "the handshake was done before, or a feature is not supported",
+    ("UFFDIO_API", _errno.EINVAL): (
+        "the handshake was done before, or the kernel does not allow these features together"
+    ),
+    ("UFFDIO_RWPROTECT", _errno.EINVAL): "start and len must be page-aligned, and the range registered for RWP",
+    ("UFFDIO_SET_MODE", _errno.EINVAL): "only Feature.RWP_ASYNC can be switched (Linux 7.3)",
 }
 
 

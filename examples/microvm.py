@@ -1,25 +1,31 @@
-"""A microVM in plain Python over /dev/kvm, whose memory comes over a socket while the guest is running.
+"""A microVM in plain Python over /dev/kvm, whose memory is served while the guest runs. x86-64 only.
 
+    python examples/microvm.py                                # makes a memory file and starts `aiouffd serve` for it
     python examples/microvm.py /run/pager.sock --memory 64
 
-It does what a VM manager does that restores a snapshot lazily: map the guest's memory, register it with a userfaultfd,
-and hand it over in Firecracker's way to the pager that listens on a Unix socket: one message with a JSON array of the
-memory's regions and the descriptor, then silence. Connection and descriptor stay open as long as the VM lives.
+It does what a VM manager does when it restores a snapshot lazily: it maps the guest's memory, registers it with a
+userfaultfd, and hands it over in Firecracker's way to the pager that listens on a Unix socket. That is one message with
+a JSON array of the regions and the descriptor. The connection and the descriptor stay open as long as the VM lives.
 
-The guest adds up the first byte of each page of its memory, writes the sum to an I/O port and halts. Its faults are
-raised inside the kernel, so the userfaultfd must not be "user mode only"; KVM_RUN and madvise wait for the pager, and
-are called through ctypes, which drops the GIL; a page that the pager has given up on (poisoned) ends in an error.
+The guest adds up the first byte of each page of its memory, writes the sum to an I/O port and halts. The kernel raises
+its faults, so the userfaultfd must not be "user mode only". KVM_RUN and madvise wait for the pager, so they are called
+through ctypes, which releases the GIL. A page that the pager has poisoned ends in an error.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import mmap
 import os
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Self
 
 import aiouffd
@@ -40,7 +46,7 @@ libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class GuestError(Exception):
-    """The guest stopped where it should not have. Its VM is destroyed: it is in the midst of an instruction."""
+    """The guest stopped where it should not have. Its VM is destroyed, since it is in the middle of an instruction."""
 
 
 def check(result: int) -> int:
@@ -54,7 +60,7 @@ def ioctl(fd: int, request: int, argument: object = 0) -> int:
 
 
 class MicroVM:
-    """A guest over memory (address, length) of this process, which stays the caller's: whoever likes may serve it."""
+    """A guest over memory (address, length) of this process. The memory stays the caller's, who has it served."""
 
     def __init__(self, memory: tuple[int, int], page_size: int = PAGE) -> None:
         self.memory, self.page_size = memory, page_size
@@ -100,7 +106,7 @@ class MicroVM:
             try:
                 ioctl(self.vcpu, KVM_RUN)
             except InterruptedError:
-                continue  # a signal, whose Python handler has its turn here
+                continue  # a signal; its Python handler runs here
             except OSError as error:
                 self.close()
                 raise GuestError(f"KVM_RUN failed: {error.strerror}") from error
@@ -130,7 +136,7 @@ class MicroVM:
 
 
 def hand_over(path: str, region: aiouffd.Region) -> tuple[socket.socket, aiouffd.Userfaultfd]:
-    """Have the pager that listens at `path` serve a region, from the start of its file. Keep both that is returned."""
+    """Have the pager at `path` serve a region from the start of its file. Keep both results while it is used."""
     uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
     uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
     mapping = {"base_host_virt_addr": region.address, "size": region.mapped_length, "offset": 0}
@@ -140,26 +146,53 @@ def hand_over(path: str, region: aiouffd.Region) -> tuple[socket.socket, aiouffd
     return connection, uffd
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Run a guest whose memory a pager serves.")
-    parser.add_argument("socket", help="where the pager listens")
-    parser.add_argument("--memory", type=int, default=64, metavar="MIB", help="the guest's memory (%(default)s)")
-    parser.add_argument("--page-size", type=int, default=PAGE, choices=(PAGE, HUGE), help="of the host's memory")
-    parser.add_argument("--balloon", type=int, default=0, metavar="MIB", help="first give back so much of its start")
-    parser.add_argument("--rounds", type=int, default=1, help="let the guest run so often (%(default)s)")
-    arguments = parser.parse_args()
-    balloon = arguments.balloon << 20
-    if arguments.memory < 1 or not 0 <= arguments.balloon <= arguments.memory or balloon % arguments.page_size:
-        parser.error("--memory is positive, --balloon at most as much and whole pages")
-    region = aiouffd.Region(arguments.memory << 20, page_size=arguments.page_size)
-    connection, uffd = hand_over(arguments.socket, region)
+@contextlib.contextmanager
+def sample_server(length: int) -> Iterator[str]:
+    """Write a file of `length` bytes and serve it with `aiouffd serve`; yield the path of the socket."""
+    with tempfile.TemporaryDirectory() as directory:
+        memory, path = Path(directory, "memory"), Path(directory, "pager.sock")
+        memory.write_bytes(b"".join(bytes([page % 251]) * PAGE for page in range(length // PAGE)))
+        command = [sys.executable, "-m", "aiouffd", "serve", str(memory), "--socket", str(path)]
+        with subprocess.Popen(command) as server:
+            try:
+                while not path.exists():
+                    if server.poll() is not None:
+                        sys.exit("microvm: `aiouffd serve` did not start")
+                    time.sleep(0.01)
+                yield str(path)
+            finally:
+                server.kill()  # its pager goes on until this process, its client, has ended
+
+
+def run(path: str, length: int, page_size: int, balloon: int, rounds: int) -> None:
+    """Run a guest with `length` bytes of memory, which the pager at `path` serves."""
+    region = aiouffd.Region(length, page_size=page_size)
+    connection, uffd = hand_over(path, region)
     with connection, uffd, MicroVM((region.address, region.mapped_length), region.page_size) as vm:
-        if balloon:  # what is given back is zeros from now on, not the file's
-            check(libc.madvise(region.address, balloon, mmap.MADV_DONTNEED))  # returns when the pager has read of it
-        for _ in range(arguments.rounds):
+        if balloon:  # memory that is given back is zeros from now on
+            check(
+                libc.madvise(region.address, balloon, mmap.MADV_DONTNEED)
+            )  # returns when the pager has read the event
+        for _ in range(rounds):
             began = time.perf_counter()
             print(f"checksum {vm.run()}, {region.mapped_length // region.page_size} pages,", end=" ")
             print(f"{time.perf_counter() - began:.4f} seconds")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run a guest whose memory a pager serves.")
+    parser.add_argument("socket", nargs="?", help="where the pager listens (default: one that this program starts)")
+    parser.add_argument("--memory", type=int, default=64, metavar="MIB", help="the guest's memory (%(default)s)")
+    parser.add_argument("--page-size", type=int, default=PAGE, choices=(PAGE, HUGE), help="of the host's memory")
+    parser.add_argument("--balloon", type=int, default=0, metavar="MIB", help="first give back this much of its start")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the guest runs (%(default)s)")
+    arguments = parser.parse_args()
+    length, balloon = arguments.memory << 20, arguments.balloon << 20
+    if arguments.memory < 1 or not 0 <= balloon <= length or balloon % arguments.page_size:
+        parser.error("--memory must be positive, and --balloon at most as large and a multiple of the page size")
+    with contextlib.ExitStack() as stack:
+        path = arguments.socket or stack.enter_context(sample_server(length))
+        run(path, length, arguments.page_size, balloon, arguments.rounds)
     return 0
 
 

@@ -17,16 +17,20 @@ import email.utils
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import urllib.parse
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import attrs
 
-__all__ = ["PageServer", "main"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["PageServer", "main", "serving"]
 
 _RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 _IDLE = 60.0  # seconds until a connection without a request is closed
@@ -181,6 +185,18 @@ def _range(value: str, size: int) -> tuple[int, int]:
     if start >= end:
         raise refused
     return start, end
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *options: str) -> Iterator[str]:
+    """Run this program as a process that serves a directory; yield the URL of the directory."""
+    command = [sys.executable, __file__, "--directory", str(directory), "--until-eof", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.kill()
 
 
 async def _run(arguments: argparse.Namespace, directory: Path) -> None:

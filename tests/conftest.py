@@ -1,4 +1,4 @@
-"""Marks the kernel tests, makes a skip of one a failure in CI, and runs async tests on each loop, watched."""
+"""What holds for all tests: loops, the watch over blocking calls and over processes, and the kernel tests' marks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from blocking import loop_factories, no_blocking
 from hypothesis import HealthCheck, settings
+from processes import adopt_orphans, command_line, default_dispositions, descendants, end_all
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,6 +21,13 @@ settings.register_profile("aiouffd", deadline=None, suppress_health_check=[Healt
 settings.load_profile("aiouffd")
 
 KERNEL = Path(__file__).parent / "kernel"
+PASSED = pytest.StashKey[bool]()
+
+
+def pytest_sessionstart() -> None:
+    """Make what tests start independent of how pytest was started, and know all of it."""
+    default_dispositions()
+    adopt_orphans()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,10 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item,
+    item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a kernel test that does not run has failed."""
+    """Remember how a test went; in CI a kernel test that does not run has failed."""
     report = yield
+    if call.when == "call":
+        item.stash[PASSED] = report.passed
     if report.skipped and os.environ.get("CI") == "true" and item.get_closest_marker("kernel") is not None:
         report.outcome = "failed"
         report.longrepr = f"skipped, which in CI is a failure: {report.longrepr}"
@@ -61,3 +71,14 @@ def _no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with no_blocking():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave no process of a test: one that failed has its processes killed, one that passed must have ended them."""
+    before = descendants(os.getpid())
+    yield
+    passed = request.node.stash.get(PASSED, False)
+    left = {pid: command_line(pid) for pid in descendants(os.getpid()) - before}
+    killed = end_all(before, patience=5.0 if passed else 0.0)
+    assert not (passed and killed), f"it has left processes: {[(pid, left.get(pid)) for pid in killed]}"

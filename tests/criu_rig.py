@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
+from processes import descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -164,20 +165,6 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> 
         time.sleep(0.002)
 
 
-def tree(pid: int) -> set[int]:
-    """Return the process and all below it."""
-    found, fresh = set(), {pid}
-    while fresh:
-        found |= fresh
-        children: set[int] = set()
-        for parent in fresh:
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{parent}/task").iterdir():
-                    children |= set(map(int, (task / "children").read_text().split()))
-        fresh = children - found
-    return found
-
-
 def tail(path: Path, lines: int = 15) -> str:
     """Return the end of a log."""
     try:
@@ -263,7 +250,7 @@ class Checkpoint:
 
     def dump(self, *arguments: str) -> None:
         """Checkpoint the subject into local images; it is gone afterwards."""
-        before = tree(self.pid)
+        before = {self.pid} | descendants(self.pid)
         self._finish(self._criu("dump", "-t", str(self.pid), *arguments), "dump", 60)
         self._mine[0].wait(10)
         # Its pids are wanted again: the tasks below it are reaped by init, in its own time.
@@ -352,7 +339,7 @@ class Checkpoint:
 
     def __exit__(self, *error: object) -> None:
         for process in reversed(self._mine):
-            family = tree(process.pid) if process.poll() is None else set()
+            family = {process.pid} | descendants(process.pid) if process.poll() is None else set()
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

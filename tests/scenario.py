@@ -17,10 +17,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from processes import ended
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aiouffd import Monitor
+
+__all__ = ["ended", "eventually", "killed_when_this_thread_waits", "next_error", "open_descriptors", "play"]
 
 TESTS = Path(__file__).parent
 
@@ -77,19 +81,6 @@ def play(
 def next_error(monitor: Monitor, seconds: float = 10.0) -> None:
     """Wait for the next error, and raise it: it is sent before the page is poisoned, but may arrive after."""
     asyncio.run(asyncio.wait_for(monitor.wait_error(), seconds))
-
-
-def ended(pid: int, seconds: float) -> bool:
-    """Wait until a process has ended (a zombie has)."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def eventually(value: Callable[[], object], expected: object, seconds: float = 10.0) -> None:

@@ -125,3 +125,15 @@ def test_a_packet_that_is_no_message(packet: bytes) -> None:
         with pytest.raises(ValueError, match=r"message|JSON|decode|Expecting"):
             control.receive(right)
         assert control.receive(right) == ({"op": "next"}, [])
+
+
+def test_the_last_message_of_a_side_that_has_not_read_all() -> None:
+    """The kernel says ECONNRESET first; what was sent before the end is read all the same."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left:
+        control.send(left, {"op": "unread"})
+        control.send(right, {"event": "died"})
+        right.close()
+        assert control.receive(left) == ({"event": "died"}, [])
+        with pytest.raises(control.Closed):
+            control.receive(left)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import odd_http
 import pytest
 from stored import DATA, SIZE, travelled
-from web import serving
 
 import aiouffd
 from aiouffd.errors import decode_error, encode_error
 from aiouffd.sources.plain_http import PlainHttp
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,15 +9,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from aiouffd.engine import plain as fast_path
-from aiouffd.engine.plain import LINE, FastPath
+from aiouffd.engine import plain
+from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.engine.plain import Way
+    from aiouffd.engine.plain import PlainSource
 
 PAGE = 4096
 START = 0x7000_0000_0000
@@ -47,7 +47,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Stand in for the kernel."""
     made = Kernel()
-    monkeypatch.setattr(fast_path, "_ioctl", made.ioctl)
+    monkeypatch.setattr(plain, "_ioctl", made.ioctl)
     return made
 
 
@@ -58,7 +58,7 @@ def fault(page: int, flags: int = 0, event: int = abi.EVENT_PAGEFAULT) -> memory
 
 def serve(path: FastPath, fd: int, message: memoryview) -> bool:
     """Serve as the dispatcher does."""
-    return path.serve(fd, LINE.unpack_from(path.lines, fd * LINE.size), message)
+    return path.serve(fd, SLOT.unpack_from(path.slots, fd * SLOT.size), message)
 
 
 def at(base: int) -> Callable[[int, int], int | None]:
@@ -70,7 +70,7 @@ def at(base: int) -> Callable[[int, int], int | None]:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["admit", "dismiss", "open", "block", "fault"]),
+            st.sampled_from(["admit", "dismiss", "open", "close", "fault"]),
             DESCRIPTORS,
             st.integers(0, 12),
             DESCRIPTORS,
@@ -81,11 +81,13 @@ def at(base: int) -> Callable[[int, int], int | None]:
 def test_only_what_is_open_is_served(steps: list[tuple[str, int, int, int]]) -> None:
     """Each step on a descriptor; a fault is served if its page is in what is open, out of that one's source."""
     kernel = Kernel()
-    ways: list[Way] = [(at(1 << (40 + number)), 10 * PAGE, PAGE, number & 2) for number in range(6)]
-    opened: dict[int, tuple[int, int] | None] = {}  # descriptor -> first page, way
+    sources: list[PlainSource] = [
+        (at(1 << (40 + number)), 10 * PAGE, PAGE, number & 2, False, None) for number in range(6)
+    ]
+    opened: dict[int, tuple[int, int] | None] = {}  # descriptor -> first page, number
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_path, "_ioctl", kernel.ioctl)
-        path = FastPath(Counters())
+        patch.setattr(plain, "_ioctl", kernel.ioctl)
+        path = FastPath(Counters(), {})
         for kind, fd, page, number in steps:
             if kind == "admit":
                 path.admit(fd, fd + 100) if fd not in opened else None
@@ -95,29 +97,29 @@ def test_only_what_is_open_is_served(steps: list[tuple[str, int, int, int]]) -> 
             elif kind == "dismiss":
                 path.dismiss(fd)
                 del opened[fd]
-                assert LINE.unpack_from(path.lines, fd * LINE.size)[0] < 0
+                assert SLOT.unpack_from(path.slots, fd * SLOT.size)[0] < 0
             elif kind == "open":  # eight pages, of which the last may be behind the end of the source
-                path.open(fd, START + page * PAGE, START + (page + 8) * PAGE, 4 * PAGE, ways[number])
+                path.open(fd, START + page * PAGE, START + (page + 8) * PAGE, 4 * PAGE, sources[number])
                 opened[fd] = (page, number)
-            elif kind == "block":
-                path.block(fd)
+            elif kind == "close":
+                path.close(fd)
                 opened[fd] = None
             else:
-                way = opened[fd]
-                expected = way is not None and 0 <= page - way[0] < 6
+                open_for = opened[fd]
+                expected = open_for is not None and 0 <= page - open_for[0] < 6
                 assert serve(path, fd, fault(page)) == expected
-                if way is not None and expected:
-                    source = (1 << (40 + way[1])) + (4 + page - way[0]) * PAGE
-                    assert kernel.asked.pop() == (fd, START + page * PAGE, source, PAGE, way[1] & 2)
+                if open_for is not None and expected:
+                    source = (1 << (40 + open_for[1])) + (4 + page - open_for[0]) * PAGE
+                    assert kernel.asked.pop() == (fd, START + page * PAGE, source, PAGE, open_for[1] & 2)
                 assert not kernel.asked
-        used = {ways[number] for _, number in filter(None, opened.values())}
-        assert {way for way in path._ways if way is not None} == used  # the others' sources are let go
+        used = {sources[number] for _, number in filter(None, opened.values())}
+        assert {source for source in path._sources if source is not None} == used  # the others' sources are let go
 
 
 def test_what_takes_more_than_a_copy_is_left(kernel: Kernel) -> None:
     """Other events and faults, what is not at hand, what the source or the kernel refuses: not done, not counted."""
     counters = Counters()
-    path = FastPath(counters)
+    path = FastPath(counters, {})
     path.admit(3, 1)
 
     def page(offset: int, _length: int) -> int | None:
@@ -125,7 +127,7 @@ def test_what_takes_more_than_a_copy_is_left(kernel: Kernel) -> None:
             raise OSError("broken")
         return None if offset == 2 * PAGE else 1 << 40
 
-    path.open(3, START, START + 8 * PAGE, 0, (page, 1 << 20, PAGE, 0))
+    path.open(3, START, START + 8 * PAGE, 0, (page, 1 << 20, PAGE, 0, False, None))
     assert not serve(path, 3, fault(0, event=abi.EVENT_REMOVE))
     assert not serve(path, 3, fault(0, flags=int(abi.FaultFlag.WP)))
     assert not serve(path, 3, fault(0, flags=int(abi.FaultFlag.MINOR)))

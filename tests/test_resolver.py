@@ -8,7 +8,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.engine.resolver import Op, Resolver, Run, merge
+from aiouffd.engine.resolver import Resolver
+from aiouffd.engine.runs import Op, Run, merge
 from aiouffd.engine.statistics import Counters
 
 PAGE = 4096

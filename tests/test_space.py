@@ -15,8 +15,10 @@ from pattern import PAGE, Pattern, Slow, content
 from aiouffd.engine.ahead.fill import complete
 from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.resolver import Op, Run
-from aiouffd.engine.serve.source import Limits, SourceBackend
+from aiouffd.engine.messages import serve_messages
+from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
@@ -121,7 +123,7 @@ class World:
         """Read and serve; tell whether there was anything."""
         data = self.uffd.read_raw(limit)
         if data:
-            self.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+            serve_messages(self.space, memoryview(bytearray(data)), len(data), lambda *_: None)
         return bool(data)
 
     def serve_all(self) -> None:
@@ -210,7 +212,7 @@ def test_whatever_was_answered_before_the_process_ends(
     if len(world.uffd.failures) < 1000:  # any was asked for
         assert told == [world.space]
         assert not world.space.deferred
-        assert not world.space.later
+        assert not world.space.remainders
         assert not world.space.flights
 
 
@@ -233,7 +235,7 @@ def survives(messages: list[bytes]) -> None:
     world = World(0, located=True)
     data = b"".join(message for message in messages if message[0] != 0x13)  # a descriptor that is none of ours
     if data:
-        world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+        serve_messages(world.space, memoryview(bytearray(data)), len(data), lambda *_: None)
     world.uffd.close()
     fresh = World(0, located=True)
     fresh.touch(3, 1)
@@ -287,7 +289,7 @@ def test_a_dead_process_is_forgotten() -> None:
         world.touch(page, page)
     data = world.uffd.read_raw()
     world.uffd.exit()
-    world.space.messages(memoryview(bytearray(data)), len(data), lambda *_: None)
+    serve_messages(world.space, memoryview(bytearray(data)), len(data), lambda *_: None)
     assert told == [world.space]
     assert not world.space.deferred
 
@@ -311,7 +313,7 @@ def test_a_poison_that_is_refused_is_told_once_and_tried_again() -> None:
 
 def test_a_layout_that_never_becomes_stable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """EAGAIN for ever (kernels before mid-2026): an error at intervals, tried on, never dropped in silence."""
-    monkeypatch.setattr("aiouffd.engine.space._STUCK_NS", 0)
+    monkeypatch.setattr("aiouffd.engine.deferred._REPORTED_AFTER_NS", 0)
     world = World(0, located=True)
     world.touch(1, 1)
     world.uffd.failures.extend([-errno.EAGAIN] * 10)
@@ -328,7 +330,7 @@ def test_a_layout_that_never_becomes_stable_is_reported(monkeypatch: pytest.Monk
 
 def test_a_shortage_of_memory_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOMEM: tried again, told after a while; when it passes the page is there."""
-    monkeypatch.setattr("aiouffd.engine.space._STUCK_NS", 0)
+    monkeypatch.setattr("aiouffd.engine.deferred._REPORTED_AFTER_NS", 0)
     world = World(0, located=True)
     world.touch(1, 1)
     world.uffd.failures.extend([-errno.ENOMEM] * 10)
@@ -530,27 +532,6 @@ async def test_nobody_is_rescued_from_where_he_is_no_longer() -> None:
         await asyncio.sleep(0)
         world.serve_all()
     assert world.uffd.pages[BASE] == content(8 * PAGE, PAGE)
-
-
-def test_pieces_are_of_whole_pages() -> None:
-    """Also where a page is larger than the largest piece: 16 MiB and 1 GiB are sizes of huge pages."""
-    world = World(0, located=True)
-    size = 16 << 20
-    space = world.space
-    space.page_size, space._hurry = size, size
-    resolved: list[Run] = []
-
-    def resolve(run: Run, *, wake: bool) -> bool:
-        resolved.append(run)
-        return wake
-
-    space._resolve = resolve  # type: ignore[method-assign]
-    space.resolve_later([Run(Op.COPY, BASE, 0, 16 * size, 0)])
-    for page in range(0, 16, 2):
-        space._hasten(BASE + page * size, 0)
-    while space.advance():
-        pass
-    assert all(run.dst % size == run.left % size == 0 for run in resolved)
 
 
 class Brittle(Pattern):

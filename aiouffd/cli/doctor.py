@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import mmap
 import os
 import platform
 from pathlib import Path
+from typing import Final
 
 import attrs
 import click
 
 from aiouffd import native
-from aiouffd.errors import NativePartError, UffdError
-from aiouffd.kernel.abi import FEATURE_SINCE, Feature
-from aiouffd.kernel.userfaultfd import NO_FEATURES, Capabilities, Userfaultfd, probe
+from aiouffd.errors import AccessError, NativePartError, UffdError
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import NO_FEATURES, REMEDY, Capabilities, Userfaultfd, probe
 
 __all__ = ["Report", "command", "examine"]
+
+
+_NEEDED: Final = abi.LAYOUT_EVENTS | Feature.THREAD_ID | Feature.SIGBUS
+"""What a Monitor with its defaults needs of the kernel."""
 
 
 @attrs.frozen
@@ -22,18 +30,23 @@ class Report:
     """The findings.
 
     Attributes:
-        capabilities: None where no descriptor can be opened at all.
-        refusals: way of opening -> why it is refused; empty text where it is allowed.
-        ok: whether the main job, a Monitor with its defaults, can run.
+        capabilities: None if no descriptor can be opened at all.
+        refusals: way of opening -> why it is refused; an empty text if it is allowed.
+        monitors: how a Monitor is made -> why it cannot run; an empty text if it can.
         facts: further lines: name -> finding.
         advice: what to change, a sentence each.
     """
 
     capabilities: Capabilities | None
     refusals: dict[str, str]
-    ok: bool
+    monitors: dict[str, str]
     facts: dict[str, str]
     advice: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a Monitor with its defaults can run."""
+        return not next(iter(self.monitors.values()))
 
     def lines(self) -> list[str]:
         """Return the report as text."""
@@ -42,16 +55,72 @@ class Report:
         if self.capabilities is not None:
             lines += ["", f"  {'feature':<20} {'Linux':<10} here"]
             known = 0
-            for feature, since in FEATURE_SINCE.items():
-                known |= feature
+            for feature, since in abi.FEATURE_SINCE.items():
+                known |= int(feature)  # on ints: Flag's own ~ forgets unknown bits
                 here = "yes" if self.capabilities.features & feature else "no"
                 lines.append(f"  {feature.name:<20} {since:<10} {here}")
             if unknown := int(self.capabilities.features) & ~known:
                 lines.append(f"  {f'unknown {unknown:#x}':<31} yes")
         lines += ["", *(f"  {name:<20} {value}" for name, value in self.facts.items()), ""]
-        lines += [f"! {sentence}" for sentence in self.advice]
-        lines.append("The main job can run." if self.ok else "The main job cannot run.")
-        return lines
+        lines += [f"  {name:<30} {reason or 'can run'}" for name, reason in self.monitors.items()]
+        return [*lines, *(f"! {sentence}" for sentence in self.advice)]
+
+
+def examine() -> Report:
+    """Examine this machine, as this user. Opens and closes a few descriptors; changes nothing."""
+    refusals = {way: _try(way) for way in ("syscall", "device", "user-mode-only")}
+    advice: list[str] = []
+    capabilities: Capabilities | None = None
+    try:
+        capabilities = probe()
+    except UffdError as error:
+        advice.append(str(error))
+    except OSError as error:
+        advice.append(f"opening a userfaultfd: {error.strerror}")
+    full = not refusals["syscall"] or not refusals["device"]
+    if capabilities is not None and not full:
+        advice.append(REMEDY)
+    if capabilities is not None and not capabilities.features & Feature.POISON:
+        advice.append("This kernel has no POISON (Linux 6.6): a thread that touches a page that cannot be had waits")
+    if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
+        advice.append('Monitor(fork="serve") needs CAP_SYS_PTRACE')
+    if native.reason():
+        advice.append(f"Monitor(engine=InThread()) needs the native part: {NativePartError(native.reason())}")
+    return Report(capabilities, refusals, _monitors(capabilities, full=full), _facts(), tuple(advice))
+
+
+def _monitors(capabilities: Capabilities | None, *, full: bool) -> dict[str, str]:
+    """Return why each kind of Monitor cannot run; an empty text if it can."""
+    if capabilities is None:
+        lacks = "cannot run: no userfaultfd can be opened"
+    elif missing := Feature(int(_NEEDED) & ~int(capabilities.features)):
+        lacks = f"cannot run: this kernel lacks {missing!r}"
+    else:
+        lacks = ""
+    refused = "" if full else "cannot run: not permitted"
+    no_native = "cannot run: there is no native part" if native.reason() else ""
+    user_mode = "cannot run: not permitted, or before Linux 5.11" if _try("user-mode-only") else ""
+    return {
+        "Monitor(), with its defaults": lacks or refused,
+        "Monitor(engine=InThread())": lacks or no_native,
+        "Monitor(user_mode_only=True)": lacks or user_mode,
+    }
+
+
+def _facts() -> dict[str, str]:
+    free = _read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    uvloop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio's (uvloop is not installed)"
+    return {
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}, pages of {mmap.PAGESIZE} bytes",
+        "user": f"uid {os.geteuid()}",
+        "sysctl": f"vm.unprivileged_userfaultfd = {_read('/proc/sys/vm/unprivileged_userfaultfd')}",
+        "huge pages": f"{_read('/proc/sys/vm/nr_hugepages')} of the default size, {free} of 2 MiB free",
+        "max_map_count": _read("/proc/sys/vm/max_map_count"),
+        "KVM": "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not usable (/dev/kvm)",
+        "native part": f"missing: {native.reason()}" if native.reason() else "present",
+        "event loop": uvloop,
+        "halt polling": f"guest_halt_poll_ns = {_read('/sys/module/haltpoll/parameters/guest_halt_poll_ns')}",
+    }
 
 
 def _read(path: str) -> str:
@@ -62,62 +131,22 @@ def _read(path: str) -> str:
 
 
 def _try(way: str, features: Feature = NO_FEATURES) -> str:
+    """Open a descriptor in one way; return why that is refused, without advice, or an empty text."""
     try:
         if way == "user-mode-only":
             Userfaultfd(features, user_mode_only=True).close()
         else:
             Userfaultfd(features, opened_by=way).close()
-    except UffdError as error:
-        return str(error)
-    except OSError as error:
-        return f"no: {error.strerror}"
+    except AccessError:
+        return "no: not permitted"
+    except (UffdError, OSError) as error:
+        return f"no: {error}"
     return ""
-
-
-def examine() -> Report:
-    """Look at this machine, as this user. Opens and closes a few descriptors; changes nothing."""
-    refusals = {way: _try(way) for way in ("syscall", "device", "user-mode-only")}
-    advice: list[str] = []
-    try:
-        capabilities = probe()
-    except UffdError as error:
-        capabilities = None
-        advice.append(str(error))
-    full = not refusals["syscall"] or not refusals["device"]
-    if capabilities is not None:
-        wanted = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.THREAD_ID | Feature.SIGBUS
-        if missing := Feature(int(wanted) & ~int(capabilities.features)):
-            advice.append(f"this kernel lacks {missing!r}, which a Monitor needs")
-            full = False
-        if not capabilities.features & Feature.POISON:
-            advice.append("no POISON (Linux 6.6): a page that cannot be had leaves its toucher waiting")
-    if capabilities is not None and refusals["syscall"] and refusals["device"]:
-        advice.append(
-            "only user mode: system calls on missing pages fail with EFAULT."
-            " Set `sysctl vm.unprivileged_userfaultfd=1`, open /dev/userfaultfd to this user, or grant CAP_SYS_PTRACE;"
-            " then a Monitor runs with its defaults"
-        )
-    if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
-        advice.append('fork="serve" needs CAP_SYS_PTRACE')
-    if native.reason():
-        advice.append(f"no Monitor(engine=InThread()): {NativePartError(native.reason())}")
-    free = _read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-    facts = {
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "user": f"uid {os.geteuid()}",
-        "sysctl": f"vm.unprivileged_userfaultfd = {_read('/proc/sys/vm/unprivileged_userfaultfd')}",
-        "huge pages": f"{_read('/proc/sys/vm/nr_hugepages')} of the default size, {free} of 2 MiB free",
-        "max_map_count": _read("/proc/sys/vm/max_map_count"),
-        "KVM": "usable" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "not usable (/dev/kvm)",
-        "part in C": f"not here: {native.reason()}" if native.reason() else "here: engine=InThread() can be used",
-        "halt polling": f"guest_halt_poll_ns = {_read('/sys/module/haltpoll/parameters/guest_halt_poll_ns')}",
-    }
-    return Report(capabilities, refusals, full, facts, tuple(advice))
 
 
 @click.command("doctor")
 def command() -> int:
-    """Tell what this kernel and this user can do, and what to change if that is too little."""
+    """Report what this kernel and this user can do, and what to change if that is too little."""
     report = examine()
     for line in report.lines():
         click.echo(line)

@@ -8,13 +8,13 @@ import logging
 from typing import TYPE_CHECKING
 
 import click
-import uvloop
 from rich.console import Console
 
 from aiouffd.cli import daemon, parameters
 from aiouffd.criu.lazy_pages import LazyPages
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
 from aiouffd.engine.assembly import Options
+from aiouffd.engine.loops import new_event_loop
 
 if TYPE_CHECKING:
     import signal
@@ -73,7 +73,7 @@ def command(
         )
         return await _serve(service, console)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main())
 
 

@@ -11,10 +11,10 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import click
-import uvloop
 from rich.console import Console
 
 from aiouffd.cli import daemon, parameters
+from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Metrics, expose
 from aiouffd.server.server import Server
@@ -103,6 +103,14 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a 
     "--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus at this address, /metrics."
 )
 @click.option(
+    "--on-reject",
+    type=click.Choice(["poison", "kill", "hold"]),
+    default="poison",
+    show_default=True,
+    help="What becomes of a microVM that is turned away, whose threads would wait for ever: make its memory SIGBUS"
+    " (Linux 6.6), kill it, or let it wait.",
+)
+@click.option(
     "--on-term",
     type=click.Choice(["keep", "fill"]),
     default="keep",
@@ -150,7 +158,7 @@ def command(
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
-    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
         if metrics is not None:
             try:
                 web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)

@@ -8,7 +8,8 @@ import attrs
 
 from aiouffd.engine.readahead import Readahead
 from aiouffd.engine.serve.handler import Handler, HandlerBackend
-from aiouffd.engine.serve.source import Limits, SourceBackend
+from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:

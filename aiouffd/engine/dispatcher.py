@@ -23,7 +23,8 @@ from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
-from aiouffd.engine.plain import LINE, FastPath
+from aiouffd.engine.messages import serve_messages
+from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import operation_error
 from aiouffd.kernel import abi
@@ -45,15 +46,15 @@ _BURST_NS = 500_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_PASSING_PAUSE = 0.05
-_SAID_AGAIN_NS = 5_000_000_000
-_VAIN = 3  # looks in vain before they are made rarer
-_STUBBORN = 8  # so often O_NONBLOCK is set again
-_LINE = LINE.size
-_line = LINE.unpack_from
-_READY = 32  # descriptors in one look: what there is to allocate counts
-_ONE = abi.MESSAGE_SIZE
+_PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_PASSING_ERROR_PAUSE = 0.05
+_LOGGED_AGAIN_NS = 5_000_000_000
+_VAIN_LOOKS_UNTIL_RARER = 3
+_MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descriptor is dropped
+_SLOT_SIZE = SLOT.size
+_slot = SLOT.unpack_from
+_MAX_READY = 32  # descriptors in one look: epoll allocates room for so many
+_ONE_MESSAGE = abi.MESSAGE_SIZE
 MESSAGES = 64
 
 
@@ -115,7 +116,7 @@ class Dispatcher:
         self._last_ns = 0
         self._vain = 0
         self._skip = 0
-        self._said_ns = -_SAID_AGAIN_NS
+        self._logged_ns = -_LOGGED_AGAIN_NS
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _RETRY
@@ -123,7 +124,7 @@ class Dispatcher:
         self._flags = os.RWF_NOWAIT
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._only: tuple[tuple[int, int]] | None = None  # in place of epoll's list, if there is but one descriptor
-        self._fast_path = FastPath(counters)
+        self._fast_path = FastPath(counters, self.spaces)
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
         loop.add_reader(self._epoll.fileno(), self._ready)
         self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
@@ -148,7 +149,7 @@ class Dispatcher:
             space.backend.opened(space)
         self._count()
         space.on_deferred = self._deferred
-        space.on_later = self._behind.append
+        space.on_remainders = self._behind.append
         self._epoll.register(fd, select.EPOLLIN)
 
     def drop(self, space: Space) -> None:
@@ -210,7 +211,7 @@ class Dispatcher:
                 if now >= deadline:
                     if looking and deadline > self._last_ns:
                         self._vain += 1
-                        self._skip = min(1 << self._vain, 64) if self._vain >= _VAIN else 0
+                        self._skip = min(1 << self._vain, 64) if self._vain >= _VAIN_LOOKS_UNTIL_RARER else 0
                     return
             if now >= turn:
                 # A handle, not a task: other callbacks run, the descriptors are looked at again right after.
@@ -237,11 +238,11 @@ class Dispatcher:
         """Read once from whoever has something; tell whether anybody had."""
         came = False
         landing, fast_path = self._landing, self._fast_path
-        for fd, events in self._only or self._epoll.poll(0, _READY):
-            line = _line(fast_path.lines, fd * _LINE)
-            if line[0] < 0:
+        for fd, events in self._only or self._epoll.poll(0, _MAX_READY):
+            slot = _slot(fast_path.slots, fd * _SLOT_SIZE)
+            if slot[0] < 0:
                 continue  # dropped just now
-            landing.reading(line[0])
+            landing.reading(slot[0])
             buffers = landing.buffers
             try:
                 length = _preadv(fd, buffers, -1, self._flags)
@@ -252,9 +253,9 @@ class Dispatcher:
                 continue
             if length:
                 came = True
-                if length == _ONE and fast_path.serve(fd, line, buffers[0]):
+                if length == _ONE_MESSAGE and fast_path.serve(fd, slot, buffers[0]):
                     continue
-                self.spaces[fd].messages(buffers[0], length, landing.commit)
+                serve_messages(self.spaces[fd], buffers[0], length, landing.commit)
             self._afterwards(fd, events)
         return came
 
@@ -269,15 +270,15 @@ class Dispatcher:
         if error.errno == errno.EOPNOTSUPP and self._flags:
             self._flags = 0
             return True  # nothing was read: look again
-        if error.errno in _PASSING:
+        if error.errno in _PASSING_ERRORS:
             # The kernel keeps what could not be read, for instance a fork whose descriptor finds no room.
             now = perf_counter_ns()
-            if now - self._said_ns > _SAID_AGAIN_NS:
-                self._said_ns = now
+            if now - self._logged_ns > _LOGGED_AGAIN_NS:
+                self._logged_ns = now
                 log.error("events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", error.strerror)
             with contextlib.suppress(FileNotFoundError):  # it was looked at without being listened to
                 self._epoll.unregister(space.uffd.fileno())
-            self._loop.call_later(_PASSING_PAUSE, self._listen_again, space)
+            self._loop.call_later(_PASSING_ERROR_PAUSE, self._listen_again, space)
         elif error.errno != errno.EINTR:
             log.error("%r cannot be read and is dropped: %s", space, error)
             space.report(operation_error("read", 0, 0, error.errno or 0))
@@ -291,7 +292,7 @@ class Dispatcher:
             return
         os.set_blocking(fd, False)
         self._blocking[fd] = times = self._blocking.get(fd, 0) + 1
-        if times == _STUBBORN:
+        if times == _MAX_NONBLOCK_RESETS:
             log.error("%r is dropped: O_NONBLOCK was taken from it %d times", space, times)
             self.drop(space)
 

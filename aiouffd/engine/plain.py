@@ -1,134 +1,260 @@
-"""Faults that need nothing but a COPY of what is at hand, in a mapping that is known.
+"""Plain faults: a page is missing in a mapping that is known, its bytes are in memory, and one COPY places them.
+
+This is the one place where plain faults are served in Python: alone (`FastPath.serve`) or several of one wake-up
+(`serve_together`), with readahead on or off. Whatever is not plain after all is left to the backend of the space.
 
 A space is some thirty objects. Where one loop serves a thousand of them, they have left the processor's caches by the
-time that the next fault comes, and to bring them back costs 10 us, more than all the rest that is done here. So what
-such a fault needs lies packed in one place: a line of memory for each descriptor, and a `Way` that spaces share.
+time that the next fault comes, and to bring them back costs 10 us, more than all the rest that is done here. So what a
+plain fault without readahead needs lies packed in one place: a slot of memory for each descriptor, and a `PlainSource`
+that spaces share.
 """
 
 from __future__ import annotations
 
 import fcntl
 import struct
+import sys
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from aiouffd.engine.remainders import FIRST_PIECE
+from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["LINE", "FastPath", "Way"]
+__all__ = ["SLOT", "FastPath", "PlainSource", "serve_together"]
 
 _ioctl = fcntl.ioctl
 _COPY = abi.UFFDIO_COPY
 _pack_copy = abi.COPY_STRUCT.pack_into
 _MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
-LINE = struct.Struct("=2i3q")
+SLOT = struct.Struct("=2i3q")
 _NOBODY = -1
-_FAULTS, _PAGES_FAULT, _COPIES = int(Counter.FAULTS), int(Counter.PAGES_FAULT), int(Counter.COPIES)
-_BYTES_FETCHED, _LATENCY = int(Counter.BYTES_FETCHED), int(Counter.LATENCY)
+_FAULTS, _COPIES, _LATENCY = int(Counter.FAULTS), int(Counter.COPIES), int(Counter.LATENCY)
+_PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
+_BYTES_FETCHED = int(Counter.BYTES_FETCHED)
+_BLOCK = FIRST_PIECE  # what is looked at for zeros at once: larger than any window that is placed here
 
 
-Way: TypeAlias = "tuple[Callable[[int, int], int | None], int, int, int]"
+PlainSource: TypeAlias = (
+    "tuple[Callable[[int, int], int | None], int, int, int, bool, Callable[[int, int, int], list[int]] | None]"
+)
 """How the pages of a source come into some spaces: a plain tuple, which is unpacked soonest, of
 
-- where (offset, length) of the source lies, until the next call; None: not at hand;
+- where (offset, length) of the source lies, until the next call; None: it must be waited for;
 - bytes of the source;
 - bytes of a page;
-- bits of UFFDIO_COPY.
+- bits of UFFDIO_COPY;
+- whether neighbours come along (readahead);
+- which blocks of (offset, length, block size) are zeros, where these are mapped and not copied; or None.
 """
+
+
+class _Space(Protocol):
+    """What is needed of a space."""
+
+    readahead: Readahead
+    mappings: Mappings
+    uffd: Any
+
+    @property
+    def is_bringing(self) -> bool: ...
+    def wake(self, ranges: list[tuple[int, int]], *, each: bool) -> None: ...
+
+
+def _window(readahead: Readahead, source: PlainSource, offset: int, low: int, high: int) -> tuple[int, int] | None:
+    """Return (start, length) of what to bring for a fault; None where that takes more than one small COPY."""
+    _, size, page_size, _, _, blank = source
+    window = readahead.neighbours(offset, low, min(high, size & -page_size))
+    if window is not None and blank is not None and blank(*window, _BLOCK):
+        readahead.not_placed(offset, window)
+        return None
+    return window
 
 
 class FastPath:
     """What is known of each descriptor, and the faults that this is enough for.
 
+    Args:
+        counters: where to count.
+        spaces: by descriptor.
+
     Attributes:
-        lines: of each descriptor, `LINE`: whose it is (below 0: nobody's), the number of its way (0: none is open), and
-            the start, end and offset of the mapping that it is open for.
+        slots: of each descriptor, `SLOT`: whose it is (below 0: nobody's), the number of its plain source (0: the fast
+            path is closed), and the start, end and offset of the mapping that it is open for.
     """
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, spaces: Mapping[int, _Space]) -> None:
         self._words = counters.words
-        self.lines = bytearray()
-        self._ways: list[Way | None] = [None]
+        self._spaces = spaces
+        self.slots = bytearray()
+        self._sources: list[PlainSource | None] = [None]
         self._argument = bytearray(abi.COPY_STRUCT.size)
-        self._users = [0]  # of each way, how many descriptors
+        self._users = [0]  # of each source, how many descriptors
 
     def admit(self, fd: int, identity: int) -> None:
         """Make room for a descriptor."""
-        missing = max(0, fd + 1 - len(self.lines) // LINE.size)
-        self.lines += LINE.pack(_NOBODY, 0, 0, 0, 0) * missing
-        LINE.pack_into(self.lines, fd * LINE.size, identity, 0, 0, 0, 0)
+        missing = max(0, fd + 1 - len(self.slots) // SLOT.size)
+        self.slots += SLOT.pack(_NOBODY, 0, 0, 0, 0) * missing
+        SLOT.pack_into(self.slots, fd * SLOT.size, identity, 0, 0, 0, 0)
 
     def dismiss(self, fd: int) -> None:
         """Forget a descriptor, before it is closed."""
-        self.block(fd)
-        LINE.pack_into(self.lines, fd * LINE.size, _NOBODY, 0, 0, 0, 0)
+        self.close(fd)
+        SLOT.pack_into(self.slots, fd * SLOT.size, _NOBODY, 0, 0, 0, 0)
 
-    def open(self, fd: int, start: int, end: int, offset: int, way: Way) -> None:
-        """Serve the mapping [start, end), which shows the source from `offset` on, on this way from now on."""
-        self.block(fd)
-        number = self._number(way)
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+        """From now on, serve the mapping [start, end), which shows the source from `offset` on, here."""
+        self.close(fd)
+        number = self._number(source)
         self._users[number] += 1
-        LINE.pack_into(self.lines, fd * LINE.size, self._line(fd)[0], number, start, end, offset)
+        SLOT.pack_into(self.slots, fd * SLOT.size, self._slot(fd)[0], number, start, end, offset)
 
-    def block(self, fd: int) -> None:
-        """Serve it on this way no longer: its layout has changed, or it is about to be left."""
-        identity, number, *_ = self._line(fd)
+    def close(self, fd: int) -> None:
+        """From now on, serve nothing of it here: its layout has changed, or it is about to be left."""
+        identity, number, *_ = self._slot(fd)
         if number:
-            LINE.pack_into(self.lines, fd * LINE.size, identity, 0, 0, 0, 0)
+            SLOT.pack_into(self.slots, fd * SLOT.size, identity, 0, 0, 0, 0)
             self._users[number] -= 1
             if not self._users[number]:
-                self._ways[number] = None  # with its source
+                self._sources[number] = None  # nothing keeps it any more
 
-    def _number(self, way: Way) -> int:
-        if way in self._ways:
-            return self._ways.index(way)
-        if None not in self._ways[1:]:
-            self._ways.append(None)
+    def _number(self, source: PlainSource) -> int:
+        if source in self._sources:
+            return self._sources.index(source)
+        if None not in self._sources[1:]:
+            self._sources.append(None)
             self._users.append(0)
-        number = self._ways.index(None, 1)
-        self._ways[number] = way
+        number = self._sources.index(None, 1)
+        self._sources[number] = source
         return number
 
-    def _line(self, fd: int) -> tuple[int, ...]:
-        return LINE.unpack_from(self.lines, fd * LINE.size)
+    def _slot(self, fd: int) -> tuple[int, ...]:
+        return SLOT.unpack_from(self.slots, fd * SLOT.size)
 
-    def serve(self, fd: int, line: tuple[int, int, int, int, int], message: memoryview) -> bool:
-        """Resolve the fault that `message` is, if a COPY is all that it takes; tell whether it is done."""
-        _, number, start, end, first = line
-        way = self._ways[number]
-        if way is None or message[0] != abi.EVENT_PAGEFAULT:
+    def serve(  # noqa: PLR0911 - one function on purpose: a call more is a tenth of a fault
+        self, fd: int, slot: tuple[int, int, int, int, int], message: memoryview
+    ) -> bool:
+        """Resolve the fault that `message` is, if it is plain; tell whether it is done."""
+        _, number, start, end, first = slot
+        source = self._sources[number]
+        if source is None or message[0] != abi.EVENT_PAGEFAULT:
             return False
         began = perf_counter_ns()
-        locate, size, page_size, mode = way
+        locate, size, page_size, mode, readahead, _ = source
         _, flags, address, _ = _MESSAGE(message)
         page = address & -page_size
         offset = first + page - start
         if flags & 6 or not start <= page < end or offset + page_size > size:
             return False
+        low, length, along = offset, page_size, 0
         try:
-            source = locate(offset, page_size)
-        except Exception:  # noqa: BLE001 - a defect of the source, which is told where it happens again
-            return False
-        if source is None:
+            if readahead:
+                space = self._spaces[fd]
+                if space.is_bringing:
+                    return False
+                window = _window(space.readahead, source, offset, first, first + end - start)
+                if window is None:
+                    return False
+                low, length = window
+                along = length // page_size - 1
+            where = locate(low, length)
+        except Exception:  # noqa: BLE001 - a defect of the source, which is reported where it happens again
+            if readahead:
+                self._spaces[fd].readahead.forget(0, sys.maxsize)
             return False
         words = self._words
-        words[_FAULTS] += 1
-        # Counted first: whoever has the page may kill this process before it goes on, and that is no vain life.
-        words[_PAGES_FAULT] += 1
-        argument = self._argument
-        _pack_copy(argument, 0, page, source, page_size, mode, 0)
-        try:
-            _ioctl(fd, _COPY, argument)
-        except OSError:
-            words[_FAULTS] -= 1
+        if where is not None:
+            words[_FAULTS] += 1
+            # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
+            words[_PAGES_FAULT] += 1
+            if along:
+                words[_PAGES_READAHEAD] += along
+            argument = self._argument
+            _pack_copy(argument, 0, page + low - offset, where, length, mode, 0)
+            try:
+                _ioctl(fd, _COPY, argument)
+            except OSError:
+                words[_FAULTS] -= 1
+                words[_PAGES_FAULT] -= 1
+                words[_PAGES_READAHEAD] -= along
+            else:
+                words[_COPIES] += 1
+                words[_BYTES_FETCHED] += length
+                words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
+                return True
+        if readahead:
+            self._spaces[fd].readahead.not_placed(offset, (low, length))
+        return False
+
+
+def serve_together(
+    space: _Space, source: PlainSource, counters: Counters, faults: list[tuple[int, int, int]], began_ns: int
+) -> list[tuple[int, int, int]]:
+    """Resolve what is plain of the faults of one wake-up, with no run or flight; return the others.
+
+    Several are copied without waking anybody, and then share one WAKE. Faults are (page address, flags, thread id), in
+    order of address, read at `began_ns`. If the source has readahead, the space must not bring anything already.
+    """
+    locate, size, page_size, mode, readahead, _ = source
+    last, find, copy, words = faults[-1][0], space.mappings.locate, space.uffd.try_copy, counters.words
+    left: list[tuple[int, int, int]] = []
+    asleep: list[tuple[int, int]] = []  # start and end of each window whose touchers are asleep still
+    start = stop = first = covered = copied = copies = 0
+    placed = False
+    for fault in faults:
+        page = fault[0]
+        if page < covered:  # in the window of the one before
+            if placed:
+                words[_PAGES_FAULT] += 1
+                words[_PAGES_READAHEAD] -= 1
+            else:
+                left.append(fault)
+            continue
+        if not start <= page < stop:
+            start, stop, first = find(page)
+        offset = first + page - start
+        window: tuple[int, int] | None = (offset, page_size)
+        if readahead and first >= 0 and offset + page_size <= size:
+            window = _window(space.readahead, source, offset, first, first + stop - start)
+        if window is None or first < 0 or offset + page_size > size:
+            left.append(fault)
+            continue
+        low, length = window
+        at, along, placed = page + low - offset, length // page_size - 1, False
+        covered = at + length
+        where = locate(low, length)
+        if where is not None:
+            words[_PAGES_FAULT] += 1  # counted first, as above
+            words[_PAGES_READAHEAD] += along
+            alone = last < covered and not asleep  # no other thread waits: the COPY itself wakes
+            placed = copy(at, where, length, mode if alone else mode | DONTWAKE) == length
+            if placed:
+                if not alone:
+                    asleep.append((at, covered))
+                copies += 1
+                copied += length
+                continue
             words[_PAGES_FAULT] -= 1
-            return False
-        words[_COPIES] += 1
-        words[_BYTES_FETCHED] += page_size
-        words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
-        return True
+            words[_PAGES_READAHEAD] -= along
+        if readahead:
+            space.readahead.not_placed(offset, window)
+        left.append(fault)
+    if copies:
+        _count_copies(words, copies, copied, len(faults) - len(left), began_ns)
+    if asleep:
+        space.wake(asleep, each=bool(left))  # the threads of those that are left would fault anew for nothing
+    return left
+
+
+def _count_copies(words: memoryview, copies: int, copied: int, faults: int, began_ns: int) -> None:
+    words[_COPIES] += copies
+    words[_BYTES_FETCHED] += copied
+    words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += faults

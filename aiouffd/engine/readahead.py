@@ -5,26 +5,32 @@ move in order are recognised by where they fault next: just behind what was brou
 upwards or downwards: a large memcpy goes down), or as far from the last fault as that was from the one before
 (strided). Each recognised stream doubles its window up to the limit, as the kernel's own readahead does; faults that
 belong to no stream shrink the neighbourhood down to the page itself.
+
+Most faults on a busy host belong to no stream, and a decision must not cost more than the system call that follows
+it. So such faults are looked up by their block and by order (`_Strangers`), and only proven streams one by one.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import TypeAlias
 
-from aiouffd.ranges import RangeSet
+from aiouffd.engine.present import PresentPages
 
-__all__ = ["Readahead"]
+__all__ = ["Readahead", "Window"]
 
 Window: TypeAlias = tuple[int, int]
 """Where it starts, and its length."""
 
-_STREAMS = 16
-_PIECES = 64  # a strided stream is given at most so many separate pages at once
-_STRANGERS = 4  # faults in a row without a stream, before the neighbourhood is halved
+_MAX_STREAMS = 16
+_STREAM_AGE = 128  # faults in which a stream was not seen, before it is forgotten
+_MAX_STRANGERS = 16
+_MAX_STRIDED_PAGES = 64  # a strided stream is given at most so many separate pages at once
+_STRANGERS_UNTIL_HALVED = 4  # faults in a row without a stream, before the neighbourhood is halved
 
 
 class _Stream:
-    """One toucher's way: where it faulted last, where it is expected, how much it gets.
+    """One toucher: where it faulted last, where it is expected, how much it gets.
 
     Attributes:
         last: the offset of the last fault.
@@ -34,18 +40,91 @@ class _Stream:
         window: bytes that it gets.
         step: the distance from the fault before.
         stride: the same, once two steps in a row were equal; else 0.
+        seen: the number of the last fault that belonged to it.
     """
 
-    __slots__ = ("below", "direction", "expected", "last", "step", "stride", "window")
+    __slots__ = ("below", "direction", "expected", "last", "seen", "step", "stride", "window")
 
-    def __init__(self, last: int, page: int, step: int) -> None:
+    def __init__(self, last: int, step: int, window: Window, page: int) -> None:
+        start, length = window
         self.last = last
-        self.expected = last + page
-        self.below = last - page
+        self.expected = start + length
+        self.below = start - page
         self.direction = 0
-        self.window = page
+        self.window = length
         self.step = step
         self.stride = 0
+        self.seen = 0
+
+    def is_at(self, offset: int, tolerance: int) -> bool:
+        """Tell whether the stream was expected at `offset`, and note its direction; it may have skipped a little."""
+        if self.stride:
+            return offset == self.expected
+        if self.direction >= 0 and 0 <= offset - self.expected < tolerance:
+            self.direction = 1
+            return True
+        if self.direction <= 0 and 0 <= self.below - offset < tolerance:
+            self.direction = -1
+            return True
+        return False
+
+
+class _Strangers:
+    """The last faults that belonged to no stream, and may each turn out to be the first of one.
+
+    Args:
+        block: bytes; the window of a stranger lies within one aligned block of this size.
+    """
+
+    __slots__ = ("_block", "_by_block", "_by_last", "_lasts")
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._by_block: dict[int, _Stream] = {}  # the oldest first
+        self._by_last: dict[int, _Stream] = {}
+        self._lasts: list[int] = []  # sorted
+
+    def take(self, offset: int) -> _Stream | None:
+        """Remove and return the stranger that goes on at `offset`: in its block or in the next on either side."""
+        block = offset // self._block
+        for at in (block, block - 1, block + 1):
+            stream = self._by_block.get(at)
+            if stream is not None and stream.is_at(offset, max(stream.window, self._block)):
+                self._remove(stream)
+                return stream
+        return None
+
+    def nearest(self, offset: int) -> _Stream | None:
+        """Return the stranger whose fault was nearest to `offset`."""
+        lasts = self._lasts
+        if not lasts:
+            return None
+        index = bisect_left(lasts, offset)
+        if index == len(lasts) or (index and offset - lasts[index - 1] <= lasts[index] - offset):
+            index -= 1
+        return self._by_last[lasts[index]]
+
+    def add(self, stream: _Stream) -> None:
+        """Add a stranger in place of the one in the same block, or of the oldest where there are too many."""
+        block = stream.last // self._block
+        replaced = self._by_block.get(block) or self._by_last.get(stream.last)
+        if replaced is None and len(self._lasts) >= _MAX_STRANGERS:
+            replaced = next(iter(self._by_block.values()))
+        if replaced is not None:
+            self._remove(replaced)
+        self._by_block[block] = stream
+        self._by_last[stream.last] = stream
+        insort(self._lasts, stream.last)
+
+    def _remove(self, stream: _Stream) -> None:
+        del self._by_block[stream.last // self._block]
+        del self._by_last[stream.last]
+        del self._lasts[bisect_left(self._lasts, stream.last)]
+
+    promote = _remove
+
+    def __len__(self) -> int:
+        return len(self._lasts)
 
 
 class Readahead:
@@ -63,10 +142,12 @@ class Readahead:
         self.limit = limit & -page if limit >= page else 0
         self._around = max(page, min(around & -page, self.limit))
         self._neighbourhood = self._around
-        self._strangers = 0
+        self._in_a_row = 0  # strangers, since the neighbourhood was chosen
+        self._faults = 0
         self._streams: list[_Stream] = []  # most recently used last
-        # What was brought, as a hint: the kernel's EEXIST is the truth. Bounded, so that memory stays flat.
-        self._present = RangeSet(limit=1024)
+        self._strangers = _Strangers(self._around)
+        self._present = PresentPages(page)
+        self._not_placed: dict[int, Window] = {}
         self.losses = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
 
@@ -82,37 +163,43 @@ class Readahead:
         """
         if not self.limit:
             return [(offset, self.page)]
-        chosen = self._choose(offset, low, high)
-        for start, length in chosen:
-            self._present.add(start, start + length)
-        return chosen
-
-    def _choose(self, offset: int, low: int, high: int) -> list[tuple[int, int]]:
-        page = self.page
-        self._present.remove(offset, offset + page)  # it faulted, so it is not there
-        stream = self._match(offset) or self._train(offset)
+        if self._not_placed and (chosen := self._not_placed.pop(offset, None)) is not None:
+            return [chosen]
+        stream = self._stream_at(offset)
         if stream is None:
             return [self._neighbours(offset, low, high)]
-        self._strangers = 0
+        self._in_a_row = 0
         self._neighbourhood = self._around
-        stream.window = min(max(stream.window * 2, 2 * page), self.limit)
+        stream.window = min(max(stream.window * 2, 2 * self.page), self.limit)
         stream.last = offset
         if stream.stride:
             return self._strided(stream, offset, low, high)
         stream.window = max(stream.window, self._around)
         if stream.direction > 0:
-            start, length = self._clip(offset, offset, min(offset + stream.window, high))
+            start, length = self._present.claim(offset, offset, min(offset + stream.window, high))
             stream.expected = start + length
         else:
-            start, length = self._clip(offset, max(offset + page - stream.window, low), offset + page)
-            stream.below = start - page
+            start, length = self._present.claim(
+                offset, max(offset + self.page - stream.window, low), offset + self.page
+            )
+            stream.below = start - self.page
         return [(start, length)]
+
+    def neighbours(self, offset: int, low: int, high: int) -> Window | None:
+        """Return what `windows` would, for a fault that belongs to no stream; None, and nothing noted, for others."""
+        return None if self._stream_at(offset) is not None else self._neighbours(offset, low, high)
+
+    def not_placed(self, offset: int, window: Window) -> None:
+        """Have the next `windows(offset)` return this window again, which could not be placed on the plain path."""
+        self._not_placed[offset] = window
 
     def block(self, offset: int, size: int, low: int, high: int) -> Window:
         """Return what is missing around a fault in its block of `size` bytes, within [low, high); nothing is noted."""
         start = offset // size * size
-        self._present.remove(offset, offset + self.page)
-        return self._clip(offset, max(start, low), min(start + size, high))
+        start, end = max(start, low), min(start + size, high)
+        window = self._present.claim(offset, start, end)
+        self._present.remove(window[0], sum(window))
+        return window
 
     def follow(self, offset: int, low: int, high: int) -> tuple[Window, Window] | None:
         """Return the window behind the one that `offset` is in, for a stream at full speed, and what is behind that.
@@ -133,7 +220,7 @@ class Readahead:
 
     def _above(self, stream: _Stream, high: int) -> tuple[Window, Window] | None:
         start, end = stream.expected, min(stream.expected + stream.window, high)
-        length = next((gap.length for gap in self._present.gaps(start, end) if gap.start == start), 0)
+        length = next((length for at, length in self._present.missing(start, end) if at == start), 0)
         if not length:
             return None
         stream.last, stream.expected = start, start + length
@@ -143,7 +230,7 @@ class Readahead:
     def _below(self, stream: _Stream, low: int) -> tuple[Window, Window] | None:
         end = stream.below + self.page
         start = max(end - stream.window, low)
-        length = next((gap.length for gap in self._present.gaps(start, end) if gap.end == end), 0)
+        length = next((length for at, length in self._present.missing(start, end) if at + length == end), 0)
         if not length:
             return None
         start = end - length
@@ -154,75 +241,69 @@ class Readahead:
 
     def brought(self, start: int, length: int) -> None:
         """Take note that these bytes are present now (prefetch)."""
-        if self.limit:
-            self._present.add(start, start + length)
+        self._present.add(start, start + length)
 
     def forget(self, start: int, end: int) -> None:
         """Take note that these bytes are gone (removed, unmapped), or have not come after all."""
         self.losses += 1
         self._present.remove(start, end)
 
-    def missing(self, start: int, end: int) -> list[tuple[int, int]]:
+    def missing(self, start: int, end: int) -> list[Window]:
         """Return the parts of [start, end) that are not known to be present, as (start, length)."""
-        return [(gap.start, gap.length) for gap in self._present.gaps(start, end)]
+        return self._present.missing(start, end)
 
-    def _match(self, offset: int) -> _Stream | None:
-        """Find the stream that was expected here; a sequential one may have skipped a little."""
-        for index in range(len(self._streams) - 1, -1, -1):
-            stream = self._streams[index]
-            tolerance = 1 if stream.stride else max(stream.window, self._around)
-            if stream.direction >= 0 and 0 <= offset - stream.expected < tolerance:
-                stream.direction = 1
-            elif stream.direction <= 0 and not stream.stride and 0 <= stream.below - offset < tolerance:
-                stream.direction = -1
-            else:
-                continue
-            self._streams.append(self._streams.pop(index))
-            return stream
-        return None
+    def _stream_at(self, offset: int) -> _Stream | None:
+        """Return the stream that a fault belongs to. It finds the same again as long as nothing else is asked for."""
+        self._faults += 1
+        streams = self._streams
+        for index in range(len(streams) - 1, -1, -1):
+            stream = streams[index]
+            if stream.is_at(offset, max(stream.window, self._around)):
+                stream.seen = self._faults
+                if index != len(streams) - 1:
+                    streams.append(streams.pop(index))
+                return stream
+        if streams and self._faults - streams[0].seen > _STREAM_AGE:
+            del streams[0]
+        found = self._strangers.take(offset)
+        if found is None:
+            # Compare the step from the nearest fault with the step before it: two equal ones are a stride.
+            found = self._strangers.nearest(offset)
+            if found is None or not found.step or offset - found.last != found.step:
+                return None
+            self._strangers.promote(found)
+            found.stride = found.step
+            found.direction = 0
+            found.window = self.page
+            found.expected = offset
+        found.seen = self._faults
+        streams.append(found)
+        del streams[:-_MAX_STREAMS]
+        return found
 
-    def _train(self, offset: int) -> _Stream | None:
-        """Compare the step from the nearest fault with the step before it: two equal ones are a stride."""
-        step = 0
-        if self._streams:
-            nearest = min(self._streams, key=lambda stream: abs(offset - stream.last))
-            step = offset - nearest.last
-            if step and step == nearest.step:
-                nearest.stride = step
-                nearest.direction = 0
-                nearest.window = self.page
-                return nearest
-        self._streams.append(_Stream(offset, self.page, step))
-        del self._streams[:-_STREAMS]
-        return None
-
-    def _neighbours(self, offset: int, low: int, high: int) -> tuple[int, int]:
+    def _neighbours(self, offset: int, low: int, high: int) -> Window:
         """Take the aligned block around a fault of no stream."""
-        self._strangers += 1
-        if self._strangers > _STRANGERS:
-            self._strangers = 0
+        self._in_a_row += 1
+        if self._in_a_row > _STRANGERS_UNTIL_HALVED:
+            self._in_a_row = 0
             self._neighbourhood = max(self.page, self._neighbourhood // 2 & -self.page)
         size = self._neighbourhood
         start = offset // size * size
-        window = self._clip(offset, max(start, low), min(start + size, high))
-        stream = self._streams[-1]
-        stream.expected = window[0] + window[1]
-        stream.below = window[0] - self.page
-        stream.window = window[1]
+        window = self._present.claim(offset, max(start, low), min(start + size, high))
+        nearest = self._strangers.nearest(offset)
+        step = 0 if nearest is None else offset - nearest.last
+        self._strangers.add(_Stream(offset, step, window, self.page))
         return window
 
-    def _strided(self, stream: _Stream, offset: int, low: int, high: int) -> list[tuple[int, int]]:
+    def _strided(self, stream: _Stream, offset: int, low: int, high: int) -> list[Window]:
         page, stride = self.page, stream.stride
-        count = min(stream.window // page, _PIECES)
+        count = min(stream.window // page, _MAX_STRIDED_PAGES)
         stream.expected = offset + count * stride
         starts = [start for i in range(count) if low <= (start := offset + i * stride) <= high - page]
         if abs(stride) == page:  # in order, downwards: one run
-            return [self._clip(offset, min(starts), max(starts) + page)]
-        return [(start, page) for start in starts if start == offset or start not in self._present]
-
-    def _clip(self, offset: int, start: int, end: int) -> tuple[int, int]:
-        """Cut [start, end) down to what is missing around `offset`."""
-        for gap in self._present.gaps(start, end):
-            if offset in gap:
-                return gap.start, gap.length
-        return offset, self.page
+            return [self._present.claim(offset, min(starts), max(starts) + page)]
+        self._present.remove(offset, offset + page)  # it faulted, so it is not there
+        chosen = [(start, page) for start in starts if start not in self._present]
+        for start, length in chosen:
+            self._present.add(start, start + length)
+        return chosen

@@ -142,6 +142,22 @@ class Counters:
     def __init__(self, memory: Any = None) -> None:
         self.words = memoryview(bytearray(SIZE) if memory is None else memory)[:SIZE].cast("B").cast("Q")
 
+    def uncount(self, cause: Counter, pages: int, zeros: int, fetched: int) -> None:
+        """Take back what was counted ahead, of pages that were present already or are gone.
+
+        Args:
+            cause: one of the PAGES counters.
+            pages: how many; those that a fault has asked for are counted as PAGES_FAULT, not as PAGES_READAHEAD.
+            zeros: how many of them were to be filled with zeros.
+            fetched: bytes of them that were to be taken from the source.
+        """
+        words = self.words
+        counted = min(pages, words[cause])
+        words[cause] -= counted
+        words[Counter.PAGES_FAULT] -= min(pages - counted, words[Counter.PAGES_FAULT])
+        words[Counter.PAGES_ZERO] -= min(zeros, words[Counter.PAGES_ZERO])
+        words[Counter.BYTES_FETCHED] -= min(fetched, words[Counter.BYTES_FETCHED])
+
     def progress(self) -> int:
         """Return a number that is another one whenever a thread that waited has been let go, in whatever way."""
         words = self.words

@@ -1,10 +1,14 @@
-"""Lines of JSON: what our own clients and the server say on the connection after the handoff.
+"""Lines of JSON: what our own clients and the server send on the connection after the handoff.
 
-The client asks `{"id": 1, "op": "prefetch", "offset": 0, "length": 4096}`. The server answers `{"id": 1, "ok": ...}` or
-`{"id": 1, "error": {...}}`, and reports pages that could not be had as `{"error": {...}}` without an `id`. Its first
-line, `{"id": 0, "ok": {...}}`, says that the memory is served. The end of the connection tells the server that the
-client has left; it tells the client that the server has ended and can no longer be asked, while its pager may serve on.
-Beside the userfaultfd the client sends the writing end of a pipe, which server and pager hold: its end tells the client
+- The server's first line says that the memory is served: `{"id": 0, "ok": {...}}`.
+- The client asks: `{"id": 1, "op": "prefetch", "offset": 0, "length": 4096}`.
+- The server answers: `{"id": 1, "ok": ...}` or `{"id": 1, "error": {...}}`.
+- The server reports each page that cannot be fetched: `{"error": {...}}`, without an `id`.
+
+The end of the connection tells the server that the client has left. It tells the client that the server has ended and
+answers no more; its pager may go on serving.
+
+Beside the userfaultfd the client sends the writing end of a pipe, which server and pager hold. Its end tells the client
 that nobody serves the memory any more.
 """
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "Lines", "line"]
 
 VERSION: Final = 1
-_MOST: Final = 64 << 10  # bytes of one line
+_MAX_LINE: Final = 64 << 10
 
 
 def line(message: dict[str, Any]) -> bytes:
@@ -28,7 +32,7 @@ def line(message: dict[str, Any]) -> bytes:
 
 
 class Lines:
-    """Cuts what arrives into messages."""
+    """Splits what arrives into messages."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -37,16 +41,16 @@ class Lines:
         """Yield the messages that are complete now.
 
         Raises:
-            ValueError: a line is too long, or no JSON object.
+            ValueError: a line is too long, or not a JSON object.
         """
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _MOST:
-            raise ValueError(f"a line of more than {_MOST} bytes")
+        if len(self._rest) > _MAX_LINE:
+            raise ValueError(f"a line of more than {_MAX_LINE} bytes")
         for item in lines:
             try:
                 message = json.loads(item)
             except (ValueError, RecursionError):
                 message = None
             if not isinstance(message, dict):
-                raise ValueError(f"{item[:50]!r} is no JSON object")  # noqa: TRY004 - no argument has a wrong type
+                raise ValueError(f"{item[:50]!r} is not a JSON object")  # noqa: TRY004 - no argument has a wrong type
             yield message

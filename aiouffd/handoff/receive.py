@@ -1,4 +1,4 @@
-"""Bytes and descriptors from a Unix socket, and the question whether a descriptor is a userfaultfd."""
+"""Bytes and descriptors from a Unix socket, and who sent them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ import asyncio
 import os
 import socket
 import struct
+from typing import Final
 
 import attrs
 
 from aiouffd.errors import HandoffError
+from aiouffd.handoff.apart import close_foreign, kind_of
 
-__all__ = ["Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
+__all__ = ["MOST_FDS", "Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
+
+MOST_FDS: Final = 253
+"""What one message can carry (the kernel's SCM_MAX_FD)."""
 
 _CREDENTIALS = struct.Struct("=iII")
-_LINK = "anon_inode:[userfaultfd]"
+_USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
 @attrs.frozen
 class Peer:
-    """Who is at the other end of a connection, as the kernel knows it (SO_PEERCRED): when it connected."""
+    """The process at the other end of a connection, as it was when it connected (SO_PEERCRED).
+
+    Attributes:
+        pid: 0 if the process is in a pid namespace that this process does not see.
+        uid: effective user.
+        gid: effective group.
+    """
 
     pid: int
-    """0: of another pid namespace."""
     uid: int
     gid: int
 
@@ -44,26 +54,26 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
 
     Args:
         connection: a non-blocking Unix socket.
-        size: where a message of a known length is wanted, that length: behind it may be the next, with descriptors.
-        descriptors: how many there is room for; more than that are an error.
+        size: for a message of a known length, that length: the next message, with descriptors, may follow it.
+        descriptors: how many are expected at most; more are an error.
 
     Returns:
         No bytes: the peer has closed.
 
     Raises:
-        HandoffError: there were descriptors for which there was no room: not expected ones, or no free number.
+        HandoffError: there were unexpected descriptors, or no free descriptor number for them.
         OSError: the connection is broken.
     """
     loop = asyncio.get_running_loop()
+    # The kernel closes descriptors for which there is no room, in this thread: close(2) may block.
+    room = socket.CMSG_SPACE(4 * MOST_FDS)
     while True:
         try:
-            data, ancillary, flags, _ = connection.recvmsg(
-                size, socket.CMSG_SPACE(4 * descriptors) if descriptors else 0, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
             break
         except BlockingIOError:
             ready = loop.create_future()
-            loop.add_reader(connection, _settle, ready)
+            loop.add_reader(connection, _set_ready, ready)
             try:
                 await ready
             finally:
@@ -72,39 +82,34 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
-    # CMSG_SPACE rounds up to 8 bytes: where there is room for one, two may come.
     if flags & socket.MSG_CTRUNC or len(found) > descriptors:
-        for fd in found:
-            os.close(fd)
+        close_foreign(found)
         raise HandoffError(
-            str(Peer.of(connection)), f"has sent more than {descriptors} descriptors, or this process has too many open"
+            str(Peer.of(connection)),
+            f"sent more than {descriptors} descriptors, or this process has too many open (RLIMIT_NOFILE)",
         )
     return data, list(found)
 
 
-def _settle(ready: asyncio.Future[None]) -> None:
+def _set_ready(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
 
 
 def is_userfaultfd(fd: int) -> bool:
     """Tell whether a descriptor is a userfaultfd."""
-    return _kind(fd) == _LINK
-
-
-def _kind(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+    return kind_of(fd) == _USERFAULTFD
 
 
 def require_userfaultfd(fd: int, peer: str) -> None:
-    """See that a descriptor is a userfaultfd, and not blocking.
+    """Check that a descriptor is a userfaultfd, and not blocking.
 
-    Whether its handshake is done, and with which features, the kernel does not tell.
+    The kernel does not tell whether its UFFDIO_API handshake is done, and with which features.
 
     Raises:
         HandoffError: it is something else. It is not closed.
     """
     if not is_userfaultfd(fd):
-        raise HandoffError(peer, f"has sent a descriptor of {_kind(fd)}, not a userfaultfd")
+        raise HandoffError(peer, f"sent a descriptor of {kind_of(fd)}, not a userfaultfd")
     if os.get_blocking(fd):
-        raise HandoffError(peer, "has sent a userfaultfd without O_NONBLOCK, which poll(2) does not work on")
+        raise HandoffError(peer, "sent a userfaultfd without O_NONBLOCK: poll(2) reports an error for it")

@@ -18,7 +18,7 @@ from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable
 
 __all__ = ["Region"]
 
@@ -31,17 +31,17 @@ class LayoutChange(Protocol):
     """Takes note of how the layout changes, while it changes."""
 
     def removed(self, start: int, length: int) -> None:
-        """Bytes [start, start + length) of the region have been emptied (offsets)."""
+        """Bytes [start, start + length) of the region were emptied (offsets)."""
 
     def moved(self, address: int, length: int) -> None:
-        """Take note that the region lies at `address` now and has `length` bytes. Register it there."""
+        """The region lies at `address` now, has `length` bytes, and is registered there when this returns."""
 
 
 class LayoutListener(Protocol):
-    """An engine that gets no layout events from the kernel. It learns of the changes that `Region` makes."""
+    """Serves a region without the kernel's layout events, and so makes its layout changes."""
 
-    def changing(self) -> AbstractContextManager[LayoutChange]:
-        """Serve nothing until the block is left. If the block raises, nothing has changed."""
+    def change(self, work: Callable[[LayoutChange], None]) -> None:
+        """Call `work`, in whatever thread, at a moment when nothing is placed. If it raises, nothing has changed."""
 
 
 class Region(mmap.mmap):
@@ -175,7 +175,7 @@ class Region(mmap.mmap):
         return align_up(len(self), self.page_size)
 
     def listen(self, listener: LayoutListener | None) -> None:
-        """Tell layout changes to an engine that gets no layout events from the kernel; None: to nobody."""
+        """Have `listener`, which serves the region without layout events, make its layout changes; None: nobody."""
         self._listener = listener
 
     def keep(self, thing: object) -> None:
@@ -196,9 +196,12 @@ class Region(mmap.mmap):
         if self._listener is None:
             super().madvise(option, start, length)
             return
-        with self._listener.changing() as change:
-            super().madvise(option, start, length)
+
+        def empty(change: LayoutChange) -> None:
+            super(Region, self).madvise(option, start, length)
             change.removed(start, length)
+
+        self._listener.change(empty)
 
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; the mapping may move. What is added reads as zeros.
@@ -214,18 +217,21 @@ class Region(mmap.mmap):
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
             return
         super().resize(len(self))  # changes nothing; raises if there are views, which are not to lose their memory
-        with self._listener.changing() as change:
+
+        def move(change: LayoutChange) -> None:
             # Without EVENT_REMAP the kernel unregisters memory that moves, and missing pages would read as zeros until
             # it is registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
             libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
             try:
-                super().resize(newsize)
+                super(Region, self).resize(newsize)
             except BaseException:
                 libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
                 raise
             self._find()
             change.moved(self.address, newsize)
             libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
+
+        self._listener.change(move)
 
     def close(self) -> None:
         """Unmap the region.

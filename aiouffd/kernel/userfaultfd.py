@@ -175,8 +175,8 @@ class Userfaultfd:
                 raise
             available = probe().features
             missing = Feature(int(features) & ~int(available))  # on ints: Flag's own ~ forgets unknown bits
-            if not missing:
-                raise  # the kernel has each of them, and refuses them together
+            if not missing:  # the kernel has each of them, and refuses them together
+                raise operation_error("UFFDIO_API", 0, 0, errno.EINVAL) from error
             raise UnsupportedError(repr(missing), repr(available)) from error
         implied = Feature.WP_UNPOPULATED if features & Feature.WP_ASYNC else Feature(0)
         self._features = Feature(features) | implied

@@ -15,7 +15,7 @@ from aiouffd.engine.ahead.trace import Recorder, Trace
 from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
-from aiouffd.engine.serve.source import Limits
+from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.engines.pager import Pager

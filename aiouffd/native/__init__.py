@@ -1,10 +1,13 @@
-"""The part in C: what must be done without Python, in a signal handler or while nobody gets the GIL.
+"""The native part, in C: what must work without Python, in a signal handler or while no thread can have the GIL.
 
-Layout: `build` compiles the C files, when aiouffd is installed; `__main__` does it by hand. `faults.c`: page faults
-resolved in the faulting thread; `faults.h` and `table.c`: the table of regions, and `faults` the same typed;
-`signal.c`: who else has SIGBUS; `watchdog.c`, and `watchdog` the same typed: ends a process that nobody serves any
-more; `common.c` and `native.h`: what they share. Here it is loaded, by ctypes, on first use. It may be missing: there
-was no C compiler. Nothing else of the package needs it.
+Layout: `build` compiles the C files on installation, and `python -m aiouffd.native` where they lie. The C files, each
+of which uses only those before it: `common` (time, futexes, messages), `gil`, `uffd` (the kernel's structures), `table`
+(the regions served in the faulting thread), `plain` (placing bytes that are in memory), `chain` (the other handlers of
+SIGBUS), `ask` (waiting for the event loop), `signal` (the handler of SIGBUS), `watchdog` with `watch_servers` and
+`watch_loop` (ends a process that waits for ever). The modules `faults` and `watchdog` declare their functions.
+
+This module loads the library on first use, by ctypes. It is missing where there was no C compiler; only the modules
+that use it then fail, with NativePartError.
 """
 
 from __future__ import annotations
@@ -27,19 +30,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         return None, "aiouffd was installed without a C compiler"
     try:
-        # CDLL: the GIL is free during a call, in which a thread may wait for handlers that hold it.
+        # CDLL, which releases the GIL during a call: a call may wait for handlers that want it.
         loaded = ctypes.CDLL(str(path))
         built = int(ctypes.c_uint32(loaded.aiouffd_fingerprint()).value)
     except (OSError, AttributeError) as error:
-        return None, f"the C part of aiouffd cannot be loaded ({error})"
+        return None, f"the native part of aiouffd cannot be loaded ({error})"
     if built != build.fingerprint():
-        return None, "the C part of aiouffd was built from other C files than those that are here"
+        return None, "the native part of aiouffd was built from other C files than those that are here"
     _introduce(loaded)
     return loaded, ""
 
 
 def _introduce(loaded: ctypes.CDLL) -> None:
-    """Tell the library where Python's functions are: it links with none, so that it serves each version."""
+    """Tell the library where Python's functions are. It links with no Python, so that one build serves each version."""
     python: Any = ctypes.pythonapi
 
     def place(*names: str) -> ctypes.c_void_p:
@@ -48,7 +51,7 @@ def _introduce(loaded: ctypes.CDLL) -> None:
                 return ctypes.cast(getattr(python, name), ctypes.c_void_p)
         return ctypes.c_void_p()
 
-    # Of the current thread since Python 3.12; of the thread that holds the GIL before, whichever that is.
+    # Since Python 3.12 this is the current thread's state; before, that of the thread that holds the GIL.
     current = place("PyThreadState_GetUnchecked", "_PyThreadState_UncheckedGet")
     mine = ctypes.c_void_p() if sys.version_info >= (3, 12) else place("PyGILState_GetThisThreadState")
     loaded.aiouffd_python.restype = None
@@ -57,13 +60,13 @@ def _introduce(loaded: ctypes.CDLL) -> None:
 
 @cache
 def holding() -> ctypes.PyDLL:
-    """Return the library once more, for calls that keep the GIL; errors as for `library`."""
+    """Return the library for calls that keep the GIL; errors as for `library`."""
     library()
     return ctypes.PyDLL(str(build.HERE / build.NAME))
 
 
 def library() -> ctypes.CDLL:
-    """Return the library; each caller declares the functions that it uses.
+    """Return the library for calls that release the GIL. Each caller declares the functions that it uses.
 
     Raises:
         NativePartError: there is none.
@@ -75,5 +78,5 @@ def library() -> ctypes.CDLL:
 
 
 def reason() -> str:
-    """Return why there is no library; nothing, where there is one."""
+    """Return why there is no library; an empty string where there is one."""
     return _load()[1]

@@ -1,4 +1,4 @@
-"""`python -m aiouffd.native`: compile the C files where they lie, for an editable install or where they were missed."""
+"""`python -m aiouffd.native`: compile the C files where they lie, for an editable install or a late compiler."""
 
 import sys
 

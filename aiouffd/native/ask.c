@@ -40,7 +40,7 @@ static void warn(struct region *r, uint64_t address, uint64_t stalled, uint32_t 
     add(&text, ", and the event loop that should bring it (thread ");
     add_number(&text, (uint64_t)(uint32_t)atomic_load(&r->loop), 10);
     add(&text, ") does not run: something blocks it, or native code keeps the GIL while its threads touch missing"
-               " pages. Prefetch these pages first, or serve the region by another engine than InThread.");
+               " pages. Prefetch these pages first, or leave out engine=InThread().");
     if (limit_ms != 0) {
         add(&text, " The process is ended in ");
         add_number(&text, (limit_ms > stalled ? limit_ms - stalled + 999 : 999) / 1000, 10);

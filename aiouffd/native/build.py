@@ -1,7 +1,8 @@
 """Compiles the C files of this directory into one shared object.
 
-Run by the build hook when aiouffd is installed, before there is an `aiouffd` to import, so it uses the standard
-library only. The object has no Python.h and links with libc alone: one build serves each version of Python.
+The build hook runs this when aiouffd is installed, before there is an `aiouffd` to import, so it uses the standard
+library only. The object has no Python.h and links with libc alone: one build serves each version of Python. `CC` may
+be any command, a cross compiler for example: `CC="python -m ziglang cc -target aarch64-linux-gnu.2.17"`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidd
 
 
 class BuildError(Exception):
-    """There is no C compiler, or it has failed."""
+    """There is no C compiler, or it failed."""
 
 
 def sources() -> list[Path]:
@@ -28,7 +29,7 @@ def sources() -> list[Path]:
 
 
 def fingerprint() -> int:
-    """Return a number that changes with what is compiled: it is compiled in, and tells a build that is out of date."""
+    """Return a checksum of the C files. It is compiled in, so that a build that is out of date is found."""
     value = 0
     for path in (*sources(), *sorted(HERE.glob("*.h"))):
         value = zlib.crc32(path.read_bytes(), value)
@@ -36,7 +37,7 @@ def fingerprint() -> int:
 
 
 def compiler() -> list[str]:
-    """Return the command of the C compiler: that of CC, else the first of cc, gcc and clang that is there."""
+    """Return the command of the C compiler: that of CC, else the first of cc, gcc and clang that exists."""
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]) is not None:
@@ -47,10 +48,10 @@ def compiler() -> list[str]:
 
 
 def build(output: Path, *flags: str) -> None:
-    """Compile to `output`, which is replaced at once, by a new file: a program that runs keeps the old one.
+    """Compile to `output`, which is replaced atomically: a program that runs keeps the old file.
 
     Raises:
-        BuildError: there is no compiler, or it has failed; what it said is in the message.
+        BuildError: there is no compiler, or it failed; the message has its output.
     """
     fresh = output.with_name(f".{output.name}.{os.getpid()}")
     names = [str(path) for path in sources()]

@@ -1,4 +1,4 @@
-"""The table of `faults.c`, typed: which regions are served in the faulting thread, and what they show."""
+"""The table of regions that are served in the faulting thread, typed (`table.c`, `signal.c`)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ COUNTERS = (
     *("FAULTS", "PAGES_FAULT", "PAGES_READAHEAD", "PAGES_ZERO", "BYTES_FETCHED"),
     *("COPIES", "ZEROPAGES", "CONTINUES", "EEXIST"),
 )
-"""What `Served.counters` returns, by the names of `aiouffd.engine.statistics.Counter`; the latencies follow."""
+"""What `Served.counters` returns first, by the names of `aiouffd.engine.statistics.Counter`."""
 LATENCIES = 48
 
 
 class Kind(enum.IntEnum):
-    """What is done about a missing page."""
+    """How a missing page of an extent is filled."""
 
     COPY = 1
     ZEROS = 2
-    RESIDENT = 3  # as COPY, of those pages of a file that are in memory
+    RESIDENT = 3  # as COPY, for those pages of a file that are in memory
 
 
 class Extent(ctypes.Structure):
@@ -89,7 +89,7 @@ def _table() -> ctypes.CDLL:
 def copying() -> Callable[[int, int, int, int, int], int]:
     """Return a function of (descriptor, dst, src, length, mode): UFFDIO_COPY with the GIL held, for short runs.
 
-    It returns bytes done, or a negated errno.
+    The function returns bytes done, or a negated errno.
     """
     function: Any = holding().aiouffd_copy
     function.argtypes = [ctypes.c_int, *[ctypes.c_uint64] * 4]
@@ -106,36 +106,36 @@ def _waking() -> Callable[[int, int], None]:
 
 
 def wake(start: int, length: int) -> None:
-    """Let the threads go that wait for pages of a range: each touches again. The GIL is held meanwhile."""
+    """Wake the threads that wait for pages of a range: each touches again. The GIL is held meanwhile."""
     _waking()(start, length)
 
 
 def handler() -> int:
-    """Return the address of the handler that has SIGBUS now; 0: nobody has it, 1: it is ignored."""
+    """Return the address of the installed handler of SIGBUS; 0: SIG_DFL, 1: SIG_IGN."""
     return int(_table().aiouffd_handler())
 
 
 def finalizing() -> None:
-    """Say that the interpreter ends, in the calling thread: no other thread gets the GIL back from a fault."""
+    """Say that the calling thread finalizes the interpreter: no other thread gets the GIL back from a fault."""
     _table().aiouffd_finalizing()
 
 
 class Served:
-    """A record of the table, closed until `open`. The handler of SIGBUS is installed with the first.
+    """A record of the table, closed until `open`. The first one installs the handler of SIGBUS.
 
     Args:
-        uffd: a descriptor with Feature.SIGBUS; it stays the caller's, as all of these, until `remove`.
-        pipe: where to write what must be asked of the loop; non-blocking.
+        uffd: a descriptor with Feature.SIGBUS. It stays the caller's, like `pipe`, and open until `remove`.
+        pipe: non-blocking; handlers write to it what they ask of the loop.
         page_size: in bytes.
         readahead: what one fault brings at most, in bytes; 0: the page alone.
         mode: bits of COPY and CONTINUE: 2 for pages that come write-protected.
         shared: the memory is registered for minor faults as well.
         warning: seconds that a thread waits, while the loop does not run, until it says so; 0: for ever.
-        limit: seconds until it has SIGBUS; 0: for ever.
+        limit: seconds until the thread gets SIGBUS; 0: for ever.
 
     Raises:
-        NativePartError: there is no part in C.
-        BusyError: 256 regions are served, or others have taken SIGBUS eight times.
+        NativePartError: there is no native part.
+        BusyError: 256 regions are served, or other handlers of SIGBUS were installed eight times.
         AccessError: /proc/self/pagemap cannot be read.
     """
 
@@ -168,37 +168,37 @@ class Served:
 
     @property
     def here(self) -> bool:
-        """Whether this is the process whose memory it is: in a forked child the table is empty."""
+        """Whether this process made it. In a forked child the table is empty."""
         return os.getpid() == self._pid
 
     def loop(self, thread: int) -> None:
-        """Say which thread (its native identifier) runs the loop: it must not wait for itself."""
+        """Say which thread (its native identifier) runs the loop: it cannot wait for itself."""
         self._table.aiouffd_loop(self._slot, thread)
 
     def close(self) -> bool:
-        """Keep handlers out: those that come wait. False where one that is inside has not left in 5 s."""
+        """Keep handlers out: new ones wait. False if one that was inside has not left in 5 s."""
         return not self.here or self._table.aiouffd_close(self._slot) == 0
 
     def open(self) -> None:
-        """Let handlers in."""
+        """Let handlers in again."""
         if self.here:
             self._table.aiouffd_open(self._slot)
 
     def show(self, start: int, end: int, extents: Sequence[Extent]) -> None:
-        """Say where the region lies and what it shows, while it is closed; what no extent has is asked of the loop."""
+        """Say where the region lies and what it shows, while it is closed. The loop is asked for everything else."""
         packed = (Extent * len(extents))(*extents)
         self._table.aiouffd_show(self._slot, start, end, packed, len(extents))
 
     def beat(self) -> int:
-        """Say that the loop runs. 0: SIGBUS is ours; 1: it is again, another had taken it; -1: it is not."""
+        """Say that the loop runs. 0: SIGBUS is ours; 1: it is again, another handler had taken it; -1: it is not."""
         return int(self._table.aiouffd_beat(self._slot))
 
     def below(self) -> int:
-        """Return the address of the handler that gets what is not ours; 0 and 1: the default, and to ignore it."""
+        """Return the address of the handler below ours; 0: SIG_DFL, 1: SIG_IGN."""
         return int(self._table.aiouffd_below())
 
     def counters(self) -> list[int]:
-        """Return what handlers have counted: `COUNTERS`, and then the latencies by bit length of the nanoseconds."""
+        """Return what handlers have counted: `COUNTERS`, then the latencies by bit length of their nanoseconds."""
         values = (ctypes.c_uint64 * (len(COUNTERS) + LATENCIES))()
         if self.here:
             self._table.aiouffd_counters(self._slot, values)
@@ -207,7 +207,7 @@ class Served:
     def remove(self, *, for_good: bool) -> None:
         """Leave the table, closed. Threads that wait touch again. The last one gives SIGBUS back, if `for_good`.
 
-        That must not be where missing pages are zeros from now on: a thread may be on its way into the handler.
+        `for_good` must be False where missing pages are zeros from now on: a thread may be on its way into the handler.
         """
         if self.here:
             self._table.aiouffd_remove(self._slot, for_good)

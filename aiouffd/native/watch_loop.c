@@ -43,8 +43,8 @@ static void add_where(struct text *text, const struct watch *watch, const char *
 }
 
 static const char *const advice = " The page was touched in that loop's own thread, or by a thread that holds the GIL."
-                                  " Serve the region by another engine than InProcess: a pager process serves any"
-                                  " touch. Or `await monitor.prefetch(...)` first.";
+                                  " Leave out engine=InProcess() (a pager process serves any touch), or"
+                                  " `await monitor.prefetch(...)` first.";
 
 static void warn(const struct watch *watch)
 {

@@ -1,4 +1,6 @@
 """The face for memory of other processes: what `aiouffd serve` runs.
 
-Layout: `server` (clients and their spaces), `listener` (the socket's file), `metrics` (counters for Prometheus).
+Layout: `server` (the clients, and the pager that serves them) > `clients` (what one client is, and what it asks),
+`services` (the source of each client), `reception` (handoffs) > `rejection` (clients that are turned away), `metrics`
+(for Prometheus), `listener` (the socket's file).
 """

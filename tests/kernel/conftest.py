@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import criu_rig
 import pytest
+from pattern import PAGE, word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,3 +58,11 @@ def kind(request: pytest.FixtureRequest) -> str:
     if name.startswith("hugetlb"):
         request.getfixturevalue("huge_pages")
     return name
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a file of 16 MiB, in which page n consists of words n + 1."""
+    path = tmp_path / "memory.bin"
+    path.write_bytes(b"".join(word(page) * (PAGE // 8) for page in range((16 << 20) // PAGE)))
+    return path

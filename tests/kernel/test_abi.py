@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aiouffd.kernel import abi
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, RegisterMode
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ NUMBERS = {
     "UFFDIO_WRITEPROTECT": abi.UFFDIO_WRITEPROTECT,
     "UFFDIO_CONTINUE": abi.UFFDIO_CONTINUE,
     "UFFDIO_POISON": abi.UFFDIO_POISON,
+    "UFFDIO_RWPROTECT": abi.UFFDIO_RWPROTECT,
+    "UFFDIO_SET_MODE": abi.UFFDIO_SET_MODE,
+    "UFFDIO_RWPROTECT_MODE_RWP": abi.RWPROTECT_MODE_RWP,
+    "UFFDIO_RWPROTECT_MODE_DONTWAKE": abi.RWPROTECT_MODE_DONTWAKE,
+    "SYS_mlock2": abi.SYS_MLOCK2,
+    "MADV_DONTNEED_LOCKED": libc.MADV_DONTNEED_LOCKED,
     "USERFAULTFD_IOC_NEW": abi.USERFAULTFD_IOC_NEW,
     "PAGEMAP_SCAN": abi.PAGEMAP_SCAN,
     "SYS_userfaultfd": abi.SYS_USERFAULTFD,
@@ -58,8 +65,23 @@ NUMBERS = {
     "PAGE_IS_SWAPPED": abi.PAGE_IS_SWAPPED,
     "PAGE_IS_PFNZERO": abi.PAGE_IS_PFNZERO,
     "PAGE_IS_HUGE": abi.PAGE_IS_HUGE,
+    "PAGE_IS_SOFT_DIRTY": abi.PAGE_IS_SOFT_DIRTY,
+    "PAGE_IS_GUARD": abi.PAGE_IS_GUARD,
+    "PAGE_IS_ACCESSED": abi.PAGE_IS_ACCESSED,
 }
-IOCTL_BITS = ["REGISTER", "UNREGISTER", "WAKE", "COPY", "ZEROPAGE", "MOVE", "WRITEPROTECT", "CONTINUE", "POISON", "API"]
+IOCTL_BITS = [
+    "REGISTER",
+    "UNREGISTER",
+    "WAKE",
+    "COPY",
+    "ZEROPAGE",
+    "MOVE",
+    "WRITEPROTECT",
+    "CONTINUE",
+    "POISON",
+    "RWPROTECT",
+]
+IOCTL_BITS += ["SET_MODE", "API"]
 SIZES = {
     "struct uffdio_api": abi.API_STRUCT.size,
     "struct uffdio_register": abi.REGISTER_STRUCT.size,
@@ -78,6 +100,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         pytest.skip("no C compiler")
     lines = [
         "#include <stdio.h>",
+        "#include <sys/mman.h>",
         "#include <sys/syscall.h>",
         "#include <linux/userfaultfd.h>",
         "#include <linux/fs.h>",
@@ -116,3 +139,29 @@ def test_structs_have_the_headers_sizes(header: dict[str, int]) -> None:
     assert {name: header[name] for name in SIZES} == SIZES
     for request, size in ((abi.UFFDIO_MOVE, 40), (abi.UFFDIO_POISON, 32), (abi.PAGEMAP_SCAN, abi.PM_SCAN_ARG.size)):
         assert request >> 16 & 0x3FFF == size  # _IOWR keeps the size of its argument in the number
+
+
+NUMBERS_OF = {"x86_64": (323, 325), "aarch64": (282, 284), "riscv64": (282, 284), "loongarch64": (282, 284)}
+
+
+@pytest.mark.parametrize("machine", NUMBERS_OF)
+def test_system_calls_of_each_architecture(machine: str) -> None:
+    """The numbers of userfaultfd(2) and mlock2(2), as the kernel's tables of system calls have them."""
+    assert abi.system_calls(machine, pointer_bits=64) == NUMBERS_OF[machine]
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits"), [("ppc64le", 64), ("s390x", 64), ("mips64", 64), ("armv7l", 32), ("x86_64", 32), ("", 64)]
+)
+def test_other_architectures_are_refused(machine: str, bits: int) -> None:
+    """Their numbers are not known, or their ioctls are numbered otherwise: a guess would call something else."""
+    with pytest.raises(ImportError, match=f"{machine} in a {bits}-bit process.*aarch64"):
+        abi.system_calls(machine, pointer_bits=bits)
+
+
+def test_the_import_is_refused() -> None:
+    """`import aiouffd` says so."""
+    code = "import platform; platform.machine = lambda: 'sparc64'; import aiouffd"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ImportError: aiouffd does not know the system calls and ioctls of sparc64" in result.stderr

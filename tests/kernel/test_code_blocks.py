@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scenario import play
-from web import serving
+
+from examples.page_server import serving
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if "```python" in path.read_text()]

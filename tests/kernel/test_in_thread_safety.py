@@ -684,12 +684,12 @@ def test_a_program_that_ends_without_leaving(how: str) -> None:
 def test_modes_of_python(options: list[str]) -> None:
     """With its debug hooks, and with faulthandler from the beginning."""
     script = """
-import sys
+import asyncio, sys
 sys.path[:0] = sys.argv[1:]
 import test_in_thread as tests
 tests.every_source("buffer", 0, "")
 tests.every_source("read_nowait", 2 << 20, "")
-tests.handlers("asyncio")
+asyncio.run(tests.handlers())
 tests.far_away()
 """
     here = Path(__file__).parent

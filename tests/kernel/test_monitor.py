@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
 from scenario import ended, eventually, next_error, play
-from web import serving
 
 import aiouffd
+from examples.page_server import serving
 
 # The main job
 
@@ -704,44 +704,6 @@ def a_failing_disk(path: str) -> None:
 def test_a_file_that_is_cut_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     """All pages that are still missing are poisoned: a file that was cut may have been written anew, too."""
     play(a_failing_disk, str(tmp_path / "x.bin"))
-
-
-async def stuck_loop(where: str) -> None:
-    """Scenario."""
-    region = aiouffd.Region(1 << 20)
-    async with aiouffd.Monitor(region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.5, stuck_limit=1.0)):
-        if where == "loop":
-            _ = region[4096]  # the loop's own thread: nobody is left to serve it
-        else:
-            thread = threading.Thread(target=lambda: region[4096])  # holds the GIL while it waits
-            thread.start()
-            thread.join()
-
-
-@pytest.mark.parametrize("where", ["loop", "thread"])
-def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str, loop: str) -> None:
-    """The message names thread, address and the way out; then SIGBUS, with the traceback of the line that touched."""
-    _, errors = play(stuck_loop, where, loop=loop, status=-signal.SIGBUS, deadline=20)
-    assert "engine=InProcess()" in errors
-    assert "prefetch" in errors
-    assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000", errors)
-    assert "in stuck_loop" in errors or "in main" in errors or "<lambda>" in errors
-
-
-async def busy_loop() -> None:
-    """Scenario: a loop that is only late."""
-    region = aiouffd.Region(1 << 20)
-    async with aiouffd.Monitor(region, Pattern(1 << 20), engine=aiouffd.InProcess(stuck_warning=0.2, stuck_limit=30.0)):
-        waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
-        await asyncio.sleep(0.2)
-        waiting = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 64 * PAGE))
-        time.sleep(1.0)  # noqa: ASYNC251 - blocks the loop on purpose
-        assert await waiting == word(64)
-
-
-def test_a_loop_that_is_only_late_loses_nothing(loop: str) -> None:
-    """The guard's look at the message takes nothing away: when the loop comes back it serves the fault."""
-    play(busy_loop, loop=loop)
 
 
 class Blocking(aiouffd.Handler):

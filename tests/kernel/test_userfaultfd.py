@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -13,7 +14,7 @@ import socket
 import struct
 import threading
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from pattern import PAGE, peek
@@ -21,7 +22,7 @@ from scenario import play
 
 import aiouffd
 from aiouffd import Feature, Ioctl, RegisterMode, Userfaultfd
-from aiouffd.kernel import abi, libc
+from aiouffd.kernel import abi, libc, userfaultfd
 from aiouffd.kernel.memory import SealedMemory, address_of
 
 if TYPE_CHECKING:
@@ -170,6 +171,98 @@ def test_a_kernel_without_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
         Userfaultfd(opened_by="syscall")
     with pytest.raises(aiouffd.UnsupportedError, match="CONFIG_USERFAULTFD"):
         Userfaultfd(user_mode_only=True)
+
+
+OPENINGS = {
+    "neither": (errno.ENOSYS, errno.ENOENT, aiouffd.UnsupportedError, "CONFIG_USERFAULTFD"),
+    "no driver behind the device": (errno.ENOSYS, errno.ENXIO, aiouffd.UnsupportedError, "CONFIG_USERFAULTFD"),
+    "a system call that is not permitted, and no device": (errno.EPERM, errno.ENOENT, aiouffd.AccessError, "InThread"),
+    "a hidden system call, and a device of root's": (errno.ENOSYS, errno.EACCES, aiouffd.AccessError, "dev/userfault"),
+    "neither is permitted": (errno.EPERM, errno.EACCES, aiouffd.AccessError, "user_mode_only=True"),
+    "no descriptor is left": (errno.EMFILE, errno.EMFILE, aiouffd.LimitError, "RLIMIT_NOFILE"),
+    "none on the machine": (errno.ENFILE, errno.ENFILE, aiouffd.LimitError, "fs.file-max"),
+    "anything else": (errno.EIO, errno.ENOENT, OSError, "Input/output"),
+}
+
+
+@pytest.mark.parametrize("case", OPENINGS)
+def test_what_each_way_of_opening_answers(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The error tells what is missing, not permitted or used up; never that a file does not exist."""
+    by_syscall, by_device, kind, text = OPENINGS[case]
+
+    def refuse(number: int) -> Callable[..., NoReturn]:
+        def call(*_: object) -> NoReturn:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(libc, "syscall", refuse(by_syscall))
+    monkeypatch.setattr(userfaultfd, "_open_by_device", refuse(by_device))
+    with pytest.raises(kind, match=text):
+        Userfaultfd()
+
+
+def test_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever insists on it is told that it is the device that is missing."""
+
+    def missing(_: int) -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(userfaultfd, "_open_by_device", missing)
+    with pytest.raises(aiouffd.UnsupportedError, match=r"/dev/userfaultfd \(Linux 6.1\)"):
+        Userfaultfd(opened_by="device")
+
+
+def test_rwp_async_brings_rwp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses it alone (EINVAL); a kernel that has neither lacks both, by name."""
+    asked: list[int] = []
+    real = userfaultfd._handshake
+
+    def handshake(fd: int, features: int) -> object:
+        asked.append(features)
+        return real(fd, features & ~int(Feature.RWP | Feature.RWP_ASYNC))
+
+    monkeypatch.setattr(userfaultfd, "_handshake", handshake)
+    with Userfaultfd(Feature.RWP_ASYNC) as uffd:
+        assert uffd.features == Feature.RWP | Feature.RWP_ASYNC
+    assert asked == [Feature.RWP | Feature.RWP_ASYNC]
+    monkeypatch.undo()
+    if Feature.RWP not in aiouffd.probe().features:
+        with pytest.raises(aiouffd.UnsupportedError, match=r"RWP\|RWP_ASYNC|RWP_ASYNC\|RWP"):
+            Userfaultfd(Feature.RWP_ASYNC)
+
+
+def test_features_that_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has each of them: it is not said to lack nothing."""
+    real = userfaultfd._handshake
+
+    def handshake(fd: int, features: int) -> object:
+        if features:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, features)
+
+    monkeypatch.setattr(userfaultfd, "_handshake", handshake)
+    with pytest.raises(aiouffd.OperationError, match=r"UFFDIO_API: EINVAL .* does not allow these features together"):
+        Userfaultfd(Feature.SIGBUS | Feature.THREAD_ID)
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_rwprotect_as_the_kernel_is_asked(monkeypatch: pytest.MonkeyPatch, protect: bool) -> None:
+    """UFFDIO_RWPROTECT and UFFDIO_SET_MODE (Linux 7.3): request, range and modes."""
+    calls: list[tuple[int, bytes]] = []
+    with Userfaultfd() as uffd:
+        monkeypatch.setattr(fcntl, "ioctl", lambda _, request, argument: calls.append((request, bytes(argument))))
+        uffd.rwprotect(0x10000, 0x2000, protect=protect, wake=False)
+        uffd.set_mode(enable=Feature.RWP_ASYNC)
+        assert Feature.RWP_ASYNC in uffd.features
+        uffd.set_mode(disable=Feature.RWP_ASYNC)
+        assert uffd.features == NOTHING
+    mode = abi.RWPROTECT_MODE_RWP if protect else abi.RWPROTECT_MODE_DONTWAKE
+    assert calls == [
+        (0xC018AA09, struct.pack("=QQQ", 0x10000, 0x2000, mode)),
+        (0x4010AA0A, struct.pack("=QQ", 1 << 18, 0)),
+        (0x4010AA0A, struct.pack("=QQ", 0, 1 << 18)),
+    ]
 
 
 # Operations

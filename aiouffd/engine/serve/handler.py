@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
-from aiouffd.engine.resolver import Op, Run
+from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.deadlines import Deadlines
+from aiouffd.engine.serve.presence import until_present
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import HandlerError, LayoutChangingError
+from aiouffd.errors import HandlerError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import PageFault, Remap, Remove, Unmap
@@ -23,9 +23,9 @@ from aiouffd.kernel.userfaultfd import Fork
 from aiouffd.ranges import Range, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
 
-    from aiouffd.engine.serve.source import Limits
+    from aiouffd.engine.serve.reads import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
@@ -59,8 +59,9 @@ class Batch:
     more than the page that faulted.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, purpose: Purpose = FOR_FAULT) -> None:
         self._space = space
+        self._purpose = purpose
         self._runs: list[Run] = []
 
     def copy(self, page: Range, data: Any) -> None:
@@ -79,7 +80,7 @@ class Batch:
         """Fill `page` with zeros."""
         self._check(page)
         for shown in self._space.mappings.runs(page.start, page.end):
-            self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start))
+            self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start, self._purpose))
 
     def poison(self, page: Range) -> None:
         """Let whoever touches `page` have SIGBUS (Linux 6.6)."""
@@ -100,13 +101,24 @@ class Batch:
         """Carry out what is in the batch now, for a handler that goes on working."""
         runs, self._runs = self._runs, []
         pieces = [piece for run in runs for piece in self._space.valid(run)]
-        if pieces and not self._space.is_gone and not self._space.closing:
-            self._space.resolve(pieces)
+        if not pieces or self._space.is_gone or self._space.closing:
+            return
+        words = self._space.counters.words
+        for piece in pieces:
+            if piece.op in (Op.COPY, Op.ZEROPAGE):
+                pages = piece.left // self._space.page_size
+                words[self._purpose.cause] += pages
+                if piece.op == Op.ZEROPAGE:
+                    words[Counter.PAGES_ZERO] += pages
+                if piece.offset >= 0:
+                    self._space.readahead.brought(piece.offset, piece.left)
+        self._space.resolve(pieces)
 
     def _add(self, op: int, page: Range, source: int = 0, owner: object = None) -> None:
         for shown in self._space.mappings.runs(page.start, page.end):
             length = shown.end - shown.start
-            self._runs.append(Run(op, shown.start, shown.offset, length, source + shown.start - page.start, owner))
+            at = source + shown.start - page.start
+            self._runs.append(Run(op, shown.start, shown.offset, length, at, owner, self._purpose))
 
     def _check(self, page: Range) -> None:
         size = self._space.page_size
@@ -116,6 +128,11 @@ class Batch:
     def covers(self, address: int) -> bool:
         """Tell whether a run that has not been carried out yet holds this address."""
         return any(run.dst <= address < run.dst + run.left for run in self._runs)
+
+    def poisons(self, address: int) -> bool:
+        """Tell whether the last of these runs is a poison."""
+        runs = [run for run in self._runs if run.dst <= address < run.dst + run.left]
+        return bool(runs) and runs[-1].op == Op.POISON
 
 
 class Handler:
@@ -216,30 +233,32 @@ class HandlerBackend:
         for page, flags, thread in faults:
             start, _, first = space.mappings.locate(page)
             if first < 0:
-                zeros.extend(space.zeros(page, first, space.page_size))
+                zeros.extend(space.zeros(page, first, space.page_size, FOR_FAULT))
                 continue
             offset = first + page - start
             if self._on_touch is not None:
                 self._on_touch(offset)
             fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
-            self._begin(space, fault, began_ns, Counter.PAGES_FAULT)
+            self._begin(space, fault, began_ns, FOR_FAULT).wanted.add(page)
         if zeros:
             self._words[Counter.PAGES_ZERO] += len(zeros)
             self._words[Counter.PAGES_FAULT] += len(zeros)
             space.resolve(zeros)
 
-    def _begin(self, space: Space, fault: Fault, began_ns: int, cause: Counter) -> asyncio.Task[None]:
-        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, space.mappings.generation)
-        if cause == Counter.PAGES_FAULT:
-            flight.wanted.add(fault.page.start)
+    def _begin(self, space: Space, fault: Fault, began_ns: int, purpose: Purpose) -> Flight:
+        flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, purpose)
         space.take_off(flight)
-        task = flight.done = asyncio.get_running_loop().create_task(self._fly(space, flight, fault, cause))
+        flight.done = self._spawn(self._fly(space, flight, fault))
+        return flight
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _fly(self, space: Space, flight: Flight, fault: Fault, cause: Counter) -> None:
-        batch = Batch(space)
+    async def _fly(self, space: Space, flight: Flight, fault: Fault) -> None:
+        batch = Batch(space, flight.purpose)
         reason = ""
         self._words[Counter.IN_FLIGHT] += 1
         try:
@@ -249,10 +268,11 @@ class HandlerBackend:
             if space.is_gone or space.closing:
                 return
             reason = await self._unresolved(space, fault, batch)
-            if not reason:
-                self._words[cause] += 1  # before its toucher goes on, who may kill this process
+            if batch.poisons(fault.page.start) and flight.purpose.errors is not None:
+                flight.purpose.errors.append(HandlerError(repr(self.handler), str(fault), "poisoned it"))
             batch.flush()
             if not reason and flight.wanted:
+                self._count_fault()
                 space.record_latency(flight.began_ns)
         except TimeoutError:
             reason = f"has not returned in {self._deadlines.seconds} s"
@@ -264,14 +284,17 @@ class HandlerBackend:
             self._words[Counter.IN_FLIGHT] -= 1
             space.land(flight)
         if reason and not space.is_gone and not space.closing:
-            self._words[Counter.HANDLER_ERRORS] += 1
-            failure = HandlerError(repr(self.handler), str(fault), reason)
-            if flight.errors is not None:
-                flight.errors.append(failure)
-            if flight.wanted:  # a prefetch raises in its caller instead
-                space.report(failure)
-                for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
-                    space.poison([piece.dst])
+            self._fail(space, flight, HandlerError(repr(self.handler), str(fault), reason))
+
+    def _fail(self, space: Space, flight: Flight, failure: HandlerError) -> None:
+        """A page cannot be had: a caller that prefetches gets the error, threads that wait for it get SIGBUS."""
+        self._words[Counter.HANDLER_ERRORS] += 1
+        if flight.purpose.errors is not None:
+            flight.purpose.errors.append(failure)
+        if flight.wanted:
+            space.report(failure)
+            for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
+                space.poison([piece.dst])
 
     async def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
         """Return what is wrong with a batch whose handler has returned, or nothing."""
@@ -284,43 +307,63 @@ class HandlerBackend:
         # is unread.
         while (present := space.poison_if_missing(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
             await asyncio.sleep(_LATER)
+        if present:
+            space.readahead.brought(fault.offset, space.page_size)
         return "" if present else "returned without resolving it"
 
     async def prefetch(self, space: Space, offset: int, length: int) -> None:
-        """Give the handler every page of the offsets [offset, offset + length), as if it were touched.
+        """Give the handler the missing pages of the offsets [offset, offset + length), as if they were touched.
+
+        It returns when all are present. Canceling is safe: handlers that run go on.
 
         Raises:
-            HandlerError: it failed for one of them. Nothing is poisoned.
+            HandlerError: it failed for one of them, or poisoned it. Nothing else is poisoned.
             ClosedError: the space was dropped meanwhile.
         """
         size = space.page_size
         await self.bring(space, pieces(offset, offset + length, size, _TOGETHER * size), Counter.PAGES_PREFETCH)
 
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
-        """Give the handler the pages of (offset, length) ranges, in this order; errors as for `prefetch`."""
-        size = space.page_size
+        """Give the handler the missing pages of (offset, length) ranges, in this order; else as for `prefetch`."""
+        await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause))
+
+    async def _bring_once(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         errors: list[UffdError] = []
+        purpose = Purpose(cause, errors)
         tasks: list[asyncio.Task[None]] = []
-        for offset, length in ranges:
-            for shown in list(space.mappings.addresses(offset, offset + length)):
-                for page in range(shown.start, shown.end, size):
-                    if space.is_gone or space.closing or page in space.flights:
-                        continue
-                    fault = Fault(page, FaultFlag(0), 0, Range(page, size), shown.offset + page - shown.start)
-                    tasks.append(self._begin(space, fault, perf_counter_ns(), cause))
-                    space.flights[page].errors = errors
-                    if len(tasks) == _TOGETHER:
-                        await asyncio.wait(tasks)
-                        tasks.clear()
+        for fault in self._missing(space, ranges):
+            flight = self._begin(space, fault, perf_counter_ns(), purpose)
+            assert flight.done is not None
+            tasks.append(flight.done)
+            if len(tasks) == _TOGETHER:
+                await asyncio.wait(tasks)
+                tasks.clear()
             if errors or space.is_gone or space.closing:
                 break
         if tasks:
             await asyncio.wait(tasks)
         if not errors:
-            await space.quiet()
+            await space.quiet()  # the kernel may refuse what it has put off
         if errors:
             raise errors[0]
-        space.require_served()
+
+    def _missing(self, space: Space, ranges: Iterable[tuple[int, int]]) -> Iterator[Fault]:
+        """Yield the pages of some ranges that are neither present nor on their way when it is their turn."""
+        size = space.page_size
+        for offset, length in ranges:
+            for shown in list(space.mappings.addresses(offset, offset + length)):
+                for begin, part in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
+                    for at in range(begin, begin + part, size):
+                        page = shown.start + at - shown.offset
+                        if page not in space.flights:
+                            yield Fault(page, FaultFlag(0), 0, Range(page, size), at)
+
+    def _count_fault(self) -> None:
+        """Count a page, which was counted as brought along, as asked for by a fault."""
+        words = self._words
+        moved = min(words[Counter.PAGES_READAHEAD], 1)
+        words[Counter.PAGES_READAHEAD] -= moved
+        words[Counter.PAGES_FAULT] += moved
 
     def follow(self, space: Space, page: int) -> None:
         """Nothing: a handler brings no windows."""
@@ -334,11 +377,9 @@ class HandlerBackend:
             space.resolve([run])
             return
         fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
-        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), space.mappings.generation)
+        flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), FOR_FAULT)
         space.take_off(flight)
-        task = asyncio.get_running_loop().create_task(self._tell_write(space, flight, fault))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._tell_write(space, flight, fault))
 
     async def _tell_write(self, space: Space, flight: Flight, fault: Fault) -> None:
         batch = Batch(space)
@@ -397,15 +438,10 @@ class HandlerBackend:
                 self._words[Counter.HANDLER_ERRORS] += 1
                 space.report(HandlerError(repr(self.handler), repr(event), _raised(error)))
 
-    def failed(self, space: Space, run: Run, number: int) -> None:
-        """The kernel refused a run for good."""
+    def refusal(self, run: Run, number: int) -> HandlerError:
+        """Return the error that says that the kernel refused a run for good."""
         self._words[Counter.HANDLER_ERRORS] += 1
-        space.report(HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}"))
-        space.poison(range(run.dst, run.dst + run.left, space.page_size))
-
-    def stalled(self, space: Space, run: Run) -> None:
-        """The kernel says EAGAIN without end: the page goes on waiting, since POISON is refused as well."""
-        space.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
+        return HandlerError(repr(self.handler), repr(run), f"the kernel refused it: errno {number}")
 
     def opened(self, space: Space) -> None:
         """Nothing: every fault goes to the handler."""

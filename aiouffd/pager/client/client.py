@@ -23,6 +23,7 @@ from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.client.waiting import StoppedError, Waiter
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.travel import Pickles
 from aiouffd.rpc import Request, Requests
 
@@ -46,6 +47,14 @@ _FIRST = ("takeover", "open")  # sent before the requests that speak of what the
 def _rank(request: Request) -> int:
     op = request.message["op"]
     return _FIRST.index(op) if op in _FIRST else len(_FIRST)
+
+
+def _with_reason(error: BaseException, reason: BaseException | None) -> BaseException:
+    if reason is None:
+        return error
+    told = type(error)(f"{error}: {reason}")
+    told.__cause__ = reason
+    return told
 
 
 class PagerClient:
@@ -84,6 +93,7 @@ class PagerClient:
         self._worker_pid = 0
         self._held = False  # requests wait until the successor has all that they speak of
         self._dead: BaseException | None = None
+        self._reason: BaseException | None = None
         self._keepers = 0
         self._progress = -1
         self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
@@ -97,7 +107,12 @@ class PagerClient:
             PagerStartError: it did not start; `stop` it all the same.
         """
         self._pair = self._start_pair()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise PagerStartError(
+                f"no thread can be started to listen to the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
+            ) from error
 
     def _start_pair(self) -> Pair:
         return Pair.start(self._waiter, self._pickles)
@@ -183,7 +198,7 @@ class PagerClient:
     # Requests
 
     def _open(self, tenant: Tenant, mappings: list[Mapping]) -> Future[Any]:
-        pidfd = os.pidfd_open(os.getpid())
+        pidfd = open_pidfd(os.getpid())
         try:
             future = self._requests(
                 "open",
@@ -319,8 +334,10 @@ class PagerClient:
             self._on_gone(tenant)
         elif event == "error" and tenant is not None:
             self._on_error(tenant, self._requests.error(message.get("error")))
+        elif event == "failing":  # the worker, which is replaced; where all fail, this says why
+            self._reason = self._requests.error(message.get("error"))
         elif event == "died":
-            self._give_up(self._requests.error(message.get("error")))
+            self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
 
     def _give_up(self, error: BaseException) -> None:
         self._waiter.watch.close()

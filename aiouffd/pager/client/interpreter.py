@@ -23,8 +23,10 @@ def command() -> list[str]:
         PagerStartError: no interpreter is known.
     """
     python = os.environ.get(SWITCH) or _own()
-    # -P: the working directory is not put in front of sys.path.
-    return [python, "-P"]
+    # -P: the working directory is not put in front of sys.path. What this interpreter does not look at, the pager's
+    # does not look at either.
+    options = ["-I"] if sys.flags.isolated else ["-E"] * sys.flags.ignore_environment + ["-s"] * sys.flags.no_user_site
+    return [python, "-P", *options]
 
 
 def _own() -> str:

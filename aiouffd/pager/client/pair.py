@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -11,9 +12,11 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING
 
-from aiouffd.errors import PagerStartError
+from aiouffd.errors import PagerStartError, decode_error
 from aiouffd.pager.client.interpreter import command
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import explained, open_pidfd
+from aiouffd.pager.process.inherited import signals_blocked
 from aiouffd.pager.process.journal import Journal
 from aiouffd.rpc import close_in_children
 
@@ -49,7 +52,7 @@ class Pair:
 
     def __init__(self, keeper: subprocess.Popen[bytes], connection: socket.socket, journal: Journal) -> None:
         self.keeper = keeper
-        self.keeper_fd = os.pidfd_open(keeper.pid)
+        self.keeper_fd = open_pidfd(keeper.pid)
         self.connection = connection
         self.outbox = control.Outbox(connection)
         self.journal = journal
@@ -69,24 +72,12 @@ class Pair:
             StoppedError: the client is being stopped.
         """
         arguments = [*command(), "-m", "aiouffd.pager"]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        close_in_children(ours)
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
         try:
-            # A session of its own: Ctrl-C is not for the pager.
-            keeper = subprocess.Popen(  # noqa: S603
-                [*arguments, str(theirs.fileno()), pickles],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            keeper, ours = _launch(arguments, pickles)
         except OSError as error:
-            ours.close()
-            raise PagerStartError(f"{arguments[0]!r} could not be started: {error}") from error
-        finally:
-            theirs.close()
+            raise explained(f"{arguments[0]!r} could not be started", error) from error
         try:
-            journal = _hello(ours, waiter)
+            return cls(keeper, ours, _hello(ours, waiter))
         except BaseException as error:
             ours.close()
             keeper.kill()
@@ -97,7 +88,6 @@ class Pair:
                     " its standard error tells why (is aiouffd installed for this interpreter?)"
                 ) from error
             raise
-        return cls(keeper, ours, journal)
 
     def runs(self, pid: int, pidfd: int) -> None:
         """Note which worker serves now; the pidfd is this object's from now on."""
@@ -150,10 +140,35 @@ class Pair:
             self.keeper_fd = -1
 
 
+def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the process; return it, and our end of the connection."""
+    with contextlib.ExitStack() as stack:
+        ours, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.callback(inherited.close)
+        close_in_children(ours)
+        inherited.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
+        # Where this process has closed standard descriptors, the socket may have the number of one.
+        theirs = fcntl.fcntl(inherited.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        stack.callback(os.close, theirs)
+        on_error = stack.enter_context(contextlib.ExitStack())
+        on_error.callback(ours.close)
+        # A session of its own: Ctrl-C is not for the pager.
+        with signals_blocked():
+            keeper = subprocess.Popen(  # noqa: S603
+                [*arguments, str(theirs), pickles], pass_fds=[theirs], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        on_error.pop_all()
+    return keeper, ours
+
+
 def _hello(connection: socket.socket, waiter: Waiter) -> Journal:
     if not waiter.wait(START_TIMEOUT, connection.fileno()):
         raise TimeoutError("no hello")
-    _, (fd,) = control.receive(connection)
+    message, fds = control.receive(connection)
+    if message.get("event") == "failed":
+        error = decode_error(message["error"])
+        raise error if isinstance(error, PagerStartError) else PagerStartError(f"the pager could not start: {error}")
+    (fd,) = fds
     try:
         return Journal(fd)
     finally:

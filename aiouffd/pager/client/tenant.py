@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.mappings import Mapping
+from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.travel import is_pickle, pack
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ class Pack:
     """
 
     def __init__(self, service: Service, options: Options) -> None:
-        data, descriptors = pack(service)
+        try:
+            data, descriptors = pack(service)
+        except OSError as error:
+            raise explained(f"{service.origin!r} cannot travel to the pager", error) from error
         self.service = service
         self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
         self.options = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
-        self.config = os.memfd_create("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.config = open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(os.dup(self.config), "wb") as file:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
@@ -62,6 +66,7 @@ class Pack:
         if self.config >= 0:
             os.close(self.config)
             self.config = -1
+            del self.service, self._descriptors  # its files may be closed with them, here and now
 
 
 @attrs.define(eq=False)

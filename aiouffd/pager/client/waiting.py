@@ -8,6 +8,8 @@ import select
 import time
 from typing import TYPE_CHECKING
 
+from aiouffd.pager.process.handles import open_eventfd
+
 if TYPE_CHECKING:
     from aiouffd.native.watchdog import Watch
 
@@ -32,7 +34,7 @@ class Waiter:
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.stopped = False
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._event = open_eventfd()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once somebody has called `wake`."""

@@ -20,6 +20,8 @@ import struct
 from collections import deque
 from typing import Any, Final
 
+from aiouffd.pager.process.handles import open_memfd
+
 __all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
 
 _HEADER: Final = struct.Struct("=BI")  # how it is packed, how many descriptors there are
@@ -155,8 +157,9 @@ def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[by
     space = socket.CMSG_SPACE((_MAX_FDS + 1) * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
     try:
         data, ancillary, _, _ = connection.recvmsg(_MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
-    except ConnectionResetError as error:
-        raise Closed from error
+    except ConnectionResetError:
+        # The other side closed without having read everything. The kernel says so once, ahead of what that side sent.
+        data, ancillary, _, _ = connection.recvmsg(_MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     pid, uid = 0, -1
     for level, kind, payload in ancillary:
@@ -176,7 +179,7 @@ def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[by
 
 
 def _memfd(text: bytes, stack: contextlib.ExitStack) -> int:
-    fd = os.memfd_create("aiouffd-message", os.MFD_CLOEXEC)
+    fd = open_memfd("aiouffd-message")
     stack.callback(os.close, fd)
     view = memoryview(text)
     while view:

@@ -28,6 +28,7 @@ from aiouffd.engine.dispatcher import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
+from aiouffd.pager.process.handles import explained, open_memfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,7 @@ class Journal:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._map = mmap.mmap(fd, _SIZE)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # a core dump would write out its holes, too
         self._bytes = memoryview(self._map)
         self._words = self._bytes[:_LANDING].cast("Q")
         self._identities = [self._bytes[at : at + 8].cast("q") for at in map(_landing, (0, 1))]
@@ -77,9 +79,12 @@ class Journal:
     @classmethod
     def create(cls) -> Journal:
         """Make an empty one."""
-        fd = os.memfd_create("aiouffd-journal", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _SIZE)
-        return cls(fd)
+        fd = open_memfd("aiouffd-journal")
+        try:
+            os.ftruncate(fd, _SIZE)
+            return cls(fd)
+        except OSError as error:
+            raise explained(f"no journal of {_SIZE >> 20} MiB", error) from error
 
     @property
     def _active(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import platform
@@ -26,6 +27,8 @@ from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
+from aiouffd.pager.process.handles import explained, open_pidfd
+from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.travel import Pickles
@@ -55,6 +58,7 @@ CALM = 60.0
 """A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
 
 _TICK = 1.0
+_FEW_DESCRIPTORS = 1024
 _CLONE_PAUSE = 0.5
 _LOOK = 0.5  # seconds between looks whether the processes are still there
 _CLONE_FILES = 0x400
@@ -101,6 +105,8 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
         try:
             pid = _clone()
         except OSError as error:
+            if not _has_served(journal):
+                return _refuse(connection, error)
             # To give up would be to close the descriptors of forked children, who would read zeros then.
             log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400 - no traceback helps
             if not _anybody(journal) and _hung_up(connection):
@@ -118,13 +124,20 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
         resolved = journal.counters.progress()
         deaths = 1 if resolved != progress or calm else deaths + 1
         progress = resolved
-        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
         log.warning("the worker (pid %d) died (%s) and is replaced", pid, reason)
         journal.counters.words[Counter.RESTARTS] += 1
         if pickles is not Pickles.NEVER:
             import cloudpickle  # noqa: F401, PLC0415 - else each successor would import it, for a pickle that needs it
         if deaths >= DEATHS:
             return _give_up(journal, connection, reason)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
 
 
 def _wait(pid: int, journal: Journal) -> int:
@@ -134,7 +147,7 @@ def _wait(pid: int, journal: Journal) -> int:
     machine that was suspended) the worker has missed nothing.
     """
     words = journal.counters.words
-    pidfd = os.pidfd_open(pid)
+    pidfd = open_pidfd(pid)
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     beat, still, warned, interrupted = -1, 0.0, False, False
@@ -155,7 +168,7 @@ def _wait(pid: int, journal: Journal) -> int:
                 _say_blocked(pid, still, state)
             elif still > HOPELESS and not interrupted:
                 interrupted = True
-                os.kill(pid, signal.SIGUSR2)
+                os.kill(pid, INTERRUPT_BLOCKED_LOOP)
             elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(journal)):
                 log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
                 os.kill(pid, signal.SIGKILL)
@@ -173,12 +186,15 @@ def _say_blocked(pid: int, still: float, state: str) -> None:
         " waits without await. Where it is:",
         still,
     )
-    os.kill(pid, signal.SIGUSR1)
+    os.kill(pid, SAY_WHAT_BLOCKS)
 
 
 def _state_of(pid: int) -> str:
-    """Return the state of a child that has not been waited for, as ps(1) shows it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """Return the state of a child that has not been waited for, as ps(1) shows it; nothing where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _orphaned(journal: Journal) -> bool:
@@ -197,8 +213,10 @@ def _work(journal: Journal, connection: socket.socket, pickles: Pickles) -> NoRe
     try:
         worker.run(journal, connection, pickles)
         status = 0
-    except BaseException:
+    except BaseException as error:
         log.exception("the worker failed")
+        with contextlib.suppress(Exception):
+            control.send(connection, {"event": "failing", "error": encode_error(error)}, wait=False)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -206,7 +224,18 @@ def _work(journal: Journal, connection: socket.socket, pickles: Pickles) -> NoRe
 
 
 def _open_descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
+    try:
+        return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
+    except OSError:  # there is no /proc: at this time, few are open
+        return {fd for fd in range(_FEW_DESCRIPTORS) if _is_open(fd)}
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
 
 
 def _close_strays(known: set[int]) -> None:
@@ -231,6 +260,19 @@ def _forsaken(journal: Journal) -> list[Forsaken]:
         )
         for item in (state["spaces"] if state is not None else ())
     ]
+
+
+def _has_served(journal: Journal) -> bool:
+    """Tell whether anything has been served: then descriptors of forked children may be here."""
+    return survey(journal) is not None
+
+
+def _refuse(connection: socket.socket, error: OSError) -> int:
+    """Say why there is no worker, and end."""
+    reason = explained("no worker could be started", error)
+    with contextlib.suppress(control.Closed, OSError):
+        control.send(connection, {"event": "died", "error": encode_error(reason)}, wait=False)
+    return 1
 
 
 def _anybody(journal: Journal) -> bool:

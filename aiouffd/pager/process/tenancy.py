@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.assembly import Options, Service, make_backend
-from aiouffd.engine.serve.source import Limits
+from aiouffd.engine.serve.reads import Limits
 from aiouffd.pager.process.travel import unpack
 
 if TYPE_CHECKING:

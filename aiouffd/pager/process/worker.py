@@ -13,20 +13,22 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-import uvloop
-
 from aiouffd.engine.ahead.fill import bring_ahead, bring_early, complete
 from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.messages import COUNTER_OF_EVENT
 from aiouffd.engine.serve.handler import Handler
-from aiouffd.engine.space import COUNTER_OF_EVENT, Space
+from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerStartError, SourceError, UffdError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import unshare_memory
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import open_pidfd
+from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.replay import numbers, replay, survey
 from aiouffd.pager.process.tenancy import Origin, Tenancy, build, config_of
 from aiouffd.pager.process.travel import Pickles, is_pickle
@@ -52,13 +54,13 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> None:
     """Serve until nobody is left to be served."""
     worker = _Worker(journal, connection, pickles)
     # The keeper asks for these when the loop does not turn. A handler of Python's runs also where time.sleep() blocks.
-    signal.signal(signal.SIGUSR1, worker.say_what_blocks)
-    faulthandler.register(signal.SIGUSR1, chain=True)
-    signal.signal(signal.SIGUSR2, worker.interrupt_what_blocks)
+    signal.signal(SAY_WHAT_BLOCKS, worker.say_what_blocks)
+    faulthandler.register(SAY_WHAT_BLOCKS, chain=True)
+    signal.signal(INTERRUPT_BLOCKED_LOOP, worker.interrupt_what_blocks)
     gc.freeze()  # what the keeper made lives as long as the worker does
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
-    loop = uvloop.new_event_loop()
+    loop = new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(worker.main())
 
@@ -110,7 +112,7 @@ class _Worker:
         elif state is not None:
             self.restore(state, events, self.journal.fresh)
         loop.add_reader(self.connection.fileno(), self.requests)
-        pidfd = os.pidfd_open(os.getpid())  # a number alone might be another process's by the time that it is used
+        pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
         self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
         await self.done.wait()
         for origin in list(self.origins.values()):

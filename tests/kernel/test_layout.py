@@ -80,8 +80,8 @@ async def in_between(mode: str, kind: str) -> None:
     """Scenario: a page is touched, or comes, just when the system call is done and the engine does not know yet."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
-        engine: Any = monitor._engine
-        real, touching = engine.removed, []
+        applied: Any = monitor._engine.layout  # type: ignore[union-attr]
+        real, touching = applied.removed, []
 
         def touch() -> None:
             touching.append(Touchers(region.address, [[3]], may_be_zero=True))
@@ -93,7 +93,7 @@ async def in_between(mode: str, kind: str) -> None:
             assert touching[0].alive
             real(start, length)
 
-        engine.removed = removed
+        applied.removed = removed
         if kind == "under way":
             touch()
             eventually(lambda: monitor.statistics().in_flight, 1)
@@ -102,7 +102,7 @@ async def in_between(mode: str, kind: str) -> None:
         region.madvise(mmap.MADV_DONTNEED, 3 * PAGE, PAGE)
         touching[0].join()
         assert peek(region.address + 3 * PAGE) == bytes(8)
-        del engine.removed
+        del applied.removed
 
     sources = {"asked for": Pattern(SIZE), "in memory": aiouffd.BufferSource(content(0, SIZE))}
     await beside_the_loop(mode, sources.get(kind, Slow(SIZE, 0.15)), work)
@@ -154,14 +154,14 @@ async def moving(mode: str) -> None:
     """Scenario: moved memory cannot be touched until it is registered again."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
-        engine: Any = monitor._engine
-        real, seen = engine.moved, []
+        applied: Any = monitor._engine.layout  # type: ignore[union-attr]
+        real, seen = applied.moved, []
 
         def moved(address: int, length: int) -> None:
             seen.append((address, permissions(address)))
             real(address, length)
 
-        engine.moved = moved
+        applied.moved = moved
         blocker = mmap.mmap(-1, SIZE)  # most likely right behind
         before = region.address
         region.resize(64 * SIZE)
@@ -172,7 +172,7 @@ async def moving(mode: str) -> None:
             assert peek(region.address + page * PAGE) == word(page)
         assert peek(region.address + 2 * SIZE) == bytes(8)
         blocker.close()
-        del engine.moved
+        del applied.moved
 
     await beside_the_loop(mode, Pattern(SIZE), work)
 

@@ -1,4 +1,4 @@
-"""`handoff.listen`: the socket's file, and who else may be at its name."""
+"""`server.listener`: the socket's file, and who else may be at its name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,130 @@
+"""What a source says of its bytes without waiting, and the runs that bring them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.serve.zeros import BLOCK, cut
+from aiouffd.engine.statistics import Counter
+from aiouffd.kernel.memory import address_of, zero_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiouffd.engine.plain import PlainSource
+    from aiouffd.engine.runs import Purpose
+    from aiouffd.engine.space import Space
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.sources.base import Source
+
+__all__ = ["Extents"]
+
+
+class Extents:
+    """The optional methods of a source: see `aiouffd.sources.base.Source`.
+
+    Args:
+        source: its size is taken now.
+        counters: where to count.
+    """
+
+    def __init__(self, source: Source, counters: Counters) -> None:
+        self.size = source.size
+        self._words = counters.words
+        self.locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
+        self._page: Callable[[int, int], int | None] | None = getattr(source, "page", self.locate)
+        self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
+        self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
+        self._blank: Callable[[int, int, int], list[int]] | None = getattr(source, "blank", None)
+        if not getattr(source, "sparse", True):
+            self._hole = None
+        self._plain: dict[tuple[int, int, bool, bool], PlainSource] = {}
+        answers_at_once = self.locate is not None or self._read_nowait is not None
+        self.local: bool = answers_at_once and getattr(source, "local", True)
+
+    @property
+    def may_be_plain(self) -> bool:
+        """Whether faults may be served as `engine.plain` does."""
+        return self._page is not None and self._hole is None
+
+    def plain_source(self, space: Space) -> PlainSource:
+        """Return what `engine.plain` needs to serve the faults of a space; the same tuple for spaces alike."""
+        key = space.page_size, space.resolver.mode, space.readahead.limit > 0, space.maps_zeros
+        known = self._plain.get(key)
+        if known is None:
+            assert self._page is not None
+            known = self._plain[key] = (self._page, self.size, *key[:3], self._blank if space.maps_zeros else None)
+        return known
+
+    def split(self, offset: int, length: int, page: int) -> tuple[str, int]:
+        """Split a window where it changes: ("zeros", "data" or "tail": the source's last, partial page; bytes)."""
+        if offset >= self.size:
+            return "zeros", length
+        if self._hole is not None and (hole := self._hole(offset, min(length, self.size - offset)) & -page):
+            return "zeros", hole
+        if offset + length <= self.size:
+            return "data", length
+        whole = (self.size - offset) & -page
+        return ("data", whole) if whole else ("tail", page)
+
+    def add_at_hand(
+        self, space: Space, address: int, offset: int, length: int, runs: list[Run], purpose: Purpose
+    ) -> bool:
+        """Add runs for bytes that need no waiting; False: they must be waited for, and nothing was added."""
+        available = min(length, self.size - offset)
+        source: int | None = None
+        if available == length and self.locate is not None:
+            source = self.locate(offset, length)
+        if source is not None:
+            zeros = self._blank(offset, length, BLOCK) if self._blank is not None and space.maps_zeros else []
+            self._add(space, Run(Op.COPY, address, offset, length, source, None, purpose), zeros, runs)
+            self._words[Counter.BYTES_FETCHED] += available
+            return True
+        data = None if self._read_nowait is None else self._read_nowait(offset, available)
+        if data is None or not _holds(data, available):  # too little: `read` is asked, whose errors are reported
+            return False
+        self.add_data(space, Run(Op.COPY, address, offset, length, purpose=purpose), data, runs)
+        self._words[Counter.BYTES_FETCHED] += available
+        return True
+
+    def add_data(self, space: Space, run: Run, data: Any, runs: list[Run]) -> None:
+        """Add runs for the bytes of a buffer of ours: `run` says where they go."""
+        available = min(run.left, self.size - run.offset)
+        zeros = zero_blocks(memoryview(data).cast("B"), BLOCK) if space.maps_zeros and available == run.left else []
+        run.owner, run.src = _whole_pages(data, available, run.left)
+        self._add(space, run, zeros, runs)
+
+    def _add(self, space: Space, run: Run, zeros: list[int], runs: list[Run]) -> None:
+        """Add a run, in parts where it has blocks of zeros."""
+        if not zeros:
+            runs.append(run)
+            return
+        assert run.purpose is not None
+        for begin, length, blank in cut(run.left, zeros):
+            if blank:
+                self.add_zeros(space, run.dst + begin, run.offset + begin, length, runs, run.purpose)
+            else:
+                runs.append(run.part(begin, length))
+
+    def add_zeros(
+        self, space: Space, address: int, offset: int, length: int, runs: list[Run], purpose: Purpose
+    ) -> None:
+        """Add runs that fill a range with zeros."""
+        self._words[Counter.PAGES_ZERO] += length // space.page_size
+        runs.extend(space.zeros(address, offset, length, purpose))
+
+
+def _holds(data: Any, length: int) -> bool:
+    """Tell whether a buffer is of this length, and in one piece: its address is what is copied from."""
+    view = memoryview(data)
+    return view.nbytes == length and view.c_contiguous
+
+
+def _whole_pages(data: Any, available: int, length: int) -> tuple[Any, int]:
+    """Return (owner, address) of `length` bytes that begin with `data`: the tail of the last page is zeros."""
+    if available < length:
+        padded = bytearray(length)
+        padded[:available] = memoryview(data).cast("B")[:available]
+        data = padded
+    return data, address_of(data)

@@ -1,0 +1,142 @@
+"""Reads of a source: bounded, timed and retried."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.flight import canceled_from_outside
+from aiouffd.engine.serve.deadlines import Deadlines
+from aiouffd.engine.serve.gate import Gate
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+
+if TYPE_CHECKING:
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.sources.base import Source
+
+__all__ = ["Limits", "Reads"]
+
+_RETRIES = 4
+_LONGEST_PAUSE = 2.0  # seconds between two tries
+
+
+@attrs.frozen
+class Limits:
+    """Bounds of a backend.
+
+    Attributes:
+        concurrent_reads: source reads (or handlers) under way at once.
+        bytes_in_flight: bytes of source reads under way at once.
+        timeout: seconds for one read of the source, None for no limit.
+        retries: further tries after a read that failed, with exponential backoff and jitter; None: 4, and for URLs as
+            many as the timeout allows.
+        backoff: seconds before the first of them; the longest pause is 2 s.
+    """
+
+    concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
+    bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
+    timeout: float | None = attrs.field(default=30.0)
+    retries: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
+    backoff: float = 0.05
+
+    @timeout.validator
+    def _time_passes(self, _: object, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"'timeout' must be > 0, or None: {value}")
+
+
+class Reads:
+    """The reads of one source.
+
+    Args:
+        source: its own attributes `timeout` and `retries`, if it has them, come before those of `limits`.
+        counters: where to count.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, source: Source, counters: Counters, limits: Limits) -> None:
+        self._source = source
+        self._words = counters.words
+        self._backoff = limits.backoff
+        begin = getattr(source, "begin", None)
+        if begin is not None:
+            begin(limits.timeout, limits.retries, self._count_retry)
+        self._gate = Gate(limits.concurrent_reads, limits.bytes_in_flight)
+        self._deadlines = Deadlines(getattr(source, "timeout", limits.timeout))
+        self._retries: int = getattr(source, "retries", _RETRIES if limits.retries is None else limits.retries)
+
+    async def read(self, offset: int, length: int, *, urgent: bool, retries: int | None = None) -> Any:
+        """Return the bytes. Canceling is safe: the place in the queue, or the read, is given up.
+
+        Args:
+            offset: where they begin.
+            length: how many.
+            urgent: a thread waits for them: it is let in before those that are read ahead.
+            retries: in place of the usual ones.
+
+        Raises:
+            SourceError: the source failed, and went on failing.
+        """
+        words = self._words
+        if not self._gate.try_enter(length):
+            await self._gate.enter(length, urgent=urgent)
+        words[Counter.IN_FLIGHT] += 1
+        words[Counter.BYTES_IN_FLIGHT] += length
+        try:
+            return await self._persist(offset, length, self._retries if retries is None else retries)
+        finally:
+            words[Counter.IN_FLIGHT] -= 1
+            words[Counter.BYTES_IN_FLIGHT] -= length
+            self._gate.leave(length)
+
+    async def _persist(self, offset: int, length: int, retries: int) -> Any:
+        tries = 0
+        while True:
+            try:
+                return await self._attempt(offset, length)
+            except SourceTimeoutError as error:
+                failure: SourceError = error
+            except SourceError:
+                raise  # the source itself says that it is for good
+            except TimeoutError as error:
+                reason = f"no answer in {self._deadlines.seconds} s"
+                failure = SourceTimeoutError(repr(self._source), offset, length, reason)
+                failure.__cause__ = error
+            except (Exception, asyncio.CancelledError, SystemExit) as error:
+                # Whatever a source raises fails the pages, not the pager: also the cancelation of something that it
+                # has waited for, as long as nobody has canceled us.
+                if canceled_from_outside(error):
+                    raise
+                failure = SourceError(repr(self._source), offset, length, f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+            tries += 1
+            if tries > retries:
+                raise failure
+            self._count_retry()
+            # Full jitter: clients that failed together do not come back together.
+            pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, keeps no secret
+
+    async def _attempt(self, offset: int, length: int) -> Any:
+        with self._deadlines:
+            data = await self._source.read(offset, length)
+        view = memoryview(data)
+        got = view.nbytes
+        if not view.c_contiguous:
+            raise TypeError("what it gave does not lie in one piece")
+        self._words[Counter.BYTES_FETCHED] += got
+        if got != length:
+            reason = f"gave {got} bytes of {length}; it says that it has {self._source.size}"
+            raise ShortReadError(repr(self._source), offset, length, reason)
+        return data
+
+    def _count_retry(self) -> None:
+        self._words[Counter.SOURCE_RETRIES] += 1
+
+    def close(self) -> None:
+        """Stop the timer. Nothing is read any more."""
+        self._deadlines.close()

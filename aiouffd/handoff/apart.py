@@ -1,0 +1,113 @@
+"""Blocking calls that may never return, each in a daemon thread of its own.
+
+What a stranger names or sends may lie on a file system that does not answer: open(2), fstat(2), lseek(2) and close(2)
+can wait for ever. asyncio.to_thread would be wrong for these: its pool has few threads, so that some calls that
+hang would stop everybody's, and the interpreter joins them at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["apart", "close_foreign", "detach", "kind_of"]
+
+log = logging.getLogger("aiouffd.server")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SAFE = ("pipe:[", "anon_inode:[userfaultfd]")
+
+
+async def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in a thread of its own, and return what it returns.
+
+    Canceling is safe: the thread goes on to the end of the call, whose result is dropped.
+
+    Raises:
+        RuntimeError: no thread can be started.
+        BaseException: whatever the function raises.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():  # canceled
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = function(*args, **kwargs)
+        except StopIteration as stopped:  # a future refuses it
+            error = RuntimeError(f"raised {stopped!r}")
+        except BaseException as raised:  # noqa: BLE001 - it is the caller's
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, error)
+
+    detach(run)
+    return await future
+
+
+def close_foreign(fds: Iterable[int]) -> None:
+    """Close descriptors that a stranger has sent. Does not block: close(2) that may wait is left to a thread.
+
+    A TCP socket with SO_LINGER waits for its unsent data, a file of FUSE or NFS for its server. So does a Unix socket
+    in whose queue such descriptors are.
+    """
+    slow = []
+    for fd in fds:
+        if _closes_at_once(fd):
+            os.close(fd)
+        else:
+            slow.append(fd)
+    if slow:
+        try:
+            detach(_close_all, slow)
+        except RuntimeError as error:
+            log.error("%d descriptors stay open: %s", len(slow), error)  # noqa: TRY400 - no traceback helps here
+
+
+def kind_of(fd: int) -> str:
+    """Return what a descriptor is of, as /proc says it: `pipe:[1]`, `anon_inode:[userfaultfd]`, or a path."""
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+
+
+def _closes_at_once(fd: int) -> bool:
+    if kind_of(fd).startswith(_SAFE):
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # of memory only: EINVAL for all other files, whatever their names
+    except OSError:
+        return False
+    return True
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def detach(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a thread of its own, and do not wait for it.
+
+    Raises:
+        RuntimeError: no thread can be started.
+    """
+    threading.Thread(target=function, args=args, name="aiouffd-apart", daemon=True).start()

@@ -1,0 +1,84 @@
+"""What engines share that serve a region on a loop of its own process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.engine.ahead.fill import bring_ahead
+from aiouffd.engine.assembly import make_backend, make_readahead
+from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.mappings import Mappings
+from aiouffd.engine.space import Space
+from aiouffd.errors import ClosedError
+from aiouffd.kernel.abi import RegisterMode
+from aiouffd.monitor.engines.layout import Layout
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.kernel.userfaultfd import Userfaultfd
+    from aiouffd.monitor.engines.protocol import Assignment
+
+__all__ = ["Local"]
+
+
+class Local:
+    """The backend, space and dispatcher of one region. Made on the loop that runs it, and used there unless it says so.
+
+    Args:
+        assignment: what is served.
+        uffd: belongs to this object from now on.
+        counters: of the engine.
+        spin_us: as for `Dispatcher`.
+        **layout: as for `Layout`.
+    """
+
+    def __init__(
+        self, assignment: Assignment, uffd: Userfaultfd, counters: Counters, *, spin_us: int, **layout: Any
+    ) -> None:
+        options, service, mapping = assignment.options, assignment.service, assignment.mapping
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self.backend = make_backend(service, counters, options)
+        self.space = Space(
+            uffd,
+            Mappings([mapping]),
+            page_size=assignment.page_size,
+            backend=self.backend,
+            counters=counters,
+            readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
+            write_protect=options.write_protect,
+            on_error=lambda _, error: assignment.on_error(error),
+        )
+        self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
+        self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us)
+        self._dispatcher.add(self.space)
+        self._ahead = self._loop.create_task(
+            bring_ahead(self.space, self.backend, service.trace, options.background), name="aiouffd-ahead"
+        )
+
+    def prefetch(self, offset: int, length: int) -> Future[None]:
+        """Bring offsets [offset, offset + length). From any thread."""
+        return asyncio.run_coroutine_threadsafe(self._prefetch(offset, length), self._loop)
+
+    async def _prefetch(self, offset: int, length: int) -> None:
+        try:
+            await self.backend.prefetch(self.space, offset, length)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise ClosedError("the Monitor has been left") from None
+            raise
+
+    async def refuse(self) -> None:
+        """Poison what is waited for, and whatever is touched until `aclose`."""
+        self._ahead.cancel()
+        self.space.refuse()
+
+    async def aclose(self) -> None:
+        """Serve no longer."""
+        self._closed = True
+        self._dispatcher.close()
+        self._ahead.cancel()
+        await self.backend.aclose()

@@ -1,0 +1,88 @@
+"""A userfaultfd with Feature.SIGBUS, which has no messages and no sleepers, used like one that has them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Self
+
+from aiouffd.engine.resolver import DONTWAKE
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.native import faults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["PipeUserfaultfd"]
+
+_SHORT = 64 << 10  # 20 us: to release the GIL for less costs more than it gives
+
+
+class PipeUserfaultfd(Userfaultfd):
+    """Its messages come through a pipe from signal handlers, and WAKE wakes the futexes on which these wait.
+
+    It is used on one loop.
+    """
+
+    _pipe: int
+    _loop: asyncio.AbstractEventLoop
+    _copy: Callable[[int, int, int, int, int], int]
+    _later: list[tuple[int, int]]
+
+    @classmethod
+    def joined(cls, uffd: Userfaultfd, pipe: int, loop: asyncio.AbstractEventLoop) -> Self:
+        """Work on a duplicate of `uffd`. `pipe`, where messages are read, stays the caller's."""
+        self = cls.from_fd(os.dup(uffd.fileno()), uffd.features)
+        self._pipe = pipe
+        self._loop = loop
+        self._copy = faults.copying()
+        self._later = []
+        return self
+
+    def fileno(self) -> int:
+        """Return where messages are read."""
+        return self._pipe
+
+    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
+        """UFFDIO_COPY."""
+        if length <= _SHORT:
+            result = self._copy(self._fd, dst, src, length, mode | DONTWAKE)
+        else:
+            result = super().try_copy(dst, src, length, mode | DONTWAKE)
+        return self._woken(dst, result, mode)
+
+    def try_zeropage(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_ZEROPAGE."""
+        return self._woken(start, super().try_zeropage(start, length, mode | DONTWAKE), mode)
+
+    def try_continue(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_CONTINUE."""
+        return self._woken(start, super().try_continue(start, length, mode | DONTWAKE), mode)
+
+    def try_poison(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_POISON."""
+        return self._woken(start, super().try_poison(start, length, mode | DONTWAKE), mode)
+
+    def try_wake(self, start: int, length: int) -> int:
+        """Wake the threads that wait in their signal handlers.
+
+        A thread that is woken wants the GIL, which the loop has until it sleeps. So threads whose pages have come by a
+        task are woken when all tasks of this turn have run, or each would be woken twice.
+        """
+        if asyncio.current_task(self._loop) is None:
+            faults.wake(start, length)
+            return length
+        if not self._later:
+            self._loop.call_soon(self._wake_all)
+        self._later.append((start, length))
+        return length
+
+    def _wake_all(self) -> None:
+        later, self._later = self._later, []
+        for start, length in later:
+            faults.wake(start, length)
+
+    def _woken(self, start: int, result: int, mode: int) -> int:
+        if result > 0 and not mode & DONTWAKE:
+            self.try_wake(start, result)
+        return result

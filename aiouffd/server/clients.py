@@ -1,0 +1,135 @@
+"""Clients of a server, and the conversation with those of them that ask questions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.errors import HandoffError, UffdError, encode_error
+from aiouffd.handoff.apart import close_foreign
+from aiouffd.handoff.lines import Lines, line
+from aiouffd.handoff.receive import receive
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    from aiouffd.handoff.receive import Peer
+    from aiouffd.pager.client.tenant import Tenant
+
+__all__ = ["Client", "Conversation"]
+
+log = logging.getLogger("aiouffd.server")
+
+_MAX_REQUESTS = 256  # of one client, without an answer
+
+
+@attrs.define(eq=False)
+class Client:
+    """A process whose memory is served.
+
+    Attributes:
+        number: counts the handoffs of a server, from 1 on.
+        peer: who it is.
+        tenant: the memory.
+        length: bytes of it.
+        connection: on which the handoff came. Its end tells that one of our own clients has left.
+        conversation: with one of our own clients; None: it is another one, which reads nothing.
+        since: when it was taken, on the monotonic clock.
+        pidfd: of the peer; -1: its process cannot be seen.
+    """
+
+    number: int
+    peer: Peer
+    tenant: Tenant
+    length: int
+    connection: socket.socket
+    conversation: Conversation | None = None
+    since: float = attrs.field(factory=monotonic)
+    pidfd: int = -1
+
+    def __str__(self) -> str:
+        return f"client {self.number} ({self.peer})"
+
+    def disconnect(self) -> None:
+        """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""
+        if self.connection.fileno() >= 0:
+            close_foreign([self.connection.detach()])
+
+
+class Conversation:
+    """Answers the requests of one of our own clients, and reports errors to it.
+
+    Args:
+        connection: non-blocking. It stays the caller's.
+        answer: carries out a request, and returns what it is answered with. An `UffdError` or `ValueError` is sent
+            to the client.
+    """
+
+    def __init__(self, connection: socket.socket, answer: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+        self._connection = connection
+        self._answer = answer
+        self._sending = asyncio.Lock()  # one line at a time
+        self._unsent = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Answer requests until the client leaves. They are carried out concurrently.
+
+        Canceling is safe: requests that are being carried out are canceled as well.
+
+        Raises:
+            HandoffError, ValueError, OSError: the client sends what is no request, or its connection is broken.
+        """
+        lines = Lines()
+        places = asyncio.Semaphore(_MAX_REQUESTS)
+        try:
+            while data := (await receive(self._connection, 64 << 10))[0]:
+                for message in lines.feed(data):
+                    number = message.get("id")
+                    if type(number) is not int:
+                        raise HandoffError("a client", f"sent {message!r:.80}, which is no request")
+                    await places.acquire()  # a client that asks faster than it can be answered is not read from
+                    self._spawn(self._carry_out(number, message, places))
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def report(self, error: BaseException) -> None:
+        """Send an error that belongs to no request, as soon as the client reads."""
+        self._spawn(self.tell({"error": encode_error(error, private=False)}))
+
+    async def tell(self, message: dict[str, Any]) -> None:
+        """Send a line, and wait until the client has read what is before it. Too many that wait are dropped."""
+        if self._unsent >= 2 * _MAX_REQUESTS:
+            return
+        self._unsent += 1
+        try:
+            async with self._sending:
+                with contextlib.suppress(OSError):
+                    await asyncio.get_running_loop().sock_sendall(self._connection, line(message))
+        finally:
+            self._unsent -= 1
+
+    async def _carry_out(self, number: int, message: dict[str, Any], places: asyncio.Semaphore) -> None:
+        answer: dict[str, Any] = {"id": number}
+        try:
+            answer["ok"] = await self._answer(message)
+        except Exception as error:
+            if not isinstance(error, UffdError | ValueError):
+                log.exception("a request could not be carried out")
+            answer["error"] = encode_error(error, private=False)
+        finally:
+            places.release()
+        await self.tell(answer)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

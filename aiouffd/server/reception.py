@@ -1,0 +1,156 @@
+"""Takes the connections of a listener, receives a handoff on each, and turns away what cannot be served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aiouffd.errors import HandoffError, UffdError, encode_error
+from aiouffd.handoff.apart import close_foreign
+from aiouffd.handoff.arrival import Arrival
+from aiouffd.handoff.lines import line
+from aiouffd.ranges import Range
+from aiouffd.server.rejection import Policy, Rejections
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable, Collection
+
+    from aiouffd.handoff.arrival import Handoff
+
+__all__ = ["Reception"]
+
+log = logging.getLogger("aiouffd.server")
+
+_MAX_INCOMPLETE = 64  # handoffs that are being received at once
+_REMINDER = 10.0  # seconds between two messages about the same
+
+
+class Reception:
+    """Receives handoffs. What is wrong with one costs its own connection only.
+
+    Args:
+        serve: serves a handoff, and takes it and the connection; or raises, and leaves both.
+        uids: the users that may connect.
+        timeout: seconds that a client has to send its handoff.
+        on_reject: what becomes of a client that is turned away; see `Server`.
+
+    Attributes:
+        rejected: how many were turned away.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Handoff, socket.socket], Awaitable[None]],
+        *,
+        uids: Collection[int],
+        timeout: float,
+        on_reject: Policy,
+    ) -> None:
+        self._serve = serve
+        self._uids = uids
+        self._timeout = timeout
+        self._rejections = Rejections(on_reject)
+        self.rejected = 0
+        self._incomplete: dict[asyncio.Timeout, None] = {}  # handoffs, oldest first
+        self._accepting: asyncio.Task[None] | None = None
+        self._admissions: set[asyncio.Task[None]] = set()
+
+    def open(self, listener: socket.socket) -> None:
+        """Begin to take connections of a listening, non-blocking Unix socket. It stays the caller's."""
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
+
+    def close(self) -> None:
+        """Take no more connections; handoffs that are being received go on."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            self._accepting = None
+
+    async def aclose(self) -> None:
+        """Give up the handoffs that are being received, and let the held clients go."""
+        self.close()
+        for task in list(self._admissions):
+            task.cancel()
+        await asyncio.gather(*self._admissions, return_exceptions=True)
+        self._rejections.close()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        told = -_REMINDER
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # too many open files, most likely; connections wait in the backlog
+                if monotonic() - told >= _REMINDER:
+                    told = monotonic()
+                    log.error("no client can be taken: %s", error.strerror)  # noqa: TRY400 - no traceback helps here
+                await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            task = loop.create_task(self._admit(connection))
+            self._admissions.add(task)
+            task.add_done_callback(self._admissions.discard)
+
+    async def _admit(self, connection: socket.socket) -> None:
+        """Receive a handoff and have it served; else turn the client away. The connection is taken in any case."""
+        arrival, handoff = Arrival(connection), None
+        try:
+            handoff = await self._receive(arrival)
+            await self._serve(handoff, connection)
+        except Exception as error:
+            self.rejected += 1
+            if isinstance(error, UffdError | OSError | ValueError):
+                log.warning("turned away: %s", error)
+            else:
+                log.exception("turned away: %s", arrival.peer)
+            await self._turn_away(arrival, handoff, connection, error)
+        except BaseException:  # canceled
+            close_foreign([connection.detach()])
+            if handoff is not None:
+                handoff.close()
+            raise
+        finally:
+            arrival.close()
+
+    async def _receive(self, arrival: Arrival) -> Handoff:
+        """Receive a handoff. In general they arrive whole; so where many are incomplete, the oldest is turned away."""
+        if arrival.peer.uid not in self._uids:
+            raise HandoffError(str(arrival.peer), "may not use this server")
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._incomplete[limit] = None
+                if len(self._incomplete) > _MAX_INCOMPLETE:
+                    oldest = next(iter(self._incomplete))
+                    del self._incomplete[oldest]
+                    oldest.reschedule(asyncio.get_running_loop().time())
+                try:
+                    return await arrival.receive(self._timeout)
+                finally:
+                    self._incomplete.pop(limit, None)
+        except TimeoutError:
+            raise HandoffError(str(arrival.peer), "was slow with its handoff, while many others came") from None
+
+    async def _turn_away(
+        self, arrival: Arrival, handoff: Handoff | None, connection: socket.socket, error: BaseException
+    ) -> None:
+        """End a connection: tell one of our own clients why; do to another one what `on_reject` says."""
+        if handoff is None:
+            uffd, ranges = arrival.claimed()
+        else:
+            uffd = handoff.uffd
+            ranges = [Range(mapping.start, mapping.end - mapping.start) for mapping in handoff.regions.mappings]
+            if handoff.tether >= 0:
+                os.close(handoff.tether)
+        if arrival.wants_answers:
+            with contextlib.suppress(OSError):
+                connection.send(line({"id": 0, "error": encode_error(error, private=False)}))
+        elif uffd is not None and not uffd.closed:
+            await self._rejections.reject(connection, arrival.peer, uffd, ranges)
+            return
+        if uffd is not None:
+            uffd.close()
+        close_foreign([connection.detach()])

@@ -1,0 +1,162 @@
+"""What serves each client: a source or a handler, made ready once for all clients that share it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.engine.ahead.trace import Recorder, Trace
+from aiouffd.engine.assembly import Service, checked
+from aiouffd.engine.serve.handler import Handler
+from aiouffd.errors import HandoffError, UffdError
+from aiouffd.handoff import firecracker
+from aiouffd.handoff.apart import apart, detach
+from aiouffd.pager.client.tenant import Pack
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from aiouffd.engine.assembly import Options
+    from aiouffd.handoff.arrival import Handoff
+    from aiouffd.handoff.receive import Peer
+
+__all__ = ["Services"]
+
+log = logging.getLogger("aiouffd.server")
+
+_MAX_HANGING = 8  # openings of one name that hang at once
+
+
+class Services:
+    """Finds what serves a client, and shares it among the clients of the same source and page size.
+
+    Args:
+        origin: a source, a handler, or a function of (peer, number, name) that returns one.
+        options: how it serves.
+        record: a file to record first touches in; None: none.
+        replay: a recording to replay for each client; None: none.
+    """
+
+    def __init__(
+        self,
+        origin: Any,
+        options: Options,
+        *,
+        record: str | os.PathLike[str] | None,
+        replay: str | os.PathLike[str] | None,
+    ) -> None:
+        self._choose: Callable[[Peer, int, str], Any]
+        if isinstance(origin, Handler) or not callable(origin):
+            checked(origin)
+            self._choose = lambda *_: origin
+        else:
+            self._choose = origin
+        self._options = options
+        self._record = record
+        self._replay = replay
+        self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
+        self._uses: Counter[str] = Counter()  # clients, by the token of their pack
+        self._lock = threading.Lock()  # over both
+        self._hanging: Counter[str] = Counter()  # openings, by the name that was asked for
+        self._recorder: Recorder | None = None
+        self._recorded: Any = None  # source and page size
+
+    def check(self) -> None:
+        """Check `record` and `replay` before a client comes. Blocks.
+
+        Raises:
+            OSError, TraceError: one of them cannot be used.
+        """
+        if self._replay is not None:
+            Trace.load(self._replay)
+        if self._record is not None:
+            Recorder.create(self._record, 0, 0).discard()
+
+    async def take(self, handoff: Handoff, number: int, name: str) -> Pack:
+        """Return what serves a client; `release` it. Canceling is safe.
+
+        Args:
+            handoff: of the client.
+            number: the client's.
+            name: of the source that it asks for.
+
+        Raises:
+            HandoffError, SourceError, OSError: it cannot be served; the reason is for the client, too.
+        """
+        origin, size = await self._open(handoff, number, name)
+        return await asyncio.to_thread(self._share, origin, size, handoff)
+
+    def release(self, pack: Pack) -> None:
+        """Let a pack go; it is closed with its last client."""
+        with self._lock:
+            self._uses[pack.token] -= 1
+            if not self._uses[pack.token]:
+                del self._uses[pack.token]
+                self._packs = {key: other for key, other in self._packs.items() if other is not pack}
+                detach(pack.close)  # it may be the last to hold an open file
+
+    def complete(self) -> None:
+        """Complete the recording, if there is one. Blocks."""
+        if self._recorder is not None:
+            self._recorder.complete()
+
+    async def _open(self, handoff: Handoff, number: int, name: str) -> tuple[Any, int]:
+        """Return what the client asks for, and its size. Opening it may hang: that costs this client only."""
+        peer, timeout = handoff.peer, self._options.limits.timeout
+        if self._hanging[name] >= _MAX_HANGING:
+            raise HandoffError(str(peer), f"its source {name!r} does not answer: {_MAX_HANGING} openings of it hang")
+        opening = asyncio.get_running_loop().create_task(apart(self._find, handoff, number, name))
+        if not (await asyncio.wait([opening], timeout=timeout))[0]:
+            self._hanging[name] += 1
+            opening.add_done_callback(lambda opening: self._opened_late(name, opening))
+            raise HandoffError(str(peer), f"its source {name!r} could not be opened within {timeout:g} s")
+        try:
+            return opening.result()
+        except (UffdError, OSError):
+            raise
+        except ValueError as error:
+            raise HandoffError(str(peer), str(error)) from error
+        except Exception as error:
+            log.exception("the function that finds a client's source failed")
+            raise HandoffError(str(peer), f"no source could be found for it: {error!r}") from error
+
+    def _find(self, handoff: Handoff, number: int, name: str) -> tuple[Any, int]:
+        """Return what the client asks for, and its size; a handler has that of the memory. In a thread of its own."""
+        origin = checked(self._choose(handoff.peer, number, name))
+        if isinstance(origin, Handler):
+            return origin, handoff.regions.end
+        firecracker.check_size(handoff.regions, origin.size)
+        return origin, origin.size
+
+    def _opened_late(self, name: str, opening: asyncio.Task[Any]) -> None:
+        self._hanging[name] -= 1
+        if not self._hanging[name]:
+            del self._hanging[name]
+        if not opening.cancelled() and opening.exception() is not None:
+            log.warning("the source %r could not be opened: %s", name, opening.exception())
+
+    def _share(self, origin: Any, size: int, handoff: Handoff) -> Pack:
+        identity = getattr(origin, "identity", None)
+        key = (id(origin) if identity is None else identity, handoff.regions.page_size)
+        with self._lock:
+            pack = self._packs.get(key)
+            if pack is None:
+                page_size = handoff.regions.page_size
+                trace = None if self._replay is None else Trace.load(self._replay, page_size)
+                pack = Pack(Service(origin, self._recording(key, handoff, size), trace), self._options)
+                self._packs[key] = pack
+            self._uses[pack.token] += 1
+        return pack
+
+    def _recording(self, key: Any, handoff: Handoff, size: int) -> Recorder | None:
+        if self._record is None:
+            return None
+        if self._recorder is None:
+            self._recorder, self._recorded = Recorder.create(self._record, handoff.regions.page_size, size), key
+        if self._recorded != key:
+            raise HandoffError(str(handoff.peer), "a recording is of one source and one page size; this is another")
+        return self._recorder

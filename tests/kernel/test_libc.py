@@ -1,0 +1,103 @@
+"""`kernel.libc`: system calls that raise OSError with the errno."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from pattern import PAGE
+
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.memory import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+@pytest.fixture
+def place() -> Iterator[int]:
+    """Eight pages that are mapped by nobody else; unmapped at the end."""
+    with mmap.mmap(-1, 9 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        address = address_of(area)
+    libc.mmap_fixed(address, 8 * PAGE)
+    yield address
+    libc.munmap(address, 8 * PAGE)
+
+
+WRONG: dict[str, Callable[[int], object]] = {
+    "mprotect": lambda place: libc.mprotect(place + 1, PAGE, READ_WRITE),
+    "madvise": lambda place: libc.madvise(place, PAGE, 999),
+    "munmap": lambda place: libc.munmap(place + 1, PAGE),
+    "mremap": lambda place: libc.mremap(place + 1, PAGE, PAGE, 0),
+    "mmap_fixed": lambda place: libc.mmap_fixed(place + 1, PAGE),
+    "lock_on_fault": lambda place: libc.syscall(abi.SYS_MLOCK2, place, PAGE, 999),
+    "mincore": lambda place: libc.mincore(place + 1, PAGE),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_what_the_kernel_refuses_is_an_oserror(place: int, call: str) -> None:
+    """EINVAL, with its text."""
+    with pytest.raises(OSError, match="Invalid argument") as caught:
+        WRONG[call](place)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_mincore_has_a_byte_for_each_page(place: int) -> None:
+    """Of the machine's page size, a last partial page included; bit 0 says that it is in memory."""
+    assert len(libc.mincore(place, 8 * PAGE)) == 8
+    assert len(libc.mincore(place, 7 * PAGE + 1)) == 8
+    ctypes.memset(place + 3 * PAGE, 1, 1)
+    assert [value & 1 for value in libc.mincore(place, 8 * PAGE)] == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_mremap_returns_the_new_place(place: int) -> None:
+    """The content moves along."""
+    ctypes.memset(place, 7, PAGE)
+    target = place + 4 * PAGE
+    assert libc.mremap(place, PAGE, PAGE, libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED, target) == target
+    assert ctypes.string_at(target, 1) == b"\7"
+    libc.mmap_fixed(place, PAGE)
+
+
+def test_locking_fills_nothing(place: int) -> None:
+    """Each page is locked when it comes; `munlock` lifts that."""
+    try:
+        libc.lock_on_fault(place, 8 * PAGE)
+    except OSError:
+        pytest.skip("RLIMIT_MEMLOCK is too low")
+    assert not any(value & 1 for value in libc.mincore(place, 8 * PAGE))
+    with pytest.raises(OSError, match="Invalid argument"):
+        libc.madvise(place, PAGE, mmap.MADV_DONTNEED)
+    libc.munlock(place, 8 * PAGE)
+    libc.madvise(place, PAGE, mmap.MADV_DONTNEED)
+
+
+def test_a_hole_is_punched() -> None:
+    """The pages are gone, the size stays."""
+    fd = os.memfd_create("hole")
+    try:
+        os.pwrite(fd, b"x" * 4 * PAGE, 0)
+        libc.punch_hole(fd, PAGE, 2 * PAGE)
+        assert os.pread(fd, 4 * PAGE, 0) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE
+    finally:
+        os.close(fd)
+
+
+def test_peek_stops_at_what_cannot_be_read(place: int) -> None:
+    """And raises no signal."""
+    ctypes.memset(place, 5, 1)
+    libc.mprotect(place + 2 * PAGE, PAGE, libc.PROT_NONE)
+    try:
+        assert libc.peek([place, place + PAGE]) == b"\5\0"
+        assert libc.peek([place, place + 2 * PAGE, place + PAGE]) == b"\5"
+        assert libc.peek([place + 2 * PAGE]) == b""
+    finally:
+        libc.mprotect(place + 2 * PAGE, PAGE, READ_WRITE)

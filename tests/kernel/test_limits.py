@@ -1,0 +1,106 @@
+"""`kernel.limits`: an error that names the limit, for each one that can refuse a region or a descriptor."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+
+import pytest
+from scenario import open_descriptors, play
+
+import aiouffd
+from aiouffd.kernel import limits
+from aiouffd.kernel.limits import limit_error, no_huge_pages
+
+HUGE = 2 << 20
+
+
+def under(name: str, value: int, shared: bool) -> None:
+    """Scenario."""
+    which = getattr(resource, name)
+    resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+    before = open_descriptors() if name != "RLIMIT_NOFILE" else 0
+    with pytest.raises(aiouffd.LimitError, match=rf"a region of 1073741824 bytes: .*; {name} is {value}") as caught:
+        aiouffd.Region(1 << 30, shared=shared)
+    assert isinstance(caught.value, OSError)
+    assert "ulimit -" in str(caught.value)
+    if before:
+        assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shared"),
+    [
+        ("RLIMIT_AS", 900 << 20, False),
+        ("RLIMIT_AS", 900 << 20, True),
+        ("RLIMIT_FSIZE", 1 << 20, True),
+        ("RLIMIT_NOFILE", 3, True),
+    ],
+)
+def test_a_region_beyond_a_limit(name: str, value: int, shared: bool) -> None:
+    """It names the limit, its value and what raises it; no descriptor is left open."""
+    play(under, name, value, shared)
+
+
+def no_descriptor_for_userfaultfd() -> None:
+    """Scenario."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    for call in (aiouffd.Userfaultfd, aiouffd.probe):
+        with pytest.raises(aiouffd.LimitError, match=r"opening a userfaultfd: .*RLIMIT_NOFILE is 3"):
+            call()
+
+
+def test_no_descriptor_for_a_userfaultfd() -> None:
+    """The same for a descriptor of its own."""
+    play(no_descriptor_for_userfaultfd)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_huge_pages(shared: bool) -> None:
+    """There are too few: it says how many are needed, how many are free, and what reserves more."""
+    if not Path("/sys/kernel/mm/hugepages/hugepages-2048kB").exists():
+        pytest.skip("this kernel has no huge pages of 2 MiB")
+    with pytest.raises(
+        aiouffd.UnsupportedError, match=r"500000 free huge pages of 2048 KiB \(it has: \d+; .*nr_hugepages"
+    ):
+        aiouffd.Region(500_000 * HUGE, page_size=HUGE, shared=shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_such_huge_pages(shared: bool) -> None:
+    """A size that the machine does not have: it names those that it has."""
+    with pytest.raises(aiouffd.UnsupportedError, match="huge pages of 8 KiB"):
+        aiouffd.Region(1 << 20, page_size=8192, shared=shared)
+
+
+def test_the_sizes_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All of them, or none."""
+    monkeypatch.setattr(limits, "_HUGE_PAGES", tmp_path)
+    assert "no size" in str(no_huge_pages(1, 64 << 10))
+    for size in ("hugepages-2048kB", "hugepages-1048576kB"):
+        (tmp_path / size).mkdir()
+    assert "1048576kB, 2048kB" in str(no_huge_pages(1, 64 << 10))
+    (tmp_path / "hugepages-2048kB" / "free_hugepages").write_text("3\n")
+    assert "4 free huge pages of 2048 KiB (it has: 3;" in str(no_huge_pages(3 * HUGE + 1, HUGE))
+
+
+def test_the_machine_has_too_many_files_open() -> None:
+    """ENFILE is a limit of the machine."""
+    error = limit_error("something", errno.ENFILE)
+    assert error is not None
+    assert (error.limit, error.value) == ("fs.file-max", Path("/proc/sys/fs/file-max").read_text().strip())
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, 0])
+def test_other_errors_are_no_limits(number: int) -> None:
+    """None: the caller raises what it has."""
+    assert limit_error("something", number) is None
+
+
+def test_an_unlimited_limit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else may have refused is named with it."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    error = limit_error("a region", errno.ENOMEM)
+    assert "RLIMIT_AS is unlimited: " in str(error)
+    assert "vm.max_map_count" in str(error)

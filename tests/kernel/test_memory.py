@@ -1,0 +1,110 @@
+"""`kernel.memory`: addresses of buffers, what is mapped where, and memory that travels as a descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pattern import PAGE
+from scenario import open_descriptors
+
+import aiouffd
+from aiouffd.kernel import libc
+from aiouffd.kernel.memory import SealedMemory, address_of, map_shared, mapped, unreadable, zeros
+from aiouffd.ranges import Range
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "memoryview", "mmap", "numpy"])
+def test_the_address_of_any_contiguous_buffer(kind: str) -> None:
+    """Read-only or not; the bytes there are the buffer's."""
+    area = mmap.mmap(-1, PAGE)
+    area[:3] = b"abc"
+    buffers = {
+        "bytes": b"abc",
+        "bytearray": bytearray(b"abc"),
+        "memoryview": memoryview(b"xabc")[1:],
+        "mmap": area,
+        "numpy": np.frombuffer(b"abc", np.uint8),
+    }
+    assert ctypes.string_at(address_of(buffers[kind]), 3) == b"abc"
+
+
+def test_a_buffer_with_gaps_has_no_address() -> None:
+    """BufferError, and no address of something else."""
+    with pytest.raises(BufferError):
+        address_of(memoryview(b"abcdef")[::2])
+
+
+def test_what_is_mapped() -> None:
+    """The parts of a range, in order, without what was unmapped."""
+    region = aiouffd.Region(8 * PAGE)
+    start = region.address
+    assert sum(item.length for item in mapped(start, 8 * PAGE)) == 8 * PAGE
+    libc.munmap(start + 2 * PAGE, 3 * PAGE)
+    found = mapped(start, 8 * PAGE)
+    assert found == [Range(start, 2 * PAGE), Range(start + 5 * PAGE, 3 * PAGE)]
+    assert mapped(start + 2 * PAGE, 3 * PAGE) == []
+    libc.mmap_fixed(start + 2 * PAGE, 3 * PAGE)
+
+
+def test_without_proc_all_counts_as_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nobody to ask."""
+
+    def missing(self: Path) -> bytes:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_bytes", missing)
+    assert mapped(0x1000, PAGE) == [Range(0x1000, PAGE)]
+
+
+def test_zeros_cost_no_memory() -> None:
+    """They are read through the kernel's one page of zeros."""
+    size = 1 << 20
+    assert zeros(size)[:] == bytes(size)
+    assert zeros(size) is zeros(size)
+
+
+def test_an_unreadable_page_is_never_copied() -> None:
+    """A read of it would be EFAULT."""
+    assert libc.peek([address_of(unreadable())]) == b""
+
+
+def test_a_shared_mapping_outlives_the_descriptor() -> None:
+    """And two of them are the same memory."""
+    fd = os.memfd_create("shared")
+    os.ftruncate(fd, PAGE)
+    one, other = map_shared(fd), map_shared(fd)
+    os.close(fd)
+    one[5] = 9
+    assert other[5] == 9
+
+
+def test_sealed_memory_is_closed_once() -> None:
+    """Its seals are set, an empty one has no mapping, and `close` may be called again."""
+    sealed = SealedMemory.from_buffer(b"abc" * PAGE)
+    assert fcntl.fcntl(sealed.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    assert sealed.map is not None
+    assert sealed.map[:3] == b"abc"
+    assert sealed.size == 3 * PAGE
+    sealed.close()
+    sealed.close()
+    assert sealed.map[:3] == b"abc"
+    assert SealedMemory.from_buffer(b"").map is None
+
+
+def test_a_buffer_that_cannot_be_sealed_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seal is refused: the error is raised, and the descriptor closed."""
+
+    def refuse(*_: object) -> int:
+        raise OSError("no seals")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    before = open_descriptors()
+    with pytest.raises(OSError, match="no seals"):
+        SealedMemory.from_buffer(b"abc")
+    assert open_descriptors() == before

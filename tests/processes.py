@@ -1,0 +1,100 @@
+"""Processes that a test starts: what they inherit, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
+"""Python ignores them, and subprocess gives children their default."""
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes below one; those that have ended, but have not been waited for, are among them."""
+    found: set[int] = set()
+    fresh = {pid}
+    while fresh:
+        children: set[int] = set()
+        for parent in fresh:
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{parent}/task").iterdir():
+                    children |= set(map(int, (task / "children").read_text().split()))
+        fresh = children - found
+        found |= fresh
+    return found
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def ended(pid: int, seconds: float) -> bool:
+    """Wait until a process has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if has_ended(pid):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def adopt_orphans() -> None:
+    """Become the parent of each descendant whose parent ends: none escapes `descendants`."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def default_dispositions() -> None:
+    """Give programs that are started from here the default disposition of each signal, and none blocked.
+
+    What this process ignores it ignores on: a handler that does nothing is reset by execve, SIG_IGN is inherited.
+    A shell without job control starts background jobs with SIGINT ignored; nohup ignores SIGHUP.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    for number in signal.valid_signals() - INTERPRETERS_OWN:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def end_all(before: set[int], patience: float) -> set[int]:
+    """Kill the descendants of this process that were not there before; return those that had not ended by themselves.
+
+    Args:
+        before: processes that are somebody else's.
+        patience: seconds that they have for ending.
+    """
+    end = time.monotonic() + patience
+    while (left := _running(before)) and time.monotonic() < end:
+        time.sleep(0.005)
+    killed = left
+    while left:  # what is killed may have started another one just before
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        left = {pid for pid in _running(before) if not ended(pid, 10)}
+    return killed
+
+
+def _running(before: set[int]) -> set[int]:
+    """Return the new descendants that run, and take away those that have ended."""
+    fresh = descendants(os.getpid()) - before
+    running = {pid for pid in fresh if not has_ended(pid)}
+    for pid in fresh - running:
+        with contextlib.suppress(ChildProcessError):  # another's child, or waited for meanwhile
+            os.waitpid(pid, os.WNOHANG)
+    return running
+
+
+def command_line(pid: int) -> str:
+    """Return what a process runs, for a message."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""

@@ -1,0 +1,165 @@
+"""A running `aiouffd serve`, and clients of it: what several test modules of the server need."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import pytest
+from pattern import PAGE, word
+from scenario import ended, eventually
+
+import aiouffd
+from aiouffd.engine.mappings import Mapping
+from aiouffd.handoff import firecracker
+from examples.page_server import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+ROOT = Path(__file__).parent.parent
+
+
+VM = ROOT / "examples" / "microvm.py"
+
+
+MIB = 1 << 20
+
+
+HUGE = 2 * MIB
+
+
+class Serve:
+    """A running `aiouffd serve`."""
+
+    def __init__(self, directory: Path, *arguments: object, wait: bool = True, **environment: str) -> None:
+        self.path = directory / "uffd.sock"
+        self.log = directory / "serve.log"
+        command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), "--socket", str(self.path)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=log, env={**os.environ, **environment}
+            )
+        if wait:
+            eventually(self.says_or_ends("listening"), expected=True)
+            assert self.process.poll() is None, self.said
+
+    def says_or_ends(self, text: str) -> Callable[[], bool]:
+        """Return a function that tells whether it has said so, or has ended."""
+        return lambda: text in self.said or self.process.poll() is not None
+
+    @property
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text()
+
+    @property
+    def pager(self) -> int:
+        """Return the keeper's pid."""
+        return int(self.said.split("pager ", 1)[1].split('"', 1)[0])
+
+    @property
+    def worker(self) -> int:
+        """Return the worker's pid; wait for it, since the keeper forks it behind the first line of the log."""
+        return worker_of(str(self.log))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        keeper = self.pager if "pager " in self.said else 0
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if keeper:
+            assert ended(keeper, 5.0), "the pager has outlived all that it served"
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Have it end, and return its status."""
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def metric(port: int, name: str) -> float:
+    """Return what Prometheus would read of one metric."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
+
+
+@contextlib.contextmanager
+def on_the_web(image: Path) -> Iterator[str]:
+    """Serve a file by HTTP; yield its URL."""
+    with serving(image.parent) as url:
+        yield f"{url}/{image.name}"
+
+
+def client(path: str, size: int, *, kill: str = "") -> None:
+    """Scenario: a Monitor that is served by a server; somebody is killed in the middle."""
+    region = aiouffd.Region(size)
+    pages = list(range(size // PAGE))
+    random.Random(3).shuffle(pages)
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
+        monitor.prefetch_sync(0, MIB)
+        assert monitor.pids == ()
+        for number, page in enumerate(pages):
+            assert region[page * PAGE : page * PAGE + 8] == word(page)
+            if number == 500 and kill:
+                os.kill(int(kill), signal.SIGKILL)
+        assert monitor.statistics().pages_prefetch >= 256
+        region.madvise(mmap.MADV_DONTNEED, 0, 16 * PAGE)
+        assert region[: 16 * PAGE] == bytes(16 * PAGE)
+        with pytest.raises(ValueError, match="not within the region"):
+            monitor.prefetch_sync(size, 1)
+        monitor.check()
+    assert region[20 * PAGE] == 21
+
+
+def touch_all(path: str, size: int) -> None:
+    """Scenario: touch each page, in order."""
+    region, _connection, _uffd = hand_over(path, size)
+    for page in range(size // PAGE):
+        assert region[page * PAGE] == (page + 1) & 255
+
+
+def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
+    """Hand over a region as Firecracker does; keep all that is returned."""
+    region = aiouffd.Region(length)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.fspath(path))
+    mapping = Mapping(region.address, region.address + region.mapped_length, 0)
+    socket.send_fds(connection, [firecracker.encode([mapping], PAGE)], [uffd.fileno()])
+    return region, connection, uffd
+
+
+def worker_of(log: str) -> int:
+    """Return the pid of the worker that is there now; wait for it."""
+    keeper = int(Path(log).read_text().split("pager ", 1)[1].split('"', 1)[0])
+    children = Path(f"/proc/{keeper}/task/{keeper}/children")
+    eventually(lambda: bool(children.read_text().split()), expected=True)
+    return int(children.read_text().split()[0])
+
+
+def descriptors(serve: Serve) -> int:
+    """Return how many the listener and the pager have open."""
+    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (serve.process.pid, serve.worker))

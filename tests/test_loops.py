@@ -1,0 +1,36 @@
+"""`engine.loops`: uvloop runs the loops where it is installed, and asyncio elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import uvloop
+
+from aiouffd.engine import loops
+
+
+@pytest.mark.parametrize(("module", "kind"), [(uvloop, "uvloop"), (None, "asyncio")])
+def test_which_loop(module: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is uvloop's, or asyncio's where uvloop is missing; it runs."""
+    monkeypatch.setattr(loops, "_uvloop", module)
+    assert loops.kind() == kind
+    with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
+        assert type(runner.get_loop()).__module__.startswith("uvloop") == (kind == "uvloop")
+        runner.run(asyncio.sleep(0))
+
+
+def test_everything_is_imported_without_uvloop() -> None:
+    """Free-threaded Pythons have no wheel of it."""
+    code = """
+import sys
+sys.modules["uvloop"] = None
+from aiouffd.engine import loops
+from aiouffd.pager.process import worker
+print(loops.kind())
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "asyncio\n"
