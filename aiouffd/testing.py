@@ -1,15 +1,17 @@
-"""`FakeUffd`: the kernel's rules without privilege, for tests of handlers and of whatever drives a descriptor.
+"""`FakeUffd`: the kernel's rules without a privilege, for tests of handlers and of other code that drives a descriptor.
 
-An address space of pages in dictionaries, threads that are names. It keeps the rules that handlers get wrong:
+It has an address space of pages in dictionaries, and threads that are numbers. It keeps the rules that handlers get
+wrong:
 
-- a page that was filled with DONTWAKE is there, and its sleepers still sleep;
-- EEXIST wakes nobody; WAKE without a page makes the thread fault once more;
-- read hands out page faults before layout events;
-- the thread that caused a layout event sleeps until it is read: REMOVE is sent before the pages go, REMAP and UNMAP
-  after, and a move's UNMAP only when its REMAP has been read;
+- a page that was filled with DONTWAKE is present, and its sleepers still sleep;
+- EEXIST wakes nobody; WAKE without a page makes the thread fault again;
+- read delivers page faults before layout events;
+- a thread that causes a layout event sleeps until that is read: REMOVE is sent before the pages go, REMAP and UNMAP
+  after, and the UNMAP of a move when its REMAP has been read;
 - while a layout event is unread, every resolving operation is EAGAIN; WAKE, REGISTER and UNREGISTER are not;
-- a copy that meets a page that is there ends before it, and returns what it has done;
-- a run that no single registered mapping covers is ENOENT; after `exit()` all is ESRCH (REGISTER, UNREGISTER: ENOMEM);
+- a copy that meets a present page ends before it, and returns what it has done;
+- a run that no single registered mapping covers is ENOENT; after `exit()` every operation is ESRCH (REGISTER and
+  UNREGISTER: ENOMEM);
 - memory that is not registered (any more) reads as zeros.
 
 The same contract tests run against it and against the kernel.
@@ -21,6 +23,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import mmap
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
@@ -38,13 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["POISONED", "FakeUffd"]
 
-PAGE = 4096
 POISONED = b"poisoned"
-"""In place of a page's bytes: whoever touches it would get SIGBUS."""
+"""In place of a page's bytes: a touch would be SIGBUS."""
 
 _DONTWAKE = 1
-_HIGHEST = (1 << 47) - PAGE
-"""Where the addresses of a process end (TASK_SIZE): an operation behind it is EINVAL, not ENOENT."""
+_ADDRESS_SPACE = 1 << 47
+"""The addresses of a process end one page below (TASK_SIZE): an operation behind that is EINVAL, not ENOENT."""
 
 
 @attrs.define
@@ -52,9 +54,9 @@ class _Area:
     """Addresses [start, end) of one mapping.
 
     Attributes:
-        origin: which mapping, and by how much it was moved: neighbours of one origin are one mapping to the kernel, if
-            both are registered or neither.
-        registered: whether its missing pages are told.
+        origin: which mapping, and by how much it was moved. The kernel joins neighbours of one origin to one mapping,
+            if both are registered or neither is.
+        registered: whether faults on its missing pages are reported.
     """
 
     start: int
@@ -66,14 +68,22 @@ class _Area:
 class FakeUffd:
     """Stands for a `Userfaultfd` and for the process behind it.
 
+    Args:
+        features: that are enabled.
+        page_size: in bytes.
+
     Attributes:
-        pages: page address -> its bytes, or `POISONED`. What is not in it is missing.
+        page_size: in bytes.
+        pages: page address -> its bytes, or `POISONED`. Other pages are missing.
         asleep: page address -> the threads that wait for it.
-        failures: negated errnos that the next resolving operations answer, in order, in place of doing anything; 0
-            lets one do what it would.
+        failures: negated errnos, which the next resolving operations answer instead of doing anything; 0 lets one do
+            its work.
     """
 
-    def __init__(self, features: Feature = abi.LAYOUT_EVENTS | Feature.THREAD_ID) -> None:
+    def __init__(
+        self, features: Feature = abi.LAYOUT_EVENTS | Feature.THREAD_ID, *, page_size: int = mmap.PAGESIZE
+    ) -> None:
+        self.page_size = page_size
         self.features = features
         self.ioctls = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
         self.opened_by = "fake"
@@ -89,25 +99,25 @@ class FakeUffd:
 
     @property
     def mappings(self) -> list[tuple[int, int]]:
-        """What is registered: (start, end), in order."""
+        """The registered ranges: (start, end), in order."""
         return [(area.start, area.end) for area in self._areas if area.registered]
 
     # What threads do
 
     def touch(self, address: int, thread: int = 1) -> bytes | None:
-        """Have a thread touch a page: return its bytes, or None where it has to wait, asleep until it is woken.
+        """Have a thread touch a page: return its bytes, or None if the thread sleeps now, until it is woken.
 
         Raises:
             MemoryError: nothing is mapped there.
         """
-        page = address & -PAGE
+        page = address & -self.page_size
         if page in self.pages:
             return self.pages[page]
         area = next((area for area in self._areas if area.start <= page < area.end), None)
         if area is None:
             raise MemoryError(f"nothing is mapped at {address:#x}")
         if not area.registered:
-            return self.pages.setdefault(page, bytes(PAGE))
+            return self.pages.setdefault(page, bytes(self.page_size))
         told = thread if self.features & Feature.THREAD_ID else 0
         self.asleep.setdefault(page, []).append(thread)
         self._faults.append((page, abi.PAGEFAULT_MESSAGE.pack(abi.EVENT_PAGEFAULT, FaultFlag(0), page, told)))
@@ -115,22 +125,22 @@ class FakeUffd:
         return None
 
     def mmap(self, start: int, length: int) -> None:
-        """Have a thread map memory where nothing is; it is not registered yet."""
+        """Have a thread map memory where nothing is mapped. It is not registered yet."""
         if any(area.start < start + length and start < area.end for area in self._areas):
             raise FileExistsError(errno.EEXIST, f"something is mapped in [{start:#x}, {start + length:#x})")
         self._areas.append(_Area(start, start + length, (next(self._origins), 0), registered=False))
         self._areas.sort(key=lambda area: area.start)
 
     def madvise_dontneed(self, start: int, end: int) -> None:
-        """Have a thread empty a range: REMOVE is queued, and when it has been read the pages go."""
+        """Have a thread empty a range: REMOVE is queued, and the pages go when it has been read."""
         self._go_on(self._dontneed(start, end))
 
     def munmap(self, start: int, end: int) -> None:
-        """Have a thread unmap a range; who sleeps there sleeps on until it is woken."""
+        """Have a thread unmap a range. Threads that sleep there sleep on until they are woken."""
         self._go_on(self._munmap(start, end))
 
     def mremap(self, source: int, destination: int, length: int) -> None:
-        """Have a thread move memory, over whatever is at its destination: REMAP, then UNMAP of what it left.
+        """Have a thread move memory, over what is mapped at its destination: REMAP, then UNMAP of the old place.
 
         Raises:
             OSError: EFAULT: the source is not within one mapping.
@@ -151,8 +161,8 @@ class FakeUffd:
     # What a handler does
 
     def register(self, start: int, len: int, mode: RegisterMode) -> Ioctl:  # noqa: A002
-        """As UFFDIO_REGISTER; where nothing is mapped in the range, a mapping of its own is made."""
-        if mode != RegisterMode.MISSING or not _valid(start, len):
+        """As UFFDIO_REGISTER. If nothing is mapped in the range, a mapping is made."""
+        if mode != RegisterMode.MISSING or not self._valid(start, len):
             raise operation_error("UFFDIO_REGISTER", start, len, errno.EINVAL)
         if not self._alive:
             raise operation_error("UFFDIO_REGISTER", start, len, errno.ENOMEM)
@@ -162,8 +172,8 @@ class FakeUffd:
         return Ioctl.WAKE | Ioctl.COPY | Ioctl.ZEROPAGE | Ioctl.POISON
 
     def unregister(self, start: int, len: int) -> None:  # noqa: A002
-        """As UFFDIO_UNREGISTER: sleepers are let go, missing pages are zeros."""
-        if not _valid(start, len):
+        """As UFFDIO_UNREGISTER: sleepers are woken, missing pages are zeros."""
+        if not self._valid(start, len):
             raise operation_error("UFFDIO_UNREGISTER", start, len, errno.EINVAL)
         if not self._alive:
             raise operation_error("UFFDIO_UNREGISTER", start, len, errno.ENOMEM)
@@ -206,12 +216,17 @@ class FakeUffd:
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_copy`: `src` is an address of this process."""
         return self._fill(
-            dst, length, mode, lambda at: ctypes.string_at(src + at, PAGE), heals=True, refused=abi.COPY_MODE_WP
+            dst,
+            length,
+            mode,
+            lambda at: ctypes.string_at(src + at, self.page_size),
+            heals=True,
+            refused=abi.COPY_MODE_WP,
         )
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_zeropage`."""
-        return self._fill(start, length, mode, lambda _: bytes(PAGE))
+        return self._fill(start, length, mode, lambda _: bytes(self.page_size))
 
     def try_continue(self, start: int, length: int, mode: int) -> int:
         """Not for this memory: it is anonymous."""
@@ -230,8 +245,8 @@ class FakeUffd:
         return self._fill(start, length, mode, lambda _: POISONED)
 
     def try_wake(self, start: int, length: int) -> int:
-        """As `Userfaultfd.try_wake`: who still misses his page faults once more."""
-        if not _valid(start, length):
+        """As `Userfaultfd.try_wake`: a thread whose page is still missing faults again."""
+        if not self._valid(start, length):
             return -errno.EINVAL
         self._wake(start, start + length)
         return length
@@ -246,7 +261,7 @@ class FakeUffd:
             message, thread = self._events.popleft()
             messages.append(message)
             threads.append(thread)
-        for thread in threads:  # they run when the read is over: what they say next is for the next
+        for thread in threads:  # they run when the read is over: their next messages are for the next read
             self._go_on(thread)
         self._signal()
         return b"".join(messages)
@@ -265,7 +280,7 @@ class FakeUffd:
         return not self._alive
 
     def close(self) -> None:
-        """Close it: who sleeps is let go, and what is missing reads as zeros from now on."""
+        """Close it: sleepers are woken, and missing pages read as zeros from now on."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -287,10 +302,10 @@ class FakeUffd:
     # The kernel's side
 
     def _refusal(self, start: int, length: int, mode: int, known: int) -> int:
-        """Return what the kernel answers before it looks at any page, or 0: in its order."""
+        """Return what the kernel answers before it looks at a page, in its order; 0: nothing."""
         if self._events:
             return -errno.EAGAIN
-        if not _valid(start, length) or mode & ~known:
+        if not self._valid(start, length) or mode & ~known:
             return -errno.EINVAL
         if not self._alive:
             return -errno.ESRCH
@@ -308,7 +323,7 @@ class FakeUffd:
         heals: bool = False,
         refused: int = 0,
     ) -> int:
-        """Fill missing pages; `refused`: modes that the operation knows, but not this memory."""
+        """Fill missing pages. `refused`: modes that the operation has, but this memory has not."""
         if self.failures and (failure := self.failures.popleft()):
             return failure
         if refusal := self._refusal(start, length, mode, _DONTWAKE | refused):
@@ -321,18 +336,18 @@ class FakeUffd:
             if page in self.pages and not (heals and self.pages[page] is POISONED):
                 break
             self.pages[page] = content(done)
-            done += PAGE
+            done += self.page_size
         if done and not mode & _DONTWAKE:
             self._wake(start, start + done)
         return done or -errno.EEXIST
 
     def _wake(self, start: int, end: int) -> None:
-        """Let threads run on; their messages, if nobody has read them yet, go with them."""
+        """Wake threads, and drop their messages that nobody has read yet."""
         woken = [(page, self.asleep.pop(page)) for page in sorted(self.asleep) if start <= page < end]
         self._faults = deque(item for item in self._faults if not start <= item[0] < end)
         for page, threads in woken:
             for thread in threads:
-                with contextlib.suppress(MemoryError):  # SIGSEGV: it waits for nothing any more
+                with contextlib.suppress(MemoryError):  # SIGSEGV: it does not wait any more
                     self.touch(page, thread)
         self._signal()
 
@@ -350,7 +365,9 @@ class FakeUffd:
             yield _message(abi.EVENT_UNMAP, start, end)
 
     def _mremap(self, area: _Area, source: int, destination: int, length: int) -> Iterator[bytes]:
-        moved = {page: self.pages[page] for page in range(source, source + length, PAGE) if page in self.pages}
+        moved = {
+            page: self.pages[page] for page in range(source, source + length, self.page_size) if page in self.pages
+        }
         covered = self._cut_out(destination, destination + length)
         self._drop(destination, destination + length)
         self._cut_out(source, source + length)
@@ -373,7 +390,7 @@ class FakeUffd:
             yield _message(abi.EVENT_UNMAP, source, source + length)
 
     def _go_on(self, thread: Iterator[bytes]) -> None:
-        """Let a thread run until it has to tell something: it sleeps then, until that is read."""
+        """Let a thread run until it sends a message: it sleeps then, until that is read."""
         message = next(thread, None)
         if message is not None:
             self._events.append((message, thread))
@@ -409,7 +426,7 @@ class FakeUffd:
         self._areas.sort(key=lambda area: area.start)
 
     def _join(self) -> None:
-        """Make one of neighbours that are one mapping."""
+        """Join neighbours that are one mapping."""
         joined: list[_Area] = []
         for area in self._areas:
             last = joined[-1] if joined else None
@@ -431,6 +448,10 @@ class FakeUffd:
         if self._faults or self._events:
             os.eventfd_write(self._fd, 1)
 
+    def _valid(self, start: int, length: int) -> bool:
+        page = self.page_size
+        return not (start % page or length % page) and length > 0 and 0 <= start <= _ADDRESS_SPACE - page - length
+
     @staticmethod
     def _done(operation: str, start: int, length: int, result: int) -> int:
         if result < 0:
@@ -440,10 +461,6 @@ class FakeUffd:
     @staticmethod
     def _no_forks(fd: int) -> Any:
         raise AssertionError(fd)
-
-
-def _valid(start: int, length: int) -> bool:
-    return not (start % PAGE or length % PAGE) and length > 0 and 0 <= start <= _HIGHEST - length
 
 
 def _message(code: int, *numbers: int) -> bytes:
