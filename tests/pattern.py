@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ class Touchers:
     def __init__(self, address: int, shares: Sequence[Iterable[int]], *, may_be_zero: bool = False) -> None:
         self.address = address
         self.wrong: list[tuple[int, bytes]] = []
-        self.worst = 0.0
         self._allowed = {bytes(8)} if may_be_zero else set()
         self.threads = [threading.Thread(target=self._touch, args=(share,)) for share in shares]
         for thread in self.threads:
@@ -103,9 +101,7 @@ class Touchers:
 
     def _touch(self, pages: Iterable[int]) -> None:
         for page in pages:
-            before = time.perf_counter()
             got = peek(self.address + page * PAGE)
-            self.worst = max(self.worst, time.perf_counter() - before)
             if got != word(page) and got not in self._allowed:
                 self.wrong.append((page, got))
 

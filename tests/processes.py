@@ -9,6 +9,8 @@ import signal
 import time
 from pathlib import Path
 
+PATIENCE = 60.0
+"""Seconds after which what is waited for will not come."""
 PR_SET_CHILD_SUBREAPER = 36
 INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 """Python ignores them, and subprocess gives children their default."""
@@ -37,13 +39,21 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def ended(pid: int, seconds: float) -> bool:
+def ended(pid: int, seconds: float = PATIENCE) -> bool:
     """Wait until a process has ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if has_ended(pid):
             return True
         time.sleep(0.005)
+    return False
+
+
+def kill(pid: int) -> bool:
+    """Kill -9; tell whether it was there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
     return False
 
 
@@ -77,9 +87,8 @@ def end_all(before: set[int], patience: float) -> set[int]:
     killed = left
     while left:  # what is killed may have started another one just before
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        left = {pid for pid in _running(before) if not ended(pid, 10)}
+            kill(pid)
+        left = {pid for pid in _running(before) if not ended(pid)}
     return killed
 
 

@@ -17,20 +17,33 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import ended
+from processes import PATIENCE, ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aiouffd import Monitor
+    from aiouffd.server.server import Server
 
-__all__ = ["ended", "eventually", "killed_when_this_thread_waits", "next_error", "open_descriptors", "play"]
+__all__ = [
+    "ended",
+    "eventually",
+    "killed_when_this_thread_waits",
+    "next_error",
+    "open_descriptors",
+    "play",
+    "replaced",
+    "until",
+]
+
+HANG = 100.0
+"""Seconds behind which a scenario hangs. It is no promise of the package: a machine may be as busy as it likes."""
 
 TESTS = Path(__file__).parent
 
 
 def play(
-    function: Callable[..., Any], *arguments: Any, deadline: float = 30.0, status: int = 0, loop: str = "asyncio"
+    function: Callable[..., Any], *arguments: Any, deadline: float = HANG, status: int = 0, loop: str = "asyncio"
 ) -> tuple[str, str]:
     """Call `function(*arguments)` (literals only) in a fresh interpreter; return its output and its error output.
 
@@ -78,17 +91,29 @@ def play(
     return output, errors
 
 
-def next_error(monitor: Monitor, seconds: float = 10.0) -> None:
+def next_error(monitor: Monitor, seconds: float = PATIENCE) -> None:
     """Wait for the next error, and raise it: it is sent before the page is poisoned, but may arrive after."""
     asyncio.run(asyncio.wait_for(monitor.wait_error(), seconds))
 
 
-def eventually(value: Callable[[], object], expected: object, seconds: float = 10.0) -> None:
+def eventually(value: Callable[[], object], expected: object, seconds: float = PATIENCE) -> None:
     """Wait until `value()` is what is expected: counters are written after the toucher was let go."""
     end = time.monotonic() + seconds
     while (found := value()) != expected:
         assert time.monotonic() < end, f"{found!r} has not become {expected!r}"
         time.sleep(0.001)
+
+
+def replaced(served: Monitor | Server, *pids: int) -> None:
+    """Wait until none of these processes is the pager's any more, or it is given up."""
+    client = served._pager if hasattr(served, "_pager") else getattr(served._engine, "_client", None)
+    eventually(lambda: getattr(client, "_dead", None) is not None or not set(pids) & set(served.pids), expected=True)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds, and let the loop run meanwhile."""
+    while not condition():  # noqa: ASYNC110 - shared memory makes no event
+        await asyncio.sleep(0.001)
 
 
 _KILLER = """

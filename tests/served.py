@@ -82,7 +82,7 @@ class Serve:
             self.process.kill()
         self.process.wait()
         if keeper:
-            assert ended(keeper, 5.0), "the pager has outlived all that it served"
+            assert ended(keeper), "the pager has outlived all that it served"
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Have it end, and return its status."""

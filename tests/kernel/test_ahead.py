@@ -52,7 +52,7 @@ def record_and_replay(directory: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["near", "far"])
 def test_what_was_recorded_is_replayed(kind: str, tmp_path: Path) -> None:
     """All of it comes with no fault, and nothing else does; a worker's death while recording loses nothing."""
-    play(record_and_replay, str(tmp_path), kind, deadline=60)
+    play(record_and_replay, str(tmp_path), kind)
 
 
 def faults_pass_a_replay(directory: str) -> None:
@@ -64,18 +64,15 @@ def faults_pass_a_replay(directory: str) -> None:
             assert region[page * PAGE] == content(page * PAGE, 1)[0]
     region = aiouffd.Region(size)
     with aiouffd.Monitor(region, Slow(size, 0.05), replay=path, concurrent_reads=16, readahead=0) as monitor:
-        began = time.monotonic()
         for page in (3999, 3997, 2001):  # in no recording
             assert region[page * PAGE] == content(page * PAGE, 1)[0]
-        took = time.monotonic() - began
         replayed = monitor.statistics().pages_replay
-    assert took < 1.5, took  # three reads of 50 ms: the 2,000 reads of the replay would take 12 s
-    assert replayed < 1000, replayed
+    assert replayed < 1000, replayed  # three reads are done while the replay has not done a half of its 2,000
 
 
 def test_faults_pass_a_replay(tmp_path: Path) -> None:
     """A page that is touched does not wait for those that are brought ahead."""
-    play(faults_pass_a_replay, str(tmp_path), deadline=60)
+    play(faults_pass_a_replay, str(tmp_path))
 
 
 def a_replay_goes_on(directory: str) -> None:
@@ -99,7 +96,7 @@ def a_replay_goes_on(directory: str) -> None:
 
 def test_a_replay_goes_on_after_the_workers_death(tmp_path: Path) -> None:
     """Where it was, not from the start."""
-    play(a_replay_goes_on, str(tmp_path), deadline=90)
+    play(a_replay_goes_on, str(tmp_path))
 
 
 def a_source_fails_ahead() -> None:

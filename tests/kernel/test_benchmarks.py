@@ -116,7 +116,7 @@ with setting(Path({str(knob)!r}), "200000"), child(signal.pause) as pid:
         while knob.read_text() != "17" and time.monotonic() < end:
             time.sleep(0.005)
         assert knob.read_text() == "17"
-        assert ended(peer, 10)
+        assert ended(peer)
 
 
 def test_wrong_bytes_are_noticed() -> None:

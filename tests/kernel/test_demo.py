@@ -52,7 +52,7 @@ def test_nothing_is_left_of_a_demo_that_is_ended(number: signal.Signals, status:
     finally:
         os.killpg(process.pid, number)
         assert process.wait(20) == status
-    assert all(ended(pid, 2.0) for pid in family)
+    assert all(ended(pid) for pid in family)
     assert number == signal.SIGKILL or not list(tmp_path.iterdir())
 
 

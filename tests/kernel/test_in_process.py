@@ -36,7 +36,7 @@ async def stuck_loop(where: str) -> None:
 @pytest.mark.parametrize("where", ["loop", "thread"])
 def test_a_loop_that_is_stuck_behind_its_own_fault_is_ended(where: str, loop: str) -> None:
     """The message names thread, address and the way out; then SIGBUS, with the traceback of the line that touched."""
-    _, errors = play(stuck_loop, where, loop=loop, status=-signal.SIGABRT, deadline=20)
+    _, errors = play(stuck_loop, where, loop=loop, status=-signal.SIGABRT)
     assert "engine=InProcess()" in errors
     assert "prefetch" in errors
     assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000", errors)
@@ -83,7 +83,7 @@ async def stuck_behind(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "words"), [("write", "to which it wants to write, for 1."), ("minor", " for 1.")])
 def test_every_kind_of_fault_is_ended(kind: str, words: str) -> None:
     """A write to a protected page, and a page that only the file has: POISON would change neither."""
-    _, errors = play(stuck_behind, kind, status=-signal.SIGABRT, deadline=20)
+    _, errors = play(stuck_behind, kind, status=-signal.SIGABRT)
     assert "a thread has been waiting for a page for 0." in errors
     assert words in errors
     assert "in stuck_behind" in errors

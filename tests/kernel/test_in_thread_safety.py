@@ -404,7 +404,7 @@ def selfish() -> None:
 
 def test_a_handler_that_touches_its_own_region() -> None:
     """It is told at once, with both lines."""
-    _, errors = play(selfish, status=-signal.SIGBUS, deadline=15)
+    _, errors = play(selfish, status=-signal.SIGBUS)
     assert "it runs the event loop of this region" in errors
     assert "in pagefault" in errors
     assert "in selfish" in errors
@@ -424,7 +424,7 @@ def deadlock(at_hand: bool) -> None:
 def test_native_code_that_keeps_the_gil_while_its_threads_wait() -> None:
     """What is at hand is there all the same; else it is told, and ended with the line that keeps the GIL."""
     play(deadlock, True)
-    _, errors = play(deadlock, False, status=-signal.SIGBUS, deadline=15)
+    _, errors = play(deadlock, False, status=-signal.SIGBUS)
     assert re.search(r"thread \d+ has been waiting for the page at 0x[0-9a-f]+000 for 0\.[34] s", errors)
     assert "native code keeps the GIL" in errors
     assert "ended in 1 s" in errors
@@ -579,7 +579,7 @@ def in_and_out() -> None:
 
 def test_regions_that_come_and_go() -> None:
     """While others are being touched, and while they are touched themselves."""
-    play(in_and_out, deadline=60)
+    play(in_and_out)
 
 
 def after_leaving() -> None:
@@ -669,9 +669,7 @@ def ending(how: str) -> None:
 @pytest.mark.parametrize("how", ["idle", "waiting", "late, at hand", "late, far"])
 def test_a_program_that_ends_without_leaving(how: str) -> None:
     """It ends, whoever waits. What is at hand is there to the last; what is not is told, and SIGBUS."""
-    began = time.monotonic()
     output, errors = play(ending, how, status=-signal.SIGBUS if how == "late, far" else 0)
-    assert time.monotonic() - began < 10
     assert "ends" in output
     assert ("right" in output) == (how == "late, at hand")
     assert ("while the interpreter ends" in errors) == (how == "late, far")

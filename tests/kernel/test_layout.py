@@ -73,7 +73,7 @@ async def emptied(mode: str, far: bool) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool, loop: str) -> None:
     """From madvise's return on it is zeros: what was on its way for it has been forgotten."""
-    play(emptied, mode, far, loop=loop, deadline=60)
+    play(emptied, mode, far, loop=loop)
 
 
 async def in_between(mode: str, kind: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
-from scenario import ended, eventually, next_error, play
+from scenario import ended, eventually, next_error, play, until
 
 import aiouffd
 from examples.page_server import serving
@@ -72,7 +72,7 @@ def test_256_mib_in_random_order_from_four_threads_with_the_gil(
 ) -> None:
     """Every page right, from each kind of source."""
     monkeypatch.setenv("AIOUFFD_TEST_DIRECTORY", str(tmp_path))
-    play(four_threads_hold_the_gil, kind, deadline=90)
+    play(four_threads_hold_the_gil, kind)
 
 
 def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
@@ -124,9 +124,7 @@ async def prefetch_and_statistics() -> None:
         await asyncio.gather(monitor.prefetch(0, size // 2), monitor.prefetch(size // 4, size // 4))
         seen = monitor.statistics()
         assert (seen.faults, seen.pages_prefetch, seen.bytes_fetched) == (0, 1024, 4 << 20)
-        before = time.perf_counter()
         assert region[: size // 2] == content(0, size // 2)
-        assert time.perf_counter() - before < 1
         assert monitor.statistics().faults == 0
         assert region[size // 2] != 0
         # The source's millisecond, as a power of two.
@@ -242,16 +240,14 @@ def leave_while_waiting() -> None:
         result = libc.write(write, region.address + page * PAGE, 1)
         answers.append((result, ctypes.get_errno()))
 
-    with aiouffd.Monitor(region, Slow(size, 60.0), readahead=0) as monitor:
+    with aiouffd.Monitor(region, Slow(size, 1000.0), readahead=0) as monitor:
         threads = [threading.Thread(target=touch, args=(page,)) for page in range(8)]
         for thread in threads:
             thread.start()
         while monitor.statistics().in_flight < 8:
             time.sleep(0.001)
-        before = time.perf_counter()
     for thread in threads:
         thread.join()
-    assert time.perf_counter() - before < 5
     assert answers == [(-1, 14)] * 8  # EFAULT
 
 
@@ -321,7 +317,7 @@ def nothing_is_left() -> None:
 
 def test_nothing_leaks() -> None:
     """Descriptors, threads, mappings and processes are as before."""
-    play(nothing_is_left, deadline=60)
+    play(nothing_is_left)
 
 
 # What bad input gets
@@ -557,7 +553,7 @@ def flaky_source() -> None:
 
 def test_a_source_that_fails_now_and_then() -> None:
     """30 % of the reads fail: every byte is right, and nobody is told."""
-    play(flaky_source, deadline=60)
+    play(flaky_source)
 
 
 # Its own loop
@@ -653,10 +649,8 @@ def events_reach_the_handler() -> None:
         assert region[size] == 0
         statistics = monitor.statistics()
         assert (statistics.forks, statistics.removes) == (1, 1)
-        end = time.monotonic() + 10
-        while "fork" not in (text := seen.read_text() if seen.exists() else "") and time.monotonic() < end:
-            time.sleep(0.01)
-    assert text.split("\n")[:2] == [f"remove {2 * PAGE}", "fork"]
+        eventually(lambda: seen.exists() and "fork" in seen.read_text(), expected=True)
+    assert seen.read_text().split("\n")[:2] == [f"remove {2 * PAGE}", "fork"]
 
 
 def test_layout_events_reach_a_handler_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -755,7 +749,7 @@ def interrupted_handler() -> None:
 @pytest.mark.nightly
 def test_a_handler_that_blocks_for_ever_is_interrupted() -> None:
     """Its page is poisoned, the error says why, and the worker lives."""
-    play(interrupted_handler, deadline=60)
+    play(interrupted_handler)
 
 
 @pytest.mark.nightly
@@ -848,7 +842,7 @@ async def backpressure() -> None:
 
 def test_bounds_hold_in_a_storm(loop: str) -> None:
     """64 touchers and a prefetch: never more reads or bytes under way than allowed, and all of it arrives."""
-    play(backpressure, loop=loop, deadline=60)
+    play(backpressure, loop=loop)
 
 
 def too_late() -> None:
@@ -875,7 +869,7 @@ async def leave_in_the_middle() -> None:
         prefetch = asyncio.ensure_future(monitor.prefetch(0, size))
         waiting = asyncio.ensure_future(monitor.wait_error())
         pids = monitor.pids
-        await asyncio.sleep(0.05)
+        await until(lambda: monitor.statistics().in_flight)
     with pytest.raises(aiouffd.ClosedError):
         await prefetch
     with pytest.raises(aiouffd.ClosedError):
@@ -924,9 +918,9 @@ def leave_while_blocked() -> None:
         while monitor.statistics().faults == 0:
             time.sleep(0.001)
     toucher.join()
-    assert all(ended(pid, 2.0) for pid in pids)
+    assert all(ended(pid) for pid in pids)
 
 
 def test_leaving_while_a_handler_blocks_the_loop() -> None:
     """It takes some seconds, and leaves no process behind."""
-    play(leave_while_blocked, deadline=60)
+    play(leave_while_blocked)

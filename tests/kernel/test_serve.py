@@ -75,7 +75,7 @@ def told_twice(path: str, pid: int, log: str) -> None:
     os.kill(pid, signal.SIGTERM)
     eventually(lambda: "no new clients" in Path(log).read_text(), expected=True)
     os.kill(pid, signal.SIGTERM)
-    assert ended(pid, 10.0)
+    assert ended(pid)
     for page in range(0, MIB // PAGE, 3):
         assert region[page * PAGE] == (page + 1) & 255
 

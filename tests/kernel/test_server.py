@@ -222,7 +222,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(image: Path, tmp_path: Pa
         play(come_and_go, str(serve.path), 4)
         eventually(lambda: serve.said.count("; 0 left"), 4)
         before = descriptors(serve)
-        play(come_and_go, str(serve.path), 40, deadline=60)
+        play(come_and_go, str(serve.path), 40)
         eventually(lambda: serve.said.count("; 0 left"), 44)
         eventually(lambda: descriptors(serve) <= before, expected=True)
 
@@ -272,7 +272,7 @@ def times_said(log: str, text: str) -> int:
 def test_a_server_whose_pager_is_given_up_ends(image: Path, tmp_path: Path) -> None:
     """It could serve nobody any more: it says so, and its service manager starts another one."""
     with Serve(tmp_path, image, "--readahead", "0") as serve:
-        play(killed_again_and_again, str(serve.path), str(serve.log), deadline=60)
+        play(killed_again_and_again, str(serve.path), str(serve.log))
         assert serve.process.wait(20) == 1
         assert "workers died with no fault resolved between them" in serve.said
         assert "Traceback" not in serve.said
@@ -286,7 +286,7 @@ def takes_the_flag_away(path: str, log: str) -> None:
     os.set_blocking(uffd.fileno(), True)
     toucher = threading.Thread(target=touch_behind_a_blocking_descriptor, args=(region, uffd), daemon=True)
     toucher.start()
-    play(client, path, MIB, deadline=20)
+    play(client, path, MIB)
     eventually(lambda: "O_NONBLOCK was taken from it" in Path(log).read_text(), expected=True)
 
 
@@ -302,7 +302,7 @@ def touch_behind_a_blocking_descriptor(region: aiouffd.Region, uffd: aiouffd.Use
 def test_a_descriptor_that_is_made_blocking(image: Path, tmp_path: Path) -> None:
     """Whoever shares the open file can clear O_NONBLOCK: it is given up after a while, and costs the others nothing."""
     with Serve(tmp_path, image, "--readahead", "0") as serve:
-        play(takes_the_flag_away, str(serve.path), str(serve.log), deadline=30)
+        play(takes_the_flag_away, str(serve.path), str(serve.log))
         assert "is replaced" not in serve.said
         assert "has not turned" not in serve.said
 

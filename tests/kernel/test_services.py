@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ def test_a_source_that_is_unplugged(image: Path, tmp_path: Path) -> None:
         with on_the_web(image) as url:
             serve = stack.enter_context(Serve(tmp_path, url, "--readahead", "0", "--timeout", "1"))
             play(client, str(serve.path), MIB)
-        began = time.monotonic()
         play(touch_all, str(serve.path), MIB, status=-signal.SIGBUS)
-        assert time.monotonic() - began < 8
         assert "the server refuses connections" in serve.said
 
 

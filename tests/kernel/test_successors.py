@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 import os
 import resource
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import ended, eventually, play
+from processes import kill
+from scenario import ended, eventually, play, replaced, until
 
 import aiouffd
 from aiouffd.pager.client import takeover
@@ -27,22 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE = 1 << 20
-
-
-def kill(pid: int) -> None:
-    """Kill -9."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def replaced(served: aiouffd.Monitor | Server, *pids: int) -> None:
-    """Wait until none of these processes is the pager's any more, or it is given up."""
-    client = served._pager if isinstance(served, Server) else getattr(served._engine, "_client", None)
-    eventually(
-        lambda: getattr(client, "_dead", None) is not None or not set(pids) & set(served.pids),
-        expected=True,
-        seconds=20,
-    )
 
 
 def forked(body: Callable[[], object]) -> int:
@@ -191,7 +175,7 @@ def a_cut_up_region() -> None:
 
 def test_more_mappings_than_a_message_takes() -> None:
     """They arrive all the same, by either way."""
-    play(a_cut_up_region, deadline=60)
+    play(a_cut_up_region)
 
 
 async def answers_that_nobody_reads() -> None:
@@ -199,9 +183,9 @@ async def answers_that_nobody_reads() -> None:
     region = aiouffd.Region(SIZE)
     async with aiouffd.Monitor(region, Slow(SIZE, 1.0)) as monitor:
         waiting = [asyncio.ensure_future(monitor.prefetch(0, PAGE)) for _ in range(3000)]
-        await asyncio.sleep(0.2)
+        await until(lambda: monitor.statistics().in_flight)
         assert region[5 * PAGE] == 6  # for a second and more
-        await asyncio.wait_for(asyncio.gather(*waiting), 15)
+        await asyncio.gather(*waiting)
 
 
 def test_no_answer_is_lost_while_the_client_does_not_read(loop: str) -> None:
@@ -215,12 +199,10 @@ async def requests_that_nobody_reads() -> None:
     async with aiouffd.Monitor(region, Slow(SIZE, 0.01)) as monitor:
         worker = monitor.pids[1]
         os.kill(worker, signal.SIGSTOP)
-        before = time.monotonic()
         waiting = [asyncio.ensure_future(monitor.prefetch(0, PAGE)) for _ in range(3000)]
         await asyncio.sleep(0)
-        assert time.monotonic() - before < 2.0  # the loop was not kept
-        os.kill(worker, signal.SIGCONT)
-        await asyncio.wait_for(asyncio.gather(*waiting), 15)
+        os.kill(worker, signal.SIGCONT)  # comes to it only if the loop was not blocked
+        await asyncio.gather(*waiting)
 
 
 def test_asking_does_not_block_while_the_worker_does_not_read(loop: str) -> None:
@@ -231,9 +213,9 @@ def test_asking_does_not_block_while_the_worker_does_not_read(loop: str) -> None
 async def given_up_behind_a_canceled_prefetch() -> None:
     """Scenario."""
     region = aiouffd.Region(SIZE)
-    async with aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, on_exit="zeros") as monitor:
+    async with aiouffd.Monitor(region, Slow(SIZE, 1000.0), readahead=0, on_exit="zeros") as monitor:
         prefetch = asyncio.ensure_future(monitor.prefetch(0, SIZE))
-        await asyncio.sleep(0.2)
+        await until(lambda: monitor.statistics().in_flight)
         prefetch.cancel()
         await asyncio.wait([prefetch])
         other = asyncio.ensure_future(monitor.prefetch(0, SIZE))
@@ -241,7 +223,7 @@ async def given_up_behind_a_canceled_prefetch() -> None:
         await asyncio.to_thread(give_up, monitor)
         for waiting in (told, other):
             with pytest.raises(aiouffd.PagerDiedError):
-                await asyncio.wait_for(waiting, 10)
+                await waiting
         with pytest.raises(aiouffd.PagerDiedError):
             await monitor.prefetch(0, PAGE)
 
@@ -267,7 +249,7 @@ def give_up(monitor: aiouffd.Monitor) -> None:
 def children_of_a_pager_that_is_given_up() -> None:
     """Scenario: one child was forked before and waits, one will touch later, one is forked afterwards."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, fork="serve", on_exit="zeros") as monitor:
+    with aiouffd.Monitor(region, Slow(SIZE, 1000.0), readahead=0, fork="serve", on_exit="zeros") as monitor:
         read, write = os.pipe()
         waits = forked(lambda: peek(region.address + PAGE))
         later = forked(lambda: (os.read(read, 1), peek(region.address + 2 * PAGE)))
@@ -280,16 +262,14 @@ def children_of_a_pager_that_is_given_up() -> None:
         read, write = os.pipe()
         last = forked(lambda: (os.read(read, 1), peek(region.address + 4 * PAGE)))
         keeper = monitor.pids[0]
-        before = time.monotonic()
-    assert time.monotonic() - before < 3
     os.write(write, b"x")
     assert signals_of([last]) == [signal.SIGBUS]
-    assert ended(keeper, 3.0)
+    assert ended(keeper)
 
 
 def test_nobody_hangs_or_reads_zeros_when_the_pager_is_given_up() -> None:
     """Each of them gets SIGBUS, and the keeper ends with the last of them."""
-    play(children_of_a_pager_that_is_given_up, deadline=40)
+    play(children_of_a_pager_that_is_given_up)
 
 
 def the_keeper_dies_as_well() -> None:
@@ -337,44 +317,49 @@ def test_the_worker_serves_on_until_another_keeper_can_be_started() -> None:
 
 
 class SlowToBuild(Pattern):
-    """Takes two seconds to arrive in a pager, as what has to be imported there does."""
+    """Arrives in a pager only when a file exists: what has to be imported there takes its time, too."""
+
+    def __init__(self, size: int, gate: str) -> None:
+        super().__init__(size)
+        self.gate = gate
 
     def __reduce__(self) -> Any:
-        return built_slowly, (self.size,)
+        return built_slowly, (self.size, self.gate)
 
 
-def built_slowly(size: int) -> Pattern:
+def built_slowly(size: int, gate: str) -> Pattern:
     """Rebuild a source."""
-    time.sleep(2)
+    while not Path(gate).exists():
+        time.sleep(0.001)
     return Pattern(size)
 
 
-def a_slow_successor() -> None:
-    """Scenario: touch and empty memory all the time while a successor is being built."""
+def a_slow_successor(gate: str) -> None:
+    """Scenario: touch and empty memory all the time while a successor is being built, and when it takes over."""
     region = aiouffd.Region(64 * SIZE)
-    with aiouffd.Monitor(region, SlowToBuild(64 * SIZE), readahead=0) as monitor:
+    Path(gate).touch()
+    with aiouffd.Monitor(region, SlowToBuild(64 * SIZE, gate), readahead=0) as monitor:
         keeper, worker = monitor.pids
+        Path(gate).unlink()
         kill(keeper)
-        page, worst, since = 0, 0.0, 0.0
-        while not since or time.monotonic() - since < 0.5:
-            if not since and worker not in monitor.pids:
-                since = time.monotonic()
-            before = time.monotonic()
+        page = 0
+        while page < 500 or worker in monitor.pids:
+            if page == 500:
+                assert worker in monitor.pids
+                Path(gate).touch()
             assert peek(region.address + page * PAGE) == word(page)
             region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
-            worst = max(worst, time.monotonic() - before)
             page += 1
             time.sleep(0.001)
         assert keeper not in monitor.pids
-        assert page > 500
-        assert worst < 0.5, worst
         assert all(peek(region.address + number * PAGE) == bytes(8) for number in range(page))
+        assert peek(region.address + page * PAGE) == word(page)
         monitor.check()
 
 
-def test_the_predecessor_serves_while_its_successor_is_built() -> None:
+def test_the_predecessor_serves_while_its_successor_is_built(tmp_path: Path) -> None:
     """Nobody waits for what the successor has to import; what was emptied meanwhile stays empty."""
-    play(a_slow_successor, deadline=40)
+    play(a_slow_successor, str(tmp_path / "gate"))
 
 
 def prefetches_while_keepers_die() -> None:
@@ -387,14 +372,14 @@ def prefetches_while_keepers_die() -> None:
             began = time.monotonic()
             page = 1000 * number
             while monitor.pids[0] == keeper or time.monotonic() - began < 0.5:
-                monitor.prefetch_sync(page * PAGE, PAGE, 10.0)
+                monitor.prefetch_sync(page * PAGE, PAGE)
                 page += 1
         monitor.check()
 
 
 def test_a_prefetch_during_a_handover_is_done() -> None:
     """It waits for the successor, which knows of the memory before it is asked to bring any of it."""
-    play(prefetches_while_keepers_die, deadline=60)
+    play(prefetches_while_keepers_die)
 
 
 def the_table_is_full() -> None:
