@@ -14,7 +14,7 @@ __all__ = ["group"]
 _COMMANDS = {
     "demo": ("aiouffd.cli.demo", "demo"),
     "doctor": ("aiouffd.cli.doctor", "cli"),
-    "lazy-pages": ("aiouffd.cli.lazy_pages", "serve"),
+    "lazy-pages": ("aiouffd.cli.lazy_pages", "cli"),
     "serve": ("aiouffd.cli.serve", "serve"),
 }
 """Name of a command -> the module whose `command` it is, and the extra that the module needs."""
