@@ -35,7 +35,7 @@ ORDER = {
             "events",
             "userfaultfd",
         ),
-        *("write_tracker", "sentinel"),
+        *("write_tracker", "sentinel", "unserved"),
     ],
     "sources": [
         *("__init__", "attributes", "holes", "answer", "store_errors", "store_settings", "store_client", "plain_http"),

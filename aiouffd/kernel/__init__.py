@@ -4,6 +4,7 @@
 - `memory`: addresses of buffers, sealed memfds; `pagemap`: which pages are present;
 - `locked`, `populated`: memory that the kernel fills with zeros before it is registered;
 - `region`: memory that can be registered; `sentinel`: SIGBUS for pages that are still missing at the end;
+- `unserved`: mappings of shared memory that no userfaultfd watches;
 - `events`: the 32-byte messages; `userfaultfd`: the descriptor, a method for each ioctl;
 - `write_tracker`: which pages were written.
 """

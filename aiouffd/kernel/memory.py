@@ -23,6 +23,7 @@ __all__ = [
     "address_of",
     "map_shared",
     "mapped",
+    "mappings_of",
     "unreadable",
     "unshare_memory",
     "zero_blocks",
@@ -128,6 +129,14 @@ def mapped(start: int, length: int) -> list[Range]:
     except OSError:
         return [Range(start, length)]
     return [Range.between(low, high) for low, high in bounds if low < high]
+
+
+def mappings_of(inode: int) -> list[Range]:
+    """Return the shared mappings of a file in this process, by its inode; none where there is no /proc."""
+    try:
+        return [item for item, access, number in _mappings() if access.endswith(b"s") and int(number) == inode]
+    except OSError:
+        return []
 
 
 def unshare_memory() -> None:

@@ -16,7 +16,7 @@ from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import ClosedError
+from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.engines.pager import Pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
@@ -264,6 +264,9 @@ class Monitor:
                 engine.prefetch(0, len(self.region)).result()
                 self._sigbus = False
         finally:
+            with contextlib.suppress(UffdError, TimeoutError):  # a server that has gone
+                counted = engine.statistics()
+                registration.warn_of_unserved(max(counted.minor_faults, counted.continues))
             if self._sigbus and registration.can_poison:
                 engine.refuse()
             try:

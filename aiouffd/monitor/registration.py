@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import mmap
 import threading
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.populated import drop_populated_zeros
 from aiouffd.kernel.sentinel import Sentinel
+from aiouffd.kernel.unserved import unserved_mappings
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from aiouffd.ranges import Range
 
 __all__ = ["Registration"]
+
+log = logging.getLogger("aiouffd")
 
 
 class Registration:
@@ -104,6 +108,22 @@ class Registration:
         # A page that is missing counts as written for the kernel, since it is not protected; not for us.
         present = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
         return collect(self.region, self._sentinel.pagemap, anyof=present)
+
+    def warn_of_unserved(self, found: int) -> None:
+        """Log a warning if this process has another mapping of the region's memory that may have filled it with zeros.
+
+        Args:
+            found: how many pages were in the file before they were touched in the region.
+        """
+        if self.region.fd < 0 or not found:
+            return
+        for mapping in unserved_mappings(self.region.fd):
+            log.warning(
+                "the memfd of %r is mapped at %#x without a Monitor. A missing page that was touched there is a page of"
+                " zeros now, for every process; %d pages were in the file before they were touched here. Give each"
+                " mapping a Monitor (Region.from_fd), or touch only pages that are present",
+                *(self.region, mapping.start, found),
+            )
 
     def settle(self, *, sigbus: bool) -> None:
         """Decide what a touch of a missing page is from now on: SIGBUS, or zeros. The first call counts.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import mmap
 import resource
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pattern import PAGE
 from reader import in_child
+from scenario import open_descriptors, play
 
 import aiouffd
 from aiouffd import Region
@@ -155,3 +157,37 @@ def test_what_a_fork_shares_is_copied_at_once(tmp_path: Path) -> None:
     in_child(shared)
     in_child(copied)
     assert memory[0] == 0
+
+
+def emptied_while_served(source: str) -> None:
+    """Scenario."""
+    region = aiouffd.Region(8 * PAGE)
+    origin = aiouffd.BufferSource(b"x" * 8 * PAGE) if source == "data" else None
+    with aiouffd.Monitor(region, origin), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert region[0] == (ord("x") if origin else 0)
+        region.madvise(mmap.MADV_WILLNEED)
+        assert caught == []
+        region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+        assert region[0] == 0
+        assert [str(item.message) for item in caught] == (
+            ["emptied pages read as zeros, and not as the source's data"] if origin else []
+        )
+        assert all(item.category is RuntimeWarning and item.filename == __file__ for item in caught)
+    region.madvise(mmap.MADV_DONTNEED)
+    assert len(caught) == bool(origin)
+
+
+@pytest.mark.parametrize("source", ["data", "zeros"])
+def test_emptying_served_memory_warns_that_it_is_zeros(source: str) -> None:
+    """At the caller's line, where a source's data were shown; not for zeros, nor for memory that nobody serves."""
+    play(emptied_while_served, source)
+
+
+def test_a_memfd_that_cannot_be_mapped_leaves_no_descriptor() -> None:
+    """It is shorter than what is asked for."""
+    region = aiouffd.Region(PAGE, shared=True)
+    before = open_descriptors()
+    with pytest.raises(ValueError, match="length"):
+        aiouffd.Region.from_fd(region.fd, 100 * PAGE)
+    assert open_descriptors() == before

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REPOSITORY = Path(__file__).parents[2]
+GUEST = Path("/repository")
+"""Where the repository is in the guest, whose /tmp is empty."""
 LEFT_OUT = {
     *(
         "test",
@@ -67,6 +69,11 @@ def files(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
+def moved(path: Path) -> Path:
+    """Return where a file is in the guest."""
+    return GUEST / path.relative_to(REPOSITORY) if REPOSITORY in path.parents else path
+
+
 def libraries(objects: list[Path]) -> set[Path]:
     """Return the shared libraries that some programs and modules need, the loader among them."""
     found: set[Path] = set()
@@ -94,16 +101,17 @@ def archive(target: Path, arguments: list[str]) -> None:
     content = {python, REPOSITORY / "pyproject.toml", *(file for folder in folders for file in files(folder))}
     objects = [file for file in content if ".so" in file.suffixes or file == python]
     content |= libraries(objects)
-    init = INIT.format(python=python, path=f"{REPOSITORY}:{packages}", repository=str(REPOSITORY), arguments=arguments)
+    init = INIT.format(python=python, path=f"{GUEST}:{moved(packages)}", repository=str(GUEST), arguments=arguments)
     made: set[Path] = set()
     with target.open("wb") as file:
         for source in sorted(content):
-            for folder in reversed(source.parents[:-1]):
+            place = moved(source)
+            for folder in reversed(place.parents[:-1]):
                 if folder not in made:
                     made.add(folder)
                     file.write(entry(str(folder)[1:], 0o040755, b""))
             if source.exists():
-                file.write(entry(str(source)[1:], 0o100755, source.read_bytes()))
+                file.write(entry(str(place)[1:], 0o100755, source.read_bytes()))
         file.write(entry("init", 0o100755, init.encode()))
         file.write(entry("TRAILER!!!", 0, b""))
 

@@ -1,0 +1,70 @@
+"""`kernel.unserved`: mappings that turn missing pages into zeros for everybody."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+from pattern import PAGE, Pattern, content
+from scenario import play
+
+import aiouffd
+from aiouffd import RegisterMode, Userfaultfd
+from aiouffd.kernel import unserved
+from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.unserved import unserved_mappings
+
+
+def test_only_mappings_that_nobody_watches_are_found() -> None:
+    """Of the same memfd, in this process: neither the registered one nor those of other files."""
+    region = aiouffd.Region(16 * PAGE, shared=True)
+    elsewhere = aiouffd.Region(16 * PAGE, shared=True)
+    assert unserved_mappings(region.fd) == []
+    with Userfaultfd() as uffd:
+        uffd.register(region.address, 16 * PAGE, RegisterMode.MISSING)
+        other = mmap.mmap(region.fd, 8 * PAGE)
+        assert unserved_mappings(region.fd) == [aiouffd.Range(address_of(other), 8 * PAGE)]
+        uffd.register(address_of(other), 8 * PAGE, RegisterMode.MISSING)
+        assert unserved_mappings(region.fd) == []
+    assert unserved_mappings(elsewhere.fd) == []
+
+
+def test_smaps_is_not_read_for_one_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes time in a process with much memory."""
+    monkeypatch.setattr(unserved, "smaps", lambda: pytest.fail("read"))
+    assert unserved_mappings(aiouffd.Region(PAGE, shared=True).fd) == []
+
+
+def touched_elsewhere(touch: bool, monitors: int, engine: str) -> None:
+    """Scenario."""
+    region = aiouffd.Region(64 * PAGE, shared=True)
+    chosen = aiouffd.InThread() if engine == "in_thread" else aiouffd.Pager()
+    with aiouffd.Monitor(region, Pattern(64 * PAGE), engine=chosen, readahead=0):
+        if monitors == 2:
+            other = aiouffd.Region.from_fd(region.fd)
+            with aiouffd.Monitor(other, Pattern(64 * PAGE), readahead=0):
+                assert other[2 * PAGE : 3 * PAGE] == content(2 * PAGE, PAGE)
+                assert region[2 * PAGE : 3 * PAGE] == content(2 * PAGE, PAGE)
+        else:
+            plain = mmap.mmap(region.fd, 64 * PAGE)
+            if touch:
+                assert plain[2 * PAGE] == 0
+                assert region[2 * PAGE] == 0  # what userfaultfd cannot prevent
+            else:
+                assert region[2 * PAGE] == plain[2 * PAGE] == 3
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread"])
+def test_a_touch_through_another_mapping_is_reported(engine: str) -> None:
+    """Where the mapping is, what its touches do, and what to do about it."""
+    _, errors = play(touched_elsewhere, True, 1, engine)
+    assert "without a Monitor. A missing page that was touched there is a page of zeros" in errors
+    assert "1 pages were in the file" in errors
+    assert "Region.from_fd" in errors
+
+
+@pytest.mark.parametrize(("touch", "monitors"), [(False, 1), (True, 2)])
+def test_harmless_mappings_are_not_reported(touch: bool, monitors: int) -> None:
+    """One that touches only what is present, and one with a Monitor of its own."""
+    _, errors = play(touched_elsewhere, touch, monitors, "pager")
+    assert "without a Monitor" not in errors
