@@ -174,6 +174,14 @@ def test_each_public_name_that_is_used_exists() -> None:
             assert hasattr(aiouffd, name) or importlib.util.find_spec(f"aiouffd.{name}") or name == "server", name
 
 
+def test_each_error_is_explained() -> None:
+    """docs/troubleshooting.md names each public exception."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    public = [getattr(aiouffd, name) for name in aiouffd.__all__]
+    errors = [one.__name__ for one in public if isinstance(one, type) and issubclass(one, Exception)]
+    assert [name for name in errors if f"`{name}`" not in text and f"aiouffd.{name}`" not in text] == []
+
+
 def test_readme_is_short() -> None:
     """It says what, why and how to try it; the rest is in docs/, whose files it all names."""
     text = (ROOT / "README.md").read_text()
