@@ -39,7 +39,7 @@ def test_an_option_that_nobody_knows() -> None:
         pass
 
 
-def test_storage_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else does."""
     asked: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ def test_storage_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "as_source", note)
     with (
         pytest.raises(aiouffd.SourceError, match="asked"),
-        aiouffd.open("s3://bucket/key", storage_options={"region": "eu-west-1"}, readahead=0),
+        aiouffd.open("s3://bucket/key", storage_options={"region": "eu-west-1"}, readahead=0, timeout=5, retries=2),
     ):
         pass
-    assert asked == {"what": "s3://bucket/key", "region": "eu-west-1"}
+    assert asked == {"what": "s3://bucket/key", "options": {"region": "eu-west-1"}, "timeout": 5, "retries": 2}
