@@ -5,36 +5,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Partly, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
 from aiouffd.engine.ahead.fill import complete
-from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
-from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.engine.serve.source import SourceBackend
-from aiouffd.engine.space import Space
-from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.engine.statistics import Counter
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError
-from aiouffd.kernel import abi
-from aiouffd.kernel.abi import RegisterMode
-from aiouffd.kernel.memory import SealedMemory, address_of
-from aiouffd.testing import POISONED, FakeUffd
+from aiouffd.testing import POISONED
 
 if TYPE_CHECKING:
-    from aiouffd.errors import UffdError
-    from aiouffd.kernel.userfaultfd import Userfaultfd
-
-BASE = 0x7F0000000000
-ELSEWHERE = 0x7E0000000000
-PAGES = 32
-SIZE = PAGES * PAGE
+    from aiouffd.engine.space import Space
 
 
 @pytest.fixture(autouse=True)
@@ -42,97 +31,6 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Thousands of errors are provoked on purpose."""
     caplog.set_level(logging.ERROR, "aiouffd")
     logging.getLogger("aiouffd").propagate = True
-
-
-class Located(Pattern):
-    """At hand by address."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.memory = SealedMemory.from_buffer(content(0, size))
-        self.address = address_of(self.memory.map)
-
-    def locate(self, offset: int, length: int) -> int:
-        """Return where the bytes lie."""
-        return self.address + offset
-
-
-LOCATED = Located(SIZE)
-
-
-class World:
-    """A fake process, the engine that serves it, and a model of what each page must hold."""
-
-    def __init__(self, readahead: int, *, located: bool, source: Any = None) -> None:
-        self.uffd = FakeUffd()
-        self.uffd.register(BASE, SIZE, RegisterMode.MISSING)
-        self.counters = Counters()
-        self.errors: list[UffdError] = []
-        options = Options(readahead=readahead)
-        source = source or (LOCATED if located else Pattern(SIZE))
-        backend = make_backend(Service(source), self.counters, options)
-        self.space = Space(
-            cast("Userfaultfd", self.uffd),
-            Mappings([Mapping(BASE, BASE + SIZE, 0)]),
-            page_size=PAGE,
-            backend=backend,
-            counters=self.counters,
-            on_error=lambda _, error: self.errors.append(error),
-            readahead=make_readahead(PAGE, options, local=True),
-        )
-        self.model: dict[int, bytes] = {BASE + at: content(at, PAGE) for at in range(0, SIZE, PAGE)}
-
-    def touch(self, page: int, thread: int) -> None:
-        """Touch a page, if it is mapped."""
-        if BASE + page * PAGE in self.model:
-            self.uffd.touch(BASE + page * PAGE, thread)
-
-    def remove(self, page: int, count: int) -> None:
-        """Empty some pages."""
-        start, end = BASE + page * PAGE, BASE + min(page + count, PAGES) * PAGE
-        self.uffd.madvise_dontneed(start, end)
-        self.model.update({at: bytes(PAGE) for at in range(start, end, PAGE) if at in self.model})
-
-    def unmap(self, page: int, count: int) -> None:
-        """Unmap some pages; who slept there is let go by the engine, and would get SIGSEGV."""
-        self.removed()
-        start, end = BASE + page * PAGE, BASE + min(page + count, PAGES) * PAGE
-        self.uffd.munmap(start, end)
-        for at in range(start, end, PAGE):
-            self.model.pop(at, None)
-
-    def move(self, page: int, count: int) -> None:
-        """Move some mapped pages to where nothing is."""
-        count = min(count, PAGES - page)
-        source = BASE + page * PAGE
-        places = range(source, source + count * PAGE, PAGE)
-        target = ELSEWHERE + page * PAGE
-        if not all(at in self.model for at in places) or target in self.model:
-            return
-        self.removed()
-        self.uffd.mremap(source, target, count * PAGE)
-        for at in places:
-            self.model[at - source + target] = self.model.pop(at)
-
-    def removed(self) -> None:
-        """Have what is being emptied be empty: its pages go when its event has been read, from where they are then."""
-        while any(message[0] == abi.EVENT_REMOVE for message, _ in self.uffd._events):
-            self.deliver(64)
-
-    def deliver(self, limit: int) -> bool:
-        """Read and serve; tell whether there was anything."""
-        data = self.uffd.read_raw(limit)
-        if data:
-            serve_messages(self.space, memoryview(bytearray(data)), len(data), lambda *_: None)
-        return bool(data)
-
-    def serve_all(self) -> None:
-        """Serve until nothing is left to do."""
-        for _ in range(10_000):
-            if not self.deliver(64) and not self.space.deferred:
-                return
-            self.space.retry()
-        raise AssertionError("the engine never came to rest")
 
 
 _errnos = st.sampled_from([0, -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, -errno.ENOMEM, -errno.EFAULT, -errno.EINVAL])
@@ -378,21 +276,13 @@ def test_what_is_put_off_is_put_off_once() -> None:
     assert len(world.uffd.pages) == 8
 
 
-async def dispatch(world: World) -> None:
-    """Be the dispatcher: read, serve and retry."""
-    while True:
-        await asyncio.sleep(0.001)
-        world.deliver(64)
-        world.space.retry()
-
-
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.timeout(20)
 async def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
     """Also where the kernel puts pages off, and where a change of the layout has let a flight fall."""
     world = World(64 * PAGE, located=False, source=Slow(SIZE) if far else None)
 
-    pump = asyncio.create_task(dispatch(world))
+    pump = asyncio.create_task(world.dispatch())
     bring = world.space.backend.bring
     world.uffd.failures.extend([-errno.EAGAIN] * 5)
     await bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH)
@@ -406,33 +296,6 @@ async def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> No
     assert world.uffd.pages == world.model
 
 
-class Partly(Located):
-    """At hand, apart from some pages that are waited for until they are let through, and one that fails once."""
-
-    def __init__(self, far: set[int], fails: int = -1) -> None:
-        super().__init__(SIZE)
-        self.far = far
-        self.fails = fails
-        self.through = asyncio.Event()
-
-    def locate(self, offset: int, length: int) -> Any:
-        """Return where the bytes lie, if all of them are at hand."""
-        pages = set(range(offset // PAGE, (offset + length) // PAGE))
-        if self.fails in pages:
-            self.fails = -1
-            raise OSError(errno.EIO, "once")
-        return None if pages & self.far else super().locate(offset, length)
-
-    def read_nowait(self, offset: int, length: int) -> Any:
-        """Have nothing."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes, when that is allowed."""
-        await self.through.wait()
-        return content(offset, length)
-
-
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("at_hand", [True, False])
 async def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) -> None:
     """At once, if it is at hand, since the pieces of a window take as long again; afterwards what it always brings."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.deferred import Deferred
 from aiouffd.engine.remainders import Remainders
-from aiouffd.engine.resolver import Resolver
+from aiouffd.engine.resolver import DONTWAKE, Resolver
 from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, operation_error
@@ -119,6 +119,7 @@ class Space:
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
         self.fast_path: FastPath | None = None  # the dispatcher's
+        self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
         self.filling = 0
         """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""
         self.is_gone = False
@@ -155,6 +156,8 @@ class Space:
             for page in [page for page in self.flights if start <= page < end]:
                 flight = self.flights.pop(page)
                 self._forget(flight.offset + page - flight.start, self.page_size)
+        for callback in self.on_changed:
+            callback(start, end)
         self.deferred.revise(self._revised)
         self.remainders.revise(self._revised)
         self.close_fast_path()
@@ -402,12 +405,16 @@ class Space:
         sleepers of a poisoned page are left asleep, so that the failure can be reported before `poison` lets them go.
 
         Returns:
-            Whether the page is present; None: unknown for now, since the layout is changing.
+            Whether the page is present, or its mapping or process gone; None: unknown for now, since the layout is
+            changing or memory is short.
         """
-        result = self.uffd.try_poison(page, self.page_size, 1)
-        if result == _EAGAIN:
+        result = self.uffd.try_poison(page, self.page_size, DONTWAKE)
+        if result in _PUT_OFF:
             return None
-        if result != -errno.EEXIST:
+        if result in (-errno.ESRCH, -errno.ENOSPC):
+            self.gone()
+            return True
+        if result not in (-errno.EEXIST, -errno.ENOENT):
             return False
         self.resolver.wake(page, self.page_size)
         return True

@@ -20,11 +20,12 @@ from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import PageFault, Remap, Remove, Unmap
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.userfaultfd import Fork
-from aiouffd.ranges import Range, pieces
+from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
+    from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.serve.reads import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -63,6 +64,7 @@ class Batch:
         self._space = space
         self._purpose = purpose
         self._runs: list[Run] = []
+        self._changed = RangeSet()  # addresses that show something else than when the handler was called
 
     def copy(self, page: Range, data: Any) -> None:
         """Fill `page` with the bytes of a buffer of the same length; it is kept until the batch is done.
@@ -79,7 +81,7 @@ class Batch:
     def zeropage(self, page: Range) -> None:
         """Fill `page` with zeros."""
         self._check(page)
-        for shown in self._space.mappings.runs(page.start, page.end):
+        for shown in self._shown(page):
             self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start, self._purpose))
 
     def poison(self, page: Range) -> None:
@@ -115,10 +117,26 @@ class Batch:
         self._space.resolve(pieces)
 
     def _add(self, op: int, page: Range, source: int = 0, owner: object = None) -> None:
-        for shown in self._space.mappings.runs(page.start, page.end):
+        for shown in self._shown(page):
             length = shown.end - shown.start
             at = source + shown.start - page.start
             self._runs.append(Run(op, shown.start, shown.offset, length, at, owner, self._purpose))
+
+    def _shown(self, page: Range) -> Iterator[Mapping]:
+        """Yield what is mapped of a range, apart from what has changed since the handler was called.
+
+        The handler's bytes are for what was there then; threads that wait there now have faulted anew.
+        """
+        for part in self._changed.gaps(page.start, page.end):
+            yield from self._space.mappings.runs(part.start, part.end)
+
+    def has_left_out(self, address: int) -> bool:
+        """Tell whether the layout has changed at this address since the handler was called."""
+        return address in self._changed
+
+    def changed(self, start: int, end: int) -> None:
+        """Leave [start, end) out from now on: the layout has changed there."""
+        self._changed.add(start, end)
 
     def _check(self, page: Range) -> None:
         size = self._space.page_size
@@ -261,6 +279,7 @@ class HandlerBackend:
         batch = Batch(space, flight.purpose)
         reason = ""
         self._words[Counter.IN_FLIGHT] += 1
+        space.on_changed.add(batch.changed)
         try:
             async with self._bound:
                 with self._deadlines:
@@ -282,6 +301,7 @@ class HandlerBackend:
             reason = _raised(error)
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
+            space.on_changed.discard(batch.changed)
             space.land(flight)
         if reason and not space.is_gone and not space.closing:
             self._fail(space, flight, HandlerError(repr(self.handler), str(fault), reason))
@@ -298,15 +318,14 @@ class HandlerBackend:
 
     async def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
         """Return what is wrong with a batch whose handler has returned, or nothing."""
-        if batch.covers(fault.page.start):
+        if batch.covers(fault.page.start) or batch.has_left_out(fault.page.start):
             return ""
-        start, _, first = space.mappings.locate(fault.page.start)
-        if first < 0 or first + fault.page.start - start != fault.offset:
-            return ""  # the layout has changed meanwhile: the batch rightly left it out
         # It may have been flushed before, or filled with another page's batch. The kernel does not tell while an event
         # is unread.
-        while (present := space.poison_if_missing(fault.page.start)) is None and not space.closing:  # noqa: ASYNC110 - a timer
+        while (present := space.poison_if_missing(fault.page.start)) is None:
             await asyncio.sleep(_LATER)
+            if space.closing or batch.has_left_out(fault.page.start):  # what is there now has not failed
+                return ""
         if present:
             space.readahead.brought(fault.offset, space.page_size)
         return "" if present else "returned without resolving it"

@@ -1,0 +1,454 @@
+"""`engine.serve.source`: what a fault brings, what flies, what is left of it when the layout or the source fails."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+import pytest
+from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Located, World, turns
+from pattern import PAGE, Pattern, content
+
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.serve.source import SourceBackend
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.testing import POISONED
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def at(page: int) -> int:
+    """Return the address of a page."""
+    return BASE + page * PAGE
+
+
+@pytest.mark.parametrize("change", ["remove", "move", "move and another comes"])
+async def test_bytes_that_land_after_a_change_of_the_layout(change: str) -> None:
+    """They go where they are shown still, and nowhere else: an emptied page is zeros, not the source's bytes."""
+    source = Held()
+    world = World(0, source=source)
+    world.touch(4, 1)
+    world.deliver(64)
+    await turns()
+    if change == "remove":
+        world.remove(4, 1)
+    else:
+        world.move(4, 1)
+        if change == "move and another comes":
+            while world.deliver(64):
+                pass
+            world.uffd.mremap(at(8), at(4), PAGE)
+    while world.deliver(64):
+        pass
+    if change == "move and another comes":
+        world.uffd.touch(at(4), 2)
+        world.deliver(64)
+        await turns()
+    source.answer(0)
+    await turns()
+    world.serve_all()
+    if change == "remove":
+        assert world.uffd.pages == {at(4): bytes(PAGE)}
+    elif change == "move":
+        assert world.uffd.pages == {}
+    else:
+        assert len(source.reads) == 2  # whoever waits there now has asked for what is there now
+        assert source.reads[1][0] == 8 * PAGE
+        source.answer(1)
+        await turns()
+        assert world.uffd.pages == {at(4): content(8 * PAGE, PAGE)}
+        assert not world.uffd.asleep
+    assert not world.space.flights
+
+
+async def test_a_part_that_is_shown_still_is_kept() -> None:
+    """And the rest is not taken for present; nobody is counted who was sent away."""
+    source = Held()
+    world = World(8 * PAGE, source=source)
+    world.touch(0, 1)
+    world.touch(1, 2)
+    world.deliver(64)
+    await turns()
+    ((offset, length, _),) = source.reads
+    assert (offset, length) == (0, 4 * PAGE)
+    world.unmap(1, 2)
+    world.serve_all()
+    source.answer()
+    await turns()
+    assert sorted(world.uffd.pages) == [at(page) for page in (0, 3)]
+    assert world.space.readahead.missing(0, 4 * PAGE) == [(PAGE, 2 * PAGE)]
+    found = world.counters.snapshot()
+    assert (found.pages_fault, found.pages_readahead) == (1, 1)
+
+
+@pytest.mark.parametrize("readahead", [0, 16 * PAGE])
+@pytest.mark.parametrize("located", [True, False])
+def test_the_last_page_of_a_source_is_padded_with_zeros(readahead: int, located: bool) -> None:
+    """Nothing behind the source's end is shown: not what lies behind it in memory, and not by the plain path."""
+    kind: Any = Located if located else Pattern
+    source = kind(SIZE)
+    source.size = 5 * PAGE + 100
+    world = World(readahead, source=source)
+    for page in range(4, 8):
+        world.touch(page, page)
+        world.serve_all()
+    assert world.uffd.pages[at(4)] == content(4 * PAGE, PAGE)
+    assert world.uffd.pages[at(5)] == content(5 * PAGE, 100) + bytes(PAGE - 100)
+    assert world.uffd.pages[at(6)] == world.uffd.pages[at(7)] == bytes(PAGE)
+
+
+def test_several_faults_of_one_wake_up_at_the_end_of_a_source() -> None:
+    """The same, together."""
+    for readahead in (0, 16 * PAGE):
+        source = Located(SIZE)
+        source.size = 5 * PAGE + 100
+        world = World(readahead, source=source)
+        for page in (2, 4, 5, 6, 9):
+            world.touch(page, page)
+        world.serve_all()
+        assert not world.uffd.asleep
+        assert world.uffd.pages[at(2)] == content(2 * PAGE, PAGE)
+        assert world.uffd.pages[at(4)] == content(4 * PAGE, PAGE)
+        assert world.uffd.pages[at(5)] == content(5 * PAGE, 100) + bytes(PAGE - 100)
+        assert world.uffd.pages[at(6)] == world.uffd.pages[at(9)] == bytes(PAGE)
+
+
+def test_a_window_that_was_not_placed_is_brought_by_the_general_path() -> None:
+    """A COPY that is refused on the plain path is not forgotten, and its window counts once."""
+    world = World(16 * PAGE, located=True)
+    world.uffd.failures.append(-errno.EAGAIN)
+    world.touch(5, 1)
+    world.serve_all()
+    assert not world.uffd.asleep
+    found = world.counters.snapshot()
+    assert found.pages == len(world.uffd.pages) == 4
+    assert found.pages_fault == 1
+    assert world.space.readahead.missing(0, SIZE) == [(0, 4 * PAGE), (8 * PAGE, SIZE - 8 * PAGE)]
+
+
+@pytest.mark.parametrize("refusals", [[-errno.EAGAIN], [0, -errno.EAGAIN], [0, -errno.EAGAIN, -errno.EAGAIN]])
+def test_a_page_among_several_that_is_refused(refusals: list[int]) -> None:
+    """The others are served; it comes later; each is counted once."""
+    for readahead in (0, 4 * PAGE):
+        world = World(readahead, located=True)
+        world.uffd.failures.extend(refusals)
+        for page in (1, 9, 17, 18):
+            world.touch(page, page)
+        world.serve_all()
+        assert not world.uffd.asleep
+        assert all(data == world.model[page] for page, data in world.uffd.pages.items())
+        found = world.counters.snapshot()
+        assert found.pages == len(world.uffd.pages)
+        assert found.pages_fault == 4
+        assert found.bytes_fetched == found.pages * PAGE
+        assert sum(found.latency) == 4
+
+
+def test_what_is_present_already_is_not_counted() -> None:
+    """EEXIST, alone and within a window: pages, and bytes out of memory."""
+    for readahead in (0, 8 * PAGE):
+        world = World(readahead, located=True)
+        world.uffd.try_copy(at(5), LOCATED.address + 5 * PAGE, PAGE, 0)
+        world.touch(4, 1)
+        world.serve_all()
+        asyncio.run(world.space.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH))
+        found = world.counters.snapshot()
+        assert len(world.uffd.pages) == PAGES
+        assert found.pages == PAGES - 1
+        assert found.bytes_fetched == (PAGES - 1) * PAGE
+        assert found.eexist == (1 if readahead else 2)  # a plain fault without readahead leaves no trace
+
+
+async def test_a_failed_window_costs_only_the_page_that_fails() -> None:
+    """Each page that a thread waits for is asked for alone."""
+
+    class Broken(Pattern):
+        retries = 0
+        read_nowait = None  # type: ignore[assignment]
+
+        async def read(self, offset: int, length: int) -> bytes:
+            if offset <= 5 * PAGE < offset + length:
+                raise OSError(errno.EIO, "broken")
+            return content(offset, length)
+
+    world = World(8 * PAGE, source=Broken(SIZE))
+    for page in (4, 5, 6):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns(40)
+    assert not world.uffd.asleep
+    assert world.uffd.pages[at(4)] == content(4 * PAGE, PAGE)
+    assert world.uffd.pages[at(5)] is POISONED
+    assert world.uffd.pages[at(6)] == content(6 * PAGE, PAGE)
+    (error,) = world.errors
+    assert isinstance(error, SourceError)
+    assert error.offset == 5 * PAGE
+    assert world.counters.snapshot().source_errors == 1
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_source_that_does_not_answer_is_not_asked_again_for_each_page(late: bool) -> None:
+    """After a timeout the single pages get one try each; after another error as many as any read."""
+
+    class Silent:
+        size = SIZE
+        retries = 3
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        async def read(self, offset: int, length: int) -> bytes:
+            self.asked.append(length)
+            if length > PAGE and late:
+                raise SourceTimeoutError("Silent", offset, length, "no answer")
+            raise OSError(errno.EIO, "broken")
+
+    source = Silent()
+    world = World(8 * PAGE, source=source, limits=limits(backoff=0.0))
+    world.touch(4, 1)
+    world.deliver(64)
+    for _ in range(200):
+        await asyncio.sleep(0)
+        if not world.uffd.asleep:
+            break
+    assert [source.asked.count(4 * PAGE), source.asked.count(PAGE)] == [4, 1 if late else 4]
+    assert world.uffd.pages[at(4)] is POISONED
+
+
+def limits(**values: Any) -> Any:
+    """Return limits."""
+    from aiouffd.engine.serve.reads import Limits
+
+    return Limits(**values)
+
+
+async def test_a_window_larger_than_a_read() -> None:
+    """Is brought by several, so that the bound on bytes can hold."""
+    source = Held()
+    world = World(SIZE, source=source, limits=limits(bytes_in_flight=16 * PAGE))
+    task = asyncio.create_task(world.backend.prefetch(world.space, 0, SIZE))
+    for number in range(8):
+        await turns(20)
+        assert world.counters.snapshot().bytes_in_flight <= 16 * PAGE
+        assert source.reads[number][1] == 4 * PAGE
+        source.answer(number)
+    await task
+    assert world.uffd.pages == world.model
+
+
+async def test_faults_join_what_is_on_its_way() -> None:
+    """Nothing is read twice; their threads go on when it lands, and are counted then."""
+    source = Held()
+    world = World(4 * PAGE, source=source)
+    for page in (0, 1, 3):
+        world.touch(page, page)
+        world.deliver(64)
+        await turns()
+    assert [read[:2] for read in source.reads] == [(0, 4 * PAGE)]
+    source.answer()
+    await turns()
+    found = world.counters.snapshot()
+    assert (found.faults, found.joined, found.pages_fault, found.pages_readahead) == (3, 2, 3, 1)
+    assert not world.uffd.asleep
+
+
+async def test_a_source_that_gives_too_little() -> None:
+    """A short read is an error: its page is poisoned, and nothing is padded."""
+
+    class Short:
+        size = SIZE
+        retries = 0
+
+        async def read(self, offset: int, length: int) -> bytes:
+            return content(offset, length - 1)
+
+    world = World(0, source=Short())
+    world.touch(0, 1)
+    world.deliver(64)
+    await turns()
+    (error,) = world.errors
+    assert isinstance(error, ShortReadError)
+    assert world.uffd.pages == {BASE: POISONED}
+
+
+async def test_what_arrives_after_the_end_is_dropped() -> None:
+    """The space was closed, or its process is gone: nothing is placed, nothing told."""
+    for end in ("close", "gone"):
+        source = Held()
+        world = World(0, source=source)
+        world.touch(0, 1)
+        world.touch(1, 2)
+        world.deliver(64)
+        await turns()
+        (world.space.close if end == "close" else world.space.gone)()
+        for index in range(len(source.reads)):
+            if not source.reads[index][2].done():
+                source.answer(index, OSError("late") if index else None)
+        await turns()
+        assert not world.errors
+        assert not world.uffd.pages
+
+
+async def test_a_defect_while_bytes_are_placed_is_an_error_of_their_page() -> None:
+    """No hang, and no flight is left behind."""
+
+    class Odd:
+        size = SIZE
+        retries = 0
+
+        async def read(self, offset: int, length: int) -> Any:
+            return memoryview(bytes(2 * length))[::2]
+
+    world = World(0, source=Odd())
+    world.touch(0, 1)
+    world.deliver(64)
+    await turns()
+    assert world.uffd.pages == {BASE: POISONED}
+    assert not world.space.flights
+    (error,) = world.errors
+    assert isinstance(error, SourceError)
+
+
+def test_a_defect_of_locate_costs_its_page() -> None:
+    """Alone and together: reported, poisoned, and nothing counts as present."""
+
+    class Defect(Located):
+        def locate(self, offset: int, length: int) -> int:
+            raise KeyError(offset)
+
+    for pages in ([3], [3, 9]):
+        world = World(4 * PAGE, source=Defect(SIZE))
+        for page in pages:
+            world.touch(page, page)
+        world.deliver(64)
+        assert {page: data for page, data in world.uffd.pages.items() if data is POISONED} == {
+            at(page): POISONED for page in pages
+        }
+        (error,) = world.errors
+        assert isinstance(error, PagerError)
+        assert world.space.readahead.missing(0, SIZE) == [(0, SIZE)]
+
+
+async def test_reads_of_faults_pass_those_ahead() -> None:
+    """As far as the bound allows nothing more, a fault is let in first."""
+    source = Held()
+    world = World(0, source=source, limits=limits(concurrent_reads=2))
+    ahead = [
+        asyncio.create_task(world.space.backend.bring(world.space, [(page * PAGE, PAGE)], Counter.PAGES_PREFETCH))
+        for page in range(4)
+    ]
+    await turns()
+    assert [read[0] // PAGE for read in source.reads] == [0, 1]
+    world.touch(20, 1)
+    world.deliver(64)
+    await turns()
+    source.answer(0)
+    await turns()
+    source.answer(1)
+    await turns()
+    assert {read[0] // PAGE for read in source.reads[2:]} == {20, 2}
+    for index in (2, 3):
+        source.answer(index)
+    await turns()
+    source.answer(4)
+    await asyncio.gather(*ahead)
+
+
+async def test_closing_ends_what_is_under_way_and_the_source() -> None:
+    """Its reads are canceled, then it is closed."""
+
+    class Closed(Held):
+        closed = 0
+
+        async def aclose(self) -> None:
+            self.closed += 1
+
+    source = Closed()
+    world = World(0, source=source)
+    world.touch(0, 1)
+    world.deliver(64)
+    await turns()
+    backend = world.backend
+    assert isinstance(backend, SourceBackend)
+    await backend.aclose()
+    assert source.reads[0][2].cancelled()
+    assert source.closed == 1
+    assert not backend._tasks
+
+
+def test_pages_that_show_no_source_are_zeros() -> None:
+    """Removed ones, and memory that grew: alone, and beside others."""
+    for readahead in (0, 8 * PAGE):
+        world = World(readahead, located=True)
+        world.remove(4, 2)
+        world.serve_all()
+        for page in (3, 4, 5, 6):
+            world.touch(page, page)
+        world.serve_all()
+        while world.space.advance():
+            pass
+        assert world.uffd.pages[at(4)] == world.uffd.pages[at(5)] == bytes(PAGE)
+        assert world.uffd.pages[at(3)] == content(3 * PAGE, PAGE)
+        found = world.counters.snapshot()
+        assert found.pages_zero == 2
+        assert found.pages_fault == 4
+        assert found.pages == len(world.uffd.pages)
+
+
+def test_the_fast_path_is_opened_for_the_largest_mapping() -> None:
+    """Also where there is none, or only zeros: then it stays closed."""
+    opened: list[tuple[int, ...]] = []
+    larger = (ELSEWHERE, ELSEWHERE + 2 * PAGE, 8 * PAGE)
+    for mappings, expected in (
+        (
+            [Mapping(BASE, BASE + PAGE, 0), Mapping(ELSEWHERE, ELSEWHERE + 2 * PAGE, 8 * PAGE)],
+            [(ELSEWHERE, ELSEWHERE + 2 * PAGE, 8 * PAGE)],
+        ),
+        ([Mapping(BASE, BASE + PAGE, -1)], []),
+        ([], []),
+    ):
+        for readahead in (0, 4 * PAGE):
+            world = World(readahead, located=True)
+            world.space.mappings = Mappings(mappings)
+            world.space.open_fast_path = lambda _source, *where: opened.append(where)  # type: ignore[method-assign]
+            opened.clear()
+            world.backend.opened(world.space)
+            assert opened == expected
+
+
+def test_recording_sees_each_fault() -> None:
+    """So nothing is served on the plain path while touches are recorded."""
+    touched: list[int] = []
+    world = World(0, located=True)
+    backend = SourceBackend(LOCATED, world.counters, limits(), on_touch=touched.append)
+    world.space.backend = backend
+    for page in (3, 9, 9):
+        world.touch(page, page)
+        world.serve_all()
+    assert touched == [3 * PAGE, 9 * PAGE]
+    assert sorted(world.uffd.pages) == [at(3), at(9)]
+
+
+def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
+    """The source is told of the windows behind, so that it can have them at hand."""
+
+    class Expecting(Pattern):
+        def __init__(self) -> None:
+            super().__init__(SIZE)
+            self.expected: list[tuple[int, int]] = []
+
+        def expect(self, offset: int, length: int) -> None:
+            self.expected.append((offset // PAGE, length // PAGE))
+
+    source = Expecting()
+    world = World(4 * PAGE, source=source)
+    for page in range(PAGES // 2):
+        world.touch(page, 1)
+        world.serve_all()
+        while world.space.advance():
+            pass
+    assert source.expected
+    assert all(0 < length <= 8 for _, length in source.expected)
+    assert all(data == world.model[page] for page, data in world.uffd.pages.items())
