@@ -400,7 +400,6 @@ def test_pages_that_show_no_source_are_zeros() -> None:
 def test_the_fast_path_is_opened_for_the_largest_mapping() -> None:
     """Also where there is none, or only zeros: then it stays closed."""
     opened: list[tuple[int, ...]] = []
-    larger = (ELSEWHERE, ELSEWHERE + 2 * PAGE, 8 * PAGE)
     for mappings, expected in (
         (
             [Mapping(BASE, BASE + PAGE, 0), Mapping(ELSEWHERE, ELSEWHERE + 2 * PAGE, 8 * PAGE)],

@@ -162,7 +162,8 @@ class Counters:
         """Return a number that is another one whenever a thread that waited has been let go, in whatever way."""
         words = self.words
         pages = sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1])
-        others = (Counter.PAGES_POISONED, Counter.CONTINUES, Counter.UNPROTECTS)
+        # A page that was present already (EEXIST) or is gone (ENOENT) is counted as no page, and its thread is woken.
+        others = (*(Counter.PAGES_POISONED, Counter.CONTINUES, Counter.UNPROTECTS, Counter.EEXIST, Counter.ENOENT),)
         # Whoever forks, moves, empties or unmaps memory sleeps until that has been read.
         return pages + sum(words[at] for at in others) + sum(words[Counter.FORKS : Counter.UNMAPS + 1])
 

@@ -1,0 +1,345 @@
+"""`engine.dispatcher` over pipes in place of descriptors: reading, looking again, timers, and what cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine_world import BASE, PAGES, SIZE, Held, PipedUffd, World, turns
+from pattern import PAGE, content
+
+from aiouffd.engine import dispatcher as module
+from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import OperationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aiouffd.engine.space import Space
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Rig:
+    """A dispatcher, and worlds that it serves."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+
+    def world(self, readahead: int = 0, **options: Any) -> tuple[World, PipedUffd]:
+        """Return a world that is being served, and its descriptor."""
+        uffd = PipedUffd()
+        world = World(readahead, uffd=uffd, **{"located": "source" not in options, **options})
+        self.dispatcher.add(world.space)
+        return world, uffd
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    """Run a dispatcher that sleeps at once."""
+    from aiouffd.engine.statistics import Counters
+
+    dispatcher = Dispatcher(asyncio.get_running_loop(), Counters(), spin_us=0)
+    yield Rig(dispatcher)
+    dispatcher.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - a pipe has no event
+            await asyncio.sleep(0.001)
+
+
+async def test_faults_are_served_on_the_loop(rig: Rig) -> None:
+    """Of each of several descriptors."""
+    worlds = [rig.world() for _ in range(3)]
+    assert rig.dispatcher._words[Counter.SPACES] == 3
+    for number, (world, uffd) in enumerate(worlds):
+        for page in (number, 9):
+            world.touch(page, 1)
+        uffd.send()
+    await until(lambda: not any(uffd.asleep for _, uffd in worlds))
+    for number, (world, uffd) in enumerate(worlds):
+        assert uffd.pages == {BASE + page * PAGE: content(page * PAGE, PAGE) for page in (number, 9)}
+        assert not world.errors
+
+
+async def test_what_is_deferred_is_tried_again_on_a_timer(rig: Rig) -> None:
+    """No message comes to remind us; while it is in vain, the tries become rarer, and with the next they are not."""
+    world, uffd = rig.world()
+    tries: list[int] = []
+    retry = world.space.retry
+
+    def counted() -> None:
+        tries.append(1)
+        retry()
+
+    world.space.retry = counted  # type: ignore[method-assign]
+    uffd.failures.extend([-errno.EAGAIN] * 6)
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert not uffd.asleep
+    assert len(tries) >= 4
+    assert rig.dispatcher._pause > module._RETRY
+    uffd.failures.extend([-errno.EAGAIN] * 2)
+    world.touch(2, 1)
+    uffd.send()
+    await until(lambda: uffd.asleep == {} and len(uffd.pages) == 2)
+    assert rig.dispatcher._pause <= 4 * module._RETRY
+
+
+async def test_the_pause_between_tries_has_an_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 ms at most."""
+    monkeypatch.setattr(module, "_SLOWEST_RETRY", 0.004)
+    world, uffd = rig.world()
+    uffd.failures.extend([-errno.EAGAIN] * 12)
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert rig.dispatcher._pause == 0.004
+
+
+async def test_deferred_runs_are_tried_again_when_messages_come(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that they waited for has run then."""
+    monkeypatch.setattr(module, "_RETRY", 1000.0)
+    world, uffd = rig.world()
+    uffd.failures.extend([-errno.EAGAIN] * 1000)
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: world.space.deferred)
+    await turns(50)
+    assert len(uffd.failures) > 900
+    uffd.failures.clear()
+    await turns(50)
+    assert uffd.asleep
+    uffd.touch(BASE + 4 * PAGE, 2)
+    world.uffd.touch(BASE + 5 * PAGE, 3)
+    uffd.send()
+    await until(lambda: not uffd.asleep)
+    assert len(uffd.pages) == 3
+
+
+async def test_windows_are_completed_while_nothing_comes(rig: Rig) -> None:
+    """In pieces; a space that was dropped meanwhile is passed over."""
+    world, uffd = rig.world()
+    other, _ = rig.world()
+    other.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, SIZE)])
+    rig.dispatcher.drop(other.space)
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, SIZE)])
+    rig.dispatcher._ready()
+    assert len(uffd.pages) == PAGES
+    assert not rig.dispatcher._behind
+
+
+async def test_the_loop_gets_a_turn_however_many_faults_there_are(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other callbacks run in between, and the descriptors are looked at again right after."""
+    monkeypatch.setattr(module, "_BURST_NS", -1)
+    world, uffd = rig.world()
+    for page in range(8):
+        world.touch(page, page)
+    for _ in range(8):
+        uffd.send(1)
+    seen: list[int] = []
+    for _ in range(40):
+        seen.append(len(uffd.pages))
+        await asyncio.sleep(0)
+    await until(lambda: len(uffd.pages) == 8)
+    assert len(set(seen)) > 1
+
+
+async def test_looking_again_is_for_as_long_as_faults_keep_coming(rig: Rig) -> None:
+    """A fault long after the last is followed by sleep; soon after, by a look; vain looks make the next rarer."""
+    dispatcher = rig.dispatcher
+    dispatcher.spin_us = 50
+    assert dispatcher.spin_us == 50
+    assert dispatcher._patience(10_000_000) == 0
+    assert dispatcher._patience(10_000_000 + 100_001) == 0
+    assert dispatcher._patience(10_100_001 + 100_000) == 50_000
+    dispatcher._skip = 2
+    assert [dispatcher._patience(10_200_001) for _ in range(3)] == [0, 0, 50_000]
+
+
+async def test_vain_looks_make_the_next_ones_rarer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After three: 8 faults without a look, then 16, at most 64; a look that finds something is not vain."""
+    dispatcher = rig.dispatcher
+    dispatcher.spin_us = 1
+    world, uffd = rig.world()
+    monkeypatch.setattr(module, "_BURST_NS", 10_000_000_000)
+
+    def patience(now: int) -> int:
+        dispatcher._last_ns = now - 1
+        return 1000
+
+    monkeypatch.setattr(dispatcher, "_patience", patience)
+    skipped = []
+    for page in range(8):
+        world.touch(page, 1)
+        uffd.send()
+        dispatcher._ready()
+        skipped.append(dispatcher._skip)
+    assert skipped == [0, 0, 8, 16, 32, 64, 64, 64]
+
+
+async def test_a_process_that_is_gone_is_dropped(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no end-of-file: it is looked for; the heartbeat goes on."""
+    monkeypatch.setattr(module, "_GONE_CHECK", 0.001)
+    dropped: list[Space] = []
+    idle: list[bool] = []
+    rig.dispatcher._on_drop = dropped.append
+    rig.dispatcher._on_idle = lambda: idle.append(True)
+    world, uffd = rig.world()
+    told: list[Space] = []
+    world.space.on_gone = told.append
+    rig.dispatcher._check_gone()
+    assert rig.dispatcher.spaces
+    uffd.exit()
+    await until(lambda: not rig.dispatcher.spaces)
+    assert (dropped, told, idle) == ([world.space], [world.space], [True])
+    assert rig.dispatcher._words[Counter.HEARTBEAT] >= 2
+    assert rig.dispatcher._words[Counter.SPACES] == 0
+    rig.dispatcher.drop(world.space)  # once
+    assert len(dropped) == 1
+
+
+async def test_events_that_cannot_be_read_wait(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EMFILE: a fork's descriptor finds no room. The loop does not spin meanwhile, and it is logged once."""
+    logging.getLogger("aiouffd").propagate = True
+    monkeypatch.setattr(module, "_PASSING_ERROR_PAUSE", 0.001)
+    failing = [errno.EMFILE] * 3
+    read = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        if failing:
+            raise OSError(failing.pop(), "no room")
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "_preadv", preadv)
+    world, uffd = rig.world()
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert not failing
+    assert caplog.text.count("cannot be read, and wait") == 1
+    assert rig.dispatcher.spaces
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADF])
+async def test_a_descriptor_that_is_broken_is_dropped(rig: Rig, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """And its owner learns why; an interrupted read is none."""
+    failing = [number, errno.EINTR]
+
+    def preadv(*_arguments: Any) -> int:
+        raise OSError(failing.pop(), "broken")
+
+    monkeypatch.setattr(module, "_preadv", preadv)
+    world, uffd = rig.world()
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: not rig.dispatcher.spaces)
+    (error,) = world.errors
+    assert isinstance(error, OperationError)
+    assert (error.operation, error.errno) == ("read", number)
+
+
+async def test_a_kernel_that_knows_no_nowait_flag(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 6.10: O_NONBLOCK is all there is, and nothing is lost."""
+    read = os.preadv
+    flags_seen: list[int] = []
+
+    def preadv(fd: int, buffers: Any, offset: int, flags: int) -> int:
+        flags_seen.append(flags)
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "no such flag")
+        return read(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(module, "_preadv", preadv)
+    world, uffd = rig.world()
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert flags_seen[0] == os.RWF_NOWAIT
+    assert set(flags_seen[1:]) == {0}
+
+
+async def test_a_descriptor_whose_flag_is_taken_again_and_again_is_dropped(rig: Rig) -> None:
+    """O_NONBLOCK belongs to the open file: others can clear it. Eight times it is set again."""
+    world, uffd = rig.world()
+    for number in range(module._MAX_NONBLOCK_RESETS):
+        assert rig.dispatcher.spaces, number
+        os.set_blocking(uffd.reader, True)
+        rig.dispatcher._unblock(uffd.reader)
+        assert not rig.dispatcher.spaces or not os.get_blocking(uffd.reader)
+    assert not rig.dispatcher.spaces
+    assert world.space.closing
+
+
+async def test_the_fast_path_serves_what_it_is_open_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single message of a userfaultfd goes there first; what it leaves, and what is dropped, does not."""
+    monkeypatch.setattr(module, "Userfaultfd", PipedUffd)
+    served: list[int] = []
+    world, uffd = rig.world()
+    assert world.space.fast_path is rig.dispatcher._fast_path
+
+    def serve(_fd: int, slot: tuple[int, ...], _message: memoryview) -> bool:
+        served.append(slot[1])
+        return False
+
+    monkeypatch.setattr(rig.dispatcher._fast_path, "serve", serve)
+    world.touch(3, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert served == [1]
+    for page in (4, 5):
+        world.touch(page, 1)
+    uffd.send()
+    await until(lambda: len(uffd.pages) == 3)
+    assert len(served) == 1
+    rig.dispatcher.drop(world.space)
+    assert world.space.fast_path is None
+
+
+async def test_messages_that_came_with_a_dropped_descriptor_are_left(rig: Rig) -> None:
+    """Dropped in the same look as it was readable: it is nobody's."""
+    world, uffd = rig.world()
+    other, _ = rig.world()
+    world.touch(1, 1)
+    uffd.send()
+    fd = uffd.reader
+    rig.dispatcher._only = ((fd, 0),)
+    rig.dispatcher._fast_path.dismiss(fd)
+    assert rig.dispatcher._poll() is False
+    assert not uffd.pages
+    assert not other.errors
+
+
+async def test_closing_drops_all_and_stops_the_timers() -> None:
+    """Nothing is called afterwards."""
+    from aiouffd.engine.statistics import Counters
+
+    idle: list[bool] = []
+    dispatcher = Dispatcher(asyncio.get_running_loop(), Counters(), on_idle=lambda: idle.append(True))
+    rig = Rig(dispatcher)
+    world, uffd = rig.world(source=Held())
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: world.space.flights)
+    flight = next(iter(world.space.flights.values()))
+    dispatcher.close()
+    assert flight.done is not None
+    await turns()
+    assert flight.done.cancelled()
+    assert not dispatcher.spaces
+    assert not idle
+    assert dispatcher._checker.cancelled()
+    dispatcher._schedule()
+    assert dispatcher._timer is None
