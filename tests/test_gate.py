@@ -15,7 +15,7 @@ async def entered(gate: Gate, size: int, *, urgent: bool, log: list[str], name: 
     log.append(name)
 
 
-async def settle() -> None:
+async def rest() -> None:
     """Let every task that can run do so."""
     for _ in range(5):
         await asyncio.sleep(0)
@@ -42,20 +42,39 @@ async def test_a_piece_larger_than_the_bound_is_let_in_alone() -> None:
 
 
 async def test_faults_pass_prefetches_and_do_not_starve_them() -> None:
-    """Urgent pieces go first; one of eight that are let in is a patient one."""
+    """Urgent pieces go first; of each eight that are let in, one is a patient one, however many urgent ones wait."""
     gate = Gate(reads=1, size=1000)
     await gate.enter(1, urgent=True)
     log: list[str] = []
-    tasks = [asyncio.ensure_future(entered(gate, 1, urgent=False, log=log, name="patient")) for _ in range(3)]
-    await settle()
-    tasks += [asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="urgent")) for _ in range(20)]
-    await settle()
-    for _ in range(23):
+    tasks = [asyncio.ensure_future(entered(gate, 1, urgent=False, log=log, name="patient")) for _ in range(5)]
+    await rest()
+    tasks += [asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="urgent")) for _ in range(30)]
+    await rest()
+    for _ in range(35):
         gate.leave(1)
-        await settle()
-    assert len(log) == 23
-    assert 1 <= log[:10].count("patient") <= 2
+        await rest()
+    assert [number for number, name in enumerate(log) if name == "patient"] == [0, 8, 16, 24, 32]
+    assert len(log) == 35
     await asyncio.gather(*tasks)
+
+
+async def test_an_urgent_piece_that_fits_passes_a_patient_one_that_does_not() -> None:
+    """It need not wait until somebody leaves."""
+    gate = Gate(reads=2, size=100)
+    await gate.enter(60, urgent=False)
+    log: list[str] = []
+    patient = asyncio.ensure_future(entered(gate, 60, urgent=False, log=log, name="patient"))
+    await rest()
+    gate._turn = 1
+    urgent = asyncio.ensure_future(entered(gate, 40, urgent=True, log=log, name="urgent"))
+    await rest()
+    assert log == ["urgent"]
+    assert not gate.try_enter(0)  # nobody passes who waits
+    gate.leave(60)
+    await rest()
+    assert log == ["urgent", "patient"]
+    await asyncio.gather(patient, urgent)
+    assert (gate.reads, gate.size) == (2, 100)
 
 
 async def test_canceling_gives_the_place_up() -> None:
@@ -65,7 +84,7 @@ async def test_canceling_gives_the_place_up() -> None:
     log: list[str] = []
     first = asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="first"))
     second = asyncio.ensure_future(entered(gate, 1, urgent=True, log=log, name="second"))
-    await settle()
+    await rest()
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
@@ -81,7 +100,7 @@ async def test_a_waiter_that_was_let_in_and_canceled_at_once_leaves_again() -> N
     gate = Gate(reads=1, size=10)
     await gate.enter(1, urgent=True)
     waiter = asyncio.ensure_future(gate.enter(1, urgent=True))
-    await settle()
+    await rest()
     gate.leave(1)
     waiter.cancel()
     with pytest.raises(asyncio.CancelledError):

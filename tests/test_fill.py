@@ -1,0 +1,290 @@
+"""`engine.ahead.fill`: traces replayed, everything brought in the background, and until nothing is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+from array import array
+from typing import Any
+
+import pytest
+from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Held, World, turns
+from pattern import PAGE, Pattern, content
+
+from aiouffd.engine.ahead import fill as module
+from aiouffd.engine.ahead.fill import bring_ahead, bring_early, complete, fill
+from aiouffd.engine.ahead.trace import Trace
+from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ClosedError, SourceError
+from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.testing import FakeUffd
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def noted(world: World) -> list[tuple[list[tuple[int, int]], Counter]]:
+    """Return a list of what the backend is asked to bring, in pages."""
+    asked: list[tuple[list[tuple[int, int]], Counter]] = []
+    bring = world.backend.bring
+
+    async def note(space: Any, ranges: Any, cause: Counter) -> None:
+        ranges = list(ranges)
+        asked.append(([(offset // PAGE, length // PAGE) for offset, length in ranges], cause))
+        await bring(space, ranges, cause)
+
+    world.backend.bring = note  # type: ignore[method-assign]
+    return asked
+
+
+async def test_a_trace_is_replayed_and_then_the_rest_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this order, with progress that a successor goes on from."""
+    monkeypatch.setattr("aiouffd.engine.ahead.trace._BATCH", 2)
+    world = World(0, located=True)
+    asked = noted(world)
+    trace = Trace(PAGE, SIZE, array("Q", [9 * PAGE, 8 * PAGE, 3 * PAGE]))
+    progress: list[tuple[int, int]] = []
+    await bring_ahead(
+        world.space, world.backend, trace, math.inf, lambda: progress.append((world.space.replayed, world.space.filled))
+    )
+    assert asked[0] == ([(8, 2)], Counter.PAGES_REPLAY)
+    assert asked[1] == ([(3, 1)], Counter.PAGES_REPLAY)
+    assert all(cause == Counter.PAGES_BACKGROUND for _, cause in asked[2:])
+    assert progress == [(2, 0), (3, 0), (3, SIZE)]
+    assert world.uffd.pages == world.model
+    found = world.counters.snapshot()
+    assert (found.pages_replay, found.pages_background) == (3, PAGES - 3)
+
+
+async def test_a_successor_goes_on_where_its_predecessor_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the trace, and in the fill."""
+    monkeypatch.setattr("aiouffd.engine.ahead.trace._BATCH", 2)
+    world = World(0, located=True)
+    world.space.replayed, world.space.filled = 2, 20 * PAGE
+    asked = noted(world)
+    await bring_ahead(world.space, world.backend, Trace(PAGE, SIZE, array("Q", [0, PAGE, 5 * PAGE])), math.inf)
+    assert asked == [([(5, 1)], Counter.PAGES_REPLAY), ([(20, 12)], Counter.PAGES_BACKGROUND)]
+
+
+async def test_without_trace_or_rate_nothing_is_brought() -> None:
+    """A rate of 0 means no fill."""
+    world = World(0, located=True)
+    asked = noted(world)
+    await bring_ahead(world.space, world.backend, None, 0)
+    assert asked == []
+
+
+@pytest.mark.parametrize("failure", [SourceError("it", 0, 1, "no"), ClosedError("it is served no longer")])
+async def test_what_fails_ahead_is_left_to_faults(failure: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, unless the space is gone."""
+    logging.getLogger("aiouffd").propagate = True
+    world = World(0, located=True)
+
+    async def bring(*_arguments: Any) -> None:
+        raise failure
+
+    world.backend.bring = bring  # type: ignore[method-assign,assignment]
+    await bring_ahead(world.space, world.backend, None, math.inf)
+    assert ("comes with its fault" in caplog.text) == isinstance(failure, SourceError)
+
+
+@pytest.mark.parametrize(("local", "patience", "pieces"), [(True, 0.05, 4), (True, 0.0, 1), (False, 0.05, 1)])
+async def test_the_pieces(monkeypatch: pytest.MonkeyPatch, local: bool, patience: float, pieces: int) -> None:
+    """Small ones of what is near, since a fault may have to wait for one; larger ones in a hurry, or from far away."""
+    monkeypatch.setattr(module, "_NEAR", 8 * PAGE)
+    monkeypatch.setattr(module, "_HURRY", 64 * PAGE)
+    world = World(16 * PAGE, source=None if local else Far(SIZE))
+    asked = noted(world)
+    filling: list[int] = []
+    resolve = world.space.resolve
+
+    def seen(runs: Any) -> None:
+        filling.append(world.space.filling)
+        resolve(runs)
+
+    world.space.resolve = seen  # type: ignore[method-assign]
+    await fill(world.space, world.backend, math.inf, patience=patience)
+    assert len(asked) == pieces
+    assert set(filling) == {16 * PAGE if local and not patience else 0}
+    assert world.space.filling == 0
+    assert world.space.filled == SIZE
+    assert world.uffd.pages == world.model
+
+
+class Far(Pattern):
+    """Not in memory."""
+
+    read_nowait = None  # type: ignore[assignment]
+
+
+async def test_progress_is_told_at_times_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many bytes, so that a successor need not begin at the start."""
+    monkeypatch.setattr(module, "_NEAR", 4 * PAGE)
+    monkeypatch.setattr(module, "_SAVED", 8 * PAGE)
+    world = World(0, located=True)
+    told: list[int] = []
+    await fill(world.space, world.backend, math.inf, lambda: told.append(world.space.filled // PAGE))
+    assert told == [8, 16, 24, 32, 32]
+
+
+async def test_the_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece waits until those before it are due; a fast rate waits for nothing."""
+    monkeypatch.setattr(module, "_NEAR", 8 * PAGE)
+    slept: list[float] = []
+    now = [100.0]
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    world = World(0, located=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiouffd.engine.ahead.fill.asyncio.sleep", sleep)
+        await fill(world.space, world.backend, SIZE / 8)
+    assert [seconds for seconds in slept if seconds] == pytest.approx([2.0, 2.0, 2.0])
+
+
+async def test_the_fill_waits_while_faults_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment without, and for so long at most."""
+    monkeypatch.setattr(module, "_NEAR", 8 * PAGE)
+    now, looks = [0.0], [0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if seconds == module._QUIET:
+            looks[0] += 1
+            world.counters.words[Counter.FAULTS] += 1
+
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    world = World(0, located=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiouffd.engine.ahead.fill.asyncio.sleep", sleep)
+        world.counters.words[Counter.FAULTS] = 0
+        bring = world.backend.bring
+
+        async def faulting(*arguments: Any) -> None:
+            world.counters.words[Counter.FAULTS] += 1
+            await bring(*arguments)
+
+        world.backend.bring = faulting  # type: ignore[method-assign,assignment]
+        await fill(world.space, world.backend, math.inf, patience=0.01)
+    assert 3 * 5 <= looks[0] <= 3 * 6
+
+
+async def test_what_shows_no_source_is_left_out() -> None:
+    """Removed ranges, and several mappings of one offset are brought together."""
+    world = World(0, located=True)
+    world.remove(4, 4)
+    world.serve_all()
+    await fill(world.space, world.backend, math.inf)
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in range(PAGES) if page not in range(4, 8)]
+
+
+class Unregistered(FakeUffd):
+    """Its memory is registered later."""
+
+    def __init__(self, *, registered: bool = False) -> None:
+        super().__init__()
+        self.registered = registered
+
+    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
+        """Find nothing before; behind, as the kernel, that memory which nobody may read cannot be copied."""
+        if not self.registered:
+            return -errno.ENOENT
+        return -errno.EFAULT if src == address_of(unreadable()) else super().try_copy(dst, src, length, mode)
+
+
+@pytest.mark.parametrize("how", ["registered", "late", "closed"])
+async def test_what_is_handed_over_before_it_is_registered(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Is brought once it is, small mappings first; not at all when it is too late, or the space is closed."""
+    monkeypatch.setattr(module, "_SMALL", 4 * PAGE)
+    uffd = Unregistered()
+    world = World(0, located=True, uffd=uffd)
+    world.space.mappings = Mappings(
+        [Mapping(BASE, BASE + 20 * PAGE, 0), Mapping(BASE + 20 * PAGE, BASE + 22 * PAGE, 26 * PAGE)]
+    )
+    asked = noted(world)
+    late = asyncio.Event()
+    task = asyncio.create_task(bring_early(world.space, world.backend, late))
+    await asyncio.sleep(0.005)
+    assert not asked
+    if how == "late":
+        late.set()
+    elif how == "closed":
+        world.space.close()
+    else:
+        uffd.registered = True
+    await task
+    if how == "registered":
+        assert asked[0] == ([(26, 2)], Counter.PAGES_BACKGROUND)
+        assert uffd.pages[BASE + 20 * PAGE] == content(26 * PAGE, PAGE)
+        assert len(uffd.pages) == 22
+    else:
+        assert not uffd.pages
+
+
+async def test_what_fails_early_is_tried_again_by_others() -> None:
+    """No error, and no fill behind it."""
+    world = World(0, source=Held(), uffd=Unregistered(registered=True))
+
+    async def bring(*_arguments: Any) -> None:
+        raise SourceError("it", 0, 1, "no")
+
+    world.backend.bring = bring  # type: ignore[method-assign,assignment]
+    await bring_early(world.space, world.backend, asyncio.Event())
+
+
+@pytest.mark.parametrize("source", [None, Far(SIZE)])
+@pytest.mark.parametrize("readahead", [0, 16 * PAGE])
+async def test_all_is_brought_whatever_was_known(source: Any, readahead: int) -> None:
+    """What a predecessor had brought may have gone with its mapping: it is offered once more."""
+    world = World(readahead, source=source, located=source is None)
+    world.space.filled = SIZE
+    world.space.born = -1
+    await complete(world.space, world.backend)
+    assert world.uffd.pages == world.model
+
+
+async def test_a_read_that_had_failed_is_noticed() -> None:
+    """Of the background, before all is brought: what it was to bring is not taken for present."""
+    source = Held()
+    world = World(16 * PAGE, source=source)
+    background = asyncio.create_task(bring_ahead(world.space, world.backend, None, math.inf))
+    await turns()
+    finish = asyncio.create_task(complete(world.space, world.backend))
+    await turns()
+    source.answer(0, OSError(errno.EIO, "once"))
+    answered = 1
+    while not finish.done():
+        await asyncio.sleep(0)
+        if len(source.reads) > answered:
+            source.answer(answered)
+            answered += 1
+    await finish
+    await background
+    assert world.uffd.pages == world.model
+
+
+async def test_all_is_brought_while_the_layout_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is offered again, at its new place."""
+    monkeypatch.setattr(module, "_HURRY", 8 * PAGE)
+    world = World(16 * PAGE, located=True)
+    changes = iter([(8, 4), (16, 4)])
+    bring = world.backend.bring
+
+    async def changing(*arguments: Any) -> None:
+        await bring(*arguments)
+        for page, count in changes:
+            world.move(page, count)
+            while world.deliver(64):
+                pass
+            return
+
+    world.backend.bring = changing  # type: ignore[method-assign,assignment]
+    await complete(world.space, world.backend)
+    assert world.uffd.pages == world.model
+    assert ELSEWHERE + 8 * PAGE in world.uffd.pages
+    assert world.space.mappings.locate(ELSEWHERE + 8 * PAGE)[2] != ZEROS

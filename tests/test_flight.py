@@ -1,0 +1,117 @@
+"""`engine.flight`: cancelation told from others, and the end of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from engine_world import turns
+
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
+from aiouffd.engine.runs import FOR_FAULT
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def test_a_flight_says_what_it_brings() -> None:
+    """For logs."""
+    flight = Flight(0x2000, 0x5000, 0x1000, 7, FOR_FAULT)
+    assert repr(flight) == "<Flight [0x2000, 0x5000) of 0x1000>"
+    assert (flight.length, flight.began_ns, flight.purpose, flight.wanted, flight.done) == (
+        0x3000,
+        7,
+        FOR_FAULT,
+        set(),
+        None,
+    )
+
+
+async def test_a_cancelation_from_outside() -> None:
+    """Of the running task; an error, or the cancelation of something that it waited for, is none."""
+    told: list[bool] = []
+
+    async def work(inner: bool) -> None:
+        waited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if inner:
+            waited.cancel()
+        try:
+            await waited
+        except asyncio.CancelledError as error:
+            told.append(canceled_from_outside(error))
+
+    await work(inner=True)
+    task = asyncio.create_task(work(inner=False))
+    await turns()
+    task.cancel()
+    await task
+    assert told == [False, True]
+    assert not canceled_from_outside(ValueError())
+
+
+def test_without_a_task_it_is_from_outside() -> None:
+    """A coroutine that is closed by whoever drops it."""
+    told: list[bool] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            told.append(canceled_from_outside(error))
+            raise
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(None)
+
+    def step() -> None:
+        coroutine = work()
+        coroutine.send(None)
+        with pytest.raises(asyncio.CancelledError):
+            coroutine.throw(asyncio.CancelledError())
+        loop.stop()
+
+    loop.call_soon(step)
+    loop.run_forever()
+    loop.close()
+    assert told == [True]
+
+
+async def test_tasks_are_canceled_and_waited_for() -> None:
+    """None at all is no wait."""
+    await end_of([])
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(number)
+
+    tasks = {asyncio.create_task(work(number)) for number in range(3)}
+    await turns()
+    await end_of(tasks)
+    assert sorted(ended) == [0, 1, 2]
+
+
+async def test_a_task_that_does_not_end_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And logged: it may suppress its cancelation."""
+    logging.getLogger("aiouffd").propagate = True
+    monkeypatch.setattr("aiouffd.engine.flight._CANCEL_TIMEOUT", 0.01)
+    through = asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await through.wait()
+        except asyncio.CancelledError:
+            await through.wait()
+
+    task = asyncio.create_task(stubborn())
+    await turns()
+    await end_of([task])
+    assert not task.done()
+    assert "1 reads or handlers were canceled and go on" in caplog.text
+    through.set()
+    await task

@@ -1,0 +1,448 @@
+"""`engine.serve.handler`: what a handler's coroutines do, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine_world import BASE, ELSEWHERE, SIZE, World, turns
+from pattern import PAGE, content
+
+from aiouffd.engine.runs import FOR_FAULT, Op
+from aiouffd.engine.serve.handler import Batch, Fault, Handler, HandlerBackend, wants_writes
+from aiouffd.engine.serve.reads import Limits
+from aiouffd.errors import HandlerError
+from aiouffd.kernel.abi import FaultFlag
+from aiouffd.kernel.events import Remap, Remove, Unmap
+from aiouffd.ranges import Range
+from aiouffd.testing import POISONED
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def at(page: int, count: int = 1) -> Range:
+    """Return the addresses of some pages."""
+    return Range(BASE + page * PAGE, count * PAGE)
+
+
+class Does(Handler):
+    """Does what the test says."""
+
+    def __init__(self, work: Callable[[Fault, Batch], Awaitable[object]]) -> None:
+        self.work = work
+
+    async def pagefault(self, fault: Fault, batch: Batch) -> None:
+        """Do it."""
+        await self.work(fault, batch)
+
+
+async def touched(world: World, *pages: int) -> None:
+    """Touch pages, and let the handlers run."""
+    for page in pages:
+        world.touch(page, page)
+    world.deliver(64)
+    await turns(20)
+
+
+async def fill(fault: Fault, batch: Batch) -> None:
+    """Do what is right."""
+    batch.copy(fault.page, content(fault.offset, PAGE))
+
+
+async def test_a_batch_may_fill_more_than_was_asked_for() -> None:
+    """Each page is counted: that of the fault as such, the others as brought along."""
+
+    async def work(_fault: Fault, batch: Batch) -> None:
+        batch.copy(at(4, 3), content(4 * PAGE, 3 * PAGE))
+        batch.zeropage(at(9, 2))
+
+    world = World(0, source=Does(work))
+    await touched(world, 5)
+    assert sorted(world.uffd.pages) == [at(page).start for page in (4, 5, 6, 9, 10)]
+    assert world.uffd.pages[at(9).start] == bytes(PAGE)
+    found = world.counters.snapshot()
+    assert (found.pages_fault, found.pages_readahead, found.pages_zero, sum(found.latency)) == (1, 4, 2, 1)
+    assert not world.uffd.asleep
+
+
+async def test_by_default_pages_are_zeros() -> None:
+    """As without a handler of one's own."""
+    world = World(0, source=Handler())
+    await touched(world, 5)
+    assert world.uffd.pages == {at(5).start: bytes(PAGE)}
+
+
+async def test_removed_pages_are_not_asked_for() -> None:
+    """They are zeros, beside others that are asked for."""
+    asked: list[int] = []
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        asked.append(fault.offset // PAGE)
+        await fill(fault, batch)
+
+    world = World(0, source=Does(work))
+    world.remove(4, 2)
+    world.serve_all()
+    await touched(world, 4, 5, 6)
+    assert asked == [6]
+    assert world.uffd.pages[at(4).start] == world.uffd.pages[at(5).start] == bytes(PAGE)
+    found = world.counters.snapshot()
+    assert (found.pages_fault, found.pages_zero) == (3, 2)
+
+
+async def test_a_handler_that_raises_costs_its_page() -> None:
+    """The error says which; another page is served on."""
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        if fault.offset == 4 * PAGE:
+            raise ValueError("no")
+        await fill(fault, batch)
+
+    world = World(0, source=Does(work))
+    await touched(world, 4, 5)
+    assert world.uffd.pages == {at(4).start: POISONED, at(5).start: content(5 * PAGE, PAGE)}
+    (error,) = world.errors
+    assert isinstance(error, HandlerError)
+    assert "ValueError: no" in str(error)
+    assert f"{at(4).start:#x}" in str(error)
+    found = world.counters.snapshot()
+    assert (found.handler_errors, found.in_flight) == (1, 0)
+
+
+async def test_a_handler_that_does_nothing_is_an_error() -> None:
+    """Unless the page is present after all: flushed before, or filled by another page's batch."""
+
+    async def nothing(fault: Fault, batch: Batch) -> None:
+        pass
+
+    async def flushes(fault: Fault, batch: Batch) -> None:
+        await fill(fault, batch)
+        batch.flush()
+
+    world = World(0, source=Does(nothing))
+    await touched(world, 4)
+    assert world.uffd.pages == {at(4).start: POISONED}
+    assert "returned without resolving it" in str(world.errors[0])
+
+    world = World(0, source=Does(flushes))
+    await touched(world, 4)
+    assert world.uffd.pages == {at(4).start: content(4 * PAGE, PAGE)}
+    assert not world.errors
+    assert not world.uffd.asleep
+    assert world.counters.snapshot().pages == 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+async def test_whether_a_page_is_present_is_asked_until_the_kernel_says_so(number: int) -> None:
+    """It does not say while the layout changes, nor while memory is short."""
+
+    async def nothing(fault: Fault, _batch: Batch) -> None:
+        world.uffd.pages[fault.page.start] = content(fault.offset, PAGE)
+        world.uffd.failures.extend([-number] * 3)
+
+    world = World(0, source=Does(nothing))
+    await touched(world, 4)
+    async with asyncio.timeout(10):
+        while world.uffd.asleep:  # noqa: ASYNC110 - the fake has no event
+            await asyncio.sleep(0.001)
+    assert not world.errors
+    assert world.uffd.pages == {at(4).start: content(4 * PAGE, PAGE)}
+
+
+@pytest.mark.parametrize("number", [errno.ESRCH, errno.ENOENT])
+async def test_a_page_whose_mapping_or_process_is_gone_is_no_error(number: int) -> None:
+    """Nothing is owed to it any more."""
+
+    async def nothing(_fault: Fault, _batch: Batch) -> None:
+        world.uffd.failures.append(-number)
+
+    world = World(0, source=Does(nothing))
+    await touched(world, 4)
+    assert not world.errors
+    assert world.space.is_gone == (number == errno.ESRCH)
+
+
+async def test_what_is_there_now_is_not_poisoned_for_what_was() -> None:
+    """The page was moved away while it was being asked about; what has come in its place is not touched."""
+
+    async def nothing(_fault: Fault, _batch: Batch) -> None:
+        world.uffd.failures.append(-errno.EAGAIN)
+
+    world = World(0, source=Does(nothing))
+    await touched(world, 4)
+    world.move(4, 1)
+    while world.deliver(64):
+        pass
+    world.uffd.mremap(at(8).start, at(4).start, PAGE)
+    while world.deliver(64):
+        pass
+    await asyncio.sleep(0.01)
+    assert not world.uffd.pages
+    assert not world.errors
+
+
+@pytest.mark.parametrize("change", ["remove", "move"])
+@pytest.mark.parametrize("how", ["copy", "zeropage", "poison"])
+async def test_what_comes_after_a_change_of_the_layout_is_left_out(change: str, how: str) -> None:
+    """A handler's bytes are for what was there when it was called, also those of other pages in its batch."""
+    through = asyncio.Event()
+
+    async def work(_fault: Fault, batch: Batch) -> None:
+        await through.wait()
+        if how == "copy":
+            batch.copy(at(4, 3), content(4 * PAGE, 3 * PAGE))
+        else:
+            getattr(batch, how)(at(4, 3))
+
+    world = World(0, source=Does(work))
+    await touched(world, 4)
+    getattr(world, change)(5, 1)
+    while world.deliver(64):
+        pass
+    if change == "move":
+        world.uffd.mremap(at(8).start, at(5).start, PAGE)
+        while world.deliver(64):
+            pass
+    through.set()
+    await turns(20)
+    assert sorted(world.uffd.pages) == [at(4).start, at(6).start]
+    assert not world.space.on_changed
+    assert not world.errors
+
+
+async def test_a_page_that_was_moved_is_served_where_it_is() -> None:
+    """Its thread faults anew there; what the first handler gives is used nowhere."""
+    through = asyncio.Event()
+    asked: list[int] = []
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        asked.append(fault.page.start)
+        await through.wait()
+        await fill(fault, batch)
+
+    world = World(0, source=Does(work))
+    await touched(world, 4)
+    world.move(4, 1)
+    while world.deliver(64):
+        pass
+    there = ELSEWHERE + 4 * PAGE
+    world.uffd.touch(there, 2)
+    world.deliver(64)
+    await turns()
+    through.set()
+    await turns(20)
+    assert asked == [at(4).start, there]
+    assert world.uffd.pages == {there: content(4 * PAGE, PAGE)}
+
+
+async def test_a_handler_has_its_time() -> None:
+    """Then its page is poisoned, with an error that says how long."""
+
+    async def never(_fault: Fault, _batch: Batch) -> None:
+        await asyncio.Event().wait()
+
+    world = World(0, source=Does(never), limits=Limits(timeout=0.01))
+    await touched(world, 4)
+    async with asyncio.timeout(10):
+        while world.uffd.asleep:  # noqa: ASYNC110 - the fake has no event
+            await asyncio.sleep(0.001)
+    assert "has not returned in 0.01 s" in str(world.errors[0])
+    assert world.uffd.pages == {at(4).start: POISONED}
+
+
+async def test_so_many_handlers_at_once() -> None:
+    """`concurrent_reads` bounds them."""
+    through, running = asyncio.Event(), [0, 0]
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        running[0] += 1
+        running[1] = max(running)
+        await through.wait()
+        running[0] -= 1
+        await fill(fault, batch)
+
+    world = World(0, source=Does(work), limits=Limits(concurrent_reads=2))
+    await touched(world, 1, 2, 3, 4)
+    assert running[0] == 2
+    through.set()
+    await turns(40)
+    assert running == [0, 2]
+    assert len(world.uffd.pages) == 4
+
+
+async def test_batches_take_whole_pages_and_matching_bytes() -> None:
+    """Anything else is the handler's mistake, told where it is made."""
+    world = World(0, source=Handler())
+    batch = Batch(world.space)
+    for wrong in (Range(BASE + 1, PAGE), Range(BASE, PAGE + 1), Range(BASE, 0)):
+        for call in (batch.zeropage, batch.poison, batch.protect, batch.unprotect):
+            with pytest.raises(ValueError, match="whole pages of 4096 bytes"):
+                call(wrong)
+        with pytest.raises(ValueError, match="whole pages"):
+            batch.copy(wrong, b"")
+    with pytest.raises(ValueError, match="100 bytes for a range of 4096"):
+        batch.copy(at(0), bytes(100))
+    assert not batch._runs
+
+
+def test_what_a_batch_covers_and_poisons() -> None:
+    """Until it is flushed; the last of several counts."""
+    world = World(0, source=Handler())
+    batch = Batch(world.space)
+    batch.copy(at(4, 2), bytes(2 * PAGE))
+    assert [batch.covers(at(page).start) for page in (3, 4, 5, 6)] == [False, True, True, False]
+    assert not batch.poisons(at(4).start)
+    batch.poison(at(4))
+    assert [batch.poisons(at(page).start) for page in (3, 4, 5)] == [False, True, False]
+    batch.copy(at(4), bytes(PAGE))
+    assert not batch.poisons(at(4).start)
+    batch.flush()
+    assert not batch.covers(at(4).start)
+    assert world.uffd.pages[at(5).start] == bytes(PAGE)
+    world.space.is_gone = True
+    batch.copy(at(9), bytes(PAGE))
+    batch.flush()
+    assert at(9).start not in world.uffd.pages
+    assert [run.op for run in batch._runs] == []
+
+
+async def test_what_is_canceled_from_outside_is_no_error() -> None:
+    """The backend closes: its handlers are canceled, and nothing is poisoned."""
+
+    async def never(_fault: Fault, _batch: Batch) -> None:
+        await asyncio.Event().wait()
+
+    world = World(0, source=Does(never))
+    await touched(world, 4)
+    backend = world.backend
+    assert isinstance(backend, HandlerBackend)
+    await backend.aclose()
+    assert not world.errors
+    assert not world.uffd.pages
+    assert world.counters.snapshot().in_flight == 0
+
+
+async def test_a_cancelation_that_the_handler_comes_upon_is_its_error() -> None:
+    """Of something that it has waited for."""
+
+    async def comes_upon(_fault: Fault, _batch: Batch) -> None:
+        raise asyncio.CancelledError
+
+    world = World(0, source=Does(comes_upon))
+    await touched(world, 4)
+    assert "CancelledError" in str(world.errors[0])
+    assert world.uffd.pages == {at(4).start: POISONED}
+
+
+class Events(Handler):
+    """Notes the events; fails for one."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    async def remap(self, event: Remap) -> None:
+        """Note it."""
+        await asyncio.sleep(0)
+        self.seen.append(event)
+
+    async def remove(self, event: Remove) -> None:
+        """Fail."""
+        raise ValueError("no")
+
+    async def unmap(self, event: Unmap) -> None:
+        """Note it."""
+        self.seen.append(event)
+
+
+async def test_events_come_one_after_the_other() -> None:
+    """In their order, also behind one that failed, which is reported."""
+    handler = Events()
+    world = World(0, source=handler)
+    world.remove(1, 1)
+    world.serve_all()
+    world.move(4, 1)
+    world.serve_all()
+    world.unmap(9, 2)
+    world.serve_all()
+    await turns(20)
+    assert handler.seen == [
+        Remap(at(4).start, ELSEWHERE + 4 * PAGE, PAGE),
+        *([Unmap(at(4).start, at(5).start)] if Unmap(at(4).start, at(5).start) in handler.seen else []),
+        Unmap(at(9).start, at(11).start),
+    ]
+    (error,) = world.errors
+    assert "ValueError: no" in str(error)
+    assert world.counters.snapshot().handler_errors == 1
+    backend = world.backend
+    assert isinstance(backend, HandlerBackend)
+    await backend.aclose()
+
+
+class Writes(Handler):
+    """Is called for writes."""
+
+    def __init__(self, work: Callable[[Fault, Batch], Awaitable[object]]) -> None:
+        self.work = work
+
+    async def write(self, fault: Fault, batch: Batch) -> None:
+        """Do it."""
+        await self.work(fault, batch)
+
+
+async def test_writes_are_told_only_where_that_is_wanted() -> None:
+    """A writer is let go in any case: after the call, after its failure, or at once."""
+    seen: list[Fault] = []
+
+    async def note(fault: Fault, _batch: Batch) -> None:
+        seen.append(fault)
+
+    async def fail(_fault: Fault, _batch: Batch) -> None:
+        raise ValueError("no")
+
+    async def protect(fault: Fault, batch: Batch) -> None:
+        batch.protect(fault.page)
+
+    for handler, ops in (
+        (Handler(), [Op.UNPROTECT]),
+        (Writes(note), [Op.UNPROTECT]),
+        (Writes(fail), [Op.UNPROTECT]),
+        (Writes(protect), [Op.PROTECT]),
+    ):
+        assert wants_writes(handler) == isinstance(handler, Writes)
+        world = World(0, source=handler)
+        asked: list[tuple[int, int]] = []
+        world.space.resolve = lambda runs, asked=asked: asked.extend((run.op, run.dst) for run in runs)  # type: ignore[method-assign,misc]
+        world.backend.written(world.space, at(3).start, int(FaultFlag.WP | FaultFlag.WRITE), 7)
+        await turns(20)
+        assert asked == [(op, at(3).start) for op in ops]
+        assert not world.space.flights
+        assert len(world.errors) == (1 if isinstance(handler, Writes) and handler.work is fail else 0)
+    (fault,) = seen
+    assert (fault.offset, fault.thread_id, fault.page) == (3 * PAGE, 7, at(3))
+    assert not wants_writes(object())
+
+
+def test_a_fault_says_what_it_is() -> None:
+    """For errors and logs."""
+    fault = Fault(at(3).start + 5, FaultFlag.WRITE, 7, at(3), 3 * PAGE)
+    assert str(fault) == f"the fault of thread 7 at {at(3).start + 5:#x} (offset 0x3000, write)"
+    assert "read)" in str(Fault(0, FaultFlag(0), 7, at(3), 0))
+
+
+async def test_a_recording_sees_what_was_asked_for() -> None:
+    """The offsets of faults, in order."""
+    touched_: list[int] = []
+    world = World(0, source=Handler())
+    backend = HandlerBackend(Handler(), world.counters, Limits(), on_touch=touched_.append)
+    assert backend.local is False
+    world.space.backend = backend
+    await touched(world, 5, 2)
+    assert sorted(touched_) == [2 * PAGE, 5 * PAGE]
+    await backend.prefetch(world.space, 0, SIZE)
+    assert len(touched_) == 2
+    assert FOR_FAULT.errors is None

@@ -1,0 +1,198 @@
+"""`engine.serve.reads`: bounded, timed and retried."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+import pytest
+from engine_world import turns
+
+from aiouffd.engine.serve.reads import Limits, Reads
+from aiouffd.engine.statistics import Counters
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Scripted:
+    """Answers as the script says: bytes, or an error to raise; None waits for ever."""
+
+    size = 1 << 20
+
+    def __init__(self, *script: Any, **attributes: Any) -> None:
+        self.script = list(script)
+        self.asked: list[tuple[int, int]] = []
+        vars(self).update(attributes)
+
+    async def read(self, offset: int, length: int) -> Any:
+        """Answer."""
+        self.asked.append((offset, length))
+        answer = self.script.pop(0)
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """Return between what bounds each pause was chosen; none is slept."""
+    chosen: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        chosen.append((low, high))
+        return 0.0
+
+    monkeypatch.setattr("aiouffd.engine.serve.reads.random.uniform", uniform)
+    return chosen
+
+
+async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> None:
+    """In flight, and its bytes."""
+    source, counters = Scripted(b"1234"), Counters()
+    reads = Reads(source, counters, Limits())
+    seen: list[tuple[int, int]] = []
+    answer = source.read
+
+    async def read(offset: int, length: int) -> Any:
+        found = counters.snapshot()
+        seen.append((found.in_flight, found.bytes_in_flight))
+        return await answer(offset, length)
+
+    source.read = read  # type: ignore[method-assign]
+    assert await reads.read(8, 4, urgent=True) == b"1234"
+    assert seen == [(1, 4)]
+    found = counters.snapshot()
+    assert (found.in_flight, found.bytes_in_flight, found.bytes_fetched, found.source_retries) == (0, 0, 4, 0)
+    assert (reads._gate.reads, reads._gate.size) == (0, 0)
+    assert source.asked == [(8, 4)]
+
+
+async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float]]) -> None:
+    """Each pause is twice the one before, and half of it is chance: no source is hammered."""
+    counters = Counters()
+    reads = Reads(Scripted(*[OSError(errno.EIO, "no")] * 4, b"12"), counters, Limits(backoff=0.2))
+    assert await reads.read(0, 2, urgent=True) == b"12"
+    assert pauses == [(0.1, 0.2), (0.2, 0.4), (0.4, 0.8), (0.8, 1.6)]
+    assert counters.snapshot().source_retries == 4
+
+
+@pytest.mark.parametrize("backoff", [0.25, 3.0])
+async def test_the_pause_is_slept(monkeypatch: pytest.MonkeyPatch, backoff: float) -> None:
+    """And is as long as was chosen."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("aiouffd.engine.serve.reads.asyncio.sleep", sleep)
+    reads = Reads(Scripted(OSError("no"), b"1"), Counters(), Limits(backoff=backoff))
+    await reads.read(0, 1, urgent=True)
+    (seconds,) = slept
+    assert backoff / 2 <= seconds <= backoff
+
+
+@pytest.mark.parametrize(("own", "asked", "tries"), [(None, None, 3), (0, None, 1), (5, None, 6), (5, 1, 2)])
+@pytest.mark.usefixtures("pauses")
+async def test_how_often_it_is_tried(own: int | None, asked: int | None, tries: int) -> None:
+    """As the limits say, as the source says, as the caller says: the last comes first. Then the error is raised."""
+    attributes = {} if own is None else {"retries": own}
+    source = Scripted(*[OSError(errno.EIO, "no")] * 9, **attributes)
+    with pytest.raises(SourceError, match=r"OSError: .*no") as caught:
+        await Reads(source, Counters(), Limits(retries=2)).read(16, 4, urgent=True, retries=asked)
+    assert len(source.asked) == tries
+    assert (caught.value.offset, caught.value.length) == (16, 4)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.usefixtures("pauses")
+async def test_an_error_that_is_for_good_is_not_retried() -> None:
+    """The source itself says so, or gives too little; a timeout that it tells of is retried."""
+    failure = SourceError("it", 0, 1, "gone")
+    with pytest.raises(SourceError) as caught:
+        await Reads(Scripted(failure), Counters(), Limits()).read(0, 1, urgent=True)
+    assert caught.value is failure
+    with pytest.raises(ShortReadError, match="gave 3 bytes of 4; it says that it has 1048576"):
+        await Reads(Scripted(b"123"), Counters(), Limits()).read(0, 4, urgent=True)
+    late = SourceTimeoutError("it", 0, 1, "late")
+    assert await Reads(Scripted(late, b"1"), Counters(), Limits()).read(0, 1, urgent=True) == b"1"
+    with pytest.raises(SourceTimeoutError) as told:
+        await Reads(Scripted(late), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+    assert told.value is late
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_read_has_its_time(own: bool) -> None:
+    """As the limits say, or the source; then it is an error that says how long."""
+    source = Scripted(None, **({"timeout": 0.01} if own else {}))
+    reads = Reads(source, Counters(), Limits(timeout=60.0 if own else 0.01, retries=0))
+    with pytest.raises(SourceTimeoutError, match=r"no answer in 0\.01 s") as caught:
+        await reads.read(0, 1, urgent=True)
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    reads.close()
+    assert reads._deadlines._timer is None
+
+
+@pytest.mark.usefixtures("pauses")
+async def test_bytes_that_do_not_lie_in_one_piece_are_refused() -> None:
+    """Their address is what is copied from."""
+    with pytest.raises(SourceError, match="one piece"):
+        await Reads(Scripted(*[memoryview(bytes(8))[::2]] * 5), Counters(), Limits()).read(0, 4, urgent=True)
+
+
+@pytest.mark.parametrize("odd", [SystemExit(3), asyncio.CancelledError()])
+@pytest.mark.usefixtures("pauses")
+async def test_whatever_a_source_raises_fails_the_read_only(odd: BaseException) -> None:
+    """Also the cancelation of something that it has waited for."""
+    with pytest.raises(SourceError, match=type(odd).__name__):
+        await Reads(Scripted(odd), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+
+
+async def test_canceling_gives_the_place_up() -> None:
+    """While it waits for its turn, and while it reads."""
+    counters = Counters()
+    reads = Reads(Scripted(None, b"1"), counters, Limits(concurrent_reads=1))
+    first = asyncio.create_task(reads.read(0, 1, urgent=True))
+    await turns()
+    second = asyncio.create_task(reads.read(0, 1, urgent=True))
+    third = asyncio.create_task(reads.read(0, 1, urgent=False))
+    await turns()
+    assert counters.snapshot().in_flight == 1
+    for task in (second, first):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await third == b"1"
+    assert counters.snapshot().in_flight == 0
+    assert (reads._gate.reads, reads._gate.size) == (0, 0)
+
+
+async def test_urgent_reads_go_first() -> None:
+    """A thread waits for them."""
+    source = Scripted(None, b"1", b"2")
+    reads = Reads(source, Counters(), Limits(concurrent_reads=1))
+    blocking = asyncio.create_task(reads.read(0, 1, urgent=True))
+    await turns()
+    ahead = [asyncio.create_task(reads.read(place, 1, urgent=False)) for place in (10, 11)]
+    await turns()
+    urgent = asyncio.create_task(reads.read(20, 1, urgent=True))
+    await turns()
+    source.script.append(b"3")
+    reads._gate._turn = 1  # it is no patient one's turn
+    blocking.cancel()
+    await asyncio.gather(*ahead, urgent)
+    assert [offset for offset, _ in source.asked] == [0, 20, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"concurrent_reads": 0}, {"bytes_in_flight": 0}, {"timeout": 0}, {"timeout": -1.0}, {"retries": -1}]
+)
+def test_limits_that_nothing_could_pass(wrong: dict[str, Any]) -> None:
+    """Are refused where they are made."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Limits(**wrong)
+    assert Limits(timeout=None, retries=0, concurrent_reads=1, bytes_in_flight=1).timeout is None
+    assert Limits() == Limits(128, 128 << 20, 30.0, 4, 0.05)
