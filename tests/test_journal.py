@@ -1,17 +1,19 @@
-"""`pager.journal`: what a worker leaves behind, whenever it is killed."""
+"""`pager.process.journal`: what a worker leaves behind, whenever it is killed."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
-from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.kernel import abi
 from aiouffd.pager.process import journal as module
-from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.journal import Journal, JournalFullError
+from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode
 
 
 class Space:
@@ -26,6 +28,11 @@ def remove(number: int) -> bytes:
     return struct.pack("=B7xQQ8x", abi.EVENT_REMOVE, number * 4096, (number + 1) * 4096)
 
 
+def fork(fd: int) -> bytes:
+    """Return a FORK message."""
+    return struct.pack("=B7xI20x", abi.EVENT_FORK, fd)
+
+
 def fault(number: int) -> bytes:
     """Return a PAGEFAULT message."""
     return abi.PAGEFAULT_MESSAGE.pack(abi.EVENT_PAGEFAULT, 0, number * 4096, 1)
@@ -37,9 +44,24 @@ def land(journal: Journal, messages: list[bytes]) -> None:
     journal.buffers[0][: len(data)] = data
 
 
+def commit(journal: Journal, identity: int, messages: list[bytes]) -> None:
+    """Do as the dispatcher does."""
+    journal.commit(Space(identity), messages)  # type: ignore[arg-type]
+
+
 def successor(journal: Journal) -> Journal:
-    """Open the same memory as another process would."""
-    return Journal(os.dup(journal.fd))
+    """Map the same memory as a worker would that is forked now: its keeper's mapping can be written to."""
+    again = Journal.__new__(Journal)
+    again.__dict__ |= vars(journal)
+    again.buffers = [again._landings[again._words[0] & 1]]
+    return again
+
+
+def events(journal: Journal) -> list[tuple[int, bytes]]:
+    """Return the layout events, uncommitted ones included, each with its space."""
+    content = journal.load()
+    logged = [(item.identity, item.content) for item in content.records if item.kind is Kind.EVENT]
+    return logged + [(content.identity, message) for message in content.landed]
 
 
 _batches = st.lists(
@@ -56,7 +78,7 @@ def test_no_event_is_lost_or_seen_twice(batches: list[tuple[int, list[bool], str
     number = 0
     for index, (identity, kinds, killed_behind) in enumerate(batches):
         if index < saves:
-            journal.save({"events": len(expected)})
+            journal.change(journal.write_anew(0, encode(Kind.META)))
             expected = []
         messages = []
         for is_layout in kinds:
@@ -67,60 +89,112 @@ def test_no_event_is_lost_or_seen_twice(batches: list[tuple[int, list[bool], str
         layout = [message for message in messages if message[0] == abi.EVENT_REMOVE]
         expected += [(identity, message) for message in layout]
         if layout and killed_behind == "commit":
-            journal.commit(Space(identity), layout)  # type: ignore[arg-type]
+            commit(journal, identity, layout)
         elif layout:  # killed: a successor takes over
             journal = successor(journal)
-            assert journal.load()[1] == expected
-            assert journal.fresh == len(layout)
-            if len(layout) % 2:  # it dies as well, before it has saved anything
+            assert events(journal) == expected
+            assert journal.load().landed == layout
+            if len(layout) % 2:  # it dies as well, before it has written anything
                 journal = successor(journal)
-                assert journal.load()[1] == expected
-            journal.save({"events": len(expected)}, landed=True)
-            assert journal.fresh == 0
-            expected = []
-        assert journal.load()[1] == expected
-    assert successor(journal).load()[1] == expected
+                assert events(journal) == expected
+            journal.commit_events(identity, layout)
+            assert journal.load().landed == []
+        assert events(journal) == expected
+    assert events(Journal(os.dup(journal.fd))) == expected
 
 
-def test_a_full_log_is_replaced_by_a_snapshot() -> None:
-    """The log is bounded: when it is full the state is asked for, and begins a new one."""
+def test_forked_children_have_their_identities_in_the_journal() -> None:
+    """They are those that the worker is about to give them, one after the other."""
     journal = Journal.create()
-    asked: list[int] = []
-
-    def state() -> Any:
-        asked.append(1)
-        return {"spaces": [], "count": len(asked)}
-
-    journal.on_full = state
-    for number in range(module._LOG_RECORDS + 10):
-        journal.commit(Space(1), [remove(number)])  # type: ignore[arg-type]
-    snapshot, events = journal.load()
-    assert snapshot == {"spaces": [], "count": 1}
-    assert [message for _, message in events] == [
-        remove(number) for number in range(module._LOG_RECORDS, module._LOG_RECORDS + 10)
+    journal.next_identity = lambda: 7
+    commit(journal, 1, [fork(20), remove(1), fork(21)])
+    assert [(item.content, item.child) for item in journal.load().records] == [
+        (fork(20), 7),
+        (remove(1), -1),
+        (fork(21), 8),
     ]
+
+
+def test_records_that_count_together() -> None:
+    """All of them, or none: there is one commit."""
+    journal = Journal.create()
+    journal.append((Kind.SPACE, 3, b"{}"), (Kind.MAPPINGS, 3, bytes(24)))
+    journal.append((Kind.CLOSED, 3, b""))
+    assert journal.load().records == [
+        Record(Kind.SPACE, 3, -1, b"{}"),
+        Record(Kind.MAPPINGS, 3, -1, bytes(24)),
+        Record(Kind.CLOSED, 3, -1, b""),
+    ]
+    before = journal.load().records
+    with pytest.raises(JournalFullError):
+        journal.append((Kind.META, 0, b"{}"), (Kind.SPACE, 4, bytes(journal.room)))
+    assert journal.load().records == before
+
+
+def test_a_new_log_counts_all_at_once() -> None:
+    """What is written to the other log is not seen before the change, and the old one not behind it."""
+    journal = Journal.create()
+    commit(journal, 1, [remove(1)])
+    at = journal.write_anew(0, encode(Kind.META, 0, b"{}"))
+    assert events(journal) == [(1, remove(1))]
+    at = journal.write_anew(at, encode(Kind.RETIRED, 9))
+    journal.change(at)
+    assert [item.kind for item in journal.load().records] == [Kind.META, Kind.RETIRED]
+    commit(journal, 1, [remove(2)])
+    assert events(journal) == [(1, remove(2))]
+    with pytest.raises(JournalFullError):
+        journal.write_anew(0, bytes(journal.capacity + 8))
+
+
+def test_events_have_room_in_a_full_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other records do not take it; and the end of something has room, too."""
+    monkeypatch.setattr(module, "_LOG_SIZE", 1 << 20)
+    journal = Journal.create()
+    while journal.room >= 1 << 10:
+        journal.append((Kind.META, 0, bytes(1000)))
+    with pytest.raises(JournalFullError):
+        journal.append((Kind.META, 0, bytes(1000)))
+    for number in range(33):
+        commit(journal, 1, [remove(64 * number + each) for each in range(64)])
+    assert events(journal) == [(1, remove(number)) for number in range(33 * 64)]
+    assert journal.room < 0
+    assert -journal.room <= 33 * 64 * EVENT_SIZE
+    journal.append((Kind.CLOSED, 1, b""))
+
+
+def test_growth_is_told_before_the_next_read() -> None:
+    """Not in the middle of a batch, whose events are applied one by one."""
+    journal = Journal.create()
+    told: list[int] = []
+    journal.threshold = 3 * EVENT_SIZE
+    journal.on_growth = lambda: told.append(journal.size)
+    for number in range(4):
+        commit(journal, 1, [remove(number)])
+    assert told == []
+    journal.reading(1)
+    assert told == [4 * EVENT_SIZE]
+    journal.reading(1)
+    assert len(told) == 1
 
 
 def test_counters_are_shared() -> None:
     """What one process counts, another that maps the journal reads."""
     journal = Journal.create()
-    other = successor(journal)
+    other = Journal(os.dup(journal.fd))
     journal.counters.words[0] += 7
     assert other.counters.snapshot().faults == 7
 
 
-def test_a_successor_finds_all_when_the_log_is_full() -> None:
-    """Killed behind a read that the full log has no room for: nothing is replaced before the successor knows it."""
+def test_only_its_maker_can_write() -> None:
+    """Not the application, nor a forked child of it: they have the descriptor."""
     journal = Journal.create()
-    journal.save({"known": 1})
-    for number in range(module._LOG_RECORDS):
-        journal.commit(Space(1), [remove(number)])  # type: ignore[arg-type]
-    journal.reading(1)
-    land(journal, [remove(9999)])
-    journal = successor(journal)
-    snapshot, events = journal.load()
-    assert snapshot == {"known": 1}
-    assert len(events) == module._LOG_RECORDS + 1
-    assert events[-1] == (1, remove(9999))
-    journal.save({"known": 2}, landed=True)
-    assert successor(journal).load() == ({"known": 2}, [])
+    other = Journal(os.dup(journal.fd))
+    with pytest.raises(TypeError):
+        other.counters.words[0] = 1
+    with pytest.raises(PermissionError):
+        mmap.mmap(journal.fd, 4096)
+    with pytest.raises(PermissionError):
+        os.pwrite(journal.fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(journal.fd, 0)
+    journal.counters.words[0] = 1

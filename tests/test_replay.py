@@ -1,4 +1,4 @@
-"""`pager.replay`: what a journal amounts to, against a model of the worker that has written it."""
+"""`pager.process.replay`: what a journal amounts to, against a model of the worker that has written it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.kernel import abi
-from aiouffd.pager.process.journal import CLOSED, Journal
-from aiouffd.pager.process.replay import numbers, replay, survey
+from aiouffd.pager.process.journal import Content, Journal
+from aiouffd.pager.process.replay import last_meta, replay, survey
+from aiouffd.pager.process.state import Kind, Meta, Record, SpaceState, State, records
 
 PAGE = 4096
 BASE = 0x10000000
@@ -27,13 +28,21 @@ def remove(page: int) -> bytes:
     return struct.pack("=B7xQQ8x", abi.EVENT_REMOVE, BASE + page * PAGE, BASE + (page + 1) * PAGE)
 
 
-CLOSING = bytes([CLOSED]) + bytes(31)
+def event(identity: int, message: bytes, child: int = -1) -> Record:
+    """Return the record of an event."""
+    return Record(Kind.EVENT, identity, child, message)
 
 
-def item(identity: int, fd: int) -> dict[str, Any]:
-    """Return a space as it is in a snapshot."""
-    mappings = [(BASE, BASE + 64 * PAGE, 0)]
-    return {"id": identity, "fd": fd, "tether": -1, "child": False, "ahead": (3, 4), "token": "x", "mappings": mappings}
+def state(**meta: Any) -> State:
+    """Return a state with one space: identity 1, descriptor 10."""
+    space = SpaceState(1, 10, PAGE, 0, 5, "x", replayed=3, filled=4)
+    space.mappings.add(BASE, BASE + 64 * PAGE, 0)
+    return State(Meta(**{"next": 2, "owner": 7} | meta), {}, {1: space})
+
+
+def begun(at_first: State, *further: Record, landed: tuple[int, list[bytes]] = (1, [])) -> Content:
+    """Return the content of a journal that begins with a state."""
+    return Content([*records(memoryview(at_first.encode())), *further], *landed)
 
 
 class Model:
@@ -42,27 +51,27 @@ class Model:
     def __init__(self) -> None:
         self.spaces: dict[int, tuple[int, Mappings]] = {1: (10, Mappings([Mapping(BASE, BASE + 64 * PAGE, 0)]))}
         self.next = 2
-        self.events: list[tuple[int, bytes]] = []
+        self.events: list[Record] = []
 
     def fork(self, which: int) -> None:
         """Have a space fork."""
         identity = self.pick(which)
         fd = next(number for number in range(10, 1000) if number not in {fd for fd, _ in self.spaces.values()})
-        self.events.append((identity, fork(fd)))
+        self.events.append(event(identity, fork(fd), self.next))
         self.spaces[self.next] = (fd, self.spaces[identity][1].copy())
         self.next += 1
 
     def remove(self, which: int, page: int) -> None:
         """Have a space empty a page."""
         identity = self.pick(which)
-        self.events.append((identity, remove(page)))
+        self.events.append(event(identity, remove(page)))
         self.spaces[identity][1].remove(BASE + page * PAGE, BASE + (page + 1) * PAGE)
 
     def close(self, which: int) -> None:
         """Drop a space, as long as one is left; its number is free."""
         if len(self.spaces) > 1:
             identity = self.pick(which)
-            self.events.append((identity, CLOSING))
+            self.events.append(Record(Kind.CLOSED, identity, -1, b""))
             del self.spaces[identity]
 
     def pick(self, which: int) -> int:
@@ -87,35 +96,67 @@ def test_what_is_served_at_the_end(steps: list[tuple[Any, ...]]) -> None:
     model = Model()
     for name, *arguments in steps:
         getattr(model, name)(*arguments)
-    snapshot = {"next": 2, "owner": 7, "awaits": -1, "origins": {}, "spaces": [item(1, 10)]}
-    state = replay(snapshot, model.events).state
-    found = {each["id"]: (each["fd"], list(map(tuple, each["mappings"]))) for each in state["spaces"]}
-    assert found == {
-        identity: (fd, [(mapping.start, mapping.end, mapping.offset) for mapping in mappings])
-        for identity, (fd, mappings) in model.spaces.items()
+    end = replay(begun(state(), *model.events)).state
+    found = {space.identity: (space.fd, list(space.mappings)) for space in end.spaces.values()}
+    assert found == {identity: (fd, list(mappings)) for identity, (fd, mappings) in model.spaces.items()}
+    assert end.meta.next == model.next
+    assert end.numbers == {7, *(fd for fd, _ in model.spaces.values())}
+    assert all(space.is_child == (space.identity != 1) for space in end.spaces.values())
+    again = replay(begun(end)).state
+    assert {space.identity: list(space.mappings) for space in again.spaces.values()} == {
+        identity: list(mappings) for identity, (_, mappings) in model.spaces.items()
     }
-    assert state["next"] == model.next
-    assert numbers(state) == {7, *(fd for fd, _ in model.spaces.values())}
-    assert all(each["child"] == (each["id"] != 1) for each in state["spaces"])
 
 
 def test_a_number_that_is_used_again_belongs_to_the_last() -> None:
     """The child that had descriptor 11 has ended; the one that was forked then has it now."""
-    snapshot = {"next": 2, "owner": -1, "awaits": -1, "origins": {}, "spaces": [item(1, 10)]}
-    events = [(1, fork(11)), (2, CLOSING), (1, fork(11)), (9, fork(12))]
-    end = replay(snapshot, events)
-    assert [(each["id"], each["fd"]) for each in end.state["spaces"]] == [(1, 10), (3, 11)]
+    further = [event(1, fork(11), 2), Record(Kind.CLOSED, 2, -1, b""), event(1, fork(11), 3), event(9, fork(12), 4)]
+    end = replay(begun(state(), *further))
+    assert [(space.identity, space.fd) for space in end.state.spaces.values()] == [(1, 10), (3, 11)]
     assert end.told == [(1, fork(11), 2), (1, fork(11), 3)]
+    assert end.state.meta.next == 10  # above all that were ever named
+
+
+def test_what_landed_and_was_not_committed() -> None:
+    """It is applied last; children get the next identities. What landed for a space that is gone is nothing."""
+    end = replay(begun(state(), event(1, remove(0)), landed=(1, [fork(33), remove(1), fork(34)])))
+    assert [(space.identity, space.fd, len(space.mappings)) for space in end.state.spaces.values()] == [
+        (1, 10, 2),
+        (2, 33, 2),
+        (3, 34, 2),
+    ]
+    assert end.fresh == [fork(33), remove(1), fork(34)]
+    assert len(end.told) == 4
+    assert end.state.meta.next == 4
+    assert replay(begun(state(), landed=(8, [fork(33)]))).fresh == []
+
+
+def test_other_records() -> None:
+    """How far a space was filled, what is used no longer, and what is known besides."""
+    further = [
+        Record(Kind.ORIGIN, 5, -1, b'{"config": 40, "fds": [41]}'),
+        Record(Kind.ORIGIN, 6, -1, b'{"config": 42, "fds": []}'),
+        Record(Kind.RETIRED, 6, -1, b""),
+        Record(Kind.AHEAD, 1, -1, struct.pack("=qq", 8, 9)),
+        Record(Kind.META, 0, -1, b'{"next": 30, "owner": 50, "awaits": 51, "spin_us": 1}'),
+        event(1, remove(2)),
+    ]
+    content = begun(state(), *further)
+    end = replay(content).state
+    assert (end.spaces[1].replayed, end.spaces[1].filled, end.spaces[1].changed) == (8, 9, True)
+    assert list(end.origins) == [5]
+    assert end.numbers == {10, 40, 41, 50, 51}
+    assert end.meta == Meta(30, 50, 51, 1) == last_meta(content.records)
 
 
 def test_descriptors_of_forked_children_are_known() -> None:
     """A descriptor that a fork event brought is known, committed or not: the keeper must not close it."""
     journal = Journal.create()
     assert survey(journal) is None
-    journal.save({"next": 2, "owner": -1, "awaits": -1, "origins": {}, "spaces": [item(1, 10)]})
+    assert last_meta(journal.load().records) is None
+    journal.change(journal.write_anew(0, state(owner=-1).encode()))
     journal.reading(1)
-    data = fork(33)
-    journal.buffers[0][:32] = data
-    state = survey(journal)
-    assert state is not None
-    assert numbers(state) == {10, 33}
+    journal.buffers[0][:32] = fork(33)
+    found = survey(journal)
+    assert found is not None
+    assert found.numbers == {10, 33}

@@ -122,6 +122,7 @@ class Dispatcher:
         self._pause = _RETRY
         self._closed = False
         self._flags = os.RWF_NOWAIT
+        self._held: set[int] = set()  # descriptors that are not read
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._only: tuple[tuple[int, int]] | None = None  # in place of epoll's list, if there is but one descriptor
         self._fast_path = FastPath(counters, self.spaces)
@@ -160,6 +161,7 @@ class Dispatcher:
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
             self._epoll.unregister(fd)
         self._blocking.pop(fd, None)
+        self._held.discard(fd)
         if self._on_drop is not None:
             self._on_drop(space)
         space.fast_path = None
@@ -171,7 +173,21 @@ class Dispatcher:
 
     def _count(self) -> None:
         self._words[Counter.SPACES] = len(self.spaces)
-        self._only = ((next(iter(self.spaces)), 0),) if len(self.spaces) == 1 else None
+        self._only = ((next(iter(self.spaces)), 0),) if len(self.spaces) == 1 and not self._held else None
+
+    def hold(self, space: Space) -> None:
+        """Read a space no more until `release`: its events stay in the kernel, and its threads wait."""
+        self._held.add(space.uffd.fileno())
+        with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
+            self._epoll.unregister(space.uffd.fileno())
+        self._count()
+
+    def release(self, space: Space) -> None:
+        """Read a space again."""
+        if space.uffd.fileno() in self._held:
+            self._held.discard(space.uffd.fileno())
+            self._count()
+            self._listen_again(space)
 
     def close(self) -> None:
         """Drop all spaces and leave the loop."""
@@ -297,7 +313,8 @@ class Dispatcher:
             self.drop(space)
 
     def _listen_again(self, space: Space) -> None:
-        if not self._closed and self.spaces.get(space.uffd.fileno() if not space.closing else -1) is space:
+        fd = space.uffd.fileno() if not space.closing else -1
+        if not self._closed and fd not in self._held and self.spaces.get(fd) is space:
             with contextlib.suppress(FileExistsError):
                 self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
 

@@ -7,6 +7,7 @@ An address that is in no mapping but faults all the same belongs to memory that 
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Self
 
@@ -138,6 +139,36 @@ class Mappings:
         for run in moved:
             start = run.start - source + destination
             self.add(start, start + run.end - run.start, run.offset)
+
+    def pack(self, start: int, most: int) -> tuple[bytes, int]:
+        """Return mappings from the address `start` on, at most so many, as bytes for `unpack`; and where they end.
+
+        A mapping that begins below `start` is cut there.
+        """
+        index = bisect_right(self._ends, start)
+        starts, ends, offsets = (
+            array("q", column[index : index + most]) for column in (self._starts, self._ends, self._offsets)
+        )
+        if starts and starts[0] < start:
+            starts[0], offsets[0] = start, self._shifted(index, start)
+        return b"".join(column.tobytes() for column in (starts, ends, offsets)), ends[-1] if ends else start
+
+    def unpack(self, data: bytes) -> None:
+        """Add what `pack` has returned."""
+        count = len(data) // 24
+        numbers = memoryview(data).cast("q")
+        starts, ends, offsets = (numbers[at * count : (at + 1) * count].tolist() for at in range(3))
+        if not count:
+            return
+        if not self._ends or starts[0] >= self._ends[-1]:
+            # In order, as most come: only the first may continue a mapping.
+            self.add(starts[0], ends[0], offsets[0])
+            self._starts += starts[1:]
+            self._ends += ends[1:]
+            self._offsets += offsets[1:]
+        else:
+            for start, end, offset in zip(starts, ends, offsets, strict=True):
+                self.add(start, end, offset)
 
     def copy(self) -> Self:
         """FORK: return the child's mappings, equal and independent."""

@@ -89,11 +89,11 @@ def kind_of(fd: int) -> str:
 
 
 def _closes_at_once(fd: int) -> bool:
-    if kind_of(fd).startswith(_SAFE):
-        return True
     try:
+        if kind_of(fd).startswith(_SAFE):
+            return True
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # of memory only: EINVAL for all other files, whatever their names
-    except OSError:
+    except OSError:  # also where there is no /proc
         return False
     return True
 

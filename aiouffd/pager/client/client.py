@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
     from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.state import State
 
 __all__ = ["Pack", "PagerClient", "Tenant"]
 
@@ -41,7 +42,7 @@ log = logging.getLogger("aiouffd")
 
 _KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
 _LEAVE_TIMEOUT = 10.0  # seconds for the last requests of a tenant
-_FIRST = ("takeover", "open")  # sent before the requests that speak of what these bring
+_FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
 
 
 def _rank(request: Request) -> int:
@@ -371,15 +372,14 @@ class PagerClient:
             self._pair = successor
         self._takeover.begin()
 
-    def _reopen(self, journal: Journal, state: dict[str, Any] | None) -> None:
+    def _reopen(self, journal: Journal, state: State | None) -> None:
         """Open all tenants anew, as a journal says that they are."""
-        assert self._pair is not None
         with self._requests.lock:
             tenants = list(self._tenants.values())
             asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
         if journal.counters.words[Counter.SPACES] > len(tenants):
             log.error("keeper and worker died together: forked children are served no longer")
-        self._pair.journal.counters.words[:] = journal.counters.words
+        self._requests("resume", token=None, counters=journal.counters.words.tolist())
         for tenant in tenants:
             if tenant.token not in asked:
                 self._open(tenant, tenant.shown(state))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
     from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.state import State
     from aiouffd.rpc import Requests
 
 __all__ = ["Takeover"]
@@ -56,7 +57,7 @@ class Takeover:
         start: Callable[[], Pair],
         waiter: Waiter,
         *,
-        reopen: Callable[[Journal, dict[str, Any] | None], None],
+        reopen: Callable[[Journal, State | None], None],
         taken: Callable[[], None],
         hear: Callable[[dict[str, Any]], None],
     ) -> None:

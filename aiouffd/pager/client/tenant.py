@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.mappings import Mapping
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.travel import is_pickle, pack
 
 if TYPE_CHECKING:
     from aiouffd.engine.assembly import Options, Service
+    from aiouffd.engine.mappings import Mapping
     from aiouffd.kernel.userfaultfd import Userfaultfd
+    from aiouffd.pager.process.state import State
 
 __all__ = ["Pack", "Tenant"]
 
@@ -104,9 +105,9 @@ class Tenant:
             "mappings": [attrs.astuple(mapping) for mapping in mappings],
         }
 
-    def shown(self, state: dict[str, Any] | None) -> list[Mapping]:
+    def shown(self, state: State | None) -> list[Mapping]:
         """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
-        for item in state["spaces"] if state is not None else ():
-            if item["token"] == self.token and not item["child"]:
-                return [Mapping(*each) for each in item["mappings"]]
+        for space in state.spaces.values() if state is not None else ():
+            if space.token == self.token and not space.is_child:
+                return list(space.mappings)
         return self.mappings

@@ -5,129 +5,217 @@ So messages land in this memory by the read itself, and a worker that dies right
 
 The content, in a memfd:
 
-- one commit word. It names the active landing and the active snapshot, and counts the log's records. A single
-  aligned 64-bit store changes all three at once, so that there is no moment in between for a kill to hit.
-- two landings: where read(2) puts messages. Layout events are first copied to the log; then the other landing is
+- one commit word. It names the active landing and the active log, and the log's length. A single aligned 64-bit store
+  changes all three at once, so that there is no moment in between for a kill to hit.
+- two landings: where read(2) puts messages. Layout events are first appended to the log; then the other landing is
   cleared, and the commit word is stored, which makes that one the active one. What the active landing holds has
   therefore never been applied.
-- the log: layout events in order, each with the space that it came from.
-- two snapshots: the whole state as JSON. A new one is written to the inactive place, then committed with an empty
-  log.
+- two logs of records (`state`). What changes is appended to the active one. A log that has grown is written anew into
+  the other one, by and by (`rewriting`), which is the active one then.
 - the counters (`engine.statistics`).
+
+Only keeper and worker can write: the memfd is sealed before the application gets it, whose forked children have it too.
+
+The log keeps room for the events of some reads at any time. Where even a log that was written anew has no room for
+more, nothing is read any further (`Rewriting.on_full`): the kernel keeps what was not read, and its threads wait.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import mmap
 import os
-import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from aiouffd.engine.dispatcher import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
 from aiouffd.pager.process.handles import explained, open_memfd
+from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode, records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiouffd.engine.space import Space
 
-__all__ = ["CLOSED", "Journal"]
+__all__ = ["Content", "Journal", "JournalFullError", "Mirror"]
 
 _LANDING: Final = 4096
 _LANDING_STRIDE: Final = 4096
 _LANDING_MESSAGES: Final = 64  # behind the identity of the space that is being read
 _COUNTERS: Final = 12288
-_LOG: Final = 16384
-_LOG_RECORDS: Final = 1600
-_SNAPSHOT: Final = 1 << 20
-_SNAPSHOT_STRIDE: Final = 64 << 20  # sparse: what is not written costs nothing
-_SIZE: Final = _SNAPSHOT + 2 * _SNAPSHOT_STRIDE
+_LOGS: Final = 1 << 20
+_LOG_SIZE: Final = 64 << 20  # sparse: what is not written costs nothing
+_KEPT_FREE: Final = 33 * MESSAGES * EVENT_SIZE  # for what is read until the dispatcher takes note that it is full
 
-_RECORD: Final = struct.Struct("=q32s")
 _LAYOUT: Final = frozenset((abi.EVENT_FORK, abi.EVENT_REMAP, abi.EVENT_REMOVE, abi.EVENT_UNMAP))
-CLOSED: Final = 0xFF
-"""In place of an event code: the space is served no longer."""
+_ENDS: Final = (Kind.CLOSED, Kind.RETIRED)
+_F_SEAL_FUTURE_WRITE: Final = 0x10  # Linux 5.1: the mappings that are there already can be written on
+_SEALS: Final = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class JournalFullError(Exception):
+    """There is no room for a record. Nothing was written."""
+
+
+class Content(NamedTuple):
+    """What a journal says.
+
+    Attributes:
+        records: of the log.
+        identity: the space whose messages landed last.
+        landed: layout events that were read, and not committed: their reader died right then.
+    """
+
+    records: list[Record]
+    identity: int
+    landed: list[bytes]
+
+
+class Mirror(Protocol):
+    """Writes the log anew."""
+
+    def events(self, identity: int, events: list[tuple[bytes, int]]) -> None:
+        """Take note of layout events that are about to be appended, and then applied; with the forked children."""
+
+    def record(self, kind: Kind, identity: int, content: bytes) -> None:
+        """Take note of any other record."""
 
 
 class Journal:
     """The shared memory; one process writes it at a time.
 
     Args:
-        fd: a memfd made by `create`. It stays the caller's, who may close it: the mapping keeps the memory.
+        fd: the memfd of one made by `create`. It stays the caller's, who may close it: the mapping keeps the memory.
+        access: mmap.ACCESS_WRITE for its maker; it is sealed for all others.
+
+    Attributes:
+        counters: in this memory.
+        buffers: where the next read's messages land.
+        mirror: told of what is appended, before it counts, while the log is being written anew.
+        threshold: the size from which on `on_growth` is called before the next read.
+        on_growth: called then; all events that were committed have been applied.
+        next_identity: returns the identity that the next forked child gets.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, access: int = mmap.ACCESS_READ) -> None:
         self.fd = fd
-        self._map = mmap.mmap(fd, _SIZE)
+        size = os.fstat(fd).st_size
+        self._map = mmap.mmap(fd, size, access=access)
         self._map.madvise(mmap.MADV_DONTDUMP)  # a core dump would write out its holes, too
         self._bytes = memoryview(self._map)
+        self._size = (size - _LOGS) // 2
         self._words = self._bytes[:_LANDING].cast("Q")
         self._identities = [self._bytes[at : at + 8].cast("q") for at in map(_landing, (0, 1))]
         self._landings = [
             self._bytes[at + _LANDING_MESSAGES : at + _LANDING_MESSAGES + MESSAGES * abi.MESSAGE_SIZE]
             for at in map(_landing, (0, 1))
         ]
+        self._logs = [self._bytes[at : at + self._size] for at in (_LOGS, _LOGS + self._size)]
         self.counters = Counters(self._bytes[_COUNTERS : _COUNTERS + COUNTERS_SIZE])
-        self.buffers = [self._landings[self._active]]
-        self.on_full: Callable[[], Any] = dict
-        """Returns the whole state, when the log must be begun anew."""
+        self.buffers = [self._landings[self._words[0] & 1]]
+        self.mirror: Mirror | None = None
+        self.threshold = size
+        self.on_growth: Callable[[], Any] = _nothing
+        self.next_identity: Callable[[], int] = _nothing
+        self._has_grown = False
 
     @classmethod
     def create(cls) -> Journal:
-        """Make an empty one."""
-        fd = open_memfd("aiouffd-journal")
-        try:
-            os.ftruncate(fd, _SIZE)
-            return cls(fd)
-        except OSError as error:
-            raise explained(f"no journal of {_SIZE >> 20} MiB", error) from error
+        """Make an empty one.
 
-    @property
-    def _active(self) -> int:
-        return self._words[0] & 1
+        Raises:
+            PagerStartError: there is no room for it; it says why.
+        """
+        fd = open_memfd("aiouffd-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _LOGS + 2 * _LOG_SIZE)
+            journal = cls(fd, mmap.ACCESS_WRITE)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            raise explained(f"no journal of {2 * _LOG_SIZE >> 20} MiB", error) from error
+        return journal
 
     # Writing
 
     def reading(self, identity: int) -> None:
         """Say whose messages land next."""
-        self._identities[self._active][0] = identity
+        if self._has_grown:
+            self._has_grown = False
+            self.on_growth()
+        self._identities[self._words[0] & 1][0] = identity
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
         """Append layout events to the log, and change the landing."""
-        self._append(space.identity, layout)
+        self.commit_events(space.identity, layout)
 
-    def closed(self, identity: int) -> None:
-        """Note that a space is served no longer."""
-        self._append(identity, [bytes([CLOSED]) + bytes(31)])
+    def commit_events(self, identity: int, layout: list[bytes]) -> None:
+        """As `commit`. There is room for the events of a read at any time: it is not begun else."""
+        child = self.next_identity()
+        events = []
+        for message in layout:
+            is_fork = message[0] == abi.EVENT_FORK
+            events.append((message, child if is_fork else -1))
+            child += is_fork
+        if self.mirror is not None:
+            self.mirror.events(identity, events)
+        self._put(b"".join(encode(Kind.EVENT, identity, message, child=child) for message, child in events))
 
-    def save(self, state: Any, *, landed: bool = False) -> None:
-        """Replace snapshot and log by this state; `landed`: what the active landing holds is in it as well."""
-        data = json.dumps(state, separators=(",", ":")).encode()
+    def append(self, *items: tuple[Kind, int, bytes]) -> None:
+        """Append records, which count together: kind, identity and content of each.
+
+        Raises:
+            JournalFullError: there is no room. What ends something has room at any time.
+        """
+        data = b"".join(encode(kind, identity, content) for kind, identity, content in items)
+        if len(data) > self.room and any(kind not in _ENDS for kind, _, _ in items):
+            raise JournalFullError
+        for item in items if self.mirror is not None else ():
+            self.mirror.record(*item)  # type: ignore[union-attr]
+        self._put(data)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the active log."""
+        return self._words[0] >> 2
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that a log may have."""
+        return self._size - _KEPT_FREE
+
+    @property
+    def room(self) -> int:
+        """Bytes that may still be appended, without those that are kept for events."""
+        return self.capacity - self.size
+
+    def write_anew(self, at: int, data: bytes) -> int:
+        """Write into the inactive log; return where the next goes.
+
+        Raises:
+            JournalFullError: there is no room.
+        """
+        if at + len(data) > self.capacity:
+            raise JournalFullError
+        self._logs[~(self._words[0] >> 1) & 1][at : at + len(data)] = data
+        return at + len(data)
+
+    def change(self, size: int) -> None:
+        """Make the inactive log the active one; it has `size` bytes. What the active landing holds is lost."""
         word = self._words[0]
-        other = ~(word >> 1) & 1
-        at = _SNAPSHOT + other * _SNAPSHOT_STRIDE
-        if len(data) > _SNAPSHOT_STRIDE - 8:
-            raise MemoryError("the pager's state is larger than its journal")
-        self._bytes[at + 8 : at + 8 + len(data)] = data
-        self._bytes[at : at + 8].cast("Q")[0] = len(data)
-        landing = self._clear_other(word) if landed else word & 1
-        self._words[0] = (other << 1) | landing
+        landing = self._clear_other(word)
+        self._words[0] = size << 2 | (~word & 2) | landing
         self.buffers[0] = self._landings[landing]
 
-    def _append(self, identity: int, messages: list[bytes]) -> None:
-        if (self._words[0] >> 2) + len(messages) > _LOG_RECORDS:
-            self.save(self.on_full())
+    def _put(self, data: bytes) -> None:
         word = self._words[0]
-        count = word >> 2
-        for index, message in enumerate(messages, count):
-            _RECORD.pack_into(self._bytes, _LOG + index * _RECORD.size, identity, message)
-        other = self._clear_other(word)
-        self._words[0] = ((count + len(messages)) << 2) | (word & 2) | other
-        self.buffers[0] = self._landings[other]
+        at = word >> 2
+        self._logs[word >> 1 & 1][at : at + len(data)] = data
+        landing = self._clear_other(word)
+        self._words[0] = (at + len(data)) << 2 | (word & 2) | landing
+        self.buffers[0] = self._landings[landing]
+        self._has_grown = at + len(data) >= self.threshold
 
     def _clear_other(self, word: int) -> int:
         """Make the inactive landing ready to be the active one; return which it is."""
@@ -138,29 +226,19 @@ class Journal:
 
     # Reading
 
-    def _landed(self) -> list[bytes]:
-        landing = self._landings[self._active]
-        messages = (bytes(landing[at : at + 32]) for at in range(0, MESSAGES * abi.MESSAGE_SIZE, abi.MESSAGE_SIZE))
-        return [message for message in messages if message[0] in _LAYOUT]
-
-    def load(self) -> tuple[Any, list[tuple[int, bytes]]]:
-        """Return the snapshot (None where there is none), and the events since then, uncommitted ones included."""
+    def load(self) -> Content:
+        """Return what it says now."""
         word = self._words[0]
-        at = _SNAPSHOT + (word >> 1 & 1) * _SNAPSHOT_STRIDE
-        size = self._bytes[at : at + 8].cast("Q")[0]
-        state = json.loads(bytes(self._bytes[at + 8 : at + 8 + size])) if size else None
-        events: list[tuple[int, bytes]] = [
-            _RECORD.unpack_from(self._bytes, _LOG + index * _RECORD.size) for index in range(word >> 2)
-        ]
-        identity = self._identities[word & 1][0]
-        events += [(identity, message) for message in self._landed()]
-        return state, events
-
-    @property
-    def fresh(self) -> int:
-        """How many of the events that `load` returns were read, and not committed: their reader died right then."""
-        return len(self._landed())
+        landing = self._landings[word & 1]
+        messages = (bytes(landing[at : at + 32]) for at in range(0, MESSAGES * abi.MESSAGE_SIZE, abi.MESSAGE_SIZE))
+        landed = [message for message in messages if message[0] in _LAYOUT]
+        log = list(records(self._logs[word >> 1 & 1][: word >> 2]))
+        return Content(log, self._identities[word & 1][0], landed)
 
 
 def _landing(index: int) -> int:
     return _LANDING + index * _LANDING_STRIDE
+
+
+def _nothing() -> int:
+    return 0

@@ -30,7 +30,8 @@ from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
-from aiouffd.pager.process.replay import survey
+from aiouffd.pager.process.replay import last_meta, survey
+from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.travel import Pickles
 
 if TYPE_CHECKING:
@@ -199,11 +200,11 @@ def _state_of(pid: int) -> str:
 
 def _orphaned(journal: Journal) -> bool:
     """Tell whether the process that has started the pager is gone."""
-    state = survey(journal)
-    if state is None or state["owner"] < 0:
+    meta = last_meta(journal.load().records)
+    if meta is None or meta.owner < 0:
         return False
     poller = select.poll()
-    poller.register(state["owner"], select.POLLIN)
+    poller.register(meta.owner, select.POLLIN)
     return bool(poller.poll(0))
 
 
@@ -252,19 +253,19 @@ def _forsaken(journal: Journal) -> list[Forsaken]:
     state = survey(journal)
     return [
         Forsaken(
-            Userfaultfd.from_fd(item["fd"], Feature(item["features"])),
-            item["page_size"],
-            [(start, end) for start, end, _ in item["mappings"]],
-            item["token"],
-            is_child=item["child"],
+            Userfaultfd.from_fd(space.fd, Feature(space.features)),
+            space.page_size,
+            [(mapping.start, mapping.end) for mapping in space.mappings],
+            space.token,
+            is_child=space.is_child,
         )
-        for item in (state["spaces"] if state is not None else ())
+        for space in (state.spaces.values() if state is not None else ())
     ]
 
 
 def _has_served(journal: Journal) -> bool:
     """Tell whether anything has been served: then descriptors of forked children may be here."""
-    return survey(journal) is not None
+    return bool(journal.load().records)
 
 
 def _refuse(connection: socket.socket, error: OSError) -> int:
@@ -280,7 +281,7 @@ def _anybody(journal: Journal) -> bool:
     state = survey(journal)
     if state is None:
         return False
-    uffds = [Userfaultfd.from_fd(item["fd"]) for item in state["spaces"]]
+    uffds = [Userfaultfd.from_fd(space.fd) for space in state.spaces.values()]
     try:
         return any(not uffd.gone() for uffd in uffds)
     finally:
@@ -326,7 +327,7 @@ def _answer(connection: socket.socket, outbox: control.Outbox, resort: LastResor
             continue
         except (control.Closed, OSError):
             return False
-        worker.close_all(fds)
+        close_all(fds)
         if message["op"] == "close":
             resort.forget(message["token"])
             _tell(outbox, {"id": message["id"], "ok": None})

@@ -1,68 +1,88 @@
-"""What a journal amounts to: its snapshot, with the events since then applied. Pure data, no descriptor is touched.
+"""What a journal amounts to: its records, one after the other. Pure data, no descriptor is touched.
 
 The numbers of descriptors in old records cannot be trusted: when a space is closed its number is free, and may be
-that of another space, forked later. So nothing is served, registered or closed while events are being replayed; only
+that of another space, forked later. So nothing is served, registered or closed while records are being replayed; only
 what is there at the end of them is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+import struct
+from typing import TYPE_CHECKING
 
 import attrs
 
-from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.kernel import abi
-from aiouffd.pager.process.journal import CLOSED
+from aiouffd.pager.process.state import Kind, Meta, Record, SpaceState, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiouffd.pager.process.journal import Journal
+    from aiouffd.engine.mappings import Mappings
+    from aiouffd.pager.process.journal import Content, Journal
 
-__all__ = ["Replay", "numbers", "replay", "survey"]
+__all__ = ["Replay", "last_meta", "replay", "survey"]
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Replay:
     """What is served at the end of a journal.
 
     Attributes:
-        state: as in a snapshot; its spaces are those that are served now.
-        told: of each event, in order: the space, the message, and the identity of the forked child (-1: none).
+        state: what is served now.
+        told: of each layout event, in order: the space, the message, and the identity of the forked child (-1: none).
+        fresh: the events at the end of `told` that landed, and were not committed.
     """
 
-    state: dict[str, Any]
-    told: list[tuple[int, bytes, int]]
+    state: State = attrs.field(factory=State)
+    told: list[tuple[int, bytes, int]] = attrs.field(factory=list)
+    fresh: list[bytes] = attrs.field(factory=list)
 
+    def apply(self, record: Record) -> None:
+        """Apply one record, as the worker did that has written it."""
+        state, identity = self.state, record.identity
+        match record.kind:
+            case Kind.META:
+                state.meta = Meta(**json.loads(record.content))
+            case Kind.ORIGIN:
+                state.origins[identity] = json.loads(record.content)
+            case Kind.RETIRED:
+                state.origins.pop(identity, None)
+            case Kind.SPACE:
+                state.spaces[identity] = SpaceState(**json.loads(record.content))
+            case Kind.CLOSED:
+                state.spaces.pop(identity, None)
+            case _ if identity in state.spaces:
+                self._change(state.spaces[identity], record)
+        state.meta.next = max(state.meta.next, identity + 1, record.child + 1)
 
-def replay(state: dict[str, Any], events: Iterable[tuple[int, bytes]]) -> Replay:
-    """Apply events to a state, as the worker that has read them did."""
-    spaces: dict[int, dict[str, Any]] = {item["id"]: dict(item) for item in state["spaces"]}
-    shown = {identity: Mappings(Mapping(*each) for each in item["mappings"]) for identity, item in spaces.items()}
-    following = state["next"]
-    told: list[tuple[int, bytes, int]] = []
-    for identity, message in events:
-        if identity not in spaces:
-            continue
-        code = message[0]
-        if code == CLOSED:
-            del spaces[identity], shown[identity]
-            continue
-        child = -1
-        if code == abi.EVENT_FORK:
-            (fd,) = abi.FORK_MESSAGE.unpack(message)
-            child, following = following, following + 1
-            of_child = {"id": child, "fd": fd, "tether": -1, "child": True, "ahead": (0, 0)}
-            spaces[child] = spaces[identity] | of_child
-            shown[child] = shown[identity].copy()
+    def _change(self, space: SpaceState, record: Record) -> None:
+        if record.kind is Kind.MAPPINGS:
+            space.mappings.unpack(record.content)
+        elif record.kind is Kind.AHEAD:
+            space.replayed, space.filled = struct.unpack("=qq", record.content)
         else:
-            spaces[identity]["changed"] = True
-            _apply(shown[identity], message)
-        told.append((identity, message, child))
-    for identity, item in spaces.items():
-        item["mappings"] = [attrs.astuple(mapping) for mapping in shown[identity]]
-    return Replay(state | {"next": following, "spaces": list(spaces.values())}, told)
+            self.event(space, record.content, record.child)
+
+    def event(self, space: SpaceState, message: bytes, child: int) -> None:
+        """Apply a layout event."""
+        if message[0] == abi.EVENT_FORK:
+            (fd,) = abi.FORK_MESSAGE.unpack(message)
+            self.state.spaces[child] = attrs.evolve(
+                space,
+                identity=child,
+                fd=fd,
+                tether=-1,
+                is_child=True,
+                replayed=0,
+                filled=0,
+                mappings=space.mappings.copy(),
+            )
+        else:
+            space.changed = True
+            _apply(space.mappings, message)
+        self.told.append((space.identity, message, child))
 
 
 def _apply(mappings: Mappings, message: bytes) -> None:
@@ -75,16 +95,30 @@ def _apply(mappings: Mappings, message: bytes) -> None:
         mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
 
 
-def survey(journal: Journal) -> dict[str, Any] | None:
+def replay(content: Content) -> Replay:
+    """Apply all records of a journal, and what has landed and was not committed."""
+    end = Replay()
+    for record in content.records:
+        end.apply(record)
+    space = end.state.spaces.get(content.identity)
+    for message in content.landed if space is not None else ():
+        child = end.state.meta.next if message[0] == abi.EVENT_FORK else -1
+        end.event(space, message, child)  # type: ignore[arg-type]
+        end.state.meta.next = max(end.state.meta.next, child + 1)
+        end.fresh.append(message)
+    return end
+
+
+def survey(journal: Journal) -> State | None:
     """Return the state that a journal amounts to; None where nothing has been served yet."""
-    state, events = journal.load()
-    return replay(state, events).state if state is not None else None
+    content = journal.load()
+    return replay(content).state if content.records else None
 
 
-def numbers(state: dict[str, Any]) -> set[int]:
-    """Return the descriptors that a state speaks of."""
-    known = {fd for space in state["spaces"] for fd in (space["fd"], space["tether"]) if fd >= 0}
-    for origin in state["origins"].values():
-        known.update((origin["config"], *origin["fds"]))
-    known.update(fd for fd in (state["owner"], state["awaits"]) if fd >= 0)
-    return known
+def last_meta(records: Iterable[Record]) -> Meta | None:
+    """Return what is known besides spaces and origins, at little cost; None where nothing has been served yet."""
+    found = None
+    for record in records:
+        if record.kind is Kind.META:
+            found = record
+    return Meta(**json.loads(found.content)) if found is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,20 @@ import attrs
 
 from aiouffd.engine.assembly import Options, Service, make_backend
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.pager.process.travel import unpack
+from aiouffd.errors import PagerStartError, SourceError
+from aiouffd.handoff.apart import apart
+from aiouffd.pager.process.travel import is_pickle, unpack
 
 if TYPE_CHECKING:
-    import asyncio
-
     from aiouffd.engine.serve.handler import HandlerBackend
     from aiouffd.engine.serve.source import SourceBackend
+    from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Origin", "Tenancy", "build", "config_of"]
+__all__ = ["BUILD_TIMEOUT", "FailedSource", "Origin", "Tenancy", "build", "config_of", "make_origin"]
+
+BUILD_TIMEOUT = 60.0
+"""Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
 
 
 class Origin:
@@ -47,6 +52,7 @@ class Tenancy:
         early: the task that begins to bring all of them before its process is ready; and when that is over.
         is_child: of a fork.
         announced: whether the client is told of its end.
+        space: the space itself.
     """
 
     origin: Origin
@@ -55,17 +61,60 @@ class Tenancy:
     ahead: asyncio.Task[None] | None = None
     early: tuple[asyncio.Task[None], asyncio.Event] | None = None
     is_child: bool = False
+    space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
 
-def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
-    """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it."""
-    for entry in record["path"]:
-        if entry not in sys.path:
-            sys.path.append(entry)
-    service = unpack(config_of(record), [os.dup(fd) for fd in record["fds"]])
-    backend = make_backend(service, counters, _options_of(record))
-    return Origin(identity, record, service, backend)
+class FailedSource:
+    """In place of a source that could not be opened again: each of its pages fails, with the reason.
+
+    Args:
+        error: the reason.
+    """
+
+    size = (1 << 63) - 1
+    retries = 0
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Raise SourceError."""
+        raise SourceError(repr(self), offset, length, str(self._error)) from self._error
+
+    def __repr__(self) -> str:
+        return "a source that could not be opened again"
+
+
+async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
+    """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it.
+
+    A source of ours may lie on a file system that does not answer, and is opened in a thread. What is pickled is
+    rebuilt on the loop, which its code may ask for.
+
+    Raises:
+        PagerStartError: it takes too long.
+        Exception: whatever the code of a pickle raises.
+    """
+    data = config_of(record)
+    fds = [os.dup(fd) for fd in record["fds"]]
+    if is_pickle(data):
+        for entry in record["path"]:
+            if entry not in sys.path:
+                sys.path.append(entry)
+        service = unpack(data, fds)
+    else:
+        try:
+            async with asyncio.timeout(BUILD_TIMEOUT):
+                service = await apart(unpack, data, fds)
+        except TimeoutError as error:
+            raise PagerStartError(f"the source could not be opened in {BUILD_TIMEOUT:.0f} s") from error
+    return make_origin(counters, identity, record, service)
+
+
+def make_origin(counters: Counters, identity: int, record: dict[str, Any], service: Service) -> Origin:
+    """Return what serves from a source or handler."""
+    return Origin(identity, record, service, make_backend(service, counters, _options_of(record)))
 
 
 def config_of(record: dict[str, Any]) -> bytes:

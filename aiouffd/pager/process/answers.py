@@ -1,0 +1,201 @@
+"""What a pager can be asked for. Each method is one operation, and is given the request and its descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.engine.ahead.fill import bring_early, complete
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.errors import ClosedError, PagerStartError
+from aiouffd.handoff.apart import close_foreign
+from aiouffd.kernel.memory import unshare_memory
+from aiouffd.pager.process.served import Served, close_all
+from aiouffd.pager.process.state import SpaceState
+from aiouffd.pager.process.tenancy import config_of
+from aiouffd.pager.process.travel import Pickles, is_pickle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiouffd.engine.space import Space
+    from aiouffd.pager.process.handover import Handover
+    from aiouffd.pager.process.tenancy import Origin
+
+__all__ = ["Answers"]
+
+_PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybody asks
+_PIECE = 4 << 20
+
+
+class Answers:
+    """The operations.
+
+    Args:
+        served: what is served.
+        handover: to and from other workers.
+        pickles: how often a source or handler is unpickled.
+    """
+
+    def __init__(self, served: Served, handover: Handover, pickles: Pickles) -> None:
+        self._served = served
+        self._handover = handover
+        self._pickles = pickles
+        self._prepared = False
+        self._opening: dict[str, asyncio.Lock] = {}  # by the token of the source: it is opened once
+        self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[None]]] = {
+            "open": self._open,
+            "resume": self._resume,
+            "prepare": self._prepare,
+            "prefetch": self._prefetch,
+            "refuse": self._refuse,
+            "close": self._close,
+            "begin": self._begin,
+            "release": self._release,
+            "handover": lambda _, fds: self._handover.give(*fds),
+            "takeover": lambda _, fds: self._handover.take(*fds),
+        }
+
+    async def answer(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Do what a request asks for; what it raises is the answer, too. The descriptors are taken."""
+        await self._operations[message["op"]](message, fds)
+
+    async def _open(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Begin to serve: descriptors are the owner's pidfd, the configuration, the service's, and the space's own."""
+        if self._served.meta.owner < 0:
+            self._served.own(fds[0])
+        else:
+            close_all(fds[:1])
+        fds = fds[1:]
+        own = fds[len(fds) - message["own"] :]
+        service = {"config": fds[0], "fds": fds[1 : len(fds) - len(own)], **message["service"]}
+        lock = self._opening.setdefault(service["token"], asyncio.Lock())
+        async with lock:
+            if self._is_served(message["token"]):  # sent again: a predecessor died before it could answer
+                close_all(fds)
+                return
+            try:
+                origin = await self._origin_of(service)
+            except BaseException:
+                close_foreign(own)
+                raise
+            space = self._served.open(self._state(message["space"], own, origin), origin)
+        if not lock.locked():
+            self._opening.pop(service["token"], None)
+        space.wake_all()
+
+    def _is_served(self, token: str) -> bool:
+        waits = any(state.token == token for state in self._served.waiting.values())
+        return waits or self._served.find(token) is not None
+
+    def _state(self, space: dict[str, Any], own: list[int], origin: Origin) -> SpaceState:
+        return SpaceState(
+            self._served.take_identity(),
+            own[0],
+            space["page_size"],
+            space["features"],
+            origin.identity,
+            space["token"],
+            own[1] if len(own) > 1 else -1,
+            mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
+        )
+
+    async def _origin_of(self, service: dict[str, Any]) -> Origin:
+        try:
+            self._check_pickles(service)
+        except PagerStartError:
+            close_all((service["config"], *service["fds"]))
+            raise
+        return await self._served.open_origin(service)
+
+    def _check_pickles(self, service: dict[str, Any]) -> None:
+        """Raise PagerStartError where a source or handler would have to be unpickled, and this pager does not do so."""
+        if not is_pickle(config_of(service)) or self._pickles is Pickles.ALWAYS:
+            return
+        known = self._served.state().origins.values()
+        if any(record["token"] == service["token"] for record in known):
+            return
+        if self._pickles is Pickles.NEVER or any(is_pickle(config_of(record)) for record in known):
+            raise PagerStartError("this pager takes no source or handler of the application's own (any more)")
+
+    async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
+        """Go on counting where a pager before this one has stopped."""
+        words = self._served.journal.counters.words
+        for index, count in enumerate(message["counters"]):
+            words[index] = max(words[index], count)
+
+    async def _prepare(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand.
+
+        And this process: the first request and fault write to 280 pages that the keeper has, too, which takes 1 ms.
+        """
+        if not self._prepared:
+            self._prepared = True
+            unshare_memory()
+        source = (await self._origin_of({"config": fds[0], "fds": fds[1:], **message["service"]})).service.origin
+        expect = getattr(source, "expect", None)
+        if expect is not None:
+            for at in range(0, min(source.size, _PREPARED), _PIECE):
+                expect(at, _PIECE)
+
+    async def _prefetch(self, message: dict[str, Any], _: list[int]) -> None:
+        space, tenancy = await self._served.wanted(message["token"])
+        await tenancy.origin.backend.prefetch(space, message["offset"], message["length"])
+
+    async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
+        """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""
+        space, tenancy = await self._served.wanted(message["token"])
+        if tenancy.ahead is not None:
+            tenancy.ahead.cancel()
+        space.refuse()
+
+    async def _close(self, message: dict[str, Any], _: list[int]) -> None:
+        """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
+        space, tenancy = await self._served.wanted(message["token"])
+        tenancy.announced = False
+        if message["poison"]:
+            space.poison({page for flight in space.flights.values() for page in flight.wanted})
+        self._served.dispatcher.drop(space)
+
+    async def _begin(self, message: dict[str, Any], _: list[int]) -> None:
+        """Begin to bring what a space misses, which is not registered yet, perhaps: a `release` will follow."""
+        space, tenancy = await self._served.wanted(message["token"])
+        late = asyncio.Event()
+        task = asyncio.get_running_loop().create_task(bring_early(space, tenancy.origin.backend, late))
+        tenancy.early = (task, late)
+
+    async def _release(self, message: dict[str, Any], _: list[int]) -> None:
+        """Bring all that a space and its forked children miss, and give the memory back to them.
+
+        What is refused is left to its owner, who is about to close it, and reported as an error.
+        """
+        token = message["token"]
+        if any(state.token == token for state in self._served.waiting.values()):
+            await self._served.wanted(token)
+        while family := [space for space in self._served.family_of(token) if not space.closing]:
+            for space in family:
+                await self._fill(space)
+        if self._served.find(token) is not None:
+            raise ClosedError("its owner is about to leave, and settles what is missing")
+
+    async def _fill(self, space: Space) -> None:
+        tenancies = self._served.tenancies
+        tenancy = tenancies.get(space.identity)
+        if tenancy is None:  # it has ended while another was filled
+            return
+        announced, tenancy.announced = tenancy.announced, False
+        try:
+            if tenancy.early is not None:
+                tenancy.early[1].set()
+                await asyncio.wait([tenancy.early[0]])
+            await complete(space, tenancy.origin.backend)
+            space.unregister()
+            self._served.dispatcher.drop(space)
+        except ClosedError:
+            if space.is_gone:  # else it would be found again, until that is noticed
+                self._served.dispatcher.drop(space)
+            elif space.identity in tenancies and not space.closing:
+                raise
+        except BaseException:
+            tenancy.announced = announced  # it is served on, and its end is to be told
+            raise

@@ -1,0 +1,153 @@
+"""From a worker whose keeper is dead to that of another keeper.
+
+One of the two workers reads messages, at any moment; which one does not depend on an answer that may be lost: the
+successor serves when its predecessor is gone, and a predecessor that goes on after all says so before it lets go of the
+socket. What is served is in the predecessor's journal, which goes over with the descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import attrs
+
+from aiouffd.errors import ClosedError
+from aiouffd.pager.process import control
+from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.replay import Replay, survey
+from aiouffd.pager.process.served import Served, close_all
+from aiouffd.pager.process.state import State
+from aiouffd.pager.process.tenancy import BUILD_TIMEOUT
+
+if TYPE_CHECKING:
+    from aiouffd.pager.process.tenancy import Origin
+
+__all__ = ["Handover"]
+
+log = logging.getLogger("aiouffd.pager")
+
+_TIMEOUT = 10.0
+
+
+class Handover:
+    """Both sides of it."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._task: asyncio.Task[None] | None = None
+
+    # The predecessor
+
+    async def give(self, fd: int) -> None:
+        """Give everything to the worker of another keeper, over a socket; serve until that worker is ready."""
+        with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
+            successor.settimeout(_TIMEOUT)
+            self._hand(successor)  # what it has to open or build, and may have to import for
+            await _readable(successor, BUILD_TIMEOUT + _TIMEOUT)
+            control.receive(successor)
+            self._hand(successor)  # from here on nothing is read
+            try:
+                control.receive(successor)
+            except (control.Closed, OSError):
+                control.send(successor, {"keep": True})
+            else:
+                os._exit(0)
+        log.warning("the successor has not taken over: serving on")
+
+    def _hand(self, successor: socket.socket) -> None:
+        state = self._served.state()
+        along = sorted(state.numbers)
+        control.send(successor, {"numbers": along}, [self._served.journal.fd, *along])
+
+    # The successor
+
+    async def take(self, fd: int) -> None:
+        """Take everything over from a worker whose keeper is dead; `Closed` where that worker has died, too."""
+        if self._task is None or self._task.done():
+            if not self._served.is_empty:  # a worker before this one has taken it over, and died
+                os.close(fd)
+                return
+            self._task = asyncio.get_running_loop().create_task(self._take(fd))
+        else:  # sent again
+            os.close(fd)
+        await asyncio.shield(self._task)
+
+    async def _take(self, predecessor: int) -> None:
+        served, received = self._served, list[int]()
+        with socket.socket(fileno=predecessor) as connection:
+            connection.settimeout(_TIMEOUT)
+            try:
+                await _readable(connection, BUILD_TIMEOUT)
+                state, _ = _taken(connection, received)
+                built = await self._build(state)
+                close_all(received)
+                received.clear()
+                control.send(connection, {"built": True})
+                await _readable(connection, _TIMEOUT)
+                state, counters = _taken(connection, received)
+                # Durable before it is acknowledged: should this worker die now, the next one waits for the same end.
+                state.meta.awaits = connection.fileno()
+                served.write_all(state)
+            except BaseException:
+                close_all(received)
+                raise
+            served.journal.counters.words[:] = counters
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(connection, {"taken": True})
+            if not await self.is_left_to_us(connection, state):
+                raise ClosedError("the predecessor serves on")
+            served.restore(Replay(state), -1, built)
+            served.note_meta()
+
+    async def _build(self, state: State) -> dict[int, Origin]:
+        """Open all sources at the same time: one that does not answer delays the others, but no page of theirs."""
+        numbers = list(state.origins)
+        built = await asyncio.gather(*(self._served.rebuilt(number, state.origins[number]) for number in numbers))
+        return dict(zip(numbers, built, strict=True))
+
+    async def is_left_to_us(self, predecessor: socket.socket, state: State) -> bool:
+        """Wait until the predecessor is gone; tell whether it is, and does not serve on instead."""
+        while True:
+            await _readable(predecessor, None)
+            try:
+                message, _ = control.receive(predecessor)
+            except control.Closed:
+                return True
+            if message.get("keep"):
+                self._served.write_all(State(attrs.evolve(state.meta, owner=-1, awaits=-1)))
+                close_all(state.numbers - {state.meta.awaits})
+                return False
+
+
+async def _readable(connection: socket.socket, seconds: float | None) -> None:
+    """Wait until something can be received; TimeoutError (an OSError) after `seconds`."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(connection.fileno(), event.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+def _taken(connection: socket.socket, received: list[int]) -> tuple[State, memoryview]:
+    """Receive a state, with its counters. Its descriptors are added to `received`; it has their numbers here."""
+    message, fds = control.receive(connection)
+    received += fds
+    journal = Journal(fds[0])
+    state = survey(journal) or State()
+    number_of = dict(zip(message["numbers"], fds[1:], strict=True))
+    state.meta.owner = number_of.get(state.meta.owner, -1)
+    for record in state.origins.values():
+        record.update(config=number_of[record["config"]], fds=[number_of[fd] for fd in record["fds"]])
+    for space in state.spaces.values():
+        space.fd = number_of[space.fd]
+        space.tether = number_of.get(space.tether, -1)
+    os.close(received.pop(-len(fds)))  # the journal's
+    return state, journal.counters.words

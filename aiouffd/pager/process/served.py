@@ -1,0 +1,414 @@
+"""What a worker serves: spaces and where their pages come from. What changes is in the journal before it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import struct
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.ahead.fill import bring_ahead
+from aiouffd.engine.assembly import Service, make_readahead
+from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.messages import COUNTER_OF_EVENT
+from aiouffd.engine.space import Space
+from aiouffd.errors import ClosedError, PagerError, PagerStartError
+from aiouffd.handoff.apart import close_foreign
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.pager.process.journal import JournalFullError
+from aiouffd.pager.process.rewriting import Rewriting
+from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
+from aiouffd.pager.process.tenancy import FailedSource, Origin, Tenancy, build, make_origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aiouffd.errors import UffdError
+    from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.replay import Replay
+
+__all__ = ["Served", "close_all"]
+
+log = logging.getLogger("aiouffd.pager")
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that are not needed."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Served:
+    """Used on the worker's loop.
+
+    Args:
+        loop: the worker's.
+        journal: where a successor finds all of this.
+        on_error: called with a space's token and its error.
+        on_gone: called with the token of a space that has ended.
+        on_idle: called when nothing is left to be served.
+        on_owner_exit: called when the process that has started this pager has ended.
+
+    Attributes:
+        origins: by identity.
+        tenancies: by the identity of the space.
+        waiting: spaces whose source is being opened again, by identity.
+        tasks: that end by themselves.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        journal: Journal,
+        *,
+        on_error: Callable[[str, UffdError], None],
+        on_gone: Callable[[str], None],
+        on_idle: Callable[[], None],
+        on_owner_exit: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self.journal = journal
+        self._on_error = on_error
+        self._on_gone = on_gone
+        self._on_idle = on_idle
+        self._on_owner_exit = on_owner_exit
+        self.meta = Meta()
+        self.origins: dict[int, Origin] = {}
+        self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
+        self.tenancies: dict[int, Tenancy] = {}
+        self.waiting: dict[int, SpaceState] = {}
+        self._restored: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by token
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._held: list[Space] = []  # not read any more: the journal is full
+        self.dispatcher = Dispatcher(
+            loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
+        )
+        journal.next_identity = lambda: self.meta.next
+        self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
+
+    # State
+
+    def state(self) -> State:
+        """Return all that a successor needs; the mappings are not copied."""
+        records = {identity: origin.record for identity, origin in self.origins.items()}
+        identities = [*self.waiting, *self.tenancies]
+        spaces = {identity: state for identity in identities if (state := self._space_state(identity)) is not None}
+        return State(attrs.evolve(self.meta), self._restoring | records, spaces)
+
+    def _space_state(self, identity: int) -> SpaceState | None:
+        tenancy = self.tenancies.get(identity)
+        if tenancy is None or tenancy.space is None:
+            return self.waiting.get(identity)
+        space = tenancy.space
+        return SpaceState(
+            identity,
+            space.uffd.fileno(),
+            space.page_size,
+            int(space.uffd.features),
+            tenancy.origin.identity,
+            tenancy.token,
+            tenancy.tether,
+            tenancy.is_child,
+            space.replayed,
+            space.filled,
+            space.mappings.generation != space.born,
+            space.mappings,
+        )
+
+    def take_identity(self) -> int:
+        """Return a number that nothing else has."""
+        self.meta.next += 1
+        return self.meta.next - 1
+
+    def note_meta(self, **changes: Any) -> None:
+        """Change what is known besides spaces and origins, and write it down."""
+        self.meta = attrs.evolve(self.meta, **changes)
+        self._write((Kind.META, 0, json.dumps(attrs.asdict(self.meta)).encode()))
+
+    def _write(self, *items: tuple[Kind, int, bytes]) -> None:
+        try:
+            self.journal.append(*items)
+        except JournalFullError:
+            self._rewriting.make_room()
+            self.journal.append(*items)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is served."""
+        return not self.dispatcher.spaces and not self.waiting
+
+    def idle(self) -> None:
+        """Nothing is served by the dispatcher any more."""
+        if self.is_empty:
+            self._on_idle()
+
+    def own(self, pidfd: int) -> None:
+        """Note the process that owns this: end-of-file does not tell, since its forked children hold the connection."""
+        self.note_meta(owner=pidfd)
+        self._loop.add_reader(pidfd, self._owner_exited)
+
+    def _owner_exited(self) -> None:
+        """The owner is gone; its forked children, or others that it had served, may live on."""
+        self._loop.remove_reader(self.meta.owner)
+        for space in list(self.dispatcher.spaces.values()):
+            if space.uffd.gone():
+                space.gone()
+                self.dispatcher.drop(space)
+        self._on_owner_exit()
+
+    # Origins
+
+    async def open_origin(self, record: dict[str, Any]) -> Origin:
+        """Open a source or handler, or return the one that this is already; the descriptors are taken either way.
+
+        Raises:
+            PagerStartError: it could not be rebuilt.
+        """
+        for known in self.origins.values():
+            if known.record["token"] == record["token"]:
+                close_all((record["config"], *record["fds"]))
+                return known
+        try:
+            origin = await build(self.journal.counters, self.take_identity(), record)
+            self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
+        except JournalFullError as error:
+            close_all((record["config"], *record["fds"]))
+            raise PagerStartError("there is no room for another source: the pager's journal is full") from error
+        except PagerStartError:
+            close_all((record["config"], *record["fds"]))
+            raise
+        except Exception as error:
+            close_all((record["config"], *record["fds"]))
+            raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
+        self.origins[origin.identity] = origin
+        return origin
+
+    def retire(self, origin: Origin) -> None:
+        """Let go what serves nobody any more."""
+        if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
+            return
+        if self.origins.pop(origin.identity, None) is None:
+            return
+        self.journal.append((Kind.RETIRED, origin.identity, b""))  # a successor must not look for its descriptors
+        close_all([origin.record["config"], *origin.record["fds"]])
+        self.spawn(origin.backend.aclose())
+
+    def spawn(self, work: Any) -> None:
+        """Have a coroutine run to its end."""
+        task = self._loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    # Spaces
+
+    def open(self, state: SpaceState, origin: Origin) -> Space:
+        """Serve a space that was not served before.
+
+        Raises:
+            PagerStartError: the journal has no room for it. The descriptors are closed.
+        """
+        if not self.tenancies:
+            self.dispatcher.spin_us = 0
+        self.dispatcher.spin_us = max(self.dispatcher.spin_us, origin.options.spin_us)
+        rows, _ = state.mappings.pack(0, len(state.mappings))
+        record = (state.identity, state.content)
+        space = self._serve(state, origin)
+        try:
+            self._write((Kind.SPACE, *record), (Kind.MAPPINGS, state.identity, rows))
+            self.note_meta(spin_us=self.dispatcher.spin_us)
+        except JournalFullError as error:  # what the others have is kept
+            self.dispatcher.drop(space)
+            reason = f"there is no room for {len(state.mappings)} more mappings: the pager's journal is full"
+            raise PagerStartError(reason) from error
+        return space
+
+    def _serve(self, state: SpaceState, origin: Origin) -> Space:
+        options = origin.options
+        space = Space(
+            Userfaultfd.from_fd(state.fd, Feature(state.features)),
+            state.mappings,
+            page_size=state.page_size,
+            backend=origin.backend,
+            counters=self.journal.counters,
+            readahead=make_readahead(state.page_size, options, local=origin.backend.local),
+            identity=state.identity,
+            write_protect=options.write_protect,
+            on_error=self._error,
+            on_child=self._forked,
+        )
+        space.replayed, space.filled = state.replayed, state.filled
+        if state.changed:  # what was brought may have gone with its mapping: see `complete`
+            space.born = -1
+        tenancy = Tenancy(origin, state.token, state.tether, is_child=state.is_child, space=space)
+        self.tenancies[space.identity] = tenancy
+        self.dispatcher.add(space)
+        if not tenancy.is_child:
+            ahead = bring_ahead(
+                space, origin.backend, origin.service.trace, options.background, lambda: self._progress(space)
+            )
+            tenancy.ahead = self._loop.create_task(ahead)
+        return space
+
+    def _progress(self, space: Space) -> None:
+        try:
+            self._write((Kind.AHEAD, space.identity, struct.pack("=qq", space.replayed, space.filled)))
+        except JournalFullError:
+            log.debug("what was brought ahead is brought again by a successor")
+
+    def _forked(self, parent: Space, child: Space) -> None:
+        child.identity = self.take_identity()  # the journal has foreseen it
+        of_parent = self.tenancies[parent.identity]
+        self.tenancies[child.identity] = Tenancy(of_parent.origin, of_parent.token, is_child=True, space=child)
+        self.dispatcher.add(child)
+
+    def _dropped(self, space: Space) -> None:
+        """Tell the successor before the descriptor's number can mean something else."""
+        self.journal.append((Kind.CLOSED, space.identity, b""))
+        tenancy = self.tenancies.pop(space.identity)
+        if tenancy.ahead is not None:
+            tenancy.ahead.cancel()
+        if tenancy.early is not None:
+            tenancy.early[0].cancel()
+        if tenancy.tether >= 0:
+            close_foreign([tenancy.tether])
+        if tenancy.announced:
+            self._on_gone(tenancy.token)
+        self.retire(tenancy.origin)
+        self._rewriting.closed()
+        if self._held:
+            self._held = [held for held in self._held if held is not space]
+            self._loop.call_soon(self._release)
+
+    def _error(self, space: Space, error: UffdError) -> None:
+        log.error("%s", error)
+        tenancy = self.tenancies.get(space.identity)
+        if tenancy is not None:  # else it has been dropped meanwhile
+            self._on_error(tenancy.token, error)
+
+    def family_of(self, token: str) -> list[Space]:
+        """Return a space and its forked children."""
+        return [space for space in self.dispatcher.spaces.values() if self.tenancies[space.identity].token == token]
+
+    def find(self, token: str) -> Space | None:
+        """Return the space of a token."""
+        return next((space for space in self.family_of(token) if not self.tenancies[space.identity].is_child), None)
+
+    async def wanted(self, token: str) -> tuple[Space, Tenancy]:
+        """Return the space of a token, once its source has been opened again.
+
+        Raises:
+            ClosedError: it is served no longer.
+        """
+        if any(state.token == token for state in self.waiting.values()):
+            await self._restored[token].wait()
+        space = self.find(token)
+        if space is None:
+            raise ClosedError("it is served no longer")
+        return space, self.tenancies[space.identity]
+
+    # A journal that is full
+
+    def _full(self) -> None:
+        """Read no more of the space that needs most of the journal; of all of them, where even that is too late."""
+        spaces = sorted(
+            (space for space in self.dispatcher.spaces.values() if space not in self._held),
+            key=lambda space: len(space.mappings),
+            reverse=True,
+        )
+        for space in spaces if self.journal.room <= 0 else spaces[:1]:
+            self._held.append(space)
+            self.dispatcher.hold(space)
+            error = PagerError(
+                f"its memory is in {len(space.mappings)} pieces, and the pager's journal has no room for more: its"
+                " layout changes and page faults wait until other memory is served no longer"
+            )
+            self._error(space, error)
+
+    def _release(self) -> None:
+        """Something is served no longer: there may be room again."""
+        if not self._held:
+            return
+        self._rewriting.make_room()
+        if self.journal.room > self.journal.capacity // 8:
+            held, self._held = self._held, []
+            for space in held:
+                self.dispatcher.release(space)
+
+    # Taking over
+
+    def write_all(self, state: State) -> None:
+        """Begin the journal anew with a state. Raises JournalFullError."""
+        self.journal.change(self.journal.write_anew(0, state.encode()))
+
+    def restore(self, end: Replay, identity: int, built: dict[int, Origin] | None = None) -> None:
+        """Serve what a predecessor has served, which is in the journal: its events, and the faults that it had read.
+
+        What a source that does not answer serves waits for it; the others do not.
+
+        Args:
+            end: what the journal amounts to.
+            identity: the space whose events landed, and were not committed.
+            built: what serves, where it is here already.
+        """
+        state = end.state
+        if end.fresh:
+            first = state.meta.next - sum(child >= 0 for _, _, child in end.told[len(end.told) - len(end.fresh) :])
+            self.journal.next_identity = lambda: first
+            self.journal.commit_events(identity, end.fresh)
+            self.journal.next_identity = lambda: self.meta.next
+            for message in end.fresh:
+                self.journal.counters.words[COUNTER_OF_EVENT[message[0]]] += 1
+        self.meta = attrs.evolve(state.meta, awaits=-1)
+        self.dispatcher.spin_us = self.meta.spin_us
+        if self.meta.owner >= 0:
+            self.own(self.meta.owner)
+        used: dict[int, list[SpaceState]] = defaultdict(list)
+        for space in state.spaces.values():
+            used[space.origin].append(space)
+            self.waiting[space.identity] = space
+        for number, record in state.origins.items():
+            if number not in used:  # its predecessor was about to let it go
+                self.journal.append((Kind.RETIRED, number, b""))
+                close_all((record["config"], *record["fds"]))
+                continue
+            self._restoring[number] = record
+            told = [item for item in end.told if state.spaces.get(item[0]) in used[number]]
+            origin = (built or {}).get(number)
+            if origin is not None:
+                origin.record = record
+                self._restore_spaces(origin, used[number], told)
+            else:
+                self.spawn(self._restore_origin(number, record, used[number], told))
+
+    async def _restore_origin(
+        self, number: int, record: dict[str, Any], spaces: list[SpaceState], told: list[tuple[int, bytes, int]]
+    ) -> None:
+        self._restore_spaces(await self.rebuilt(number, record), spaces, told)
+
+    async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
+        """Return what serves, made anew; where that fails, what fails each page."""
+        try:
+            return await build(self.journal.counters, number, record)
+        except Exception as error:  # noqa: BLE001 - it costs those whom it serves, and nobody else
+            log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
+            return make_origin(self.journal.counters, number, record, Service(FailedSource(error)))
+
+    def _restore_spaces(self, origin: Origin, states: list[SpaceState], told: list[tuple[int, bytes, int]]) -> None:
+        del self._restoring[origin.identity]
+        self.origins[origin.identity] = origin
+        known = {state.identity: self._serve(state, origin) for state in states}
+        for identity, message, child in told:
+            space = known.get(identity)
+            if space is not None and (child < 0 or child in known):
+                space.backend.layout(space, message[0], message, known.get(child))
+        for state in states:
+            del self.waiting[state.identity]
+            self._restored[state.token].set()
+        for space in known.values():
+            space.wake_all()

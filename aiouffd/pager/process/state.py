@@ -1,0 +1,169 @@
+"""What a worker must not lose, as data: what it serves, and from where. And the records of the journal that say it.
+
+A journal is a sequence of records. Each is a header (length of the content, kind, identity, child) and a content of a
+multiple of 8 bytes, so that numbers in it are aligned.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import attrs
+
+from aiouffd.engine.mappings import Mappings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["EVENT_SIZE", "Kind", "Meta", "Record", "SpaceState", "State", "encode", "records"]
+
+_HEADER: Final = struct.Struct("=IIqq")
+EVENT_SIZE: Final = _HEADER.size + 32
+"""Bytes of the record of a layout event."""
+
+
+class Kind(enum.IntEnum):
+    """What a record says; `identity` is that of a space, or of an origin."""
+
+    META = 1  # JSON of a `Meta`, in place of the last
+    ORIGIN = 2  # JSON: a source or handler is used from now on
+    RETIRED = 3  # it is used no longer
+    SPACE = 4  # JSON of a `SpaceState` without mappings: it is served from now on
+    MAPPINGS = 5  # `Mappings.pack`: more of what the space shows
+    EVENT = 6  # a layout event, as the kernel has told it; a fork's `child` is the identity of the child
+    CLOSED = 7  # the space is served no longer
+    AHEAD = 8  # two numbers: how much was replayed, and filled
+
+
+class Record(NamedTuple):
+    """One record."""
+
+    kind: Kind
+    identity: int
+    child: int
+    content: bytes
+
+
+def encode(kind: Kind, identity: int = 0, content: bytes = b"", *, child: int = -1) -> bytes:
+    """Return a record as it is in a journal."""
+    return _HEADER.pack(len(content), kind, identity, child) + content + bytes(-len(content) % 8)
+
+
+def records(data: memoryview) -> Iterator[Record]:
+    """Yield the records in a journal's bytes."""
+    at = 0
+    while at < len(data):
+        length, kind, identity, child = _HEADER.unpack_from(data, at)
+        at += _HEADER.size
+        yield Record(Kind(kind), identity, child, bytes(data[at : at + length]))
+        at += length + -length % 8
+
+
+@attrs.define
+class Meta:
+    """What is known besides spaces and origins.
+
+    Attributes:
+        next: the lowest identity that was never given.
+        owner: pidfd of the process that has started the pager; -1: not known yet.
+        awaits: the connection to a predecessor that hands over; -1: there is none.
+        spin_us: as `Options.spin_us`.
+    """
+
+    next: int = 1
+    owner: int = -1
+    awaits: int = -1
+    spin_us: int = 50
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        return encode(Kind.META, 0, _json(attrs.asdict(self)))
+
+
+@attrs.define(eq=False)
+class SpaceState:
+    """A space, as a successor needs it.
+
+    Attributes:
+        identity: names it.
+        fd: its userfaultfd.
+        page_size: in bytes.
+        features: of the userfaultfd.
+        origin: identity of what it is served from.
+        token: by which it, or the ancestor that it was forked from, is asked for.
+        tether: a descriptor to hold open as long as it is served; -1: none.
+        is_child: of a fork.
+        replayed: how many entries of a recording were brought ahead.
+        filled: up to which offset it was filled in the background.
+        changed: its layout is another than when it was opened.
+        mappings: what it shows.
+    """
+
+    identity: int
+    fd: int
+    page_size: int
+    features: int
+    origin: int
+    token: str
+    tether: int = -1
+    is_child: bool = False
+    replayed: int = 0
+    filled: int = 0
+    changed: bool = False
+    mappings: Mappings = attrs.field(factory=Mappings)
+
+    @property
+    def content(self) -> bytes:
+        """All but the mappings, as it is in a record."""
+        values = {field.name: getattr(self, field.name) for field in attrs.fields(SpaceState)}
+        del values["mappings"]
+        return _json(values)
+
+    def encode(self) -> bytes:
+        """Return the record, without the mappings."""
+        return encode(Kind.SPACE, self.identity, self.content)
+
+    def encode_all(self) -> bytes:
+        """Return the record and that of the mappings."""
+        rows, _ = self.mappings.pack(0, len(self.mappings))
+        return self.encode() + encode(Kind.MAPPINGS, self.identity, rows)
+
+
+@attrs.define(eq=False)
+class State:
+    """All of it.
+
+    Attributes:
+        meta: what is known besides.
+        origins: by identity: how each source or handler came here.
+        spaces: by identity.
+    """
+
+    meta: Meta = attrs.field(factory=Meta)
+    origins: dict[int, dict[str, Any]] = attrs.field(factory=dict)
+    spaces: dict[int, SpaceState] = attrs.field(factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the records of all of it."""
+        return b"".join(
+            (
+                self.meta.encode(),
+                *(encode(Kind.ORIGIN, identity, _json(record)) for identity, record in self.origins.items()),
+                *(space.encode_all() for space in self.spaces.values()),
+            )
+        )
+
+    @property
+    def numbers(self) -> set[int]:
+        """The descriptors that it speaks of."""
+        known = {fd for space in self.spaces.values() for fd in (space.fd, space.tether)}
+        for origin in self.origins.values():
+            known.update((origin["config"], *origin["fds"]))
+        return {fd for fd in (*known, self.meta.owner, self.meta.awaits) if fd >= 0}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
