@@ -26,7 +26,7 @@ import itertools
 import mmap
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -34,10 +34,10 @@ from aiouffd.errors import operation_error
 from aiouffd.kernel import abi, userfaultfd
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.owned import OwnedDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
 __all__ = ["POISONED", "FakeUffd"]
 
@@ -65,7 +65,7 @@ class _Area:
     registered: bool
 
 
-class FakeUffd:
+class FakeUffd(OwnedDescriptor):
     """Stands for a `Userfaultfd` and for the process behind it.
 
     Args:
@@ -282,22 +282,10 @@ class FakeUffd:
     def close(self) -> None:
         """Close it: sleepers are woken, and missing pages read as zeros from now on."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            super().close()
             for area in self._areas:
                 area.registered = False
             self.asleep.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     # The kernel's side
 

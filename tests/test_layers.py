@@ -27,6 +27,7 @@ ORDER = {
             "abi",
             "libc",
             "limits",
+            "owned",
             "memory",
             "pagemap",
             "locked",

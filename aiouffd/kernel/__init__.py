@@ -1,7 +1,8 @@
 """The kernel's interface, typed. No event loop, no policy.
 
 - `abi`: numbers and structs; `libc`: system calls that the standard library lacks; `limits`: errors that name them;
-- `memory`: addresses of buffers, sealed memfds; `pagemap`: which pages are present;
+- `owned`: a descriptor that belongs to an object; `memory`: addresses of buffers, sealed memfds;
+- `pagemap`: which pages are present;
 - `locked`, `populated`: memory that the kernel fills with zeros before it is registered;
 - `region`: memory that can be registered; `sentinel`: SIGBUS for pages that are still missing at the end;
 - `unserved`: mappings of shared memory that no userfaultfd watches;

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Final, Self
 
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.owned import OwnedDescriptor
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
 __all__ = ["Pagemap", "data_ranges"]
 
@@ -35,7 +35,7 @@ _IN_MEMORY: Final = bytes(value & 1 for value in range(256))  # of a byte of min
 _ONES: Final = re.compile(b"\1+")
 
 
-class Pagemap:
+class Pagemap(OwnedDescriptor):
     """/proc/self/pagemap, opened once. A context manager that closes it.
 
     The kernel checks the permission when the file is opened. A process that drops its privileges (setuid) or becomes
@@ -55,27 +55,7 @@ class Pagemap:
         try:
             return cls()
         except OSError:
-            self = cls.__new__(cls)
-            self._fd = -1
-            return self
-
-    def close(self) -> None:
-        """Close the file."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+            return cls.__new__(cls)
 
     def missing(self, address: int, length: int, fd: int = -1, page_size: int = mmap.PAGESIZE) -> list[Range]:
         """Return the ranges of addresses of [address, address + length) whose pages are missing.

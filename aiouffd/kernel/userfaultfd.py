@@ -30,10 +30,10 @@ from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.owned import OwnedDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any
 
 __all__ = ["Capabilities", "Event", "Fork", "Userfaultfd", "decode", "probe"]
@@ -132,7 +132,7 @@ def probe() -> Capabilities:
     return Capabilities(features, ioctls, way)
 
 
-class Userfaultfd:
+class Userfaultfd(OwnedDescriptor):
     """A userfaultfd(2) descriptor after its handshake. A context manager that closes it.
 
     Addresses are those of the process that opened it (of the forked child, for one that a fork event brought),
@@ -212,32 +212,13 @@ class Userfaultfd:
 
     def close(self) -> None:
         """Close the descriptor. When the last duplicate closes, blocked threads go on and read **zeros**."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        super().close()
 
     def detach(self) -> int:
         """Return the descriptor, which is the caller's now; this object is closed."""
         fd = self.fileno()
         self._fd = -1
         return fd
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._fd < 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
 
     def __repr__(self) -> str:
         return f"<Userfaultfd {'closed' if self._fd < 0 else f'fd={self._fd}'} {self._features!r}>"
