@@ -20,7 +20,7 @@ ORDER = {
         *("errors", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
         *("server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
-    "native": ["build", "__init__", "__main__", "faults", "watchdog"],
+    "native": ["build", "__init__", "__main__", "faults", "notes", "watchdog"],
     "kernel": [
         *(
             "__init__",

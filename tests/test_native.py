@@ -29,6 +29,7 @@ C_FILES = (
     "plain",
     "chain",
     "ask",
+    "notes",
     "signal",
     "watchdog",
     "watch_servers",

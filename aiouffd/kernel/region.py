@@ -20,6 +20,8 @@ from aiouffd.ranges import align_up
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiouffd.native.notes import Note
+
 __all__ = ["Region"]
 
 MAP_NORESERVE: Final = 0x4000
@@ -85,6 +87,7 @@ class Region(mmap.mmap):
     never_served: bool
     """Whether no Monitor has been entered yet: until then zeros may be the kernel's, see `kernel.populated`."""
     _listener: LayoutListener | None
+    _note: Note | None
     _keep: list[Any]
 
     def __new__(cls, length: int, *, page_size: int = mmap.PAGESIZE, shared: bool = False) -> Self:
@@ -146,6 +149,7 @@ class Region(mmap.mmap):
         self.monitor = None
         self.never_served = True
         self._listener = None
+        self._note = None
         self._keep = []
         self._find()
         if locked or ((new or fd < 0) and page_size > mmap.PAGESIZE and is_populated(self.address)):
@@ -178,6 +182,12 @@ class Region(mmap.mmap):
     def listen(self, listener: LayoutListener | None) -> None:
         """Have `listener`, which serves the region without layout events, make its layout changes; None: nobody."""
         self._listener = listener
+
+    def annotate(self, note: Note | None) -> None:
+        """Have `note` follow the region when it moves, until it is closed; None: none."""
+        previous, self._note = self._note, note
+        if previous is not None:
+            previous.close()
 
     def keep(self, thing: object) -> None:
         """Keep an object alive for as long as the region is mapped."""
@@ -255,6 +265,7 @@ class Region(mmap.mmap):
             os.close(self.fd)
             self.fd = -1
         self._keep.clear()
+        self.annotate(None)
 
     def __del__(self) -> None:
         # A view would keep the region alive, except when the interpreter ends.

@@ -186,6 +186,7 @@ class Monitor:
 
     async def __aenter__(self) -> Self:
         """Start to serve."""
+        enable_tracebacks()
         engine = self._choice.make(asyncio.get_running_loop())
         starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
         try:
@@ -211,6 +212,7 @@ class Monitor:
 
     def __enter__(self) -> Self:
         """Start to serve, in a program without a loop."""
+        enable_tracebacks()
         self._start(self._choice.make(None))
         return self
 

@@ -14,8 +14,12 @@
 #include "ask.h"
 #include "chain.h"
 #include "gil.h"
+#include "notes.h"
 #include "plain.h"
 #include <errno.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum { REPEATS = 1000 }; /* a page that is present faults again and again: something else is wrong with it */
 
@@ -24,6 +28,7 @@ THREAD_LOCAL struct {
     uint32_t missed_epoch; /* at that time */
     uint32_t repeats;      /* how often `repeated` was present and faulted all the same */
     uint64_t repeated;
+    uint64_t explained; /* the address that `explained` spoke of last */
 } mine;
 
 static int holds(const struct region *r, uint64_t address)
@@ -95,29 +100,90 @@ static int within(uint64_t address)
     return 0;
 }
 
+/* Say what is known about memory that a Monitor has left; once, though the handlers below may come back to it. */
+static int explained(uint64_t address)
+{
+    if (address != mine.explained && !say_note(LEFT, address))
+        return 0;
+    mine.explained = address;
+    return 1;
+}
+
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     int saved = errno, ours = 0;
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
     /* A missing page is BUS_ADRERR. A poisoned one may be BUS_MCEERR_AR, as is one whose memory is broken. */
-    if (info->si_code != BUS_ADRERR || !serve(address, context, &ours))
-        pass_on(number, info, context, ours || (info->si_code == BUS_MCEERR_AR && within(address)));
+    if (info->si_code != BUS_ADRERR || !serve(address, context, &ours)) {
+        if (info->si_code > 0 && !ours)
+            ours = within(address) ? info->si_code == BUS_MCEERR_AR : explained(address);
+        pass_on(number, info, context, ours);
+    }
     errno = saved;
+}
+
+/* --- A forked child --- */
+
+static struct sigaction segv_before;
+
+/* The child touched memory that it does not have. With the handler from before in place, the access is repeated. */
+static void on_sigsegv(int number, siginfo_t *info, void *context)
+{
+    int saved = errno;
+    (void)context;
+    sigaction(SIGSEGV, &segv_before, NULL);
+    if (info->si_code > 0)
+        say_note(ABSENT, (uint64_t)(uintptr_t)info->si_addr);
+    else /* by kill(2) or raise(3): nothing would raise it again */
+        syscall(SYS_tgkill, getpid(), thread_id(), number);
+    errno = saved;
+}
+
+static void in_child(void)
+{
+    forget_parent();
+    uninstall();
+    drop_notes(LEFT);
+    struct sigaction now, fresh;
+    memset(&fresh, 0, sizeof fresh);
+    fresh.sa_sigaction = on_sigsegv;
+    fresh.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    if (!has_notes(ABSENT) || sigaction(SIGSEGV, NULL, &now) || now.sa_sigaction == on_sigsegv)
+        return;
+    segv_before = now;
+    sigaction(SIGSEGV, &fresh, NULL);
+}
+
+static void prepare_for_forks(void)
+{
+    static int prepared;
+    if (!prepared)
+        prepared = pthread_atfork(NULL, NULL, in_child) == 0;
+}
+
+/* --- What Python calls --- */
+
+static int stays; /* the handler stays installed with nothing to serve: see `aiouffd_remove` */
+
+static void give_back(void)
+{
+    if (!stays && !has_records() && !has_notes(LEFT))
+        uninstall();
 }
 
 /* Enter a region into the table, closed, and take SIGBUS: *displaced is what `install` returns. Returns a slot, or a
  * negated errno: ENOSPC, too many regions; EBUSY, too many others have taken SIGBUS; or why pagemap cannot be read. */
 EXPORT int aiouffd_add(const struct options *options, int *displaced)
 {
-    static int at_fork;
     pthread_mutex_lock(&table);
-    if (!at_fork) /* a forked child has no region to serve */
-        at_fork = pthread_atfork(NULL, NULL, uninstall) == 0;
+    prepare_for_forks();
     int slot = take_record(options);
     if (slot >= 0 && (*displaced = install(on_sigbus)) < 0) {
         free_record(slot);
         slot = -EBUSY;
     }
+    if (slot >= 0)
+        stays = 0;
     pthread_mutex_unlock(&table);
     return slot;
 }
@@ -130,8 +196,9 @@ EXPORT int aiouffd_add(const struct options *options, int *displaced)
 EXPORT void aiouffd_remove(int slot, int for_good)
 {
     pthread_mutex_lock(&table);
-    if (free_record(slot) == 0 && for_good)
-        uninstall();
+    free_record(slot);
+    stays = !for_good;
+    give_back();
     pthread_mutex_unlock(&table);
     wake_everybody();
 }
@@ -144,4 +211,37 @@ EXPORT int aiouffd_beat(int slot)
     int displaced = install(on_sigbus);
     pthread_mutex_unlock(&table);
     return displaced;
+}
+
+/* Take note of a range, about which nothing is said yet. Returns a number for the other calls, or -1. */
+EXPORT int aiouffd_note(uint64_t start, uint64_t end)
+{
+    pthread_mutex_lock(&table);
+    prepare_for_forks();
+    int number = take_note(start, end);
+    pthread_mutex_unlock(&table);
+    return number;
+}
+
+/* What is to be said about a range. LEFT takes SIGBUS, until the note is dropped. */
+EXPORT void aiouffd_note_set(int number, int kind, const char *sentence)
+{
+    pthread_mutex_lock(&table);
+    set_note(number, (enum note_kind)kind, sentence);
+    if (kind == LEFT)
+        install(on_sigbus); /* if too many others have taken it, nothing is said */
+    pthread_mutex_unlock(&table);
+}
+
+EXPORT void aiouffd_note_move(int number, uint64_t start, uint64_t end)
+{
+    move_note(number, start, end);
+}
+
+EXPORT void aiouffd_note_drop(int number)
+{
+    pthread_mutex_lock(&table);
+    drop_note(number);
+    give_back();
+    pthread_mutex_unlock(&table);
 }

@@ -17,8 +17,7 @@ _Atomic uint32_t waiting, epoch;
 _Atomic int32_t pagemap = -1;
 pthread_mutex_t table = PTHREAD_MUTEX_INITIALIZER;
 
-/* A forked child has neither the parent's regions nor its other threads. */
-static void in_child(void)
+void forget_parent(void)
 {
     for (int i = 0; i < REGIONS; i++) {
         atomic_store(&regions[i].state, FREE);
@@ -61,9 +60,6 @@ static void prepare(struct region *r, const struct options *options)
 
 int take_record(const struct options *options)
 {
-    static int at_fork;
-    if (!at_fork)
-        at_fork = pthread_atfork(NULL, NULL, in_child) == 0;
     if (atomic_load(&pagemap) < 0)
         atomic_store(&pagemap, open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
     if (atomic_load(&pagemap) < 0)
@@ -80,19 +76,23 @@ int take_record(const struct options *options)
     return -ENOSPC;
 }
 
-int free_record(int slot)
+void free_record(int slot)
 {
     struct region *r = &regions[slot];
-    int count = 0;
     free(r->extents);
     r->extents = NULL;
     r->count = 0;
     atomic_fetch_add(&epoch, 1);
     atomic_store(&r->state, FREE);
     futex_wake(&r->state);
+}
+
+int has_records(void)
+{
     for (uint32_t i = 0; i < REGIONS; i++)
-        count += atomic_load(&regions[i].state) != FREE;
-    return count;
+        if (atomic_load(&regions[i].state) != FREE)
+            return 1;
+    return 0;
 }
 
 void leave(struct region *r)

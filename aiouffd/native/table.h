@@ -88,7 +88,9 @@ extern _Atomic int32_t pagemap;  /* /proc/self/pagemap; -1: not open */
 extern pthread_mutex_t table;
 
 int take_record(const struct options *options); /* with `table` held; a slot, or a negated errno */
-int free_record(int slot);                      /* with `table` held; how many records are still in use */
+void free_record(int slot);                     /* with `table` held */
+int has_records(void);                          /* with `table` held; whether any is in use */
+void forget_parent(void);                       /* in a forked child, which has neither its regions nor its threads */
 void wake_everybody(void);
 void leave(struct region *r); /* count a handler out */
 

@@ -1,0 +1,75 @@
+"""What standard error says when a touch of a region ends a process that could not know better."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiouffd.native import faults, reason
+from aiouffd.native.notes import Note, When
+
+if TYPE_CHECKING:
+    from aiouffd.kernel.region import Region
+
+__all__ = ["CrashNotes", "caller", "enable_tracebacks"]
+
+_PACKAGE = str(Path(__file__).parent.parent)
+
+
+def enable_tracebacks() -> None:
+    """Enable faulthandler, so that a page that cannot be had ends with the line that touched it.
+
+    Not where SIGBUS has a handler: that is kept. To be called before ours is installed, and in the caller's thread, which
+    gets an alternate stack by that.
+    """
+    free = signal.getsignal(signal.SIGBUS) is signal.SIG_DFL if reason() else faults.handler() == 0
+    if free and not faulthandler.is_enabled() and sys.stderr is not None:
+        with contextlib.suppress(RuntimeError, ValueError, OSError):  # it has no descriptor: an IDE's, a notebook's
+            faulthandler.enable()
+
+
+def caller() -> str:
+    """Return the line that has called into this package: "FILE:LINE, in FUNCTION"."""
+    frame = sys._getframe(1)  # noqa: SLF001 - `inspect` would read the source files
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+class CrashNotes:
+    """What is said about touches of one region, from entering a Monitor until the region is closed or settled as zeros.
+
+    Args:
+        region: that is served.
+        monitor: how to call its Monitor.
+        children: forked children have the region.
+    """
+
+    def __init__(self, region: Region, monitor: str, *, children: bool) -> None:
+        self._region = region
+        self._monitor = monitor
+        self._note = Note(region.address, region.mapped_length)
+        if not children:
+            self._note.say(
+                When.ABSENT,
+                f"{monitor} serves it for process {os.getpid()}; a forked child does not have it. Use Monitor(...,"
+                ' fork="serve"), or open it in the child.',
+            )
+        region.annotate(self._note)
+
+    def left(self, where: str) -> None:
+        """Say that a touch of a missing page is SIGBUS from now on."""
+        self._note.say(
+            When.LEFT,
+            f"{self._monitor} was left at {where}; since then a touch of a missing page is SIGBUS. Touch it inside the"
+            ' block, or leave it with on_exit="populate".',
+        )
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        self._region.annotate(None)
