@@ -59,10 +59,11 @@ ORDER = {
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": ["__init__", "listener", "metrics", "rejection", "reception", "services", "clients", "server"],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
-    "monitor": ["__init__", "engines", "registration", "error_queue", "monitor", "open"],
+    "monitor": ["__init__", "engines", "registration", "error_queue", "crashes", "monitor", "open"],
     "monitor/engines": [
         "__init__",
         "protocol",
+        "calls",
         "layout",
         "local",
         "in_process",

@@ -14,7 +14,7 @@ from aiouffd.errors import BusyError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
 from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
-from aiouffd.kernel.pagemap import data_ranges
+from aiouffd.kernel.pagemap import Pagemap, data_ranges
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class LayoutChange(Protocol):
 
 class LayoutListener(Protocol):
     """Serves a region without the kernel's layout events, and so makes its layout changes."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether this thread may wait for a missing page: it does not run the loop that brings it."""
 
     def change(self, work: Callable[[LayoutChange], None]) -> None:
         """Call `work`, in whatever thread, at a moment when nothing is placed. If it raises, nothing has changed."""
@@ -173,6 +177,8 @@ class Region(mmap.mmap):
 
     def _find(self) -> None:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        if self._note is not None:
+            self._note.move(self.address, self.mapped_length)
 
     @property
     def mapped_length(self) -> int:
@@ -221,11 +227,14 @@ class Region(mmap.mmap):
 
         Raises:
             BufferError: views of the region exist.
-            BusyError: the loop that serves it does not run.
+            BusyError: the loop that serves it does not run; or this is its thread, and the last page, which is not
+                whole and must be cleared behind its end, is missing: `await prefetch()` it first.
         """
+        if newsize > len(self):
+            self._clear_tail()
         if self._listener is None:
             super().resize(newsize)
-            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+            self._find()
             return
         super().resize(len(self))  # changes nothing; raises if there are views, which are not to lose their memory
 
@@ -243,6 +252,21 @@ class Region(mmap.mmap):
             libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
 
         self._listener.change(move)
+
+    def _clear_tail(self) -> None:
+        """Fill what the last page has behind the end with zeros, before the end moves on.
+
+        A region that was cut there has bytes from before, or of the source.
+        """
+        end, tail = len(self), self.mapped_length - len(self)
+        if tail == 0:
+            return
+        if self._listener is not None and not self._listener.may_wait:
+            with Pagemap.open_if_possible() as pagemap:
+                page = self.address + self.mapped_length - self.page_size
+                if pagemap.missing(page, self.page_size, self.fd, self.page_size):
+                    raise BusyError("resize", page, self.page_size, errno.EBUSY)
+        ctypes.memset(self.address + end, 0, tail)  # without the GIL
 
     def close(self) -> None:
         """Unmap the region.

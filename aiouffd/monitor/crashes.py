@@ -24,7 +24,7 @@ _PACKAGE = str(Path(__file__).parent.parent)
 def enable_tracebacks() -> None:
     """Enable faulthandler, so that a page that cannot be had ends with the line that touched it.
 
-    Not where SIGBUS has a handler: that is kept. To be called before ours is installed, and in the caller's thread, which
+    Not where SIGBUS has a handler: that is kept. Call it before ours is installed, and in the caller's thread, which
     gets an alternate stack by that.
     """
     free = signal.getsignal(signal.SIGBUS) is signal.SIG_DFL if reason() else faults.handler() == 0
@@ -68,6 +68,20 @@ class CrashNotes:
             When.LEFT,
             f"{self._monitor} was left at {where}; since then a touch of a missing page is SIGBUS. Touch it inside the"
             ' block, or leave it with on_exit="populate".',
+        )
+
+        self._note.say(
+            When.ABSENT,
+            f"{self._monitor} was left at {where}; a forked child does not have the pages that were missing then. Touch"
+            ' them before, or leave it with on_exit="populate".',
+        )
+
+    def lost(self) -> None:
+        """Say that a touch of a missing page is SIGBUS from now on, since nobody serves the region any more."""
+        self._note.say(
+            When.LEFT,
+            f"{self._monitor} has lost what served it, as `Monitor.check()` tells; since then a touch of a missing page"
+            " is SIGBUS.",
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict, Unpack, overload
 
@@ -18,6 +19,7 @@ from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.region import Region
+from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import Pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.monitor.error_queue import ErrorQueue
@@ -25,6 +27,7 @@ from aiouffd.monitor.registration import Registration
 from aiouffd.sources.base import ZeroSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from aiouffd.engine.serve.handler import Handler
@@ -180,6 +183,7 @@ class Monitor:
         self._registration: Registration | None = None
         self._engine: Engine | None = None
         self._errors = ErrorQueue()
+        self._crashes: CrashNotes
         self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
@@ -203,7 +207,7 @@ class Monitor:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says. Canceling does not interrupt this."""
-        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None))
+        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None, where=caller()))
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
@@ -220,7 +224,7 @@ class Monitor:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says."""
-        self._stop(populate=kind is None)
+        self._stop(populate=kind is None, where=caller())
 
     def _start(self, engine: Engine) -> None:
         # What may take time or fail comes first: the size of a source is asked of a server.
@@ -236,6 +240,9 @@ class Monitor:
             user_mode_only=self._user_mode_only,
             serves_system_calls=self._choice.serves_system_calls,
         )
+        self._registration = registration
+        name = f"The Monitor of {region!r} by {self.origin!r}"
+        self._crashes = CrashNotes(region, name, children=self._fork == "serve")
         try:
             if self._writes == "tracked":
                 registration.collect()  # what was there before is protected, too
@@ -247,17 +254,27 @@ class Monitor:
                     page_size=region.page_size,
                     options=attrs.evolve(self._options, modes=int(registration.modes)),
                     on_error=self._errors.put,
-                    on_lost=partial(registration.settle, sigbus=True),  # no hang and no zeros
+                    on_lost=_weak(
+                        self._lost
+                    ),  # the engine is part of cycles, and the region is not to wait for their end
                 )
             )
         except BaseException:
             self._end_recording(complete=False)
+            self._registration = None
             registration.abandon()
+            self._crashes.close()
             raise
-        self._registration, self._engine, region.monitor = registration, engine, self
+        self._engine, region.monitor = engine, self
         region.listen(engine.layout)
 
-    def _stop(self, *, populate: bool = False) -> None:
+    def _lost(self) -> None:
+        """Nobody serves the region any more: no hang, and no zeros."""
+        if self._registration is not None:
+            self._crashes.lost()
+            self._registration.settle(sigbus=True)
+
+    def _stop(self, *, populate: bool = False, where: str = "its entrance, which was canceled") -> None:
         engine, registration = self._engine, self._registration
         if engine is None or registration is None or os.getpid() != self._pid:
             return
@@ -269,11 +286,15 @@ class Monitor:
             with contextlib.suppress(UffdError, TimeoutError):  # a server that has gone
                 counted = engine.statistics()
                 registration.warn_of_unserved(max(counted.minor_faults, counted.continues))
+            if self._sigbus:
+                self._crashes.left(where)
             if self._sigbus and registration.can_poison:
                 engine.refuse()
             try:
                 engine.leave(partial(registration.settle, sigbus=self._sigbus), sigbus=self._sigbus)
             finally:
+                if not self._sigbus:
+                    self._crashes.close()
                 self._engine = self._registration = self.region.monitor = None
                 self.region.listen(None)
                 self._end_recording(complete=True)
@@ -401,3 +422,14 @@ def _check_region(region: Region) -> None:
         raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
     if region.closed:
         raise ClosedError("the region is closed")
+
+
+def _weak(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls a method as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    return call

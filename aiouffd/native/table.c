@@ -49,7 +49,6 @@ static void prepare(struct region *r, const struct options *options)
     atomic_store(&r->start, 0);
     atomic_store(&r->end, 0);
     atomic_store(&r->loop, 0);
-    atomic_store(&r->changer, 0);
     atomic_store(&r->strangers, 0);
     atomic_store(&r->around, neighborhood(r));
     atomic_store(&r->warning_ms, options->warning_ms);
@@ -114,7 +113,6 @@ EXPORT int aiouffd_close(int slot)
 {
     struct region *r = &regions[slot];
     uint64_t limit = now_ns() + UINT64_C(1000000) * BUSY_MS;
-    atomic_store(&r->changer, thread_id());
     atomic_store(&r->state, CHANGING);
     for (uint32_t inside; (inside = atomic_load(&r->inside)) != 0;) {
         if (now_ns() > limit)
@@ -127,7 +125,6 @@ EXPORT int aiouffd_close(int slot)
 /* Let handlers in again. */
 EXPORT void aiouffd_open(int slot)
 {
-    atomic_store(&regions[slot].changer, 0);
     atomic_store(&regions[slot].state, LIVE);
     futex_wake(&regions[slot].state);
 }

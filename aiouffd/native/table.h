@@ -66,7 +66,6 @@ struct region {
     uint64_t count;
     _Atomic uint32_t heartbeat; /* of the loop */
     _Atomic int32_t loop;       /* its thread */
-    _Atomic int32_t changer;    /* the thread that has the record CHANGING */
     struct stream streams[STREAMS];
     _Atomic uint32_t turn, strangers;
     _Atomic uint64_t around;

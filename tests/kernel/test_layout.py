@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import mmap
+import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -27,9 +30,9 @@ MODES: dict[str, aiouffd.InProcess | aiouffd.InThread] = {
 }
 
 
-def monitored(mode: str, region: aiouffd.Region, source: Any) -> aiouffd.Monitor:
-    """Return a Monitor."""
-    return aiouffd.Monitor(region, source, engine=MODES[mode], readahead=0)
+def monitored(mode: str, region: aiouffd.Region, source: Any, **options: Any) -> aiouffd.Monitor:
+    """Return a Monitor; `mode` may be "pager" as well."""
+    return aiouffd.Monitor(region, source, engine=MODES.get(mode), readahead=0, **options)
 
 
 async def beside_the_loop(mode: str, source: Any, work: Callable[[aiouffd.Region, aiouffd.Monitor], None]) -> None:
@@ -224,3 +227,117 @@ async def in_the_loop(mode: str) -> None:
 def test_a_change_that_the_loop_itself_makes(mode: str, loop: str) -> None:
     """It does not wait for itself."""
     play(in_the_loop, mode, loop=loop)
+
+
+def interrupted(how: str, far: bool) -> None:
+    """Scenario: signal handlers and finalizers touch missing pages while their thread changes the layout, or leaves."""
+    draw = random.Random(5)
+    stop = True
+    source: Any = Slow(SIZE, 0.0003) if far else aiouffd.BufferSource(content(0, SIZE))
+    wrong: list[bytes] = []
+    touched = 0
+
+    def touch(*_: object) -> None:
+        nonlocal touched
+        if not stop and threading.current_thread() is threading.main_thread():
+            page = draw.randrange(PAGES)
+            seen = region[page * PAGE : page * PAGE + 8]
+            if seen not in (word(page), bytes(8)):
+                wrong.append(seen)
+            touched += 1
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+        __del__ = touch
+
+    signal.signal(signal.SIGALRM, touch)
+    gc.set_threshold(10)
+    end = time.monotonic() + 4
+    changes = 0
+    while time.monotonic() < end or not touched:
+        region = aiouffd.Region(SIZE)
+        with monitored("in_thread", region, source, on_exit="zeros") as monitor:
+            stop = False
+            for _ in range(50):
+                if how == "finalizer":
+                    Cycle()
+                else:
+                    signal.setitimer(signal.ITIMER_REAL, draw.random() * 0.0005 + 1e-6)
+                region.madvise(mmap.MADV_DONTNEED, draw.randrange(PAGES) * PAGE, PAGE)
+                changes += 1
+            monitor.prefetch_sync(0, SIZE)
+        stop = True
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not wrong
+    print(changes, touched)
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("how", ["signal", "finalizer"])
+def test_a_touch_by_the_thread_that_changes_the_layout(how: str, far: bool) -> None:
+    """It is served, wherever the thread was interrupted: in madvise, in a prefetch, or on leaving."""
+    output, errors = play(interrupted, how, far, deadline=40)
+    assert "has been waiting" not in errors
+    assert all(int(number) > 0 for number in output.split())
+
+
+async def unaligned(mode: str, kind: str) -> None:
+    """Scenario: a region shrinks to a length that is no multiple of the page, and grows again."""
+
+    def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+        if kind == "present":
+            assert peek(region.address + 10 * PAGE) == word(10)
+        region.resize(10 * PAGE + 100)
+        if kind != "missing":
+            monitor.prefetch_sync(0, len(region))
+            assert peek(region.address + 10 * PAGE + 92) == content(10 * PAGE + 92, 8)
+        region.resize(20 * PAGE + 5)
+        monitor.prefetch_sync(0, len(region))
+        shown = peek(region.address, 20 * PAGE + 5)
+        assert shown == content(0, 10 * PAGE + 100) + bytes(10 * PAGE - 95)
+        monitor.check()
+
+    sources = {"far": Slow(SIZE), "memory": aiouffd.BufferSource(content(0, SIZE))}
+    await beside_the_loop(mode, sources.get(kind, Pattern(SIZE)), work)
+
+
+@pytest.mark.parametrize("kind", ["present", "missing", "prefetched", "far", "memory"])
+@pytest.mark.parametrize("mode", [*MODES, "pager"])
+def test_a_length_that_is_no_multiple_of_the_page(mode: str, kind: str) -> None:
+    """The last page is served, and what is added behind its end later is zeros, not bytes from before."""
+    play(unaligned, mode, kind)
+
+
+async def unaligned_in_the_loop() -> None:
+    """Scenario: the loop's own thread grows a region whose last page is cut, and missing."""
+    region = aiouffd.Region(SIZE)
+    async with monitored("in_process", region, Pattern(SIZE)) as monitor:
+        region.resize(10 * PAGE + 100)
+        with pytest.raises(aiouffd.BusyError):
+            region.resize(20 * PAGE)
+        assert len(region) == 10 * PAGE + 100
+        await monitor.prefetch(10 * PAGE, 1)
+        region.resize(20 * PAGE)
+        shown = await asyncio.to_thread(peek, region.address, 20 * PAGE)
+        assert shown == content(0, 10 * PAGE + 100) + bytes(10 * PAGE - 100)
+
+
+def test_the_loop_cannot_wait_for_the_last_page() -> None:
+    """It is told what to do, and does not hang."""
+    play(unaligned_in_the_loop)
+
+
+def unserved() -> None:
+    """Scenario."""
+    region = aiouffd.Region(3 * PAGE)
+    region[:] = b"x" * (3 * PAGE)
+    region.resize(2 * PAGE + 100)
+    region.resize(4 * PAGE)
+    assert region[:] == b"x" * (2 * PAGE + 100) + bytes(2 * PAGE - 100)
+
+
+def test_a_region_that_nobody_serves() -> None:
+    """What is added is zeros there, too."""
+    play(unserved)

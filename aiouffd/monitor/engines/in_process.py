@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
-import sys
 import threading
 from typing import TYPE_CHECKING, ClassVar
 
@@ -83,9 +81,6 @@ class InProcessEngine:
         self._counters = Counters()
         self._watch: LoopWatch
         self._local: Local
-        # A loop that is stuck ends with the traceback of the line that touched.
-        if choice.stuck_limit is not None and not faulthandler.is_enabled() and sys.stderr is not None:
-            faulthandler.enable()
 
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
@@ -114,7 +109,7 @@ class InProcessEngine:
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""
-        if self._local.layout.in_loop:
+        if not self._local.layout.may_wait:
             raise RuntimeError("engine=InProcess() serves on this thread's event loop: await prefetch() instead")
 
     def refuse(self) -> None:

@@ -11,14 +11,13 @@ import asyncio
 import atexit
 import contextlib
 import errno
-import faulthandler
 import gc
 import logging
 import os
-import sys
 import threading
 import weakref
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +29,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.monitor.engines.calls import call_in_thread
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
@@ -83,13 +83,7 @@ class InThread:
             )
 
     def make(self, _loop: asyncio.AbstractEventLoop | None) -> InThreadEngine:
-        """Return an engine.
-
-        faulthandler is enabled below our handler, so that a page that cannot be had ends with the line that touched it;
-        where SIGBUS has a handler already, that one is kept.
-        """
-        if faults.handler() == 0 and not faulthandler.is_enabled() and sys.stderr is not None:
-            faulthandler.enable()  # in the caller's thread, which gets an alternate stack by that
+        """Return an engine."""
         return InThreadEngine(self)
 
 
@@ -109,7 +103,6 @@ class InThreadEngine:
         self._pid = os.getpid()
         patiences = (choice.stuck_warning, choice.stuck_limit)
         self._period = min([_BEAT] + [patience / 4 for patience in patiences if patience])
-        self._assignment: Assignment
         self._extents: Extents
         self._done: asyncio.Event
         self._local: Local
@@ -122,7 +115,6 @@ class InThreadEngine:
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
         options = assignment.options
-        self._assignment = assignment
         self._extents = Extents(assignment.service, options, assignment.page_size)
         self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -143,7 +135,9 @@ class InThreadEngine:
         self._uffd = PipeUserfaultfd.joined(assignment.uffd, self._reading, self._loop)
         ready: Future[None] = Future()
         # A daemon, so that a program may end without leaving: see `_at_exit`.
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="aiouffd-in-thread", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(assignment, ready), name="aiouffd-in-thread", daemon=True
+        )
         self._thread.start()
         try:
             ready.result()
@@ -156,22 +150,20 @@ class InThreadEngine:
 
     # The loop's thread
 
-    def _run(self, ready: Future[None]) -> None:
+    def _run(self, assignment: Assignment, ready: Future[None]) -> None:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._main(ready))
+                runner.run(self._main(assignment, ready))
         except BaseException as error:
             if ready.done():
                 log.exception("the loop of a Monitor with engine=InThread() has ended")
             else:
                 ready.set_exception(error)
 
-    async def _main(self, ready: Future[None]) -> None:
+    async def _main(self, assignment: Assignment, ready: Future[None]) -> None:
         self._done = asyncio.Event()
         # No spinning: the touchers need the GIL, which the loop would hold.
-        self._local = Local(
-            self._assignment, self._uffd, self._counters, spin_us=0, quiet=self._quiet, changed=self._show
-        )
+        self._local = Local(assignment, self._uffd, self._counters, spin_us=0, quiet=self._quiet, changed=self._show)
         self._served.loop(threading.get_native_id())
         self._beat()
         self._show()
@@ -230,7 +222,7 @@ class InThreadEngine:
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""
-        if self._local.layout.in_loop:
+        if not self._local.layout.may_wait:
             raise RuntimeError("this thread runs the loop of engine=InThread(): await prefetch() instead")
 
     @property
@@ -242,7 +234,13 @@ class InThreadEngine:
         """Do nothing: a thread that touches a missing page waits until `leave` has settled it."""
 
     def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
-        """Serve no longer. A thread that touches a missing page meanwhile waits until it is settled."""
+        """Serve no longer. A thread that touches a missing page meanwhile waits until it is settled.
+
+        Another thread does the work: a signal handler of this one may touch such a page.
+        """
+        call_in_thread(partial(self._leave, settle, sigbus=sigbus))
+
+    def _leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
         self._close()
         try:
             settle()

@@ -9,12 +9,11 @@ meanwhile.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from aiouffd.errors import BusyError
+from aiouffd.monitor.engines.calls import call_in_loop
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
@@ -31,54 +30,6 @@ __all__ = ["Layout"]
 _PATIENCE = 5.0  # seconds for the loop to begin a change
 
 T = TypeVar("T")
-
-
-class _Call(Generic[T]):
-    """A function to be called by the loop, while another thread waits for its result.
-
-    It uses bare locks. With a Condition (in Future and Event) a signal handler could interrupt the waiting thread while
-    that holds the Condition's lock: if the handler then touches a missing page, the loop would wait for the lock, and
-    the handler for the loop.
-    """
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._begun = threading.Lock()  # taken by the loop, or by the caller who gives up
-        self._running = threading.Lock()
-        self._running.acquire()
-        self._result: T
-        self._error: BaseException | None = None
-
-    def __call__(self) -> None:
-        """Make the call, unless its caller has given up."""
-        if not self._begun.acquire(blocking=False):
-            return
-        try:
-            self._result = self._work()
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            self._error = error
-        finally:
-            self._running.release()
-
-    def wait(self, seconds: float) -> T:
-        """Return the result. BusyError if the call has not begun after so many seconds: it will not be made then."""
-        try:
-            done = self._running.acquire(timeout=seconds)
-        except BaseException:  # a signal handler has raised an exception
-            self._cancel()
-            raise
-        if not done and self._cancel():
-            raise BusyError("a change of the layout", 0, 0, errno.EBUSY)
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _cancel(self) -> bool:
-        """Give up; or wait until the call has been made, if it has begun."""
-        if self._begun.acquire(blocking=False):
-            return True
-        with self._running:
-            return False
 
 
 class Layout:
@@ -116,9 +67,9 @@ class Layout:
         self._changed = changed
 
     @property
-    def in_loop(self) -> bool:
-        """Whether this thread runs the loop."""
-        return threading.get_ident() == self._thread
+    def may_wait(self) -> bool:
+        """Whether this thread may wait for a missing page: it does not run the loop."""
+        return threading.get_ident() != self._thread
 
     def change(self, work: Callable[[LayoutChange], T]) -> T:
         """Call `work`, which changes the region's layout and says how, at a moment when nothing is placed.
@@ -130,12 +81,9 @@ class Layout:
         """
         if os.getpid() != self._pid:
             return work(self)
-        if self.in_loop:
+        if not self.may_wait:
             return self._make(work)
-        call = _Call(lambda: self._make(work))
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it will not begin
-            self._loop.call_soon_threadsafe(call)
-        return call.wait(_PATIENCE)
+        return call_in_loop(self._loop, lambda: self._make(work), _PATIENCE)
 
     def _make(self, work: Callable[[LayoutChange], T]) -> T:
         with self._quiet():

@@ -12,6 +12,7 @@ from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Local:
         self, assignment: Assignment, uffd: Userfaultfd, counters: Counters, *, spin_us: int, **layout: Any
     ) -> None:
         options, service, mapping = assignment.options, assignment.service, assignment.mapping
+        on_error = assignment.on_error  # and not the assignment, which would keep the region alive in a cycle
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self.backend = make_backend(service, counters, options)
@@ -50,7 +52,7 @@ class Local:
             counters=counters,
             readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
             write_protect=options.write_protect,
-            on_error=lambda _, error: assignment.on_error(error),
+            on_error=lambda _, error: on_error(error),
         )
         self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us)
@@ -61,7 +63,7 @@ class Local:
 
     def prefetch(self, offset: int, length: int) -> Future[None]:
         """Bring offsets [offset, offset + length). From any thread."""
-        return asyncio.run_coroutine_threadsafe(self._prefetch(offset, length), self._loop)
+        return start_in_loop(self._loop, lambda: self._prefetch(offset, length))
 
     async def _prefetch(self, offset: int, length: int) -> None:
         try:
