@@ -685,7 +685,8 @@ def test_a_program_that_ends_without_leaving(how: str) -> None:
 def test_modes_of_python(options: list[str]) -> None:
     """With its debug hooks, and with faulthandler from the beginning."""
     script = """
-import asyncio, sys
+import asyncio, sys, warnings
+warnings.filterwarnings("ignore", "emptied pages")
 sys.path[:0] = sys.argv[1:]
 import test_in_thread as tests
 tests.every_source("buffer", 0, "")

@@ -7,7 +7,6 @@ page, the loop that should bring the page would wait for the lock, and the handl
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from aiouffd.errors import BusyError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Coroutine
 
 __all__ = ["call_in_loop", "call_in_thread", "start_in_loop"]
