@@ -14,8 +14,8 @@ import aiouffd
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import address_of
-from aiouffd.monitor.engines import pipe
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
+from aiouffd.native import faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ SIZE = 64 * PAGE
 def woken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return the ranges that were woken."""
     ranges: list[tuple[int, int]] = []
-    monkeypatch.setattr(pipe.faults, "wake", lambda start, length: ranges.append((start, length)))
+    monkeypatch.setattr(faults, "wake", lambda start, length: ranges.append((start, length)))
     return ranges
 
 
@@ -81,9 +81,8 @@ async def test_wakes_of_a_task_come_after_all_tasks_of_the_turn(woken: list[tupl
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert woken == [(PAGE, PAGE), (5 * PAGE, PAGE)]
-        done = asyncio.Event()
-        asyncio.get_running_loop().call_soon(lambda: (piped.try_wake(9 * PAGE, PAGE), done.set()))
-        await done.wait()
+        asyncio.get_running_loop().call_soon(piped.try_wake, 9 * PAGE, PAGE)
+        await asyncio.sleep(0)
         assert woken[-1] == (9 * PAGE, PAGE)
         piped.close()
     for fd in (reading, writing):
