@@ -60,6 +60,26 @@ def test_the_wheel_holds_the_package_only(wheel: Path) -> None:
     assert len(names) == len(set(names))
 
 
+def test_a_release_wheel_needs_its_native_part(sdist: Path, tmp_path: Path) -> None:
+    """Where a platform is asked for, a compiler that fails is no pure wheel but an error."""
+    command = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        sdist,
+    )
+    with pytest.raises(wheels.WheelError, match="no C compiler"):
+        run(*command, CC="/nonexistent/cc", AIOUFFD_WHEEL_PLATFORM=wheels.platform_tag("x86_64"))
+    run(*command, CC="/nonexistent/cc")
+    assert [path.name[-12:] for path in tmp_path.iterdir()] == ["none-any.whl"]
+
+
 USE = """
 import aiouffd, aiouffd.native
 assert aiouffd.native.reason() == "", aiouffd.native.reason()
