@@ -327,6 +327,9 @@ _ADVICE: dict[tuple[str, int], str] = {
         ' on_exit="sigbus"; make another Region'
     ),
     ("UFFDIO_MOVE", _errno.EBUSY): "a page is pinned, or shared with a forked child: copy it",
+    ("SIGBUS", _errno.EBUSY): (
+        "other handlers were installed over aiouffd's too often: install it before entering, or serve with Pager()"
+    ),
     ("munmap", _errno.EBUSY): "a Monitor serves it: leave its `with` block first",
     ("UFFDIO_REGISTER", _errno.EPERM): "a file mapped without write permission cannot be registered",
     ("UFFDIO_REGISTER", _errno.ENOMEM): "the process has exited, or vm.max_map_count is reached: register fewer ranges",

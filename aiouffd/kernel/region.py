@@ -128,7 +128,11 @@ class Region(mmap.mmap):
                 " for every process that maps it",
                 "Lock with mlockall(MCL_FUTURE | MCL_ONFAULT), or map the memfd before mlockall",
             )
-        return cls._map(os.dup(fd), length, page_size)
+        try:
+            own = os.dup(fd)
+        except OSError as error:
+            raise _refusal(error, length, page_size) from error
+        return cls._map(own, length, page_size)
 
     @classmethod
     def _map(cls, fd: int, length: int, page_size: int, *, new: bool = False) -> Self:

@@ -9,7 +9,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.errors import AccessError, BusyError
+from aiouffd.errors import AccessError, BusyError, LimitError
 from aiouffd.native import holding, library
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class Served:
 
     Raises:
         NativePartError: there is no native part.
-        BusyError: 256 regions are served, or other handlers of SIGBUS were installed eight times.
+        LimitError: 256 regions are served.
+        BusyError: other handlers of SIGBUS were installed eight times.
         AccessError: /proc/self/pagemap cannot be read.
     """
 
@@ -156,7 +157,10 @@ class Served:
         options = _Options(uffd, pipe, shared, mode, page_size, readahead, _milliseconds(warning), _milliseconds(limit))
         displaced = ctypes.c_int()
         slot = self._table.aiouffd_add(options, displaced)
-        if slot in (-errno.ENOSPC, -errno.EBUSY):
+        if slot == -errno.ENOSPC:
+            hint = "leave a Monitor, or serve with Pager()"
+            raise LimitError("one more region", "the number of regions of InThread()", "256", hint, errno.EUSERS)
+        if slot == -errno.EBUSY:
             raise BusyError("SIGBUS", 0, 0, errno.EBUSY)
         if slot < 0:
             raise AccessError(

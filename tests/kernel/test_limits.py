@@ -46,8 +46,10 @@ def test_a_region_beyond_a_limit(name: str, value: int, shared: bool) -> None:
 def no_descriptor_for_userfaultfd() -> None:
     """Scenario."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-    for call in (aiouffd.Userfaultfd, aiouffd.probe):
-        with pytest.raises(aiouffd.LimitError, match=r"opening a userfaultfd: .*RLIMIT_NOFILE is 3"):
+    for call in (aiouffd.Userfaultfd, aiouffd.probe, lambda: aiouffd.Region.from_fd(0, 4096)):
+        with pytest.raises(
+            aiouffd.LimitError, match=r"(opening a userfaultfd|a region of 4096 bytes): .*RLIMIT_NOFILE is 3"
+        ):
             call()
 
 

@@ -92,7 +92,7 @@ class InThreadEngine:
 
     Raises (on start):
         NativePartError: there is no native part.
-        BusyError: too many regions.
+        LimitError: 256 regions are served already.
     """
 
     pids = ()
