@@ -119,6 +119,17 @@ static int poisoned(uint64_t page, uint64_t size)
     return (entry >> 61) == 2 && !(entry >> 57 & 1); /* swapped, neither present nor of a file; not write-protected */
 }
 
+static int refused(const struct region *r, uint64_t page)
+{
+    uint32_t number = atomic_load(&r->refusals);
+    if (number > REFUSED)
+        return 1;
+    for (uint32_t i = 0; i < number; i++)
+        if (atomic_load(&r->refused[i]) == page)
+            return 1;
+    return 0;
+}
+
 /* Whether it is of no use to ask: who would bring the page is this very thread, or has ended, or has failed before. */
 static int in_vain(struct region *r, uint64_t page, uint64_t address)
 {
@@ -130,6 +141,11 @@ static int in_vain(struct region *r, uint64_t page, uint64_t address)
     }
     if (poisoned(page, r->is.page))
         return 1;
+    if (refused(r, page)) {
+        complain(address, ", which cannot be had: `Monitor.check()` raises why. This kernel has no UFFDIO_POISON (Linux"
+                          " 6.6), so the handler remembers it.\n");
+        return 1;
+    }
     if (atomic_load(&finalizing) == me) {
         complain(address, " while the interpreter ends: nobody serves it any more. Leave the Monitor before.\n");
         return 1;
@@ -164,7 +180,7 @@ int ask(struct region *r, uint64_t page, uint64_t address, void *context)
     /* All threads that wait for a page that cannot be had are woken at once. While the first of them writes its report,
      * faulthandler has put SIG_DFL in our place, which would kill the process when the others touch again. So they stay
      * here. (A page that was swapped out again looks the same: that costs a little time.) */
-    if (going && poisoned(page, size))
+    if (going && (poisoned(page, size) || refused(r, page)))
         wait_for_turn();
     take_gil(state);
     return going;

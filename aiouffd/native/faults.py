@@ -75,11 +75,12 @@ def _table() -> ctypes.CDLL:
         ("beat", slot),
         ("below",),
         ("handler",),
+        ("refuse", slot, number),
         ("counters", slot, ctypes.c_void_p),
         ("finalizing",),
     ):
         getattr(table, f"aiouffd_{name}").argtypes = arguments
-    for name in ("loop", "open", "remove", "counters", "finalizing"):
+    for name in ("loop", "open", "remove", "refuse", "counters", "finalizing"):
         getattr(table, f"aiouffd_{name}").restype = None
     table.aiouffd_below.restype = table.aiouffd_handler.restype = number
     return table
@@ -200,6 +201,13 @@ class Served:
     def below(self) -> int:
         """Return the address of the handler below ours; 0: SIG_DFL, 1: SIG_IGN."""
         return int(self._table.aiouffd_below())
+
+    def refuse(self, page: int) -> None:
+        """Say that a page cannot be had, where the kernel cannot be told (UFFDIO_POISON, Linux 6.6).
+
+        A thread that asks for it gets SIGBUS, until the next `show`. With more than 64 such pages, for any page.
+        """
+        self._table.aiouffd_refuse(self._slot, page)
 
     def counters(self) -> list[int]:
         """Return what handlers have counted: `COUNTERS`, then the latencies by bit length of their nanoseconds."""

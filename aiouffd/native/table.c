@@ -50,6 +50,7 @@ static void prepare(struct region *r, const struct options *options)
     atomic_store(&r->end, 0);
     atomic_store(&r->loop, 0);
     atomic_store(&r->strangers, 0);
+    atomic_store(&r->refusals, 0);
     atomic_store(&r->around, neighborhood(r));
     atomic_store(&r->warning_ms, options->warning_ms);
     atomic_store(&r->limit_ms, options->limit_ms);
@@ -133,6 +134,7 @@ EXPORT void aiouffd_open(int slot)
 EXPORT int aiouffd_show(int slot, uint64_t start, uint64_t end, const struct extent *extents, uint64_t number)
 {
     struct region *r = &regions[slot];
+    atomic_store(&r->refusals, 0); /* what lies there now may be had */
     free(r->extents);
     r->extents = number ? malloc(number * sizeof *extents) : NULL;
     r->count = r->extents != NULL ? number : 0;
@@ -141,6 +143,17 @@ EXPORT int aiouffd_show(int slot, uint64_t start, uint64_t end, const struct ext
     atomic_store(&r->start, start);
     atomic_store(&r->end, end);
     return r->count == number ? 0 : -ENOMEM;
+}
+
+/* A page cannot be had: a thread that asks for it is not to wait. It may be had again after the next `aiouffd_show`. */
+EXPORT void aiouffd_refuse(int slot, uint64_t page)
+{
+    struct region *r = &regions[slot];
+    uint32_t number = atomic_load(&r->refusals); /* only the loop writes it */
+    if (number < REFUSED)
+        atomic_store(&r->refused[number], page);
+    if (number <= REFUSED)
+        atomic_store(&r->refusals, number + 1);
 }
 
 /* Wake the threads that wait for pages of a range, after the pages were placed. */

@@ -18,6 +18,7 @@ enum {
     BUCKETS = 1024, /* a power of two */
     STREAMS = 8,
     LATENCIES = 48,
+    REFUSED = 64,
 };
 #define LARGEST (UINT64_C(2) << 20) /* the most that one fault brings: 0.4 ms */
 
@@ -70,6 +71,9 @@ struct region {
     _Atomic uint32_t turn, strangers;
     _Atomic uint64_t around;
     _Atomic uint64_t counters[COUNTERS];
+    /* Pages that cannot be had, where the kernel has no UFFDIO_POISON (before Linux 6.6). With more, all are refused. */
+    _Atomic uint64_t refused[REFUSED];
+    _Atomic uint32_t refusals;
 };
 
 struct bucket { /* threads that wait for pages with the same hash */

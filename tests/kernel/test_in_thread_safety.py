@@ -21,12 +21,17 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import touchers
 from pattern import PAGE, Slow, content, peek, word
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import probe
+from aiouffd.monitor import registration
+from aiouffd.monitor.engines import in_thread
 
 SIZE = 4 << 20
 PAGES = SIZE // PAGE
@@ -63,10 +68,10 @@ def near() -> aiouffd.BufferSource:
     return aiouffd.BufferSource(content(0, SIZE))
 
 
-def served(source: Any, on_exit: Any = "sigbus", **options: Any) -> aiouffd.Monitor:
+def served(source: Any, on_exit: Any = "sigbus", retries: int = 4, **options: Any) -> aiouffd.Monitor:
     """Return a Monitor of a new region, page by page."""
     engine = aiouffd.InThread(**options)
-    return aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=engine, readahead=0, on_exit=on_exit)
+    return aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=engine, readahead=0, on_exit=on_exit, retries=retries)
 
 
 def real_sigbus() -> mmap.mmap:
@@ -387,6 +392,79 @@ def test_why_a_page_cannot_be_had(loop: str) -> None:
     play(broken_and_told, loop=loop)
 
 
+class Recovering:
+    """Fails for the pages below 80 until it has been told not to."""
+
+    size = SIZE
+
+    def __init__(self) -> None:
+        self.broken = True
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Fail, or return the pattern."""
+        if self.broken and offset < 80 * PAGE:
+            raise aiouffd.SourceError("Recovering", offset, length, "no such page")
+        return content(offset, length)
+
+
+def without_poison() -> None:
+    """Take UFFDIO_POISON away, as before Linux 6.6."""
+    capabilities = probe()
+    lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
+    vars(in_thread)["probe"] = vars(registration)["probe"] = lambda: lacking
+
+
+def broken_without_poison(how: str) -> None:
+    """Scenario: the same where the kernel cannot be told that a page cannot be had."""
+    without_poison()
+    broken(how)
+
+
+@pytest.mark.parametrize("how", ["main", "thread", "native", "python"])
+def test_a_page_that_cannot_be_had_without_poison(how: str) -> None:
+    """The handler remembers it: the process ends, with the line that touched, and does not hang."""
+    _, errors = play(broken_without_poison, how, status=-signal.SIGBUS)
+    assert "cannot be had: `Monitor.check()` raises why" in errors
+    if how != "python":
+        assert errors.count("Fatal Python error: Bus error") == 1
+        assert "in broken" in errors or "in <lambda>" in errors
+
+
+def lived_without_poison() -> None:
+    """Scenario: a program that survives SIGBUS, and a source that recovers."""
+    without_poison()
+    source = Recovering()
+    library = touchers.free()
+    library.take_sigbus(2)
+    with served(source, retries=0) as monitor:
+        region = monitor.region
+        for page in range(60):
+            assert library.probe(region.address + page * PAGE) == -1
+            with pytest.raises(aiouffd.SourceError, match="no such page"):
+                monitor.check()
+            assert library.probe(region.address + page * PAGE) == -1
+        assert library.probe(region.address + 80 * PAGE) == 81
+        source.broken = False
+        assert library.probe(region.address + 59 * PAGE) == -1  # it stays so until it is prefetched,
+        monitor.prefetch_sync(59 * PAGE, PAGE)
+        assert library.probe(region.address + 59 * PAGE) == 60
+        region.madvise(mmap.MADV_DONTNEED, 0, PAGE)  # or the layout changes
+        assert library.probe(region.address) == 0
+        assert library.probe(region.address + 58 * PAGE) == 59
+        source.broken = True
+        for page in range(60, 80):
+            assert library.probe(region.address + page * PAGE) == -1
+        assert library.probe(region.address + 81 * PAGE) == 82
+        for page in range(50):
+            assert library.probe(region.address + page * PAGE) == (0 if page == 0 else -1)
+        assert library.probe(region.address + 82 * PAGE) == -1  # more than 64: any page
+
+
+def test_living_without_poison() -> None:
+    """A page that cannot be had is SIGBUS, until it is there; its neighbors are served, up to 64 such pages."""
+    play(lived_without_poison)
+
+
 class Selfish(aiouffd.Handler):
     """Touches the region that it serves."""
 
@@ -418,7 +496,7 @@ def test_a_handler_that_touches_its_own_region() -> None:
 
 def deadlock(at_hand: bool) -> None:
     """Scenario: native code keeps the GIL while its threads touch."""
-    options = {"stuck_warning": 0.3, "stuck_limit": 1.0}
+    options: Any = {"stuck_warning": 0.3, "stuck_limit": 1.0}
     with served(near() if at_hand else Slow(SIZE), **options) as monitor:
         total = touchers.held().sum_in_threads(monitor.region.address, 64, 8)
         assert total == sum(range(1, 65))

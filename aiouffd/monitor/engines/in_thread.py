@@ -29,6 +29,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.userfaultfd import probe
 from aiouffd.monitor.engines.calls import call_in_thread
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
@@ -132,7 +133,12 @@ class InThreadEngine:
             self._close_pipe()
             raise
         self._loop = new_event_loop()
-        self._uffd = PipeUserfaultfd.joined(assignment.uffd, self._reading, self._loop)
+        self._uffd = PipeUserfaultfd.joined(
+            assignment.uffd,
+            self._reading,
+            self._loop,
+            None if Feature.POISON in probe().features else self._served.refuse,
+        )
         ready: Future[None] = Future()
         # A daemon, so that a program may end without leaving: see `_at_exit`.
         self._thread = threading.Thread(

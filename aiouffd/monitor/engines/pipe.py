@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from typing import TYPE_CHECKING, Self
 
 from aiouffd.engine.resolver import DONTWAKE
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native import faults
 
@@ -28,15 +30,30 @@ class PipeUserfaultfd(Userfaultfd):
     _loop: asyncio.AbstractEventLoop
     _copy: Callable[[int, int, int, int, int], int]
     _later: list[tuple[int, int]]
+    _refuse: Callable[[int], None] | None
 
     @classmethod
-    def joined(cls, uffd: Userfaultfd, pipe: int, loop: asyncio.AbstractEventLoop) -> Self:
-        """Work on a duplicate of `uffd`. `pipe`, where messages are read, stays the caller's."""
+    def joined(
+        cls,
+        uffd: Userfaultfd,
+        pipe: int,
+        loop: asyncio.AbstractEventLoop,
+        refuse: Callable[[int], None] | None = None,
+    ) -> Self:
+        """Work on a duplicate of `uffd`.
+
+        Args:
+            uffd: stays the caller's.
+            pipe: where messages are read; likewise.
+            loop: runs in the thread that uses this object.
+            refuse: called with a page in place of UFFDIO_POISON, which the kernel lacks; None: it has it.
+        """
         self = cls.from_fd(os.dup(uffd.fileno()), uffd.features)
         self._pipe = pipe
         self._loop = loop
         self._copy = faults.copying()
         self._later = []
+        self._refuse = refuse
         return self
 
     def fileno(self) -> int:
@@ -60,8 +77,19 @@ class PipeUserfaultfd(Userfaultfd):
         return self._woken(start, super().try_continue(start, length, mode | DONTWAKE), mode)
 
     def try_poison(self, start: int, length: int, mode: int) -> int:
-        """UFFDIO_POISON."""
+        """UFFDIO_POISON; or the same in the handler, where the kernel lacks it."""
+        if self._refuse is not None:
+            return self._woken(start, self._refuse_missing(start, length), mode)
         return self._woken(start, super().try_poison(start, length, mode | DONTWAKE), mode)
+
+    def _refuse_missing(self, start: int, length: int) -> int:
+        """Refuse a page; return -EEXIST, as UFFDIO_POISON does, if it is present."""
+        assert self._refuse is not None
+        with Pagemap.open_if_possible() as pagemap:
+            if not pagemap.missing(start, length):
+                return -errno.EEXIST
+        self._refuse(start)
+        return length
 
     def try_wake(self, start: int, length: int) -> int:
         """Wake the threads that wait in their signal handlers.
