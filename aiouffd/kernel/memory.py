@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "SealedMemory",
     "address_of",
-    "map_shared",
     "mapped",
     "mappings_of",
     "unreadable",
@@ -107,11 +106,6 @@ def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> li
 def unreadable() -> mmap.mmap:
     """Return a page that cannot be read: a COPY from it changes nothing, and returns what the kernel checks before."""
     return mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
-
-
-def map_shared(fd: int) -> mmap.mmap:
-    """Map all of a memfd, shared and writable. The descriptor stays the caller's, and may be closed."""
-    return mmap.mmap(fd, 0)
 
 
 def _mappings() -> Iterator[tuple[Range, bytes, bytes]]:

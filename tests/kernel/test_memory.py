@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import mmap
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import SealedMemory, address_of, map_shared, mapped, unreadable, zeros
+from aiouffd.kernel.memory import SealedMemory, address_of, mapped, unreadable, zeros
 from aiouffd.ranges import Range
 
 
@@ -72,16 +71,6 @@ def test_zeros_cost_no_memory() -> None:
 def test_an_unreadable_page_is_never_copied() -> None:
     """A read of it would be EFAULT."""
     assert libc.peek([address_of(unreadable())]) == b""
-
-
-def test_a_shared_mapping_outlives_the_descriptor() -> None:
-    """And two of them are the same memory."""
-    fd = os.memfd_create("shared")
-    os.ftruncate(fd, PAGE)
-    one, other = map_shared(fd), map_shared(fd)
-    os.close(fd)
-    one[5] = 9
-    assert other[5] == 9
 
 
 def test_sealed_memory_is_closed_once() -> None:
