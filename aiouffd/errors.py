@@ -349,6 +349,20 @@ _ADVICE: dict[tuple[str, int], str] = {
 }
 
 
+_READ_HINTS: dict[int, str] = {
+    _errno.ENOTCONN: "the daemon of its FUSE file system has ended",
+    _errno.ESTALE: "it was replaced or removed on its file server",
+    _errno.EIO: "the disk, or what stands for it, has failed",
+    _errno.EFBIG: "RLIMIT_FSIZE (`ulimit -f`) does not allow a file of this size",
+}
+
+
+def read_failure(error: BaseException) -> str:
+    """Return why a source could not be read: the exception with its type, and what its errno means there."""
+    hint = _READ_HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{type(error).__name__}: {error}" + (f" ({hint})" if hint else "")
+
+
 def operation_error(operation: str, start: int, length: int, errno: int) -> OperationError:
     """Return the typed error for an ioctl's errno."""
     return _BY_ERRNO.get(errno, OperationError)(operation, start, length, errno)

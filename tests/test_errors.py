@@ -68,3 +68,20 @@ def test_every_error_is_public() -> None:
     while more := {kind for parent in tree for kind in parent.__subclasses__()} - tree:
         tree |= more
     assert {kind.__name__ for kind in tree} == set(errors.__all__)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "FUSE"),
+        (OSError(errno.ESTALE, "Stale file handle"), "file server"),
+        (OSError(errno.EACCES, "Permission denied"), "PermissionError: [Errno 13] Permission denied"),
+        (ValueError("no"), "ValueError: no"),
+        (OSError("no errno"), "OSError: no errno"),
+    ],
+)
+def test_why_a_source_could_not_be_read(error: Exception, text: str) -> None:
+    """The exception itself, and what an errno means there if that is not plain."""
+    found = errors.read_failure(error)
+    assert found.startswith(f"{type(error).__name__}: {error}")
+    assert text in found

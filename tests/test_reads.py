@@ -50,6 +50,13 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     return chosen
 
 
+async def test_a_dead_file_system_is_named() -> None:
+    """ENOTCONN of a file says what has ended."""
+    source = Scripted(OSError(errno.ENOTCONN, "Transport endpoint is not connected"))
+    with pytest.raises(SourceError, match="the daemon of its FUSE file system has ended"):
+        await Reads(source, Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+
+
 async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> None:
     """In flight, and its bytes."""
     source, counters = Scripted(b"1234"), Counters()

@@ -12,7 +12,7 @@ from aiouffd.engine.flight import canceled_from_outside
 from aiouffd.engine.serve.deadlines import Deadlines
 from aiouffd.engine.serve.gate import Gate
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, read_failure
 
 if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
@@ -111,7 +111,7 @@ class Reads:
                 # has waited for, as long as nobody has canceled us.
                 if canceled_from_outside(error):
                     raise
-                failure = SourceError(repr(self._source), offset, length, f"{type(error).__name__}: {error}")
+                failure = SourceError(repr(self._source), offset, length, read_failure(error))
                 failure.__cause__ = error
             tries += 1
             if tries > retries:
