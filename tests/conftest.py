@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from blocking import loop_factories, no_blocking
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from processes import adopt_orphans, command_line, default_dispositions, descendants, end_all
 
 if TYPE_CHECKING:
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 # A machine that is busy with other work is no defect of a test.
 settings.register_profile("aiouffd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("aiouffd")
+# For mutation testing, where a test runs thousands of times: fewer examples, always the same, and none is shrunk.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("aiouffd"),
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 
 KERNEL = Path(__file__).parent / "kernel"
 PASSED = pytest.StashKey[bool]()

@@ -8,6 +8,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, cast
 
+from hypothesis import settings
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
@@ -208,6 +209,11 @@ class Held:
             future.set_exception(error)
         else:
             future.set_result(content(offset, length))
+
+
+def examples(count: int) -> settings:
+    """Return settings for so many examples; for a share of them where the profile asks for fewer."""
+    return settings(max_examples=count * settings.default.max_examples // 100, deadline=None)
 
 
 async def turns(count: int = 10) -> None:

@@ -8,8 +8,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Partly, World
-from hypothesis import given, settings
+from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Partly, World, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
@@ -47,7 +47,7 @@ _step = st.one_of(
 )
 
 
-@settings(max_examples=2000, deadline=None)
+@examples(2000)
 @given(st.lists(_step, max_size=60), st.sampled_from([0, 64 << 10]), st.booleans())
 def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], readahead: int, located: bool) -> None:
     """Touches, layout changes and refusals of every kind, read in any portions.
@@ -88,7 +88,7 @@ def test_no_fault_is_lost_and_no_byte_is_wrong(steps: list[tuple[Any, ...]], rea
 _ends = st.sampled_from([-errno.ESRCH, -errno.ENOSPC])
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(st.lists(_step, max_size=30), st.lists(_errnos, max_size=6), _ends, st.sampled_from([0, 64 << 10]))
 def test_whatever_was_answered_before_the_process_ends(
     steps: list[tuple[Any, ...]], before: list[int], end: int, readahead: int
@@ -142,7 +142,7 @@ def survives(messages: list[bytes]) -> None:
     fresh.uffd.close()
 
 
-@settings(max_examples=5000, deadline=None)
+@examples(5000)
 @given(_messages)
 def test_any_message_is_survived(messages: list[bytes]) -> None:
     """5,000 reads of anything at all: the engine neither fails nor forgets how to serve."""
@@ -151,7 +151,7 @@ def test_any_message_is_survived(messages: list[bytes]) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-@settings(max_examples=100_000, deadline=None)
+@examples(100_000)
 @given(_messages)
 def test_any_message_is_survived_at_length(messages: list[bytes]) -> None:
     """100,000 of them."""
