@@ -213,6 +213,7 @@ class Held:
 
 def examples(count: int) -> settings:
     """Return settings for so many examples; for a share of them where the profile asks for fewer."""
+    assert settings.default is not None
     return settings(max_examples=count * settings.default.max_examples // 100, deadline=None)
 
 

@@ -87,7 +87,27 @@ async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float
     assert counters.snapshot().source_retries == 4
 
 
-@pytest.mark.parametrize("backoff", [0.25, 3.0])
+@pytest.mark.usefixtures("pauses")
+async def test_the_usual_number_of_tries() -> None:
+    """Five, where nobody says another."""
+    source = Scripted(*[OSError(errno.EIO, "no")] * 9)
+    with pytest.raises(SourceError):
+        await Reads(source, Counters(), Limits()).read(0, 1, urgent=True)
+    assert len(source.asked) == 5
+
+
+async def test_a_source_that_retries_by_itself_is_told_how() -> None:
+    """And what it tries again is counted."""
+    told: list[Any] = []
+    counters = Counters()
+    Reads(Scripted(begin=lambda *terms: told.append(terms)), counters, Limits(timeout=7.0, retries=3))
+    ((timeout, retries, count),) = told
+    assert (timeout, retries) == (7.0, 3)
+    count()
+    assert counters.snapshot().source_retries == 1
+
+
+@pytest.mark.parametrize("backoff", [0.25, 1.5, 3.0])
 async def test_the_pause_is_slept(monkeypatch: pytest.MonkeyPatch, backoff: float) -> None:
     """And is as long as was chosen."""
     slept: list[float] = []
@@ -99,7 +119,7 @@ async def test_the_pause_is_slept(monkeypatch: pytest.MonkeyPatch, backoff: floa
     reads = Reads(Scripted(OSError("no"), b"1"), Counters(), Limits(backoff=backoff))
     await reads.read(0, 1, urgent=True)
     (seconds,) = slept
-    assert backoff / 2 <= seconds <= backoff
+    assert min(backoff, 2.0) / 2 <= seconds <= min(backoff, 2.0)
 
 
 @pytest.mark.parametrize(("own", "asked", "tries"), [(None, None, 3), (0, None, 1), (5, None, 6), (5, 1, 2)])
@@ -202,4 +222,4 @@ def test_limits_that_nothing_could_pass(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Limits(**wrong)
     assert Limits(timeout=None, retries=0, concurrent_reads=1, bytes_in_flight=1).timeout is None
-    assert Limits() == Limits(128, 128 << 20, 30.0, 4, 0.05)
+    assert Limits() == Limits(128, 128 << 20, 30.0, None, 0.05)
