@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+import random
+import sys
+from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 
 from aiouffd.engine import plain
 from aiouffd.engine.plain import SLOT, FastPath
+from aiouffd.engine.readahead import Readahead
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 
@@ -30,6 +33,7 @@ class Kernel:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int, int, int, int]] = []
         self.refusal = 0
+        self.done = 0
 
     def ioctl(self, fd: int, request: int, argument: bytearray) -> int:
         """Take a note, and answer."""
@@ -38,6 +42,7 @@ class Kernel:
         assert done == 0
         self.asked.append((fd, dst, src, length, mode))
         if self.refusal:
+            abi.COPY_STRUCT.pack_into(argument, 0, dst, src, length, mode, self.done or -self.refusal)
             raise OSError(self.refusal, "refused")
         abi.COPY_STRUCT.pack_into(argument, 0, dst, src, length, mode, length)
         return 0
@@ -141,3 +146,128 @@ def test_what_takes_more_than_a_copy_is_left(kernel: Kernel) -> None:
     assert serve(path, 3, fault(0, flags=int(abi.FaultFlag.WRITE)))
     assert counters.words[Counter.FAULTS] == counters.words[Counter.PAGES_FAULT] == counters.words[Counter.COPIES] == 1
     assert counters.words[Counter.BYTES_FETCHED] == PAGE
+
+
+class Space:
+    """What the fast path needs of one."""
+
+    def __init__(self, limit: int = 16 * PAGE) -> None:
+        self.readahead = Readahead(PAGE, limit, 4 * PAGE)
+        self.is_bringing = False
+
+
+def with_windows(
+    counters: Counters, source: Callable[[int, int], int | None], blank: Any = None
+) -> tuple[FastPath, Space]:
+    """Return a fast path that is open for 32 pages, of which the last half page is behind the source's end."""
+    space: Any = Space()
+    path = FastPath(counters, {3: space})
+    path.admit(3, 1)
+    path.open(3, START, START + 32 * PAGE, 0, (source, 31 * PAGE + PAGE // 2, PAGE, 0, True, blank))
+    return path, space
+
+
+def test_a_fault_brings_its_neighbourhood(kernel: Kernel) -> None:
+    """By one COPY, counted as one fault and what came along; within the whole pages of the source."""
+    counters = Counters()
+    path, space = with_windows(counters, at(1 << 40))
+    assert serve(path, 3, fault(5))
+    assert serve(path, 3, fault(30))
+    assert not serve(path, 3, fault(31))  # its end is zeros: not plain
+    assert kernel.asked == [
+        (3, START + 4 * PAGE, (1 << 40) + 4 * PAGE, 4 * PAGE, 0),
+        (3, START + 28 * PAGE, (1 << 40) + 28 * PAGE, 3 * PAGE, 0),
+    ]
+    found = counters.snapshot()
+    assert (found.faults, found.pages_fault, found.pages_readahead, found.copies) == (2, 2, 5, 2)
+    assert (found.bytes_fetched, sum(found.latency)) == (7 * PAGE, 2)
+    assert space.readahead.missing(0, 12 * PAGE) == [(0, 4 * PAGE), (8 * PAGE, 4 * PAGE)]
+
+
+def test_what_belongs_to_a_stream_or_is_under_way_is_left(kernel: Kernel) -> None:
+    """Large windows come in pieces, and flights and remainders have to be looked at: the backend does that."""
+    path, space = with_windows(Counters(), at(1 << 40))
+    assert serve(path, 3, fault(0))
+    assert not serve(path, 3, fault(4))  # just behind
+    assert len(kernel.asked) == 1
+    assert space.readahead.missing(4 * PAGE, 8 * PAGE) == [(4 * PAGE, 4 * PAGE)]
+    space.is_bringing = True
+    assert not serve(path, 3, fault(20))
+    assert len(kernel.asked) == 1
+    assert space.readahead.missing(20 * PAGE, 24 * PAGE) == [(20 * PAGE, 4 * PAGE)]
+
+
+@pytest.mark.parametrize("why", ["not in memory", "refused", "zeros"])
+def test_the_window_of_a_fault_that_is_left_is_not_chosen_anew(kernel: Kernel, why: str) -> None:
+    """The backend gets the same window; nothing is counted here."""
+
+    def blank(offset: int, length: int, block: int) -> list[int]:
+        return [0] if (offset, length, block) == (4 * PAGE, 4 * PAGE, 64 << 10) else []
+
+    counters = Counters()
+    path, space = with_windows(
+        counters,
+        (lambda _offset, _length: None) if why == "not in memory" else at(1 << 40),
+        blank if why == "zeros" else None,
+    )
+    kernel.refusal = errno.EEXIST if why == "refused" else 0
+    assert not serve(path, 3, fault(5))
+    assert sum(counters.words) == 0
+    assert space.readahead.windows(5 * PAGE, 0, 32 * PAGE) == [(4 * PAGE, 4 * PAGE)]
+
+
+def test_a_source_that_raises_leaves_nothing_noted(kernel: Kernel) -> None:
+    """It raises again where it is reported; what was chosen does not count as present."""
+
+    def broken(_offset: int, _length: int) -> int:
+        raise OSError("broken")
+
+    path, space = with_windows(Counters(), broken)
+    assert not serve(path, 3, fault(5))
+    assert space.readahead.missing(0, 32 * PAGE) == [(0, 32 * PAGE)]
+    assert not kernel.asked
+
+
+@pytest.mark.parametrize(("done", "page", "served"), [(1, 4, True), (2, 5, True), (1, 5, False), (3, 7, False)])
+def test_a_copy_that_met_a_page_that_was_present(kernel: Kernel, done: int, page: int, served: bool) -> None:
+    """What it has placed is counted; the faulting page is among it, or the rest is for the backend."""
+    counters = Counters()
+    path, space = with_windows(counters, at(1 << 40))
+    kernel.refusal, kernel.done = errno.EAGAIN, done * PAGE
+    assert serve(path, 3, fault(page)) == served
+    found = counters.snapshot()
+    assert (found.faults, found.pages_fault, sum(found.latency)) == ((1, 1, 1) if served else (0, 0, 0))
+    assert found.pages == done
+    assert found.bytes_fetched == done * PAGE
+    assert found.copies == 1
+    if served:
+        assert space.readahead.missing(4 * PAGE, 8 * PAGE) == [((4 + done) * PAGE, (4 - done) * PAGE)]
+    else:
+        assert space.readahead.windows(page * PAGE, 0, 32 * PAGE) == [((4 + done) * PAGE, (4 - done) * PAGE)]
+
+
+@pytest.mark.parametrize(("windows", "calls"), [(False, 2), (True, 12)])
+def test_a_plain_fault_takes_few_calls(kernel: Kernel, windows: bool, calls: int) -> None:
+    """Each call of Python costs a tenth of a system call: the way of a plain fault is short."""
+    if windows:
+        path, _ = with_windows(Counters(), at(1 << 40))
+    else:
+        path = FastPath(Counters(), {})
+        path.admit(3, 1)
+        path.open(3, START, START + 64 * PAGE, 0, (at(1 << 40), 1 << 20, PAGE, 0, False, None))
+    rng = random.Random(1)
+    messages = [fault(rng.randrange(31)) for _ in range(8)]
+    slot = SLOT.unpack_from(path.slots, 3 * SLOT.size)
+    seen: list[str] = []
+
+    def profile(frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code is not kernel.ioctl.__func__.__code__:  # type: ignore[attr-defined]
+            seen.append(frame.f_code.co_name)
+
+    for message in messages:
+        seen.clear()
+        sys.setprofile(profile)
+        done = path.serve(3, slot, message)
+        sys.setprofile(None)
+        assert not done or len(seen) <= calls, seen
+    assert done is not None

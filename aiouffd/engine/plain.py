@@ -11,6 +11,7 @@ that spaces share.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import struct
 import sys
@@ -34,6 +35,7 @@ __all__ = ["SLOT", "FastPath", "PlainSource", "serve_together"]
 _ioctl = fcntl.ioctl
 _COPY = abi.UFFDIO_COPY
 _pack_copy = abi.COPY_STRUCT.pack_into
+_result = struct.Struct("=q").unpack_from
 _MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
 SLOT = struct.Struct("=2i3q")
 _NOBODY = -1
@@ -181,18 +183,46 @@ class FastPath:
             _pack_copy(argument, 0, page + low - offset, where, length, mode, 0)
             try:
                 _ioctl(fd, _COPY, argument)
-            except OSError:
+            except OSError as error:
                 words[_FAULTS] -= 1
                 words[_PAGES_FAULT] -= 1
                 words[_PAGES_READAHEAD] -= along
+                done = _result(argument, 32)[0] if error.errno == errno.EAGAIN else 0  # else it is what was before
             else:
                 words[_COPIES] += 1
                 words[_BYTES_FETCHED] += length
                 words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
                 return True
-        if readahead:
-            self._spaces[fd].readahead.not_placed(offset, (low, length))
+        else:
+            done = 0
+        if readahead and _count_part(self._spaces[fd].readahead, words, offset, page_size, (low, length), done):
+            words[_FAULTS] += 1
+            words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
+            return True
         return False
+
+
+def _count_part(
+    readahead: Readahead, words: memoryview, offset: int, page_size: int, window: tuple[int, int], done: int
+) -> bool:
+    """Count what a COPY has placed of a window before it met a page that was present already.
+
+    Returns:
+        Whether the faulting page is among it. If not, the rest of the window is for the backend.
+    """
+    low, length = window
+    if done > 0:
+        holds = low <= offset < low + done
+        words[_COPIES] += 1
+        words[_BYTES_FETCHED] += done
+        words[_PAGES_FAULT] += holds
+        words[_PAGES_READAHEAD] += done // page_size - holds
+        if holds:
+            readahead.not_brought(low + done, low + length)
+            return True
+        window = low + done, length - done
+    readahead.not_placed(offset, window)
+    return False
 
 
 def serve_together(
@@ -230,24 +260,26 @@ def serve_together(
         low, length = window
         at, along, placed = page + low - offset, length // page_size - 1, False
         covered = at + length
-        where = locate(low, length)
+        where, done, alone = locate(low, length), 0, False
         if where is not None:
             words[_PAGES_FAULT] += 1  # counted first, as above
             words[_PAGES_READAHEAD] += along
             alone = last < covered and not asleep  # no other thread waits: the COPY itself wakes
-            placed = copy(at, where, length, mode if alone else mode | DONTWAKE) == length
+            done = copy(at, where, length, mode if alone else mode | DONTWAKE)
+            placed = done == length
             if placed:
-                if not alone:
-                    asleep.append((at, covered))
                 copies += 1
                 copied += length
-                continue
-            words[_PAGES_FAULT] -= 1
-            words[_PAGES_READAHEAD] -= along
-        if readahead:
-            space.readahead.not_placed(offset, window)
-        left.append(fault)
-    if copies:
+            else:
+                words[_PAGES_FAULT] -= 1
+                words[_PAGES_READAHEAD] -= along
+        if not placed and readahead and _count_part(space.readahead, words, offset, page_size, window, done):
+            placed, covered = True, at + done
+        if not placed:
+            left.append(fault)
+        elif not alone:
+            asleep.append((at, covered))
+    if len(left) < len(faults):
         _count_copies(words, copies, copied, len(faults) - len(left), began_ns)
     if asleep:
         space.wake(asleep, each=bool(left))  # the threads of those that are left would fault anew for nothing

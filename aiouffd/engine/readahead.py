@@ -144,6 +144,7 @@ class Readahead:
         self._neighbourhood = self._around
         self._in_a_row = 0  # strangers, since the neighbourhood was chosen
         self._faults = 0
+        self._step = 0
         self._streams: list[_Stream] = []  # most recently used last
         self._strangers = _Strangers(self._around)
         self._present = PresentPages(page)
@@ -165,9 +166,10 @@ class Readahead:
             return [(offset, self.page)]
         if self._not_placed and (chosen := self._not_placed.pop(offset, None)) is not None:
             return [chosen]
-        stream = self._stream_at(offset)
-        if stream is None:
-            return [self._neighbours(offset, low, high)]
+        window = self.neighbours(offset, low, high)
+        if window is not None:
+            return [window]
+        stream = self._streams[-1]
         self._in_a_row = 0
         self._neighbourhood = self._around
         stream.window = min(max(stream.window * 2, 2 * self.page), self.limit)
@@ -186,12 +188,29 @@ class Readahead:
         return [(start, length)]
 
     def neighbours(self, offset: int, low: int, high: int) -> Window | None:
-        """Return what `windows` would, for a fault that belongs to no stream; None, and nothing noted, for others."""
-        return None if self._stream_at(offset) is not None else self._neighbours(offset, low, high)
+        """Return what `windows` would, for a fault that belongs to no stream: the aligned block around it.
+
+        For others, None: nothing is noted then, but that the stream is the last of `_streams`.
+        """
+        if self._belongs_to_stream(offset):
+            return None
+        self._in_a_row += 1
+        if self._in_a_row > _STRANGERS_UNTIL_HALVED:
+            self._in_a_row = 0
+            self._neighbourhood = max(self.page, self._neighbourhood // 2 & -self.page)
+        size = self._neighbourhood
+        start = offset // size * size
+        window = self._present.claim(offset, max(start, low), min(start + size, high))
+        self._strangers.add(_Stream(offset, self._step, window, self.page))
+        return window
 
     def not_placed(self, offset: int, window: Window) -> None:
         """Have the next `windows(offset)` return this window again, which could not be placed on the plain path."""
         self._not_placed[offset] = window
+
+    def not_brought(self, start: int, end: int) -> None:
+        """Take note that these bytes of a window have not come: they were not waited for, and nobody relied on them."""
+        self._present.remove(start, end)
 
     def block(self, offset: int, size: int, low: int, high: int) -> Window:
         """Return what is missing around a fault in its block of `size` bytes, within [low, high); nothing is noted."""
@@ -252,8 +271,12 @@ class Readahead:
         """Return the parts of [start, end) that are not known to be present, as (start, length)."""
         return self._present.missing(start, end)
 
-    def _stream_at(self, offset: int) -> _Stream | None:
-        """Return the stream that a fault belongs to. It finds the same again as long as nothing else is asked for."""
+    def _belongs_to_stream(self, offset: int) -> bool:
+        """Tell whether a fault belongs to a stream, which is then the last of `_streams`.
+
+        It finds the same again as long as nothing else is asked for. If there is none, `_step` is the distance from the
+        nearest stranger.
+        """
         self._faults += 1
         streams = self._streams
         for index in range(len(streams) - 1, -1, -1):
@@ -262,15 +285,16 @@ class Readahead:
                 stream.seen = self._faults
                 if index != len(streams) - 1:
                     streams.append(streams.pop(index))
-                return stream
+                return True
         if streams and self._faults - streams[0].seen > _STREAM_AGE:
             del streams[0]
         found = self._strangers.take(offset)
         if found is None:
             # Compare the step from the nearest fault with the step before it: two equal ones are a stride.
             found = self._strangers.nearest(offset)
-            if found is None or not found.step or offset - found.last != found.step:
-                return None
+            self._step = 0 if found is None else offset - found.last
+            if found is None or not found.step or self._step != found.step:
+                return False
             self._strangers.promote(found)
             found.stride = found.step
             found.direction = 0
@@ -279,21 +303,7 @@ class Readahead:
         found.seen = self._faults
         streams.append(found)
         del streams[:-_MAX_STREAMS]
-        return found
-
-    def _neighbours(self, offset: int, low: int, high: int) -> Window:
-        """Take the aligned block around a fault of no stream."""
-        self._in_a_row += 1
-        if self._in_a_row > _STRANGERS_UNTIL_HALVED:
-            self._in_a_row = 0
-            self._neighbourhood = max(self.page, self._neighbourhood // 2 & -self.page)
-        size = self._neighbourhood
-        start = offset // size * size
-        window = self._present.claim(offset, max(start, low), min(start + size, high))
-        nearest = self._strangers.nearest(offset)
-        step = 0 if nearest is None else offset - nearest.last
-        self._strangers.add(_Stream(offset, step, window, self.page))
-        return window
+        return True
 
     def _strided(self, stream: _Stream, offset: int, low: int, high: int) -> list[Window]:
         page, stride = self.page, stream.stride
