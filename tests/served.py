@@ -42,8 +42,10 @@ HUGE = 2 * MIB
 class Serve:
     """A running `aiouffd serve`."""
 
-    def __init__(self, directory: Path, *arguments: object, wait: bool = True, **environment: str) -> None:
-        self.path = directory / "uffd.sock"
+    def __init__(
+        self, directory: Path, *arguments: object, wait: bool = True, socket: str | None = None, **environment: str
+    ) -> None:
+        self.path = directory / "uffd.sock" if socket is None else Path(socket)
         self.log = directory / "serve.log"
         command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), "--socket", str(self.path)]
         with self.log.open("w") as log:

@@ -57,12 +57,12 @@ def test_what_is_stale_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     stale(tmp_path / "target")
     for target in ("target", "nowhere"):
         path.symlink_to(tmp_path / target)
-        with pytest.raises(FileExistsError, match="no socket"):
+        with pytest.raises(FileExistsError, match="not a socket"):
             SocketFile(path)
         assert path.is_symlink()
         path.unlink()
     path.mkdir()
-    with pytest.raises(FileExistsError, match="no socket"):
+    with pytest.raises(FileExistsError, match="not a socket"):
         SocketFile(path)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import stat
 import struct
 import zlib
 from array import array
@@ -13,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE
 
-from aiouffd.engine.ahead.trace import HEADER, Recorder, Trace
+from aiouffd.engine.ahead.trace import HEADER, HEADER_1, Recorder, Trace, differ, fingerprint
 from aiouffd.errors import TraceError
-from aiouffd.sources.base import Descriptor
+from aiouffd.sources.base import Descriptor, ZeroSource
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.file import FileSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,8 +75,9 @@ def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: P
     [
         (lambda data: data[:0], "0 bytes are too few"),
         (lambda data: data[:20], "20 bytes are too few"),
-        (lambda data: b"AIOUFFD" + data[7:], "no recording"),
-        (lambda data: data[:8] + struct.pack("<I", 2) + data[12:], "version is 2"),
+        (lambda data: b"AIOUFFD" + data[7:], "not a recording"),
+        (lambda data: data[:8] + struct.pack("<I", 3) + data[12:], "version is 3"),
+        (lambda data: data[:8] + struct.pack("<I", 0) + data[12:], "version is 0"),
         (lambda data: data[:-8], "truncated"),
         (lambda data: data[:-3], "truncated"),
         (lambda data: data + bytes(8), "truncated"),
@@ -95,9 +102,9 @@ def test_a_recording_of_other_pages(tmp_path: Path) -> None:
         Trace.load(tmp_path / "trace", 2 << 20)
     for offset in (SIZE, 17):
         body = struct.pack("<Q", offset)
-        head = HEADER.pack(b"aiouffd\0", 1, PAGE, SIZE, 1, zlib.crc32(body), 1)
+        head = HEADER.pack(b"aiouffd\0", 2, PAGE, SIZE, 1, zlib.crc32(body), 1, bytes(32))
         (tmp_path / "trace").write_bytes(head + body)
-        with pytest.raises(TraceError, match="cannot be"):
+        with pytest.raises(TraceError, match="cannot exist"):
             Trace.load(tmp_path / "trace", PAGE)
 
 
@@ -105,8 +112,9 @@ def test_a_recording_of_other_pages(tmp_path: Path) -> None:
 def test_any_bytes_are_an_error_or_a_recording(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Nothing else is raised."""
     path = tmp_path_factory.getbasetemp() / "fuzzed"
-    head = HEADER.pack(b"aiouffd\0", 1, PAGE, SIZE, len(data) // 8, zlib.crc32(data), 1)
-    for content in (data, head + data):
+    numbers = (PAGE, SIZE, len(data) // 8, zlib.crc32(data), 1)
+    head = HEADER.pack(b"aiouffd\0", 2, *numbers, bytes(32))
+    for content in (data, head + data, HEADER_1.pack(b"aiouffd\0", 1, *numbers) + data):
         path.write_bytes(content)
         try:
             trace = Trace.load(path, PAGE)
@@ -127,3 +135,137 @@ def test_ranges_bring_each_page_once(pages: list[int]) -> None:
         assert all(low[0] + low[1] < high[0] for low, high in pairwise(ranges))
         assert set(found) == set(trace.offsets[:index])
     assert len(found) == len(pages)
+
+
+# Of which source
+
+
+def test_a_recording_of_another_source_is_refused(tmp_path: Path) -> None:
+    """It would bring pages that nobody will touch. A copy of the file, and the same bytes in memory, are the same."""
+    data = bytearray(b"".join(bytes([n % 251]) * PAGE for n in range(500)))
+    (tmp_path / "one").write_bytes(data)
+    (tmp_path / "copy").write_bytes(data)
+    data[-1] ^= 1
+    (tmp_path / "other").write_bytes(data)
+    (tmp_path / "longer").write_bytes(data + b"x")
+    one, copy, other, longer = (fingerprint(FileSource(tmp_path / name)) for name in ("one", "copy", "other", "longer"))
+    Recorder.create(tmp_path / "trace", PAGE, SIZE, one).complete()
+    for same in (copy, fingerprint(BufferSource((tmp_path / "one").read_bytes()))):
+        assert Trace.load(tmp_path / "trace", PAGE, source=same).source == one
+    for different in (other, longer):
+        with pytest.raises(TraceError, match="another source"):
+            Trace.load(tmp_path / "trace", PAGE, source=different)
+    assert Trace.load(tmp_path / "trace", PAGE).source == one
+
+
+class Served:
+    """A source whose server gives a validator."""
+
+    size = 5
+
+    def __init__(self, validator: str | None) -> None:
+        self.validator = validator
+
+
+def test_what_a_fingerprint_is_of() -> None:
+    """Of content, of a validator, of a size, or of nothing; only what is alike is compared."""
+    kinds = [fingerprint(BufferSource(b"abcde")), fingerprint(Served("x")), fingerprint(ZeroSource(5)), fingerprint(1)]
+    assert [kind[0] for kind in kinds] == [1, 2, 3, 0]
+    assert all(len(kind) == 32 for kind in kinds)
+    assert not any(differ(one, other) for one in kinds for other in kinds)
+    assert differ(fingerprint(Served("x")), fingerprint(Served("y")))
+    assert differ(fingerprint(ZeroSource(5)), fingerprint(Served(None))) is False
+    assert differ(fingerprint(ZeroSource(5)), fingerprint(ZeroSource(6)))
+    assert fingerprint(BufferSource(b""))[0] == 1
+
+
+def test_the_first_version_is_still_read(tmp_path: Path) -> None:
+    """It says nothing of its source."""
+    body = struct.pack("<2Q", PAGE, 5 * PAGE)
+    head = HEADER_1.pack(b"aiouffd\0", 1, PAGE, SIZE, 2, zlib.crc32(body), 1)
+    (tmp_path / "trace").write_bytes(head + body)
+    trace = Trace.load(tmp_path / "trace", PAGE, source=fingerprint(ZeroSource(5)))
+    assert (list(trace.offsets), trace.source) == ([PAGE, 5 * PAGE], bytes(32))
+
+
+# Where to
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "link to a fifo"])
+def test_what_is_no_regular_file_is_left_alone(tmp_path: Path, kind: str) -> None:
+    """A device node among them: it would be replaced by a file. The same beside it, under the name of the part."""
+    for name in ("trace", "trace.part"):
+        path = tmp_path / name
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as one:
+                one.bind(str(path))
+        else:
+            target = tmp_path / "target" if kind == "link to a fifo" else path
+            os.mkfifo(target)
+            if target != path:
+                path.symlink_to(target)
+        before = path.lstat().st_ino
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - it depends on the kind
+            Recorder.create(tmp_path / "trace", PAGE, SIZE)
+        assert caught.value.filename == str(tmp_path / "trace")
+        assert path.lstat().st_ino == before
+        for made in sorted(tmp_path.iterdir()):
+            made.rmdir() if made.is_dir() else made.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a device node needs root")
+def test_a_device_node_is_left_alone(tmp_path: Path) -> None:
+    """As in `--record /dev/null`."""
+    path = tmp_path / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("this user may make no device nodes")
+    with pytest.raises(OSError, match="is not a regular file"):
+        Recorder.create(path, PAGE, SIZE)
+    assert stat.S_ISCHR(path.stat().st_mode)
+
+
+def test_a_link_stays(tmp_path: Path) -> None:
+    """What it leads to is replaced."""
+    (tmp_path / "link").symlink_to(tmp_path / "trace")
+    record(tmp_path / "link", [PAGE])
+    assert (tmp_path / "link").is_symlink()
+    assert list(Trace.load(tmp_path / "trace").offsets) == [PAGE]
+
+
+def test_two_that_record_to_one_path(tmp_path: Path) -> None:
+    """The second is refused: it would write into the first one's file."""
+    first = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    with pytest.raises(OSError, match="another process records there"):
+        Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    first.note(PAGE)
+    first.complete()
+    assert list(Trace.load(tmp_path / "trace").offsets) == [PAGE]
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing recorded is no recording, and an older one stays; what was recorded until then is kept."""
+    record(tmp_path / "trace", [7 * PAGE])
+    recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        recorder.note(PAGE)
+    with pytest.raises(OSError, match="nothing was recorded") as caught:
+        recorder.complete()
+    assert caught.value.errno == errno.ENOSPC
+    assert list(Trace.load(tmp_path / "trace").offsets) == [7 * PAGE]
+    recorder = Recorder.create(tmp_path / "trace", PAGE, 1 << 40)
+    recorder.note(PAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        for number in range(2, 140_000):
+            recorder.note(number * PAGE)
+    recorder.complete()
+    assert 100_000 < len(Trace.load(tmp_path / "trace").offsets) < 139_999

@@ -54,6 +54,8 @@ class Rate(Size):
 class Seconds(click.FloatRange):
     """A range of seconds. "nan" is refused: it compares as neither inside nor outside."""
 
+    name = "seconds"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number."""
         number = super().convert(value, param, ctx)

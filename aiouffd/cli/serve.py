@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import os
 import re
 import resource
 import string
@@ -16,12 +18,12 @@ from rich.console import Console
 from aiouffd.cli import daemon, parameters
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
-from aiouffd.server.metrics import Metrics, expose
+from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
 from aiouffd.sources.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from aiouffd.handoff.receive import Peer
     from aiouffd.sources.base import Source
@@ -30,94 +32,41 @@ __all__ = ["choose_by", "command"]
 
 log = logging.getLogger("aiouffd.server")
 
+_ON_REJECT = (
+    "What becomes of a microVM that is turned away, and would wait for its pages for ever: its memory is SIGBUS (Linux"
+    " 6.6), it is killed, or it waits."
+)
+_ON_TERM = (
+    "What SIGTERM, SIGINT and SIGHUP do for clients: serve them until they leave, or first fill all their missing"
+    " pages. A second signal leaves them to the pager, which goes on without this process."
+)
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
 
+_option = functools.partial(click.option, show_default=True)
+_SECONDS = parameters.Seconds(0, min_open=True)
+
+
 @click.command("serve")
 @click.argument("source", required=False)
-@click.option("--socket", "path", type=click.Path(), help="Listen here; not with systemd's socket activation.")
-@click.option(
-    "--source-for", metavar="TEMPLATE", help="A path or URL for each client, from {pid} {uid} {number} {name}."
-)
-@click.option("--mode", type=parameters.FileMode(), default="600", show_default=True, help="Of the socket's file.")
-@click.option("--allow-uid", "uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
-@click.option("--record", type=click.Path(), help="Write the order of first touches to this file.")
-@click.option("--replay", type=click.Path(), help="Prefetch the pages of a recorded file for each client.")
-@click.option(
-    "--handoff-timeout",
-    type=parameters.Seconds(0, min_open=True),
-    metavar="SECONDS",
-    default=5.0,
-    show_default=True,
-    help="The time that a client has to send its handoff.",
-)
+@_option("--socket", "path", type=click.Path(), help="Listen here; not with systemd's socket activation.")
+@_option("--source-for", metavar="TEMPLATE", help="A path or URL for each client, from {pid} {uid} {number} {name}.")
+@_option("--mode", type=parameters.FileMode(), default="600", help="Of the socket's file.")
+@_option("--allow-uid", "uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
+@_option("--record", type=click.Path(), help="Write the order of first touches to this file.")
+@_option("--replay", type=click.Path(), help="Prefetch the pages of a recorded file for each client.")
+@_option("--handoff-timeout", type=_SECONDS, default=5.0, help="Seconds that a client has to send its handoff.")
 @parameters.readahead
-@click.option(
-    "--spin-us",
-    type=click.IntRange(0),
-    metavar="US",
-    default=50,
-    show_default=True,
-    help="Microseconds to poll for further faults before sleeping.",
-)
-@click.option(
-    "--background",
-    type=parameters.Rate(),
-    metavar="BYTES",
-    default="0",
-    show_default=True,
-    help="Bytes per second to fill without a fault, or max.",
-)
-@click.option(
-    "--timeout",
-    type=parameters.Seconds(0, min_open=True),
-    metavar="SECONDS",
-    default=30.0,
-    show_default=True,
-    help="For one read of the source.",
-)
-@click.option(
-    "--retries",
-    type=click.IntRange(0),
-    metavar="TIMES",
-    help="Of a failed read. By default 4 for a file, and as many as the timeout allows for a URL.",
-)
-@click.option(
-    "--concurrent-reads",
-    type=click.IntRange(1),
-    metavar="READS",
-    default=128,
-    show_default=True,
-    help="The most reads of the source at once.",
-)
-@click.option(
-    "--bytes-in-flight",
-    type=parameters.Size(1 << 20),
-    metavar="BYTES",
-    default="128M",
-    show_default=True,
-    help="The most bytes of these reads together.",
-)
-@click.option(
-    "--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus at this address, /metrics."
-)
-@click.option(
-    "--on-reject",
-    type=click.Choice(["poison", "kill", "hold"]),
-    default="poison",
-    show_default=True,
-    help="What becomes of a microVM that is turned away, whose threads would wait for ever: make its memory SIGBUS"
-    " (Linux 6.6), kill it, or let it wait.",
-)
-@click.option(
-    "--on-term",
-    type=click.Choice(["keep", "fill"]),
-    default="keep",
-    show_default=True,
-    help="What SIGTERM, SIGINT and SIGHUP do for clients: serve them until they leave, or first fill all their missing"
-    " pages. A second signal leaves them to the pager, which goes on without this process.",
-)
+@_option("--spin-us", type=click.IntRange(0), default=50, help="Microseconds to poll for faults before sleeping.")
+@_option("--background", type=parameters.Rate(), default="0", help="Bytes per second to fill without a fault, or max.")
+@_option("--timeout", type=_SECONDS, default=30.0, help="Seconds for opening a source, and for each read of it.")
+@_option("--retries", type=click.IntRange(0), help="Of a failed read. [default: 4 of a file, of a URL until --timeout]")
+@_option("--concurrent-reads", type=click.IntRange(1), default=128, help="The most reads of sources at once.")
+@_option("--bytes-in-flight", type=parameters.Size(1 << 20), default="128M", help="The most bytes of these reads.")
+@_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
+@_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
+@_option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", help=_ON_TERM)
 def command(
     *,
     source: str | None,
@@ -158,15 +107,20 @@ def command(
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
-    with contextlib.ExitStack() as stack, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        if metrics is not None:
-            try:
-                web = expose(Metrics(server.statistics, lambda: server.rejected), *metrics)
-            except OSError as error:
-                address = f"--metrics {metrics[0]}:{metrics[1]}"
-                raise OSError(error.errno, f"{error.strerror}: another port?", address) from None
-            stack.callback(web.shutdown)
-        return runner.run(_serve(server, console, fill=on_term == "fill", where=path or "systemd's socket"))
+    places = {str(item): f"--{option} {item}" for option, item in _places(path, options) if item is not None}
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        try:
+            return runner.run(
+                _serve(server, console, metrics, fill=on_term == "fill", where=path or "systemd's socket")
+            )
+        except OSError as error:
+            if error.filename not in places:
+                raise
+            raise OSError(error.errno, error.strerror, places[error.filename]) from error
+
+
+def _places(path: str | None, options: dict[str, Any]) -> list[tuple[str, str | None]]:
+    return [("socket", path), ("record", options["record"]), ("replay", options["replay"])]
 
 
 def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Source]:
@@ -199,7 +153,24 @@ def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Sourc
     return choose
 
 
-async def _serve(server: Server, console: Console, *, fill: bool, where: str) -> int:
+@contextlib.asynccontextmanager
+async def _endpoint(server: Server, address: tuple[str, int] | None) -> AsyncIterator[Endpoint | None]:
+    """Answer Prometheus while the block runs, if there is an address."""
+    if address is None:
+        yield None
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        metrics = Metrics(server.statistics, lambda: server.rejected)
+        try:
+            endpoint = await stack.enter_async_context(Endpoint(metrics, *address))
+        except OSError as error:
+            number = error.errno or 0  # negative: of getaddrinfo; else asyncio's text repeats the address
+            reason = os.strerror(number) if number > 0 else error.strerror
+            raise OSError(number, reason, f"--metrics {address[0]}:{address[1]}") from None
+        yield endpoint
+
+
+async def _serve(server: Server, console: Console, metrics: tuple[str, int] | None, *, fill: bool, where: str) -> int:
     """Serve until a signal; then take no new clients, and fill or keep those that are there.
 
     A second signal ends this process at once; the pager goes on serving by itself.
@@ -207,6 +178,7 @@ async def _serve(server: Server, console: Console, *, fill: bool, where: str) ->
     Args:
         server: not entered yet.
         console: for the status line.
+        metrics: host and port for Prometheus; None: no metrics.
         fill: fill all missing pages of the clients at the end, and release them; else wait until they leave.
         where: the address, for the log.
 
@@ -215,28 +187,25 @@ async def _serve(server: Server, console: Console, *, fill: bool, where: str) ->
     """
     loop = asyncio.get_running_loop()
     signals = daemon.end_signals()
-    async with server, daemon.shown(server, console):
+    async with _endpoint(server, metrics) as endpoint, server, daemon.shown(server, console):
         log.info("listening on %s; pager %s", where, server.pids[0])
         daemon.notify("READY=1")
         told, dead = loop.create_task(signals.get()), loop.create_task(server.wait_dead())
         try:
             await daemon.first(told, dead)
-            name = told.result().name
             server.stop_listening()
+            if endpoint is not None:  # a new process takes over the socket now, and the address of the metrics with it
+                endpoint.close()
             daemon.notify("STOPPING=1")
             doing = "filling" if fill else "serving on until they leave:"
-            log.info("%s: no new clients; %s %d", name, doing, len(server.clients))
+            log.info("%s: no new clients; %s %d", told.result().name, doing, len(server.clients))
             told = loop.create_task(signals.get())
             ending = loop.create_task(_end(server, fill=fill))
             await daemon.first(ending, told, dead)
             ending.cancel()
             if server.clients:
-                log.warning(
-                    "%s: the pager (%d) serves %d clients on by itself",
-                    told.result().name,
-                    server.pids[0],
-                    len(server.clients),
-                )
+                alone = "%s: the pager (%d) serves %d clients on by itself"
+                log.warning(alone, told.result().name, server.pids[0], len(server.clients))
         finally:
             told.cancel()
             dead.cancel()

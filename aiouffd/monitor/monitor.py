@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict, Unpack, o
 
 import attrs
 
-from aiouffd.engine.ahead.trace import Recorder, Trace
+from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
 from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
@@ -302,9 +302,10 @@ class Monitor:
 
     def _service(self) -> Service:
         page, size = self.region.page_size, len(self.region)
+        source = bytes(32) if self._record is None and self._replay is None else fingerprint(self.origin)
         if self._record is not None:
-            self._recorder = Recorder.create(self._record, page, size)
-        trace = None if self._replay is None else Trace.load(self._replay, page)
+            self._recorder = Recorder.create(self._record, page, size, source)
+        trace = None if self._replay is None else Trace.load(self._replay, page, source=source)
         return Service(self.origin, self._recorder, trace)
 
     def _end_recording(self, *, complete: bool) -> None:

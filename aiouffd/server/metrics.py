@@ -1,11 +1,14 @@
-"""What a server has counted, as Prometheus reads it (needs the extra `serve`)."""
+"""What a server has counted, as Prometheus reads it over HTTP (needs the extra `serve`)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final, Self
 
-from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 if TYPE_CHECKING:
@@ -15,13 +18,18 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.statistics import Statistics
 
-__all__ = ["Metrics", "expose"]
+__all__ = ["Endpoint", "Metrics"]
 
-_BITS = range(10, 34)  # buckets from 1 us to 8.6 s
+log = logging.getLogger("aiouffd.server")
+
+_BITS: Final = range(10, 34)  # buckets from 1 us to 8.6 s
+_MAX_CONNECTIONS: Final = 32
+_MAX_HEAD: Final = 16 << 10  # bytes of a request line and its headers
+_TIMEOUT: Final = 10.0  # seconds for one request and its answer
 
 
 class Metrics(Collector):
-    """Turns statistics into metrics when it is asked.
+    """Turns statistics into metrics when they are read.
 
     Args:
         statistics: returns the newest.
@@ -40,9 +48,9 @@ class Metrics(Collector):
         for cause in ("fault", "readahead", "prefetch", "replay", "background"):
             pages.add_metric([cause], getattr(now, f"pages_{cause}"))
         yield pages
-        yield _counter("zero_pages", "Pages that were filled with zeros, of all causes", now.pages_zero)
-        yield _counter("poisoned_pages", "Pages that could not be had", now.pages_poisoned)
-        yield _counter("fetched_bytes", "Bytes taken from sources", now.bytes_fetched)
+        yield _counter("zero_pages", "Pages filled with zeros, of all causes", now.pages_zero)
+        yield _counter("poisoned_pages", "Pages that could not be fetched", now.pages_poisoned)
+        yield _counter("fetched_bytes", "Bytes read from sources", now.bytes_fetched)
         answers = CounterMetricFamily("aiouffd_answers", "Refusals and partial results of ioctls", labels=["answer"])
         for answer in ("eagain", "eexist", "enoent", "partial"):
             answers.add_metric([answer], getattr(now, answer))
@@ -51,10 +59,10 @@ class Metrics(Collector):
         for event in ("forks", "remaps", "removes", "unmaps"):
             events.add_metric([event.removesuffix("s")], getattr(now, event))
         yield events
-        yield _counter("source_retries", "Reads of a source that were tried again", now.source_retries)
+        yield _counter("source_retries", "Repeated reads of a source", now.source_retries)
         yield _counter("source_errors", "Reads of a source that failed for good", now.source_errors)
         yield _counter("worker_restarts", "Workers that died and were replaced", now.restarts)
-        yield _counter("rejected_clients", "Handoffs that were turned away", self._rejected())
+        yield _counter("rejected_clients", "Clients that were turned away", self._rejected())
         yield GaugeMetricFamily("aiouffd_clients", "Clients being served", now.clients)
         yield GaugeMetricFamily("aiouffd_address_spaces", "Address spaces served, forked ones too", now.spaces)
         yield GaugeMetricFamily("aiouffd_in_flight", "Source reads under way", now.in_flight)
@@ -78,9 +86,97 @@ def _latency(counts: tuple[int, ...]) -> Metric:
     )
 
 
-def expose(metrics: Metrics, host: str, port: int) -> Any:
-    """Answer on http://host:port/metrics, from a thread; return the HTTP server, which has `server_port`."""
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    server, _ = start_http_server(port, host, registry)
-    return server
+class Endpoint:
+    """Answers GET and HEAD of /metrics on the running loop. An asynchronous context manager.
+
+    Connections are bounded in number and in time: a slow or silent one is closed, the oldest one first where there are
+    too many. So whoever connects costs the loop a few descriptors, and no thread.
+
+    Args:
+        metrics: what is answered.
+        host: where to listen.
+        port: 0: any free one.
+
+    Attributes:
+        port: where it listens.
+
+    Raises (on entering):
+        OSError: the address cannot be used.
+    """
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(metrics)
+        self._host = host
+        self.port = port
+        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
+
+    async def __aenter__(self) -> Self:
+        """Listen."""
+        self._server = await asyncio.start_server(self._connected, self._host, self.port, limit=_MAX_HEAD)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop listening, and close all connections."""
+        self.close()
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def close(self) -> None:
+        """Stop listening: another process can have the address. What was asked for already is answered."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._connections[task] = None
+        task.add_done_callback(lambda task: self._connections.pop(task, None))
+        if len(self._connections) > _MAX_CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request, and close the connection."""
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                writer.write(self._answer(head))
+                await writer.drain()
+        except asyncio.LimitOverrunError:
+            writer.write(_response("431 Request Header Fields Too Large"))
+        except (TimeoutError, asyncio.IncompleteReadError, OSError):
+            pass
+        except Exception:
+            log.exception("the metrics could not be collected")
+            writer.write(_response("500 Internal Server Error"))
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                if writer.transport.get_write_buffer_size():  # unread for so long: it is not waited for
+                    writer.transport.abort()
+
+    def _answer(self, head: str) -> bytes:
+        request, *lines = head.split("\r\n")
+        method, _, rest = request.partition(" ")
+        target, _, version = rest.partition(" ")
+        if not version.startswith("HTTP/1."):
+            return _response("400 Bad Request")
+        if target.partition("?")[0] != "/metrics":
+            return _response("404 Not Found", b"the metrics are at /metrics\n")
+        if method not in ("GET", "HEAD"):
+            return _response("405 Method Not Allowed", extra="Allow: GET, HEAD\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        encode, kind = choose_encoder(headers.get("accept", ""))
+        return _response("200 OK", encode(self._registry), kind, head=method == "HEAD")
+
+
+def _response(
+    status: str, body: bytes = b"", kind: str = "text/plain", *, extra: str = "", head: bool = False
+) -> bytes:
+    fields = f"Content-Length: {len(body)}\r\nContent-Type: {kind}\r\n{extra}Connection: close\r\n"
+    return f"HTTP/1.1 {status}\r\n{fields}\r\n".encode("latin-1") + (b"" if head else body)

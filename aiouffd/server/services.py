@@ -8,10 +8,10 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.trace import Recorder, Trace
+from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
 from aiouffd.engine.assembly import Service, checked
 from aiouffd.engine.serve.handler import Handler
-from aiouffd.errors import HandoffError, UffdError
+from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.apart import apart, detach
 from aiouffd.pager.client.tenant import Pack
@@ -49,12 +49,8 @@ class Services:
         record: str | os.PathLike[str] | None,
         replay: str | os.PathLike[str] | None,
     ) -> None:
-        self._choose: Callable[[Peer, int, str], Any]
-        if isinstance(origin, Handler) or not callable(origin):
-            checked(origin)
-            self._choose = lambda *_: origin
-        else:
-            self._choose = origin
+        self._fixed = checked(origin) if isinstance(origin, Handler) or not callable(origin) else None
+        self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
         self._options = options
         self._record = record
         self._replay = replay
@@ -72,7 +68,7 @@ class Services:
             OSError, TraceError: one of them cannot be used.
         """
         if self._replay is not None:
-            Trace.load(self._replay)
+            Trace.load(self._replay, source=bytes(32) if self._fixed is None else fingerprint(self._fixed))
         if self._record is not None:
             Recorder.create(self._record, 0, 0).discard()
 
@@ -145,18 +141,28 @@ class Services:
         with self._lock:
             pack = self._packs.get(key)
             if pack is None:
-                page_size = handoff.regions.page_size
-                trace = None if self._replay is None else Trace.load(self._replay, page_size)
-                pack = Pack(Service(origin, self._recording(key, handoff, size), trace), self._options)
+                recorder = self._recording(key, handoff, origin, size)
+                pack = Pack(Service(origin, recorder, self._trace(handoff, origin)), self._options)
                 self._packs[key] = pack
             self._uses[pack.token] += 1
         return pack
 
-    def _recording(self, key: Any, handoff: Handoff, size: int) -> Recorder | None:
+    def _trace(self, handoff: Handoff, origin: Any) -> Trace | None:
+        if self._replay is None:
+            return None
+        try:
+            return Trace.load(self._replay, handoff.regions.page_size, source=fingerprint(origin))
+        except (TraceError, OSError) as error:
+            log.warning("%s: nothing is replayed: %s", handoff.peer, error)
+            return None
+
+    def _recording(self, key: Any, handoff: Handoff, origin: Any, size: int) -> Recorder | None:
         if self._record is None:
             return None
         if self._recorder is None:
-            self._recorder, self._recorded = Recorder.create(self._record, handoff.regions.page_size, size), key
+            page_size = handoff.regions.page_size
+            self._recorder = Recorder.create(self._record, page_size, size, fingerprint(origin))
+            self._recorded = key
         if self._recorded != key:
             raise HandoffError(str(handoff.peer), "a recording is of one source and one page size; this is another")
         return self._recorder

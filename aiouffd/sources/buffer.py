@@ -54,6 +54,10 @@ class BufferSource:
         """Return a view of the bytes."""
         return self._view[offset : offset + length]
 
+    def sample(self, offset: int, length: int) -> bytes:
+        """Return some bytes, to tell this buffer from others."""
+        return bytes(self._view[offset : offset + length])
+
     async def read(self, offset: int, length: int) -> memoryview:
         """Return a view of the bytes."""
         return self.read_nowait(offset, length)

@@ -94,6 +94,11 @@ class ObjectSource:
         pinned = self._pinned
         return None if pinned is None or pinned.strong_tag is None else (self.url, pinned.size, pinned.strong_tag)
 
+    @property
+    def validator(self) -> str | None:
+        """What the server calls this version of the object; None: it does not say, or was not asked yet."""
+        return None if self._pinned is None else self._pinned.strong_tag
+
     async def prepare(self) -> None:
         """Ask the server for the size, in a thread. Canceling is safe. Raises as `size` does."""
         await asyncio.to_thread(getattr, self, "size")

@@ -103,7 +103,7 @@ def test_record_and_replay(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_recording_for_which_there_is_no_room(image: Path, tmp_path: Path) -> None:
-    """The disk is full: that is said, what was recorded until then can be replayed, and the client is served on."""
+    """The disk is full: that is said, no empty recording takes the name, and the client is served on."""
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", small], check=True)
@@ -111,11 +111,11 @@ def test_a_recording_for_which_there_is_no_room(image: Path, tmp_path: Path) -> 
         with Serve(tmp_path, image, "--record", small / "trace") as serve:
             (small / "filler").write_bytes(bytes(900 << 10))
             play(touch_all, str(serve.path), 16 * MIB)
-            assert "recorded no longer" in serve.said
+            assert "no longer recorded" in serve.said
             assert "is replaced" not in serve.said
-            (small / "filler").unlink()
-            assert serve.end() == 0
-        assert len(aiouffd.Trace.load(small / "trace", PAGE).offsets) < 4096
+            assert serve.end() == 1
+            assert f"--record {small}/trace: nothing was recorded: No space left on device" in serve.said
+        assert [path.name for path in small.iterdir()] == ["filler"]
     finally:
         subprocess.run(["umount", "-l", small], check=True)
 
@@ -142,3 +142,27 @@ def test_a_recording_is_of_one_source(image: Path, tmp_path: Path) -> None:
         play(another_source, str(serve.path))
         assert serve.end() == 0
     assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [5 * PAGE]
+
+
+def replayed(path: str) -> None:
+    """Scenario: touch two pages."""
+    region = aiouffd.Region(MIB)
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, source="b")) as monitor:
+        assert region[5 * PAGE] == 2
+        assert monitor.statistics().pages_replay == 0
+
+
+def test_a_recording_of_another_snapshot(image: Path, tmp_path: Path) -> None:
+    """It is not replayed: one source is told when the server starts; of many, that is logged, and it is served."""
+    trace = tmp_path / "trace"
+    with Serve(tmp_path, image, "--record", trace) as serve:
+        play(working_set, str(serve.path), "record")
+        assert serve.end() == 0
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.mem").write_bytes(bytes([2]) * MIB)
+    other = Serve(tmp_path, tmp_path / "c.mem", "--replay", trace, wait=False)
+    assert other.process.wait(20) == 1
+    assert "it was recorded from another source" in other.said
+    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--replay", trace) as serve:
+        play(replayed, str(serve.path))
+        assert "nothing is replayed" in serve.said

@@ -5,22 +5,30 @@ The file, in little-endian order:
 | at | what |
 | --- | --- |
 | 0 | 8 bytes: `aiouffd` and a zero |
-| 8 | u32: the version, 1 |
+| 8 | u32: the version, 2 |
 | 12 | u32: the page size |
 | 16 | u64: the length of what was served |
 | 24 | u64: the number of pages that follow |
-| 32 | u32: CRC-32 of them; 0 as long as the recording goes on |
-| 36 | u32: 1 once the recording is complete, 0 before |
-| 40 | u64 each: the offset of a page |
+| 32 | u32: CRC-32 of them; 0 while the recording goes on |
+| 36 | u32: bit 0: the recording is complete; bit 1: it lacks its end, for which the disk had no room |
+| 40 | 32 bytes: the fingerprint of the source (see `fingerprint`), or zeros |
+| 72 | u64 each: the offset of a page |
+
+Version 1 had no fingerprint: its pages begin at 40. It is still read.
 
 It is written as `PATH.part` and renamed once it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import logging
 import mmap
 import os
+import stat
 import struct
 import zlib
 from array import array
@@ -35,14 +43,20 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Recorder", "Trace"]
+__all__ = ["Recorder", "Trace", "differ", "fingerprint"]
 
 log = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
-VERSION: Final = 1
-HEADER: Final = struct.Struct("<8sIIQQII")
+VERSION: Final = 2
+HEADER: Final = struct.Struct("<8sIIQQII32s")
+HEADER_1: Final = struct.Struct("<8sIIQQII")
 _COUNT_AT: Final = 24
+_STATE_AT: Final = 36
+_COMPLETE: Final = 1
+_CUT: Final = 2
+_SAMPLES: Final = 16
+_SAMPLE: Final = 4096
 _STEP: Final = 1 << 20  # the file grows by so much
 _BATCH: Final = 4096  # pages of a trace that are sorted and merged together
 
@@ -55,41 +69,52 @@ class Trace:
         page_size: bytes.
         size: bytes of what was served.
         offsets: of the pages, in the order of their first touch, each once.
+        source: the fingerprint of the source; zeros: unknown.
     """
 
     page_size: int
     size: int
     offsets: array[int]
+    source: bytes = bytes(32)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], page_size: int | None = None) -> Self:
-        """Read a file that `Recorder` has written for pages of this size; None: of any.
+    def load(cls, path: str | os.PathLike[str], page_size: int | None = None, *, source: bytes = bytes(32)) -> Self:
+        """Read a file that `Recorder` has written.
+
+        Args:
+            path: of the file.
+            page_size: of the memory that it is replayed for; None: any.
+            source: the fingerprint of the source that it is replayed from; zeros: any.
 
         Raises:
-            TraceError: it is not such a file, not complete, damaged, or of another page size.
+            TraceError: it is not such a file, not complete, damaged, of another page size, or of another source.
             OSError: it cannot be read.
         """
         data = Path(path).read_bytes()
-        if len(data) < HEADER.size:
+        if len(data) < HEADER_1.size:
             raise TraceError(str(path), f"{len(data)} bytes are too few for a recording")
-        magic, version, page, size, count, checksum, complete = HEADER.unpack_from(data)
-        body = memoryview(data)[HEADER.size :]
+        magic, version, page, size, count, checksum, state = HEADER_1.unpack_from(data)
         if magic != MAGIC:
-            raise TraceError(str(path), "it is no recording of page faults")
-        if version != VERSION:
-            raise TraceError(str(path), f"its version is {version}; this library reads version {VERSION}")
-        if not complete:
-            raise TraceError(str(path), "the recording was not completed: who made it ended too early")
+            raise TraceError(str(path), "it is not a recording of page faults")
+        if not 1 <= version <= VERSION:
+            raise TraceError(str(path), f"its version is {version}; this library reads versions up to {VERSION}")
+        header = HEADER if version == VERSION else HEADER_1
+        recorded = data[HEADER_1.size : header.size].ljust(32, b"\0")
+        body = memoryview(data)[header.size :]
+        if not state & _COMPLETE:
+            raise TraceError(str(path), "the recording was not completed: the process that recorded ended too early")
         if len(body) != count * 8:
             raise TraceError(str(path), f"it announces {count} pages and holds {len(body) / 8:g}: truncated?")
         if zlib.crc32(body) != checksum:
             raise TraceError(str(path), "its checksum is wrong: it is damaged")
         if page_size is not None and page != page_size:
             raise TraceError(str(path), f"it was recorded with pages of {page} bytes, not {page_size}")
+        if differ(recorded, source):
+            raise TraceError(str(path), "it was recorded from another source, or from another version of it")
         offsets = array("Q", bytes(body))
         if page < mmap.PAGESIZE or any(offset % page or offset >= size for offset in offsets):
-            raise TraceError(str(path), "it names pages that cannot be")
-        return cls(page, size, array("Q", dict.fromkeys(offsets)))
+            raise TraceError(str(path), "it names pages that cannot exist")
+        return cls(page, size, array("Q", dict.fromkeys(offsets)), recorded)
 
     def ranges(self, begin: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Yield (index behind it, merged (offset, length) of it) for each batch of pages from index `begin` on.
@@ -123,15 +148,21 @@ class Recorder:
         self._full = False
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], page_size: int, size: int) -> Self:
-        """Begin a recording.
+    def create(cls, path: str | os.PathLike[str], page_size: int, size: int, source: bytes = bytes(32)) -> Self:
+        """Begin a recording, of memory that shows the source with this fingerprint (zeros: unknown).
 
         Raises:
-            OSError: there can be no file.
+            OSError: there can be no file; `filename` is the path. EINVAL: there is something that is not a regular
+                file, which is left alone. EBUSY: another process records there.
         """
-        final = Path(path)
-        fd = os.open(_part(final), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        os.write(fd, HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0))
+        final = Path(os.path.realpath(path))  # a link stays, and its target is replaced
+        try:
+            fd = _begin(final)
+            os.write(fd, HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0, source))
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another process records there", str(path)) from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         return cls(fd, final)
 
     def travel(self) -> Any:
@@ -164,7 +195,11 @@ class Recorder:
             os.posix_fallocate(self.fd, 0, length)
         except OSError as error:
             self._full = True
-            log.error("what is touched is recorded no longer: %s", error.strerror)  # noqa: TRY400 - it is served on
+            with contextlib.suppress(
+                OSError
+            ):  # the block is there, but a file system that copies on write wants another
+                os.pwrite(self.fd, struct.pack("<I", _CUT), _STATE_AT)
+            log.error("first touches are no longer recorded: %s", error.strerror)  # noqa: TRY400 - it is served on
             return False
         self._words.release()
         self._map = mmap.mmap(self.fd, length)
@@ -173,13 +208,23 @@ class Recorder:
         return True
 
     def complete(self) -> None:
-        """Make it a recording that can be read; nobody notes any more."""
+        """Make it a recording that can be read; nobody notes any more.
+
+        Raises:
+            OSError: it cannot be written; an older recording of that name stays. ENOSPC: the disk had no room for a
+                single page.
+        """
         assert self._path is not None
-        _, version, page, size, count, _, _ = HEADER.unpack(os.pread(self.fd, HEADER.size, 0))
+        _, version, page, size, count, _, state, source = HEADER.unpack(os.pread(self.fd, HEADER.size, 0))
+        if state & _CUT and not count:
+            path = self._path
+            self.discard()
+            raise OSError(errno.ENOSPC, f"nothing was recorded: {os.strerror(errno.ENOSPC)}", str(path))
         length = HEADER.size + 8 * count
         os.ftruncate(self.fd, length)
         body = os.pread(self.fd, length, HEADER.size)
-        os.pwrite(self.fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), 1), 0)
+        state |= _COMPLETE
+        os.pwrite(self.fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
         os.fsync(self.fd)
         _part(self._path).rename(self._path)
         self.close()
@@ -197,5 +242,48 @@ class Recorder:
             self.fd = -1
 
 
+def _begin(final: Path) -> int:
+    """Return a descriptor of the empty file that will be renamed to `final`; raise what keeps it from that."""
+    if final.exists() and not final.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(_part(final), flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, f"{_part(final).name} is not a regular file")  # noqa: TRY301 - closed below
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
+        os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
+
+
+def fingerprint(source: Any) -> bytes:
+    """Return 32 bytes that tell sources apart; zeros for a handler. May block.
+
+    The first byte says what the others are a hash of. 1: the size and samples of the content, which a copy of a file
+    shares. 2: the size and the validator that a server gives. 3: the size. Only the same kinds can be compared.
+    """
+    size = getattr(source, "size", None)
+    if size is None:
+        return bytes(32)
+    content = b"%d:" % size
+    kind = 3
+    if (sample := getattr(source, "sample", None)) is not None:
+        kind = 1
+        places = {(size - 1) * n // (_SAMPLES - 1) // _SAMPLE * _SAMPLE for n in range(_SAMPLES if size else 0)}
+        content += b"".join(sample(at, min(_SAMPLE, size - at)) for at in sorted(places))
+    elif (validator := getattr(source, "validator", None)) is not None:
+        kind = 2
+        content += validator.encode()
+    return bytes([kind]) + hashlib.blake2b(content, digest_size=31).digest()
+
+
+def differ(one: bytes, other: bytes) -> bool:
+    """Tell whether two fingerprints are certainly of different sources."""
+    return one[0] == other[0] and one != other

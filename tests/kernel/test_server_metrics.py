@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import urllib.request
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from pattern import PAGE
 from scenario import eventually, play
-from served import MIB, Serve, client, free_port
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from served import MIB, Serve, client, free_port, hand_over, metric
 
 
 def test_metrics(image: Path, tmp_path: Path) -> None:
@@ -39,3 +37,25 @@ def test_metrics(image: Path, tmp_path: Path) -> None:
         wanted |= {"aiouffd_source_retries_total", "aiouffd_source_errors_total", "aiouffd_fault_latency_seconds_sum"}
         assert wanted <= set(found)
         assert found['aiouffd_fault_latency_seconds_bucket{le="+Inf"}'] == found["aiouffd_fault_latency_seconds_count"]
+
+
+def kept(path: str, pid: int, log: str, image: str, directory: str, port: int) -> None:
+    """Scenario: a client is served on while its server is replaced by a new one, of the same socket and metrics."""
+    region, _connection, _uffd = hand_over(path)
+    assert region[0] == 1
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: "no new clients" in Path(log).read_text(), expected=True)
+    os.mkdir(directory)  # noqa: PTH102 - a literal came along
+    with Serve(Path(directory), image, "--metrics", port, socket=path):
+        play(client, path, MIB)
+        assert metric(port, "aiouffd_faults_total") > 0
+        assert region[9 * PAGE] == 10
+
+
+def test_an_upgrade(image: Path, tmp_path: Path) -> None:
+    """A new server takes over socket and metrics, while the old one waits for its clients to leave."""
+    port = free_port()
+    with Serve(tmp_path, image, "--metrics", port) as serve:
+        arguments = (serve.process.pid, str(serve.log), str(image), str(tmp_path / "new"), port)
+        play(kept, str(serve.path), *arguments, deadline=60)
+        assert serve.process.wait(10) == 0
