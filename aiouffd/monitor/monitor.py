@@ -283,9 +283,10 @@ class Monitor:
                 engine.prefetch(0, len(self.region)).result()
                 self._sigbus = False
         finally:
-            with contextlib.suppress(UffdError, TimeoutError):  # a server that has gone
-                counted = engine.statistics()
-                registration.warn_of_unserved(max(counted.minor_faults, counted.continues))
+            if self.region.fd >= 0:
+                with contextlib.suppress(UffdError, TimeoutError):  # a server that has gone
+                    counted = engine.statistics()
+                    registration.warn_of_unserved(max(counted.minor_faults, counted.continues))
             if self._sigbus:
                 self._crashes.left(where)
             if self._sigbus and registration.can_poison:

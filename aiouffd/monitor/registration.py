@@ -115,7 +115,7 @@ class Registration:
         Args:
             found: how many pages were in the file before they were touched in the region.
         """
-        if self.region.fd < 0 or not found:
+        if not found:
             return
         for mapping in unserved_mappings(self.region.fd):
             log.warning(

@@ -57,6 +57,14 @@ def test_mincore_has_a_byte_for_each_page(place: int) -> None:
     assert [value & 1 for value in libc.mincore(place, 8 * PAGE)] == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("size", "expected"), [(4096, 16), (16 << 10, 4), (64 << 10, 1)])
+def test_mincores_vector_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch, size: int, expected: int) -> None:
+    """With larger pages the kernel writes fewer bytes."""
+    monkeypatch.setattr(mmap, "PAGESIZE", size)
+    monkeypatch.setattr(libc._libc, "mincore", lambda *_: 0)
+    assert len(libc.mincore(0x10000, 64 << 10)) == expected
+
+
 def test_mremap_returns_the_new_place(place: int) -> None:
     """The content moves along."""
     ctypes.memset(place, 7, PAGE)

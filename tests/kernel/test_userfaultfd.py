@@ -370,6 +370,22 @@ def test_a_copy_from_memory_that_cannot_be_read() -> None:
         assert uffd.try_copy(region.address, 8, PAGE, 0) == -14
 
 
+@pytest.mark.parametrize("size", [4096, 16 << 10, 64 << 10])
+def test_gone_asks_for_a_page_of_the_machine(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A length that is not a multiple of its pages would be EINVAL: the process would never be gone."""
+    asked: list[tuple[int, int, int]] = []
+
+    def try_zeropage(start: int, length: int, mode: int) -> int:
+        asked.append((start % size, length, mode))
+        return -errno.ESRCH
+
+    monkeypatch.setattr(mmap, "PAGESIZE", size)
+    with Userfaultfd() as uffd:
+        monkeypatch.setattr(uffd, "try_zeropage", try_zeropage)
+        assert uffd.gone()
+    assert asked == [(0, size, abi.ZEROPAGE_MODE_DONTWAKE)]
+
+
 def test_a_target_that_has_exited() -> None:
     """ESRCH for COPY and ZEROPAGE, ENOMEM for REGISTER, nothing for WAKE: `gone()` tells."""
     left, right = os.pipe()
