@@ -66,6 +66,7 @@ ORDER = {
         "calls",
         "layout",
         "local",
+        "protecting",
         "in_process",
         "pipe",
         "extents",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import mmap
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["Backend", "Space"]
+
+log = logging.getLogger("aiouffd")
+
+_NO_POISON = (
+    "the page at %#x cannot be had, and this kernel has no UFFDIO_POISON (Linux 6.6) to say so: the threads that touch"
+    " it wait until the Monitor is left, or their process ends"
+)
 
 _LATENCY, _DEFERRED = int(Counter.LATENCY), int(Counter.DEFERRED)
 _EAGAIN = -errno.EAGAIN
@@ -289,6 +297,7 @@ class Space:
     def _refused(self, run: Run, number: int) -> None:
         """What the kernel refuses for good has failed. For a refused POISON there is only waiting."""
         if run.op == Op.POISON:  # EINVAL: no such operation before Linux 6.6
+            log.critical(_NO_POISON, run.dst)
             self.report(operation_error(run.name, run.dst, run.left, number))
             self._defer(run)
             return

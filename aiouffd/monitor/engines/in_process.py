@@ -12,8 +12,9 @@ import attrs
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of
-from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.monitor.engines.local import Local
+from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import LoopWatch
 
@@ -96,7 +97,8 @@ class InProcessEngine:
         )
 
     async def _begin(self, assignment: Assignment) -> None:
-        uffd = Userfaultfd.from_fd(os.dup(assignment.uffd.fileno()), assignment.uffd.features)
+        kind = Userfaultfd if Feature.POISON in probe().features else ProtectingUserfaultfd
+        uffd = kind.from_fd(os.dup(assignment.uffd.fileno()), assignment.uffd.features)
         self._local = Local(assignment, uffd, self._counters, spin_us=self._choice.spin_us)
 
     def statistics(self) -> Statistics:
