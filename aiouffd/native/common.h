@@ -6,6 +6,10 @@
 #ifndef AIOUFFD_COMMON_H
 #define AIOUFFD_COMMON_H
 
+#if !defined __x86_64__ && !defined __aarch64__
+#error "aiouffd supports x86-64 and aarch64"
+#endif
+
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -13,10 +17,6 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
-
-#if !defined __x86_64__ && !defined __aarch64__
-#error "aiouffd supports x86-64 and aarch64"
-#endif
 
 /* Every file is compiled into one object. Only EXPORTed functions are visible outside it. */
 #define EXPORT __attribute__((visibility("default")))

@@ -1,0 +1,34 @@
+"""`python -m aiouffd.native`: the native part is compiled where its files lie."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from aiouffd.native import build
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOWHERE = "/nonexistent/cc"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """`python -m aiouffd.native` compiles where the files lie, and ends with the compiler's words if that fails."""
+    package = tmp_path / "aiouffd"
+    (package / "native").mkdir(parents=True)
+    for path in (build.HERE.parent / "errors.py", build.HERE.parent / "ranges.py", *build.HERE.iterdir()):
+        if path.suffix in (".py", ".c", ".h"):
+            (package / path.relative_to(build.HERE.parent)).write_bytes(path.read_bytes())
+    (package / "__init__.py").touch()
+    command = [sys.executable, "-m", "aiouffd.native"]
+    refused = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "CC": NOWHERE}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert NOWHERE in refused.stderr
+    assert not (package / "native" / build.NAME).exists()
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert (package / "native" / build.NAME).exists()
