@@ -57,7 +57,17 @@ ORDER = {
         *("rewriting", "last_resort", "served", "blocked", "handover", "answers", "worker", "keeper"),
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
-    "server": ["__init__", "listener", "metrics", "rejection", "reception", "services", "clients", "server"],
+    "server": [
+        "__init__",
+        "listener",
+        "metrics",
+        "prefilled",
+        "rejection",
+        "reception",
+        "services",
+        "clients",
+        "server",
+    ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": ["__init__", "engines", "registration", "error_queue", "crashes", "monitor", "open"],
     "monitor/engines": [

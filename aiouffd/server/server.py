@@ -21,12 +21,14 @@ from aiouffd.engine.assembly import Options
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
+from aiouffd.handoff.apart import apart
 from aiouffd.handoff.lines import VERSION
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.process.travel import Pickles
 from aiouffd.server.clients import Client, Conversation
 from aiouffd.server.listener import SocketFile
+from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
 from aiouffd.server.services import Services
 
@@ -233,6 +235,8 @@ class Server:
         number = self._numbers
         self._of_process[peer.pid] += 1
         try:
+            if regions.extra is None:  # a Monitor sees to that itself
+                await self._examine(handoff)
             pack = await self._services.take(handoff, number, name)
             tenant = Tenant(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether)
             client = Client(number, peer, tenant, regions.length, connection)
@@ -247,6 +251,14 @@ class Server:
         log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
         if client.conversation is not None:
             self._spawn(self._converse(client, client.conversation))
+
+    async def _examine(self, handoff: Handoff) -> None:
+        """Say if a client's memory was filled with zeros before it was handed over."""
+        with contextlib.suppress(OSError):
+            filled = await apart(zeros_before_handoff, handoff.peer.pid, handoff.regions)
+            if filled:
+                how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
+                log.warning(how, handoff.peer, filled)
 
     async def _open(self, client: Client) -> None:
         try:

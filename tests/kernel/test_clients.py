@@ -110,3 +110,41 @@ def test_what_is_refused_is_not_filled(image: Path, tmp_path: Path) -> None:
         play(refused, str(serve.path), serve.process.pid, str(serve.log), serve.worker)
         assert serve.process.wait(10) == 0
         assert "cannot be filled: its owner is about to leave" in serve.said
+
+
+MALFORMED = [
+    *("nonsense", "[]", "5", "{}", '{"op": "statistics"}', '{"id": "x", "op": "statistics"}'),
+    *('{"id": [], "op": "close"}', '{"id": 1}', '{"id": 1, "op": 5}', '{"id": 1, "op": {}}', '{"id": 1, "op": "open"}'),
+    *('{"id": 1, "op": "prefetch"}', '{"id": 1, "op": "prefetch", "offset": -1, "length": 1}'),
+    *('{"id": 1, "op": "prefetch", "offset": true, "length": 1}', '{"id":1,"op":"prefetch","offset":0,"length":1e9}'),
+]
+
+
+def malformed(path: str) -> None:
+    """Scenario: our own clients send what is no request, one after the other; another client goes on."""
+    other = aiouffd.Region(MIB)
+    with aiouffd.Monitor(other, engine=aiouffd.ServedBy(path)) as monitor:
+        for line in MALFORMED:
+            region = aiouffd.Region(MIB)
+            uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+            uffd.register(region.address, MIB, aiouffd.RegisterMode.MISSING)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(10)
+                connection.connect(path)
+                mapping = Mapping(region.address, region.address + MIB, 0)
+                extra = {"version": 1, "name": ""}
+                socket.send_fds(connection, [firecracker.encode([mapping], PAGE, extra)], [uffd.fileno()])
+                assert b'"ok"' in connection.recv(4096)
+                connection.sendall(line.encode() + b"\n")
+                said = connection.recv(4096)
+                assert said == b"" or b'"error"' in said, line
+        monitor.prefetch_sync(0, MIB)
+        assert other[5 * PAGE] == 6
+        monitor.check()
+
+
+def test_a_malformed_request_costs_its_own_client_only(image: Path, tmp_path: Path) -> None:
+    """It is answered with an error, or its connection is ended."""
+    with Serve(tmp_path, image) as serve:
+        play(malformed, str(serve.path))
+        assert "Traceback" not in serve.said

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import socket
+import struct
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,6 +117,65 @@ def test_the_socket_is_its_users_own(image: Path, tmp_path: Path) -> None:
         play(connect_as_nobody, str(serve.path))
         assert "of user 65534: may not use this server" in serve.said
     shutil.rmtree(open_to_all)
+
+
+def lingering_socket() -> tuple[socket.socket, socket.socket]:
+    """Return a TCP socket whose close(2) waits five minutes for its unsent data, and its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        receiver, _ = listener.accept()
+    sender.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sender.send(bytes(1 << 16))
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 300))
+    sender.setblocking(True)  # a non-blocking socket does not linger
+    return sender, receiver
+
+
+def lingers(path: str, how: str) -> None:
+    """Scenario: a client sends a descriptor whose close(2) blocks, in one of the ways there are; others go on."""
+    sender, receiver = lingering_socket()
+    region = aiouffd.Region(MIB)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, MIB, aiouffd.RegisterMode.MISSING)
+    mapping = Mapping(region.address, region.address + MIB, 0)
+    extra = {"version": 1, "name": ""} if how in ("beside our own", "in a request") else None
+    text = firecracker.encode([mapping], PAGE, extra)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    if how == "of a client that is turned away":
+        socket.send_fds(connection, [b"nonsense]"], [uffd.fileno(), sender.fileno()])
+    elif how == "too many":
+        socket.send_fds(connection, [text], [uffd.fileno(), *[sender.fileno()] * 30])
+    elif how in ("behind a handoff", "in a request"):
+        socket.send_fds(connection, [text], [uffd.fileno()])
+        if extra is not None:
+            assert b'"ok"' in connection.recv(4096)
+        socket.send_fds(connection, [b'{"id": 1, "op": "statistics"}\n'], [sender.fileno()])
+    else:
+        socket.send_fds(connection, [text], [uffd.fileno(), sender.fileno()])
+    threading.Thread(target=sender.close, daemon=True).start()
+    connection.close()
+    uffd.close()
+    for _ in range(3):
+        client(path, MIB)
+    receiver.close()
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("beside a handoff", "beside our own", "of a client that is turned away"),
+        *("too many", "behind a handoff", "in a request"),
+    ],
+)
+def test_a_descriptor_whose_close_blocks(image: Path, tmp_path: Path, how: str) -> None:
+    """It costs the others nothing, however it comes."""
+    with Serve(tmp_path, image, "--readahead", "0") as serve:
+        play(lingers, str(serve.path), how, deadline=60)
+        assert "Traceback" not in serve.said
 
 
 NONSENSE = st.one_of(
