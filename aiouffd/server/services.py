@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
 from aiouffd.engine.assembly import Service, checked
-from aiouffd.engine.serve.handler import Handler
+from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.apart import apart, detach
@@ -49,7 +49,10 @@ class Services:
         record: str | os.PathLike[str] | None,
         replay: str | os.PathLike[str] | None,
     ) -> None:
-        self._fixed = checked(origin) if isinstance(origin, Handler) or not callable(origin) else None
+        if wants_writes(origin):
+            raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
+        chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
+        self._fixed = None if chooses else checked(origin)
         self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
         self._options = options
         self._record = record

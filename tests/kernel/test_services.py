@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
+import fuse
 import pytest
-from pattern import PAGE
+from pattern import PAGE, content
 from scenario import eventually, play
-from served import MIB, Serve, client, descriptors, on_the_web, touch_all
+from served import MIB, Serve, client, descriptors, hand_over, on_the_web, touch_all
 
 import aiouffd
 
@@ -166,3 +172,126 @@ def test_a_recording_of_another_snapshot(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--replay", trace) as serve:
         play(replayed, str(serve.path))
         assert "nothing is replayed" in serve.said
+
+
+def on_a_silent_file_system(directory: str) -> None:
+    """Scenario: one snapshot of many lies on a file system that stops answering; clients of the others go on."""
+    (Path(directory) / "far").mkdir()
+    (Path(directory) / "near").mkdir()
+    (Path(directory) / "near" / "file").write_bytes(content(0, MIB))
+    with fuse.mounted(f"{directory}/far", content(0, MIB)) as (_, server):
+        arguments = ("--source-for", f"{directory}/{{name}}/file", "--readahead", "0", "--timeout", "2")
+        serve = Serve(Path(directory), *arguments)
+        served = [aiouffd.Region(MIB), aiouffd.Region(MIB)]
+        far, near = (
+            aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(serve.path), source=name), on_exit="zeros")
+            for region, name in zip(served, ("far", "near"), strict=True)
+        )
+        far.__enter__()
+        near.__enter__()
+        assert served[0][:PAGE] == served[1][:PAGE] == content(0, PAGE)
+        fuse.silence(server)
+        # More than there are threads for blocking calls: none of them may hold up the next client.
+        opening = [threading.Thread(target=late, args=(str(serve.path),), daemon=True) for _ in range(20)]
+        for thread in opening:
+            thread.start()
+        touch(served[0].address + 5 * PAGE)
+        for page in range(1, MIB // PAGE, 5):
+            assert served[1][page * PAGE : page * PAGE + 8] == content(page * PAGE, 8)
+            if page % 50 == 1:
+                with aiouffd.Monitor(
+                    aiouffd.Region(MIB), engine=aiouffd.ServedBy(str(serve.path), source="near")
+                ) as third:
+                    assert third.region[7 * PAGE : 7 * PAGE + 8] == content(7 * PAGE, 8)
+        for thread in opening:
+            thread.join(20)
+            assert not thread.is_alive()
+        print(serve.said.count("could not be opened within"), "openings gave up", flush=True)
+        near.check()
+        serve.process.kill()
+        os.kill(serve.pager, signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
+        os._exit(0)
+
+
+def late(path: str) -> None:
+    """Ask for a snapshot that cannot be opened: refused after the timeout."""
+    with pytest.raises(aiouffd.UffdError):
+        aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source="far")).__enter__()
+
+
+def touch(address: int) -> None:
+    """Touch a byte in a thread, without the GIL."""
+    arguments = (ctypes.c_void_p(address), 0, ctypes.c_size_t(1))
+    threading.Thread(target=ctypes.CDLL(None).memchr, args=arguments, daemon=True).start()
+
+
+@pytest.mark.skipif(fuse.possible() is not None, reason=str(fuse.possible()))
+def test_a_file_system_that_does_not_answer(tmp_path: Path) -> None:
+    """What lies there costs its own clients only: opening it, reading it, and closing it."""
+    output, _ = play(on_a_silent_file_system, str(tmp_path), deadline=100)
+    assert "openings gave up" in output
+
+
+class Squares(aiouffd.Handler):
+    """Fills each page with the square of its number."""
+
+    async def pagefault(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+        """Compute the page."""
+        number = fault.offset // PAGE
+        batch.copy(fault.page, (number * number).to_bytes(8, "little") * (PAGE // 8))
+
+
+def of_a_handler(path: str) -> None:
+    """Scenario: a client as Firecracker is one, and a Monitor, whose pages are computed."""
+    region, _connection, _uffd = hand_over(path)
+    for page in range(0, MIB // PAGE, 9):
+        assert region[page * PAGE : page * PAGE + 8] == (page * page).to_bytes(8, "little")
+    other = aiouffd.Region(16 * MIB)
+    with aiouffd.Monitor(other, engine=aiouffd.ServedBy(path)) as monitor:
+        monitor.prefetch_sync(0, MIB)
+        for page in (200, 300, 4000):
+            assert other[page * PAGE : page * PAGE + 8] == (page * page).to_bytes(8, "little")
+        other.madvise(mmap.MADV_DONTNEED, 0, 9 * PAGE)
+        assert other[8 * PAGE : 9 * PAGE] == bytes(PAGE)
+        monitor.check()
+
+
+async def by_a_handler(directory: str) -> None:
+    """Scenario: a Server takes a handler."""
+    path = f"{directory}/s"
+    async with aiouffd.Server(Squares(), path) as server:
+        await asyncio.to_thread(play, of_a_handler, path)
+        await server.wait_clients()
+        region, _connection, _uffd = await asyncio.to_thread(hand_over, path)
+        while not server.clients:  # noqa: ASYNC110 - it is being taken
+            await asyncio.sleep(0.01)
+        await server.fill()
+        assert not server.clients
+        assert region[255 * PAGE : 255 * PAGE + 8] == (255 * 255).to_bytes(8, "little")
+
+
+def test_a_handler_serves_other_processes(tmp_path: Path, loop: str) -> None:
+    """Microvms and Monitors alike: faults, prefetch and fill."""
+    play(by_a_handler, str(tmp_path), loop=loop)
+
+
+@pytest.mark.parametrize("thing", [5, "a path", aiouffd.ZeroSource, aiouffd.Handler])
+def test_what_is_no_origin_is_refused(thing: Any, tmp_path: Path) -> None:
+    """At once, and not by the first client."""
+    with pytest.raises(TypeError, match="Source"):
+        aiouffd.Server(thing, tmp_path / "s")
+
+
+class Writes(aiouffd.Handler):
+    """Wants to be told of writes."""
+
+    async def write(self, fault: aiouffd.Fault, batch: aiouffd.Batch) -> None:
+        """Let it go on."""
+        batch.unprotect(fault.page)
+
+
+def test_a_handler_that_wants_writes_is_refused(tmp_path: Path) -> None:
+    """Clients register their memory without write protection."""
+    with pytest.raises(ValueError, match="write"):
+        aiouffd.Server(Writes(), tmp_path / "s")
