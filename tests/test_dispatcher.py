@@ -127,8 +127,9 @@ async def test_deferred_runs_are_tried_again_when_messages_come(rig: Rig, monkey
     assert len(uffd.pages) == 3
 
 
-async def test_windows_are_completed_while_nothing_comes(rig: Rig) -> None:
+async def test_windows_are_completed_while_nothing_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces; a space that was dropped meanwhile is passed over."""
+    monkeypatch.setattr(module, "_BURST_NS", 10_000_000_000)
     world, uffd = rig.world()
     other, _ = rig.world()
     other.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, SIZE)])
