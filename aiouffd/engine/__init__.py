@@ -1,9 +1,12 @@
 """The engine: descriptors on an event loop, and what resolves their faults. It knows no process but its own.
 
-Layout: `dispatcher` (descriptors on a loop: readable, read, serve, look again), `space` (one descriptor: its messages,
-what is under way and what is deferred), `plain` (faults that need one COPY of bytes that are in memory), `flight`
-(pages on their way), `resolver` (ioctls until a run of pages is resolved), `mappings` (which address shows which
-offset), `readahead` (how much to bring with a fault), `statistics` (counters in an array that may be shared memory).
+Layout, the lowest first: `loops` (which library runs the loop), `statistics` (counters, in an array that may be shared
+memory), `mappings` (which address shows which offset), `present` and `readahead` (what has been brought, and how much
+to bring with a fault), `runs`, `flight` (pages to fill, and pages on their way), `resolver` (ioctls until a run is
+resolved), `deferred` and `remainders` (runs that come later), `plain` (faults that need one COPY of bytes in memory),
+`space` (one descriptor, and what is under way for it), `messages` (what a space does with its messages), `dispatcher`
+(descriptors on a loop: readable, read, serve, look again).
+
 Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched) and
 `assembly`, which puts an engine together.
 """

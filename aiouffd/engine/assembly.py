@@ -25,8 +25,8 @@ class Service:
 
     Attributes:
         origin: a `Source` or a `Handler`.
-        recorder: told of the pages that are touched.
-        trace: brought ahead of the touches.
+        recorder: notes the pages that are touched, in order.
+        trace: pages to bring before they are touched.
     """
 
     origin: Any
@@ -41,7 +41,7 @@ class Options:
     Attributes:
         readahead: the largest window that a fault brings, in bytes; 0: page by page.
         spin_us: microseconds to look again for faults before sleeping.
-        background: bytes per second that are brought without being asked for, at most; 0: none.
+        background: bytes per second, at most, that are brought without being asked for; 0: none.
         modes: the `RegisterMode` of the memory.
         write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
@@ -74,5 +74,5 @@ def make_backend(service: Service, counters: Counters, options: Options) -> Sour
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:
-    """Return the policy: what is in memory is brought in small neighbourhoods, what is far away in larger ones."""
+    """Return the readahead of a space: bytes in memory come in small neighbourhoods, remote ones in larger ones."""
     return Readahead(page_size, options.readahead, (16 << 10) if local else (64 << 10))

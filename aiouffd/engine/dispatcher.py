@@ -1,15 +1,15 @@
 """Descriptors on one event loop: readable -> read -> serve, and look again before going to sleep.
 
-Going to sleep in epoll and being woken costs more than the whole rest of a fault. So after a fault the reader
-looks again for up to `spin_us`, and only while faults keep coming: a wake-up that comes long after the last fault
-is served and followed by sleep at once, and looks that were in vain make the next ones rarer. It looks at the set
-of descriptors, not at the one that fired: with a thousand clients the next fault is another's.
+Sleeping in epoll and being woken costs more than the rest of a fault. So after a fault the reader looks again for up
+to `spin_us`, but only while faults keep coming: after a fault that comes long after the last one it sleeps at once, and
+looks in vain make the next ones rarer. It looks at all descriptors, not at the one that was readable: with a thousand
+clients the next fault comes from another.
 
-Every so often the loop gets a turn, however many faults there are: other tasks run in between.
+The loop gets a turn at least every 0.5 ms, however many faults there are: other tasks run in between.
 
-O_NONBLOCK belongs to the open file, not to the descriptor: whoever has handed one over can clear it at any time. A
-plain read would stop the loop then, and with it everybody else's pages, so each read says RWF_NOWAIT. Before Linux
-6.10 a userfaultfd does not know that, and the flag is all there is.
+O_NONBLOCK belongs to the open file, not to the descriptor: the process that has handed a descriptor over can clear it
+at any time. A plain read would block the loop then, and with it all other spaces. So each read passes RWF_NOWAIT. A
+userfaultfd knows that flag since Linux 6.10; before, O_NONBLOCK is the only protection.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Landing(Protocol):
     buffers: list[memoryview]
 
     def reading(self, identity: int) -> None:
-        """Say whose messages land next."""
+        """Note whose messages land next."""
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
         """Make layout events durable; `buffers` may be another afterwards."""
 
 
 class Memory:
-    """Messages land in private memory: nobody succeeds this process."""
+    """Messages land in private memory: this process has no successor."""
 
     def __init__(self) -> None:
         self.buffers = [memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))]
@@ -91,7 +91,7 @@ class Dispatcher:
         counters: shared by all spaces.
         spin_us: microseconds to look again before sleeping; 0: sleep at once.
         landing: where messages land.
-        on_drop: called with a space that is being dropped, before its descriptor is closed.
+        on_drop: called with a space before its descriptor is closed.
         on_idle: called when a space was dropped and none is left.
     """
 
@@ -251,7 +251,7 @@ class Dispatcher:
         return self._spin_ns
 
     def _poll(self) -> bool:
-        """Read once from whoever has something; tell whether anybody had."""
+        """Read once from each descriptor that is readable; tell whether any was."""
         came = False
         landing, fast_path = self._landing, self._fast_path
         for fd, events in self._only or self._epoll.poll(0, _MAX_READY):
@@ -321,13 +321,13 @@ class Dispatcher:
     # Timers
 
     def _retry(self, space: Space) -> None:
-        """Try deferred runs again now, and later on a timer: no message may ever come to remind us."""
+        """Try deferred runs again now, and later on a timer: there may be no further message."""
         space.retry()
         if space.deferred:
             self._schedule()
 
     def _deferred(self) -> None:
-        """Something was put off just now: it most likely needs but one more turn of its thread."""
+        """Something was put off just now: most likely its thread only needs to run once more."""
         self._pause = _RETRY
         self._schedule()
 

@@ -35,7 +35,7 @@ class Mappings:
     """Sorted, disjoint mappings of one address space.
 
     Attributes:
-        generation: goes up with each change, so that whoever has waited knows whether to look again.
+        generation: goes up with each change.
     """
 
     __slots__ = ("_ends", "_offsets", "_starts", "generation")

@@ -230,7 +230,7 @@ def serve_together(
 ) -> list[tuple[int, int, int]]:
     """Resolve what is plain of the faults of one wake-up, with no run or flight; return the others.
 
-    Several are copied without waking anybody, and then share one WAKE. Faults are (page address, flags, thread id), in
+    Several are copied with DONTWAKE, and then share one WAKE. Faults are (page address, flags, thread id), in
     order of address, read at `began_ns`. If the source has readahead, the space must not bring anything already.
     """
     locate, size, page_size, mode, readahead, _ = source

@@ -164,7 +164,7 @@ class Counters:
         pages = sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1])
         # A page that was present already (EEXIST) or is gone (ENOENT) is counted as no page, and its thread is woken.
         others = (*(Counter.PAGES_POISONED, Counter.CONTINUES, Counter.UNPROTECTS, Counter.EEXIST, Counter.ENOENT),)
-        # Whoever forks, moves, empties or unmaps memory sleeps until that has been read.
+        # A thread that forks, moves, empties or unmaps memory sleeps until its event has been read.
         return pages + sum(words[at] for at in others) + sum(words[Counter.FORKS : Counter.UNMAPS + 1])
 
     def snapshot(self) -> Statistics:

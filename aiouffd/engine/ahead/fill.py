@@ -28,12 +28,12 @@ __all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 
 log = logging.getLogger("aiouffd")
 
-_NEAR = 512 << 10  # brought at once, if it is at hand: a fault waits for one such piece at most, some 0.2 ms
-_HURRY = 2 << 20  # the same where somebody waits for all of it
+_NEAR = 512 << 10  # brought at once, if the source is local: a fault waits for one such piece at most, some 0.2 ms
+_HURRY = 2 << 20  # the same where a caller waits for all of it
 _FAR = 8 << 20  # and if it must be waited for
-_SAVED = 64 << 20  # bytes after which a successor need not begin at the start
+_SAVED = 64 << 20  # bytes between two reports of progress, from which a successor goes on
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
-_PATIENCE = 0.05  # seconds that it waits for that
+_PATIENCE = 0.05  # seconds that it waits for that at most
 _SMALL = 1 << 20  # a mapping that is brought before larger ones
 _NOT_YET = 0.0005  # seconds between looks whether memory is registered
 
@@ -124,8 +124,8 @@ async def fill(
 async def bring_early(space: Space, backend: Backend, late: asyncio.Event) -> None:
     """Bring all that a space shows as soon as its process has registered it, which may be after it was handed over.
 
-    Before that, a COPY would find nothing (ENOENT), as if the mapping were gone. What fails is left to whoever comes
-    later.
+    Before that, a COPY would find nothing (ENOENT), as if the mapping were gone. What fails is tried again by
+    `complete`.
 
     Args:
         space: just opened.

@@ -63,7 +63,7 @@ _BATCH: Final = 4096  # pages of a trace that are sorted and merged together
 
 @attrs.frozen
 class Trace:
-    """What a file says.
+    """The content of a recording.
 
     Attributes:
         page_size: bytes.
@@ -133,9 +133,9 @@ class Trace:
 
 
 class Recorder:
-    """Writes a file, in shared memory: what is noted survives the process that notes it.
+    """Writes a recording through shared memory, so that it survives the process that writes.
 
-    One process makes it, and completes it; it travels to the one that notes.
+    One process creates and completes it; it travels to the process that notes the pages.
     """
 
     def __init__(self, fd: int, path: Path | None = None) -> None:
@@ -174,7 +174,7 @@ class Recorder:
         return cls(descriptor.detach())
 
     def note(self, offset: int) -> None:
-        """Write down a page."""
+        """Append a page."""
         if self._count >= self._room and not self._grow():
             return
         words, count = self._words, self._count
@@ -183,7 +183,7 @@ class Recorder:
         words[_COUNT_AT // 8] = count + 1  # last: what it counts is there
 
     def _grow(self) -> bool:
-        """Make room for more; tell whether there is."""
+        """Make room for more; tell whether there is any."""
         if self._full:
             return False
         if self._map is None:  # what a predecessor has noted is kept
@@ -208,7 +208,7 @@ class Recorder:
         return True
 
     def complete(self) -> None:
-        """Make it a recording that can be read; nobody notes any more.
+        """Make it a recording that can be read. Nothing may be noted any more.
 
         Raises:
             OSError: it cannot be written; an older recording of that name stays. ENOSPC: the disk had no room for a
@@ -230,13 +230,13 @@ class Recorder:
         self.close()
 
     def discard(self) -> None:
-        """Give it up, and remove what there is of it."""
+        """Remove it."""
         assert self._path is not None
         _part(self._path).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Give it up as it is."""
+        """Close it as it is."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,1 +1,1 @@
-"""Who brings the pages of a space: a source, or a handler."""
+"""What brings the pages of a space: a source, or a handler."""

@@ -1,4 +1,4 @@
-"""One timeout for many waits at once, on one timer: a timer for each of them (asyncio.timeout) costs 6 us a fault."""
+"""One timeout for many waits at once, with one timer: a timer for each wait (asyncio.timeout) costs 6 us a fault."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Deadlines"]
 
 
 class Deadlines:
-    """A context manager as `asyncio.timeout(seconds)`, to be entered by any number of tasks, each once at a time.
+    """A context manager like `asyncio.timeout(seconds)` that any number of tasks may enter, each once at a time.
 
-    A wait ends with TimeoutError when its time is up, as exactly as the loop's timers are.
+    A wait raises TimeoutError when its time is up, as precisely as the loop's timers are.
 
     Args:
-        seconds: the same for all, so that they are up in the order in which they began; None: no limit.
+        seconds: the same for all waits, so that they expire in the order in which they began; None: no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -46,12 +46,12 @@ class Deadlines:
         _, before = self._waiting.pop(task)
         if task in self._expired:
             self._expired.remove(task)
-            # Somebody else may have canceled it, too: that comes first.
+            # It may have been canceled from outside as well: that comes first.
             if task.uncancel() <= before and kind is asyncio.CancelledError:
                 raise TimeoutError from value
 
     def _expire(self) -> None:
-        """Cancel those whose time is up; set the timer for the next."""
+        """Cancel the tasks whose time is up, and set the timer for the next."""
         self._timer = None
         now = monotonic()
         for task, (due, _) in self._waiting.items():
@@ -64,7 +64,7 @@ class Deadlines:
             task.cancel()
 
     def close(self) -> None:
-        """Stop the timer. Nobody waits any more, or what waits has no limit from now on."""
+        """Stop the timer. Tasks that still wait have no limit from now on."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""A bound on what is under way at once: so many reads, so many bytes. Faults go first, prefetch is not starved."""
+"""Bounds on what is under way at once, in reads and in bytes. Faults go first, prefetches are not starved."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import deque
 
 __all__ = ["Gate"]
 
-_SHARE = 8  # of so many that were let in out of the queues, one is a patient one
+_PATIENT_SHARE = 8  # of so many that are let in from the queues, one is patient
 
 
 class Gate:
-    """Lets work in as long as both bounds hold; a single piece larger than the byte bound is let in alone.
+    """Lets work in as long as both bounds hold. A piece that is larger than the bound on bytes is let in alone.
 
     Args:
         reads: at most so many pieces at once.
@@ -28,7 +28,7 @@ class Gate:
         self._turn = 0
 
     def try_enter(self, size: int) -> bool:
-        """Enter if there is room and nobody waits."""
+        """Enter if there is room and no other waits; tell whether that was so."""
         if self._urgent or self._patient or not self._fits(size):
             return False
         self.reads += 1
@@ -36,7 +36,12 @@ class Gate:
         return True
 
     async def enter(self, size: int, *, urgent: bool) -> None:
-        """Enter, once there is room. Canceling is safe: the place in the queue is given up."""
+        """Wait until there is room, and enter. Canceling is safe: the place in the queue is given up.
+
+        Args:
+            size: bytes.
+            urgent: pass those that are not, but for one of eight.
+        """
         if self.try_enter(size):
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -50,7 +55,7 @@ class Gate:
             raise
 
     def leave(self, size: int) -> None:
-        """Leave; whoever waits and fits comes in."""
+        """Leave, and let in those that wait and fit now."""
         self.reads -= 1
         self.size -= size
         self._admit()
@@ -74,5 +79,5 @@ class Gate:
 
     def _next(self) -> deque[tuple[asyncio.Future[None], int]] | None:
         if self._urgent and self._patient:
-            return self._patient if self._turn % _SHARE == 0 else self._urgent
+            return self._patient if self._turn % _PATIENT_SHARE == 0 else self._urgent
         return self._urgent or self._patient or None

@@ -54,10 +54,10 @@ class Fault(PageFault):
 
 
 class Batch:
-    """What a handler wants done, carried out together when it returns: runs of pages, and one wake-up.
+    """What a handler has to be done: carried out together when it returns, with one wake-up.
 
     Ranges are addresses, as in the events: whole pages of the space that the fault came from. A batch may fill
-    more than the page that faulted.
+    more pages than the one that faulted. Pages whose layout has changed since the handler was called are left out.
     """
 
     def __init__(self, space: Space, purpose: Purpose = FOR_FAULT) -> None:
@@ -85,22 +85,22 @@ class Batch:
             self._runs.extend(self._space.zeros(shown.start, shown.offset, shown.end - shown.start, self._purpose))
 
     def poison(self, page: Range) -> None:
-        """Let whoever touches `page` have SIGBUS (Linux 6.6)."""
+        """Have every thread that touches `page` get SIGBUS (Linux 6.6)."""
         self._check(page)
         self._add(Op.POISON, page)
 
     def unprotect(self, page: Range) -> None:
-        """Let `page` be written to from now on, and wake who waits for that."""
+        """Let `page` be written to from now on, and wake the threads that wait for that."""
         self._check(page)
         self._add(Op.UNPROTECT, page)
 
     def protect(self, page: Range) -> None:
-        """Have the next write to `page`, where it is present, be told to `Handler.write`."""
+        """Have `Handler.write` called for the next write to `page`, if it is present."""
         self._check(page)
         self._add(Op.PROTECT, page)
 
     def flush(self) -> None:
-        """Carry out what is in the batch now, for a handler that goes on working."""
+        """Carry out now what is in the batch, for a handler that goes on working."""
         runs, self._runs = self._runs, []
         pieces = [piece for run in runs for piece in self._space.valid(run)]
         if not pieces or self._space.is_gone or self._space.closing:
@@ -242,7 +242,7 @@ class HandlerBackend:
 
     @property
     def local(self) -> bool:
-        """Whether bytes may be at hand without waiting: only the handler knows."""
+        """Whether bytes may be had without waiting: only the handler knows."""
         return False
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:

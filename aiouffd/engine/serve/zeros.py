@@ -1,6 +1,6 @@
 """Zeros among the bytes of a source: they are mapped, not copied. Pure decisions.
 
-Images of memory are full of them. They are looked for in blocks, whose first bytes tell at once where there are none.
+Images of memory are full of zeros. They are searched in blocks; the first byte of a block rules out most others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "cut"]
 
 BLOCK = 64 << 10
-"""Bytes of a block: less is not worth an operation of its own among large copies."""
+"""Bytes of a block: an operation of its own does not pay for less."""
 
 
 def cut(length: int, zeros: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
