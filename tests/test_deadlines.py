@@ -20,23 +20,47 @@ async def wait(deadlines: Deadlines, until: asyncio.Event) -> str:
     return "done"
 
 
-async def test_each_wait_has_its_own_time() -> None:
-    """What began later ends later; what is done in time is left alone."""
+def due(deadlines: Deadlines) -> float | None:
+    """Return when the timer is up, by the loop's clock."""
+    return None if deadlines._timer is None else deadlines._timer.when()
+
+
+def expire(deadlines: Deadlines) -> None:
+    """Be the timer."""
+    assert deadlines._timer is not None
+    deadlines._timer.cancel()
+    deadlines._expire()
+
+
+async def test_each_wait_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What began later ends later; what is done in time is left alone; one timer is set, for the next."""
+    now = [100.0]
+    monkeypatch.setattr("aiouffd.engine.serve.deadlines.monotonic", lambda: now[0])
+    deadlines, never, soon = Deadlines(50.0), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    deadlines, never, soon = Deadlines(0.05), asyncio.Event(), asyncio.Event()
-    began = loop.time()
-    first = asyncio.create_task(wait(deadlines, never))
-    good = asyncio.create_task(wait(deadlines, soon))
-    await asyncio.sleep(0.025)
+    first, good = (asyncio.create_task(wait(deadlines, until)) for until in (never, soon))
+    await asyncio.sleep(0)
+    assert due(deadlines) == pytest.approx(loop.time() + 50.0, abs=20.0)
+    now[0] = 125.0
     second = asyncio.create_task(wait(deadlines, never))
     soon.set()
     assert await good == "done"
+    now[0] = 149.9
+    expire(deadlines)
+    await asyncio.sleep(0)
+    assert not first.done()
+    assert due(deadlines) == pytest.approx(loop.time() + 0.1, abs=20.0)
+    now[0] = 150.0
+    expire(deadlines)
     assert await first == "timeout"
-    assert loop.time() - began >= 0.045
     assert not second.done()
+    assert due(deadlines) == pytest.approx(loop.time() + 25.0, abs=20.0)
+    now[0] = 175.0
+    expire(deadlines)
     assert await second == "timeout"
-    assert loop.time() - began >= 0.07
+    assert due(deadlines) is None
     assert await wait(deadlines, soon) == "done"
+    deadlines.close()
 
 
 async def test_a_cancellation_from_outside_stays_one() -> None:
