@@ -7,8 +7,10 @@ import mmap
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, content, peek
@@ -208,3 +210,75 @@ def test_wrong_use(tmp_path: Path) -> None:
         pass
     assert region.monitor is None
     region.close()
+
+
+class FailsOnce:
+    """Far away; its first read fails, after a while."""
+
+    size = SIZE
+    retries = 0
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Fail, or return the bytes."""
+        self.reads += 1
+        first = self.reads == 1
+        await asyncio.sleep(0.3 if first else 0)
+        if first:
+            raise OSError("the first read fails")
+        return content(offset, length)
+
+
+ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
+
+
+def left_while_a_read_fails(engine: str) -> None:
+    """Scenario: the background fill has a read under way when everything is to be brought."""
+    region = aiouffd.Region(SIZE)
+    chosen = ENGINES[engine]()
+    with aiouffd.Monitor(region, FailsOnce(), engine=chosen, background=True, on_exit="populate") as monitor:
+        eventually(lambda: monitor.statistics().in_flight > 0, expected=True)
+    assert region[:] == content(0, SIZE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_read_that_fails_while_everything_is_brought(engine: str) -> None:
+    """What it was to bring is brought by another: no page is left to read as zeros."""
+    play(left_while_a_read_fails, engine, deadline=60)
+
+
+def counted(engine: str, readahead: int, far: bool) -> None:
+    """Scenario: touched by several threads in random order, and then prefetched."""
+    count = 512
+    size = count * PAGE
+    region = aiouffd.Region(size)
+    source = Slow(size) if far else aiouffd.BufferSource(content(0, size))
+    with aiouffd.Monitor(region, source, engine=ENGINES[engine](), readahead=readahead) as monitor:
+
+        def touch(seed: int) -> None:
+            order = random.Random(seed)
+            for _ in range(count):
+                peek(region.address + order.randrange(count) * PAGE)
+
+        threads = [threading.Thread(target=touch, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monitor.prefetch_sync(0, size)
+        found = monitor.statistics()
+        assert found.pages == count, found
+        assert found.bytes_fetched == size, found
+        assert (found.in_flight, found.bytes_in_flight) == (0, 0)
+        assert sum(found.latency) <= found.faults
+    assert region[:] == content(0, size)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("readahead", [0, 2 << 20])
+@pytest.mark.parametrize("far", [False, True])
+def test_each_page_is_fetched_and_counted_once(engine: str, readahead: int, far: bool) -> None:
+    """Whatever brought it: a fault, what came along, or the prefetch of all."""
+    play(counted, engine, readahead, far, deadline=60)
