@@ -247,7 +247,8 @@ def test_a_copy_that_met_a_page_that_was_present(kernel: Kernel, done: int, page
 
 
 @pytest.mark.parametrize(("windows", "calls"), [(False, 1), (True, 11)])
-def test_a_plain_fault_takes_few_calls(kernel: Kernel, windows: bool, calls: int) -> None:
+@pytest.mark.usefixtures("kernel")
+def test_a_plain_fault_takes_few_calls(windows: bool, calls: int) -> None:
     """Each call of Python costs a tenth of a system call: the way of a plain fault is short."""
     if windows:
         path, _ = with_windows(Counters(), at(1 << 40))

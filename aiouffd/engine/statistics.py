@@ -103,7 +103,11 @@ class Statistics:
     write_faults: int
     minor_faults: int
     latency: tuple[int, ...]
-    """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n."""
+    """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
+
+    The time that a fault has waited before it was read is not in it: the kernel's messages have no time. `InThread`
+    counts from the signal on, so there it is the whole wait of the faults that the C handler resolves.
+    """
 
     def __str__(self) -> str:
         """Say what is not zero."""
