@@ -6,8 +6,8 @@ and run with this directory in PYTHONPATH. `programs` makes them of what hypothe
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
+from hosts import Control, EngineName, Host, Told
 from pattern import PAGE, content, peek
 
 import aiouffd
@@ -44,41 +45,12 @@ def name_of(number: int) -> str:
     return text if text not in ("m", "as", "if", "in", "is", "or") else f"{text}_"
 
 
-class Told:
-    """A source at hand, or a moment away, that may lie about one page, and never give another."""
-
-    def __init__(self, pages: int, latency: float | None, lies: int, hangs: int) -> None:
-        self.size = pages * PAGE
-        self.latency = latency
-        self.lies = lies
-        self.hangs = hangs
-
-    def _bytes(self, offset: int, length: int) -> bytes:
-        data = bytearray(content(offset, length))
-        at = self.lies * PAGE + 100 - offset
-        if self.lies >= 0 and 0 <= at < length:
-            data[at] ^= 0xFF
-        return bytes(data)
-
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Return the bytes, if they are at hand."""
-        if self.latency is not None or offset <= self.hangs * PAGE < offset + length:
-            return None
-        return self._bytes(offset, length)
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes, later or never."""
-        if offset <= self.hangs * PAGE < offset + length:
-            await asyncio.Event().wait()
-        await asyncio.sleep(self.latency or 0)
-        return self._bytes(offset, length)
-
-
 class Cell:
     """What one page holds: private memory has a cell for each page, and a page of a file one for all its mappings."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
+        self.written = False  # since writes were last collected
 
 
 class Piece:
@@ -102,8 +74,9 @@ class Piece:
         return cells
 
     def touch(self, page: int) -> None:
-        """Read all of a page with the GIL held."""
-        self._compare(page, ctypes.string_at(self._at(page), PAGE))
+        """Read all of a page, with the GIL held where that does not stop the loop that serves it."""
+        read = peek if self._machine.host.engine == "in_process" else ctypes.string_at
+        self._compare(page, read(self._at(page), PAGE))
 
     def write(self, page: int, value: int) -> None:
         """Write some bytes into a page."""
@@ -112,14 +85,18 @@ class Piece:
         at = value * 16 % PAGE
         ctypes.memset(self._at(page) + at, value, 16)
         cell.data = cell.data[:at] + bytes([value]) * 16 + cell.data[at + 16 :]
+        cell.written = True
 
     def remove(self, first: int, count: int) -> None:
         """Empty pages: MADV_DONTNEED, or MADV_REMOVE where memory is shared."""
         advice = mmap.MADV_REMOVE if self._machine.shared else mmap.MADV_DONTNEED
-        libc.madvise(self._at(first), count * PAGE, advice)
+        if self._machine.host.local:  # its own methods are how an engine in this process learns of a change
+            self._machine.host.monitor.region.madvise(advice, first * PAGE, count * PAGE)
+        else:
+            libc.madvise(self._at(first), count * PAGE, advice)
         for cell in self._cells[first : first + count]:
             assert cell is not None
-            cell.data = bytes(PAGE)
+            cell.data, cell.written = bytes(PAGE), False
 
     def unmap(self, first: int, count: int) -> None:
         """munmap(2)."""
@@ -199,6 +176,9 @@ class Machine:
         readahead: the Monitor's.
         lies: a page of which the source gives a wrong byte.
         hangs: a page that the source never gives.
+        engine: who serves it. What runs in this process takes no raw changes of the layout, and no forks.
+        background: all is brought in the background.
+        tracked: the kernel tracks writes.
     """
 
     def __init__(
@@ -211,6 +191,9 @@ class Machine:
         readahead: int = 2 << 20,
         lies: int = -1,
         hangs: int = -1,
+        engine: EngineName = "pager",
+        background: bool = False,
+        tracked: bool = False,
     ) -> None:
         self.shared = shared
         self.pieces: list[Piece] = []
@@ -221,14 +204,21 @@ class Machine:
         self._region = aiouffd.Region(pages * PAGE, shared=shared)
         if shared:
             os.ftruncate(self._region.fd, (pages + TAIL) * PAGE)
-        told = Told(size, 0.0002 if source == "far" else None, lies, hangs)
-        self._monitor = aiouffd.Monitor(
+        self._control = Control.fresh()
+        told = Told(size, 0.0002 if source == "far" else None, lies, hangs, self._control)
+        self.host = Host(
+            engine,
             self._region,
-            aiouffd.BufferSource(told._bytes(0, size * PAGE)) if source == "buffer" else told,
-            fork="serve",
+            aiouffd.BufferSource(told.bytes_of(0, size * PAGE)) if source == "buffer" else told,
             readahead=readahead,
             timeout=None,
+            background=background,
+            track_writes=tracked,
+            on_exit="populate",
         )
+        self._monitor = self.host.monitor
+        self._canceled = 0
+        self._resized = False
         # Where to move to: reserved, so that nothing else comes to lie there.
         self._arena = mmap.mmap(-1, SLOTS * SLOT * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
         self._arena_address = self._address_of_arena()
@@ -282,6 +272,40 @@ class Machine:
         """Bring pages of the region's first layout, wherever they are now."""
         self._monitor.prefetch_sync(first * PAGE, count * PAGE)
 
+    def cancel(self, first: int, count: int) -> None:
+        """Ask for pages of the region's first layout, and cancel that."""
+        self._canceled += 1
+        self.host.cancel(first * PAGE, count * PAGE)
+
+    def kill(self, which: int) -> None:
+        """Kill the keeper (0) or the worker (1)."""
+        self.host.kill(which)
+
+    def fail(self, reads: int) -> None:
+        """Let the source's next reads fail; each is tried again more often than that."""
+        self._control.fail(reads)
+
+    def resize(self, pages: int) -> None:
+        """Resize the region, which nothing has been moved out of; it may move."""
+        self._region.resize(pages * PAGE)
+        self._resized = True
+        piece = self.region
+        piece._address = self._region.address
+        del piece._cells[pages:]
+        piece._cells += [Cell(bytes(PAGE)) for _ in range(pages - len(piece._cells))]
+
+    def collect(self) -> None:
+        """Compare which pages were written since the last time."""
+        cells = self.region._cells
+        found = {page for each in self._monitor.collect() for page in range(each.start // PAGE, each.end // PAGE)}
+        expected = {page for page, cell in enumerate(cells) if cell is not None and cell.written}
+        right = found >= expected if self._resized else found == expected  # moved page tables lose their protection
+        assert right, f"written: {sorted(expected)}, collected: {sorted(found)}"
+        self._resized = False
+        for cell in cells:
+            if cell is not None:
+                cell.written = False
+
     def fork(self) -> bool:
         """Fork: True in the child, which goes on with the block and ends with `exit()`."""
         sys.stdout.flush()
@@ -318,7 +342,7 @@ class Machine:
                 cell.data = data
 
     def __enter__(self) -> Self:
-        self._monitor.__enter__()
+        self.host.__enter__()
         return self
 
     def __exit__(
@@ -332,6 +356,11 @@ class Machine:
             self.check()
             self._wait()
             self._monitor.check()
+            if self.host.local:  # the region is where its object believes it to be: it can be left
+                self.host.__exit__()
+                self.check()
+            counts = {"kills": self.host.kills, "failures": self._control.failures, "canceled": self._canceled}
+            print(json.dumps(counts))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)  # the region's object knows nothing of where its memory is by now, so nothing can tidy it up

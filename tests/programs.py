@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -22,14 +23,28 @@ if TYPE_CHECKING:
 
 __all__ = ["STEPS", "Stage", "Step", "plan"]
 
-DEFAULTS = {"source_pages": None, "shared": False, "source": "hand", "readahead": 2 << 20, "lies": -1, "hangs": -1}
+DEFAULTS = {
+    "source_pages": None,
+    "shared": False,
+    "source": "hand",
+    "readahead": 2 << 20,
+    "lies": -1,
+    "hangs": -1,
+    "engine": "pager",
+    "background": False,
+    "tracked": False,
+}
 """Of `Machine`: a program names what it has otherwise."""
 
 Step = tuple[str, int, int, int]
 STEPS = (
     *("touch", "write", "remove", "move", "stretch", "grow", "shrink", "onto", "leave", "unmap", "replace"),
-    *("fork", "end", "prefetch", "storm", "check"),
+    *("fork", "end", "prefetch", "storm", "check", "kill", "cancel", "fail", "resize", "collect"),
 )
+IN_PROCESS = {"touch", "write", "remove", "prefetch", "storm", "check", "cancel", "fail", "resize", "collect"}
+"""What an engine in the same process serves: no changes of the layout but by the region's methods, and no forks."""
+KILLS = 4
+"""Of a program, at most: five that come too fast for anything to be served between them are given up."""
 
 
 @attrs.define
@@ -53,6 +68,7 @@ class Plan:
     outer: list[list[tuple[str, list[_Page | None]]]] = attrs.Factory(list)
     mappings: int = 0
     moves: int = 0
+    kills: int = 0
 
     def __attrs_post_init__(self) -> None:
         self.pieces.append(("a", [_Page(0, index) for index in range(self.pages)]))
@@ -204,11 +220,52 @@ class Plan:
             self.say("m.exit()")
             self.pieces = self.outer.pop()
 
+    def _window(self, y: int, z: int) -> tuple[int, int]:
+        """Pick pages of the region's first layout, or of what it has been resized to."""
+        pages = len(self.pieces[0][1])
+        first = y % pages
+        return first, 1 + z % (pages - first)
+
     def prefetch(self, x: int, y: int, z: int) -> None:
         """Plan it, for whoever has entered the Monitor."""
         if not self.outer:
-            first = y % self.pages
-            self.say(f"m.prefetch({first}, {1 + z % (self.pages - first)})")
+            first, count = self._window(y, z)
+            self.say(f"m.prefetch({first}, {count})")
+
+    @property
+    def local(self) -> bool:
+        """Whether the engine runs in the process itself."""
+        return self.options.get("engine", "pager") in {"in_thread", "in_process"}
+
+    def kill(self, x: int, y: int, z: int) -> None:
+        """Plan the death of a worker, or of a keeper."""
+        if not self.outer and self.kills < KILLS:
+            self.kills += 1
+            self.say(f"m.kill({0 if z % 4 == 0 else 1})")
+
+    def cancel(self, x: int, y: int, z: int) -> None:
+        """Plan a prefetch that is canceled."""
+        if not self.outer:
+            first, count = self._window(y, z)
+            self.say(f"m.cancel({first}, {count})")
+
+    def fail(self, x: int, y: int, z: int) -> None:
+        """Plan failing reads."""
+        self.say(f"m.fail({1 + z % 3})")
+
+    def resize(self, x: int, y: int, z: int) -> None:
+        """Plan it, where the region is whole."""
+        if self.local and not self.shared:
+            pages = self.pieces[0][1]
+            count = 1 + z % 48
+            del pages[count:]
+            pages += [_Page(0, index) for index in range(len(pages), count)]
+            self.say(f"m.resize({count})")
+
+    def collect(self, x: int, y: int, z: int) -> None:
+        """Plan it, where the region is whole."""
+        if self.local and self.options.get("tracked"):
+            self.say("m.collect()")
 
     def storm(self, x: int, y: int, z: int) -> None:
         """Plan it."""
@@ -225,17 +282,24 @@ def _fits(page: _Page | None, *, served: bool) -> bool:
 
 def plan(pages: int, steps: Sequence[Step | None], options: dict[str, Any]) -> str:
     """Return the program that some steps come to; None is no step at all."""
+    if options.get("engine") == "served_by":  # a server refuses memory that reaches behind its source
+        options = options | {"source_pages": None}
     made = Plan(options, pages, options.get("shared", False))
     for step in steps:
-        if step is not None:
+        if step is not None and (not made.local or step[0] in IN_PROCESS):
             getattr(made, step[0])(*step[1:])
     return made.text()
 
 
 class Stage:
-    """A child process that runs programs, each in a forked process of its own under a deadline."""
+    """A child process that runs programs, each in a forked process of its own under a deadline.
+
+    Attributes:
+        counts: kills, failed reads and canceled prefetches of all programs that were right.
+    """
 
     def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
         here = str(Path(__file__).parent)
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r}); import programs; programs.perform()"],
@@ -251,7 +315,9 @@ class Stage:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([program, deadline]) + "\n")
         self.process.stdin.flush()
-        failure: str | None = json.loads(self.process.stdout.readline())
+        failure: str | None
+        failure, counts = json.loads(self.process.stdout.readline())
+        self.counts.update(counts)
         return failure
 
     def __enter__(self) -> Self:
@@ -270,7 +336,7 @@ def perform() -> None:
         sys.stdout.flush()
 
 
-def _perform(program: str, deadline: float) -> str | None:
+def _perform(program: str, deadline: float) -> tuple[str | None, dict[str, int]]:
     said = os.memfd_create("said")
     pid = os.fork()
     if pid == 0:
@@ -287,10 +353,10 @@ def _perform(program: str, deadline: float) -> str | None:
         file.seek(0)
         text = file.read().decode(errors="replace")
     if finished and status == 0:
-        return None
+        return None, json.loads(text.splitlines()[-1])
     hung = not finished or "Timeout (" in text
     ended = f"it hung for {deadline} s" if hung else f"it ended with {status}"
-    return f"{ended}:\n{text[-4000:]}"
+    return f"{ended}:\n{text[-4000:]}", {}
 
 
 def _act(program: str, deadline: float, said: int) -> NoReturn:

@@ -1,17 +1,20 @@
-"""Random programs in a process that a pager serves: each byte is what a plain model says, whatever came before.
+"""Random programs in a process that each engine serves: each byte is what a plain model says, whatever came before.
 
 The statements are those of `machine.Machine`: touching (GIL held or not, from one thread or several), writing,
-emptying, mremap in all its forms, munmap, forking down to grandchildren and further, prefetching.
+emptying, resizing, mremap in all its forms, munmap, forking down to grandchildren and further, prefetching, canceling
+that, collecting writes; the source fails, and the pager's processes are killed.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -30,6 +33,9 @@ _options = st.fixed_dictionaries(
         "shared": st.booleans(),
         "source": st.sampled_from(["hand", "far", "buffer"]),
         "readahead": st.sampled_from([2 << 20, 0, 16 << 10]),
+        "engine": st.sampled_from(["pager", "pager", "served_by", "in_thread", "in_process"]),
+        "background": st.booleans(),
+        "tracked": st.booleans(),
     }
 )
 # As many steps in each: a list whose length is drawn is short on average. What shrinks becomes None, and is left out.
@@ -46,7 +52,7 @@ class Search:
         broken: options of `Machine` that are wrong on purpose.
     """
 
-    def __init__(self, stage: Stage, *, deadline: float = 20.0, shrinking: float = 40.0, **broken: int) -> None:
+    def __init__(self, stage: Stage, *, deadline: float = 60.0, shrinking: float = 40.0, **broken: int) -> None:
         self.stage = stage
         self.deadline = deadline
         self.shrinking = shrinking
@@ -69,8 +75,8 @@ class Search:
             self.until = min(self.until, time.monotonic() + self.shrinking)
         raise AssertionError(f"PYTHONPATH=tests python - <<'END'\n{program}END\n{self.known[program]}")
 
-    def run(self, examples: int, **chosen: Any) -> None:
-        """Try so many programs; raise the shortest that fails."""
+    def run(self, examples: int, seed: int | None = None, **chosen: Any) -> None:
+        """Try so many programs, the same for the same seed; raise the shortest that fails."""
 
         @settings(
             max_examples=examples,
@@ -85,7 +91,12 @@ class Search:
         def search(drawn: tuple[int, list[Any], dict[str, Any]]) -> None:
             self.try_program(*drawn)
 
-        search()
+        (search if seed is None else hypothesis.seed(seed)(search))()
+
+    def __str__(self) -> str:
+        counts = self.stage.counts
+        told = ", ".join(f"{counts[name]} {name}" for name in ("kills", "failures", "canceled"))
+        return f"{self.statements} statements, {told}"
 
 
 @pytest.fixture
@@ -95,20 +106,31 @@ def stage() -> Iterator[Stage]:
         yield running
 
 
+@pytest.mark.timeout(600)
 def test_every_byte_is_what_a_plain_model_says(stage: Stage) -> None:
     """Thousands of random statements; a program that fails, or hangs, is printed, and as short as could be found."""
     search = Search(stage)
     search.run(150)
     assert search.statements > 3000
+    assert all(stage.counts[name] > 0 for name in ("kills", "failures", "canceled")), stage.counts
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3000)
-def test_every_byte_is_what_a_plain_model_says_at_length(stage: Stage) -> None:
-    """Hundreds of thousands."""
+@pytest.mark.timeout(0)
+def test_every_byte_is_what_a_plain_model_says_for_an_hour(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hundreds of thousands. AIOUFFD_TEST_SEED and AIOUFFD_TEST_SECONDS choose other ones, and another time."""
+    seed = int(os.environ.get("AIOUFFD_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+    end = time.monotonic() + float(os.environ.get("AIOUFFD_TEST_SECONDS") or 3600)
     search = Search(stage, shrinking=300.0)
-    search.run(8000)
-    assert search.statements > 200_000
+    rounds = 0
+    try:
+        while time.monotonic() < end:
+            search.run(50, seed + rounds)
+            rounds += 1
+    finally:
+        with capsys.disabled():
+            print(f"\nseed {seed}, {rounds} rounds of 50 programs: {search}", flush=True)
+    assert rounds
 
 
 def printed(stage: Stage, **broken: Any) -> tuple[str, str]:
