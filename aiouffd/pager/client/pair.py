@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PagerStartError, decode_error
@@ -117,19 +118,45 @@ class Pair:
         Args:
             leave: they serve on until all memory is gone. They are not waited for, and not killed.
         """
-        self.connection.close()
-        try:
-            self.keeper.wait(_LEAVE_TIMEOUT if leave else _END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            if leave:  # no zombie may be left when it ends
-                threading.Thread(target=self.keeper.wait, name="aiouffd-reaper", daemon=True).start()
-            else:
-                self.keeper.kill()
-                self.keeper.wait()
-        # A worker whose keeper was killed, here or before, does not know that it is to end.
-        if self.worker_fd >= 0 and not leave and not _readable(self.worker_fd, 1000):
-            self.kill_worker()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        if leave:
+            self._reap(_LEAVE_TIMEOUT)
+        else:
+            self._await_end(_END_TIMEOUT)
+            self.keeper.kill()
+            # A worker whose keeper was killed, here or before, does not know that it is to end.
+            if self.worker_fd >= 0 and not _readable(self.worker_fd, 1000):
+                self.kill_worker()
+            self._reap(_LEAVE_TIMEOUT)
         self.close()
+
+    def _await_end(self, seconds: float) -> None:
+        """Wait until the keeper has ended, or is about to: it closes the connection then."""
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        if self.keeper_fd >= 0:
+            poller.register(self.keeper_fd, select.POLLIN)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            ready = dict(poller.poll(left * 1000))
+            if self.keeper_fd in ready:
+                return
+            try:
+                for fd in control.receive(self.connection)[1] if ready else ():
+                    os.close(fd)
+            except (control.Closed, OSError):
+                return
+
+    def _reap(self, seconds: float) -> None:
+        """Wait for the keeper's end; where that takes longer, have a thread do so: no zombie may be left.
+
+        A process may not be able to end: closing a file can wait for its file system, whatever kills the process.
+        """
+        try:
+            self.keeper.wait(seconds)
+        except subprocess.TimeoutExpired:
+            threading.Thread(target=self.keeper.wait, name="aiouffd-reaper", daemon=True).start()
 
     def close(self) -> None:
         """Close the descriptors."""

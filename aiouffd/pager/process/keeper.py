@@ -59,7 +59,7 @@ CALM = 60.0
 """A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
 
 _TICK = 1.0
-_FEW_DESCRIPTORS = 1024
+_MOST = 1 << 16  # descriptors that are looked for, one by one
 _CLONE_PAUSE = 0.5
 _LOOK = 0.5  # seconds between looks whether the processes are still there
 _CLONE_FILES = 0x400
@@ -100,7 +100,7 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
     deaths = 0
     progress = -1
     while True:
-        _close_strays(own | worker.descriptors(journal))
+        slow = _close_strays(own | worker.descriptors(journal))
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -115,7 +115,7 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
             time.sleep(_CLONE_PAUSE)
             continue
         if pid == 0:
-            _work(journal, connection, pickles)
+            _work(journal, connection, pickles, slow)
         began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
         status = _wait(pid, journal)
         calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
@@ -162,7 +162,7 @@ def _wait(pid: int, journal: Journal) -> int:
                 continue
             still += passed
             state = _state_of(pid)
-            if state == "t":  # a debugger has it
+            if state in ("t", "Z"):  # a debugger has it; or it ends, and a thread waits for a file system
                 continue
             if still > BLOCKED and not warned:
                 warned = True
@@ -208,11 +208,11 @@ def _orphaned(journal: Journal) -> bool:
     return bool(poller.poll(0))
 
 
-def _work(journal: Journal, connection: socket.socket, pickles: Pickles) -> NoReturn:
+def _work(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> NoReturn:
     """Be the worker. Never returns into the keeper's frames; nothing is finalized, since descriptors are shared."""
     status = 1
     try:
-        worker.run(journal, connection, pickles)
+        worker.run(journal, connection, pickles, slow)
         status = 0
     except BaseException as error:
         log.exception("the worker failed")
@@ -227,8 +227,8 @@ def _work(journal: Journal, connection: socket.socket, pickles: Pickles) -> NoRe
 def _open_descriptors() -> set[int]:
     try:
         return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
-    except OSError:  # there is no /proc: at this time, few are open
-        return {fd for fd in range(_FEW_DESCRIPTORS) if _is_open(fd)}
+    except OSError:  # the table is full, or there is no /proc
+        return {fd for fd in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST)) if _is_open(fd)}
 
 
 def _is_open(fd: int) -> bool:
@@ -239,14 +239,23 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def _close_strays(known: set[int]) -> None:
-    """Close what a dead worker has left in the shared table: its loop's, half-received ones."""
-    # Not by what /proc lists: to look there takes a descriptor, and the table may be full.
-    begin = 0
-    for fd in (*sorted(known), resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
-        if begin < fd:  # an empty range means all of them to close_range(2)
-            os.closerange(begin, fd)
-        begin = fd + 1
+def _close_strays(known: set[int]) -> list[int]:
+    """Close what a dead worker has left in the shared table: its loop's, half-received ones.
+
+    Returns:
+        What may take long to close: a file whose file system does not answer. The next worker has that closed.
+    """
+    slow = []
+    for fd in _open_descriptors() - known:
+        try:
+            link = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+        except OSError:  # the list's own; or there is no /proc
+            link = ""
+        if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
+            os.close(fd)
+        elif _is_open(fd):
+            slow.append(fd)
+    return slow
 
 
 def _forsaken(journal: Journal) -> list[Forsaken]:

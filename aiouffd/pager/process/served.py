@@ -172,19 +172,19 @@ class Served:
         """
         for known in self.origins.values():
             if known.record["token"] == record["token"]:
-                close_all((record["config"], *record["fds"]))
+                close_foreign((record["config"], *record["fds"]))
                 return known
         try:
             origin = await build(self.journal.counters, self.take_identity(), record)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except JournalFullError as error:
-            close_all((record["config"], *record["fds"]))
+            close_foreign((record["config"], *record["fds"]))
             raise PagerStartError("there is no room for another source: the pager's journal is full") from error
         except PagerStartError:
-            close_all((record["config"], *record["fds"]))
+            close_foreign((record["config"], *record["fds"]))
             raise
         except Exception as error:
-            close_all((record["config"], *record["fds"]))
+            close_foreign((record["config"], *record["fds"]))
             raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
         self.origins[origin.identity] = origin
         return origin
@@ -196,7 +196,7 @@ class Served:
         if self.origins.pop(origin.identity, None) is None:
             return
         self.journal.append((Kind.RETIRED, origin.identity, b""))  # a successor must not look for its descriptors
-        close_all([origin.record["config"], *origin.record["fds"]])
+        close_foreign([origin.record["config"], *origin.record["fds"]])  # a file's may wait for its file system
         self.spawn(origin.backend.aclose())
 
     def spawn(self, work: Any) -> None:
@@ -375,7 +375,7 @@ class Served:
         for number, record in state.origins.items():
             if number not in used:  # its predecessor was about to let it go
                 self.journal.append((Kind.RETIRED, number, b""))
-                close_all((record["config"], *record["fds"]))
+                close_foreign((record["config"], *record["fds"]))
                 continue
             self._restoring[number] = record
             told = [item for item in end.told if state.spaces.get(item[0]) in used[number]]

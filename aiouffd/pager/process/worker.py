@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerStartError, encode_error
+from aiouffd.handoff.apart import close_foreign
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
@@ -35,14 +37,26 @@ log = logging.getLogger("aiouffd.pager")
 _FAREWELL = 0.5
 
 
-def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> None:
-    """Serve until nobody is left to be served."""
+def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
+    """Serve until nobody is left to be served.
+
+    Args:
+        journal: what is served.
+        connection: to the client.
+        pickles: how often a source or handler is unpickled.
+        slow: descriptors that a worker before this one has left, and that may take long to close.
+    """
+    for fd in slow:
+        close_foreign([fd])
     gc.freeze()  # what the keeper made lives as long as the worker does
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(_Worker(loop, journal, connection, pickles).main())
+    # The process that waits for the end of this one need not wait for threads that close files.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def descriptors(journal: Journal) -> set[int]:
