@@ -50,10 +50,11 @@ for kind, place in (
 ):
     os.makedirs(place, exist_ok=True)
     libc.mount(kind.encode(), place.encode(), kind.encode(), 0, None)
-os.environ.update(PYTHONPATH={path!r}, HOME="/tmp", PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
+os.environ.update(PYTHONPATH={path!r}, HOME="/tmp", PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1",
+    AIOUFFD_TEST_DEADLINE="300")
 os.chdir({repository!r})
 print("MATRIX kernel", os.uname().release, flush=True)
-code = subprocess.call([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *{arguments!r}])
+code = subprocess.call([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=400", *{arguments!r}])
 print("MATRIX exit", code, flush=True)
 libc.sync()
 libc.reboot(0x4321FEDC)
@@ -85,10 +86,13 @@ def libraries(objects: list[Path]) -> set[Path]:
     return found
 
 
-def entry(name: str, mode: int, data: bytes) -> bytes:
-    """Return a file of a cpio archive in the format "newc"."""
+def entry(name: str, mode: int, data: bytes, changed: int = 0) -> bytes:
+    """Return a file of a cpio archive in the format "newc".
+
+    Without the time of its last change, Python would compile each module anew.
+    """
     path = name.encode() + b"\0"
-    numbers = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
+    numbers = (0, mode, 0, 0, 1, changed, len(data), 0, 0, 0, 0, len(path), 0)
     head = b"070701" + b"".join(b"%08X" % number for number in numbers) + path
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
@@ -111,7 +115,7 @@ def archive(target: Path, arguments: list[str]) -> None:
                     made.add(folder)
                     file.write(entry(str(folder)[1:], 0o040755, b""))
             if source.exists():
-                file.write(entry(str(place)[1:], 0o100755, source.read_bytes()))
+                file.write(entry(str(place)[1:], 0o100755, source.read_bytes(), int(source.stat().st_mtime)))
         file.write(entry("init", 0o100755, init.encode()))
         file.write(entry("TRAILER!!!", 0, b""))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE = 1 << 20
+DEADLINE = float(os.environ.get("AIOUFFD_TEST_DEADLINE", "60"))
 ENGINES: dict[str, Callable[[], Any]] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
 SOURCES: dict[str, Callable[[int], Any]] = {"near": Pattern, "far": Slow}
 
@@ -63,7 +64,7 @@ def served(engine: str, source: str, shared: bool, readahead: int) -> None:
 @pytest.mark.parametrize("readahead", [0, 2 << 20])
 def test_each_byte_is_the_sources(engine: str, source: str, shared: bool, readahead: int) -> None:
     """Touched page by page, and prefetched."""
-    play(served, engine, source, shared, readahead, deadline=60.0)
+    play(served, engine, source, shared, readahead, deadline=DEADLINE)
 
 
 def left(engine: str, shared: bool) -> None:
@@ -82,7 +83,7 @@ def left(engine: str, shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_missing_pages_are_sigbus_after_leaving(engine: str, shared: bool) -> None:
     """And present ones stay."""
-    play(left, engine, shared, status=-signal.SIGBUS, deadline=60.0)
+    play(left, engine, shared, status=-signal.SIGBUS, deadline=DEADLINE)
 
 
 def left_while_read() -> None:
@@ -110,7 +111,7 @@ def left_while_read() -> None:
 def test_present_pages_stay_accessible_while_it_leaves() -> None:
     """A thread that reads one meanwhile gets no SIGSEGV."""
     for _ in range(5):
-        play(left_while_read, deadline=60.0)
+        play(left_while_read, deadline=DEADLINE)
 
 
 def emptied_and_forked() -> None:
@@ -128,7 +129,7 @@ def emptied_and_forked() -> None:
 
 def test_emptied_pages_are_zeros_and_children_are_served() -> None:
     """Layout events work."""
-    play(emptied_and_forked, deadline=60.0)
+    play(emptied_and_forked, deadline=DEADLINE)
 
 
 def failing() -> None:
@@ -146,7 +147,7 @@ def failing() -> None:
 @pytest.mark.skipif(Feature.POISON not in aiouffd.probe().features, reason="before Linux 6.6 there is no POISON")
 def test_a_page_that_cannot_be_had_is_sigbus() -> None:
     """The source fails."""
-    play(failing, status=-signal.SIGBUS, deadline=60.0)
+    play(failing, status=-signal.SIGBUS, deadline=DEADLINE)
 
 
 def test_write_tracking() -> None:
