@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
-from processes import descendants
+from processes import adopt_orphans, descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -335,9 +335,12 @@ class Checkpoint:
         self._finish(index, str(verb), seconds)
 
     def __enter__(self) -> Checkpoint:
+        # The pids of what was dumped are wanted again: init reaps orphans, and this process does not.
+        adopt_orphans(False)
         return self
 
     def __exit__(self, *error: object) -> None:
+        adopt_orphans()
         for process in reversed(self._mine):
             family = {process.pid} | descendants(process.pid) if process.poll() is None else set()
             for pid in family:

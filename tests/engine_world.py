@@ -16,6 +16,7 @@ from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
+from aiouffd.errors import ClosedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.memory import SealedMemory, address_of
@@ -231,7 +232,9 @@ class PipedUffd(FakeUffd):
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def fileno(self) -> int:
-        """Return the end that is read."""
+        """Return the end that is read; ClosedError after `close`, as a real one."""
+        if self.reader < 0:
+            raise ClosedError("this fake is closed")
         return self.reader
 
     def send(self, limit: int = 64) -> None:

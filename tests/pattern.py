@@ -7,6 +7,8 @@ import ctypes
 import threading
 from typing import TYPE_CHECKING
 
+from aiouffd.errors import SourceError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -42,6 +44,17 @@ class Pattern:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return the bytes."""
+        return content(offset, length)
+
+
+class Sometimes(Pattern):
+    """Fails for its second page."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, a little later."""
+        await asyncio.sleep(0)
+        if offset == PAGE:
+            raise SourceError(repr(self), offset, length, "not today")
         return content(offset, length)
 
 

@@ -57,9 +57,9 @@ def kill(pid: int) -> bool:
     return False
 
 
-def adopt_orphans() -> None:
-    """Become the parent of each descendant whose parent ends: none escapes `descendants`."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def adopt_orphans(adopt: bool = True) -> None:  # noqa: FBT002 - says what it does
+    """Become the parent of descendants whose parent ends, so that none escapes `descendants`; or leave them to init."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def default_dispositions() -> None:

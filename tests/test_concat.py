@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from pattern import PAGE, Pattern, content
+from pattern import PAGE, Sometimes, content
 
 import aiouffd
 from aiouffd.sources.concat import ConcatSource
@@ -15,17 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZE = 256 * PAGE
-
-
-class Sometimes(Pattern):
-    """Fails for its second page."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes, a little later."""
-        await asyncio.sleep(0)
-        if offset == PAGE:
-            raise aiouffd.SourceError(repr(self), offset, length, "not today")
-        return content(offset, length)
 
 
 async def test_several_sources_as_one(tmp_path: Path) -> None:

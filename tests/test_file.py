@@ -29,6 +29,14 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def drop(source: aiouffd.FileSource) -> None:
+    """Have the page cache drop the file's pages, or skip the test."""
+    os.fsync(source._fd)
+    os.posix_fadvise(source._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if source.locate(0, SIZE) is not None:
+        pytest.skip("this file system keeps its pages")
+
+
 async def test_a_file_by_address_and_by_thread(path: Path) -> None:
     """Resident bytes are located in its mapping; a read gives them too; both after the journey as well."""
     for source in (aiouffd.FileSource(path), travelled(aiouffd.FileSource(path))):
@@ -43,11 +51,7 @@ async def test_a_file_by_address_and_by_thread(path: Path) -> None:
 async def test_bytes_that_are_not_in_memory_are_not_located(path: Path) -> None:
     """What the page cache has dropped would block the loop: it is read by a thread."""
     source = aiouffd.FileSource(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if source.locate(0, SIZE) is not None:
-        pytest.skip("this file system keeps its pages")
+    drop(source)
     assert bytes(await source.read(0, SIZE)) == DATA
     assert source.locate(0, SIZE) is not None
     await source.aclose()
@@ -71,11 +75,7 @@ async def test_single_pages_of_a_file(path: Path) -> None:
 async def test_bytes_that_are_expected_come_to_hand(path: Path) -> None:
     """A thread reads what is announced, as far as the file goes; what was announced once is not read twice."""
     source = aiouffd.FileSource(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if source.locate(0, SIZE) is not None:
-        pytest.skip("this file system keeps its pages")
+    drop(source)
     source.expect(0, 4 * SIZE)
     source.expect(4096, SIZE)
     await asyncio.to_thread(source._threads.shutdown)  # it has done all then

@@ -154,16 +154,6 @@ _WRONG_PAGEMAPS = {
 }
 
 
-@pytest.mark.parametrize("what", _WRONG_PAGEMAPS)
-def test_wrong_pagemaps(tmp_path: Path, what: str) -> None:
-    """Each is an error that names a file of the directory."""
-    make.write(tmp_path, PID, ENTRIES, BOUNDS, 14 * PAGE)
-    (tmp_path / f"pagemap-{PID}.img").write_bytes(_WRONG_PAGEMAPS[what])
-    with pytest.raises(HandoffError) as caught:
-        read_task(tmp_path, PID)
-    assert caught.value.peer.startswith(str(tmp_path))
-
-
 _WRONG_MAPPINGS = {
     "two messages": make.image(make.MM, [b"", b""]),
     "a number for a mapping": make.image(make.MM, [make.message([(14, 5)])]),
@@ -175,11 +165,17 @@ _WRONG_MAPPINGS = {
 }
 
 
-@pytest.mark.parametrize("what", _WRONG_MAPPINGS)
-def test_wrong_mappings(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        *(pytest.param("pagemap", image, id=f"pagemap: {what}") for what, image in _WRONG_PAGEMAPS.items()),
+        *(pytest.param("mm", image, id=f"mappings: {what}") for what, image in _WRONG_MAPPINGS.items()),
+    ],
+)
+def test_wrong_images(tmp_path: Path, kind: str, image: bytes) -> None:
     """Each is an error that names a file of the directory."""
     make.write(tmp_path, PID, ENTRIES, BOUNDS, 14 * PAGE)
-    (tmp_path / f"mm-{PID}.img").write_bytes(_WRONG_MAPPINGS[what])
+    (tmp_path / f"{kind}-{PID}.img").write_bytes(image)
     with pytest.raises(HandoffError) as caught:
         read_task(tmp_path, PID)
     assert caught.value.peer.startswith(str(tmp_path))

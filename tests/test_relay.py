@@ -8,24 +8,13 @@ import pickle
 import struct
 
 import pytest
-from pattern import PAGE, Pattern, content
+from pattern import PAGE, Pattern, Sometimes, content
 
 import aiouffd
 from aiouffd.criu.relay import Relay, RelaySource
 from aiouffd.handoff.receive import Peer
 
 SIZE = 256 * PAGE
-
-
-class Sometimes(Pattern):
-    """Fails for its second page."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes, a little later."""
-        await asyncio.sleep(0)
-        if offset == PAGE:
-            raise aiouffd.SourceError(repr(self), offset, length, "not today")
-        return content(offset, length)
 
 
 async def test_reads_go_through() -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import operation_error
+from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
@@ -154,8 +154,11 @@ class Dispatcher:
         self._epoll.register(fd, select.EPOLLIN)
 
     def drop(self, space: Space) -> None:
-        """Serve a space no longer, and close it."""
-        fd = space.uffd.fileno()
+        """Serve a space no longer, and close it; nothing if that was done before."""
+        try:
+            fd = space.uffd.fileno()
+        except ClosedError:
+            return
         if self.spaces.pop(fd, None) is None:
             return
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to

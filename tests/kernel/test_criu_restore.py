@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mmap
 import shutil
-import socket
 from typing import TYPE_CHECKING
 
 import criu_images as make
 import criu_rig
 import pytest
+from served import free_port
 
 from aiouffd.criu.images import REMOTE, PageFlag, TaskImage, read_task
 
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from criu_rig import Checkpoint
 
 SIZE = 64 << 20
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def first_words(task: TaskImage) -> dict[int, int]:

@@ -195,6 +195,7 @@ class Answers:
             if space.is_gone:  # else it would be found again, until that is noticed
                 self._served.dispatcher.drop(space)
             elif space.identity in tenancies and not space.closing:
+                tenancy.announced = announced
                 raise
         except BaseException:
             tenancy.announced = announced  # it is served on, and its end is to be told

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import criu_rig
 import pytest
+from served import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +46,13 @@ class Daemon:
     def said(self) -> str:
         """Its log."""
         return self.log.read_text()
+
+    def ends_by(self, number: signal.Signals, said: str) -> None:
+        """Send a signal; it ends with status 1, and says what that costs, without a traceback."""
+        self.process.send_signal(number)
+        assert self.process.wait(20) == 1
+        assert said in self.said
+        assert "Traceback" not in self.said
 
     def worker(self) -> int:
         """Return the pid of its worker, 0 where there is none now."""
@@ -87,9 +95,7 @@ def test_from_images(tmp_path: Path, mode: str, size: int, background: bool) -> 
 @pytest.mark.parametrize(("mode", "size"), [("scan", 64), ("tree", 16)])
 def test_from_a_page_server(tmp_path: Path, mode: str, size: int) -> None:
     """The lazy pages stay with the dump; it ends well when all are there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start(mode, size)
         checkpoint.dump_to_server(port)
@@ -135,9 +141,7 @@ def test_no_images(tmp_path: Path) -> None:
 
 def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> None:
     """They come through this process: SIGTERM is told, and answered when all is there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start("scan", 64)
         checkpoint.dump_to_server(port)
@@ -152,19 +156,14 @@ def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> No
 
 def test_a_second_signal_gives_the_page_servers_pages_up(tmp_path: Path) -> None:
     """It ends at once, and says what that costs. No traceback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start("scan", 1)
         checkpoint.dump_to_server(port)
         daemon = Daemon(checkpoint, "--page-server", "127.0.0.1", "--port", str(port))
         daemon.process.send_signal(signal.SIGTERM)
         criu_rig.until(lambda: "a second signal loses them" in daemon.said, "word of the first signal")
-        daemon.process.send_signal(signal.SIGINT)
-        assert daemon.process.wait(20) == 1
-        assert "SIGINT: missing pages are lost" in daemon.said
-        assert "Traceback" not in daemon.said
+        daemon.ends_by(signal.SIGINT, "SIGINT: missing pages are lost")
 
 
 def test_a_signal_before_anybody_has_come(tmp_path: Path) -> None:
@@ -173,10 +172,7 @@ def test_a_signal_before_anybody_has_come(tmp_path: Path) -> None:
         checkpoint.start("scan", 1)
         checkpoint.dump()
         daemon = Daemon(checkpoint)
-        daemon.process.send_signal(signal.SIGTERM)
-        assert daemon.process.wait(20) == 1
-        assert "SIGTERM: no process has come" in daemon.said
-        assert "Traceback" not in daemon.said
+        daemon.ends_by(signal.SIGTERM, "SIGTERM: no process has come")
 
 
 def test_while_the_worker_is_killed(tmp_path: Path) -> None:
@@ -205,9 +201,7 @@ def test_while_the_worker_is_killed_and_all_is_brought(tmp_path: Path, where: st
     with contextlib.ExitStack() as stack:
         arguments: list[str] = []
         if where == "page server":
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                arguments = ["--page-server", "127.0.0.1", "--port", str(free.getsockname()[1])]
+            arguments = ["--page-server", "127.0.0.1", "--port", str(free_port())]
             stack.enter_context(criu_rig.large_pipes())
         checkpoint = stack.enter_context(criu_rig.Checkpoint(tmp_path))
         checkpoint.start("scan", 64)
