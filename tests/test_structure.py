@@ -21,7 +21,6 @@ MODULE_LINES, CLASS_LINES, FUNCTION_LINES = 600, 400, 60
 UNTESTED = {
     "__main__",
     "cli/__init__",
-    "cli/lazy_pages",
     "monitor/engines/pager",
     "monitor/engines/protocol",
     "monitor/registration",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["zeros_before_handoff"]
 
 _MAX_LOOKS: Final = 64
+_MAX_REGIONS: Final = 64
 
 
 class _PagemapOf(Pagemap):
@@ -41,6 +42,8 @@ def zeros_before_handoff(pid: int, regions: Regions) -> int:
     Raises:
         OSError: the process has ended, may not be looked at, or the kernel has no PAGEMAP_SCAN (before Linux 6.7).
     """
+    if len(regions.mappings) > _MAX_REGIONS:  # a microVM has a few; thousands would take time from the other clients
+        return 0
     with _PagemapOf(pid) as pagemap:
         anyof = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
         present = [

@@ -41,11 +41,11 @@ def test_a_socket_that_is_taken(image: Path, tmp_path: Path) -> None:
     assert third.path.read_text() == "precious"
 
 
-def waits_for_end(path: str, pid: int, kind: str) -> None:
+def waits_for_end(path: str, pid: int, kind: str, number: int) -> None:
     """Scenario: the server is told to end while it serves."""
     region, connection, _uffd = hand_over(path, 16 * MIB)
     assert region[0] == 1
-    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, number)
     connection.settimeout(10)
     if kind == "fill":
         assert connection.recv(1) == b""  # served no longer
@@ -58,13 +58,15 @@ def waits_for_end(path: str, pid: int, kind: str) -> None:
             assert region[page * PAGE] == (page + 1) & 255
 
 
-@pytest.mark.parametrize("kind", ["keep", "fill"])
-def test_sigterm(image: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "number"), [("keep", signal.SIGTERM), ("fill", signal.SIGTERM), ("keep", signal.SIGHUP)]
+)
+def test_signals(image: Path, tmp_path: Path, kind: str, number: signal.Signals) -> None:
     """No new clients; those that are there are served until they go, or get all that they miss."""
     with Serve(tmp_path, image, "--readahead", "0", "--on-term", kind) as serve:
-        play(waits_for_end, str(serve.path), serve.process.pid, kind)
+        play(waits_for_end, str(serve.path), serve.process.pid, kind, int(number))
         assert serve.process.wait(10) == 0
-        assert "SIGTERM: no new clients" in serve.said
+        assert f"{number.name}: no new clients" in serve.said
         assert "ended" in serve.said
 
 
@@ -133,6 +135,13 @@ def test_the_unit(tmp_path: Path) -> None:
     assert "--socket PATH says where to listen" in done.stderr  # all of it was understood
 
 
+ACTIVATED = (
+    "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.dup2(int(sys.argv[1]), 3);"
+    " from aiouffd.cli import main; sys.exit(main(sys.argv[2:]))"
+)
+"""Runs the command with a descriptor as systemd passes it: number 3."""
+
+
 @pytest.mark.parametrize("kind", ["two", "internet", "datagram"])
 def test_sockets_that_are_not_for_us(image: Path, tmp_path: Path, kind: str) -> None:
     """A socket unit that passes what cannot be served is told so."""
@@ -144,12 +153,8 @@ def test_sockets_that_are_not_for_us(image: Path, tmp_path: Path, kind: str) -> 
         given.bind(("127.0.0.1", 0) if kind == "internet" else str(tmp_path / "s"))
         if kind != "datagram":
             given.listen()
-        code = (
-            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.dup2(int(sys.argv[1]), 3);"
-            " from aiouffd.cli import main; sys.exit(main(sys.argv[2:]))"
-        )
         done = subprocess.run(
-            [sys.executable, "-c", code, str(given.fileno()), "serve", str(image)],
+            [sys.executable, "-c", ACTIVATED, str(given.fileno()), "serve", str(image)],
             pass_fds=[given.fileno()],
             env={**os.environ, "LISTEN_FDS": "2" if kind == "two" else "1"},
             capture_output=True,
@@ -172,12 +177,8 @@ def test_socket_activation(image: Path, tmp_path: Path) -> None:
         listener.listen()
         notified.bind(str(tmp_path / "notify"))
         notified.settimeout(20)
-        code = (
-            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.dup2(int(sys.argv[1]), 3);"
-            " from aiouffd.cli import main; sys.exit(main(sys.argv[2:]))"
-        )
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(listener.fileno()), "serve", str(image)],
+            [sys.executable, "-c", ACTIVATED, str(listener.fileno()), "serve", str(image)],
             pass_fds=[listener.fileno()],
             env={**os.environ, "LISTEN_FDS": "1", "NOTIFY_SOCKET": str(tmp_path / "notify")},
             stderr=subprocess.PIPE,

@@ -102,7 +102,7 @@ class Tenant:
             "token": self.token,
             "page_size": self.page_size,
             "features": int(self.uffd.features),
-            "mappings": [attrs.astuple(mapping) for mapping in mappings],
+            "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
         }
 
     def shown(self, state: State | None) -> list[Mapping]:
