@@ -53,22 +53,27 @@ def service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "log_to", lambda _: None)  # else pytest's own handlers are removed
 
 
+def given(name: str) -> Any:
+    """Return an argument of the newest service."""
+    return Service.given[name]
+
+
 def test_what_the_options_mean(tmp_path: Path) -> None:
     """The directory, the page server with the header of its version, readahead and background."""
     assert cli.main(["lazy-pages", "-D", str(tmp_path)]) == 0
-    assert Service.given["images"] == str(tmp_path)
-    assert Service.given["page_server"] is None
-    assert Service.given["header"] is None  # the images tell
-    assert Service.given["background"]
-    assert Service.given["options"].readahead == 2 << 20
+    assert given("images") == str(tmp_path)
+    assert given("page_server") is None
+    assert given("header") is None  # the images tell
+    assert given("background") is True
+    assert given("options").readahead == 2 << 20
     arguments = ["--page-server", "host", "--port", "27", "--criu", "4.2", "--no-background", "--readahead", "64K"]
     assert cli.main(["lazy-pages", "-D", str(tmp_path), *arguments]) == 0
-    assert Service.given["page_server"] == ("host", 27)
-    assert Service.given["header"] == HEADER_4_2
-    assert not Service.given["background"]
-    assert Service.given["options"].readahead == 64 << 10
+    assert given("page_server") == ("host", 27)
+    assert given("header") == HEADER_4_2
+    assert not given("background")
+    assert given("options").readahead == 64 << 10
     assert cli.main(["lazy-pages", "-D", str(tmp_path), "--criu", "4.1"]) == 0
-    assert Service.given["header"] == HEADER_4_1
+    assert given("header") == HEADER_4_1
 
 
 @pytest.mark.parametrize(
