@@ -7,6 +7,7 @@ the rounds' ratios with their quartiles.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import signal
@@ -118,6 +119,7 @@ def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, kept:
         "python": platform.python_version(),
         "halt_poll_ns": halt_poll,
         "free_memory_kept": kept,
+        "busy": bool(knobs.BUSY),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,8 @@ def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, kept:
         if result["remark"]:
             print(f"{result['row']}: {result['remark']}.")
     memory = "" if kept else ", free memory goes back to the host"
-    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}{memory}")
+    busy = ", each processor kept busy" if knobs.BUSY else ""
+    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}{memory}{busy}")
 
 
 def terminated(number: int, _: object) -> None:
@@ -147,12 +150,19 @@ def main() -> int:
     parser.add_argument(
         "--idle-regimes", action="store_true", help="one row while idle cores halt at once, and while they poll"
     )
+    parser.add_argument(
+        "--busy", action="store_true", help="keep each processor busy with a spinning process meanwhile"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw latencies, windows and touchers as PNG there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
     everything = arguments.rows is None and not arguments.idle_regimes and arguments.plots is None
     results: list[dict[str, Any]] = []
-    with knobs.memory_kept() as kept, knobs.halt_poll(arguments.halt_poll):
+    with (
+        knobs.memory_kept() as kept,
+        knobs.halt_poll(arguments.halt_poll),
+        knobs.busy() if arguments.busy else contextlib.nullcontext(),
+    ):
         if not kept:
             say("free memory may go back to the host meanwhile: figures vary more than they would")
         if everything or arguments.rows is not None:

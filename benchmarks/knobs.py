@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,3 +70,23 @@ def setting(knob: Path, value: str) -> Iterator[None]:
         yield
     if guard.returncode:
         raise OSError(f"{knob} could not be set back to {before}")
+
+
+BUSY: list[int] = []
+"""The processes that keep the processors busy."""
+
+_SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\n"
+_SPIN += "while os.getppid() == int(sys.argv[2]):\n for _ in range(1_000_000): pass"
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Keep each processor busy with a process of the usual priority, which ends with this one."""
+    with contextlib.ExitStack() as stack:
+        for processor in sorted(os.sched_getaffinity(0)):
+            command = [sys.executable, "-c", _SPIN, str(processor), str(os.getpid())]
+            spinner = stack.enter_context(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+            stack.callback(spinner.kill)
+            BUSY.append(spinner.pid)
+        stack.callback(BUSY.clear)
+        yield

@@ -113,6 +113,30 @@ def random_rows(*, quick: bool) -> Iterator[Row]:
         {name: touching(serve, size, 1) for name, serve in handlers.items()},
         (Bar("C poll", 0.45), Bar("C spin", 1.20)),
     )
+    defaults: dict[str, Serve] = {
+        "C poll": c_poll,
+        "C spin": c_spin,
+        "readahead=0": page_by_page,
+        "aiouffd": monitored,
+    }
+    for threads, bars in (
+        (1, (Bar("readahead=0", 1.10), Bar("C spin", 1.20), Bar("C poll", 0.5))),
+        (16, (Bar("C poll", 1.25),)),
+    ):
+        yield Row(
+            f"default-{threads}",
+            f"random 4 KiB touches at the default readahead, {threads} toucher{'s' if threads > 1 else ''}",
+            "us/page",
+            {name: touching(serve, size, threads) for name, serve in defaults.items()},
+            bars,
+        )
+        yield Row(
+            f"default-cpu-{threads}",
+            f"processor time of the handler at the default readahead, {threads} toucher{'s' if threads > 1 else ''}",
+            "us/page",
+            {name: processor(serve, size, threads) for name, serve in defaults.items() if name != "C spin"},
+            (Bar("C poll", 1.3 if threads == 1 else 1.2),),
+        )
     yield Row(
         "random-16",
         "random 4 KiB touches, 16 touchers",

@@ -12,8 +12,11 @@ import pytest
 from engine_world import BASE, PAGES, SIZE, Held, PipedUffd, World, turns
 from pattern import PAGE, content
 
+from aiouffd import native
 from aiouffd.engine import dispatcher as module
+from aiouffd.engine import reading
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import OperationError
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import Space
 
 pytestmark = pytest.mark.timeout(30)
+native.reason()  # the native part is loaded once a process, and reads files for that
 
 
 class Rig:
@@ -48,6 +52,12 @@ async def rig() -> AsyncIterator[Rig]:
     dispatcher = Dispatcher(asyncio.get_running_loop(), Counters(), spin_us=0)
     yield Rig(dispatcher)
     dispatcher.close()
+
+
+@pytest.fixture
+def python_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have dispatchers read in Python, as where there is no native part."""
+    monkeypatch.setattr(module, "make_reader", PythonReader)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -156,39 +166,6 @@ async def test_the_loop_gets_a_turn_however_many_faults_there_are(rig: Rig, monk
     assert len(set(seen)) > 1
 
 
-async def test_looking_again_is_for_as_long_as_faults_keep_coming(rig: Rig) -> None:
-    """A fault long after the last is followed by sleep; soon after, by a look; vain looks make the next rarer."""
-    dispatcher = rig.dispatcher
-    dispatcher.spin_us = 50
-    assert dispatcher.spin_us == 50
-    assert dispatcher._patience(10_000_000) == 0
-    assert dispatcher._patience(10_000_000 + 100_001) == 0
-    assert dispatcher._patience(10_100_001 + 100_000) == 50_000
-    dispatcher._skip = 2
-    assert [dispatcher._patience(10_200_001) for _ in range(3)] == [0, 0, 50_000]
-
-
-async def test_vain_looks_make_the_next_ones_rarer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After three: 8 faults without a look, then 16, at most 64; a look that finds something is not vain."""
-    dispatcher = rig.dispatcher
-    dispatcher.spin_us = 1
-    world, uffd = rig.world()
-    monkeypatch.setattr(module, "_BURST_NS", 10_000_000_000)
-
-    def patience(now: int) -> int:
-        dispatcher._last_ns = now - 1
-        return 1000
-
-    monkeypatch.setattr(dispatcher, "_patience", patience)
-    skipped = []
-    for page in range(8):
-        world.touch(page, 1)
-        uffd.send()
-        dispatcher._ready()
-        skipped.append(dispatcher._skip)
-    assert skipped == [0, 0, 8, 16, 32, 64, 64, 64]
-
-
 async def test_a_process_that_is_gone_is_dropped(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no end-of-file: it is looked for; the heartbeat goes on."""
     monkeypatch.setattr(module, "_GONE_CHECK", 0.001)
@@ -210,6 +187,7 @@ async def test_a_process_that_is_gone_is_dropped(rig: Rig, monkeypatch: pytest.M
     assert len(dropped) == 1
 
 
+@pytest.mark.usefixtures("python_reader")
 async def test_events_that_cannot_be_read_wait(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,7 +202,7 @@ async def test_events_that_cannot_be_read_wait(
             raise OSError(failing.pop(), "no room")
         return read(*arguments)
 
-    monkeypatch.setattr(module, "_preadv", preadv)
+    monkeypatch.setattr(reading, "_preadv", preadv)
     world, uffd = rig.world()
     world.touch(1, 1)
     uffd.send()
@@ -234,6 +212,7 @@ async def test_events_that_cannot_be_read_wait(
     assert rig.dispatcher.spaces
 
 
+@pytest.mark.usefixtures("python_reader")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EBADF])
 async def test_a_descriptor_that_is_broken_is_dropped(rig: Rig, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """And its owner learns why; an interrupted read is none."""
@@ -242,7 +221,7 @@ async def test_a_descriptor_that_is_broken_is_dropped(rig: Rig, monkeypatch: pyt
     def preadv(*_arguments: Any) -> int:
         raise OSError(failing.pop(), "broken")
 
-    monkeypatch.setattr(module, "_preadv", preadv)
+    monkeypatch.setattr(reading, "_preadv", preadv)
     world, uffd = rig.world()
     world.touch(1, 1)
     uffd.send()
@@ -252,6 +231,7 @@ async def test_a_descriptor_that_is_broken_is_dropped(rig: Rig, monkeypatch: pyt
     assert (error.operation, error.errno) == ("read", number)
 
 
+@pytest.mark.usefixtures("python_reader")
 async def test_a_kernel_that_knows_no_nowait_flag(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Linux 6.10: O_NONBLOCK is all there is, and nothing is lost."""
     read = os.preadv
@@ -263,7 +243,7 @@ async def test_a_kernel_that_knows_no_nowait_flag(rig: Rig, monkeypatch: pytest.
             raise OSError(errno.EOPNOTSUPP, "no such flag")
         return read(fd, buffers, offset, flags)
 
-    monkeypatch.setattr(module, "_preadv", preadv)
+    monkeypatch.setattr(reading, "_preadv", preadv)
     world, uffd = rig.world()
     world.touch(1, 1)
     uffd.send()
@@ -284,18 +264,20 @@ async def test_a_descriptor_whose_flag_is_taken_again_and_again_is_dropped(rig: 
     assert world.space.closing
 
 
+@pytest.mark.usefixtures("python_reader")
 async def test_the_fast_path_serves_what_it_is_open_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single message of a userfaultfd goes there first; what it leaves, and what is dropped, does not."""
     monkeypatch.setattr(module, "Userfaultfd", PipedUffd)
     served: list[int] = []
     world, uffd = rig.world()
-    assert world.space.fast_path is rig.dispatcher._fast_path
+    reader = rig.dispatcher._reader
+    assert world.space.fast_path is reader
 
     def serve(_fd: int, slot: tuple[int, ...], _message: memoryview) -> bool:
         served.append(slot[1])
         return False
 
-    monkeypatch.setattr(rig.dispatcher._fast_path, "serve", serve)
+    monkeypatch.setattr(reader, "serve", serve)
     world.touch(3, 1)
     uffd.send()
     await until(lambda: uffd.pages)
@@ -309,6 +291,7 @@ async def test_the_fast_path_serves_what_it_is_open_for(rig: Rig, monkeypatch: p
     assert world.space.fast_path is None
 
 
+@pytest.mark.usefixtures("python_reader")
 async def test_messages_that_came_with_a_dropped_descriptor_are_left(rig: Rig) -> None:
     """Dropped in the same look as it was readable: it is nobody's."""
     world, uffd = rig.world()
@@ -316,9 +299,9 @@ async def test_messages_that_came_with_a_dropped_descriptor_are_left(rig: Rig) -
     world.touch(1, 1)
     uffd.send()
     fd = uffd.reader
-    rig.dispatcher._only = ((fd, 0),)
-    rig.dispatcher._fast_path.dismiss(fd)
-    assert rig.dispatcher._poll() is False
+    rig.dispatcher._reader.only(fd)
+    rig.dispatcher._reader.dismiss(fd)
+    rig.dispatcher._ready()
     assert not uffd.pages
     assert not other.errors
 

@@ -84,7 +84,8 @@ def test_no_event_is_lost_or_seen_twice(batches: list[tuple[int, list[bool], str
         for is_layout in kinds:
             number += 1
             messages.append(remove(number) if is_layout else fault(number))
-        journal.reading(identity)
+        journal.before_reading()
+        journal.identity[0] = identity
         land(journal, messages)
         layout = [message for message in messages if message[0] == abi.EVENT_REMOVE]
         expected += [(identity, message) for message in layout]
@@ -171,9 +172,11 @@ def test_growth_is_told_before_the_next_read() -> None:
     for number in range(4):
         commit(journal, 1, [remove(number)])
     assert told == []
-    journal.reading(1)
+    journal.before_reading()
+    journal.identity[0] = 1
     assert told == [4 * EVENT_SIZE]
-    journal.reading(1)
+    journal.before_reading()
+    journal.identity[0] = 1
     assert len(told) == 1
 
 

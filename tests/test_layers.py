@@ -20,7 +20,7 @@ ORDER = {
         *("errors", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
         *("server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
-    "native": ["build", "__init__", "__main__", "faults", "notes", "watchdog"],
+    "native": ["build", "__init__", "__main__", "faults", "notes", "reader", "watchdog"],
     "kernel": [
         *(
             "__init__",
@@ -44,7 +44,18 @@ ORDER = {
     ],
     "engine": [
         *("__init__", "loops", "statistics", "mappings", "present", "readahead", "runs", "flight", "resolver"),
-        *("deferred", "remainders", "plain", "space", "messages", "dispatcher", "serve", "ahead", "assembly"),
+        *(
+            "deferred",
+            "remainders",
+            "plain",
+            "space",
+            "messages",
+            "reading",
+            "dispatcher",
+            "serve",
+            "ahead",
+            "assembly",
+        ),
     ],
     "engine/serve": [
         *("__init__", "zeros", "gate", "deadlines", "reads", "extents", "presence", "source", "handler"),

@@ -87,7 +87,7 @@ def test_only_what_is_open_is_served(steps: list[tuple[str, int, int, int]]) -> 
     """Each step on a descriptor; a fault is served if its page is in what is open, out of that one's source."""
     kernel = Kernel()
     sources: list[PlainSource] = [
-        (at(1 << (40 + number)), 10 * PAGE, PAGE, number & 2, False, None) for number in range(6)
+        (at(1 << (40 + number)), 10 * PAGE, PAGE, number & 2, False, None, None) for number in range(6)
     ]
     opened: dict[int, tuple[int, int] | None] = {}  # descriptor -> first page, number
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +132,7 @@ def test_what_takes_more_than_a_copy_is_left(kernel: Kernel) -> None:
             raise OSError("broken")
         return None if offset == 2 * PAGE else 1 << 40
 
-    path.open(3, START, START + 8 * PAGE, 0, (page, 1 << 20, PAGE, 0, False, None))
+    path.open(3, START, START + 8 * PAGE, 0, (page, 1 << 20, PAGE, 0, False, None, None))
     assert not serve(path, 3, fault(0, event=abi.EVENT_REMOVE))
     assert not serve(path, 3, fault(0, flags=int(abi.FaultFlag.WP)))
     assert not serve(path, 3, fault(0, flags=int(abi.FaultFlag.MINOR)))
@@ -163,7 +163,7 @@ def with_windows(
     space: Any = Space()
     path = FastPath(counters, {3: space})
     path.admit(3, 1)
-    path.open(3, START, START + 32 * PAGE, 0, (source, 31 * PAGE + PAGE // 2, PAGE, 0, True, blank))
+    path.open(3, START, START + 32 * PAGE, 0, (source, 31 * PAGE + PAGE // 2, PAGE, 0, True, blank, None))
     return path, space
 
 
@@ -255,7 +255,7 @@ def test_a_plain_fault_takes_few_calls(windows: bool, calls: int) -> None:
     else:
         path = FastPath(Counters(), {})
         path.admit(3, 1)
-        path.open(3, START, START + 64 * PAGE, 0, (at(1 << 40), 1 << 20, PAGE, 0, False, None))
+        path.open(3, START, START + 64 * PAGE, 0, (at(1 << 40), 1 << 20, PAGE, 0, False, None, None))
     rng = random.Random(1)
     messages = [fault(rng.randrange(31)) for _ in range(8)]
     slot = SLOT.unpack_from(path.slots, 3 * SLOT.size)

@@ -155,7 +155,8 @@ def test_descriptors_of_forked_children_are_known() -> None:
     assert survey(journal) is None
     assert last_meta(journal.load().records) is None
     journal.change(journal.write_anew(0, state(owner=-1).encode()))
-    journal.reading(1)
+    journal.before_reading()
+    journal.identity[0] = 1
     journal.buffers[0][:32] = fork(33)
     found = survey(journal)
     assert found is not None

@@ -84,7 +84,8 @@ class Worker:
     def batch(self, which: int, changes: list[tuple[Any, ...]]) -> None:
         """Read some events of a space at once."""
         space = self.pick(which)
-        self.journal.reading(space.identity)
+        self.journal.before_reading()
+        self.journal.identity[0] = space.identity
         messages = [self.message(*change) for change in changes]
         self.journal.commit_events(space.identity, messages)
         for message in messages:
@@ -233,7 +234,8 @@ def test_a_log_that_cannot_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
     def fill() -> None:
         while True:
             worker.open()
-            worker.journal.reading(1)
+            worker.journal.before_reading()
+            worker.journal.identity[0] = 1
 
     monkeypatch.setattr(worker.journal, "change", count)
     with pytest.raises(JournalFullError):

@@ -61,11 +61,11 @@ def test_spaces_that_are_alike_share_a_plain_source() -> None:
     source = extents(locate=abs, page=page, blank=blank)
     off, on, protected = World(0), World(4 * PAGE), World(0, write_protect=True)
     assert source.plain_source(off.space) is source.plain_source(World(0).space)
-    assert source.plain_source(off.space) == (page, SIZE, PAGE, 0, False, blank)
-    assert source.plain_source(on.space) == (page, SIZE, PAGE, 0, True, blank)
+    assert source.plain_source(off.space) == (page, SIZE, PAGE, 0, False, blank, None)
+    assert source.plain_source(on.space) == (page, SIZE, PAGE, 0, True, blank, None)
     protected.space.write_protect = True
     protected.space.resolver.mode = 2
-    assert source.plain_source(protected.space) == (page, SIZE, PAGE, 2, False, None)
+    assert source.plain_source(protected.space) == (page, SIZE, PAGE, 2, False, None, None)
 
 
 @given(st.integers(0, 40 * PAGE), st.integers(0, 45), st.integers(1, 45), st.sets(st.integers(0, 50)))

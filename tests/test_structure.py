@@ -21,9 +21,6 @@ MODULE_LINES, CLASS_LINES, FUNCTION_LINES = 600, 400, 60
 UNTESTED = {
     "__main__",
     "cli/__init__",
-    "monitor/engines/pager",
-    "monitor/engines/protocol",
-    "monitor/registration",
     "pager/__main__",
     "pager/client/abandoned",
     "pager/client/interpreter",

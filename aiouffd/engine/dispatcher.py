@@ -1,15 +1,7 @@
 """Descriptors on one event loop: readable -> read -> serve, and look again before going to sleep.
 
-Sleeping in epoll and being woken costs more than the rest of a fault. So after a fault the reader looks again for up
-to `spin_us`, but only while faults keep coming: after a fault that comes long after the last one it sleeps at once, and
-looks in vain make the next ones rarer. It looks at all descriptors, not at the one that was readable: with a thousand
-clients the next fault comes from another.
-
-The loop gets a turn at least every 0.5 ms, however many faults there are: other tasks run in between.
-
-O_NONBLOCK belongs to the open file, not to the descriptor: the process that has handed a descriptor over can clear it
-at any time. A plain read would block the loop then, and with it all other spaces. So each read passes RWF_NOWAIT. A
-userfaultfd knows that flag since Linux 6.10; before, O_NONBLOCK is the only protection.
+`engine.reading` reads, and serves plain faults; the other messages come here. The loop gets a turn at least every
+0.2 ms, however many faults there are: other tasks run in between.
 """
 
 from __future__ import annotations
@@ -24,11 +16,12 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.messages import serve_messages
-from aiouffd.engine.plain import SLOT, FastPath
+from aiouffd.engine.reading import MESSAGES, make_reader
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
     import asyncio
@@ -41,21 +34,14 @@ __all__ = ["Dispatcher", "Landing", "Memory"]
 
 log = logging.getLogger("aiouffd")
 
-_preadv = os.preadv
-_BURST_NS = 500_000  # after so long the loop gets a turn
+_BURST_NS = 200_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
 _LOGGED_AGAIN_NS = 5_000_000_000
-_VAIN_LOOKS_UNTIL_RARER = 3
 _MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descriptor is dropped
-_SLOT_SIZE = SLOT.size
-_slot = SLOT.unpack_from
-_MAX_READY = 32  # descriptors in one look: epoll allocates room for so many
-_ONE_MESSAGE = abi.MESSAGE_SIZE
-MESSAGES = 64
 
 
 class Landing(Protocol):
@@ -63,8 +49,12 @@ class Landing(Protocol):
 
     buffers: list[memoryview]
 
-    def reading(self, identity: int) -> None:
-        """Note whose messages land next."""
+    def before_reading(self) -> None:
+        """Take note that messages may land now."""
+
+    @property
+    def identity(self) -> memoryview:
+        """One signed word, in which the reader notes whose messages it reads into `buffers[0]`."""
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
         """Make layout events durable; `buffers` may be another afterwards."""
@@ -75,9 +65,10 @@ class Memory:
 
     def __init__(self) -> None:
         self.buffers = [memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))]
+        self.identity = memoryview(bytearray(8)).cast("q")
 
-    def reading(self, identity: int) -> None:
-        """Nothing to note."""
+    def before_reading(self) -> None:
+        """Nothing to do."""
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
         """Nothing to keep."""
@@ -108,24 +99,21 @@ class Dispatcher:
         self.spaces: dict[int, Space] = {}  # descriptor -> space
         self._loop = loop
         self._words = counters.words
-        self.spin_us = spin_us
         self._landing: Landing = landing or Memory()
         self._on_drop = on_drop
         self._on_idle = on_idle
         self._epoll = select.epoll()
-        self._last_ns = 0
-        self._vain = 0
-        self._skip = 0
         self._logged_ns = -_LOGGED_AGAIN_NS
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _RETRY
         self._closed = False
-        self._flags = os.RWF_NOWAIT
+        self._reads_with_flags = True  # RWF_NOWAIT
         self._held: set[int] = set()  # descriptors that are not read
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
-        self._only: tuple[tuple[int, int]] | None = None  # in place of epoll's list, if there is but one descriptor
-        self._fast_path = FastPath(counters, self.spaces)
+        self._reader = make_reader(self._epoll, counters, self.spaces)
+        self._landed_at: memoryview | None = None
+        self.spin_us = spin_us
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
         loop.add_reader(self._epoll.fileno(), self._ready)
         self._checker = loop.call_later(_GONE_CHECK, self._check_gone)
@@ -133,20 +121,19 @@ class Dispatcher:
     @property
     def spin_us(self) -> int:
         """Microseconds to look again before sleeping."""
-        return self._spin_ns // 1000
+        return self._reader.spin_ns // 1000
 
     @spin_us.setter
     def spin_us(self, value: int) -> None:
-        self._spin_ns = value * 1000
-        self._near_ns = 2 * self._spin_ns  # a fault that came so soon after the last would have been worth a look
+        self._reader.spin_ns = value * 1000
 
     def add(self, space: Space) -> None:
         """Serve a space from now on; its `uffd` is non-blocking."""
         fd = space.uffd.fileno()
         self.spaces[fd] = space
-        self._fast_path.admit(fd, space.identity)
+        self._reader.admit(fd, space.identity)
         if type(space.uffd) is Userfaultfd:  # others have a COPY of their own
-            space.fast_path = self._fast_path
+            space.fast_path = self._reader
             space.backend.opened(space)
         self._count()
         space.on_deferred = self._deferred
@@ -168,7 +155,7 @@ class Dispatcher:
         if self._on_drop is not None:
             self._on_drop(space)
         space.fast_path = None
-        self._fast_path.dismiss(fd)
+        self._reader.dismiss(fd)
         space.close()
         self._count()
         if not self.spaces and self._on_idle is not None and not self._closed:
@@ -176,19 +163,21 @@ class Dispatcher:
 
     def _count(self) -> None:
         self._words[Counter.SPACES] = len(self.spaces)
-        self._only = ((next(iter(self.spaces)), 0),) if len(self.spaces) == 1 and not self._held else None
+        self._reader.only(next(iter(self.spaces)) if len(self.spaces) == 1 and not self._held else -1)
 
     def hold(self, space: Space) -> None:
         """Read a space no more until `release`: its events stay in the kernel, and its threads wait."""
         self._held.add(space.uffd.fileno())
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
             self._epoll.unregister(space.uffd.fileno())
+        self._reader.dismiss(space.uffd.fileno())
         self._count()
 
     def release(self, space: Space) -> None:
         """Read a space again."""
         if space.uffd.fileno() in self._held:
             self._held.discard(space.uffd.fileno())
+            self._reader.admit(space.uffd.fileno(), space.identity)
             self._count()
             self._listen_again(space)
 
@@ -203,36 +192,32 @@ class Dispatcher:
         for space in list(self.spaces.values()):
             self.drop(space)
         self._epoll.close()
+        self._reader.end()
 
     # The way of a fault
 
     def _ready(self) -> None:
         """Read and serve until nothing has come for a while, or the loop is due for a turn."""
-        now = perf_counter_ns()
-        turn = now + _BURST_NS
-        deadline = now
-        looking = False
+        turn = perf_counter_ns() + _BURST_NS
+        came = False
         while not self._closed:
-            if self._poll():
-                if looking:
-                    self._vain = 0
-                now = perf_counter_ns()
-                deadline = now + self._patience(now)
-                looking = True
-            elif self._behind:
+            self._landing.before_reading()
+            if self._landing.buffers[0] is not self._landed_at:
+                self._land()
+            left = turn - perf_counter_ns()
+            outcome, found = self._reader.run(max(left, 0), came=came, once=bool(self._behind))
+            came = True
+            if outcome == Outcome.MESSAGES:
+                self._serve(found.fd, found.length, found.events)
+            elif outcome == Outcome.FAILED:
+                came = self._broken(self.spaces[found.fd], found.error)
+            elif outcome == Outcome.IDLE:
+                if not self._behind:
+                    return
+                # Its toucher is at work meanwhile, and will soon be behind the window.
                 if not self._behind[0].advance():
                     self._behind.popleft()
-                now = perf_counter_ns()
-                if looking:  # its toucher is at work meanwhile, and will soon be behind the window
-                    deadline = now + self._spin_ns
-            else:
-                now = perf_counter_ns()
-                if now >= deadline:
-                    if looking and deadline > self._last_ns:
-                        self._vain += 1
-                        self._skip = min(1 << self._vain, 64) if self._vain >= _VAIN_LOOKS_UNTIL_RARER else 0
-                    return
-            if now >= turn:
+            if outcome == Outcome.DUE or left <= 0:
                 # A handle, not a task: other callbacks run, the descriptors are looked at again right after.
                 if self._turn is None:
                     self._turn = self._loop.call_soon(self._again)
@@ -242,41 +227,16 @@ class Dispatcher:
         self._turn = None
         self._ready()
 
-    def _patience(self, now: int) -> int:
-        """Return for how many nanoseconds to look again after a fault: only while faults keep coming."""
-        gap = now - self._last_ns
-        self._last_ns = now
-        if gap > self._near_ns:
-            return 0
-        if self._skip:
-            self._skip -= 1
-            return 0
-        return self._spin_ns
+    def _land(self) -> None:
+        self._landed_at = self._landing.buffers[0]
+        self._reader.land(self._landed_at, self._landing.identity)
 
-    def _poll(self) -> bool:
-        """Read once from each descriptor that is readable; tell whether any was."""
-        came = False
-        landing, fast_path = self._landing, self._fast_path
-        for fd, events in self._only or self._epoll.poll(0, _MAX_READY):
-            slot = _slot(fast_path.slots, fd * _SLOT_SIZE)
-            if slot[0] < 0:
-                continue  # dropped just now
-            landing.reading(slot[0])
-            buffers = landing.buffers
-            try:
-                length = _preadv(fd, buffers, -1, self._flags)
-            except BlockingIOError:
-                length = 0
-            except OSError as error:
-                came = self._broken(self.spaces[fd], error) or came
-                continue
-            if length:
-                came = True
-                if length == _ONE_MESSAGE and fast_path.serve(fd, slot, buffers[0]):
-                    continue
-                serve_messages(self.spaces[fd], buffers[0], length, landing.commit)
-            self._afterwards(fd, events)
-        return came
+    def _serve(self, fd: int, length: int, events: int) -> None:
+        if length:
+            space = self.spaces[fd]
+            serve_messages(space, self._landing.buffers[0], length, self._landing.commit)
+            self._reader.refresh(space)
+        self._afterwards(fd, events)
 
     def _afterwards(self, fd: int, events: int) -> None:
         space = self.spaces.get(fd)
@@ -285,22 +245,25 @@ class Dispatcher:
         if events & select.EPOLLERR:
             self._unblock(fd)
 
-    def _broken(self, space: Space, error: OSError) -> bool:
-        if error.errno == errno.EOPNOTSUPP and self._flags:
-            self._flags = 0
+    def _broken(self, space: Space, number: int) -> bool:
+        if number == errno.EOPNOTSUPP and self._reads_with_flags:
+            self._reads_with_flags = False
+            self._reader.read_without_flags()
             return True  # nothing was read: look again
-        if error.errno in _PASSING_ERRORS:
+        if number in _PASSING_ERRORS:
             # The kernel keeps what could not be read, for instance a fork whose descriptor finds no room.
             now = perf_counter_ns()
             if now - self._logged_ns > _LOGGED_AGAIN_NS:
                 self._logged_ns = now
-                log.error("events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", error.strerror)
+                log.error(
+                    "events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", os.strerror(number)
+                )
             with contextlib.suppress(FileNotFoundError):  # it was looked at without being listened to
                 self._epoll.unregister(space.uffd.fileno())
             self._loop.call_later(_PASSING_ERROR_PAUSE, self._listen_again, space)
-        elif error.errno != errno.EINTR:
-            log.error("%r cannot be read and is dropped: %s", space, error)
-            space.report(operation_error("read", 0, 0, error.errno or 0))
+        elif number != errno.EINTR:
+            log.error("%r cannot be read and is dropped: %s", space, os.strerror(number))
+            space.report(operation_error("read", 0, 0, number))
             self.drop(space)
         return False
 
@@ -353,7 +316,7 @@ class Dispatcher:
             if space.is_gone or space.uffd.gone():
                 space.gone()
                 self.drop(space)
-            elif self._only:  # the others are told by epoll
+            elif len(self.spaces) == 1:  # the others are told by epoll
                 self._unblock(space.uffd.fileno())
         if not self._closed:
             self._checker = self._loop.call_later(_GONE_CHECK, self._check_gone)

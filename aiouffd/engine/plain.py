@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["SLOT", "FastPath", "PlainSource", "serve_together"]
+__all__ = ["SLOT", "FastPath", "PlainFaults", "PlainSource", "serve_together"]
 
 _ioctl = fcntl.ioctl
 _COPY = abi.UFFDIO_COPY
@@ -46,7 +46,8 @@ _BLOCK = FIRST_PIECE  # what is looked at for zeros at once: larger than any win
 
 
 PlainSource: TypeAlias = (
-    "tuple[Callable[[int, int], int | None], int, int, int, bool, Callable[[int, int, int], list[int]] | None]"
+    "tuple[Callable[[int, int], int | None], int, int, int, bool, Callable[[int, int, int], list[int]] | None,"
+    " tuple[int, int, int, int] | None]"
 )
 """How the pages of a source come into some spaces: a plain tuple, which is unpacked soonest, of
 
@@ -55,7 +56,8 @@ PlainSource: TypeAlias = (
 - bytes of a page;
 - bits of UFFDIO_COPY;
 - whether neighbours come along (readahead);
-- which blocks of (offset, length, block size) are zeros, where these are mapped and not copied; or None.
+- which blocks of (offset, length, block size) are zeros, where these are mapped and not copied; or None;
+- where all of it lies, for the native part: what `Source.memory` returns; or None.
 """
 
 
@@ -73,12 +75,22 @@ class _Space(Protocol):
 
 def _window(readahead: Readahead, source: PlainSource, offset: int, low: int, high: int) -> tuple[int, int] | None:
     """Return (start, length) of what to bring for a fault; None where that takes more than one small COPY."""
-    _, size, page_size, _, _, blank = source
+    _, size, page_size, _, _, blank, _ = source
     window = readahead.neighbours(offset, low, min(high, size & -page_size))
     if window is not None and blank is not None and blank(*window, _BLOCK):
         readahead.not_placed(offset, window)
         return None
     return window
+
+
+class PlainFaults(Protocol):
+    """Where a space opens and closes its fast path: the rules are those of `FastPath`."""
+
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+        """See `FastPath`."""
+
+    def close(self, fd: int) -> None:
+        """See `FastPath`."""
 
 
 class FastPath:
@@ -150,7 +162,7 @@ class FastPath:
         if source is None or message[0] != abi.EVENT_PAGEFAULT:
             return False
         began = perf_counter_ns()
-        locate, size, page_size, mode, readahead, _ = source
+        locate, size, page_size, mode, readahead, *_ = source
         _, flags, address, _ = _MESSAGE(message)
         page = address & -page_size
         offset = first + page - start
@@ -233,7 +245,7 @@ def serve_together(
     Several are copied with DONTWAKE, and then share one WAKE. Faults are (page address, flags, thread id), in
     order of address, read at `began_ns`. If the source has readahead, the space must not bring anything already.
     """
-    locate, size, page_size, mode, readahead, _ = source
+    locate, size, page_size, mode, readahead, *_ = source
     last, find, copy, words = faults[-1][0], space.mappings.locate, space.uffd.try_copy, counters.words
     left: list[tuple[int, int, int]] = []
     asleep: list[tuple[int, int]] = []  # start and end of each window whose touchers are asleep still

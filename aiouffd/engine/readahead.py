@@ -204,6 +204,27 @@ class Readahead:
         self._strangers.add(_Stream(offset, self._step, window, self.page))
         return window
 
+    @property
+    def is_at_random(self) -> bool:
+        """Whether faults that belong to no stream get one page each."""
+        return self._neighbourhood == self.page
+
+    @property
+    def around(self) -> int:
+        """Bytes: a fault so close to another one may belong to the same stream."""
+        return self._around
+
+    def expected(self) -> list[tuple[int, int]]:
+        """Return where known streams may go on, as (start, end) of offsets, the most recently seen stream first."""
+        pairs = []
+        for stream in reversed(self._streams):
+            reach = max(stream.window, self._around)
+            if stream.stride:
+                pairs.append((stream.expected, stream.expected + self.page))
+            else:
+                pairs.append((stream.below - reach, stream.expected + reach))
+        return pairs
+
     def not_placed(self, offset: int, window: Window) -> None:
         """Have the next `windows(offset)` return this window again, which could not be placed on the plain path."""
         self._not_placed[offset] = window

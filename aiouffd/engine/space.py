@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
-    from aiouffd.engine.plain import FastPath, PlainSource
+    from aiouffd.engine.plain import PlainFaults, PlainSource
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
@@ -126,7 +126,7 @@ class Space:
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
-        self.fast_path: FastPath | None = None  # the dispatcher's
+        self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
         self.filling = 0
         """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict, Unpack, o
 
 import attrs
 
+from aiouffd import native
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
 from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
@@ -191,6 +192,7 @@ class Monitor:
     async def __aenter__(self) -> Self:
         """Start to serve."""
         enable_tracebacks()
+        await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
         engine = self._choice.make(asyncio.get_running_loop())
         starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
         try:

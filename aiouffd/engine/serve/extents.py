@@ -35,6 +35,8 @@ class Extents:
         self.locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
         self._page: Callable[[int, int], int | None] | None = getattr(source, "page", self.locate)
         self._read_nowait: Callable[[int, int], Any] | None = getattr(source, "read_nowait", None)
+        memory = getattr(source, "memory", None)
+        self._memory: Callable[[], tuple[int, int, int, int] | None] = memory if callable(memory) else lambda: None
         self._hole: Callable[[int, int], int] | None = getattr(source, "hole", None)
         self._blank: Callable[[int, int, int], list[int]] | None = getattr(source, "blank", None)
         if not getattr(source, "sparse", True):
@@ -54,7 +56,8 @@ class Extents:
         known = self._plain.get(key)
         if known is None:
             assert self._page is not None
-            known = self._plain[key] = (self._page, self.size, *key[:3], self._blank if space.maps_zeros else None)
+            blank = self._blank if space.maps_zeros else None
+            known = self._plain[key] = (self._page, self.size, *key[:3], blank, self._memory())
         return known
 
     def split(self, offset: int, length: int, page: int) -> tuple[str, int]:

@@ -27,7 +27,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from aiouffd.engine.dispatcher import MESSAGES
+from aiouffd.engine.reading import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
@@ -139,12 +139,16 @@ class Journal:
 
     # Writing
 
-    def reading(self, identity: int) -> None:
-        """Say whose messages land next."""
+    def before_reading(self) -> None:
+        """Call `on_growth` where the log has passed the threshold."""
         if self._has_grown:
             self._has_grown = False
             self.on_growth()
-        self._identities[self._words[0] & 1][0] = identity
+
+    @property
+    def identity(self) -> memoryview:
+        """The word of the active landing that says whose messages land there."""
+        return self._identities[self._words[0] & 1]
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
         """Append layout events to the log, and change the landing."""

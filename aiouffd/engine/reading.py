@@ -1,0 +1,336 @@
+"""How the messages of many descriptors are read, and plain faults served, before the engine hears of anything.
+
+Sleeping in epoll and being woken costs more than the rest of a fault. So after a fault the reader looks again for up
+to `spin_us`, but only while faults keep coming: after a fault that comes long after the last one it sleeps at once, and
+looks in vain make the next ones rarer. It looks at all descriptors, not at the one that was readable: with a thousand
+clients the next fault comes from another.
+
+There are two readers with the same rules. `NativeReader` runs in the native part without the GIL, and returns when a
+message is not plain or the loop is due for a turn. `PythonReader` serves where there is no native part.
+
+O_NONBLOCK belongs to the open file, not to the descriptor: the process that has handed a descriptor over can clear it
+at any time. A plain read would block the loop then, and with it all other spaces. So each read passes RWF_NOWAIT. A
+userfaultfd knows that flag since Linux 6.10; before, O_NONBLOCK is the only protection.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from aiouffd import native
+from aiouffd.engine.plain import SLOT, FastPath
+from aiouffd.engine.statistics import Counter
+from aiouffd.kernel import abi
+from aiouffd.kernel.memory import address_of
+from aiouffd.native import reader as c
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aiouffd.engine.plain import PlainSource
+    from aiouffd.engine.space import Space
+    from aiouffd.engine.statistics import Counters
+
+__all__ = ["MESSAGES", "NativeReader", "PythonReader", "Reader", "make_reader"]
+
+MESSAGES = 64
+"""So many messages are read at once, at most."""
+_MAX_READY = 32  # descriptors in one look: epoll allocates room for so many
+_VAIN_LOOKS_UNTIL_RARER = 3
+_MAX_SKIPPED = 64
+_NOT_BLOCKING = os.RWF_NOWAIT
+_preadv = os.preadv
+
+
+class Found(Protocol):
+    """What a reader has found that the engine must deal with."""
+
+    fd: int
+    length: int  # bytes of messages, at the beginning of the landing
+    error: int  # the errno of the read
+    events: int  # what epoll said
+
+
+class Reader(Protocol):
+    """Reads descriptors that were admitted, and serves the plain faults of those that are open."""
+
+    spin_ns: int
+
+    def admit(self, fd: int, identity: int) -> None:
+        """Read a descriptor from now on; `identity` is noted where its messages land."""
+
+    def dismiss(self, fd: int) -> None:
+        """Read a descriptor no longer; it is about to be closed."""
+
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+        """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`."""
+
+    def close(self, fd: int) -> None:
+        """Leave each message of a descriptor to the engine: its layout has changed, or it is about to be left."""
+
+    def refresh(self, space: Space) -> None:
+        """Take note of what the readahead of a space has just learned."""
+
+    def only(self, fd: int) -> None:
+        """Say that this is the only descriptor there is; -1: there are others, or none."""
+
+    def land(self, buffer: memoryview, identity: memoryview) -> None:
+        """Say where messages are to land from now on, and where to note whose they are."""
+
+    def read_without_flags(self) -> None:
+        """Rely on O_NONBLOCK from now on: this kernel does not know RWF_NOWAIT here."""
+
+    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+        """Read and serve; return an `Outcome` and what was found.
+
+        Args:
+            turn_ns: nanoseconds until the loop is due for a turn.
+            came: the engine has served something just now, so look for more for a while.
+            once: look once.
+        """
+
+    def end(self) -> None:
+        """Free what it holds; it is not used again."""
+
+
+def make_reader(epoll: select.epoll, counters: Counters, spaces: Mapping[int, Space]) -> Reader:
+    """Return a reader of this epoll set: the native one, where there is a native part."""
+    return PythonReader(epoll, counters, spaces) if native.reason() else NativeReader(epoll, counters)
+
+
+@attrs.define
+class _Found:
+    fd: int = -1
+    length: int = 0
+    error: int = 0
+    events: int = 0
+
+
+class PythonReader(FastPath):
+    """The reader for a machine without the native part."""
+
+    def __init__(self, epoll: select.epoll, counters: Counters, spaces: Mapping[int, Space]) -> None:
+        super().__init__(counters, spaces)
+        self.spin_ns = 0
+        self._epoll = epoll
+        self._flags = _NOT_BLOCKING
+        self._only: tuple[tuple[int, int], ...] | None = None
+        self._buffers: list[memoryview] = []
+        self._identity = memoryview(b"")
+        self._last_ns = 0
+        self._vain = 0
+        self._skip = 0
+
+    def refresh(self, space: Space) -> None:
+        """Do nothing: the readahead itself is asked for each fault."""
+
+    def only(self, fd: int) -> None:
+        """Do without epoll where there is one descriptor."""
+        self._only = ((fd, 0),) if fd >= 0 else None
+
+    def land(self, buffer: memoryview, identity: memoryview) -> None:
+        """Have messages land there."""
+        self._buffers = [buffer]
+        self._identity = identity
+
+    def read_without_flags(self) -> None:
+        """Leave RWF_NOWAIT out."""
+        self._flags = 0
+
+    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+        """Read and serve."""
+        now = perf_counter_ns()
+        due = now + turn_ns
+        until = now + self._patience(now) if came else now
+        looking = came
+        while True:
+            found = self._look()
+            if isinstance(found, _Found):
+                return (c.Outcome.FAILED if found.error else c.Outcome.MESSAGES), found
+            now = perf_counter_ns()
+            if found:
+                if looking:
+                    self._vain = 0
+                until = now + self._patience(now)
+                looking = True
+            elif once:
+                return c.Outcome.IDLE, None
+            elif now >= until:
+                if looking and until > self._last_ns:
+                    self._vain += 1
+                    self._skip = min(1 << self._vain, _MAX_SKIPPED) if self._vain >= _VAIN_LOOKS_UNTIL_RARER else 0
+                return c.Outcome.IDLE, None
+            if now >= due:
+                return c.Outcome.DUE, None
+
+    def _patience(self, now: int) -> int:
+        """Return for how many nanoseconds to look again after a fault: only while faults keep coming."""
+        gap = now - self._last_ns
+        self._last_ns = now
+        if gap > 2 * self.spin_ns:  # a look after the last one would have been in vain
+            return 0
+        if self._skip:
+            self._skip -= 1
+            return 0
+        return self.spin_ns
+
+    def _look(self) -> bool | _Found:
+        """Read once from each descriptor that has something; stop at what is for the engine."""
+        came = False
+        for fd, events in self._only or self._epoll.poll(0, _MAX_READY):
+            slot = SLOT.unpack_from(self.slots, fd * SLOT.size)
+            if slot[0] < 0:
+                continue  # dropped just now
+            self._identity[0] = slot[0]
+            try:
+                length = _preadv(fd, self._buffers, -1, self._flags)
+            except BlockingIOError:
+                length = 0
+            except OSError as error:
+                return _Found(fd, 0, error.errno or 0, events)
+            if length:
+                came = True
+                if length == abi.MESSAGE_SIZE and self.serve(fd, slot, self._buffers[0]):
+                    continue
+                return _Found(fd, length, 0, events)
+            if events & select.EPOLLERR:
+                return _Found(fd, 0, 0, events)
+        return came
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+@attrs.define
+class _Line:
+    """What the native part knows of a descriptor.
+
+    Attributes:
+        identity: noted where its messages land.
+        opened: start, end and offset of the mapping that is served, and its source; None: closed.
+        served: whether the native part serves anything of it just now.
+    """
+
+    identity: int
+    opened: tuple[int, int, int, PlainSource] | None = None
+    served: bool = False
+
+
+class NativeReader:
+    """The reader of the native part.
+
+    With readahead, it serves only faults that belong to no stream, one page each, and only once the readahead has found
+    that neighbours are of no use. Faults near a known stream, or near one of the last faults, go to the engine.
+    """
+
+    def __init__(self, epoll: select.epoll, counters: Counters) -> None:
+        words = address_of(counters.words)
+        addresses = [words + Counter[name] * 8 for name in c.WORDS]
+        self._reader = c.NativeReader(epoll.fileno(), addresses)
+        self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
+        self._lines: dict[int, _Line] = {}
+        self._spin_ns = 0
+        self._landing: tuple[memoryview, memoryview] | None = None  # kept alive
+        self.run = self._reader.run
+
+    @property
+    def spin_ns(self) -> int:
+        """Nanoseconds to look again before sleeping."""
+        return self._spin_ns
+
+    @spin_ns.setter
+    def spin_ns(self, value: int) -> None:
+        self._spin_ns = value
+        self._reader.configure(spin_ns=value)
+
+    def admit(self, fd: int, identity: int) -> None:
+        """Read a descriptor."""
+        self._lines[fd] = _Line(identity)
+        self._reader.describe(fd, identity=identity)
+
+    def dismiss(self, fd: int) -> None:
+        """Read it no longer."""
+        if self._lines.pop(fd, None) is not None:
+            self._reader.describe(fd, identity=-1)
+
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+        """Serve a mapping."""
+        line = self._lines.get(fd)
+        if line is None:  # it is not read just now
+            return
+        line.opened = (start, end, offset, source)
+        readahead = source[4]
+        if not readahead:
+            self._describe(fd, line, near=0)
+
+    def close(self, fd: int) -> None:
+        """Serve nothing of it."""
+        line = self._lines.get(fd)
+        if line is not None:
+            line.opened = None
+            self._hide(fd, line)
+
+    def refresh(self, space: Space) -> None:
+        """Serve strangers if the readahead has found that it is of no use to them."""
+        fd = space.uffd.fileno()
+        line = self._lines.get(fd)
+        if line is None or line.opened is None or not space.readahead.limit:
+            return
+        readahead = space.readahead
+        if not readahead.is_at_random:
+            self._hide(fd, line)
+            return
+        if not line.served:
+            self._describe(fd, line, near=readahead.around)
+        start, _, offset, _ = line.opened
+        self._reader.watch(fd, [end + start - offset for pair in readahead.expected() for end in pair])
+
+    def _describe(self, fd: int, line: _Line, *, near: int) -> None:
+        assert line.opened is not None
+        start, end, offset, (_, size, page, mode, _, _, memory) = line.opened
+        if memory is None:
+            return
+        address, length, file, mtime_ns = memory
+        whole = min(length, size) & -page  # the last, partial page is the engine's
+        self._reader.describe(
+            fd,
+            near=near,
+            identity=line.identity,
+            start=start,
+            end=max(start, min(end, start + whole - offset)),
+            source=address + offset if file < 0 else offset,
+            page=page,
+            mode=mode,
+            shown=c.Shown.MEMORY if file < 0 else c.Shown.FILE_PAGES,
+            file=file,
+            mapped=address + offset if file >= 0 else 0,
+            mtime_ns=mtime_ns,
+        )
+        line.served = True
+
+    def _hide(self, fd: int, line: _Line) -> None:
+        if line.served:
+            line.served = False
+            self._reader.describe(fd, identity=line.identity)
+
+    def only(self, fd: int) -> None:
+        """Do without epoll where there is one descriptor."""
+        self._reader.configure(only=fd)
+
+    def land(self, buffer: memoryview, identity: memoryview) -> None:
+        """Have messages land there."""
+        self._landing = (buffer, identity)
+        self._reader.configure(landing=address_of(buffer), identity=address_of(identity))
+
+    def read_without_flags(self) -> None:
+        """Leave RWF_NOWAIT out."""
+        self._reader.configure(flags=0)
+
+    def end(self) -> None:
+        """Free it."""
+        self._reader.close()

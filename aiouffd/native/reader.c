@@ -1,0 +1,329 @@
+#include "reader.h"
+#include "uffd.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum outcome { IDLE, MESSAGES, DUE, FAILED }; /* of aiouffd_reader_run */
+enum { VAIN = 3, MOST_SKIPPED = 64, MESSAGE_EVENTS = EPOLLIN };
+
+/* A reader and what it must remember between two calls. Python writes the first part. */
+struct state {
+    struct reader is;
+    struct line *lines;
+    int32_t count;
+    uint64_t last_ns;     /* when the last message came */
+    uint32_t vain, skip;  /* looks in vain; faults behind which not to look */
+    int32_t at, ready;    /* of `events` */
+    struct epoll_event events[READY];
+    uint8_t *page; /* a page of a file, on its way */
+    uint64_t page_length;
+};
+
+struct found {
+    int32_t fd, length, error;
+    uint32_t events;
+};
+
+static void bump(uint64_t *word, uint64_t much)
+{
+    /* One writer: a plain store that other processes see whole. */
+    __atomic_store_n(word, *word + much, __ATOMIC_RELAXED);
+}
+
+/* --- A fault in no stream --- */
+
+static int close_to(uint64_t page, uint64_t recent, uint64_t near)
+{
+    return page - recent <= near || recent - page <= near;
+}
+
+/* Whether a fault belongs to no stream that is known, and begins none with a recent one. It is noted then. */
+static int is_stranger(struct strangers *s, uint64_t page)
+{
+    if (s->near == 0) /* no readahead */
+        return 1;
+    for (uint32_t i = 0; i < s->watched; i++)
+        if (page - s->low[i] < s->high[i] - s->low[i])
+            return 0;
+    for (int i = 0; i < RECENT; i++)
+        if (close_to(page, s->recent[i], s->near))
+            return 0;
+    uint64_t step = page - s->last;
+    int strides = step == s->step;
+    s->last = page;
+    s->step = step;
+    if (strides)
+        return 0;
+    s->recent[s->turn++ % RECENT] = page;
+    return 1;
+}
+
+/* --- Placing a page --- */
+
+static int resident(const struct line *line, uint64_t address)
+{
+    unsigned char in_memory[(2 << 20) / 4096];
+    if (line->page > sizeof in_memory * page_size || mincore((void *)address, line->page, in_memory))
+        return 0;
+    for (uint64_t i = 0; i * page_size < line->page; i++)
+        if (!(in_memory[i] & 1))
+            return 0;
+    return 1;
+}
+
+/* Whether a file is as it was when its source was made. Only local files come here: fstat asks no server. */
+static int unchanged(const struct line *line, uint64_t end)
+{
+    struct stat file;
+    return !fstat(line->file, &file) && (uint64_t)file.st_size >= end &&
+           file.st_mtim.tv_sec * INT64_C(1000000000) + file.st_mtim.tv_nsec == line->more->mtime_ns;
+}
+
+/* Where the bytes of a page are; 0: not in memory. A page of a file is read: to map it would cost a fault more. */
+static uint64_t locate(struct state *s, const struct line *line, uint64_t page)
+{
+    uint64_t at = line->source + page - line->start;
+    if (line->shown == MEMORY)
+        return at;
+    if (s->page_length < line->page) {
+        free(s->page);
+        s->page = aligned_alloc(64, line->page);
+        s->page_length = s->page != NULL ? line->page : 0;
+    }
+    if (s->page == NULL || !unchanged(line, at + line->page))
+        return 0;
+    struct iovec into = {s->page, line->page};
+    ssize_t got = preadv2(line->file, &into, 1, (off_t)at, RWF_NOWAIT);
+    if (got == (ssize_t)line->page)
+        return (uint64_t)s->page;
+    /* A file system that does not know RWF_NOWAIT, as tmpfs: mincore tells. */
+    uint64_t mapped = line->more->mapped + page - line->start;
+    return got < 0 && errno == EOPNOTSUPP && resident(line, mapped) ? mapped : 0;
+}
+
+/* COPY a page; 1: it is there and its threads are awake, 0: the engine must decide. */
+static int place(struct state *s, const struct line *line, int fd, uint64_t page)
+{
+    const struct words *words = &s->is.words;
+    struct copy_argument copy = {page, locate(s, line, page), line->page, line->mode, 0};
+    if (copy.src == 0)
+        return 0;
+    /* Counted first: whoever gets the page may kill this process, and a worker that resolved a fault is no failure. */
+    bump(words->pages_fault, 1);
+    if (ioctl(fd, IOC_COPY, &copy) == 0) {
+        bump(words->copies, 1);
+        bump(words->bytes_fetched, line->page);
+        return 1;
+    }
+    bump(words->pages_fault, (uint64_t)-1);
+    if (errno != EEXIST)
+        return 0;
+    /* EEXIST wakes nobody. */
+    struct wake_argument wake = {page, line->page};
+    bump(words->eexist, 1);
+    bump(words->wakes, 1);
+    return ioctl(fd, IOC_WAKE, &wake) == 0;
+}
+
+/* --- The messages of one read --- */
+
+static int all_missing(const struct message *messages, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (messages[i].event != EVENT_PAGEFAULT || messages[i].flags & ~(uint64_t)FAULT_WRITE)
+            return 0;
+    return 1;
+}
+
+/* Whether an earlier message of the batch was about the same page: its COPY has woken this thread as well. */
+static int seen(const uint64_t *pages, int count, uint64_t page)
+{
+    for (int i = 0; i < count; i++)
+        if (pages[i] == page)
+            return 1;
+    return 0;
+}
+
+/* Serve what is plain, and move the other messages to the front. Returns the bytes of these.
+ *
+ * With one layout event in the batch nothing is plain: the kernel hands out faults before older events, and a COPY
+ * for such a fault would bring removed bytes back. */
+static int32_t serve(struct state *s, const struct line *line, int fd, int32_t length)
+{
+    struct message *messages = (struct message *)s->is.landing;
+    int count = length / (int)sizeof *messages, kept = 0, placed = 0;
+    uint64_t pages[64], began = now_ns();
+    if (line->shown == NOTHING || count > 64 || !all_missing(messages, count))
+        return length;
+    for (int i = 0; i < count; i++) {
+        uint64_t page = messages[i].address & -(uint64_t)line->page;
+        if (seen(pages, placed, page))
+            continue;
+        if (page >= line->start && page + line->page <= line->end &&
+            (line->more == NULL || is_stranger(&line->more->strangers, page)) && place(s, line, fd, page)) {
+            pages[placed++] = page;
+            continue;
+        }
+        messages[kept++] = messages[i];
+    }
+    bump(s->is.words.faults, (uint64_t)(count - kept));
+    if (placed) {
+        uint64_t spent = now_ns() - began;
+        bump(s->is.words.latency + (64 - (spent ? __builtin_clzll(spent) : 64)), (uint64_t)placed);
+    }
+    return kept * (int32_t)sizeof *messages;
+}
+
+/* --- Looking for messages --- */
+
+/* Read once from each descriptor that has something. 1: something came, 0: nothing; -1: `found` is for the engine. */
+static int look(struct state *s, struct found *found)
+{
+    int came = 0;
+    if (s->is.only >= 0) {
+        s->events[0] = (struct epoll_event){.data.fd = s->is.only};
+        s->at = 0;
+        s->ready = 1;
+    } else if (s->at >= s->ready) {
+        s->at = 0;
+        s->ready = epoll_wait(s->is.epoll, s->events, READY, 0);
+    }
+    while (s->at < s->ready) {
+        uint32_t events = s->events[s->at].events;
+        int fd = s->events[s->at++].data.fd;
+        if (fd >= s->count || s->lines[fd].identity < 0)
+            continue; /* dropped just now */
+        struct iovec into = {s->is.landing, s->is.limit};
+        *s->is.identity = s->lines[fd].identity;
+        ssize_t length = preadv2(fd, &into, 1, -1, s->is.flags);
+        int error = length < 0 ? errno : 0;
+        int32_t left = length > 0 ? serve(s, &s->lines[fd], fd, (int32_t)length) : 0;
+        came |= length > 0;
+        if (left || (error && error != EAGAIN) || events & EPOLLERR) {
+            *found = (struct found){fd, left, error == EAGAIN ? 0 : error, events};
+            return -1;
+        }
+    }
+    return came;
+}
+
+/* For how long to look again after a message: only while messages keep coming. */
+static uint64_t patience(struct state *s, uint64_t now)
+{
+    uint64_t gap = now - s->last_ns;
+    s->last_ns = now;
+    if (gap > 2 * s->is.spin_ns) /* a look after the last one would have been in vain */
+        return 0;
+    if (s->skip) {
+        s->skip--;
+        return 0;
+    }
+    return s->is.spin_ns;
+}
+
+/* --- What Python calls --- */
+
+EXPORT struct state *aiouffd_reader_new(const struct reader *is)
+{
+    struct state *s = calloc(1, sizeof *s);
+    if (s != NULL)
+        s->is = *is;
+    return s;
+}
+
+EXPORT void aiouffd_reader_set(struct state *s, const struct reader *is)
+{
+    s->is = *is;
+}
+
+EXPORT void aiouffd_reader_free(struct state *s)
+{
+    for (int i = 0; i < s->count; i++)
+        free(s->lines[i].more);
+    free(s->lines);
+    free(s->page);
+    free(s);
+}
+
+/* Describe a descriptor; `more` may be NULL, and is copied. 0, or -ENOMEM. */
+EXPORT int aiouffd_reader_line(struct state *s, int fd, const struct line *line, const struct more *more)
+{
+    if (fd >= s->count) {
+        int count = fd + 64;
+        struct line *lines = aligned_alloc(64, (size_t)count * sizeof *lines);
+        if (lines == NULL)
+            return -ENOMEM;
+        if (s->count)
+            memcpy(lines, s->lines, (size_t)s->count * sizeof *lines);
+        memset(lines + s->count, 0, (size_t)(count - s->count) * sizeof *lines);
+        for (int i = s->count; i < count; i++)
+            lines[i].identity = -1;
+        free(s->lines);
+        s->lines = lines;
+        s->count = count;
+    }
+    struct more *kept = s->lines[fd].more;
+    if (more == NULL) {
+        free(kept);
+        kept = NULL;
+    } else {
+        if (kept == NULL)
+            kept = malloc(sizeof *kept);
+        if (kept == NULL)
+            return -ENOMEM;
+        *kept = *more;
+    }
+    s->lines[fd] = *line;
+    s->lines[fd].more = kept;
+    return 0;
+}
+
+/* Say where the streams of a descriptor are expected: pairs of addresses. */
+EXPORT void aiouffd_reader_watch(struct state *s, int fd, const uint64_t *pairs, uint32_t count)
+{
+    if (s->lines[fd].more == NULL)
+        return;
+    struct strangers *strangers = &s->lines[fd].more->strangers;
+    strangers->watched = count < WATCHED ? count : WATCHED;
+    for (uint32_t i = 0; i < strangers->watched; i++) {
+        strangers->low[i] = pairs[2 * i];
+        strangers->high[i] = pairs[2 * i + 1];
+    }
+}
+
+/* Read and serve until something is not plain, nothing has come for a while, or the loop is due for a turn.
+ *
+ * came: the engine has served something just now, so look again for a while. once: look once. */
+EXPORT int aiouffd_reader_run(struct state *s, uint64_t turn_ns, int came, int once, struct found *found)
+{
+    uint64_t now = now_ns(), due = now + turn_ns, until = came ? now + patience(s, now) : now;
+    int looking = came;
+    for (;;) {
+        int result = look(s, found);
+        if (result < 0)
+            return found->error ? FAILED : MESSAGES;
+        now = now_ns();
+        if (result > 0) {
+            if (looking)
+                s->vain = 0;
+            until = now + patience(s, now);
+            looking = 1;
+        } else if (once) {
+            return IDLE;
+        } else if (now >= until) {
+            if (looking && until > s->last_ns) {
+                s->vain++;
+                s->skip = s->vain < VAIN ? 0 : s->vain < 6 ? 1u << s->vain : MOST_SKIPPED;
+            }
+            return IDLE;
+        }
+        if (now >= due)
+            return DUE;
+    }
+}

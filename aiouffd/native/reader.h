@@ -1,0 +1,60 @@
+/* Reads the messages of many userfaultfds, and resolves the faults that take one COPY of bytes that are in memory. */
+
+#ifndef AIOUFFD_READER_H
+#define AIOUFFD_READER_H
+
+#include "common.h"
+
+enum {
+    WATCHED = 32, /* positions of streams that Python watches */
+    RECENT = 16,  /* faults in no stream, of which one may be the first of a stream */
+    READY = 32,   /* descriptors of one epoll_wait */
+};
+
+/* What a descriptor shows: where the bytes of its mapping are. */
+enum shown { NOTHING, MEMORY, FILE_PAGES };
+
+/* Knows where a fault may belong to a stream. With readahead, only faults that belong to none are plain. */
+struct strangers {
+    uint64_t near;            /* bytes: a fault so close to a recent one may belong to it */
+    uint64_t last, step;      /* addresses: the last fault, and its distance from the one before */
+    uint64_t recent[RECENT];  /* addresses of faults */
+    uint32_t turn, watched;
+    uint64_t low[WATCHED], high[WATCHED]; /* addresses where a known stream is expected */
+};
+
+/* What only some descriptors need. */
+struct more {
+    struct strangers strangers; /* with readahead: `near` is not 0 */
+    uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start` */
+    int64_t mtime_ns;           /* FILE_PAGES: when the file was written last; later writes are the engine's to report */
+};
+
+/* One descriptor: one cache line, since a thousand descriptors take turns. */
+struct line {
+    int64_t identity; /* below 0: nobody's */
+    uint64_t start, end;
+    uint64_t source; /* MEMORY: the address of what is shown at `start`; FILE_PAGES: its offset in the file */
+    uint32_t page, mode;
+    int32_t shown, file;
+    struct more *more; /* NULL: memory without readahead */
+    uint64_t unused;
+};
+_Static_assert(sizeof(struct line) == 64, "a line of cache");
+
+/* Where to count, as 64-bit words that other processes may map. */
+struct words {
+    uint64_t *faults, *pages_fault, *bytes_fetched, *copies, *eexist, *wakes, *latency;
+};
+
+struct reader {
+    int32_t epoll, only; /* only: the one descriptor that there is, or -1: epoll is asked */
+    int32_t flags;       /* of preadv2 */
+    uint32_t limit;      /* bytes of the landing */
+    uint64_t spin_ns;
+    uint8_t *landing;  /* where messages are read to */
+    int64_t *identity; /* where their reader is noted, before they are read */
+    struct words words;
+};
+
+#endif

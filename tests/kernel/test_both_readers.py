@@ -1,0 +1,117 @@
+"""The two readers, against the kernel: what they serve by themselves, and what they leave to the engine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+from pattern import PAGE, content
+from reading_rig import PAGES, SOURCE, TURN, Rig, first
+from scenario import play
+
+import aiouffd
+from aiouffd.kernel import abi
+from aiouffd.native.reader import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READERS = ["native", "python"]
+
+
+def serves(kind: str) -> None:
+    """Scenario: faults on pages of the source, alone and several at once."""
+    rig = Rig(kind)
+    rig.open(offset=PAGE)
+    rig.run(Outcome.IDLE)
+    rig.world.touch(3, 0)
+    rig.run(Outcome.IDLE)
+    assert first(4).startswith(bytes(rig.world.got(0)))  # type: ignore[arg-type]
+    assert rig.identity[0] == 7
+    rig.counts(faults=1, pages_fault=1, copies=1, bytes_fetched=PAGE, eexist=0)
+    assert sum(rig.counters.snapshot().latency) == 1
+
+
+def leaves(kind: str) -> None:
+    """Scenario: before it is open, after it was closed, and where it was dismissed."""
+    rig = Rig(kind)
+    rig.world.touch(3, 0)
+    assert rig.left() == [3]
+    rig.open()
+    rig.world.touch(4, 1)
+    rig.run(Outcome.IDLE)
+    rig.world.got(1)
+    rig.reader.close(rig.fd)
+    rig.world.touch(5, 2)
+    assert rig.left() == [5]
+    rig.counts(faults=1, pages_fault=1)
+    rig.reader.dismiss(rig.fd)
+    rig.world.touch(6, 3)
+    outcome, _ = rig.reader.run(TURN, came=False, once=True)
+    assert outcome == Outcome.IDLE
+    assert [event[1] for event in rig.world.read()] == [6]  # nobody has read it
+
+
+def bounds(kind: str) -> None:
+    """Scenario: the source's last, partial page, and what is behind it."""
+    rig = Rig(kind)
+    rig.open()
+    for thread, page in enumerate((SOURCE, SOURCE + 1, PAGES - 1)):
+        rig.world.touch(page, thread)
+        assert rig.left() == [page]
+    rig.world.touch(SOURCE - 1, 5)
+    rig.run(Outcome.IDLE)
+    assert first(SOURCE - 1).startswith(bytes(rig.world.got(5)))  # type: ignore[arg-type]
+    rig.counts(faults=1, pages_fault=1, copies=1)
+
+
+def layout_first(kind: str) -> None:
+    """Scenario: a fault, and the REMOVE of its page, in one read: nothing of that is plain."""
+    rig = Rig(kind)
+    rig.open()
+    rig.world.touch(3, 0)
+    rig.world.dontneed(3, 1)
+    found = rig.run(Outcome.MESSAGES)
+    assert found.length == 2 * abi.MESSAGE_SIZE
+    assert [rig.landing[at] for at in (0, abi.MESSAGE_SIZE)] == [abi.EVENT_PAGEFAULT, abi.EVENT_REMOVE]
+    rig.counts(faults=0, pages_fault=0, copies=0)
+    assert rig.world.asleep(0)
+
+
+def present(kind: str) -> None:
+    """Scenario: a page that came between the fault and its turn: its thread is woken."""
+    rig = Rig(kind)
+    rig.open()
+    rig.world.touch(3, 0)
+    assert rig.world.uffd.try_copy(rig.world.at(3), rig.source.locate(3 * PAGE, PAGE), PAGE, 1) == PAGE
+    if kind == "native":
+        rig.run(Outcome.IDLE)
+        assert first(3).startswith(bytes(rig.world.got(0)))  # type: ignore[arg-type]
+        rig.counts(faults=1, pages_fault=0, copies=0, eexist=1, wakes=1)
+    else:
+        assert rig.left() == [3]
+
+
+def written(kind: str) -> None:
+    """Scenario: a file that was written since: the engine reports it."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content(0, SOURCE * PAGE))
+        file.flush()
+        rig = Rig(kind, aiouffd.FileSource(file.name))
+        rig.open()
+        rig.world.touch(3, 0)
+        rig.run(Outcome.IDLE)
+        assert first(3).startswith(bytes(rig.world.got(0)))  # type: ignore[arg-type]
+        os.utime(file.name, ns=(1, 1))
+        rig.world.touch(4, 1)
+        if kind == "native":  # the other asks the source, which looks again within a millisecond
+            assert rig.left() == [4]
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("scenario", [serves, leaves, bounds, layout_first, present, written])
+def test_both_readers_keep_the_same_rules(scenario: Callable[[str], None], kind: str) -> None:
+    """See the scenarios."""
+    play(scenario, kind)

@@ -1,0 +1,157 @@
+"""A region's descriptor, from entering a Monitor until what is missing is settled."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+import pytest
+from pattern import PAGE
+from scenario import open_descriptors, play
+
+import aiouffd
+from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.monitor.registration import Registration
+
+SIZE = 16 * PAGE
+
+
+def registered(region: aiouffd.Region, features: Feature = Feature.THREAD_ID, **options: object) -> Registration:
+    """Register a region, as a Monitor at its defaults does."""
+    asked = {"writes": "", "children": False, "user_mode_only": False, "serves_system_calls": True} | options
+    return Registration(region, features, **asked)  # type: ignore[arg-type]
+
+
+def is_missing(region: aiouffd.Region, page: int) -> bool:
+    """Tell whether a system call on a page fails: it is missing, and nobody brings it."""
+    read, write = os.pipe()
+    try:
+        os.write(write, memoryview(region)[page * PAGE : page * PAGE + 1])
+    except OSError:
+        return True
+    finally:
+        os.close(read)
+        os.close(write)
+    return False
+
+
+def flags(region: aiouffd.Region) -> set[str]:
+    """Return the flags of the region's mapping, as /proc/self/smaps has them."""
+    found = False
+    with open("/proc/self/smaps") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith(f"{region.address:x}-"):
+                found = True
+            elif found and line.startswith("VmFlags:"):
+                return set(line.split()[1:])
+    raise AssertionError("the region is not mapped as one")
+
+
+def settled(sigbus: bool, in_thread: bool) -> None:
+    """Scenario: a page is there, the others are missing when it is settled."""
+    region = aiouffd.Region(SIZE)
+    before = open_descriptors()
+    registration = registered(region, Feature.SIGBUS if in_thread else Feature.THREAD_ID)
+    registration.uffd.copy(region.address + PAGE, b"x" * PAGE)
+    assert "dc" in flags(region)  # MADV_DONTFORK
+    registration.settle(sigbus=sigbus)
+    registration.settle(sigbus=not sigbus)  # the first one counts
+    with pytest.raises(aiouffd.ClosedError):
+        _ = registration.uffd
+    assert region[PAGE] == ord("x")
+    assert is_missing(region, 2) == sigbus
+    if not sigbus:
+        assert region[2 * PAGE] == 0
+        assert "dc" not in flags(region)
+        assert open_descriptors() == before
+    region.close()
+    del registration
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["messages", "signals"])
+@pytest.mark.parametrize("sigbus", [True, False], ids=["sigbus", "zeros"])
+def test_what_is_missing_is_settled_once(sigbus: bool, in_thread: bool) -> None:
+    """SIGBUS or zeros from then on; what is there stays; no descriptor is left behind."""
+    play(settled, sigbus, in_thread)
+
+
+def abandoned() -> None:
+    """Scenario: a registration that was undone, and one that could not be made."""
+    region = aiouffd.Region(SIZE)
+    before = open_descriptors()
+    registered(region).abandon()
+    assert region[PAGE] == 0
+    assert "dc" not in flags(region)
+    other = aiouffd.Userfaultfd()
+    other.register(region.address, SIZE, RegisterMode.MISSING)
+    with pytest.raises(aiouffd.BusyError):
+        registered(region)
+    assert "dc" not in flags(region)
+    other.close()
+    assert open_descriptors() == before
+    region.close()
+    with pytest.raises(aiouffd.ClosedError):
+        registered(region)
+
+
+def test_what_is_undone_leaves_no_trace() -> None:
+    """See the scenario."""
+    play(abandoned)
+
+
+def modes() -> None:
+    """Scenario: what is registered for what."""
+    private, shared = aiouffd.Region(SIZE), aiouffd.Region(SIZE, shared=True)
+    assert registered(private).modes == RegisterMode.MISSING
+    assert registered(shared).modes == RegisterMode.MISSING | RegisterMode.MINOR
+    tracked = registered(aiouffd.Region(SIZE), writes="tracked")
+    assert tracked.modes == RegisterMode.MISSING | RegisterMode.WP
+    assert Feature.WP_ASYNC in tracked.uffd.features
+    served = registered(aiouffd.Region(SIZE), writes="served")
+    assert served.modes == RegisterMode.MISSING | RegisterMode.WP
+    assert Feature.WP_ASYNC not in served.uffd.features
+    child = registered(aiouffd.Region(SIZE), children=True)
+    assert Feature.EVENT_FORK in child.uffd.features
+    assert "dc" not in flags(child.region)
+
+
+def test_modes_and_features() -> None:
+    """See the scenario."""
+    play(modes)
+
+
+def raced() -> None:
+    """Scenario: the pager is lost while the Monitor is being left: both settle."""
+    for _ in range(50):
+        region = aiouffd.Region(SIZE)
+        registration = registered(region)
+        threads = [threading.Thread(target=registration.settle, kwargs={"sigbus": True}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert is_missing(region, 1)
+        region.close()
+
+
+def test_two_threads_settle_at_once() -> None:
+    """Nothing is closed twice, and what is missing is SIGBUS."""
+    play(raced)
+
+
+def moved_by_mmap() -> None:
+    """Scenario: the region of a registration is an mmap like any other."""
+    region = aiouffd.Region(SIZE)
+    registration = registered(region)
+    assert isinstance(region, mmap.mmap)
+    registration.uffd.zeropage(region.address, SIZE)
+    assert region.find(b"x") == -1
+    registration.settle(sigbus=True)
+    assert not is_missing(region, 0)
+
+
+def test_a_region_without_missing_pages() -> None:
+    """Nothing has to be settled."""
+    play(moved_by_mmap)
