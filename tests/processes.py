@@ -57,6 +57,13 @@ def kill(pid: int) -> bool:
     return False
 
 
+def reaped(pid: int) -> bool:
+    """Take a zombie away that may have been adopted; tell whether its pid is free."""
+    with contextlib.suppress(ChildProcessError):  # another's child, or waited for already
+        os.waitpid(pid, os.WNOHANG)
+    return not Path(f"/proc/{pid}").exists()
+
+
 def adopt_orphans(adopt: bool = True) -> None:  # noqa: FBT002 - says what it does
     """Become the parent of descendants whose parent ends, so that none escapes `descendants`; or leave them to init."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
@@ -97,8 +104,7 @@ def _running(before: set[int]) -> set[int]:
     fresh = descendants(os.getpid()) - before
     running = {pid for pid in fresh if not has_ended(pid)}
     for pid in fresh - running:
-        with contextlib.suppress(ChildProcessError):  # another's child, or waited for meanwhile
-            os.waitpid(pid, os.WNOHANG)
+        reaped(pid)
     return running
 
 

@@ -324,8 +324,12 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()  # a program that still runs has the pipes, too
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 def perform() -> None:
