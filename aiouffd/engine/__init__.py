@@ -4,8 +4,8 @@ Layout, the lowest first: `loops` (which library runs the loop), `statistics` (c
 memory), `mappings` (which address shows which offset), `present` and `readahead` (what has been brought, and how much
 to bring with a fault), `runs`, `flight` (pages to fill, and pages on their way), `resolver` (ioctls until a run is
 resolved), `deferred` and `remainders` (runs that come later), `plain` (faults that need one COPY of bytes in memory),
-`space` (one descriptor, and what is under way for it), `messages` (what a space does with its messages), `reading` (reads
-descriptors and serves plain faults, in the native part or in Python), `dispatcher` (descriptors on a loop).
+`space` (one descriptor, and what is under way for it), `messages` (what a space does with its messages), `reading`
+(reads descriptors and serves plain faults, in the native part or in Python), `dispatcher` (descriptors on a loop).
 
 Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched) and
 `assembly`, which puts an engine together.
