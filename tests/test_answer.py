@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 
 import pytest
 
@@ -33,6 +34,13 @@ def test_what_differs(one: Validator, other: Validator, differ: bool) -> None:
     """Size, ETag, Last-Modified, in either order; what one of them does not say is no difference."""
     assert one.contradicts(other) is differ
     assert other.contradicts(one) is differ
+
+
+@pytest.mark.parametrize("modified", [None, MONDAY])
+def test_plain_values(modified: dt.datetime | None) -> None:
+    """What travels to the pager is JSON."""
+    one = Validator(5, 'W/"a"', modified)
+    assert Validator.of_plain(*json.loads(json.dumps(one.plain()))) == one
 
 
 def test_a_weak_tag_is_no_promise() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    import datetime as dt
+import datetime as dt
+from typing import Any, NamedTuple
 
 __all__ = ["Answer", "Validator"]
 
@@ -22,6 +20,15 @@ class Validator(NamedTuple):
     size: int | None
     tag: str | None = None
     modified: dt.datetime | None = None
+
+    @classmethod
+    def of_plain(cls, size: int | None, tag: str | None, modified: float | None) -> Validator:
+        """Return what `plain` was called for."""
+        return cls(size, tag, None if modified is None else dt.datetime.fromtimestamp(modified, dt.UTC))
+
+    def plain(self) -> tuple[int | None, str | None, float | None]:
+        """Return the same as values that JSON has: the time in seconds since 1970."""
+        return self.size, self.tag, None if self.modified is None else self.modified.timestamp()
 
     @property
     def strong_tag(self) -> str | None:

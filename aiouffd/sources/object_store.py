@@ -28,7 +28,7 @@ _FIRST_RETRIES = 3
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _WITNESS = 4096  # bytes of a read that are read again where nothing names the version
-_REMINDER = 10.0  # seconds between two messages about one outage
+_REMINDER = 10.0  # seconds between two messages about outages
 
 
 class ObjectSource:
@@ -74,7 +74,7 @@ class ObjectSource:
         self._witness: tuple[int, bytes] = (0, b"")  # (offset, bytes that were read there)
         self._client: StoreClient | PlainHttp | None = None  # made at first use: it does not travel
         self._failing_since: float | None = None
-        self._told = 0.0
+        self._logged = -_REMINDER
 
     @property
     def size(self) -> int:
@@ -240,19 +240,19 @@ class ObjectSource:
         return random.uniform(pause / 2, pause)  # noqa: S311 - spreads load, keeps no secret
 
     def _retry(self, failure: Failure) -> None:
-        """Count a retry, and log the outage: when it begins, and every 10 s."""
+        """Count a retry, and log the outage: when it begins, and then at most every 10 s."""
         self._on_retry()
         now = time.monotonic()
         if self._failing_since is None:
-            self._failing_since = self._told = now
-            log.warning("%r: %s; trying again", self, failure.reason)
-        elif now - self._told >= _REMINDER:
-            self._told = now
-            log.warning("%r: %s; trying again for %.0f s", self, failure.reason, now - self._failing_since)
+            self._failing_since = now
+        if now - self._logged >= _REMINDER:
+            self._logged = now
+            log.warning("%r: %s; trying again (%.0f s so far)", self, failure.reason, now - self._failing_since)
 
     def _succeeded(self) -> None:
         if self._failing_since is not None:
-            log.info("%r: answers again after %.1f s", self, time.monotonic() - self._failing_since)
+            if self._logged >= self._failing_since:
+                log.info("%r: answers again after %.1f s", self, time.monotonic() - self._failing_since)
             self._failing_since = None
 
     def _proxy(self) -> str | None:
@@ -264,7 +264,8 @@ class ObjectSource:
         return SourceError(repr(self), offset, length, failure.reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.url, *self._given, self._options, self._pinned, self._witness)
+        pinned = None if self._pinned is None else self._pinned.plain()
+        return _rebuild, (self.url, *self._given, self._options, pinned, self._witness)
 
     def __repr__(self) -> str:
         parts = urlsplit(self.url)
@@ -277,12 +278,13 @@ def _rebuild(
     timeout: float | None,
     retries: int | None,
     options: dict[str, Any],
-    pinned: Validator | None,
+    pinned: tuple[int | None, str | None, float | None] | None,
     witness: tuple[int, bytes],
 ) -> ObjectSource:
     """Rebuild a source that knows its size already: the pager need not ask again."""
     source = ObjectSource(url, timeout=timeout, retries=retries, **options)
-    source._pinned, source._witness = pinned, witness  # noqa: SLF001 - its own
+    # Its own:
+    source._pinned, source._witness = None if pinned is None else Validator.of_plain(*pinned), witness  # noqa: SLF001
     return source
 
 
