@@ -23,6 +23,7 @@ from served import MIB, Serve, client, descriptors, hand_over, worker_of
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.server import server as module
 from aiouffd.server.server import Server
 
 
@@ -323,3 +324,32 @@ def test_more_clients_than_the_soft_limit_of_descriptors(image: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with serve:
         play(crowd, str(serve.path), 200)
+
+
+def three(path: str) -> None:
+    """Scenario: one process hands over three times; when one of its memories is gone, another is taken."""
+    held = [hand_over(path, MIB) for _ in range(2)]
+    assert [region[PAGE] for region, _, _ in held] == [0, 0]
+    _, connection, _ = hand_over(path, MIB)
+    connection.settimeout(10)
+    assert connection.recv(1) == b""
+    assert [region[2 * PAGE] for region, _, _ in held] == [0, 0]
+    region = aiouffd.Region(MIB)
+    with pytest.raises(aiouffd.HandoffError, match="is served 2 times already"):
+        aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)).__enter__()
+
+
+async def at_most_two(directory: str) -> None:
+    """Scenario: a server that takes two clients of each process."""
+    module._MAX_OF_PROCESS = 2
+    path = f"{directory}/s"
+    async with Server(aiouffd.ZeroSource(MIB), path) as server:
+        for _ in range(2):
+            await asyncio.to_thread(play, three, path)
+            await server.wait_clients()
+            assert not server._of_process
+
+
+def test_the_clients_of_one_process_are_bounded(tmp_path: Path) -> None:
+    """So that one process cannot take all descriptors; it is counted anew when its clients are gone."""
+    play(at_most_two, str(tmp_path))
