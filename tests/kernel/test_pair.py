@@ -1,0 +1,103 @@
+"""`pair.Pair`: a keeper and its worker are started, known by pidfd, and ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from processes import ended, has_ended
+from scenario import open_descriptors
+
+import aiouffd
+from aiouffd.pager.client import pair as pairs
+from aiouffd.pager.client.pair import Pair
+from aiouffd.pager.client.waiting import StoppedError, Waiter
+from aiouffd.pager.process import control
+from aiouffd.pager.process.travel import Pickles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Watch:
+    """Watches nothing."""
+
+    beat = 1.0
+
+    def alive(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def waiter() -> Iterator[Waiter]:
+    """The client's."""
+    watch: Any = Watch()
+    waiter = Waiter(watch)
+    yield waiter
+    waiter.close()
+
+
+def test_a_pair_is_started_and_ended(waiter: Waiter) -> None:
+    """The worker says its pid, lives, and ends with the keeper; no descriptor is left."""
+    before = open_descriptors()
+    pair = Pair.start(waiter, Pickles.NEVER)
+    assert pair.worker_fd < 0
+    assert waiter.wait(60.0, pair.connection.fileno())
+    message, fds = control.receive(pair.connection)
+    pair.runs(message["pid"], fds[0] if fds else os.pidfd_open(message["pid"]))
+    assert pair.worker_lives
+    assert not has_ended(pair.keeper.pid)
+    pair.end(leave=False)
+    assert ended(message["pid"])
+    assert pair.keeper.returncode is not None
+    del pair
+    assert open_descriptors() == before
+
+
+def lives(pair: Pair) -> bool:
+    """Ask anew."""
+    return pair.worker_lives
+
+
+def test_a_worker_that_was_killed_does_not_live(waiter: Waiter) -> None:
+    """Killing it twice, or when it has been forgotten, does nothing."""
+    pair = Pair.start(waiter, Pickles.NEVER)
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    pair.runs(child, os.pidfd_open(child))
+    assert lives(pair)
+    pair.kill_worker()
+    os.waitpid(child, 0)
+    assert not lives(pair)
+    pair.kill_worker()
+    pair.forget_worker()
+    pair.kill_worker()
+    pair.end(leave=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [(["/no/such/python"], "could not be started"), ([sys.executable, "-c", "1"], "status 0 before")],
+)
+def test_what_cannot_be_started(
+    waiter: Waiter, command: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the command; nothing is left of it."""
+    monkeypatch.setattr(pairs, "command", lambda: command)
+    with pytest.raises(aiouffd.PagerStartError, match=words):
+        Pair.start(waiter, Pickles.NEVER)
+
+
+def test_a_client_that_is_stopped_meanwhile(waiter: Waiter) -> None:
+    """The process that was being started is killed."""
+    waiter.stop()
+    with pytest.raises(StoppedError):
+        Pair.start(waiter, Pickles.NEVER)

@@ -1,0 +1,82 @@
+"""`abandoned`: no process serves any more, and the client's thread lets go who waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from scenario import eventually
+
+from aiouffd import RegisterMode
+from aiouffd.engine.mappings import Mapping
+from aiouffd.pager.client.abandoned import poison_what_is_touched
+from aiouffd.pager.client.waiting import Waiter
+from aiouffd.testing import POISONED, FakeUffd
+
+PAGE = 4096
+BASE = 1 << 32
+
+
+class Watch:
+    """Watches nothing."""
+
+    beat = 1.0
+
+    def alive(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Tenant:
+    """Four pages of memory, by one token."""
+
+    page_size = PAGE
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.uffd: Any = FakeUffd()
+        self.uffd.register(BASE, 4 * PAGE, RegisterMode.MISSING)
+
+    def shown(self, state: object) -> list[Mapping]:
+        """Return what it shows."""
+        assert state is None
+        return [Mapping(BASE, BASE + 4 * PAGE, 0)]
+
+
+def test_all_that_wait_are_let_go_and_then_that_is_said() -> None:
+    """One that waits whose message was read by the dead, and one whose message nobody has read."""
+    watch: Any = Watch()
+    waiter, tenant, lost = Waiter(watch), Tenant("a"), list[bool]()
+    tenant.uffd.touch(BASE, 1)
+    tenant.uffd.read()
+    tenant.uffd.touch(BASE + PAGE, 2)
+    tenants: dict[str, Any] = {"a": tenant}
+    poison_what_is_touched(tenants, None, waiter, lambda: lost.append(True))
+    assert lost == [True]
+    assert not tenant.uffd.asleep
+    assert tenant.uffd.pages == {BASE: POISONED, BASE + PAGE: POISONED}
+    waiter.close()
+
+
+def test_it_goes_on_until_it_is_stopped() -> None:
+    """A tenant that has left is left alone; who touches later is let go as well."""
+    watch: Any = Watch()
+    waiter = Waiter(watch)
+    tenants: Any = {"a": Tenant("a"), "b": Tenant("b")}
+    left, stays = tenants["a"], tenants["b"]
+    thread = threading.Thread(target=poison_what_is_touched, args=(tenants, None, waiter, None))
+    thread.start()
+    stays.uffd.touch(BASE, 1)
+    eventually(lambda: stays.uffd.pages, {BASE: POISONED})
+    del tenants["a"]
+    stays.uffd.touch(BASE + PAGE, 2)
+    eventually(lambda: len(stays.uffd.pages), 2)
+    stays.uffd.touch(BASE + 2 * PAGE, 3)
+    eventually(lambda: len(stays.uffd.pages), 3)
+    left.uffd.touch(BASE, 4)
+    waiter.stop()
+    thread.join()
+    assert not left.uffd.pages
+    waiter.close()

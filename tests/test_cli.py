@@ -1,0 +1,48 @@
+"""`cli.main`: exit statuses, and errors as one line."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from aiouffd import UffdError
+from aiouffd.cli import commands, main
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "aiouffd: interrupted\n"),
+        (UffdError("it is so"), 1, "aiouffd: it is so\n"),
+        (OSError(2, "No such file", "/x"), 1, "aiouffd: /x: No such file\n"),
+        (OSError("odd"), 1, "aiouffd: odd\n"),
+    ],
+)
+def test_an_error_is_a_line_and_a_status(
+    raised: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --debug what a developer wants to see is raised."""
+
+    def fail(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(commands.group, "main", fail)
+    assert main(["demo"]) == status
+    assert capsys.readouterr().err == said
+    if isinstance(raised, Exception):
+        with pytest.raises(type(raised)):
+            main(["--debug", "demo"])
+
+
+def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a sentence about it."""
+    assert main(["no-such-command"]) == 2
+    assert "no-such-command" in capsys.readouterr().err
+
+
+def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named, with how to install it."""
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert main(["doctor"]) == 2
+    assert "pip install 'aiouffd[cli]'" in capsys.readouterr().err

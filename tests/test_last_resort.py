@@ -1,0 +1,77 @@
+"""`last_resort`: who waits for a page of memory that nobody serves, or touches one, is let go with SIGBUS."""
+
+from __future__ import annotations
+
+import errno
+import select
+from typing import Any
+
+from aiouffd import RegisterMode
+from aiouffd.pager.process.last_resort import Forsaken, LastResort
+from aiouffd.testing import POISONED, FakeUffd
+
+PAGE = 4096
+BASE = 1 << 32
+
+
+def forsaken(pages: int = 4, token: str = "a") -> tuple[FakeUffd, Any]:
+    """Return a registered region and its space."""
+    uffd: Any = FakeUffd()
+    uffd.register(BASE, pages * PAGE, RegisterMode.MISSING)
+    return uffd, Forsaken(uffd, PAGE, [(BASE, BASE + pages * PAGE)], token)
+
+
+def test_who_touches_a_missing_page_is_poisoned() -> None:
+    """Its thread goes on, and its descriptor is readable before."""
+    uffd, space = forsaken()
+    resort = LastResort([space])
+    assert not resort.attend()
+    uffd.touch(BASE + PAGE, 7)
+    assert select.select([resort], [], [], 0)[0]
+    assert resort.attend()
+    assert uffd.pages == {BASE + PAGE: POISONED}
+    assert not uffd.asleep
+    resort.close()
+
+
+def test_who_waited_before_is_woken_and_faults_anew() -> None:
+    """Its message was read by somebody who is dead."""
+    uffd, space = forsaken()
+    uffd.touch(BASE, 7)
+    uffd.read()
+    resort = LastResort([space])
+    assert resort.attend()
+    assert not uffd.asleep
+    assert uffd.pages == {BASE: POISONED}
+    resort.close()
+
+
+def test_what_the_kernel_puts_off_is_tried_again() -> None:
+    """EAGAIN: the layout is changing."""
+    uffd, space = forsaken()
+    resort = LastResort([space])
+    uffd.touch(BASE, 7)
+    uffd.failures.append(-errno.EAGAIN)
+    assert resort.attend()
+    assert len(resort.pending) == 1
+    assert resort.attend()
+    assert (resort.pending, uffd.pages) == ([], {BASE: POISONED})
+    resort.close()
+
+
+def test_a_space_that_is_forgotten_is_left_alone() -> None:
+    """Also what was pending of it; others are attended to."""
+    one, space = forsaken(token="a")
+    other, another = forsaken(token="b")
+    resort = LastResort([space, another])
+    one.touch(BASE, 1)
+    one.failures.append(-errno.EAGAIN)
+    resort.attend()
+    resort.forget("a")
+    assert not resort.pending
+    one.touch(BASE + PAGE, 2)
+    other.touch(BASE, 3)
+    assert resort.attend()
+    assert not one.pages
+    assert other.pages == {BASE: POISONED}
+    resort.close()

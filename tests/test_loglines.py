@@ -1,0 +1,42 @@
+"""`loglines`: each record of a log is one line, whatever is in it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+from aiouffd.pager.loglines import Lines
+
+
+def line_of(message: str, *arguments: object, error: bool = False) -> str:
+    """Return what a record looks like."""
+    about = sys.exc_info() if error else None
+    record = logging.LogRecord("aiouffd.keeper", logging.WARNING, "", 0, message, arguments, about)
+    record.created, record.msecs = 86400.25, 250.0
+    return Lines().format(record)
+
+
+def test_a_record_is_keys_and_values() -> None:
+    """Time with milliseconds, level, logger and text."""
+    assert re.fullmatch(
+        r'time=1970-01-0[12]T\d\d:\d\d:\d\d\.250 level=warning logger=aiouffd\.keeper msg="the worker died \(7\)"',
+        line_of("the worker died (%d)", 7),
+    )
+
+
+def test_what_would_end_the_text_is_escaped() -> None:
+    """Quotes, backslashes and line ends."""
+    assert line_of('a "b"\\\nc').endswith('msg="a \\"b\\"\\\\\\nc"')
+
+
+def test_a_traceback_is_in_the_same_line() -> None:
+    """With what was raised."""
+    try:
+        int("no")
+    except ValueError:
+        line = line_of("it failed", error=True)
+    assert "\n" not in line
+    assert "it failed\\nTraceback (most recent call last):" in line
+    assert "ValueError: invalid literal" in line
+    assert line.endswith('"')

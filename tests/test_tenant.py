@@ -1,0 +1,59 @@
+"""`tenant`: a service is packed so that nobody can change it, and memory is told of as it is now."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+import aiouffd
+from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.process.state import SpaceState, State
+from aiouffd.testing import FakeUffd
+
+PAGE = 4096
+
+
+@pytest.fixture
+def pack() -> Any:
+    """A packed source of ours."""
+    pack = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
+    yield pack
+    pack.close()
+    pack.close()
+
+
+def test_what_is_packed_cannot_be_changed(pack: Pack) -> None:
+    """A forked child has the descriptor, too: it is sealed against writing, growing and shrinking."""
+    assert os.fstat(pack.config).st_size > 0
+    with pytest.raises(PermissionError):
+        os.pwrite(pack.config, b"x", 0)
+    for size in (0, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(pack.config, size)
+    assert pack.fds[0] == pack.config
+
+
+def test_a_source_of_ours_brings_no_path_to_import_from(pack: Pack) -> None:
+    """Only what is pickled needs one. Tokens are unique."""
+    assert pack.record["path"] == []
+    other = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
+    assert other.token != pack.token
+    other.close()
+
+
+def test_memory_is_told_of_as_a_dead_pager_knew_it(pack: Pack) -> None:
+    """What its state says of the token, but not of a forked child's; without one, as it was opened."""
+    uffd: Any = FakeUffd()
+    tenant = Tenant(pack, uffd, [Mapping(0, PAGE, 0)], PAGE, tether=7)
+    assert tenant.fds == [uffd.fileno(), 7]
+    assert tenant.shown(None) == tenant.mappings
+    moved = [Mapping(PAGE, 2 * PAGE, 0)]
+    child = SpaceState(1, 3, PAGE, 0, 1, tenant.token, is_child=True)
+    own = SpaceState(2, 4, PAGE, 0, 1, tenant.token, mappings=Mappings(moved))
+    assert tenant.shown(State(spaces={1: child})) == tenant.mappings
+    assert tenant.shown(State(spaces={1: child, 2: own})) == moved
+    assert tenant.record(moved)["mappings"] == [(PAGE, 2 * PAGE, 0)]

@@ -1,0 +1,81 @@
+"""`waiting.Waiter`: a thread waits for a descriptor, for a time, or until it is woken or stopped."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aiouffd.pager.client.waiting import StoppedError, Waiter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Watch:
+    """Counts how often it was told that Python runs."""
+
+    beat = 0.01
+    alives = 0
+    closed = False
+
+    def alive(self) -> None:
+        """Be told."""
+        self.alives += 1
+
+    def close(self) -> None:
+        """Be done."""
+        self.closed = True
+
+
+@pytest.fixture
+def waiter() -> Iterator[Waiter]:
+    """One with a watch that counts."""
+    watch: Any = Watch()
+    waiter = Waiter(watch)
+    yield waiter
+    waiter.close()
+    assert watch.closed
+
+
+def test_a_descriptor_that_becomes_readable(waiter: Waiter) -> None:
+    """That is the answer; what is not readable is False when the time is up."""
+    read, write = os.pipe()
+    assert not waiter.wait(0.0, read)
+    assert not waiter.wait(0.02, read)
+    os.write(write, b"x")
+    assert waiter.wait(60.0, read)
+    os.close(read)
+    os.close(write)
+
+
+def test_the_watch_is_told_while_it_waits(waiter: Waiter) -> None:
+    """At each beat: Python runs, though nobody serves."""
+    waiter.wait(0.05)
+    assert isinstance(waiter.watch, Watch)
+    assert waiter.watch.alives >= 2
+
+
+def test_waking_is_remembered_until_it_is_drained(waiter: Waiter) -> None:
+    """More calls than an event counts do not block either."""
+    os.eventfd_write(waiter.fileno(), (1 << 64) - 2)
+    waiter.wake()
+    assert os.eventfd_read(waiter.fileno()) == (1 << 64) - 2
+    waiter.wake()
+    waiter.drain()
+    waiter.drain()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(waiter.fileno())
+
+
+def test_stopping_ends_each_wait(waiter: Waiter) -> None:
+    """The one that is under way, and those that come."""
+    thread = threading.Timer(0.02, waiter.stop)
+    thread.start()
+    with pytest.raises(StoppedError):
+        waiter.wait(1000.0)
+    thread.join()
+    with pytest.raises(StoppedError):
+        waiter.wait(0.0)
