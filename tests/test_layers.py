@@ -39,8 +39,8 @@ ORDER = {
         *("write_tracker", "sentinel", "unserved"),
     ],
     "sources": [
-        *("__init__", "attributes", "holes", "answer", "store_errors", "store_settings", "store_client", "plain_http"),
-        *("base", "buffer", "file", "object_store", "concat", "resolve"),
+        *("__init__", "threads", "attributes", "holes", "answer", "store_errors", "store_settings", "store_client"),
+        *("plain_http", "base", "buffer", "file", "object_store", "concat", "resolve"),
     ],
     "engine": [
         *("__init__", "loops", "statistics", "mappings", "present", "readahead", "runs", "flight", "resolver"),

@@ -22,7 +22,6 @@ import os
 import stat
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +31,7 @@ from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.sources.attributes import FileSystem, Pin
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.holes import Holes
+from aiouffd.sources.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ class FileSource:
     def _adopt(self, fd: int, size: int, mtime_ns: int) -> None:
         """Set up; the descriptor belongs to this object."""
         self._fd = fd
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonThreads | None = None
         self._file_system = FileSystem(fd)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -304,9 +304,9 @@ class FileSource:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, offset, length)
 
     @property
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self) -> DaemonThreads:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, "aiouffd-file")
+            self._pool = DaemonThreads(_THREADS, "aiouffd-file")
         return self._pool
 
     def _read(self, offset: int, length: int) -> bytearray:

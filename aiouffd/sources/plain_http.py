@@ -14,12 +14,12 @@ import http.client
 import re
 import ssl
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from aiouffd.sources.answer import Answer, Validator
 from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
+from aiouffd.sources.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ class PlainHttp:
             self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
         self._timeout = timeout
         self._proxy = proxy
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonThreads | None = None
         context = ssl.create_default_context()  # OpenSSL reads SSL_CERT_FILE
         if options.get("root_certificate"):
             context.load_verify_locations(cadata=_text(options["root_certificate"]))
@@ -96,7 +96,7 @@ class PlainHttp:
     async def get_async(self, start: int, stop: int, pinned: Validator | None) -> Answer:
         """As `get`, in a thread. Canceling is safe; the thread ends its request."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, "aiouffd-http")
+            self._pool = DaemonThreads(_THREADS, "aiouffd-http")
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.get, start, stop, pinned)
 
     def size(self) -> int | None:
