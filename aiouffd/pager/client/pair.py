@@ -103,7 +103,8 @@ class Pair:
     def kill_worker(self) -> None:
         """Kill the worker with -9, if it runs."""
         if self.worker_fd >= 0:
-            with contextlib.suppress(ProcessLookupError):
+            # PermissionError: this process has dropped its privileges. The worker ends with its keeper.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self.worker_fd, signal.SIGKILL)
 
     def forget_worker(self) -> None:
@@ -124,7 +125,8 @@ class Pair:
             self._reap(_LEAVE_TIMEOUT)
         else:
             self._await_end(_END_TIMEOUT)
-            self.keeper.kill()
+            with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
+                self.keeper.kill()
             # A worker whose keeper was killed, here or before, does not know that it is to end.
             if self.worker_fd >= 0 and not _readable(self.worker_fd, 1000):
                 self.kill_worker()
