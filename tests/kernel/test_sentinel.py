@@ -98,6 +98,22 @@ def test_writes_are_tracked_after_privileges_were_dropped() -> None:
     play(tracked_as_nobody)
 
 
+def populated_as_nobody() -> None:
+    """Scenario."""
+    region = aiouffd.Region(1 << 20)
+    with served(region, aiouffd.Pager(), on_exit="populate") as monitor:
+        become_nobody()
+        monitor.prefetch_sync(0, 4 * PAGE, timeout=20.0)
+    assert region[:] == content(0, 1 << 20)
+
+
+def test_the_pager_is_asked_after_privileges_were_dropped() -> None:
+    """To prefetch, and to bring everything on leaving: it knows its application by more than its user."""
+    if os.geteuid():
+        pytest.skip("needs root, to drop it")
+    play(populated_as_nobody)
+
+
 def no_descriptor_left() -> None:
     """Scenario."""
     region = aiouffd.Region(1 << 20)
