@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from pairs import Unwatched
 from scenario import eventually
 
 from aiouffd import RegisterMode
@@ -15,18 +16,6 @@ from aiouffd.testing import POISONED, FakeUffd
 
 PAGE = 4096
 BASE = 1 << 32
-
-
-class Watch:
-    """Watches nothing."""
-
-    beat = 1.0
-
-    def alive(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class Tenant:
@@ -47,7 +36,7 @@ class Tenant:
 
 def test_all_that_wait_are_let_go_and_then_that_is_said() -> None:
     """One that waits whose message was read by the dead, and one whose message nobody has read."""
-    watch: Any = Watch()
+    watch: Any = Unwatched()
     waiter, tenant, lost = Waiter(watch), Tenant("a"), list[bool]()
     tenant.uffd.touch(BASE, 1)
     tenant.uffd.read()
@@ -62,7 +51,7 @@ def test_all_that_wait_are_let_go_and_then_that_is_said() -> None:
 
 def test_it_goes_on_until_it_is_stopped() -> None:
     """A tenant that has left is left alone; who touches later is let go as well."""
-    watch: Any = Watch()
+    watch: Any = Unwatched()
     waiter = Waiter(watch)
     tenants: Any = {"a": Tenant("a"), "b": Tenant("b")}
     left, stays = tenants["a"], tenants["b"]

@@ -18,29 +18,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MODULE_LINES, CLASS_LINES, FUNCTION_LINES = 600, 400, 60
 
-UNTESTED = {
-    "__main__",
-    "cli/__init__",
-    "pager/__main__",
-    "pager/client/abandoned",
-    "pager/client/interpreter",
-    "pager/client/pair",
-    "pager/client/takeover",
-    "pager/client/tenant",
-    "pager/client/waiting",
-    "pager/loglines",
-    "pager/process/keeper",
-    "pager/process/last_resort",
-    "pager/process/tenancy",
-    "pager/process/travel",
-    "pager/process/worker",
-}
-"""Modules that have no test file of their own yet."""
-TOO_LARGE = {
-    "pager/process/worker:_Worker",
-}
-"""Modules, classes and functions that are still over the limits."""
-
 
 def place(path: Path) -> str:
     """Return a module's place in the package, with slashes: `pager/client/orphan`."""
@@ -115,12 +92,12 @@ def test_each_module_has_its_own_tests() -> None:
     """A module that has code has a test file that is named for it."""
     modules = [path for path in MODULES if has_code(path)]
     leaves = Counter(leaf(path) for path in modules)
-    assert {place(path) for path in modules if not is_tested(path, leaves)} <= UNTESTED
+    assert not [place(path) for path in modules if not is_tested(path, leaves)]
 
 
 def test_nothing_is_too_large() -> None:
     """No module has more than 600 lines, no class more than 400, no function more than 60."""
-    assert {name for path in MODULES for name in too_large(path)} <= TOO_LARGE
+    assert not [name for path in MODULES for name in too_large(path)]
 
 
 def test_the_limits_are_seen(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pairs import Unwatched
 from processes import ended, has_ended
 from scenario import open_descriptors
 
@@ -22,22 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Watch:
-    """Watches nothing."""
-
-    beat = 1.0
-
-    def alive(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 @pytest.fixture
 def waiter() -> Iterator[Waiter]:
     """The client's."""
-    watch: Any = Watch()
+    watch: Any = Unwatched()
     waiter = Waiter(watch)
     yield waiter
     waiter.close()

@@ -1,0 +1,61 @@
+"""`answers`: each operation does what it is asked for, or answers why not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from pairs import running
+from pattern import Pattern
+
+import aiouffd
+from aiouffd.engine.assembly import Options, Service
+from aiouffd.errors import decode_error
+from aiouffd.pager.client.tenant import Pack
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("prefetch", {"offset": 0, "length": 4096}),
+        ("refuse", {}),
+        ("close", {"poison": True}),
+        ("begin", {}),
+    ],
+)
+def test_memory_that_is_not_served(op: str, arguments: dict[str, Any]) -> None:
+    """ClosedError, from each operation that needs some."""
+    with running() as pager:
+        error = decode_error(pager.ask(op, token="nobody's", **arguments)["error"])
+        assert isinstance(error, aiouffd.ClosedError)
+
+
+def test_counters_go_on_where_another_pager_stopped() -> None:
+    """They never go down."""
+    with running() as pager:
+        assert pager.ask("resume", counters=[5, 9])["ok"] is None
+        assert pager.ask("resume", counters=[7, 2])["ok"] is None
+        assert list(pager.pair.journal.counters.words[:2]) == [7, 9]
+
+
+def test_a_source_of_ours_is_made_ready_twice() -> None:
+    """As often as it is asked for."""
+    pack = Pack(Service(aiouffd.ZeroSource(4096)), Options())
+    with running() as pager:
+        for _ in range(2):
+            assert pager.ask("prepare", pack.fds, service=pack.record)["ok"] is None
+    pack.close()
+
+
+def test_what_is_pickled_is_refused_by_a_pager_that_unpickles_nothing() -> None:
+    """And its descriptors are closed: none stays in the worker."""
+    pack = Pack(Service(Pattern(4096)), Options())
+    with running() as pager:
+        table = f"/proc/{pager.pair.worker_pid}/fd"
+        before = len(os.listdir(table))  # noqa: PTH208 - names only
+        error = decode_error(pager.ask("prepare", pack.fds, service=pack.record)["error"])
+        assert isinstance(error, aiouffd.PagerStartError)
+        assert "takes no source or handler" in str(error)
+        assert len(os.listdir(table)) == before  # noqa: PTH208 - as above
+    pack.close()

@@ -1,0 +1,52 @@
+"""`worker`: answers each request once, goes on behind messages that it cannot understand, and ends when it is left."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from pairs import running
+from processes import ended
+
+import aiouffd
+from aiouffd.errors import decode_error
+from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.worker import descriptors
+
+
+def test_a_request_that_fails_is_answered() -> None:
+    """With the error, typed; the next one is answered, too."""
+    with running() as pager:
+        error = decode_error(pager.ask("close", token="nobody's", poison=False)["error"])
+        assert isinstance(error, aiouffd.UffdError)
+        assert "error" in pager.ask("nonsense")
+        assert pager.ask("resume", counters=[])["ok"] is None
+
+
+def test_a_message_that_is_none_is_dropped() -> None:
+    """The worker goes on, and is not replaced."""
+    with running() as pager:
+        worker = pager.pair.worker_pid
+        pager.pair.connection.send(b"{no json")
+        assert pager.ask("resume", counters=[])["ok"] is None
+        assert pager.pair.worker_pid == worker
+
+
+def test_it_ends_when_nobody_is_left() -> None:
+    """It has nothing to serve, and the client has closed its side."""
+    with running() as pager:
+        worker = pager.pair.worker_pid
+        pager.pair.connection.shutdown(socket.SHUT_WR)
+        assert ended(worker)
+        assert pager.pair.keeper.wait(60) == 0
+
+
+def test_a_worker_has_one_thread_while_nothing_is_asked() -> None:
+    """A fork of the keeper's is all that it is."""
+    with running() as pager:
+        assert len(list(Path(f"/proc/{pager.pair.worker_pid}/task").iterdir())) == 1
+
+
+def test_an_empty_journal_speaks_of_no_descriptors() -> None:
+    """The keeper closes whatever else is open."""
+    assert descriptors(Journal.create()) == set()

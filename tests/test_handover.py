@@ -1,0 +1,59 @@
+"""`handover`: a successor serves when its predecessor is gone, and only then."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+from aiouffd.pager.process import control
+from aiouffd.pager.process.handover import Handover
+from aiouffd.pager.process.state import Meta, SpaceState, State
+
+
+def waiting(written: list[State]) -> tuple[Handover, socket.socket, socket.socket, State, int]:
+    """Return a successor that has taken a state over, both ends of its connection, the state and a descriptor in it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    fd = os.memfd_create("space")
+    state = State(Meta(owner=-1, awaits=ours.fileno()), spaces={1: SpaceState(1, fd, 4096, 0, 1, "t")})
+    served: Any = SimpleNamespace(write_all=written.append)
+    return Handover(served), ours, theirs, state, fd
+
+
+async def test_the_predecessor_is_gone() -> None:
+    """All is the successor's, and stays open."""
+    written: list[State] = []
+    handover, ours, theirs, state, fd = waiting(written)
+    theirs.close()
+    assert await handover.is_left_to_us(ours, state)
+    assert not written
+    os.fstat(fd)
+    os.close(fd)
+    ours.close()
+
+
+async def test_the_predecessor_serves_on() -> None:
+    """The successor forgets what it was given, in its journal as well; the connection stays until it is closed."""
+    written: list[State] = []
+    handover, ours, theirs, state, fd = waiting(written)
+    theirs.setblocking(False)
+    control.send(theirs, {"keep": True})
+    assert not await handover.is_left_to_us(ours, state)
+    assert [(each.meta.awaits, each.spaces, each.origins) for each in written] == [(-1, {}, {})]
+    assert not os.path.exists(f"/proc/self/fd/{fd}")  # noqa: PTH110 - it dangles otherwise
+    assert ours.fileno() >= 0
+    ours.close()
+    theirs.close()
+
+
+async def test_other_messages_decide_nothing() -> None:
+    """It goes on waiting."""
+    handover, ours, theirs, state, fd = waiting([])
+    theirs.setblocking(False)
+    control.send(theirs, {"other": True})
+    theirs.close()
+    assert await handover.is_left_to_us(ours, state)
+    os.close(fd)
+    ours.close()

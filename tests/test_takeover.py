@@ -1,0 +1,100 @@
+"""`takeover`: another pair is started in place of one whose keeper has died, and gets what that one served."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import aiouffd
+from aiouffd.pager.client.takeover import Takeover
+from aiouffd.pager.process.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Orphan:
+    """A pair whose keeper is dead."""
+
+    def __init__(self, *, lives: bool) -> None:
+        self.worker_lives = lives
+        self.journal = Journal.create()
+        self.closed = False
+        self.connection = SimpleNamespace(setblocking=self._no_more)
+
+    def _no_more(self, _: bool) -> None:
+        raise BlockingIOError
+
+    def kill_worker(self) -> None:
+        """Kill it."""
+        self.worker_lives = False
+
+    def close(self) -> None:
+        """Close it."""
+        self.closed = True
+
+
+def makes(start: Callable[[], Any], told: list[Any]) -> Takeover:
+    """Return one that notes what it calls and how long it waits."""
+    waiter: Any = SimpleNamespace(stopped=False, wait=told.append)
+    requests: Any = SimpleNamespace(pending=[], forget=told.append)
+    return Takeover(
+        requests,
+        start,
+        waiter,
+        reopen=lambda journal, state: told.append((journal, state)),
+        taken=lambda: told.append("taken"),
+        hear=told.append,
+    )
+
+
+def test_starting_is_tried_again_with_longer_pauses(caplog: pytest.LogCaptureFixture) -> None:
+    """Where nobody serves, it is given up after the sixth try."""
+    told: list[Any] = []
+
+    def fail() -> Any:
+        raise aiouffd.PagerStartError("no processes")
+
+    takeover = makes(fail, told)
+    dead: Any = Orphan(lives=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(aiouffd.PagerStartError, match="no processes"):
+        takeover.successor(dead)
+    assert told[1:] == [0.05, 0.2, 1.0, 5.0, 5.0]
+    assert caplog.text.count("tried again") == 5
+
+
+def test_it_is_not_given_up_while_somebody_serves() -> None:
+    """However often it fails."""
+    told: list[Any] = []
+    tries = iter([None] * 20)
+
+    def start() -> Any:
+        if next(tries, "started") is None:
+            raise aiouffd.PagerStartError("no processes")
+        return "pair"
+
+    orphan: Any = Orphan(lives=True)
+    takeover = makes(start, told)
+    pair: Any = takeover.successor(orphan)
+    assert pair == "pair"
+    assert len(told) == 1 + 20
+    assert takeover.orphan_lives
+
+
+def test_where_no_orphan_lives_the_journal_says_what_is_shown() -> None:
+    """The newest that was used; then all orphans are closed, and the client is told."""
+    told: list[Any] = []
+    takeover = makes(lambda: None, told)
+    first: Any = Orphan(lives=False)
+    second: Any = Orphan(lives=False)
+    takeover.orphans += [first, second]
+    takeover.begin()
+    assert [item if item == "taken" else item[0] for item in told] == [told[0][0], "taken"]
+    assert told[0][0] in (first.journal, second.journal)
+    assert first.closed
+    assert second.closed
+    assert not takeover.orphans
+    assert takeover.patience == float("inf")
