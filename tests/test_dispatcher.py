@@ -327,3 +327,25 @@ async def test_closing_drops_all_and_stops_the_timers() -> None:
     assert dispatcher._checker.cancelled()
     dispatcher._schedule()
     assert dispatcher._timer is None
+
+
+async def test_a_space_that_is_held_is_not_read(rig: Rig) -> None:
+    """Its events stay where they are until it is released; the others are served."""
+    world, uffd = rig.world()
+    rig.dispatcher.hold(world.space)
+    world.touch(1, 1)
+    uffd.send()
+    rig.dispatcher._ready()
+    await turns(30)
+    assert not uffd.pages
+    other, its = rig.world()
+    other.touch(2, 1)
+    its.send()
+    await until(lambda: its.pages)
+    assert not uffd.pages
+    rig.dispatcher.release(world.space)
+    await until(lambda: uffd.pages)
+    rig.dispatcher.release(world.space)
+    world.touch(3, 1)
+    uffd.send()
+    await until(lambda: len(uffd.pages) == 2)

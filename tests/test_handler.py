@@ -446,3 +446,11 @@ async def test_a_recording_sees_what_was_asked_for() -> None:
     await backend.prefetch(world.space, 0, SIZE)
     assert len(touched_) == 2
     assert FOR_FAULT.errors is None
+
+
+async def test_by_default_a_write_is_let_go() -> None:
+    """As if nobody had asked to be told."""
+    world = World(0, source=Handler())
+    batch = Batch(world.space)
+    await Handler().write(Fault(at(3).start, FaultFlag.WP, 7, at(3), 3 * PAGE), batch)
+    assert [(run.op, run.dst) for run in batch._runs] == [(Op.UNPROTECT, at(3).start)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 
+PAGE = 4096
 PAGES = 48
 _page = st.integers(0, PAGES - 1)
 _length = st.integers(1, 12)
@@ -119,3 +120,45 @@ def test_each_change_is_a_new_generation() -> None:
         getattr(mappings, event)(*((4, 20, 2) if event == "remap" else (0, 2)))
         assert mappings.generation not in seen
         seen.add(mappings.generation)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6), st.integers(-1, 60)), max_size=10),
+    st.integers(1, 4),
+    st.integers(0, 45),
+    st.lists(st.tuples(st.integers(50, 90), st.integers(1, 6), st.integers(-1, 60)), max_size=3),
+)
+def test_what_is_packed_is_unpacked(
+    mapped: list[tuple[int, int, int]], most: int, begin: int, before: list[tuple[int, int, int]]
+) -> None:
+    """In portions, from any address on, into what is empty and into what holds other mappings."""
+    mappings, other = Mappings(), Mappings()
+    for target, runs in ((mappings, mapped), (other, before)):
+        for start, length, offset in runs:
+            target.add(start * PAGE, (start + length) * PAGE, offset if offset < 0 else offset * PAGE)
+    expected = other.copy()
+    for run in mappings.runs(begin * PAGE, 1 << 40):
+        expected.add(run.start, run.end, run.offset)
+    at, portions = begin * PAGE, 0
+    while True:
+        data, end = mappings.pack(at, most)
+        assert len(data) % 24 == 0
+        assert len(data) // 24 <= most
+        other.unpack(data)
+        if not data:
+            assert end == at
+            break
+        assert end > at
+        at = end
+        portions += 1
+    assert list(other) == list(expected)
+    count = len(list(mappings.runs(begin * PAGE, 1 << 40)))
+    assert portions == (count + most - 1) // most
+
+
+def test_what_is_packed_in_order_continues_what_is_there() -> None:
+    """The portions of one list are joined where they were one mapping."""
+    mappings = Mappings([Mapping(0, 4 * PAGE, 0), Mapping(8 * PAGE, 9 * PAGE, ZEROS)])
+    first = Mappings([Mapping(0, 2 * PAGE, 0)])
+    first.unpack(mappings.pack(2 * PAGE, 9)[0])
+    assert list(first) == list(mappings)

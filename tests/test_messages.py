@@ -190,5 +190,6 @@ def test_a_child_is_served_like_its_parent() -> None:
     assert child.mappings is not parent.mappings
     assert child.readahead.missing(0, SIZE) == [(0, SIZE)]
     assert child.readahead.limit == 4 * PAGE
+    assert child.write_protect is parent.write_protect
     assert (child.backend, child.page_size, child.on_child) == (parent.backend, PAGE, parent.on_child)
     assert world.counters.snapshot().forks == 1

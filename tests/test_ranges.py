@@ -67,3 +67,9 @@ def test_an_end_in_place_of_a_length_is_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
         Range.between(8, 4)
     assert Range(0xFFFF_FFFF_FF60_0000, 4096).end == 0xFFFF_FFFF_FF60_1000  # the kernel's page for vsyscalls
+
+
+def test_a_range_set_says_what_it_holds() -> None:
+    """For errors and logs."""
+    assert repr(RangeSet([Range(0, 16), Range(32, 16)])) == "RangeSet([[0x0, 0x10), [0x20, 0x30)])"
+    assert repr(RangeSet()) == "RangeSet([])"

@@ -198,3 +198,45 @@ def test_the_window_before_a_stream_that_goes_down() -> None:
         (start - 70 * PAGE, 6 * PAGE),
         (start - 70 * PAGE, 0),
     )
+
+
+def test_the_window_below_a_stream_at_full_speed() -> None:
+    """As above it: one window ahead, nothing where there is none, and what is present is left out."""
+    policy = Readahead(PAGE, 64 * PAGE, 4 * PAGE)
+    size = 1000 * PAGE
+    at = 999 * PAGE
+    while True:
+        ((start, length),) = policy.windows(at, 0, size)
+        if length == 64 * PAGE:
+            break
+        at = start - PAGE
+    assert policy.follow(start + PAGE, 0, size) == (
+        (start - 64 * PAGE, 64 * PAGE),
+        (start - 192 * PAGE, 128 * PAGE),
+    )
+    assert policy.follow(start + PAGE, 0, size) is None
+    low = start - 64 * PAGE
+    assert policy.missing(low, start) == []
+    policy.brought(low - 64 * PAGE, 64 * PAGE)
+    assert policy.follow(low + PAGE, 0, size) is None  # all of it is present
+    policy.forget(low - 2 * PAGE, low)
+    assert policy.follow(low + PAGE, 0, size) == (
+        (low - 2 * PAGE, 2 * PAGE),
+        (low - 130 * PAGE, 128 * PAGE),
+    )
+    assert policy.follow(low - PAGE, low - 2 * PAGE, size) is None  # its mapping ends there
+
+
+def test_losses_are_counted() -> None:
+    """So that whoever was told that all is present can know that it is doubtful."""
+    policy = Readahead(PAGE, 64 * PAGE)
+    policy.brought(0, 4 * PAGE)
+    assert policy.losses == 0
+    policy.forget(0, PAGE)
+    policy.forget(8 * PAGE, 9 * PAGE)
+    assert policy.losses == 2
+    policy.not_brought(PAGE, 2 * PAGE)
+    assert policy.losses == 2
+    assert policy.missing(0, 4 * PAGE) == [(0, 2 * PAGE)]
+    assert policy.fresh().losses == 0
+    assert policy.fresh().missing(0, 4 * PAGE) == [(0, 4 * PAGE)]

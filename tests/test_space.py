@@ -8,14 +8,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Partly, World, examples
+from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Partly, World, examples, turns
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
 from aiouffd.engine.ahead.fill import complete
 from aiouffd.engine.messages import serve_messages
-from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.runs import FOR_FAULT, Op, Run
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
@@ -443,3 +443,128 @@ async def test_what_a_defect_has_kept_from_coming_is_not_taken_for_present() -> 
     source.limit = SIZE
     await world.space.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
     assert len(world.uffd.pages) == PAGES
+
+
+def test_a_page_whose_window_is_being_brought_is_counted_as_a_fault() -> None:
+    """It was counted as brought along; once only, also where it was counted before and has faulted anew."""
+    world = World(0, located=True)
+    words = world.counters.words
+    followed: list[int] = []
+    world.backend.follow = lambda space, page: followed.append(page)  # type: ignore[method-assign] # noqa: ARG005
+    words[Counter.PAGES_READAHEAD], words[Counter.PAGES_FAULT] = 9, 4
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, 2 * PAGE)])
+    assert world.space.hasten(BASE + PAGE, 0)
+    assert (words[Counter.PAGES_READAHEAD], words[Counter.PAGES_FAULT]) == (8, 5)
+    assert followed == [BASE + PAGE]
+    assert sum(world.counters.snapshot().latency) == 1
+    assert not world.space.hasten(BASE + 9 * PAGE, 0)
+    words[Counter.PAGES_READAHEAD] = 0
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE + 4 * PAGE, 4 * PAGE, PAGE)])
+    assert world.space.hasten(BASE + 4 * PAGE, 0)
+    assert (words[Counter.PAGES_READAHEAD], words[Counter.PAGES_FAULT]) == (0, 5)
+
+
+def test_a_toucher_of_a_window_that_is_being_brought_is_woken() -> None:
+    """Its piece comes with a waking operation."""
+    world = World(0, located=True)
+    world.touch(3, 1)
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, SIZE)])
+    world.deliver(64)
+    assert not world.uffd.asleep
+
+
+def test_what_its_owner_empties_is_zeros() -> None:
+    """As a REMOVE event, for a region whose owner tells in place of the kernel."""
+    world = World(0, located=True)
+    world.space.emptied(BASE + 4 * PAGE, BASE + 6 * PAGE)
+    assert world.space.mappings.locate(BASE + 4 * PAGE) == (BASE + 4 * PAGE, BASE + 6 * PAGE, -1)
+    assert world.space.mappings.locate(BASE + 6 * PAGE)[2] == 6 * PAGE
+    assert world.counters.snapshot().wakes == 1
+
+
+def test_everyone_is_woken_and_given_back() -> None:
+    """A successor wakes all, mapping by mapping; a space that is left gives its memory back, gone mappings aside."""
+    world = World(0, located=True)
+    world.space.mappings.unmap(BASE + 8 * PAGE, BASE + 16 * PAGE)
+    for page in (1, 20):
+        world.uffd.touch(BASE + page * PAGE, page)
+    world.uffd.read_raw()
+    world.space.wake_all()
+    assert world.counters.snapshot().wakes == 2
+    assert len(world.uffd._faults) == 2  # each has faulted anew
+    world.uffd.munmap(BASE + 16 * PAGE, BASE + SIZE)
+    world.uffd.read_raw()
+    world.space.unregister()
+    assert world.uffd.mappings == [(BASE + 8 * PAGE, BASE + 16 * PAGE)]
+
+
+def test_the_woken_range_is_of_whole_pages() -> None:
+    """A change may begin and end anywhere."""
+    world = World(0, located=True)
+    asked: list[tuple[int, int]] = []
+    world.uffd.try_wake = lambda start, length: asked.append((start, length)) or 0  # type: ignore[method-assign,func-returns-value,redundant-expr]
+    world.space.changed(BASE + 100, BASE + PAGE + 1)
+    world.space.changed(BASE, BASE + PAGE)
+    assert asked == [(BASE, PAGE + PAGE), (BASE, PAGE)]
+
+
+def test_what_a_change_drops_is_not_counted_and_not_taken_for_present() -> None:
+    """Put off or still to come; the parts that are shown still stay."""
+    world = World(8 * PAGE, located=True)
+    words = world.counters.words
+    for purpose_pages, keep in ((8, world.space.resolve_later), (8, None)):
+        world.space.readahead.brought(0, purpose_pages * PAGE)
+        words[Counter.PAGES_READAHEAD] = purpose_pages
+        run = Run(Op.COPY, BASE, 0, purpose_pages * PAGE, LOCATED.address, None, FOR_FAULT)
+        if keep is not None:
+            keep([run])
+        else:
+            world.uffd.failures.append(-errno.EAGAIN)
+            world.space.resolve([run])
+        losses = world.space.readahead.losses
+        world.space.mappings.unmap(BASE + 2 * PAGE, BASE + 4 * PAGE)
+        world.space.changed(BASE + 2 * PAGE, BASE + 4 * PAGE)
+        assert world.space.readahead.missing(0, 8 * PAGE) == [(2 * PAGE, 2 * PAGE)]
+        assert world.space.readahead.losses > losses
+        assert words[Counter.PAGES_READAHEAD] == 6
+        kept = [*world.space.deferred, *world.space.remainders]
+        assert [(part.dst - BASE, part.left) for part in kept] == [(0, 2 * PAGE), (4 * PAGE, 4 * PAGE)]
+        world.space.deferred.clear()
+        world.space.remainders.clear()
+        world.space.mappings.add(BASE, BASE + SIZE, 0)
+
+
+async def test_what_flies_over_a_change_is_forgotten() -> None:
+    """Its pages in the changed range are not joined any more, and not taken for present."""
+    source = Held()
+    world = World(8 * PAGE, source=source)
+    world.touch(0, 1)
+    world.deliver(64)
+    await turns()
+    assert len(world.space.flights) == 4
+    losses = world.space.readahead.losses
+    world.space.changed(BASE + 2 * PAGE, BASE + 3 * PAGE)
+    assert sorted(world.space.flights) == [BASE, BASE + PAGE, BASE + 3 * PAGE]
+    assert world.space.readahead.missing(0, 4 * PAGE) == [(2 * PAGE, PAGE)]
+    assert world.space.readahead.losses == losses + 1
+    source.answer()
+    await turns()
+
+
+@pytest.mark.parametrize("closes", ["changed", "refuse", "close"])
+def test_the_fast_path_is_given_back(closes: str) -> None:
+    """With a change of the layout, and when the space is left."""
+    world = World(0, located=True)
+    closed: list[int] = []
+
+    class Path:
+        def close(self, fd: int) -> None:
+            closed.append(fd)
+
+    world.space.fast_path = Path()  # type: ignore[assignment]
+    fd = world.uffd.fileno()
+    if closes == "changed":
+        world.space.changed(BASE, BASE + PAGE)
+    else:
+        getattr(world.space, closes)()
+    assert closed == [fd]

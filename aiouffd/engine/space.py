@@ -22,6 +22,7 @@ from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, operation_error
 from aiouffd.kernel import abi
+from aiouffd.ranges import align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -169,8 +170,8 @@ class Space:
         self.deferred.revise(self._revised)
         self.remainders.revise(self._revised)
         self.close_fast_path()
-        mask = -self.page_size
-        self.resolver.wake(start & mask, (end - start + self.page_size - 1) & mask)
+        low = align_down(start, self.page_size)
+        self.resolver.wake(low, align_up(end, self.page_size) - low)
 
     def _revised(self, run: Run) -> list[Run]:
         """Return what is left of a run after a change of the layout; the rest has not come after all."""
