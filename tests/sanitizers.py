@@ -1,8 +1,8 @@
 """`python tests/sanitizers.py`: build the native part with sanitizers, and run its tests with each of them.
 
-AddressSanitizer must be loaded before everything else (LD_PRELOAD), and has SIGBUS for itself unless told not to. What a
-sanitizer finds ends the process that it is found in with status 66, so that its test fails. ThreadSanitizer is left out:
-it has handlers of its own in the place of ours, and most of these tests fail with it, without a report.
+AddressSanitizer must be loaded before everything else (LD_PRELOAD), and has SIGBUS for itself unless told not to. What
+a sanitizer finds ends the process that it is found in with status 66, so that its test fails. ThreadSanitizer is left
+out: it has handlers of its own in the place of ours, and most of these tests fail with it, without a report.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiouffd.errors import BusyError
-from aiouffd.monitor.engines.calls import call_in_loop, call_in_thread, start_in_loop
+from aiouffd.monitor.engines.calls import call_in_loop, call_in_thread, no_collections, start_in_loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,3 +125,18 @@ def test_the_loop_goes_on_while_a_thread_holds_the_lock(running: asyncio.Abstrac
             assert call_in_loop(running, lambda: 1, 5.0) == 1
         assert future._state == "PENDING"
     assert future.result(5) == 42
+
+
+def test_no_garbage_is_collected_in_a_block() -> None:
+    """And it is again afterwards, if it was before."""
+    assert gc.isenabled()
+    with no_collections():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_collections():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -625,6 +625,29 @@ def test_leaving_while_threads_wait() -> None:
     assert "in <lambda>" in errors
 
 
+def collecting() -> None:
+    """Scenario: garbage is collected at every turn, also while a Monitor is left and its layout changes."""
+    seen: list[bool] = []
+
+    class Watched(aiouffd.Region):
+        def keep(self, thing: object) -> None:
+            seen.append(gc.isenabled())
+            super().keep(thing)
+
+    region = Watched(SIZE)
+    with aiouffd.Monitor(region, near(), engine=aiouffd.InThread(), readahead=0) as monitor:
+        layout: Any = monitor._engine.layout  # type: ignore[union-attr]
+        layout.change(lambda _: seen.append(gc.isenabled()))
+    assert seen == [False] * len(seen)
+    assert len(seen) >= 2
+    assert gc.isenabled()
+
+
+def test_no_garbage_is_collected_where_a_finalizer_would_wait_for_itself() -> None:
+    """In the thread that changes the layout or settles the memory, whose missing pages wait until it is done."""
+    play(collecting)
+
+
 def in_and_out() -> None:
     """Scenario: regions come and go under the hands of those who touch."""
     stop = threading.Event()

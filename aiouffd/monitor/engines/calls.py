@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -17,9 +18,9 @@ from aiouffd.errors import BusyError
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
-__all__ = ["call_in_loop", "call_in_thread", "start_in_loop"]
+__all__ = ["call_in_loop", "call_in_thread", "no_collections", "start_in_loop"]
 
 _RETRY = 0.001  # seconds
 
@@ -128,3 +129,15 @@ def call_in_thread(work: Callable[[], T]) -> T:
     call = _Call(work)
     threading.Thread(target=call, name="aiouffd-call").start()
     return call.wait(-1)
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Collect no garbage inside the block: a finalizer that touches a missing page there would wait for this thread."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -11,7 +11,6 @@ import asyncio
 import atexit
 import contextlib
 import errno
-import gc
 import logging
 import os
 import threading
@@ -30,7 +29,7 @@ from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.userfaultfd import probe
-from aiouffd.monitor.engines.calls import call_in_thread
+from aiouffd.monitor.engines.calls import call_in_thread, no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
@@ -188,21 +187,15 @@ class InThreadEngine:
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Keep the signal handlers away inside the block.
-
-        No garbage is collected there: a finalizer that touches a missing page in this thread would wait for itself.
-        """
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            if not self._served.close():
-                start, end = self._local.layout.start, self._local.layout.end
-                raise BusyError("a change of the layout", start, end - start, errno.EBUSY)
-            yield
-        finally:
-            self._served.open()
-            if collects:
-                gc.enable()
+        """Keep the signal handlers away inside the block."""
+        with no_collections():
+            try:
+                if not self._served.close():
+                    start, end = self._local.layout.start, self._local.layout.end
+                    raise BusyError("a change of the layout", start, end - start, errno.EBUSY)
+                yield
+            finally:
+                self._served.open()
 
     def _show(self) -> None:
         """Tell the handlers what is shown where; they are kept away."""
@@ -247,11 +240,12 @@ class InThreadEngine:
         call_in_thread(partial(self._leave, settle, sigbus=sigbus))
 
     def _leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
-        self._close()
-        try:
-            settle()
-        finally:
-            self._remove(for_good=sigbus)
+        with no_collections():
+            self._close()
+            try:
+                settle()
+            finally:
+                self._remove(for_good=sigbus)
 
     def stop(self, timeout: float | None = None) -> None:
         """End the loop. Handlers go on placing bytes that are in memory; threads that need other pages wait."""
