@@ -27,6 +27,7 @@ C_FILES = (
     "watchdog",
     "watch_servers",
     "watch_loop",
+    "reader",
 )
 """The lowest first."""
 

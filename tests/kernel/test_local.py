@@ -11,6 +11,7 @@ import pytest
 from pattern import PAGE, Pattern, Slow, word
 
 import aiouffd
+from aiouffd import native
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.statistics import Counters
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.region import LayoutChange
 
 SIZE = 16 * PAGE
+native.reason()  # the library is loaded, as engines do before they run a loop
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
+from aiouffd.native import reason
 from aiouffd.native.watchdog import LoopWatch
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class InProcessEngine:
 
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
+        reason()  # loads the library, in this thread and not on the loop
         asyncio.run_coroutine_threadsafe(self._begin(assignment), self._loop).result()
         words = address_of(self._counters.words)
         self._watch = LoopWatch(
