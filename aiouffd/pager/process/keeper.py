@@ -162,8 +162,10 @@ def _wait(pid: int, journal: Journal) -> int:
                 continue
             still += passed
             state = _state_of(pid)
-            if state in ("t", "Z"):  # a debugger has it; or it ends, and a thread waits for a file system
+            if state == "t":  # a debugger has it
                 continue
+            if state == "Z":
+                return _status_of_dying(pid, journal)
             if still > BLOCKED and not warned:
                 warned = True
                 _say_blocked(pid, still, state)
@@ -176,6 +178,18 @@ def _wait(pid: int, journal: Journal) -> int:
     finally:
         os.close(pidfd)
     return os.waitpid(pid, 0)[1]
+
+
+def _status_of_dying(pid: int, journal: Journal) -> int:
+    """Return the status of a worker that has ended, but for threads that wait for a file system, whatever kills them.
+
+    No code of it runs any more. Its status is not known yet: it has finished if it left nothing to be served.
+    """
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+        return status
+    state = survey(journal)
+    return signal.SIGKILL if state is not None and state.spaces else 0
 
 
 def _say_blocked(pid: int, still: float, state: str) -> None:
