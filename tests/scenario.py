@@ -43,7 +43,12 @@ TESTS = Path(__file__).parent
 
 
 def play(
-    function: Callable[..., Any], *arguments: Any, deadline: float = HANG, status: int = 0, loop: str = "asyncio"
+    function: Callable[..., Any],
+    *arguments: Any,
+    deadline: float = HANG,
+    status: int = 0,
+    loop: str = "asyncio",
+    measured: bool = True,
 ) -> tuple[str, str]:
     """Call `function(*arguments)` (literals only) in a fresh interpreter; return its output and its error output.
 
@@ -53,7 +58,9 @@ def play(
         deadline: seconds until it is killed.
         status: the exit status that is expected; negative: the signal.
         loop: the name of the loop that runs a coroutine function.
+        measured: False keeps coverage out, whose lock a signal handler that touches missing memory would wait for.
     """
+    environment = {name: value for name, value in os.environ.items() if measured or not name.startswith("COVERAGE")}
     path = Path(sys.modules[function.__module__].__file__ or "")
     call = textwrap.dedent(
         f"""
@@ -76,7 +83,7 @@ def play(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
     )
     try:
         output, errors = process.communicate(timeout=deadline + 5)
