@@ -53,6 +53,7 @@ def test_what_is_pickled_is_refused_by_a_pager_that_unpickles_nothing() -> None:
     pack = Pack(Service(Pattern(4096)), Options())
     with running() as pager:
         table = f"/proc/{pager.pair.worker_pid}/fd"
+        pager.ask("prepare", pack.fds, service=pack.record)  # the worker has all that it needs by then
         before = len(os.listdir(table))  # noqa: PTH208 - names only
         error = decode_error(pager.ask("prepare", pack.fds, service=pack.record)["error"])
         assert isinstance(error, aiouffd.PagerStartError)

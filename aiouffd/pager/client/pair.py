@@ -34,6 +34,7 @@ START_TIMEOUT = 60.0
 
 _LEAVE_TIMEOUT = 0.2
 _END_TIMEOUT = 5.0
+_REAP_TIMEOUT = 0.5  # seconds for a keeper to end behind its worker
 
 
 class Pair:
@@ -125,6 +126,9 @@ class Pair:
             self._reap(_LEAVE_TIMEOUT)
         else:
             self._await_end(_END_TIMEOUT)
+            # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.keeper.wait(_REAP_TIMEOUT)
             with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
                 self.keeper.kill()
             # A worker whose keeper was killed, here or before, does not know that it is to end.
