@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["PresentPages"]
 
 _CHUNK = 512  # pages that are kept together, a byte each
-_MAX_CHUNKS = 1 << 15
-"""More are not remembered, so that memory stays flat: 64 GiB of small pages, in 20 MiB."""
+_MAX_CHUNKS = 1 << 13
+"""More are not remembered, so that memory stays flat: 16 GiB of small pages, in 5 MiB."""
 _ONES = b"\1" * _CHUNK
 _ZEROS = bytes(_CHUNK)
 

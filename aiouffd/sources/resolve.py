@@ -10,7 +10,6 @@ from aiouffd.errors import SourceError
 from aiouffd.sources.base import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
-from aiouffd.sources.object_store import ObjectSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +42,8 @@ def as_source(
             return FileSource(unquote(urlsplit(thing).path))
         if scheme not in _STORES:
             raise SourceError(thing, 0, 0, f"the scheme {scheme!r} is unknown: use a path or one of {sorted(_STORES)}")
+        from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
+
         return ObjectSource(thing, timeout=timeout, retries=retries, **(options or {}))
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)

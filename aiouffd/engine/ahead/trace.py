@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -281,6 +280,8 @@ def fingerprint(source: Any) -> bytes:
     elif (validator := getattr(source, "validator", None)) is not None:
         kind = 2
         content += validator.encode()
+    import hashlib  # noqa: PLC0415 - it takes 5 ms, and only recordings need it
+
     return bytes([kind]) + hashlib.blake2b(content, digest_size=31).digest()
 
 
