@@ -47,15 +47,6 @@ _NOT_BLOCKING = os.RWF_NOWAIT
 _preadv = os.preadv
 
 
-class Found(Protocol):
-    """What a reader has found that the engine must deal with."""
-
-    fd: int
-    length: int  # bytes of messages, at the beginning of the landing
-    error: int  # the errno of the read
-    events: int  # what epoll said
-
-
 class Reader(Protocol):
     """Reads descriptors that were admitted, and serves the plain faults of those that are open."""
 
@@ -86,7 +77,10 @@ class Reader(Protocol):
         """Rely on O_NONBLOCK from now on: this kernel does not know RWF_NOWAIT here."""
 
     def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
-        """Read and serve; return an `Outcome` and what was found.
+        """Read and serve; return an `Outcome`, and what was found for the engine.
+
+        That has `fd`, `length` (bytes of messages, at the beginning of the landing), `error` (the errno of the read)
+        and `events` (what epoll said).
 
         Args:
             turn_ns: nanoseconds until the loop is due for a turn.

@@ -191,8 +191,8 @@ class Monitor:
 
     async def __aenter__(self) -> Self:
         """Start to serve."""
-        enable_tracebacks()
         await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
+        enable_tracebacks()
         engine = self._choice.make(asyncio.get_running_loop())
         starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
         try:

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 enum outcome { IDLE, MESSAGES, DUE, FAILED }; /* of aiouffd_reader_run */
-enum { VAIN = 3, MOST_SKIPPED = 64, MESSAGE_EVENTS = EPOLLIN };
+enum { VAIN = 3, MOST_SKIPPED = 64 };
 
 /* A reader and what it must remember between two calls. Python writes the first part. */
 struct state {
