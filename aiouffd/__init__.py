@@ -8,51 +8,50 @@ others) > `pager` (the process that the loop runs in) > `handoff` (wire formats)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.trace import Trace
-from aiouffd.engine.serve.handler import Batch, Fault, Handler
-from aiouffd.engine.statistics import Statistics
-from aiouffd.errors import (
-    AccessError,
-    BusyError,
-    ClosedError,
-    HandlerError,
-    HandoffError,
-    LayoutChangingError,
-    LimitError,
-    NativePartError,
-    OperationError,
-    PagePresentError,
-    PagerDiedError,
-    PagerError,
-    PagerStartError,
-    PopulatedError,
-    RangeGoneError,
-    ShortReadError,
-    SourceError,
-    SourceTimeoutError,
-    TargetExitedError,
-    TraceError,
-    UffdError,
-    UnsupportedError,
-)
-from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
-from aiouffd.kernel.events import FaultKind, PageFault, Remap, Remove, UnknownEvent, Unmap
-from aiouffd.kernel.region import Region
-from aiouffd.kernel.userfaultfd import Capabilities, Event, Fork, Userfaultfd, probe
-from aiouffd.kernel.write_tracker import WriteTracker
-from aiouffd.monitor.engines.in_process import InProcess
-from aiouffd.monitor.engines.in_thread import InThread
-from aiouffd.monitor.engines.pager import Pager
-from aiouffd.monitor.engines.served_by import ServedBy
-from aiouffd.monitor.monitor import Monitor
-from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
-from aiouffd.ranges import Address, Offset, Range
-from aiouffd.sources.base import Source, ZeroSource
-from aiouffd.sources.buffer import BufferSource
-from aiouffd.sources.file import FileSource
-
 if TYPE_CHECKING:
+    from aiouffd.engine.ahead.trace import Trace
+    from aiouffd.engine.serve.handler import Batch, Fault, Handler
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.errors import (
+        AccessError,
+        BusyError,
+        ClosedError,
+        HandlerError,
+        HandoffError,
+        LayoutChangingError,
+        LimitError,
+        NativePartError,
+        OperationError,
+        PagePresentError,
+        PagerDiedError,
+        PagerError,
+        PagerStartError,
+        PopulatedError,
+        RangeGoneError,
+        ShortReadError,
+        SourceError,
+        SourceTimeoutError,
+        TargetExitedError,
+        TraceError,
+        UffdError,
+        UnsupportedError,
+    )
+    from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
+    from aiouffd.kernel.events import FaultKind, PageFault, Remap, Remove, UnknownEvent, Unmap
+    from aiouffd.kernel.region import Region
+    from aiouffd.kernel.userfaultfd import Capabilities, Event, Fork, Userfaultfd, probe
+    from aiouffd.kernel.write_tracker import WriteTracker
+    from aiouffd.monitor.engines.in_process import InProcess
+    from aiouffd.monitor.engines.in_thread import InThread
+    from aiouffd.monitor.engines.pager import Pager
+    from aiouffd.monitor.engines.served_by import ServedBy
+    from aiouffd.monitor.monitor import Monitor
+    from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
+    from aiouffd.ranges import Address, Offset, Range
     from aiouffd.server.server import Server
+    from aiouffd.sources.base import Source, ZeroSource
+    from aiouffd.sources.buffer import BufferSource
+    from aiouffd.sources.file import FileSource
     from aiouffd.sources.object_store import ObjectSource
 
 __version__ = "0.1.0"
@@ -119,16 +118,45 @@ __all__ = [
     "probe",
 ]
 
-_LATE = {"ObjectSource": "aiouffd.sources.object_store", "Server": "aiouffd.server.server"}
-"""Names that are imported on first use: most programs, and each pager, start without them, some 40 ms sooner."""
+_HOMES = {
+    "engine.ahead.trace": "Trace",
+    "engine.serve.handler": "Batch Fault Handler",
+    "engine.statistics": "Statistics",
+    "errors": (
+        "AccessError BusyError ClosedError HandlerError HandoffError LayoutChangingError LimitError "
+        "NativePartError OperationError PagePresentError PagerDiedError PagerError PagerStartError "
+        "PopulatedError RangeGoneError ShortReadError SourceError SourceTimeoutError TargetExitedError "
+        "TraceError UffdError UnsupportedError"
+    ),
+    "kernel.abi": "FaultFlag Feature Ioctl RegisterMode",
+    "kernel.events": "FaultKind PageFault Remap Remove UnknownEvent Unmap",
+    "kernel.region": "Region",
+    "kernel.userfaultfd": "Capabilities Event Fork Userfaultfd probe",
+    "kernel.write_tracker": "WriteTracker",
+    "monitor.engines.in_process": "InProcess",
+    "monitor.engines.in_thread": "InThread",
+    "monitor.engines.pager": "Pager",
+    "monitor.engines.served_by": "ServedBy",
+    "monitor.monitor": "Monitor",
+    "monitor.open": "open",
+    "ranges": "Address Offset Range",
+    "server.server": "Server",
+    "sources.base": "Source ZeroSource",
+    "sources.buffer": "BufferSource",
+    "sources.file": "FileSource",
+    "sources.object_store": "ObjectSource",
+}
+"""Module -> its names, each of which is imported on first use: a program, and each pager, pays for what it uses."""
+
+_HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LATE[name]), name)
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE})
+    return sorted({*globals(), *_HOME_OF})

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import aiouffd
 
-LATE = {"ObjectSource": "aiouffd.sources.object_store", "Server": "aiouffd.server.server"}
+
+def names_for_type_checkers() -> dict[str, str]:
+    """Return what the block for type checkers imports: name -> module."""
+    (block,) = (node for node in ast.parse(Path(aiouffd.__file__).read_text()).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
-def test_late_names_are_there() -> None:
-    """As attributes, in `dir`, and by `from aiouffd import`."""
-    for name, module in LATE.items():
-        assert getattr(aiouffd, name).__module__ == module
+def test_each_public_name_is_imported_from_where_type_checkers_look_for_it() -> None:
+    """As an attribute, in `dir`, and by `from aiouffd import`."""
+    homes = names_for_type_checkers()
+    assert set(aiouffd.__all__) == set(homes)
+    for name, module in homes.items():
+        assert getattr(aiouffd, name) is getattr(sys.modules[module], name)
         assert name in dir(aiouffd)
         namespace: dict[str, object] = {}
         exec(f"from aiouffd import {name}", namespace)
@@ -28,8 +37,20 @@ def test_a_name_that_is_not_there() -> None:
         _ = aiouffd.Nothing
 
 
-def test_they_are_imported_on_first_use() -> None:
-    """And no HTTP library before."""
-    code = f"import sys, aiouffd; sys.exit(bool({{'http.client', *{list(LATE.values())}}} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    subprocess.run([sys.executable, "-c", f"{code[:19]}; aiouffd.ObjectSource; aiouffd.Server"], check=True)
+@pytest.mark.parametrize(
+    ("module", "used", "not_needed"),
+    [
+        ("aiouffd", "aiouffd", ["asyncio", "attrs"]),
+        ("aiouffd", "aiouffd.Monitor, aiouffd.Region", ["uvloop", "aiouffd.monitor.engines.in_thread", "http.client"]),
+        (
+            "aiouffd.pager.__main__",
+            "aiouffd",
+            ["aiouffd.monitor", "aiouffd.pager.client", "aiouffd.sources.file", "shutil"],
+        ),
+    ],
+)
+def test_a_program_imports_what_it_uses(module: str, used: str, not_needed: list[str]) -> None:
+    """And a pager nothing of its client's."""
+    code = f"import sys, aiouffd, {module}; {used}; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not set(not_needed) & set(process.stdout.split())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import zlib
 from pathlib import Path
@@ -38,6 +37,8 @@ def fingerprint() -> int:
 
 def compiler() -> list[str]:
     """Return the command of the C compiler: that of CC, else the first of cc, gcc and clang that exists."""
+    import shutil  # noqa: PLC0415 - with its compressors; each program checks the build, and few make one
+
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]) is not None:

@@ -32,9 +32,9 @@ __all__ = ["START_TIMEOUT", "Pair"]
 START_TIMEOUT = 60.0
 """Seconds until a pager must have said hello, or answered the first request."""
 
-_LEAVE_TIMEOUT = 0.2
+_LEAVE_TIMEOUT = 200  # milliseconds
 _END_TIMEOUT = 5.0
-_REAP_TIMEOUT = 0.5  # seconds for a keeper to end behind its worker
+_REAP_TIMEOUT = 500  # milliseconds for a keeper to end behind its worker
 
 
 class Pair:
@@ -127,8 +127,7 @@ class Pair:
         else:
             self._await_end(_END_TIMEOUT)
             # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.keeper.wait(_REAP_TIMEOUT)
+            _readable(self.keeper_fd, _REAP_TIMEOUT)
             with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
                 self.keeper.kill()
             # A worker whose keeper was killed, here or before, does not know that it is to end.
@@ -141,8 +140,7 @@ class Pair:
         """Wait until the keeper has ended, or is about to: it closes the connection then."""
         poller = select.poll()
         poller.register(self.connection, select.POLLIN)
-        if self.keeper_fd >= 0:
-            poller.register(self.keeper_fd, select.POLLIN)
+        poller.register(self.keeper_fd, select.POLLIN)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             ready = dict(poller.poll(left * 1000))
@@ -154,14 +152,15 @@ class Pair:
             except (control.Closed, OSError):
                 return
 
-    def _reap(self, seconds: float) -> None:
+    def _reap(self, milliseconds: int) -> None:
         """Wait for the keeper's end; where that takes longer, have a thread do so: no zombie may be left.
 
         A process may not be able to end: closing a file can wait for its file system, whatever kills the process.
         """
-        try:
-            self.keeper.wait(seconds)
-        except subprocess.TimeoutExpired:
+        # Popen.wait with a timeout sleeps for up to 50 ms between two looks.
+        if _readable(self.keeper_fd, milliseconds):
+            self.keeper.wait()
+        else:
             threading.Thread(target=self.keeper.wait, name="aiouffd-reaper", daemon=True).start()
 
     def close(self) -> None:

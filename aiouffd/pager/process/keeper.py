@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from aiouffd import native
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.abi import Feature
@@ -96,6 +97,7 @@ def _clone() -> int:
 
 def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
     """Keep a worker alive until it has nothing left to serve; return the exit status."""
+    native.reason()  # loads the native part, once for all workers
     own = _open_descriptors()
     deaths = 0
     progress = -1

@@ -35,6 +35,7 @@ __all__ = ["descriptors", "run"]
 log = logging.getLogger("aiouffd.pager")
 
 _FAREWELL = 0.5
+_LATER = 0.1
 
 
 def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
@@ -46,13 +47,13 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: lis
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
-    for fd in slow:
-        close_foreign([fd])
     gc.freeze()  # what the keeper made lives as long as the worker does
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
+    for fd in slow:  # each in a thread, whose start the threads that wait for pages need not wait for
+        loop.call_later(_LATER, close_foreign, [fd])
     loop.run_until_complete(_Worker(loop, journal, connection, pickles).main())
     # The process that waits for the end of this one need not wait for threads that close files.
     with contextlib.suppress(OSError):
