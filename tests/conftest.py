@@ -23,7 +23,7 @@ settings.load_profile("aiouffd")
 settings.register_profile(
     "mutation",
     settings.get_profile("aiouffd"),
-    max_examples=25,
+    max_examples=10,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],
@@ -40,7 +40,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is in tests/kernel needs the kernel."""
+    """What is in tests/kernel needs the kernel; a mutant is tried with the tests of its own module first."""
+    mutant = os.environ.get("MUTANT_UNDER_TEST", "").replace(".", "_")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in mutant)
     for item in items:
         if KERNEL in item.path.parents:
             item.add_marker("kernel")

@@ -1,22 +1,30 @@
-"""How long the reader in Python looks again, over a pipe in place of a descriptor."""
+"""How long the reader in Python looks again, over a pipe in place of a descriptor; what the native part is told."""
 
 from __future__ import annotations
 
 import os
 import select
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from aiouffd.engine.reading import MESSAGES, PythonReader
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine import reading
+from aiouffd.engine.reading import MESSAGES, NativeReader, PythonReader
+from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.memory import address_of
 from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from aiouffd.engine.plain import PlainSource
+
 TURN = 10_000_000_000
+START = 0x7000_0000_0000
+ADDRESS = 0x5000_0000_0000
+PAGE = 4096
 
 
 @pytest.fixture
@@ -71,3 +79,166 @@ def test_the_loop_gets_its_turn(rig: tuple[PythonReader, int]) -> None:
     assert reader.run(0, came=True, once=False)[0] in (Outcome.IDLE, Outcome.DUE)
     reader._last_ns = 1 << 62
     assert reader.run(0, came=True, once=False)[0] == Outcome.DUE
+
+
+class Told:
+    """Stands for the native part: what it was told."""
+
+    def __init__(self, epoll: int, words: list[int]) -> None:
+        self.epoll = epoll
+        self.words = words
+        self.options: dict[str, int] = {}
+        self.lines: list[tuple[int, dict[str, int]]] = []
+        self.watched: list[tuple[int, list[int]]] = []
+        self.closed = False
+
+    def configure(self, **options: int) -> None:
+        """Note them."""
+        self.options.update(options)
+
+    def describe(self, fd: int, **line: int) -> None:
+        """Note it."""
+        self.lines.append((fd, line))
+
+    def watch(self, fd: int, pairs: list[int]) -> None:
+        """Note it."""
+        self.watched.append((fd, pairs))
+
+    def run(self) -> None:
+        """Not called."""
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NativeReader, Told]]:
+    """Return a native reader, and what stands for the native part of it."""
+    monkeypatch.setattr(reading.c, "NativeReader", Told)
+    with select.epoll() as epoll:
+        reader = NativeReader(epoll, Counters())
+        assert reader._reader.epoll == epoll.fileno()
+        yield reader, cast("Any", reader._reader)
+
+
+def plain(size: int, memory: tuple[int, int, int, int] | None, *, readahead: bool = False) -> PlainSource:
+    """Return a source for the reader."""
+    return (lambda _offset, _length: None), size, PAGE, 2, readahead, None, memory
+
+
+@pytest.mark.parametrize(
+    ("pages", "offset", "size", "length", "served"),
+    [
+        (8, 0, 64 * PAGE, 64 * PAGE, 8),  # all of the mapping
+        (8, 4 * PAGE, 10 * PAGE + 1, 64 * PAGE, 6),  # its last, partial page is the engine's
+        (8, 4 * PAGE, 64 * PAGE, 9 * PAGE - 1, 4),  # what lies there of it
+        (8, 20 * PAGE, 10 * PAGE, 10 * PAGE, 0),  # behind its end
+    ],
+)
+@pytest.mark.parametrize("file", [-1, 9])
+def test_the_native_part_is_told_where_the_bytes_are(
+    told: tuple[NativeReader, Told], pages: int, offset: int, size: int, length: int, served: int, file: int
+) -> None:
+    """Of the source's whole pages, until the mapping is closed; then its messages are the engine's again."""
+    reader, native = told
+    reader.admit(5, 77)
+    reader.open(5, START, START + pages * PAGE, offset, plain(size, (ADDRESS, length, file, 123)))
+    reader.close(5)
+    reader.close(5)
+    reader.dismiss(5)
+    reader.dismiss(5)
+    assert native.lines == [
+        (5, {"identity": 77}),
+        (
+            5,
+            {
+                "near": 0,
+                "identity": 77,
+                "start": START,
+                "end": START + served * PAGE,
+                "source": ADDRESS + offset if file < 0 else offset,
+                "page": PAGE,
+                "mode": 2,
+                "shown": reading.c.Shown.MEMORY if file < 0 else reading.c.Shown.FILE_PAGES,
+                "file": file,
+                "mapped": 0 if file < 0 else ADDRESS + offset,
+                "mtime_ns": 123,
+            },
+        ),
+        (5, {"identity": 77}),
+        (5, {"identity": -1}),
+    ]
+
+
+def test_what_the_native_part_cannot_serve_is_not_told(told: tuple[NativeReader, Told]) -> None:
+    """A source that lies nowhere, readahead that has learned nothing yet, and a descriptor that is not read."""
+    reader, native = told
+    memory = (ADDRESS, 8 * PAGE, -1, 0)
+    reader.admit(5, 77)
+    reader.open(5, START, START + 8 * PAGE, 0, plain(8 * PAGE, None))
+    reader.close(5)
+    reader.open(5, START, START + 8 * PAGE, 0, plain(8 * PAGE, memory, readahead=True))
+    reader.close(5)
+    reader.open(6, START, START + 8 * PAGE, 0, plain(8 * PAGE, memory))
+    reader.close(6)
+    reader.dismiss(6)
+    assert native.lines == [(5, {"identity": 77})]
+
+
+def test_strangers_are_served_while_readahead_is_of_no_use(told: tuple[NativeReader, Told]) -> None:
+    """Far from where its streams are expected; as soon as it is of use, each fault is the engine's again."""
+    reader, native = told
+    readahead = SimpleNamespace(
+        limit=64 * PAGE, is_at_random=False, around=4 * PAGE, expected=lambda: [(8 * PAGE, 16 * PAGE)]
+    )
+    space: Any = SimpleNamespace(uffd=SimpleNamespace(fileno=lambda: 5), readahead=readahead)
+    reader.refresh(space)
+    reader.admit(5, 77)
+    reader.refresh(space)
+    reader.open(5, START, START + 32 * PAGE, 4 * PAGE, plain(64 * PAGE, (ADDRESS, 64 * PAGE, -1, 0), readahead=True))
+    reader.refresh(space)
+    assert len(native.lines) == 1
+    readahead.is_at_random = True
+    reader.refresh(space)
+    reader.refresh(space)
+    assert [line.get("near") for _, line in native.lines] == [None, 4 * PAGE]
+    assert native.watched == [(5, [START + 4 * PAGE, START + 12 * PAGE])] * 2
+    readahead.limit = 0
+    readahead.is_at_random = False
+    reader.refresh(space)
+    assert len(native.lines) == 2
+    readahead.limit = 64 * PAGE
+    reader.refresh(space)
+    assert native.lines[2:] == [(5, {"identity": 77})]
+    assert len(native.watched) == 2
+
+
+def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, Told]) -> None:
+    """Where it counts, how long it looks, and how it reads; what it writes to is kept alive."""
+    reader, native = told
+    assert native.options == {"flags": os.RWF_NOWAIT, "limit": MESSAGES * abi.MESSAGE_SIZE}
+    counters = Counters()
+    with select.epoll() as epoll:
+        words: Any = NativeReader(epoll, counters)._reader
+        base = address_of(counters.words)
+        assert words.words == [base + Counter[name] * 8 for name in reading.c.WORDS]
+    assert reader.spin_ns == 0
+    reader.spin_ns = 50_000
+    assert reader.spin_ns == 50_000
+    landing, identity = memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE)), memoryview(bytearray(8)).cast("q")
+    reader.land(landing, identity)
+    reader.only(5)
+    reader.read_without_flags()
+    assert native.options == {
+        "flags": 0,
+        "limit": MESSAGES * abi.MESSAGE_SIZE,
+        "spin_ns": 50_000,
+        "landing": address_of(landing),
+        "identity": address_of(identity),
+        "only": 5,
+    }
+    assert reader._landing == (landing, identity)
+    assert reader.run == native.run
+    reader.end()
+    assert native.closed
