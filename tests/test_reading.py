@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +47,7 @@ def rig() -> Iterator[tuple[PythonReader, int]]:
 def test_looking_again_is_for_as_long_as_faults_keep_coming(rig: tuple[PythonReader, int]) -> None:
     """A fault long after the last is followed by sleep; soon after, by a look; skipped ones by none."""
     reader, _ = rig
+    assert reader.spin_ns == 0
     reader.spin_ns = 50_000
     assert reader._patience(10_000_000) == 0
     assert reader._patience(10_000_000 + 100_001) == 0
@@ -110,6 +113,145 @@ class Told:
     def close(self) -> None:
         """Note it."""
         self.closed = True
+
+
+class Scripted:
+    """A reader in Python of two descriptors, whose clock goes on by 10 ns each time that it is read."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, answers: list[int | OSError]) -> None:
+        self.answers = answers
+        self.looks = 0
+        self.polls: list[tuple[object, ...]] = []
+        self.served: list[tuple[int, int, int]] = []
+        self.plain = True
+        self.reader = PythonReader(cast("Any", self), Counters(), {})
+        self.identity = memoryview(bytearray(8)).cast("q")
+        self.reader.land(memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE)), self.identity)
+        self.reader.admit(5, 50)
+        self.reader.admit(6, 60)
+        self.reader._last_ns = 990
+        self.ready = [(5, select.EPOLLIN)]
+        clock = count(1000, 10)
+        patch.setattr(reading, "perf_counter_ns", lambda: next(clock))
+        patch.setattr(reading, "_preadv", self.preadv)
+        patch.setattr(self.reader, "serve", self.serve)
+
+    def poll(self, *arguments: object) -> list[tuple[int, int]]:
+        """Stand in for epoll."""
+        self.polls.append(arguments)
+        return self.ready
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        """Give the next answer; nothing, when there is none."""
+        assert (buffers, offset, flags) == (self.reader._buffers, -1, os.RWF_NOWAIT)
+        self.looks += 1
+        answer = self.answers.pop(0) if self.answers else BlockingIOError()
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def serve(self, fd: int, slot: tuple[int, ...], message: memoryview) -> bool:
+        """Note it."""
+        assert message is self.reader._buffers[0]
+        self.served.append((fd, slot[0], self.identity[0]))
+        return self.plain
+
+
+ONE = abi.MESSAGE_SIZE
+
+
+@pytest.mark.parametrize(
+    ("spin", "answers", "came", "looks", "vain"),
+    [
+        (0, [], False, 1, 0),  # nothing was served: no look in vain
+        (0, [], True, 1, 0),  # no look was meant
+        (100, [], True, 10, 1),
+        (100, [ONE], False, 11, 1),
+        (100, [ONE], True, 11, 1),
+        (100, [BlockingIOError(), ONE, ONE], True, 13, 1),
+    ],
+)
+def test_how_often_is_looked(
+    monkeypatch: pytest.MonkeyPatch, spin: int, answers: list[int | OSError], came: bool, looks: int, vain: int
+) -> None:
+    """For `spin_ns` after each fault, to the nanosecond."""
+    scripted = Scripted(monkeypatch, list(answers))
+    scripted.reader.spin_ns = spin
+    assert scripted.reader.run(TURN, came=came, once=False) == (Outcome.IDLE, None)
+    assert (scripted.looks, scripted.reader._vain) == (looks, vain)
+    assert scripted.served == [(5, 50, 50)] * answers.count(ONE)
+    assert set(scripted.polls) == {(0, 32)}
+
+
+def test_a_look_that_finds_something_is_not_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was in vain before it; the first look after sleep says nothing of that."""
+    for came, vain in ((True, 1), (False, 3)):
+        scripted = Scripted(monkeypatch, [ONE])
+        scripted.reader.spin_ns = 100
+        scripted.reader._vain = 2
+        scripted.reader.run(TURN, came=came, once=False)
+        assert scripted.reader._vain == vain
+
+
+def test_the_turn_ends_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many faults there are; looking once ends with the first look that finds nothing."""
+    scripted = Scripted(monkeypatch, [ONE] * 100)
+    assert scripted.reader.run(30, came=False, once=False) == (Outcome.DUE, None)
+    assert scripted.looks == 3
+    scripted = Scripted(monkeypatch, [ONE] * 5)
+    scripted.reader.spin_ns = 1000
+    assert scripted.reader.run(TURN, came=True, once=True) == (Outcome.IDLE, None)
+    assert scripted.looks == 6
+
+
+def test_what_is_not_plain_is_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages, one or more, an error of the read, and what epoll says; what was dropped just now is nobody's."""
+    error, broken = select.EPOLLERR, OSError(errno.EIO, "broken")
+    for ready, answers, plain, expected in (
+        ([(5, 1)], [ONE], False, (Outcome.MESSAGES, reading._Found(5, ONE, 0, 1))),
+        ([(5, 1), (6, 9)], [ONE, 2 * ONE], True, (Outcome.MESSAGES, reading._Found(6, 2 * ONE, 0, 9))),
+        ([(5, 1), (6, error)], [BlockingIOError()], True, (Outcome.MESSAGES, reading._Found(6, 0, 0, error))),
+        ([(5, 1), (6, 9)], [BlockingIOError(), broken], True, (Outcome.FAILED, reading._Found(6, 0, errno.EIO, 9))),
+        ([(5, 1), (6, 1)], [], True, (Outcome.IDLE, None)),
+    ):
+        scripted = Scripted(monkeypatch, cast("list[int | OSError]", list(answers)))
+        scripted.ready, scripted.plain = ready, plain
+        assert scripted.reader.run(TURN, came=False, once=True) == expected
+    scripted = Scripted(monkeypatch, [2 * ONE])
+    scripted.ready = [(5, 1), (6, 1)]
+    scripted.reader.dismiss(5)
+    assert scripted.reader.run(TURN, came=False, once=True) == (Outcome.MESSAGES, reading._Found(6, 2 * ONE, 0, 1))
+    assert (scripted.looks, scripted.identity[0]) == (1, 60)
+
+
+def test_a_single_descriptor_is_read_without_epoll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its number is."""
+    scripted = Scripted(monkeypatch, [2 * ONE])
+    scripted.reader.only(6)
+    assert scripted.reader.run(TURN, came=False, once=True) == (Outcome.MESSAGES, reading._Found(6, 2 * ONE, 0, 0))
+    assert not scripted.polls
+    scripted.reader.admit(0, 1)
+    scripted.reader.only(0)
+    scripted.answers.append(2 * ONE)
+    assert scripted.reader.run(TURN, came=False, once=True)[1].fd == 0
+    scripted.reader.only(-1)
+    scripted.reader.run(TURN, came=False, once=True)
+    assert scripted.polls
+
+
+def test_the_native_part_reads_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Python does."""
+    monkeypatch.setattr(reading.c, "NativeReader", Told)
+    counters, spaces = Counters(), cast("Any", {5: None})
+    with select.epoll() as epoll:
+        monkeypatch.setattr(reading.native, "reason", lambda: "")
+        native: Any = reading.make_reader(epoll, counters, spaces)
+        assert native._reader.epoll == epoll.fileno()
+        assert native._reader.words[0] == address_of(counters.words) + Counter.FAULTS * 8
+        monkeypatch.setattr(reading.native, "reason", lambda: "no compiler")
+        python: Any = reading.make_reader(epoll, counters, spaces)
+        assert isinstance(python, PythonReader)
+        assert (python._epoll, python._words, python._spaces) == (epoll, counters.words, spaces)
 
 
 @pytest.fixture
