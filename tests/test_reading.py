@@ -16,7 +16,7 @@ from aiouffd.engine.reading import MESSAGES, NativeReader, PythonReader
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 from aiouffd.kernel.memory import address_of
-from aiouffd.native.reader import Outcome
+from aiouffd.native.reader import WORDS, Outcome, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,14 +241,14 @@ def test_a_single_descriptor_is_read_without_epoll(monkeypatch: pytest.MonkeyPat
 
 def test_the_native_part_reads_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else Python does."""
-    monkeypatch.setattr(reading.c, "NativeReader", Told)
+    monkeypatch.setattr("aiouffd.native.reader.NativeReader", Told)
     counters, spaces = Counters(), cast("Any", {5: None})
     with select.epoll() as epoll:
-        monkeypatch.setattr(reading.native, "reason", lambda: "")
+        monkeypatch.setattr("aiouffd.native.reason", lambda: "")
         native: Any = reading.make_reader(epoll, counters, spaces)
         assert native._reader.epoll == epoll.fileno()
         assert native._reader.words[0] == address_of(counters.words) + Counter.FAULTS * 8
-        monkeypatch.setattr(reading.native, "reason", lambda: "no compiler")
+        monkeypatch.setattr("aiouffd.native.reason", lambda: "no compiler")
         python: Any = reading.make_reader(epoll, counters, spaces)
         assert isinstance(python, PythonReader)
         assert (python._epoll, python._words, python._spaces) == (epoll, counters.words, spaces)
@@ -257,11 +257,12 @@ def test_the_native_part_reads_where_it_is_there(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NativeReader, Told]]:
     """Return a native reader, and what stands for the native part of it."""
-    monkeypatch.setattr(reading.c, "NativeReader", Told)
+    monkeypatch.setattr("aiouffd.native.reader.NativeReader", Told)
     with select.epoll() as epoll:
         reader = NativeReader(epoll, Counters())
-        assert reader._reader.epoll == epoll.fileno()
-        yield reader, cast("Any", reader._reader)
+        made: Any = reader._reader
+        assert made.epoll == epoll.fileno()
+        yield reader, made
 
 
 def plain(size: int, memory: tuple[int, int, int, int] | None, *, readahead: bool = False) -> PlainSource:
@@ -302,7 +303,7 @@ def test_the_native_part_is_told_where_the_bytes_are(
                 "source": ADDRESS + offset if file < 0 else offset,
                 "page": PAGE,
                 "mode": 2,
-                "shown": reading.c.Shown.MEMORY if file < 0 else reading.c.Shown.FILE_PAGES,
+                "shown": Shown.MEMORY if file < 0 else Shown.FILE_PAGES,
                 "file": file,
                 "mapped": 0 if file < 0 else ADDRESS + offset,
                 "mtime_ns": 123,
@@ -364,7 +365,7 @@ def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, T
     with select.epoll() as epoll:
         words: Any = NativeReader(epoll, counters)._reader
         base = address_of(counters.words)
-        assert words.words == [base + Counter[name] * 8 for name in reading.c.WORDS]
+        assert words.words == [base + Counter[name] * 8 for name in WORDS]
     assert reader.spin_ns == 0
     reader.spin_ns = 50_000
     assert reader.spin_ns == 50_000
@@ -381,6 +382,7 @@ def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, T
         "only": 5,
     }
     assert reader._landing == (landing, identity)
-    assert reader.run == native.run
+    run: Any = reader.run
+    assert run == native.run
     reader.end()
     assert native.closed
