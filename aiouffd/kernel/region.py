@@ -227,12 +227,14 @@ class Region(mmap.mmap):
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; the mapping may move. What is added reads as zeros.
 
-        With `InProcess` and `InThread` another thread that touches it meanwhile gets SIGSEGV.
+        With `InProcess` and `InThread`, and after a Monitor was left, another thread that touches it meanwhile gets
+        SIGSEGV.
 
         Raises:
             BufferError: views of the region exist.
-            BusyError: the loop that serves it does not run; or this is its thread, and the last page, which is not
-                whole and must be cleared behind its end, is missing: `await prefetch()` it first.
+            BusyError: the loop that serves it does not run; or this is its thread, or nobody serves it any more, and
+                the last page, which is not whole and must be cleared behind its end, is missing: `await prefetch()` it
+                first.
         """
         if newsize > len(self):
             self._clear_tail()
@@ -292,6 +294,7 @@ class Region(mmap.mmap):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        self._listener = None
         self._keep.clear()
         self.annotate(None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.kernel import libc
@@ -11,10 +12,12 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import mapped
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
-from aiouffd.ranges import Range, RangeSet
+from aiouffd.ranges import Range, RangeSet, align_up
 
 if TYPE_CHECKING:
-    from aiouffd.kernel.region import Region
+    from collections.abc import Callable
+
+    from aiouffd.kernel.region import LayoutChange, Region
 
 __all__ = ["Sentinel"]
 
@@ -31,6 +34,9 @@ class Sentinel:
     `take_over` opens nothing. So the process may drop its privileges, become undumpable or use up its descriptors after
     this object is made.
 
+    From then on it makes the region's layout changes (`LayoutListener`). Without Feature.EVENT_REMAP the kernel
+    unregisters memory that moves, and what grows where it lies is registered, too.
+
     Args:
         uffd: the descriptor that serves the region. If it has Feature.SIGBUS itself, there is no second one.
         user_mode_only: open the second one so.
@@ -43,6 +49,10 @@ class Sentinel:
         own = Feature.SIGBUS in uffd.features
         self._uffd = uffd if own else Userfaultfd(Feature.SIGBUS, user_mode_only=user_mode_only)
         self.pagemap = Pagemap.open_if_possible()
+        self._pid = os.getpid()
+        self._registered = self._mapped = Range(0, 0)
+        self._fd = -1
+        self._page_size = mmap.PAGESIZE
 
     def take_over(self, region: Region, uffd: Userfaultfd) -> None:
         """Register what `uffd` serves of a region with this descriptor, and close `uffd`. The region keeps this object.
@@ -61,8 +71,12 @@ class Sentinel:
             raise
         if uffd is not self._uffd:
             uffd.close()
+        self._mapped = Range(region.address, region.mapped_length)
+        self._registered = self._mapped if gaps else Range(region.address, 0)
+        self._fd, self._page_size = region.fd, region.page_size
+        _share_present(self._mapped, gaps)
         self.pagemap.close()
-        _share_present(region, gaps)
+        region.listen(self)
 
     def _hand_over(self, region: Region, uffd: Userfaultfd) -> list[Range]:
         """Register the region with this descriptor in place of `uffd`; return the missing ranges.
@@ -85,19 +99,58 @@ class Sentinel:
             libc.mprotect(gap.start, gap.length, mmap.PROT_READ | mmap.PROT_WRITE)
         return gaps
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether a thread may touch a missing page: it would get SIGBUS."""
+        return False
+
+    def change(self, work: Callable[[LayoutChange], None]) -> None:
+        """Call `work`, which changes the region's layout."""
+        if os.getpid() != self._pid:  # a forked child has the present pages, and nothing is registered there
+            work(self)
+            return
+        # mremap(2) takes one mapping only (EFAULT). What forked children get and what they do not are two, as are what
+        # is registered and what is not.
+        libc.madvise(self._mapped.start, self._mapped.length, libc.MADV_DONTFORK)
+        if self._registered.length:
+            self._uffd.register(self._mapped.start, self._mapped.length, RegisterMode.MISSING)
+        try:
+            work(self)
+        finally:
+            self._register()
+            start, length = self._registered.start, self._registered.length
+            with Pagemap.open_if_possible() as pagemap:
+                _share_present(self._mapped, pagemap.missing(start, length, self._fd, self._page_size))
+
+    def removed(self, start: int, length: int) -> None:
+        """Nothing: what is emptied is missing, and a touch of it SIGBUS."""
+
+    def moved(self, address: int, length: int) -> None:
+        """Take note that the region lies at `address` now, and has `length` bytes. What was added is zeros."""
+        if os.getpid() == self._pid:
+            self._mapped = Range(address, align_up(length, self._page_size))
+            self._registered = Range(address, min(self._registered.length, self._mapped.length))
+            self._register()
+
+    def _register(self) -> None:
+        kept, mapped = self._registered, self._mapped
+        if kept.length:
+            self._uffd.register(kept.start, kept.length, RegisterMode.MISSING)
+        if kept.end < mapped.end:
+            self._uffd.unregister(kept.end, mapped.end - kept.end)
+
     def close(self) -> None:
         """Close what it has opened. Not after `take_over`."""
         self._uffd.close()
         self.pagemap.close()
 
 
-def _share_present(region: Region, gaps: list[Range]) -> None:
-    """Let forked children have the pages outside of `gaps`, and not those in it."""
-    start, length = region.address, region.mapped_length
+def _share_present(region: Range, gaps: list[Range]) -> None:
+    """Let forked children have the pages of a region outside of `gaps`, and not those in it."""
     with contextlib.suppress(OSError):  # too many mappings: children do not get these pages
         for gap in gaps:
             libc.madvise(gap.start, gap.length, libc.MADV_DONTFORK)
-        for present in RangeSet(gaps).gaps(start, start + length):
+        for present in RangeSet(gaps).gaps(region.start, region.end):
             libc.madvise(present.start, present.length, libc.MADV_DOFORK)
 
 

@@ -299,7 +299,6 @@ class Monitor:
                 if not self._sigbus:
                     self._crashes.close()
                 self._engine = self._registration = self.region.monitor = None
-                self.region.listen(None)
                 self._end_recording(complete=True)
                 self._errors.wake()
 

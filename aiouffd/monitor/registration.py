@@ -132,6 +132,7 @@ class Registration:
         """
         if (uffd := self._take()) is None:
             return
+        self.region.listen(None)
         if sigbus:
             self._sentinel.take_over(self.region, uffd)
         else:

@@ -165,6 +165,36 @@ def test_a_child_forked_after_leaving_reads_no_zeros() -> None:
     play(forked_after_serving_children)
 
 
+def resized_after_leaving(engine: str, shared: bool, touched: bool) -> None:
+    """Scenario: it grows, and moves for that; it is cut, and grows again where it lies."""
+    region = aiouffd.Region(64 * PAGE, shared=shared)
+    with served(region, ENGINES[engine]()):
+        if touched:
+            assert region[PAGE : 2 * PAGE] == content(PAGE, PAGE)
+    beside = aiouffd.Region(PAGE)  # what is mapped last lies below what was mapped before
+    for pages in (4096, 32, 33):
+        region.resize(pages * PAGE)
+        assert all(sigbus_at(region, page) for page in (0, 2, 31))
+        assert sigbus_at(region, 1) == (not touched)
+        assert not touched or region[PAGE : 2 * PAGE] == content(PAGE, PAGE)
+        assert child_that(lambda: region[PAGE]) == (0 if touched else -signal.SIGSEGV)
+        assert child_that(lambda: region[0]) == -signal.SIGSEGV
+        if pages != 32:
+            assert region[-PAGE:] == bytes(PAGE)
+    region.resize(31 * PAGE - 7)
+    with pytest.raises(aiouffd.BusyError):  # its last page would have to be cleared, and is missing
+        region.resize(40 * PAGE)
+    del beside
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_region_that_is_resized_after_leaving(engine: str, shared: bool, touched: bool) -> None:
+    """What was missing stays SIGBUS when it moves, and what is added is zeros."""
+    play(resized_after_leaving, engine, shared, touched)
+
+
 def registered(pages: int = 64) -> tuple[aiouffd.Region, Userfaultfd, Sentinel]:
     """Return a registered region with pages 1 and 3 present, and what takes it over."""
     region = aiouffd.Region(pages * PAGE)
