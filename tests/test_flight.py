@@ -8,7 +8,7 @@ import logging
 import pytest
 from engine_world import turns
 
-from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of, tasks_of
 from aiouffd.engine.runs import FOR_FAULT
 
 pytestmark = pytest.mark.timeout(30)
@@ -25,6 +25,19 @@ def test_a_flight_says_what_it_brings() -> None:
         set(),
         None,
     )
+
+
+async def test_tasks_of_flights() -> None:
+    """Each once, though a flight brings several pages; of some ranges only those that touch them."""
+    flights = [Flight(start, start + 0x3000, start + 0x10000, 0, FOR_FAULT) for start in (0, 0x3000, 0x6000, 0x9000)]
+    tasks = [asyncio.create_task(asyncio.sleep(0)) for _ in flights[1:]]
+    for flight, task in zip(flights[1:], tasks, strict=True):
+        flight.done = task
+    assert sorted(map(id, tasks_of(flights * 2))) == sorted(map(id, tasks))
+    assert tasks_of(flights, []) == []
+    assert tasks_of(flights, [(0x12000, 0x1000), (0x15000, 0x1000)]) == tasks[:1]
+    assert set(tasks_of(flights, [(0x15000, 0x4000)])) == {tasks[0], tasks[1]}
+    await asyncio.gather(*tasks)
 
 
 async def test_a_cancelation_from_outside() -> None:

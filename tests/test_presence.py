@@ -105,6 +105,56 @@ async def test_the_flight_of_a_fault_may_fail(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_what_is_under_way_elsewhere_is_not_waited_for(kind: Any) -> None:
+    """A source that does not answer for one page does not hold up a prefetch of others."""
+    source = kind()
+    world = World(0, source=source)
+    async with world.dispatched():
+        world.touch(5, 1)
+        world.deliver(64)
+        await turns()
+        source.through = asyncio.Event()
+        source.through.set()
+        await world.space.backend.bring(world.space, [(9 * PAGE, 2 * PAGE)], Counter.PAGES_PREFETCH)
+        assert source.asked == [5, 9, 10]
+        assert set(world.uffd.pages) == {BASE + 9 * PAGE, BASE + 10 * PAGE}
+
+
+async def test_what_begins_while_others_are_waited_for_may_fail() -> None:
+    """A window fails, and one of its pages is asked for alone; meanwhile another fault begins to bring its rest."""
+    source = Held()
+    world = World(16 * PAGE, source=source)
+    async with world.dispatched():
+        world.touch(5, 1)
+        world.deliver(64)
+        await turns()
+        offset, length, _ = source.reads[0]
+        asked = [(offset, length)]
+        prefetch = asyncio.create_task(world.space.backend.bring(world.space, asked, Counter.PAGES_PREFETCH))
+        await turns()
+        source.answer(0, OSError("a window"))
+        await turns()
+        assert source.reads[1][:2] == (5 * PAGE, PAGE)
+        world.touch((offset + length) // PAGE - 1, 2)
+        world.deliver(64)
+        await turns()
+        begun = len(source.reads)
+        assert begun > 2
+        source.answer(1)
+        await turns()
+        assert not prefetch.done()
+        for index in range(2, begun):
+            source.answer(index, OSError("the rest"))
+        while not prefetch.done():
+            await turns()
+            for index in range(begun, len(source.reads)):
+                if not source.reads[index][2].done():
+                    source.answer(index)
+        await prefetch
+        assert all(BASE + at in world.uffd.pages for at in range(offset, offset + length, PAGE))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_its_own_failure_is_raised_and_poisons_nothing(kind: Any) -> None:
     """And what has come is there."""
     source = kind({5: 99})

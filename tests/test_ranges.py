@@ -28,6 +28,7 @@ def test_a_range_set_is_a_set(operations: list[tuple[str, int, int]], start: int
     assert all(before.end < after.start for before, after in itertools.pairwise(listed))
     asked = set(range(start, start + length))
     assert {value for gap in ranges.gaps(start, start + length) for value in range(gap.start, gap.end)} == asked - model
+    assert ranges.touches(start, start + length) == bool(asked & model)
     assert RangeSet(ranges) == ranges
 
 

@@ -197,6 +197,18 @@ async def test_canceling_gives_the_place_up() -> None:
     assert (reads._gate.reads, reads._gate.size) == (0, 0)
 
 
+async def test_a_pause_between_two_tries_keeps_nobody_waiting() -> None:
+    """A source that fails for some pages does not hold up those that it has."""
+    counters = Counters()
+    reads = Reads(Scripted(OSError("once"), b"2", b"1"), counters, Limits(concurrent_reads=1, backoff=1.0))
+    first = asyncio.create_task(reads.read(0, 1, urgent=True))
+    await turns()
+    assert counters.snapshot().in_flight == 0
+    assert await reads.read(1, 1, urgent=False) == b"2"
+    assert not first.done()
+    assert await first == b"1"
+
+
 async def test_urgent_reads_go_first() -> None:
     """A thread waits for them."""
     source = Scripted(None, b"1", b"2")

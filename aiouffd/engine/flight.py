@@ -6,12 +6,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.ranges import Range, RangeSet
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from aiouffd.engine.runs import Purpose
 
-__all__ = ["Flight", "canceled_from_outside", "end_of"]
+__all__ = ["Flight", "canceled_from_outside", "end_of", "tasks_of"]
 
 log = logging.getLogger("aiouffd")
 
@@ -49,6 +51,15 @@ class Flight:
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"
+
+
+def tasks_of(flights: Iterable[Flight], ranges: Iterable[tuple[int, int]] | None = None) -> list[asyncio.Task[None]]:
+    """Return the tasks of flights; of those only that bring any of some ranges (offset, length), if these are given."""
+    found = {flight for flight in flights if flight.done is not None}
+    if found and ranges is not None:
+        wanted = RangeSet(Range(*item) for item in ranges)
+        found = {flight for flight in found if wanted.touches(flight.offset, flight.offset + flight.length)}
+    return [flight.done for flight in found if flight.done is not None]
 
 
 def canceled_from_outside(error: BaseException) -> bool:

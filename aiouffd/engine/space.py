@@ -16,6 +16,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.deferred import Deferred
+from aiouffd.engine.flight import Flight, tasks_of
 from aiouffd.engine.remainders import Remainders
 from aiouffd.engine.resolver import DONTWAKE, Resolver
 from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
@@ -27,7 +28,6 @@ from aiouffd.ranges import align_down, align_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.plain import PlainFaults, PlainSource
     from aiouffd.engine.readahead import Readahead
@@ -346,11 +346,10 @@ class Space:
             else:
                 self._refused(run, -result)
 
-    async def quiet(self) -> None:
-        """Wait until what is under way now is done: flights, what is deferred, and the rests of windows."""
-        flights = {flight.done for flight in self.flights.values() if flight.done is not None}
-        if flights:
-            await asyncio.wait(flights)
+    async def quiet(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
+        """Wait until what is under way now is done: what is deferred, the rests of windows, and flights of `ranges`."""
+        if tasks := tasks_of(self.flights.values(), ranges):
+            await asyncio.wait(tasks)
         while (self.deferred or self.remainders) and not self.is_gone and not self.closing:
             self.advance()
             await asyncio.sleep(_RETRY_WAIT if self.deferred else 0)  # the dispatcher's timer retries

@@ -23,7 +23,7 @@ from aiouffd.kernel.userfaultfd import Fork
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.serve.reads import Limits
@@ -346,7 +346,7 @@ class HandlerBackend:
         """Give the handler the missing pages of (offset, length) ranges, in this order; else as for `prefetch`."""
         await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause))
 
-    async def _bring_once(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+    async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
         tasks: list[asyncio.Task[None]] = []
@@ -362,7 +362,7 @@ class HandlerBackend:
         if tasks:
             await asyncio.wait(tasks)
         if not errors:
-            await space.quiet()  # the kernel may refuse what it has put off
+            await space.quiet(ranges)  # the kernel may refuse what it has put off
         if errors:
             raise errors[0]
 

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from aiouffd.engine.space import Space
 
@@ -25,7 +25,7 @@ _MAX_PAUSE = (
 async def until_present(
     space: Space,
     ranges: Iterable[tuple[int, int]],
-    one_pass: Callable[[Iterable[tuple[int, int]]], Awaitable[None]],
+    one_pass: Callable[[Sequence[tuple[int, int]]], Awaitable[None]],
 ) -> None:
     """Repeat passes over those ranges that still miss pages, until none does. Canceling is safe.
 
@@ -34,7 +34,8 @@ async def until_present(
     Args:
         space: whose pages are brought.
         ranges: (offset, length), whole pages.
-        one_pass: begins what is missing of some ranges and is not on its way, and waits for it; raises if that fails.
+        one_pass: begins what is missing of some ranges and is not on its way, waits for that, and for what others have
+            under way there; raises if what it has begun fails.
 
     Raises:
         UffdError: of `one_pass`.
@@ -44,7 +45,6 @@ async def until_present(
     wanted = list(ranges)
     while True:
         await one_pass(wanted)
-        await space.quiet()
         space.require_served()
         wanted = [(offset, length) for offset, length in wanted if _misses(space, offset, offset + length)]
         if not wanted:

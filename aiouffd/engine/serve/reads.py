@@ -81,23 +81,12 @@ class Reads:
         Raises:
             SourceError: the source failed, and went on failing.
         """
-        words = self._words
-        if not self._gate.try_enter(length):
-            await self._gate.enter(length, urgent=urgent)
-        words[Counter.IN_FLIGHT] += 1
-        words[Counter.BYTES_IN_FLIGHT] += length
-        try:
-            return await self._persist(offset, length, self._retries if retries is None else retries)
-        finally:
-            words[Counter.IN_FLIGHT] -= 1
-            words[Counter.BYTES_IN_FLIGHT] -= length
-            self._gate.leave(length)
-
-    async def _persist(self, offset: int, length: int, retries: int) -> Any:
+        if retries is None:
+            retries = self._retries
         tries = 0
         while True:
             try:
-                return await self._attempt(offset, length)
+                return await self._attempt(offset, length, urgent=urgent)
             except SourceTimeoutError as error:
                 failure: SourceError = error
             except SourceError:
@@ -121,7 +110,21 @@ class Reads:
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, keeps no secret
 
-    async def _attempt(self, offset: int, length: int) -> Any:
+    async def _attempt(self, offset: int, length: int, *, urgent: bool) -> Any:
+        """Read once. Only an attempt takes a place in the gate: the pauses between them keep nobody waiting."""
+        words = self._words
+        if not self._gate.try_enter(length):
+            await self._gate.enter(length, urgent=urgent)
+        words[Counter.IN_FLIGHT] += 1
+        words[Counter.BYTES_IN_FLIGHT] += length
+        try:
+            return await self._read(offset, length)
+        finally:
+            words[Counter.IN_FLIGHT] -= 1
+            words[Counter.BYTES_IN_FLIGHT] -= length
+            self._gate.leave(length)
+
+    async def _read(self, offset: int, length: int) -> Any:
         with self._deadlines:
             data = await self._source.read(offset, length)
         view = memoryview(data)

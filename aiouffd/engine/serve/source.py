@@ -19,7 +19,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -328,7 +328,7 @@ class SourceBackend:
         """Bring (offset, length) ranges of whole pages, in this order; errors and canceling as for `prefetch`."""
         await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause))
 
-    async def _bring_once(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+    async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:
         """Bring what is missing of some ranges and is not on its way already."""
         bound = asyncio.Semaphore(max(1, self.limits.concurrent_reads // 2))
         errors: list[UffdError] = []
@@ -372,7 +372,7 @@ class SourceBackend:
         while pending:
             await asyncio.wait(pending)
         if not errors:
-            await space.quiet()  # the kernel may refuse what it has put off
+            await space.quiet(ranges)  # the kernel may refuse what it has put off
         if errors:
             raise errors[0]
 
