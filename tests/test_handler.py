@@ -427,6 +427,126 @@ async def test_writes_are_told_only_where_that_is_wanted() -> None:
     assert not wants_writes(object())
 
 
+class Held(Writes):
+    """Its writes go on when the test says so."""
+
+    def __init__(self, effect: Callable[[], object] = lambda: None) -> None:
+        self.through = asyncio.Event()
+        self.effect = effect
+        super().__init__(self.hold)
+
+    async def hold(self, _fault: Fault, _batch: Batch) -> None:
+        """Wait."""
+        await self.through.wait()
+        self.effect()
+
+
+def written(world: World, *pages: int) -> list[tuple[int, int]]:
+    """Write to protected pages; return a list of what the kernel is then asked for: (op, address)."""
+    asked: list[tuple[int, int]] = []
+    world.space.resolve = lambda runs: asked.extend((run.op, run.dst) for run in runs)  # type: ignore[method-assign]
+    for page in pages:
+        world.backend.written(world.space, at(page).start, int(FaultFlag.WP | FaultFlag.WRITE), 7)
+    return asked
+
+
+async def test_writes_are_on_their_way_until_they_have_been_told() -> None:
+    """As many as there are; a change of the layout meanwhile harms nobody, and they do not join others."""
+    world = World(0, source=Held())
+    asked = written(world, 3, 5)
+    await turns()
+    assert world.counters.snapshot().in_flight == 2
+    assert sorted(world.space.flights) == [at(3).start, at(5).start]
+    assert world.space.flights[at(3).start].purpose is FOR_FAULT
+    world.space.changed(at(3).start, at(4).start)
+    assert list(world.space.flights) == [at(5).start]
+    handler: Any = world.backend
+    handler.handler.through.set()
+    await turns(20)
+    assert asked == [(Op.UNPROTECT, at(3).start), (Op.UNPROTECT, at(5).start)]
+    assert world.counters.snapshot().in_flight == 0
+    assert not world.errors
+
+
+async def test_a_handler_of_writes_has_its_time() -> None:
+    """Then its writer goes on, with an error that says who has failed for which fault, and each is counted."""
+    handler = Held()
+    world = World(0, source=handler, limits=Limits(timeout=0.01))
+    asked = written(world, 3, 5)
+    async with asyncio.timeout(10):
+        while len(asked) < 2:  # noqa: ASYNC110 - the fake has no event
+            await asyncio.sleep(0.001)
+    assert [str(error) for error in world.errors] == [
+        str(
+            HandlerError(
+                repr(handler),
+                f"the fault of thread 7 at {at(page).start:#x} (offset {page * PAGE:#x}, write)",
+                "has not returned in 0.01 s",
+            )
+        )
+        for page in (3, 5)
+    ]
+    found = world.counters.snapshot()
+    assert (found.handler_errors, found.in_flight) == (2, 0)
+
+
+async def test_a_write_whose_handler_fails_or_is_canceled() -> None:
+    """A failure is told, and says what was raised; a backend that closes tells nothing, and lets nobody go."""
+
+    async def fail(_fault: Fault, _batch: Batch) -> None:
+        raise ValueError("no")
+
+    world = World(0, source=Writes(fail))
+    written(world, 3, 5)
+    await turns(20)
+    assert ["ValueError: no" in str(error) and "offset 0x" in str(error) for error in world.errors] == [True, True]
+    assert world.counters.snapshot().handler_errors == 2
+    world = World(0, source=Held())
+    asked = written(world, 3)
+    await turns()
+    backend: Any = world.backend
+    await backend.aclose()
+    assert not asked
+    assert not world.errors
+    assert not world.space.flights
+    assert world.counters.snapshot().in_flight == 0
+
+
+@pytest.mark.parametrize("how", ["is_gone", "closing"])
+async def test_nobody_is_let_go_who_is_gone(how: str) -> None:
+    """The process has ended, or the space is being left."""
+    world = World(0, source=Held(lambda: setattr(world.space, how, True)))
+    asked = written(world, 3)
+    await turns()
+    backend: Any = world.backend
+    backend.handler.through.set()
+    await turns(20)
+    assert not asked
+
+
+async def test_errors_say_who_has_failed() -> None:
+    """For events, and for what the kernel refuses; each is counted."""
+    handler = Events()
+    world = World(0, source=handler)
+    for page in (1, 3):
+        world.remove(page, 1)
+        world.serve_all()
+    await turns(20)
+    assert [str(error) for error in world.errors] == [
+        str(HandlerError(repr(handler), repr(Remove(at(page).start, at(page).end)), "raised ValueError: no"))
+        for page in (1, 3)
+    ]
+    assert world.counters.snapshot().handler_errors == 2
+    run = world.space.run(Op.COPY, at(4).start)
+    backend: Any = world.backend
+    for count in (3, 4):
+        error = backend.refusal(run, errno.EFAULT)
+        assert str(error) == str(HandlerError(repr(handler), repr(run), "the kernel refused it: errno 14"))
+        assert world.counters.snapshot().handler_errors == count
+    await backend.aclose()
+    assert len(world.errors) == 2
+
+
 def test_a_fault_says_what_it_is() -> None:
     """For errors and logs."""
     fault = Fault(at(3).start + 5, FaultFlag.WRITE, 7, at(3), 3 * PAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pytest
 from engine_world import BASE, ELSEWHERE, SIZE, Held, World, turns
 from pattern import PAGE, content
 
+from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.runs import Op, Run
 from aiouffd.kernel import abi
@@ -142,16 +144,51 @@ def test_faults_on_pages_that_are_present() -> None:
 )
 def test_the_neighbours_of_a_minor_fault_are_mapped_as_well(page: int, readahead: int, length: int) -> None:
     """From the page to the end of its block, within the mapping; the page alone where that is refused."""
-    for refused in (False, True):
-        world = World(readahead * PAGE, located=True)
-        asked: list[tuple[int, int, int]] = []
-        alone: list[Run] = []
-        world.uffd.try_continue = lambda *call: asked.append(call) or (-14 if refused else call[1])  # type: ignore[method-assign,func-returns-value,redundant-expr] # noqa: B023
-        world.space.resolve = alone.extend  # type: ignore[method-assign,assignment]
+    for refused in (None, 0, -errno.EFAULT):
+        world, asked, alone = continued(readahead, refused)
         serve(world, fault(page, FaultFlag.MINOR))
         assert asked == ([(BASE + page * PAGE, length * PAGE, 0)] if length > 1 else [])
-        assert [run.dst for run in alone] == ([BASE + page * PAGE] if refused or length < 2 else [])
+        assert [run.dst for run in alone] == ([BASE + page * PAGE] if refused is not None or length < 2 else [])
         assert world.counters.snapshot().continues == (1 if length > 1 else 0)
+
+
+def continued(readahead: int, refused: int | None) -> tuple[World, list[tuple[int, int, int]], list[Run]]:
+    """Return a world, the CONTINUEs that it is asked for, which it answers so, and the runs that come alone."""
+    world = World(readahead * PAGE, located=True)
+    asked: list[tuple[int, int, int]] = []
+    alone: list[Run] = []
+
+    def answer(*call: int) -> int:
+        start, length, mode = call
+        asked.append((start, length, mode))
+        return length if refused is None else refused
+
+    world.uffd.try_continue = answer  # type: ignore[method-assign,assignment]
+    world.space.resolve = alone.extend  # type: ignore[method-assign,assignment]
+    return world, asked, alone
+
+
+def test_the_block_of_a_minor_fault_is_of_offsets_and_ends_with_its_mapping() -> None:
+    """Wherever that begins; where nothing of the source is shown, the page comes alone. Each fault is counted."""
+    world, asked, alone = continued(64, None)
+    world.space.mappings = Mappings([Mapping(BASE + PAGE, BASE + 30 * PAGE, 0)])
+    world.space.mappings.remove(BASE + 8 * PAGE, BASE + 9 * PAGE)
+    serve(world, fault(4, FaultFlag.MINOR), fault(20, FaultFlag.MINOR), fault(8, FaultFlag.MINOR))
+    assert asked == [(BASE + 4 * PAGE, 4 * PAGE, 0), (BASE + 20 * PAGE, 10 * PAGE, 0)]
+    assert [run.dst for run in alone] == [BASE + 8 * PAGE]
+    found = world.counters.snapshot()
+    assert (found.minor_faults, found.continues) == (3, 2)
+
+
+def test_a_backend_is_told_of_each_write() -> None:
+    """Where, how, and by whom."""
+    world = World(0, located=True)
+    told: list[tuple[object, ...]] = []
+    world.backend.written = lambda *arguments: told.append(arguments)  # type: ignore[method-assign]
+    flags = FaultFlag.WP | FaultFlag.WRITE
+    serve(world, fault(3, flags), fault(5, flags))
+    assert told == [(world.space, BASE + page * PAGE, int(flags), 7) for page in (3, 5)]
+    assert world.counters.snapshot().write_faults == 2
 
 
 def test_a_space_that_is_being_left_poisons_what_is_touched() -> None:
