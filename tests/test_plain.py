@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
+from engine_world import BASE, LOCATED, SIZE, World
 from hypothesis import given, settings
 
 from aiouffd.engine import plain
@@ -273,3 +274,53 @@ def test_a_plain_fault_takes_few_calls(windows: bool, calls: int) -> None:
         sys.setprofile(None)
         assert not done or len(seen) <= calls, seen
     assert done is not None
+
+
+@pytest.mark.parametrize("tail", [0, 1, PAGE - 1])
+@pytest.mark.parametrize("page", [5, 6])
+def test_nothing_behind_the_end_of_the_source_is_shown(kernel: Kernel, tail: int, page: int) -> None:
+    """The last, partial page is not plain: what lies behind it in memory is somebody else's."""
+    path = FastPath(Counters(), {})
+    path.admit(3, 1)
+    path.open(3, START, START + 8 * PAGE, 0, (at(1 << 40), 5 * PAGE + tail, PAGE, 0, False, None, None))
+    assert serve(path, 3, fault(4))
+    assert not serve(path, 3, fault(page))
+    assert [asked[1] for asked in kernel.asked] == [START + 4 * PAGE]
+
+
+@pytest.mark.parametrize("readahead", [False, True])
+@pytest.mark.parametrize("tail", [0, 1, PAGE - 1])
+def test_nothing_behind_the_end_of_the_source_is_shown_to_several(readahead: bool, tail: int) -> None:
+    """The same for the faults of one wake-up; what is left takes no neighbours for present."""
+    world = World(16 * PAGE if readahead else 0, located=True)
+    source: PlainSource = (LOCATED.locate, 5 * PAGE + tail, PAGE, 0, readahead, None, None)
+    faults = [(BASE + page * PAGE, 0, page) for page in (5, 6, 20)]
+    assert plain.serve_together(world.space, source, world.counters, faults, 0) == faults
+    assert not world.uffd.pages
+    assert world.space.readahead.missing(0, SIZE) == [(0, SIZE)]
+
+
+def test_a_source_is_kept_as_long_as_a_descriptor_shows_it() -> None:
+    """Then nothing keeps it, and its number is given to another."""
+
+    def sources(path: FastPath) -> list[PlainSource | None]:
+        return path._sources[1:]
+
+    first, second, third = ((at(1 << 40), pages * PAGE, PAGE, 0, False, None, None) for pages in (1, 2, 3))
+    path = FastPath(Counters(), {})
+    for fd in (3, 4, 5):
+        path.admit(fd, fd)
+    path.open(3, START, START + PAGE, 0, first)
+    path.open(4, START, START + PAGE, 0, first)
+    path.open(5, START, START + PAGE, 0, second)
+    assert sources(path) == [first, second]
+    path.close(3)
+    path.close(3)
+    assert sources(path) == [first, second]
+    path.dismiss(4)
+    assert sources(path) == [None, second]
+    path.open(3, START, START + PAGE, 0, third)
+    assert sources(path) == [third, second]
+    path.open(3, START, START + PAGE, 0, second)
+    path.close(5)
+    assert sources(path) == [None, second]

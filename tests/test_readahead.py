@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.engine.readahead import Readahead
-
-if TYPE_CHECKING:
-    import pytest
 
 PAGE = 4096
 END = 1 << 30
@@ -240,3 +237,43 @@ def test_losses_are_counted() -> None:
     assert policy.missing(0, 4 * PAGE) == [(0, 2 * PAGE)]
     assert policy.fresh().losses == 0
     assert policy.fresh().missing(0, 4 * PAGE) == [(0, 4 * PAGE)]
+
+
+def test_where_streams_are_expected() -> None:
+    """Around the window of one in order, at the next page of one that strides; the last seen one first."""
+    readahead = Readahead(PAGE, 16 * PAGE, 4 * PAGE)
+    assert readahead.expected() == []
+    for page in (0, 4, 12, 500, 499, 200, 210, 220):
+        readahead.windows(page * PAGE, 0, 1000 * PAGE)
+    assert readahead.expected() == [
+        (240 * PAGE, 241 * PAGE),
+        (483 * PAGE, 512 * PAGE),
+        (-17 * PAGE, 44 * PAGE),
+    ]
+    fresh = readahead.fresh()
+    assert (fresh.page, fresh.limit, fresh.around, fresh.expected()) == (PAGE, 16 * PAGE, 4 * PAGE, [])
+
+
+@pytest.mark.parametrize("step", [3, -3])
+@pytest.mark.parametrize(("room", "count"), [(4, 2), (3, 1)])
+def test_a_stride_ends_with_its_mapping(step: int, room: int, count: int) -> None:
+    """At its first page and at its last one; the page that faults comes, whatever was known of it, and each once."""
+    readahead = Readahead(PAGE, 16 * PAGE, PAGE)
+    last = 500 + 2 * step
+    low, high = (0, last + room) if step > 0 else (last - room + 1, 1000)
+    for page in (500, 500 + step):
+        readahead.windows(page * PAGE, low * PAGE, high * PAGE)
+    readahead.brought(last * PAGE, PAGE)
+    chosen = [(page * PAGE, PAGE) for page in (last, last + step)[:count]]
+    assert readahead.windows(last * PAGE, low * PAGE, high * PAGE) == chosen
+    assert not any(readahead.missing(start, start + length) for start, length in chosen)
+
+
+@pytest.mark.parametrize(("pages", "window"), [((0, 1, 2), (2, 2)), ((3, 2, 1), (0, 2))])
+def test_a_stride_of_one_page_is_one_run(pages: tuple[int, int, int], window: tuple[int, int]) -> None:
+    """Of a toucher who comes upon pages that were brought, and are gone."""
+    readahead = Readahead(PAGE, 16 * PAGE, 4 * PAGE)
+    for page in pages:
+        chosen = readahead.windows(page * PAGE, 0, 1000 * PAGE)
+        readahead.forget(0, 1000 * PAGE)
+    assert chosen == [(window[0] * PAGE, window[1] * PAGE)]

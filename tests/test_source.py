@@ -49,6 +49,7 @@ async def test_bytes_that_land_after_a_change_of_the_layout(change: str) -> None
     source.answer(0)
     await turns()
     world.serve_all()
+    assert (at(4) in world.space.flights) == (change == "move and another comes")  # not the one that has landed
     if change == "remove":
         assert world.uffd.pages == {at(4): bytes(PAGE)}
     elif change == "move":
@@ -451,3 +452,115 @@ def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
     assert source.expected
     assert all(0 < length <= 8 for _, length in source.expected)
     assert all(data == world.model[page] for page, data in world.uffd.pages.items())
+
+
+async def test_a_read_that_fails_after_a_change_of_the_layout() -> None:
+    """Costs nothing of what is there now: neither the page that has come in its place, nor who waits for that."""
+    source = Held()
+    world = World(0, source=source)
+    world.touch(4, 1)
+    world.deliver(64)
+    await turns()
+    world.move(4, 1)
+    while world.deliver(64):
+        pass
+    world.uffd.mremap(at(8), at(4), PAGE)
+    while world.deliver(64):
+        pass
+    source.answer(0, OSError(errno.EIO, "broken"))
+    await turns(20)
+    assert world.uffd.pages == {}
+    assert len(world.errors) == 1
+
+
+async def rescued(*pages: int) -> tuple[World, Held, asyncio.Task[None]]:
+    """Return a world in which the read of pages 4 to 7 is under way, its source, and the task of that flight."""
+    source = Held()
+    world = World(8 * PAGE, source=source)
+    for page in pages:
+        world.touch(page, page)
+    world.deliver(64)
+    await turns()
+    (flight,) = set(world.space.flights.values())
+    assert (flight.start, flight.end, flight.wanted) == (at(4), at(8), {at(page) for page in pages})
+    assert flight.done is not None
+    return world, source, flight.done
+
+
+async def test_pages_that_have_moved_are_not_rescued() -> None:
+    """The others that were waited for are, and the flight ends when they have come."""
+    world, source, flight = await rescued(4, 5)
+    world.move(4, 1)
+    while world.deliver(64):
+        pass
+    source.answer(0, OSError(errno.EIO, "once"))
+    await turns(20)
+    assert [read[:2] for read in source.reads[1:]] == [(5 * PAGE, PAGE)]
+    assert not flight.done()
+    source.answer(1)
+    await turns(20)
+    assert world.uffd.pages == {at(5): content(5 * PAGE, PAGE)}
+    assert flight.done()
+    assert flight.exception() is None
+    found = world.counters.snapshot()
+    assert (found.pages_fault, found.pages_readahead) == (1, 0)
+
+
+async def test_who_is_being_rescued_is_let_go_in_the_end() -> None:
+    """When the space is being left."""
+    world, source, _ = await rescued(4, 5)
+    source.answer(0, OSError(errno.EIO, "broken"))
+    await turns(20)
+    assert len(source.reads) == 3
+    world.space.refuse()
+    assert world.uffd.pages == {at(4): POISONED, at(5): POISONED}
+
+
+@pytest.mark.parametrize("how", ["is_gone", "closing"])
+@pytest.mark.parametrize("readahead", [0, 8 * PAGE])
+async def test_what_fails_after_the_end_is_not_told(how: str, readahead: int) -> None:
+    """The process has ended, or the space is being left: nobody is owed anything. Else each failure counts."""
+    source = Held()
+    world = World(readahead, source=source)
+    for page in (4, 12):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns()
+    for index in range(2):
+        source.answer(index, OSError(errno.EIO, "broken"))
+    await turns(20)
+    for index in range(2, len(source.reads)):
+        source.answer(index, OSError(errno.EIO, "broken"))
+    await turns(20)
+    assert world.counters.snapshot().source_errors == len(world.errors) == 2
+    world.touch(20, 20)
+    world.deliver(64)
+    await turns()
+    setattr(world.space, how, True)
+    source.answer(-1, OSError(errno.EIO, "broken"))
+    await turns(20)
+    assert len(world.errors) == 2
+    assert at(20) not in world.uffd.pages
+    await world.backend.aclose()
+
+
+@pytest.mark.parametrize("offset", [0, 8 * PAGE])
+def test_who_comes_upon_a_window_that_is_being_brought_has_the_next_one_brought(offset: int) -> None:
+    """Within the mapping that shows it; where nothing of the source is shown there is none."""
+    world = World(16 * PAGE, located=True)
+    world.space.mappings = Mappings([Mapping(at(4), at(20), offset)])
+    asked: list[tuple[int, int, int]] = []
+
+    def follow(*place: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        asked.append(place)  # type: ignore[arg-type]
+        return (offset + 8 * PAGE, 4 * PAGE), (offset + 12 * PAGE, 0)
+
+    world.space.readahead.follow = follow  # type: ignore[method-assign,assignment]
+    world.backend.follow(world.space, at(6))
+    assert asked == [(offset + 2 * PAGE, offset, offset + 16 * PAGE)]
+    assert [(run.dst, run.offset, run.left) for run in world.space.remainders] == [
+        (at(12), offset + 8 * PAGE, 4 * PAGE)
+    ]
+    world.space.mappings.remove(at(6), at(7))
+    world.backend.follow(world.space, at(6))
+    assert len(asked) == 1
