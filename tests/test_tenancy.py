@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -13,7 +13,12 @@ import aiouffd
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.tenant import Pack
+from aiouffd.pager.process import tenancy
 from aiouffd.pager.process.tenancy import FailedSource, Tenancy, build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 PAGE = 4096
 
@@ -30,6 +35,27 @@ async def test_a_source_is_rebuilt_with_its_options() -> None:
     assert bytes(rebuilt.read_nowait(0, PAGE)) == data
     assert all(os.fstat(fd) for fd in record["fds"])  # those in the record stay
     pack.close()
+
+
+async def test_a_source_in_memory_is_rebuilt_without_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages wait for a successor, and on a busy machine for each thread that it starts. A file may not answer."""
+    path = tmp_path / "file"
+    await asyncio.to_thread(path.write_bytes, bytes(PAGE))
+    apart: list[object] = []
+
+    async def noted(function: Callable[..., Any], *args: object) -> Any:
+        apart.append(function)
+        return await asyncio.to_thread(function, *args)
+
+    monkeypatch.setattr(tenancy, "apart", noted)
+    for source, threads in ((aiouffd.BufferSource(bytes(PAGE)), 0), (aiouffd.FileSource(path), 1)):
+        pack = await asyncio.to_thread(Pack, Service(source), Options())
+        record = {**pack.record, "config": pack.fds[0], "fds": pack.fds[1:]}
+        origin = await build(Counters(), 5, record)
+        assert type(origin.service.origin) is type(source)
+        assert len(apart) == threads
+        await origin.backend.aclose()
+        pack.close()
 
 
 async def test_what_could_not_be_opened_again_fails_page_by_page() -> None:

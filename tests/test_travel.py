@@ -16,7 +16,7 @@ from aiouffd import errors
 from aiouffd.criu.relay import RelaySource
 from aiouffd.engine.ahead.trace import Recorder, Trace
 from aiouffd.engine.assembly import Service
-from aiouffd.pager.process.travel import is_pickle, pack, unpack
+from aiouffd.pager.process.travel import is_pickle, modules, pack, unpack
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.concat import ConcatSource
@@ -102,6 +102,17 @@ def test_a_service_travels_with_its_recorder_and_its_trace(tmp_path: Path) -> No
     assert os.fstat(again.recorder.fd).st_ino == os.fstat(recorder.fd).st_ino
     again.recorder.close()
     recorder.discard()
+
+
+def test_the_modules_that_rebuilding_imports_are_known(tmp_path: Path) -> None:
+    """Of parts, too. Of a pickle only that it is one."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    both = Service(ConcatSource([FileSource(path), BufferSource(b"behind")]))
+    sources = {f"aiouffd.sources.{name}" for name in ("concat", "file", "buffer")}
+    assert modules(pack(both)[0]) == sources | {"aiouffd.engine.assembly"}
+    assert modules(pack(Service(Mine(b"x")))[0]) == {"cloudpickle"}
+    assert modules(b'{"os:system": ["true"]}') == set()
 
 
 class Mine(BufferSource):

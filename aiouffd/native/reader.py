@@ -12,7 +12,7 @@ from aiouffd.native import library
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["WORDS", "NativeReader", "Outcome", "Shown"]
+__all__ = ["WORDS", "NativeReader", "Outcome", "Shown", "declared"]
 
 WORDS = (*("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES", "LATENCY"),)
 """What is counted, by the names of `aiouffd.engine.statistics.Counter`."""
@@ -88,7 +88,8 @@ class _Found(ctypes.Structure):
 
 
 @cache
-def _functions() -> ctypes.CDLL:
+def declared() -> ctypes.CDLL:
+    """Return the library with the functions of the reader declared; raises as `library`."""
     functions = library()
     state, number = ctypes.c_void_p, ctypes.c_uint64
     functions.aiouffd_reader_new.restype = state
@@ -115,7 +116,7 @@ class NativeReader:
     """
 
     def __init__(self, epoll: int, words: Sequence[int]) -> None:
-        self._functions = _functions()
+        self._functions = declared()
         self._is = _Reader(epoll=epoll, only=-1, words=(ctypes.c_uint64 * len(WORDS))(*words))
         self._state = self._functions.aiouffd_reader_new(self._is)
         if not self._state:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from pairs import running
 from processes import ended, kill
 from scenario import eventually
+
+import aiouffd
+from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.mappings import Mapping
+from aiouffd.pager.client.tenant import Pack, Tenant
+
+PAGE = 4096
 
 
 def parent_of(pid: int) -> int:
@@ -46,12 +55,48 @@ def test_what_a_dead_worker_has_left_is_closed() -> None:
     """Descriptors of which no journal speaks do not pile up."""
     with running() as pager:
         keeper = pager.pair.keeper.pid
+        # The worker has closed the pidfd that it has sent; it may be ready before the keeper has opened its own.
+        assert pager.ask("resume", counters=[])["ok"] is None
+        eventually(lambda: list(descriptors(keeper).values()).count("anon_inode:[pidfd]"), 1)
         before = len(descriptors(keeper))
         for _ in range(3):
             kill(pager.pair.worker_pid)
             pager.ready()
             # What it has sent its pidfd by is open for a moment.
             eventually(lambda: len(descriptors(keeper)) <= before, expected=True)
+
+
+def test_successors_add_nothing_to_the_journal() -> None:
+    """Else each of them would replay more than the one before it, and the page that waits for it would wait longer."""
+    region = aiouffd.Region(16 * PAGE)
+    pack = Pack(Service(aiouffd.ZeroSource(16 * PAGE)), Options())
+    with aiouffd.Userfaultfd() as uffd, running() as pager:
+        uffd.register(region.address, 16 * PAGE, aiouffd.RegisterMode.MISSING)
+        tenant = Tenant(pack, uffd, [Mapping(region.address, region.address + 16 * PAGE, 0)], PAGE)
+        own = os.pidfd_open(os.getpid())
+        what = {"token": tenant.token, "service": pack.record, "space": tenant.record(tenant.mappings)}
+        assert pager.ask("open", [own, *pack.fds, *tenant.fds], own=len(tenant.fds), **what)["ok"] is None
+        os.close(own)
+        before = pager.pair.journal.size
+        assert before > 0
+        for _ in range(3):
+            kill(pager.pair.worker_pid)
+            pager.ready()
+        assert pager.pair.journal.size == before
+        assert pager.ask("close", token=tenant.token, poison=False)["ok"] is None
+    pack.close()
+
+
+def test_what_a_source_needs_is_imported_for_all_workers() -> None:
+    """By the keeper, once; a module that is not there is no matter of the keeper's."""
+    pack = Pack(Service(aiouffd.ObjectSource("https://host/key")), Options())
+    code = (
+        "import sys; from aiouffd.pager.process import keeper, state;"
+        f"keeper.import_for(state.State(origins={{1: {{'config': {pack.config}}}, 2: {{'config': -1}}}}));"
+        "sys.exit('aiouffd.sources.object_store' not in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, pass_fds=[pack.config])
+    pack.close()
 
 
 def test_workers_that_die_without_serving_anything_are_given_up() -> None:

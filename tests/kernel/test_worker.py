@@ -11,7 +11,8 @@ from processes import ended
 import aiouffd
 from aiouffd.errors import decode_error
 from aiouffd.pager.process.journal import Journal
-from aiouffd.pager.process.worker import descriptors
+from aiouffd.pager.process.replay import survey
+from aiouffd.pager.process.state import State
 
 
 def test_a_request_that_fails_is_answered() -> None:
@@ -49,4 +50,5 @@ def test_a_worker_has_one_thread_while_nothing_is_asked() -> None:
 
 def test_an_empty_journal_speaks_of_no_descriptors() -> None:
     """The keeper closes whatever else is open."""
-    assert descriptors(Journal.create()) == set()
+    assert survey(Journal.create()) is None
+    assert State().numbers == set()

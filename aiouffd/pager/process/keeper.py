@@ -19,10 +19,10 @@ import select
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from aiouffd import native
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.abi import Feature
@@ -33,14 +33,17 @@ from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLO
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
 from aiouffd.pager.process.served import close_all
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.state import State
+from aiouffd.pager.process.tenancy import config_of
+from aiouffd.pager.process.travel import modules
 
 if TYPE_CHECKING:
     import socket
 
     from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.travel import Pickles
 
-__all__ = ["run"]
+__all__ = ["import_for", "run"]
 
 log = logging.getLogger("aiouffd.keeper")
 
@@ -97,12 +100,15 @@ def _clone() -> int:
 
 def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
     """Keep a worker alive until it has nothing left to serve; return the exit status."""
-    native.reason()  # loads the native part, once for all workers
-    own = _open_descriptors()
+    worker.prepare()
+    own = {fd for fd in _open_descriptors() if _is_open(fd)}  # the list has its own number, which a worker's may get
     deaths = 0
     progress = -1
+    died = ""
     while True:
-        slow = _close_strays(own | worker.descriptors(journal))
+        state = survey(journal) or State()
+        slow = _close_strays(own | state.numbers)
+        import_for(state)
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -118,6 +124,8 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
             continue
         if pid == 0:
             _work(journal, connection, pickles, slow)
+        if died:
+            log.warning("%s and is replaced", died)
         began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
         status = _wait(pid, journal)
         calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
@@ -128,12 +136,18 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
         deaths = 1 if resolved != progress or calm else deaths + 1
         progress = resolved
         reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
-        log.warning("the worker (pid %d) died (%s) and is replaced", pid, reason)
+        died = f"the worker (pid {pid}) died ({reason})"
         journal.counters.words[Counter.RESTARTS] += 1
-        if pickles is not Pickles.NEVER:
-            import cloudpickle  # noqa: F401, PLC0415 - else each successor would import it, for a pickle that needs it
         if deaths >= DEATHS:
             return _give_up(journal, connection, reason)
+
+
+def import_for(state: State) -> None:
+    """Import what each worker imports that opens a source again; it says so itself where that fails."""
+    for origin in state.origins.values():
+        with contextlib.suppress(Exception):
+            for name in modules(config_of(origin)):
+                import_module(name)
 
 
 def _name(number: int) -> str:

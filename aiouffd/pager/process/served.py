@@ -150,7 +150,8 @@ class Served:
 
     def own(self, pidfd: int) -> None:
         """Note the process that owns this: end-of-file does not tell, since its forked children hold the connection."""
-        self.note_meta(owner=pidfd)
+        if pidfd != self.meta.owner:  # else a predecessor has noted it
+            self.note_meta(owner=pidfd)
         self._loop.add_reader(pidfd, self._owner_exited)
 
     def _owner_exited(self) -> None:

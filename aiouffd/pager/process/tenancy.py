@@ -13,7 +13,7 @@ from aiouffd.engine.assembly import Options, Service, make_backend
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.apart import apart
-from aiouffd.pager.process.travel import is_pickle, unpack
+from aiouffd.pager.process.travel import is_pickle, modules, unpack
 
 if TYPE_CHECKING:
     from aiouffd.engine.serve.handler import HandlerBackend
@@ -25,6 +25,9 @@ __all__ = ["BUILD_TIMEOUT", "FailedSource", "Origin", "Tenancy", "build", "confi
 
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
+
+_IN_MEMORY = {"aiouffd.engine.assembly", "aiouffd.sources.base", "aiouffd.sources.buffer"}
+"""Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
 
 
 class Origin:
@@ -89,8 +92,8 @@ class FailedSource:
 async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
     """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it.
 
-    A source of ours may lie on a file system that does not answer, and is opened in a thread. What is pickled is
-    rebuilt on the loop, which its code may ask for.
+    A source of ours may lie on a file system that does not answer, and is opened in a thread, unless it is in memory.
+    What is pickled is rebuilt on the loop, which its code may ask for.
 
     Raises:
         PagerStartError: it takes too long.
@@ -102,6 +105,8 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
         for entry in record["path"]:
             if entry not in sys.path:
                 sys.path.append(entry)
+        service = unpack(data, fds)
+    elif modules(data) <= _IN_MEMORY:
         service = unpack(data, fds)
     else:
         try:

@@ -27,7 +27,7 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Pickles", "is_pickle", "pack", "unpack"]
+__all__ = ["Pickles", "is_pickle", "modules", "pack", "unpack"]
 
 
 class Pickles(enum.StrEnum):
@@ -90,6 +90,16 @@ def unpack(data: bytes, fds: Sequence[int]) -> Any:
     if is_pickle(data):
         return _Unpickler(io.BytesIO(data), fds).load()
     return _rebuilt(json.loads(data), fds)
+
+
+def modules(data: bytes) -> set[str]:
+    """Return the modules that `unpack` imports; what a pickle needs besides cloudpickle is not known."""
+    if is_pickle(data):
+        return {"cloudpickle"}
+    found = set[str]()
+
+    json.loads(data, object_pairs_hook=lambda pairs: found.update(name for name, _ in pairs))
+    return {name.partition(":")[0] for name in found & _MAKERS}
 
 
 # Plain values

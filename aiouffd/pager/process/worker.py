@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import PagerStartError, encode_error
+from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.apart import close_foreign
+from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
-from aiouffd.pager.process.replay import replay, survey
+from aiouffd.pager.process.replay import replay
 from aiouffd.pager.process.served import Served, close_all
 
 if TYPE_CHECKING:
@@ -30,12 +31,20 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.travel import Pickles
 
-__all__ = ["descriptors", "run"]
+__all__ = ["prepare", "run"]
 
 log = logging.getLogger("aiouffd.pager")
 
 _FAREWELL = 0.5
+_FIRST = 0.01
 _LATER = 0.1
+
+
+def prepare() -> None:
+    """Do what each worker would do, before any of them is made."""
+    asyncio.set_event_loop(None)  # makes the policy
+    with contextlib.suppress(NativePartError):
+        declared()
 
 
 def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
@@ -58,12 +67,6 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: lis
     # The process that waits for the end of this one need not wait for threads that close files.
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def descriptors(journal: Journal) -> set[int]:
-    """Return the descriptors that a worker's journal speaks of."""
-    state = survey(journal)
-    return state.numbers if state is not None else set()
 
 
 class _Worker:
@@ -99,6 +102,8 @@ class _Worker:
         for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT):  # what a predecessor had under way is no more
             self.journal.counters.words[gauge] = 0
         await self.succeed()
+        if self.served.tasks:  # who waits for a page comes first; a source that does not answer holds up nobody
+            await asyncio.wait(self.served.tasks, timeout=_FIRST)
         self.loop.add_reader(self.connection.fileno(), self.receive)
         pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
         self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
