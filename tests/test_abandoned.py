@@ -49,6 +49,25 @@ def test_all_that_wait_are_let_go_and_then_that_is_said() -> None:
     waiter.close()
 
 
+def test_forked_children_are_let_go_until_the_last_has_ended() -> None:
+    """Also when the tenants are settled: nobody else has the children's descriptors."""
+    watch: Any = Unwatched()
+    waiter, tenant, child = Waiter(watch), Tenant("a"), Tenant("a/1")
+    lost = threading.Event()
+    arguments: Any = ({"a": tenant}, None, waiter, lost.set, [child])
+    thread = threading.Thread(target=poison_what_is_touched, args=arguments)
+    thread.start()
+    assert lost.wait(30)
+    child.uffd.touch(BASE, 1)
+    eventually(lambda: child.uffd.pages, {BASE: POISONED})
+    tenant.uffd.touch(BASE, 2)
+    child.uffd.exit()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not tenant.uffd.pages
+    waiter.close()
+
+
 def test_it_goes_on_until_it_is_stopped() -> None:
     """A tenant that has left is left alone; who touches later is let go as well."""
     watch: Any = Unwatched()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.vault import Vault
 
 if TYPE_CHECKING:
     from aiouffd.pager.client.pair import Pair
@@ -23,12 +24,14 @@ class FakePair:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.vault = Vault.create()
         self.connection, other = socket.socketpair()
         other.close()
 
     def close(self) -> None:
         """As a pair does."""
         self.connection.close()
+        self.vault.close()
 
 
 class FakeTenant:

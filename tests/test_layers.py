@@ -64,7 +64,7 @@ ORDER = {
     "handoff": ["__init__", "lines", "apart", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
-        *("__init__", "handles", "inherited", "control", "travel", "tenancy", "state", "journal", "replay"),
+        *("__init__", "handles", "inherited", "control", "travel", "vault", "tenancy", "state", "journal", "replay"),
         *("rewriting", "last_resort", "served", "blocked", "handover", "answers", "worker", "keeper"),
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],

@@ -21,14 +21,15 @@ def started(theirs: socket.socket, **options: object) -> subprocess.Popen[bytes]
 
 
 def test_it_says_hello_with_its_journal_and_ends_when_nobody_is_left() -> None:
-    """The journal is a descriptor that comes along."""
+    """The journal is a descriptor that comes along, and so is where descriptors are kept."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, started(theirs) as process:
         theirs.close()
-        message, (fd,) = control.receive(ours)
+        message, (fd, vault) = control.receive(ours)
         assert message["event"] == "hello"
         assert Journal(fd).counters.progress() == 0
         os.close(fd)
+        os.close(vault)
         ours.shutdown(socket.SHUT_WR)
         assert process.wait(100) == 0
 

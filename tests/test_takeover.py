@@ -22,6 +22,7 @@ class Orphan:
     def __init__(self, *, lives: bool) -> None:
         self.worker_lives = lives
         self.journal = Journal.create()
+        self.vault = SimpleNamespace(take=lambda: {7: 8})
         self.closed = False
         self.connection = SimpleNamespace(setblocking=self._no_more)
 
@@ -45,7 +46,7 @@ def makes(start: Callable[[], Any], told: list[Any]) -> Takeover:
         requests,
         start,
         waiter,
-        reopen=lambda journal, state: told.append((journal, state)),
+        reopen=lambda *args: told.append(args),
         taken=lambda: told.append("taken"),
         hear=told.append,
     )
@@ -94,6 +95,7 @@ def test_where_no_orphan_lives_the_journal_says_what_is_shown() -> None:
     takeover.begin()
     assert [item if item == "taken" else item[0] for item in told] == [told[0][0], "taken"]
     assert told[0][0] in (first.journal, second.journal)
+    assert told[0][2] == {7: 8}
     assert first.closed
     assert second.closed
     assert not takeover.orphans

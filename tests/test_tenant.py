@@ -10,7 +10,7 @@ import pytest
 import aiouffd
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.client.tenant import Pack, Tenant, root_of
 from aiouffd.pager.process.state import SpaceState, State
 from aiouffd.testing import FakeUffd
 
@@ -57,3 +57,20 @@ def test_memory_is_told_of_as_a_dead_pager_knew_it(pack: Pack) -> None:
     assert tenant.shown(State(spaces={1: child})) == tenant.mappings
     assert tenant.shown(State(spaces={1: child, 2: own})) == moved
     assert tenant.record(moved)["mappings"] == [(PAGE, 2 * PAGE, 0)]
+
+
+def test_children_become_tenants_with_descriptors_of_their_own(pack: Pack) -> None:
+    """Those whose descriptor is there, whatever generation they are of; others' descriptors are left."""
+    uffd: Any = FakeUffd()
+    tenant = Tenant(pack, uffd, [Mapping(0, PAGE, 0)], PAGE, tether=7)
+    shows = Mappings([Mapping(PAGE, 2 * PAGE, 0)])
+    tokens = {1: tenant.token, 2: f"{tenant.token}/9", 3: tenant.token, 4: "another's"}
+    spaces = {at: SpaceState(at, at, PAGE, 0, 1, token, is_child=True, mappings=shows) for at, token in tokens.items()}
+    fds = {at: os.open(os.devnull, os.O_RDONLY) for at in (1, 2, 4)}
+    children = tenant.children(State(spaces=spaces), fds)
+    assert [child.token for child in children] == [f"{tenant.token}/1", f"{tenant.token}/2"]
+    assert [root_of(child.token) for child in children] == [tenant.token] * 2
+    assert all(child.mappings == list(shows) and child.tether == -1 for child in children)
+    assert list(fds) == [4]
+    os.close(fds[4])
+    assert tenant.children(None, {}) == []

@@ -58,7 +58,7 @@ class CrashNotes:
             self._note.say(
                 When.ABSENT,
                 f"{monitor} serves it for process {os.getpid()}; a forked child does not have it. Use Monitor(...,"
-                ' fork="serve"), or open it in the child.',
+                ' fork="serve") with the default engine, or open it in the child.',
             )
         region.annotate(self._note)
 

@@ -82,8 +82,9 @@ class Monitor:
         readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
         on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
             process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"), "zeros".
-        fork: "dontfork": forked children do not have the region at all, a touch is SIGSEGV there; "serve": they are
-            served with the same contents, and so are their children. That needs CAP_SYS_PTRACE.
+        fork: "serve": forked children are served with the same contents, and so are their children. That needs
+            CAP_SYS_PTRACE. "dontfork": they do not have the region at all, a touch is SIGSEGV there. None: "serve"
+            with `Pager()`, where this user may; else "dontfork".
         timeout: seconds for one read of the source or one call of the handler; None: no limit.
         retries: further tries after a failed read, with exponential backoff and jitter. None: 4, and for URLs as many
             as two thirds of the timeout allow.
@@ -114,7 +115,7 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         engine: Pager | InProcess | None = None,
-        fork: Fork = "dontfork",
+        fork: Fork | None = None,
         **options: Unpack[AllOptions],
     ) -> None: ...
 
@@ -125,13 +126,13 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         engine: InThread,
-        fork: Literal["dontfork"] = "dontfork",
+        fork: Literal["dontfork"] | None = None,
         **options: Unpack[AllOptions],
     ) -> None: ...
 
     @overload
     def __init__(
-        self, region: Region, *, engine: ServedBy, fork: Fork = "dontfork", **options: Unpack[MemoryOptions]
+        self, region: Region, *, engine: ServedBy, fork: Fork | None = None, **options: Unpack[MemoryOptions]
     ) -> None: ...
 
     def __init__(
@@ -142,7 +143,7 @@ class Monitor:
         engine: EngineChoice | None = None,
         readahead: int = 2 << 20,
         on_exit: OnExit = "sigbus",
-        fork: Fork = "dontfork",
+        fork: Fork | None = None,
         timeout: float | None = 30.0,
         retries: int | None = None,
         concurrent_reads: int = 128,
@@ -156,7 +157,7 @@ class Monitor:
         _check_region(region)
         if on_exit not in ("sigbus", "populate", "zeros"):
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
-        if fork not in ("dontfork", "serve"):
+        if fork not in (None, "dontfork", "serve"):
             raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
         if record is not None and replay is not None:
             raise ValueError("either record or replay: what a replay brings is not seen to be touched")
@@ -168,7 +169,7 @@ class Monitor:
         self._choice: EngineChoice = Pager() if engine is None else engine
         self._on_exit = on_exit
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
-        self._fork = fork
+        self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
         self._record = record
         self._replay = replay
@@ -238,13 +239,13 @@ class Monitor:
             region,
             self._choice.features,
             writes=self._writes,
-            children=self._fork == "serve",
+            children=self._children,
             user_mode_only=self._user_mode_only,
             serves_system_calls=self._choice.serves_system_calls,
         )
         self._registration = registration
         name = f"The Monitor of {region!r} by {self.origin!r}"
-        self._crashes = CrashNotes(region, name, children=self._fork == "serve")
+        self._crashes = CrashNotes(region, name, children=registration.children)
         try:
             if self._writes == "tracked":
                 registration.collect()  # what was there before is protected, too

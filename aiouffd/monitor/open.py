@@ -60,7 +60,7 @@ def open(  # noqa: A001 - it is called aiouffd.open
     what: Any,
     *,
     engine: Pager | InThread | InProcess | None = None,
-    fork: Fork = "dontfork",
+    fork: Fork | None = None,
     storage_options: Mapping[str, Any] | None = None,
     **options: Unpack[AllOptions],
 ) -> Opened:

@@ -9,7 +9,7 @@ import mmap
 import threading
 from typing import TYPE_CHECKING
 
-from aiouffd.errors import BusyError, ClosedError, UffdError
+from aiouffd.errors import AccessError, BusyError, ClosedError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.populated import drop_populated_zeros
@@ -34,7 +34,8 @@ class Registration:
         region: must not be registered yet.
         features: that the engine needs.
         writes: which writes are told: "tracked" (WP_ASYNC), "served" (a message each), or "" for none.
-        children: forked children have the region, and are served; else it is not theirs (MADV_DONTFORK).
+        children: forked children have the region, and are served; else it is not theirs (MADV_DONTFORK). None: where
+            this user may (CAP_SYS_PTRACE).
         user_mode_only: the caller agrees that system calls on missing pages fail.
         serves_system_calls: the engine would serve them; else a descriptor for user mode only will do.
 
@@ -50,7 +51,7 @@ class Registration:
         features: Feature,
         *,
         writes: str,
-        children: bool,
+        children: bool | None,
         user_mode_only: bool,
         serves_system_calls: bool,
     ) -> None:
@@ -66,10 +67,7 @@ class Registration:
         self.region = region
         self.can_poison = Feature.POISON in available.features
         self.modes = RegisterMode.MISSING
-        self._children = children
         self._lock = threading.Lock()
-        if children:
-            features |= Feature.EVENT_FORK
         if writes:
             self.modes |= RegisterMode.WP
             more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
@@ -80,11 +78,12 @@ class Registration:
             self.modes |= RegisterMode.MINOR
         drop_populated_zeros(region)
         region.never_served = False
-        uffd = Userfaultfd(features, user_mode_only=user_mode_only)
+        uffd = _open(features, children=children, user_mode_only=user_mode_only)
+        self.children = Feature.EVENT_FORK in uffd.features
         self._sentinel = Sentinel(uffd, user_mode_only=user_mode_only)  # now: privileges may be dropped later
         self._uffd: Userfaultfd | None = uffd
         try:
-            if not children:
+            if not self.children:
                 libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
             uffd.register(region.address, region.mapped_length, self.modes)
         except BaseException:
@@ -151,13 +150,23 @@ class Registration:
         try:
             uffd.unregister(self.region.address, self.region.mapped_length)
         finally:
-            if not self._children:
+            if not self.children:
                 libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
 
     def _take(self) -> Userfaultfd | None:
         with self._lock:
             uffd, self._uffd = self._uffd, None
         return uffd
+
+
+def _open(features: Feature, *, children: bool | None, user_mode_only: bool) -> Userfaultfd:
+    if children is not False:
+        try:
+            return Userfaultfd(features | Feature.EVENT_FORK, user_mode_only=user_mode_only)
+        except AccessError:
+            if children:
+                raise
+    return Userfaultfd(features, user_mode_only=user_mode_only)
 
 
 def _minor(region: Region) -> Feature:

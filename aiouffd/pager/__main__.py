@@ -12,6 +12,7 @@ from aiouffd.pager.loglines import SWITCH, Lines
 from aiouffd.pager.process import control, inherited, keeper
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.vault import Vault
 
 
 def main() -> int:
@@ -24,14 +25,14 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
-        journal = Journal.create()
-        control.send(connection, {"event": "hello"}, [journal.fd])
+        journal, vault = Journal.create(), Vault.create()
+        control.send(connection, {"event": "hello"}, [journal.fd, vault.outer.fileno()])
     except control.Closed:  # interrupted, the process that has started this has gone again
         return 0
     except Exception as error:  # noqa: BLE001 - the process that has started this is told
         control.send(connection, {"event": "failed", "error": encode_error(error)})
         return 1
-    return keeper.run(journal, connection, Pickles(sys.argv[2]))
+    return keeper.run(journal, vault, connection, Pickles(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def test_a_region_that_has_moved() -> None:
 def forked(name: str, where: str) -> None:
     """Scenario: a child touches a region that is served, or was, for its parent."""
     region = aiouffd.Region(SIZE)
-    monitor = aiouffd.Monitor(region, Pattern(SIZE), engine=engine_of(name), readahead=0)
-    with monitor:
+    options: Any = {"fork": "dontfork", "readahead": 0}
+    with aiouffd.Monitor(region, Pattern(SIZE), engine=engine_of(name), **options):
         if where == "inside":
             child = os.fork()
             if child == 0:
@@ -176,19 +176,19 @@ def item(number: int) -> int:
 def pool(fork: str) -> None:
     """Scenario: a pool of forked workers, made inside the block."""
     globals()["region"] = region = aiouffd.Region(SIZE)
-    options: Any = {"fork": fork}
+    options: Any = {"fork": fork} if fork else {}
     monitor = aiouffd.Monitor(region, Pattern(SIZE), **options)
     with monitor, multiprocessing.get_context("fork").Pool(2) as workers:
         result = workers.map_async(item, range(4))
-        if fork == "serve":
+        if fork != "dontfork":
             assert result.get(20) == [1, 2, 3, 4]
         else:
             with pytest.raises(multiprocessing.TimeoutError):
                 result.get(5)
 
 
-@pytest.mark.parametrize("fork", ["serve", "dontfork"])
+@pytest.mark.parametrize("fork", ["", "serve", "dontfork"])
 def test_a_pool_of_forked_workers(fork: str) -> None:
-    """Served, it has the bytes. Else each worker says what to do: the pool itself waits for ever for one that died."""
+    """Served, as by default, it has the bytes. Else each worker says what to do, and the pool waits for ever."""
     _, errors = play(pool, fork)
     assert ('Use Monitor(..., fork="serve")' in errors) == (fork == "dontfork")

@@ -662,7 +662,7 @@ def test_layout_events_reach_a_handler_in_order(tmp_path: Path, monkeypatch: pyt
 def child_without_serving() -> None:
     """Scenario."""
     region = aiouffd.Region(1 << 20)
-    with aiouffd.Monitor(region, Pattern(1 << 20)):
+    with aiouffd.Monitor(region, Pattern(1 << 20), fork="dontfork"):
         assert region[0] == 1
         child = os.fork()
         if child == 0:
@@ -672,7 +672,7 @@ def child_without_serving() -> None:
         subprocess.run(["true"], check=True, preexec_fn=os.getpid)  # a real fork: it is not held up
 
 
-def test_a_forked_child_fails_loudly_by_default() -> None:
+def test_a_forked_child_that_is_not_served_fails_loudly() -> None:
     """It has not got the region: SIGSEGV, never silent zeros; fork itself is not held up."""
     play(child_without_serving)
 

@@ -155,3 +155,25 @@ def moved_by_mmap() -> None:
 def test_a_region_without_missing_pages() -> None:
     """Nothing has to be settled."""
     play(moved_by_mmap)
+
+
+def children_of_users(privileged: bool) -> None:
+    """Scenario: whether forked children have the region is left to what this user may."""
+    region = aiouffd.Region(SIZE)
+    if not privileged:
+        os.setuid(65534)
+    registration = registered(region, children=None, user_mode_only=not privileged)
+    assert registration.children is privileged
+    assert ("dc" in flags(region)) is not privileged  # MADV_DONTFORK
+    assert (Feature.EVENT_FORK in registration.uffd.features) is privileged
+    if not privileged:
+        other = aiouffd.Region(SIZE)
+        with pytest.raises(aiouffd.AccessError, match="CAP_SYS_PTRACE"):
+            registered(other, children=True, user_mode_only=True)
+    registration.abandon()
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+def test_children_are_served_where_this_user_may(privileged: bool) -> None:
+    """Without CAP_SYS_PTRACE they do not have the region. Where that was asked for, it is an error."""
+    play(children_of_users, privileged)

@@ -72,6 +72,50 @@ def test_a_child_has_the_descriptors_number_of_one_that_has_ended() -> None:
     play(children_come_and_go)
 
 
+def all_die_and_children_live() -> None:
+    """Scenario: keeper and worker are killed at once, twice; a child has its own layout, and a child itself."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0, fork="serve") as monitor:
+        reads: list[int] = []
+        children: list[int] = []
+        for number in range(3):
+            read, write = os.pipe()
+
+            def look(read: int = read, number: int = number) -> bool:
+                region.madvise(mmap.MADV_DONTNEED, 9 * PAGE, PAGE)
+                rights = [peek(region.address + number * PAGE) == word(number)]
+                for page in (20, 40):
+                    os.read(read, 1)
+                    rights += [peek(region.address + page * PAGE) == word(page)]
+                rights += [peek(region.address + 9 * PAGE) == bytes(8)]
+                grandchild = forked(lambda: peek(region.address + 60 * PAGE) == word(60))
+                return all(rights) and os.waitpid(grandchild, 0)[1] == 0
+
+            children.append(forked(look))
+            reads.append(write)
+        assert peek(region.address + 9 * PAGE) == word(9)
+        eventually(lambda: monitor.statistics().removes, 3)
+        eventually(lambda: monitor.statistics().pages, 4)
+        for page in (20, 40):
+            pids = monitor.pids
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            for write in reads:
+                os.write(write, b"x")
+            assert peek(region.address + page * PAGE) == word(page)
+            replaced(monitor, *pids)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        eventually(lambda: monitor.statistics().spaces, 1)
+        monitor.check()
+
+
+def test_children_are_served_on_when_keeper_and_worker_are_killed_at_once() -> None:
+    """Nobody but the pager has had their descriptors: they are in a socket that the application has, too."""
+    play(all_die_and_children_live)
+
+
 async def a_client_leaves(path: str) -> None:
     """Scenario."""
 

@@ -51,6 +51,7 @@ class InProcess:
 
     features: ClassVar[Feature] = Feature.THREAD_ID
     serves_system_calls: ClassVar[bool] = True
+    serves_children: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve"."""

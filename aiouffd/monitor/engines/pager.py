@@ -43,6 +43,7 @@ class Pager:
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
+    serves_children: ClassVar[bool] = True
 
     def check(self, terms: Terms) -> None:
         """Accept everything."""

@@ -33,14 +33,14 @@ class Terms:
 
     Attributes:
         origin: the source or handler; None: none was given.
-        fork: "dontfork" or "serve".
+        fork: "dontfork", "serve", or None: as the engine does by default.
         options: how to serve, as far as that is not a matter of the engine.
         records: whether the order of touches is recorded.
         replays: whether a recording is replayed.
     """
 
     origin: Any
-    fork: str
+    fork: str | None
     options: Options
     records: bool = False
     replays: bool = False
@@ -118,6 +118,10 @@ class EngineChoice(Protocol):
     @property
     def serves_system_calls(self) -> bool:
         """Whether a system call that touches a missing page is served; else it fails with EFAULT."""
+
+    @property
+    def serves_children(self) -> bool:
+        """Whether forked children are served, where nothing else is asked for."""
 
     def check(self, terms: Terms) -> None:
         """Raise ValueError where such an engine cannot do what the Monitor was asked for; it names both."""

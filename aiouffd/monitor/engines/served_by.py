@@ -58,6 +58,7 @@ class ServedBy:
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
+    serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
 
     def check(self, terms: Terms) -> None:
         """Refuse what only the server can be asked for."""

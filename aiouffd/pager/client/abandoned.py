@@ -6,14 +6,13 @@ import select
 from typing import TYPE_CHECKING
 
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
-from aiouffd.pager.process.replay import survey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.pager.client.waiting import Waiter
-    from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.state import State
 
 __all__ = ["poison_what_is_touched"]
 
@@ -21,36 +20,44 @@ _CALM = 50  # milliseconds without a fault, until all that waited are taken to h
 
 
 def poison_what_is_touched(
-    tenants: dict[str, Tenant], journal: Journal | None, waiter: Waiter, on_lost: Callable[[], None] | None
+    tenants: dict[str, Tenant],
+    state: State | None,
+    waiter: Waiter,
+    on_lost: Callable[[], None] | None,
+    children: Sequence[Tenant] = (),
 ) -> None:
     """Let all go that wait for a page, and all that touch a missing one, with SIGBUS: no hang, no zeros.
 
     Args:
         tenants: by token; one that is removed from it is left alone from then on.
-        journal: says what they show now.
+        state: says what they show now.
         waiter: ends this when it is stopped.
-        on_lost: called once all that waited have been let go; this ends then. None: it goes on.
+        on_lost: called once all that waited have been let go; the tenants are left alone then. None: this goes on.
+        children: that were forked from the tenants: nobody else has their descriptors.
     """
-    state = survey(journal) if journal is not None else None
     resort = LastResort(
         Forsaken(
             tenant.uffd,
             tenant.page_size,
             [(mapping.start, mapping.end) for mapping in tenant.shown(state)],
             tenant.token,
+            is_child=tenant in children,
         )
-        for tenant in list(tenants.values())
+        for tenant in (*tenants.values(), *children)
     )
     poller = select.poll()
     poller.register(resort.fileno(), select.POLLIN)
     poller.register(waiter.fileno(), select.POLLIN)
-    while not waiter.stopped:
+    settled = False
+    while not waiter.stopped and not (settled and not resort.spaces):
         ready = poller.poll(1 if resort.pending else _CALM)
         if waiter.fileno() in dict(ready):
             waiter.drain()
-        if not resort.attend() and not ready and on_lost is not None:
+        if not resort.attend() and not ready and on_lost is not None and not settled:
             on_lost()
-            break
-        for token in {space.token for space in resort.spaces.values()} - tenants.keys():
+            settled = True
+        for token in {space.token for space in resort.spaces.values()} - (set() if settled else tenants.keys()):
             resort.forget(token)
+        if settled:
+            resort.look()
     resort.close()

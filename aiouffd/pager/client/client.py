@@ -20,10 +20,11 @@ from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.pair import START_TIMEOUT, Pair
 from aiouffd.pager.client.takeover import Takeover
-from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.client.tenant import Pack, Tenant, root_of
 from aiouffd.pager.client.waiting import StoppedError, Waiter
 from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import open_pidfd
+from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.travel import Pickles
 from aiouffd.rpc import Request, Requests
 
@@ -330,7 +331,7 @@ class PagerClient:
             self._requests.answer(message)
 
     def _event(self, message: dict[str, Any]) -> None:
-        event, tenant = message["event"], self._tenants.get(message.get("token", ""))
+        event, tenant = message["event"], self._tenants.get(root_of(message.get("token", "")))
         if event == "gone" and tenant is not None:
             self._on_gone(tenant)
         elif event == "error" and tenant is not None:
@@ -347,8 +348,11 @@ class PagerClient:
         self._on_error(None, error)
 
     def _abandon(self) -> None:
-        journal = self._pair.journal if self._pair is not None else None
-        poison_what_is_touched(self._tenants, journal, self._waiter, self._on_lost)
+        pair = self._pair
+        state = survey(pair.journal) if pair is not None else None
+        fds = pair.vault.take() if pair is not None else {}
+        children = [child for tenant in list(self._tenants.values()) for child in tenant.children(state, fds)]
+        poison_what_is_touched(self._tenants, state, self._waiter, self._on_lost, children)
 
     # A keeper has died
 
@@ -372,17 +376,19 @@ class PagerClient:
             self._pair = successor
         self._takeover.begin()
 
-    def _reopen(self, journal: Journal, state: State | None) -> None:
-        """Open all tenants anew, as a journal says that they are."""
+    def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> None:
+        """Open all tenants and their forked children anew, as a journal says that they are."""
         with self._requests.lock:
             tenants = list(self._tenants.values())
             asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
-        if journal.counters.words[Counter.SPACES] > len(tenants):
-            log.error("keeper and worker died together: forked children are served no longer")
         self._requests("resume", token=None, counters=journal.counters.words.tolist())
         for tenant in tenants:
             if tenant.token not in asked:
                 self._open(tenant, tenant.shown(state))
+        for child in [child for tenant in tenants for child in tenant.children(state, children)]:
+            self._open(child, child.mappings).add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
+        for fd in children.values():  # of memory that has been left meanwhile
+            os.close(fd)
 
     def _taken(self) -> None:
         """The new worker has everything: what waits may be asked of it."""

@@ -19,6 +19,7 @@ from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import signals_blocked
 from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.vault import Vault
 from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Pair:
         keeper: the process.
         connection: to the pager; this object's from now on.
         journal: the pager's.
+        vault: the same; this object's from now on.
 
     Attributes:
         keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.
@@ -52,12 +54,15 @@ class Pair:
         worker_fd: the worker's pidfd; -1 until then. A number might be another process's by the time that it is used.
     """
 
-    def __init__(self, keeper: subprocess.Popen[bytes], connection: socket.socket, journal: Journal) -> None:
+    def __init__(
+        self, keeper: subprocess.Popen[bytes], connection: socket.socket, journal: Journal, vault: Vault
+    ) -> None:
         self.keeper = keeper
         self.keeper_fd = open_pidfd(keeper.pid)
         self.connection = connection
         self.outbox = control.Outbox(connection)
         self.journal = journal
+        self.vault = vault
         self.worker_pid = 0
         self.worker_fd = -1
 
@@ -79,7 +84,7 @@ class Pair:
         except OSError as error:
             raise explained(f"{arguments[0]!r} could not be started", error) from error
         try:
-            return cls(keeper, ours, _hello(ours, waiter))
+            return cls(keeper, ours, *_hello(ours, waiter))
         except BaseException as error:
             ours.close()
             keeper.kill()
@@ -166,6 +171,7 @@ class Pair:
     def close(self) -> None:
         """Close the descriptors."""
         self.connection.close()
+        self.vault.close()
         self.forget_worker()
         if self.keeper_fd >= 0:
             os.close(self.keeper_fd)
@@ -193,18 +199,20 @@ def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[by
     return keeper, ours
 
 
-def _hello(connection: socket.socket, waiter: Waiter) -> Journal:
+def _hello(connection: socket.socket, waiter: Waiter) -> tuple[Journal, Vault]:
     if not waiter.wait(START_TIMEOUT, connection.fileno()):
         raise TimeoutError("no hello")
     message, fds = control.receive(connection)
     if message.get("event") == "failed":
         error = decode_error(message["error"])
         raise error if isinstance(error, PagerStartError) else PagerStartError(f"the pager could not start: {error}")
-    (fd,) = fds
+    journal, vault = fds
+    vaulted = Vault(vault)
+    close_in_children(vaulted.outer)
     try:
-        return Journal(fd)
+        return Journal(journal), vaulted
     finally:
-        os.close(fd)
+        os.close(journal)
 
 
 def _readable(fd: int, milliseconds: int) -> bool:

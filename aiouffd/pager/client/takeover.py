@@ -46,7 +46,8 @@ class Takeover:
         requests: of the client, which sends them to the newest pair.
         start: starts a pair; raises as `successor` does.
         waiter: of the client's thread.
-        reopen: called where no orphan lives, with the journal that says what is served and that journal's state.
+        reopen: called where no orphan lives, with the journal that says what is served, that journal's state, and the
+            descriptors of forked children, by the identity of the space.
         taken: called when the new worker has everything.
         hear: called with each event that an orphan sent and nobody has read.
     """
@@ -57,7 +58,7 @@ class Takeover:
         start: Callable[[], Pair],
         waiter: Waiter,
         *,
-        reopen: Callable[[Journal, State | None], None],
+        reopen: Callable[[Journal, State | None, dict[int, int]], None],
         taken: Callable[[], None],
         hear: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -143,9 +144,9 @@ class Takeover:
 
     def _begin_from_journal(self) -> None:
         """All workers that have served are dead: the newest journal that was used says what is shown."""
-        states = [(survey(orphan.journal), orphan.journal) for orphan in reversed(self.orphans)]
-        state, journal = next((item for item in states if item[0] is not None), states[-1])
-        self._reopen(journal, state)
+        states = [(survey(orphan.journal), orphan) for orphan in reversed(self.orphans)]
+        state, orphan = next((item for item in states if item[0] is not None), states[-1])
+        self._reopen(orphan.journal, state, orphan.vault.take())
         self._finish()
 
     def _finish(self) -> None:

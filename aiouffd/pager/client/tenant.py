@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.travel import is_pickle, pack
 
 if TYPE_CHECKING:
     from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.mappings import Mapping
-    from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.pager.process.state import State
 
-__all__ = ["Pack", "Tenant"]
+__all__ = ["Pack", "Tenant", "root_of"]
 
 _tokens = itertools.count()
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def root_of(token: str) -> str:
+    """Return the token of a tenant, or of the tenant whose forked child is reopened as "TOKEN/IDENTITY"."""
+    return token.partition("/")[0]
 
 
 class Pack:
@@ -111,3 +116,22 @@ class Tenant:
             if space.token == self.token and not space.is_child:
                 return list(space.mappings)
         return self.mappings
+
+    def children(self, state: State | None, fds: dict[int, int]) -> list[Tenant]:
+        """Return its forked children, as such a state says, as tenants of a pager that is new.
+
+        Args:
+            state: as for `shown`.
+            fds: by identity, of all children; those that are used are taken out. Each child owns its own.
+        """
+        return [
+            attrs.evolve(
+                self,
+                uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
+                mappings=list(space.mappings),
+                tether=-1,
+                token=f"{self.token}/{space.identity}",
+            )
+            for space in (state.spaces.values() if state is not None else ())
+            if space.is_child and space.identity in fds and root_of(space.token) == self.token
+        ]

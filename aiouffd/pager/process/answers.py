@@ -97,6 +97,7 @@ class Answers:
             origin.identity,
             space["token"],
             own[1] if len(own) > 1 else -1,
+            is_child="/" in space["token"],
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 

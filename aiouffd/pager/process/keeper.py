@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.travel import Pickles
+    from aiouffd.pager.process.vault import Vault
 
 __all__ = ["import_for", "run"]
 
@@ -98,7 +99,7 @@ def _clone() -> int:
     return pid
 
 
-def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
+def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles) -> int:
     """Keep a worker alive until it has nothing left to serve; return the exit status."""
     worker.prepare()
     own = {fd for fd in _open_descriptors() if _is_open(fd)}  # the list has its own number, which a worker's may get
@@ -123,7 +124,7 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles) -> int:
             time.sleep(_CLONE_PAUSE)
             continue
         if pid == 0:
-            _work(journal, connection, pickles, slow)
+            _work(journal, vault, connection, pickles, slow)
         if died:
             log.warning("%s and is replaced", died)
         began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
@@ -238,11 +239,11 @@ def _orphaned(journal: Journal) -> bool:
     return bool(poller.poll(0))
 
 
-def _work(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> NoReturn:
+def _work(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[int]) -> NoReturn:
     """Be the worker. Never returns into the keeper's frames; nothing is finalized, since descriptors are shared."""
     status = 1
     try:
-        worker.run(journal, connection, pickles, slow)
+        worker.run(journal, vault, connection, pickles, slow)
         status = 0
     except BaseException as error:
         log.exception("the worker failed")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
+    from aiouffd.pager.process.vault import Vault
 
 __all__ = ["Served", "close_all"]
 
@@ -50,6 +51,7 @@ class Served:
     Args:
         loop: the worker's.
         journal: where a successor finds all of this.
+        vault: where descriptors of forked children are kept.
         on_error: called with a space's token and its error.
         on_gone: called with the token of a space that has ended.
         on_idle: called when nothing is left to be served.
@@ -66,6 +68,7 @@ class Served:
         self,
         loop: asyncio.AbstractEventLoop,
         journal: Journal,
+        vault: Vault,
         *,
         on_error: Callable[[str, UffdError], None],
         on_gone: Callable[[str], None],
@@ -74,6 +77,7 @@ class Served:
     ) -> None:
         self._loop = loop
         self.journal = journal
+        self._vault = vault
         self._on_error = on_error
         self._on_gone = on_gone
         self._on_idle = on_idle
@@ -227,6 +231,8 @@ class Served:
             self.dispatcher.drop(space)
             reason = f"there is no room for {len(state.mappings)} more mappings: the pager's journal is full"
             raise PagerStartError(reason) from error
+        if state.is_child:
+            self._keep(state.identity, state.fd)
         return space
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
@@ -267,6 +273,17 @@ class Served:
         of_parent = self.tenancies[parent.identity]
         self.tenancies[child.identity] = Tenancy(of_parent.origin, of_parent.token, is_child=True, space=child)
         self.dispatcher.add(child)
+        self._keep(child.identity, child.uffd.fileno())
+
+    def _keep(self, identity: int, fd: int) -> None:
+        """Keep the descriptor of a forked child for the case that keeper and worker are killed at once."""
+        if not self._vault.keep(identity, fd, len(self.tenancies)):
+            self._renew_vault()
+
+    def _renew_vault(self) -> None:
+        states = self.state().spaces.values()
+        if not self._vault.renew((state.identity, state.fd) for state in states if state.is_child):
+            log.error("there are too many forked children: if the whole pager is killed, some of them read zeros")
 
     def _dropped(self, space: Space) -> None:
         """Tell the successor before the descriptor's number can mean something else."""
@@ -294,11 +311,14 @@ class Served:
 
     def family_of(self, token: str) -> list[Space]:
         """Return a space and its forked children."""
-        return [space for space in self.dispatcher.spaces.values() if self.tenancies[space.identity].token == token]
+        tokens = {space: self.tenancies[space.identity].token for space in self.dispatcher.spaces.values()}
+        return [space for space, its in tokens.items() if its == token or its.startswith(f"{token}/")]
 
     def find(self, token: str) -> Space | None:
         """Return the space of a token."""
-        return next((space for space in self.family_of(token) if not self.tenancies[space.identity].is_child), None)
+        own = [space for space in self.family_of(token) if self.tenancies[space.identity].token == token]
+        orphaned = "/" in token
+        return next((space for space in own if orphaned or not self.tenancies[space.identity].is_child), None)
 
     async def wanted(self, token: str) -> tuple[Space, Tenancy]:
         """Return the space of a token, once its source has been opened again.
@@ -373,6 +393,7 @@ class Served:
         for space in state.spaces.values():
             used[space.origin].append(space)
             self.waiting[space.identity] = space
+        self._renew_vault()
         for number, record in state.origins.items():
             if number not in used:  # its predecessor was about to let it go
                 self.journal.append((Kind.RETIRED, number, b""))

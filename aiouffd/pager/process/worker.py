@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.travel import Pickles
+    from aiouffd.pager.process.vault import Vault
 
 __all__ = ["prepare", "run"]
 
@@ -47,11 +48,12 @@ def prepare() -> None:
         declared()
 
 
-def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
+def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
     """Serve until nobody is left to be served.
 
     Args:
         journal: what is served.
+        vault: where descriptors of forked children are kept.
         connection: to the client.
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close.
@@ -63,7 +65,7 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: lis
     asyncio.set_event_loop(loop)
     for fd in slow:  # each in a thread, whose start the threads that wait for pages need not wait for
         loop.call_later(_LATER, close_foreign, [fd])
-    loop.run_until_complete(_Worker(loop, journal, connection, pickles).main())
+    loop.run_until_complete(_Worker(loop, journal, vault, connection, pickles).main())
     # The process that waits for the end of this one need not wait for threads that close files.
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -71,7 +73,12 @@ def run(journal: Journal, connection: socket.socket, pickles: Pickles, slow: lis
 
 class _Worker:
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, journal: Journal, connection: socket.socket, pickles: Pickles
+        self,
+        loop: asyncio.AbstractEventLoop,
+        journal: Journal,
+        vault: Vault,
+        connection: socket.socket,
+        pickles: Pickles,
     ) -> None:
         self.loop = loop
         self.journal = journal
@@ -84,6 +91,7 @@ class _Worker:
         self.served = Served(
             loop,
             journal,
+            vault,
             on_error=self.error,
             on_gone=lambda token: self.send({"event": "gone", "token": token}),
             on_idle=self.idle,
