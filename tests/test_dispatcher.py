@@ -7,6 +7,8 @@ import errno
 import logging
 import os
 import select
+from itertools import count
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +23,7 @@ from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import OperationError
+from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -450,3 +453,166 @@ async def test_an_unknown_flag_is_left_out_at_once(rig: Rig) -> None:
     assert rig.dispatcher._broken(world.space, errno.EOPNOTSUPP)
     assert not rig.dispatcher._broken(world.space, errno.EINTR)
     assert rig.dispatcher.spaces
+
+
+class ScriptedReader:
+    """Stands for a reader: what it is asked, and what it finds."""
+
+    def __init__(self, *found: tuple[Outcome, int, int, int]) -> None:
+        self.found = list(found)
+        self.asked: list[tuple[int, bool, bool]] = []
+
+    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[Outcome, Any]:
+        """Find the next of it; then nothing."""
+        self.asked.append((turn_ns, came, once))
+        outcome, fd, events, error = self.found.pop(0) if self.found else (Outcome.IDLE, -1, 0, 0)
+        return outcome, SimpleNamespace(fd=fd, length=0, events=events, error=error)
+
+    def only(self, _fd: int) -> None:
+        """Take no note."""
+
+    dismiss = only
+
+    def end(self) -> None:
+        """Take no note."""
+
+
+def scripted(
+    rig: Rig, patch: pytest.MonkeyPatch, *found: tuple[Outcome, int, int, int], step: int = 0
+) -> ScriptedReader:
+    """Have a dispatcher find this; its clock goes on by `step` each time that it is read."""
+    clock = count(1000, step)
+    patch.setattr(module, "perf_counter_ns", lambda: next(clock))
+    reader = ScriptedReader(*found)
+    dispatcher: Any = rig.dispatcher
+    dispatcher._landed_at = dispatcher._landing.buffers[0]
+    dispatcher._reader.end()
+    dispatcher._reader = reader
+    return reader
+
+
+MESSAGES, IDLE, DUE, FAILED = Outcome.MESSAGES, Outcome.IDLE, Outcome.DUE, Outcome.FAILED
+
+
+async def test_the_reader_is_told_whether_something_came(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the first look, nor behind an error: only then is it of use to look again."""
+    world, uffd = rig.world()
+    fd = uffd.reader
+    reader = scripted(rig, monkeypatch, (MESSAGES, fd, 0, 0), (FAILED, fd, 0, errno.EINTR), (MESSAGES, fd, 0, 0))
+    rig.dispatcher._ready()
+    turn = module._BURST_NS
+    assert reader.asked == [(turn, False, False), (turn, True, False), (turn, False, False), (turn, True, False)]
+    assert rig.dispatcher._turn is None
+    assert not world.errors
+
+
+@pytest.mark.parametrize(("step", "looks"), [(module._BURST_NS - 1, 2), (module._BURST_NS, 1), (1, 3)])
+async def test_a_turn_is_taken_when_it_is_due(rig: Rig, monkeypatch: pytest.MonkeyPatch, step: int, looks: int) -> None:
+    """Whether the reader says so or the time is up: once, and then it is looked again."""
+    _, uffd = rig.world()
+    found = [(MESSAGES, uffd.reader, 0, 0)] * 2
+    reader = scripted(rig, monkeypatch, *found, (DUE, -1, 0, 0), step=step)
+    rig.dispatcher._ready()
+    assert len(reader.asked) == looks
+    assert all(turn_ns >= 0 for turn_ns, _, _ in reader.asked)
+    handle = rig.dispatcher._turn
+    assert handle is not None
+    reader.found[:] = [(DUE, -1, 0, 0)]
+    rig.dispatcher._ready()
+    assert rig.dispatcher._turn is handle
+    looked = len(reader.asked)
+    await turns(3)
+    assert len(reader.asked) == looked + 1
+    assert reader.asked[-1][1:] == (False, False)
+    assert rig.dispatcher._turn is None
+
+
+async def test_windows_are_completed_between_looks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While there are any, the reader looks once; then as before."""
+    world, _ = rig.world()
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, SIZE)])
+    reader = scripted(rig, monkeypatch)
+    rig.dispatcher._ready()
+    assert [once for _, _, once in reader.asked] == [True, False]
+    assert len(world.uffd.pages) == PAGES
+
+
+async def test_the_flag_is_set_again_where_epoll_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of poll means that O_NONBLOCK is missing; what else it says does not."""
+    _, uffd = rig.world()
+    fd = uffd.reader
+    reader = scripted(rig, monkeypatch)
+    os.set_blocking(fd, True)
+    for events, blocking in ((select.EPOLLIN, True), (select.EPOLLIN | select.EPOLLERR, False)):
+        reader.found.append((MESSAGES, fd, events, 0))
+        rig.dispatcher._ready()
+        assert os.get_blocking(fd) == blocking
+
+
+async def test_only_what_is_deferred_is_tried_again(rig: Rig) -> None:
+    """Behind messages of its own space; that may have been dropped by them."""
+    world, uffd = rig.world()
+    tries: list[int] = []
+    world.space.retry = lambda: tries.append(1)  # type: ignore[method-assign]
+    rig.dispatcher._afterwards(uffd.reader, 0)
+    rig.dispatcher._afterwards(uffd.reader + 100, 0)
+    assert not tries
+
+
+async def test_what_is_put_off_without_a_message_is_tried_again(rig: Rig) -> None:
+    """For instance what a prefetch brings."""
+    world, uffd = rig.world()
+    uffd.failures.append(-errno.EAGAIN)
+    world.space.resolve([Run(Op.ZEROPAGE, BASE, 0, PAGE)])
+    assert world.space.deferred
+    await until(lambda: uffd.pages)
+
+
+async def test_what_a_dispatcher_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for 50 us, checks for processes that are gone, and tells what it drops."""
+    from aiouffd.engine.statistics import Counters
+
+    monkeypatch.setattr(module, "_GONE_CHECK", 0.001)
+    counters, dropped = Counters(), list[object]()
+    dispatcher = Dispatcher(
+        asyncio.get_running_loop(), counters, on_drop=dropped.append, on_idle=lambda: dropped.append("idle")
+    )
+    assert dispatcher.spin_us == 50
+    assert dispatcher._pause == module._RETRY
+    await until(lambda: counters.words[Counter.HEARTBEAT] > 1)
+    world, _ = Rig(dispatcher).world()
+    dispatcher.drop(world.space)
+    assert dropped == [world.space, "idle"]
+    dispatcher.close()
+
+
+@pytest.mark.usefixtures("python_reader")
+async def test_a_single_descriptor_needs_no_epoll(rig: Rig) -> None:
+    """As long as it is the only one, and is not held."""
+
+    def only() -> Any:
+        reader: Any = rig.dispatcher._reader
+        return reader._only
+
+    first, its = rig.world()
+    assert only() == ((its.reader, 0),)
+    rig.dispatcher.hold(first.space)
+    assert only() is None
+    rig.dispatcher.release(first.space)
+    assert only() == ((its.reader, 0),)
+    _, others = rig.world()
+    assert only() is None
+    rig.dispatcher.drop(first.space)
+    assert only() == ((others.reader, 0),)
+
+
+@pytest.mark.usefixtures("python_reader")
+async def test_what_the_fast_path_cannot_place_comes_all_the_same(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the window: each page that counts as present is there, or nobody would bring it any more."""
+    monkeypatch.setattr(module, "Userfaultfd", PipedUffd)
+    world, uffd = rig.world(16 * PAGE)
+    world.touch(3, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert len(uffd.pages) == 4
+    assert world.space.readahead.missing(0, SIZE) == [(4 * PAGE, SIZE - 4 * PAGE)]

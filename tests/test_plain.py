@@ -324,3 +324,83 @@ def test_a_source_is_kept_as_long_as_a_descriptor_shows_it() -> None:
     path.open(3, START, START + PAGE, 0, second)
     path.close(5)
     assert sources(path) == [None, second]
+
+
+def test_what_is_known_of_a_descriptor() -> None:
+    """Nothing before it is admitted, nor after it was dismissed; its mapping while it is open."""
+
+    def slots() -> list[tuple[int, ...]]:
+        return list(SLOT.iter_unpack(path.slots))
+
+    nobody = (-1, 0, 0, 0, 0)
+    path = FastPath(Counters(), {})
+    path.admit(2, 70)
+    assert slots() == [nobody, nobody, (70, 0, 0, 0, 0)]
+    path.admit(3, 80)
+    path.admit(0, 90)
+    assert slots() == [(90, 0, 0, 0, 0), nobody, (70, 0, 0, 0, 0), (80, 0, 0, 0, 0)]
+    path.open(2, START, START + PAGE, 5 * PAGE, (at(1 << 40), 9 * PAGE, PAGE, 0, False, None, None))
+    assert slots()[2] == (70, 1, START, START + PAGE, 5 * PAGE)
+    path.close(2)
+    path.dismiss(3)
+    assert slots() == [(90, 0, 0, 0, 0), nobody, (70, 0, 0, 0, 0), nobody]
+
+
+@pytest.mark.parametrize("page", [1, 10])
+def test_only_the_mapping_is_served(kernel: Kernel, page: int) -> None:
+    """Beside it there may be another, which shows something else."""
+    path = FastPath(Counters(), {})
+    path.admit(3, 1)
+    path.open(3, START + 2 * PAGE, START + 10 * PAGE, 4 * PAGE, (at(1 << 40), 1 << 20, PAGE, 2, False, None, None))
+    for first in (2, 9):
+        assert serve(path, 3, fault(first))
+    assert not serve(path, 3, fault(page))
+    assert kernel.asked == [(3, START + first * PAGE, (1 << 40) + (first + 2) * PAGE, PAGE, 2) for first in (2, 9)]
+
+
+@pytest.mark.parametrize("readahead", [False, True])
+def test_faults_are_counted_one_by_one(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, readahead: bool) -> None:
+    """Each with its time, and what came along; also those whose COPY met a page that was present."""
+    monkeypatch.setattr(plain, "perf_counter_ns", lambda: 1 << 40)
+    counters = Counters()
+    asked: list[tuple[int, int]] = []
+
+    def locate(offset: int, length: int) -> int:
+        asked.append((offset, length))
+        return (1 << 40) + offset
+
+    if readahead:
+        path, _ = with_windows(counters, locate)
+    else:
+        path = FastPath(counters, {})
+        path.admit(3, 1)
+        path.open(3, START, START + 32 * PAGE, 0, (locate, 1 << 20, PAGE, 0, False, None, None))
+    for page in (0, 8):
+        assert serve(path, 3, fault(page))
+    length = 4 * PAGE if readahead else PAGE
+    assert asked == [(0, length), (8 * PAGE, length)]
+    expected = [2, 2, 6 if readahead else 0, 2, 2 * length // PAGE]
+    if readahead:
+        kernel.refusal, kernel.done = errno.EAGAIN, PAGE
+        for page in (20, 28):
+            assert serve(path, 3, fault(page))
+        expected = [4, 4, 6, 4, 10]
+    found = counters.snapshot()
+    assert [
+        found.faults,
+        found.pages_fault,
+        found.pages_readahead,
+        found.copies,
+        found.bytes_fetched // PAGE,
+    ] == expected
+    assert found.latency[0] == sum(found.latency) == expected[0]
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.ENOENT, errno.ESRCH])
+def test_only_a_copy_that_stopped_has_done_something(kernel: Kernel, number: int) -> None:
+    """Else the kernel's answer is what was there before."""
+    counters = Counters()
+    path, _ = with_windows(counters, at(1 << 40))
+    kernel.refusal, kernel.done = number, 4 * PAGE
+    assert not serve(path, 3, fault(5))
+    assert sum(counters.words) == 0

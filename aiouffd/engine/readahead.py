@@ -190,9 +190,10 @@ class Readahead:
     def neighbours(self, offset: int, low: int, high: int) -> Window | None:
         """Return what `windows` would, for a fault that belongs to no stream: the aligned block around it.
 
-        For others, None: nothing is noted then, but that the stream is the last of `_streams`.
+        For others, None: nothing is noted then, but that the stream is the last of `_streams`. Also where a window was
+        chosen and not placed: `windows` returns that, and another would leave its other pages counted as present.
         """
-        if self._belongs_to_stream(offset):
+        if offset in self._not_placed or self._belongs_to_stream(offset):
             return None
         self._in_a_row += 1
         if self._in_a_row > _STRANGERS_UNTIL_HALVED:
