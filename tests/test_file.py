@@ -246,6 +246,8 @@ def test_holes_of_a_sparse_file(tmp_path: Path) -> None:
     assert source.hole(4096, 4096) == 4096
     assert source.hole(1 << 20, 4096) == 0
     assert source.hole((1 << 20) + 4096, 8 << 20) == (7 << 20) - 4096
+    patch(path, 0, b"data")
+    eventually(functools.partial(source.hole, 0, 4096), 0)
 
 
 def test_a_file_stays_the_one_that_was_opened(path: Path) -> None:

@@ -72,6 +72,29 @@ def test_a_worker_that_was_killed_does_not_live(waiter: Waiter) -> None:
     pair.end(leave=False)
 
 
+def test_processes_that_may_not_be_signaled(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has dropped its privileges: leaving is no error, though keeper and worker take their time to end."""
+    pair = Pair.start(waiter, Pickles.NEVER)
+    assert waiter.wait(60.0, pair.connection.fileno())
+    message, fds = control.receive(pair.connection)
+    pair.runs(message["pid"], fds[0])
+    pids = pair.keeper.pid, message["pid"]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(pairs, "_END_TIMEOUT", 0.1)
+    monkeypatch.setattr(pairs, "_REAP_TIMEOUT", 0.1)
+    monkeypatch.setattr(pair.keeper, "kill", refuse)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    pair.end(leave=False)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert ended(pids[1])
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [(["/no/such/python"], "could not be started"), ([sys.executable, "-c", "1"], "status 0 before")],

@@ -191,6 +191,12 @@ def a_journal_is_full() -> None:
                 await asyncio.wait_for(monitor.wait_error(), 60)
 
         asyncio.run(told())
+        seen = -1
+        while len(done) != seen:  # what is not read waits, and nothing is lost
+            seen = len(done)
+            thread.join(0.2)
+        assert thread.is_alive()
+        assert monitor.statistics().restarts == 0
         state = survey(monitor._engine._client._pair.journal)  # type: ignore[union-attr]
         assert state is not None
         (space,) = state.spaces.values()

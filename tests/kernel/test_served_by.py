@@ -108,6 +108,20 @@ def test_a_malformed_answer_closes_the_connection(tmp_path: Path, answer: bytes)
                     monitor.prefetch_sync(0, PAGE, 10.0)
 
 
+def test_a_forked_child_has_no_connection(tmp_path: Path) -> None:
+    """It would speak in its parent's name."""
+    path = tmp_path / "socket"
+    with server_that_answers(path, ok):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(path))) as monitor:
+            connection = monitor._engine._connection  # type: ignore[union-attr]
+            child = os.fork()
+            if child == 0:
+                os._exit(connection.fileno() >= 0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            monitor.prefetch_sync(0, PAGE, 10.0)
+
+
 def test_statistics_that_are_none(tmp_path: Path) -> None:
     """A well-formed answer with the wrong content is an error for whoever asked; the connection is kept."""
     path = tmp_path / "socket"
