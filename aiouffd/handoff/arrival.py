@@ -188,12 +188,13 @@ def _check_pages(uffd: Userfaultfd, regions: Regions) -> None:
     Raises:
         ValueError: it has others.
     """
-    nowhere = address_of(unreadable())
+    nowhere, size = address_of(unreadable()), regions.page_size
     for mapping in regions.mappings:
-        result = uffd.try_copy(mapping.start, nowhere, mmap.PAGESIZE, 0)
-        if result not in (-errno.EINVAL, -errno.EFAULT, -errno.EEXIST):
-            continue
-        huge = result == -errno.EINVAL
-        if huge != (regions.page_size > mmap.PAGESIZE):
-            kind = "larger" if huge else "smaller"
-            raise ValueError(f"the memory at {mapping.start:#x} has {kind} pages than {regions.page_size} bytes")
+        kind = ""
+        if uffd.try_copy(mapping.start, nowhere, size, 0) == -errno.EINVAL:
+            kind = "larger"
+        elif size > mmap.PAGESIZE:
+            result = uffd.try_copy(mapping.start, nowhere, mmap.PAGESIZE, 0)
+            kind = "smaller" if result in (-errno.EFAULT, -errno.EEXIST) else ""
+        if kind:
+            raise ValueError(f"the memory at {mapping.start:#x} has {kind} pages than {size} bytes")
