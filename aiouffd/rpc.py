@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Request", "Requests", "close_in_children"]
+__all__ = ["LAST_REQUEST", "Request", "Requests", "close_in_children"]
+
+LAST_REQUEST = 2.0
+"""Seconds for the answers to what is asked on leaving. The memory is settled without them, too."""
 
 _own: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 

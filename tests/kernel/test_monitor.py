@@ -907,20 +907,21 @@ def test_a_forked_child_that_leaves_the_block_ends_nothing() -> None:
     play(child_leaves_the_block)
 
 
-def leave_while_blocked() -> None:
-    """Scenario."""
+def leave_while_blocked(on_exit: Any) -> None:
+    """Scenario: what blocks is interrupted by no signal."""
     region = aiouffd.Region(1 << 20)
-    monitor = aiouffd.Monitor(region, Blocking(), on_exit="zeros")
+    monitor = aiouffd.Monitor(region, Blocking(), on_exit=on_exit)
     with monitor:
         pids = monitor.pids
-        toucher = threading.Thread(target=peek, args=(region.address + 2 * PAGE,))
-        toucher.start()
-        while monitor.statistics().faults == 0:
-            time.sleep(0.001)
-    toucher.join()
+        asked = monitor._running().prefetch(2 * PAGE, PAGE)
+        eventually(lambda: monitor.statistics().in_flight, 1)
+    assert asked.done()
     assert all(ended(pid) for pid in pids)
 
 
-def test_leaving_while_a_handler_blocks_the_loop() -> None:
-    """It takes some seconds, and leaves no process behind."""
-    play(leave_while_blocked)
+@pytest.mark.parametrize("on_exit", ["zeros", "sigbus"])
+def test_leaving_while_a_handler_blocks_the_loop(on_exit: str) -> None:
+    """The worker is killed: its owner says why. No process is left behind, and no traceback is printed."""
+    _, errors = play(leave_while_blocked, on_exit)
+    assert "does not answer, and is killed" in errors
+    assert "Traceback" not in errors

@@ -15,6 +15,7 @@ from pattern import PAGE, Slow
 from scenario import play
 
 import aiouffd
+from aiouffd.monitor.engines import served_by
 from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
@@ -131,3 +132,22 @@ def test_statistics_that_are_none(tmp_path: Path) -> None:
             with pytest.raises(aiouffd.HandoffError, match="statistics"):
                 monitor.statistics()
             monitor.prefetch_sync(0, PAGE, 10.0)
+
+
+def test_a_server_that_does_not_answer_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked once, and not waited for again."""
+    monkeypatch.setattr(served_by, "LAST_REQUEST", 0.05)
+    path, asked = tmp_path / "socket", list[str]()
+
+    def silence(request: dict[str, Any]) -> bytes:
+        asked.append(request["op"])
+        return b""
+
+    with server_that_answers(path, silence):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(str(path))):
+            pass
+    assert asked == ["refuse"]
+    assert "does not answer: left without it" in caplog.text

@@ -21,7 +21,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
-from aiouffd.rpc import Requests, close_in_children
+from aiouffd.rpc import LAST_REQUEST, Requests, close_in_children
 
 if TYPE_CHECKING:
     import asyncio
@@ -101,6 +101,7 @@ class ServedByEngine:
         self._on_lost: Callable[[], None]
         self._requests = Requests(f"the server at {self._path}", self._send, first=0)
         self._closing = False
+        self._silent = False  # it did not answer what was asked on leaving
         self._served = False
         self._wake_r = self._wake_w = self._tether = -1
         self._connection: socket.socket
@@ -172,9 +173,14 @@ class ServedByEngine:
             self._end()
 
     def _ask(self, op: str, **arguments: Any) -> None:
+        if self._silent:
+            return
         try:
-            self._requests(op, **arguments).result(_TIMEOUT)
-        except (ClosedError, TimeoutError, HandoffError, PagerDiedError):
+            self._requests(op, **arguments).result(LAST_REQUEST)
+        except TimeoutError:
+            self._silent = True
+            log.warning("the server at %s does not answer: left without it", self._path)
+        except (ClosedError, HandoffError, PagerDiedError):
             log.debug("the server has gone first")
 
     def _send(self, request: Request) -> None:

@@ -26,7 +26,7 @@ from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.travel import Pickles
-from aiouffd.rpc import Request, Requests
+from aiouffd.rpc import LAST_REQUEST, Request, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,6 @@ __all__ = ["Pack", "PagerClient", "Tenant"]
 log = logging.getLogger("aiouffd")
 
 _KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
-_LEAVE_TIMEOUT = 10.0  # seconds for the last requests of a tenant
 _FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
 
 
@@ -94,6 +93,7 @@ class PagerClient:
         self._pair: Pair | None = None
         self._worker_pid = 0
         self._held = False  # requests wait until the successor has all that they speak of
+        self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
         self._keepers = 0
@@ -169,12 +169,20 @@ class PagerClient:
     def refuse(self, tenant: Tenant) -> None:
         """Have nothing more brought to a tenant, which its owner settles next: a touch until then is SIGBUS."""
         with contextlib.suppress(UffdError, TimeoutError):
-            self.request("refuse", tenant).result(_LEAVE_TIMEOUT)
+            self._ask_last("refuse", tenant)
+
+    def _ask_last(self, op: str, tenant: Tenant, **arguments: Any) -> None:
+        future = self.request(op, tenant, **arguments)
+        try:
+            future.result(0.0 if self._silent else LAST_REQUEST)
+        except TimeoutError:
+            self._silent = not future.done()
+            raise
 
     def close(self, tenant: Tenant) -> None:
         """Have a tenant served no longer, which its owner has settled; forked children are served on."""
         try:
-            self.request("close", tenant, poison=False).result(_LEAVE_TIMEOUT)
+            self._ask_last("close", tenant, poison=False)
             self.forget(tenant)
         except (UffdError, TimeoutError):
             if self._dead is not None:  # its keeper poisons what is touched, and must let go of this
@@ -194,7 +202,7 @@ class PagerClient:
         leave = leave or self._forked
         self._takeover.close(kill=not leave)
         if self._pair is not None:
-            self._pair.end(leave=leave)
+            self._pair.end(leave=leave, silent=self._silent)
         self._waiter.close()
 
     # Requests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import select
 import signal
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.travel import Pickles
 
 __all__ = ["START_TIMEOUT", "Pair"]
+
+log = logging.getLogger("aiouffd")
 
 START_TIMEOUT = 60.0
 """Seconds until a pager must have said hello, or answered the first request."""
@@ -119,17 +122,25 @@ class Pair:
             os.close(self.worker_fd)
             self.worker_fd = -1
 
-    def end(self, *, leave: bool) -> None:
+    def end(self, *, leave: bool, silent: bool = False) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
 
         Args:
             leave: they serve on until all memory is gone. They are not waited for, and not killed.
+            silent: the worker does not answer. It is killed at once; its successor finds that nothing is left to serve.
         """
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
         if leave:
             self._reap(_LEAVE_TIMEOUT)
         else:
+            if silent:
+                log.error(
+                    "the pager's worker (pid %d) does not answer, and is killed: a handler or a source blocks its event"
+                    " loop",
+                    self.worker_pid,
+                )
+                self.kill_worker()
             self._await_end(_END_TIMEOUT)
             # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
             _readable(self.keeper_fd, _REAP_TIMEOUT)
