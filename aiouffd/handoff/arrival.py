@@ -15,8 +15,9 @@ from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.apart import apart, close_foreign, kind_of
 from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
+from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of, unreadable
-from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.kernel.userfaultfd import NO_FEATURES, Userfaultfd
 
 if TYPE_CHECKING:
     import socket
@@ -83,7 +84,7 @@ class Arrival:
         try:
             async with asyncio.timeout(timeout):
                 regions = await self._gather()
-                uffd = await apart(_checked, self._userfaultfd(), regions)
+                uffd = await apart(_checked, self._userfaultfd(regions), regions)
                 return Handoff(self.peer, regions, uffd, self._tether(regions))
         except TimeoutError:
             raise HandoffError(str(self.peer), f"sent no complete handoff within {timeout:g} s") from None
@@ -134,8 +135,8 @@ class Arrival:
                 if ends > _MAX_ENDS or firecracker.is_whole(data):
                     raise
 
-    def _userfaultfd(self) -> Userfaultfd:
-        """Return a duplicate of the userfaultfd that has arrived.
+    def _userfaultfd(self, regions: Regions) -> Userfaultfd:
+        """Return a duplicate of the userfaultfd that has arrived, with the feature that matters to who serves it.
 
         Raises:
             ValueError: there is none, or there are several.
@@ -143,7 +144,8 @@ class Arrival:
         found = [fd for fd in self._fds if is_userfaultfd(fd)]
         if len(found) != 1:
             raise ValueError(f"{len(found)} userfaultfds among {len(self._fds)} descriptors; one is needed")
-        return Userfaultfd.from_fd(os.dup(found[0]))
+        tracked = regions.extra is not None and regions.extra.get("write_protect") is True
+        return Userfaultfd.from_fd(os.dup(found[0]), Feature.WP_ASYNC if tracked else NO_FEATURES)
 
     def _tether(self, regions: Regions) -> int:
         """Take the pipe that one of our own clients has sent; -1 without one."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pattern import PAGE, Slow
+from pattern import PAGE, Pattern, Slow, peek, word
 from scenario import play
 
 import aiouffd
@@ -107,6 +109,32 @@ def test_a_malformed_answer_closes_the_connection(tmp_path: Path, answer: bytes)
             for _ in range(2):
                 with pytest.raises(aiouffd.HandoffError, match="the server at"):
                     monitor.prefetch_sync(0, PAGE, 10.0)
+
+
+async def tracked(path: str) -> None:
+    """Scenario: beside a client that does not track writes; the worker is killed between two looks."""
+    async with Server(Pattern(SIZE), path) as server:
+        region, plain = aiouffd.Region(SIZE), aiouffd.Region(SIZE)
+        by = aiouffd.ServedBy(path)
+        async with aiouffd.Monitor(plain, engine=by), aiouffd.Monitor(region, engine=by, track_writes=True) as monitor:
+            for page in range(0, 100, 10):
+                for place in (region, plain):
+                    assert await asyncio.to_thread(peek, place.address + page * PAGE) == word(page)
+            assert monitor.collect() == []
+            await asyncio.to_thread(poke, region.address + 5 * PAGE)
+            os.kill(server.pids[1], signal.SIGKILL)
+            await monitor.prefetch(0, SIZE)
+            assert monitor.collect() == [aiouffd.Range(5 * PAGE, PAGE)]
+
+
+def poke(address: int) -> None:
+    """Write a byte, without the GIL."""
+    ctypes.CDLL(None).memset(ctypes.c_void_p(address), 1, 1)
+
+
+def test_what_a_server_brings_is_not_written(tmp_path: Path) -> None:
+    """`track_writes` with a server: loads do not count as writes."""
+    play(tracked, str(tmp_path / "socket"))
 
 
 def test_a_forked_child_has_no_connection(tmp_path: Path) -> None:

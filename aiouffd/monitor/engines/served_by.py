@@ -119,7 +119,8 @@ class ServedByEngine:
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
             self._connection.connect(self._path)
-            extra = {"version": VERSION, "name": self._name}
+            tracked = assignment.options.write_protect
+            extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)
             socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether])
             os.close(tether)

@@ -245,7 +245,8 @@ class Served:
             counters=self.journal.counters,
             readahead=make_readahead(state.page_size, options, local=origin.backend.local),
             identity=state.identity,
-            write_protect=options.write_protect,
+            # A server's options are for all clients; one that tracks its writes says so by the feature.
+            write_protect=options.write_protect or bool(state.features & Feature.WP_ASYNC),
             on_error=self._error,
             on_child=self._forked,
         )
