@@ -66,7 +66,7 @@ class NativePartError(UnsupportedError):
     """The native part of this package, which is written in C, is needed and could not be built or loaded.
 
     Attributes:
-        why: the reason.
+        why: the reason, and what to do.
     """
 
     def __init__(self, why: str) -> None:
@@ -77,10 +77,7 @@ class NativePartError(UnsupportedError):
         return type(self), (self.why,)
 
     def __str__(self) -> str:
-        return (
-            f"{self.why}. Install a C compiler (the Debian package gcc, for example) and then reinstall aiouffd, or run"
-            " `python -m aiouffd.native`; everything else works without it"
-        )
+        return f"{self.why}; everything else works without the native part"
 
 
 class AccessError(UffdError, PermissionError):

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiouffd
 from aiouffd import native
 from aiouffd.cli import doctor
 from aiouffd.native import build
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "/nonexistent/cc"
@@ -78,7 +82,7 @@ def test_an_install_without_a_compiler(tmp_path: Path) -> None:
     names = installed(copied(tmp_path), tmp_path / "target", NOWHERE)
     assert not [name for name in names if name.endswith(".so")]
     assert "Tag: py3-none-any" in next((tmp_path / "target").glob("*.dist-info/WHEEL")).read_text()
-    assert "Install a C compiler" in without(tmp_path / "target", ASK)
+    assert "install a C compiler" in without(tmp_path / "target", ASK)
     report = "from aiouffd.cli import doctor\nprint(*doctor.examine().lines(), sep='\\n')"
     assert "native part          missing" in without(tmp_path / "target", report)
 
@@ -116,4 +120,12 @@ def test_the_error_can_be_caught_as_what_it_is() -> None:
     """It is an UnsupportedError, as for a kernel that lacks a feature."""
     error = aiouffd.NativePartError("why")
     assert isinstance(error, aiouffd.UnsupportedError)
-    assert str(error).startswith("why. Install")
+    assert str(error).startswith("why; ")
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can be told to do without it, and says so."""
+    code = "import aiouffd.native; print(aiouffd.native.reason())"
+    for value, why in (("0", "AIOUFFD_NATIVE=0 is set: unset it\n"), ("1", "\n")):
+        monkeypatch.setenv(native.SWITCH, value)
+        assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == why

@@ -7,13 +7,14 @@ SIGBUS), `ask` (waiting for the event loop), `notes` (what is said about a fatal
 `watchdog` with `watch_servers` and `watch_loop` (ends a process that waits for ever), `reader` (reads descriptors and
 serves plain faults without the GIL). The modules `faults`, `notes`, `reader` and `watchdog` declare their functions.
 
-This module loads the library on first use, by ctypes. It is missing where there was no C compiler; only the modules
-that use it then fail, with NativePartError.
+This module loads the library on first use, by ctypes. It is missing where there was no C compiler, and is not used in a
+process that has AIOUFFD_NATIVE=0 in its environment; only the modules that use it then fail, with NativePartError.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from typing import Any
@@ -21,23 +22,32 @@ from typing import Any
 from aiouffd.errors import NativePartError
 from aiouffd.native import build
 
-__all__ = ["holding", "library", "reason"]
+__all__ = ["SWITCH", "holding", "library", "reason"]
+
+SWITCH = "AIOUFFD_NATIVE"
+"""The environment variable: 0 leaves the native part out."""
+_BUILD = (
+    "install a C compiler (the Debian package gcc, for example), and then reinstall aiouffd or run"
+    " `python -m aiouffd.native`"
+)
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0 is set: unset it"
     path = build.HERE / build.NAME
     if not path.exists():
-        return None, "aiouffd was installed without a C compiler"
+        return None, f"aiouffd was installed without a C compiler: {_BUILD}"
     try:
         # CDLL, which releases the GIL during a call: a call may wait for handlers that want it.
         loaded = ctypes.CDLL(str(path))
         built = int(ctypes.c_uint32(loaded.aiouffd_fingerprint()).value)
     except (OSError, AttributeError) as error:
-        return None, f"the native part of aiouffd cannot be loaded ({error})"
+        return None, f"the native part of aiouffd cannot be loaded ({error}): {_BUILD}"
     if built != build.fingerprint():
-        return None, "the native part of aiouffd was built from other C files than those that are here"
+        return None, f"the native part of aiouffd was built from other C files than those that are here: {_BUILD}"
     _introduce(loaded)
     return loaded, ""
 

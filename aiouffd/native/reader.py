@@ -151,5 +151,6 @@ class NativeReader:
         return self._functions.aiouffd_reader_run(self._state, turn_ns, came, once, found), found
 
     def close(self) -> None:
-        """Free it."""
+        """Free it. A call after that raises AttributeError: there is nothing that C could read."""
         self._functions.aiouffd_reader_free(self._state)
+        del self._functions

@@ -92,11 +92,11 @@ def test_an_old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_native_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """InThread cannot run, and a compiler is the remedy."""
-    monkeypatch.setattr(native, "reason", lambda: "no C compiler was found")
+    monkeypatch.setattr(native, "reason", lambda: "none was built: install a C compiler")
     report = doctor.examine()
     assert report.monitors[MONITORS[1]] == "cannot run: there is no native part"
-    assert any("Install a C compiler" in sentence for sentence in report.advice)
-    assert report.facts["native part"] == "missing: no C compiler was found"
+    assert any("install a C compiler" in sentence for sentence in report.advice)
+    assert report.facts["native part"] == "missing: none was built: install a C compiler"
 
 
 def test_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

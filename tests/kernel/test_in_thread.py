@@ -497,11 +497,11 @@ def test_what_cannot_be() -> None:
 
 def test_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """A typed error that says what to do, and nothing has happened."""
-    monkeypatch.setattr("aiouffd.native._load", lambda: (None, "aiouffd was installed without a C compiler"))
+    monkeypatch.setattr("aiouffd.native._load", lambda: (None, "install a C compiler"))
     faults._table.cache_clear()
     region = aiouffd.Region(PAGE)
     with (
-        pytest.raises(aiouffd.UnsupportedError, match="Install a C compiler") as caught,
+        pytest.raises(aiouffd.UnsupportedError, match="install a C compiler") as caught,
         aiouffd.Monitor(region, engine=aiouffd.InThread()),
     ):
         pass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import select
+
+import pytest
 from pattern import PAGE
 from reading_rig import PAGES, SOURCE, Rig, first
 from scenario import play
 
-from aiouffd.native.reader import Outcome
+from aiouffd.native.reader import WORDS, NativeReader, Outcome
 
 
 def strangers() -> None:
@@ -54,3 +57,14 @@ def storm() -> None:
 def test_a_storm_is_served_in_one_read() -> None:
     """All but what is not plain, which comes first in the landing."""
     play(storm)
+
+
+def test_nothing_is_read_after_the_end() -> None:
+    """A call raises; C would read memory that was freed."""
+    with select.epoll() as epoll:
+        reader = NativeReader(epoll.fileno(), [0] * len(WORDS))
+        reader.close()
+        with pytest.raises(AttributeError):
+            reader.run(0, came=False, once=True)
+        with pytest.raises(AttributeError):
+            reader.close()
