@@ -213,9 +213,9 @@ class Held:
 
 
 def examples(count: int) -> settings:
-    """Return settings for so many examples; for a share of them where the profile asks for fewer."""
+    """Return settings for so many examples; for far fewer where the profile asks for less than usual."""
     assert settings.default is not None
-    return settings(max_examples=count * settings.default.max_examples // 100, deadline=None)
+    return settings(max_examples=count * settings.default.max_examples**2 // 100**2, deadline=None)
 
 
 async def turns(count: int = 10) -> None:

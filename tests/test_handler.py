@@ -13,7 +13,8 @@ from pattern import PAGE, content
 from aiouffd.engine.runs import FOR_FAULT, Op
 from aiouffd.engine.serve.handler import Batch, Fault, Handler, HandlerBackend, wants_writes
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import HandlerError
+from aiouffd.errors import ClosedError, HandlerError
+from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import Remap, Remove, Unmap
 from aiouffd.ranges import Range
@@ -21,6 +22,8 @@ from aiouffd.testing import POISONED
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from aiouffd.kernel.userfaultfd import Fork
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -477,14 +480,7 @@ async def test_a_handler_of_writes_has_its_time() -> None:
         while len(asked) < 2:  # noqa: ASYNC110 - the fake has no event
             await asyncio.sleep(0.001)
     assert [str(error) for error in world.errors] == [
-        str(
-            HandlerError(
-                repr(handler),
-                f"the fault of thread 7 at {at(page).start:#x} (offset {page * PAGE:#x}, write)",
-                "has not returned in 0.01 s",
-            )
-        )
-        for page in (3, 5)
+        told(handler, page, "write", "has not returned in 0.01 s", 7) for page in (3, 5)
     ]
     found = world.counters.snapshot()
     assert (found.handler_errors, found.in_flight) == (2, 0)
@@ -545,6 +541,107 @@ async def test_errors_say_who_has_failed() -> None:
         assert world.counters.snapshot().handler_errors == count
     await backend.aclose()
     assert len(world.errors) == 2
+
+
+def told(handler: Handler, page: int, access: str, reason: str, thread: int = 0) -> str:
+    """Return what an error says of a page."""
+    fault = f"the fault of thread {thread} at {at(page).start:#x} (offset {page * PAGE:#x}, {access})"
+    return str(HandlerError(repr(handler), fault, reason))
+
+
+async def test_what_is_prefetched_is_asked_for_like_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nobody, so many at once, each page that is missing once; no fault is counted."""
+    monkeypatch.setattr("aiouffd.engine.serve.handler._TOGETHER", 2)
+    asked: list[Fault] = []
+    through = asyncio.Event()
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        asked.append(fault)
+        await through.wait()
+        await fill(fault, batch)
+
+    world = World(0, source=Does(work))
+    backend: Any = world.backend
+    task = asyncio.create_task(backend.prefetch(world.space, 3 * PAGE, 5 * PAGE))
+    await turns()
+    assert len(asked) == 2
+    through.set()
+    await task
+    assert asked == [Fault(at(page).start, FaultFlag(0), 0, at(page), page * PAGE) for page in range(3, 8)]
+    assert world.uffd.pages == {at(page).start: content(page * PAGE, PAGE) for page in range(3, 8)}
+    found = world.counters.snapshot()
+    assert (found.pages_prefetch, found.pages_fault, sum(found.latency), found.in_flight) == (5, 0, 0, 0)
+
+
+@pytest.mark.parametrize("how", ["raises", "poisons", "is_gone", "closing"])
+async def test_a_prefetch_ends_with_the_first_that_fails(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What was begun with it is done; nothing more is begun, and the error says which page it is."""
+    monkeypatch.setattr("aiouffd.engine.serve.handler._TOGETHER", 2)
+    asked: list[int] = []
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        asked.append(fault.offset // PAGE)
+        await asyncio.sleep(0)
+        if fault.offset != 3 * PAGE:
+            await fill(fault, batch)
+        elif how == "raises":
+            raise ValueError("no")
+        elif how == "poisons":
+            batch.poison(fault.page)
+        else:
+            setattr(world.space, how, True)
+
+    handler = Does(work)
+    world = World(0, source=handler)
+    backend: Any = world.backend
+    with pytest.raises((HandlerError, ClosedError)) as caught:
+        await backend.prefetch(world.space, 3 * PAGE, 8 * PAGE)
+    assert asked == [3, 4]
+    if how in ("raises", "poisons"):
+        reason = "raised ValueError: no" if how == "raises" else "poisoned it"
+        assert str(caught.value) == told(handler, 3, "read", reason)
+        assert at(4).start in world.uffd.pages
+    assert not world.errors
+    assert world.counters.snapshot().handler_errors == (1 if how == "raises" else 0)
+
+
+async def test_each_failure_is_counted_and_says_whose_it_is() -> None:
+    """Handler, fault and reason; a page that has failed is no fault that was served."""
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        if fault.offset >= 8 * PAGE:
+            batch.copy(at(20, 4), content(20 * PAGE, 4 * PAGE))
+        elif fault.offset != 6 * PAGE:
+            raise ValueError("no")
+
+    handler = Does(work)
+    world = World(0, source=handler)
+    await touched(world, 20)
+    await touched(world, 4, 5, 6)
+    assert [str(error) for error in world.errors] == [
+        *(told(handler, page, "read", "raised ValueError: no", page) for page in (4, 5)),
+        told(handler, 6, "read", "returned without resolving it", 6),
+    ]
+    found = world.counters.snapshot()
+    assert (found.handler_errors, found.pages_fault, sum(found.latency), found.in_flight) == (3, 1, 1, 0)
+
+
+async def test_the_descriptor_of_a_child_is_told() -> None:
+    """It stays the engine's."""
+    seen: list[Fork] = []
+
+    class Forks(Handler):
+        async def fork(self, event: Fork) -> None:
+            seen.append(event)
+
+    world = World(0, source=Forks())
+    child = World(0, source=Handler()).space
+    backend: Any = world.backend
+    backend.layout(world.space, abi.EVENT_FORK, bytes(32), child)
+    await turns()
+    (event,) = seen
+    assert event.uffd is child.uffd
+    await backend.aclose()
 
 
 def test_a_fault_says_what_it_is() -> None:

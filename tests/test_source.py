@@ -252,6 +252,7 @@ async def test_faults_join_what_is_on_its_way() -> None:
     await turns()
     found = world.counters.snapshot()
     assert (found.faults, found.joined, found.pages_fault, found.pages_readahead) == (3, 2, 3, 1)
+    assert sum(found.latency) == sum(found.latency[:40]) == 3
     assert not world.uffd.asleep
 
 
@@ -342,18 +343,14 @@ async def test_reads_of_faults_pass_those_ahead() -> None:
     ]
     await turns()
     assert [read[0] // PAGE for read in source.reads] == [0, 1]
-    world.touch(20, 1)
-    world.deliver(64)
+    for page in (20, 21):
+        world.touch(page, page)
+        world.deliver(64)
     await turns()
-    source.answer(0)
-    await turns()
-    source.answer(1)
-    await turns()
-    assert {read[0] // PAGE for read in source.reads[2:]} == {20, 2}
-    for index in (2, 3):
+    for index in range(6):
         source.answer(index)
-    await turns()
-    source.answer(4)
+        await turns()
+    assert [read[0] // PAGE for read in source.reads[2:]] == [2, 20, 21, 3]  # the first turn is a patient one's
     await asyncio.gather(*ahead)
 
 
@@ -537,9 +534,11 @@ async def test_what_fails_after_the_end_is_not_told(how: str, readahead: int) ->
     world.deliver(64)
     await turns()
     setattr(world.space, how, True)
+    asked = len(source.reads)
     source.answer(-1, OSError(errno.EIO, "broken"))
     await turns(20)
     assert len(world.errors) == 2
+    assert len(source.reads) == asked
     assert at(20) not in world.uffd.pages
     await world.backend.aclose()
 
@@ -564,3 +563,72 @@ def test_who_comes_upon_a_window_that_is_being_brought_has_the_next_one_brought(
     world.space.mappings.remove(at(6), at(7))
     world.backend.follow(world.space, at(6))
     assert len(asked) == 1
+
+
+async def test_what_lies_behind_the_end_is_not_asked_for() -> None:
+    """Of the last page, only what there is."""
+    source = Held(5 * PAGE + 100)
+    world = World(0, source=source)
+    world.touch(5, 1)
+    world.deliver(64)
+    await turns()
+    assert source.reads[0][:2] == (5 * PAGE, 100)
+    source.answer()
+    await turns()
+    assert world.uffd.pages == {at(5): content(5 * PAGE, 100) + bytes(PAGE - 100)}
+
+
+async def test_a_defect_in_placing_bytes_is_an_error_that_says_where() -> None:
+    """Of ours: it costs the page, and is told like an error of the source."""
+    source = Held()
+    world = World(0, source=source)
+    resolve = world.space.resolve
+
+    def odd(runs: object) -> None:
+        world.space.resolve = resolve  # type: ignore[method-assign]
+        raise RuntimeError("odd")
+
+    world.space.resolve = odd  # type: ignore[method-assign,assignment]
+    world.touch(4, 1)
+    world.deliver(64)
+    await turns()
+    source.answer()
+    await turns(20)
+    assert [str(error) for error in world.errors] == [
+        str(SourceError(repr(source), 4 * PAGE, PAGE, "RuntimeError: odd"))
+    ]
+    assert world.uffd.pages == {at(4): POISONED}
+
+
+async def test_what_has_come_by_another_way_is_not_counted() -> None:
+    """A page that is there when its bytes land."""
+    source = Held()
+    world = World(0, source=source)
+    task = asyncio.create_task(world.backend.bring(world.space, [(4 * PAGE, 2 * PAGE)], Counter.PAGES_PREFETCH))
+    await turns()
+    world.uffd.pages[at(4)] = content(4 * PAGE, PAGE)
+    source.answer()
+    await task
+    assert world.counters.snapshot().pages == 1
+
+
+async def test_who_has_begun_to_wait_is_told_although_another_fault_has_failed() -> None:
+    """A defect in serving one fault of a wake-up costs none of those whose reads are under way."""
+
+    class Defect(Held):
+        def hole(self, offset: int, _length: int) -> int:
+            if offset == 9 * PAGE:
+                raise RuntimeError("odd")
+            return 0
+
+    source = Defect()
+    world = World(4 * PAGE, source=source)
+    for page in (4, 9):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns()
+    assert world.uffd.pages == {at(9): POISONED}
+    assert {page for flight in world.space.flights.values() for page in flight.wanted} == {at(4)}
+    source.answer()
+    await turns(20)
+    assert not world.uffd.asleep
