@@ -588,7 +588,7 @@ async def test_a_defect_in_placing_bytes_is_an_error_that_says_where() -> None:
         world.space.resolve = resolve  # type: ignore[method-assign]
         raise RuntimeError("odd")
 
-    world.space.resolve = odd  # type: ignore[method-assign]
+    world.space.resolve = odd  # type: ignore[method-assign,assignment]
     world.touch(4, 1)
     world.deliver(64)
     await turns()
