@@ -5,6 +5,7 @@ others) > `pager` (the process that the loop runs in) > `handoff` (wire formats)
 `kernel` (userfaultfd, typed) > `native` (the part in C) > `ranges`, `errors`.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,12 @@ _HOMES = {
     "sources.file": "FileSource",
     "sources.object_store": "ObjectSource",
 }
-"""Module -> its names, each of which is imported on first use: a program, and each pager, pays for what it uses."""
+"""Module -> its names."""
 
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
+
+_LATE = ("ObjectSource", "Server")
+"""Names that are imported on first use: most programs do without."""
 
 
 def __getattr__(name: str) -> Any:
@@ -160,3 +164,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
+
+
+# Not on first use in an application, which may give up the right to read these modules, or its root directory. A pager,
+# which is started as `python -m aiouffd.pager`, needs few of them.
+if "aiouffd.pager" not in sys.orig_argv:
+    for _name in __all__:
+        if _name not in _LATE:
+            __getattr__(_name)
