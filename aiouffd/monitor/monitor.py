@@ -192,7 +192,8 @@ class Monitor:
 
     async def __aenter__(self) -> Self:
         """Start to serve."""
-        await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
+        if not native.is_known():
+            await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
         enable_tracebacks()
         engine = self._choice.make(asyncio.get_running_loop())
         starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
@@ -256,6 +257,7 @@ class Monitor:
                     mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                     page_size=region.page_size,
                     options=attrs.evolve(self._options, modes=int(registration.modes)),
+                    can_poison=registration.can_poison,
                     on_error=self._errors.put,
                     on_lost=_weak(
                         self._lost

@@ -22,7 +22,7 @@ from typing import Any
 from aiouffd.errors import NativePartError
 from aiouffd.native import build
 
-__all__ = ["SWITCH", "holding", "library", "reason"]
+__all__ = ["SWITCH", "holding", "is_known", "library", "reason"]
 
 SWITCH = "AIOUFFD_NATIVE"
 """The environment variable: 0 leaves the native part out."""
@@ -86,6 +86,11 @@ def library() -> ctypes.CDLL:
     if loaded is None:
         raise NativePartError(why)
     return loaded
+
+
+def is_known() -> bool:
+    """Tell whether it was tried to load the library: what is asked from now on reads no file."""
+    return bool(_load.cache_info().currsize)
 
 
 def reason() -> str:

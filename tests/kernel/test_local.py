@@ -41,6 +41,7 @@ def local(source: Any, counters: Counters, errors: list[BaseException], **layout
             Mapping(region.address, region.address + SIZE, 0),
             PAGE,
             Options(),
+            True,
             errors.append,
             print,
         )

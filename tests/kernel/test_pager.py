@@ -38,6 +38,7 @@ class Rig:
             mapping=Mapping(self.region.address, self.region.address + SIZE, 0),
             page_size=PAGE,
             options=Options(readahead=0),
+            can_poison=True,
             on_error=self.errors.append,
             on_lost=self.lost.set,
         )

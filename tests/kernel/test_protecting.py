@@ -15,7 +15,6 @@ from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.userfaultfd import probe
 from aiouffd.monitor import registration
-from aiouffd.monitor.engines import in_process
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 
 SIZE = 1 << 20
@@ -37,7 +36,7 @@ async def touched() -> None:
     """Scenario: a thread touches a page that cannot be had."""
     capabilities = probe()
     lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
-    vars(in_process)["probe"] = vars(registration)["probe"] = lambda: lacking
+    vars(registration)["probe"] = lambda: lacking
     region = aiouffd.Region(SIZE)
     async with aiouffd.Monitor(region, Broken(), readahead=0, retries=0, engine=aiouffd.InProcess()):
         assert await asyncio.to_thread(peek, region.address + 20 * PAGE) == word(20)

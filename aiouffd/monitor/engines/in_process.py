@@ -12,7 +12,7 @@ import attrs
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of
-from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
@@ -100,7 +100,7 @@ class InProcessEngine:
         )
 
     async def _begin(self, assignment: Assignment) -> None:
-        kind = Userfaultfd if Feature.POISON in probe().features else ProtectingUserfaultfd
+        kind = Userfaultfd if assignment.can_poison else ProtectingUserfaultfd
         uffd = kind.from_fd(os.dup(assignment.uffd.fileno()), assignment.uffd.features)
         self._local = Local(assignment, uffd, self._counters, spin_us=self._choice.spin_us)
 

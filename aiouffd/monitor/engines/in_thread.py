@@ -28,7 +28,6 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
-from aiouffd.kernel.userfaultfd import probe
 from aiouffd.monitor.engines.calls import call_in_thread, no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
@@ -137,7 +136,7 @@ class InThreadEngine:
             assignment.uffd,
             self._reading,
             self._loop,
-            None if Feature.POISON in probe().features else self._served.refuse,
+            None if assignment.can_poison else self._served.refuse,
         )
         ready: Future[None] = Future()
         # A daemon, so that a program may end without leaving: see `_at_exit`.
@@ -236,9 +235,14 @@ class InThreadEngine:
     def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
         """Serve no longer. A thread that touches a missing page meanwhile waits until it is settled.
 
-        Another thread does the work: a signal handler of this one may touch such a page.
+        In place of the main thread another one does the work: Python's signal handlers run there, and may touch such a
+        page.
         """
-        call_in_thread(partial(self._leave, settle, sigbus=sigbus))
+        leave = partial(self._leave, settle, sigbus=sigbus)
+        if threading.current_thread() is threading.main_thread():
+            call_in_thread(leave)
+        else:
+            leave()
 
     def _leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
         with no_collections():

@@ -56,6 +56,7 @@ class Assignment:
         mapping: where the region lies.
         page_size: of the region, in bytes.
         options: how it is served.
+        can_poison: whether the kernel has UFFDIO_POISON.
         on_error: called from any thread with each error.
         on_lost: called from any thread when nobody serves the region any more, and nobody can.
     """
@@ -65,6 +66,7 @@ class Assignment:
     mapping: Mapping
     page_size: int
     options: Options
+    can_poison: bool
     on_error: Callable[[BaseException], None]
     on_lost: Callable[[], None]
 
