@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -9,8 +10,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engine_world import turns
 from pattern import PAGE
 from scenario import eventually, next_error, play
 from served import MIB, Serve, client, descriptors
@@ -19,6 +22,7 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.monitor.engines.served_by import ServedByEngine
+from aiouffd.server.clients import _MAX_REQUESTS, Conversation
 
 
 def errors_arrive(path: str, image: str) -> None:
@@ -148,3 +152,29 @@ def test_a_malformed_request_costs_its_own_client_only(image: Path, tmp_path: Pa
     with Serve(tmp_path, image) as serve:
         play(malformed, str(serve.path))
         assert "Traceback" not in serve.said
+
+
+async def test_so_many_requests_at_once() -> None:
+    """A client that asks faster than it is answered is not read from; in the end all are answered."""
+    begun, through = 0, asyncio.Event()
+
+    async def answer(_: dict[str, Any]) -> None:
+        nonlocal begun
+        begun += 1
+        await through.wait()
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        running = asyncio.create_task(Conversation(ours, answer).run())
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(theirs, b"".join(b'{"id": %d}\n' % number for number in range(1000)))
+        await turns(2000)
+        assert begun == _MAX_REQUESTS
+        through.set()
+        answers = b""
+        while answers.count(b"\n") < 1000:
+            answers += await loop.sock_recv(theirs, 1 << 16)
+        theirs.shutdown(socket.SHUT_WR)
+        await running
