@@ -65,7 +65,7 @@ ORDER = {
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
         *("__init__", "handles", "inherited", "control", "travel", "vault", "tenancy", "state", "journal", "replay"),
-        *("rewriting", "last_resort", "served", "blocked", "handover", "answers", "worker", "keeper"),
+        *("rewriting", "last_resort", "inaccessible", "served", "blocked", "handover", "answers", "worker", "keeper"),
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": [

@@ -81,7 +81,10 @@ def examine() -> Report:
     if capabilities is not None and not full:
         advice.append(REMEDY)
     if capabilities is not None and not capabilities.features & Feature.POISON:
-        advice.append("This kernel has no POISON (Linux 6.6): a thread that touches a page that cannot be had waits")
+        advice.append(
+            "This kernel has no POISON (Linux 6.6): a page that cannot be had is SIGSEGV; forked children and clients"
+            " of a server wait for it"
+        )
     if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
         advice.append('Monitor(fork="serve") needs CAP_SYS_PTRACE')
     if native.reason():

@@ -132,7 +132,7 @@ class Dispatcher:
         fd = space.uffd.fileno()
         self.spaces[fd] = space
         self._reader.admit(fd, space.identity)
-        if type(space.uffd) is Userfaultfd:  # others have a COPY of their own
+        if type(space.uffd).try_copy is Userfaultfd.try_copy:  # others have a COPY of their own
             space.fast_path = self._reader
             space.backend.opened(space)
         self._count()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from aiouffd.errors import ClosedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.client import PagerClient
@@ -71,9 +75,10 @@ class PagerEngine:
     def start(self, assignment: Assignment) -> None:
         """Start a pager, and have it serve the region."""
         self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
-        self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size)
+        self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size, own=True)
         self._client = PagerClient(
             on_error=lambda _, error: assignment.on_error(error),
+            on_unavailable=self._protect,
             on_lost=assignment.on_lost,
             guard=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
         )
@@ -84,6 +89,14 @@ class PagerEngine:
             self._client.stop()
             self._pack.close()
             raise
+
+    def _protect(self, start: int, length: int) -> None:
+        """Make a page inaccessible that cannot be had, where the kernel has no UFFDIO_POISON."""
+        with contextlib.suppress(ClosedError, OSError):  # settled just now
+            uffd = ProtectingUserfaultfd.from_fd(os.dup(self._tenant.uffd.fileno()))
+            with uffd:
+                if uffd.try_poison(start, length, 0) < 0:
+                    uffd.try_wake(start, length)  # it is present after all
 
     def prefetch(self, offset: int, length: int) -> Future[Any]:
         """Bring offsets [offset, offset + length)."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.userfaultfd import probe
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.pair import START_TIMEOUT, Pair
@@ -65,6 +67,8 @@ class PagerClient:
         on_error: called from the client's thread with each error that the pager reports, and whose it is; None: all
             tenants', since the pager is given up.
         on_gone: called from there with each tenant whose process has ended.
+        on_unavailable: called from there with start and length of a page of this process that cannot be had, where the
+            kernel has no UFFDIO_POISON: to make it inaccessible.
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
             owner of the memory settles it then. None: the thread stays, and poisons what is touched.
         guard: over the memory of this process that is served, if it is this process's; the client's from now on.
@@ -76,12 +80,14 @@ class PagerClient:
         *,
         on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
+        on_unavailable: Callable[[int, int], None] | None = None,
         on_lost: Callable[[], None] | None = None,
         guard: Watch | None = None,
         pickles: Pickles = Pickles.ONCE,
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
+        self._on_unavailable = on_unavailable
         self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
         self._requests = Requests("the pager", self._transmit)
@@ -344,10 +350,15 @@ class PagerClient:
             self._on_gone(tenant)
         elif event == "error" and tenant is not None:
             self._on_error(tenant, self._requests.error(message.get("error")))
+        elif event == "protect" and tenant is not None and self._on_unavailable is not None:
+            self._on_unavailable(message["start"], message["length"])
+            self.request("protected", tenant, start=message["start"])
         elif event == "failing":  # the worker, which is replaced; where all fail, this says why
             self._reason = self._requests.error(message.get("error"))
         elif event == "died":
             self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
+            if self._on_lost is not None and Feature.POISON not in probe().features:  # the keeper poisons nothing
+                self._on_lost()
 
     def _give_up(self, error: BaseException) -> None:
         self._waiter.watch.close()

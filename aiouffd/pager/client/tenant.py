@@ -86,6 +86,7 @@ class Tenant:
         mappings: what it showed when it was opened.
         page_size: bytes.
         tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
+        own: it is memory of this process, which can make its pages inaccessible.
         token: names it.
     """
 
@@ -94,6 +95,7 @@ class Tenant:
     mappings: list[Mapping]
     page_size: int
     tether: int = -1
+    own: bool = False
     token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
 
     @property
@@ -107,6 +109,7 @@ class Tenant:
             "token": self.token,
             "page_size": self.page_size,
             "features": int(self.uffd.features),
+            "own": self.own,
             "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
         }
 
@@ -130,6 +133,7 @@ class Tenant:
                 uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
                 mappings=list(space.mappings),
                 tether=-1,
+                own=False,
                 token=f"{self.token}/{space.identity}",
             )
             for space in (state.spaces.values() if state is not None else ())

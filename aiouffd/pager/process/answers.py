@@ -52,6 +52,7 @@ class Answers:
             "close": self._close,
             "begin": self._begin,
             "release": self._release,
+            "protected": self._protected,
             "handover": lambda _, fds: self._handover.give(*fds),
             "takeover": lambda _, fds: self._handover.take(*fds),
         }
@@ -98,6 +99,7 @@ class Answers:
             space["token"],
             own[1] if len(own) > 1 else -1,
             is_child="/" in space["token"],
+            own=space["own"],
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 
@@ -149,6 +151,10 @@ class Answers:
         if tenancy.ahead is not None:
             tenancy.ahead.cancel()
         space.refuse()
+
+    async def _protected(self, message: dict[str, Any], _: list[int]) -> None:
+        """A page that could not be had is inaccessible now."""
+        self._served.protection.done(message["start"])
 
     async def _close(self, message: dict[str, Any], _: list[int]) -> None:
         """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""

@@ -20,7 +20,7 @@ from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError, PagerError, PagerStartError
 from aiouffd.handoff.apart import close_foreign
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
@@ -53,13 +53,14 @@ class Served:
         journal: where a successor finds all of this.
         vault: where descriptors of forked children are kept.
         on_error: called with a space's token and its error.
-        on_gone: called with the token of a space that has ended.
+        tell: sends an event to the client.
         on_idle: called when nothing is left to be served.
         on_owner_exit: called when the process that has started this pager has ended.
 
     Attributes:
         origins: by identity.
         tenancies: by the identity of the space.
+        protection: has pages made inaccessible that cannot be had, on old kernels.
         waiting: spaces whose source is being opened again, by identity.
         tasks: that end by themselves.
     """
@@ -71,7 +72,7 @@ class Served:
         vault: Vault,
         *,
         on_error: Callable[[str, UffdError], None],
-        on_gone: Callable[[str], None],
+        tell: Callable[[dict[str, Any]], None],
         on_idle: Callable[[], None],
         on_owner_exit: Callable[[], None],
     ) -> None:
@@ -79,7 +80,8 @@ class Served:
         self.journal = journal
         self._vault = vault
         self._on_error = on_error
-        self._on_gone = on_gone
+        self._tell = tell
+        self.protection = Protection(loop, tell, lambda: self.meta.owner)
         self._on_idle = on_idle
         self._on_owner_exit = on_owner_exit
         self.meta = Meta()
@@ -119,6 +121,7 @@ class Served:
             tenancy.token,
             tenancy.tether,
             tenancy.is_child,
+            tenancy.own,
             space.replayed,
             space.filled,
             space.mappings.generation != space.born,
@@ -238,7 +241,7 @@ class Served:
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
         options = origin.options
         space = Space(
-            Userfaultfd.from_fd(state.fd, Feature(state.features)),
+            self.protection.userfaultfd(state),
             state.mappings,
             page_size=state.page_size,
             backend=origin.backend,
@@ -253,7 +256,7 @@ class Served:
         space.replayed, space.filled = state.replayed, state.filled
         if state.changed:  # what was brought may have gone with its mapping: see `complete`
             space.born = -1
-        tenancy = Tenancy(origin, state.token, state.tether, is_child=state.is_child, space=space)
+        tenancy = Tenancy(origin, state.token, state.tether, is_child=state.is_child, own=state.own, space=space)
         self.tenancies[space.identity] = tenancy
         self.dispatcher.add(space)
         if not tenancy.is_child:
@@ -297,7 +300,7 @@ class Served:
         if tenancy.tether >= 0:
             close_foreign([tenancy.tether])
         if tenancy.announced:
-            self._on_gone(tenancy.token)
+            self._tell({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
         self._rewriting.closed()
         if self._held:

@@ -96,6 +96,7 @@ class SpaceState:
         token: by which it, or the ancestor that it was forked from, is asked for.
         tether: a descriptor to hold open as long as it is served; -1: none.
         is_child: of a fork.
+        own: the process that has started the pager can make its pages inaccessible.
         replayed: how many entries of a recording were brought ahead.
         filled: up to which offset it was filled in the background.
         changed: its layout is another than when it was opened.
@@ -110,6 +111,7 @@ class SpaceState:
     token: str
     tether: int = -1
     is_child: bool = False
+    own: bool = False
     replayed: int = 0
     filled: int = 0
     changed: bool = False

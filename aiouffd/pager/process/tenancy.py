@@ -54,6 +54,7 @@ class Tenancy:
         ahead: the task that brings pages before they are touched.
         early: the task that begins to bring all of them before its process is ready; and when that is over.
         is_child: of a fork.
+        own: as in `SpaceState`.
         announced: whether the client is told of its end.
         space: the space itself.
     """
@@ -64,6 +65,7 @@ class Tenancy:
     ahead: asyncio.Task[None] | None = None
     early: tuple[asyncio.Task[None], asyncio.Event] | None = None
     is_child: bool = False
+    own: bool = False
     space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 

@@ -93,7 +93,7 @@ class _Worker:
             journal,
             vault,
             on_error=self.error,
-            on_gone=lambda token: self.send({"event": "gone", "token": token}),
+            tell=self.send,
             on_idle=self.idle,
             on_owner_exit=self.leave,
         )
