@@ -7,6 +7,7 @@ the rounds' ratios with their quartiles.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import json
 import platform
@@ -19,6 +20,7 @@ from typing import Any
 
 import attrs
 
+import aiouffd
 from benchmarks import knobs
 from benchmarks.rows import Row, rows
 
@@ -156,6 +158,8 @@ def main() -> int:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw latencies, windows and touchers as PNG there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
+    # As pip does when it installs. Else each pager compiles the package where PYTHONDONTWRITEBYTECODE is set.
+    compileall.compile_dir(Path(aiouffd.__file__).parent, quiet=1)
     everything = arguments.rows is None and not arguments.idle_regimes and arguments.plots is None
     results: list[dict[str, Any]] = []
     with (

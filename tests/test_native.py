@@ -25,8 +25,15 @@ NOWHERE = "/nonexistent/cc"
 def test_it_is_here() -> None:
     """The tests run where there is a compiler."""
     assert native.reason() == ""
+    assert native.is_known()
     assert native.library().aiouffd_fingerprint() & 0xFFFFFFFF == build.fingerprint()
     assert doctor.examine().facts["native part"] == "present"
+
+
+def test_it_is_not_looked_for_before_it_is_needed() -> None:
+    """A Monitor that is entered on a loop asks, and has a thread look for it."""
+    code = "from aiouffd import native; assert not native.is_known(); native.reason(); assert native.is_known()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def copied(tmp_path: Path) -> Path:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
 import sys
+
+if __name__ == "__main__":
+    gc.disable()  # what is imported now stays: to look for garbage in it takes 5 ms
 
 from aiouffd.errors import encode_error
 from aiouffd.pager.loglines import SWITCH, Lines
@@ -32,6 +36,8 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - the process that has started this is told
         control.send(connection, {"event": "failed", "error": encode_error(error)})
         return 1
+    gc.freeze()
+    gc.enable()
     return keeper.run(journal, vault, connection, Pickles(sys.argv[2]))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from pathlib import Path
 
 from pairs import running
-from processes import ended
+from processes import ended, kill
+from scenario import play
 
 import aiouffd
 from aiouffd.errors import decode_error
@@ -46,6 +48,29 @@ def test_a_worker_has_one_thread_while_nothing_is_asked() -> None:
     """A fork of the keeper's is all that it is."""
     with running() as pager:
         assert len(list(Path(f"/proc/{pager.pair.worker_pid}/task").iterdir())) == 1
+
+
+class Collects:
+    """A source of ones, where garbage is collected."""
+
+    size = 1 << 16
+
+    async def read(self, _: int, length: int) -> bytes:
+        """Return ones, or zeros."""
+        return bytes([gc.isenabled()]) * length
+
+
+def garbage() -> None:
+    """Scenario."""
+    with aiouffd.Monitor(aiouffd.Region(Collects.size), Collects()) as monitor:
+        assert monitor.region[0] == 1
+        kill(monitor.pids[1])
+        assert monitor.region[Collects.size - 1] == 1
+
+
+def test_garbage_is_collected() -> None:
+    """Though it is not while the program of the pager starts; in successors, too."""
+    play(garbage)
 
 
 def test_an_empty_journal_speaks_of_no_descriptors() -> None:
