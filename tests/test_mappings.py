@@ -162,3 +162,9 @@ def test_what_is_packed_in_order_continues_what_is_there() -> None:
     first = Mappings([Mapping(0, 2 * PAGE, 0)])
     first.unpack(mappings.pack(2 * PAGE, 9)[0])
     assert list(first) == list(mappings)
+
+
+def test_mappings_say_what_they_show() -> None:
+    """For errors and logs."""
+    mappings = Mappings([Mapping(0, 0x4000, 0x8000), Mapping(0x8000, 0x9000, ZEROS)])
+    assert repr(mappings) == "Mappings([0x0, 0x4000) at 0x8000, [0x8000, 0x9000) zeros)"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.ranges import Range, RangeSet, align_down, align_up
+from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
 
 _operation = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 60), st.integers(0, 20))
 
@@ -74,3 +74,44 @@ def test_a_range_set_says_what_it_holds() -> None:
     """For errors and logs."""
     assert repr(RangeSet([Range(0, 16), Range(32, 16)])) == "RangeSet([[0x0, 0x10), [0x20, 0x30)])"
     assert repr(RangeSet()) == "RangeSet([])"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([(0, 4)], [(0, 4)], True),
+        ([(0, 4)], [(0, 5)], False),
+        ([(1, 4)], [(0, 4)], False),
+        ([(0, 4)], [(0, 2), (3, 4)], False),
+    ],
+)
+def test_sets_are_equal_that_hold_the_same(
+    one: list[tuple[int, int]], other: list[tuple[int, int]], same: bool
+) -> None:
+    """And nothing else is."""
+    first, second = (RangeSet(Range.between(*ends) for ends in both) for both in (one, other))
+    assert (first == second) is same
+    assert first != one
+
+
+def test_pieces_end_at_multiples_of_their_size() -> None:
+    """In whole alignments, and with the range."""
+    assert list(pieces(5, 23, 1, 8)) == [(5, 3), (8, 8), (16, 7)]
+    assert list(pieces(8, 24, 8, 8)) == [(8, 8), (16, 8)]
+    assert list(pieces(8, 8, 1, 8)) == []
+
+
+def test_removing_touches_only_what_is_removed() -> None:
+    """At both ends of a range, around several, and nothing at all."""
+    for start, end, left in (
+        (0, 4, [(4, 8), (10, 12)]),
+        (6, 8, [(0, 6), (10, 12)]),
+        (8, 10, [(0, 8), (10, 12)]),
+        (2, 11, [(0, 2), (11, 12)]),
+        (4, 4, [(0, 8), (10, 12)]),
+        (5, 3, [(0, 8), (10, 12)]),
+        (0, 12, []),
+    ):
+        ranges = RangeSet([Range.between(0, 8), Range.between(10, 12)])
+        ranges.remove(start, end)
+        assert [(item.start, item.end) for item in ranges] == left
