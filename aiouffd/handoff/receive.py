@@ -47,7 +47,9 @@ class Peer:
         return f"process {self.pid} of user {self.uid}"
 
 
-async def receive(connection: socket.socket, size: int, descriptors: int = 0) -> tuple[bytes, list[int]]:
+async def receive(
+    connection: socket.socket, size: int, descriptors: int = 0, *, sender: Peer | None = None
+) -> tuple[bytes, list[int]]:
     """Receive at most `size` bytes, and the descriptors that came with them, as soon as there are some.
 
     The descriptors are close-on-exec and belong to the caller. Canceling is safe: nothing is lost that was received.
@@ -56,6 +58,8 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
         connection: a non-blocking Unix socket.
         size: for a message of a known length, that length: the next message, with descriptors, may follow it.
         descriptors: how many are expected at most; more are an error.
+        sender: the only process whose bytes are taken: a forked child has the connection, too, and may have dropped its
+            parent's privileges. Needs SO_PASSCRED, set before they were sent. None: any.
 
     Returns:
         No bytes: the peer has closed.
@@ -66,11 +70,10 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
     """
     loop = asyncio.get_running_loop()
     # The kernel closes descriptors for which there is no room, in this thread: close(2) may block.
-    room = socket.CMSG_SPACE(4 * MOST_FDS)
+    room = socket.CMSG_SPACE(4 * MOST_FDS) + socket.CMSG_SPACE(_CREDENTIALS.size)
     while True:
         try:
             data, ancillary, flags, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-            break
         except BlockingIOError:
             ready = loop.create_future()
             loop.add_reader(connection, _set_ready, ready)
@@ -78,10 +81,12 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
                 await ready
             finally:
                 loop.remove_reader(connection)
-    found = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
+            continue
+        found, by = _unpacked(ancillary)
+        # The user is compared only where the process cannot be, in a pid namespace outside of this one.
+        if not data or sender is None or (by.pid == sender.pid and (by.pid or by.uid == sender.uid)):
+            break
+        close_foreign(found)
     if flags & socket.MSG_CTRUNC or len(found) > descriptors:
         close_foreign(found)
         raise HandoffError(
@@ -89,6 +94,16 @@ async def receive(connection: socket.socket, size: int, descriptors: int = 0) ->
             f"sent more than {descriptors} descriptors, or this process has too many open (RLIMIT_NOFILE)",
         )
     return data, list(found)
+
+
+def _unpacked(ancillary: list[tuple[int, int, bytes]]) -> tuple[array.array[int], Peer]:
+    found, by = array.array("i"), Peer(0, -1, -1)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            by = Peer(*_CREDENTIALS.unpack_from(payload))
+    return found, by
 
 
 def _set_ready(ready: asyncio.Future[None]) -> None:

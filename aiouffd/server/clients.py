@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,11 @@ import attrs
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.apart import close_foreign
 from aiouffd.handoff.lines import Lines, line
-from aiouffd.handoff.receive import receive
+from aiouffd.handoff.receive import Peer, receive
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
 
-    from aiouffd.handoff.receive import Peer
     from aiouffd.pager.client.tenant import Tenant
 
 __all__ = ["Client", "Conversation"]
@@ -73,6 +72,8 @@ class Conversation:
 
     def __init__(self, connection: socket.socket, answer: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
         self._connection = connection
+        self._peer = Peer.of(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # nothing is asked for before it was taken
         self._answer = answer
         self._sending = asyncio.Lock()  # one line at a time
         self._unsent = 0
@@ -89,7 +90,7 @@ class Conversation:
         lines = Lines()
         places = asyncio.Semaphore(_MAX_REQUESTS)
         try:
-            while data := (await receive(self._connection, 64 << 10))[0]:
+            while data := (await receive(self._connection, 64 << 10, sender=self._peer))[0]:
                 for message in lines.feed(data):
                     number = message.get("id")
                     if type(number) is not int:

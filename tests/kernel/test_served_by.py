@@ -111,6 +111,26 @@ def test_a_malformed_answer_closes_the_connection(tmp_path: Path, answer: bytes)
                     monitor.prefetch_sync(0, PAGE, 10.0)
 
 
+async def asked_by_a_child(path: str) -> None:
+    """Scenario: C code forks, and the child asks for the end of what its parent is served."""
+    async with Server(Pattern(SIZE), path, readahead=0):
+        region = aiouffd.Region(SIZE)
+        async with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
+            connection = monitor._engine._connection.fileno()  # type: ignore[union-attr]
+            child = ctypes.PyDLL(None).fork()
+            if child == 0:
+                os.write(connection, b'{"id": 1000, "op": "close", "poison": true}\nno request')
+                os._exit(0)
+            await asyncio.to_thread(os.waitpid, child, 0)
+            await monitor.prefetch(0, PAGE)
+            assert await asyncio.to_thread(peek, region.address + 9 * PAGE) == word(9)
+
+
+def test_a_forked_child_is_not_heard(tmp_path: Path) -> None:
+    """A fork that Python does not know of: the server takes requests of the process that it has taken only."""
+    play(asked_by_a_child, str(tmp_path / "socket"))
+
+
 async def tracked(path: str) -> None:
     """Scenario: beside a client that does not track writes; the worker is killed between two looks."""
     async with Server(Pattern(SIZE), path) as server:
