@@ -16,7 +16,9 @@ from pattern import PAGE, Pattern, content
 from aiouffd.engine.ahead import fill as module
 from aiouffd.engine.ahead.fill import bring_ahead, bring_early, complete, fill
 from aiouffd.engine.ahead.trace import Trace
+from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
+from aiouffd.engine.runs import FOR_FAULT
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.kernel.memory import address_of, unreadable
@@ -189,9 +191,12 @@ class Unregistered(FakeUffd):
     def __init__(self, *, registered: bool = False) -> None:
         super().__init__()
         self.registered = registered
+        self.asked: list[tuple[int, int, int]] = []  # whether memory is registered
 
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """Find nothing before; behind, as the kernel, that memory which nobody may read cannot be copied."""
+        if src == address_of(unreadable()):
+            self.asked.append((dst, length, mode))
         if not self.registered:
             return -errno.ENOENT
         return -errno.EFAULT if src == address_of(unreadable()) else super().try_copy(dst, src, length, mode)
@@ -201,10 +206,13 @@ class Unregistered(FakeUffd):
 async def test_what_is_handed_over_before_it_is_registered(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Is brought once it is, small mappings first; not at all when it is too late, or the space is closed."""
     monkeypatch.setattr(module, "_SMALL", 4 * PAGE)
+    monkeypatch.setattr(module, "_NEAR", 4 * PAGE)
     uffd = Unregistered()
     world = World(0, located=True, uffd=uffd)
+    starts = (0, 4, 20)
     world.space.mappings = Mappings(
-        [Mapping(BASE, BASE + 20 * PAGE, 0), Mapping(BASE + 20 * PAGE, BASE + 22 * PAGE, 26 * PAGE)]
+        Mapping(BASE + start * PAGE, BASE + end * PAGE, offset * PAGE)
+        for start, end, offset in ((0, 4, 0), (4, 20, 8), (20, 22, 26))
     )
     asked = noted(world)
     late = asyncio.Event()
@@ -219,7 +227,10 @@ async def test_what_is_handed_over_before_it_is_registered(monkeypatch: pytest.M
         uffd.registered = True
     await task
     if how == "registered":
-        assert asked[0] == ([(26, 2)], Counter.PAGES_BACKGROUND)
+        assert asked == [
+            (brought, Counter.PAGES_BACKGROUND) for brought in ([(0, 4), (26, 2)], [(0, 4)], [(8, 16)], [(26, 2)])
+        ]
+        assert set(uffd.asked) == {(BASE + start * PAGE, PAGE, 0) for start in starts}
         assert uffd.pages[BASE + 20 * PAGE] == content(26 * PAGE, PAGE)
         assert len(uffd.pages) == 22
     else:
@@ -288,3 +299,42 @@ async def test_all_is_brought_while_the_layout_changes(monkeypatch: pytest.Monke
     assert world.uffd.pages == world.model
     assert ELSEWHERE + 8 * PAGE in world.uffd.pages
     assert world.space.mappings.locate(ELSEWHERE + 8 * PAGE)[2] != ZEROS
+
+
+async def test_what_is_known_to_be_there_is_not_offered_again() -> None:
+    """As long as nothing makes that doubtful."""
+    world = World(0, located=True)
+    await complete(world.space, world.backend)
+    asked = noted(world)
+    await complete(world.space, world.backend)
+    assert asked == []
+
+
+async def test_a_process_that_goes_on_changing_its_layout_is_asked_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once a second in the end; and so is one whose flights do not end."""
+    world = World(0, located=True)
+    slept: list[float] = []
+
+    async def bring(*_arguments: Any) -> None:
+        if len(slept) < 110:
+            world.space.mappings.remove(BASE, BASE + PAGE)
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            slept.append(seconds)
+        if len(slept) == 111:
+            world.space.flights.clear()
+
+    async def quiet(*_arguments: Any) -> None:
+        if len(slept) == 110:
+            world.space.flights[BASE] = Flight(BASE, BASE + PAGE, 0, 0, FOR_FAULT)
+
+    world.backend.bring = bring  # type: ignore[method-assign,assignment]
+    world.space.quiet = quiet  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr("aiouffd.engine.ahead.fill.asyncio.sleep", sleep)
+    await complete(world.space, world.backend)
+    assert slept[:100] == pytest.approx([number / 100 for number in range(1, 101)])
+    assert set(slept[100:]) == {1.0}
+    assert len(slept) == 111

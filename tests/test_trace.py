@@ -9,15 +9,16 @@ import stat
 import struct
 import zlib
 from array import array
+from hashlib import blake2b
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE
 
-from aiouffd.engine.ahead.trace import HEADER, HEADER_1, Recorder, Trace, differ, fingerprint
+from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint
 from aiouffd.errors import TraceError
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
@@ -177,6 +178,34 @@ def test_what_a_fingerprint_is_of() -> None:
     assert differ(fingerprint(ZeroSource(5)), fingerprint(Served(None))) is False
     assert differ(fingerprint(ZeroSource(5)), fingerprint(ZeroSource(6)))
     assert fingerprint(BufferSource(b""))[0] == 1
+
+
+@pytest.mark.parametrize("size", [0, 5, _SAMPLE + 1, 300 * _SAMPLE + 1])
+def test_a_fingerprint_is_of_the_size_and_of_samples_from_all_over(size: int) -> None:
+    """Of the first bytes and of the last ones, too; a copy of a file shares it."""
+    taken: list[tuple[int, int]] = []
+
+    class Sampled:
+        def sample(self, offset: int, length: int) -> bytes:
+            taken.append((offset, length))
+            return b"%d+%d " % (offset, length)
+
+    source: Any = Sampled()
+    source.size = size
+    found = fingerprint(source)
+    hashed = b"%d:" % size + b"".join(b"%d+%d " % sample for sample in taken)
+    assert found == b"\1" + blake2b(hashed, digest_size=31).digest()
+    assert taken == sorted(set(taken))
+    assert all(offset % _SAMPLE == 0 and length == min(_SAMPLE, size - offset) for offset, length in taken)
+    if size:
+        assert (taken[0][0], sum(taken[-1])) == (0, size)
+    assert len(taken) == min(_SAMPLES, -(-size // _SAMPLE))
+
+
+def test_a_fingerprint_of_what_is_served_is_of_size_and_validator() -> None:
+    """Both count."""
+    assert fingerprint(Served("x")) == b"\2" + blake2b(b"5:x", digest_size=31).digest()
+    assert fingerprint(Served(None)) == b"\3" + blake2b(b"5:", digest_size=31).digest()
 
 
 def test_the_first_version_is_still_read(tmp_path: Path) -> None:
