@@ -134,3 +134,24 @@ def test_a_wait_whose_loop_is_gone_is_destroyed_in_silence(loop: str) -> None:
     with asyncio.Runner(loop_factory=loop_factories()[loop]) as runner:
         runner.run(main())
     waiting.close()
+
+
+async def test_a_wait_behind_one_that_does_not_end_has_its_time() -> None:
+    """The timer goes on by itself, and a task that stays on is passed over."""
+    deadlines, never, through = Deadlines(0.01), asyncio.Event(), asyncio.Event()
+
+    async def stays() -> str:
+        with deadlines:
+            try:
+                await never.wait()
+            except asyncio.CancelledError:
+                await through.wait()
+        return "late, but here"
+
+    first = asyncio.create_task(stays())
+    await asyncio.sleep(0.005)
+    second = asyncio.create_task(wait(deadlines, never))
+    async with asyncio.timeout(10):
+        assert await second == "timeout"
+    through.set()
+    assert await first == "late, but here"

@@ -219,6 +219,8 @@ def test_a_child_is_served_like_its_parent() -> None:
         try_zeropage = try_continue = try_poison = try_writeprotect = None
 
     world.space.uffd = Uffd()  # type: ignore[assignment]
+    world.space.write_protect = True
+    world.space.on_gone = gone = lambda _: None
     serve(world, event(abi.EVENT_FORK, abi.FORK_MESSAGE, 77))
     ((parent, child),) = children
     assert parent is world.space
@@ -227,6 +229,7 @@ def test_a_child_is_served_like_its_parent() -> None:
     assert child.mappings is not parent.mappings
     assert child.readahead.missing(0, SIZE) == [(0, SIZE)]
     assert child.readahead.limit == 4 * PAGE
-    assert child.write_protect is parent.write_protect
+    assert child.write_protect
     assert (child.backend, child.page_size, child.on_child) == (parent.backend, PAGE, parent.on_child)
+    assert (child.on_error, child.on_gone, child.counters) == (parent.on_error, gone, parent.counters)
     assert world.counters.snapshot().forks == 1

@@ -132,3 +132,13 @@ def test_after_a_change_of_the_layout() -> None:
     rest.add([window(0, 10), window(20, 10)])
     rest.revise(lambda run: [run.part(0, PAGE)] if run.dst == BASE else [])
     assert [list(pages(run)) for run in rest] == [[0]]
+
+
+def test_only_what_is_kept_is_taken() -> None:
+    """Not the page behind, nor the one before."""
+    rest = Remainders(PAGE)
+    rest.add([window(4, 2)])
+    assert rest.take(BASE + 6 * PAGE) is None
+    assert rest.take(BASE + 3 * PAGE) is None
+    assert rest.take(BASE + 5 * PAGE) is not None
+    assert not rest

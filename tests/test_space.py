@@ -568,3 +568,27 @@ def test_the_fast_path_is_given_back(closes: str) -> None:
     else:
         getattr(world.space, closes)()
     assert closed == [fd]
+
+
+def test_each_piece_lets_its_touchers_go() -> None:
+    """And it is told whether there are more."""
+    world = World(0, located=True)
+    for page in (1, 20):
+        world.touch(page, page)
+    world.space.resolve_later(
+        [Run(Op.ZEROPAGE, BASE, 0, SIZE // 2), Run(Op.ZEROPAGE, BASE + SIZE // 2, SIZE // 2, SIZE // 2)]
+    )
+    assert world.space.advance()
+    assert list(world.uffd.asleep) == [BASE + 20 * PAGE]
+    assert not world.space.advance()
+    assert not world.uffd.asleep
+    assert not world.space.advance()
+
+
+@pytest.mark.parametrize("number", [errno.ESRCH, errno.ENOSPC])
+def test_of_a_process_that_is_gone_no_page_is_missing(number: int) -> None:
+    """Nothing is owed to it, however the kernel says so."""
+    world = World(0, located=True)
+    world.uffd.failures.append(-number)
+    assert world.space.poison_if_missing(BASE) is True
+    assert world.space.is_gone
