@@ -29,6 +29,13 @@ def test_what_cannot_serve(origin: Any) -> None:
         checked(origin)
 
 
+def test_a_large_buffer_is_named_by_its_beginning() -> None:
+    """Its representation has four characters a byte."""
+    with pytest.raises(TypeError, match="is no Source and no Handler") as caught:
+        checked(bytes(1 << 20))
+    assert len(str(caught.value)) < 400
+
+
 class Recorder:
     """Notes offsets."""
 

@@ -59,7 +59,8 @@ def checked(origin: Any) -> Any:
     """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
     if isinstance(origin, type) or not (isinstance(origin, Handler) or callable(getattr(origin, "read", None))):
         raise TypeError(
-            f"{origin!r} is no Source and no Handler: give an instance of one, FileSource(path) or BufferSource(data)"
+            f"{origin!r:.200} is no Source and no Handler: give an instance of one, FileSource(path) or"
+            " BufferSource(data)"
         )
     return origin
 

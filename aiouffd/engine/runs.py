@@ -138,6 +138,9 @@ def merge(runs: list[Run]) -> list[Run]:
 
 def still_valid(run: Run, mappings: Mappings, page_size: int) -> list[Run]:
     """Cut a run down to the parts whose addresses still show what they showed when it was made."""
+    start, stop, first = mappings.locate(run.dst)
+    if run.dst + run.left <= stop and run.offset == (first if first < 0 else first + run.dst - start):
+        return [run]  # nearly always
     parts: list[Run] = []
     at = run.dst
     end = run.dst + run.left
