@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 
 import attrs
@@ -95,6 +96,15 @@ async def test_a_slow_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> N
         async with asyncio.timeout(10):
             assert await reader.read() == b""
         writer.close()
+        await writer.wait_closed()
+        monkeypatch.setattr(there, "_answer", lambda _: bytes(64 << 20))  # more than buffers take
+        before = open_descriptors()
+        with socket.create_connection(("127.0.0.1", there.port)) as unread:
+            unread.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            for taken in (True, False):
+                async with asyncio.timeout(10):
+                    while (open_descriptors() > before + 1) != taken:  # noqa: ASYNC110 - nothing tells
+                        await asyncio.sleep(0)
 
 
 async def test_metrics_that_cannot_be_collected() -> None:

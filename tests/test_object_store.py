@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import odd_http
@@ -14,6 +15,7 @@ from stored import DATA, SIZE, travelled
 
 import aiouffd
 from aiouffd.errors import decode_error, encode_error
+from aiouffd.sources.answer import Validator
 from aiouffd.sources.plain_http import PlainHttp
 from examples.page_server import serving
 
@@ -338,3 +340,19 @@ async def test_a_bucket_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
         await read_all(aiouffd.ObjectSource("s3://bucket/a/key"))
         assert server.requests[0][1]["authorization"].startswith("AWS4-HMAC-SHA256 Credential=key/")
+
+
+async def test_the_size_is_asked_for_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `prepare`: the first use of `size` blocks."""
+    asked: list[int] = []
+
+    def first(_: aiouffd.ObjectSource) -> Validator:
+        asked.append(threading.get_ident())
+        return Validator(7)
+
+    monkeypatch.setattr(aiouffd.ObjectSource, "_first", first)
+    source = aiouffd.ObjectSource("http://127.0.0.1:9/x")
+    await source.prepare()
+    assert source.size == 7
+    assert len(asked) == 1
+    assert asked != [threading.get_ident()]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pairs import Unwatched
 from processes import ended, has_ended
-from scenario import open_descriptors
+from scenario import open_descriptors, play
 
 import aiouffd
 from aiouffd.pager.client import pair as pairs
@@ -70,6 +70,22 @@ def test_a_worker_that_was_killed_does_not_live(waiter: Waiter) -> None:
     pair.forget_worker()
     pair.kill_worker()
     pair.end(leave=False)
+
+
+def started_without_standard_descriptors() -> None:
+    """Scenario: what is opened next gets their numbers."""
+    watch: Any = Unwatched()
+    waiter = Waiter(watch)
+    os.closerange(0, 3)
+    pair = Pair.start(waiter, Pickles.NEVER)
+    for fd in range(3):
+        assert os.readlink(f"/proc/{pair.keeper.pid}/fd/{fd}") == os.devnull  # noqa: PTH115 - not a path, perhaps
+    pair.end(leave=False)
+
+
+def test_the_connection_is_no_standard_descriptor() -> None:
+    """What the pager logs would be sent to its client."""
+    play(started_without_standard_descriptors)
 
 
 def test_processes_that_may_not_be_signaled(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,14 @@ def test_only_what_is_missing_and_registered_with_it_is_poisoned(image: Path, tm
         assert output == "as it was\n"
 
 
+def test_memory_that_is_not_registered_is_left_alone() -> None:
+    """A handoff may name addresses that it has no right to."""
+    region = aiouffd.Region(MIB)
+    with aiouffd.Userfaultfd() as uffd:
+        assert rejection.poison(uffd, Range(region.address, MIB), PAGE) == 0
+    assert region[:] == bytes(MIB)
+
+
 def test_a_client_that_is_killed(image: Path, tmp_path: Path) -> None:
     """--on-reject kill: the process that connected."""
     with Serve(tmp_path, image, "--on-reject", "kill") as serve:

@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pattern import PAGE, Slow, content, left_while_touched
@@ -353,3 +355,15 @@ async def at_most_two(directory: str) -> None:
 def test_the_clients_of_one_process_are_bounded(tmp_path: Path) -> None:
     """So that one process cannot take all descriptors; it is counted anew when its clients are gone."""
     play(at_most_two, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [({"version": 9}, "speaks version 9"), ({"version": 1, "name": 7}, "by a name that is not a string")],
+)
+def test_a_name_is_a_string(extra: dict[str, Any], match: str) -> None:
+    """What else is asked for is refused before a source is looked for."""
+    regions = SimpleNamespace(extra=extra)
+    handoff: Any = SimpleNamespace(regions=regions, peer="a client")
+    with pytest.raises(aiouffd.HandoffError, match=match):
+        module._name_asked_for(handoff)
