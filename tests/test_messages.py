@@ -172,12 +172,12 @@ def test_the_block_of_a_minor_fault_is_of_offsets_and_ends_with_its_mapping() ->
     """Wherever that begins; where nothing of the source is shown, the page comes alone. Each fault is counted."""
     world, asked, alone = continued(64, None)
     world.space.mappings = Mappings([Mapping(BASE + PAGE, BASE + 30 * PAGE, 0)])
-    world.space.mappings.remove(BASE + 8 * PAGE, BASE + 9 * PAGE)
-    serve(world, fault(4, FaultFlag.MINOR), fault(20, FaultFlag.MINOR), fault(8, FaultFlag.MINOR))
-    assert asked == [(BASE + 4 * PAGE, 4 * PAGE, 0), (BASE + 20 * PAGE, 10 * PAGE, 0)]
-    assert [run.dst for run in alone] == [BASE + 8 * PAGE]
+    world.space.mappings.remove(BASE + 7 * PAGE, BASE + 9 * PAGE)
+    serve(world, *(fault(page, FaultFlag.MINOR) for page in (4, 7, 10, 20)))
+    assert asked == [(BASE + page * PAGE, length * PAGE, 0) for page, length in ((4, 3), (10, 7), (20, 10))]
+    assert [run.dst for run in alone] == [BASE + 7 * PAGE]
     found = world.counters.snapshot()
-    assert (found.minor_faults, found.continues) == (3, 2)
+    assert (found.minor_faults, found.continues) == (4, 3)
 
 
 def test_a_backend_is_told_of_each_write() -> None:

@@ -115,3 +115,11 @@ def test_removing_touches_only_what_is_removed() -> None:
         ranges = RangeSet([Range.between(0, 8), Range.between(10, 12)])
         ranges.remove(start, end)
         assert [(item.start, item.end) for item in ranges] == left
+
+
+def test_what_a_set_touches() -> None:
+    """Ranges beside its own are not touched."""
+    ranges = RangeSet([Range.between(4, 8), Range.between(10, 12)])
+    touched = [ranges.touches(*ends) for ends in ((0, 4), (0, 5), (7, 8), (8, 10), (9, 11), (12, 20))]
+    assert touched == [False, True, True, False, True, False]
+    assert [str(gap) for gap in ranges.gaps(4, 12)] == ["[0x8, 0xa)"]

@@ -279,7 +279,7 @@ def plain(size: int, memory: tuple[int, int, int, int] | None, *, readahead: boo
         (8, 20 * PAGE, 10 * PAGE, 10 * PAGE, 0),  # behind its end
     ],
 )
-@pytest.mark.parametrize("file", [-1, 9])
+@pytest.mark.parametrize("file", [-1, 0, 9])
 def test_the_native_part_is_told_where_the_bytes_are(
     told: tuple[NativeReader, Told], pages: int, offset: int, size: int, length: int, served: int, file: int
 ) -> None:
