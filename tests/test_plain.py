@@ -13,6 +13,7 @@ from engine_world import BASE, LOCATED, SIZE, World
 from hypothesis import given, settings
 
 from aiouffd.engine import plain
+from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.readahead import Readahead
 from aiouffd.engine.statistics import Counter, Counters
@@ -404,3 +405,113 @@ def test_only_a_copy_that_stopped_has_done_something(kernel: Kernel, number: int
     kernel.refusal, kernel.done = number, 4 * PAGE
     assert not serve(path, 3, fault(5))
     assert sum(counters.words) == 0
+
+
+Call = tuple[str, int, int, int]
+
+
+def together(
+    *pages: int,
+    readahead: int = 0,
+    answers: tuple[int | None, ...] = (),
+    mode: int = 2,
+    size: int = SIZE,
+    first: int = 0,
+) -> tuple[World, list[Call], list[int]]:
+    """Serve faults of one wake-up; return what the kernel was asked (what, page, pages, mode), and who is left."""
+    world = World(readahead * PAGE, located=True)
+    world.space.mappings = Mappings([Mapping(BASE, BASE + SIZE, first * PAGE)])
+    asked: list[Call] = []
+    script = list(answers)
+
+    def copy(dst: int, src: int, length: int, mode: int) -> int:
+        assert src == LOCATED.address + first * PAGE + dst - BASE
+        asked.append(("copy", (dst - BASE) // PAGE, length // PAGE, mode))
+        answer = script.pop(0) if script else None
+        return length if answer is None else answer
+
+    def wake(start: int, length: int) -> int:
+        asked.append(("wake", (start - BASE) // PAGE, length // PAGE, 0))
+        return 0
+
+    world.uffd.try_copy = copy  # type: ignore[method-assign]
+    world.uffd.try_wake = wake  # type: ignore[method-assign]
+    source: PlainSource = (LOCATED.locate, size, PAGE, mode, readahead > 0, None, None)
+    faults = [(BASE + page * PAGE, 0, page) for page in pages]
+    left = plain.serve_together(world.space, source, world.counters, faults, 1 << 40)
+    return world, asked, [thread for _, _, thread in left]
+
+
+def counted(world: World) -> tuple[int, int, int, int, int]:
+    """Return what was counted: faults, pages that came along, copies, pages fetched, latencies."""
+    found = world.counters.snapshot()
+    return (
+        *(found.pages_fault, found.pages_readahead, found.copies),
+        *(found.bytes_fetched // PAGE, found.latency[0]),
+    )
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the clock."""
+    monkeypatch.setattr(plain, "perf_counter_ns", lambda: 1 << 40)
+
+
+@pytest.mark.usefixtures("stopped")
+def test_one_wake_for_several() -> None:
+    """Alone, the COPY wakes; several are woken together, or each where another waits between them."""
+    world, asked, left = together(5)
+    assert (asked, left, counted(world)) == ([("copy", 5, 1, 2)], [], (1, 0, 1, 1, 1))
+    world, asked, left = together(1, 9, 17)
+    assert asked == [*(("copy", page, 1, 3) for page in (1, 9, 17)), ("wake", 1, 17, 0)]
+    assert (left, counted(world)) == ([], (3, 0, 3, 3, 3))
+    world, asked, left = together(1, 9, 17, answers=(None, -errno.EAGAIN))
+    assert asked == [*(("copy", page, 1, 3) for page in (1, 9, 17)), ("wake", 1, 1, 0), ("wake", 17, 1, 0)]
+    assert (left, counted(world)) == ([9], (2, 0, 2, 2, 2))
+    world, asked, left = together(1, 9, answers=(-errno.EEXIST, -errno.EEXIST))
+    assert asked == [("copy", 1, 1, 3), ("copy", 9, 1, 2)]
+    assert (left, counted(world)) == ([1, 9], (0, 0, 0, 0, 0))
+
+
+@pytest.mark.usefixtures("stopped")
+def test_faults_of_one_window_are_placed_by_one_copy() -> None:
+    """Each is counted; if it is not placed, they are all left, and nothing is counted."""
+    world, asked, left = together(4, 5, 7, readahead=4)
+    assert (asked, left, counted(world)) == ([("copy", 4, 4, 2)], [], (3, 1, 1, 4, 3))
+    world, asked, left = together(4, 5, 12, readahead=4)
+    assert asked == [("copy", 4, 4, 3), ("copy", 12, 4, 3), ("wake", 4, 12, 0)]
+    assert (left, counted(world)) == ([], (3, 5, 2, 8, 3))
+    world, asked, left = together(4, 5, 12, readahead=4, answers=(-errno.EAGAIN,))
+    assert asked == [("copy", 4, 4, 3), ("copy", 12, 4, 2)]
+    assert (left, counted(world)) == ([4, 5], (1, 3, 1, 4, 1))
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize(
+    ("pages", "left", "again", "counts"),
+    [
+        ((4, 5, 7), [], [("copy", 6, 2, 2)], (3, 1, 2, 4, 3)),
+        ((5, 7), [], [("copy", 6, 2, 2)], (2, 2, 2, 4, 2)),
+        ((6, 7), [6, 7], [], (0, 2, 1, 2, 0)),
+    ],
+)
+def test_a_window_that_came_in_part(
+    pages: tuple[int, ...], left: list[int], again: list[Call], counts: tuple[int, ...]
+) -> None:
+    """The rest comes with who waits there; if that is the fault itself, it is left. What has come is counted."""
+    world, asked, rest = together(*pages, readahead=4, answers=(2 * PAGE,))
+    assert rest == left
+    assert asked == [("copy", 4, 4, 2), *again]
+    assert counted(world) == counts
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize("readahead", [0, 4])
+def test_offsets_are_those_of_the_mapping(readahead: int) -> None:
+    """Wherever it begins in the source; what is behind the source's end, or shows none of it, is left."""
+    _, asked, left = together(0, 12, 16, readahead=readahead, size=22 * PAGE, first=8)
+    first, last = (4, 2) if readahead else (1, 1)
+    assert asked == [("copy", 0, first, 3), ("copy", 12, last, 3), ("wake", 0, first, 0), ("wake", 12, last, 0)]
+    assert left == [16]
+    _, asked, left = together(3, 5, readahead=readahead, first=-1)
+    assert (asked, left) == ([], [3, 5])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.engine import present
 from aiouffd.engine.present import PresentPages
-
-if TYPE_CHECKING:
-    import pytest
+from aiouffd.ranges import RangeSet
 
 PAGE = 4096
 LAST = 2000  # pages, of four chunks
@@ -75,3 +73,44 @@ def test_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [chunk * 512 * PAGE in pages for chunk in range(10)] == [False] * 6 + [True] * 4
     assert pages.claim(0, 0, 2 * PAGE) == (0, 2 * PAGE)
     assert len(pages._chunks) == 4
+
+
+EDGES = (0, 1, 2, 511, 512, 513, 1023, 1024, 1025, 1535, 1536, 2048)
+INTERVALS = list(itertools.combinations(EDGES, 2))
+
+
+def missing(model: RangeSet, low: int, high: int) -> list[tuple[int, int]]:
+    """Return the gaps of a set of pages."""
+    return [(gap.start * PAGE, gap.length * PAGE) for gap in model.gaps(low, high)]
+
+
+@pytest.mark.parametrize("added", INTERVALS)
+def test_each_edge_of_a_chunk(added: tuple[int, int]) -> None:
+    """Against the same ranges without chunks: added, removed, claimed, and asked for."""
+    for low, high in INTERVALS:
+        pages, model = PresentPages(PAGE), RangeSet()
+        pages.add(added[0] * PAGE, added[1] * PAGE)
+        model.add(*added)
+        assert pages.missing(low * PAGE, high * PAGE) == missing(model, low, high)
+        pages.remove(low * PAGE, high * PAGE)
+        model.remove(low, high)
+        assert pages.missing(0, 2100 * PAGE) == missing(model, 0, 2100)
+        assert all((page * PAGE in pages) == (page in model) for page in (*added, low, high, high - 1))
+        pages.add(added[0] * PAGE, added[1] * PAGE)
+        model.add(*added)
+        at = (low + high) // 2
+        model.remove(at, at + 1)
+        (claimed,) = [gap for gap in model.gaps(low, high) if at in gap]
+        assert pages.claim(at * PAGE, low * PAGE, high * PAGE) == (claimed.start * PAGE, claimed.length * PAGE)
+        model.add(claimed.start, claimed.end)
+        assert pages.missing(0, 2100 * PAGE) == missing(model, 0, 2100)
+
+
+def test_nothing_is_kept_for_an_empty_range() -> None:
+    """Nor for one that was asked for, or removed."""
+    pages = PresentPages(PAGE)
+    pages.add(5 * PAGE, 5 * PAGE)
+    pages.remove(0, 4096 * PAGE)
+    assert pages.missing(5 * PAGE, 5 * PAGE) == []
+    assert 7 * PAGE not in pages
+    assert not pages._chunks

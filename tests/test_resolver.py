@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import itertools
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.engine.resolver import Resolver
-from aiouffd.engine.runs import Op, Run, merge
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.runs import Op, Purpose, Run, merge
+from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.kernel import abi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAGE = 4096
 BASE = 0x10000000
@@ -167,6 +173,87 @@ def test_counters_tell_what_the_kernel_answered() -> None:
     assert seen.enoent >= 2
     assert seen.copies == kernel.calls
     assert seen.wakes >= 3
+
+
+class Scripted:
+    """Gives the next answer, whatever it is asked; notes what."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def ask(*arguments: int) -> int:
+            self.asked.append((name.removeprefix("try_"), (arguments[0] - BASE) // PAGE, *arguments[1:]))
+            return 0 if name == "try_wake" else self.answers.pop(0)
+
+        return ask
+
+
+@pytest.mark.parametrize("wake", [True, False])
+def test_how_a_run_is_worked_off(wake: bool) -> None:
+    """Behind a part that came; past what is present; in halves where no mapping covers it, and in one piece again."""
+    counters, source = Counters(), 1 << 20
+    kernel: Any = Scripted(
+        *(2 * PAGE, -errno.EEXIST, -errno.ENOENT, 2 * PAGE, -errno.ENOENT, -errno.ENOENT, PAGE, PAGE)
+    )
+    resolver = Resolver(kernel, PAGE, counters, 2)
+    counters.words[Counter.PAGES_PREFETCH] = 10
+    counters.words[Counter.BYTES_FETCHED] = 10 * PAGE
+    run = Run(Op.COPY, BASE, 0, 8 * PAGE, source, purpose=Purpose(Counter.PAGES_PREFETCH))
+    assert resolver.resolve(run, wake=wake) == 0
+    mode = 2 if wake else 3
+
+    def copy(page: int, count: int) -> tuple[object, ...]:
+        return "copy", page, source + page * PAGE, count * PAGE, mode
+
+    assert kernel.asked == [
+        *(copy(0, 8), copy(2, 6)),
+        *([("wake", 2, PAGE)] if wake else []),
+        *(copy(3, 5), copy(3, 2), copy(5, 3), copy(5, 1), ("wake", 5, PAGE), copy(6, 1), copy(7, 1)),
+    ]
+    found = counters.snapshot()
+    assert (found.copies, found.partial, found.eexist, found.enoent, found.wakes) == (8, 1, 1, 3, 1 + wake)
+    assert (found.pages_prefetch, found.bytes_fetched) == (8, 8 * PAGE)
+
+
+def test_the_modes_of_each_operation() -> None:
+    """Of 2, what protects new pages is for COPY and CONTINUE; protecting wakes nobody."""
+    for op, name, modes in (
+        (Op.COPY, "copy", (2, 3)),
+        (Op.ZEROPAGE, "zeropage", (0, 1)),
+        (Op.CONTINUE, "continue", (2, 3)),
+        (Op.POISON, "poison", (0, 1)),
+        (Op.UNPROTECT, "writeprotect", (0, abi.WRITEPROTECT_MODE_DONTWAKE)),
+        (Op.PROTECT, "writeprotect", (abi.WRITEPROTECT_MODE_WP, abi.WRITEPROTECT_MODE_WP)),
+    ):
+        for wake, mode in zip((True, False), modes, strict=True):
+            kernel: Any = Scripted(PAGE)
+            counters = Counters()
+            assert Resolver(kernel, PAGE, counters, 2).resolve(Run(op, BASE, 0, PAGE, 8), wake=wake) == 0
+            assert kernel.asked == [(name, 0, *((8,) if op == Op.COPY else ()), PAGE, mode)]
+            word = ("COPIES", "ZEROPAGES", "CONTINUES", "POISONS", "UNPROTECTS", "PROTECTS")[op]
+            assert list(counters.words).count(1) == counters.words[Counter[word]] == 1
+
+
+def test_what_was_not_brought_is_taken_back_once() -> None:
+    """Pages of its cause, zeros among them, and bytes of the source's own memory; nothing of what fills none."""
+    for op, owner, zeros, fetched in (
+        (Op.COPY, None, 0, 2 * PAGE),
+        (Op.COPY, b"", 0, 0),
+        (Op.ZEROPAGE, None, 2, 0),
+        (Op.CONTINUE, None, 0, 0),
+        (Op.POISON, None, None, None),
+    ):
+        counters = Counters()
+        for word in (Counter.PAGES_REPLAY, Counter.PAGES_ZERO, Counter.BYTES_FETCHED):
+            counters.words[word] = 10 * PAGE
+        kernel: Any = Scripted()
+        run = Run(op, BASE, 0, 4 * PAGE, 8, owner, Purpose(Counter.PAGES_REPLAY))
+        Resolver(kernel, PAGE, counters).uncount(run, 2 * PAGE)
+        found = counters.snapshot()
+        taken = [10 * PAGE - count for count in (found.pages_replay, found.pages_zero, found.bytes_fetched)]
+        assert taken == ([0, 0, 0] if zeros is None else [2, zeros, fetched])
 
 
 def test_merge_joins_what_continues_in_target_source_and_offset() -> None:
