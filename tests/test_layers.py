@@ -80,7 +80,7 @@ ORDER = {
         "server",
     ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
-    "monitor": ["__init__", "engines", "registration", "error_queue", "crashes", "monitor", "open"],
+    "monitor": ["__init__", "engines", "registration", "error_queue", "crashes", "lookout", "monitor", "open"],
     "monitor/engines": [
         "__init__",
         "protocol",

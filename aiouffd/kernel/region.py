@@ -72,7 +72,7 @@ class Region(mmap.mmap):
     - **Another mapping of shared memory.** A process that maps a shared region's memfd without a Monitor of its own,
       and touches a missing page of it, makes the kernel put a page of zeros into the file: for all processes, for good.
       userfaultfd cannot prevent this. Let each process that maps the memfd have a Monitor (`from_fd`), or touch only
-      pages that are present. A Monitor that is left logs a warning if it finds such a mapping in its own process;
+      pages that are present. A Monitor logs a warning if it finds such a mapping in its own process;
       `Statistics.continues` counts the pages that were in the file before they were touched in the region.
 
     Missing pages are missing for debuggers as well: gdb and /proc/PID/mem get EIO, and a core dump leaves them out.

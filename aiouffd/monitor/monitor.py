@@ -18,12 +18,13 @@ from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import ClosedError, UffdError
+from aiouffd.errors import ClosedError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import Pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.monitor.error_queue import ErrorQueue
+from aiouffd.monitor.lookout import Lookout
 from aiouffd.monitor.registration import Registration
 from aiouffd.sources.base import ZeroSource
 
@@ -186,6 +187,7 @@ class Monitor:
         self._engine: Engine | None = None
         self._errors = ErrorQueue()
         self._crashes: CrashNotes
+        self._lookout: Lookout | None = None
         self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
@@ -271,6 +273,8 @@ class Monitor:
             self._crashes.close()
             raise
         self._engine, region.monitor = engine, self
+        if region.fd >= 0:
+            self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
 
     def _lost(self) -> None:
@@ -288,14 +292,13 @@ class Monitor:
                 engine.prefetch(0, len(self.region)).result()
                 self._sigbus = False
         finally:
-            if self.region.fd >= 0:
-                with contextlib.suppress(UffdError, TimeoutError):  # a server that has gone
-                    counted = engine.statistics()
-                    registration.warn_of_unserved(max(counted.minor_faults, counted.continues))
             if self._sigbus:
                 self._crashes.left(where)
             if self._sigbus and registration.can_poison:
                 engine.refuse()
+            if self._lookout is not None:
+                self._lookout.close()
+                self._lookout = None
             try:
                 engine.leave(partial(registration.settle, sigbus=self._sigbus), sigbus=self._sigbus)
             finally:

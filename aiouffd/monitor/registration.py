@@ -68,6 +68,7 @@ class Registration:
         self.can_poison = Feature.POISON in available.features
         self.modes = RegisterMode.MISSING
         self._lock = threading.Lock()
+        self._warned: set[int] = set()
         if writes:
             self.modes |= RegisterMode.WP
             more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
@@ -109,7 +110,7 @@ class Registration:
         return collect(self.region, self._sentinel.pagemap, anyof=present)
 
     def warn_of_unserved(self, found: int) -> None:
-        """Log a warning if this process has another mapping of the region's memory that may have filled it with zeros.
+        """Warn once of each of the other mappings of the region's memory in this process: they can put zeros there.
 
         Args:
             found: how many pages were in the file before they were touched in the region.
@@ -117,6 +118,9 @@ class Registration:
         if not found:
             return
         for mapping in unserved_mappings(self.region.fd):
+            if mapping.start in self._warned:
+                continue
+            self._warned.add(mapping.start)
             log.warning(
                 "the memfd of %r is mapped at %#x without a Monitor. A missing page that was touched there is a page of"
                 " zeros now, for every process; %d pages were in the file before they were touched here. Give each"

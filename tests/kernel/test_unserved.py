@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
+from typing import Any
 
 import pytest
 from pattern import PAGE, Pattern, content
-from scenario import play
+from scenario import eventually, play
 
 import aiouffd
 from aiouffd import RegisterMode, Userfaultfd
 from aiouffd.kernel import unserved
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.unserved import unserved_mappings
+from aiouffd.monitor import lookout
 
 
 def test_only_mappings_that_nobody_watches_are_found() -> None:
@@ -61,6 +64,30 @@ def test_a_touch_through_another_mapping_is_reported(engine: str) -> None:
     assert "without a Monitor. A missing page that was touched there is a page of zeros" in errors
     assert "1 pages were in the file" in errors
     assert "Region.from_fd" in errors
+
+
+def touched_twice(engine: str) -> None:
+    """Scenario: a mapping is found while the region is served; it is gone when the Monitor is left."""
+    lookout._INTERVAL = 0.01  # type: ignore[misc]
+    region = aiouffd.Region(64 * PAGE, shared=True)
+    chosen: Any = {"in_thread": aiouffd.InThread, "pager": aiouffd.Pager}[engine]()
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("aiouffd").addHandler(handler)
+    with aiouffd.Monitor(region, Pattern(64 * PAGE), engine=chosen, readahead=0):
+        with mmap.mmap(region.fd, 64 * PAGE) as plain:
+            assert plain[2 * PAGE] == region[2 * PAGE] == 0
+            eventually(lambda: len(told), 1)
+            assert plain[3 * PAGE] == region[3 * PAGE] == 0
+        assert region[4 * PAGE] == 5
+    assert ["without a Monitor" in text for text in told] == [True]
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread"])
+def test_it_is_reported_while_the_region_is_served(engine: str) -> None:
+    """Once for each mapping."""
+    play(touched_twice, engine)
 
 
 @pytest.mark.parametrize(("touch", "monitors"), [(False, 1), (True, 2)])

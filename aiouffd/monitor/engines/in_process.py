@@ -52,6 +52,7 @@ class InProcess:
     features: ClassVar[Feature] = Feature.THREAD_ID
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False
+    counts_here: ClassVar[bool] = True
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve"."""

@@ -71,6 +71,7 @@ class InThread:
     features: ClassVar[Feature] = Feature.SIGBUS
     serves_system_calls: ClassVar[bool] = False
     serves_children: ClassVar[bool] = False
+    counts_here: ClassVar[bool] = True
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve" and `Handler.write`."""

@@ -48,6 +48,7 @@ class Pager:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = True
+    counts_here: ClassVar[bool] = True
 
     def check(self, terms: Terms) -> None:
         """Accept everything."""

@@ -125,6 +125,10 @@ class EngineChoice(Protocol):
     def serves_children(self) -> bool:
         """Whether forked children are served, where nothing else is asked for."""
 
+    @property
+    def counts_here(self) -> bool:
+        """Whether `Engine.statistics` is of this region alone, and asks no other process."""
+
     def check(self, terms: Terms) -> None:
         """Raise ValueError where such an engine cannot do what the Monitor was asked for; it names both."""
 

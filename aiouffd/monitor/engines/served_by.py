@@ -59,6 +59,7 @@ class ServedBy:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
+    counts_here: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:
         """Refuse what only the server can be asked for."""
@@ -153,7 +154,7 @@ class ServedByEngine:
 
     def statistics(self) -> Statistics:
         """Return what the server has counted, for all its clients."""
-        answer = self._requests("statistics").result(_TIMEOUT)
+        answer = self._requests("statistics").result(0.0 if self._silent else _TIMEOUT)
         try:
             return Statistics(**answer)
         except TypeError as error:
