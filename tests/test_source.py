@@ -470,10 +470,10 @@ async def test_a_read_that_fails_after_a_change_of_the_layout() -> None:
     assert len(world.errors) == 1
 
 
-async def rescued(*pages: int) -> tuple[World, Held, asyncio.Task[None]]:
+async def rescued(*pages: int, **bounds: int) -> tuple[World, Held, asyncio.Task[None]]:
     """Return a world in which the read of pages 4 to 7 is under way, its source, and the task of that flight."""
     source = Held()
-    world = World(8 * PAGE, source=source)
+    world = World(8 * PAGE, source=source, limits=limits(**bounds))
     for page in pages:
         world.touch(page, page)
     world.deliver(64)
@@ -632,3 +632,33 @@ async def test_who_has_begun_to_wait_is_told_although_another_fault_has_failed()
     source.answer()
     await turns(20)
     assert not world.uffd.asleep
+
+
+@pytest.mark.parametrize("how", ["is_gone", "closing"])
+async def test_who_is_gone_while_a_page_is_being_rescued_is_told_nothing(how: str) -> None:
+    """Nothing is poisoned, either."""
+    world, source, _ = await rescued(4)
+    source.answer(0, OSError(errno.EIO, "broken"))
+    await turns(20)
+    setattr(world.space, how, True)
+    source.answer(1, OSError(errno.EIO, "broken"))
+    await turns(20)
+    assert not world.errors
+    assert not world.uffd.pages
+
+
+async def test_pages_that_are_rescued_pass_those_that_are_brought_ahead() -> None:
+    """Threads wait for them."""
+    world, source, _ = await rescued(4, concurrent_reads=1)
+    backend: Any = world.backend
+    backend._reads._gate._turn = 1  # it is no patient one's turn
+    ahead = asyncio.create_task(backend.bring(world.space, [(20 * PAGE, PAGE)], Counter.PAGES_PREFETCH))
+    waiting = asyncio.create_task(backend._reads.read(24 * PAGE, PAGE, urgent=True))
+    await turns()
+    source.answer(0, OSError(errno.EIO, "once"))
+    await turns(20)
+    for index in (1, 2, 3):
+        source.answer(index)
+        await turns(20)
+    assert [read[0] // PAGE for read in source.reads[1:]] == [24, 4, 20]
+    await asyncio.gather(ahead, waiting)
