@@ -89,13 +89,30 @@ async def test_removed_pages_are_not_asked_for() -> None:
         await fill(fault, batch)
 
     world = World(0, source=Does(work))
-    world.remove(4, 2)
+    world.remove(4, 3)
     world.serve_all()
-    await touched(world, 4, 5, 6)
-    assert asked == [6]
+    await touched(world, 4)
+    await touched(world, 5, 7)
+    assert asked == [7]
     assert world.uffd.pages[at(4).start] == world.uffd.pages[at(5).start] == bytes(PAGE)
     found = world.counters.snapshot()
     assert (found.pages_fault, found.pages_zero) == (3, 2)
+    world.uffd.failures.append(-errno.EEXIST)  # it has come by another way
+    await touched(world, 6)
+    found = world.counters.snapshot()
+    assert (found.pages, found.pages_zero) == (3, 2)
+
+
+async def test_who_waits_for_a_handler_is_let_go_in_the_end() -> None:
+    """When the space is being left."""
+
+    async def never(_fault: Fault, _batch: Batch) -> None:
+        await asyncio.Event().wait()
+
+    world = World(0, source=Does(never))
+    await touched(world, 4, 9)
+    world.space.refuse()
+    assert world.uffd.pages == {at(4).start: POISONED, at(9).start: POISONED}
 
 
 async def test_a_handler_that_raises_costs_its_page() -> None:

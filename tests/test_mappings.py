@@ -168,3 +168,11 @@ def test_mappings_say_what_they_show() -> None:
     """For errors and logs."""
     mappings = Mappings([Mapping(0, 0x4000, 0x8000), Mapping(0x8000, 0x9000, ZEROS)])
     assert repr(mappings) == "Mappings([0x0, 0x4000) at 0x8000, [0x8000, 0x9000) zeros)"
+
+
+def test_a_mapping_is_found_by_each_of_its_addresses() -> None:
+    """And by no other."""
+    first, second = Mapping(0x1000, 0x4000, 0x8000), Mapping(0x8000, 0x9000, ZEROS)
+    mappings = Mappings([first, second])
+    found = [mappings.find(address) for address in (0xFFF, 0x1000, 0x3FFF, 0x4000, 0x7FFF, 0x8FFF, 0x9000)]
+    assert found == [None, first, first, None, None, second, None]
