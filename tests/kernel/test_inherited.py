@@ -206,6 +206,8 @@ def odd_surroundings(directory: str) -> None:
     with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
         serve_all(region)
         assert resource.prlimit(monitor.pids[1], resource.RLIMIT_FSIZE) == (resource.RLIM_INFINITY,) * 2
+        soft, most = resource.prlimit(monitor.pids[1], resource.RLIMIT_NOFILE)
+        assert soft == most > 64
 
 
 def test_surroundings_that_are_odd(tmp_path: Path) -> None:

@@ -284,19 +284,21 @@ def test_a_touch_by_the_thread_that_changes_the_layout(how: str, far: bool) -> N
 
 
 async def unaligned(mode: str, kind: str) -> None:
-    """Scenario: a region shrinks to a length that is no multiple of the page, and grows again."""
+    """Scenario: a region shrinks to a length that is no multiple of the page, is emptied so, and grows again."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
         if kind == "present":
             assert peek(region.address + 10 * PAGE) == word(10)
         region.resize(10 * PAGE + 100)
+        region.madvise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE + 100)  # the kernel empties whole pages
         if kind != "missing":
             monitor.prefetch_sync(0, len(region))
             assert peek(region.address + 10 * PAGE + 92) == content(10 * PAGE + 92, 8)
         region.resize(20 * PAGE + 5)
         monitor.prefetch_sync(0, len(region))
         shown = peek(region.address, 20 * PAGE + 5)
-        assert shown == content(0, 10 * PAGE + 100) + bytes(10 * PAGE - 95)
+        kept = content(0, 2 * PAGE) + bytes(2 * PAGE) + content(4 * PAGE, 6 * PAGE + 100)
+        assert shown == kept + bytes(10 * PAGE - 95)
         monitor.check()
 
     sources = {"far": Slow(SIZE), "memory": aiouffd.BufferSource(content(0, SIZE))}
