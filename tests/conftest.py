@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from blocking import loop_factories, no_blocking
 from hypothesis import HealthCheck, Phase, settings
-from processes import adopt_orphans, command_line, default_dispositions, descendants, end_all
+from processes import KEPT, adopt_orphans, command_line, default_dispositions, descendants, end_all
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,10 +33,17 @@ KERNEL = Path(__file__).parent / "kernel"
 PASSED = pytest.StashKey[bool]()
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Make what tests start independent of how pytest was started, and know all of it."""
     default_dispositions()
-    adopt_orphans()
+    if not session.config.pluginmanager.hasplugin("dsession"):  # who runs no test leaves orphans of workers to init
+        adopt_orphans()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in two processes for each core, since most tests wait; named tests in this process."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf")
+    return 2 * (os.cpu_count() or 1) if whole else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,6 +97,6 @@ def _no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
     before = descendants(os.getpid())
     yield
     passed = request.node.stash.get(PASSED, False)
-    left = {pid: command_line(pid) for pid in descendants(os.getpid()) - before}
+    left = {pid: command_line(pid) for pid in descendants(os.getpid()) - before - KEPT}
     killed = end_all(before, patience=5.0 if passed else 0.0)
     assert not (passed and killed), f"it has left processes: {[(pid, left.get(pid)) for pid in killed]}"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 PATIENCE = 60.0
 """Seconds after which what is waited for will not come."""
+KEPT: set[int] = set()
+"""Processes that stay from one test to the next."""
 PR_SET_CHILD_SUBREAPER = 36
 INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 """Python ignores them, and subprocess gives children their default."""
@@ -101,7 +103,7 @@ def end_all(before: set[int], patience: float) -> set[int]:
 
 def _running(before: set[int]) -> set[int]:
     """Return the new descendants that run, and take away those that have ended."""
-    fresh = descendants(os.getpid()) - before
+    fresh = descendants(os.getpid()) - before - KEPT
     running = {pid for pid in fresh if not has_ended(pid)}
     for pid in fresh - running:
         reaped(pid)

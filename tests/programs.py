@@ -357,7 +357,8 @@ def _perform(program: str, deadline: float) -> tuple[str | None, dict[str, int]]
         file.seek(0)
         text = file.read().decode(errors="replace")
     if finished and status == 0:
-        return None, json.loads(text.splitlines()[-1])
+        counts = next(line for line in text.splitlines() if line.startswith("counts "))  # a pager's log is there, too
+        return None, json.loads(counts.removeprefix("counts "))
     hung = not finished or "Timeout (" in text
     ended = f"it hung for {deadline} s" if hung else f"it ended with {status}"
     return f"{ended}:\n{text[-4000:]}", {}

@@ -7,16 +7,19 @@ fails with that signal, unless it is what the test expects.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forkserver
 from processes import PATIENCE, ended
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ __all__ = [
 HANG = 100.0 if "COVERAGE_PROCESS_START" not in os.environ else 300.0  # each line costs more when it is measured
 """Seconds behind which a scenario hangs. It is no promise of the package: a machine may be as busy as it likes."""
 
+
 TESTS = Path(__file__).parent
 
 
@@ -49,8 +53,9 @@ def play(
     status: int = 0,
     loop: str = "asyncio",
     measured: bool = True,
+    fresh: bool = False,
 ) -> tuple[str, str]:
-    """Call `function(*arguments)` (literals only) in a fresh interpreter; return its output and its error output.
+    """Call `function(*arguments)` (literals only) in a child process; return its output and its error output.
 
     Args:
         function: a function or a coroutine function at a test module's top level.
@@ -59,43 +64,63 @@ def play(
         status: the exit status that is expected; negative: the signal.
         loop: the name of the loop that runs a coroutine function.
         measured: False keeps coverage out, whose lock a signal handler that touches missing memory would wait for.
+        fresh: True starts an interpreter, for what only its start can show: variables that Python reads itself.
     """
     environment = {name: value for name, value in os.environ.items() if measured or not name.startswith("COVERAGE")}
     path = Path(sys.modules[function.__module__].__file__ or "")
-    call = textwrap.dedent(
-        f"""
-        import asyncio, faulthandler, inspect, sys
-        faulthandler.enable()
-        faulthandler.dump_traceback_later({deadline - 1}, exit=True)
-        sys.path[:0] = [{str(TESTS)!r}, {str(path.parent)!r}]
-        import {path.stem} as module
-        result = module.{function.__name__}(*{arguments!r})
-        if inspect.iscoroutine(result):
-            import blocking
-            with asyncio.Runner(loop_factory=blocking.loop_factories()[{loop!r}]) as runner:
-                runner.run(result)
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", call],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    try:
-        output, errors = process.communicate(timeout=deadline + 5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        raise AssertionError(f"{function.__name__} hung:\n{output}\n{errors}") from None
-    if process.returncode != status:
-        raise AssertionError(
-            f"{function.__name__} ended with {process.returncode}, not {status}:\n{output}\n{errors[-6000:]}"
-        )
+    request = {
+        "directory": str(path.parent),
+        "module": path.stem,
+        "function": function.__name__,
+        "arguments": repr(arguments),
+        "deadline": deadline,
+        "loop": loop,
+        "environment": {**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+        "cwd": str(Path.cwd()),
+    }
+    streams = os.pipe(), os.pipe()
+    pid, wait = (_start if fresh else _fork_server().start)(request, *(writing for _, writing in streams))
+    for _, writing in streams:
+        os.close(writing)
+    read: list[bytes] = [b"", b""]
+    readers = [threading.Thread(target=_read, args=(streams[i][0], read, i)) for i in range(2)]
+    for reader in readers:
+        reader.start()
+    end = time.monotonic() + deadline + 5
+    for reader in readers:
+        reader.join(end - time.monotonic())
+    if hung := any(reader.is_alive() for reader in readers):
+        os.killpg(pid, signal.SIGKILL)
+    for reader in readers:
+        reader.join()
+    ended, output, errors = wait(), *(text.decode(errors="replace") for text in read)
+    if hung or ended != status:
+        how = "hung" if hung else f"ended with {ended}, not {status}"
+        raise AssertionError(f"{function.__name__} {how}:\n{output}\n{errors[-6000:]}")
     return output, errors
+
+
+def _read(descriptor: int, into: list[bytes], index: int) -> None:
+    with open(descriptor, "rb") as file:
+        into[index] = file.read()
+
+
+def _start(request: forkserver.Request, output: int, errors: int) -> tuple[int, Callable[[], int]]:
+    """Perform the request in a fresh interpreter; return its pid, and what waits for its end."""
+    process = subprocess.Popen(
+        [sys.executable, forkserver.__file__, json.dumps(request)],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=errors,
+        start_new_session=True,
+        env=request["environment"],
+    )
+    return process.pid, process.wait
+
+
+@functools.cache
+def _fork_server() -> forkserver.ForkServer:
+    return forkserver.ForkServer()
 
 
 def next_error(monitor: Monitor, seconds: float = PATIENCE) -> None:

@@ -125,7 +125,7 @@ async def quiet() -> None:
 def test_nothing_is_written_where_nothing_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     """No warning of Python's either; where warnings are errors, nothing dies of one."""
     monkeypatch.setenv("PYTHONWARNINGS", "error")
-    assert play(quiet) == ("", "")
+    assert play(quiet, fresh=True) == ("", "")
 
 
 async def without_the_native_part() -> None:
