@@ -42,7 +42,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run the whole suite in two processes for each core, since most tests wait; named tests in this process."""
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf")
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf", default=False)
     return 2 * (os.cpu_count() or 1) if whole else 0
 
 

@@ -22,11 +22,12 @@ def test_what_can_serve(origin: Any) -> None:
     assert checked(origin) is origin
 
 
-@pytest.mark.parametrize("origin", [Handler, type(LOCATED), object(), b"bytes", None])
+@pytest.mark.parametrize("origin", [Handler, type(LOCATED), object(), bytes(1 << 20), None])
 def test_what_cannot_serve(origin: Any) -> None:
-    """Classes in place of instances, bytes, nothing."""
-    with pytest.raises(TypeError, match="is no Source and no Handler"):
+    """Classes in place of instances, bytes, nothing; the text does not repeat a megabyte."""
+    with pytest.raises(TypeError, match="is no Source and no Handler") as raised:
         checked(origin)
+    assert len(str(raised.value)) < 300
 
 
 def test_a_large_buffer_is_named_by_its_beginning() -> None:

@@ -220,12 +220,7 @@ class HandlerBackend:
     """
 
     def __init__(
-        self,
-        handler: Handler,
-        counters: Counters,
-        limits: Limits,
-        *,
-        on_touch: Callable[[int], None] | None = None,
+        self, handler: Handler, counters: Counters, limits: Limits, *, on_touch: Callable[[int], None] | None = None
     ) -> None:
         self.handler = handler
         self._words = counters.words

@@ -46,12 +46,7 @@ class SourceBackend:
     """
 
     def __init__(
-        self,
-        source: Source,
-        counters: Counters,
-        limits: Limits,
-        *,
-        on_touch: Callable[[int], None] | None = None,
+        self, source: Source, counters: Counters, limits: Limits, *, on_touch: Callable[[int], None] | None = None
     ) -> None:
         self.source = source
         self.limits = limits
