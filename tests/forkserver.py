@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,11 +54,18 @@ class ForkServer:
     def start(self, request: Request, output: int, errors: int) -> tuple[int, Callable[[], int]]:
         """Perform the request in a forked child with these standard streams, in a session of its own.
 
-        Return its pid, and what waits for its end, before the next one is started: it returns the exit status, or the
-        signal's number, negative.
+        Return its pid, and what waits for its end: it returns the exit status, or the signal's number, negative.
         """
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors])
-        return int(self._socket.recv(64)), lambda: int(self._socket.recv(64))
+        reading, writing = os.pipe()
+        answers = os.fdopen(reading)
+        with os.fdopen(writing):
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [output, errors, writing])
+
+        def wait() -> int:
+            with answers:
+                return int(answers.readline())
+
+        return int(answers.readline()), wait
 
 
 def perform(request: Request) -> None:
@@ -81,31 +89,48 @@ def _module(request: Request) -> Any:
 
 def _serve(requests: socket.socket) -> Request:
     """Fork a child for each request, and return in the child."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children that wait for children
     while True:
-        message, descriptors, *_ = socket.recv_fds(requests, 1 << 20, 2)
+        message, descriptors, *_ = socket.recv_fds(requests, 1 << 20, 3)
         if not message:
             os._exit(0)
         request: Request = json.loads(message)
         with contextlib.suppress(Exception):  # it is raised again where it can be read: in the child
             _module(request)
-        if (pid := os.fork()) == 0:
-            os.setsid()
-            for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *descriptors)):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+        if os.fork() == 0:
             requests.close()
-            os.chdir(request["cwd"])
-            os.environ.clear()
-            os.environ.update(request["environment"])
-            if "COVERAGE_PROCESS_START" in os.environ:
-                import coverage
-
-                coverage.process_startup()
-            return request
+            if _forked(descriptors.pop()):
+                _become(request, descriptors)
+                return request
         for descriptor in descriptors:
             os.close(descriptor)
-        requests.send(str(pid).encode())
-        requests.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+
+
+def _forked(answers: int) -> bool:
+    """Fork: return True in the child, whose parent says there how it has ended, and ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if (pid := os.fork()) == 0:
+        os.close(answers)
+        return True
+    os.write(answers, f"{pid}\n".encode())
+    os.closerange(0, answers)  # readers of what the child writes wait until the last one that could has closed
+    os.write(answers, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+    os._exit(0)
+
+
+def _become(request: Request, streams: list[int]) -> None:
+    """Become like a process that was started with this environment, directory and these standard streams."""
+    os.setsid()
+    for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *streams)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if "COVERAGE_PROCESS_START" in os.environ:
+        import coverage
+
+        coverage.process_startup()
 
 
 if __name__ == "__main__":
