@@ -67,7 +67,7 @@ def made_while_locked(kind: str, flags: int, engine: str) -> None:
     assert len(region) == 2 * HUGE
     shows_its_source(region, engine)
     if region.page_size == PAGE:
-        assert locked(region.address) == 2 * HUGE >> 10
+        assert locked(region.address) >= 2 * HUGE >> 10  # more, where the kernel has merged it with a neighbour
 
 
 @needs_root
