@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -57,6 +58,13 @@ def kill(pid: int) -> bool:
         os.kill(pid, signal.SIGKILL)
         return True
     return False
+
+
+def crash(pid: int) -> None:
+    """Have a process crash, as by a defect of its own: SIGSEGV, without a core dump."""
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+        os.kill(pid, signal.SIGSEGV)
 
 
 def reaped(pid: int) -> bool:

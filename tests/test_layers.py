@@ -64,8 +64,9 @@ ORDER = {
     "handoff": ["__init__", "lines", "apart", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
-        *("__init__", "handles", "inherited", "control", "travel", "vault", "tenancy", "state", "journal", "replay"),
-        *("rewriting", "last_resort", "inaccessible", "served", "blocked", "handover", "answers", "worker", "keeper"),
+        *("__init__", "handles", "inherited", "deaths", "control", "travel", "vault", "tenancy", "state", "journal"),
+        *("replay", "rewriting", "last_resort", "inaccessible", "served", "blocked", "handover", "answers", "worker"),
+        "keeper",
     ],
     "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
     "server": [

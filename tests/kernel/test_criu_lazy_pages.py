@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import criu_rig
 import pytest
+from processes import crash
 from served import free_port
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def test_a_pager_that_is_given_up(tmp_path: Path) -> None:
             for deaths in range(1, 6):
                 criu_rig.until(lambda: daemon.worker() or daemon.process.poll() is not None, "worker")
                 if worker := daemon.worker():
-                    os.kill(worker, signal.SIGKILL)
+                    crash(worker)
                 criu_rig.until(functools.partial(died, daemon, deaths), "death")
             assert daemon.process.wait(20) == 1
             assert "workers died with no fault resolved between them" in daemon.said

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pairs import running
-from processes import ended, kill
+from processes import crash, ended, kill
 from scenario import eventually
 
 import aiouffd
@@ -108,9 +108,9 @@ def test_workers_that_die_without_serving_anything_are_given_up() -> None:
     """After the fifth the client is told why, and the keeper ends."""
     with running() as pager:
         for _ in range(4):
-            kill(pager.pair.worker_pid)
+            crash(pager.pair.worker_pid)
             pager.ready()
-        kill(pager.pair.worker_pid)
+        crash(pager.pair.worker_pid)
         message = pager.hear()
         assert message["event"] in ("died", "failing")
         assert "5 workers died" in str(message["error"])

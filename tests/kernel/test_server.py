@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import functools
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from pattern import PAGE, Slow, content, left_while_touched
+from processes import crash
 from scenario import eventually, killed_when_this_thread_waits, next_error, play
 from served import MIB, Serve, client, descriptors, hand_over, worker_of
 
@@ -262,8 +262,7 @@ def killed_again_and_again(path: str, log: str) -> None:
     region, _connection, _uffd = hand_over(path)
     assert region[0] == 1
     for deaths in range(1, 6):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker_of(log), signal.SIGKILL)
+        crash(worker_of(log))
         eventually(functools.partial(times_said, log, "died (signal"), deaths)
 
 

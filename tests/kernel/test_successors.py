@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from processes import kill
+from processes import crash, kill
 from scenario import ended, eventually, play, replaced, until
 
 import aiouffd
@@ -283,10 +283,10 @@ def signals_of(children: list[int]) -> list[int]:
 
 
 def give_up(monitor: aiouffd.Monitor) -> None:
-    """Kill five workers that resolve nothing."""
+    """Have five workers crash that resolve nothing."""
     for _ in range(5):
         worker = monitor.pids[1]
-        kill(worker)
+        crash(worker)
         replaced(monitor, worker)
 
 

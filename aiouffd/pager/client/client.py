@@ -25,6 +25,7 @@ from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Pack, Tenant, root_of
 from aiouffd.pager.client.waiting import StoppedError, Waiter
 from aiouffd.pager.process import control
+from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.travel import Pickles
@@ -43,7 +44,6 @@ __all__ = ["Pack", "PagerClient", "Tenant"]
 
 log = logging.getLogger("aiouffd")
 
-_KEEPERS = 5  # so many keepers in a row that died with no fault resolved between them
 _FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
 
 
@@ -102,8 +102,7 @@ class PagerClient:
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
-        self._keepers = 0
-        self._progress = -1
+        self._deaths = Deaths()  # of keepers
         self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
     # The caller's side
@@ -382,12 +381,12 @@ class PagerClient:
         """
         self._waiter.watch.alive()
         status = pair.keeper.wait()
-        resolved = pair.journal.counters.progress()
-        self._keepers = 1 if resolved != self._progress else self._keepers + 1
-        self._progress = resolved
-        if self._keepers >= _KEEPERS:
-            raise PagerDiedError(f"{_KEEPERS} pagers died with no fault resolved between them (status {status})")
+        if self._deaths.add(status, pair.journal.counters.progress()):
+            count = self._deaths.count
+            raise PagerDiedError(f"{count} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper.pid, status)
+        if self._deaths.pause:
+            self._waiter.wait(self._deaths.pause)
         with self._requests.lock:
             self._held = True
         successor = self._takeover.successor(pair)

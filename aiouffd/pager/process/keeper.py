@@ -28,6 +28,7 @@ from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
+from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
@@ -54,9 +55,6 @@ HOPELESS = 20.0
 """Seconds without a turn of the worker's loop, until what blocks it is interrupted."""
 GRACE = 3.0
 """Seconds more, until the worker is killed, and so replaced."""
-DEATHS = 5
-"""So many deaths with no fault resolved between them are enough."""
-
 ORPHANED = 1.0
 """The same, where the process that has started the pager is gone: nobody is left who would want to know."""
 
@@ -103,8 +101,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
     """Keep a worker alive until it has nothing left to serve; return the exit status."""
     worker.prepare()
     own = {fd for fd in _open_descriptors() if _is_open(fd)}  # the list has its own number, which a worker's may get
-    deaths = 0
-    progress = -1
+    deaths = Deaths()
     died = ""
     while True:
         state = survey(journal) or State()
@@ -133,14 +130,13 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return 0
-        resolved = journal.counters.progress()
-        deaths = 1 if resolved != progress or calm else deaths + 1
-        progress = resolved
         reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
         died = f"the worker (pid {pid}) died ({reason})"
         journal.counters.words[Counter.RESTARTS] += 1
-        if deaths >= DEATHS:
-            return _give_up(journal, connection, reason)
+        if deaths.add(code, journal.counters.progress(), calm=calm):
+            log.warning(died)
+            return _give_up(journal, connection, deaths.count, reason)
+        time.sleep(deaths.pause)
 
 
 def import_for(state: State) -> None:
@@ -329,9 +325,9 @@ def _anybody(journal: Journal) -> bool:
             uffd.detach()
 
 
-def _give_up(journal: Journal, connection: socket.socket, reason: str) -> int:
+def _give_up(journal: Journal, connection: socket.socket, deaths: int, reason: str) -> int:
     """Say so, and poison whatever is asked for from now on, until nobody is left: no hang, no zeros."""
-    error = PagerDiedError(f"{DEATHS} workers died with no fault resolved between them, the last by {reason}")
+    error = PagerDiedError(f"{deaths} workers died with no fault resolved between them, the last by {reason}")
     log.error("%s; pages that are touched are poisoned from now on", error)
     connection.setblocking(False)
     outbox = control.Outbox(connection)
