@@ -688,3 +688,32 @@ async def test_by_default_a_write_is_let_go() -> None:
     batch = Batch(world.space)
     await Handler().write(Fault(at(3).start, FaultFlag.WP, 7, at(3), 3 * PAGE), batch)
     assert [(run.op, run.dst) for run in batch._runs] == [(Op.UNPROTECT, at(3).start)]
+
+
+@pytest.mark.parametrize("how", ["is_gone", "closing"])
+async def test_a_handler_that_returns_after_the_end_is_asked_nothing(how: str) -> None:
+    """The process has ended, or the space is being left: what it has done is dropped, and what it has not, too."""
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        if fault.offset == 4 * PAGE:
+            await fill(fault, batch)
+        setattr(world.space, how, True)
+
+    for page in (4, 5):
+        world = World(0, source=Does(work))
+        await touched(world, page)
+        assert not world.uffd.pages
+        assert not world.errors
+
+
+async def test_zeros_are_counted_batch_by_batch() -> None:
+    """As pages that were asked for, too."""
+
+    async def work(fault: Fault, batch: Batch) -> None:
+        batch.zeropage(Range(fault.page.start, 2 * PAGE))
+
+    world = World(0, source=Does(work))
+    await touched(world, 0, 8)
+    found = world.counters.snapshot()
+    assert (found.pages_zero, found.pages_fault, found.pages_readahead) == (4, 2, 2)
+    assert world.space.readahead.missing(0, SIZE) == [(2 * PAGE, 6 * PAGE), (10 * PAGE, SIZE - 10 * PAGE)]

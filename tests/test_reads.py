@@ -235,3 +235,35 @@ def test_limits_that_nothing_could_pass(wrong: dict[str, Any]) -> None:
         Limits(**wrong)
     assert Limits(timeout=None, retries=0, concurrent_reads=1, bytes_in_flight=1).timeout is None
     assert Limits() == Limits(128, 128 << 20, 30.0, None, 0.05)
+
+
+@pytest.mark.usefixtures("pauses")
+async def test_errors_say_whose_bytes_they_are() -> None:
+    """Of which source, from where on, how many, and why."""
+    late = Scripted(None, timeout=0.01)
+    odd = Scripted(ValueError("odd"))
+    short = Scripted(b"123")
+    split = Scripted(memoryview(bytes(8))[::2])
+    reasons = []
+    for source in (late, odd, short, split):
+        with pytest.raises(SourceError) as caught:
+            await Reads(source, Counters(), Limits(retries=0)).read(16, 4, urgent=True)
+        assert (caught.value.source, caught.value.offset, caught.value.length) == (repr(source), 16, 4)
+        reasons.append((type(caught.value), caught.value.reason))
+    assert reasons == [
+        (SourceTimeoutError, "no answer in 0.01 s"),
+        (SourceError, "ValueError: odd"),
+        (ShortReadError, "gave 3 bytes of 4; it says that it has 1048576"),
+        (SourceError, "TypeError: what it gave does not lie in one piece"),
+    ]
+
+
+async def test_each_read_is_counted() -> None:
+    """Also one that gave too little."""
+    counters = Counters()
+    reads = Reads(Scripted(b"1234", b"12", b"123"), counters, Limits(retries=0))
+    await reads.read(0, 4, urgent=True)
+    await reads.read(0, 2, urgent=True)
+    with pytest.raises(ShortReadError):
+        await reads.read(0, 4, urgent=True)
+    assert counters.snapshot().bytes_fetched == 9

@@ -13,7 +13,7 @@ from pattern import PAGE, Pattern, content
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.errors import ClosedError, PagerError, ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.testing import POISONED
 
 pytestmark = pytest.mark.timeout(30)
@@ -662,3 +662,70 @@ async def test_pages_that_are_rescued_pass_those_that_are_brought_ahead() -> Non
         await turns(20)
     assert [read[0] // PAGE for read in source.reads[1:]] == [24, 4, 20]
     await asyncio.gather(ahead, waiting)
+
+
+@pytest.mark.parametrize(
+    ("length", "starts", "together"),
+    [
+        (1, range(0, 20, 2), [4, 4, 2]),
+        (3, range(0, 32, 4), [3, 3, 2]),
+        (4, range(0, 30, 5), [2, 2, 2]),
+    ],
+)
+async def test_what_is_brought_ahead_comes_in_portions(
+    monkeypatch: pytest.MonkeyPatch, length: int, starts: range, together: list[int]
+) -> None:
+    """Of so many runs, or of so many bytes: faults come in between."""
+    monkeypatch.setattr("aiouffd.engine.serve.source._MAX_RUNS_TOGETHER", 4)
+    monkeypatch.setattr("aiouffd.engine.serve.source._MAX_READ", 8 * PAGE)
+    world = World(0, located=True)
+    resolve, portions = world.space.resolve, list[int]()
+
+    def note(runs: Any) -> None:
+        portions.append(len(runs))
+        resolve(runs)
+
+    world.space.resolve = note  # type: ignore[method-assign]
+    ranges = [(start * PAGE, length * PAGE) for start in starts]
+    await world.backend.bring(world.space, ranges, Counter.PAGES_PREFETCH)
+    assert portions == together
+    assert len(world.uffd.pages) == length * len(starts)
+
+
+@pytest.mark.parametrize("how", ["error", "is_gone", "closing"])
+async def test_what_is_brought_ahead_ends_with_the_first_failure(how: str) -> None:
+    """Or with the space: what was begun is waited for, nothing more is begun."""
+    source = Held()
+    world = World(0, source=source, limits=limits(concurrent_reads=2))
+    ranges = [(page * PAGE, PAGE) for page in range(0, 20, 2)]
+    task = asyncio.create_task(world.backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
+    await turns()
+    asked = len(source.reads)
+    if how != "error":
+        setattr(world.space, how, True)
+    for index in range(asked):
+        source.answer(index, OSError(errno.EIO, "broken") if how == "error" else None)
+    await turns(20)
+    assert len(source.reads) <= asked + 1
+    for index in range(asked, len(source.reads)):
+        source.answer(index)
+    with pytest.raises(SourceError if how == "error" else ClosedError):
+        await task
+    assert not world.errors
+
+
+async def test_a_defect_of_a_source_ahead_says_where() -> None:
+    """It is the caller's, and no page is poisoned."""
+
+    class Defect(Pattern):
+        def locate(self, offset: int, length: int) -> int:
+            if offset >= 8 * PAGE:
+                raise ValueError("odd")
+            return LOCATED.locate(offset, length)
+
+    source = Defect(SIZE)
+    world = World(0, source=source)
+    with pytest.raises(SourceError) as caught:
+        await world.backend.bring(world.space, [(0, PAGE), (8 * PAGE, 2 * PAGE)], Counter.PAGES_PREFETCH)
+    assert str(caught.value) == str(SourceError(repr(source), 8 * PAGE, 2 * PAGE, "ValueError: odd"))
+    assert list(world.uffd.pages) == [BASE]
