@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -265,3 +266,16 @@ def test_files_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
     """SourceError with the path; a directory is no file."""
     with pytest.raises(aiouffd.SourceError, match=str(tmp_path)):
         aiouffd.FileSource(tmp_path / name)
+
+
+def test_no_thread_is_started_while_the_interpreter_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To start one can wait for ever then, and so can close(2) for a file system. The kernel closes it."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"x" * 4096)
+    source = aiouffd.FileSource(path)
+    fd, source._file_system = source._fd, SimpleNamespace(remote=True)  # type: ignore[assignment]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "is_finalizing", lambda: True)
+        patch.setattr(threading, "Thread", lambda **_: pytest.fail("a thread"))
+        source.__del__()
+    os.fstat(fd)

@@ -172,10 +172,10 @@ class SealedMemory:
                 done += os.write(fd, view[done : done + (1 << 30)])
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-            return cls(fd)
         except BaseException:
             os.close(fd)
             raise
+        return cls(fd)
 
     def close(self) -> None:
         """Close the descriptor. The mapping ends with its last view."""

@@ -225,10 +225,14 @@ class Region(mmap.mmap):
         self._listener.change(empty)
 
     def resize(self, newsize: int) -> None:
-        """As `mmap.resize`; the mapping may move. What is added reads as zeros.
+        """As `mmap.resize`; a mapping that grows may move. What is added reads as zeros.
 
-        With `InProcess` and `InThread`, and after a Monitor was left, another thread that touches it meanwhile gets
-        SIGSEGV.
+        A mapping that moves is gone from its old address: a thread, or a signal handler of one, that touches it there
+        gets SIGSEGV, as with any mmap. To avoid that, make the region as long as it may become: memory is used for
+        pages that are touched, and what lies beyond the end of the source is zeros.
+
+        With `InProcess` and `InThread`, and after a Monitor was left, the same holds for each touch while a region
+        grows, whether it moves or not.
 
         Raises:
             BufferError: views of the region exist.
@@ -247,7 +251,8 @@ class Region(mmap.mmap):
         def move(change: LayoutChange) -> None:
             # Without EVENT_REMAP the kernel unregisters memory that moves, and missing pages would read as zeros until
             # it is registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
-            libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
+            if newsize > len(self):  # else nothing moves
+                libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
             try:
                 super(Region, self).resize(newsize)
             except BaseException:

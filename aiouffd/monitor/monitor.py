@@ -368,7 +368,8 @@ class Monitor:
         """Return the pages written since the last call, or since entering, and protect them again, in one step.
 
         The ranges are offsets in the region, of whole pages, in order; neighbours are joined, and the last may reach
-        behind `len(region)`. Needs `track_writes=True`. Three kinds of writes are not seen: through another mapping of
+        behind `len(region)`. Needs `track_writes=True`. After `Region.resize` has moved the region, it may
+        have pages that were not written. Three kinds of writes are not seen: through another mapping of
         a shared region, by write(2) to its memfd, and by a device (DMA) into pinned memory.
         """
         if self._writes != "tracked":

@@ -20,6 +20,7 @@ import ctypes
 import mmap
 import os
 import stat
+import sys
 import threading
 from collections import deque
 from time import monotonic
@@ -343,11 +344,12 @@ class FileSource:
         fd = getattr(self, "_fd", -1)
         if fd < 0:
             return
-        if self._file_system.remote:  # close(2) waits for an answer of the server (FUSE_FLUSH)
-            with contextlib.suppress(RuntimeError):  # the interpreter ends, or no thread can be started
+        if not self._file_system.remote:
+            os.close(fd)
+        elif not sys.is_finalizing():  # no thread runs any more then, and the kernel closes it
+            # close(2) waits for an answer of the server (FUSE_FLUSH). Where no thread can be started, it stays open.
+            with contextlib.suppress(RuntimeError):
                 threading.Thread(target=os.close, args=(fd,), daemon=True).start()
-                return
-        os.close(fd)
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"

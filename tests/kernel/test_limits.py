@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,33 @@ def test_an_unlimited_limit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     error = limit_error("a region", errno.ENOMEM)
     assert "RLIMIT_AS is unlimited: " in str(error)
     assert "vm.max_map_count" in str(error)
+
+
+def few_descriptors() -> None:
+    """Scenario: each number of free descriptors, up to what a Monitor needs to fail at its last one."""
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, on_exit="zeros"):  # the watchdog has a descriptor for as long as the process lives
+        pass
+    unraisable: list[object] = []
+    sys.unraisablehook = unraisable.append
+    before = open_descriptors()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    refused = 0
+    for limit in range(before, before + 16):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        try:
+            with aiouffd.Monitor(region, aiouffd.BufferSource(bytes(4096)), on_exit="zeros"):
+                pass
+        except (aiouffd.LimitError, aiouffd.PagerStartError) as error:
+            assert "RLIMIT_NOFILE" in str(error)  # noqa: PT017 - it need not be raised
+            refused += 1
+        gc.collect()
+    assert refused > 6
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    assert not unraisable
+    assert open_descriptors() == before
+
+
+def test_whatever_descriptor_a_monitor_lacks() -> None:
+    """The error names the limit; nothing is closed twice, and none is left open."""
+    play(few_descriptors)

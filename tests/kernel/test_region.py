@@ -7,6 +7,8 @@ import mmap
 import resource
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -191,3 +193,17 @@ def test_a_memfd_that_cannot_be_mapped_leaves_no_descriptor() -> None:
     with pytest.raises(ValueError, match="length"):
         aiouffd.Region.from_fd(region.fd, 100 * PAGE)
     assert open_descriptors() == before
+
+
+def test_only_a_region_that_grows_is_inaccessible_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that shrinks does not move: other threads may touch it."""
+    protected: list[int] = []
+    monkeypatch.setattr(libc, "mprotect", lambda _start, _length, protection: protected.append(protection))
+    change = SimpleNamespace(moved=lambda *_: None)
+    region = aiouffd.Region(8 * PAGE)
+    region.listen(cast("Any", SimpleNamespace(may_wait=True, change=lambda work: work(change))))
+    region.resize(4 * PAGE)
+    assert libc.PROT_NONE not in protected
+    region.resize(6 * PAGE)
+    assert libc.PROT_NONE in protected
+    region.listen(None)

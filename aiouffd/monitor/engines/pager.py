@@ -76,20 +76,19 @@ class PagerEngine:
     def start(self, assignment: Assignment) -> None:
         """Start a pager, and have it serve the region."""
         self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
-        self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size, own=True)
-        self._client = PagerClient(
-            on_error=lambda _, error: assignment.on_error(error),
-            on_unavailable=self._protect,
-            on_lost=assignment.on_lost,
-            guard=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._pack.close)
+            self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size, own=True)
+            self._client = PagerClient(
+                on_error=lambda _, error: assignment.on_error(error),
+                on_unavailable=self._protect,
+                on_lost=assignment.on_lost,
+                guard=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
+            )
+            undo.callback(self._client.stop)
             self._client.start()
             self._client.open_wait(self._tenant)
-        except BaseException:
-            self._client.stop()
-            self._pack.close()
-            raise
+            undo.pop_all()
 
     def _protect(self, start: int, length: int) -> None:
         """Make a page inaccessible that cannot be had, where the kernel has no UFFDIO_POISON."""

@@ -51,7 +51,7 @@ class Pack:
         self.options = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
         self.config = open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(os.dup(self.config), "wb") as file:
+        with os.fdopen(self.config, "wb", closefd=False) as file:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
         self._path = [entry for entry in sys.path if entry] if is_pickle(data) else []
