@@ -511,6 +511,7 @@ def test_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def as_nobody() -> None:
     """Scenario: no privilege is needed."""
+    _ = aiouffd.Monitor, aiouffd.InThread  # imported on first use, and only root may be able to read this interpreter
     os.setgid(65534)
     os.setuid(65534)
     with (

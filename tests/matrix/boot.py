@@ -1,17 +1,29 @@
 """Boot kernels under QEMU with this package and its tests, and run some of them there.
 
-    python tests/matrix/boot.py KERNEL... [--timeout SECONDS] [--memory MIB] [--tests PYTEST-ARGUMENT...]
+    python tests/matrix/boot.py KERNEL... [--arm64 FOLDER] [--timeout SECONDS] [--memory MIB] [--tests ARGUMENT...]
 
-A KERNEL is an image (vmlinuz). Debian's come with `apt-get download linux-image-VERSION-cloud-amd64` and `dpkg -x`; no
-module is needed. Everything is in an initial RAM disk: this interpreter, its packages, the repository. The kernel
-runs with TCG, so that this works on any machine that has qemu-system-x86; it takes some minutes. By default the tests
-are those of test_smoke.py, which hold on each kernel since 5.10.
+A KERNEL is an image (vmlinuz). Debian's come with `apt-get download linux-image-VERSION-cloud-amd64`, or
+`linux-binary-VERSION-cloud-amd64` since 7.2, and `dpkg -x`; no module is needed. Everything is in an initial RAM disk:
+this interpreter, its packages, the repository. The kernel runs with TCG, so that this works on any machine that has
+qemu-system-x86; it takes some minutes. By default the tests are those of test_smoke.py, which hold on each kernel since
+5.10.
+
+Kernels of arm64 (`linux-image-VERSION-arm64-16k` has pages of 16 KiB) need qemu-system-arm and a FOLDER that holds a
+file system: Debian's python3.11 for arm64 (the minor version of this interpreter) with all that it depends on, unpacked
+by `dpkg -x`, and in `FOLDER/packages` the packages with native parts, among them the wheel of `tools/wheels.py`:
+
+    pip install --no-deps --only-binary=:all: --implementation cp --python-version 3.11 --target FOLDER/packages
+        --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 dist/*aarch64.whl uvloop numpy hypothesis
+    python -m compileall -q FOLDER/usr/lib/python3.11 FOLDER/packages
+
+Packages in pure Python, and the tests, are those of this machine. aiouffd is that of the wheel.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,12 +32,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attrs import frozen
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REPOSITORY = Path(__file__).parents[2]
+PACKAGES = Path(sysconfig.get_paths()["purelib"])
 GUEST = Path("/repository")
 """Where the repository is in the guest, whose /tmp is empty."""
+PURE = Path("/pure")
+"""Where packages of this machine are in a guest of another architecture."""
 LEFT_OUT = {
     *(
         "test",
@@ -35,12 +52,29 @@ LEFT_OUT = {
         "ensurepip",
         "turtledemo",
         "config-3.11-x86_64-linux-gnu",
+        "config-3.11-aarch64-linux-gnu",
         "site-packages",
     ),
     *("pip", "setuptools", "mypy", "mypyc", "matplotlib", "mpl_toolkits", "PIL", "pillow.libs", "fontTools", "libcst"),
-    *("textual", "kiwisolver", "obstore", "aiohttp", "ast_serialize", "contourpy", "ruff", "memray", "mutmut"),
+    *(
+        "textual",
+        "kiwisolver",
+        "ziglang",
+        "obstore",
+        "aiohttp",
+        "ast_serialize",
+        "contourpy",
+        "ruff",
+        "memray",
+        "mutmut",
+    ),
 }
 """Folders of the standard library and of site-packages that no test of a kernel needs."""
+NEEDED = re.compile(
+    r"_?(attrs?|cloudpickle|blockbuster|forbiddenfruit|sortedcontainers|py|py_?test.*|pluggy|iniconfig|packaging|xdist"
+    r"|execnet|pygments|click|rich|markdown_it.*|mdurl|prometheus_client|typing_extensions)(-[0-9].*|\.py)?$"
+)
+"""Packages in pure Python that tests need."""
 SMOKE = ["tests/matrix/test_smoke.py"]
 INIT = """#!{python}
 import ctypes, os, subprocess, sys
@@ -70,11 +104,6 @@ def files(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def moved(path: Path) -> Path:
-    """Return where a file is in the guest."""
-    return GUEST / path.relative_to(REPOSITORY) if REPOSITORY in path.parents else path
-
-
 def libraries(objects: list[Path]) -> set[Path]:
     """Return the shared libraries that some programs and modules need, the loader among them."""
     found: set[Path] = set()
@@ -97,19 +126,64 @@ def entry(name: str, mode: int, data: bytes, changed: int = 0) -> bytes:
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def archive(target: Path, arguments: list[str]) -> None:
-    """Write the initial RAM disk."""
+@frozen
+class Guest:
+    """What a kernel runs: files, by their path in the guest, and where Python and its packages are there."""
+
+    files: dict[Path, Path]
+    python: Path
+    path: list[Path]
+    qemu: str
+
+
+def here() -> Guest:
+    """Return this interpreter with its packages."""
     python = Path(sys.executable).resolve()
-    packages = Path(sysconfig.get_paths()["purelib"])
-    folders = [Path(sysconfig.get_paths()["stdlib"]), packages, REPOSITORY / "aiouffd", REPOSITORY / "tests"]
-    content = {python, REPOSITORY / "pyproject.toml", *(file for folder in folders for file in files(folder))}
-    objects = [file for file in content if ".so" in file.suffixes or file == python]
-    content |= libraries(objects)
-    init = INIT.format(python=python, path=f"{GUEST}:{moved(packages)}", repository=str(GUEST), arguments=arguments)
+    folders = [Path(sysconfig.get_paths()["stdlib"]), PACKAGES]
+    content = {python, *(file for folder in folders for file in files(folder))}
+    content |= libraries([file for file in content if ".so" in file.suffixes or file == python])
+    return Guest(
+        {GUEST / file.relative_to(REPOSITORY) if REPOSITORY in file.parents else file: file for file in content}
+        | tests(REPOSITORY / "aiouffd"),
+        python,
+        [GUEST, GUEST / PACKAGES.relative_to(REPOSITORY) if REPOSITORY in PACKAGES.parents else PACKAGES],
+        "qemu-system-x86_64 -cpu max -append 'console=ttyS0 quiet panic=-1'",
+    )
+
+
+def arm64(root: Path) -> Guest:
+    """Return an interpreter for arm64, its packages, and those of this machine's that are pure Python."""
+    unpacked = [file for folder in ("lib", "usr/bin", "usr/lib", "packages") for file in files(root / folder)]
+    (python,) = (file for file in unpacked if re.fullmatch(r"python3\.\d+", file.name))
+    pure = {
+        PURE / file.relative_to(PACKAGES): file
+        for file in files(PACKAGES)
+        if NEEDED.match(file.relative_to(PACKAGES).parts[0])
+    }
+    return Guest(
+        pure | {Path("/") / file.relative_to(root): file for file in unpacked} | tests(),
+        Path("/") / python.relative_to(root),
+        [Path("/packages"), PURE],
+        "qemu-system-aarch64 -M virt -cpu neoverse-n1 -append 'console=ttyAMA0 quiet panic=-1'",
+    )
+
+
+def tests(*folders: Path) -> dict[Path, Path]:
+    """Return the files of the repository that tests need, and those below some folders, by their path in the guest."""
+    found = [
+        REPOSITORY / "pyproject.toml",
+        *(file for folder in (*folders, REPOSITORY / "tests") for file in files(folder)),
+    ]
+    return {GUEST / file.relative_to(REPOSITORY): file for file in found}
+
+
+def archive(target: Path, guest: Guest, arguments: list[str]) -> None:
+    """Write the initial RAM disk."""
+    path = ":".join(map(str, guest.path))
+    init = INIT.format(python=guest.python, path=path, repository=str(GUEST), arguments=arguments)
     made: set[Path] = set()
     with target.open("wb") as file:
-        for source in sorted(content):
-            place = moved(source)
+        for place, source in sorted(guest.files.items()):
             for folder in reversed(place.parents[:-1]):
                 if folder not in made:
                     made.add(folder)
@@ -120,20 +194,17 @@ def archive(target: Path, arguments: list[str]) -> None:
         file.write(entry("TRAILER!!!", 0, b""))
 
 
-def boot(kernel: Path, disk: Path, *, memory: int, timeout: float) -> int:
+def boot(kernel: Path, disk: Path, qemu: str, *, memory: int, timeout: float) -> int:
     """Boot a kernel; return the exit status of its tests, or 1 if it has not come to their end in time."""
-    command = shlex.split(
-        f"qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m {memory} -nographic -no-reboot"
-        " -append 'console=ttyS0 quiet panic=-1'"
-    )
+    command = shlex.split(f"{qemu} -accel tcg,thread=multi -smp 2 -m {memory} -nographic -no-reboot")
     status = 1
     with subprocess.Popen(
         [*command, "-kernel", kernel, "-initrd", disk], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    ) as qemu:
-        timer = subprocess.Popen(["sh", "-c", f"sleep {timeout}; kill {qemu.pid}"], start_new_session=True)
+    ) as machine:
+        timer = subprocess.Popen(["sh", "-c", f"sleep {timeout}; kill {machine.pid}"], start_new_session=True)
         try:
-            assert qemu.stdout is not None
-            for line in qemu.stdout:
+            assert machine.stdout is not None
+            for line in machine.stdout:
                 text = line.decode(errors="replace").rstrip()
                 print(text, flush=True)
                 if text.startswith("MATRIX exit "):
@@ -141,7 +212,7 @@ def boot(kernel: Path, disk: Path, *, memory: int, timeout: float) -> int:
         finally:
             timer.kill()
             timer.wait()
-            qemu.kill()
+            machine.kill()
     return status
 
 
@@ -149,6 +220,7 @@ def main() -> int:
     """Boot each kernel in turn; the status is that of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="+", type=Path, metavar="KERNEL")
+    parser.add_argument("--arm64", type=Path, metavar="FOLDER", help="a file system; the kernels are of arm64")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each kernel")
     parser.add_argument("--memory", type=int, default=2048, help="MiB for each kernel")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, default=SMOKE, help="arguments of pytest")
@@ -156,9 +228,10 @@ def main() -> int:
     results: dict[Path, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         disk = Path(folder) / "disk.cpio"
-        archive(disk, arguments.tests)
+        guest = arm64(arguments.arm64) if arguments.arm64 else here()
+        archive(disk, guest, arguments.tests)
         for kernel in arguments.kernels:
-            results[kernel] = boot(kernel, disk, memory=arguments.memory, timeout=arguments.timeout)
+            results[kernel] = boot(kernel, disk, guest.qemu, memory=arguments.memory, timeout=arguments.timeout)
     for kernel, status in results.items():
         print(f"{'passed' if status == 0 else f'FAILED ({status})'}: {kernel}")
     return next((status for status in results.values() if status), 0)
