@@ -28,7 +28,8 @@ __all__ = ["Services"]
 
 log = logging.getLogger("aiouffd.server")
 
-_MAX_HANGING = 8  # openings of one name that hang at once
+_MAX_HANGING = 8  # openings of one name that hang at once: each has a thread
+_MAX_HANGING_OF_PROCESS = 32  # and of one process, whatever it asks for
 
 
 class Services:
@@ -60,7 +61,7 @@ class Services:
         self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
         self._uses: Counter[str] = Counter()  # clients, by the token of their pack
         self._lock = threading.Lock()  # over both
-        self._hanging: Counter[str] = Counter()  # openings, by the name that was asked for
+        self._hanging: Counter[str | Peer] = Counter()  # openings, by the name that was asked for, and by who asked
         self._recorder: Recorder | None = None
         self._recorded: Any = None  # source and page size
 
@@ -108,10 +109,12 @@ class Services:
         peer, timeout = handoff.peer, self._options.limits.timeout
         if self._hanging[name] >= _MAX_HANGING:
             raise HandoffError(str(peer), f"its source {name!r} does not answer: {_MAX_HANGING} openings of it hang")
+        if self._hanging[peer] >= _MAX_HANGING_OF_PROCESS:
+            raise HandoffError(str(peer), f"{_MAX_HANGING_OF_PROCESS} sources that it has asked for do not answer")
         opening = asyncio.get_running_loop().create_task(apart(self._find, handoff, number, name))
         if not (await asyncio.wait([opening], timeout=timeout))[0]:
-            self._hanging[name] += 1
-            opening.add_done_callback(lambda opening: self._opened_late(name, opening))
+            self._hanging.update((name, peer))
+            opening.add_done_callback(lambda opening: self._opened_late(name, peer, opening))
             raise HandoffError(str(peer), f"its source {name!r} could not be opened within {timeout:g} s")
         try:
             return opening.result()
@@ -131,10 +134,9 @@ class Services:
         firecracker.check_size(handoff.regions, origin.size)
         return origin, origin.size
 
-    def _opened_late(self, name: str, opening: asyncio.Task[Any]) -> None:
-        self._hanging[name] -= 1
-        if not self._hanging[name]:
-            del self._hanging[name]
+    def _opened_late(self, name: str, peer: Peer, opening: asyncio.Task[Any]) -> None:
+        self._hanging.subtract((name, peer))
+        self._hanging = +self._hanging  # without those of which none hangs any more
         if not opening.cancelled() and opening.exception() is not None:
             log.warning("the source %r could not be opened: %s", name, opening.exception())
 

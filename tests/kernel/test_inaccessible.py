@@ -23,12 +23,12 @@ BROKEN = 10
 """So many pages cannot be had."""
 
 
-def forget_poison() -> None:
-    """Have this process believe that the kernel has no UFFDIO_POISON, and wait less."""
+def forget_poison(patience: float = inaccessible.PATIENCE) -> None:
+    """Have this process believe that the kernel has no UFFDIO_POISON, and wait so long for an answer."""
     capabilities = probe()
     lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
     vars(inaccessible)["probe"] = vars(registration)["probe"] = lambda: lacking
-    inaccessible.PATIENCE = 0.5
+    inaccessible.PATIENCE = patience
     inaccessible._GRACE = 0.3
 
 
@@ -37,6 +37,9 @@ class Broken:
 
     size = SIZE
 
+    def __init__(self, patience: float = inaccessible.PATIENCE) -> None:
+        self._patience = patience
+
     async def read(self, offset: int, length: int) -> bytes:
         """Fail, or return the pattern."""
         if offset < BROKEN * PAGE:
@@ -44,12 +47,12 @@ class Broken:
         return word(offset // PAGE) * (length // 8)
 
     def __reduce__(self) -> Any:
-        return arrive, ()
+        return arrive, (self._patience,)
 
 
-def arrive() -> Broken:
+def arrive(patience: float) -> Broken:
     """Rebuild a source."""
-    forget_poison()
+    forget_poison(patience)
     return Broken()
 
 
@@ -83,7 +86,7 @@ def with_the_gil(caught: bool) -> None:
     """Scenario: the thread that touches such a page holds the GIL: nothing in Python runs."""
     forget_poison()
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Broken(), readahead=0, retries=0):
+    with aiouffd.Monitor(region, Broken(0.5), readahead=0, retries=0):
         if caught:
             signal.signal(signal.SIGBUS, lambda *_: None)
         _ = region[3 * PAGE]

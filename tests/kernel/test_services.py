@@ -12,15 +12,21 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fuse
 import pytest
 from pattern import PAGE, content
-from scenario import eventually, play
+from scenario import eventually, play, until
 from served import MIB, Serve, client, descriptors, hand_over, on_the_web, touch_all
 
 import aiouffd
+from aiouffd.engine.assembly import Options
+from aiouffd.engine.serve.reads import Limits
+from aiouffd.handoff.receive import Peer
+from aiouffd.server import services
+from aiouffd.server.services import Services
 
 
 def test_a_source_that_is_unplugged(image: Path, tmp_path: Path) -> None:
@@ -295,3 +301,34 @@ def test_a_handler_that_wants_writes_is_refused(tmp_path: Path) -> None:
     """Clients register their memory without write protection."""
     with pytest.raises(ValueError, match="write"):
         aiouffd.Server(Writes(), tmp_path / "s")
+
+
+async def test_openings_that_hang_are_bounded_for_each_name_and_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a thread. Other processes are not concerned, and other names; what answers is forgotten."""
+    monkeypatch.setattr(services, "_MAX_HANGING", 2)
+    monkeypatch.setattr(services, "_MAX_HANGING_OF_PROCESS", 3)
+    answer = threading.Event()
+
+    def find(_peer: Peer, _number: int, name: str) -> Any:
+        if name != "there":
+            answer.wait()
+        raise FileNotFoundError(name)
+
+    taken = Services(find, Options(limits=Limits(timeout=0.05)), record=None, replay=None)
+
+    async def asked(pid: int, name: str) -> str:
+        handoff: Any = SimpleNamespace(peer=Peer(pid, 0, 0))
+        with pytest.raises((aiouffd.HandoffError, FileNotFoundError)) as caught:
+            await taken.take(handoff, 0, name)
+        return str(caught.value)
+
+    try:
+        for name in ("a", "a", "b"):
+            assert "could not be opened within" in await asked(1, name)
+        assert "3 sources that it has asked for do not answer" in await asked(1, "there")
+        assert await asked(2, "there") == "there"
+        assert "2 openings of it hang" in await asked(2, "a")
+    finally:
+        answer.set()
+    await until(lambda: not taken._hanging)
+    assert await asked(1, "a") == "a"
