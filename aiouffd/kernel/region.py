@@ -206,7 +206,8 @@ class Region(mmap.mmap):
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`. MADV_DONTNEED and MADV_REMOVE empty pages: they read as zeros, not as the source's data.
 
-        A RuntimeWarning says so where a Monitor shows data in the region.
+        A RuntimeWarning says so where a Monitor shows data in the region. After a Monitor was left, a touch of an
+        emptied page is SIGBUS, as of any that is missing.
         """
         length = len(self) - start if length is None else length
         if option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):

@@ -37,26 +37,24 @@ class Handles(aiouffd.Handler):
 
 
 SOURCES: dict[str, Any] = {
-    "buffer": lambda _: aiouffd.BufferSource(content(0, SIZE)),
     "file": lambda path: aiouffd.FileSource(path / "file"),
     "far": lambda _: Far(SIZE),
     "handler": lambda _: Handles(),
 }
-MEMORY: dict[str, tuple[Any, ...]] = {"shared": (False, True), "cut": (0, 100)}
-COMMON: dict[str, tuple[Any, ...]] = {
-    "on_exit": ("sigbus", "populate", "zeros"),
-    "track_writes": (False, True),
-    "user_mode_only": (False, True),
+# In this order a few combinations cover all pairs.
+OPTIONS: dict[str, tuple[Any, ...]] = {
     "fork": ("dontfork", "serve"),
-}
-OWN: dict[str, tuple[Any, ...]] = {
-    "source": tuple(SOURCES),
-    "readahead": (0, 2 << 20),
-    "background": (False, True),
     "trace": ("", "record", "replay"),
-    "concurrent_reads": (1, 128),
-    "bytes_in_flight": (1, 128 << 20),
+    "on_exit": ("sigbus", "populate", "zeros"),
+    "user_mode_only": (False, True),
+    "readahead": (0, 2 << 20),
+    "source": tuple(SOURCES),
+    "cut": (0, 100),
+    "background": (False, True),
+    "shared": (False, True),
+    "track_writes": (False, True),
 }
+OF_A_SERVER = ("trace", "readahead", "source", "background")
 
 
 def covering(values: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -124,12 +122,12 @@ async def all_pairs(kind: str, directory: str) -> None:
     ) as made:
         _ = made.region[9 * PAGE], made.region[2 * PAGE]
     if kind != "served":
-        for chosen in covering(MEMORY | COMMON | OWN):
+        for chosen in covering(OPTIONS):
             source = SOURCES[chosen.pop("source")](path)
             print(repr(await tried(ENGINES[kind](), source, chosen, path)))
         return
     async with Server(aiouffd.FileSource(path / "file"), path / "socket"):
-        for chosen in covering(MEMORY | COMMON):
+        for chosen in covering({name: OPTIONS[name] for name in OPTIONS if name not in OF_A_SERVER}):
             print(repr(await tried(aiouffd.ServedBy(str(path / "socket")), None, chosen, path)))
 
 
