@@ -11,6 +11,7 @@ from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Located, W
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.runs import Op
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerError, ShortReadError, SourceError, SourceTimeoutError
@@ -729,3 +730,18 @@ async def test_a_defect_of_a_source_ahead_says_where() -> None:
         await world.backend.bring(world.space, [(0, PAGE), (8 * PAGE, 2 * PAGE)], Counter.PAGES_PREFETCH)
     assert str(caught.value) == str(SourceError(repr(source), 8 * PAGE, 2 * PAGE, "ValueError: odd"))
     assert list(world.uffd.pages) == [BASE]
+
+
+def test_what_the_kernel_refuses_is_an_error_of_the_source() -> None:
+    """EFAULT: a file that was truncated behind its mapping; each is counted."""
+    world = World(0, located=True)
+    backend = world.backend
+    assert isinstance(backend, SourceBackend)
+    run = world.space.run(Op.COPY, at(4))
+    gone = backend.refusal(run, errno.EFAULT)
+    reason = "its bytes are there no longer: was the file truncated?"
+    assert str(gone) == str(ShortReadError(repr(backend.source), 4 * PAGE, PAGE, reason))
+    assert isinstance(gone, ShortReadError)
+    other = backend.refusal(run, errno.ENOMEM)
+    assert str(other) == str(SourceError(repr(backend.source), 4 * PAGE, PAGE, f"{run!r}: ENOMEM"))
+    assert world.counters.snapshot().source_errors == 2

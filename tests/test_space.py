@@ -592,3 +592,30 @@ def test_of_a_process_that_is_gone_no_page_is_missing(number: int) -> None:
     world.uffd.failures.append(-number)
     assert world.space.poison_if_missing(BASE) is True
     assert world.space.is_gone
+
+
+def test_each_poisoned_page_is_counted_and_each_error_told() -> None:
+    """With the space that it is of; a page that was emptied shows no offset, wherever it lies in its range."""
+    world = World(0, located=True)
+    told: list[tuple[object, object]] = []
+    world.space.on_error = lambda space, error: told.append((space, error))
+    world.space.poison([BASE, BASE + 4 * PAGE])
+    assert world.counters.snapshot().pages_poisoned == 2
+    error = SourceError("it", 0, 1, "no")
+    world.space.report(error)
+    assert told == [(world.space, error)]
+    world.space.mappings.remove(BASE + 4 * PAGE, BASE + 8 * PAGE)
+    assert world.space.run(Op.COPY, BASE + 6 * PAGE).offset == -1
+    assert world.space.run(Op.COPY, BASE + 9 * PAGE).offset == 9 * PAGE
+
+
+def test_a_kernel_that_knows_no_poison_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Which page waits for ever, and what was refused."""
+    world = World(0, located=True)
+    world.uffd.failures.append(-errno.EINVAL)
+    world.space.poison([BASE + 4 * PAGE])
+    (error,) = world.errors
+    assert isinstance(error, OperationError)
+    assert (error.operation, error.start, error.len) == ("UFFDIO_POISON", BASE + 4 * PAGE, PAGE)
+    assert f"the page at {BASE + 4 * PAGE:#x} cannot be had" in caplog.text
+    assert world.space.deferred
