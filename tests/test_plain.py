@@ -215,6 +215,7 @@ def test_the_window_of_a_fault_that_is_left_is_not_chosen_anew(kernel: Kernel, w
     kernel.refusal = errno.EEXIST if why == "refused" else 0
     assert not serve(path, 3, fault(5))
     assert sum(counters.words) == 0
+    assert space.readahead.missing(0, 32 * PAGE) == [(0, 4 * PAGE), (8 * PAGE, 24 * PAGE)]  # others are not forgotten
     assert space.readahead.windows(5 * PAGE, 0, 32 * PAGE) == [(4 * PAGE, 4 * PAGE)]
 
 
@@ -515,3 +516,20 @@ def test_offsets_are_those_of_the_mapping(readahead: int) -> None:
     assert left == [16]
     _, asked, left = together(3, 5, readahead=readahead, first=-1)
     assert (asked, left) == ([], [3, 5])
+
+
+def test_a_window_ends_with_its_mapping(kernel: Kernel) -> None:
+    """What lies behind it in the source is shown elsewhere, or nowhere."""
+    path, _ = with_windows(Counters(), at(1 << 40))
+    path.open(3, START, START + 6 * PAGE, 8 * PAGE, (at(1 << 40), 31 * PAGE, PAGE, 0, True, None, None))
+    assert serve(path, 3, fault(5))
+    assert kernel.asked == [(3, START + 4 * PAGE, (1 << 40) + 12 * PAGE, 2 * PAGE, 0)]
+
+
+@pytest.mark.usefixtures("stopped")
+def test_wake_ups_are_counted_one_by_one() -> None:
+    """Each with all its faults."""
+    world, _, _ = together(1, 9)
+    source: PlainSource = (LOCATED.locate, SIZE, PAGE, 0, False, None, None)
+    assert plain.serve_together(world.space, source, world.counters, [(BASE + 17 * PAGE, 0, 1)], 1 << 40) == []
+    assert counted(world) == (3, 0, 3, 3, 3)

@@ -277,3 +277,18 @@ def test_a_stride_of_one_page_is_one_run(pages: tuple[int, int, int], window: tu
         chosen = readahead.windows(page * PAGE, 0, 1000 * PAGE)
         readahead.forget(0, 1000 * PAGE)
     assert chosen == [(window[0] * PAGE, window[1] * PAGE)]
+
+
+@pytest.mark.parametrize(("skipped", "follows"), [(3, True), (4, False)])
+def test_a_stream_may_skip_a_little(skipped: int, follows: bool) -> None:
+    """Less than its window, upwards and downwards; once it has a direction, it does not turn."""
+    for direction in (1, -1):
+        readahead = Readahead(PAGE, 16 * PAGE, 4 * PAGE)
+        readahead.windows(400 * PAGE, 0, 1000 * PAGE)
+        at = 404 + skipped if direction > 0 else 399 - skipped
+        (window,) = readahead.windows(at * PAGE, 0, 1000 * PAGE)
+        assert (window[1] == 8 * PAGE) == follows
+        if follows:
+            other = 399 if direction > 0 else 404
+            (window,) = readahead.windows(other * PAGE, 0, 1000 * PAGE)
+            assert window[1] <= 4 * PAGE

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from aiouffd.engine.mappings import ZEROS, Mappings
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
+from aiouffd.kernel.memory import address_of
 
 PAGE = 4096
 BASE = 0x10000000
@@ -138,11 +139,12 @@ def test_zeros_are_mapped_or_copied() -> None:
     """By one ZEROPAGE, or by COPYs out of a small buffer of zeros."""
     (run,) = zero_runs(BASE, 0, 100 * PAGE, PAGE, FOR_FAULT, mapped=True)
     assert described(run) == (Op.ZEROPAGE, BASE, 0, 100 * PAGE, 0, None, FOR_FAULT)
-    for offset in (8 * PAGE, ZEROS):
+    for offset in (0, 8 * PAGE, ZEROS):
         runs = list(zero_runs(BASE, offset, 100 * PAGE, PAGE, FOR_FAULT, mapped=False))
         assert [run.left for run in runs] == [64 * PAGE, 36 * PAGE]
         assert [run.dst for run in runs] == [BASE, BASE + 64 * PAGE]
-        assert [run.offset for run in runs] == ([8 * PAGE, 72 * PAGE] if offset >= 0 else [ZEROS, ZEROS])
+        assert [run.offset for run in runs] == ([offset, offset + 64 * PAGE] if offset >= 0 else [ZEROS, ZEROS])
         assert all(run.op == Op.COPY and run.purpose is FOR_FAULT for run in runs)
+        assert all(run.src == address_of(run.owner) for run in runs)
         assert all(ctypes.string_at(run.src, run.left) == bytes(run.left) for run in runs)
     assert [run.left for run in zero_runs(0, 0, 4 << 20, 2 << 20, FOR_FAULT, mapped=False)] == [2 << 20] * 2

@@ -159,6 +159,7 @@ def test_blocks_of_zeros_are_mapped(how: str, maps: bool) -> None:
         source.add_data(world.space, Run(Op.COPY, BASE, 0, size, purpose=FOR_FAULT), bytes(data), runs)
     assert b"".join(page for _, page in sorted(placed(runs).items())) == bytes(data)
     kinds = [(run.op, run.left // BLOCK) for run in sorted(runs, key=lambda run: run.dst)]
+    assert all(run.purpose is FOR_FAULT and run.offset == run.dst - BASE for run in runs)
     assert kinds == ([(Op.COPY, 1), (Op.ZEROPAGE, 2), (Op.COPY, 1), (Op.ZEROPAGE, 1)] if maps else [(Op.COPY, 5)])
     assert source._words[7] == (3 * BLOCK // PAGE if maps else 0)
 
