@@ -40,13 +40,14 @@ class Kernel:
     def ioctl(self, fd: int, request: int, argument: bytearray) -> int:
         """Take a note, and answer."""
         assert request == abi.UFFDIO_COPY
-        dst, src, length, mode, done = abi.COPY_STRUCT.unpack(argument)
+        dst, src, length, mode, done = abi.COPY_ARGUMENT.unpack(argument)
         assert done == 0
         self.asked.append((fd, dst, src, length, mode))
         if self.refusal:
-            abi.COPY_STRUCT.pack_into(argument, 0, dst, src, length, mode, self.done or -self.refusal)
+            assert len(argument) > 1024  # what is shorter does not come back from a call that fails (Python 3.14)
+            abi.COPY_ARGUMENT.pack_into(argument, 0, dst, src, length, mode, self.done or -self.refusal)
             raise OSError(self.refusal, "refused")
-        abi.COPY_STRUCT.pack_into(argument, 0, dst, src, length, mode, length)
+        abi.COPY_ARGUMENT.pack_into(argument, 0, dst, src, length, mode, length)
         return 0
 
 

@@ -34,7 +34,7 @@ __all__ = ["SLOT", "FastPath", "PlainFaults", "PlainSource", "serve_together"]
 
 _ioctl = fcntl.ioctl
 _COPY = abi.UFFDIO_COPY
-_pack_copy = abi.COPY_STRUCT.pack_into
+_pack_copy = abi.COPY_ARGUMENT.pack_into
 _result = struct.Struct("=q").unpack_from
 _MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
 SLOT = struct.Struct("=2i3q")
@@ -110,7 +110,7 @@ class FastPath:
         self._spaces = spaces
         self.slots = bytearray()
         self._sources: list[PlainSource | None] = [None]
-        self._argument = bytearray(abi.COPY_STRUCT.size)
+        self._argument = bytearray(abi.COPY_ARGUMENT.size)
         self._users = [0]  # of each source, how many descriptors
 
     def admit(self, fd: int, identity: int) -> None:

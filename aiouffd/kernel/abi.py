@@ -80,6 +80,12 @@ WRITEPROTECT_STRUCT: Final = struct.Struct("=QQQ")  # start, len, mode; RWPROTEC
 SET_MODE_STRUCT: Final = struct.Struct("=QQ")  # enable, disable
 RESULT: Final = struct.Struct("=q")
 
+_PASSED_ITSELF = 1025
+"""From this size on, `fcntl.ioctl` gives the kernel the buffer of the caller. It copies a smaller one; since Python
+3.14 it does not copy it back if the call fails: the result of a partial COPY would be lost."""
+COPY_ARGUMENT: Final = struct.Struct(f"{COPY_STRUCT.format}{_PASSED_ITSELF - COPY_STRUCT.size}x")
+ZEROPAGE_ARGUMENT: Final = struct.Struct(f"{ZEROPAGE_STRUCT.format}{_PASSED_ITSELF - ZEROPAGE_STRUCT.size}x")
+
 MESSAGE_SIZE: Final = 32
 PAGEFAULT_MESSAGE: Final = struct.Struct("=B7xQQI4x")  # event, flags, address, thread id
 FORK_MESSAGE: Final = struct.Struct("=8xI20x")  # descriptor

@@ -10,8 +10,9 @@ Some facts about these ioctls:
   0, and reads it only if the ioctl fails.
 - EAGAIN has two meanings. A positive result is a partial copy: go on behind it. Otherwise the layout of the target
   is changing: read the pending events, then retry.
-- `fcntl.ioctl` with a bytearray releases the GIL and writes the kernel's answer back, also when it raises. Each call
-  has a bytearray of its own, so that several threads (and a signal handler) may use one descriptor.
+- `fcntl.ioctl` with a bytearray releases the GIL and returns the kernel's answer in it. Since Python 3.14 it does so
+  for a call that fails only if the bytearray has more than 1,024 bytes (`abi.COPY_ARGUMENT`). Each call has a bytearray
+  of its own, so that several threads (and a signal handler) may use one descriptor.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Capabilities", "Event", "Fork", "Userfaultfd", "decode", "probe"]
 
 _ioctl = fcntl.ioctl
-_pack_copy = abi.COPY_STRUCT.pack
-_pack_zeropage = abi.ZEROPAGE_STRUCT.pack
+_pack_copy = abi.COPY_ARGUMENT.pack
+_pack_zeropage = abi.ZEROPAGE_ARGUMENT.pack
 _pack_range = abi.RANGE_STRUCT.pack
 _unpack_result = abi.RESULT.unpack_from
 

@@ -113,7 +113,13 @@ void add_waited(struct watch *watch, uint64_t most_ms)
 
 void end_process(const struct text *text)
 {
+    sigset_t aborts;
+
     say(text);
+    /* Since glibc 2.41 abort() leaves a blocked SIGABRT blocked: its handler, which prints the tracebacks, would not run. */
+    sigemptyset(&aborts);
+    sigaddset(&aborts, SIGABRT);
+    pthread_sigmask(SIG_UNBLOCK, &aborts, NULL);
     abort();
 }
 

@@ -370,6 +370,27 @@ def test_a_copy_from_memory_that_cannot_be_read() -> None:
         assert uffd.try_copy(region.address, 8, PAGE, 0) == -14
 
 
+def test_a_partial_result_is_seen_in_each_version_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fcntl.ioctl` of Python 3.14 copies an argument of up to 1,024 bytes, and copies it back only if it succeeds."""
+
+    def as_python_3_14(fd: int, request: int, argument: bytearray) -> int:
+        given = bytearray(argument) if len(argument) <= 1024 else argument
+        result: int = fcntl.ioctl(fd, request, given)
+        argument[:] = given
+        return result
+
+    monkeypatch.setattr(userfaultfd, "_ioctl", as_python_3_14)
+    for operation in ("copy", "zeropage", "poison"):
+        if operation == "poison" and Feature.POISON not in aiouffd.probe().features:
+            continue
+        region = aiouffd.Region(4 * PAGE)
+        with Userfaultfd() as uffd:
+            uffd.register(region.address, 4 * PAGE, RegisterMode.MISSING)
+            uffd.zeropage(region.address + 2 * PAGE, PAGE)
+            content = [bytes(4 * PAGE)] if operation == "copy" else [4 * PAGE]
+            assert getattr(uffd, operation)(region.address, *content) == 2 * PAGE
+
+
 @pytest.mark.parametrize("size", [4096, 16 << 10, 64 << 10])
 def test_gone_asks_for_a_page_of_the_machine(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """A length that is not a multiple of its pages would be EINVAL: the process would never be gone."""
