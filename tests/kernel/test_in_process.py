@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import mmap
 import re
 import signal
@@ -130,7 +131,7 @@ def test_nothing_is_written_where_nothing_is_stuck(monkeypatch: pytest.MonkeyPat
 
 async def without_the_native_part() -> None:
     """Scenario: two Monitors, one after the other."""
-    native._load = lambda: (None, "aiouffd was installed without a C compiler")  # type: ignore[assignment]
+    native._load = functools.cache(lambda: (None, "aiouffd was installed without a C compiler"))
     for _ in range(2):
         region = aiouffd.Region(SIZE)
         async with aiouffd.Monitor(region, Pattern(SIZE), engine=SOON):
