@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pattern import PAGE, Pattern, Slow, content
 
 from aiouffd.engine.ahead.fill import complete
+from aiouffd.engine.flight import Flight
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.runs import FOR_FAULT, Op, Run
 from aiouffd.engine.serve.reads import Limits
@@ -619,3 +620,51 @@ def test_a_kernel_that_knows_no_poison_is_told_of(caplog: pytest.LogCaptureFixtu
     assert (error.operation, error.start, error.len) == ("UFFDIO_POISON", BASE + 4 * PAGE, PAGE)
     assert f"the page at {BASE + 4 * PAGE:#x} cannot be had" in caplog.text
     assert world.space.deferred
+
+
+def test_the_rest_of_a_window_is_told_of_once() -> None:
+    """The piece that is waited for comes at once; the dispatcher is told when there begins to be a rest."""
+    world = World(0, located=True)
+    told: list[object] = []
+    world.space.on_remainders = told.append
+    world.space.resolve_windows([Run(Op.COPY, BASE, 0, SIZE, LOCATED.address)], [BASE + 20 * PAGE])
+    assert BASE + 20 * PAGE in world.uffd.pages
+    assert len(world.uffd.pages) == (64 << 10) // PAGE
+    assert told == [world.space]
+    world.space.resolve_later([Run(Op.ZEROPAGE, ELSEWHERE, 0, PAGE)])
+    assert told == [world.space]
+    world.space.remainders.clear()
+    world.space.resolve_later([])
+    assert told == [world.space]
+    world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, PAGE)])
+    assert told == [world.space] * 2
+
+
+@pytest.mark.parametrize(("flying", "woken"), [(None, 1), (2, 2), (20, 1)])
+def test_one_wake_over_several_unless_others_wait_between(flying: int | None, woken: int) -> None:
+    """For what is on its way: they would fault anew for nothing."""
+    world = World(0, located=True)
+    asked: list[tuple[int, int]] = []
+    world.uffd.try_wake = lambda start, length: asked.append(((start - BASE) // PAGE, length // PAGE)) or 0  # type: ignore[method-assign,func-returns-value,redundant-expr]
+    if flying is not None:
+        start = BASE + flying * PAGE
+        world.space.take_off(Flight(start, start + PAGE, flying * PAGE, 0, FOR_FAULT))
+    ranges = [(BASE, BASE + PAGE), (BASE + 4 * PAGE, BASE + 6 * PAGE)]
+    world.space.wake(ranges, each=False)
+    assert asked == ([(0, 6)] if woken == 1 else [(0, 1), (4, 2)])
+    asked.clear()
+    world.space.wake(ranges, each=True)
+    assert asked == [(0, 1), (4, 2)]
+
+
+def test_what_is_put_off_is_counted() -> None:
+    """Each run once, however often it is tried; zeros that cannot be mapped are copied."""
+    world = World(0, located=True)
+    world.uffd.failures.extend([-errno.EAGAIN] * 4)
+    for page in (1, 3):
+        world.space.resolve([Run(Op.ZEROPAGE, BASE + page * PAGE, page * PAGE, PAGE)])
+    world.space.retry()
+    assert world.counters.snapshot().deferred == 2
+    world.space.write_protect = True
+    (run,) = world.space.zeros(BASE, 0, 2 * PAGE, FOR_FAULT)
+    assert (run.op, run.dst, run.left) == (Op.COPY, BASE, 2 * PAGE)
