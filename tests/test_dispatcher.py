@@ -8,12 +8,12 @@ import logging
 import os
 import select
 from itertools import count
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, PAGES, SIZE, Held, PipedUffd, World, turns
 from pattern import PAGE, content
+from scripted_reader import ScriptedReader
 
 from aiouffd import native
 from aiouffd.engine import dispatcher as module
@@ -453,28 +453,6 @@ async def test_an_unknown_flag_is_left_out_at_once(rig: Rig) -> None:
     assert rig.dispatcher._broken(world.space, errno.EOPNOTSUPP)
     assert not rig.dispatcher._broken(world.space, errno.EINTR)
     assert rig.dispatcher.spaces
-
-
-class ScriptedReader:
-    """Stands for a reader: what it is asked, and what it finds."""
-
-    def __init__(self, *found: tuple[Outcome, int, int, int]) -> None:
-        self.found = list(found)
-        self.asked: list[tuple[int, bool, bool]] = []
-
-    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[Outcome, Any]:
-        """Find the next of it; then nothing."""
-        self.asked.append((turn_ns, came, once))
-        outcome, fd, events, error = self.found.pop(0) if self.found else (Outcome.IDLE, -1, 0, 0)
-        return outcome, SimpleNamespace(fd=fd, length=0, events=events, error=error)
-
-    def only(self, _fd: int) -> None:
-        """Take no note."""
-
-    dismiss = only
-
-    def end(self) -> None:
-        """Take no note."""
 
 
 def scripted(
