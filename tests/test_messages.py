@@ -78,7 +78,10 @@ def test_events_are_committed_together_and_in_order() -> None:
 def test_a_move() -> None:
     """Both ranges have changed; the pages are where they were moved to."""
     world = World(0, located=True)
+    changed: list[tuple[int, int]] = []
+    world.space.on_changed.add(lambda start, end: changed.append((start, end)))
     serve(world, event(abi.EVENT_REMAP, abi.REMAP_MESSAGE, BASE + 4 * PAGE, ELSEWHERE, 2 * PAGE))
+    assert changed == [(BASE + 4 * PAGE, BASE + 6 * PAGE), (ELSEWHERE, ELSEWHERE + 2 * PAGE)]
     assert world.space.mappings.locate(ELSEWHERE) == (ELSEWHERE, ELSEWHERE + 2 * PAGE, 4 * PAGE)
     assert world.space.mappings.locate(BASE + 4 * PAGE)[1] == 0
     assert world.counters.snapshot().remaps == 1
@@ -91,7 +94,7 @@ def test_an_unknown_event_is_logged_and_skipped(caplog: pytest.LogCaptureFixture
     world = World(0, located=True)
     assert serve(world, b"\x55" + bytes(31), fault(1)) == [[]]
     assert world.uffd.pages == {BASE + PAGE: content(PAGE, PAGE)}
-    assert "unknown userfaultfd event 0x55" in caplog.text
+    assert f"unknown userfaultfd event 0x55: 55{bytes(31).hex()}" in caplog.text
 
 
 async def test_a_page_that_several_threads_wait_for_is_brought_once() -> None:
@@ -221,6 +224,8 @@ def test_a_child_is_served_like_its_parent() -> None:
     world.space.uffd = Uffd()  # type: ignore[assignment]
     world.space.write_protect = True
     world.space.on_gone = gone = lambda _: None
+    told: list[tuple[object, ...]] = []
+    world.backend.layout = lambda *event: told.append(event)  # type: ignore[method-assign]
     serve(world, event(abi.EVENT_FORK, abi.FORK_MESSAGE, 77))
     ((parent, child),) = children
     assert parent is world.space
@@ -233,3 +238,6 @@ def test_a_child_is_served_like_its_parent() -> None:
     assert (child.backend, child.page_size, child.on_child) == (parent.backend, PAGE, parent.on_child)
     assert (child.on_error, child.on_gone, child.counters) == (parent.on_error, gone, parent.counters)
     assert world.counters.snapshot().forks == 1
+    assert told == [(parent, abi.EVENT_FORK, event(abi.EVENT_FORK, abi.FORK_MESSAGE, 77), child)]
+    serve(world, removed(3))
+    assert told[1:] == [(parent, abi.EVENT_REMOVE, removed(3), None)]
