@@ -176,3 +176,25 @@ def test_a_mapping_is_found_by_each_of_its_addresses() -> None:
     mappings = Mappings([first, second])
     found = [mappings.find(address) for address in (0xFFF, 0x1000, 0x3FFF, 0x4000, 0x7FFF, 0x8FFF, 0x9000)]
     assert found == [None, first, first, None, None, second, None]
+
+
+def test_what_is_mapped_and_unmapped_piece_by_piece() -> None:
+    """What continues is joined on either side; the neighbours of what is unmapped stay whole."""
+    mappings = Mappings([Mapping(0, 2 * PAGE, 0), Mapping(4 * PAGE, 6 * PAGE, 4 * PAGE)])
+    mappings.add(2 * PAGE, 4 * PAGE, 2 * PAGE)
+    assert list(mappings) == [Mapping(0, 6 * PAGE, 0)]
+    mappings.add(6 * PAGE, 8 * PAGE, 10 * PAGE)
+    mappings.add(8 * PAGE, 9 * PAGE, 12 * PAGE)
+    assert list(mappings) == [Mapping(0, 6 * PAGE, 0), Mapping(6 * PAGE, 9 * PAGE, 10 * PAGE)]
+    mappings.unmap(4 * PAGE, 6 * PAGE)
+    assert list(mappings) == [Mapping(0, 4 * PAGE, 0), Mapping(6 * PAGE, 9 * PAGE, 10 * PAGE)]
+    mappings.unmap(4 * PAGE, 6 * PAGE)
+    assert len(mappings) == 2
+    mappings.unmap(2 * PAGE, 7 * PAGE)
+    assert list(mappings) == [Mapping(0, 2 * PAGE, 0), Mapping(7 * PAGE, 9 * PAGE, 11 * PAGE)]
+    mappings.add(20 * PAGE, 21 * PAGE, 0)
+    mappings.add(7 * PAGE, 9 * PAGE, 11 * PAGE)
+    mappings.add(2 * PAGE, 3 * PAGE, 2 * PAGE)
+    assert list(mappings) == [
+        *(Mapping(0, 3 * PAGE, 0), Mapping(7 * PAGE, 9 * PAGE, 11 * PAGE), Mapping(20 * PAGE, 21 * PAGE, 0)),
+    ]

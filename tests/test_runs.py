@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.engine.mappings import ZEROS, Mappings
+from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.memory import address_of
@@ -148,3 +148,21 @@ def test_zeros_are_mapped_or_copied() -> None:
         assert all(run.src == address_of(run.owner) for run in runs)
         assert all(ctypes.string_at(run.src, run.left) == bytes(run.left) for run in runs)
     assert [run.left for run in zero_runs(0, 0, 4 << 20, 2 << 20, FOR_FAULT, mapped=False)] == [2 << 20] * 2
+
+
+def test_what_is_left_of_a_run() -> None:
+    """Of a mapping from offset 0 on, of another one, and of what is not mapped, which shows zeros."""
+    mappings = Mappings([Mapping(BASE, BASE + 4 * PAGE, 0), Mapping(BASE + 4 * PAGE, BASE + 6 * PAGE, 20 * PAGE)])
+
+    def left(begin: int, offset: int, count: int) -> list[tuple[int, int, int]]:
+        run = Run(Op.ZEROPAGE, BASE + begin * PAGE, offset if offset < 0 else offset * PAGE, count * PAGE)
+        return [
+            ((part.dst - BASE) // PAGE, part.left // PAGE, part.offset // PAGE)
+            for part in still_valid(run, mappings, PAGE)
+        ]
+
+    assert left(0, 0, 4) == [(0, 4, 0)]
+    assert left(1, 1, 6) == [(1, 3, 1)]
+    assert left(3, 19, 2) == [(4, 1, 20)]
+    assert left(5, ZEROS, 3) == [(6, 1, -1), (7, 1, -1)]
+    assert left(0, 1, 4) == []

@@ -181,3 +181,50 @@ def test_the_owner_keeps_the_bytes() -> None:
     source = extents(read_nowait=Pattern(SIZE).read_nowait)
     source.add_at_hand(world.space, BASE, 0, PAGE, runs, FOR_FAULT)
     assert bytes(runs[0].owner) == content(0, PAGE)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, 4, ("data", 4)),
+        (0, 8, ("data", 5)),  # up to the partial page
+        (5, 3, ("tail", 1)),
+        (6, 2, ("zeros", 2)),
+        (2, 3, ("data", 3)),
+    ],
+)
+def test_a_window_over_the_end_of_the_source(offset: int, length: int, expected: tuple[str, int]) -> None:
+    """In pages, of a source of five and a half; of five it is the same, but that there is no tail."""
+    for size, tail in ((5 * PAGE + PAGE // 2, True), (5 * PAGE, False)):
+        source = extents(size=size)
+        kind, found = source.split(offset * PAGE, length * PAGE, PAGE)
+        if not tail and expected[0] == "tail":
+            assert (kind, found) == ("zeros", length * PAGE)
+        else:
+            assert (kind, found // PAGE) == expected
+
+
+def test_holes_are_asked_for_within_the_source() -> None:
+    """Whole pages of them are zeros; less than a page is data."""
+    asked: list[tuple[int, int]] = []
+    holes = iter([3 * PAGE + 100, PAGE - 1, 0])
+
+    def hole(offset: int, length: int) -> int:
+        asked.append((offset, length))
+        return next(holes)
+
+    source = extents(size=10 * PAGE, hole=hole)
+    assert source.split(4 * PAGE, 8 * PAGE, PAGE) == ("zeros", 3 * PAGE)
+    assert source.split(4 * PAGE, 2 * PAGE, PAGE) == ("data", 2 * PAGE)
+    assert source.split(8 * PAGE, 8 * PAGE, PAGE) == ("data", 2 * PAGE)
+    assert asked == [(4 * PAGE, 6 * PAGE), (4 * PAGE, 2 * PAGE), (8 * PAGE, 2 * PAGE)]
+
+
+@pytest.mark.parametrize("how", ["locate", "read_nowait"])
+def test_what_is_fetched_is_counted_piece_by_piece(how: str) -> None:
+    """In bytes."""
+    world, runs = World(0), list[Run]()
+    source = extents(**{how: getattr(LOCATED, how)})
+    for page in (0, 4):
+        assert source.add_at_hand(world.space, BASE + page * PAGE, page * PAGE, 2 * PAGE, runs, FOR_FAULT)
+    assert source._words[9] == 4 * PAGE

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.runs import FOR_FAULT
+from aiouffd.engine.serve.source import _spared
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.testing import POISONED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -260,3 +266,26 @@ async def test_a_defect_of_a_source_ahead_says_where() -> None:
         await world.backend.bring(world.space, [(0, PAGE), (8 * PAGE, 2 * PAGE)], Counter.PAGES_PREFETCH)
     assert str(caught.value) == str(SourceError(repr(source), 8 * PAGE, 2 * PAGE, "ValueError: odd"))
     assert list(world.uffd.pages) == [BASE]
+
+
+@pytest.mark.parametrize(
+    ("flying", "parts"),
+    [
+        ((), [(0, 6)]),
+        ((0,), [(1, 5)]),
+        ((5,), [(0, 5)]),
+        ((2, 3), [(0, 2), (4, 2)]),
+        ((0, 2, 5), [(1, 1), (3, 2)]),
+        ((6,), [(0, 6)]),
+        (range(6), []),
+    ],
+)
+def test_what_is_on_its_way_is_not_brought_again(flying: Iterable[int], parts: list[tuple[int, int]]) -> None:
+    """Only what is left of a window."""
+    world = World(0)
+    for page in flying:
+        world.space.take_off(Flight(at(page), at(page + 1), page * PAGE, 0, FOR_FAULT))
+    assert _spared(world.space, BASE, 6 * PAGE) == [(at(start), length * PAGE) for start, length in parts]
+    assert [world.space.has_flights(at(page), at(page + 2)) for page in range(6)] == [
+        bool({page, page + 1} & set(flying)) for page in range(6)
+    ]
