@@ -35,12 +35,12 @@ class Rig:
         self.epoll = select.epoll()
         self.epoll.register(self.fd, select.EPOLLIN)
         self.reader: Any = (
-            NativeReader(self.epoll, self.counters) if kind == "native" else PythonReader(self.epoll, self.counters, {})
+            NativeReader(self.epoll) if kind == "native" else PythonReader(self.epoll, {})
         )
         self.landing = memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE))
         self.identity = memoryview(bytearray(8)).cast("q")
         self.reader.land(self.landing, self.identity)
-        self.reader.admit(self.fd, 7)
+        self.reader.admit(self.fd, 7, self.counters)
         self.source = source or aiouffd.BufferSource(content(0, SOURCE * PAGE + PAGE // 2))
 
     def open(self, *, offset: int = 0) -> None:

@@ -90,7 +90,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_faults_are_served_on_the_loop(rig: Rig) -> None:
     """Of each of several descriptors."""
     worlds = [rig.world() for _ in range(3)]
-    assert rig.dispatcher._words[Counter.SPACES] == 3
+    assert [world.counters.words[Counter.SPACES] for world, _ in worlds] == [1, 1, 1]
     for number, (world, uffd) in enumerate(worlds):
         for page in (number, 9):
             world.touch(page, 1)
@@ -206,7 +206,7 @@ async def test_a_process_that_is_gone_is_dropped(rig: Rig, monkeypatch: pytest.M
     uffd.exit()
     await until(lambda: not rig.dispatcher.spaces)
     assert (dropped, told, idle) == ([world.space], [world.space], [True])
-    assert rig.dispatcher._words[Counter.SPACES] == 0
+    assert world.counters.words[Counter.SPACES] == 0
     rig.dispatcher.drop(world.space)  # once
     assert len(dropped) == 1
 

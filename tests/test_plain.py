@@ -95,10 +95,10 @@ def test_only_what_is_open_is_served(steps: list[tuple[str, int, int, int]]) -> 
     opened: dict[int, tuple[int, int] | None] = {}  # descriptor -> first page, number
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain, "_ioctl", kernel.ioctl)
-        path = FastPath(Counters(), {})
+        path = FastPath({})
         for kind, fd, page, number in steps:
             if kind == "admit":
-                path.admit(fd, fd + 100) if fd not in opened else None
+                path.admit(fd, fd + 100, Counters()) if fd not in opened else None
                 opened.setdefault(fd, None)
             elif fd not in opened:
                 continue
@@ -127,8 +127,8 @@ def test_only_what_is_open_is_served(steps: list[tuple[str, int, int, int]]) -> 
 def test_what_takes_more_than_a_copy_is_left(kernel: Kernel) -> None:
     """Other events and faults, what is not at hand, what the source or the kernel refuses: not done, not counted."""
     counters = Counters()
-    path = FastPath(counters, {})
-    path.admit(3, 1)
+    path = FastPath({})
+    path.admit(3, 1, counters)
 
     def page(offset: int, _length: int) -> int | None:
         if offset == PAGE:
@@ -164,8 +164,8 @@ def with_windows(
 ) -> tuple[FastPath, Space]:
     """Return a fast path that is open for 32 pages, of which the last half page is behind the source's end."""
     space: Any = Space()
-    path = FastPath(counters, {3: space})
-    path.admit(3, 1)
+    path = FastPath({3: space})
+    path.admit(3, 1, counters)
     path.open(3, START, START + 32 * PAGE, 0, (source, 31 * PAGE + PAGE // 2, PAGE, 0, True, blank, None))
     return path, space
 
@@ -257,8 +257,8 @@ def test_a_plain_fault_takes_few_calls(windows: bool, calls: int) -> None:
     if windows:
         path, _ = with_windows(Counters(), at(1 << 40))
     else:
-        path = FastPath(Counters(), {})
-        path.admit(3, 1)
+        path = FastPath({})
+        path.admit(3, 1, Counters())
         path.open(3, START, START + 64 * PAGE, 0, (at(1 << 40), 1 << 20, PAGE, 0, False, None, None))
     rng = random.Random(1)
     messages = [fault(rng.randrange(31)) for _ in range(8)]
@@ -283,8 +283,8 @@ def test_a_plain_fault_takes_few_calls(windows: bool, calls: int) -> None:
 @pytest.mark.parametrize("page", [5, 6])
 def test_nothing_behind_the_end_of_the_source_is_shown(kernel: Kernel, tail: int, page: int) -> None:
     """The last, partial page is not plain: what lies behind it in memory is somebody else's."""
-    path = FastPath(Counters(), {})
-    path.admit(3, 1)
+    path = FastPath({})
+    path.admit(3, 1, Counters())
     path.open(3, START, START + 8 * PAGE, 0, (at(1 << 40), 5 * PAGE + tail, PAGE, 0, False, None, None))
     assert serve(path, 3, fault(4))
     assert not serve(path, 3, fault(page))
@@ -310,9 +310,9 @@ def test_a_source_is_kept_as_long_as_a_descriptor_shows_it() -> None:
         return path._sources[1:]
 
     first, second, third = ((at(1 << 40), pages * PAGE, PAGE, 0, False, None, None) for pages in (1, 2, 3))
-    path = FastPath(Counters(), {})
+    path = FastPath({})
     for fd in (3, 4, 5):
-        path.admit(fd, fd)
+        path.admit(fd, fd, Counters())
     path.open(3, START, START + PAGE, 0, first)
     path.open(4, START, START + PAGE, 0, first)
     path.open(5, START, START + PAGE, 0, second)

@@ -35,9 +35,9 @@ def rig() -> Iterator[tuple[PythonReader, int]]:
     reading, writing = os.pipe2(os.O_NONBLOCK)
     epoll = select.epoll()
     epoll.register(reading, select.EPOLLIN)
-    reader = PythonReader(epoll, Counters(), {})
+    reader = PythonReader(epoll, {})
     reader.land(memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE)), memoryview(bytearray(8)).cast("q"))
-    reader.admit(reading, 1)
+    reader.admit(reading, 1, Counters())
     yield reader, writing
     epoll.close()
     os.close(reading)
@@ -124,11 +124,11 @@ class Scripted:
         self.polls: list[tuple[object, ...]] = []
         self.served: list[tuple[int, int, int]] = []
         self.plain = True
-        self.reader = PythonReader(cast("Any", self), Counters(), {})
+        self.reader = PythonReader(cast("Any", self), {})
         self.identity = memoryview(bytearray(8)).cast("q")
         self.reader.land(memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE)), self.identity)
-        self.reader.admit(5, 50)
-        self.reader.admit(6, 60)
+        self.reader.admit(5, 50, Counters())
+        self.reader.admit(6, 60, Counters())
         self.reader._last_ns = 990
         self.ready = [(5, select.EPOLLIN)]
         clock = count(1000, 10)
@@ -230,7 +230,7 @@ def test_a_single_descriptor_is_read_without_epoll(monkeypatch: pytest.MonkeyPat
     scripted.reader.only(6)
     assert scripted.reader.run(TURN, came=False, once=True) == (Outcome.MESSAGES, reading._Found(6, 2 * ONE, 0, 0))
     assert not scripted.polls
-    scripted.reader.admit(0, 1)
+    scripted.reader.admit(0, 1, Counters())
     scripted.reader.only(0)
     scripted.answers.append(2 * ONE)
     assert scripted.reader.run(TURN, came=False, once=True)[1].fd == 0
@@ -242,16 +242,16 @@ def test_a_single_descriptor_is_read_without_epoll(monkeypatch: pytest.MonkeyPat
 def test_the_native_part_reads_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else Python does."""
     monkeypatch.setattr("aiouffd.native.reader.NativeReader", Told)
-    counters, spaces = Counters(), cast("Any", {5: None})
+    spaces = cast("Any", {5: None})
     with select.epoll() as epoll:
         monkeypatch.setattr("aiouffd.native.reason", lambda: "")
-        native: Any = reading.make_reader(epoll, counters, spaces)
+        native: Any = reading.make_reader(epoll, spaces)
         assert native._reader.epoll == epoll.fileno()
-        assert native._reader.words[0] == address_of(counters.words) + Counter.FAULTS * 8
+        assert native._reader.words[0] == Counter.FAULTS
         monkeypatch.setattr("aiouffd.native.reason", lambda: "no compiler")
-        python: Any = reading.make_reader(epoll, counters, spaces)
+        python: Any = reading.make_reader(epoll, spaces)
         assert isinstance(python, PythonReader)
-        assert (python._epoll, python._words, python._spaces) == (epoll, counters.words, spaces)
+        assert (python._epoll, python._spaces) == (epoll, spaces)
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NativeReader, Told]]
     """Return a native reader, and what stands for the native part of it."""
     monkeypatch.setattr("aiouffd.native.reader.NativeReader", Told)
     with select.epoll() as epoll:
-        reader = NativeReader(epoll, Counters())
+        reader = NativeReader(epoll)
         made: Any = reader._reader
         assert made.epoll == epoll.fileno()
         yield reader, made
@@ -285,7 +285,8 @@ def test_the_native_part_is_told_where_the_bytes_are(
 ) -> None:
     """Of the source's whole pages, until the mapping is closed; then its messages are the engine's again."""
     reader, native = told
-    reader.admit(5, 77)
+    counters = Counters()
+    reader.admit(5, 77, counters)
     reader.open(5, START, START + pages * PAGE, offset, plain(size, (ADDRESS, length, file, 123)))
     reader.close(5)
     reader.close(5)
@@ -307,6 +308,7 @@ def test_the_native_part_is_told_where_the_bytes_are(
                 "file": file,
                 "mapped": 0 if file < 0 else ADDRESS + offset,
                 "mtime_ns": 123,
+                "words": address_of(counters.words),
             },
         ),
         (5, {"identity": 77}),
@@ -318,7 +320,7 @@ def test_what_the_native_part_cannot_serve_is_not_told(told: tuple[NativeReader,
     """A source that lies nowhere, readahead that has learned nothing yet, and a descriptor that is not read."""
     reader, native = told
     memory = (ADDRESS, 8 * PAGE, -1, 0)
-    reader.admit(5, 77)
+    reader.admit(5, 77, Counters())
     reader.open(5, START, START + 8 * PAGE, 0, plain(8 * PAGE, None))
     reader.close(5)
     reader.open(5, START, START + 8 * PAGE, 0, plain(8 * PAGE, memory, readahead=True))
@@ -337,7 +339,7 @@ def test_strangers_are_served_while_readahead_is_of_no_use(told: tuple[NativeRea
     )
     space: Any = SimpleNamespace(uffd=SimpleNamespace(fileno=lambda: 5), readahead=readahead)
     reader.refresh(space)
-    reader.admit(5, 77)
+    reader.admit(5, 77, Counters())
     reader.refresh(space)
     reader.open(5, START, START + 32 * PAGE, 4 * PAGE, plain(64 * PAGE, (ADDRESS, 64 * PAGE, -1, 0), readahead=True))
     reader.refresh(space)
@@ -361,11 +363,7 @@ def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, T
     """Where it counts, how long it looks, and how it reads; what it writes to is kept alive."""
     reader, native = told
     assert native.options == {"flags": os.RWF_NOWAIT, "limit": MESSAGES * abi.MESSAGE_SIZE}
-    counters = Counters()
-    with select.epoll() as epoll:
-        words: Any = NativeReader(epoll, counters)._reader
-        base = address_of(counters.words)
-        assert words.words == [base + Counter[name] * 8 for name in WORDS]
+    assert native.words == [Counter[name] for name in WORDS]
     assert reader.spin_ns == 0
     reader.spin_ns = 50_000
     assert reader.spin_ns == 50_000

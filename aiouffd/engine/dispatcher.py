@@ -79,7 +79,7 @@ class Dispatcher:
 
     Args:
         loop: asyncio's or uvloop's.
-        counters: shared by all spaces.
+        counters: where the turns of the loop are counted; each space has its own.
         spin_us: microseconds to look again before sleeping; 0: sleep at once.
         landing: where messages land.
         on_drop: called with a space before its descriptor is closed.
@@ -111,7 +111,7 @@ class Dispatcher:
         self._reads_with_flags = True  # RWF_NOWAIT
         self._held: set[int] = set()  # descriptors that are not read
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
-        self._reader = make_reader(self._epoll, counters, self.spaces)
+        self._reader = make_reader(self._epoll, self.spaces)
         self._landed_at: memoryview | None = None
         self.spin_us = spin_us
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
@@ -131,11 +131,12 @@ class Dispatcher:
         """Serve a space from now on; its `uffd` is non-blocking."""
         fd = space.uffd.fileno()
         self.spaces[fd] = space
-        self._reader.admit(fd, space.identity)
+        self._reader.admit(fd, space.identity, space.counters)
+        space.counters.words[Counter.SPACES] += 1
         if type(space.uffd).try_copy is Userfaultfd.try_copy:  # others have a COPY of their own
             space.fast_path = self._reader
             space.backend.opened(space)
-        self._count()
+        self._look_at_only()
         space.on_deferred = self._deferred
         space.on_remainders = self._behind.append
         self._epoll.register(fd, select.EPOLLIN)
@@ -157,12 +158,12 @@ class Dispatcher:
         space.fast_path = None
         self._reader.dismiss(fd)
         space.close()
-        self._count()
+        space.counters.words[Counter.SPACES] -= 1
+        self._look_at_only()
         if not self.spaces and self._on_idle is not None and not self._closed:
             self._on_idle()
 
-    def _count(self) -> None:
-        self._words[Counter.SPACES] = len(self.spaces)
+    def _look_at_only(self) -> None:
         self._reader.only(next(iter(self.spaces)) if len(self.spaces) == 1 and not self._held else -1)
 
     def hold(self, space: Space) -> None:
@@ -171,14 +172,14 @@ class Dispatcher:
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
             self._epoll.unregister(space.uffd.fileno())
         self._reader.dismiss(space.uffd.fileno())
-        self._count()
+        self._look_at_only()
 
     def release(self, space: Space) -> None:
         """Read a space again."""
         if space.uffd.fileno() in self._held:
             self._held.discard(space.uffd.fileno())
-            self._reader.admit(space.uffd.fileno(), space.identity)
-            self._count()
+            self._reader.admit(space.uffd.fileno(), space.identity, space.counters)
+            self._look_at_only()
             self._listen_again(space)
 
     def close(self) -> None:

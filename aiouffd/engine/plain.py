@@ -97,7 +97,6 @@ class FastPath:
     """What is known of each descriptor, and the faults that this is enough for.
 
     Args:
-        counters: where to count.
         spaces: by descriptor.
 
     Attributes:
@@ -105,16 +104,17 @@ class FastPath:
             path is closed), and the start, end and offset of the mapping that it is open for.
     """
 
-    def __init__(self, counters: Counters, spaces: Mapping[int, _Space]) -> None:
-        self._words = counters.words
+    def __init__(self, spaces: Mapping[int, _Space]) -> None:
+        self._words: dict[int, memoryview] = {}  # where the faults of a descriptor are counted
         self._spaces = spaces
         self.slots = bytearray()
         self._sources: list[PlainSource | None] = [None]
         self._argument = bytearray(abi.COPY_ARGUMENT.size)
         self._users = [0]  # of each source, how many descriptors
 
-    def admit(self, fd: int, identity: int) -> None:
+    def admit(self, fd: int, identity: int, counters: Counters) -> None:
         """Make room for a descriptor."""
+        self._words[fd] = counters.words
         missing = max(0, fd + 1 - len(self.slots) // SLOT.size)
         self.slots += SLOT.pack(_NOBODY, 0, 0, 0, 0) * missing
         SLOT.pack_into(self.slots, fd * SLOT.size, identity, 0, 0, 0, 0)
@@ -123,6 +123,7 @@ class FastPath:
         """Forget a descriptor, before it is closed."""
         self.close(fd)
         SLOT.pack_into(self.slots, fd * SLOT.size, _NOBODY, 0, 0, 0, 0)
+        self._words.pop(fd, None)
 
     def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
         """From now on, serve the mapping [start, end), which shows the source from `offset` on, here."""
@@ -184,7 +185,7 @@ class FastPath:
             if readahead:
                 self._spaces[fd].readahead.forget(0, sys.maxsize)
             return False
-        words = self._words
+        words = self._words[fd]
         if where is not None:
             words[_FAULTS] += 1
             # Counted first: the toucher may kill this process before it goes on, and that is no vain life.

@@ -52,8 +52,8 @@ class Reader(Protocol):
 
     spin_ns: int
 
-    def admit(self, fd: int, identity: int) -> None:
-        """Read a descriptor from now on; `identity` is noted where its messages land."""
+    def admit(self, fd: int, identity: int, counters: Counters) -> None:
+        """Read a descriptor from now on; `identity` is noted where its messages land. Its faults are counted."""
 
     def dismiss(self, fd: int) -> None:
         """Read a descriptor no longer; it is about to be closed."""
@@ -92,9 +92,9 @@ class Reader(Protocol):
         """Free what it holds; it is not used again."""
 
 
-def make_reader(epoll: select.epoll, counters: Counters, spaces: Mapping[int, Space]) -> Reader:
+def make_reader(epoll: select.epoll, spaces: Mapping[int, Space]) -> Reader:
     """Return a reader of this epoll set: the native one, where there is a native part."""
-    return PythonReader(epoll, counters, spaces) if native.reason() else NativeReader(epoll, counters)
+    return PythonReader(epoll, spaces) if native.reason() else NativeReader(epoll)
 
 
 @attrs.define
@@ -108,8 +108,8 @@ class _Found:
 class PythonReader(FastPath):
     """The reader for a machine without the native part."""
 
-    def __init__(self, epoll: select.epoll, counters: Counters, spaces: Mapping[int, Space]) -> None:
-        super().__init__(counters, spaces)
+    def __init__(self, epoll: select.epoll, spaces: Mapping[int, Space]) -> None:
+        super().__init__(spaces)
         self.spin_ns = 0
         self._epoll = epoll
         self._flags = _NOT_BLOCKING
@@ -206,11 +206,13 @@ class _Line:
 
     Attributes:
         identity: noted where its messages land.
+        words: where its faults are counted.
         opened: start, end and offset of the mapping that is served, and its source; None: closed.
         served: whether the native part serves anything of it just now.
     """
 
     identity: int
+    words: memoryview
     opened: tuple[int, int, int, PlainSource] | None = None
     served: bool = False
 
@@ -222,10 +224,8 @@ class NativeReader:
     that neighbours are of no use. Faults near a known stream, or near one of the last faults, go to the engine.
     """
 
-    def __init__(self, epoll: select.epoll, counters: Counters) -> None:
-        words = address_of(counters.words)
-        addresses = [words + Counter[name] * 8 for name in c.WORDS]
-        self._reader = c.NativeReader(epoll.fileno(), addresses)
+    def __init__(self, epoll: select.epoll) -> None:
+        self._reader = c.NativeReader(epoll.fileno(), [Counter[name] for name in c.WORDS])
         self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
         self._lines: dict[int, _Line] = {}
         self._spin_ns = 0
@@ -242,9 +242,9 @@ class NativeReader:
         self._spin_ns = value
         self._reader.configure(spin_ns=value)
 
-    def admit(self, fd: int, identity: int) -> None:
+    def admit(self, fd: int, identity: int, counters: Counters) -> None:
         """Read a descriptor."""
-        self._lines[fd] = _Line(identity)
+        self._lines[fd] = _Line(identity, counters.words)
         self._reader.describe(fd, identity=identity)
 
     def dismiss(self, fd: int) -> None:
@@ -304,6 +304,7 @@ class NativeReader:
             file=file,
             mapped=address + offset if file >= 0 else 0,
             mtime_ns=mtime_ns,
+            words=address_of(line.words),
         )
         line.served = True
 

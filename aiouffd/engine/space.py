@@ -89,7 +89,7 @@ class Space:
         mappings: which address shows which offset; layout events are applied to it.
         page_size: bytes of a page of all its mappings.
         backend: brings the pages.
-        counters: shared by all spaces of a dispatcher.
+        counters: where to count; several spaces may share them.
         readahead: what it knows of this space's touchers.
         identity: number that names it, also to a successor.
         write_protect: new pages come write-protected, so that loads do not count as writes.

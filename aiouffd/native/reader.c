@@ -110,24 +110,25 @@ static uint64_t locate(struct state *s, const struct line *line, uint64_t page)
 /* COPY a page; 1: it is there and its threads are awake, 0: the engine must decide. */
 static int place(struct state *s, const struct line *line, int fd, uint64_t page)
 {
-    const struct words *words = &s->is.words;
+    const struct words *at = &s->is.words;
+    uint64_t *words = line->words;
     struct copy_argument copy = {page, locate(s, line, page), line->page, line->mode, 0};
     if (copy.src == 0)
         return 0;
     /* Counted first: whoever gets the page may kill this process, and a worker that resolved a fault is no failure. */
-    bump(words->pages_fault, 1);
+    bump(words + at->pages_fault, 1);
     if (ioctl(fd, IOC_COPY, &copy) == 0) {
-        bump(words->copies, 1);
-        bump(words->bytes_fetched, line->page);
+        bump(words + at->copies, 1);
+        bump(words + at->bytes_fetched, line->page);
         return 1;
     }
-    bump(words->pages_fault, (uint64_t)-1);
+    bump(words + at->pages_fault, (uint64_t)-1);
     if (errno != EEXIST)
         return 0;
     /* EEXIST wakes nobody. */
     struct wake_argument wake = {page, line->page};
-    bump(words->eexist, 1);
-    bump(words->wakes, 1);
+    bump(words + at->eexist, 1);
+    bump(words + at->wakes, 1);
     return ioctl(fd, IOC_WAKE, &wake) == 0;
 }
 
@@ -172,10 +173,10 @@ static int32_t serve(struct state *s, const struct line *line, int fd, int32_t l
         }
         messages[kept++] = messages[i];
     }
-    bump(s->is.words.faults, (uint64_t)(count - kept));
+    bump(line->words + s->is.words.faults, (uint64_t)(count - kept));
     if (placed) {
         uint64_t spent = now_ns() - began;
-        bump(s->is.words.latency + (64 - (spent ? __builtin_clzll(spent) : 64)), (uint64_t)placed);
+        bump(line->words + s->is.words.latency + (64 - (spent ? __builtin_clzll(spent) : 64)), (uint64_t)placed);
     }
     return kept * (int32_t)sizeof *messages;
 }

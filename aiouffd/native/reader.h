@@ -38,13 +38,13 @@ struct line {
     uint32_t page, mode;
     int32_t shown, file;
     struct more *more; /* NULL: memory without readahead */
-    uint64_t unused;
+    uint64_t *words;   /* where to count: 64-bit words that other processes may map */
 };
 _Static_assert(sizeof(struct line) == 64, "a line of cache");
 
-/* Where to count, as 64-bit words that other processes may map. */
+/* What is counted: the place of each word. */
 struct words {
-    uint64_t *faults, *pages_fault, *bytes_fetched, *copies, *eexist, *wakes, *latency;
+    uint64_t faults, pages_fault, bytes_fetched, copies, eexist, wakes, latency;
 };
 
 struct reader {

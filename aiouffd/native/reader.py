@@ -59,7 +59,7 @@ class _Line(ctypes.Structure):
         ("shown", ctypes.c_int32),
         ("file", ctypes.c_int32),
         ("more", ctypes.c_uint64),
-        ("unused", ctypes.c_uint64),
+        ("words", ctypes.c_uint64),
     )
 
 
@@ -109,7 +109,7 @@ class NativeReader:
 
     Args:
         epoll: the descriptor of the epoll set; it stays the caller's.
-        words: the addresses of the words to count in, in the order of `WORDS`.
+        words: which words to count in, in the order of `WORDS`.
 
     Raises:
         NativePartError: there is no native part.
