@@ -128,6 +128,13 @@ class Requests:
             for request in requests:
                 self._pending.pop(request.message["id"], None)
 
+    def fail(self, requests: Iterable[Request], error: BaseException) -> None:
+        """Drop requests; their futures get an error."""
+        failed = list(requests)
+        self.forget(failed)
+        for request in failed:
+            request.fail(error)
+
     def answer(self, message: Any) -> None:
         """Complete the future that a message answers; an answer that nobody waits for is dropped.
 

@@ -34,9 +34,7 @@ class Rig:
         self.counters = Counters()
         self.epoll = select.epoll()
         self.epoll.register(self.fd, select.EPOLLIN)
-        self.reader: Any = (
-            NativeReader(self.epoll) if kind == "native" else PythonReader(self.epoll, {})
-        )
+        self.reader: Any = NativeReader(self.epoll) if kind == "native" else PythonReader(self.epoll, {})
         self.landing = memoryview(bytearray(MESSAGES * abi.MESSAGE_SIZE))
         self.identity = memoryview(bytearray(8)).cast("q")
         self.reader.land(self.landing, self.identity)

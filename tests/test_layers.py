@@ -68,7 +68,17 @@ ORDER = {
         *("replay", "rewriting", "last_resort", "inaccessible", "served", "blocked", "handover", "answers", "worker"),
         "keeper",
     ],
-    "pager/client": ["__init__", "interpreter", "waiting", "pair", "tenant", "takeover", "abandoned", "client"],
+    "pager/client": [
+        "__init__",
+        "interpreter",
+        "waiting",
+        "pair",
+        "tenant",
+        "takeover",
+        "abandoned",
+        "client",
+        "shared",
+    ],
     "server": [
         "__init__",
         "listener",

@@ -336,11 +336,11 @@ def test_what_is_known_of_a_descriptor() -> None:
         return list(SLOT.iter_unpack(path.slots))
 
     nobody = (-1, 0, 0, 0, 0)
-    path = FastPath(Counters(), {})
-    path.admit(2, 70)
+    path = FastPath({})
+    path.admit(2, 70, Counters())
     assert slots() == [nobody, nobody, (70, 0, 0, 0, 0)]
-    path.admit(3, 80)
-    path.admit(0, 90)
+    path.admit(3, 80, Counters())
+    path.admit(0, 90, Counters())
     assert slots() == [(90, 0, 0, 0, 0), nobody, (70, 0, 0, 0, 0), (80, 0, 0, 0, 0)]
     path.open(2, START, START + PAGE, 5 * PAGE, (at(1 << 40), 9 * PAGE, PAGE, 0, False, None, None))
     assert slots()[2] == (70, 1, START, START + PAGE, 5 * PAGE)
@@ -352,8 +352,8 @@ def test_what_is_known_of_a_descriptor() -> None:
 @pytest.mark.parametrize("page", [1, 10])
 def test_only_the_mapping_is_served(kernel: Kernel, page: int) -> None:
     """Beside it there may be another, which shows something else."""
-    path = FastPath(Counters(), {})
-    path.admit(3, 1)
+    path = FastPath({})
+    path.admit(3, 1, Counters())
     path.open(3, START + 2 * PAGE, START + 10 * PAGE, 4 * PAGE, (at(1 << 40), 1 << 20, PAGE, 2, False, None, None))
     for first in (2, 9):
         assert serve(path, 3, fault(first))
@@ -375,8 +375,8 @@ def test_faults_are_counted_one_by_one(kernel: Kernel, monkeypatch: pytest.Monke
     if readahead:
         path, _ = with_windows(counters, locate)
     else:
-        path = FastPath(counters, {})
-        path.admit(3, 1)
+        path = FastPath({})
+        path.admit(3, 1, counters)
         path.open(3, START, START + 32 * PAGE, 0, (locate, 1 << 20, PAGE, 0, False, None, None))
     for page in (0, 8):
         assert serve(path, 3, fault(page))

@@ -55,6 +55,7 @@ class Counter(enum.IntEnum):
     PROTECTS = 82
     WRITE_FAULTS = 83  # messages of writes to protected pages
     MINOR_FAULTS = 84  # messages of pages that the file has and the mapping does not
+    SLOTS = 85  # arrays of words behind this one that have been used
 
 
 LATENCY_BUCKETS = 48

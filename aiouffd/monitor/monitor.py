@@ -21,7 +21,7 @@ from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
-from aiouffd.monitor.engines.pager import Pager
+from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.lookout import Lookout
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
+    from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.engines.protocol import Engine, EngineChoice
     from aiouffd.monitor.engines.served_by import ServedBy
     from aiouffd.ranges import Range
@@ -167,7 +168,7 @@ class Monitor:
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         if track_writes and wants_writes(self.origin):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
-        self._choice: EngineChoice = Pager() if engine is None else engine
+        self._choice: EngineChoice = default_pager if engine is None else engine
         self._on_exit = on_exit
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"

@@ -80,7 +80,7 @@ def test_successors_add_nothing_to_the_journal() -> None:
         tenant = Tenant(pack, uffd, [Mapping(region.address, region.address + 16 * PAGE, 0)], PAGE)
         own = os.pidfd_open(os.getpid())
         what = {"token": tenant.token, "service": pack.record, "space": tenant.record(tenant.mappings)}
-        assert pager.ask("open", [own, *pack.fds, *tenant.fds], own=len(tenant.fds), **what)["ok"] is None
+        assert pager.ask("open", [own, *pack.fds, *tenant.fds], own=len(tenant.fds), counts=[], **what)["ok"] is None
         os.close(own)
         before = pager.pair.journal.size
         assert before > 0

@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 import attrs
 
-from aiouffd.errors import ClosedError
+from aiouffd.errors import ClosedError, PagerStartError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
-from aiouffd.pager.client.client import PagerClient
+from aiouffd.pager.client.pair import START_TIMEOUT
+from aiouffd.pager.client.shared import Pagers, place
 from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.process.travel import Pickles
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
     from concurrent.futures import Future
     from typing import Any
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.protocol import Assignment, Terms
+    from aiouffd.pager.client.client import PagerClient
 
-__all__ = ["Pager", "PagerEngine"]
+__all__ = ["Pager", "PagerEngine", "default"]
+
+_LINGER: Final = 5.0
+_shared = Pagers(Pickles.NEVER, place, linger=_LINGER)
 
 
 @attrs.frozen
 class Pager:
     """The loop runs in a process of its own, so that any thread may touch the region, holding the GIL or not.
 
-    This is the default.
+    This is the default, with one pager for all Monitors of this process. It starts with the first Monitor, and ends
+    some seconds after the last was left, or with the process. It serves sources of aiouffd only. A source or handler of
+    your own, which could block the loop, gets a pager for itself.
+
+    An instance is a pager apart from that: for the Monitors that it is passed to, whatever serves them. It runs as long
+    as one of them does. As a context manager, plain or asynchronous, it also runs for the time of the block:
+
+        with aiouffd.Pager() as pager:
+            with aiouffd.Monitor(a, one, engine=pager), aiouffd.Monitor(b, other, engine=pager):
+                ...
+
+    A forked child starts another.
 
     Args:
         spin_us: microseconds for which the pager looks for further faults before it sleeps, while faults keep coming.
         stuck_limit: seconds until this process is ended (SIGABRT) if all processes of the pager were killed while a
             thread waits for a page with the GIL held, so that no others can be started. It needs the native part.
             None: never.
+
+    Raises (on entering):
+        PagerStartError: it did not start.
     """
 
     spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
     stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+    _pagers: Pagers = attrs.field(init=False, repr=False, eq=False, factory=lambda: Pagers(Pickles.ALWAYS))
+    _kept: list[PagerClient] = attrs.field(init=False, repr=False, eq=False, factory=list)
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
@@ -57,9 +79,54 @@ class Pager:
         """Return an engine."""
         return PagerEngine(self)
 
+    def pagers_for(self, _pack: Pack) -> Pagers:
+        """Return the pagers, of which one serves."""
+        return self._pagers
+
+    def __enter__(self) -> Self:
+        """Start the pager."""
+        self._kept.append(self._pagers.take())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the pager, unless Monitors still use it: it ends with the last one then."""
+        self._pagers.give_back(self._kept.pop())
+
+    async def __aenter__(self) -> Self:
+        """Start the pager. Canceling does not interrupt this."""
+        await _uninterrupted(self.__enter__)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """As `__exit__`. Canceling does not interrupt this."""
+        await _uninterrupted(self.__exit__)
+
+
+class _Default(Pager):
+    """What serves where no engine was chosen."""
+
+    def pagers_for(self, pack: Pack) -> Pagers:
+        """Return the pager that this process shares, or another where code of the application's own is to run."""
+        return Pagers(Pickles.ONCE) if pack.is_pickle else _shared
+
+    def __repr__(self) -> str:
+        return "Pager()"
+
+
+default: Final[Pager] = _Default()
+
+
+async def _uninterrupted(work: Callable[[], object]) -> None:
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise
+
 
 class PagerEngine:
-    """Serves a region from a pager of its own. `start` blocks for a tenth of a second.
+    """Serves a region from a pager. `start` blocks for a tenth of a second where the pager does not run yet.
 
     Raises (on start):
         PagerStartError: the pager did not start, or what should serve could not travel or be rebuilt there.
@@ -72,23 +139,33 @@ class PagerEngine:
         self._pack: Pack
         self._tenant: Tenant
         self._client: PagerClient
+        self._end: Callable[[], None]
 
     def start(self, assignment: Assignment) -> None:
-        """Start a pager, and have it serve the region."""
+        """Have a pager serve the region."""
         self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
         with contextlib.ExitStack() as undo:
             undo.callback(self._pack.close)
-            self._tenant = Tenant(self._pack, assignment.uffd, [assignment.mapping], assignment.page_size, own=True)
-            self._client = PagerClient(
-                on_error=lambda _, error: assignment.on_error(error),
-                on_unavailable=self._protect,
-                on_lost=assignment.on_lost,
-                guard=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
+            pagers = self._choice.pagers_for(self._pack)
+            self._client = pagers.take()
+            undo.callback(pagers.give_back, self._client)
+            self._tenant = Tenant(
+                self._pack,
+                assignment.uffd,
+                [assignment.mapping],
+                assignment.page_size,
+                slot=self._client.take_slot(),
+                watch=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
+                protect=self._protect,
+                report=assignment.on_error,
+                lost=assignment.on_lost,
             )
-            undo.callback(self._client.stop)
-            self._client.start()
-            self._client.open_wait(self._tenant)
-            undo.pop_all()
+            undo.callback(self._client.close, self._tenant)
+            try:
+                self._client.open(self._tenant).result(START_TIMEOUT)
+            except TimeoutError as error:
+                raise PagerStartError(f"the pager did not answer in {START_TIMEOUT:.0f} s") from error
+            self._end = undo.pop_all().close
 
     def _protect(self, start: int, length: int) -> None:
         """Make a page inaccessible that cannot be had, where the kernel has no UFFDIO_POISON."""
@@ -107,7 +184,7 @@ class PagerEngine:
 
     def statistics(self) -> Statistics:
         """Read the counters: shared memory, no round trip."""
-        return self._client.statistics()
+        return self._client.statistics(self._tenant)
 
     @property
     def pids(self) -> tuple[int, int]:
@@ -123,9 +200,8 @@ class PagerEngine:
 
         The memory is settled first: a touch that nobody answers, with the GIL held, would stop this very thread.
         """
+        self._client.settles(self._tenant)
         try:
             settle()
         finally:
-            self._client.close(self._tenant)
-            self._client.stop()
-            self._pack.close()
+            self._end()

@@ -12,18 +12,18 @@ import math
 import os
 import select
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import probe
-from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.abandoned import poison_what_is_touched
-from aiouffd.pager.client.pair import START_TIMEOUT, Pair
+from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.takeover import Takeover
-from aiouffd.pager.client.tenant import Pack, Tenant, root_of
-from aiouffd.pager.client.waiting import StoppedError, Waiter
+from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
+from aiouffd.pager.client.waiting import Later, StoppedError, Waiter, Watches
 from aiouffd.pager.process import control
 from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
@@ -44,6 +44,7 @@ __all__ = ["Pack", "PagerClient", "Tenant"]
 
 log = logging.getLogger("aiouffd")
 
+_LEFT = "the Monitor has been left"
 _FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
 
 
@@ -67,12 +68,12 @@ class PagerClient:
         on_error: called from the client's thread with each error that the pager reports, and whose it is; None: all
             tenants', since the pager is given up.
         on_gone: called from there with each tenant whose process has ended.
-        on_unavailable: called from there with start and length of a page of this process that cannot be had, where the
-            kernel has no UFFDIO_POISON: to make it inaccessible.
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
-            owner of the memory settles it then. None: the thread stays, and poisons what is touched.
-        guard: over the memory of this process that is served, if it is this process's; the client's from now on.
+            owners of the memory settle it then. None: the thread stays, and poisons what is touched.
         pickles: how often the pager unpickles a source or handler that this process sends.
+
+    Attributes:
+        later: what the client's thread does after a while.
     """
 
     def __init__(
@@ -80,24 +81,23 @@ class PagerClient:
         *,
         on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
-        on_unavailable: Callable[[int, int], None] | None = None,
         on_lost: Callable[[], None] | None = None,
-        guard: Watch | None = None,
         pickles: Pickles = Pickles.ONCE,
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
-        self._on_unavailable = on_unavailable
         self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
         self._requests = Requests("the pager", self._transmit)
-        self._waiter = Waiter(guard or Watch(-1, None))
+        self._waiter = Waiter(Watches())
+        self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
         )
-        self._pickles = pickles
         self._pair: Pair | None = None
         self._worker_pid = 0
+        self._slots = Slots()
+        self.later = Later()
         self._held = False  # requests wait until the successor has all that they speak of
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
@@ -121,9 +121,6 @@ class PagerClient:
                 f"no thread can be started to listen to the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
             ) from error
 
-    def _start_pair(self) -> Pair:
-        return Pair.start(self._waiter, self._pickles)
-
     def open(self, tenant: Tenant) -> Future[Any]:
         """Have a tenant served; the future is done when it is.
 
@@ -131,27 +128,22 @@ class PagerClient:
         """
         with self._requests.lock:
             self._tenants[tenant.token] = tenant
-        return self._open(tenant, tenant.mappings)
+            tenant.restarts = self._journal.counters.words[Counter.RESTARTS]
+            self._waiter.watch.add(tenant.watch)
+            tenant.watch.over(*self._ends)
+        return self._open(tenant, tenant.mappings, [])
 
     def prepare(self, pack: Pack) -> Future[Any]:
         """Have a source made ready that will serve a tenant soon, so that the tenant need not wait for that."""
         return self._requests("prepare", pack.fds, token=None, service=pack.record)
 
-    def open_wait(self, tenant: Tenant) -> None:
-        """As `open`, and wait for it.
-
-        Raises:
-            PagerStartError: it is not served.
-        """
-        try:
-            self.open(tenant).result(START_TIMEOUT)
-        except TimeoutError as error:
-            raise PagerStartError(f"the pager did not answer in {START_TIMEOUT:.0f} s") from error
-
     def forget(self, tenant: Tenant) -> None:
         """Be done with a tenant that is served no longer: its descriptor may be closed."""
         with self._requests.lock:
             self._tenants.pop(tenant.token, None)
+            self._slots.give_back(tenant.slot)
+            tenant.slot = 0
+        self._waiter.watch.remove(tenant.watch)
 
     def request(self, op: str, tenant: Tenant, **arguments: Any) -> Future[Any]:
         """Send a request; the future gives its answer. It is sent again to a worker that succeeds a dead one.
@@ -161,10 +153,14 @@ class PagerClient:
         """
         return self._requests(op, token=tenant.token, **arguments)
 
-    def statistics(self) -> Statistics:
-        """Read the counters: shared memory, no round trip."""
+    def statistics(self, tenant: Tenant | None = None) -> Statistics:
+        """Read the counters: shared memory, no round trip. Without a tenant, those of all that have no slot."""
+        return self._journal.counters.snapshot() if tenant is None else tenant.statistics(self._journal)
+
+    @property
+    def _journal(self) -> Journal:
         assert self._pair is not None
-        return self._pair.journal.counters.snapshot()
+        return self._pair.journal
 
     @property
     def pids(self) -> tuple[int, int]:
@@ -179,20 +175,55 @@ class PagerClient:
     def _ask_last(self, op: str, tenant: Tenant, **arguments: Any) -> None:
         future = self.request(op, tenant, **arguments)
         try:
-            future.result(0.0 if self._silent else LAST_REQUEST)
+            future.result(0.0 if tenant.silent else LAST_REQUEST)
+            self._silent = False
         except TimeoutError:
-            self._silent = not future.done()
+            tenant.silent = self._silent = not future.done()
             raise
+
+    def settles(self, tenant: Tenant) -> None:
+        """Have a tenant not opened anew any more: its owner settles it next, and closes its descriptor."""
+        with self._requests.lock:
+            tenant.leaving = True
+            opening = [request.future for request in self._requests_of(tenant) if request.message["op"] == "open"]
+        with contextlib.suppress(UffdError, TimeoutError):
+            for future in opening:
+                future.result(LAST_REQUEST)
 
     def close(self, tenant: Tenant) -> None:
         """Have a tenant served no longer, which its owner has settled; forked children are served on."""
         try:
+            with self._requests.lock:
+                self._requests.fail(self._requests_of(tenant), ClosedError(_LEFT))
             self._ask_last("close", tenant, poison=False)
-            self.forget(tenant)
         except (UffdError, TimeoutError):
             if self._dead is not None:  # its keeper poisons what is touched, and must let go of this
                 with self._requests.lock:
                     self._send(Request({"op": "close", "id": 0, "token": tenant.token}))
+        self.forget(tenant)
+
+    def _requests_of(self, tenant: Tenant) -> list[Request]:
+        return [request for request in self._requests.pending if request.message.get("token") == tenant.token]
+
+    def take_slot(self) -> int:
+        """Return where to count for a tenant by itself, until it is forgotten; 0: there is no room."""
+        return self._slots.take(self._journal)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another tenant may come."""
+        return self._dead is None and not self._silent and not self._waiter.stopped and bool(self._slots)
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """All that are served."""
+        with self._requests.lock:
+            return list(self._tenants.values())
+
+    def linger(self, seconds: float, then: Callable[[], None]) -> None:
+        """Have `then` called from the client's thread, when the keeper ends at the latest; `later` takes that back."""
+        self.later.plan(seconds, then)
+        self._waiter.wake()
 
     def stop(self, *, leave: bool = False) -> None:
         """End the client's side, and the pager's processes with it where they have nothing left to serve.
@@ -201,10 +232,11 @@ class PagerClient:
             leave: the pager goes on until all tenants are gone.
         """
         self._waiter.stop()
-        self._requests.close(ClosedError("the Monitor has been left"))
+        self._requests.close(ClosedError(_LEFT))
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
-        leave = leave or self._forked
+        pairs = [*self._takeover.orphans, *([self._pair] if self._pair is not None else [])]
+        leave = leave or any(pair.journal.total(Counter.SPACES) > len(self._tenants) for pair in pairs)
         self._takeover.close(kill=not leave)
         if self._pair is not None:
             self._pair.end(leave=leave, silent=self._silent)
@@ -212,14 +244,15 @@ class PagerClient:
 
     # Requests
 
-    def _open(self, tenant: Tenant, mappings: list[Mapping]) -> Future[Any]:
+    def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int]) -> Future[Any]:
         pidfd = open_pidfd(os.getpid())
         try:
             future = self._requests(
                 "open",
                 [pidfd, *tenant.pack.fds, *tenant.fds],
                 token=tenant.token,
-                service=tenant.pack.record,
+                service={**tenant.pack.record, "slot": tenant.slot},
+                counts=counts,
                 space=tenant.record(mappings),
                 own=len(tenant.fds),
             )
@@ -272,6 +305,8 @@ class PagerClient:
         while True:
             assert self._pair is not None
             self._listen(self._pair)
+            if not self._waiter.stopped:
+                self.later.run()  # nobody is served: no other pager is needed
             if self._waiter.stopped:
                 return
             if self._dead is not None:  # the keeper has poisoned what was touched, until now
@@ -291,6 +326,9 @@ class PagerClient:
             if not pair.worker_pid:
                 self._waiter.watch.alive()
             ready = dict(poller.poll(self._patience(pair)))
+            if not self.later.patience:
+                self.later.run()
+                continue
             self._takeover.continue_if_due()
             if self._waiter.fileno() in ready:
                 self._waiter.drain()
@@ -303,7 +341,8 @@ class PagerClient:
 
     def _patience(self, pair: Pair) -> float | None:
         """Return for how many milliseconds to wait for messages."""
-        seconds = min(math.inf if pair.worker_pid else self._waiter.watch.beat, self._takeover.patience)
+        beat = math.inf if pair.worker_pid else self._waiter.watch.beat
+        seconds = min(beat, self._takeover.patience, self.later.patience)
         return None if seconds == math.inf else seconds * 1000 + 1
 
     def _exchange(self, pair: Pair, events: int) -> bool:
@@ -333,15 +372,21 @@ class PagerClient:
             # The first finds all that was sent in the socket. Any other is the successor of one that died with it.
             again = bool(self._pair.worker_pid)
             self._worker_pid = message["pid"]
-            self._pair.runs(self._worker_pid, fds[0] if fds else -1)
-            if again:
-                self._resend()
-            watched = (self._pair.keeper_fd, self._pair.worker_fd) if self._pair.worker_fd >= 0 else ()
-            self._waiter.watch.over(*watched)
+            with self._requests.lock:
+                self._pair.runs(self._worker_pid, fds[0] if fds else -1)
+                if again:
+                    self._resend()
+                self._waiter.watch.over(*self._ends)
         elif "event" in message:
             self._event(message)
         else:
             self._requests.answer(message)
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        """What tells of the end of those that serve; nothing while that is not known."""
+        pair = self._pair
+        return (pair.keeper_fd, pair.worker_fd) if pair is not None and pair.worker_fd >= 0 else ()
 
     def _event(self, message: dict[str, Any]) -> None:
         event, tenant = message["event"], self._tenants.get(root_of(message.get("token", "")))
@@ -349,8 +394,8 @@ class PagerClient:
             self._on_gone(tenant)
         elif event == "error" and tenant is not None:
             self._on_error(tenant, self._requests.error(message.get("error")))
-        elif event == "protect" and tenant is not None and self._on_unavailable is not None:
-            self._on_unavailable(message["start"], message["length"])
+        elif event == "protect" and tenant is not None and tenant.protect is not None:
+            tenant.protect(message["start"], message["length"])
             self.request("protected", tenant, start=message["start"])
         elif event == "failing":  # the worker, which is replaced; where all fail, this says why
             self._reason = self._requests.error(message.get("error"))
@@ -381,7 +426,7 @@ class PagerClient:
         """
         self._waiter.watch.alive()
         status = pair.keeper.wait()
-        if self._deaths.add(status, pair.journal.counters.progress()):
+        if self._deaths.add(status, pair.journal.progress()):
             count = self._deaths.count
             raise PagerDiedError(f"{count} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper.pid, status)
@@ -397,14 +442,16 @@ class PagerClient:
     def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> None:
         """Open all tenants and their forked children anew, as a journal says that they are."""
         with self._requests.lock:
-            tenants = list(self._tenants.values())
+            tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
             asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
         self._requests("resume", token=None, counters=journal.counters.words.tolist())
+        counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
         for tenant in tenants:
             if tenant.token not in asked:
-                self._open(tenant, tenant.shown(state))
+                self._open(tenant, tenant.shown(state), counts[tenant.slot])
         for child in [child for tenant in tenants for child in tenant.children(state, children)]:
-            self._open(child, child.mappings).add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
+            opened = self._open(child, child.mappings, counts[child.slot])
+            opened.add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
         for fd in children.values():  # of memory that has been left meanwhile
             os.close(fd)
 
@@ -413,8 +460,3 @@ class PagerClient:
         with self._requests.lock:
             self._held = False
             self._resend()
-
-    @property
-    def _forked(self) -> bool:
-        pairs = [*self._takeover.orphans, *([self._pair] if self._pair is not None else [])]
-        return any(pair.journal.counters.words[Counter.SPACES] > len(self._tenants) for pair in pairs)

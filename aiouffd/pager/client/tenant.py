@@ -6,20 +6,28 @@ import fcntl
 import itertools
 import os
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.native.watchdog import Watch
 from aiouffd.pager.process.handles import explained, open_memfd
+from aiouffd.pager.process.journal import SLOTS
 from aiouffd.pager.process.travel import is_pickle, pack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State
 
-__all__ = ["Pack", "Tenant", "root_of"]
+__all__ = ["Pack", "Slots", "Tenant", "root_of"]
 
 _tokens = itertools.count()
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -30,12 +38,45 @@ def root_of(token: str) -> str:
     return token.partition("/")[0]
 
 
+class Slots:
+    """Numbers of counters (see `Journal`) for tenants that are counted by themselves. Thread-safe.
+
+    Each is given anew as late as possible: what a tenant had under way may end behind it.
+    """
+
+    def __init__(self) -> None:
+        self._next = deque(range(1, SLOTS))
+
+    def __bool__(self) -> bool:
+        return bool(self._next)
+
+    def take(self, journal: Journal) -> int:
+        """Return one that nobody uses; 0, the pager's own, where there is none."""
+        for _ in range(len(self._next)):
+            try:
+                slot = self._next.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if not journal.counters_of(slot).words[Counter.SPACES]:
+                return slot
+            self._next.append(slot)  # forked children of a tenant that has left are counted there
+        return 0
+
+    def give_back(self, slot: int) -> None:
+        """Use it no longer."""
+        if slot:
+            self._next.append(slot)
+
+
 class Pack:
     """A service made ready to travel: its data in a sealed memfd, and the descriptors that go along.
 
     Args:
         service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
         options: how.
+
+    Attributes:
+        is_pickle: it is code of the application's own that serves.
 
     Raises:
         PagerStartError: it cannot travel.
@@ -54,13 +95,14 @@ class Pack:
         with os.fdopen(self.config, "wb", closefd=False) as file:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
-        self._path = [entry for entry in sys.path if entry] if is_pickle(data) else []
+        self.is_pickle = is_pickle(data)
+        self._path = [entry for entry in sys.path if entry] if self.is_pickle else []
         self._descriptors = descriptors
 
     @property
     def record(self) -> dict[str, Any]:
         """What a pager is told of it."""
-        return {"token": self.token, "options": self.options, "path": self._path}
+        return {"token": self.token, "options": self.options, "path": self._path, "slot": 0}
 
     @property
     def fds(self) -> list[int]:
@@ -86,7 +128,15 @@ class Tenant:
         mappings: what it showed when it was opened.
         page_size: bytes.
         tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
-        own: it is memory of this process, which can make its pages inaccessible.
+        slot: where the worker counts for it: see `Journal`.
+        watch: over it, if it is memory of this process; the client's from now on.
+        protect: called from the client's thread with start and length of a page that cannot be had, where the kernel
+            has no UFFDIO_POISON: it makes the page inaccessible. None: it is memory of other processes.
+        report: called from there with each error of its own, and when the pager is given up.
+        lost: called from there when nobody serves it any more.
+        restarts: how many workers had died before it came.
+        leaving: its owner is about to settle it.
+        silent: a last request was not answered: something blocks the worker's loop.
         token: names it.
     """
 
@@ -95,7 +145,14 @@ class Tenant:
     mappings: list[Mapping]
     page_size: int
     tether: int = -1
-    own: bool = False
+    slot: int = 0
+    watch: Watch = attrs.field(factory=lambda: Watch(-1, None))
+    protect: Callable[[int, int], None] | None = None
+    report: Callable[[BaseException], None] = lambda _: None
+    lost: Callable[[], None] = lambda: None
+    restarts: int = 0
+    leaving: bool = False
+    silent: bool = False
     token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
 
     @property
@@ -109,9 +166,14 @@ class Tenant:
             "token": self.token,
             "page_size": self.page_size,
             "features": int(self.uffd.features),
-            "own": self.own,
+            "own": self.protect is not None,
             "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
         }
+
+    def statistics(self, journal: Journal) -> Statistics:
+        """Return what a pager with such a journal has counted for it."""
+        restarts = journal.counters.words[Counter.RESTARTS] - self.restarts
+        return attrs.evolve(journal.counters_of(self.slot).snapshot(), restarts=max(restarts, 0))
 
     def shown(self, state: State | None) -> list[Mapping]:
         """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
@@ -133,7 +195,7 @@ class Tenant:
                 uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
                 mappings=list(space.mappings),
                 tether=-1,
-                own=False,
+                protect=None,
                 token=f"{self.token}/{space.identity}",
             )
             for space in (state.spaces.values() if state is not None else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import time
@@ -11,27 +12,93 @@ from typing import TYPE_CHECKING
 from aiouffd.pager.process.handles import open_eventfd
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiouffd.native.watchdog import Watch
 
-__all__ = ["StoppedError", "Waiter"]
+__all__ = ["Later", "StoppedError", "Waiter", "Watches"]
 
 
 class StoppedError(Exception):
     """The client is being stopped."""
 
 
+class Later:
+    """What a thread does after a while, unless another one takes that back. `run` is called by the thread itself."""
+
+    def __init__(self) -> None:
+        self._planned: tuple[float, Callable[[], None]] | None = None
+
+    def plan(self, seconds: float, work: Callable[[], None]) -> None:
+        """Have `work` called in so many seconds; the thread must look at `patience` again."""
+        self._planned = time.monotonic() + seconds, work
+
+    def take_back(self) -> None:
+        """Have nothing called."""
+        self._planned = None
+
+    @property
+    def patience(self) -> float:
+        """Seconds until `run` is to be called; infinite: it need not be."""
+        planned = self._planned
+        return math.inf if planned is None else max(0.0, planned[0] - time.monotonic())
+
+    def run(self) -> None:
+        """Do what was planned, now."""
+        planned, self._planned = self._planned, None
+        if planned is not None:
+            planned[1]()
+
+
+class Watches:
+    """Watches over the memory of several owners, told as one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._all: list[Watch] = []
+
+    def add(self, watch: Watch) -> None:
+        """Tell this one, too; it is closed with the others."""
+        self._all.append(watch)
+
+    def remove(self, watch: Watch) -> None:
+        """Close one."""
+        if watch in self._all:
+            self._all.remove(watch)
+        watch.close()
+
+    @property
+    def beat(self) -> float:
+        """As `Watch.beat`: the shortest."""
+        return min((watch.beat for watch in tuple(self._all)), default=math.inf)
+
+    def over(self, *ends: int) -> None:
+        """As `Watch.over`."""
+        for watch in tuple(self._all):
+            watch.over(*ends)
+
+    def alive(self) -> None:
+        """As `Watch.alive`."""
+        for watch in tuple(self._all):
+            watch.alive()
+
+    def close(self) -> None:
+        """Close all."""
+        for watch in tuple(self._all):
+            self.remove(watch)
+
+
 class Waiter:
     """What one thread waits with, and others wake it by.
 
     Args:
-        watch: over the memory that is served; the client's from now on. It is told that Python runs while nobody
+        watch: over the memory that is served; this object's from now on. It is told that Python runs while nobody
             serves.
 
     Attributes:
         stopped: the client is being stopped.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watches) -> None:
         self.watch = watch
         self.stopped = False
         self._event = open_eventfd()

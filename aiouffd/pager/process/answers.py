@@ -70,24 +70,29 @@ class Answers:
         fds = fds[1:]
         own = fds[len(fds) - message["own"] :]
         service = {"config": fds[0], "fds": fds[1 : len(fds) - len(own)], **message["service"]}
+        token = message["token"]
+        if self._is_served(token):  # sent again: a predecessor died before it could answer
+            close_all(fds)
+            return
         lock = self._opening.setdefault(service["token"], asyncio.Lock())
-        async with lock:
-            if self._is_served(message["token"]):  # sent again: a predecessor died before it could answer
-                close_all(fds)
-                return
-            try:
-                origin = await self._origin_of(service)
-            except BaseException:
-                close_foreign(own)
-                raise
-            space = self._served.open(self._state(message["space"], own, origin), origin)
-        if not lock.locked():
-            self._opening.pop(service["token"], None)
+        self._served.opening.add(token)
+        try:
+            async with lock:
+                try:
+                    origin = await self._origin_of(service, message["counts"])
+                except BaseException:
+                    close_foreign(own)
+                    raise
+                space = self._served.open(self._state(message["space"], own, origin), origin)
+        finally:
+            self._served.opening.discard(token)
+            self._served.arrived(token)
+            if not lock.locked():
+                self._opening.pop(service["token"], None)
         space.wake_all()
 
     def _is_served(self, token: str) -> bool:
-        waits = any(state.token == token for state in self._served.waiting.values())
-        return waits or self._served.find(token) is not None
+        return self._served.is_awaited(token) or self._served.find(token) is not None
 
     def _state(self, space: dict[str, Any], own: list[int], origin: Origin) -> SpaceState:
         return SpaceState(
@@ -103,13 +108,13 @@ class Answers:
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 
-    async def _origin_of(self, service: dict[str, Any]) -> Origin:
+    async def _origin_of(self, service: dict[str, Any], counts: list[int]) -> Origin:
         try:
             self._check_pickles(service)
         except PagerStartError:
             close_all((service["config"], *service["fds"]))
             raise
-        return await self._served.open_origin(service)
+        return await self._served.open_origin(service, counts)
 
     def _check_pickles(self, service: dict[str, Any]) -> None:
         """Raise PagerStartError where a source or handler would have to be unpickled, and this pager does not do so."""
@@ -135,7 +140,7 @@ class Answers:
         if not self._prepared:
             self._prepared = True
             unshare_memory()
-        source = (await self._origin_of({"config": fds[0], "fds": fds[1:], **message["service"]})).service.origin
+        source = (await self._origin_of({"config": fds[0], "fds": fds[1:], **message["service"]}, [])).service.origin
         expect = getattr(source, "expect", None)
         if expect is not None:
             for at in range(0, min(source.size, _PREPARED), _PIECE):
@@ -177,7 +182,7 @@ class Answers:
         What is refused is left to its owner, who is about to close it, and reported as an error.
         """
         token = message["token"]
-        if any(state.token == token for state in self._served.waiting.values()):
+        if self._served.is_awaited(token):
             await self._served.wanted(token)
         while family := [space for space in self._served.family_of(token) if not space.closing]:
             for space in family:

@@ -89,14 +89,14 @@ class Handover:
                 received.clear()
                 control.send(connection, {"built": True})
                 await _readable(connection, _TIMEOUT)
-                state, counters = _taken(connection, received)
+                state, journal = _taken(connection, received)
                 # Durable before it is acknowledged: should this worker die now, the next one waits for the same end.
                 state.meta.awaits = connection.fileno()
                 served.write_all(state)
             except BaseException:
                 close_all(received)
                 raise
-            served.journal.counters.words[:] = counters
+            served.journal.take_counters(journal)
             with contextlib.suppress(control.Closed, OSError):
                 control.send(connection, {"taken": True})
             if not await self.is_left_to_us(connection, state):
@@ -136,8 +136,11 @@ async def _readable(connection: socket.socket, seconds: float | None) -> None:
         loop.remove_reader(connection.fileno())
 
 
-def _taken(connection: socket.socket, received: list[int]) -> tuple[State, memoryview]:
-    """Receive a state, with its counters. Its descriptors are added to `received`; it has their numbers here."""
+def _taken(connection: socket.socket, received: list[int]) -> tuple[State, Journal]:
+    """Receive a state, and the journal that has its counters.
+
+    Its descriptors are added to `received`; it has their numbers here.
+    """
     message, fds = control.receive(connection)
     received += fds
     journal = Journal(fds[0])
@@ -150,4 +153,4 @@ def _taken(connection: socket.socket, received: list[int]) -> tuple[State, memor
         space.fd = number_of[space.fd]
         space.tether = number_of.get(space.tether, -1)
     os.close(received.pop(-len(fds)))  # the journal's
-    return state, journal.counters.words
+    return state, journal

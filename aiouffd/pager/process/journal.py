@@ -12,7 +12,7 @@ The content, in a memfd:
   therefore never been applied.
 - two logs of records (`state`). What changes is appended to the active one. A log that has grown is written anew into
   the other one, by and by (`rewriting`), which is the active one then.
-- the counters (`engine.statistics`).
+- counters (`engine.statistics`): the pager's own, and behind them a slot for each tenant that is counted by itself.
 
 Only keeper and worker can write: the memfd is sealed before the application gets it, whose forked children have it too.
 
@@ -25,11 +25,12 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from array import array
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from aiouffd.engine.reading import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode, records
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-__all__ = ["Content", "Journal", "JournalFullError", "Mirror"]
+__all__ = ["SLOTS", "Content", "Journal", "JournalFullError", "Mirror"]
 
 _LANDING: Final = 4096
 _LANDING_STRIDE: Final = 4096
 _LANDING_MESSAGES: Final = 64  # behind the identity of the space that is being read
 _COUNTERS: Final = 12288
 _LOGS: Final = 1 << 20
+SLOTS: Final = (_LOGS - _COUNTERS) // COUNTERS_SIZE
+"""So many arrays of counters there are; the first is the pager's own."""
 _LOG_SIZE: Final = 64 << 20  # sparse: what is not written costs nothing
 _KEPT_FREE: Final = 33 * MESSAGES * EVENT_SIZE  # for what is read until the dispatcher takes note that it is full
 
@@ -91,7 +94,7 @@ class Journal:
         access: mmap.ACCESS_WRITE for its maker; it is sealed for all others.
 
     Attributes:
-        counters: in this memory.
+        counters: the pager's own, in this memory.
         buffers: where the next read's messages land.
         mirror: told of what is appended, before it counts, while the log is being written anew.
         threshold: the size from which on `on_growth` is called before the next read.
@@ -113,7 +116,7 @@ class Journal:
             for at in map(_landing, (0, 1))
         ]
         self._logs = [self._bytes[at : at + self._size] for at in (_LOGS, _LOGS + self._size)]
-        self.counters = Counters(self._bytes[_COUNTERS : _COUNTERS + COUNTERS_SIZE])
+        self.counters = self.counters_of(0)
         self.buffers = [self._landings[self._words[0] & 1]]
         self.mirror: Mirror | None = None
         self.threshold = size
@@ -136,6 +139,45 @@ class Journal:
         except OSError as error:
             raise explained(f"no journal of {2 * _LOG_SIZE >> 20} MiB", error) from error
         return journal
+
+    # Counters
+
+    def counters_of(self, slot: int) -> Counters:
+        """Return the counters in a slot below `SLOTS`."""
+        at = _COUNTERS + slot * COUNTERS_SIZE
+        return Counters(self._bytes[at : at + COUNTERS_SIZE])
+
+    @property
+    def all_counters(self) -> list[Counters]:
+        """The pager's own counters, and those of each slot that was used."""
+        return [self.counters, *map(self.counters_of, range(1, self.counters.words[Counter.SLOTS] + 1))]
+
+    def total(self, counter: Counter) -> int:
+        """Return what all slots have counted together."""
+        return sum(counters.words[counter] for counters in self.all_counters)
+
+    def progress(self) -> int:
+        """As `Counters.progress`, for all slots together."""
+        return sum(counters.progress() for counters in self.all_counters)
+
+    def use_slot(self, slot: int, counts: list[int]) -> None:
+        """Have a slot begin with these counts. The pager's own counters go on as they are."""
+        if slot:
+            words = self.counters_of(slot).words
+            words[:] = array("Q", [*counts, *[0] * (len(words) - len(counts))])
+            self.counters.words[Counter.SLOTS] = max(self.counters.words[Counter.SLOTS], slot)
+            _begin_anew(words)
+
+    def take_counters(self, predecessor: Journal) -> None:
+        """Go on counting where a predecessor has stopped."""
+        for slot, counters in enumerate(predecessor.all_counters):
+            self.counters_of(slot).words[:] = counters.words
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what a predecessor had under way: it is no more."""
+        for counters in self.all_counters:
+            _begin_anew(counters.words)
 
     # Writing
 
@@ -238,6 +280,11 @@ class Journal:
         landed = [message for message in messages if message[0] in _LAYOUT]
         log = list(records(self._logs[word >> 1 & 1][: word >> 2]))
         return Content(log, self._identities[word & 1][0], landed)
+
+
+def _begin_anew(words: memoryview) -> None:
+    for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES):
+        words[gauge] = 0
 
 
 def _landing(index: int) -> int:

@@ -124,16 +124,16 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
             _work(journal, vault, connection, pickles, slow)
         if died:
             log.warning("%s and is replaced", died)
-        began, faults = time.monotonic(), journal.counters.words[Counter.FAULTS]
+        began, faults = time.monotonic(), journal.total(Counter.FAULTS)
         status = _wait(pid, journal)
-        calm = journal.counters.words[Counter.FAULTS] == faults and time.monotonic() - began > CALM
+        calm = journal.total(Counter.FAULTS) == faults and time.monotonic() - began > CALM
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return 0
         reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
         died = f"the worker (pid {pid}) died ({reason})"
         journal.counters.words[Counter.RESTARTS] += 1
-        if deaths.add(code, journal.counters.progress(), calm=calm):
+        if deaths.add(code, journal.progress(), calm=calm):
             log.warning(died)
             return _give_up(journal, connection, deaths.count, reason)
         time.sleep(deaths.pause)

@@ -29,6 +29,7 @@ from aiouffd.pager.process.tenancy import FailedSource, Origin, Tenancy, build, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
@@ -62,6 +63,7 @@ class Served:
         tenancies: by the identity of the space.
         protection: has pages made inaccessible that cannot be had, on old kernels.
         waiting: spaces whose source is being opened again, by identity.
+        opening: tokens of spaces whose source is being opened for the first time.
         tasks: that end by themselves.
     """
 
@@ -89,7 +91,8 @@ class Served:
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}
-        self._restored: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by token
+        self.opening: set[str] = set()
+        self._arrivals: dict[str, asyncio.Event] = {}  # of spaces that somebody waits for, by token
         self.tasks: set[asyncio.Task[None]] = set()
         self._held: list[Space] = []  # not read any more: the journal is full
         self.dispatcher = Dispatcher(
@@ -172,8 +175,12 @@ class Served:
 
     # Origins
 
-    async def open_origin(self, record: dict[str, Any]) -> Origin:
+    async def open_origin(self, record: dict[str, Any], counts: list[int]) -> Origin:
         """Open a source or handler, or return the one that this is already; the descriptors are taken either way.
+
+        Args:
+            record: how it came here.
+            counts: where its counters begin.
 
         Raises:
             PagerStartError: it could not be rebuilt.
@@ -183,7 +190,8 @@ class Served:
                 close_foreign((record["config"], *record["fds"]))
                 return known
         try:
-            origin = await build(self.journal.counters, self.take_identity(), record)
+            self.journal.use_slot(record["slot"], counts)
+            origin = await build(self._counters_of(record), self.take_identity(), record)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except JournalFullError as error:
             close_foreign((record["config"], *record["fds"]))
@@ -196,6 +204,9 @@ class Served:
             raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
         self.origins[origin.identity] = origin
         return origin
+
+    def _counters_of(self, record: dict[str, Any]) -> Counters:
+        return self.journal.counters_of(record["slot"])
 
     def retire(self, origin: Origin) -> None:
         """Let go what serves nobody any more."""
@@ -245,7 +256,7 @@ class Served:
             state.mappings,
             page_size=state.page_size,
             backend=origin.backend,
-            counters=self.journal.counters,
+            counters=origin.counters,
             readahead=make_readahead(state.page_size, options, local=origin.backend.local),
             identity=state.identity,
             # A server's options are for all clients; one that tracks its writes says so by the feature.
@@ -324,14 +335,23 @@ class Served:
         orphaned = "/" in token
         return next((space for space in own if orphaned or not self.tenancies[space.identity].is_child), None)
 
+    def is_awaited(self, token: str) -> bool:
+        """Tell whether a space is about to be served."""
+        return token in self.opening or any(state.token == token for state in self.waiting.values())
+
+    def arrived(self, token: str) -> None:
+        """Let those go on that want a space: it is served, or is not going to be."""
+        if (event := self._arrivals.pop(token, None)) is not None:
+            event.set()
+
     async def wanted(self, token: str) -> tuple[Space, Tenancy]:
-        """Return the space of a token, once its source has been opened again.
+        """Return the space of a token, once its source has been opened.
 
         Raises:
             ClosedError: it is served no longer.
         """
-        if any(state.token == token for state in self.waiting.values()):
-            await self._restored[token].wait()
+        while self.is_awaited(token):
+            await self._arrivals.setdefault(token, asyncio.Event()).wait()
         space = self.find(token)
         if space is None:
             raise ClosedError("it is served no longer")
@@ -387,8 +407,9 @@ class Served:
             self.journal.next_identity = lambda: first
             self.journal.commit_events(identity, end.fresh)
             self.journal.next_identity = lambda: self.meta.next
+            counters = self._counters_of(state.origins[state.spaces[identity].origin])
             for message in end.fresh:
-                self.journal.counters.words[COUNTER_OF_EVENT[message[0]]] += 1
+                counters.words[COUNTER_OF_EVENT[message[0]]] += 1
         self.meta = attrs.evolve(state.meta, awaits=-1)
         self.dispatcher.spin_us = self.meta.spin_us
         if self.meta.owner >= 0:
@@ -420,10 +441,10 @@ class Served:
     async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
         """Return what serves, made anew; where that fails, what fails each page."""
         try:
-            return await build(self.journal.counters, number, record)
+            return await build(self._counters_of(record), number, record)
         except Exception as error:  # noqa: BLE001 - it costs those whom it serves, and nobody else
             log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
-            return make_origin(self.journal.counters, number, record, Service(FailedSource(error)))
+            return make_origin(self._counters_of(record), number, record, Service(FailedSource(error)))
 
     def _restore_spaces(self, origin: Origin, states: list[SpaceState], told: list[tuple[int, bytes, int]]) -> None:
         del self._restoring[origin.identity]
@@ -435,6 +456,6 @@ class Served:
                 space.backend.layout(space, message[0], message, known.get(child))
         for state in states:
             del self.waiting[state.identity]
-            self._restored[state.token].set()
+            self.arrived(state.token)
         for space in known.values():
             space.wake_all()

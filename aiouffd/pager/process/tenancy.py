@@ -34,8 +34,14 @@ class Origin:
     """What serves some spaces: a service, and how it came here."""
 
     def __init__(
-        self, identity: int, record: dict[str, Any], service: Service, backend: SourceBackend | HandlerBackend
+        self,
+        counters: Counters,
+        identity: int,
+        record: dict[str, Any],
+        service: Service,
+        backend: SourceBackend | HandlerBackend,
     ) -> None:
+        self.counters = counters
         self.identity = identity
         self.record = record
         self.service = service
@@ -121,7 +127,7 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
 
 def make_origin(counters: Counters, identity: int, record: dict[str, Any], service: Service) -> Origin:
     """Return what serves from a source or handler."""
-    return Origin(identity, record, service, make_backend(service, counters, _options_of(record)))
+    return Origin(counters, identity, record, service, make_backend(service, counters, _options_of(record)))
 
 
 def config_of(record: dict[str, Any]) -> bytes:

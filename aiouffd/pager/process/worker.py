@@ -13,7 +13,6 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.loops import new_event_loop
-from aiouffd.engine.statistics import Counter
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.apart import close_foreign
 from aiouffd.native.reader import declared
@@ -107,8 +106,7 @@ class _Worker:
         faulthandler.register(SAY_WHAT_BLOCKS, chain=True)
         signal.signal(INTERRUPT_BLOCKED_LOOP, blocked.interrupt)
         self.connection.setblocking(False)
-        for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT):  # what a predecessor had under way is no more
-            self.journal.counters.words[gauge] = 0
+        self.journal.begin_anew()
         await self.succeed()
         if self.served.tasks:  # who waits for a page comes first; a source that does not answer holds up nobody
             await asyncio.wait(self.served.tasks, timeout=_FIRST)

@@ -1,0 +1,151 @@
+"""Pagers that several Monitors use: started by the first of them, and ended some seconds after the last has left.
+
+A pager serves only where this process is as it was when the pager was started (`place`): what it may open and reach is
+what the process could then. A forked child starts its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.pager.client.client import PagerClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.pager.process.travel import Pickles
+
+__all__ = ["Pagers", "place"]
+
+_NAMESPACES = "/proc/thread-self/ns"
+_inherited: list[Any] = []  # what a forked child has of its parent's: to free it would be to warn of a lost process
+
+
+def place() -> Hashable:
+    """Return what decides what a process may open and reach, and how its sources find their way. No I/O."""
+    namespaces, directories = [], []
+    with contextlib.suppress(OSError):  # there is no /proc
+        namespaces = [os.readlink(f"{_NAMESPACES}/{name}") for name in sorted(os.listdir(_NAMESPACES))]  # noqa: PTH115, PTH208 - names
+        directories = [os.readlink("/proc/thread-self/root")]  # noqa: PTH115 - it may be outside of any path
+    with contextlib.suppress(OSError):  # it was removed
+        directories.append(os.getcwd())  # noqa: PTH109 - as above
+    return (
+        os.getpid(),
+        os.getresuid(),
+        os.getresgid(),
+        frozenset(os.getgroups()),
+        tuple(namespaces),
+        tuple(directories),
+        frozenset(os.environ.items()),
+    )
+
+
+class Pagers:
+    """The pagers that some Monitors share: one for each `key`. Thread-safe.
+
+    Args:
+        pickles: how often such a pager unpickles a source or handler.
+        key: called where a pager is taken; it is another one where a pager that runs may not serve.
+        linger: seconds that a pager waits for another user.
+    """
+
+    def __init__(self, pickles: Pickles, key: Callable[[], Hashable] = os.getpid, *, linger: float = 0.0) -> None:
+        self._pickles = pickles
+        self._key = key
+        self._linger = linger
+        self._lock = threading.Lock()
+        self._current: dict[Hashable, PagerClient] = {}
+        self._users: Counter[PagerClient] = Counter()
+        _all.add(self)
+
+    def take(self) -> PagerClient:
+        """Return a pager that runs; `give_back` it. Blocks for about a tenth of a second where none runs yet.
+
+        Raises:
+            PagerStartError: it did not start.
+        """
+        with self._lock:
+            key = self._key()
+            client = self._current.get(key)
+            if client is None or not client.is_usable:
+                if client is not None and not self._users[client]:
+                    client.stop()
+                client = self._current[key] = self._start()
+            client.later.take_back()
+            self._users[client] += 1
+        return client
+
+    def _start(self) -> PagerClient:
+        def report(tenant: Tenant | None, error: BaseException) -> None:
+            for one in client.tenants if tenant is None else [tenant]:
+                one.report(error)
+
+        def lost() -> None:
+            for one in client.tenants:
+                one.lost()
+
+        client = PagerClient(on_error=report, on_lost=lost, pickles=self._pickles)
+        try:
+            client.start()
+        except BaseException:
+            client.stop()
+            raise
+        return client
+
+    def give_back(self, client: PagerClient) -> None:
+        """Use a pager no longer. Blocks until it has ended, where nobody else uses it and it does not linger."""
+        with self._lock:
+            self._users[client] -= 1
+            if self._users[client]:
+                return
+            if self._linger and client.is_usable and client in self._current.values():
+                client.linger(self._linger, partial(self._end, client))
+                return
+            self._drop(client)
+        client.stop()
+
+    def _end(self, client: PagerClient) -> None:
+        with self._lock:
+            if self._users[client] or client not in self._current.values():
+                return
+            self._drop(client)
+        client.stop()
+
+    def _drop(self, client: PagerClient) -> None:
+        del self._users[client]
+        self._current = {key: other for key, other in self._current.items() if other is not client}
+
+    def end(self) -> None:
+        """End the pagers that nobody uses."""
+        for client in list(self._current.values()):
+            self._end(client)
+
+    def begin_anew(self) -> None:
+        """Have no pager: this is a forked child."""
+        _inherited.append((self._current, self._users))
+        self._lock, self._current, self._users = threading.Lock(), {}, Counter()
+
+
+_all: weakref.WeakSet[Pagers] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for pagers in list(_all):
+        pagers.begin_anew()
+
+
+def _at_exit() -> None:
+    for pagers in list(_all):
+        pagers.end()
+
+
+os.register_at_fork(after_in_child=_in_child)
+atexit.register(_at_exit)
