@@ -75,7 +75,7 @@ class Answers:
             close_all(fds)
             return
         lock = self._opening.setdefault(service["token"], asyncio.Lock())
-        self._served.opening.add(token)
+        self._served.arrivals.expect(token)
         try:
             async with lock:
                 try:
@@ -85,14 +85,13 @@ class Answers:
                     raise
                 space = self._served.open(self._state(message["space"], own, origin), origin)
         finally:
-            self._served.opening.discard(token)
-            self._served.arrived(token)
+            self._served.arrivals.done(token)
             if not lock.locked():
                 self._opening.pop(service["token"], None)
         space.wake_all()
 
     def _is_served(self, token: str) -> bool:
-        return self._served.is_awaited(token) or self._served.find(token) is not None
+        return token in self._served.arrivals or self._served.find(token) is not None
 
     def _state(self, space: dict[str, Any], own: list[int], origin: Origin) -> SpaceState:
         return SpaceState(
@@ -182,7 +181,7 @@ class Answers:
         What is refused is left to its owner, who is about to close it, and reported as an error.
         """
         token = message["token"]
-        if self._served.is_awaited(token):
+        if token in self._served.arrivals:
             await self._served.wanted(token)
         while family := [space for space in self._served.family_of(token) if not space.closing]:
             for space in family:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -24,12 +23,12 @@ from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
-from aiouffd.pager.process.tenancy import FailedSource, Origin, Tenancy, build, make_origin
+from aiouffd.pager.process.tenancy import Arrivals, FailedSource, Origin, Tenancy, build, make_origin
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable
 
-    from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
@@ -63,7 +62,7 @@ class Served:
         tenancies: by the identity of the space.
         protection: has pages made inaccessible that cannot be had, on old kernels.
         waiting: spaces whose source is being opened again, by identity.
-        opening: tokens of spaces whose source is being opened for the first time.
+        arrivals: of spaces whose source is being opened, for the first time or again.
         tasks: that end by themselves.
     """
 
@@ -91,8 +90,7 @@ class Served:
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}
-        self.opening: set[str] = set()
-        self._arrivals: dict[str, asyncio.Event] = {}  # of spaces that somebody waits for, by token
+        self.arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
         self._held: list[Space] = []  # not read any more: the journal is full
         self.dispatcher = Dispatcher(
@@ -191,7 +189,7 @@ class Served:
                 return known
         try:
             self.journal.use_slot(record["slot"], counts)
-            origin = await build(self._counters_of(record), self.take_identity(), record)
+            origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except JournalFullError as error:
             close_foreign((record["config"], *record["fds"]))
@@ -204,9 +202,6 @@ class Served:
             raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
         self.origins[origin.identity] = origin
         return origin
-
-    def _counters_of(self, record: dict[str, Any]) -> Counters:
-        return self.journal.counters_of(record["slot"])
 
     def retire(self, origin: Origin) -> None:
         """Let go what serves nobody any more."""
@@ -335,23 +330,13 @@ class Served:
         orphaned = "/" in token
         return next((space for space in own if orphaned or not self.tenancies[space.identity].is_child), None)
 
-    def is_awaited(self, token: str) -> bool:
-        """Tell whether a space is about to be served."""
-        return token in self.opening or any(state.token == token for state in self.waiting.values())
-
-    def arrived(self, token: str) -> None:
-        """Let those go on that want a space: it is served, or is not going to be."""
-        if (event := self._arrivals.pop(token, None)) is not None:
-            event.set()
-
     async def wanted(self, token: str) -> tuple[Space, Tenancy]:
         """Return the space of a token, once its source has been opened.
 
         Raises:
             ClosedError: it is served no longer.
         """
-        while self.is_awaited(token):
-            await self._arrivals.setdefault(token, asyncio.Event()).wait()
+        await self.arrivals.wait(token)
         space = self.find(token)
         if space is None:
             raise ClosedError("it is served no longer")
@@ -407,7 +392,7 @@ class Served:
             self.journal.next_identity = lambda: first
             self.journal.commit_events(identity, end.fresh)
             self.journal.next_identity = lambda: self.meta.next
-            counters = self._counters_of(state.origins[state.spaces[identity].origin])
+            counters = self.journal.counters_of(state.origins[state.spaces[identity].origin]["slot"])
             for message in end.fresh:
                 counters.words[COUNTER_OF_EVENT[message[0]]] += 1
         self.meta = attrs.evolve(state.meta, awaits=-1)
@@ -418,6 +403,7 @@ class Served:
         for space in state.spaces.values():
             used[space.origin].append(space)
             self.waiting[space.identity] = space
+            self.arrivals.expect(space.token)
         self._renew_vault()
         for number, record in state.origins.items():
             if number not in used:  # its predecessor was about to let it go
@@ -441,10 +427,10 @@ class Served:
     async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
         """Return what serves, made anew; where that fails, what fails each page."""
         try:
-            return await build(self._counters_of(record), number, record)
+            return await build(self.journal.counters_of(record["slot"]), number, record)
         except Exception as error:  # noqa: BLE001 - it costs those whom it serves, and nobody else
             log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
-            return make_origin(self._counters_of(record), number, record, Service(FailedSource(error)))
+            return make_origin(self.journal.counters_of(record["slot"]), number, record, Service(FailedSource(error)))
 
     def _restore_spaces(self, origin: Origin, states: list[SpaceState], told: list[tuple[int, bytes, int]]) -> None:
         del self._restoring[origin.identity]
@@ -456,6 +442,6 @@ class Served:
                 space.backend.layout(space, message[0], message, known.get(child))
         for state in states:
             del self.waiting[state.identity]
-            self.arrived(state.token)
+            self.arrivals.done(state.token)
         for space in known.values():
             space.wake_all()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["BUILD_TIMEOUT", "FailedSource", "Origin", "Tenancy", "build", "config_of", "make_origin"]
+__all__ = ["BUILD_TIMEOUT", "Arrivals", "FailedSource", "Origin", "Tenancy", "build", "config_of", "make_origin"]
 
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
@@ -74,6 +74,31 @@ class Tenancy:
     own: bool = False
     space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
+
+
+class Arrivals:
+    """Spaces that are about to be served, by token: whoever wants one waits."""
+
+    def __init__(self) -> None:
+        self._expected: dict[str, list[asyncio.Event]] = {}
+
+    def __contains__(self, token: str) -> bool:
+        return token in self._expected
+
+    def expect(self, token: str) -> None:
+        """Have those wait who want it, until as many calls of `done`."""
+        self._expected.setdefault(token, []).append(asyncio.Event())
+
+    def done(self, token: str) -> None:
+        """Let those go on: it is served, or is not going to be."""
+        self._expected[token].pop().set()
+        if not self._expected[token]:
+            del self._expected[token]
+
+    async def wait(self, token: str) -> None:
+        """Wait until it is not expected any more."""
+        while token in self._expected:
+            await self._expected[token][0].wait()
 
 
 class FailedSource:
