@@ -134,9 +134,10 @@ def bare(size: int) -> contextlib.AbstractContextManager[Arena]:
 
 @contextlib.contextmanager
 def monitored(size: int, source: Any = None, **options: Any) -> Iterator[Arena]:
-    """Serve with aiouffd, as an application does: Monitor, its pager process, defaults but for the options."""
+    """Serve with aiouffd, as an application does: Monitor, a fresh pager, defaults but for the options."""
     region = aiouffd.Region(size)
-    with aiouffd.Monitor(region, source or buffer(size), on_exit="zeros", **options) as monitor:
+    options = {"engine": aiouffd.Pager(), "on_exit": "zeros", **options}
+    with aiouffd.Monitor(region, source or buffer(size), **options) as monitor:
         yield Arena(region.address, monitor.pids[1], monitor)
         monitor.check()
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -18,7 +19,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
-from benchmarks import clock, fuse, guest, in_thread, served
+from benchmarks import clock, fuse, guest, in_thread, monitors, served
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -395,6 +396,19 @@ def memory_row(*, quick: bool) -> Iterator[Row]:
     )
 
 
+def monitors_rows(*, quick: bool) -> Iterator[Row]:
+    """What the last of many Monitors of a process costs."""
+    title = f"number {monitors.COUNT} of the Monitors of a process"
+    repeats = 3 if quick else 15
+    for name, what, unit, once, most in (
+        ("monitors-enter", f"to enter {title}", "ms", monitors.entering, 5.0),
+        ("monitors-leave", f"to leave {title}", "ms", monitors.leaving, 2.0),
+        ("monitors-memory", f"memory of all pagers of {monitors.COUNT} Monitors (PSS)", "MiB", monitors.memory, 40.0),
+    ):
+        bar = f"{most:g} {unit}"
+        yield Row(name, what, unit, {"aiouffd": once, bar: partial(float, most)}, (Bar(bar, 1.0),), repeats=repeats)
+
+
 def recovery_row(*, quick: bool) -> Iterator[Row]:
     """How long a toucher waits when the worker is killed."""
     kills = 20 if quick else 100
@@ -494,6 +508,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         restore_rows,
         descriptors_row,
         memory_row,
+        monitors_rows,
         recovery_row,
     ):
         yield from make(quick=quick)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 from aiouffd.pager.process import journal as module
-from aiouffd.pager.process.journal import Journal, JournalFullError
+from aiouffd.pager.process.journal import SLOTS, Journal, JournalFullError
 from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode
 
 
@@ -201,3 +202,29 @@ def test_only_its_maker_can_write() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(journal.fd, 0)
     journal.counters.words[0] = 1
+
+
+def test_each_slot_is_counted_by_itself() -> None:
+    """And all of them together; a successor goes on, but for what was under way."""
+    journal, successor = Journal.create(), Journal.create()
+    journal.use_slot(2, [])
+    journal.use_slot(1, [7])
+    journal.use_slot(0, [1000])
+    journal.counters.words[Counter.FAULTS] = 1
+    journal.counters_of(2).words[Counter.FAULTS] = 20
+    for counter in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES, Counter.COPIES):
+        journal.counters_of(2).words[counter] = 4
+    assert journal.total(Counter.FAULTS) == 28
+    assert len(journal.all_counters) == 3
+    before = journal.progress()
+    journal.counters_of(2).words[Counter.PAGES_FAULT] += 1
+    assert journal.progress() == before + 1
+    successor.take_counters(journal)
+    assert [successor.total(counter) for counter in (Counter.FAULTS, Counter.COPIES, Counter.SPACES)] == [28, 4, 0]
+    assert successor.counters_of(2).snapshot().in_flight == successor.counters_of(2).snapshot().bytes_in_flight == 0
+    journal.use_slot(2, [0, 0, 0, 5])
+    assert journal.counters_of(2).words[:5].tolist() == [0, 0, 0, 5, 0]
+    assert journal.total(Counter.COPIES) == 0
+    journal.counters_of(SLOTS - 1).words[-1] = 1
+    commit(journal, 1, [remove(3)])  # the log begins behind the last slot
+    assert journal.counters_of(SLOTS - 1).words[-1] == 1

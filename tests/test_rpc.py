@@ -143,3 +143,16 @@ def test_many_threads_ask() -> None:
     for thread in threads:
         thread.join()
     assert [item.message["id"] for item in peer.sent] == list(range(1, 2001))
+
+
+def test_some_requests_fail() -> None:
+    """Their answers are dropped then; the others wait on."""
+    peer = Peer()
+    first, second = peer.requests("one"), peer.requests("two")
+    peer.requests.fail(peer.sent[:1], ClosedError("left"))
+    with pytest.raises(ClosedError, match="left"):
+        first.result(0)
+    assert [item.future for item in peer.requests.pending] == [second]
+    peer.requests.answer({"id": 1, "ok": 1})
+    peer.requests.answer({"id": 2, "ok": 2})
+    assert second.result(0) == 2

@@ -14,7 +14,7 @@ from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.tenant import Pack
 from aiouffd.pager.process import tenancy
-from aiouffd.pager.process.tenancy import FailedSource, Tenancy, build
+from aiouffd.pager.process.tenancy import Arrivals, FailedSource, Tenancy, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,3 +75,22 @@ def test_the_end_of_a_forked_child_is_not_announced() -> None:
     child = Tenancy(origin, "t", is_child=True)
     assert not child.announced
     assert attrs.evolve(child, is_child=False, announced=True).announced
+
+
+async def test_who_wants_what_is_about_to_be_served_waits() -> None:
+    """Until all that were expected by that token have come; for another token nobody waits."""
+    arrivals = Arrivals()
+    arrivals.expect("a")
+    arrivals.expect("a")
+    assert "a" in arrivals
+    await arrivals.wait("b")
+    waiting = asyncio.ensure_future(arrivals.wait("a"))
+    await asyncio.sleep(0)
+    arrivals.done("a")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    arrivals.done("a")
+    async with asyncio.timeout(20):
+        await waiting
+    assert "a" not in arrivals

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import aiouffd
 from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.pager.client.tenant import Pack, Tenant, root_of
+from aiouffd.engine.statistics import Counter
+from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
+from aiouffd.pager.process.journal import SLOTS, Journal
 from aiouffd.pager.process.state import SpaceState, State
 from aiouffd.testing import FakeUffd
 
@@ -74,3 +76,32 @@ def test_children_become_tenants_with_descriptors_of_their_own(pack: Pack) -> No
     assert list(fds) == [4]
     os.close(fds[4])
     assert tenant.children(None, {}) == []
+
+
+def test_a_slot_is_given_anew_as_late_as_possible() -> None:
+    """Not while forked children are counted there; 0 where there is none."""
+    slots, journal = Slots(), Journal.create()
+    taken = [slots.take(journal) for _ in range(SLOTS - 1)]
+    assert sorted(taken) == list(range(1, SLOTS))
+    assert not slots
+    assert slots.take(journal) == 0
+    for slot in (7, 0, 9, 5):
+        slots.give_back(slot)
+    journal.counters_of(7).words[Counter.SPACES] = 1
+    assert [slots.take(journal) for _ in range(3)] == [9, 5, 0]
+    assert slots
+    journal.counters_of(7).words[Counter.SPACES] = 0
+    assert slots.take(journal) == 7
+
+
+def test_what_was_counted_for_a_tenant(pack: Pack) -> None:
+    """In its slot; and the workers that have died since it came."""
+    journal, uffd = Journal.create(), FakeUffd()
+    tenant = Tenant(pack, cast("Any", uffd), [Mapping(0, PAGE, 0)], PAGE, slot=3, restarts=2)
+    journal.counters.words[Counter.RESTARTS] = 5
+    journal.counters.words[Counter.FAULTS] = 1000
+    journal.counters_of(3).words[Counter.FAULTS] = 9
+    found = tenant.statistics(journal)
+    assert (found.faults, found.restarts) == (9, 3)
+    journal.counters.words[Counter.RESTARTS] = 0  # another pager, that has not been told yet
+    assert tenant.statistics(journal).restarts == 0

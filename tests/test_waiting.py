@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aiouffd.pager.client.waiting import StoppedError, Waiter
+from aiouffd.pager.client.waiting import Later, StoppedError, Waiter, Watches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,3 +80,56 @@ def test_stopping_ends_each_wait(waiter: Waiter) -> None:
     thread.join()
     with pytest.raises(StoppedError):
         waiter.wait(0.0)
+
+
+class Told(Watch):
+    """Notes what it is told to watch over."""
+
+    def __init__(self, beat: float) -> None:
+        self.beat = beat
+        self.ends: list[tuple[int, ...]] = []
+
+    def over(self, *ends: int) -> None:
+        """Note it."""
+        self.ends.append(ends)
+
+
+def test_watches_are_told_as_one() -> None:
+    """Each of them, at the interval of the most impatient; those that were removed are closed, and told no more."""
+    watches, first, second = Watches(), Told(2.0), Told(1.0)
+    anything: Any = (first, second)
+    assert watches.beat == math.inf
+    for watch in anything:
+        watches.add(watch)
+    assert watches.beat == 1.0
+    watches.over(3, 4)
+    watches.alive()
+    watches.remove(anything[1])
+    assert second.closed
+    watches.alive()
+    watches.over()
+    assert (first.ends, first.alives) == ([(3, 4), ()], 2)
+    assert (second.ends, second.alives) == ([(3, 4)], 1)
+    assert watches.beat == 2.0
+    watches.remove(anything[1])
+    watches.close()
+    assert first.closed
+    assert watches.beat == math.inf
+
+
+def test_what_is_planned_is_done_once() -> None:
+    """And not at all if it is taken back."""
+    later, done = Later(), list[int]()
+    assert later.patience == math.inf
+    later.run()
+    later.plan(1000.0, lambda: done.append(1))
+    assert 900.0 < later.patience <= 1000.0
+    later.take_back()
+    assert later.patience == math.inf
+    later.run()
+    assert not done
+    later.plan(-1.0, lambda: done.append(2))
+    assert later.patience == 0.0
+    later.run()
+    later.run()
+    assert done == [2]

@@ -80,7 +80,8 @@ class Monitor:
         region: served by one Monitor at a time.
         source_or_handler: where the bytes come from; by default zeros. What the region has beyond the source's end
             is zeros.
-        engine: where the loop runs: `Pager()` (the default), `InThread()`, `InProcess()` or `ServedBy(path)`.
+        engine: where the loop runs: `Pager()`, `InThread()`, `InProcess()` or `ServedBy(path)`. None: in the pager that
+            this process shares among its Monitors; a source or handler of your own gets one for itself.
         readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
         on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
             process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"), "zeros".
