@@ -236,7 +236,8 @@ class PagerClient:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
         pairs = [*self._takeover.orphans, *([self._pair] if self._pair is not None else [])]
-        leave = leave or any(pair.journal.total(Counter.SPACES) > len(self._tenants) for pair in pairs)
+        states = filter(None, (survey(pair.journal) for pair in pairs))
+        leave = leave or any(space.is_child for state in states for space in state.spaces.values())
         self._takeover.close(kill=not leave)
         if self._pair is not None:
             self._pair.end(leave=leave, silent=self._silent)

@@ -61,7 +61,7 @@ class Pagers:
         self._pickles = pickles
         self._key = key
         self._linger = linger
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may leave a Monitor, wherever its thread is
         self._current: dict[Hashable, PagerClient] = {}
         self._users: Counter[PagerClient] = Counter()
         _all.add(self)
@@ -79,8 +79,8 @@ class Pagers:
                 if client is not None and not self._users[client]:
                     client.stop()
                 client = self._current[key] = self._start()
-            client.later.take_back()
             self._users[client] += 1
+            client.later.take_back()
         return client
 
     def _start(self) -> PagerClient:
@@ -131,7 +131,7 @@ class Pagers:
     def begin_anew(self) -> None:
         """Have no pager: this is a forked child."""
         _inherited.append((self._current, self._users))
-        self._lock, self._current, self._users = threading.Lock(), {}, Counter()
+        self._lock, self._current, self._users = threading.RLock(), {}, Counter()
 
 
 _all: weakref.WeakSet[Pagers] = weakref.WeakSet()
