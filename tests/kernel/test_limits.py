@@ -7,6 +7,7 @@ import gc
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from scenario import open_descriptors, play
@@ -14,6 +15,10 @@ from scenario import open_descriptors, play
 import aiouffd
 from aiouffd.kernel import limits
 from aiouffd.kernel.limits import limit_error, no_huge_pages
+from aiouffd.monitor.engines import pager as engines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HUGE = 2 << 20
 
@@ -110,10 +115,17 @@ def test_an_unlimited_limit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vm.max_map_count" in str(error)
 
 
-def few_descriptors() -> None:
-    """Scenario: each number of free descriptors, up to what a Monitor needs to fail at its last one."""
+def few_descriptors(*, starts: bool) -> None:
+    """Scenario: each number of free descriptors, up to what a Monitor needs to fail at its last one.
+
+    Args:
+        starts: each Monitor starts a pager; else one lingers.
+    """
     region = aiouffd.Region(1 << 20)
-    with aiouffd.Monitor(region, on_exit="zeros"):  # the watchdog has a descriptor for as long as the process lives
+    engine = aiouffd.Pager() if starts else None
+    engines._shared._linger = 1000.0
+    # The watchdog has a descriptor for as long as the process lives.
+    with aiouffd.Monitor(region, engine=engine, on_exit="zeros"):
         pass
     unraisable: list[object] = []
     sys.unraisablehook = unraisable.append
@@ -123,18 +135,29 @@ def few_descriptors() -> None:
     for limit in range(before, before + 16):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
         try:
-            with aiouffd.Monitor(region, aiouffd.BufferSource(bytes(4096)), on_exit="zeros"):
+            with aiouffd.Monitor(region, aiouffd.BufferSource(bytes(4096)), engine=engine, on_exit="zeros"):
                 pass
         except (aiouffd.LimitError, aiouffd.PagerStartError) as error:
             assert "RLIMIT_NOFILE" in str(error)  # noqa: PT017 - it need not be raised
             refused += 1
         gc.collect()
-    assert refused > 6
+    assert refused > (6 if starts else 4)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     assert not unraisable
     assert open_descriptors() == before
 
 
-def test_whatever_descriptor_a_monitor_lacks() -> None:
+def few_descriptors_to_start_with() -> None:
+    """Scenario: see there."""
+    few_descriptors(starts=True)
+
+
+def few_descriptors_beside_others() -> None:
+    """Scenario: see there."""
+    few_descriptors(starts=False)
+
+
+@pytest.mark.parametrize("scenario", [few_descriptors_to_start_with, few_descriptors_beside_others])
+def test_whatever_descriptor_a_monitor_lacks(scenario: Callable[[], None]) -> None:
     """The error names the limit; nothing is closed twice, and none is left open."""
-    play(few_descriptors)
+    play(scenario)

@@ -177,8 +177,10 @@ def threads_come_and_go() -> None:
         threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
-        for page, victims in enumerate([steady.pids[1:], steady.pids[:1], steady.pids]):
-            for victim in steady.pids[len(victims) % 2 :] if page == 2 else victims:
+        # The last one kills a keeper whose worker is about to take over, and the worker that it takes over from.
+        for page, which in enumerate([slice(1, 2), slice(0, 1), slice(0, 2)]):
+            victims = steady.pids[which]
+            for victim in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
             right(steady, page)

@@ -44,7 +44,14 @@ class Handover:
     # The predecessor
 
     async def give(self, fd: int) -> None:
-        """Give everything to the worker of another keeper, over a socket; serve until that worker is ready."""
+        """Give everything to the worker of another keeper, over a socket; serve until that worker is ready.
+
+        A worker whose own predecessor died before it had given anything ends: the client knows what is to be served.
+        """
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        if self._served.is_empty:
+            os._exit(0)
         with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
             successor.settimeout(_TIMEOUT)
             self._hand(successor)  # what it has to open or build, and may have to import for
