@@ -72,3 +72,18 @@ def test_requests_while_others_take_over() -> None:
         done.set()
         thread.join()
         client.stop()
+
+
+def test_a_worker_is_asked_for_nothing_before_it_has_taken_over() -> None:
+    """Then for all that waits, in an order that makes sense."""
+    client = PagerClient(on_error=lambda *_: None)
+    sent: list[str] = []
+    client._send = lambda request: sent.append(request.message["op"])  # type: ignore[method-assign]
+    client._held = True
+    for op in ("prefetch", "open", "takeover", "resume"):
+        client._requests(op, token="a")
+    assert sent == ["takeover"]
+    client._requests.forget([request for request in client._requests.pending if request.message["op"] == "takeover"])
+    client._taken()
+    assert sent == ["takeover", "resume", "open", "prefetch"]
+    client.stop()

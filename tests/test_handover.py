@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiouffd.pager.process import control
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.state import Meta, SpaceState, State
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def waiting(written: list[State]) -> tuple[Handover, socket.socket, socket.socket, State, int]:
@@ -57,3 +62,34 @@ async def test_other_messages_decide_nothing() -> None:
     assert await handover.is_left_to_us(ours, state)
     os.close(fd)
     ours.close()
+
+
+async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own predecessor died before it gave anything: who succeeds it must not believe that nothing is served."""
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", end)
+    served: Any = SimpleNamespace(is_empty=True)
+    handover, gone = Handover(served), asyncio.Event()
+
+    async def take() -> None:
+        await gone.wait()
+        raise control.Closed
+
+    async def give() -> None:
+        with contextlib.suppress(SystemExit):
+            await handover.give(-1)
+
+    handover._task = asyncio.ensure_future(take())
+    giving = asyncio.ensure_future(give())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not ended  # it may still take something over
+    gone.set()
+    await giving
+    assert ended == [0]
+    assert isinstance(handover._task.exception(), control.Closed)

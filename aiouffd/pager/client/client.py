@@ -98,7 +98,7 @@ class PagerClient:
         self._worker_pid = 0
         self._slots = Slots()
         self.later = Later()
-        self._held = False  # requests wait until the successor has all that they speak of
+        self._held = False  # until the successor has taken over: one that serves anything would take over nothing
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
@@ -264,7 +264,6 @@ class PagerClient:
         return future
 
     def _transmit(self, request: Request) -> None:
-        # A worker that serves anything else already would take over nothing.
         if not self._held or request.message["op"] == "takeover":
             self._send(request)
 
