@@ -34,7 +34,7 @@ from aiouffd.errors import operation_error
 from aiouffd.kernel import abi, userfaultfd
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.memory import address_of
-from aiouffd.kernel.owned import OwnedDescriptor
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

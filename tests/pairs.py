@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.waiting import Waiter
 from aiouffd.pager.process import control
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -20,7 +20,7 @@ TESTS = (
     "tests/kernel/test_watchdog.py",
     "tests/kernel/test_in_process.py",
     "tests/kernel/test_layout.py",
-    "tests/test_notes.py",
+    "tests/test_crash_notes.py",
 )
 COMMON = "handle_sigbus=0:handle_segv=0:handle_abort=0:allow_user_segv_handler=1:exitcode=66:abort_on_error=0"
 SANITIZERS = {

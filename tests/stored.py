@@ -7,7 +7,7 @@ import os
 import random
 from typing import Any
 
-from aiouffd.pager.process.travel import pack, unpack
+from aiouffd.pager.process.serialization import pack, unpack
 
 SIZE = 1_000_003
 DATA = random.Random(11).randbytes(SIZE)

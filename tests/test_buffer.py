@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stored import DATA, SIZE, at, travelled
 
 import aiouffd
-from aiouffd.pager.process.travel import pack
+from aiouffd.pager.process.serialization import pack
 
 _places = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 300_000))
 BUFFER = aiouffd.BufferSource(DATA)

@@ -8,8 +8,8 @@ import threading
 from typing import TYPE_CHECKING, cast
 
 from aiouffd.pager.client.client import PagerClient
+from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.journal import Journal
-from aiouffd.pager.process.vault import Vault
 
 if TYPE_CHECKING:
     from aiouffd.pager.client.pair import Pair

@@ -15,7 +15,7 @@ from stored import DATA, SIZE, travelled
 
 import aiouffd
 from aiouffd.errors import decode_error, encode_error
-from aiouffd.sources.answer import Validator
+from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.plain_http import PlainHttp
 from examples.page_server import serving
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import odd_http
 import pytest
 
-from aiouffd.sources.answer import Validator
+from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.plain_http import PlainHttp
 from aiouffd.sources.store_errors import RequestError
 

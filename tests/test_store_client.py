@@ -7,7 +7,7 @@ import datetime as dt
 import odd_http
 import pytest
 
-from aiouffd.sources.answer import Validator
+from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.store_client import StoreClient
 from aiouffd.sources.store_errors import RequestError
 

@@ -47,7 +47,7 @@ async def test_a_source_in_memory_is_rebuilt_without_a_thread(tmp_path: Path, mo
         apart.append(function)
         return await asyncio.to_thread(function, *args)
 
-    monkeypatch.setattr(tenancy, "apart", noted)
+    monkeypatch.setattr(tenancy, "in_own_thread", noted)
     for source, threads in ((aiouffd.BufferSource(bytes(PAGE)), 0), (aiouffd.FileSource(path), 1)):
         pack = await asyncio.to_thread(Pack, Service(source), Options())
         record = {**pack.record, "config": pack.fds[0], "fds": pack.fds[1:]}

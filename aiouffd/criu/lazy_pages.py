@@ -23,7 +23,7 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Pack, Tenant
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.file import FileSource

@@ -13,7 +13,7 @@ import attrs
 
 from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker
-from aiouffd.handoff.apart import apart, close_foreign, kind_of
+from aiouffd.handoff.own_threads import close_foreign, in_own_thread, kind_of
 from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of, unreadable
@@ -84,7 +84,7 @@ class Arrival:
         try:
             async with asyncio.timeout(timeout):
                 regions = await self._gather()
-                uffd = await apart(_checked, self._userfaultfd(regions), regions)
+                uffd = await in_own_thread(_checked, self._userfaultfd(regions), regions)
                 return Handoff(self.peer, regions, uffd, self._tether(regions))
         except TimeoutError:
             raise HandoffError(str(self.peer), f"sent no complete handoff within {timeout:g} s") from None

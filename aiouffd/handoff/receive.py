@@ -12,7 +12,7 @@ from typing import Final
 import attrs
 
 from aiouffd.errors import HandoffError
-from aiouffd.handoff.apart import close_foreign, kind_of
+from aiouffd.handoff.own_threads import close_foreign, kind_of
 
 __all__ = ["MOST_FDS", "Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
 

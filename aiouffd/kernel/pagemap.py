@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
-from aiouffd.kernel.owned import OwnedDescriptor
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:

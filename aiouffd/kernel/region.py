@@ -20,7 +20,7 @@ from aiouffd.ranges import align_up
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.native.notes import Note
+    from aiouffd.native.crash_notes import Note
 
 __all__ = ["Region"]
 

@@ -31,7 +31,7 @@ from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.memory import address_of
-from aiouffd.kernel.owned import OwnedDescriptor
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

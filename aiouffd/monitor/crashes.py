@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiouffd.native import faults, reason
-from aiouffd.native.notes import Note, When
+from aiouffd.native.crash_notes import Note, When
 
 if TYPE_CHECKING:
     from aiouffd.kernel.region import Region

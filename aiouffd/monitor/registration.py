@@ -13,7 +13,7 @@ from aiouffd.errors import AccessError, BusyError, ClosedError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.populated import drop_populated_zeros
-from aiouffd.kernel.sentinel import Sentinel
+from aiouffd.kernel.sigbus import Sentinel
 from aiouffd.kernel.unserved import unserved_mappings
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect

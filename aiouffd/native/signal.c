@@ -14,7 +14,7 @@
 #include "ask.h"
 #include "chain.h"
 #include "gil.h"
-#include "notes.h"
+#include "crash_notes.h"
 #include "plain.h"
 #include <errno.h>
 #include <string.h>

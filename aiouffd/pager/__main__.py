@@ -14,9 +14,9 @@ if __name__ == "__main__":
 from aiouffd.errors import encode_error
 from aiouffd.pager.loglines import SWITCH, Lines
 from aiouffd.pager.process import control, inherited, keeper
+from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.journal import Journal
-from aiouffd.pager.process.travel import Pickles
-from aiouffd.pager.process.vault import Vault
+from aiouffd.pager.process.serialization import Pickles
 
 
 def main() -> int:

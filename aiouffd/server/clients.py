@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.errors import HandoffError, UffdError, encode_error
-from aiouffd.handoff.apart import close_foreign
-from aiouffd.handoff.lines import Lines, line
+from aiouffd.handoff.json_lines import Lines, line
+from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
 
 if TYPE_CHECKING:

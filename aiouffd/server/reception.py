@@ -10,9 +10,9 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import HandoffError, UffdError, encode_error
-from aiouffd.handoff.apart import close_foreign
 from aiouffd.handoff.arrival import Arrival
-from aiouffd.handoff.lines import line
+from aiouffd.handoff.json_lines import line
+from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.ranges import Range
 from aiouffd.server.rejection import Policy, Rejections
 

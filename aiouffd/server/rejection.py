@@ -25,7 +25,7 @@ from time import sleep
 from typing import TYPE_CHECKING, Final, Literal
 
 from aiouffd.errors import UffdError
-from aiouffd.handoff.apart import apart, close_foreign
+from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.ranges import Range
@@ -73,7 +73,7 @@ class Rejections:
                 uffd.close()
             else:
                 # Apart: poisoning 1 TiB takes a while, and waits for the lock of the client's address space.
-                await apart(_poison_all, peer, uffd, claimed)
+                await in_own_thread(_poison_all, peer, uffd, claimed)
         finally:
             close_foreign([connection.detach()])
 

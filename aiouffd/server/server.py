@@ -21,11 +21,11 @@ from aiouffd.engine.assembly import Options
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
-from aiouffd.handoff.apart import apart
-from aiouffd.handoff.lines import VERSION
+from aiouffd.handoff.json_lines import VERSION
+from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Tenant
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 from aiouffd.server.clients import Client, Conversation
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.prefilled import zeros_before_handoff
@@ -255,7 +255,7 @@ class Server:
     async def _examine(self, handoff: Handoff) -> None:
         """Say if a client's memory was filled with zeros before it was handed over."""
         with contextlib.suppress(OSError):
-            filled = await apart(zeros_before_handoff, handoff.peer.pid, handoff.regions)
+            filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
             if filled:
                 how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
                 log.warning(how, handoff.peer, filled)

@@ -13,7 +13,7 @@ from aiouffd.engine.assembly import Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
-from aiouffd.handoff.apart import apart, detach
+from aiouffd.handoff.own_threads import detach, in_own_thread
 from aiouffd.pager.client.tenant import Pack
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Services:
             raise HandoffError(str(peer), f"its source {name!r} does not answer: {_MAX_HANGING} openings of it hang")
         if self._hanging[peer] >= _MAX_HANGING_OF_PROCESS:
             raise HandoffError(str(peer), f"{_MAX_HANGING_OF_PROCESS} sources that it has asked for do not answer")
-        opening = asyncio.get_running_loop().create_task(apart(self._find, handoff, number, name))
+        opening = asyncio.get_running_loop().create_task(in_own_thread(self._find, handoff, number, name))
         if not (await asyncio.wait([opening], timeout=timeout))[0]:
             self._hanging.update((name, peer))
             opening.add_done_callback(lambda opening: self._opened_late(name, peer, opening))

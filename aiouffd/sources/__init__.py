@@ -4,10 +4,10 @@ Layout:
 
 - `base`: what a source is, and `ZeroSource`.
 - `buffer`: memory. `concat`: several sources as one.
-- `file`: a local file. `attributes` and `holes` are what is known of it without a system call that may wait.
+- `file`: a local file. `file_attributes` and `holes` are what is known of it without a system call that may wait.
 - `object_store`: an object behind a URL. It asks `store_client` (obstore), or `plain_http` where obstore refuses valid
-  answers; `answer`, `store_errors` and `store_settings` are what both share.
-- `threads`: for calls that may never return.
+  answers; `http_answer`, `store_errors` and `store_settings` are what both share.
+- `daemon_threads`: for calls that may never return.
 - `resolve`: from a path or URL to a source.
 
 A source can be pickled, or travels as plain values, since a pager in another process serves it.

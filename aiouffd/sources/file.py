@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
-from aiouffd.sources.attributes import FileSystem, Pin
 from aiouffd.sources.base import Descriptor
+from aiouffd.sources.daemon_threads import DaemonThreads
+from aiouffd.sources.file_attributes import FileSystem, Pin
 from aiouffd.sources.holes import Holes
-from aiouffd.sources.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
-from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.plain_http import PlainHttp
 from aiouffd.sources.store_client import StoreClient
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError

@@ -17,9 +17,9 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.daemon_threads import DaemonThreads
+from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
-from aiouffd.sources.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ import datetime as dt
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from aiouffd.sources.answer import Answer, Validator
+from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.store_errors import COMPRESSED, Failure, Proxy, RequestError, from_obstore
 from aiouffd.sources.store_settings import client_options, obstore, require_credentials, split_url
 

@@ -17,7 +17,7 @@ from aiouffd.pager.client import pair as pairs
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.waiting import StoppedError, Waiter
 from aiouffd.pager.process import control
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

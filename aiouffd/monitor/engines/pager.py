@@ -18,7 +18,7 @@ from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.pair import START_TIMEOUT
 from aiouffd.pager.client.shared import Pagers, place
 from aiouffd.pager.client.tenant import Pack, Tenant
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
     from collections.abc import Callable

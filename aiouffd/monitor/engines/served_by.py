@@ -16,7 +16,7 @@ from aiouffd.engine.assembly import Options
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.handoff.firecracker import encode
-from aiouffd.handoff.lines import VERSION, Lines, line
+from aiouffd.handoff.json_lines import VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protocol import positive_or_none

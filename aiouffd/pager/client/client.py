@@ -28,7 +28,7 @@ from aiouffd.pager.process import control
 from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
-from aiouffd.pager.process.travel import Pickles
+from aiouffd.pager.process.serialization import Pickles
 from aiouffd.rpc import LAST_REQUEST, Request, Requests
 
 if TYPE_CHECKING:

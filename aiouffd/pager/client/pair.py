@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 from aiouffd.errors import PagerStartError, decode_error
 from aiouffd.pager.client.interpreter import command
 from aiouffd.pager.process import control
+from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import signals_blocked
 from aiouffd.pager.process.journal import Journal
-from aiouffd.pager.process.vault import Vault
 from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
     from typing import Self
 
     from aiouffd.pager.client.waiting import Waiter
-    from aiouffd.pager.process.travel import Pickles
+    from aiouffd.pager.process.serialization import Pickles
 
 __all__ = ["START_TIMEOUT", "Pair"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aiouffd.pager.client.tenant import Tenant
-    from aiouffd.pager.process.travel import Pickles
+    from aiouffd.pager.process.serialization import Pickles
 
 __all__ = ["Pagers", "place"]
 

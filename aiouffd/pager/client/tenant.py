@@ -16,7 +16,7 @@ from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.journal import SLOTS
-from aiouffd.pager.process.travel import is_pickle, pack
+from aiouffd.pager.process.serialization import is_pickle, pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.ahead.fill import bring_early, complete
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.errors import ClosedError, PagerStartError
-from aiouffd.handoff.apart import close_foreign
+from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import unshare_memory
+from aiouffd.pager.process.serialization import Pickles, is_pickle
 from aiouffd.pager.process.served import Served, close_all
 from aiouffd.pager.process.state import SpaceState
 from aiouffd.pager.process.tenancy import config_of
-from aiouffd.pager.process.travel import Pickles, is_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -33,17 +33,17 @@ from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
+from aiouffd.pager.process.serialization import modules
 from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.state import State
 from aiouffd.pager.process.tenancy import config_of
-from aiouffd.pager.process.travel import modules
 
 if TYPE_CHECKING:
     import socket
 
+    from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
-    from aiouffd.pager.process.travel import Pickles
-    from aiouffd.pager.process.vault import Vault
+    from aiouffd.pager.process.serialization import Pickles
 
 __all__ = ["import_for", "run"]
 

@@ -17,7 +17,7 @@ from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.messages import COUNTER_OF_EVENT
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError, PagerError, PagerStartError
-from aiouffd.handoff.apart import close_foreign
+from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.abi import Feature
 from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aiouffd.errors import UffdError
+    from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
-    from aiouffd.pager.process.vault import Vault
 
 __all__ = ["Served", "close_all"]
 

@@ -12,8 +12,8 @@ import attrs
 from aiouffd.engine.assembly import Options, Service, make_backend
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import PagerStartError, SourceError
-from aiouffd.handoff.apart import apart
-from aiouffd.pager.process.travel import is_pickle, modules, unpack
+from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.pager.process.serialization import is_pickle, modules, unpack
 
 if TYPE_CHECKING:
     from aiouffd.engine.serve.handler import HandlerBackend
@@ -144,7 +144,7 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
     else:
         try:
             async with asyncio.timeout(BUILD_TIMEOUT):
-                service = await apart(unpack, data, fds)
+                service = await in_own_thread(unpack, data, fds)
         except TimeoutError as error:
             raise PagerStartError(f"the source could not be opened in {BUILD_TIMEOUT:.0f} s") from error
     return make_origin(counters, identity, record, service)

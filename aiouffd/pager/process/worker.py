@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
-from aiouffd.handoff.apart import close_foreign
+from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
@@ -27,9 +27,9 @@ from aiouffd.pager.process.served import Served, close_all
 
 if TYPE_CHECKING:
     from aiouffd.errors import UffdError
+    from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
-    from aiouffd.pager.process.travel import Pickles
-    from aiouffd.pager.process.vault import Vault
+    from aiouffd.pager.process.serialization import Pickles
 
 __all__ = ["prepare", "run"]
 

@@ -16,7 +16,7 @@ from aiouffd import errors
 from aiouffd.criu.relay import RelaySource
 from aiouffd.engine.ahead.trace import Recorder, Trace
 from aiouffd.engine.assembly import Service
-from aiouffd.pager.process.travel import is_pickle, modules, pack, unpack
+from aiouffd.pager.process.serialization import is_pickle, modules, pack, unpack
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.concat import ConcatSource
@@ -132,7 +132,7 @@ def test_what_is_not_ours_is_pickled(thing: Any) -> None:
     [
         {"os:system": ["true"]},
         {"aiouffd.sources.base:Descriptor": [0]},
-        {"aiouffd.pager.process.travel:pickle.loads": [{"bytes": ""}]},
+        {"aiouffd.pager.process.serialization:pickle.loads": [{"bytes": ""}]},
         {"aiouffd.sources.file:os.system": ["true"]},
         {"list": [{"builtins:eval": ["1"]}]},
         {"aiouffd.sources.base:ZeroSource": [1], "fd": 0},

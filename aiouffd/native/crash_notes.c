@@ -1,4 +1,4 @@
-#include "notes.h"
+#include "crash_notes.h"
 #include <string.h>
 #include <unistd.h>
 

@@ -1,4 +1,4 @@
-"""`sources.attributes`: the file system of a file, and whether the file is still as it was."""
+"""`sources.file_attributes`: the file system of a file, and whether the file is still as it was."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiouffd.errors import ShortReadError, SourceError
-from aiouffd.sources import attributes
-from aiouffd.sources.attributes import FileSystem, Pin
+from aiouffd.sources import file_attributes
+from aiouffd.sources.file_attributes import FileSystem, Pin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def test_remote_file_systems(fd: int, number: int, at_once: bool, monkeypatch: p
             data[:8] = number.to_bytes(8, "little")  # type: ignore[index,unused-ignore]
             return 0
 
-    monkeypatch.setattr(attributes, "_libc", Libc)
+    monkeypatch.setattr(file_attributes, "_libc", Libc)
     kind = FileSystem(fd)
     assert (kind.in_memory, kind.remote, kind.answers_at_once) == (False, True, at_once)
 

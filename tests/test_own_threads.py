@@ -1,4 +1,4 @@
-"""`handoff.apart`: calls that may block for ever cost their caller only."""
+"""`handoff.own_threads`: calls that may block for ever cost their caller only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from scenario import eventually, open_descriptors
 
-from aiouffd.handoff.apart import apart, close_foreign, detach, kind_of
+from aiouffd.handoff.own_threads import close_foreign, detach, in_own_thread, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,21 +45,21 @@ async def test_what_a_function_returns_and_raises() -> None:
     def fail(error: BaseException) -> None:
         raise error
 
-    assert await apart(threading.get_ident) != threading.get_ident()
-    assert await apart(divmod, 7, 2) == (3, 1)
+    assert await in_own_thread(threading.get_ident) != threading.get_ident()
+    assert await in_own_thread(divmod, 7, 2) == (3, 1)
     with pytest.raises(KeyError, match="x"):
-        await apart(fail, KeyError("x"))
+        await in_own_thread(fail, KeyError("x"))
     with pytest.raises(RuntimeError, match="StopIteration"):
-        await apart(fail, StopIteration())
+        await in_own_thread(fail, StopIteration())
 
 
 async def test_calls_that_hang_do_not_stop_others() -> None:
     """More of them than asyncio's pool has threads; canceling leaves them, and what they return is dropped."""
     go = threading.Event()
-    hanging = [asyncio.create_task(apart(go.wait, 60)) for _ in range(50)]
+    hanging = [asyncio.create_task(in_own_thread(go.wait, 60)) for _ in range(50)]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
-        assert await apart(lambda: 5) == 5
+        assert await in_own_thread(lambda: 5) == 5
     for task in hanging:
         task.cancel()
     go.set()
@@ -76,7 +76,7 @@ def test_a_loop_that_is_closed_meanwhile() -> None:
         ended.set()
 
     async def main() -> None:
-        asyncio.get_running_loop().create_task(apart(late))
+        asyncio.get_running_loop().create_task(in_own_thread(late))
         await asyncio.sleep(0)
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""`kernel.sentinel`: missing pages are SIGBUS once a Monitor has left, whatever has become of the process by then."""
+"""`kernel.sigbus`: missing pages are SIGBUS once a Monitor has left, whatever has become of the process by then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scenario import play
 import aiouffd
 from aiouffd import Feature, RegisterMode, Userfaultfd
 from aiouffd.kernel import libc, pagemap
-from aiouffd.kernel.sentinel import Sentinel
+from aiouffd.kernel.sigbus import Sentinel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Sentences about ranges of addresses, typed (`notes.c`): said when a thread gets a fatal signal there."""
+"""Sentences about ranges of addresses, typed (`crash_notes.c`): said when a thread gets a fatal signal there."""
 
 from __future__ import annotations
 

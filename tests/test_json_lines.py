@@ -1,4 +1,4 @@
-"""`handoff.lines`: what is cut into messages, and what is refused."""
+"""`handoff.json_lines`: what is cut into messages, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.handoff.lines import Lines, line
+from aiouffd.handoff.json_lines import Lines, line
 
 _messages = st.lists(
     st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.none(), st.lists(st.booleans()))),

@@ -1,4 +1,4 @@
-"""`native.notes`: a fatal signal in a noted range is explained, and handled as it would have been."""
+"""`native.crash_notes`: a fatal signal in a noted range is explained, and handled as it would have been."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import touchers
 from scenario import play
 
-from aiouffd.native.notes import Note, When
+from aiouffd.native.crash_notes import Note, When
 
 PAGE = mmap.PAGESIZE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from aiouffd.pager.process.vault import Vault
+from aiouffd.pager.process.child_descriptors import Vault
 
 
 def test_what_is_kept_stays_open_when_its_owner_is_gone() -> None:

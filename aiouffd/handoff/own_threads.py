@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["apart", "close_foreign", "detach", "kind_of"]
+__all__ = ["close_foreign", "detach", "in_own_thread", "kind_of"]
 
 log = logging.getLogger("aiouffd.server")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 _SAFE = ("pipe:[", "anon_inode:[userfaultfd]")
 
 
-async def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a thread of its own, and return what it returns.
 
     Canceling is safe: the thread goes on to the end of the call, whose result is dropped.

@@ -1,4 +1,4 @@
-"""`sources.threads`: calls in daemon threads."""
+"""`sources.daemon_threads`: calls in daemon threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from scenario import eventually, play
 
-from aiouffd.sources.threads import DaemonThreads
+from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -1,4 +1,4 @@
-"""`kernel.owned`: a descriptor is closed once, whatever ends its object."""
+"""`kernel.owned_descriptor`: a descriptor is closed once, whatever ends its object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from aiouffd.kernel.owned import OwnedDescriptor
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 
 class Pipe(OwnedDescriptor):

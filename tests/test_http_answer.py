@@ -1,4 +1,4 @@
-"""`sources.answer`: when two answers are of different versions of an object."""
+"""`sources.http_answer`: when two answers are of different versions of an object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from aiouffd.sources.answer import Validator
+from aiouffd.sources.http_answer import Validator
 
 MONDAY, TUESDAY = (dt.datetime(2026, 11, day, tzinfo=dt.UTC) for day in (2, 3))
 
