@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import random
@@ -66,6 +67,15 @@ def one_serves_all() -> None:
     print(*one.pids, flush=True)
 
 
+def ends_while_it_lingers() -> None:
+    """Scenario: what is called when the interpreter ends leaves no process behind, not even a dead one."""
+    engines._shared._linger = 1000.0
+    with monitor_of() as monitor:
+        pids = monitor.pids
+    atexit._run_exitfuncs()
+    eventually(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()], [])
+
+
 def killed_while_it_lingers() -> None:
     """Scenario: the process ends, and cannot say so."""
     with monitor_of() as monitor:
@@ -127,7 +137,11 @@ def test_who_shares(scenario: Callable[[], None]) -> None:
 
 def test_one_pager_serves_all_and_ends_with_the_process() -> None:
     """It lingers for the next Monitor; the process takes it along, without a word."""
-    for scenario, status in ((one_serves_all, 0), (killed_while_it_lingers, -signal.SIGKILL)):
+    for scenario, status in (
+        (one_serves_all, 0),
+        (ends_while_it_lingers, 0),
+        (killed_while_it_lingers, -signal.SIGKILL),
+    ):
         output, errors = play(scenario, status=status)
         assert all(ended(int(pid), 4) for pid in output.split())
         assert not errors

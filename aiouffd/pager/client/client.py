@@ -71,9 +71,6 @@ class PagerClient:
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
             owners of the memory settle it then. None: the thread stays, and poisons what is touched.
         pickles: how often the pager unpickles a source or handler that this process sends.
-
-    Attributes:
-        later: what the client's thread does after a while.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class PagerClient:
         self._pair: Pair | None = None
         self._worker_pid = 0
         self._slots = Slots()
-        self.later = Later()
+        self._later = Later()
         self._held = False  # until the successor has taken over: one that serves anything would take over nothing
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
@@ -221,8 +218,8 @@ class PagerClient:
             return list(self._tenants.values())
 
     def linger(self, seconds: float, then: Callable[[], None]) -> None:
-        """Have `then` called from the client's thread, when the keeper ends at the latest; `later` takes that back."""
-        self.later.plan(seconds, then)
+        """Have `then` called from the client's thread after a while, or when the keeper ends."""
+        self._later.plan(seconds, then)
         self._waiter.wake()
 
     def stop(self, *, leave: bool = False) -> None:
@@ -307,7 +304,7 @@ class PagerClient:
             assert self._pair is not None
             self._listen(self._pair)
             if not self._waiter.stopped:
-                self.later.run()  # nobody is served: no other pager is needed
+                self._later.run()  # nobody is served: no other pager is needed
             if self._waiter.stopped:
                 return
             if self._dead is not None:  # the keeper has poisoned what was touched, until now
@@ -327,8 +324,8 @@ class PagerClient:
             if not pair.worker_pid:
                 self._waiter.watch.alive()
             ready = dict(poller.poll(self._patience(pair)))
-            if not self.later.patience:
-                self.later.run()
+            if not self._later.patience:
+                self._later.run()
                 continue
             self._takeover.continue_if_due()
             if self._waiter.fileno() in ready:
@@ -343,7 +340,7 @@ class PagerClient:
     def _patience(self, pair: Pair) -> float | None:
         """Return for how many milliseconds to wait for messages."""
         beat = math.inf if pair.worker_pid else self._waiter.watch.beat
-        seconds = min(beat, self._takeover.patience, self.later.patience)
+        seconds = min(beat, self._takeover.patience, self._later.patience)
         return None if seconds == math.inf else seconds * 1000 + 1
 
     def _exchange(self, pair: Pair, events: int) -> bool:

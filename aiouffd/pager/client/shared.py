@@ -80,7 +80,6 @@ class Pagers:
                     client.stop()
                 client = self._current[key] = self._start()
             self._users[client] += 1
-            client.later.take_back()
         return client
 
     def _start(self) -> PagerClient:

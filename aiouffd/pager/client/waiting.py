@@ -24,7 +24,7 @@ class StoppedError(Exception):
 
 
 class Later:
-    """What a thread does after a while, unless another one takes that back. `run` is called by the thread itself."""
+    """What a thread does after a while. `run` is called by the thread itself, the rest by any."""
 
     def __init__(self) -> None:
         self._planned: tuple[float, Callable[[], None]] | None = None
@@ -32,10 +32,6 @@ class Later:
     def plan(self, seconds: float, work: Callable[[], None]) -> None:
         """Have `work` called in so many seconds; the thread must look at `patience` again."""
         self._planned = time.monotonic() + seconds, work
-
-    def take_back(self) -> None:
-        """Have nothing called."""
-        self._planned = None
 
     @property
     def patience(self) -> float:
