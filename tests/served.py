@@ -56,6 +56,11 @@ class Serve:
             eventually(self.says_or_ends("listening"), expected=True)
             assert self.process.poll() is None, self.said
 
+    def says(self, text: str) -> None:
+        """Wait until it has said so: it may do that after its client has gone on."""
+        eventually(self.says_or_ends(text), expected=True)
+        assert text in self.said
+
     def says_or_ends(self, text: str) -> Callable[[], bool]:
         """Return a function that tells whether it has said so, or has ended."""
         return lambda: text in self.said or self.process.poll() is not None

@@ -3,7 +3,7 @@
     [{"base_host_virt_addr": ..., "size": ..., "offset": ..., "page_size": ...}, ...]
 
 The array has neither a length nor a terminator: it is complete when it parses. Unknown keys are ignored. `aiouffd` in
-the first element is from our own clients, who want answers (see `lines`) and send a pipe as a further descriptor.
+the first element is from our own clients, who want answers (see `json_lines`) and send a pipe as a further descriptor.
 
 Clients give the page size in three ways. `page_size` is bytes. `page_size_kib` is the older name, and holds bytes in
 spite of it; some clients take it at its word, and send 4 to 2048. The oldest clients know no huge pages, and send
@@ -35,7 +35,7 @@ class Regions:
     """What the array says.
 
     Attributes:
-        mappings: addresses of the peer, and the offsets of its source that they show; ordered by address, disjoint.
+        mappings: addresses of the peer, and the offsets of its source that they show, both disjoint; by address.
         page_size: bytes, the same for all.
         extra: what one of our own clients asks for; None for others.
     """
@@ -95,6 +95,12 @@ def parse(data: bytes | bytearray) -> Regions:
     for before, after in itertools.pairwise(mappings):
         if before.end > after.start:
             raise ValueError(f"regions overlap at {after.start:#x}")
+    # What is present is known by offset, so that a page shown at two addresses would be brought to one of them only.
+    for before, after in itertools.pairwise(sorted(mappings, key=lambda mapping: mapping.offset)):
+        if before.offset + before.end - before.start > after.offset:
+            raise ValueError(
+                f"regions at {before.start:#x} and {after.start:#x} show the same offset {after.offset:#x}"
+            )
     extra = items[0].get("aiouffd")
     if extra is not None and not isinstance(extra, dict):
         raise ValueError("the value of `aiouffd` is not an object")

@@ -94,7 +94,7 @@ def test_logs(image: Path, tmp_path: Path) -> None:
     """Each line is one record of key=value, the pager's too; on a terminal they are for people, beside a status."""
     with Serve(tmp_path, image) as serve:
         os.kill(serve.worker, signal.SIGKILL)
-        eventually(lambda: "is replaced" in serve.said, expected=True)
+        serve.says("is replaced")
         pattern = r'time=[0-9T:.-]+ level=[a-z]+ logger=[a-z_.]+ msg=".*"'
         assert all(re.fullmatch(pattern, line) for line in serve.said.splitlines()), serve.said
     ours, theirs = pty.openpty()

@@ -33,7 +33,7 @@ def test_a_monitor_that_a_server_serves(image: Path, tmp_path: Path) -> None:
     """The handoff is acknowledged, prefetch and statistics work, what is removed is zeros; no process is started."""
     with Serve(tmp_path, image, "--readahead", "0") as serve:
         play(client, str(serve.path), 16 * MIB)
-        eventually(lambda: "has left; 0 left" in serve.said, expected=True)
+        serve.says("has left; 0 left")
 
 
 def run_killing(path: str, size: int, pid: str) -> None:
@@ -47,7 +47,7 @@ def test_a_server_whose_pager_is_killed(image: Path, tmp_path: Path, who: str) -
     with Serve(tmp_path, image, "--readahead", "0") as serve:
         play(client, str(serve.path), MIB)
         play(run_killing, str(serve.path), 16 * MIB, str(getattr(serve, who)))
-        assert "is replaced" in serve.said
+        serve.says("is replaced")
 
 
 def server_dies(path: str, pids: list[int]) -> None:
