@@ -17,8 +17,8 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff", "pager"),
-        *("server", "criu", "monitor", "__init__", "cli", "__main__"),
+        *("errors", "finalizers", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff"),
+        *("pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
     "kernel": [

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
 from aiouffd.ranges import Range
 
@@ -183,5 +184,6 @@ class SealedMemory:
             os.close(self.fd)
             self.fd = -1
 
+    @until_exit
     def __del__(self) -> None:
         self.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Self
 
+from aiouffd.finalizers import until_exit
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -35,6 +37,7 @@ class OwnedDescriptor:
     ) -> None:
         self.close()
 
+    @until_exit
     def __del__(self) -> None:
         if self._fd >= 0:
             self.close()

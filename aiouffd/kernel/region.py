@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from aiouffd.errors import BusyError, PopulatedError, UnsupportedError
+from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
 from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
@@ -304,8 +305,9 @@ class Region(mmap.mmap):
         self._keep.clear()
         self.annotate(None)
 
+    @until_exit
     def __del__(self) -> None:
-        # A view would keep the region alive, except when the interpreter ends.
+        # A view keeps the region alive, except in a cycle with it.
         if hasattr(self, "_keep"):
             self.monitor = None
             with contextlib.suppress(BufferError):

@@ -7,6 +7,7 @@ import enum
 import os
 from functools import cache
 
+from aiouffd.finalizers import until_exit
 from aiouffd.native import library, reason
 
 __all__ = ["Note", "When"]
@@ -61,5 +62,6 @@ class Note:
         if number >= 0:
             _library().aiouffd_note_drop(number)
 
+    @until_exit
     def __del__(self) -> None:
         self.close()

@@ -10,6 +10,8 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.finalizers import until_exit
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -68,6 +70,7 @@ class DaemonThreads(Executor):
         for thread in self._threads if wait else ():
             thread.join()
 
+    @until_exit
     def __del__(self) -> None:
         self.shutdown(wait=False)
 

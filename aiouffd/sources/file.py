@@ -20,13 +20,13 @@ import ctypes
 import mmap
 import os
 import stat
-import sys
 import threading
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
 from aiouffd.sources.base import Descriptor
@@ -340,13 +340,14 @@ class FileSource:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return FileSource, (self.path,)
 
+    @until_exit
     def __del__(self) -> None:
         fd = getattr(self, "_fd", -1)
         if fd < 0:
             return
         if not self._file_system.remote:
             os.close(fd)
-        elif not sys.is_finalizing():  # no thread runs any more then, and the kernel closes it
+        else:
             # close(2) waits for an answer of the server (FUSE_FLUSH). Where no thread can be started, it stays open.
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=os.close, args=(fd,), daemon=True).start()

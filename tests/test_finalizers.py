@@ -1,0 +1,42 @@
+"""`finalizers`: what still exists when the interpreter ends is left to the kernel, without a word."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aiouffd
+
+OWNERS = {
+    "region": "aiouffd.Region(4096, shared=True)",
+    "memory": "memory.SealedMemory.from_buffer(b'x')",
+    "owned": "pagemap.Pagemap()",
+    "notes": "notes.Note(4096, 4096)",
+    "file": "aiouffd.FileSource('/proc/self/exe')",
+    "threads": "threads.DaemonThreads(1, 'idle')",
+}
+"""Something of each module that has a finalizer."""
+
+
+@pytest.mark.parametrize("module", OWNERS)
+def test_nothing_is_said_when_the_interpreter_ends(module: str) -> None:
+    """What a module that was imported before the package refers to is freed when the package's globals are None."""
+    program = f"""if True:
+        import os, aiouffd
+        from aiouffd.kernel import memory, pagemap
+        from aiouffd.native import notes
+        from aiouffd.sources import threads
+        os.kept = {OWNERS[module]}
+        print("made")
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("made\n", "")
+
+
+def test_each_finalizer_is_tried() -> None:
+    """A new one needs a line above."""
+    sources = Path(aiouffd.__file__).parent.rglob("*.py")
+    assert {path.stem for path in sources if "def __del__" in path.read_text()} == set(OWNERS)
