@@ -131,7 +131,7 @@ class RangeSet:
     def touches(self, start: int, end: int) -> bool:
         """Tell whether any of [start, end) is in the set."""
         index = bisect_right(self._ends, start)
-        return index < len(self._starts) and self._starts[index] < end
+        return start < end and index < len(self._starts) and self._starts[index] < end
 
     def gaps(self, start: int, end: int) -> Iterator[Range]:
         """Yield the parts of [start, end) that are not in the set, in order. The set must not change meanwhile."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import io
 from typing import TYPE_CHECKING
 
-from blockbuster import blockbuster_ctx
+from blockbuster import BlockBusterFunction, blockbuster_ctx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_IMPORTLIB = "<frozen importlib._bootstrap_external>"
 METADATA = ("os.stat", "os.readlink", "os.path.abspath", "os.unlink")
 """These look at names only, on local files and in /proc: they take microseconds, and a thread would take longer."""
 
@@ -30,6 +32,11 @@ def loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
 def no_blocking() -> Iterator[None]:
     """Raise BlockingError where code of the package blocks a running loop: a sleep, a file, a blocking socket."""
     with blockbuster_ctx("aiouffd") as watch:
+        # `Path.read_bytes` reads without a buffer since Python 3.14; so does importlib, a module without its source.
+        raw = BlockBusterFunction(
+            io.FileIO, "read", scanned_modules="aiouffd", can_block_functions=[(_IMPORTLIB, {"get_data"})]
+        )
+        watch.functions["io.FileIO.read"] = raw.activate()
         for name in METADATA:
             watch.functions[name].deactivate()
         yield

@@ -174,9 +174,10 @@ def serving(habit: str = "", tls: ssl.SSLContext | None = None) -> Iterator[Odd]
 
 def certified(directory: Path) -> tuple[Path, ssl.SSLContext]:
     """Return the certificate of an authority made for this, and the context of a server that it has certified."""
-    (directory / "extensions").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+    (directory / "extensions").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
     authority = "-keyout ca.key -out ca.pem -subj /CN=tests -addext basicConstraints=critical,CA:TRUE"
+    authority += " -addext keyUsage=critical,keyCertSign"  # demanded since Python 3.13 (VERIFY_X509_STRICT)
     signing = "-CA ca.pem -CAkey ca.key -CAcreateserial -extfile extensions"
     for command in (
         f"openssl req -x509 {key} {authority} -days 30",

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import types
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from blockbuster import BlockingError
@@ -15,12 +15,21 @@ from blocking import loop_factories, no_blocking
 from aiouffd import TraceError
 from aiouffd.engine.ahead.trace import Trace
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
+@pytest.mark.parametrize("buffering", [-1, 0])
+async def test_code_of_the_package_that_blocks_the_loop_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffering: int
+) -> None:
+    """Reading a file on the loop raises in code of the package; the test's own code may do it.
 
-async def test_code_of_the_package_that_blocks_the_loop_fails(tmp_path: Path) -> None:
-    """Reading a file on the loop raises in code of the package; the test's own code may do it."""
+    `Path.read_bytes` reads with a buffer before Python 3.14, and without one since.
+    """
+
+    def read_bytes(path: Path) -> bytes:
+        with path.open("rb", buffering) as file:
+            return file.read()
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     path = tmp_path / "trace"
     path.write_bytes(b"x" * 100)
     with pytest.raises(BlockingError):

@@ -6,7 +6,7 @@ import itertools
 import platform
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
@@ -15,6 +15,7 @@ _operation = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 60), s
 
 
 @given(st.lists(_operation, max_size=40), st.integers(0, 60), st.integers(0, 30))
+@example([("add", 0, 2)], 1, 0)
 def test_a_range_set_is_a_set(operations: list[tuple[str, int, int]], start: int, length: int) -> None:
     """After any additions and removals: membership, gaps and total are the model's; ranges are disjoint."""
     ranges, model = RangeSet(), set[int]()
