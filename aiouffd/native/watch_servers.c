@@ -21,9 +21,13 @@ static int ended(int fd)
 static int somebody_waits(const struct watch *watch, struct message *message)
 {
     /* A thread whose fault was read by a process that has died is asleep, with nothing to be read. Woken, it faults
-     * again. WAKE looks at no mapping, so that its range may be the whole address space. */
-    struct wake_argument all = {1u << 16, (1ull << 47) - (1u << 17)};
-    ioctl(watch->uffd, IOC_WAKE, &all);
+     * again. WAKE looks at no mapping, so that its range may be the whole address space. It ends at 2^39 to 2^56 bytes,
+     * by machine and kernel: EINVAL beyond that. */
+    int refused = -1;
+    for (int bits = 56; bits >= 39 && refused; bits--) {
+        struct wake_argument all = {1u << 16, (UINT64_C(1) << bits) - (1u << 17)};
+        refused = ioctl(watch->uffd, IOC_WAKE, &all);
+    }
     struct pollfd one = {watch->uffd, POLLIN, 0};
     return poll(&one, 1, 200) == 1 && read(watch->uffd, message, sizeof *message) == sizeof *message;
 }

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from pattern import PAGE, Pattern, word
 from scenario import play
 
@@ -75,16 +77,20 @@ def ended_pipe() -> int:
     return reading
 
 
-def a_watch_ends_the_process() -> None:
+def a_watch_ends_the_process(read: bool) -> None:
     """Scenario: the others here would end as this one, if it were not for what they do."""
     with nobody_serves() as (uffd, _):
+        if read:
+            select.select([uffd], [], [])
+            assert uffd.read()
         Watch(uffd.fileno(), LIMIT).over(ended_pipe())
         time.sleep(20)
 
 
-def test_a_watch_ends_the_process() -> None:
-    """Nobody serves, and somebody waits."""
-    play(a_watch_ends_the_process, status=-signal.SIGABRT)
+@pytest.mark.parametrize("read", [False, True])
+def test_a_watch_ends_the_process(read: bool) -> None:
+    """Nobody serves, and somebody waits: with a message that is still to be read, or that one of the ended has read."""
+    play(a_watch_ends_the_process, read, status=-signal.SIGABRT)
 
 
 STOPPER = """
