@@ -174,7 +174,8 @@ def serving(habit: str = "", tls: ssl.SSLContext | None = None) -> Iterator[Odd]
 
 def certified(directory: Path) -> tuple[Path, ssl.SSLContext]:
     """Return the certificate of an authority made for this, and the context of a server that it has certified."""
-    (directory / "extensions").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n")
+    extensions = ("subjectAltName=IP:127.0.0.1", "basicConstraints=CA:FALSE", "authorityKeyIdentifier=keyid")
+    (directory / "extensions").write_text("\n".join(extensions))
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
     authority = "-keyout ca.key -out ca.pem -subj /CN=tests -addext basicConstraints=critical,CA:TRUE"
     authority += " -addext keyUsage=critical,keyCertSign"  # demanded since Python 3.13 (VERIFY_X509_STRICT)
