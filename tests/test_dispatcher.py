@@ -18,6 +18,7 @@ from scripted_reader import ScriptedReader
 from aiouffd import native
 from aiouffd.engine import dispatcher as module
 from aiouffd.engine import reading
+from aiouffd.engine.allowance import Allowance
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.runs import Op, Run
@@ -370,7 +371,7 @@ async def test_a_space_that_is_held_is_not_read(rig: Rig) -> None:
     """Its events stay where they are until it is released; the others are served."""
     world, uffd = rig.world()
     for _ in range(2):
-        rig.dispatcher.hold(world.space)
+        rig.dispatcher.hold(world.space, "journal")
     rig.dispatcher._listen_again(world.space)
     assert not is_listened_to(rig, uffd)
     world.touch(1, 1)
@@ -383,12 +384,73 @@ async def test_a_space_that_is_held_is_not_read(rig: Rig) -> None:
     its.send()
     await until(lambda: its.pages)
     assert not uffd.pages
-    rig.dispatcher.release(world.space)
+    rig.dispatcher.release(world.space, "journal")
     await until(lambda: uffd.pages)
-    rig.dispatcher.release(world.space)
+    rig.dispatcher.release(world.space, "journal")
     world.touch(3, 1)
     uffd.send()
     await until(lambda: len(uffd.pages) == 2)
+
+
+def limited(rig: Rig, events: float) -> tuple[World, PipedUffd, list[float]]:
+    """Return a world whose client may have so many events a second, its descriptor, and the time, set by hand."""
+    now, uffd = [1_000.0], PipedUffd()
+    world = World(0, uffd=uffd, located=True)
+    world.space.allowance = Allowance("a storm", events, None, world.counters, lambda: now[0])
+    rig.dispatcher.add(world.space)
+    return world, uffd, now
+
+
+@pytest.mark.usefixtures("either_reader")
+async def test_a_client_that_storms_waits_alone(rig: Rig) -> None:
+    """What it has asked for too much is read later; a journal that is full meanwhile is another reason to wait."""
+    storm, uffd, now = limited(rig, 2)
+    allowance = storm.space.allowance
+    assert allowance is not None
+    for page in range(4):
+        storm.touch(page, page)
+    uffd.send()
+    await until(lambda: len(uffd.pages) == 4)
+    storm.touch(9, 9)
+    uffd.send()
+    quiet, its = rig.world()
+    for page in range(8):
+        quiet.touch(page, page)
+        its.send()
+        await until(lambda: len(its.pages) == page + 1)  # noqa: B023 - called at once
+    assert len(uffd.pages) == 4
+    rig.dispatcher.hold(storm.space, "journal")
+    now[0] += 2.0
+    allowance._refilled()
+    await turns(30)
+    assert len(uffd.pages) == 4
+    rig.dispatcher.release(storm.space, "journal")
+    await until(lambda: len(uffd.pages) == 5)
+    rig.dispatcher.hold(storm.space, "journal")
+    allowance.read(9)
+    rig.dispatcher.release(storm.space, "journal")
+    assert not is_listened_to(rig, uffd)
+    now[0] += 9.0
+    allowance._refilled()
+    assert is_listened_to(rig, uffd)
+    assert allowance._timer is None
+
+
+async def test_a_process_that_ends_while_it_waits_is_noticed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any other, though nothing is read of it. It leaves no timer."""
+    storm, uffd, _ = limited(rig, 2)
+    allowance = storm.space.allowance
+    assert allowance is not None
+    storm.touch(1, 1)
+    storm.touch(2, 2)
+    uffd.send()
+    await until(lambda: rig.dispatcher._held)
+    monkeypatch.setattr(uffd, "gone", lambda: True)
+    rig.dispatcher._check_gone()
+    assert not rig.dispatcher.spaces
+    assert not rig.dispatcher._held
+    assert not allowance.spaces
+    assert allowance._timer is None
 
 
 def is_listened_to(rig: Rig, uffd: PipedUffd) -> bool:
@@ -408,7 +470,7 @@ async def test_what_a_dropped_space_leaves(rig: Rig) -> None:
     assert not stranger.space.closing
     os.set_blocking(uffd.reader, True)
     rig.dispatcher._unblock(uffd.reader)
-    rig.dispatcher.hold(world.space)
+    rig.dispatcher.hold(world.space, "journal")
     rig.dispatcher.drop(world.space)
     assert not rig.dispatcher._held
     assert not rig.dispatcher._blocking
@@ -574,9 +636,9 @@ async def test_a_single_descriptor_needs_no_epoll(rig: Rig) -> None:
 
     first, its = rig.world()
     assert only() == ((its.reader, 0),)
-    rig.dispatcher.hold(first.space)
+    rig.dispatcher.hold(first.space, "journal")
     assert only() is None
-    rig.dispatcher.release(first.space)
+    rig.dispatcher.release(first.space, "journal")
     assert only() == ((its.reader, 0),)
     _, others = rig.world()
     assert only() is None

@@ -52,7 +52,18 @@ ORDER = {
         *("plain_http", "base", "buffer", "file", "object_store", "concat", "resolve"),
     ],
     "engine": [
-        *("__init__", "loops", "statistics", "mappings", "present", "readahead", "runs", "flight", "resolver"),
+        *(
+            "__init__",
+            "loops",
+            "statistics",
+            "allowance",
+            "mappings",
+            "present",
+            "readahead",
+            "runs",
+            "flight",
+            "resolver",
+        ),
         *(
             "deferred",
             "remainders",

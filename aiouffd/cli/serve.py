@@ -40,6 +40,8 @@ _ON_TERM = (
     "What SIGTERM, SIGINT and SIGHUP do for clients: serve them until they leave, or first fill all their missing"
     " pages. A second signal leaves them to the pager, which goes on without this process."
 )
+_CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
+_CLIENT_BYTES = "The most bytes per second that are placed for one client, filling included. [default: no limit]"
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -64,6 +66,8 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--retries", type=click.IntRange(0), help="Of a failed read. [default: 4 of a file, of a URL until --timeout]")
 @_option("--concurrent-reads", type=click.IntRange(1), default=128, help="The most reads of sources at once.")
 @_option("--bytes-in-flight", type=parameters.Size(1 << 20), default="128M", help="The most bytes of these reads.")
+@_option("--client-events", type=click.IntRange(1), help=_CLIENT_EVENTS)
+@_option("--client-bytes", type=parameters.Size(1 << 20), help=_CLIENT_BYTES)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", help=_ON_TERM)

@@ -1,11 +1,12 @@
 """The engine: descriptors on an event loop, and what resolves their faults. It knows no process but its own.
 
 Layout, the lowest first: `loops` (which library runs the loop), `statistics` (counters, in an array that may be shared
-memory), `mappings` (which address shows which offset), `present` and `readahead` (what has been brought, and how much
-to bring with a fault), `runs`, `flight` (pages to fill, and pages on their way), `resolver` (ioctls until a run is
-resolved), `deferred` and `remainders` (runs that come later), `plain` (faults that need one COPY of bytes in memory),
-`space` (one descriptor, and what is under way for it), `messages` (what a space does with its messages), `reading`
-(reads descriptors and serves plain faults, in the native part or in Python), `dispatcher` (descriptors on a loop).
+memory), `allowance` (what a client may have in a second), `mappings` (which address shows which offset), `present` and
+`readahead` (what has been brought, and how much to bring with a fault), `runs`, `flight` (pages to fill, and pages on
+their way), `resolver` (ioctls until a run is resolved), `deferred` and `remainders` (runs that come later), `plain`
+(faults that need one COPY of bytes in memory), `space` (one descriptor, and what is under way for it), `messages` (what
+a space does with its messages), `reading` (reads descriptors and serves plain faults, in the native part or in Python),
+`dispatcher` (descriptors on a loop).
 
 Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched) and
 `assembly`, which puts an engine together.

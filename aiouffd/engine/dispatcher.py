@@ -109,7 +109,7 @@ class Dispatcher:
         self._pause = _RETRY
         self._closed = False
         self._reads_with_flags = True  # RWF_NOWAIT
-        self._held: set[int] = set()  # descriptors that are not read
+        self._held: dict[int, set[str]] = {}  # descriptors that are not read, and why
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._reader = make_reader(self._epoll, self.spaces)
         self._landed_at: memoryview | None = None
@@ -140,6 +140,8 @@ class Dispatcher:
         space.on_deferred = self._deferred
         space.on_remainders = self._behind.append
         self._epoll.register(fd, select.EPOLLIN)
+        if space.allowance is not None:
+            space.allowance.enter(space, self)
 
     def drop(self, space: Space) -> None:
         """Serve a space no longer, and close it; nothing if that was done before."""
@@ -152,7 +154,9 @@ class Dispatcher:
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
             self._epoll.unregister(fd)
         self._blocking.pop(fd, None)
-        self._held.discard(fd)
+        self._held.pop(fd, None)
+        if space.allowance is not None:
+            space.allowance.leave(space)
         if self._on_drop is not None:
             self._on_drop(space)
         space.fast_path = None
@@ -166,19 +170,22 @@ class Dispatcher:
     def _look_at_only(self) -> None:
         self._reader.only(next(iter(self.spaces)) if len(self.spaces) == 1 and not self._held else -1)
 
-    def hold(self, space: Space) -> None:
-        """Read a space no more until `release`: its events stay in the kernel, and its threads wait."""
-        self._held.add(space.uffd.fileno())
+    def hold(self, space: Space, why: str) -> None:
+        """Read a space no more until `release` for each reason: its events stay in the kernel, and its threads wait."""
+        self._held.setdefault(space.uffd.fileno(), set()).add(why)
         with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
             self._epoll.unregister(space.uffd.fileno())
         self._reader.dismiss(space.uffd.fileno())
         self._look_at_only()
 
-    def release(self, space: Space) -> None:
-        """Read a space again."""
-        if space.uffd.fileno() in self._held:
-            self._held.discard(space.uffd.fileno())
-            self._reader.admit(space.uffd.fileno(), space.identity, space.counters)
+    def release(self, space: Space, why: str) -> None:
+        """Read a space again, if there is no other reason why it is held."""
+        fd = space.uffd.fileno()
+        reasons = self._held.get(fd, set())
+        reasons.discard(why)
+        if fd in self._held and not reasons:
+            del self._held[fd]
+            self._reader.admit(fd, space.identity, space.counters)
             self._look_at_only()
             self._listen_again(space)
 
@@ -237,6 +244,8 @@ class Dispatcher:
             space = self.spaces[fd]
             serve_messages(space, self._landing.buffers[0], length, self._landing.commit)
             self._reader.refresh(space)
+            if space.allowance is not None:
+                space.allowance.read(length // abi.MESSAGE_SIZE)
         self._afterwards(fd, events)
 
     def _afterwards(self, fd: int, events: int) -> None:

@@ -21,13 +21,14 @@ from aiouffd.engine.remainders import Remainders
 from aiouffd.engine.resolver import DONTWAKE, Resolver
 from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, LayoutChangingError, operation_error
+from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.ranges import align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from aiouffd.engine.allowance import Allowance
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.plain import PlainFaults, PlainSource
     from aiouffd.engine.readahead import Readahead
@@ -96,6 +97,7 @@ class Space:
         on_error: called with the reason why a page could not be had, before it is poisoned.
         on_child: called with a forked child's space before its first message is read.
         on_gone: called once when the process turns out to be gone.
+        allowance: what its client may have in a second; None: it has no limit.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class Space:
         on_error: Callable[[Space, UffdError], None],
         on_child: Callable[[Space, Space], None] | None = None,
         on_gone: Callable[[Space], None] | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
         self.uffd = uffd
+        self.allowance = allowance
         self.mappings = mappings
         self.page_size = page_size
         self.backend = backend
@@ -154,6 +158,7 @@ class Space:
             on_error=self.on_error,
             on_child=self.on_child,
             on_gone=self.on_gone,
+            allowance=self.allowance,
         )
 
     # The layout
@@ -332,15 +337,11 @@ class Space:
                 continue
             if result == -errno.ESRCH:
                 self.gone()
-            elif result == _EAGAIN:
+            elif result == _EAGAIN or (result == -errno.ENOMEM and now - waiting.since_ns < _NO_MEMORY_NS):
                 self.deferred.keep(waiting)
                 if waiting.is_due(now):
-                    # Not even POISON is accepted in this state: the page goes on waiting. The owner may leave.
-                    self.report(LayoutChangingError(run.name, run.dst, run.left, errno.EAGAIN))
-            elif result == -errno.ENOMEM and now - waiting.since_ns < _NO_MEMORY_NS:
-                self.deferred.keep(waiting)
-                if waiting.is_due(now):
-                    self.report(operation_error(run.name, run.dst, run.left, errno.ENOMEM))
+                    # Where it is EAGAIN, not even POISON is accepted: the page goes on waiting. The owner may leave.
+                    self.report(operation_error(run.name, run.dst, run.left, -result))
             elif run.op == Op.POISON:
                 self.deferred.keep(waiting)  # reported when it was refused first
             else:

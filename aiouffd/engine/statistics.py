@@ -56,6 +56,7 @@ class Counter(enum.IntEnum):
     WRITE_FAULTS = 83  # messages of writes to protected pages
     MINOR_FAULTS = 84  # messages of pages that the file has and the mapping does not
     SLOTS = 85  # arrays of words behind this one that have been used
+    SLOWED = 86  # times that a client was not read any more for a while: it had used up what it may have in a second
 
 
 LATENCY_BUCKETS = 48
@@ -103,6 +104,7 @@ class Statistics:
     protects: int
     write_faults: int
     minor_faults: int
+    slowed: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

@@ -15,17 +15,34 @@ from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.json_lines import Lines, line
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
+from aiouffd.pager.client.tenant import Tenant, root_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.engine.mappings import Mapping
 
-__all__ = ["Client", "Conversation"]
+__all__ = ["Client", "Conversation", "Handed"]
 
 log = logging.getLogger("aiouffd.server")
 
 _MAX_REQUESTS = 256  # of one client, without an answer
+
+
+@attrs.define(eq=False)
+class Handed(Tenant):
+    """Memory that was handed over.
+
+    Attributes:
+        peer: who has done so: all that one process hands over shares what it may have in a second.
+    """
+
+    peer: Peer = attrs.field(kw_only=True)
+
+    def record(self, mappings: list[Mapping]) -> dict[str, Any]:
+        """Return what a pager is told of it."""
+        payer = str(self.peer) if self.peer.pid else f"client {root_of(self.token)}"
+        return {**super().record(mappings), "payer": payer}
 
 
 @attrs.define(eq=False)

@@ -24,9 +24,8 @@ from aiouffd.errors import HandoffError, UffdError
 from aiouffd.handoff.json_lines import VERSION
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.client.client import PagerClient
-from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.process.serialization import Pickles
-from aiouffd.server.clients import Client, Conversation
+from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.handoff.arrival import Handoff
+    from aiouffd.pager.client.tenant import Tenant
     from aiouffd.server.rejection import Policy
 
 __all__ = ["Client", "Server"]
@@ -75,6 +75,10 @@ class Server:
         retries: further tries after a failed read. None: 4, and for URLs as many as two thirds of the timeout allow.
         concurrent_reads: the most reads of sources at once.
         bytes_in_flight: the most bytes of these reads together.
+        client_events: the most events per second (faults, layout events) that are read for the memory of one process,
+            its forked children included. Who exceeds them waits, and nobody else. None: no limit.
+        client_bytes: the most bytes per second that are placed for it: with its faults, ahead of them, or to fill it.
+            None: no limit. Up to one second's worth of either may come at once.
         handoff_timeout: seconds that a client has to send its handoff.
 
     Raises (on entering):
@@ -101,6 +105,8 @@ class Server:
         retries: int | None = None,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
+        client_events: float | None = None,
+        client_bytes: float | None = None,
         handoff_timeout: float = 5.0,
     ) -> None:
         if (path is None) == (listener is None):
@@ -113,7 +119,11 @@ class Server:
         self._mode = mode
         uids = {0, os.geteuid(), *uids}
         self._reception = Reception(self._serve, uids=uids, timeout=handoff_timeout, on_reject=on_reject)
-        limits = Limits(concurrent_reads, bytes_in_flight, timeout, retries)
+        limits = Limits(
+            *(concurrent_reads, bytes_in_flight, timeout, retries),
+            client_events=client_events,
+            client_bytes=client_bytes,
+        )
         options = Options(readahead if record is None else 0, spin_us, background=background, limits=limits)
         self._services = Services(origin, options, record=record, replay=replay)
         self._started = False
@@ -238,7 +248,7 @@ class Server:
             if regions.extra is None:  # a Monitor sees to that itself
                 await self._examine(handoff)
             pack = await self._services.take(handoff, number, name)
-            tenant = Tenant(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether)
+            tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
             client = Client(number, peer, tenant, regions.length, connection)
             if regions.extra is not None:
                 client.conversation = Conversation(connection, functools.partial(self._answer, client))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.deadlines import Deadlines
@@ -352,6 +353,7 @@ class HandlerBackend:
             if len(tasks) == _TOGETHER:
                 await asyncio.wait(tasks)
                 tasks.clear()
+                await allowed(space)
             if errors or space.is_gone or space.closing:
                 break
         if tasks:

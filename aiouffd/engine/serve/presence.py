@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from aiouffd.engine.allowance import allowed
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
@@ -44,6 +46,7 @@ async def until_present(
     pause = 0.0
     wanted = list(ranges)
     while True:
+        await allowed(space)
         await one_pass(wanted)
         space.require_served()
         wanted = [(offset, length) for offset, length in wanted if _misses(space, offset, offset + length)]

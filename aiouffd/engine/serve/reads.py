@@ -23,6 +23,8 @@ __all__ = ["Limits", "Reads"]
 _RETRIES = 4
 _LONGEST_PAUSE = 2.0  # seconds between two tries
 
+_above_zero = attrs.validators.optional(attrs.validators.gt(0))
+
 
 @attrs.frozen
 class Limits:
@@ -35,6 +37,9 @@ class Limits:
         retries: further tries after a read that failed, with exponential backoff and jitter; None: 4, and for URLs as
             many as the timeout allows.
         backoff: seconds before the first of them; the longest pause is 2 s.
+        client_events: messages (faults, layout events) per second that are read for one client of a server, its forked
+            children included; None: no limit.
+        client_bytes: bytes per second that are placed for it, whatever for; None: no limit.
     """
 
     concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
@@ -42,6 +47,8 @@ class Limits:
     timeout: float | None = attrs.field(default=30.0)
     retries: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     backoff: float = 0.05
+    client_events: float | None = attrs.field(default=None, validator=_above_zero)
+    client_bytes: float | None = attrs.field(default=None, validator=_above_zero)
 
     @timeout.validator
     def _time_passes(self, _: object, value: float | None) -> None:

@@ -8,6 +8,7 @@ import logging
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, end_of
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
@@ -359,6 +360,7 @@ class SourceBackend:
                 if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ:
                     place()
                     await asyncio.sleep(0)  # faults first
+                    await allowed(space)
             if size:
                 place()
                 await asyncio.sleep(0)

@@ -104,6 +104,7 @@ class Answers:
             own[1] if len(own) > 1 else -1,
             is_child="/" in space["token"],
             own=space["own"],
+            payer=space.get("payer", ""),
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 

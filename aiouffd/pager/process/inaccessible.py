@@ -14,6 +14,7 @@ import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.engine.allowance import MeteredUserfaultfd
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
@@ -65,8 +66,10 @@ class Protection:
         self._owner = owner
         self._asked: dict[int, asyncio.TimerHandle] = {}  # by the address of the page
 
-    def userfaultfd(self, state: SpaceState) -> Userfaultfd:
-        """Return the descriptor of a space."""
+    def userfaultfd(self, state: SpaceState, *, metered: bool) -> Userfaultfd:
+        """Return the descriptor of a space; `metered`: of a client that is limited, and cannot be asked."""
+        if metered:
+            return MeteredUserfaultfd.from_fd(state.fd, Feature(state.features))
         if Feature.POISON in probe().features:
             return Userfaultfd.from_fd(state.fd, Feature(state.features))
         uffd = AskingUserfaultfd.from_fd(state.fd, Feature(state.features))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.ahead.fill import bring_ahead
+from aiouffd.engine.allowance import Allowances
 from aiouffd.engine.assembly import Service, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.messages import COUNTER_OF_EVENT
@@ -97,6 +98,7 @@ class Served:
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
         journal.next_identity = lambda: self.meta.next
+        self._allowances = Allowances(journal.counters)
         self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
 
     # State
@@ -126,6 +128,7 @@ class Served:
             space.replayed,
             space.filled,
             space.mappings.generation != space.born,
+            space.allowance.name if space.allowance is not None else "",
             space.mappings,
         )
 
@@ -246,8 +249,9 @@ class Served:
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
         options = origin.options
+        allowance = self._allowances.of(state.payer, options.limits.client_events, options.limits.client_bytes)
         space = Space(
-            self.protection.userfaultfd(state),
+            self.protection.userfaultfd(state, metered=allowance is not None),
             state.mappings,
             page_size=state.page_size,
             backend=origin.backend,
@@ -258,6 +262,7 @@ class Served:
             write_protect=options.write_protect or bool(state.features & Feature.WP_ASYNC),
             on_error=self._error,
             on_child=self._forked,
+            allowance=allowance,
         )
         space.replayed, space.filled = state.replayed, state.filled
         if state.changed:  # what was brought may have gone with its mapping: see `complete`
@@ -353,7 +358,7 @@ class Served:
         )
         for space in spaces if self.journal.room <= 0 else spaces[:1]:
             self._held.append(space)
-            self.dispatcher.hold(space)
+            self.dispatcher.hold(space, "journal")
             error = PagerError(
                 f"its memory is in {len(space.mappings)} pieces, and the pager's journal has no room for more: its"
                 " layout changes and page faults wait until other memory is served no longer"
@@ -368,7 +373,7 @@ class Served:
         if self.journal.room > self.journal.capacity // 8:
             held, self._held = self._held, []
             for space in held:
-                self.dispatcher.release(space)
+                self.dispatcher.release(space, "journal")
 
     # Taking over
 

@@ -100,6 +100,7 @@ class SpaceState:
         replayed: how many entries of a recording were brought ahead.
         filled: up to which offset it was filled in the background.
         changed: its layout is another than when it was opened.
+        payer: whose allowance it shares.
         mappings: what it shows.
     """
 
@@ -115,6 +116,7 @@ class SpaceState:
     replayed: int = 0
     filled: int = 0
     changed: bool = False
+    payer: str = ""
     mappings: Mappings = attrs.field(factory=Mappings)
 
     @property
