@@ -424,11 +424,13 @@ async def test_a_client_that_storms_waits_alone(rig: Rig) -> None:
     allowance._refilled()
     await turns(30)
     assert len(uffd.pages) == 4
+    assert rig.dispatcher.held("journal") == [storm.space]
     rig.dispatcher.release(storm.space, "journal")
     await until(lambda: len(uffd.pages) == 5)
     rig.dispatcher.hold(storm.space, "journal")
     allowance.read(9)
     rig.dispatcher.release(storm.space, "journal")
+    assert not rig.dispatcher.held("journal")
     assert not is_listened_to(rig, uffd)
     now[0] += 9.0
     allowance._refilled()

@@ -189,6 +189,10 @@ class Dispatcher:
             self._look_at_only()
             self._listen_again(space)
 
+    def held(self, why: str) -> list[Space]:
+        """Return the spaces that are not read for this reason."""
+        return [self.spaces[fd] for fd, reasons in self._held.items() if why in reasons]
+
     def close(self) -> None:
         """Drop all spaces and leave the loop."""
         self._closed = True

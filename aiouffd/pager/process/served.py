@@ -93,7 +93,6 @@ class Served:
         self.waiting: dict[int, SpaceState] = {}
         self.arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
-        self._held: list[Space] = []  # not read any more: the journal is full
         self.dispatcher = Dispatcher(
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
@@ -314,8 +313,7 @@ class Served:
             self._tell({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
         self._rewriting.closed()
-        if self._held:
-            self._held = [held for held in self._held if held is not space]
+        if self.dispatcher.held("journal"):
             self._loop.call_soon(self._release)
 
     def _error(self, space: Space, error: UffdError) -> None:
@@ -351,13 +349,10 @@ class Served:
 
     def _full(self) -> None:
         """Read no more of the space that needs most of the journal; of all of them, where even that is too late."""
-        spaces = sorted(
-            (space for space in self.dispatcher.spaces.values() if space not in self._held),
-            key=lambda space: len(space.mappings),
-            reverse=True,
-        )
+        held = self.dispatcher.held("journal")
+        spaces = [space for space in self.dispatcher.spaces.values() if space not in held]
+        spaces.sort(key=lambda space: len(space.mappings), reverse=True)
         for space in spaces if self.journal.room <= 0 else spaces[:1]:
-            self._held.append(space)
             self.dispatcher.hold(space, "journal")
             error = PagerError(
                 f"its memory is in {len(space.mappings)} pieces, and the pager's journal has no room for more: its"
@@ -367,11 +362,11 @@ class Served:
 
     def _release(self) -> None:
         """Something is served no longer: there may be room again."""
-        if not self._held:
+        held = self.dispatcher.held("journal")
+        if not held:
             return
         self._rewriting.make_room()
         if self.journal.room > self.journal.capacity // 8:
-            held, self._held = self._held, []
             for space in held:
                 self.dispatcher.release(space, "journal")
 
