@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,8 @@ from pattern import PAGE, content, peek, word
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.handoff.receive import Peer
+from aiouffd.server.clients import Handed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,3 +168,39 @@ def a_child_is_its_parent(path: str) -> None:
 def test_a_forked_child_shares_what_its_parent_may_have(tmp_path: Path) -> None:
     """Its own descriptor is held as well."""
     play(a_child_is_its_parent, str(tmp_path / "socket"))
+
+
+def comes_again(path: str, done: mmap.mmap) -> None:
+    """Touch a page, leave, and do so again with other memory."""
+    for _ in range(2):
+        region = aiouffd.Region(SIZE)
+        with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path), on_exit="zeros"):
+            assert peek(region.address) == word(0)
+            done[0] += 1
+
+
+def who_comes_again(path: str) -> None:
+    """Scenario: a process has used up what it may have, and hands over other memory."""
+    done = mmap.mmap(-1, PAGE)
+    with serving(path, client_events=0.01) as server:
+        pid = process(comes_again, path, done)
+        eventually(lambda: done[0], 1)
+        eventually(waits(pid), expected=True)
+        served(path)
+        assert done[0] == 1
+        os.kill(server, signal.SIGUSR1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert done[0] == 2
+
+
+def test_a_process_gains_nothing_by_coming_again(tmp_path: Path) -> None:
+    """Whatever it hands over shares what it may have."""
+    play(who_comes_again, str(tmp_path / "socket"))
+
+
+def test_where_the_process_cannot_be_seen_each_memory_is_a_client() -> None:
+    """Its pid is 0 then, as that of others may be; a forked child that is opened anew is its parent's still."""
+    pack: Any = None
+    uffd: Any = SimpleNamespace(features=0)
+    seen, unseen = (Handed(pack, uffd, [], PAGE, token="1-2/7", peer=Peer(pid, 5, 5)).record([]) for pid in (9, 0))
+    assert (seen["payer"], unseen["payer"]) == ("process 9 of user 5", "client 1-2")
