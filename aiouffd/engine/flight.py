@@ -26,28 +26,27 @@ class Flight:
     Attributes:
         start: address of the first page.
         end: address behind the last.
+        length: bytes.
         offset: what `start` showed when the flight began.
         wanted: addresses of the pages that threads wait for.
         began_ns: when the first of these faults was read.
         purpose: what it is for.
         done: the task that flies it.
+        generation: of the mappings, when it was entered in its space.
     """
 
-    __slots__ = ("began_ns", "done", "end", "offset", "purpose", "start", "wanted")
+    __slots__ = ("began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "wanted")
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
         self.start = start
         self.end = end
+        self.length = end - start
         self.offset = offset
         self.wanted: set[int] = set()
         self.began_ns = began_ns
         self.purpose = purpose
         self.done: asyncio.Task[None] | None = None
-
-    @property
-    def length(self) -> int:
-        """Bytes."""
-        return self.end - self.start
+        self.generation = -1
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"

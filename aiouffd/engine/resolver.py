@@ -62,7 +62,7 @@ class Resolver:
         mode: further mode bits of COPY and CONTINUE (2: write-protected from the start).
     """
 
-    __slots__ = ("_counters", "_page", "_tries", "_uffd", "_words", "mode")
+    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "mode")
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
@@ -70,6 +70,11 @@ class Resolver:
         self._counters = counters
         self._words = counters.words
         self.mode = mode
+        silent, lift = abi.WRITEPROTECT_MODE_DONTWAKE, abi.WRITEPROTECT_MODE_WP
+        self._modes = (  # by `wake` and operation; PROTECT wakes nobody
+            (DONTWAKE | mode, DONTWAKE, DONTWAKE | mode, DONTWAKE, silent, lift),
+            (mode, 0, mode, 0, 0, lift),
+        )
         self._tries = (
             uffd.try_zeropage,  # COPY has a source, and is called by name
             uffd.try_zeropage,
@@ -87,7 +92,7 @@ class Resolver:
             later), ESRCH (the process is gone), or what the kernel refused `run.dst` with.
         """
         words, page = self._words, self._page
-        mode = self._mode(run.op, wake=wake)
+        mode = self._modes[wake][run.op]
         chunk = run.left
         while run.left > 0:
             chunk = min(chunk, run.left)
@@ -99,10 +104,11 @@ class Resolver:
                 if result == _EFAULT and run.op == Op.CONTINUE:
                     result = _ENOENT  # the file has lost the page since: its sleepers shall find out themselves
             if result > 0:
+                run.advance(result)
                 if result < chunk:
                     words[_PARTIAL] += 1
-                run.advance(result)
-                chunk = max(chunk, page) if result < chunk else max(run.left, page)
+                else:
+                    chunk = run.left
             elif result == _EEXIST:
                 words[_EEXIST_COUNTER] += 1
                 if wake:
@@ -125,13 +131,6 @@ class Resolver:
             else:
                 return result
         return 0
-
-    def _mode(self, op: int, *, wake: bool) -> int:
-        if op < Op.UNPROTECT:
-            return (0 if wake else DONTWAKE) | (self.mode if op in (Op.COPY, Op.CONTINUE) else 0)
-        if op == Op.PROTECT:  # wakes nobody
-            return abi.WRITEPROTECT_MODE_WP
-        return 0 if wake else abi.WRITEPROTECT_MODE_DONTWAKE
 
     def uncount(self, run: Run, length: int) -> None:
         """Count `length` bytes of a run as not brought after all: they were counted when it was made."""

@@ -240,12 +240,13 @@ class Space:
         What the layout does not allow now is deferred; what the kernel refuses for good goes to `backend.failed`.
         """
         runs = merge(runs) if len(runs) > 1 else runs
-        ranges = [(run.dst, run.dst + run.left) for run in runs]
-        if len(runs) == 1 or self.has_flights(ranges[0][0], ranges[-1][1]):
+        if len(runs) == 1 or self.has_flights(runs[0].dst, runs[-1].dst + runs[-1].left):
             # One WAKE over all of them would send the sleepers of the flights around for nothing.
             for run in runs:
                 self._resolve(run, wake=True)
-        elif all([self._resolve(run, wake=False) for run in runs]):  # noqa: C419 - each of them
+            return
+        ranges = [(run.dst, run.dst + run.left) for run in runs]
+        if all([self._resolve(run, wake=False) for run in runs]):  # noqa: C419 - each of them
             self.wake(ranges, each=False)
         else:  # a thread that waits for what was put off must not be woken: it would fault anew
             self.wake([(low, run.dst) for (low, _), run in zip(ranges, runs, strict=True) if run.dst > low], each=True)
@@ -372,8 +373,8 @@ class Space:
 
     def take_off(self, flight: Flight) -> None:
         """Enter a flight: faults on its pages join it from now on."""
-        page = self.page_size
-        for address in range(flight.start, flight.end, page):
+        flight.generation = self.mappings.generation
+        for address in range(flight.start, flight.end, self.page_size):
             self.flights[address] = flight
 
     def land(self, flight: Flight) -> None:

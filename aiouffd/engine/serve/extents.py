@@ -94,8 +94,14 @@ class Extents:
     def add_data(self, space: Space, run: Run, data: Any, runs: list[Run]) -> None:
         """Add runs for the bytes of a buffer of ours: `run` says where they go."""
         available = min(run.left, self.size - run.offset)
-        zeros = zero_blocks(memoryview(data).cast("B"), BLOCK) if space.maps_zeros and available == run.left else []
-        run.owner, run.src = _whole_pages(data, available, run.left)
+        zeros: list[int] = []
+        if available < run.left:  # the tail of the last page is zeros
+            whole = bytearray(run.left)
+            whole[:available] = memoryview(data).cast("B")[:available]
+            data = whole
+        elif space.maps_zeros:
+            zeros = zero_blocks(memoryview(data).cast("B"), BLOCK)
+        run.owner, run.src = data, address_of(data)
         self._add(space, run, zeros, runs)
 
     def _add(self, space: Space, run: Run, zeros: list[int], runs: list[Run]) -> None:
@@ -122,12 +128,3 @@ def _holds(data: Any, length: int) -> bool:
     """Tell whether a buffer is of this length, and in one piece: its address is what is copied from."""
     view = memoryview(data)
     return view.nbytes == length and view.c_contiguous
-
-
-def _whole_pages(data: Any, available: int, length: int) -> tuple[Any, int]:
-    """Return (owner, address) of `length` bytes that begin with `data`: the tail of the last page is zeros."""
-    if available < length:
-        padded = bytearray(length)
-        padded[:available] = memoryview(data).cast("B")[:available]
-        data = padded
-    return data, address_of(data)

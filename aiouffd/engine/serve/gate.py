@@ -58,7 +58,8 @@ class Gate:
         """Leave, and let in those that wait and fit now."""
         self.reads -= 1
         self.size -= size
-        self._admit()
+        if self._urgent or self._patient:
+            self._admit()
 
     def _fits(self, size: int) -> bool:
         return self.reads < self._reads and (self.size + size <= self._size or self.size == 0)

@@ -15,6 +15,7 @@ from aiouffd.engine.allowance import allowed
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.space import Space
 
 __all__ = ["until_present"]
@@ -28,6 +29,8 @@ async def until_present(
     space: Space,
     ranges: Iterable[tuple[int, int]],
     one_pass: Callable[[Sequence[tuple[int, int]]], Awaitable[None]],
+    *,
+    forgets: bool = False,
 ) -> None:
     """Repeat passes over those ranges that still miss pages, until none does. Canceling is safe.
 
@@ -38,6 +41,8 @@ async def until_present(
         ranges: (offset, length), whole pages.
         one_pass: begins what is missing of some ranges and is not on its way, waits for that, and for what others have
             under way there; raises if what it has begun fails.
+        forgets: `readahead` is told of all that was on its way and has not come: as long as it has forgotten nothing,
+            and nothing is on its way, none is missing, and none is looked up.
 
     Raises:
         UffdError: of `one_pass`.
@@ -47,13 +52,21 @@ async def until_present(
     wanted = list(ranges)
     while True:
         await allowed(space)
+        before = _known(space)
         await one_pass(wanted)
         space.require_served()
+        if forgets and not space.flights and _known(space) == before:
+            return
         wanted = [(offset, length) for offset, length in wanted if _misses(space, offset, offset + length)]
         if not wanted:
             return
         await asyncio.sleep(pause)
         pause = min(pause + 0.01, _MAX_PAUSE)
+
+
+def _known(space: Space) -> tuple[int, Readahead, int]:
+    """Return another value whenever pages may be missing that were taken for present."""
+    return space.mappings.generation, space.readahead, space.readahead.losses
 
 
 def _misses(space: Space, offset: int, end: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Limits", "Reads"]
 
+_IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
+_BYTES_FETCHED = int(Counter.BYTES_FETCHED)
 _RETRIES = 4
 _LONGEST_PAUSE = 2.0  # seconds between two tries
 
@@ -88,61 +90,61 @@ class Reads:
         Raises:
             SourceError: the source failed, and went on failing.
         """
-        if retries is None:
-            retries = self._retries
+        words = self._words
         tries = 0
         while True:
+            # Each try takes a place of its own in the gate: the pauses between them keep nobody waiting.
+            if not self._gate.try_enter(length):
+                await self._gate.enter(length, urgent=urgent)
+            words[_IN_FLIGHT] += 1
+            words[_BYTES_IN_FLIGHT] += length
             try:
-                return await self._attempt(offset, length, urgent=urgent)
-            except SourceTimeoutError as error:
-                failure: SourceError = error
-            except SourceError:
-                raise  # the source itself says that it is for good
-            except TimeoutError as error:
-                reason = f"no answer in {self._deadlines.seconds} s"
-                failure = SourceTimeoutError(repr(self._source), offset, length, reason)
-                failure.__cause__ = error
+                with self._deadlines:
+                    data = await self._source.read(offset, length)
+                view = memoryview(data)
+                if view.nbytes != length or not view.c_contiguous:
+                    self._refuse(view, offset, length)
+                words[_BYTES_FETCHED] += length
+                return data  # noqa: TRY300 - no else: this is the way of each page
             except (Exception, asyncio.CancelledError, SystemExit) as error:
-                # Whatever a source raises fails the pages, not the pager: also the cancelation of something that it
-                # has waited for, as long as nobody has canceled us.
-                if canceled_from_outside(error):
-                    raise
-                failure = SourceError(repr(self._source), offset, length, read_failure(error))
-                failure.__cause__ = error
+                failure = self._failure(error, offset, length)
+            finally:
+                words[_IN_FLIGHT] -= 1
+                words[_BYTES_IN_FLIGHT] -= length
+                self._gate.leave(length)
             tries += 1
-            if tries > retries:
+            if tries > (self._retries if retries is None else retries):
                 raise failure
             self._count_retry()
             # Full jitter: clients that failed together do not come back together.
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, keeps no secret
 
-    async def _attempt(self, offset: int, length: int, *, urgent: bool) -> Any:
-        """Read once. Only an attempt takes a place in the gate: the pauses between them keep nobody waiting."""
-        words = self._words
-        if not self._gate.try_enter(length):
-            await self._gate.enter(length, urgent=urgent)
-        words[Counter.IN_FLIGHT] += 1
-        words[Counter.BYTES_IN_FLIGHT] += length
-        try:
-            return await self._read(offset, length)
-        finally:
-            words[Counter.IN_FLIGHT] -= 1
-            words[Counter.BYTES_IN_FLIGHT] -= length
-            self._gate.leave(length)
-
-    async def _read(self, offset: int, length: int) -> Any:
-        with self._deadlines:
-            data = await self._source.read(offset, length)
-        view = memoryview(data)
-        got = view.nbytes
+    def _refuse(self, view: memoryview, offset: int, length: int) -> NoReturn:
+        """Raise what is wrong with an answer."""
         if not view.c_contiguous:
             raise TypeError("what it gave does not lie in one piece")
-        self._words[Counter.BYTES_FETCHED] += got
-        if got != length:
-            reason = f"gave {got} bytes of {length}; it says that it has {self._source.size}"
-            raise ShortReadError(repr(self._source), offset, length, reason)
-        return data
+        self._words[_BYTES_FETCHED] += view.nbytes
+        reason = f"gave {view.nbytes} bytes of {length}; it says that it has {self._source.size}"
+        raise ShortReadError(repr(self._source), offset, length, reason)
+
+    def _failure(self, error: BaseException, offset: int, length: int) -> SourceError:
+        """Return what a try has failed with; raise what another try cannot change.
+
+        Whatever a source raises fails the pages, not the pager: also the cancelation of something that it has waited
+        for, as long as nobody has canceled us.
+        """
+        if isinstance(error, SourceTimeoutError):
+            return error
+        if isinstance(error, SourceError) or canceled_from_outside(error):  # the source itself says that it is for good
+            raise error
+        if isinstance(error, TimeoutError):
+            reason = f"no answer in {self._deadlines.seconds} s"
+            failure: SourceError = SourceTimeoutError(repr(self._source), offset, length, reason)
+        else:
+            failure = SourceError(repr(self._source), offset, length, read_failure(error))
+        failure.__cause__ = error
+        return failure
 
     def _count_retry(self) -> None:
         self._words[Counter.SOURCE_RETRIES] += 1

@@ -214,35 +214,32 @@ class SourceBackend:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _fly(self, space: Space, flight: Flight) -> None:
-        """Bring what a flight is for; if that fails, ask again for the pages that threads wait for."""
-        failure = await self._carry(space, flight, urgent=flight.purpose is FOR_FAULT)
-        if failure is None:
+    async def _fly(self, space: Space, flight: Flight, retries: int | None = None) -> None:
+        """Bring what a flight is for; if that fails, ask again for the pages that threads wait for.
+
+        Before that, the flight has landed, whatever came of it. Those for which a caller waits let the others pass.
+        """
+        length = min(flight.length, self._extents.size - flight.offset)
+        urgent = flight.purpose.errors is None
+        try:
+            data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries)
+            if not space.is_gone and not space.closing:
+                self._place(space, flight, data)
+        except SourceError as error:
+            failure = error
+        except Exception as error:
+            log.exception("%r could not be placed", flight)
+            reason = f"{type(error).__name__}: {error}"
+            failure = SourceError(repr(self.source), flight.offset, flight.length, reason)
+        else:
             return
+        finally:
+            space.land(flight)
         space.readahead.forget(flight.offset, flight.offset + flight.length)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
         if not space.is_gone and not space.closing:
             await self._rescue(space, flight, failure)
-
-    async def _carry(
-        self, space: Space, flight: Flight, *, urgent: bool, retries: int | None = None
-    ) -> SourceError | None:
-        """Read, and place what has come; return why that failed. The flight has landed then, in any case."""
-        try:
-            length = min(flight.length, self._extents.size - flight.offset)
-            data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries)
-            if not space.is_gone and not space.closing:
-                self._place(space, flight, data)
-        except SourceError as error:
-            return error
-        except Exception as error:
-            log.exception("%r could not be placed", flight)
-            reason = f"{type(error).__name__}: {error}"
-            return SourceError(repr(self.source), flight.offset, flight.length, reason)
-        finally:
-            space.land(flight)
-        return None
 
     def _place(self, space: Space, flight: Flight, data: Any) -> None:
         """Resolve what has come, as far as its addresses still show it: the layout may have changed meanwhile."""
@@ -250,21 +247,23 @@ class SourceBackend:
         self._extents.add_data(
             space, Run(Op.COPY, flight.start, flight.offset, flight.length, purpose=flight.purpose), data, runs
         )
-        shown = [piece for run in runs for piece in space.valid(run)]
-        placed = sum(piece.left for piece in shown)
+        placed = flight.length
         wanted = flight.wanted
+        if flight.generation != space.mappings.generation:
+            runs = [piece for run in runs for piece in space.valid(run)]
+            placed = sum(piece.left for piece in runs)
         if placed < flight.length:
             space.readahead.forget(flight.offset, flight.offset + flight.length)
-            for piece in shown:
+            for piece in runs:
                 space.readahead.brought(piece.offset, piece.left)
-            wanted = {page for page in wanted if any(run.dst <= page < run.dst + run.left for run in shown)}
-        else:  # also for those to whom it is of use without readahead: it is not read again
+            wanted = {page for page in wanted if any(run.dst <= page < run.dst + run.left for run in runs)}
+        elif flight.purpose.errors is None:  # also without readahead; what a caller asked for was noted then
             space.readahead.brought(flight.offset, flight.length)
         # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
         self._words[_PAGES_FAULT] += len(wanted)
         self._words[flight.purpose.cause] += placed // space.page_size - len(wanted)
-        if shown:
-            space.resolve(shown)
+        if runs:
+            space.resolve(runs)
         if wanted:
             space.record_latency(flight.began_ns, len(wanted))
 
@@ -288,15 +287,10 @@ class SourceBackend:
             single = Flight(address, address + page, offset, flight.began_ns, Purpose(flight.purpose.cause))
             single.wanted.add(address)
             space.take_off(single)
-            single.done = self._spawn(self._fly_alone(space, single, retries))
+            single.done = self._spawn(self._fly(space, single, retries))
             singles.append(single.done)
         if singles:
             await asyncio.wait(singles)
-
-    async def _fly_alone(self, space: Space, flight: Flight, retries: int | None) -> None:
-        failure = await self._carry(space, flight, urgent=True, retries=retries)
-        if failure is not None:
-            self._fail(space, flight.start, flight.offset, failure)
 
     def _fail(self, space: Space, address: int, offset: int, failure: SourceError) -> None:
         """A page cannot be had."""
@@ -322,18 +316,19 @@ class SourceBackend:
 
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         """Bring (offset, length) ranges of whole pages, in this order; errors and canceling as for `prefetch`."""
-        await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause))
+        await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause), forgets=True)
 
     async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:
         """Bring what is missing of some ranges and is not on its way already."""
-        bound = asyncio.Semaphore(max(1, self.limits.concurrent_reads // 2))
+        most = max(1, self.limits.concurrent_reads // 2)
+        room = asyncio.Event()
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
         pending: set[asyncio.Task[None]] = set()
 
         def landed(task: asyncio.Task[None]) -> None:
             pending.discard(task)
-            bound.release()
+            room.set()
 
         runs: list[Run] = []
         size = 0
@@ -348,9 +343,10 @@ class SourceBackend:
         try:
             for offset, length in ranges:
                 for flight in self._approach(space, offset, length, runs, purpose):
-                    if bound.locked():
+                    while len(pending) >= most:
                         place()
-                    await bound.acquire()
+                        room.clear()
+                        await room.wait()
                     assert flight.done is not None
                     pending.add(flight.done)
                     flight.done.add_done_callback(landed)
