@@ -41,8 +41,8 @@ async def until_present(
         ranges: (offset, length), whole pages.
         one_pass: begins what is missing of some ranges and is not on its way, waits for that, and for what others have
             under way there; raises if what it has begun fails.
-        forgets: `readahead` is told of all that was on its way and has not come: as long as it has forgotten nothing,
-            and nothing is on its way, none is missing, and none is looked up.
+        forgets: `readahead` is told of all that was on its way and has not come: if it has forgotten nothing during a
+            pass, no page is missing, and none is looked up.
 
     Raises:
         UffdError: of `one_pass`.
@@ -55,7 +55,7 @@ async def until_present(
         before = _known(space)
         await one_pass(wanted)
         space.require_served()
-        if forgets and not space.flights and _known(space) == before:
+        if forgets and _known(space) == before:
             return
         wanted = [(offset, length) for offset, length in wanted if _misses(space, offset, offset + length)]
         if not wanted:

@@ -106,7 +106,7 @@ class Reads:
                     self._refuse(view, offset, length)
                 words[_BYTES_FETCHED] += length
                 return data  # noqa: TRY300 - no else: this is the way of each page
-            except (Exception, asyncio.CancelledError, SystemExit) as error:
+            except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001 - `_failure` raises some
                 failure = self._failure(error, offset, length)
             finally:
                 words[_IN_FLIGHT] -= 1
