@@ -13,10 +13,10 @@ import aiouffd
 OWNERS = {
     "region": "aiouffd.Region(4096, shared=True)",
     "memory": "memory.SealedMemory.from_buffer(b'x')",
-    "owned": "pagemap.Pagemap()",
-    "notes": "notes.Note(4096, 4096)",
+    "owned_descriptor": "pagemap.Pagemap()",
+    "crash_notes": "crash_notes.Note(4096, 4096)",
     "file": "aiouffd.FileSource('/proc/self/exe')",
-    "threads": "threads.DaemonThreads(1, 'idle')",
+    "daemon_threads": "daemon_threads.DaemonThreads(1, 'idle')",
 }
 """Something of each module that has a finalizer."""
 
@@ -27,8 +27,8 @@ def test_nothing_is_said_when_the_interpreter_ends(module: str) -> None:
     program = f"""if True:
         import os, aiouffd
         from aiouffd.kernel import memory, pagemap
-        from aiouffd.native import notes
-        from aiouffd.sources import threads
+        from aiouffd.native import crash_notes
+        from aiouffd.sources import daemon_threads
         os.kept = {OWNERS[module]}
         print("made")
     """
