@@ -54,17 +54,18 @@ def lives(pair: Pair) -> bool:
     return pair.worker_lives
 
 
-def test_a_worker_that_was_killed_does_not_live(waiter: Waiter) -> None:
-    """Killing it twice, or when it has been forgotten, does nothing."""
+def test_a_worker_lives_until_it_is_killed(waiter: Waiter) -> None:
+    """Also one whose keeper was killed before it could say that it is ready: it may serve already."""
     pair = Pair.start(waiter, Pickles.NEVER)
-    child = os.fork()
-    if child == 0:
-        while True:
-            signal.pause()
-    pair.runs(child, os.pidfd_open(child))
+    assert waiter.wait(60.0, pair.connection.fileno())  # it has just said so; nobody has listened yet
+    pair.keeper.kill()
+    assert waiter.wait(60.0, pair.keeper_fd)
+    assert lives(pair)
+    message, fds = control.receive(pair.connection)
+    pair.runs(message["pid"], fds[0])
     assert lives(pair)
     pair.kill_worker()
-    os.waitpid(child, 0)
+    assert waiter.wait(60.0, pair.worker_fd)
     assert not lives(pair)
     pair.kill_worker()
     pair.forget_worker()

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -404,6 +405,80 @@ def a_slow_successor(gate: str) -> None:
 def test_the_predecessor_serves_while_its_successor_is_built(tmp_path: Path) -> None:
     """Nobody waits for what the successor has to import; what was emptied meanwhile stays empty."""
     play(a_slow_successor, str(tmp_path / "gate"))
+
+
+def goes_on(when: threading.Event, stopped: int) -> None:
+    """Let a process go on that was stopped."""
+    when.wait()
+    os.kill(stopped, signal.SIGCONT)
+
+
+async def a_client_comes_during_a_takeover(path: str) -> None:
+    """Scenario: the worker without a keeper is stopped until another client has come."""
+
+    def clients(server: Server, both: threading.Event) -> None:
+        regions = [aiouffd.Region(SIZE) for _ in range(2)]
+        monitors = [aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) for region in regions]
+        with monitors[0]:
+            keeper, worker = server.pids
+            os.kill(worker, signal.SIGSTOP)
+            kill(keeper)
+            eventually(lambda: server.pids[0] != keeper, expected=True)
+            threading.Thread(target=goes_on, args=(both, worker), daemon=True).start()
+            with monitors[1]:
+                for monitor, region in zip(monitors, regions, strict=True):
+                    monitor.prefetch_sync(0, SIZE)
+                    assert region[:] == content(0, SIZE)
+
+    async with Server(aiouffd.BufferSource(content(0, SIZE)), path) as server:
+        both = threading.Event()
+        work = asyncio.create_task(asyncio.to_thread(clients, server, both))
+        await until(lambda: len(server.clients) == 2)
+        both.set()
+        await work
+
+
+def test_a_client_that_comes_during_a_takeover_is_served(tmp_path: Path, loop: str) -> None:
+    """As are those that were there."""
+    play(a_client_comes_during_a_takeover, str(tmp_path / "socket"), loop=loop)
+
+
+class Forks(Pattern):
+    """Starts a process by fork(2) whenever it is rebuilt; that lives until a file is there."""
+
+    def __init__(self, size: int, gate: str) -> None:
+        super().__init__(size)
+        self.gate = gate
+
+    def __reduce__(self) -> Any:
+        return forks, (self.size, self.gate)
+
+
+def forks(size: int, gate: str) -> Pattern:
+    """Rebuild it."""
+    if os.fork() == 0:
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        os._exit(0)
+    return Pattern(size)
+
+
+def all_die_but_what_a_source_has_forked(gate: str) -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    try:
+        with aiouffd.Monitor(region, Forks(SIZE, gate), readahead=0) as monitor:
+            assert peek(region.address) == word(0)
+            for pid in monitor.pids:
+                kill(pid)
+            assert peek(region.address + PAGE) == word(1)
+    finally:
+        Path(gate).touch()
+
+
+def test_what_a_source_has_forked_is_not_taken_for_the_worker(tmp_path: Path) -> None:
+    """Nothing is expected of it: another pager serves at once."""
+    play(all_die_but_what_a_source_has_forked, str(tmp_path / "gate"))
 
 
 def prefetches_while_keepers_die() -> None:

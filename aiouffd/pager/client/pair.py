@@ -106,8 +106,13 @@ class Pair:
 
     @property
     def worker_lives(self) -> bool:
-        """Whether the worker runs, as far as is known."""
-        return self.worker_fd >= 0 and not _readable(self.worker_fd, 0)
+        """Whether a worker runs, where the keeper is dead: nobody else holds the other end of the connection.
+
+        It need not have said that it is ready: its keeper may have died right before.
+        """
+        poller = select.poll()
+        poller.register(self.connection, 0)  # POLLHUP
+        return not poller.poll(0)
 
     def kill_worker(self) -> None:
         """Kill the worker with -9, if it runs."""

@@ -14,8 +14,6 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-import attrs
-
 from aiouffd.errors import ClosedError
 from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
@@ -126,7 +124,7 @@ class Handover:
             except control.Closed:
                 return True
             if message.get("keep"):
-                self._served.write_all(State(attrs.evolve(state.meta, owner=-1, awaits=-1)))
+                self._served.journal.change(0)  # it says nothing, as if there had been no predecessor
                 close_all(state.numbers - {state.meta.awaits})
                 return False
 

@@ -58,6 +58,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
     gc.freeze()  # what the keeper made lives as long as the worker does
+    os.register_at_fork(after_in_child=connection.close)  # who holds it is taken for the worker; a source may fork
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
