@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.serve.handler import Batch, Fault, Handler
+from aiouffd.engine.serve.presence import until_present
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandlerError, ShortReadError, SourceError
 from aiouffd.testing import POISONED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -339,3 +343,37 @@ async def test_a_process_that_changes_its_layout_all_the_time_does_not_keep_the_
     assert pauses[0] < 0.02
     assert pauses[-1] == 1.0
     assert list(world.uffd.pages.values()) == [content(0, PAGE)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "forgets", "again"),
+    [
+        ("untold", True, []),
+        ("untold", False, [(PAGE, PAGE)]),
+        ("forgotten", True, [(PAGE, PAGE)]),
+        ("layout", True, [(PAGE, PAGE)]),
+        ("replaced", True, [(0, PAGE), (PAGE, PAGE)]),
+    ],
+)
+async def test_ranges_are_looked_up_only_after_a_loss(loss: str, forgets: bool, again: list[tuple[int, int]]) -> None:
+    """A pass during which readahead has forgotten nothing was the last, if readahead is told of every loss."""
+    space = World(0, source=Fails()).space
+    passes: list[list[tuple[int, int]]] = []
+
+    async def one_pass(ranges: Sequence[tuple[int, int]]) -> None:
+        passes.append(list(ranges))
+        for offset, length in ranges:
+            space.readahead.brought(offset, length)
+        if len(passes) > 1:
+            return
+        if loss == "forgotten":
+            space.readahead.forget(PAGE, 2 * PAGE)
+        elif loss == "replaced":
+            space.readahead = space.readahead.fresh()
+        else:
+            space.readahead.not_brought(PAGE, 2 * PAGE)
+        if loss == "layout":
+            space.mappings.unmap(BASE + 8 * PAGE, BASE + 9 * PAGE)
+
+    await until_present(space, [(0, PAGE), (PAGE, PAGE)], one_pass, forgets=forgets)
+    assert passes[1:] == ([again] if again else [])
