@@ -99,7 +99,7 @@ def test_what_is_encoded_is_parsed() -> None:
         (text({}, {"page_size": HUGE, "base_host_virt_addr": 1 << 30}), "different page sizes"),
         (text({}, {}), "overlap"),
         (text({}, {"base_host_virt_addr": 19 * HUGE}), "overlap"),
-        (text({}, {"base_host_virt_addr": 1 << 30}), "show one offset, 0x0"),
+        (text({}, {"base_host_virt_addr": 1 << 30}), "show the same offset 0x0"),
         (text({"aiouffd": 7}), "not an object"),
     ],
 )
