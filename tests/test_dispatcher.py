@@ -527,7 +527,7 @@ def scripted(
     patch.setattr(module, "perf_counter_ns", lambda: next(clock))
     reader = ScriptedReader(*found)
     dispatcher: Any = rig.dispatcher
-    dispatcher._landed_at = dispatcher._landing.buffers[0]
+    dispatcher._landed_at = dispatcher._landing.buffer
     dispatcher._reader.end()
     dispatcher._reader = reader
     return reader

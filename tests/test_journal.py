@@ -42,7 +42,7 @@ def fault(number: int) -> bytes:
 def land(journal: Journal, messages: list[bytes]) -> None:
     """Do as read(2) does."""
     data = b"".join(messages)
-    journal.buffers[0][: len(data)] = data
+    journal.buffer[: len(data)] = data
 
 
 def commit(journal: Journal, identity: int, messages: list[bytes]) -> None:
@@ -54,8 +54,17 @@ def successor(journal: Journal) -> Journal:
     """Map the same memory as a worker would that is forked now: its keeper's mapping can be written to."""
     again = Journal.__new__(Journal)
     again.__dict__ |= vars(journal)
-    again.buffers = [again._landings[again._words[0] & 1]]
     return again
+
+
+def test_messages_land_where_a_successor_looks() -> None:
+    """A worker is forked from the keeper, which knows nothing of how often the landing was changed."""
+    keeper = Journal.create()
+    for times in range(3):
+        worker = successor(keeper)
+        land(worker, [remove(times)])
+        assert events(worker)[-1:] == [(0, remove(times))]
+        commit(worker, 0, [remove(times)])
 
 
 def events(journal: Journal) -> list[tuple[int, bytes]]:

@@ -157,7 +157,7 @@ def test_descriptors_of_forked_children_are_known() -> None:
     journal.change(journal.write_anew(0, state(owner=-1).encode()))
     journal.before_reading()
     journal.identity[0] = 1
-    journal.buffers[0][:32] = fork(33)
+    journal.buffer[:32] = fork(33)
     found = survey(journal)
     assert found is not None
     assert found.numbers == {10, 33}

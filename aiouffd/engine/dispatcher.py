@@ -47,24 +47,26 @@ _MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descript
 class Landing(Protocol):
     """Where messages land, and how layout events are kept for a successor."""
 
-    buffers: list[memoryview]
+    @property
+    def buffer(self) -> memoryview:
+        """Room for the messages of the next read."""
 
     def before_reading(self) -> None:
         """Take note that messages may land now."""
 
     @property
     def identity(self) -> memoryview:
-        """One signed word, in which the reader notes whose messages it reads into `buffers[0]`."""
+        """One signed word, in which the reader notes whose messages it reads into `buffer`."""
 
     def commit(self, space: Space, layout: list[bytes]) -> None:
-        """Make layout events durable; `buffers` may be another afterwards."""
+        """Make layout events durable; `buffer` may be another afterwards."""
 
 
 class Memory:
     """Messages land in private memory: this process has no successor."""
 
     def __init__(self) -> None:
-        self.buffers = [memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))]
+        self.buffer = memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))
         self.identity = memoryview(bytearray(8)).cast("q")
 
     def before_reading(self) -> None:
@@ -214,7 +216,7 @@ class Dispatcher:
         came = False
         while not self._closed:
             self._landing.before_reading()
-            if self._landing.buffers[0] is not self._landed_at:
+            if self._landing.buffer is not self._landed_at:
                 self._land()
             left = turn - perf_counter_ns()
             outcome, found = self._reader.run(max(left, 0), came=came, once=bool(self._behind))
@@ -240,13 +242,13 @@ class Dispatcher:
         self._ready()
 
     def _land(self) -> None:
-        self._landed_at = self._landing.buffers[0]
+        self._landed_at = self._landing.buffer
         self._reader.land(self._landed_at, self._landing.identity)
 
     def _serve(self, fd: int, length: int, events: int) -> None:
         if length:
             space = self.spaces[fd]
-            serve_messages(space, self._landing.buffers[0], length, self._landing.commit)
+            serve_messages(space, self._landing.buffer, length, self._landing.commit)
             self._reader.refresh(space)
             if space.allowance is not None:
                 space.allowance.read(length // abi.MESSAGE_SIZE)

@@ -95,7 +95,6 @@ class Journal:
 
     Attributes:
         counters: the pager's own, in this memory.
-        buffers: where the next read's messages land.
         mirror: told of what is appended, before it counts, while the log is being written anew.
         threshold: the size from which on `on_growth` is called before the next read.
         on_growth: called then; all events that were committed have been applied.
@@ -117,7 +116,6 @@ class Journal:
         ]
         self._logs = [self._bytes[at : at + self._size] for at in (_LOGS, _LOGS + self._size)]
         self.counters = self.counters_of(0)
-        self.buffers = [self._landings[self._words[0] & 1]]
         self.mirror: Mirror | None = None
         self.threshold = size
         self.on_growth: Callable[[], Any] = _nothing
@@ -188,6 +186,12 @@ class Journal:
             self.on_growth()
 
     @property
+    def buffer(self) -> memoryview:
+        """The active landing, for the next read."""
+        # Of the shared word, not of this object: a worker is forked from the keeper, whose object is unchanged.
+        return self._landings[self._words[0] & 1]
+
+    @property
     def identity(self) -> memoryview:
         """The word of the active landing that says whose messages land there."""
         return self._identities[self._words[0] & 1]
@@ -252,7 +256,6 @@ class Journal:
         word = self._words[0]
         landing = self._clear_other(word)
         self._words[0] = size << 2 | (~word & 2) | landing
-        self.buffers[0] = self._landings[landing]
 
     def _put(self, data: bytes) -> None:
         word = self._words[0]
@@ -260,7 +263,6 @@ class Journal:
         self._logs[word >> 1 & 1][at : at + len(data)] = data
         landing = self._clear_other(word)
         self._words[0] = (at + len(data)) << 2 | (word & 2) | landing
-        self.buffers[0] = self._landings[landing]
         self._has_grown = at + len(data) >= self.threshold
 
     def _clear_other(self, word: int) -> int:
