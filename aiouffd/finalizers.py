@@ -20,11 +20,11 @@ def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None
     The globals of modules may be None by then, those of the finalizer, too: on a free-threaded Python they are. No
     other thread runs any more, and the kernel frees what the process has.
     """
-    is_finalizing = sys.is_finalizing  # no global
+    system = sys  # no global; its own go last
 
     @functools.wraps(finalizer)
     def finalize(self: _Object) -> None:
-        if not is_finalizing():
+        if not system.is_finalizing():
             finalizer(self)
 
     return finalize

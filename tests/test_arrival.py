@@ -61,7 +61,7 @@ async def test_a_handoff_in_pieces_with_a_memfd() -> None:
     """It is complete when it parses, wherever it is cut; what else comes along is closed."""
     wire = Wire()
     memfd = os.memfd_create("guest")
-    data = text({"x": "a ] in a string"}, {"base_host_virt_addr": 1 << 40})
+    data = text({"x": "a ] in a string"}, {"base_host_virt_addr": 1 << 40, "offset": 1 << 40})
     taking = asyncio.create_task(wire.receive())
     with aiouffd.Userfaultfd() as uffd:
         before = open_descriptors()

@@ -22,7 +22,7 @@ C_FILES = (
     "plain",
     "chain",
     "ask",
-    "notes",
+    "crash_notes",
     "signal",
     "watchdog",
     "watch_servers",
