@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 from programs import STEPS, Stage, plan
 from scenario import TESTS
 
+from aiouffd import native
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_ENGINES = ["pager", "pager", "served_by", "in_process", *([] if native.reason() else ["in_thread"])]
 _number = st.integers(0, 63)
 _step = st.none() | st.one_of([st.tuples(st.just(name), _number, _number, _number) for name in STEPS])
 _options = st.fixed_dictionaries(
@@ -33,7 +36,7 @@ _options = st.fixed_dictionaries(
         "shared": st.booleans(),
         "source": st.sampled_from(["hand", "far", "buffer"]),
         "readahead": st.sampled_from([2 << 20, 0, 16 << 10]),
-        "engine": st.sampled_from(["pager", "pager", "served_by", "in_thread", "in_process"]),
+        "engine": st.sampled_from(_ENGINES),
         "background": st.booleans(),
         "tracked": st.booleans(),
     }
