@@ -15,6 +15,9 @@ PATIENCE = 60.0
 KEPT: set[int] = set()
 """Processes that stay from one test to the next."""
 PR_SET_CHILD_SUBREAPER = 36
+KNOWN = sum(1 << (number - 1) for number in signal.valid_signals())
+"""Mask of the signals that programs know of. glibc's posix_spawn, which subprocess uses since Python 3.13, has children
+ignore the other two, which are glibc's own."""
 INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 """Python ignores them, and subprocess gives children their default."""
 

@@ -85,10 +85,10 @@ for kind, place in (
     os.makedirs(place, exist_ok=True)
     libc.mount(kind.encode(), place.encode(), kind.encode(), 0, None)
 os.environ.update(PYTHONPATH={path!r}, HOME="/tmp", PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1",
-    AIOUFFD_TEST_DEADLINE="900")
+    AIOUFFD_TEST_DEADLINE="1800")
 os.chdir({repository!r})
 print("MATRIX kernel", os.uname().release, flush=True)
-code = subprocess.call([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=1000", *{arguments!r}])
+code = subprocess.call([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=1900", *{arguments!r}])
 print("MATRIX exit", code, flush=True)
 libc.sync()
 libc.reboot(0x4321FEDC)
