@@ -75,13 +75,14 @@ def test_256_mib_in_random_order_from_four_threads_with_the_gil(
     play(four_threads_hold_the_gil, kind)
 
 
+@pytest.mark.timeout(400)
 def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
     """The same, from a page server."""
     with (tmp_path / "input.bin").open("wb") as file:
         for page in range((256 << 20) // PAGE):
             file.write(word(page) * (PAGE // 8))
     with serving(tmp_path) as url:
-        play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=110)
+        play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=300)
 
 
 async def own_loop_thread_touches() -> None:
