@@ -122,7 +122,9 @@ ORDER = {
         "server",
     ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
-    "monitor": ["__init__", "engines", "registration", "error_queue", "crashes", "lookout", "monitor", "open"],
+    "monitor": [
+        *("__init__", "engines", "registration", "beginnings", "error_queue", "crashes", "lookout", "monitor", "open"),
+    ],
     "monitor/engines": [
         "__init__",
         "protocol",

@@ -20,6 +20,7 @@ from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.region import Region
+from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
@@ -240,40 +241,41 @@ class Monitor:
         region = self.region
         self._pid = os.getpid()
         self._sigbus = self._on_exit != "zeros"
-        registration = Registration(
-            region,
-            self._choice.features,
-            writes=self._writes,
-            children=self._children,
-            user_mode_only=self._user_mode_only,
-            serves_system_calls=self._choice.serves_system_calls,
-        )
-        self._registration = registration
-        name = f"The Monitor of {region!r} by {self.origin!r}"
-        self._crashes = CrashNotes(region, name, children=registration.children)
-        try:
-            if self._writes == "tracked":
-                registration.collect()  # what was there before is protected, too
-            engine.start(
-                Assignment(
-                    uffd=registration.uffd,
-                    service=self._service(),
-                    mapping=Mapping(region.address, region.address + region.mapped_length, 0),
-                    page_size=region.page_size,
-                    options=attrs.evolve(self._options, modes=int(registration.modes)),
-                    can_poison=registration.can_poison,
-                    on_error=self._errors.put,
-                    on_lost=_weak(
-                        self._lost
-                    ),  # the engine is part of cycles, and the region is not to wait for their end
-                )
+        with beginnings.begin(children=self._children is not False):
+            registration = Registration(
+                region,
+                self._choice.features,
+                writes=self._writes,
+                children=self._children,
+                user_mode_only=self._user_mode_only,
+                serves_system_calls=self._choice.serves_system_calls,
             )
-        except BaseException:
-            self._end_recording(complete=False)
-            self._registration = None
-            registration.abandon()
-            self._crashes.close()
-            raise
+            self._registration = registration
+            name = f"The Monitor of {region!r} by {self.origin!r}"
+            self._crashes = CrashNotes(region, name, children=registration.children)
+            try:
+                if self._writes == "tracked":
+                    registration.collect()  # what was there before is protected, too
+                engine.start(
+                    Assignment(
+                        uffd=registration.uffd,
+                        service=self._service(),
+                        mapping=Mapping(region.address, region.address + region.mapped_length, 0),
+                        page_size=region.page_size,
+                        options=attrs.evolve(self._options, modes=int(registration.modes)),
+                        can_poison=registration.can_poison,
+                        on_error=self._errors.put,
+                        on_lost=_weak(
+                            self._lost
+                        ),  # the engine is part of cycles, and the region is not to wait for their end
+                    )
+                )
+            except BaseException:
+                self._end_recording(complete=False)
+                self._registration = None
+                registration.abandon()
+                self._crashes.close()
+                raise
         self._engine, region.monitor = engine, self
         if region.fd >= 0:
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
