@@ -2,7 +2,8 @@
 
 Layout (imports point down only): `cli` (commands) > `monitor` (memory of this process) > `criu`, `server` (memory of
 others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `engine` (the core) > `sources` >
-`kernel` (userfaultfd, typed) > `native` (the part in C) > `ranges`, `errors`.
+`testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`, `finalizers`,
+`errors`.
 """
 
 import sys

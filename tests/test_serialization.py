@@ -1,4 +1,4 @@
-"""`pager.process.travel`: sources of ours as plain values, those of others as pickles."""
+"""`pager.process.serialization`: sources of ours as plain values, those of others as pickles."""
 
 from __future__ import annotations
 

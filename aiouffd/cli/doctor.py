@@ -86,7 +86,7 @@ def examine() -> Report:
             " of a server wait for it"
         )
     if _try("syscall", Feature.EVENT_FORK) and _try("device", Feature.EVENT_FORK):
-        advice.append('Monitor(fork="serve") needs CAP_SYS_PTRACE')
+        advice.append("To serve forked children needs CAP_SYS_PTRACE: without it they do not have the region")
     if native.reason():
         advice.append(f"Monitor(engine=InThread()) needs the native part: {NativePartError(native.reason())}")
     return Report(capabilities, refusals, _monitors(capabilities, full=full), _facts(), tuple(advice))

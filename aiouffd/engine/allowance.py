@@ -26,8 +26,8 @@ __all__ = ["Allowance", "Allowances", "Bucket", "MeteredUserfaultfd", "allowed"]
 
 log = logging.getLogger("aiouffd")
 
-_BURST = 1.0  # seconds, whose tokens a bucket holds
-_STEP = 0.01  # seconds, whose tokens an empty bucket gets before they are used: to hold and release costs time
+_BURST = 1.0  # a full bucket holds the tokens of so many seconds
+_STEP = 0.01  # seconds that spaces are held at least: to hold and release them costs time
 _SAID_AGAIN = 60.0  # seconds
 
 
@@ -41,7 +41,7 @@ class Bucket:
 
     def __init__(self, rate: float, now: float) -> None:
         self.rate = rate
-        self._empty = now - _BURST  # when it would have been empty, had it held any number
+        self._empty = now - _BURST  # the time at which its level is 0; in the future if it is overdrawn
 
     def take(self, tokens: float, now: float) -> None:
         """Take tokens, whether there are so many or not."""
@@ -95,7 +95,7 @@ class Allowance:
 
     @property
     def is_forgettable(self) -> bool:
-        """Whether a new one would say the same."""
+        """Whether nobody uses it and it is full, as a new one would be."""
         return not self.spaces and self.level >= _BURST
 
     def read(self, events: int) -> None:

@@ -110,4 +110,4 @@ def detach(function: Callable[..., Any], *args: Any) -> None:
     Raises:
         RuntimeError: no thread can be started.
     """
-    threading.Thread(target=function, args=args, name="aiouffd-apart", daemon=True).start()
+    threading.Thread(target=function, args=args, name="aiouffd-own-thread", daemon=True).start()

@@ -57,8 +57,8 @@ class CrashNotes:
         if not children:
             self._note.say(
                 When.ABSENT,
-                f"{monitor} serves it for process {os.getpid()}; a forked child does not have it. Use Monitor(...,"
-                ' fork="serve") with the default engine, or open it in the child.',
+                f"{monitor} serves it for process {os.getpid()}; a forked child does not have it. Use the default"
+                ' engine without fork="dontfork" (it needs CAP_SYS_PTRACE), or open it in the child.',
             )
         region.annotate(self._note)
 

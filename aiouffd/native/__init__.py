@@ -23,7 +23,7 @@ from typing import Any
 from aiouffd.errors import NativePartError
 from aiouffd.native import build
 
-__all__ = ["SWITCH", "holding", "is_known", "library", "reason"]
+__all__ = ["holding", "is_known", "library", "reason"]
 
 SWITCH = "AIOUFFD_NATIVE"
 """The environment variable: 0 leaves the native part out."""

@@ -20,7 +20,7 @@ from aiouffd.pager.process.serialization import Pickles
 
 
 def main() -> int:
-    """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: see `travel.Pickles`."""
+    """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: `serialization.Pickles`."""
     inherited.reset_signals()
     inherited.open_standard_descriptors()
     inherited.raise_limits()

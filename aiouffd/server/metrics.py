@@ -63,7 +63,7 @@ class Metrics(Collector):
         yield _counter("source_errors", "Reads of a source that failed for good", now.source_errors)
         yield _counter("worker_restarts", "Workers that died and were replaced", now.restarts)
         yield _counter("rejected_clients", "Clients that were turned away", self._rejected())
-        yield _counter("slowed", "Times that a client waited since it had used up its events or bytes", now.slowed)
+        yield _counter("slowed", "Times that a client exceeded its events or bytes a second, and waited", now.slowed)
         yield GaugeMetricFamily("aiouffd_clients", "Clients being served", now.clients)
         yield GaugeMetricFamily("aiouffd_address_spaces", "Address spaces served, forked ones too", now.spaces)
         yield GaugeMetricFamily("aiouffd_in_flight", "Source reads under way", now.in_flight)

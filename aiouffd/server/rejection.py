@@ -72,7 +72,7 @@ class Rejections:
                 kill(connection, peer)
                 uffd.close()
             else:
-                # Apart: poisoning 1 TiB takes a while, and waits for the lock of the client's address space.
+                # Poisoning 1 TiB takes a while, and waits for the lock of the client's address space.
                 await in_own_thread(_poison_all, peer, uffd, claimed)
         finally:
             close_foreign([connection.detach()])

@@ -136,7 +136,7 @@ def forked(name: str, where: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize(("where", "words"), [("inside", 'fork="serve"'), ("after", "was left at")])
+@pytest.mark.parametrize(("where", "words"), [("inside", "Use the default engine"), ("after", "was left at")])
 @pytest.mark.parametrize("name", ["pager", "in_thread"])
 def test_a_touch_in_a_forked_child(name: str, where: str, words: str) -> None:
     """It is SIGSEGV; standard error has the Monitor, the way out, and the line that touched."""
@@ -191,4 +191,4 @@ def pool(fork: str) -> None:
 def test_a_pool_of_forked_workers(fork: str) -> None:
     """Served, as by default, it has the bytes. Else each worker says what to do, and the pool waits for ever."""
     _, errors = play(pool, fork)
-    assert ('Use Monitor(..., fork="serve")' in errors) == (fork == "dontfork")
+    assert ("Use the default engine" in errors) == (fork == "dontfork")

@@ -43,8 +43,9 @@ class Pager:
     some seconds after the last was left, or with the process. It serves sources of aiouffd only. A source or handler of
     your own, which could block the loop, gets a pager for itself.
 
-    An instance is a pager apart from that: for the Monitors that it is passed to, whatever serves them. It runs as long
-    as one of them does. As a context manager, plain or asynchronous, it also runs for the time of the block:
+    An instance is a pager apart from that: for the Monitors that it is passed to, whatever their source or handler is.
+    It runs as long as one of them does. As a context manager, plain or asynchronous, it also runs for the time of the
+    block:
 
         with aiouffd.Pager() as pager:
             with aiouffd.Monitor(a, one, engine=pager), aiouffd.Monitor(b, other, engine=pager):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State
 
-__all__ = ["Pack", "PagerClient", "Tenant"]
+__all__ = ["PagerClient"]
 
 log = logging.getLogger("aiouffd")
 

@@ -48,7 +48,7 @@ class Pair:
         keeper: the process.
         connection: to the pager; this object's from now on.
         journal: the pager's.
-        vault: the same; this object's from now on.
+        vault: the pager's; this object's from now on.
 
     Attributes:
         keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.

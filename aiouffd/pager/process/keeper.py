@@ -56,7 +56,7 @@ HOPELESS = 20.0
 GRACE = 3.0
 """Seconds more, until the worker is killed, and so replaced."""
 ORPHANED = 1.0
-"""The same, where the process that has started the pager is gone: nobody is left who would want to know."""
+"""Seconds without a turn until the worker is killed, where the process that started the pager is gone."""
 
 CALM = 60.0
 """A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""

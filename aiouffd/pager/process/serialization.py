@@ -34,10 +34,11 @@ class Pickles(enum.StrEnum):
     """How often a pager unpickles what its owner sends."""
 
     NEVER = "never"
+    """For the pager that a process shares, and for `aiouffd lazy-pages`: sources of aiouffd only."""
     ONCE = "once"
     """The first time that it is asked to: for a pager that is private to one Monitor."""
     ALWAYS = "always"
-    """For the pager of a server, whose sources are its own program's."""
+    """For the pager of a server or of a `Pager` instance, whose sources are its own program's."""
 
 
 _MAKERS: Final = frozenset(

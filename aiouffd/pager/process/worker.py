@@ -35,9 +35,9 @@ __all__ = ["prepare", "run"]
 
 log = logging.getLogger("aiouffd.pager")
 
-_FAREWELL = 0.5
-_FIRST = 0.01
-_LATER = 0.1
+_FAREWELL = 0.5  # seconds for the last messages to be sent
+_FIRST = 0.01  # seconds for sources to be opened again, before requests are read
+_LATER = 0.1  # seconds until descriptors that may block are closed
 
 
 def prepare() -> None:
@@ -58,12 +58,12 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
     gc.freeze()  # what the keeper made lives as long as the worker does
-    os.register_at_fork(after_in_child=connection.close)  # who holds it is taken for the worker; a source may fork
+    os.register_at_fork(after_in_child=connection.close)  # a source may fork: its child would be taken for the worker
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
-    for fd in slow:  # each in a thread, whose start the threads that wait for pages need not wait for
+    for fd in slow:  # later: each starts a thread, and who waits for a page comes first
         loop.call_later(_LATER, close_foreign, [fd])
     loop.run_until_complete(_Worker(loop, journal, vault, connection, pickles).main())
     # The process that waits for the end of this one need not wait for threads that close files.
