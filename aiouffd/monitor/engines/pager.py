@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pager", "PagerEngine", "default"]
 
-_LINGER: Final = 5.0
-_shared = Pagers(Pickles.NEVER, place, linger=_LINGER)
+_shared = Pagers(Pickles.NEVER, place)
 
 
 @attrs.frozen
@@ -40,8 +39,8 @@ class Pager:
     """The loop runs in a process of its own, so that any thread may touch the region, holding the GIL or not.
 
     This is the default, with one pager for all Monitors of this process. It starts with the first Monitor, and ends
-    some seconds after the last was left, or with the process. It serves sources of aiouffd only. A source or handler of
-    your own, which could block the loop, gets a pager for itself.
+    with the last. It serves sources of aiouffd only. A source or handler of your own, which could block the loop, gets
+    a pager for itself.
 
     An instance is a pager apart from that: for the Monitors that it is passed to, whatever their source or handler is.
     It runs as long as one of them does. As a context manager, plain or asynchronous, it also runs for the time of the
@@ -58,6 +57,9 @@ class Pager:
         stuck_limit: seconds until this process is ended (SIGABRT) if all processes of the pager were killed while a
             thread waits for a page with the GIL held, so that no others can be started. It needs the native part.
             None: never.
+        linger: seconds that the pager of an instance waits for another Monitor when the last was left. This process has
+            descriptors of the pager's until then: a program that closes all of its descriptors, as daemons do, must not
+            do so meanwhile.
 
     Raises (on entering):
         PagerStartError: it did not start.
@@ -65,8 +67,13 @@ class Pager:
 
     spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
     stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
-    _pagers: Pagers = attrs.field(init=False, repr=False, eq=False, factory=lambda: Pagers(Pickles.ALWAYS))
+    linger: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    _pagers: Pagers = attrs.field(init=False, repr=False, eq=False)
     _kept: list[PagerClient] = attrs.field(init=False, repr=False, eq=False, factory=list)
+
+    @_pagers.default
+    def _own(self) -> Pagers:
+        return Pagers(Pickles.ALWAYS, linger=self.linger)
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
