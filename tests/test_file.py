@@ -279,3 +279,20 @@ def test_no_thread_is_started_while_the_interpreter_ends(tmp_path: Path, monkeyp
         patch.setattr(threading, "Thread", lambda **_: pytest.fail("a thread"))
         source.__del__()
     os.fstat(fd)
+
+
+def test_a_descriptor_whose_server_has_gone_is_closed_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close(2) of a FUSE file is ENOTCONN then, and nobody can do anything about it."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"x" * 4096)
+    source = aiouffd.FileSource(path)
+    source._file_system = SimpleNamespace(remote=True)  # type: ignore[assignment]
+    os.close(source._fd)
+    threads: list[threading.Thread] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", threads.append)
+        source.__del__()
+    source._fd = -1
+    threads[0].run()

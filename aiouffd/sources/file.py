@@ -350,7 +350,12 @@ class FileSource:
         else:
             # close(2) waits for an answer of the server (FUSE_FLUSH). Where no thread can be started, it stays open.
             with contextlib.suppress(RuntimeError):
-                threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+                threading.Thread(target=_close, args=(fd,), daemon=True).start()
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # the server has gone: the descriptor is closed all the same
+        os.close(fd)
