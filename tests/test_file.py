@@ -290,9 +290,7 @@ def test_a_descriptor_whose_server_has_gone_is_closed_without_a_word(
     source = aiouffd.FileSource(path)
     source._file_system = SimpleNamespace(remote=True)  # type: ignore[assignment]
     os.close(source._fd)
-    threads: list[threading.Thread] = []
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", threads.append)
+        patch.setattr(threading.Thread, "start", threading.Thread.run)
         source.__del__()
     source._fd = -1
-    threads[0].run()
