@@ -80,11 +80,19 @@ WRITEPROTECT_STRUCT: Final = struct.Struct("=QQQ")  # start, len, mode; RWPROTEC
 SET_MODE_STRUCT: Final = struct.Struct("=QQ")  # enable, disable
 RESULT: Final = struct.Struct("=q")
 
-_PASSED_ITSELF = 1025
-"""From this size on, `fcntl.ioctl` gives the kernel the buffer of the caller. It copies a smaller one; since Python
-3.14 it does not copy it back if the call fails: the result of a partial COPY would be lost."""
-COPY_ARGUMENT: Final = struct.Struct(f"{COPY_STRUCT.format}{_PASSED_ITSELF - COPY_STRUCT.size}x")
-ZEROPAGE_ARGUMENT: Final = struct.Struct(f"{ZEROPAGE_STRUCT.format}{_PASSED_ITSELF - ZEROPAGE_STRUCT.size}x")
+_PASSED_ITSELF = 1025 if sys.version_info >= (3, 14) else 0
+"""From 1,025 bytes on, `fcntl.ioctl` gives the kernel the buffer of the caller; a smaller one it copies. Since Python
+3.14 it does not copy it back if the call fails: the result of a partial COPY would be lost. Before, it keeps the GIL
+while the kernel works on a buffer that it has not copied."""
+
+
+def padded(layout: struct.Struct, size: int = _PASSED_ITSELF) -> struct.Struct:
+    """Return a struct that ends with as many bytes more as make it so large."""
+    return struct.Struct(f"{layout.format}{max(0, size - layout.size)}x")
+
+
+COPY_ARGUMENT: Final = padded(COPY_STRUCT)
+ZEROPAGE_ARGUMENT: Final = padded(ZEROPAGE_STRUCT)
 
 MESSAGE_SIZE: Final = 32
 PAGEFAULT_MESSAGE: Final = struct.Struct("=B7xQQI4x")  # event, flags, address, thread id

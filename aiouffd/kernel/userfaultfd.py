@@ -11,7 +11,7 @@ Some facts about these ioctls:
 - EAGAIN has two meanings. A positive result is a partial copy: go on behind it. Otherwise the layout of the target
   is changing: read the pending events, then retry.
 - `fcntl.ioctl` with a bytearray releases the GIL and returns the kernel's answer in it. Since Python 3.14 it does so
-  for a call that fails only if the bytearray has more than 1,024 bytes (`abi.COPY_ARGUMENT`). Each call has a bytearray
+  for a call that fails only if the bytearray has more than 1,024 bytes (`abi.padded`). Each call has a bytearray
   of its own, so that several threads (and a signal handler) may use one descriptor.
 """
 

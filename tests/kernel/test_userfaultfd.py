@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import threading
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NoReturn
@@ -380,6 +381,10 @@ def test_a_partial_result_is_seen_in_each_version_of_python(monkeypatch: pytest.
         return result
 
     monkeypatch.setattr(userfaultfd, "_ioctl", as_python_3_14)
+    monkeypatch.setattr(userfaultfd, "_pack_copy", abi.padded(abi.COPY_STRUCT, 1025).pack)
+    monkeypatch.setattr(userfaultfd, "_pack_zeropage", abi.padded(abi.ZEROPAGE_STRUCT, 1025).pack)
+    # Before 3.14 it keeps the GIL during a call with a larger argument: other threads would wait for each COPY.
+    assert (abi.COPY_ARGUMENT.size > 1024) == (sys.version_info >= (3, 14))
     for operation in ("copy", "zeropage", "poison"):
         if operation == "poison" and Feature.POISON not in aiouffd.probe().features:
             continue
