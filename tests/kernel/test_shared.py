@@ -78,6 +78,7 @@ def ends_while_it_lingers() -> None:
 
 def killed_while_it_lingers() -> None:
     """Scenario: the process ends, and cannot say so."""
+    engines._shared._linger = 1000.0
     with monitor_of() as monitor:
         print(*monitor.pids, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -136,7 +137,7 @@ def test_who_shares(scenario: Callable[[], None]) -> None:
 
 
 def test_one_pager_serves_all_and_ends_with_the_process() -> None:
-    """It lingers for the next Monitor; the process takes it along, without a word."""
+    """Where it lingers for the next Monitor, the process takes it along, without a word."""
     for scenario, status in (
         (one_serves_all, 0),
         (ends_while_it_lingers, 0),

@@ -1,4 +1,4 @@
-"""Pagers that several Monitors use: started by the first of them, and ended some seconds after the last has left.
+"""Pagers that several Monitors use: started by the first of them, and ended with the last, or `linger` seconds later.
 
 A pager serves only where this process is as it was when the pager was started (`place`): what it may open and reach is
 what the process could then. A forked child starts its own.
