@@ -46,7 +46,7 @@ def test_requests_while_others_take_over() -> None:
     journal = Journal.create()
     client._reopen = lambda *_: None  # type: ignore[method-assign]
     client._takeover._reopen = lambda *_: None
-    client._held = True
+    client._requests.held = True
     tenant = cast("Tenant", FakeTenant())
     for _ in range(10_000):
         client.request("prefetch", tenant, offset=0, length=0)
@@ -54,7 +54,7 @@ def test_requests_while_others_take_over() -> None:
 
     def ask() -> None:
         while not done.is_set():
-            client._held = True
+            client._requests.held = True
             client.request("prefetch", tenant, offset=0, length=0)
             with client._requests.lock:
                 client._requests.forget(client._requests.pending[:1])
@@ -72,18 +72,3 @@ def test_requests_while_others_take_over() -> None:
         done.set()
         thread.join()
         client.stop()
-
-
-def test_a_worker_is_asked_for_nothing_before_it_has_taken_over() -> None:
-    """Then for all that waits, in an order that makes sense."""
-    client = PagerClient(on_error=lambda *_: None)
-    sent: list[str] = []
-    client._send = lambda request: sent.append(request.message["op"])  # type: ignore[method-assign]
-    client._held = True
-    for op in ("prefetch", "open", "takeover", "resume"):
-        client._requests(op, token="a")
-    assert sent == ["takeover"]
-    client._requests.forget([request for request in client._requests.pending if request.message["op"] == "takeover"])
-    client._taken()
-    assert sent == ["takeover", "resume", "open", "prefetch"]
-    client.stop()

@@ -104,10 +104,12 @@ ORDER = {
         "interpreter",
         "waiting",
         "pair",
+        "asking",
         "tenant",
         "takeover",
         "abandoned",
         "client",
+        "forks",
         "shared",
     ],
     "server": [

@@ -1,7 +1,8 @@
-"""A fork() waits while a Monitor is being entered whose forked children are to be served.
+"""A fork() waits while nobody could read of it, though forked children are to be served.
 
 A fork() waits in the kernel, with the GIL held, until somebody has read the event of each registered userfaultfd.
 While a Monitor is being entered, nobody reads its own yet, and the thread that is about to change that needs the GIL.
+The same is true while a pager is replaced whose processes are all dead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING
+
+from aiouffd.pager.client import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,10 +48,11 @@ class Beginnings:
                 self._changed.notify_all()
 
     def before_fork(self) -> None:
-        """Wait until no other thread is in `begin`; keep all out of it."""
+        """Wait until no other thread is in `begin`, and the pagers read; keep all out of it."""
         thread = threading.get_ident()
         self._changed.acquire()
         self._changed.wait_for(lambda: all(other == thread for other in self._threads))
+        shared.before_fork()
 
     def in_parent(self) -> None:
         """Let others in again: the fork is done, or has failed."""

@@ -197,7 +197,7 @@ def a_journal_is_full() -> None:
             thread.join(0.2)
         assert thread.is_alive()
         assert monitor.statistics().restarts == 0
-        state = survey(monitor._engine._client._pair.journal)  # type: ignore[union-attr]
+        state = survey(monitor._engine._client._requests.pair.journal)  # type: ignore[union-attr]
         assert state is not None
         (space,) = state.spaces.values()
         assert all(space.mappings.locate(region.address + page * PAGE)[2] == ZEROS for page in list(done))

@@ -1,7 +1,8 @@
 """The side of the application that uses a pager.
 
 Layout: `interpreter` (which Python a pager runs in), `waiting` (how the client's thread waits), `pair` (a keeper and
-its worker, as their parent sees them), `tenant` (what a pager is given to serve), `takeover` (from a worker whose
-keeper has died), `abandoned` (when nothing of ours serves any more), `client` (starts, asks and replaces a pager),
-`shared` (which Monitors use the same one, and when it ends).
+its worker, as their parent sees them), `asking` (requests to whichever pair serves), `tenant` (what a pager is given to
+serve), `takeover` (from a worker whose keeper has died), `abandoned` (when nothing of ours serves any more), `client`
+(starts, asks and replaces a pager), `forks` (which wait for a pager that is being replaced), `shared` (which Monitors
+use the same one, and when it ends).
 """

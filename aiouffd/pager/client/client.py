@@ -20,6 +20,7 @@ from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStart
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import probe
 from aiouffd.pager.client.abandoned import poison_what_is_touched
+from aiouffd.pager.client.asking import Asking
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
@@ -29,7 +30,7 @@ from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.serialization import Pickles
-from aiouffd.rpc import LAST_REQUEST, Request, Requests
+from aiouffd.rpc import LAST_REQUEST, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,12 +46,6 @@ __all__ = ["PagerClient"]
 log = logging.getLogger("aiouffd")
 
 _LEFT = "the Monitor has been left"
-_FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
-
-
-def _rank(request: Request) -> int:
-    op = request.message["op"]
-    return _FIRST.index(op) if op in _FIRST else len(_FIRST)
 
 
 def _with_reason(error: BaseException, reason: BaseException | None) -> BaseException:
@@ -71,6 +66,11 @@ class PagerClient:
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
             owners of the memory settle it then. None: the thread stays, and poisons what is touched.
         pickles: how often the pager unpickles a source or handler that this process sends.
+
+    Attributes:
+        thread: listens to the pager.
+        settled: set when the pager was given up and a fork waits for nobody here: its keeper reads on, or the memory
+            has been settled. Set when the client is stopped, too.
     """
 
     def __init__(
@@ -83,24 +83,23 @@ class PagerClient:
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
-        self._on_lost = on_lost
+        self._on_lost = None if on_lost is None else partial(self._lose, on_lost)
         self._tenants: dict[str, Tenant] = {}
-        self._requests = Requests("the pager", self._transmit)
         self._waiter = Waiter(Watches())
+        self._requests = Asking(self._waiter)
         self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
         )
-        self._pair: Pair | None = None
         self._worker_pid = 0
         self._slots = Slots()
         self._later = Later()
-        self._held = False  # until the successor has taken over: one that serves anything would take over nothing
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
         self._deaths = Deaths()  # of keepers
-        self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
+        self.settled = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
     # The caller's side
 
@@ -110,9 +109,9 @@ class PagerClient:
         Raises:
             PagerStartError: it did not start; `stop` it all the same.
         """
-        self._pair = self._start_pair()
+        self._requests.pair = self._start_pair()
         try:
-            self._thread.start()
+            self.thread.start()
         except RuntimeError as error:
             raise PagerStartError(
                 f"no thread can be started to listen to the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
@@ -150,19 +149,23 @@ class PagerClient:
         """
         return self._requests(op, token=tenant.token, **arguments)
 
+    def ping(self) -> Future[Any]:
+        """Ask for an answer: then a worker runs; raises as `request`."""
+        return self._requests("ping", token=None)
+
     def statistics(self, tenant: Tenant | None = None) -> Statistics:
         """Read the counters: shared memory, no round trip. Without a tenant, those of all that have no slot."""
         return self._journal.counters.snapshot() if tenant is None else tenant.statistics(self._journal)
 
     @property
     def _journal(self) -> Journal:
-        assert self._pair is not None
-        return self._pair.journal
+        assert self._requests.pair is not None
+        return self._requests.pair.journal
 
     @property
     def pids(self) -> tuple[int, int]:
         """Keeper and worker, as far as known; the worker of a dead keeper as long as no other one is."""
-        return (self._pair.keeper.pid if self._pair is not None else 0, self._worker_pid)
+        return (self._requests.pair.keeper.pid if self._requests.pair is not None else 0, self._worker_pid)
 
     def refuse(self, tenant: Tenant) -> None:
         """Have nothing more brought to a tenant, which its owner settles next: a touch until then is SIGBUS."""
@@ -196,7 +199,7 @@ class PagerClient:
         except (UffdError, TimeoutError):
             if self._dead is not None:  # its keeper poisons what is touched, and must let go of this
                 with self._requests.lock:
-                    self._send(Request({"op": "close", "id": 0, "token": tenant.token}))
+                    self._requests.send(Request({"op": "close", "id": 0, "token": tenant.token}))
         self.forget(tenant)
 
     def _requests_of(self, tenant: Tenant) -> list[Request]:
@@ -230,14 +233,15 @@ class PagerClient:
         """
         self._waiter.stop()
         self._requests.close(ClosedError(_LEFT))
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(10.0)
-        pairs = [*self._takeover.orphans, *([self._pair] if self._pair is not None else [])]
+        self.settled.set()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(10.0)
+        pairs = [*self._takeover.orphans, *([self._requests.pair] if self._requests.pair is not None else [])]
         states = filter(None, (survey(pair.journal) for pair in pairs))
         leave = leave or any(space.is_child for state in states for space in state.spaces.values())
         self._takeover.close(kill=not leave)
-        if self._pair is not None:
-            self._pair.end(leave=leave, silent=self._silent)
+        if self._requests.pair is not None:
+            self._requests.pair.end(leave=leave, silent=self._silent)
         self._waiter.close()
 
     # Requests
@@ -260,31 +264,6 @@ class PagerClient:
         future.add_done_callback(lambda _: os.close(pidfd))
         return future
 
-    def _transmit(self, request: Request) -> None:
-        if not self._held or request.message["op"] == "takeover":
-            self._send(request)
-
-    def _send(self, request: Request) -> None:
-        """Send a request, or have it sent when there is room; what cannot be sent at all has failed."""
-        if self._pair is None or request.future.done():  # canceled: its descriptors may be closed
-            return
-        try:
-            self._pair.outbox.put(request.message, list(request.fds))
-        except control.Closed:
-            return  # the pager is gone: sent again to its successor
-        except OSError as error:
-            self._requests.forget([request])
-            request.fail(PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
-            return
-        if self._pair.outbox and threading.current_thread() is not self._thread:
-            self._waiter.wake()
-
-    def _resend(self) -> None:
-        """Send all that is not answered yet, in an order that makes sense."""
-        with self._requests.lock:
-            for request in sorted(self._requests.pending, key=_rank):
-                self._transmit(request)
-
     # The thread's side
 
     def _run(self) -> None:
@@ -301,8 +280,8 @@ class PagerClient:
     def _serve(self) -> None:
         """Listen to the pager, and replace it when its keeper ends, until the client is stopped."""
         while True:
-            assert self._pair is not None
-            self._listen(self._pair)
+            assert self._requests.pair is not None
+            self._listen(self._requests.pair)
             if not self._waiter.stopped:
                 self._later.run()  # nobody is served: no other pager is needed
             if self._waiter.stopped:
@@ -310,7 +289,7 @@ class PagerClient:
             if self._dead is not None:  # the keeper has poisoned what was touched, until now
                 self._abandon()
                 return
-            self._replace(self._pair)
+            self._replace(self._requests.pair)
 
     def _listen(self, pair: Pair) -> None:
         """Handle messages until the keeper ends, or the client is stopped."""
@@ -366,14 +345,14 @@ class PagerClient:
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         if message.get("event") == "ready":
-            assert self._pair is not None
+            assert self._requests.pair is not None
             # The first finds all that was sent in the socket. Any other is the successor of one that died with it.
-            again = bool(self._pair.worker_pid)
+            again = bool(self._requests.pair.worker_pid)
             self._worker_pid = message["pid"]
             with self._requests.lock:
-                self._pair.runs(self._worker_pid, fds[0] if fds else -1)
+                self._requests.pair.runs(self._worker_pid, fds[0] if fds else -1)
                 if again:
-                    self._resend()
+                    self._requests.resend()
                 self._waiter.watch.over(*self._ends)
         elif "event" in message:
             self._event(message)
@@ -383,7 +362,7 @@ class PagerClient:
     @property
     def _ends(self) -> tuple[int, ...]:
         """What tells of the end of those that serve; nothing while that is not known."""
-        pair = self._pair
+        pair = self._requests.pair
         return (pair.keeper_fd, pair.worker_fd) if pair is not None and pair.worker_fd >= 0 else ()
 
     def _event(self, message: dict[str, Any]) -> None:
@@ -399,6 +378,8 @@ class PagerClient:
             self._reason = self._requests.error(message.get("error"))
         elif event == "died":
             self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
+            self.settled.set()
+            self.settled.set()
             if self._on_lost is not None and Feature.POISON not in probe().features:  # the keeper poisons nothing
                 self._on_lost()
 
@@ -408,8 +389,13 @@ class PagerClient:
         self._requests.close(error)
         self._on_error(None, error)
 
+    def _lose(self, on_lost: Callable[[], None]) -> None:
+        on_lost()
+        self.settled.set()
+
     def _abandon(self) -> None:
-        pair = self._pair
+        self.settled.clear()
+        pair = self._requests.pair
         state = survey(pair.journal) if pair is not None else None
         fds = pair.vault.take() if pair is not None else {}
         children = [child for tenant in list(self._tenants.values()) for child in tenant.children(state, fds)]
@@ -431,10 +417,10 @@ class PagerClient:
         if self._deaths.pause:
             self._waiter.wait(self._deaths.pause)
         with self._requests.lock:
-            self._held = True
+            self._requests.held = True
         successor = self._takeover.successor(pair)
         with self._requests.lock:
-            self._pair = successor
+            self._requests.pair = successor
         self._takeover.begin()
 
     def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> None:
@@ -456,5 +442,5 @@ class PagerClient:
     def _taken(self) -> None:
         """The new worker has everything: what waits may be asked of it."""
         with self._requests.lock:
-            self._held = False
-            self._resend()
+            self._requests.held = False
+            self._requests.resend()

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.pager.client.client import PagerClient
+from aiouffd.pager.client.forks import await_readers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.pager.process.serialization import Pickles
 
-__all__ = ["Pagers", "place"]
+__all__ = ["Pagers", "before_fork", "place"]
 
 _NAMESPACES = "/proc/thread-self/ns"
 _inherited: list[Any] = []  # what a forked child has of its parent's: to free it would be to warn of a lost process
@@ -127,6 +128,11 @@ class Pagers:
         for client in list(self._current.values()):
             self._end(client)
 
+    @property
+    def used(self) -> list[PagerClient]:
+        """The pagers that somebody uses."""
+        return [client for client, users in list(self._users.items()) if users]
+
     def begin_anew(self) -> None:
         """Have no pager: this is a forked child."""
         _inherited.append((self._current, self._users))
@@ -134,6 +140,11 @@ class Pagers:
 
 
 _all: weakref.WeakSet[Pagers] = weakref.WeakSet()
+
+
+def before_fork() -> None:
+    """Wait until the pagers of this process read the event of a fork that is about to be made."""
+    await_readers([client for pagers in list(_all) for client in pagers.used])
 
 
 def _in_child() -> None:

@@ -28,6 +28,11 @@ _PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybo
 _PIECE = 4 << 20
 
 
+async def _pong(_: dict[str, Any], fds: list[int]) -> None:
+    """Answer: the loop turns."""
+    close_all(fds)
+
+
 class Answers:
     """The operations.
 
@@ -46,6 +51,7 @@ class Answers:
         self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[None]]] = {
             "open": self._open,
             "resume": self._resume,
+            "ping": _pong,
             "prepare": self._prepare,
             "prefetch": self._prefetch,
             "refuse": self._refuse,

@@ -1,0 +1,65 @@
+"""What is asked of a pager, whichever pair of processes it is at the moment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiouffd.errors import PagerStartError
+from aiouffd.pager.process import control
+from aiouffd.rpc import Request, Requests
+
+if TYPE_CHECKING:
+    from aiouffd.pager.client.pair import Pair
+    from aiouffd.pager.client.waiting import Waiter
+
+__all__ = ["Asking"]
+
+_FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
+
+
+def _rank(request: Request) -> int:
+    op = request.message["op"]
+    return _FIRST.index(op) if op in _FIRST else len(_FIRST)
+
+
+class Asking(Requests):
+    """The requests of a pager's client, which are sent to the newest pair. Thread-safe.
+
+    Args:
+        waiter: of the client's thread, which sends what there is no room for yet.
+
+    Attributes:
+        pair: where they are sent; None: nothing is.
+        held: until the successor has taken over: one that serves anything would take over nothing.
+    """
+
+    def __init__(self, waiter: Waiter) -> None:
+        super().__init__("the pager", self._send_unless_held)
+        self._waiter = waiter
+        self.pair: Pair | None = None
+        self.held = False
+
+    def _send_unless_held(self, request: Request) -> None:
+        if not self.held or request.message["op"] == "takeover":
+            self.send(request)
+
+    def send(self, request: Request) -> None:
+        """Send a request, or have it sent when there is room; what cannot be sent at all has failed."""
+        if self.pair is None or request.future.done():  # canceled: its descriptors may be closed
+            return
+        try:
+            self.pair.outbox.put(request.message, list(request.fds))
+        except control.Closed:
+            return  # the pager is gone: sent again to its successor
+        except OSError as error:
+            self.forget([request])
+            request.fail(PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
+            return
+        if self.pair.outbox:
+            self._waiter.wake()
+
+    def resend(self) -> None:
+        """Send all that is not answered yet, in an order that makes sense."""
+        with self.lock:
+            for request in sorted(self.pending, key=_rank):
+                self._send_unless_held(request)

@@ -1,0 +1,47 @@
+"""A fork() waits, with the GIL released, until a pager reads what the kernel tells of it.
+
+A fork() of a process with a userfaultfd that has Feature.EVENT_FORK waits in the kernel until somebody has read its
+event. os.fork holds the GIL meanwhile. If keeper and worker are dead at that moment, nobody can start others.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from aiouffd.errors import UffdError
+from aiouffd.kernel.abi import Feature
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.client.tenant import Tenant
+
+__all__ = ["await_readers"]
+
+_LONGEST: Final = 60.0
+"""Seconds until a fork is made all the same: as many as a pager may take to start."""
+
+
+def await_readers(clients: Iterable[PagerClient]) -> None:
+    """Wait until each pager with memory whose forks are told has answered: a process that was killed does not.
+
+    A pager that was given up is waited for until its memory has been settled, if its keeper is dead as well.
+    """
+    until = time.monotonic() + _LONGEST
+    for client in clients:
+        # The client's own thread may fork, too: a finalizer runs wherever it likes.
+        if threading.current_thread() is client.thread or not any(map(_tells, client.tenants)):
+            continue
+        try:
+            client.ping().result(until - time.monotonic())
+        except TimeoutError:
+            return
+        except UffdError:
+            client.settled.wait(until - time.monotonic())
+
+
+def _tells(tenant: Tenant) -> bool:
+    return Feature.EVENT_FORK in tenant.uffd.features
