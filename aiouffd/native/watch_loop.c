@@ -15,7 +15,7 @@ enum { LONGEST_PERIOD_MS = 250 };
 
 static int unread(const struct watch *watch)
 {
-    struct pollfd one = {watch->uffd, POLLIN, 0};
+    struct pollfd one = {watch->uffd.fd, POLLIN, 0};
     return poll(&one, 1, 0) == 1 && one.revents & POLLIN;
 }
 
@@ -66,7 +66,7 @@ static void warn(const struct watch *watch)
 static void end(const struct watch *watch)
 {
     struct message message;
-    if (read(watch->uffd, &message, sizeof message) != sizeof message)
+    if (read(watch->uffd.fd, &message, sizeof message) != sizeof message)
         return;
     struct text text = {.length = 0};
     if (message.event == EVENT_PAGEFAULT) {
@@ -83,10 +83,10 @@ static void end(const struct watch *watch)
     end_process(&text);
 }
 
-static int look(struct watch *watch, struct pollfd *set, nfds_t *count)
+static int look(struct watch *watch)
 {
-    (void)set; /* a descriptor in it would have this thread woken by each fault */
-    (void)count;
+    if (!is_intact(&watch->uffd))
+        return -1;
     if (progressed(watch) || !unread(watch)) {
         watch->waited = 0;
         watch->warned = 0;
@@ -112,8 +112,7 @@ EXPORT int aiouffd_watch_loop(int uffd, uint64_t start, int thread, const volati
     uint32_t patience = warning_ms != 0 && (limit_ms == 0 || warning_ms < limit_ms) ? warning_ms : limit_ms;
     struct watch filled = {
         .look = look,
-        .uffd = uffd,
-        .ends = {-1, -1},
+        .ends = {{.fd = -1}, {.fd = -1}},
         .warning_ms = warning_ms,
         .limit_ms = limit_ms,
         .period_ms = patience < 4 * LONGEST_PERIOD_MS ? (int)(patience / 4) + 1 : LONGEST_PERIOD_MS,
@@ -123,7 +122,7 @@ EXPORT int aiouffd_watch_loop(int uffd, uint64_t start, int thread, const volati
         .start = start,
     };
     pthread_mutex_lock(&watches_lock);
-    int number = add_watch(&filled);
+    int number = add_watch(&filled, uffd);
     pthread_mutex_unlock(&watches_lock);
     return number;
 }

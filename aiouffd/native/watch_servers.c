@@ -26,10 +26,11 @@ static int somebody_waits(const struct watch *watch, struct message *message)
     int refused = -1;
     for (int bits = 56; bits >= 39 && refused; bits--) {
         struct wake_argument all = {1u << 16, (UINT64_C(1) << bits) - (1u << 17)};
-        refused = ioctl(watch->uffd, IOC_WAKE, &all);
+        refused = ioctl(watch->uffd.fd, IOC_WAKE, &all);
     }
-    struct pollfd one = {watch->uffd, POLLIN, 0};
-    return poll(&one, 1, 200) == 1 && read(watch->uffd, message, sizeof *message) == sizeof *message;
+    struct pollfd one = {watch->uffd.fd, POLLIN, 0};
+    return poll(&one, 1, 200) == 1 && is_intact(&watch->uffd) &&
+           read(watch->uffd.fd, message, sizeof *message) == sizeof *message;
 }
 
 static void end(const struct message *message)
@@ -48,21 +49,23 @@ static void end(const struct message *message)
     end_process(&text);
 }
 
-static int look(struct watch *watch, struct pollfd *set, nfds_t *count)
+static int look(struct watch *watch)
 {
-    int known = 0, alive = 0;
+    int known = is_intact(&watch->uffd), used = 0, alive = 0;
     for (int i = 0; i < ENDS; i++) {
-        if (watch->ends[i] < 0)
+        if (watch->ends[i].fd < 0)
             continue;
-        known = 1;
-        if (!ended(watch->ends[i])) {
-            alive = 1;
-            set[(*count)++] = (struct pollfd){watch->ends[i], POLLIN, 0};
-        }
+        used = 1;
+        known &= is_intact(&watch->ends[i]);
+        alive |= !ended(watch->ends[i].fd);
     }
-    if (alive || !known) { /* not known: it is not known either whether they have ended */
+    if (!known || !used) { /* it is not known either whether they have ended */
         watch->alone = 0;
         return -1;
+    }
+    if (alive) {
+        watch->alone = 0;
+        return (int)(watch->limit_ms / 4) + 1;
     }
     if (!watch->alone) {
         watch->alone = 1;
@@ -83,17 +86,12 @@ static int replace(struct watch *watch, int first, int second)
 {
     int fresh[ENDS] = {first, second}, failed = 0;
     for (int i = 0; i < ENDS; i++) {
-        if (watch->ends[i] >= 0)
-            close(watch->ends[i]);
-        watch->ends[i] = fresh[i] < 0 || failed ? -1 : fcntl(fresh[i], F_DUPFD_CLOEXEC, 3);
-        if (fresh[i] >= 0 && watch->ends[i] < 0 && !failed)
-            failed = errno;
+        disown(&watch->ends[i]);
+        if (!failed)
+            failed = own(&watch->ends[i], fresh[i]);
     }
     for (int i = 0; failed && i < ENDS; i++)
-        if (watch->ends[i] >= 0) {
-            close(watch->ends[i]);
-            watch->ends[i] = -1;
-        }
+        disown(&watch->ends[i]);
     watch->alone = 0;
     return failed;
 }
@@ -102,9 +100,9 @@ static int replace(struct watch *watch, int first, int second)
  * calls, or a negated errno. */
 EXPORT int aiouffd_watch(int uffd, int first, int second, uint32_t limit_ms)
 {
-    struct watch filled = {.look = look, .uffd = uffd, .ends = {-1, -1}, .limit_ms = limit_ms};
+    struct watch filled = {.look = look, .ends = {{.fd = -1}, {.fd = -1}}, .limit_ms = limit_ms};
     pthread_mutex_lock(&watches_lock);
-    int failed = replace(&filled, first, second), number = failed ? -failed : add_watch(&filled);
+    int failed = replace(&filled, first, second), number = failed ? -failed : add_watch(&filled, uffd);
     if (number < 0)
         replace(&filled, -1, -1);
     pthread_mutex_unlock(&watches_lock);

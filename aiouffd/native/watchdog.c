@@ -3,45 +3,46 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WATCHES = 256 };
 
 pthread_mutex_t watches_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed; /* something is to be looked at; with `watches_lock` */
 static struct watch watches[WATCHES];
-static int bell = -1; /* an eventfd: something has changed */
-static int running;   /* the thread */
+static int running; /* the thread */
+
+static void wait_for(int milliseconds)
+{
+    if (milliseconds < 0) {
+        pthread_cond_wait(&changed, &watches_lock);
+        return;
+    }
+    uint64_t until = now_ns() + (uint64_t)milliseconds * UINT64_C(1000000);
+    struct timespec deadline = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
+    pthread_cond_timedwait(&changed, &watches_lock, &deadline);
+}
 
 static void *run(void *argument)
 {
     (void)argument;
-    static struct pollfd set[WATCHES * ENDS + 1];
+    pthread_mutex_lock(&watches_lock);
     for (;;) {
-        nfds_t count = 1;
         int timeout = -1;
-        pthread_mutex_lock(&watches_lock);
-        set[0] = (struct pollfd){bell, POLLIN, 0};
         for (struct watch *watch = watches; watch < watches + WATCHES; watch++) {
-            int pause = watch->used ? watch->look(watch, set, &count) : -1;
+            int pause = watch->used ? watch->look(watch) : -1;
             if (pause >= 0 && (timeout < 0 || pause < timeout))
                 timeout = pause;
         }
-        pthread_mutex_unlock(&watches_lock);
-        /* Without the lock: if a descriptor is closed meanwhile, the bell has rung for that. */
-        poll(set, count, timeout);
-        uint64_t rung;
-        while (read(bell, &rung, sizeof rung) < 0 && errno == EINTR)
-            ;
+        wait_for(timeout);
     }
     return NULL;
 }
 
 void look_again(void)
 {
-    uint64_t one = 1;
-    ssize_t written = write(bell, &one, sizeof one);
-    (void)written; /* EAGAIN: it rings already */
+    pthread_cond_signal(&changed);
 }
 
 /* A forked child does not have the thread, and what is watched is its parent's. The lock may have been held. The
@@ -62,36 +63,61 @@ static int start(void)
     if (!at_fork && pthread_atfork(NULL, NULL, in_child))
         return ENOMEM;
     at_fork = 1;
-    bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (bell < 0)
-        return errno;
+    pthread_condattr_t clock;
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&changed, &clock);
+    pthread_condattr_destroy(&clock);
     sigset_t all, before;
     sigfillset(&all); /* the application's signals are not for this thread */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
     int failed = pthread_create(&thread, NULL, run, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (failed) {
-        close(bell);
+    if (failed)
         return failed;
-    }
     pthread_detach(thread);
     running = 1;
     return 0;
 }
 
-int add_watch(const struct watch *filled)
+int own(struct owned *owned, int fd)
+{
+    struct stat found;
+    owned->fd = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (owned->fd < 0)
+        return fd < 0 ? 0 : errno;
+    fstat(owned->fd, &found);
+    owned->device = found.st_dev;
+    owned->inode = found.st_ino;
+    return 0;
+}
+
+int is_intact(const struct owned *owned)
+{
+    struct stat found;
+    return owned->fd >= 0 && fstat(owned->fd, &found) == 0 && found.st_dev == owned->device &&
+           found.st_ino == owned->inode;
+}
+
+void disown(struct owned *owned)
+{
+    if (is_intact(owned))
+        close(owned->fd);
+    owned->fd = -1;
+}
+
+int add_watch(const struct watch *filled, int uffd)
 {
     int failed = start();
     if (failed)
         return -failed;
     for (int i = 0; i < WATCHES; i++)
         if (!watches[i].used) {
-            int own = fcntl(filled->uffd, F_DUPFD_CLOEXEC, 3);
-            if (own < 0)
-                return -errno;
             watches[i] = *filled;
-            watches[i].uffd = own;
+            failed = own(&watches[i].uffd, uffd);
+            if (failed)
+                return -failed;
             watches[i].used = 1;
             look_again();
             return i;
@@ -129,11 +155,9 @@ EXPORT void aiouffd_unwatch(int number)
     struct watch *watch = get_watch(number);
     if (watch != NULL) {
         for (int i = 0; i < ENDS; i++)
-            if (watch->ends[i] >= 0)
-                close(watch->ends[i]);
-        close(watch->uffd);
+            disown(&watch->ends[i]);
+        disown(&watch->uffd);
         watch->used = 0;
-        look_again();
     }
     pthread_mutex_unlock(&watches_lock);
 }

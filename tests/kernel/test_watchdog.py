@@ -21,7 +21,7 @@ from scenario import play
 
 import aiouffd
 from aiouffd.kernel.abi import RegisterMode
-from aiouffd.native.watchdog import Watch
+from aiouffd.native.watchdog import LoopWatch, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,3 +199,36 @@ def limits_of_months() -> None:
 def test_a_long_limit_is_a_long_one() -> None:
     """It does not wrap around."""
     play(limits_of_months)
+
+
+def closed_by_the_program(loop: bool) -> None:
+    """Scenario: all descriptors are closed, as a daemon does, and their numbers become those of pipes, all readable."""
+    region = aiouffd.Region(SIZE)
+    uffd = aiouffd.Userfaultfd()
+    uffd.register(region.address, SIZE, RegisterMode.MISSING)
+    words = (ctypes.c_uint64 * 2)()
+    if loop:
+        progress = ctypes.addressof(words), ctypes.addressof(words) + 8
+        watch: Watch | LoopWatch = LoopWatch(
+            uffd.fileno(), region.address, threading.get_native_id(), progress, warning=LIMIT / 2, limit=LIMIT
+        )
+    else:
+        watch = Watch(uffd.fileno(), LIMIT)
+        watch.over(ended_pipe())
+    os.closerange(3, 64)
+    pipes = [os.pipe() for _ in range(16)]
+    for _, writing in pipes:
+        os.write(writing, bytes(32))
+    other = Watch(pipes[-1][0], LIMIT)
+    other.over(pipes[0][1])
+    time.sleep(3 * LIMIT)
+    other.close()
+    watch.close()
+    assert [len(os.read(reading, 64)) for reading, _ in pipes] == [32] * 16
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_descriptors_that_the_program_closes(loop: bool) -> None:
+    """Nothing is read from, written to or closed of what has their numbers then, and nobody is ended."""
+    _, errors = play(closed_by_the_program, loop, measured=False)
+    assert not errors
