@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
-import weakref
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
@@ -22,32 +20,12 @@ import attrs
 from aiouffd.errors import HandoffError, PagerError, decode_error
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["LAST_REQUEST", "Request", "Requests", "close_in_children"]
+__all__ = ["LAST_REQUEST", "Request", "Requests"]
 
 LAST_REQUEST = 2.0
 """Seconds for the answers to what is asked on leaving. The memory is settled without them, too."""
-
-_own: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def close_in_children(connection: socket.socket) -> socket.socket:
-    """Have a connection closed in forked children, who would speak and listen in their parent's name; return it.
-
-    This holds for os.fork. A fork that C code makes is not noticed, so a pager checks the sender of each message, too.
-    """
-    _own.add(connection)
-    return connection
-
-
-def _close_all() -> None:
-    for connection in list(_own):
-        connection.close()
-
-
-os.register_at_fork(after_in_child=_close_all)
 
 
 @attrs.define(eq=False)

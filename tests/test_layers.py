@@ -17,7 +17,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "finalizers", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff"),
+        *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff"),
         *("pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],

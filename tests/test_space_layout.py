@@ -8,6 +8,7 @@ import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, SIZE, Held, World, turns
 from pattern import PAGE
 
+from aiouffd import RegisterMode
 from aiouffd.engine.flight import Flight
 from aiouffd.engine.runs import FOR_FAULT, Op, Run
 from aiouffd.engine.statistics import Counter
@@ -34,19 +35,33 @@ def test_what_its_owner_empties_is_zeros() -> None:
 
 
 def test_everyone_is_woken_and_given_back() -> None:
-    """A successor wakes all, mapping by mapping; a space that is left gives its memory back, gone mappings aside."""
+    """A successor wakes all by one WAKE; a space that is left gives its memory back, gone mappings aside."""
     world = World(0, located=True)
     world.space.mappings.unmap(BASE + 8 * PAGE, BASE + 16 * PAGE)
     for page in (1, 20):
         world.uffd.touch(BASE + page * PAGE, page)
     world.uffd.read_raw()
     world.space.wake_all()
-    assert world.counters.snapshot().wakes == 2
+    assert world.counters.snapshot().wakes == 1
     assert len(world.uffd._faults) == 2  # each has faulted anew
     world.uffd.munmap(BASE + 16 * PAGE, BASE + SIZE)
     world.uffd.read_raw()
     world.space.unregister()
     assert world.uffd.mappings == [(BASE + 8 * PAGE, BASE + 16 * PAGE)]
+
+
+def test_who_waits_outside_of_all_mappings_is_woken() -> None:
+    """What mremap(2) has made longer is in no mapping: no event tells of it."""
+    world = World(0, located=True)
+    for start in (ELSEWHERE, 1 << 16):
+        world.uffd.register(start, PAGE, RegisterMode.MISSING)
+        world.uffd.touch(start, 7)
+    assert len(world.uffd.read_raw()) == 2 * 32
+    world.space.wake_all()
+    assert len(world.uffd.read_raw()) == 32  # the lowest addresses are no one's
+    world.space.mappings.add(1 << 16, (1 << 16) + PAGE, -1)
+    world.space.wake_all()
+    assert len(world.uffd.read_raw()) == 2 * 32
 
 
 def test_the_woken_range_is_of_whole_pages() -> None:

@@ -19,6 +19,7 @@ What it answers, and what that means here:
 from __future__ import annotations
 
 import errno
+import mmap
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.runs import Op
@@ -37,6 +38,7 @@ DONTWAKE = 1
 _EAGAIN, _EEXIST, _ENOENT, _EFAULT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, -errno.EFAULT
 _GONE = (-errno.ESRCH, -errno.ENOSPC)
 _EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
+_ADDRESS_BITS = range(57, 30, -1)  # an address has fewer than the first on any machine, and more than the last
 _PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
 _OP_COUNTER = tuple(
     int(Counter[name]) for name in ("COPIES", "ZEROPAGES", "CONTINUES", "POISONS", "UNPROTECTS", "PROTECTS")
@@ -145,3 +147,11 @@ class Resolver:
         """WAKE a range. Never refused by a living process: the layout is not looked at."""
         self._words[_WAKES] += 1
         self._uffd.try_wake(start, length)
+
+    def wake_all(self, lowest: int) -> None:
+        """WAKE every sleeper from an address on. How far addresses go depends on the machine: the kernel says it."""
+        self._words[_WAKES] += 1
+        for bits in _ADDRESS_BITS:
+            end = (1 << bits) - mmap.PAGESIZE  # of x86-64's addresses, too: they lack the last page
+            if self._uffd.try_wake(lowest, end - lowest) != -errno.EINVAL:
+                return

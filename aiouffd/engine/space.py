@@ -51,6 +51,7 @@ _PUT_OFF = (_EAGAIN, -errno.ENOMEM)
 _NO_MEMORY_NS = 30_000_000_000
 """For so long ENOMEM is taken for a shortage that passes."""
 _RETRY_WAIT = 0.001  # seconds
+_LOWEST = 4 << 20  # not below vm.mmap_min_addr, which WAKE refuses; the kernel chooses higher addresses
 
 
 class Backend(Protocol):
@@ -405,9 +406,8 @@ class Space:
             self.resolver.wake(low, high - low)
 
     def wake_all(self) -> None:
-        """Wake every sleeper: each fault that a predecessor had read comes again as a new message."""
-        for mapping in self.mappings:
-            self.resolver.wake(mapping.start, mapping.end - mapping.start)
+        """Wake every sleeper, also in what mremap(2) has made longer, which is in no mapping: all fault again."""
+        self.resolver.wake_all(min([_LOWEST, *(mapping.start for mapping in self.mappings)]))
 
     def poison_if_missing(self, page: int) -> bool | None:
         """Poison a page if it is missing; if it is present, wake its sleepers, and return True.

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
+from aiouffd.lifetime import until_exit
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Self
 
-from aiouffd.finalizers import until_exit
+from aiouffd.lifetime import until_exit
 
 if TYPE_CHECKING:
     from types import TracebackType

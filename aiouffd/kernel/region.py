@@ -11,11 +11,11 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from aiouffd.errors import BusyError, PopulatedError, UnsupportedError
-from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
 from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
+from aiouffd.lifetime import until_exit
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import mapped
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.lifetime import close_in_children
 from aiouffd.ranges import Range, RangeSet, align_up
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Sentinel:
 
     def __init__(self, uffd: Userfaultfd, *, user_mode_only: bool) -> None:
         own = Feature.SIGBUS in uffd.features
-        self._uffd = uffd if own else Userfaultfd(Feature.SIGBUS, user_mode_only=user_mode_only)
+        self._uffd = uffd if own else close_in_children(Userfaultfd(Feature.SIGBUS, user_mode_only=user_mode_only))
         self.pagemap = Pagemap.open_if_possible()
         self._pid = os.getpid()
         self._registered = self._mapped = Range(0, 0)

@@ -17,6 +17,7 @@ from aiouffd.kernel.sigbus import Sentinel
 from aiouffd.kernel.unserved import unserved_mappings
 from aiouffd.kernel.userfaultfd import Userfaultfd, probe
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
+from aiouffd.lifetime import close_in_children
 
 if TYPE_CHECKING:
     from aiouffd.kernel.region import Region
@@ -79,7 +80,7 @@ class Registration:
             self.modes |= RegisterMode.MINOR
         drop_populated_zeros(region)
         region.never_served = False
-        uffd = _open(features, children=children, user_mode_only=user_mode_only)
+        uffd = close_in_children(_open(features, children=children, user_mode_only=user_mode_only))
         self.children = Feature.EVENT_FORK in uffd.features
         self._sentinel = Sentinel(uffd, user_mode_only=user_mode_only)  # now: privileges may be dropped later
         self._uffd: Userfaultfd | None = uffd

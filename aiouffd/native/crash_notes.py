@@ -7,7 +7,7 @@ import enum
 import os
 from functools import cache
 
-from aiouffd.finalizers import until_exit
+from aiouffd.lifetime import until_exit
 from aiouffd.native import library, reason
 
 __all__ = ["Note", "When"]

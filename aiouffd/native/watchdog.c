@@ -45,11 +45,14 @@ void look_again(void)
     pthread_cond_signal(&changed);
 }
 
-/* A forked child does not have the thread, and what is watched is its parent's. The lock may have been held. The
- * duplicates stay open: they are few, and which of them were complete is not certain. */
+/* A forked child does not have the thread, and what is watched is its parent's, whose memory a userfaultfd that stays
+ * open in the child would keep registered. The lock may have been held: what is in use has its duplicate. */
 static void in_child(void)
 {
     pthread_mutex_init(&watches_lock, NULL);
+    for (int i = 0; i < WATCHES; i++)
+        if (watches[i].used)
+            disown(&watches[i].uffd);
     memset(watches, 0, sizeof watches);
     running = 0;
 }
@@ -118,7 +121,7 @@ int add_watch(const struct watch *filled, int uffd)
             failed = own(&watches[i].uffd, uffd);
             if (failed)
                 return -failed;
-            watches[i].used = 1;
+            __atomic_store_n(&watches[i].used, 1, __ATOMIC_RELEASE);
             look_again();
             return i;
         }
@@ -154,10 +157,10 @@ EXPORT void aiouffd_unwatch(int number)
     pthread_mutex_lock(&watches_lock);
     struct watch *watch = get_watch(number);
     if (watch != NULL) {
+        __atomic_store_n(&watch->used, 0, __ATOMIC_SEQ_CST); /* first: `in_child` closes what is in use */
         for (int i = 0; i < ENDS; i++)
             disown(&watch->ends[i]);
         disown(&watch->uffd);
-        watch->used = 0;
     }
     pthread_mutex_unlock(&watches_lock);
 }

@@ -10,7 +10,7 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.finalizers import until_exit
+from aiouffd.lifetime import until_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

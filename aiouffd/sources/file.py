@@ -26,9 +26,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiouffd.errors import ShortReadError, SourceError
-from aiouffd.finalizers import until_exit
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, zero_blocks
+from aiouffd.lifetime import until_exit
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.file_attributes import FileSystem, Pin

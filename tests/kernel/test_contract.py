@@ -20,6 +20,8 @@ from worlds import ELSEWHERE, FEATURES, FakeWorld, KernelWorld, World, world_of
 
 import aiouffd
 from aiouffd import Feature, Ioctl, RegisterMode, Userfaultfd
+from aiouffd.engine.resolver import Resolver
+from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import address_of
 from aiouffd.testing import FakeUffd
 
@@ -104,6 +106,19 @@ def wake_without_a_page_is_a_new_message(world: World) -> None:
     assert world.read() == []
     world.uffd.copy(world.at(1), A)
     assert [world.got(1), world.got(2)] == [A[:8]] * 2
+
+
+def one_wake_reaches_every_sleeper(world: World) -> None:
+    """Of the whole address space, as far as the kernel says that it goes: WAKE looks at no mapping."""
+    for page in (1, 7):
+        world.touch(page, thread=page)
+    assert world.read() == [fault(1, 1), fault(7, 7)]
+    Resolver(world.uffd, PAGE, Counters()).wake_all(4 << 20)
+    world.rest()
+    assert world.read() == [fault(1, 1), fault(7, 7)]
+    for page in (1, 7):
+        world.uffd.copy(world.at(page), A)
+        assert world.got(page) == A[:8]
 
 
 def a_message_goes_with_its_sleeper(world: World) -> None:
@@ -334,6 +349,7 @@ def closing_lets_go_with_zeros(world: World) -> None:
 CASES: dict[Callable[[World], None], Feature] = {
     dontwake_leaves_sleepers: FEATURES,
     eexist_wakes_nobody: FEATURES,
+    one_wake_reaches_every_sleeper: FEATURES,
     wake_without_a_page_is_a_new_message: FEATURES,
     a_message_goes_with_its_sleeper: FEATURES,
     eagain_while_an_event_is_unread: FEATURES,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import pytest
-from pattern import PAGE
+from hosts import EngineName, Host
+from pattern import PAGE, Pattern, peek
 from scenario import open_descriptors, play
 
 import aiouffd
+from aiouffd.kernel import libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.monitor.registration import Registration
 
@@ -177,3 +181,32 @@ def children_of_users(privileged: bool) -> None:
 def test_children_are_served_where_this_user_may(privileged: bool) -> None:
     """Without CAP_SYS_PTRACE they do not have the region. Where that was asked for, it is an error."""
     play(children_of_users, privileged)
+
+
+def grown_memory_is_given_back(engine: EngineName) -> None:
+    """Scenario: pages are moved and grow, a child is forked and lives on, the Monitor is left, and the rest touched."""
+    size = 64 * PAGE
+    region = aiouffd.Region(size)
+    read, write = os.pipe()
+    with Host(engine, region, Pattern(size), timeout=None, readahead=0, background=False):
+        grown = region.address
+        if engine in {"pager", "served_by"}:
+            grown = libc.mremap(region.address + 32 * PAGE, 32 * PAGE, 64 * PAGE, libc.MREMAP_MAYMOVE)
+            assert ctypes.string_at(grown + 40 * PAGE, 8) == bytes(8)
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)
+            links = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+            os._exit(sum("userfaultfd" in str(link) for link in links))
+        os.close(read)
+    if engine in {"pager", "served_by"}:
+        assert peek(grown + 50 * PAGE) == bytes(8)
+    os.close(write)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("engine", ["pager", "served_by", "in_thread", "in_process"])
+def test_a_forked_child_does_not_keep_memory_registered(engine: str) -> None:
+    """The kernel gives what grew back when the last descriptor is closed: a child has none of its parent's."""
+    play(grown_memory_is_given_back, engine)

@@ -12,6 +12,7 @@ from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
 
@@ -45,7 +46,7 @@ class Local:
         self._closed = False
         self.backend = make_backend(service, counters, options)
         self.space = Space(
-            uffd,
+            close_in_children(uffd),
             Mappings([mapping]),
             page_size=assignment.page_size,
             backend=self.backend,

@@ -19,9 +19,10 @@ from aiouffd.handoff.firecracker import encode
 from aiouffd.handoff.json_lines import VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
-from aiouffd.rpc import LAST_REQUEST, Requests, close_in_children
+from aiouffd.rpc import LAST_REQUEST, Requests
 
 if TYPE_CHECKING:
     import asyncio

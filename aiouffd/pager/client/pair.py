@@ -15,13 +15,13 @@ import time
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PagerStartError, decode_error
+from aiouffd.lifetime import close_in_children
 from aiouffd.pager.client.interpreter import command
 from aiouffd.pager.process import control
 from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.handles import explained, open_pidfd
 from aiouffd.pager.process.inherited import signals_blocked
 from aiouffd.pager.process.journal import Journal
-from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
     from typing import Self

@@ -17,9 +17,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import PagerStartError
+from aiouffd.lifetime import close_in_children
 from aiouffd.pager.process import control
 from aiouffd.pager.process.replay import survey
-from aiouffd.rpc import close_in_children
 
 if TYPE_CHECKING:
     from collections.abc import Callable

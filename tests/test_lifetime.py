@@ -1,4 +1,4 @@
-"""`finalizers`: what still exists when the interpreter ends is left to the kernel, without a word."""
+"""`lifetime`: what still exists when the interpreter ends is left to the kernel, without a word."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""How what a process holds ends: when its interpreter ends, and in the children that it forks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["close_in_children", "until_exit"]
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_Object = TypeVar("_Object")
+_Held = TypeVar("_Held", bound=_Closable)
+
+_held: weakref.WeakSet[_Closable] = weakref.WeakSet()
+
+
+def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None]:
+    """Have a `__del__` do nothing once the interpreter ends.
+
+    The globals of modules may be None by then, those of the finalizer, too: on a free-threaded Python they are. No
+    other thread runs any more, and the kernel frees what the process has.
+    """
+    system = sys  # no global; its own go last
+
+    @functools.wraps(finalizer)
+    def finalize(self: _Object) -> None:
+        if not system.is_finalizing():
+            finalizer(self)
+
+    return finalize
+
+
+def close_in_children(held: _Held) -> _Held:
+    """Have something closed in forked children; return it.
+
+    With a connection they would speak and listen in their parent's name. With a userfaultfd they would keep their
+    parent's memory registered after it has closed its own: the kernel gives memory back with the last descriptor.
+
+    This holds for os.fork. A fork that C code makes is not noticed, so a pager checks the sender of each message, too.
+    """
+    _held.add(held)
+    return held
+
+
+def _close_all() -> None:
+    for held in list(_held):
+        held.close()
+
+
+os.register_at_fork(after_in_child=_close_all)
