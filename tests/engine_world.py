@@ -128,8 +128,12 @@ class World:
         """Read and serve; tell whether there was anything."""
         data = self.uffd.read_raw(limit)
         if data:
-            serve_messages(self.space, memoryview(bytearray(data)), len(data), lambda *_: None)
+            self.serve(data)
         return bool(data)
+
+    def serve(self, data: bytes) -> None:
+        """Serve messages that have been read."""
+        serve_messages(self.space, memoryview(bytearray(data)), len(data), lambda *_: None)
 
     def serve_all(self) -> None:
         """Serve until nothing is left to do."""

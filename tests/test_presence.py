@@ -11,10 +11,12 @@ from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.serve.handler import Batch, Fault, Handler
-from aiouffd.engine.serve.presence import until_present
+from aiouffd.engine.serve.presence import has_come, until_present
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandlerError, ShortReadError, SourceError
-from aiouffd.testing import POISONED
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature
+from aiouffd.testing import POISONED, FakeUffd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +73,82 @@ KINDS: list[Any] = [Fills, Fails]
 def all_there(world: World) -> bool:
     """Tell whether each page of the model is there, with its bytes."""
     return world.uffd.pages == world.model
+
+
+async def come(kind: Any, readahead: int, uffd: FakeUffd | None = None) -> tuple[World, Any, bytes]:
+    """Have three threads touch a page, and have it come; return the world, its source, and what two of them said."""
+    source = kind()
+    source.through.set()
+    world = World(readahead, source=source, uffd=uffd)
+    world.touch(5, 1)
+    message = world.uffd.read_raw()
+    world.touch(5, 2)
+    world.touch(5, 3)
+    late = world.uffd.read_raw()
+    world.serve(message)
+    await turns(20)
+    assert 5 in source.asked
+    assert not world.uffd.asleep
+    return world, source, late
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("readahead", [0, 16 * PAGE])
+async def test_messages_that_are_read_after_their_page_has_come(kind: Any, readahead: int) -> None:
+    """Their threads had found the page missing before: it is not brought a second time."""
+    world, source, late = await come(kind, readahead)
+    world.serve(late[: abi.MESSAGE_SIZE])
+    world.serve(late[abi.MESSAGE_SIZE :])
+    await turns(20)
+    assert len(source.asked) == len(world.uffd.pages)
+    found = world.counters.snapshot()
+    assert (found.faults, found.joined, sum(found.latency)) == (3, 2, 3)
+    assert found.pages == len(world.uffd.pages)
+    assert found.bytes_fetched == (found.pages * PAGE if kind is Fails else 0)
+    assert not world.space.readahead.missing(5 * PAGE, 6 * PAGE)
+
+
+async def test_a_late_message_among_others() -> None:
+    """Each page is counted once, as what it was brought for."""
+    world = World(0, source=Pattern(SIZE))
+    world.touch(5, 1)
+    late = world.uffd.read_raw()
+    await world.space.backend.bring(world.space, [(5 * PAGE, PAGE)], Counter.PAGES_PREFETCH)
+    world.touch(2, 2)
+    world.serve(late + world.uffd.read_raw())
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (2, 5)]
+    assert not world.uffd.asleep
+    found = world.counters.snapshot()
+    assert (found.pages_fault, found.pages_readahead, found.pages_prefetch) == (1, 0, 1)
+    assert (found.joined, sum(found.latency), found.bytes_fetched) == (1, 2, 2 * PAGE)
+
+
+async def test_a_page_on_its_way_has_not_come() -> None:
+    """Though it counts as present: its sleepers are not sent around for nothing."""
+    world = World(16 * PAGE, source=Held())
+    world.touch(5, 1)
+    world.deliver(64)
+    assert not world.space.readahead.missing(5 * PAGE, 6 * PAGE)
+    assert not has_come(world.space, BASE + 5 * PAGE, 5 * PAGE, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("readahead", [0, 16 * PAGE])
+@pytest.mark.parametrize("features", [abi.LAYOUT_EVENTS, abi.LAYOUT_EVENTS | Feature.THREAD_ID])
+async def test_a_page_that_was_lost_without_an_event_comes_again(kind: Any, readahead: int, features: Feature) -> None:
+    """However many threads find it missing, and whether or not the kernel says who they are."""
+    world, source, _ = await come(kind, readahead, FakeUffd(features))
+    source.asked.clear()
+    for page in (4, 5):
+        world.uffd.pages.pop(BASE + page * PAGE, None)
+        for thread in range(3):
+            world.touch(page, thread)
+    for _ in range(5):
+        world.deliver(64)
+        await turns()
+    assert not world.uffd.asleep
+    assert source.asked == [4, 5]
+    assert world.uffd.pages.items() <= world.model.items()
 
 
 @pytest.mark.parametrize("kind", KINDS)

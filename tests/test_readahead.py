@@ -154,6 +154,21 @@ def test_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(readahead._strangers) <= 16
 
 
+def test_a_fault_on_a_page_that_counts_as_present_is_believed_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each thread; where a window was chosen and not placed, at once. So many threads are remembered."""
+    monkeypatch.setattr("aiouffd.engine.readahead._MAX_DOUBTS", 3)
+    readahead = Readahead(PAGE, 64 << 10)
+    assert not readahead.is_doubtful(0, 1)
+    readahead.brought(0, 4 * PAGE)
+    assert [readahead.is_doubtful(0, thread) for thread in (1, 2, 2, 1, 1)] == [True, True, False, False, True]
+    assert readahead.is_doubtful(PAGE, 1)
+    readahead.not_placed(0, (0, PAGE))
+    assert not readahead.is_doubtful(0, 9)
+    for thread in range(9):
+        assert readahead.is_doubtful(2 * PAGE, thread)
+        assert len(readahead._doubts) <= 3
+
+
 def test_the_window_behind_a_stream_at_full_speed() -> None:
     """One window ahead, and no more before the toucher is in it; nothing for strangers, or beyond the end."""
     policy = Readahead(PAGE, 64 * PAGE, 4 * PAGE)

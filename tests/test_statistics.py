@@ -26,6 +26,16 @@ def test_each_word_has_its_name() -> None:
     assert max(Counter) * 8 < SIZE
 
 
+def test_a_page_that_was_brought_along_is_asked_for_after_all() -> None:
+    """It is counted once; one that was counted otherwise stays what it was."""
+    counters = Counters()
+    counters.words[Counter.PAGES_READAHEAD] = 1
+    for _ in range(2):
+        counters.asked_for()
+        found = counters.snapshot()
+        assert (found.pages_fault, found.pages_readahead) == (1, 0)
+
+
 def test_several_may_see_the_same_words() -> None:
     """In memory that is mapped by both."""
     memory = mmap.mmap(-1, 2 * SIZE)

@@ -26,6 +26,7 @@ _MAX_STREAMS = 16
 _STREAM_AGE = 128  # faults in which a stream was not seen, before it is forgotten
 _MAX_STRANGERS = 16
 _MAX_STRIDED_PAGES = 64  # a strided stream is given at most so many separate pages at once
+_MAX_DOUBTS = 1 << 12  # faults that were not believed and did not come again
 _STRANGERS_UNTIL_HALVED = 4  # faults in a row without a stream, before the neighbourhood is halved
 
 
@@ -149,6 +150,7 @@ class Readahead:
         self._strangers = _Strangers(self._around)
         self._present = PresentPages(page)
         self._not_placed: dict[int, Window] = {}
+        self._doubts: set[tuple[int, int]] = set()  # page and thread of faults that were not believed
         self.losses = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
 
@@ -292,6 +294,19 @@ class Readahead:
     def missing(self, start: int, end: int) -> list[Window]:
         """Return the parts of [start, end) that are not known to be present, as (start, length)."""
         return self._present.missing(start, end)
+
+    def is_doubtful(self, offset: int, thread: int) -> bool:
+        """Tell whether a fault is not to be believed: its page counts as present. The thread's next one is believed."""
+        if offset not in self._present or offset in self._not_placed:
+            return False
+        doubt = offset, thread
+        if doubt in self._doubts:
+            self._doubts.remove(doubt)
+            return False
+        if len(self._doubts) >= _MAX_DOUBTS:
+            self._doubts.pop()
+        self._doubts.add(doubt)
+        return True
 
     def _belongs_to_stream(self, offset: int) -> bool:
         """Tell whether a fault belongs to a stream, which is then the last of `_streams`.

@@ -274,9 +274,7 @@ class Space:
         run = self.remainders.take(page)
         if run is None:
             return False
-        if self._words[Counter.PAGES_READAHEAD]:  # else it was counted before, and has faulted anew
-            self._words[Counter.PAGES_FAULT] += 1
-            self._words[Counter.PAGES_READAHEAD] -= 1
+        self.counters.asked_for()
         self._resolve(run, wake=True)
         self.record_latency(began_ns)
         self.backend.follow(self, page)

@@ -18,7 +18,7 @@ class Counter(enum.IntEnum):
     """Which word counts what."""
 
     FAULTS = 0  # messages of missing pages, joined and repeated ones included
-    JOINED = 1  # faults on a page that was on its way already
+    JOINED = 1  # faults on a page that was on its way already, or had come by the time they were read
     PAGES_FAULT = 2  # pages asked for by a fault
     PAGES_READAHEAD = 3  # pages brought along with a fault
     PAGES_PREFETCH = 4
@@ -164,6 +164,12 @@ class Counters:
         words[Counter.PAGES_FAULT] -= min(pages - counted, words[Counter.PAGES_FAULT])
         words[Counter.PAGES_ZERO] -= min(zeros, words[Counter.PAGES_ZERO])
         words[Counter.BYTES_FETCHED] -= min(fetched, words[Counter.BYTES_FETCHED])
+
+    def asked_for(self) -> None:
+        """Count a page that was counted as brought along as asked for by a fault, unless it was counted otherwise."""
+        moved = min(self.words[Counter.PAGES_READAHEAD], 1)
+        self.words[Counter.PAGES_READAHEAD] -= moved
+        self.words[Counter.PAGES_FAULT] += moved
 
     def progress(self) -> int:
         """Return a number that is another one whenever a thread that waited has been let go, in whatever way."""

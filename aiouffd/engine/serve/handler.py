@@ -13,7 +13,7 @@ from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.deadlines import Deadlines
-from aiouffd.engine.serve.presence import until_present
+from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import HandlerError
 from aiouffd.kernel import abi
@@ -225,6 +225,7 @@ class HandlerBackend:
     ) -> None:
         self.handler = handler
         self._words = counters.words
+        self._counters = counters
         self._bound = asyncio.Semaphore(limits.concurrent_reads)
         self._deadlines = Deadlines(limits.timeout)
         self._on_touch = on_touch
@@ -244,12 +245,16 @@ class HandlerBackend:
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Begin a flight for each fault; removed pages and memory that grew are zeros."""
         zeros: list[Run] = []
+        outdated: list[int] = []
         for page, flags, thread in faults:
             start, _, first = space.mappings.locate(page)
             if first < 0:
                 zeros.extend(space.zeros(page, first, space.page_size, FOR_FAULT))
                 continue
             offset = first + page - start
+            if has_come(space, page, offset, thread):
+                outdated.append(page)
+                continue
             if self._on_touch is not None:
                 self._on_touch(offset)
             fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
@@ -258,6 +263,7 @@ class HandlerBackend:
             self._words[Counter.PAGES_ZERO] += len(zeros)
             self._words[Counter.PAGES_FAULT] += len(zeros)
             space.resolve(zeros)
+        look_again(space, outdated, began_ns)
 
     def _begin(self, space: Space, fault: Fault, began_ns: int, purpose: Purpose) -> Flight:
         flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, purpose)
@@ -287,7 +293,7 @@ class HandlerBackend:
                 flight.purpose.errors.append(HandlerError(repr(self.handler), str(fault), "poisoned it"))
             batch.flush()
             if not reason and flight.wanted:
-                self._count_fault()
+                self._counters.asked_for()
                 space.record_latency(flight.began_ns)
         except TimeoutError:
             reason = f"has not returned in {self._deadlines.seconds} s"
@@ -373,13 +379,6 @@ class HandlerBackend:
                         page = shown.start + at - shown.offset
                         if page not in space.flights:
                             yield Fault(page, FaultFlag(0), 0, Range(page, size), at)
-
-    def _count_fault(self) -> None:
-        """Count a page, which was counted as brought along, as asked for by a fault."""
-        words = self._words
-        moved = min(words[Counter.PAGES_READAHEAD], 1)
-        words[Counter.PAGES_READAHEAD] -= moved
-        words[Counter.PAGES_FAULT] += moved
 
     def follow(self, space: Space, page: int) -> None:
         """Nothing: a handler brings no windows."""

@@ -1,4 +1,6 @@
-"""Bringing ranges until each of their pages is present: what `prefetch`, `populate` and replays promise.
+"""Which pages have to be brought: those of ranges until each is present, and those of faults that are up to date.
+
+Ranges until each of their pages is present are what `prefetch`, `populate` and replays promise.
 
 One pass over the ranges is not enough. It leaves out what is on its way for others, and that may fail; the kernel may
 put pages off while the layout changes, and what was under way for a range that has changed is dropped. Whatever is
@@ -11,6 +13,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.allowance import allowed
+from aiouffd.engine.statistics import Counter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -18,11 +21,44 @@ if TYPE_CHECKING:
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.space import Space
 
-__all__ = ["until_present"]
+__all__ = ["has_come", "look_again", "until_present"]
 
 _MAX_PAUSE = (
     1.0  # seconds between two passes: a process that changes its layout all the time must not keep the loop busy
 )
+
+
+def has_come(space: Space, page: int, offset: int, thread: int) -> bool:
+    """Tell whether a page is known to have come since a thread has found it missing. The thread must `look_again` then.
+
+    A thread that finds a page missing may be delayed before its message is there to be read. Without this, the page
+    would be read from the source, or asked of the handler, a second time.
+
+    Args:
+        space: whose fault it is.
+        page: its address.
+        offset: what it shows.
+        thread: who has faulted; 0: unknown.
+    """
+    return page not in space.flights and space.readahead.is_doubtful(offset, thread)
+
+
+def look_again(space: Space, pages: Iterable[int], began_ns: int) -> None:
+    """Wake the threads whose pages have come, after the other faults of their wake-up have been counted.
+
+    The kernel has no question that only asks, but a thread that is woken looks: if its page is missing after all, it
+    faults again, and that fault is believed.
+
+    Args:
+        space: whose faults they are.
+        pages: addresses, for each fault.
+        began_ns: when the faults were read.
+    """
+    for page in pages:
+        space.counters.words[Counter.JOINED] += 1
+        space.counters.asked_for()
+        space.resolver.wake(page, space.page_size)
+        space.record_latency(began_ns)
 
 
 async def until_present(

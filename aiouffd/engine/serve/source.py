@@ -13,7 +13,7 @@ from aiouffd.engine.flight import Flight, end_of
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.extents import Extents
-from aiouffd.engine.serve.presence import until_present
+from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Limits, Reads
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
@@ -88,8 +88,9 @@ class SourceBackend:
             faults = left
         runs: list[Run] = []
         zeros = 0
+        outdated: list[int] = []
         asked: list[tuple[int, int]] = []  # the windows of this wake-up, so that its faults do not bring one page twice
-        for page, _flags, _thread in faults:
+        for page, _flags, thread in faults:
             asked = [window for window in asked if window[1] > page]  # faults come in order of address
             if asked and any(low <= page for low, _ in asked):
                 continue
@@ -99,6 +100,9 @@ class SourceBackend:
                 zeros += 1
                 continue
             offset = first + page - start
+            if has_come(space, page, offset, thread):
+                outdated.append(page)
+                continue
             if self._on_touch is not None:
                 self._on_touch(offset)
             for low, length in self._windows(space, offset, first, first + end - start):
@@ -107,26 +111,25 @@ class SourceBackend:
                 wanted = page if low <= offset < low + length else None
                 self._bring(space, address, low, length, runs, wanted, began_ns, FOR_FAULT)
             self._follow(space, start - first, offset, first, first + end - start, began_ns)
-        self._finish(space, faults, runs, zeros, began_ns)
+        self._finish(space, [page for page, *_ in faults if page not in outdated], runs, zeros, began_ns)
+        look_again(space, outdated, began_ns)
 
-    def _finish(
-        self, space: Space, faults: list[tuple[int, int, int]], runs: list[Run], zeros: int, began_ns: int
-    ) -> None:
+    def _finish(self, space: Space, pages: list[int], runs: list[Run], zeros: int, began_ns: int) -> None:
         """Count the faults of one wake-up, join those that wait for flights, and resolve the runs of the others."""
         waiting = 0
-        for page, _flags, _thread in faults:
+        for page in pages:
             flight = space.flights.get(page)
             if flight is not None:
                 flight.wanted.add(page)
                 waiting += 1
-        served = len(faults) - waiting
+        served = len(pages) - waiting
         # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
         self._words[_PAGES_FAULT] += served
         self._words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
-        if runs and space.filling and len(faults) == 1:  # in pieces it takes twice as long
+        if runs and space.filling and len(pages) == 1:  # in pieces it takes twice as long
             space.resolve(runs)
         elif runs:
-            space.resolve_windows(runs, [page for page, _, _ in faults])
+            space.resolve_windows(runs, pages)
         if served:
             space.record_latency(began_ns, served)
 
