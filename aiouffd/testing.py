@@ -95,7 +95,7 @@ class FakeUffd(OwnedDescriptor):
         self._faults: deque[tuple[int, bytes]] = deque()  # page, message
         self._events: deque[tuple[bytes, Iterator[bytes]]] = deque()  # message, what its thread does when it is read
         self._alive = True
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        super().__init__(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
     @property
     def mappings(self) -> list[tuple[int, int]]:

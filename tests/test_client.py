@@ -20,7 +20,6 @@ class FakePair:
     """A pair whose processes are dead."""
 
     worker_lives = False
-    worker_fd = -1
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal

@@ -97,10 +97,10 @@ async def test_what_is_shared() -> None:
     assert one is two
     assert other is not one
     found.release(one)
-    assert one.config >= 0
+    assert not one.config.closed
     found.release(two)
     found.release(other)
-    await asyncio.to_thread(eventually, lambda: (one.config, other.config), (-1, -1))
+    await asyncio.to_thread(eventually, lambda: (one.config.closed, other.config.closed), (True, True))
     again = await found.take(handoff(), 4, "")
     assert again is not one
     found.release(again)

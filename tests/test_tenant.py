@@ -30,13 +30,13 @@ def pack() -> Any:
 
 def test_what_is_packed_cannot_be_changed(pack: Pack) -> None:
     """A forked child has the descriptor, too: it is sealed against writing, growing and shrinking."""
-    assert os.fstat(pack.config).st_size > 0
+    assert os.fstat(pack.config.fileno()).st_size > 0
     with pytest.raises(PermissionError):
-        os.pwrite(pack.config, b"x", 0)
+        os.pwrite(pack.config.fileno(), b"x", 0)
     for size in (0, 1 << 20):
         with pytest.raises(PermissionError):
-            os.ftruncate(pack.config, size)
-    assert pack.fds[0] == pack.config
+            os.ftruncate(pack.config.fileno(), size)
+    assert pack.fds[0] == pack.config.fileno()
 
 
 def test_a_source_of_ours_brings_no_path_to_import_from(pack: Pack) -> None:

@@ -54,6 +54,7 @@ MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 MREMAP_DONTUNMAP = 4
 
+_MAP_FIXED = 0x10
 _MLOCK_ONFAULT = 1
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -102,9 +103,15 @@ def mremap(address: int, old_length: int, new_length: int, flags: int, new_addre
     return _check_address(_libc.mremap(address, old_length, new_length, flags, new_address))
 
 
-def mmap_fixed(address: int, length: int) -> None:
-    """Map anonymous private memory at `address` and replace what is mapped there."""
-    _check_address(_libc.mmap(address, length, 3, 0x32, -1, 0))  # READ|WRITE, PRIVATE|ANONYMOUS|FIXED
+def mmap_fixed(
+    address: int,
+    length: int,
+    protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
+    flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+    fd: int = -1,
+) -> None:
+    """Map memory at `address`, by default anonymous and private, and replace what is mapped there."""
+    _check_address(_libc.mmap(address, length, protection, flags | _MAP_FIXED, fd, 0))
 
 
 def munlock(address: int, length: int) -> None:

@@ -10,18 +10,20 @@ import mmap
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.kernel import libc
-from aiouffd.lifetime import until_exit
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]
 
 __all__ = [
+    "MAP_NORESERVE",
     "SealedMemory",
     "address_of",
+    "map_file",
     "mapped",
     "mappings_of",
     "unreadable",
@@ -29,6 +31,9 @@ __all__ = [
     "zero_blocks",
     "zeros",
 ]
+
+
+MAP_NORESERVE: Final = 0x4000
 
 
 class _PyBuffer(ctypes.Structure):
@@ -148,6 +153,24 @@ def unshare_memory() -> None:
                     libc.madvise(item.start + run.start() * mmap.PAGESIZE, length, libc.MADV_POPULATE_WRITE)
 
 
+def map_file(fd: int, length: int, access: int) -> mmap.mmap:
+    """Map the first bytes of a file, as `mmap.mmap(fd, length, access=access)` does, and keep no descriptor.
+
+    Before Python 3.13 `mmap.mmap` keeps a duplicate, and closes what has its number in the end, whoever's that is.
+
+    Args:
+        fd: stays the caller's.
+        length: in bytes, at least one.
+        access: mmap.ACCESS_READ; ACCESS_WRITE: what is written goes to the file; ACCESS_COPY: it does not.
+    """
+    kind = mmap.MAP_PRIVATE if access == mmap.ACCESS_COPY else mmap.MAP_SHARED
+    protection = mmap.PROT_READ | (0 if access == mmap.ACCESS_READ else mmap.PROT_WRITE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    mapping = mmap.mmap(-1, length, flags=flags, prot=protection)  # memory, in whose place the file comes
+    libc.mmap_fixed(address_of(mapping), length, protection, kind, fd)
+    return mapping
+
+
 class SealedMemory:
     """Bytes in a memfd that nobody can write, grow or shrink any more (F_SEAL_*, Linux 3.17).
 
@@ -157,10 +180,11 @@ class SealedMemory:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._owned = OwnedDescriptor(fd)
         self.size = os.fstat(fd).st_size
         # A private mapping of a sealed file shares its pages: reading costs no memory. The mapping is writable, since
         # ctypes gives the address of a writable buffer at a fraction of the cost.
-        self.map = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY) if self.size else None
+        self.map = map_file(fd, self.size, mmap.ACCESS_COPY) if self.size else None
 
     @classmethod
     def from_buffer(cls, data: Buffer, name: str = "aiouffd") -> SealedMemory:
@@ -180,10 +204,5 @@ class SealedMemory:
 
     def close(self) -> None:
         """Close the descriptor. The mapping ends with its last view."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    @until_exit
-    def __del__(self) -> None:
-        self.close()
+        self._owned.close()
+        self.fd = -1

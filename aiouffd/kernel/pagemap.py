@@ -47,7 +47,7 @@ class Pagemap(OwnedDescriptor):
     """
 
     def __init__(self) -> None:
-        self._fd = os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC)
+        super().__init__(os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC))
 
     @classmethod
     def open_if_possible(cls) -> Self:
@@ -97,6 +97,8 @@ class Pagemap(OwnedDescriptor):
 
     def _highest_bytes(self, start: int, size: int) -> bytes:
         count = size // mmap.PAGESIZE
+        if not self.intact:
+            raise OSError(errno.EBADF, f"{_PATH} is not open")
         entries = os.pread(self._fd, count * _ENTRY, start // mmap.PAGESIZE * _ENTRY)
         if len(entries) < count * _ENTRY:
             raise OSError(errno.EIO, f"{_PATH} is shorter than the address space")
@@ -116,7 +118,7 @@ class Pagemap(OwnedDescriptor):
             OSError: ENOTTY: the kernel has no PAGEMAP_SCAN; EPERM: PM_SCAN_CHECK_WPASYNC, and the range is not
                 registered with Feature.WP_ASYNC; EBADF: /proc/self/pagemap could not be opened.
         """
-        if self._fd < 0:
+        if not self.intact:
             raise OSError(errno.EBADF, f"{_PATH} is not open")
         found: list[Range] = []
         start, end = address, address + length

@@ -10,10 +10,12 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from aiouffd.errors import BusyError, PopulatedError, UnsupportedError
+from aiouffd.errors import BusyError, ClosedError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
 from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
+from aiouffd.kernel.memory import MAP_NORESERVE
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
 from aiouffd.lifetime import until_exit
 from aiouffd.ranges import align_up
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Region"]
 
-MAP_NORESERVE: Final = 0x4000
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
+
+_never_closed: dict[int, Region] = {}
 
 
 class LayoutChange(Protocol):
@@ -94,6 +97,7 @@ class Region(mmap.mmap):
     _listener: LayoutListener | None
     _note: Note | None
     _keep: list[Any]
+    _owned: OwnedDescriptor
 
     def __new__(cls, length: int, *, page_size: int = mmap.PAGESIZE, shared: bool = False) -> Self:
         """Map the memory."""
@@ -155,6 +159,7 @@ class Region(mmap.mmap):
             raise
         self.page_size = page_size
         self.fd = fd
+        self._owned = OwnedDescriptor(fd)
         self.monitor = None
         self.never_served = True
         self._listener = None
@@ -238,10 +243,13 @@ class Region(mmap.mmap):
 
         Raises:
             BufferError: views of the region exist.
+            ClosedError: shared memory, and this process has closed the region's descriptor.
             BusyError: the loop that serves it does not run; or this is its thread, or nobody serves it any more, and
                 the last page, which is not whole and must be cleared behind its end, is missing: `await prefetch()` it
                 first.
         """
+        if not self._may_use_descriptor():
+            raise ClosedError("this process has closed the region's descriptor")
         if newsize > len(self):
             self._clear_tail()
         if self._listener is None:
@@ -266,6 +274,10 @@ class Region(mmap.mmap):
 
         self._listener.change(move)
 
+    def _may_use_descriptor(self) -> bool:
+        """Whether it has none, or its own: `mmap.mmap` has a duplicate, which it truncates and closes blindly."""
+        return self.fd < 0 or self._owned.intact
+
     def _clear_tail(self) -> None:
         """Fill what the last page has behind the end with zeros, before the end moves on.
 
@@ -282,7 +294,7 @@ class Region(mmap.mmap):
         ctypes.memset(self.address + end, 0, tail)  # without the GIL
 
     def close(self) -> None:
-        """Unmap the region.
+        """Unmap the region; not shared memory whose descriptor this process has closed, which stays until it ends.
 
         Raises:
             BusyError: a Monitor serves it: leave that first.
@@ -293,14 +305,16 @@ class Region(mmap.mmap):
         if self.monitor is not None:
             raise BusyError("munmap", self.address, len(self), errno.EBUSY)
         length = self.mapped_length
+        if not self._may_use_descriptor():
+            _never_closed[id(self)] = self
+            return
         super().close()
         if self.page_size > mmap.PAGESIZE:
             # mmap.close() calls munmap(2) with len() bytes. hugetlb needs whole huge pages (EINVAL), so that an odd
             # length is still mapped.
             libc.munmap(self.address, length)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._owned.close()
+        self.fd = -1
         self._listener = None
         self._keep.clear()
         self.annotate(None)

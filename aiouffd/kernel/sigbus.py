@@ -58,6 +58,9 @@ class Sentinel:
     def take_over(self, region: Region, uffd: Userfaultfd) -> None:
         """Register what `uffd` serves of a region with this descriptor, and close `uffd`. The region keeps this object.
 
+        If this process has closed one of them, the missing pages are made inaccessible: a touch is SIGSEGV. The kernel
+        gives a region back by the descriptor only that serves it.
+
         A forked child is registered with nothing, so that missing pages would read as zeros there: it does not get
         them (MADV_DONTFORK: SIGSEGV). It gets the present pages, unless more than 1000 missing ranges lie among them.
 
@@ -65,6 +68,10 @@ class Sentinel:
             OSError: the kernel refused. A touch of a missing page is SIGSEGV then, or waits; it is never zeros.
         """
         region.keep(self._uffd)
+        if not (uffd.intact and self._uffd.intact):
+            self._shut(region)
+            region.keep(uffd)
+            return
         try:
             gaps = self._hand_over(region, uffd)
         except OSError:
@@ -79,6 +86,14 @@ class Sentinel:
         self.pagemap.close()
         region.listen(self)
 
+    def _shut(self, region: Region) -> None:
+        """Make the missing pages of a region inaccessible, in forked children, too."""
+        self.pagemap.close()
+        with Pagemap.open_if_possible() as pagemap:
+            gaps = pagemap.missing(region.address, region.mapped_length, -1, region.page_size)
+        _protect(_bounded(gaps), region.address, region.mapped_length)
+        _share_present(Range(region.address, region.mapped_length), [])
+
     def _hand_over(self, region: Region, uffd: Userfaultfd) -> list[Range]:
         """Register the region with this descriptor in place of `uffd`; return the missing ranges.
 
@@ -87,9 +102,7 @@ class Sentinel:
         accessible.
         """
         start, length = region.address, region.mapped_length
-        gaps = self.pagemap.missing(start, length, region.fd, region.page_size)
-        if len(gaps) > _MAX_GAPS:
-            gaps = [Range.between(gaps[0].start, gaps[-1].end)]
+        gaps = _bounded(self.pagemap.missing(start, length, region.fd, region.page_size))
         if uffd is self._uffd:
             return gaps
         gaps = _protect(gaps, start, length)
@@ -144,6 +157,10 @@ class Sentinel:
         """Close what it has opened. Not after `take_over`."""
         self._uffd.close()
         self.pagemap.close()
+
+
+def _bounded(gaps: list[Range]) -> list[Range]:
+    return gaps if len(gaps) <= _MAX_GAPS else [Range.between(gaps[0].start, gaps[-1].end)]
 
 
 def _share_present(region: Range, gaps: list[Range]) -> None:

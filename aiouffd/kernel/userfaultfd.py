@@ -159,7 +159,7 @@ class Userfaultfd(OwnedDescriptor):
         self, features: Feature = NO_FEATURES, *, user_mode_only: bool = False, opened_by: str | None = None
     ) -> None:
         fd, self.opened_by = _open(user_mode_only=user_mode_only, by=opened_by)
-        self._fd = fd
+        super().__init__(fd)
         for feature, needed in abi.FEATURE_NEEDS.items():
             if feature & features:
                 features |= needed
@@ -189,7 +189,7 @@ class Userfaultfd(OwnedDescriptor):
         The kernel does not tell which features are enabled on it: `features` says what the caller knows.
         """
         self = cls.__new__(cls)
-        self._fd = fd
+        self._own(fd)
         self._features = Feature(features)
         self._ioctls = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
         self.opened_by = "adopted"

@@ -83,6 +83,10 @@ class CrashNotes:
             f"{self._monitor} has lost what served it, as `Monitor.check()` tells; since then a touch of a missing page"
             " is SIGBUS.",
         )
+        self._note.say(
+            When.ABSENT,
+            f"{self._monitor} has lost what served it, as `Monitor.check()` tells; what was missing then is not there.",
+        )
 
     def close(self) -> None:
         """Say nothing any more."""

@@ -397,6 +397,7 @@ class Monitor:
         Raises:
             SourceError, HandlerError: why a page was poisoned.
             PagerDiedError: the pager was given up.
+            PagerError: this process has closed descriptors of the pager's client.
             ClosedError: the Monitor was left.
         """
 

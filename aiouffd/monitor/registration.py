@@ -137,7 +137,7 @@ class Registration:
         if (uffd := self._take()) is None:
             return
         self.region.listen(None)
-        if sigbus:
+        if sigbus or not uffd.intact:  # what cannot be given back is no zeros
             self._sentinel.take_over(self.region, uffd)
         else:
             with uffd:

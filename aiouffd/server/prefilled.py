@@ -26,7 +26,7 @@ class _PagemapOf(Pagemap):
     """The pagemap of another process."""
 
     def __init__(self, pid: int) -> None:
-        self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._own(os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC))
 
 
 def zeros_before_handoff(pid: int, regions: Regions) -> int:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import address_of, zero_blocks
+from aiouffd.kernel.memory import address_of, map_file, zero_blocks
+from aiouffd.kernel.owned_descriptor import inode
 from aiouffd.lifetime import until_exit
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.daemon_threads import DaemonThreads
@@ -102,7 +103,7 @@ class FileSource:
 
     def _adopt(self, fd: int, size: int, mtime_ns: int) -> None:
         """Set up; the descriptor belongs to this object."""
-        self._fd = fd
+        self._fd, self._inode = fd, inode(fd)
         self._pool: DaemonThreads | None = None
         self._file_system = FileSystem(fd)
         status = os.fstat(fd)
@@ -127,7 +128,7 @@ class FileSource:
         self._scratch_address = address_of(self._scratch)
         self._vector = ctypes.create_string_buffer(1 << 10)
         if self._mapped:
-            self._map = mmap.mmap(fd, self._mapped, access=mmap.ACCESS_READ)
+            self._map = map_file(fd, self._mapped, mmap.ACCESS_READ)
             self._address = address_of(self._map)
         self._nowait = self._nowait_flag()
         self._quick_end = not self._file_system.remote  # elsewhere lseek asks the server
@@ -343,7 +344,7 @@ class FileSource:
     @until_exit
     def __del__(self) -> None:
         fd = getattr(self, "_fd", -1)
-        if fd < 0:
+        if fd < 0 or inode(fd) != self._inode:  # closed by others
             return
         if not self._file_system.remote:
             os.close(fd)

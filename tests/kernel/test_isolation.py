@@ -127,7 +127,7 @@ def test_what_a_pager_rebuilds_cannot_be_changed() -> None:
     """A forked child has the descriptor, too; a worker that begins anew reads it again."""
     pack = Pack(Service(Pattern(SIZE)), Options())
     with pytest.raises(PermissionError):
-        os.pwrite(pack.config, b"x", 0)
+        os.pwrite(pack.config.fileno(), b"x", 0)
     with pytest.raises(PermissionError):
-        os.ftruncate(pack.config, 0)
+        os.ftruncate(pack.config.fileno(), 0)
     pack.close()

@@ -97,10 +97,10 @@ def test_what_a_source_needs_is_imported_for_all_workers() -> None:
     pack = Pack(Service(aiouffd.ObjectSource("https://host/key")), Options())
     code = (
         "import sys; from aiouffd.pager.process import keeper, state;"
-        f"keeper.import_for(state.State(origins={{1: {{'config': {pack.config}}}, 2: {{'config': -1}}}}));"
+        f"keeper.import_for(state.State(origins={{1: {{'config': {pack.config.fileno()}}}, 2: {{'config': -1}}}}));"
         "sys.exit('aiouffd.sources.object_store' not in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, pass_fds=[pack.config])
+    subprocess.run([sys.executable, "-c", code], check=True, pass_fds=[pack.config.fileno()])
     pack.close()
 
 

@@ -14,7 +14,7 @@ from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import SealedMemory, address_of, mapped, unreadable, zeros
+from aiouffd.kernel.memory import SealedMemory, address_of, map_file, mapped, unreadable, zeros
 from aiouffd.ranges import Range
 
 
@@ -49,6 +49,28 @@ def test_what_is_mapped() -> None:
     assert found == [Range(start, 2 * PAGE), Range(start + 5 * PAGE, 3 * PAGE)]
     assert mapped(start + 2 * PAGE, 3 * PAGE) == []
     libc.mmap_fixed(start + 2 * PAGE, 3 * PAGE)
+
+
+@pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_WRITE, mmap.ACCESS_COPY])
+def test_a_file_that_is_mapped(access: int, tmp_path: Path) -> None:
+    """Without a descriptor; what is written goes to the file, or does not, or is refused."""
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" + bytes(2 * PAGE))
+    before = open_descriptors()
+    with path.open("r+b") as file:
+        mapping = map_file(file.fileno(), 3 + PAGE, access)
+    assert open_descriptors() == before
+    assert mapping[:4] == b"abc\0"
+    assert len(mapping) == 3 + PAGE
+    if access == mmap.ACCESS_READ:
+        with pytest.raises(TypeError):
+            mapping[0] = 65
+    else:
+        mapping[0] = 65
+        assert path.read_bytes()[:3] == (b"Abc" if access == mmap.ACCESS_WRITE else b"abc")
+    start = address_of(mapping)
+    mapping.close()
+    assert mapped(start, 2 * PAGE) == []
 
 
 def test_without_proc_all_counts_as_mapped(monkeypatch: pytest.MonkeyPatch) -> None:

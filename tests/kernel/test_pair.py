@@ -36,7 +36,7 @@ def test_a_pair_is_started_and_ended(waiter: Waiter) -> None:
     """The worker says its pid, lives, and ends with the keeper; no descriptor is left."""
     before = open_descriptors()
     pair = Pair.start(waiter, Pickles.NEVER)
-    assert pair.worker_fd < 0
+    assert pair.worker_fd.closed
     assert waiter.wait(60.0, pair.connection.fileno())
     message, fds = control.receive(pair.connection)
     pair.runs(message["pid"], fds[0] if fds else os.pidfd_open(message["pid"]))
@@ -59,16 +59,16 @@ def test_a_worker_lives_until_it_is_killed(waiter: Waiter) -> None:
     pair = Pair.start(waiter, Pickles.NEVER)
     assert waiter.wait(60.0, pair.connection.fileno())  # it has just said so; nobody has listened yet
     pair.keeper.kill()
-    assert waiter.wait(60.0, pair.keeper_fd)
+    assert waiter.wait(60.0, pair.keeper_fd.fileno())
     assert lives(pair)
     message, fds = control.receive(pair.connection)
     pair.runs(message["pid"], fds[0])
     assert lives(pair)
     pair.kill_worker()
-    assert waiter.wait(60.0, pair.worker_fd)
+    assert waiter.wait(60.0, pair.worker_fd.fileno())
     assert not lives(pair)
     pair.kill_worker()
-    pair.forget_worker()
+    pair.worker_fd.close()
     pair.kill_worker()
     pair.end(leave=False)
 

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import attrs
 
 from aiouffd.errors import TraceError
+from aiouffd.kernel.owned_descriptor import inode
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Recorder:
 
     def __init__(self, fd: int, path: Path | None = None) -> None:
         self.fd = fd
+        self._inode = inode(fd)
         self._path = path  # in the process that made it
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytearray(8)).cast("Q")
@@ -211,9 +213,12 @@ class Recorder:
 
         Raises:
             OSError: it cannot be written; an older recording of that name stays. ENOSPC: the disk had no room for a
-                single page.
+                single page. EBADF: this process has closed its descriptor.
         """
         assert self._path is not None
+        if inode(self.fd) != self._inode:
+            self.discard()
+            raise OSError(errno.EBADF, "this process has closed the descriptor of the recording", str(self._path))
         _, version, page, size, count, _, state, source = HEADER.unpack(os.pread(self.fd, HEADER.size, 0))
         if state & _CUT and not count:
             path = self._path
@@ -236,9 +241,9 @@ class Recorder:
 
     def close(self) -> None:
         """Close it as it is."""
-        if self.fd >= 0:
+        if self.fd >= 0 and inode(self.fd) == self._inode:
             os.close(self.fd)
-            self.fd = -1
+        self.fd = -1
 
 
 def _begin(final: Path) -> int:

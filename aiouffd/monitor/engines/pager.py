@@ -57,9 +57,8 @@ class Pager:
         stuck_limit: seconds until this process is ended (SIGABRT) if all processes of the pager were killed while a
             thread waits for a page with the GIL held, so that no others can be started. It needs the native part.
             None: never.
-        linger: seconds that the pager of an instance waits for another Monitor when the last was left. This process has
-            descriptors of the pager's until then: a program that closes all of its descriptors, as daemons do, must not
-            do so meanwhile.
+        linger: seconds that the pager of an instance waits for another Monitor when the last was left. It ends earlier
+            where the program closes all of its descriptors, as daemons do.
 
     Raises (on entering):
         PagerStartError: it did not start.

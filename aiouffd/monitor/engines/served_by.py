@@ -14,14 +14,24 @@ import attrs
 
 from aiouffd.engine.assembly import Options
 from aiouffd.engine.statistics import Statistics
-from aiouffd.errors import AccessError, ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
+from aiouffd.errors import (
+    AccessError,
+    ClosedError,
+    HandoffError,
+    PagerDiedError,
+    PagerError,
+    PagerStartError,
+    UffdError,
+)
 from aiouffd.handoff.firecracker import encode
 from aiouffd.handoff.json_lines import VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
+from aiouffd.pager.client.waiting import LOOK, Waiter, Watches
 from aiouffd.rpc import LAST_REQUEST, Requests
 
 if TYPE_CHECKING:
@@ -105,8 +115,9 @@ class ServedByEngine:
         self._closing = False
         self._silent = False  # it did not answer what was asked on leaving
         self._served = False
-        self._wake_r = self._wake_w = self._tether = -1
-        self._connection: socket.socket
+        self._waiter: Waiter
+        self._tether: OwnedDescriptor
+        self._connection: OwnedSocket
         self._thread: threading.Thread
         self._watch: Watch
 
@@ -114,9 +125,10 @@ class ServedByEngine:
         """Hand the region over to the server."""
         self._on_error, self._on_lost = assignment.on_error, assignment.on_lost
         taken = self._requests.expect("serve").future  # the handoff is this request
-        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._tether, tether = os.pipe2(os.O_CLOEXEC)
-        self._connection = close_in_children(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        self._waiter = Waiter(Watches())
+        self._tether, tether = map(OwnedDescriptor, os.pipe2(os.O_CLOEXEC))
+        self._connection = OwnedSocket(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        close_in_children(self._connection)
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
@@ -124,12 +136,11 @@ class ServedByEngine:
             tracked = assignment.options.write_protect
             extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)
-            socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether])
-            os.close(tether)
-            tether = -1
+            socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether.fileno()])
+            tether.close()
             self._thread.start()
             taken.result(_TIMEOUT)
-            self._watch.over(self._tether)
+            self._watch.over(self._tether.fileno())
         except PermissionError as error:
             self._end()
             raise AccessError(self._path, "the server lets in its own user, and those of --allow-uid") from error
@@ -143,8 +154,7 @@ class ServedByEngine:
             self._end()
             raise
         finally:
-            if tether >= 0:
-                os.close(tether)
+            tether.close()
 
     def prefetch(self, offset: int, length: int) -> Future[Any]:
         """Bring offsets [offset, offset + length)."""
@@ -183,7 +193,7 @@ class ServedByEngine:
         except TimeoutError:
             self._silent = True
             log.warning("the server at %s does not answer: left without it", self._path)
-        except (ClosedError, HandoffError, PagerDiedError):
+        except (ClosedError, HandoffError, PagerError):
             log.debug("the server has gone first")
 
     def _send(self, request: Request) -> None:
@@ -196,11 +206,17 @@ class ServedByEngine:
         lines = Lines()
         poller = select.poll()
         poller.register(self._connection.fileno(), select.POLLIN)
-        poller.register(self._wake_r, select.POLLIN)
+        poller.register(self._waiter, select.POLLIN)
         poller.register(self._tether, 0)  # POLLHUP
         while True:
-            ready = {fd for fd, _ in poller.poll()}
+            ready = {fd for fd, _ in poller.poll(LOOK * 1000)}
             if self._closing:
+                return
+            try:
+                self._waiter.check(self._connection, self._tether)
+            except PagerError as error:
+                self._requests.close(error)
+                self._lose(error)
                 return
             if self._connection.fileno() in ready:
                 try:
@@ -211,13 +227,16 @@ class ServedByEngine:
                     self._requests.close(error)
                     with contextlib.suppress(OSError):
                         self._connection.shutdown(socket.SHUT_RDWR)
-            elif self._tether in ready:
+            elif self._tether.fileno() in ready:
                 poller.unregister(self._tether)
                 if not self._served:  # turned away, or left: the answer tells
                     continue
-                self._watch.close()
-                self._on_lost()  # first, so that whoever is told finds the region settled
-                self._on_error(PagerDiedError(f"the server at {self._path} and its pager have ended"))
+                self._lose(PagerDiedError(f"the server at {self._path} and its pager have ended"))
+
+    def _lose(self, error: PagerError) -> None:
+        self._watch.close()
+        self._on_lost()  # first, so that whoever is told finds the region settled
+        self._on_error(error)
 
     def _receive(self, lines: Lines) -> None:
         """Handle what has come; UffdError when nothing will come any more, or it cannot be understood."""
@@ -244,10 +263,10 @@ class ServedByEngine:
     def _end(self) -> None:
         self._closing = True
         self._requests.close(ClosedError("the Monitor has been left"))
-        os.write(self._wake_w, b"x")
+        self._waiter.stop()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
         self._watch.close()
         self._connection.close()
-        for fd in (self._wake_r, self._wake_w, self._tether):
-            os.close(fd)
+        self._waiter.close()
+        self._tether.close()

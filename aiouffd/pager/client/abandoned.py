@@ -44,10 +44,12 @@ def poison_what_is_touched(
             is_child=tenant in children,
         )
         for tenant in (*tenants.values(), *children)
+        if tenant.uffd.intact
     )
     poller = select.poll()
     poller.register(resort.fileno(), select.POLLIN)
-    poller.register(waiter.fileno(), select.POLLIN)
+    if not waiter.lost:
+        poller.register(waiter, select.POLLIN)
     settled = False
     while not waiter.stopped and not (settled and not resort.spaces):
         ready = poller.poll(1 if resort.pending else _CALM)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import probe
 from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.asking import Asking
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
-from aiouffd.pager.client.waiting import Later, StoppedError, Waiter, Watches
+from aiouffd.pager.client.waiting import LOOK, Later, StoppedError, Waiter, Watches
 from aiouffd.pager.process import control
 from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
@@ -247,11 +248,11 @@ class PagerClient:
     # Requests
 
     def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int]) -> Future[Any]:
-        pidfd = open_pidfd(os.getpid())
+        pidfd = OwnedDescriptor(open_pidfd(os.getpid()))
         try:
             future = self._requests(
                 "open",
-                [pidfd, *tenant.pack.fds, *tenant.fds],
+                [pidfd.fileno(), *tenant.pack.fds, *tenant.fds],
                 token=tenant.token,
                 service={**tenant.pack.record, "slot": tenant.slot},
                 counts=counts,
@@ -259,9 +260,9 @@ class PagerClient:
                 own=len(tenant.fds),
             )
         except BaseException:
-            os.close(pidfd)
+            pidfd.close()
             raise
-        future.add_done_callback(lambda _: os.close(pidfd))
+        future.add_done_callback(lambda _: pidfd.close())
         return future
 
     # The thread's side
@@ -276,6 +277,7 @@ class PagerClient:
                 return
             self._give_up(error if isinstance(error, UffdError) else PagerDiedError(f"the client failed: {error!r}"))
             self._abandon()
+            self._later.run()  # nobody is served: who waits for another user may end it now
 
     def _serve(self) -> None:
         """Listen to the pager, and replace it when its keeper ends, until the client is stopped."""
@@ -295,14 +297,15 @@ class PagerClient:
         """Handle messages until the keeper ends, or the client is stopped."""
         poller = select.poll()
         hears = True
-        for fd in (pair.keeper_fd, self._waiter.fileno()):
-            poller.register(fd, select.POLLIN)
+        poller.register(pair.keeper_fd, select.POLLIN)
+        poller.register(self._waiter, select.POLLIN)
         while not self._waiter.stopped:
             if hears:
                 poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
             if not pair.worker_pid:
                 self._waiter.watch.alive()
             ready = dict(poller.poll(self._patience(pair)))
+            self._waiter.check(*pair.descriptors)
             if not self._later.patience:
                 self._later.run()
                 continue
@@ -313,14 +316,13 @@ class PagerClient:
             if events and not self._exchange(pair, events):
                 hears = False
                 poller.unregister(pair.connection)
-            if not events and pair.keeper_fd in ready:
+            if not events and pair.keeper_fd.fileno() in ready:
                 return
 
-    def _patience(self, pair: Pair) -> float | None:
+    def _patience(self, pair: Pair) -> float:
         """Return for how many milliseconds to wait for messages."""
         beat = math.inf if pair.worker_pid else self._waiter.watch.beat
-        seconds = min(beat, self._takeover.patience, self._later.patience)
-        return None if seconds == math.inf else seconds * 1000 + 1
+        return min(beat, self._takeover.patience, self._later.patience, LOOK) * 1000 + 1
 
     def _exchange(self, pair: Pair, events: int) -> bool:
         """Send and receive what is possible now; tell whether the connection is there still."""
@@ -363,7 +365,8 @@ class PagerClient:
     def _ends(self) -> tuple[int, ...]:
         """What tells of the end of those that serve; nothing while that is not known."""
         pair = self._requests.pair
-        return (pair.keeper_fd, pair.worker_fd) if pair is not None and pair.worker_fd >= 0 else ()
+        ends = (pair.keeper_fd, pair.worker_fd) if pair is not None else ()
+        return tuple(end.fileno() for end in ends) if all(end.intact for end in ends) else ()
 
     def _event(self, message: dict[str, Any]) -> None:
         event, tenant = message["event"], self._tenants.get(root_of(message.get("token", "")))
@@ -408,6 +411,7 @@ class PagerClient:
 
         While nobody reads, touches wait: this process holds a duplicate of the descriptor.
         """
+        self._waiter.check(*(each for tenant in self.tenants for each in tenant.descriptors))
         self._waiter.watch.alive()
         status = pair.keeper.wait()
         if self._deaths.add(status, pair.journal.progress()):

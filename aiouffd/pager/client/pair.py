@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PagerStartError, decode_error
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
 from aiouffd.lifetime import close_in_children
 from aiouffd.pager.client.interpreter import command
 from aiouffd.pager.process import control
@@ -54,20 +55,20 @@ class Pair:
         keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.
         outbox: sends on the connection.
         worker_pid: 0 until the worker has said it.
-        worker_fd: the worker's pidfd; -1 until then. A number might be another process's by the time that it is used.
+        worker_fd: the worker's pidfd; closed until then. A pid might be another process's by the time that it is used.
     """
 
     def __init__(
-        self, keeper: subprocess.Popen[bytes], connection: socket.socket, journal: Journal, vault: Vault
+        self, keeper: subprocess.Popen[bytes], connection: OwnedSocket, journal: Journal, vault: Vault
     ) -> None:
         self.keeper = keeper
-        self.keeper_fd = open_pidfd(keeper.pid)
+        self.keeper_fd = OwnedDescriptor(open_pidfd(keeper.pid))
         self.connection = connection
         self.outbox = control.Outbox(connection)
         self.journal = journal
         self.vault = vault
         self.worker_pid = 0
-        self.worker_fd = -1
+        self.worker_fd = OwnedDescriptor()
 
     @classmethod
     def start(cls, waiter: Waiter, pickles: Pickles) -> Self:
@@ -101,8 +102,13 @@ class Pair:
 
     def runs(self, pid: int, pidfd: int) -> None:
         """Note which worker serves now; the pidfd is this object's from now on."""
-        self.forget_worker()
-        self.worker_pid, self.worker_fd = pid, pidfd
+        self.worker_fd.close()
+        self.worker_pid, self.worker_fd = pid, OwnedDescriptor(pidfd)
+
+    @property
+    def descriptors(self) -> tuple[OwnedDescriptor | OwnedSocket, ...]:
+        """What this process has open for the pair."""
+        return (self.connection, self.vault.outer, self.keeper_fd, self.worker_fd)
 
     @property
     def worker_lives(self) -> bool:
@@ -112,31 +118,26 @@ class Pair:
         """
         poller = select.poll()
         poller.register(self.connection, 0)  # POLLHUP
-        return not poller.poll(0)
+        return self.connection.intact and not poller.poll(0)
 
     def kill_worker(self) -> None:
         """Kill the worker with -9, if it runs."""
-        if self.worker_fd >= 0:
+        if self.worker_fd.intact:
             # PermissionError: this process has dropped its privileges. The worker ends with its keeper.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(self.worker_fd, signal.SIGKILL)
-
-    def forget_worker(self) -> None:
-        """Close the worker's pidfd."""
-        if self.worker_fd >= 0:
-            os.close(self.worker_fd)
-            self.worker_fd = -1
+                signal.pidfd_send_signal(self.worker_fd.fileno(), signal.SIGKILL)
 
     def end(self, *, leave: bool, silent: bool = False) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
 
         Args:
-            leave: they serve on until all memory is gone. They are not waited for, and not killed.
+            leave: they serve on until all memory is gone. They are not waited for, and not killed. So it is, too, where
+                this process has closed its descriptors of them.
             silent: the worker does not answer. It is killed at once; its successor finds that nothing is left to serve.
         """
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-        if leave:
+        if leave or any(item.lost for item in self.descriptors):
             self._reap(_LEAVE_TIMEOUT)
         else:
             if silent:
@@ -152,7 +153,7 @@ class Pair:
             with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
                 self.keeper.kill()
             # A worker whose keeper was killed, here or before, does not know that it is to end.
-            if self.worker_fd >= 0 and not _readable(self.worker_fd, 1000):
+            if self.worker_fd.intact and not _readable(self.worker_fd, 1000):
                 self.kill_worker()
             self._reap(_LEAVE_TIMEOUT)
         self.close()
@@ -165,7 +166,7 @@ class Pair:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             ready = dict(poller.poll(left * 1000))
-            if self.keeper_fd in ready:
+            if self.keeper_fd.fileno() in ready:
                 return
             try:
                 for fd in control.receive(self.connection)[1] if ready else ():
@@ -188,16 +189,14 @@ class Pair:
         """Close the descriptors."""
         self.connection.close()
         self.vault.close()
-        self.forget_worker()
-        if self.keeper_fd >= 0:
-            os.close(self.keeper_fd)
-            self.keeper_fd = -1
+        self.worker_fd.close()
+        self.keeper_fd.close()
 
 
-def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[bytes], OwnedSocket]:
     """Start the process; return it, and our end of the connection."""
     with contextlib.ExitStack() as stack:
-        ours, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, inherited = OwnedSocket.pair(socket.SOCK_SEQPACKET)
         stack.callback(inherited.close)
         close_in_children(ours)
         inherited.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
@@ -231,7 +230,7 @@ def _hello(connection: socket.socket, waiter: Waiter) -> tuple[Journal, Vault]:
         os.close(journal)
 
 
-def _readable(fd: int, milliseconds: int) -> bool:
+def _readable(fd: OwnedDescriptor, milliseconds: int) -> bool:
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    return bool(poller.poll(milliseconds))
+    return fd.intact and bool(poller.poll(milliseconds))

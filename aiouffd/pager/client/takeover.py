@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import PagerStartError
+from aiouffd.kernel.owned_descriptor import OwnedSocket
 from aiouffd.lifetime import close_in_children
 from aiouffd.pager.process import control
 from aiouffd.pager.process.replay import survey
@@ -103,7 +104,7 @@ class Takeover:
         if orphan is None:
             self._begin_from_journal()
             return
-        theirs, ours = map(close_in_children, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        theirs, ours = map(close_in_children, OwnedSocket.pair(socket.SOCK_SEQPACKET))
         try:
             with theirs:
                 control.send(orphan.connection, {"op": "handover", "id": 0}, [theirs.fileno()], wait=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.statistics import Counter
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.process.handles import explained, open_memfd
@@ -91,8 +92,8 @@ class Pack:
         self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
         self.options = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
-        self.config = open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(self.config, "wb", closefd=False) as file:
+        self.config = OwnedDescriptor(open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        with os.fdopen(self.config.fileno(), "wb", closefd=False) as file:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
         self.is_pickle = is_pickle(data)
@@ -107,13 +108,12 @@ class Pack:
     @property
     def fds(self) -> list[int]:
         """What goes along with a request that opens a space."""
-        return [self.config, *(item.fd for item in self._descriptors)]
+        return [self.config.fileno(), *(item.fd for item in self._descriptors)]
 
     def close(self) -> None:
         """Forget it; what a pager has got of it stays the pager's."""
-        if self.config >= 0:
-            os.close(self.config)
-            self.config = -1
+        if not self.config.closed:
+            self.config.close()
             del self.service, self._descriptors  # its files may be closed with them, here and now
 
 
@@ -159,6 +159,11 @@ class Tenant:
     def fds(self) -> list[int]:
         """What goes along with a request that opens it."""
         return [self.uffd.fileno()] + ([self.tether] if self.tether >= 0 else [])
+
+    @property
+    def descriptors(self) -> tuple[OwnedDescriptor, ...]:
+        """Those by which a program that closes all that it has is noticed."""
+        return self.uffd, self.pack.config
 
     def record(self, mappings: list[Mapping]) -> dict[str, Any]:
         """Return what a pager is told of the memory; `mappings`: what it shows now."""

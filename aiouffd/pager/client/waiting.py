@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import select
+import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
-from aiouffd.pager.process.handles import open_eventfd
+from aiouffd.errors import PagerError
+from aiouffd.kernel.owned_descriptor import OwnedSocket
+from aiouffd.pager.process.handles import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiouffd.native.watchdog import Watch
 
-__all__ = ["Later", "StoppedError", "Waiter", "Watches"]
+__all__ = ["LOOK", "Later", "StoppedError", "Waiter", "Watches"]
+
+LOOK: Final = 1.0
+"""Seconds between two looks at the client's descriptors. Who waits for one that was closed is not woken by that."""
+
+_LOST: Final = (
+    "this process has closed descriptors of the pager's client. A program that closes descriptors which it has not"
+    " opened, as daemons do, must do so before it enters a Monitor"
+)
+
+
+class Holder(Protocol):
+    """What holds descriptors."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else has closed one of them."""
 
 
 class StoppedError(Exception):
@@ -97,21 +115,37 @@ class Waiter:
     def __init__(self, watch: Watches) -> None:
         self.watch = watch
         self.stopped = False
-        self._event = open_eventfd()
+        try:  # no eventfd: all of them look the same
+            self._inner, self._outer = OwnedSocket.pair(socket.SOCK_DGRAM)
+        except OSError as error:
+            raise explained("socketpair", error) from error
+        self._inner.setblocking(False)
+        self._outer.setblocking(False)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable once somebody has called `wake`."""
-        return self._event
+        return self._outer.fileno()
 
     def wake(self) -> None:
         """Wake the thread; from any thread."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._event, 1)
+        with contextlib.suppress(OSError):  # EAGAIN: it was called often enough
+            self._inner.sendmsg([b"."])
 
     def drain(self) -> None:
         """Forget the calls of `wake` so far."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
+        with contextlib.suppress(OSError):
+            while True:
+                self._outer.recvmsg(1)
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else has closed one of its descriptors."""
+        return self._inner.lost or self._outer.lost
+
+    def check(self, *others: Holder) -> None:
+        """Raise PagerError where this process has closed descriptors of this object, or of others of the client's."""
+        if any(item.lost for item in (self, *others)):
+            raise PagerError(_LOST)
 
     def stop(self) -> None:
         """Have each wait end, now and from now on."""
@@ -123,15 +157,17 @@ class Waiter:
 
         Raises:
             StoppedError: the client is being stopped.
+            PagerError: as `check`.
         """
         poller = select.poll()
-        poller.register(self._event, select.POLLIN)
+        poller.register(self, select.POLLIN)
         if fd >= 0:
             poller.register(fd, select.POLLIN)
         until = time.monotonic() + seconds
         while not self.stopped and (left := until - time.monotonic()) > 0:
             self.watch.alive()
-            ready = {found for found, _ in poller.poll(min(left, 1.0, self.watch.beat) * 1000)}
+            ready = {found for found, _ in poller.poll(min(left, LOOK, self.watch.beat) * 1000)}
+            self.check()
             if fd in ready:
                 return True
             if ready:
@@ -143,4 +179,5 @@ class Waiter:
     def close(self) -> None:
         """Be done with it."""
         self.watch.close()
-        os.close(self._event)
+        self._inner.close()
+        self._outer.close()

@@ -12,6 +12,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final, Self
 
+from aiouffd.kernel.owned_descriptor import OwnedSocket
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -30,7 +32,7 @@ class Vault:
     """
 
     def __init__(self, outer: int, inner: int = -1) -> None:
-        self.outer = socket.socket(fileno=outer)
+        self.outer = OwnedSocket(socket.socket(fileno=outer))
         self._inner = socket.socket(fileno=inner) if inner >= 0 else None
         self._count = 0
         self.outer.setblocking(False)

@@ -8,7 +8,7 @@ import resource
 
 from aiouffd.errors import PagerStartError
 
-__all__ = ["explained", "open_eventfd", "open_memfd", "open_pidfd"]
+__all__ = ["explained", "open_memfd", "open_pidfd"]
 
 _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 
@@ -35,14 +35,6 @@ def open_memfd(name: str, flags: int = os.MFD_CLOEXEC) -> int:
         return os.memfd_create(name, flags)
     except OSError as error:
         raise explained("memfd_create", error) from error
-
-
-def open_eventfd() -> int:
-    """Return a counter to wake a thread with, non-blocking; raises as `open_memfd`."""
-    try:
-        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError as error:
-        raise explained("eventfd", error) from error
 
 
 def explained(call: str, error: OSError) -> PagerStartError:

@@ -32,6 +32,7 @@ from aiouffd.engine.reading import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.memory import map_file
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode, records
 
@@ -104,7 +105,7 @@ class Journal:
     def __init__(self, fd: int, access: int = mmap.ACCESS_READ) -> None:
         self.fd = fd
         size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, size, access=access)
+        self._map = map_file(fd, size, access)
         self._map.madvise(mmap.MADV_DONTDUMP)  # a core dump would write out its holes, too
         self._bytes = memoryview(self._map)
         self._size = (size - _LOGS) // 2
