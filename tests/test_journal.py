@@ -213,6 +213,30 @@ def test_only_its_maker_can_write() -> None:
     journal.counters.words[0] = 1
 
 
+def test_progress_is_what_this_pager_has_made() -> None:
+    """Not what its tenants bring along, or take with them; a pager that serves nothing makes none, whoever comes."""
+    journal, successor = Journal.create(), Journal.create()
+    served = [0] * (Counter.PAGES_FAULT + 1)
+    served[Counter.PAGES_FAULT] = 100
+    for slot in (1, 2):
+        journal.use_slot(slot, served)
+    journal.resume(served)
+    assert journal.counters.words[Counter.PAGES_FAULT] == 100
+    assert journal.progress() == 0
+    for slot in (0, 2):
+        journal.counters_of(slot).words[Counter.PAGES_FAULT] += 1
+    assert journal.progress() == 2
+    journal.use_slot(2, [])
+    assert journal.progress() == 2
+    journal.counters_of(2).words[Counter.PAGES_FAULT] += 1
+    assert journal.progress() == 3
+    successor.take_counters(journal)
+    assert successor.counters_of(2).words[Counter.PAGES_FAULT] == 1
+    assert successor.progress() == 0
+    successor.counters_of(2).words[Counter.PAGES_FAULT] += 1
+    assert successor.progress() == 1
+
+
 def test_each_slot_is_counted_by_itself() -> None:
     """And all of them together; a successor goes on, but for what was under way."""
     journal, successor = Journal.create(), Journal.create()

@@ -57,6 +57,8 @@ class Counter(enum.IntEnum):
     MINOR_FAULTS = 84  # messages of pages that the file has and the mapping does not
     SLOTS = 85  # arrays of words behind this one that have been used
     SLOWED = 86  # times that a client was not read any more for a while: it had used up what it may have in a second
+    INHERITED = 87  # of `Counters.progress`: what other pagers have made of it
+    ENDED = 88  # progress of those whose slots others have by now
 
 
 LATENCY_BUCKETS = 48

@@ -18,6 +18,7 @@ from pattern import PAGE, Pattern, Slow, content, peek, word
 from scenario import ended, eventually, next_error, play, replaced, until
 
 import aiouffd
+from aiouffd.engine.statistics import Counter
 from aiouffd.monitor.engines import pager as engines
 from aiouffd.pager.client.shared import place
 from aiouffd.pager.process import deaths
@@ -274,6 +275,33 @@ def given_up() -> None:
             right(late)
         os.close(read)
         os.close(write)
+
+
+def dies_while_it_is_given_its_tenants() -> None:
+    """Scenario: each pager dies when some tenants have been opened anew, now more of them, now fewer."""
+    deaths.KILLED = 0.0  # type: ignore[misc]
+    with contextlib.ExitStack() as stack:
+        monitors = [stack.enter_context(monitor_of()) for _ in range(4)]
+        for number, monitor in enumerate(monitors):
+            right(monitor, *range(10 + number))
+            eventually(lambda: monitor.statistics().pages, 10 + number)  # noqa: B023 - called at once
+        client = monitors[0]._engine._client  # type: ignore[union-attr]
+        started = 0
+        while client._dead is None and started < 20:
+            pair = client._requests.pair
+            slots = pair.journal.counters.words
+            eventually(lambda: client._dead or slots[Counter.SLOTS] > started % 4, expected=True)  # noqa: B023 - as above
+            with contextlib.suppress(ProcessLookupError):
+                for pid in (pair.keeper.pid, client.pids[1]):
+                    os.kill(pid, signal.SIGKILL)
+            eventually(lambda: client._dead is not None or client._requests.pair is not pair, expected=True)  # noqa: B023
+            started += 1
+        print(started, flush=True)
+
+
+def test_a_pager_that_dies_again_and_again_is_given_up() -> None:
+    """After five deaths with no fault resolved, also where it has many tenants: to open them anew is no progress."""
+    assert int(play(dies_while_it_is_given_its_tenants)[0]) <= 6
 
 
 def its_own_errors() -> None:

@@ -99,6 +99,7 @@ class PagerClient:
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
         self._deaths = Deaths()  # of keepers
+        self._progress = 0
         self.settled = threading.Event()
         self.thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
@@ -414,7 +415,8 @@ class PagerClient:
         self._waiter.check(*(each for tenant in self.tenants for each in tenant.descriptors))
         self._waiter.watch.alive()
         status = pair.keeper.wait()
-        if self._deaths.add(status, pair.journal.progress()):
+        self._progress += pair.journal.progress()  # of this pair alone, whatever was opened anew in it
+        if self._deaths.add(status, self._progress):
             count = self._deaths.count
             raise PagerDiedError(f"{count} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper.pid, status)

@@ -134,9 +134,7 @@ class Answers:
 
     async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
         """Go on counting where a pager before this one has stopped."""
-        words = self._served.journal.counters.words
-        for index, count in enumerate(message["counters"]):
-            words[index] = max(words[index], count)
+        self._served.journal.resume(message["counters"])
 
     async def _prepare(self, message: dict[str, Any], fds: list[int]) -> None:
         """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand.

@@ -26,6 +26,7 @@ import fcntl
 import mmap
 import os
 from array import array
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from aiouffd.engine.reading import MESSAGES
@@ -156,22 +157,29 @@ class Journal:
         return sum(counters.words[counter] for counters in self.all_counters)
 
     def progress(self) -> int:
-        """As `Counters.progress`, for all slots together."""
-        return sum(counters.progress() for counters in self.all_counters)
+        """Return a number that goes up whenever a thread that waited is let go by this pager; 0 where none was.
+
+        It is not another one because a tenant comes or leaves, or brings what it was counted for by other pagers.
+        """
+        own = sum(counters.progress() - counters.words[Counter.INHERITED] for counters in self.all_counters)
+        return own + self.counters.words[Counter.ENDED]
 
     def use_slot(self, slot: int, counts: list[int]) -> None:
         """Have a slot begin with these counts. The pager's own counters go on as they are."""
         if slot:
-            words = self.counters_of(slot).words
-            words[:] = array("Q", [*counts, *[0] * (len(words) - len(counts))])
+            made = self.progress()
+            _inherit(self.counters_of(slot), counts)
             self.counters.words[Counter.SLOTS] = max(self.counters.words[Counter.SLOTS], slot)
-            _begin_anew(words)
+            self.counters.words[Counter.ENDED] += max(made - self.progress(), 0)
+
+    def resume(self, counts: list[int]) -> None:
+        """Have the pager's own counters go on where those of a predecessor have stopped."""
+        _inherit(self.counters, [max(pair) for pair in zip_longest(self.counters.words, counts, fillvalue=0)])
 
     def take_counters(self, predecessor: Journal) -> None:
         """Go on counting where a predecessor has stopped."""
         for slot, counters in enumerate(predecessor.all_counters):
-            self.counters_of(slot).words[:] = counters.words
-        self.begin_anew()
+            _inherit(self.counters_of(slot), counters.words.tolist())
 
     def begin_anew(self) -> None:
         """Forget what a predecessor had under way: it is no more."""
@@ -283,6 +291,15 @@ class Journal:
         landed = [message for message in messages if message[0] in _LAYOUT]
         log = list(records(self._logs[word >> 1 & 1][: word >> 2]))
         return Content(log, self._identities[word & 1][0], landed)
+
+
+def _inherit(counters: Counters, counts: list[int]) -> None:
+    """Go on counting from these counts on, of which nothing is progress that was made here."""
+    begin = Counters()
+    begin.words[: len(counts)] = array("Q", counts)
+    begin.words[Counter.INHERITED], begin.words[Counter.ENDED] = begin.progress(), 0
+    _begin_anew(begin.words)
+    counters.words[:] = begin.words
 
 
 def _begin_anew(words: memoryview) -> None:
