@@ -280,7 +280,7 @@ async def test_a_read_that_had_failed_is_noticed() -> None:
 
 
 async def test_all_is_brought_while_the_layout_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is offered again, at its new place."""
+    """Each page is offered to the kernel once, wherever it is by then."""
     monkeypatch.setattr(module, "_HURRY", 8 * PAGE)
     world = World(16 * PAGE, located=True)
     changes = iter([(8, 4), (16, 4)])
@@ -299,6 +299,39 @@ async def test_all_is_brought_while_the_layout_changes(monkeypatch: pytest.Monke
     assert world.uffd.pages == world.model
     assert ELSEWHERE + 8 * PAGE in world.uffd.pages
     assert world.space.mappings.locate(ELSEWHERE + 8 * PAGE)[2] != ZEROS
+    seen = world.counters.snapshot()
+    assert (seen.eexist, seen.enoent) == (0, 0)
+
+
+async def test_what_had_no_mapping_is_brought_once_the_layout_has_changed() -> None:
+    """The kernel knew none for some pages: they were on their way to another place, and count for nothing."""
+    world = World(0, located=True)
+    world.uffd.failures.extend([-errno.ENOENT] * 12)  # halved down to a page, and three more
+    bring = world.backend.bring
+    moved = False
+
+    async def moving(*arguments: Any) -> None:
+        nonlocal moved
+        await bring(*arguments)
+        if not moved:
+            moved = True
+            world.move(0, 4)
+            while world.deliver(64):
+                pass
+
+    world.backend.bring = moving  # type: ignore[method-assign,assignment]
+    await complete(world.space, world.backend)
+    assert world.space.resolver.gone > 0
+    assert world.uffd.pages == world.model
+
+
+async def test_what_no_mapping_covers_is_given_up() -> None:
+    """It was unmapped, and nobody has told: it is not offered again and again."""
+    world = World(0, located=True)
+    world.uffd.failures.extend([-errno.ENOENT] * 9)
+    await complete(world.space, world.backend)
+    assert world.space.resolver.gone > 0
+    assert len(world.uffd.pages) < len(world.model)
 
 
 async def test_what_is_known_to_be_there_is_not_offered_again() -> None:
@@ -310,16 +343,14 @@ async def test_what_is_known_to_be_there_is_not_offered_again() -> None:
     assert asked == []
 
 
-async def test_a_process_that_goes_on_changing_its_layout_is_asked_ever_more_rarely(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_process_that_goes_on_losing_pages_is_asked_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a second in the end; and so is one whose flights do not end."""
     world = World(0, located=True)
     slept: list[float] = []
 
     async def bring(*_arguments: Any) -> None:
         if len(slept) < 110:
-            world.space.mappings.remove(BASE, BASE + PAGE)
+            world.space.readahead.forget(0, PAGE)
 
     async def sleep(seconds: float) -> None:
         if seconds:

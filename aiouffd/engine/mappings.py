@@ -7,8 +7,10 @@ An address that is in no mapping but faults all the same belongs to memory that 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Self
 
 import attrs
@@ -31,6 +33,35 @@ class Mapping:
     offset: int
 
 
+_start_of = operator.attrgetter("start")
+
+
+@attrs.define
+class _Index:
+    """Mappings by the offsets that they show.
+
+    Attributes:
+        generation: of the `Mappings` that this was made of; -1: of none.
+        rows: offset, start and end of each that shows offsets, sorted.
+        reach: the highest offset that each row or one before it ends at: two mappings may show the same offsets.
+    """
+
+    generation: int = -1
+    rows: list[tuple[int, int, int]] = attrs.Factory(list)
+    reach: list[int] = attrs.Factory(list)
+
+    @classmethod
+    def of(cls, starts: list[int], ends: list[int], offsets: list[int], generation: int) -> Self:
+        """Make one."""
+        rows = sorted(row for row in zip(offsets, starts, ends, strict=True) if row[0] != ZEROS)
+        reach = list(itertools.accumulate((first + end - start for first, start, end in rows), max))
+        return cls(generation, rows, reach)
+
+    def between(self, offset: int, end: int) -> list[tuple[int, int, int]]:
+        """Return the rows among which those are that show some of [offset, end)."""
+        return self.rows[bisect_right(self.reach, offset) : bisect_left(self.rows, (end,))]
+
+
 class Mappings:
     """Sorted, disjoint mappings of one address space.
 
@@ -38,12 +69,13 @@ class Mappings:
         generation: goes up with each change.
     """
 
-    __slots__ = ("_ends", "_offsets", "_starts", "generation")
+    __slots__ = ("_ends", "_index", "_offsets", "_starts", "generation")
 
     def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._offsets: list[int] = []
+        self._index = _Index()
         self.generation = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
@@ -79,16 +111,19 @@ class Mappings:
                 yield Mapping(low, high, self._shifted(index, low))
             index += 1
 
-    def addresses(self, offset: int, end: int) -> Iterator[Mapping]:
-        """Yield where the offsets [offset, end) are shown, in order of address. Costs a look at every mapping."""
-        for index, first in enumerate(self._offsets):
-            if first == ZEROS:
-                continue
-            low = max(offset, first)
-            high = min(end, first + self._ends[index] - self._starts[index])
+    def addresses(self, offset: int, end: int) -> list[Mapping]:
+        """Return where the offsets [offset, end) are shown, in order of address.
+
+        The first look after a change sorts all mappings by their offsets; the next ones look at few.
+        """
+        if self._index.generation != self.generation:
+            self._index = _Index.of(self._starts, self._ends, self._offsets, self.generation)
+        found = []
+        for first, start, stop in self._index.between(offset, end):
+            low, high = max(offset, first), min(end, first + stop - start)
             if low < high:
-                start = self._starts[index] + low - first
-                yield Mapping(start, start + high - low, low)
+                found.append(Mapping(start + low - first, start + high - first, low))
+        return sorted(found, key=_start_of)
 
     def add(self, start: int, end: int, offset: int) -> None:
         """Show `offset` (or ZEROS) at [start, end), in place of whatever was there."""

@@ -62,13 +62,17 @@ class Resolver:
         page_size: of the mapping, in bytes.
         counters: where to count what the kernel answered.
         mode: further mode bits of COPY and CONTINUE (2: write-protected from the start).
+
+    Attributes:
+        gone: how many pages no mapping covered, or their file had no longer.
     """
 
-    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "mode")
+    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "mode")
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
         self._page = page_size
+        self.gone = 0
         self._counters = counters
         self._words = counters.words
         self.mode = mode
@@ -122,6 +126,7 @@ class Resolver:
                 if chunk > page:
                     chunk = max(page, chunk // 2 & -page)
                     continue
+                self.gone += 1
                 self.wake(run.dst, page)
                 self.uncount(run, page)
                 run.advance(page)

@@ -158,23 +158,33 @@ def _registered(space: Space, address: int) -> bool:
 async def complete(space: Space, backend: Backend) -> None:
     """Bring all that a space misses, as fast as it goes, until nothing can be missing; errors as for `fill`.
 
-    What is known to be present is a hint, which a change of the layout makes doubtful, and a read that failed: where
-    there was one, everything is offered to the kernel once more, which says EEXIST.
+    What is known to be present is so wherever it was moved to, and is not offered again. What was on its way when a
+    read failed or its layout changed is not known to be present, and comes in another pass.
     """
-    trusted = (space.born, 0)
-    pause = 0.0
+    if space.born < 0:  # a successor: what its predecessor had brought may have gone with its mapping
+        space.filled = 0
+    known = (space.born, 0)
+    losses, pause = 0, 0.0
     while True:
-        if (space.mappings.generation, space.readahead.losses) != trusted:
-            space.filled = 0
+        if _has_missed(space, known):
             space.readahead = space.readahead.fresh()
-            trusted = (space.mappings.generation, 0)
+            losses = -1
+        if space.readahead.losses != losses:
+            space.filled = 0
+        known, losses = (space.mappings.generation, space.resolver.gone), space.readahead.losses
         await fill(space, backend, math.inf, patience=0.0)
         await space.quiet()
-        if (space.mappings.generation, space.readahead.losses) == trusted and not space.flights:
+        if not (space.flights or space.readahead.losses != losses or _has_missed(space, known)):
             return
-        # A process that changes its layout all the time is served on, and does not keep the loop busy.
+        # A process whose layout changes all the time is served on, and does not keep the loop busy.
         pause = min(pause + 0.01, 1.0)
         await asyncio.sleep(pause)
+
+
+def _has_missed(space: Space, known: tuple[int, int]) -> bool:
+    """Tell whether pages may be missing that are known to be present: no mapping covered some, of another layout."""
+    generation, gone = known
+    return space.resolver.gone != gone and space.mappings.generation != generation
 
 
 def _shown(space: Space, step: int) -> Iterator[tuple[int, int]]:

@@ -373,7 +373,7 @@ class HandlerBackend:
         """Yield the pages of some ranges that are neither present nor on their way when it is their turn."""
         size = space.page_size
         for offset, length in ranges:
-            for shown in list(space.mappings.addresses(offset, offset + length)):
+            for shown in space.mappings.addresses(offset, offset + length):
                 for begin, part in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
                     for at in range(begin, begin + part, size):
                         page = shown.start + at - shown.offset

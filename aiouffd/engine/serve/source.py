@@ -375,7 +375,7 @@ class SourceBackend:
     def _approach(self, space: Space, offset: int, length: int, runs: list[Run], purpose: Purpose) -> list[Flight]:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
         flights: list[Flight] = []
-        for shown in list(space.mappings.addresses(offset, offset + length)):
+        for shown in space.mappings.addresses(offset, offset + length):
             for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
                 address = shown.start + begin - shown.offset
                 try:
