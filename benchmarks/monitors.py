@@ -1,22 +1,36 @@
-"""Many Monitors in one process: what one more of them costs."""
+"""What Monitors cost besides faults: the first of a process, one more of many, a page brought into many mappings."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiouffd
-from benchmarks.contestants import buffer
+from benchmarks.contestants import PAGE, buffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["COUNT", "entering", "leaving", "memory"]
+__all__ = ["COUNT", "MAPPINGS", "bringing", "entering", "importing", "leaving", "memory", "starting"]
 
 COUNT = 30
+MAPPINGS = 10_000
 _SIZE = 1 << 20
+_PROGRAMS = {
+    "peer": "import asyncio, uvloop, attrs",
+    "import": "import aiouffd",
+    "first": """import aiouffd
+region = aiouffd.Region(1 << 20)
+with aiouffd.Monitor(region, aiouffd.ZeroSource(1 << 20)):
+    region[0]
+""",
+}
 
 
 @contextlib.contextmanager
@@ -60,3 +74,34 @@ def memory() -> float:
 def _proportional(pid: int) -> int:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(rollup.split("\nPss:")[1].split()[0])
+
+
+def starting(program: str) -> float:
+    """Return the milliseconds that Python takes from its start to the end of a program of `_PROGRAMS`."""
+    return _milliseconds(lambda: subprocess.run([sys.executable, "-c", _PROGRAMS[program]], check=True))
+
+
+def importing(program: str) -> float:
+    """Return the milliseconds of processor time that such a program takes, without what starting Python takes."""
+    return _processor(_PROGRAMS[program]) - _processor("")
+
+
+def _processor(text: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", text], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3
+
+
+def bringing(mappings: int) -> float:
+    """Return the microseconds to prefetch a page of a region of so many mappings: every other page is emptied."""
+    size = 2 * MAPPINGS * PAGE
+    region = aiouffd.Region(size)
+    with aiouffd.Monitor(region, buffer(size), on_exit="zeros") as monitor:
+        for page in range(1, 2 * mappings, 2):
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+        monitor.prefetch_sync(0, PAGE)
+        before = time.perf_counter()
+        for page in range(2, 202, 2):
+            monitor.prefetch_sync(page * PAGE, PAGE)
+        return (time.perf_counter() - before) * 1e4

@@ -396,6 +396,41 @@ def memory_row(*, quick: bool) -> Iterator[Row]:
     )
 
 
+def start_rows(*, quick: bool) -> Iterator[Row]:  # noqa: ARG001 - as all makers of rows
+    """A process and its first Monitor, from the start of Python on."""
+    peer = "Python with asyncio, uvloop and attrs"
+    yield Row(
+        "first",
+        "a process that enters its first Monitor, touches a page and ends",
+        "ms",
+        {peer: partial(monitors.starting, "peer"), "aiouffd": partial(monitors.starting, "first")},
+        (Bar(peer, 2.0),),
+    )
+    yield Row(
+        "import",
+        "processor time of `import aiouffd`",
+        "ms",
+        {
+            "asyncio, uvloop and attrs": partial(monitors.importing, "peer"),
+            "80 ms": lambda: 80.0,
+            "aiouffd": partial(monitors.importing, "import"),
+        },
+        (Bar("80 ms", 1.0),),
+    )
+
+
+def pieces_row(*, quick: bool) -> Iterator[Row]:
+    """What is brought ahead finds its addresses among many mappings."""
+    yield Row(
+        "pieces",
+        f"to prefetch a page of memory in {monitors.MAPPINGS:,} pieces",
+        "us",
+        {"one piece": partial(monitors.bringing, 0), "aiouffd": partial(monitors.bringing, monitors.MAPPINGS)},
+        (Bar("one piece", 1.5),),
+        repeats=2 if quick else None,
+    )
+
+
 def monitors_rows(*, quick: bool) -> Iterator[Row]:
     """What the last of many Monitors of a process costs."""
     title = f"number {monitors.COUNT} of the Monitors of a process"
@@ -508,6 +543,8 @@ def rows(*, quick: bool) -> Iterator[Row]:
         restore_rows,
         descriptors_row,
         memory_row,
+        start_rows,
+        pieces_row,
         monitors_rows,
         recovery_row,
     ):
