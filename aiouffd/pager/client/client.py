@@ -306,15 +306,17 @@ class PagerClient:
             if not pair.worker_pid:
                 self._waiter.watch.alive()
             ready = dict(poller.poll(self._patience(pair)))
-            self._waiter.check(*pair.descriptors)
+            events = ready.get(pair.connection.fileno(), 0) if hears else 0
+            if not events:  # a message looks by itself, and what it finds is said below
+                self._waiter.check(*pair.descriptors)
             if not self._later.patience:
                 self._later.run()
                 continue
             self._takeover.continue_if_due()
             if self._waiter.fileno() in ready:
                 self._waiter.drain()
-            events = ready.get(pair.connection.fileno(), 0) if hears else 0
             if events and not self._exchange(pair, events):
+                self._waiter.check(*pair.descriptors)
                 hears = False
                 poller.unregister(pair.connection)
             if not events and pair.keeper_fd.fileno() in ready:

@@ -167,10 +167,11 @@ class Journal:
     def use_slot(self, slot: int, counts: list[int]) -> None:
         """Have a slot begin with these counts. The pager's own counters go on as they are."""
         if slot:
-            made = self.progress()
-            _inherit(self.counters_of(slot), counts)
-            self.counters.words[Counter.SLOTS] = max(self.counters.words[Counter.SLOTS], slot)
-            self.counters.words[Counter.ENDED] += max(made - self.progress(), 0)
+            words, counters = self.counters.words, self.counters_of(slot)
+            made = counters.progress() - counters.words[Counter.INHERITED]
+            _inherit(counters, counts)
+            words[Counter.SLOTS] = max(words[Counter.SLOTS], slot)
+            words[Counter.ENDED] += max(made, 0)
 
     def resume(self, counts: list[int]) -> None:
         """Have the pager's own counters go on where those of a predecessor have stopped."""
