@@ -20,7 +20,7 @@ class Mine(aiouffd.Handler):
 def serving(origin: object, task: object) -> Blocked:
     """Return one for a worker that serves one flight by that task."""
     flight = SimpleNamespace(done=task, offset=4096, start=4096, end=8192)
-    space = SimpleNamespace(identity=3, flights={4096: flight})
+    space = SimpleNamespace(identity=3, flights=[flight])
     tenancy = SimpleNamespace(origin=SimpleNamespace(service=SimpleNamespace(origin=origin)))
     served: Any = SimpleNamespace(dispatcher=SimpleNamespace(spaces={3: space}), tenancies={3: tenancy})
     return Blocked(served)

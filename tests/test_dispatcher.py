@@ -347,7 +347,7 @@ async def test_closing_drops_all_and_stops_the_timers() -> None:
     world.touch(1, 1)
     uffd.send()
     await until(lambda: world.space.flights)
-    flight = next(iter(world.space.flights.values()))
+    flight = next(iter(world.space.flights))
     dispatcher.close()
     assert flight.done is not None
     await turns()

@@ -360,7 +360,7 @@ async def test_a_process_that_goes_on_losing_pages_is_asked_ever_more_rarely(mon
 
     async def quiet(*_arguments: Any) -> None:
         if len(slept) == 110:
-            world.space.flights[BASE] = Flight(BASE, BASE + PAGE, 0, 0, FOR_FAULT)
+            world.space.take_off(Flight(BASE, BASE + PAGE, 0, 0, FOR_FAULT))
 
     world.backend.bring = bring  # type: ignore[method-assign,assignment]
     world.space.quiet = quiet  # type: ignore[method-assign,assignment]

@@ -7,8 +7,10 @@ import logging
 
 import pytest
 from engine_world import turns
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aiouffd.engine.flight import Flight, canceled_from_outside, end_of, tasks_of
+from aiouffd.engine.flight import Flight, Flights, canceled_from_outside, end_of, tasks_of
 from aiouffd.engine.runs import FOR_FAULT
 
 pytestmark = pytest.mark.timeout(30)
@@ -25,6 +27,42 @@ def test_a_flight_says_what_it_brings() -> None:
         set(),
         None,
     )
+
+
+_RANGES = st.tuples(st.integers(0, 20), st.integers(1, 6)).map(lambda pair: (pair[0], sum(pair)))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "discard", "remove"]), _RANGES), max_size=30), _RANGES)
+def test_flights_by_address(steps: list[tuple[str, tuple[int, int]]], looked_at: tuple[int, int]) -> None:
+    """As a dictionary of pages would have them."""
+    flights, model, entered = Flights(), dict[int, Flight](), list[Flight]()
+    for step, (start, end) in steps:
+        if step == "add":
+            entered.append(Flight(start, end, 0, 0, FOR_FAULT))
+            flights.add(entered[-1])
+            model |= dict.fromkeys(range(start, end), entered[-1])
+        elif step == "discard" and entered:
+            gone = entered.pop(start % len(entered))
+            flights.discard(gone)
+            model = {page: flight for page, flight in model.items() if flight is not gone}
+        elif step == "remove":
+            cut = flights.remove(start, end)
+            assert {page: flight for low, high, flight in cut for page in range(low, high)} == {
+                page: model.pop(page) for page in range(start, end) if page in model
+            }
+    assert [flights.get(page) for page in range(30)] == [model.get(page) for page in range(30)]
+    assert [page in flights for page in range(30)] == [page in model for page in range(30)]
+    assert set(flights) == set(model.values())
+    assert bool(flights) == bool(model)
+    start, end = looked_at
+    assert flights.touches(start, end) == any(page in model for page in range(start, end))
+    gaps = flights.gaps(start, end)
+    assert [page for low, high in gaps for page in range(low, high)] == [
+        page for page in range(start, end) if page not in model
+    ]
+    assert all(low < high for low, high in gaps)
+    flights.clear()
+    assert not flights
 
 
 async def test_tasks_of_flights() -> None:

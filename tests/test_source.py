@@ -494,7 +494,7 @@ async def test_who_has_begun_to_wait_is_told_although_another_fault_has_failed()
     world.deliver(64)
     await turns()
     assert world.uffd.pages == {at(9): POISONED}
-    assert {page for flight in world.space.flights.values() for page in flight.wanted} == {at(4)}
+    assert {page for flight in world.space.flights for page in flight.wanted} == {at(4)}
     source.answer()
     await turns(20)
     assert not world.uffd.asleep

@@ -13,7 +13,6 @@ from pattern import PAGE, Pattern, content
 from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.runs import FOR_FAULT
-from aiouffd.engine.serve.source import _spared
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.testing import POISONED
@@ -102,7 +101,7 @@ async def rescued(*pages: int, **bounds: int) -> tuple[World, Held, asyncio.Task
         world.touch(page, page)
     world.deliver(64)
     await turns()
-    (flight,) = set(world.space.flights.values())
+    (flight,) = world.space.flights
     assert (flight.start, flight.end, flight.wanted) == (at(4), at(8), {at(page) for page in pages})
     assert flight.done is not None
     return world, source, flight.done
@@ -285,7 +284,8 @@ def test_what_is_on_its_way_is_not_brought_again(flying: Iterable[int], parts: l
     world = World(0)
     for page in flying:
         world.space.take_off(Flight(at(page), at(page + 1), page * PAGE, 0, FOR_FAULT))
-    assert _spared(world.space, BASE, 6 * PAGE) == [(at(start), length * PAGE) for start, length in parts]
-    assert [world.space.has_flights(at(page), at(page + 2)) for page in range(6)] == [
+    gaps = world.space.flights.gaps(BASE, BASE + 6 * PAGE)
+    assert gaps == [(at(start), at(start + length)) for start, length in parts]
+    assert [world.space.flights.touches(at(page), at(page + 2)) for page in range(6)] == [
         bool({page, page + 1} & set(flying)) for page in range(6)
     ]

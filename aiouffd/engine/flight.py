@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from aiouffd.engine.runs import Purpose
 
-__all__ = ["Flight", "canceled_from_outside", "end_of", "tasks_of"]
+__all__ = ["Flight", "Flights", "canceled_from_outside", "end_of", "tasks_of"]
 
 log = logging.getLogger("aiouffd")
 
@@ -50,6 +51,96 @@ class Flight:
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"
+
+
+class Flights:
+    """Which flight brings an address. Costs what there are flights, however large they are.
+
+    Ranges are half-open, and whole pages.
+    """
+
+    __slots__ = ("_spans", "_starts")
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []  # sorted; spans do not overlap
+        self._spans: list[tuple[int, Flight]] = []  # (end, flight) for each start
+
+    def get(self, address: int) -> Flight | None:
+        """Return the flight that brings an address, if there is one."""
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0:
+            end, flight = self._spans[index]
+            if address < end:
+                return flight
+        return None
+
+    def touches(self, start: int, end: int) -> bool:
+        """Tell whether any flight brings some of [start, end)."""
+        index = bisect_left(self._starts, end) - 1
+        return index >= 0 and self._spans[index][0] > start
+
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the parts of [start, end) that no flight brings, as (start, end)."""
+        found: list[tuple[int, int]] = []
+        for low, high, _ in self._within(start, end):
+            if start < low:
+                found.append((start, low))
+            start = high
+        if start < end:
+            found.append((start, end))
+        return found
+
+    def add(self, flight: Flight) -> None:
+        """Enter a flight, in place of others that bring the same."""
+        self.remove(flight.start, flight.end)
+        self._insert(flight.start, flight.end, flight)
+
+    def discard(self, flight: Flight) -> None:
+        """Leave out a flight, as far as it is entered still."""
+        for start, end, other in self.remove(flight.start, flight.end):
+            if other is not flight:
+                self._insert(start, end, other)
+
+    def remove(self, start: int, end: int) -> list[tuple[int, int, Flight]]:
+        """Cut out [start, end), and return what was there as (start, end, flight)."""
+        found = self._within(start, end)
+        if found:
+            first = bisect_right(self._starts, found[0][0]) - 1
+            low, (high, last) = self._starts[first], self._spans[first + len(found) - 1]
+            del self._starts[first : first + len(found)], self._spans[first : first + len(found)]
+            if low < start:
+                self._insert(low, start, found[0][2])
+            if end < high:
+                self._insert(end, high, last)
+        return found
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._starts.clear()
+        self._spans.clear()
+
+    def _within(self, start: int, end: int) -> list[tuple[int, int, Flight]]:
+        """Return what lies within [start, end), clipped."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        last = bisect_left(self._starts, end)
+        spans = zip(self._starts[first:last], self._spans[first:last], strict=True)
+        return [(max(low, start), min(high, end), flight) for low, (high, flight) in spans if high > start]
+
+    def _insert(self, start: int, end: int, flight: Flight) -> None:
+        index = bisect_left(self._starts, start)
+        self._starts.insert(index, start)
+        self._spans.insert(index, (end, flight))
+
+    def __contains__(self, address: int) -> bool:
+        return self.get(address) is not None
+
+    def __iter__(self) -> Iterator[Flight]:
+        """Each flight once."""
+        return iter({flight for _, flight in self._spans})
+
+    def __len__(self) -> int:
+        """How many ranges are on their way: at least as many as there are flights."""
+        return len(self._starts)
 
 
 def tasks_of(flights: Iterable[Flight], ranges: Iterable[tuple[int, int]] | None = None) -> list[asyncio.Task[None]]:

@@ -82,9 +82,9 @@ def serve_messages(space: Space, buffer: memoryview, length: int, commit: Callab
 def _is_under_way(space: Space, page: int, flags: int, thread: int, began_ns: int) -> bool:
     """Serve a fault whose page is present or on its way; tell whether it was one."""
     flights = space.flights
-    if flights and page in flights:
+    if flights and (flight := flights.get(page)) is not None:
         space.counters.words[_JOINED] += 1
-        flights[page].wanted.add(page)
+        flight.wanted.add(page)
         return True
     if flags & _PAGE_IS_THERE:
         _serve_present(space, page, flags, thread)

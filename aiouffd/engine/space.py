@@ -16,7 +16,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.deferred import Deferred
-from aiouffd.engine.flight import Flight, tasks_of
+from aiouffd.engine.flight import Flights, tasks_of
 from aiouffd.engine.remainders import Remainders
 from aiouffd.engine.resolver import DONTWAKE, Resolver
 from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.allowance import Allowance
+    from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.plain import PlainFaults, PlainSource
     from aiouffd.engine.readahead import Readahead
@@ -138,7 +139,7 @@ class Space:
         """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""
         self.is_gone = False
         self.closing = False
-        self.flights: dict[int, Flight] = {}  # page address -> the flight that brings it
+        self.flights = Flights()
         self.deferred = Deferred()
         self.remainders = Remainders(page_size)
         self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
@@ -168,9 +169,10 @@ class Space:
         """Forget what is under way for a range whose layout has changed, and wake its sleepers to fault anew."""
         # What is dropped here was taken for present: that must be forgotten, or nobody brings it any more.
         if self.flights:
-            for page in [page for page in self.flights if start <= page < end]:
-                flight = self.flights.pop(page)
-                self._forget(flight.offset + page - flight.start, self.page_size)
+            for low, high, flight in self.flights.remove(
+                align_up(start, self.page_size), align_up(end, self.page_size)
+            ):
+                self._forget(flight.offset + low - flight.start, high - low)
         for callback in self.on_changed:
             callback(start, end)
         self.deferred.revise(self._revised)
@@ -241,7 +243,7 @@ class Space:
         What the layout does not allow now is deferred; what the kernel refuses for good goes to `backend.failed`.
         """
         runs = merge(runs) if len(runs) > 1 else runs
-        if len(runs) == 1 or self.has_flights(runs[0].dst, runs[-1].dst + runs[-1].left):
+        if len(runs) == 1 or self.flights.touches(runs[0].dst, runs[-1].dst + runs[-1].left):
             # One WAKE over all of them would send the sleepers of the flights around for nothing.
             for run in runs:
                 self._resolve(run, wake=True)
@@ -349,7 +351,7 @@ class Space:
 
     async def quiet(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
         """Wait until what is under way now is done: what is deferred, the rests of windows, and flights of `ranges`."""
-        if tasks := tasks_of(self.flights.values(), ranges):
+        if tasks := tasks_of(self.flights, ranges):
             await asyncio.wait(tasks)
         while (self.deferred or self.remainders) and not self.is_gone and not self.closing:
             self.advance()
@@ -373,19 +375,7 @@ class Space:
     def take_off(self, flight: Flight) -> None:
         """Enter a flight: faults on its pages join it from now on."""
         flight.generation = self.mappings.generation
-        for address in range(flight.start, flight.end, self.page_size):
-            self.flights[address] = flight
-
-    def land(self, flight: Flight) -> None:
-        """Leave a flight, whatever came of it."""
-        flights = self.flights
-        for address in range(flight.start, flight.end, self.page_size):
-            if flights.get(address) is flight:
-                del flights[address]
-
-    def has_flights(self, low: int, high: int) -> bool:
-        """Tell whether some pages of [low, high) are on their way."""
-        return bool(self.flights) and any(low <= page < high for page in self.flights)
+        self.flights.add(flight)
 
     # Waking and poisoning
 
@@ -397,7 +387,7 @@ class Space:
             each: others wait between them.
         """
         low, high = (ranges[0][0], ranges[-1][1]) if ranges else (0, 0)
-        if each or self.has_flights(low, high):
+        if each or self.flights.touches(low, high):
             for start, end in ranges:
                 self.resolver.wake(start, end - start)
         else:
@@ -458,14 +448,14 @@ class Space:
 
     def refuse(self) -> None:
         """Poison what is waited for, and what is touched from now on: the owner decides on the rest, and leaves."""
-        waited = {page for flight in self.flights.values() for page in flight.wanted}
+        waited = {page for flight in self.flights for page in flight.wanted}
         self._end_flights()
         self.poison(waited)
 
     def _end_flights(self) -> None:
         self.closing = True
         self.close_fast_path()
-        for flight in set(self.flights.values()):  # others wait for the room that they take
+        for flight in self.flights:  # others wait for the room that they take
             if flight.done is not None:
                 flight.done.cancel()
         self.flights.clear()

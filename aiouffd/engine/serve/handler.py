@@ -304,7 +304,7 @@ class HandlerBackend:
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
             space.on_changed.discard(batch.changed)
-            space.land(flight)
+            space.flights.discard(flight)
         if reason and not space.is_gone and not space.closing:
             self._fail(space, flight, HandlerError(repr(self.handler), str(fault), reason))
 
@@ -411,7 +411,7 @@ class HandlerBackend:
             self._write_failed(space, fault, _raised(error))
         finally:
             self._words[Counter.IN_FLIGHT] -= 1
-            space.land(flight)
+            space.flights.discard(flight)
         if space.is_gone or space.closing:
             return
         if not batch.covers(fault.page.start):

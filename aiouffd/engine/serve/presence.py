@@ -107,7 +107,7 @@ def _known(space: Space) -> tuple[int, Readahead, int]:
 
 def _misses(space: Space, offset: int, end: int) -> bool:
     for shown in space.mappings.addresses(offset, end):
-        if space.has_flights(shown.start, shown.end):
+        if space.flights.touches(shown.start, shown.end):
             return True
         if space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
             return True

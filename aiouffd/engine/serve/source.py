@@ -177,10 +177,10 @@ class SourceBackend:
         """Add runs for what is in memory of a window, and begin flights for the rest."""
         page = space.page_size
         flights: list[Flight] = []
-        for low, size in _spared(space, address, length):
-            at = offset + low - address
-            while size > 0:
-                kind, part = self._extents.split(at, size, page)
+        for low, end in space.flights.gaps(address, address + length):  # the rest is on its way
+            while low < end:
+                at = offset + low - address
+                kind, part = self._extents.split(at, end - low, page)
                 if kind == "zeros":
                     self._extents.add_zeros(space, low, at, part, runs, purpose)
                     self._words[purpose.cause] += part // page
@@ -189,7 +189,7 @@ class SourceBackend:
                 else:
                     part = min(part, max(page, self._max_read & -page))
                     flights.append(self._begin(space, low, at, part, wanted, began_ns, purpose))
-                low, at, size = low + part, at + part, size - part  # noqa: PLW2901 - walks through the window
+                low += part  # noqa: PLW2901 - walks through the window
         return flights
 
     # Flights
@@ -237,7 +237,7 @@ class SourceBackend:
         else:
             return
         finally:
-            space.land(flight)
+            space.flights.discard(flight)
         space.readahead.forget(flight.offset, flight.offset + flight.length)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
@@ -410,22 +410,3 @@ class SourceBackend:
         close = getattr(self.source, "aclose", None)
         if close is not None:
             await close()
-
-
-def _spared(space: Space, address: int, length: int) -> list[tuple[int, int]]:
-    """Cut what is already on its way out of a window."""
-    if not space.flights:
-        return [(address, length)]
-    page = space.page_size
-    parts: list[tuple[int, int]] = []
-    begin = None
-    for at in range(address, address + length, page):
-        if at in space.flights:
-            if begin is not None:
-                parts.append((begin, at - begin))
-                begin = None
-        elif begin is None:
-            begin = at
-    if begin is not None:
-        parts.append((begin, address + length - begin))
-    return parts

@@ -170,7 +170,7 @@ class Answers:
         space, tenancy = await self._served.wanted(message["token"])
         tenancy.announced = False
         if message["poison"]:
-            space.poison({page for flight in space.flights.values() for page in flight.wanted})
+            space.poison({page for flight in space.flights for page in flight.wanted})
         self._served.dispatcher.drop(space)
 
     async def _begin(self, message: dict[str, Any], _: list[int]) -> None:

@@ -28,7 +28,7 @@ class Blocked:
         """Return the source or handler that runs just now, and what it was given."""
         task = asyncio.current_task()
         for space in self._served.dispatcher.spaces.values() if task is not None else ():
-            for flight in space.flights.values():
+            for flight in space.flights:
                 if flight.done is task:
                     return self._served.tenancies[space.identity].origin.service.origin, flight
         return None
