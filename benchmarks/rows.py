@@ -19,7 +19,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
-from benchmarks import clock, fuse, guest, in_thread, monitors, served
+from benchmarks import clock, far, fuse, guest, in_thread, monitors, served
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -273,6 +273,47 @@ def latency_row(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {"aiouffd": ours, "ideal": lambda: 0.005 / 64 * 1e6},
         (Bar("ideal", 1.30),),
+    )
+
+
+def far_rows(*, quick: bool) -> Iterator[Row]:
+    """An object behind HTTP, and a source that takes its time."""
+    size = (32 if quick else 1024) * MIB
+    way = f"{size // MIB} MiB over loopback HTTP"
+    peer = "a plain thread"
+
+    def part(once: Callable[[int], far.Spent], index: int) -> Callable[[], float]:
+        return lambda: once(size)[index] * 1e3
+
+    for name, what, ours, limit in (
+        ("far-prefetch", "prefetch of", far.prefetched, 1.2),
+        ("far-order", "in order,", far.in_order, 1.4),
+    ):
+        for index, (suffix, title, bar) in enumerate((("", "", limit), ("-cpu", "processor time: ", 1.4))):
+            contestants = {"aiouffd": part(ours, index), peer: part(far.plain_thread, index)}
+            yield Row(name + suffix, f"{title}{what} {way}", "ms", contestants, (Bar(peer, bar),))
+    pages = shuffled(64 * MIB)[: 1000 if quick else 10_000]
+
+    def each(once: Callable[[int, np.ndarray], float]) -> Callable[[], float]:
+        return lambda: once(64 * MIB, pages) / len(pages) * 1e6
+
+    yield Row(
+        "far-random",
+        "random 4 KiB over loopback HTTP, 64 touchers",
+        "us/page",
+        {"aiouffd": each(far.random_pages), "obstore alone": each(far.obstore_alone)},
+        (Bar("obstore alone", 1 / 0.9),),
+    )
+
+    def filled(*, background: bool) -> Callable[[], float]:
+        return lambda: far.filled(size, lambda: Far(size, 0.005), background=background) * 1e3
+
+    yield Row(
+        "far-background",
+        f"background fill of {size // MIB} MiB, a source with 5 ms latency",
+        "ms",
+        {"aiouffd": filled(background=True), "a prefetch": filled(background=False)},
+        (Bar("a prefetch", 1 / 0.95),),
     )
 
 
@@ -537,6 +578,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         sequential_row,
         guest_row,
         latency_row,
+        far_rows,
         in_thread_rows,
         replay_row,
         clients_row,
