@@ -94,6 +94,11 @@ class Requests:
         return request
 
     @property
+    def is_busy_here(self) -> bool:
+        """Whether this thread holds the lock: a signal handler or a finalizer finds that, and can get no answer."""
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001 - as threading.Condition asks
+
+    @property
     def pending(self) -> list[Request]:
         """The requests without an answer that somebody waits for, oldest first. Canceled ones are forgotten."""
         with self.lock:

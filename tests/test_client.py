@@ -71,3 +71,20 @@ def test_requests_while_others_take_over() -> None:
         done.set()
         thread.join()
         client.stop()
+
+
+def test_a_thread_that_can_get_no_answer() -> None:
+    """The client's own would hear it; one in the middle of a request has its lock, which whoever hears it needs."""
+    client = PagerClient(on_error=lambda *_: None)
+    told: list[bool] = [client.may_wait]
+    with client._requests.lock:
+        told.append(client.may_wait)
+        other = threading.Thread(target=lambda: told.append(client.may_wait))
+        other.start()
+        other.join()
+    client._run = lambda: told.append(client.may_wait)  # type: ignore[method-assign]
+    client._thread = threading.Thread(target=client._run)
+    client._thread.start()
+    client._thread.join()
+    client.stop()
+    assert told == [True, False, True, False]

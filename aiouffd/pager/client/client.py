@@ -69,7 +69,6 @@ class PagerClient:
         pickles: how often the pager unpickles a source or handler that this process sends.
 
     Attributes:
-        thread: listens to the pager.
         settled: set when the pager was given up and a fork waits for nobody here: its keeper reads on, or the memory
             has been settled. Set when the client is stopped, too.
     """
@@ -101,7 +100,7 @@ class PagerClient:
         self._deaths = Deaths()  # of keepers
         self._progress = 0
         self.settled = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
     # The caller's side
 
@@ -113,7 +112,7 @@ class PagerClient:
         """
         self._requests.pair = self._start_pair()
         try:
-            self.thread.start()
+            self._thread.start()
         except RuntimeError as error:
             raise PagerStartError(
                 f"no thread can be started to listen to the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
@@ -150,6 +149,11 @@ class PagerClient:
             ClosedError, PagerDiedError: nobody is there to be asked.
         """
         return self._requests(op, token=tenant.token, **arguments)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether this thread may wait for an answer: it neither hears it nor is in the middle of a request."""
+        return threading.current_thread() is not self._thread and not self._requests.is_busy_here
 
     def ping(self) -> Future[Any]:
         """Ask for an answer: then a worker runs; raises as `request`."""
@@ -236,8 +240,8 @@ class PagerClient:
         self._waiter.stop()
         self._requests.close(ClosedError(_LEFT))
         self.settled.set()
-        if self.thread.ident is not None and self.thread is not threading.current_thread():
-            self.thread.join(10.0)
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(10.0)
         pairs = [*self._takeover.orphans, *([self._requests.pair] if self._requests.pair is not None else [])]
         states = filter(None, (survey(pair.journal) for pair in pairs))
         leave = leave or any(space.is_child for state in states for space in state.spaces.values())

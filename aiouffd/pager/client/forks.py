@@ -6,7 +6,6 @@ event. os.fork holds the GIL meanwhile. If keeper and worker are dead at that mo
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -28,12 +27,12 @@ _LONGEST: Final = 60.0
 def await_readers(clients: Iterable[PagerClient]) -> None:
     """Wait until each pager with memory whose forks are told has answered: a process that was killed does not.
 
+    Where this thread can get no answer, it does not wait: finalizers and signal handlers, which may fork, run anywhere.
     A pager that was given up is waited for until its memory has been settled, if its keeper is dead as well.
     """
     until = time.monotonic() + _LONGEST
     for client in clients:
-        # The client's own thread may fork, too: a finalizer runs wherever it likes.
-        if threading.current_thread() is client.thread or not any(map(_tells, client.tenants)):
+        if not client.may_wait or not any(map(_tells, client.tenants)):
             continue
         try:
             client.ping().result(until - time.monotonic())
