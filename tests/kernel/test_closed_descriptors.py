@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, content, peek, word
+from processes import has_ended
 from scenario import eventually, next_error, play
 from served import Serve
 
@@ -72,6 +73,7 @@ def closed_inside(at_once: bool, on_exit: Any) -> None:
     with contextlib.suppress(aiouffd.PagerError):
         with aiouffd.Monitor(region, Pattern(SIZE), readahead=0, on_exit=on_exit) as monitor:
             assert peek(region.address) == word(0)
+            pids = monitor.pids
             theirs = Theirs()
             if not at_once:
                 with pytest.raises(aiouffd.PagerError, match="has closed descriptors"):
@@ -80,6 +82,7 @@ def closed_inside(at_once: bool, on_exit: Any) -> None:
                     monitor.prefetch_sync(0, SIZE)
                 assert monitor.statistics().pages_fault == 1
         assert on_exit != "populate"
+    assert not any(map(has_ended, pids))  # who waits for a page since before is served
     assert peek(region.address) == word(0)
     assert ends(lambda: region[5 * PAGE]) == -signal.SIGSEGV
     theirs.check()
