@@ -78,7 +78,7 @@ ORDER = {
         ),
     ],
     "engine/serve": [
-        *("__init__", "zeros", "gate", "deadlines", "reads", "extents", "presence", "source", "handler"),
+        *("__init__", "zeros", "gate", "pace", "deadlines", "reads", "extents", "presence", "source", "handler"),
     ],
     "engine/ahead": ["__init__", "trace", "fill"],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],

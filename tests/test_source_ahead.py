@@ -52,7 +52,7 @@ async def test_a_window_larger_than_a_read() -> None:
 async def test_reads_of_faults_pass_those_ahead() -> None:
     """As far as the bound allows nothing more, a fault is let in first."""
     source = Held()
-    world = World(0, source=source, limits=limits(concurrent_reads=2))
+    world = World(0, source=source, limits=limits(bytes_in_flight=2 * PAGE))
     ahead = [
         asyncio.create_task(world.space.backend.bring(world.space, [(page * PAGE, PAGE)], Counter.PAGES_PREFETCH))
         for page in range(4)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "keep_freed_memory",
     "lock_on_fault",
     "madvise",
     "mincore",
@@ -56,6 +57,8 @@ MREMAP_DONTUNMAP = 4
 
 _MAP_FIXED = 0x10
 _MLOCK_ONFAULT = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # larger values are refused
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _FAILED = ctypes.c_void_p(-1).value
@@ -127,6 +130,20 @@ def lock_on_fault(address: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Remove the pages [offset, offset + length) of a memfd, for every process that maps it."""
     _check(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length))
+
+
+def keep_freed_memory(size: int) -> None:
+    """Have malloc(3) keep up to `size` bytes of what is freed, for the next who asks; for the whole process.
+
+    Else glibc gives buffers of megabytes back to the kernel, and each new one costs a page fault for each page. There
+    is one heap for all threads from now on, since one thread frees what another has filled. Only glibc has these
+    settings (mallopt(3)).
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, size)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def mincore(address: int, length: int) -> bytes:

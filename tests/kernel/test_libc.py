@@ -6,6 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -109,3 +111,22 @@ def test_peek_stops_at_what_cannot_be_read(place: int) -> None:
         assert libc.peek([place + 2 * PAGE]) == b""
     finally:
         libc.mprotect(place + 2 * PAGE, PAGE, READ_WRITE)
+
+
+def test_freed_memory_is_kept() -> None:
+    """Buffers of megabytes cost their page faults once, also several at once, of another thread."""
+    code = """
+import resource, threading
+from aiouffd.kernel import libc
+libc.keep_freed_memory(64 << 20)
+def work():
+    for _ in range(8):
+        buffers = [b"x" * (2 << 20) for _ in range(8)]
+        buffers.clear()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(process.stdout) < 3 * 8 * (2 << 20) // PAGE  # of 8 times 8 buffers; there are other faults, too

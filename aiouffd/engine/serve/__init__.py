@@ -1,5 +1,5 @@
 """What brings the pages of a space: a source, or a handler.
 
-Layout, the lowest first: `zeros`, `gate`, `deadlines` and `reads` (bounds, timeouts, retries), `extents` (what needs no
-waiting), `presence` (until each page is present); `source` and `handler`, the two backends.
+Layout, the lowest first: `zeros`, `gate`, `pace`, `deadlines` and `reads` (bounds, timeouts, retries), `extents` (what
+needs no waiting), `presence` (until each page is present); `source` and `handler`, the two backends.
 """

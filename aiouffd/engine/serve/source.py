@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from aiouffd.engine.flight import Flight, end_of
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.extents import Extents
+from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Limits, Reads
 from aiouffd.engine.statistics import Counter
@@ -20,7 +22,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -59,6 +61,7 @@ class SourceBackend:
         self._is_plain = self._extents.may_be_plain and on_touch is None
         self._on_touch = on_touch
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
+        self._pace = Pace(limits.concurrent_reads // 2)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -323,15 +326,9 @@ class SourceBackend:
 
     async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:
         """Bring what is missing of some ranges and is not on its way already."""
-        most = max(1, self.limits.concurrent_reads // 2)
-        room = asyncio.Event()
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
         pending: set[asyncio.Task[None]] = set()
-
-        def landed(task: asyncio.Task[None]) -> None:
-            pending.discard(task)
-            room.set()
 
         runs: list[Run] = []
         size = 0
@@ -344,15 +341,16 @@ class SourceBackend:
 
         # Not undone by canceling: threads may have joined what is under way.
         try:
-            for offset, length in ranges:
+            for offset, length in _pieces(ranges, space.page_size):
+                while self._pace.is_full:
+                    place()
+                    await self._pace.room()
                 for flight in self._approach(space, offset, length, runs, purpose):
-                    while len(pending) >= most:
-                        place()
-                        room.clear()
-                        await room.wait()
                     assert flight.done is not None
+                    self._pace.enter()
                     pending.add(flight.done)
-                    flight.done.add_done_callback(landed)
+                    flight.done.add_done_callback(partial(self._landed, flight))
+                    flight.done.add_done_callback(pending.discard)
                 size += length
                 if errors or space.is_gone or space.closing:
                     break
@@ -371,6 +369,9 @@ class SourceBackend:
             await space.quiet(ranges)  # the kernel may refuse what it has put off
         if errors:
             raise errors[0]
+
+    def _landed(self, flight: Flight, _: object) -> None:
+        self._pace.leave(flight.length, flight.began_ns)
 
     def _approach(self, space: Space, offset: int, length: int, runs: list[Run], purpose: Purpose) -> list[Flight]:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
@@ -410,3 +411,9 @@ class SourceBackend:
         close = getattr(self.source, "aclose", None)
         if close is not None:
             await close()
+
+
+def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int]]:
+    """Cut the (offset, length) ranges that are larger than what is read at once."""
+    for offset, length in ranges:
+        yield from [(offset, length)] if length <= _MAX_READ else pieces(offset, offset + length, page, _MAX_READ)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.own_threads import close_foreign
+from aiouffd.kernel import libc
 from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
@@ -37,6 +38,7 @@ log = logging.getLogger("aiouffd.pager")
 
 _FAREWELL = 0.5  # seconds for the last messages to be sent
 _FIRST = 0.01  # seconds for sources to be opened again, before requests are read
+_KEPT = 64 << 20  # bytes: the answers of the reads that are under way at once, and their parts
 _LATER = 0.1  # seconds until descriptors that may block are closed
 
 
@@ -57,6 +59,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
+    libc.keep_freed_memory(_KEPT)
     gc.freeze()  # what the keeper made lives as long as the worker does
     os.register_at_fork(after_in_child=connection.close)  # a source may fork: its child would be taken for the worker
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
