@@ -190,7 +190,7 @@ class Host:
         self.local = engine in {"in_thread", "in_process"}
         self.kills = 0
         self._progress: object = None
-        self._killed = -1
+        self._gone: set[int] = set()  # processes that must have been replaced before another is killed
         self._server: ServerProcess | None = None
         self._stack = contextlib.ExitStack()
         if engine == "served_by":
@@ -219,15 +219,16 @@ class Host:
     def kill(self, which: int) -> None:
         """Kill keeper (0) or worker (1), when what was killed before has been replaced.
 
-        Where both are dead, and a thread waits with the GIL held, nothing can start others. Nobody is killed either
-        if nothing was served since the last kill: five such deaths are given up.
+        Where both are dead, and a thread waits with the GIL held, nothing can start others: so where a keeper was
+        killed, another worker must run than the one that it has left alone. Nobody is killed either if nothing was
+        served since the last kill: five such deaths are given up.
         """
-        while self._killed in (pids := self._pids()):
+        while self._gone & set(pids := self._pids()):
             time.sleep(0.001)
         seen = self.monitor.statistics()
         progress = (seen.pages, seen.forks, seen.remaps, seen.removes, seen.unmaps)
         if progress != self._progress and pids[which] > 0 and kill(pids[which]):
-            self._progress, self._killed = progress, pids[which]
+            self._progress, self._gone = progress, {pids[which], pids[1]}
             self.kills += 1
 
     def _pids(self) -> tuple[int, ...]:
