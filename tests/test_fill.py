@@ -70,6 +70,57 @@ async def test_a_successor_goes_on_where_its_predecessor_was(monkeypatch: pytest
     assert asked == [([(5, 1)], Counter.PAGES_REPLAY), ([(20, 12)], Counter.PAGES_BACKGROUND)]
 
 
+async def test_pieces_from_far_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the way to the source is not waited for once a piece; `filled` is what is there without a gap."""
+    monkeypatch.setattr(module, "_FAR", 2 * PAGE)
+    source = Held()
+    world = World(0, source=source)
+    filling = asyncio.create_task(fill(world.space, world.backend, math.inf, patience=0.0))
+    await turns()
+    assert [read[0] // PAGE for read in source.reads] == [0, 2, 4, 6]
+    source.answer(1)
+    await turns()
+    assert world.space.filled == 0
+    source.answer(0)
+    await turns()
+    assert world.space.filled == 4 * PAGE
+    while not filling.done():
+        for index, read in enumerate(source.reads):
+            if not read[2].done():
+                source.answer(index)
+        await turns()
+    await filling
+    assert world.space.filled == SIZE
+    assert world.uffd.pages == world.model
+
+
+async def test_a_piece_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not waited for; what fails beside it is not said twice."""
+    monkeypatch.setattr(module, "_FAR", 2 * PAGE)
+
+    world = World(0, source=Held())
+    asked, ended = list[int](), list[int]()
+
+    async def bring(_space: Any, ranges: Any, _cause: Counter) -> None:
+        number = len(asked)
+        asked.append(ranges[0][0] // PAGE)
+        try:
+            await turns(50)
+            if number < 2:
+                raise SourceError("it", 2 * number * PAGE, 2 * PAGE, "failed")
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    world.backend.bring = bring  # type: ignore[method-assign,assignment]
+    with pytest.raises(SourceError) as raised:
+        await fill(world.space, world.backend, math.inf, patience=0.0)
+    assert raised.value.offset == 0
+    assert asked == list(range(0, 2 * world.backend.pieces, 2))
+    assert sorted(ended) == list(range(world.backend.pieces))
+    assert world.space.filled == 0
+
+
 async def test_without_trace_or_rate_nothing_is_brought() -> None:
     """A rate of 0 means no fill."""
     world = World(0, located=True)

@@ -47,11 +47,11 @@ def test_a_queue_gains_nothing(clock: Clock) -> None:
     """Answers that take longer and longer make no more of them; much longer ones make them fewer, never below four."""
     pace = Pace(64)
     clock.answers(pace, 10, MS)
-    clock.answers(pace, 10, 3 * MS)
+    clock.answers(pace, 10, 4 * MS)
     assert pace.limit == 14
-    clock.answers(pace, 6, 5 * MS)
+    clock.answers(pace, 6, 7 * MS)
     assert pace.limit == 8
-    clock.answers(pace, 100, 5 * MS)
+    clock.answers(pace, 100, 7 * MS)
     assert pace.limit == 4
 
 

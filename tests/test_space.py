@@ -314,16 +314,15 @@ async def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) 
 async def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
     """What was at hand is there; nothing counts as there that is not."""
     source = await asyncio.to_thread(Partly, set(range(1, PAGES, 2)))
-    world = World(2 * PAGE, located=True, source=source)
+    world = World(2 * PAGE, located=True, source=source, limits=Limits(concurrent_reads=4))
     backend = world.space.backend
     assert isinstance(backend, SourceBackend)
-    backend.limits = Limits(concurrent_reads=4)
 
     ranges = [(page * PAGE, PAGE) for page in range(PAGES)]
     prefetch = asyncio.create_task(backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2, 4)]
+    assert sorted(world.uffd.pages) == [BASE + page * PAGE for page in (0, 2)]  # two reads are under way
     prefetch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await prefetch

@@ -62,6 +62,10 @@ class Backend(Protocol):
     def local(self) -> bool:
         """Whether bytes may be had without waiting."""
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces of a background fill may be under way at once."""
+
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
 

@@ -10,16 +10,18 @@ import asyncio
 import errno
 import logging
 import math
+from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from aiouffd.engine.flight import end_of
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.space import Backend, Space
@@ -95,6 +97,17 @@ async def fill(
     """
     words = space.counters.words
     began, brought, saved = monotonic(), 0, space.filled
+    under_way: deque[tuple[int, Coroutine[Any, Any, None] | asyncio.Task[None]]] = deque()
+
+    async def first_is_there() -> None:
+        nonlocal saved
+        end, work = under_way.popleft()
+        await work
+        space.filled = end
+        if end - saved >= _SAVED:
+            saved = end
+            on_progress()
+
     faults = words[Counter.FAULTS]
     hurry = backend.local and not patience
     step = _HURRY if hurry else _NEAR if backend.local else _FAR
@@ -109,16 +122,25 @@ async def fill(
             pause = began + brought / rate - monotonic()
             if pause > 0 or not backend.local:  # else `bring` has just given the loop a turn
                 await asyncio.sleep(max(pause, 0.0))
-            await backend.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+            work = backend.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+            under_way.append((offset + length, work if backend.pieces == 1 else _begun(work)))
             brought += length
-            space.filled = offset + length
-            if space.filled - saved >= _SAVED:
-                saved = space.filled
-                on_progress()
+            if len(under_way) == backend.pieces:
+                await first_is_there()
+        while under_way:
+            await first_is_there()
     finally:
+        await end_of(work for _, work in under_way if isinstance(work, asyncio.Task))
         if hurry:
             space.filling = 0
     on_progress()
+
+
+def _begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Have a piece begin now. Its error is that of the fill, or of none where another piece has failed before."""
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return task
 
 
 async def bring_early(space: Space, backend: Backend, late: asyncio.Event) -> None:

@@ -242,6 +242,11 @@ class HandlerBackend:
         """Whether bytes may be had without waiting: only the handler knows."""
         return False
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces of a background fill may be under way at once: a piece has many calls of the handler."""
+        return 1
+
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Begin a flight for each fault; removed pages and memory that grew are zeros."""
         zeros: list[Run] = []

@@ -8,7 +8,7 @@ from time import perf_counter_ns
 __all__ = ["Pace"]
 
 _LEAST = 4  # reads under way, so that a source is never idle while an answer is placed
-_LATE = 4  # times as long as the quickest read: the source answers no more of them at once
+_LATE = 6  # times as long as the quickest read: the source answers no more of them at once
 _RENEWED_NS = 10_000_000_000  # the way to the source may have changed since
 
 

@@ -35,6 +35,7 @@ log = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
+_PIECES = 8
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
@@ -68,6 +69,11 @@ class SourceBackend:
     def local(self) -> bool:
         """Whether bytes may be had without waiting."""
         return self._extents.local
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of a background fill may be under way at once: the pace bounds their reads."""
+        return 1 if self.local else _PIECES
 
     # Faults
 
