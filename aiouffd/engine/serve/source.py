@@ -347,7 +347,7 @@ class SourceBackend:
 
         # Not undone by canceling: threads may have joined what is under way.
         try:
-            for offset, length in _pieces(ranges, space.page_size):
+            for offset, length, is_last in _pieces(ranges, space.page_size):
                 while self._pace.is_full:
                     place()
                     await self._pace.room()
@@ -358,7 +358,7 @@ class SourceBackend:
                     flight.done.add_done_callback(partial(self._landed, flight))
                     flight.done.add_done_callback(pending.discard)
                 size += length
-                if errors or space.is_gone or space.closing:
+                if (errors and is_last) or space.is_gone or space.closing:
                     break
                 if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ:
                     place()
@@ -419,7 +419,11 @@ class SourceBackend:
             await close()
 
 
-def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int]]:
-    """Cut the (offset, length) ranges that are larger than what is read at once."""
+def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut the (offset, length) ranges that are larger than what is read at once; tell which piece is a range's last."""
     for offset, length in ranges:
-        yield from [(offset, length)] if length <= _MAX_READ else pieces(offset, offset + length, page, _MAX_READ)
+        if length <= _MAX_READ:
+            yield offset, length, True
+        else:
+            for at, size in pieces(offset, offset + length, page, _MAX_READ):
+                yield at, size, at + size >= offset + length
