@@ -28,6 +28,15 @@ def test_what_is_covered_is_not_put_off_again() -> None:
     assert [item.dst // PAGE for item in deferred] == [4, 3, 7, 5]
 
 
+def test_what_it_fills() -> None:
+    """Whole runs of what brings pages: a poison, or a protection that is lifted, brings none."""
+    deferred = Deferred()
+    for page, op in enumerate((Op.POISON, Op.UNPROTECT, Op.PROTECT, Op.COPY, Op.ZEROPAGE, Op.CONTINUE)):
+        deferred.add(run(2 * page, 1, op), 0)
+    deferred.add(run(20, 3), 0)
+    assert [page for page in range(30) if deferred.fills(page * PAGE)] == [6, 8, 10, 20, 21, 22]
+
+
 def test_what_is_taken_out_is_put_back_as_it_was() -> None:
     """Its age counts from when it was put off first."""
     deferred = Deferred()

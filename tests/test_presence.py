@@ -133,6 +133,28 @@ async def test_a_page_on_its_way_has_not_come() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOMEM])
+async def test_a_page_that_is_put_off_has_not_come(kind: Any, error: int) -> None:
+    """It is not brought again, and its sleepers are not sent around until it can come."""
+    source = kind()
+    source.through.set()
+    world = World(0, source=source)
+    world.uffd.failures.extend([-error] * 100)
+    for thread in range(5):
+        world.touch(5, thread)
+        world.deliver(1)
+        await turns(20)
+    assert not world.deliver(1)
+    assert source.asked == [5]
+    world.uffd.failures.clear()
+    world.space.retry()
+    assert not world.uffd.asleep
+    assert world.uffd.pages == {BASE + 5 * PAGE: content(5 * PAGE, PAGE)}
+    found = world.counters.snapshot()
+    assert (found.faults, found.joined, found.pages_fault, found.pages) == (5, 4, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("readahead", [0, 16 * PAGE])
 @pytest.mark.parametrize("features", [abi.LAYOUT_EVENTS, abi.LAYOUT_EVENTS | Feature.THREAD_ID])
 async def test_a_page_that_was_lost_without_an_event_comes_again(kind: Any, readahead: int, features: Feature) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiouffd.engine.runs import Op
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -60,6 +62,10 @@ class Deferred:
             return False
         self._waiting.append(DeferredRun(run, now_ns, now_ns + _REPORTED_AFTER_NS))
         return True
+
+    def fills(self, page: int) -> bool:
+        """Tell whether a run that waits fills a page: its sleepers are woken with it, whatever comes of it."""
+        return any(run.op <= Op.CONTINUE and run.dst <= page < run.dst + run.left for run in self)
 
     def take(self) -> list[DeferredRun]:
         """Take all out, to be tried now."""

@@ -89,6 +89,9 @@ def _is_under_way(space: Space, page: int, flags: int, thread: int, began_ns: in
     if flags & _PAGE_IS_THERE:
         _serve_present(space, page, flags, thread)
         return True
+    if space.deferred and space.deferred.fills(page):  # as with a flight: another try would be put off, too
+        space.counters.words[_JOINED] += 1
+        return True
     return bool(space.remainders) and space.hasten(page, began_ns)
 
 
