@@ -10,6 +10,7 @@ import pytest
 from engine_world import BASE, ELSEWHERE, SIZE, World, turns
 from pattern import PAGE, content
 
+from aiouffd.engine.ahead.fill import complete
 from aiouffd.engine.runs import FOR_FAULT
 from aiouffd.engine.serve.handler import Batch, Fault, Handler, HandlerBackend
 from aiouffd.engine.serve.reads import Limits
@@ -232,6 +233,20 @@ async def test_what_comes_after_a_change_of_the_layout_is_left_out(change: str, 
     assert sorted(world.uffd.pages) == [at(4).start, at(6).start]
     assert not world.space.on_changed
     assert not world.errors
+
+
+@pytest.mark.parametrize("change", ["remove", "move"])
+async def test_the_layout_changes_before_the_handler_has_begun(change: str) -> None:
+    """Both were read in one turn of the loop: what was emptied is zeros, and what was moved does not count as there."""
+    world = World(0, source=Does(fill))
+    world.touch(4, 1)
+    world.deliver(64)
+    getattr(world, change)(4, 1)
+    while world.deliver(64):
+        pass
+    await complete(world.space, world.backend)
+    assert world.uffd.pages == world.model
+    assert not world.space.on_changed
 
 
 async def test_a_page_that_was_moved_is_served_where_it_is() -> None:

@@ -273,7 +273,9 @@ class HandlerBackend:
     def _begin(self, space: Space, fault: Fault, began_ns: int, purpose: Purpose) -> Flight:
         flight = Flight(fault.page.start, fault.page.end, fault.offset, began_ns, purpose)
         space.take_off(flight)
-        flight.done = self._spawn(self._fly(space, flight, fault))
+        batch = Batch(space, purpose)
+        space.on_changed.add(batch.changed)  # now: the layout may change before the task runs
+        flight.done = self._spawn(self._fly(space, flight, fault, batch))
         return flight
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -282,11 +284,9 @@ class HandlerBackend:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _fly(self, space: Space, flight: Flight, fault: Fault) -> None:
-        batch = Batch(space, flight.purpose)
+    async def _fly(self, space: Space, flight: Flight, fault: Fault, batch: Batch) -> None:
         reason = ""
         self._words[Counter.IN_FLIGHT] += 1
-        space.on_changed.add(batch.changed)
         try:
             async with self._bound:
                 with self._deadlines:
