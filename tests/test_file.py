@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import mmap
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 from scenario import eventually
@@ -279,6 +281,25 @@ def test_no_thread_is_started_while_the_interpreter_ends(tmp_path: Path, monkeyp
         patch.setattr(threading, "Thread", lambda **_: pytest.fail("a thread"))
         source.__del__()
     os.fstat(fd)
+
+
+def test_a_server_is_not_asked_when_a_source_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last reference is dropped, on an event loop, neither fstat(2) nor close(2) may wait for one."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"x" * 4096)
+    source = aiouffd.FileSource(path)
+    fd, source._file_system = source._fd, SimpleNamespace(remote=True)  # type: ignore[assignment]
+    thread = Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", thread)
+        patch.setattr(os, "fstat", lambda _: pytest.fail("the server was asked"))
+        source.__del__()
+    source._fd = -1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", Mock(side_effect=OSError(errno.ENOTCONN, "the server has gone")))
+        thread.call_args.kwargs["target"](*thread.call_args.kwargs["args"])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_a_descriptor_whose_server_has_gone_is_closed_without_a_word(

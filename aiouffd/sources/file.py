@@ -344,19 +344,21 @@ class FileSource:
     @until_exit
     def __del__(self) -> None:
         fd = getattr(self, "_fd", -1)
-        if fd < 0 or inode(fd) != self._inode:  # closed by others
+        if fd < 0:
             return
         if not self._file_system.remote:
-            os.close(fd)
+            _close(fd, self._inode)
         else:
-            # close(2) waits for an answer of the server (FUSE_FLUSH). Where no thread can be started, it stays open.
+            # fstat(2) and close(2) wait for an answer of the server. Where no thread can be started, it stays open.
             with contextlib.suppress(RuntimeError):
-                threading.Thread(target=_close, args=(fd,), daemon=True).start()
+                threading.Thread(target=_close, args=(fd, self._inode), daemon=True).start()
 
     def __repr__(self) -> str:
         return f"FileSource({self.path!r})"
 
 
-def _close(fd: int) -> None:
-    with contextlib.suppress(OSError):  # the server has gone: the descriptor is closed all the same
-        os.close(fd)
+def _close(fd: int, known: tuple[int, int] | None) -> None:
+    """Close a descriptor, unless its number is another file's by now."""
+    with contextlib.suppress(OSError):  # the server has gone: fstat fails, and the descriptor is closed all the same
+        if inode(fd) in (known, None):
+            os.close(fd)
