@@ -45,6 +45,40 @@ void look_again(void)
     pthread_cond_signal(&changed);
 }
 
+int own(struct owned *owned, int fd)
+{
+    struct stat found;
+    owned->fd = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (owned->fd < 0)
+        return fd < 0 ? 0 : errno;
+    fstat(owned->fd, &found);
+    owned->device = found.st_dev;
+    owned->inode = found.st_ino;
+    return 0;
+}
+
+int is_intact(const struct owned *owned)
+{
+    struct stat found;
+    return owned->fd >= 0 && fstat(owned->fd, &found) == 0 && found.st_dev == owned->device &&
+           found.st_ino == owned->inode;
+}
+
+void disown(struct owned *owned)
+{
+    int fd = is_intact(owned) ? owned->fd : -1;
+    __atomic_store_n(&owned->fd, -1, __ATOMIC_SEQ_CST); /* first: `in_child` closes what is owned */
+    if (fd >= 0)
+        close(fd);
+}
+
+static void disown_all(struct watch *watch)
+{
+    for (int i = 0; i < ENDS; i++)
+        disown(&watch->ends[i]);
+    disown(&watch->uffd);
+}
+
 /* A forked child does not have the thread, and what is watched is its parent's, whose memory a userfaultfd that stays
  * open in the child would keep registered. The lock may have been held: what is in use has its duplicate. */
 static void in_child(void)
@@ -52,7 +86,7 @@ static void in_child(void)
     pthread_mutex_init(&watches_lock, NULL);
     for (int i = 0; i < WATCHES; i++)
         if (watches[i].used)
-            disown(&watches[i].uffd);
+            disown_all(&watches[i]);
     memset(watches, 0, sizeof watches);
     running = 0;
 }
@@ -82,32 +116,6 @@ static int start(void)
     pthread_detach(thread);
     running = 1;
     return 0;
-}
-
-int own(struct owned *owned, int fd)
-{
-    struct stat found;
-    owned->fd = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    if (owned->fd < 0)
-        return fd < 0 ? 0 : errno;
-    fstat(owned->fd, &found);
-    owned->device = found.st_dev;
-    owned->inode = found.st_ino;
-    return 0;
-}
-
-int is_intact(const struct owned *owned)
-{
-    struct stat found;
-    return owned->fd >= 0 && fstat(owned->fd, &found) == 0 && found.st_dev == owned->device &&
-           found.st_ino == owned->inode;
-}
-
-void disown(struct owned *owned)
-{
-    if (is_intact(owned))
-        close(owned->fd);
-    owned->fd = -1;
 }
 
 int add_watch(const struct watch *filled, int uffd)
@@ -158,9 +166,7 @@ EXPORT void aiouffd_unwatch(int number)
     struct watch *watch = get_watch(number);
     if (watch != NULL) {
         __atomic_store_n(&watch->used, 0, __ATOMIC_SEQ_CST); /* first: `in_child` closes what is in use */
-        for (int i = 0; i < ENDS; i++)
-            disown(&watch->ends[i]);
-        disown(&watch->uffd);
+        disown_all(watch);
     }
     pthread_mutex_unlock(&watches_lock);
 }

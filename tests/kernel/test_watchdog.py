@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Pattern, word
-from scenario import play
+from scenario import open_descriptors, play
 
 import aiouffd
 from aiouffd.kernel.abi import RegisterMode
@@ -183,6 +183,26 @@ def settled_first() -> None:
 def test_a_region_that_is_settled_first() -> None:
     """Nothing is read from whatever has the descriptor's number then, and nobody is ended."""
     play(settled_first)
+
+
+def forks_while_watched() -> None:
+    """Scenario: the watchdog has duplicates of three descriptors when the process forks."""
+    uffd, (reading, _) = aiouffd.Userfaultfd(), os.pipe()
+    before = open_descriptors()
+    watch = Watch(uffd.fileno(), float("inf"))
+    watch.over(reading, reading)
+    assert open_descriptors() == before + 3
+    child = os.fork()
+    if not child:
+        os._exit(0 if open_descriptors() == before else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    watch.close()
+    assert open_descriptors() == before
+
+
+def test_a_forked_child_has_none_of_the_watchdogs_descriptors() -> None:
+    """The thread is its parent's."""
+    play(forks_while_watched)
 
 
 def limits_of_months() -> None:
