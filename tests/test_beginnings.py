@@ -93,3 +93,29 @@ def forked_while_entered() -> None:
 def test_a_fork_while_a_monitor_is_entered() -> None:
     """The kernel has the fork wait, with the GIL held, until the pager reads of it: entering comes first."""
     assert play(forked_while_entered)[0] == "left\n"
+
+
+def forks_while_it_enters() -> None:
+    """Scenario: the thread that enters forks when the region is registered, and its pager does not know of it yet."""
+    entered = Registration.__init__
+
+    def forks(self: Registration, *args: object, **options: object) -> None:
+        entered(self, *args, **options)  # type: ignore[arg-type]
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+    Registration.__init__ = forks  # type: ignore[method-assign]
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0, fork="serve"):
+        child = os.fork()
+        if not child:
+            os._exit(0 if region[5 * PAGE] == 6 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    print("left", flush=True)
+
+
+def test_a_fork_of_the_thread_that_enters() -> None:
+    """A signal handler or finalizer may fork there. Nobody would read of it, so that child does not get the region."""
+    assert play(forks_while_it_enters)[0] == "left\n"

@@ -2,6 +2,7 @@
 
 A fork() waits in the kernel, with the GIL held, until somebody has read the event of each registered userfaultfd.
 While a Monitor is being entered, nobody reads its own yet, and the thread that is about to change that needs the GIL.
+That thread itself does not wait: a finalizer or signal handler may fork in it. Such a child does not get the region.
 The same is true while a pager is replaced whose processes are all dead.
 """
 

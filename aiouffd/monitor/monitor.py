@@ -270,6 +270,7 @@ class Monitor:
                         ),  # the engine is part of cycles, and the region is not to wait for their end
                     )
                 )
+                registration.is_served()
             except BaseException:
                 self._end_recording(complete=False)
                 self._registration = None

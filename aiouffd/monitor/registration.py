@@ -35,8 +35,8 @@ class Registration:
         region: must not be registered yet.
         features: that the engine needs.
         writes: which writes are told: "tracked" (WP_ASYNC), "served" (a message each), or "" for none.
-        children: forked children have the region, and are served; else it is not theirs (MADV_DONTFORK). None: where
-            this user may (CAP_SYS_PTRACE).
+        children: forked children have the region from `is_served` on; else it is not theirs (MADV_DONTFORK). None:
+            where this user may (CAP_SYS_PTRACE).
         user_mode_only: the caller agrees that system calls on missing pages fail.
         serves_system_calls: the engine would serve them; else a descriptor for user mode only will do.
 
@@ -85,8 +85,8 @@ class Registration:
         self._sentinel = Sentinel(uffd, user_mode_only=user_mode_only)  # now: privileges may be dropped later
         self._uffd: Userfaultfd | None = uffd
         try:
-            if not self.children:
-                libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
+            # No child's until `is_served`: a finalizer or signal handler may fork here, and would wait for a reader.
+            libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
             uffd.register(region.address, region.mapped_length, self.modes)
         except BaseException:
             self.abandon()
@@ -155,8 +155,16 @@ class Registration:
         try:
             uffd.unregister(self.region.address, self.region.mapped_length)
         finally:
-            if not self.children:
-                libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+            self._let_children_have_it()
+
+    def is_served(self) -> None:
+        """Note that somebody reads the descriptor: from now on children have the region, if they are served."""
+        with self._lock:
+            if self.children and self._uffd is not None:  # not settled meanwhile
+                self._let_children_have_it()
+
+    def _let_children_have_it(self) -> None:
+        libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
 
     def _take(self) -> Userfaultfd | None:
         with self._lock:

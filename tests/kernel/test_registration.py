@@ -118,6 +118,7 @@ def modes() -> None:
     assert Feature.WP_ASYNC not in served.uffd.features
     child = registered(aiouffd.Region(SIZE), children=True)
     assert Feature.EVENT_FORK in child.uffd.features
+    child.is_served()
     assert "dc" not in flags(child.region)
 
 
@@ -168,6 +169,7 @@ def children_of_users(privileged: bool) -> None:
         os.setuid(65534)
     registration = registered(region, children=None, user_mode_only=not privileged)
     assert registration.children is privileged
+    registration.is_served()
     assert ("dc" in flags(region)) is not privileged  # MADV_DONTFORK
     assert (Feature.EVENT_FORK in registration.uffd.features) is privileged
     if not privileged:
@@ -210,3 +212,22 @@ def grown_memory_is_given_back(engine: EngineName) -> None:
 def test_a_forked_child_does_not_keep_memory_registered(engine: str) -> None:
     """The kernel gives what grew back when the last descriptor is closed: a child has none of its parent's."""
     play(grown_memory_is_given_back, engine)
+
+
+def test_children_have_the_region_when_somebody_reads() -> None:
+    """A fork() before would wait for that. Once it was settled, they do not get what is missing any more."""
+    region = aiouffd.Region(SIZE)
+    registration = registered(region, children=True)
+    assert "dc" in flags(region)
+    registration.is_served()
+    assert "dc" not in flags(region)
+    registration.settle(sigbus=True)
+    assert "dc" in flags(region)
+    registration.is_served()
+    assert "dc" in flags(region)
+    alone = aiouffd.Region(SIZE)
+    registration = registered(alone)
+    registration.is_served()
+    assert "dc" in flags(alone)
+    registration.abandon()
+    assert "dc" not in flags(alone)

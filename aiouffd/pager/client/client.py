@@ -389,7 +389,6 @@ class PagerClient:
         elif event == "died":
             self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
             self.settled.set()
-            self.settled.set()
             if self._on_lost is not None and Feature.POISON not in probe().features:  # the keeper poisons nothing
                 self._on_lost()
 
