@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
+
+if TYPE_CHECKING:
+    import pytest
 
 PAGE = 4096
 PAGES = 48
@@ -54,6 +58,24 @@ def shown(mapping: Mapping | None, address: int) -> int | None:
     if mapping is None:
         return None
     return mapping.offset if mapping.offset == ZEROS else mapping.offset + address - mapping.start
+
+
+def test_unmap_after_remap_tells_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have moved memory to the old place meanwhile. So many moves are remembered."""
+    monkeypatch.setattr("aiouffd.engine.mappings._MAX_LEFT", 2)
+    mappings = Mappings([Mapping(0, 2, 0), Mapping(4, 6, 10)])
+    mappings.remap(0, 20, 2)
+    mappings.remap(4, 0, 2)
+    mappings.unmapped(4, 6)
+    mappings.unmapped(0, 2)
+    assert list(mappings) == [Mapping(0, 2, 10), Mapping(20, 22, 0)]
+    mappings.unmapped(0, 2)  # its own
+    assert list(mappings) == [Mapping(20, 22, 0)]
+    for start in range(20, 29):
+        mappings.remap(start, start + 1, 2)
+        assert len(mappings._left) <= 2
+    mappings.unmapped(28, 29)
+    assert list(mappings) == [Mapping(29, 31, 0)]
 
 
 @given(st.lists(_operation, max_size=30))

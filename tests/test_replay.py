@@ -79,6 +79,17 @@ class Model:
         return list(self.spaces)[which % len(self.spaces)]
 
 
+def test_two_threads_have_moved_memory_at_once() -> None:
+    """The second to where the first has left, before UNMAP told of it."""
+    first, second = ((BASE, 64), (BASE + 8 * PAGE, 0))
+    told = [
+        struct.pack("=B7xQQQ", abi.EVENT_REMAP, source, BASE + to * PAGE, 4 * PAGE) for source, to in (first, second)
+    ] + [struct.pack("=B7xQQ8x", abi.EVENT_UNMAP, source, source + 4 * PAGE) for source, _ in (first, second)]
+    mappings = replay(begun(state(), *(event(1, message) for message in told))).state.spaces[1].mappings
+    assert mappings.find(BASE) == Mapping(BASE, BASE + 4 * PAGE, 8 * PAGE)
+    assert mappings.find(BASE + 8 * PAGE) is None
+
+
 _which = st.integers(0, 9)
 _steps = st.lists(
     st.one_of(

@@ -100,6 +100,21 @@ def test_what_a_change_drops_is_not_counted_and_not_taken_for_present() -> None:
         world.space.mappings.add(BASE, BASE + SIZE, 0)
 
 
+@pytest.mark.parametrize("limit", [1, 64])
+def test_two_threads_move_memory_at_once(limit: int) -> None:
+    """To where the first has left, as the kernel may choose: its UNMAP comes after the REMAP of the second."""
+    world = World(0, located=True)
+    world.uffd.mremap(BASE, ELSEWHERE, 4 * PAGE)
+    world.uffd.mremap(BASE + 8 * PAGE, BASE, 4 * PAGE)
+    while world.deliver(limit):
+        pass
+    moved = {ELSEWHERE: BASE, BASE: BASE + 8 * PAGE, BASE + 3 * PAGE: BASE + 11 * PAGE}
+    for page in moved:
+        world.uffd.touch(page)
+        world.serve_all()
+    assert world.uffd.pages == {page: world.model[source] for page, source in moved.items()}
+
+
 async def test_what_flies_over_a_change_is_forgotten() -> None:
     """Its pages in the changed range are not joined any more, and not taken for present."""
     source = Held()

@@ -23,6 +23,8 @@ __all__ = ["ZEROS", "Mapping", "Mappings"]
 ZEROS = -1
 """In place of an offset: these addresses hold zeros."""
 
+_MAX_LEFT = 1 << 10  # moves of so many threads at once; UNMAP does not come after MREMAP_DONTUNMAP
+
 
 @attrs.frozen
 class Mapping:
@@ -69,13 +71,16 @@ class Mappings:
         generation: goes up with each change.
     """
 
-    __slots__ = ("_ends", "_index", "_offsets", "_starts", "generation")
+    __slots__ = ("_ends", "_index", "_left", "_offsets", "_starts", "generation")
 
     def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._offsets: list[int] = []
         self._index = _Index()
+        self._left: dict[
+            tuple[int, int], None
+        ] = {}  # what was moved away, and is to be told of once more; oldest first
         self.generation = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
@@ -141,8 +146,19 @@ class Mappings:
             ends[index - 1] = ends[index]
             del starts[index], ends[index], offsets[index]
 
+    def unmapped(self, start: int, end: int) -> None:
+        """UNMAP: nothing is at [start, end) any more.
+
+        A move is told by REMAP, and then by UNMAP of its old place. Another thread may have moved other memory there
+        before that, and its REMAP comes first: so what REMAP has told is not told again by UNMAP.
+        """
+        if (start, end) in self._left:
+            del self._left[start, end]
+        else:
+            self.unmap(start, end)
+
     def unmap(self, start: int, end: int) -> None:
-        """UNMAP: nothing is at [start, end) any more."""
+        """Show nothing at [start, end) any more."""
         self.generation += 1
         low = bisect_right(self._ends, start)
         starts, ends, offsets = self._starts, self._ends, self._offsets
@@ -171,6 +187,9 @@ class Mappings:
         moved = list(self.runs(source, source + length))
         self.unmap(source, source + length)
         self.unmap(destination, destination + length)
+        if len(self._left) == _MAX_LEFT:
+            del self._left[next(iter(self._left))]
+        self._left[source, source + length] = None
         for run in moved:
             start = run.start - source + destination
             self.add(start, start + run.end - run.start, run.offset)

@@ -162,6 +162,6 @@ def apply_layout_event(space: Space, message: bytes) -> None:
         if code == abi.EVENT_REMOVE:
             space.mappings.remove(start, end)
         else:
-            space.mappings.unmap(start, end)
+            space.mappings.unmapped(start, end)
         space.changed(start, end)
     space.backend.layout(space, code, message, child)

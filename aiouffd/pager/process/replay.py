@@ -92,7 +92,7 @@ def _apply(mappings: Mappings, message: bytes) -> None:
     elif code == abi.EVENT_REMOVE:
         mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
     elif code == abi.EVENT_UNMAP:
-        mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
+        mappings.unmapped(*abi.RANGE_MESSAGE.unpack(message))
 
 
 def replay(content: Content) -> Replay:
