@@ -67,11 +67,11 @@ async def all_of(lazy: LazyPagesSocket) -> list[RestoredTask]:
 
 
 def descriptors() -> set[str]:
-    """Return what this process has open."""
+    """Return what this process has open. Asked ten thousand times, so without a Path for each."""
     found = set()
-    for entry in Path("/proc/self/fd").iterdir():
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with contextlib.suppress(FileNotFoundError):
-            found.add(f"{entry.name} {entry.readlink()}")
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")  # noqa: PTH115
     return found
 
 

@@ -325,6 +325,7 @@ async def test_openings_that_hang_are_bounded_for_each_name_and_each_process(mon
     try:
         for name in ("a", "a", "b"):
             assert "could not be opened within" in await asked(1, name)
+        monkeypatch.setattr(taken, "_options", Options(limits=Limits(timeout=30.0)))  # for what answers
         assert "3 sources that it has asked for do not answer" in await asked(1, "there")
         assert await asked(2, "there") == "there"
         assert "2 openings of it hang" in await asked(2, "a")
