@@ -165,8 +165,9 @@ def map_file(fd: int, length: int, access: int) -> mmap.mmap:
     """
     kind = mmap.MAP_PRIVATE if access == mmap.ACCESS_COPY else mmap.MAP_SHARED
     protection = mmap.PROT_READ | (0 if access == mmap.ACCESS_READ else mmap.PROT_WRITE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    mapping = mmap.mmap(-1, length, flags=flags, prot=protection)  # memory, in whose place the file comes
+    # Memory, in whose place the file comes. What is private and writable counts for RLIMIT_DATA, if for a moment only.
+    place = mmap.MAP_SHARED if access == mmap.ACCESS_WRITE else mmap.MAP_PRIVATE
+    mapping = mmap.mmap(-1, length, flags=place | mmap.MAP_ANONYMOUS | MAP_NORESERVE, prot=protection)
     libc.mmap_fixed(address_of(mapping), length, protection, kind, fd)
     return mapping
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import mmap
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,19 @@ def test_a_file_that_is_mapped(access: int, tmp_path: Path) -> None:
     start = address_of(mapping)
     mapping.close()
     assert mapped(start, 2 * PAGE) == []
+
+
+@pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_WRITE])
+def test_a_file_that_is_mapped_is_no_data_of_the_process(access: int, tmp_path: Path) -> None:
+    """RLIMIT_DATA does not limit it: services have that (LimitDATA=)."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate(1 << 40)
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 39, before[1]))
+        try:
+            map_file(file.fileno(), 1 << 40, access).close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_without_proc_all_counts_as_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
