@@ -32,6 +32,7 @@ __all__ = ["ELSEWHERE", "FEATURES", "FakeWorld", "KernelWorld", "World", "world_
 
 FEATURES = abi.LAYOUT_EVENTS | Feature.THREAD_ID
 ELSEWHERE = 1000
+_MAP_FIXED_NOREPLACE = 0x100000  # mmap has it from Python 3.13 on
 _ARENA = 1400
 """Pages."""
 _GAP = 4 << 30
@@ -308,10 +309,10 @@ class KernelWorld(_Base):
 
         self._change(call)
 
-    def _reserve(self, page: int, count: int) -> None:
+    def _reserve(self, page: int, count: int, flags: int = 0) -> None:
         """Map what nobody may touch, and what is not registered."""
-        libc.mmap_fixed(self.at(page), count * PAGE)
-        libc.mprotect(self.at(page), count * PAGE, 0)
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags
+        libc.mmap_fixed(self.at(page), count * PAGE, 0, kind)
 
     def mremap(self, page: int, to: int, count: int) -> None:
         """As `World`."""
@@ -319,7 +320,8 @@ class KernelWorld(_Base):
 
         def call() -> None:
             assert libc.mremap(self.at(page), count * PAGE, count * PAGE, flags, self.at(to)) == self.at(to)
-            self._reserve(page, count)
+            with contextlib.suppress(FileExistsError):  # another has moved memory there
+                self._reserve(page, count, _MAP_FIXED_NOREPLACE)
 
         self._change(call)
 

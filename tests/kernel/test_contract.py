@@ -294,6 +294,22 @@ def a_move_over_memory_unmaps_it_first(world: World) -> None:
     assert world.pages() == {5: A[:8]}
 
 
+def a_move_to_where_another_has_left_is_told_before_that_is_unmapped(world: World) -> None:
+    """The old place is free before its UNMAP has been read, and before it has been sent."""
+    world.uffd.copy(world.at(5), A)
+    world.mremap(1, ELSEWHERE, 2)
+    world.mremap(5, 1, 2)
+    told = []
+    while found := world.read():
+        told += found
+    assert told == [("remap", 1, ELSEWHERE, 2), ("remap", 5, 1, 2), ("unmap", 1, 2), ("unmap", 5, 2)]
+    assert world.pages() == {1: A[:8]}
+    world.touch(2, thread=1)
+    assert world.read() == [fault(2, 1)]
+    world.uffd.copy(world.at(2), B)
+    assert world.got(1) == B[:8]
+
+
 def a_sleeper_of_unmapped_memory_waits_for_its_wake(world: World) -> None:
     """Munmap wakes nobody; woken, there is nothing any more."""
     world.touch(2, thread=1)
@@ -361,6 +377,7 @@ CASES: dict[Callable[[World], None], Feature] = {
     unregistering_lets_sleepers_read_zeros: FEATURES,
     a_move_is_remap_and_then_unmap: FEATURES,
     a_move_over_memory_unmaps_it_first: FEATURES,
+    a_move_to_where_another_has_left_is_told_before_that_is_unmapped: FEATURES,
     a_sleeper_of_unmapped_memory_waits_for_its_wake: FEATURES,
     each_mapping_has_its_own_remove: FEATURES,
     no_events_without_their_features: NOTHING,
