@@ -32,7 +32,7 @@ __all__ = ["ELSEWHERE", "FEATURES", "FakeWorld", "KernelWorld", "World", "world_
 
 FEATURES = abi.LAYOUT_EVENTS | Feature.THREAD_ID
 ELSEWHERE = 1000
-_MAP_FIXED_NOREPLACE = 0x100000  # mmap has it from Python 3.13 on
+_MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
 _ARENA = 1400
 """Pages."""
 _GAP = 4 << 30
