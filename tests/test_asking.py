@@ -22,6 +22,7 @@ class FakePair:
 
     def __init__(self, error: Exception | None = None, *, full: bool = False) -> None:
         self.outbox = self
+        self.worker_lives = error is None
         self.sent: list[str] = []
         self._error = error
         self._full = full
@@ -83,3 +84,10 @@ def test_the_thread_is_woken_to_send_what_there_was_no_room_for(waiter: Waiter) 
     assert not waiter.wait(0.001, -1)
     asking(waiter, FakePair(full=True))("open", token="a")
     assert waiter.wait(0.1, waiter.fileno())
+
+
+def test_who_hears_a_request(waiter: Waiter) -> None:
+    """Nobody before there is a pair, nor when its processes are dead."""
+    assert not Asking(waiter).may_be_heard()
+    assert asking(waiter, FakePair()).may_be_heard()
+    assert not asking(waiter, FakePair(control.Closed())).may_be_heard()

@@ -15,6 +15,7 @@ from scenario import play
 import aiouffd
 from aiouffd.errors import ClosedError, PagerDiedError
 from aiouffd.kernel.abi import Feature
+from aiouffd.pager.client import forks
 from aiouffd.pager.client.forks import await_readers
 from aiouffd.pager.process import deaths
 
@@ -35,6 +36,7 @@ class FakeClient:
         self.uffd = self
         self.features = features
         self.may_wait = True
+        self.lives = lambda: False
         self.settled = threading.Event()
         self.asked = threading.Event()
         self.answer: Future[Any] = Future()
@@ -48,8 +50,8 @@ class FakeClient:
         return self.answer
 
 
-def waits_for(client: FakeClient, end: Callable[[], object]) -> bool:
-    """Tell whether a fork is made only after `end` was called."""
+def waits_for(client: FakeClient, end: Callable[[], object], seconds: float = 0.05) -> bool:
+    """Tell whether a fork is made only after `end` was called, so many seconds later."""
     done = threading.Event()
 
     def fork() -> None:
@@ -59,7 +61,7 @@ def waits_for(client: FakeClient, end: Callable[[], object]) -> bool:
     thread = threading.Thread(target=fork)
     thread.start()
     client.asked.wait()
-    waited = not done.wait(0.05)
+    waited = not done.wait(seconds)
     end()
     thread.join()
     return waited
@@ -81,6 +83,16 @@ def test_a_fork_that_is_not_told_waits_for_nobody() -> None:
     await_readers([cast("PagerClient", client), cast("PagerClient", busy)])
     assert not client.asked.is_set()
     assert not busy.asked.is_set()
+
+
+def test_a_pager_that_lives_and_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would hear it may need a lock that this thread has, in a signal handler. A dead one is waited for."""
+    monkeypatch.setattr(forks, "_PATIENCE", 0.01)
+    client = FakeClient()
+    assert waits_for(client, lambda: client.answer.set_result(None))
+    client = FakeClient()
+    client.lives = lambda: True
+    assert not waits_for(client, lambda: client.answer.set_result(None), 20.0)
 
 
 def forks_when_all_are_dead(kills: str) -> None:

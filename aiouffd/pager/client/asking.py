@@ -58,6 +58,10 @@ class Asking(Requests):
         if self.pair.outbox:
             self._waiter.wake()
 
+    def may_be_heard(self) -> bool:
+        """Tell whether somebody holds the other end of the connection."""
+        return self.pair is not None and self.pair.worker_lives
+
     def resend(self) -> None:
         """Send all that is not answered yet, in an order that makes sense."""
         with self.lock:

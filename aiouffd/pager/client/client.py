@@ -69,6 +69,7 @@ class PagerClient:
         pickles: how often the pager unpickles a source or handler that this process sends.
 
     Attributes:
+        lives: tells whether keeper or worker is there, whether it answers or not.
         settled: set when the pager was given up and a fork waits for nobody here: its keeper reads on, or the memory
             has been settled. Set when the client is stopped, too.
     """
@@ -87,6 +88,7 @@ class PagerClient:
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
+        self.lives = self._requests.may_be_heard
         self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event

@@ -23,6 +23,9 @@ __all__ = ["await_readers"]
 _LONGEST: Final = 60.0
 """Seconds until a fork is made all the same: as many as a pager may take to start."""
 
+_PATIENCE: Final = 1.0
+"""Seconds until a pager that lives is waited for no longer. Whoever hears its answer may need a lock of this thread."""
+
 
 def await_readers(clients: Iterable[PagerClient]) -> None:
     """Wait until each pager with memory whose forks are told has answered: a process that was killed does not.
@@ -35,11 +38,20 @@ def await_readers(clients: Iterable[PagerClient]) -> None:
         if not client.may_wait or not any(map(_tells, client.tenants)):
             continue
         try:
-            client.ping().result(until - time.monotonic())
-        except TimeoutError:
-            return
+            _await_answer(client, until)
         except UffdError:
             client.settled.wait(until - time.monotonic())
+
+
+def _await_answer(client: PagerClient, until: float) -> None:
+    answer = client.ping()
+    while (left := until - time.monotonic()) > 0:
+        try:
+            answer.result(min(left, _PATIENCE))
+        except TimeoutError:
+            if not client.lives():
+                continue
+        return
 
 
 def _tells(tenant: Tenant) -> bool:

@@ -112,7 +112,7 @@ class Pair:
 
     @property
     def worker_lives(self) -> bool:
-        """Whether a worker runs, where the keeper is dead: nobody else holds the other end of the connection.
+        """Whether a worker runs, or its keeper: nobody else holds the other end of the connection.
 
         It need not have said that it is ready: its keeper may have died right before.
         """
