@@ -7,14 +7,14 @@ import contextlib
 import os
 import socket
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytest
 
 from aiouffd.pager.process import control
 from aiouffd.pager.process.handover import Handover
+from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.state import Meta, SpaceState, State
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def waiting(written: list[int]) -> tuple[Handover, socket.socket, socket.socket, State, int]:
@@ -62,6 +62,38 @@ async def test_other_messages_decide_nothing() -> None:
     assert await handover.is_left_to_us(ours, state)
     os.close(fd)
     ours.close()
+
+
+def test_a_successor_that_dies_has_a_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same socket, whenever it dies: each is answered, and the predecessor ends for the one that has all.
+
+    Not on the loop of a test: while it waits for "taken" it blocks its own.
+    """
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", end)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    journal = os.memfd_create("journal")
+    served: Any = SimpleNamespace(is_empty=False, state=State, journal=SimpleNamespace(fd=journal))
+    for by, built in ((1, False), (2, False), (2, True), (3, False), (3, True)):
+        control.send(ours, {"by": by, "built": built})
+    control.send(ours, {"taken": True})
+    with contextlib.suppress(SystemExit):
+        asyncio.run(Handover(served).give(theirs.detach()))
+    assert ended == [0]
+    for by in (1, 2, 2, 3, 3):
+        message, fds = control.receive(ours)
+        assert message == {"to": by, "numbers": []}
+        close_all(fds)
+    with pytest.raises(control.Closed):
+        control.receive(ours)
+    ours.close()
+    os.close(journal)
 
 
 async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:

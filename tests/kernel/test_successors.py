@@ -407,6 +407,25 @@ def test_the_predecessor_serves_while_its_successor_is_built(tmp_path: Path) -> 
     play(a_slow_successor, str(tmp_path / "gate"))
 
 
+def successors_die_while_they_take_over() -> None:
+    """Scenario: the keeper is killed, and the first worker of the next one as soon as it is known."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0) as monitor:
+        for page in range(10):
+            keeper, worker = monitor.pids
+            kill(keeper)
+            eventually(lambda worker=worker: worker in monitor.pids, expected=False)  # type: ignore[misc]
+            kill(monitor.pids[1])
+            monitor.prefetch_sync(page * PAGE, PAGE)
+            assert peek(region.address + page * PAGE) == word(page)
+        monitor.check()
+
+
+def test_a_successor_that_dies_while_it_takes_over_is_replaced() -> None:
+    """At once: the next worker is given what the first one has been given."""
+    play(successors_die_while_they_take_over, deadline=50)
+
+
 def goes_on(when: threading.Event, stopped: int) -> None:
     """Let a process go on that was stopped."""
     when.wait()

@@ -3,6 +3,10 @@
 One of the two workers reads messages, at any moment; which one does not depend on an answer that may be lost: the
 successor serves when its predecessor is gone, and a predecessor that goes on after all says so before it lets go of the
 socket. What is served is in the predecessor's journal, which goes over with the descriptors.
+
+The successor asks for it twice: for what it has to open or build, and may have to import for, while the predecessor
+serves on; and when that is there. It may die at any moment, and another worker goes on with the same socket: so each
+answer says whom it is for.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import contextlib
 import logging
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import ClosedError
 from aiouffd.pager.process import control
@@ -52,22 +56,25 @@ class Handover:
             os._exit(0)
         with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
             successor.settimeout(_TIMEOUT)
-            self._hand(successor)  # what it has to open or build, and may have to import for
-            await _readable(successor, BUILD_TIMEOUT + _TIMEOUT)
-            control.receive(successor)
-            self._hand(successor)  # from here on nothing is read
-            try:
-                control.receive(successor)
-            except (control.Closed, OSError):
-                control.send(successor, {"keep": True})
-            else:
-                os._exit(0)
+            asked = await _heard(successor)
+            while True:
+                self._hand(successor, asked["by"])
+                if not asked["built"]:
+                    asked = await _heard(successor)
+                    continue
+                try:  # nothing is read meanwhile
+                    asked, _ = control.receive(successor)
+                except (control.Closed, OSError):
+                    control.send(successor, {"keep": True})
+                    break
+                if "taken" in asked:
+                    os._exit(0)
         log.warning("the successor has not taken over: serving on")
 
-    def _hand(self, successor: socket.socket) -> None:
+    def _hand(self, successor: socket.socket, to: int) -> None:
         state = self._served.state()
         along = sorted(state.numbers)
-        control.send(successor, {"numbers": along}, [self._served.journal.fd, *along])
+        control.send(successor, {"to": to, "numbers": along}, [self._served.journal.fd, *along])
 
     # The successor
 
@@ -87,14 +94,11 @@ class Handover:
         with socket.socket(fileno=predecessor) as connection:
             connection.settimeout(_TIMEOUT)
             try:
-                await _readable(connection, BUILD_TIMEOUT)
-                state, _ = _taken(connection, received)
+                state, _ = await _asked(connection, received, built=False)
                 built = await self._build(state)
                 close_all(received)
                 received.clear()
-                control.send(connection, {"built": True})
-                await _readable(connection, _TIMEOUT)
-                state, journal = _taken(connection, received)
+                state, journal = await _asked(connection, received, built=True)
                 # Durable before it is acknowledged: should this worker die now, the next one waits for the same end.
                 state.meta.awaits = connection.fileno()
                 served.write_all(state)
@@ -102,8 +106,6 @@ class Handover:
                 close_all(received)
                 raise
             served.journal.take_counters(journal)
-            with contextlib.suppress(control.Closed, OSError):
-                control.send(connection, {"taken": True})
             if not await self.is_left_to_us(connection, state):
                 raise ClosedError("the predecessor serves on")
             served.restore(Replay(state), -1, built)
@@ -116,13 +118,16 @@ class Handover:
         return dict(zip(numbers, built, strict=True))
 
     async def is_left_to_us(self, predecessor: socket.socket, state: State) -> bool:
-        """Wait until the predecessor is gone; tell whether it is, and does not serve on instead."""
+        """Tell the predecessor that all is here, and wait for its end; return whether it has ended, or serves on."""
+        with contextlib.suppress(control.Closed, OSError):  # told before, by a worker that has died since
+            control.send(predecessor, {"taken": True})
         while True:
             await _readable(predecessor, None)
             try:
-                message, _ = control.receive(predecessor)
+                message, fds = control.receive(predecessor)
             except control.Closed:
                 return True
+            close_all(fds)  # an answer to a worker that has died
             if message.get("keep"):
                 self._served.journal.change(0)  # it says nothing, as if there had been no predecessor
                 close_all(state.numbers - {state.meta.awaits})
@@ -141,12 +146,24 @@ async def _readable(connection: socket.socket, seconds: float | None) -> None:
         loop.remove_reader(connection.fileno())
 
 
-def _taken(connection: socket.socket, received: list[int]) -> tuple[State, Journal]:
-    """Receive a state, and the journal that has its counters.
+async def _heard(successor: socket.socket) -> dict[str, Any]:
+    """Return what a successor asks for next."""
+    await _readable(successor, BUILD_TIMEOUT + _TIMEOUT)
+    return control.receive(successor)[0]
+
+
+async def _asked(connection: socket.socket, received: list[int], *, built: bool) -> tuple[State, Journal]:
+    """Ask for a state, and return it, with the journal that has its counters.
 
     Its descriptors are added to `received`; it has their numbers here.
     """
-    message, fds = control.receive(connection)
+    control.send(connection, {"by": os.getpid(), "built": built})
+    while True:
+        await _readable(connection, _TIMEOUT if built else BUILD_TIMEOUT)  # it may be taking over itself
+        message, fds = control.receive(connection)
+        if message.get("to") == os.getpid():
+            break
+        close_all(fds)  # an answer to a worker that has died
     received += fds
     journal = Journal(fds[0])
     state = survey(journal) or State()
