@@ -299,6 +299,7 @@ def children_of_a_pager_that_is_given_up() -> None:
         waits = forked(lambda: peek(region.address + PAGE))
         later = forked(lambda: (os.read(read, 1), peek(region.address + 2 * PAGE)))
         eventually(lambda: monitor.statistics().in_flight, 1)
+        eventually(lambda: monitor.statistics().forks, 2)  # a fork that is counted later is progress
         give_up(monitor)
         afterwards = forked(lambda: peek(region.address + 3 * PAGE))
         os.write(write, b"x")
