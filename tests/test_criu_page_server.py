@@ -109,8 +109,9 @@ async def test_no_more_than_allowed_is_under_way() -> None:
     """A silent server is sent five requests, not the sixth; who waits is told in time."""
     async with serving(Server(HEADER_4_1)) as server:
         server.go_on.clear()
-        client = CriuPageServer("127.0.0.1", server.port, requests=5, timeout=0.1)
+        client = CriuPageServer("127.0.0.1", server.port, requests=5)
         await client.connect()
+        client.timeout = 0.1
         found = await asyncio.gather(*(client.read(10, BASE, 1) for _ in range(9)), return_exceptions=True)
         assert [type(item) for item in found] == [SourceTimeoutError] * 9
         server.go_on.set()
@@ -177,8 +178,9 @@ async def test_spoiled_replies(what: str) -> None:
     spoil, complaint = _SPOILED[what]
     async with serving(Server(HEADER_4_1)) as server:
         server.reply = spoil
-        client = CriuPageServer("127.0.0.1", server.port, timeout=0.2 if complaint == "no answer" else 10)
+        client = CriuPageServer("127.0.0.1", server.port, timeout=10)
         await client.connect()
+        client.timeout = 0.2 if complaint == "no answer" else 10
         found = await asyncio.gather(*(client.read(10, BASE, 2) for _ in range(3)), return_exceptions=True)
         assert all(isinstance(error, SourceError) for error in found)
         assert isinstance(found[0], SourceError)
@@ -212,8 +214,9 @@ async def test_the_other_version(header: str) -> None:
     other = HEADER_4_2 if header == HEADER_4_1 else HEADER_4_1
     async with serving(Server(other)) as server:
         server.reply = lambda whole: whole
-        client = CriuPageServer("127.0.0.1", server.port, header=header, timeout=0.3)
+        client = CriuPageServer("127.0.0.1", server.port, header=header)
         await client.connect()
+        client.timeout = 0.3
         with pytest.raises(SourceError):
             await client.read(10, BASE, 1)
         with contextlib.suppress(SourceError):
@@ -259,8 +262,9 @@ async def answer(garbage: bytes) -> None:
             return garbage if len(server.requests) == 1 else whole
 
         server.reply = once
-        client = CriuPageServer("127.0.0.1", server.port, timeout=0.05)
+        client = CriuPageServer("127.0.0.1", server.port)
         await client.connect()
+        client.timeout = 0.05  # of the answers
         for _ in range(2):
             with contextlib.suppress(SourceError):
                 assert len(await client.read(10, BASE, 1)) == PAGE
