@@ -81,6 +81,8 @@ class Flights:
 
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the parts of [start, end) that no flight brings, as (start, end)."""
+        if not self.touches(start, end):
+            return [(start, end)] if start < end else []
         found: list[tuple[int, int]] = []
         for low, high, _ in self._within(start, end):
             if start < low:
@@ -92,11 +94,16 @@ class Flights:
 
     def add(self, flight: Flight) -> None:
         """Enter a flight, in place of others that bring the same."""
-        self.remove(flight.start, flight.end)
+        if self.touches(flight.start, flight.end):
+            self.remove(flight.start, flight.end)
         self._insert(flight.start, flight.end, flight)
 
     def discard(self, flight: Flight) -> None:
         """Leave out a flight, as far as it is entered still."""
+        index = bisect_left(self._starts, flight.start)
+        if index < len(self._starts) and self._spans[index] == (flight.end, flight):  # as it was entered
+            del self._starts[index], self._spans[index]
+            return
         for start, end, other in self.remove(flight.start, flight.end):
             if other is not flight:
                 self._insert(start, end, other)

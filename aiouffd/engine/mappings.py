@@ -128,7 +128,7 @@ class Mappings:
             low, high = max(offset, first), min(end, first + stop - start)
             if low < high:
                 found.append(Mapping(start + low - first, start + high - first, low))
-        return sorted(found, key=_start_of)
+        return found if len(found) < 2 else sorted(found, key=_start_of)
 
     def add(self, start: int, end: int, offset: int) -> None:
         """Show `offset` (or ZEROS) at [start, end), in place of whatever was there."""
