@@ -78,9 +78,8 @@ class Mappings:
         self._ends: list[int] = []
         self._offsets: list[int] = []
         self._index = _Index()
-        self._left: dict[
-            tuple[int, int], None
-        ] = {}  # what was moved away, and is to be told of once more; oldest first
+        # What was moved away, and is to be told of once more; the oldest first.
+        self._left: dict[tuple[int, int], None] = {}
         self.generation = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for

@@ -183,20 +183,20 @@ async def complete(space: Space, backend: Backend) -> None:
     What is known to be present is so wherever it was moved to, and is not offered again. What was on its way when a
     read failed or its layout changed is not known to be present, and comes in another pass.
     """
-    if space.born < 0:  # a successor: what its predecessor had brought may have gone with its mapping
-        space.filled = 0
-    known = (space.born, 0)
-    losses, pause = 0, 0.0
+    # Of a successor: what its predecessor had brought may have gone with its mapping.
+    is_lost, known = space.born < 0 or space.readahead.losses > 0, (space.born, 0)
+    pause = 0.0
     while True:
         if _has_missed(space, known):
             space.readahead = space.readahead.fresh()
-            losses = -1
-        if space.readahead.losses != losses:
+            is_lost = True
+        if is_lost:
             space.filled = 0
         known, losses = (space.mappings.generation, space.resolver.gone), space.readahead.losses
         await fill(space, backend, math.inf, patience=0.0)
         await space.quiet()
-        if not (space.flights or space.readahead.losses != losses or _has_missed(space, known)):
+        is_lost = space.readahead.losses != losses
+        if not (space.flights or is_lost or _has_missed(space, known)):
             return
         # A process whose layout changes all the time is served on, and does not keep the loop busy.
         pause = min(pause + 0.01, 1.0)

@@ -35,7 +35,7 @@ log = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
-_PIECES = 8
+_PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
