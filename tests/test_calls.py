@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiouffd.errors import BusyError
-from aiouffd.monitor.engines.calls import call_in_loop, call_in_thread, no_collections, start_in_loop
+from aiouffd.monitor.engines.calls import call_in_loop, no_collections, start_in_loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,13 +65,6 @@ def test_a_closed_loop() -> None:
     loop.close()
     with pytest.raises(BusyError):
         call_in_loop(loop, lambda: 1, 0.05)
-
-
-def test_a_call_in_a_thread() -> None:
-    """It is made in another one."""
-    assert call_in_thread(threading.get_ident) != threading.get_ident()
-    with pytest.raises(ZeroDivisionError):
-        call_in_thread(lambda: 1 // 0)
 
 
 def test_a_task(running: asyncio.AbstractEventLoop) -> None:

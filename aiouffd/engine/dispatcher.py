@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from aiouffd.engine.reading import MakeReader
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
@@ -84,6 +85,7 @@ class Dispatcher:
         counters: where the turns of the loop are counted; each space has its own.
         spin_us: microseconds to look again before sleeping; 0: sleep at once.
         landing: where messages land.
+        reader: makes what reads; None: `make_reader`.
         on_drop: called with a space before its descriptor is closed.
         on_idle: called when a space was dropped and none is left.
     """
@@ -95,6 +97,7 @@ class Dispatcher:
         *,
         spin_us: int = 50,
         landing: Landing | None = None,
+        reader: MakeReader | None = None,
         on_drop: Callable[[Space], None] | None = None,
         on_idle: Callable[[], None] | None = None,
     ) -> None:
@@ -113,7 +116,7 @@ class Dispatcher:
         self._reads_with_flags = True  # RWF_NOWAIT
         self._held: dict[int, set[str]] = {}  # descriptors that are not read, and why
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
-        self._reader = make_reader(self._epoll, self.spaces)
+        self._reader = (reader or make_reader)(self._epoll, self.spaces)
         self._landed_at: memoryview | None = None
         self.spin_us = spin_us
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet

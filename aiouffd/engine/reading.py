@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import select
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import attrs
 
@@ -30,13 +30,13 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.native import reader as c
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["MESSAGES", "NativeReader", "PythonReader", "Reader", "make_reader"]
+__all__ = ["MESSAGES", "MakeReader", "NativeReader", "PythonReader", "Reader", "make_reader"]
 
 MESSAGES = 64
 """So many messages are read at once, at most."""
@@ -45,6 +45,7 @@ _VAIN_LOOKS_UNTIL_RARER = 3
 _MAX_SKIPPED = 64
 _NOT_BLOCKING = os.RWF_NOWAIT
 _preadv = os.preadv
+_WORDS = [Counter[name] for name in c.WORDS]
 
 
 class Reader(Protocol):
@@ -90,6 +91,9 @@ class Reader(Protocol):
 
     def end(self) -> None:
         """Free what it holds; it is not used again."""
+
+
+MakeReader: TypeAlias = "Callable[[select.epoll, Mapping[int, Space]], Reader]"
 
 
 def make_reader(epoll: select.epoll, spaces: Mapping[int, Space]) -> Reader:
@@ -225,7 +229,7 @@ class NativeReader:
     """
 
     def __init__(self, epoll: select.epoll) -> None:
-        self._reader = c.NativeReader(epoll.fileno(), [Counter[name] for name in c.WORDS])
+        self._reader = c.NativeReader(epoll.fileno(), _WORDS)
         self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
         self._lines: dict[int, _Line] = {}
         self._spin_ns = 0
@@ -239,8 +243,9 @@ class NativeReader:
 
     @spin_ns.setter
     def spin_ns(self, value: int) -> None:
-        self._spin_ns = value
-        self._reader.configure(spin_ns=value)
+        if value != self._spin_ns:
+            self._spin_ns = value
+            self._reader.configure(spin_ns=value)
 
     def admit(self, fd: int, identity: int, counters: Counters) -> None:
         """Read a descriptor."""

@@ -67,10 +67,15 @@ class Pagemap(OwnedDescriptor):
                 as present if the file has it, mapped or not.
             page_size: of the mapping.
         """
+        present = self.present(address, length, fd, page_size)
+        return list(present.gaps(address, address + length))
+
+    def present(self, address: int, length: int, fd: int = -1, page_size: int = mmap.PAGESIZE) -> RangeSet:
+        """Return the ranges of the pages that are not missing; as `missing`."""
         present = RangeSet()
         for start, end in self._present(address, length, fd, page_size):
             present.add(start, end)
-        return list(present.gaps(address, address + length))
+        return present
 
     def _present(self, address: int, length: int, fd: int, page_size: int) -> Iterator[tuple[int, int]]:
         # hugetlbfs has no SEEK_HOLE: its llseek reports the whole file as data. What counts there is what is mapped.

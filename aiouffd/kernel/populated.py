@@ -21,12 +21,12 @@ from aiouffd.errors import PopulatedError
 from aiouffd.kernel import libc
 from aiouffd.kernel.locked import smaps
 from aiouffd.kernel.memory import zero_blocks
-from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from aiouffd.kernel.pagemap import Pagemap
     from aiouffd.kernel.region import Region
 
 __all__ = ["drop_populated_zeros"]
@@ -34,7 +34,7 @@ __all__ = ["drop_populated_zeros"]
 _HUGE_MAPPED: Final = re.compile(r"^(AnonHugePages|ShmemPmdMapped|FilePmdMapped): +[1-9]", re.MULTILINE)
 
 
-def drop_populated_zeros(region: Region) -> None:
+def drop_populated_zeros(region: Region, pagemap: Pagemap) -> None:
     """Make the pages of a region missing again that the kernel has filled with zeros. Costs microseconds if none are.
 
     A page of zeros that the program has written itself into a locked mapping, or into a transparent huge page, cannot
@@ -46,12 +46,10 @@ def drop_populated_zeros(region: Region) -> None:
     if not region.never_served:
         return
     start, length = region.address, region.mapped_length
-    with Pagemap.open_if_possible() as pagemap:
-        missing = pagemap.missing(start, length, region.fd, region.page_size)
-    present = RangeSet(missing).gaps(start, start + length)
+    present = pagemap.present(start, length, region.fd, region.page_size)
     zeros = RangeSet()
     for item in present:
-        for suspect in _suspects(region, item, complete=not missing):
+        for suspect in _suspects(region, item, complete=present.total == length):
             view = memoryview(region)[suspect.start - start : suspect.end - start]
             for at in zero_blocks(view, region.page_size):
                 zeros.add(suspect.start + at, suspect.start + at + region.page_size)

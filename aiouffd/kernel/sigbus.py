@@ -40,16 +40,17 @@ class Sentinel:
 
     Args:
         uffd: the descriptor that serves the region. If it has Feature.SIGBUS itself, there is no second one.
+        pagemap: of this process; belongs to this object from now on.
         user_mode_only: open the second one so.
 
     Raises:
         UnsupportedError, AccessError: as `Userfaultfd`.
     """
 
-    def __init__(self, uffd: Userfaultfd, *, user_mode_only: bool) -> None:
+    def __init__(self, uffd: Userfaultfd, pagemap: Pagemap, *, user_mode_only: bool) -> None:
         own = Feature.SIGBUS in uffd.features
         self._uffd = uffd if own else close_in_children(Userfaultfd(Feature.SIGBUS, user_mode_only=user_mode_only))
-        self.pagemap = Pagemap.open_if_possible()
+        self.pagemap = pagemap
         self._pid = os.getpid()
         self._registered = self._mapped = Range(0, 0)
         self._fd = -1

@@ -21,6 +21,7 @@ import errno
 import fcntl
 import mmap
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Self
 
 import attrs
@@ -133,6 +134,12 @@ def probe() -> Capabilities:
     return Capabilities(features, ioctls, way)
 
 
+@cache
+def kernel_features() -> Feature:
+    """Return the features of the kernel, as `probe` does, which is asked once. Raises as `probe`."""
+    return probe().features
+
+
 class Userfaultfd(OwnedDescriptor):
     """A userfaultfd(2) descriptor after its handshake. A context manager that closes it.
 
@@ -174,7 +181,7 @@ class Userfaultfd(OwnedDescriptor):
                 ) from error
             if error.errno != errno.EINVAL:
                 raise
-            available = probe().features
+            available = kernel_features()
             missing = Feature(int(features) & ~int(available))  # on ints: Flag's own ~ forgets unknown bits
             if not missing:  # the kernel has each of them, and refuses them together
                 raise operation_error("UFFDIO_API", 0, 0, errno.EINVAL) from error

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from aiouffd.errors import AccessError, BusyError, ClosedError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.populated import drop_populated_zeros
 from aiouffd.kernel.sigbus import Sentinel
 from aiouffd.kernel.unserved import unserved_mappings
-from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.kernel.userfaultfd import Userfaultfd, kernel_features
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 from aiouffd.lifetime import close_in_children
 
@@ -60,29 +61,33 @@ class Registration:
             raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
         if region.closed:
             raise ClosedError("the region is closed")
-        available = probe()
-        if available.opened_by == "user-mode-only" and not user_mode_only:
-            if serves_system_calls:
-                Userfaultfd().close()  # raises: the caller has not agreed to that
-            user_mode_only = True
+        available = kernel_features()
         self.region = region
-        self.can_poison = Feature.POISON in available.features
+        self.can_poison = Feature.POISON in available
         self.modes = RegisterMode.MISSING
         self._lock = threading.Lock()
         self._warned: set[int] = set()
         if writes:
             self.modes |= RegisterMode.WP
-            more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available.features)
+            more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
             features |= WRITE_TRACKING if writes == "tracked" else more
-        if region.fd >= 0 and (minor := _minor(region) & available.features):
+        if region.fd >= 0 and (minor := _minor(region) & available):
             # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
             features |= minor
             self.modes |= RegisterMode.MINOR
-        drop_populated_zeros(region)
+        pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
+        drop_populated_zeros(region, pagemap)
         region.never_served = False
-        uffd = close_in_children(_open(features, children=children, user_mode_only=user_mode_only))
+        try:
+            uffd = _open(features, children=children, user_mode_only=user_mode_only)
+        except AccessError:
+            if serves_system_calls or user_mode_only:
+                raise
+            user_mode_only = True
+            uffd = _open(features, children=children, user_mode_only=user_mode_only)
+        close_in_children(uffd)
         self.children = Feature.EVENT_FORK in uffd.features
-        self._sentinel = Sentinel(uffd, user_mode_only=user_mode_only)  # now: privileges may be dropped later
+        self._sentinel = Sentinel(uffd, pagemap, user_mode_only=user_mode_only)
         self._uffd: Userfaultfd | None = uffd
         try:
             # No child's until `is_served`: a finalizer or signal handler may fork here, and would wait for a reader.

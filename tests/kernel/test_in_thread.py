@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import pickle
@@ -458,6 +459,29 @@ def many() -> None:
 def test_many_regions() -> None:
     """256 at once; one more is told so, and served when there is room."""
     play(many)
+
+
+def no_thread() -> None:
+    """Scenario: no thread can be had when a Monitor is entered, then there is one."""
+    region = aiouffd.Region(4 * PAGE)
+    source = aiouffd.BufferSource(content(0, 4 * PAGE))
+    failing = aiouffd.Monitor(region, source, engine=aiouffd.InThread())
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), on_exit="zeros"):
+        pass
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: 1 // 0)
+        with pytest.raises(ZeroDivisionError), failing:
+            pass
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread()):
+        assert not pages(region, range(4))
+
+
+def test_no_thread_can_be_had() -> None:
+    """Entering fails, and leaves nothing behind."""
+    play(no_thread)
 
 
 def on_exit(how: str) -> None:

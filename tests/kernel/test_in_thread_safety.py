@@ -21,7 +21,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import touchers
 from pattern import PAGE, Slow, content, peek, word
@@ -29,7 +28,7 @@ from scenario import eventually, play
 
 import aiouffd
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import probe
+from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.monitor import registration
 
 SIZE = 4 << 20
@@ -408,9 +407,8 @@ class Recovering:
 
 def without_poison() -> None:
     """Take UFFDIO_POISON away, as before Linux 6.6."""
-    capabilities = probe()
-    lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
-    vars(registration)["probe"] = lambda: lacking
+    lacking = kernel_features() & ~Feature.POISON
+    vars(registration)["kernel_features"] = lambda: lacking
 
 
 def broken_without_poison(how: str) -> None:

@@ -7,14 +7,13 @@ import os
 import signal
 from typing import Any
 
-import attrs
 import pytest
 from pattern import PAGE, peek, word
 from scenario import next_error, play
 
 import aiouffd
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import probe
+from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.monitor import registration
 from aiouffd.pager.process import inaccessible
 
@@ -25,9 +24,8 @@ BROKEN = 10
 
 def forget_poison(patience: float = inaccessible.PATIENCE) -> None:
     """Have this process believe that the kernel has no UFFDIO_POISON, and wait so long for an answer."""
-    capabilities = probe()
-    lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
-    vars(inaccessible)["probe"] = vars(registration)["probe"] = lambda: lacking
+    lacking = kernel_features() & ~Feature.POISON
+    vars(inaccessible)["kernel_features"] = vars(registration)["kernel_features"] = lambda: lacking
     inaccessible.PATIENCE = patience
     inaccessible._GRACE = 0.3
 

@@ -46,7 +46,9 @@ def local(source: Any, counters: Counters, errors: list[BaseException], **layout
             print,
         )
         own = Userfaultfd.from_fd(os.dup(uffd.fileno()), uffd.features)
-        yield region, Local(assignment, own, counters, spin_us=0, **layout)
+        one = Local(asyncio.get_running_loop(), assignment, own, counters, spin_us=0, **layout)
+        one.begin()
+        yield region, one
         uffd.unregister(region.address, SIZE)
     region.close()
 

@@ -13,6 +13,7 @@ from scenario import play
 
 import aiouffd
 from aiouffd.kernel import libc
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.populated import drop_populated_zeros
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ def test_what_was_written_before_stays() -> None:
     """Zeros as well, where neither a lock nor a huge page is in play."""
     region = aiouffd.Region(8 * PAGE)
     region[2 * PAGE] = 0
-    drop_populated_zeros(region)
+    with Pagemap() as pagemap:
+        drop_populated_zeros(region, pagemap)
     assert libc.mincore(region.address, 8 * PAGE)[2] & 1
 
 

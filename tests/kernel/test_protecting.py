@@ -6,14 +6,13 @@ import asyncio
 import errno
 import signal
 
-import attrs
 from pattern import PAGE, peek, word
 from scenario import play
 
 import aiouffd
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature, RegisterMode
-from aiouffd.kernel.userfaultfd import probe
+from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.monitor import registration
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 
@@ -34,9 +33,8 @@ class Broken:
 
 async def touched() -> None:
     """Scenario: a thread touches a page that cannot be had."""
-    capabilities = probe()
-    lacking = attrs.evolve(capabilities, features=capabilities.features & ~Feature.POISON)
-    vars(registration)["probe"] = lambda: lacking
+    lacking = kernel_features() & ~Feature.POISON
+    vars(registration)["kernel_features"] = lambda: lacking
     region = aiouffd.Region(SIZE)
     async with aiouffd.Monitor(region, Broken(), readahead=0, retries=0, engine=aiouffd.InProcess()):
         assert await asyncio.to_thread(peek, region.address + 20 * PAGE) == word(20)

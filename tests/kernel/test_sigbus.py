@@ -16,6 +16,7 @@ from scenario import play
 import aiouffd
 from aiouffd import Feature, RegisterMode, Userfaultfd
 from aiouffd.kernel import libc, pagemap
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.sigbus import Sentinel
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def registered(pages: int = 64) -> tuple[aiouffd.Region, Userfaultfd, Sentinel]:
     uffd.register(region.address, pages * PAGE, RegisterMode.MISSING)
     for page in (1, 3):
         uffd.copy(region.address + page * PAGE, content(page * PAGE, PAGE))
-    return region, uffd, Sentinel(uffd, user_mode_only=False)
+    return region, uffd, Sentinel(uffd, Pagemap(), user_mode_only=False)
 
 
 def sigbus_at(region: aiouffd.Region, page: int) -> bool:
@@ -285,7 +286,7 @@ def test_more_missing_ranges_than_mappings_are_split_into() -> None:
     uffd.register(region.address, region.mapped_length, RegisterMode.MISSING)
     for page in range(0, 4000, 2):
         uffd.copy(region.address + page * PAGE, content(page * PAGE, PAGE))
-    Sentinel(uffd, user_mode_only=False).take_over(region, uffd)
+    Sentinel(uffd, Pagemap(), user_mode_only=False).take_over(region, uffd)
     assert all(peek(region.address + page * PAGE) == content(page * PAGE, 8) for page in range(0, 4000, 2))
     assert sigbus_at(region, 1)
     assert sigbus_at(region, 3999)
@@ -331,6 +332,6 @@ def test_a_sigbus_descriptor_is_its_own_sentinel() -> None:
     region = aiouffd.Region(8 * PAGE)
     uffd = Userfaultfd(Feature.SIGBUS)
     uffd.register(region.address, region.mapped_length, RegisterMode.MISSING)
-    Sentinel(uffd, user_mode_only=False).take_over(region, uffd)
+    Sentinel(uffd, Pagemap(), user_mode_only=False).take_over(region, uffd)
     assert not uffd.closed
     assert sigbus_at(region, 3)

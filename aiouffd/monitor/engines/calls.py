@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine, Iterator
 
-__all__ = ["call_in_loop", "call_in_thread", "no_collections", "start_in_loop"]
+__all__ = ["call_in_loop", "no_collections", "start_in_loop"]
 
 _RETRY = 0.001  # seconds
 
@@ -50,7 +50,7 @@ class _Call(Generic[T]):
             self._running.release()
 
     def wait(self, seconds: float) -> T:
-        """Return the result; -1: however long it takes. BusyError: the call has not begun in time, and never will."""
+        """Return the result. BusyError: the call has not begun in time, and never will."""
         try:
             done = self._running.acquire(timeout=seconds)
         except BaseException:  # a signal handler has raised an exception
@@ -122,13 +122,6 @@ def start_in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[
     outcome.add_done_callback(cancel)
     loop.call_soon_threadsafe(start)
     return outcome
-
-
-def call_in_thread(work: Callable[[], T]) -> T:
-    """Call `work` in a thread of its own, and wait for its result."""
-    call = _Call(work)
-    threading.Thread(target=call, name="aiouffd-call").start()
-    return call.wait(-1)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,8 @@ class InProcessEngine:
     async def _begin(self, assignment: Assignment) -> None:
         kind = Userfaultfd if assignment.can_poison else ProtectingUserfaultfd
         uffd = kind.from_fd(os.dup(assignment.uffd.fileno()), assignment.uffd.features)
-        self._local = Local(assignment, uffd, self._counters, spin_us=self._choice.spin_us)
+        self._local = Local(self._loop, assignment, uffd, self._counters, spin_us=self._choice.spin_us)
+        self._local.begin()
 
     def statistics(self) -> Statistics:
         """Read the counters."""

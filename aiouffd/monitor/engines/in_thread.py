@@ -18,17 +18,19 @@ import weakref
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from aiouffd.engine.loops import new_event_loop
+from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
-from aiouffd.monitor.engines.calls import call_in_thread, no_collections
+from aiouffd.monitor.engines.calls import no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
@@ -105,13 +107,16 @@ class InThreadEngine:
         patiences = (choice.stuck_warning, choice.stuck_limit)
         self._period = min([_BEAT] + [patience / 4 for patience in patiences if patience])
         self._extents: Extents
-        self._done: asyncio.Event
+        self._done = asyncio.Event()
+        self._last: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._leaves = False
         self._local: Local
         self._served: Served
         self._reading = self._writing = -1
         self._loop: asyncio.AbstractEventLoop
         self._uffd: PipeUserfaultfd
-        self._thread: threading.Thread
+        # A daemon, so that a program may end without leaving: see `_at_exit`.
+        self._thread = threading.Thread(target=self._run, name="aiouffd-in-thread", daemon=True)
 
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
@@ -139,44 +144,40 @@ class InThreadEngine:
             self._loop,
             None if assignment.can_poison else self._served.refuse,
         )
-        ready: Future[None] = Future()
-        # A daemon, so that a program may end without leaving: see `_at_exit`.
-        self._thread = threading.Thread(
-            target=self._run, args=(assignment, ready), name="aiouffd-in-thread", daemon=True
-        )
-        self._thread.start()
+        # No spinning: the touchers need the GIL, which the loop would hold. The native reader would place nothing: the
+        # handlers have placed what is in memory.
+        how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": self._quiet, "changed": self._show}
         try:
-            ready.result()
+            self._local = Local(self._loop, assignment, self._uffd, self._counters, **how)
+            self._show()
+            self._thread.start()
         except BaseException:
-            self._thread.join()
-            self._close()
+            self._loop.close()
+            self._uffd.close()
+            self._close_pipe()
             self._remove(for_good=True)
             raise
+        self._served.open()
         _engines.add(self)
 
     # The loop's thread
 
-    def _run(self, assignment: Assignment, ready: Future[None]) -> None:
+    def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._main(assignment, ready))
-        except BaseException as error:
-            if ready.done():
-                log.exception("the loop of a Monitor with engine=InThread() has ended")
-            else:
-                ready.set_exception(error)
+                runner.run(self._main())
+        except BaseException:
+            log.exception("the loop of a Monitor with engine=InThread() has ended")
+        self._last.get()()
 
-    async def _main(self, assignment: Assignment, ready: Future[None]) -> None:
-        self._done = asyncio.Event()
-        # No spinning: the touchers need the GIL, which the loop would hold.
-        self._local = Local(assignment, self._uffd, self._counters, spin_us=0, quiet=self._quiet, changed=self._show)
+    async def _main(self) -> None:
         self._served.loop(threading.get_native_id())
         self._beat()
-        self._show()
-        self._served.open()
-        ready.set_result(None)
+        self._local.begin()
         try:
             await self._done.wait()
+            if self._leaves:
+                self._keep_out()  # before the source is closed, of which handlers copy
         finally:
             await self._local.aclose()
 
@@ -236,41 +237,54 @@ class InThreadEngine:
     def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
         """Serve no longer. A thread that touches a missing page meanwhile waits until it is settled.
 
-        In place of the main thread another one does the work: Python's signal handlers run there, and may touch such a
-        page.
+        The loop's thread does the work: a signal handler may run in this one and touch such a page.
         """
-        leave = partial(self._leave, settle, sigbus=sigbus)
-        if threading.current_thread() is threading.main_thread():
-            call_in_thread(leave)
-        else:
-            leave()
-
-    def _leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        self._leaves = True
+        left: Future[None] = Future()
+        leave = partial(self._leave, settle, left, sigbus=sigbus)
         with no_collections():
-            self._close()
+            self._end(leave)
+            if not left.done():  # the thread had ended before: the interpreter is finalized
+                leave()
+        left.result()
+
+    def _leave(self, settle: Callable[[], None], left: Future[None], *, sigbus: bool) -> None:
+        try:
+            self._keep_out()
+            self._uffd.close()
+            self._close_pipe()
             try:
                 settle()
             finally:
                 self._remove(for_good=sigbus)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            left.set_exception(error)
+        else:
+            left.set_result(None)
 
-    def stop(self, timeout: float | None = None) -> None:
+    def stop(self, timeout: float) -> None:
         """End the loop. Handlers go on placing bytes that are in memory; threads that need other pages wait."""
-        if self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._done.set)
+        self._end(lambda: None, timeout)
+
+    def _end(self, last: Callable[[], None], timeout: float | None = None) -> None:
+        """End the loop and then its thread, which makes this call before."""
+        self._last.put(last)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._done.set)
+        try:
             self._thread.join(timeout)
+        except BaseException:  # of a signal handler
+            self._thread.join(timeout)
+            raise
 
     @property
     def serves_this_process(self) -> bool:
         """Whether it was made here, and not before a fork."""
         return os.getpid() == self._pid
 
-    def _close(self) -> None:
+    def _keep_out(self) -> None:
         while not self._served.close():
             log.error("a thread has been handling a fault for 5 s; waiting for it to finish")
-        self.stop()
-        self._uffd.close()
-        self._close_pipe()
 
     def _close_pipe(self) -> None:
         # Both ends together, while the handlers are kept away: a write to a pipe that nobody can read is SIGPIPE.

@@ -33,10 +33,13 @@ T = TypeVar("T")
 
 
 class Layout:
-    """Applies the layout changes of a region to the space that serves it. Made in the thread that runs the loop.
+    """Applies the layout changes of a region to the space that serves it.
+
+    Attributes:
+        thread: runs the loop; 0: not known yet.
 
     Args:
-        loop: runs in this thread.
+        loop: the engine's.
         space: the region's; it belongs to the loop.
         start: the region's address.
         end: its end, a multiple of its page size.
@@ -57,7 +60,7 @@ class Layout:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
-        self._thread = threading.get_ident()
+        self.thread = 0
         self._pid = os.getpid()
         self._space = space
         self.start = start
@@ -69,7 +72,7 @@ class Layout:
     @property
     def may_wait(self) -> bool:
         """Whether this thread may wait for a missing page: it does not run the loop."""
-        return threading.get_ident() != self._thread
+        return threading.get_ident() != self.thread
 
     def change(self, work: Callable[[LayoutChange], T]) -> T:
         """Call `work`, which changes the region's layout and says how, at a moment when nothing is placed.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.ahead.fill import bring_ahead
@@ -19,6 +21,7 @@ from aiouffd.monitor.engines.layout import Layout
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from aiouffd.engine.reading import MakeReader
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.monitor.engines.protocol import Assignment
@@ -27,22 +30,31 @@ __all__ = ["Local"]
 
 
 class Local:
-    """The backend, space and dispatcher of one region. Made on the loop that runs it, and used there unless it says so.
+    """The backend, space and dispatcher of one region. Used on the loop that runs it, unless it says so.
 
     Args:
+        loop: does not run yet, or runs in this thread.
         assignment: what is served.
         uffd: belongs to this object from now on.
         counters: of the engine.
-        spin_us: as for `Dispatcher`.
+        spin_us: as for `Dispatcher`, like `reader`.
         **layout: as for `Layout`.
     """
 
     def __init__(
-        self, assignment: Assignment, uffd: Userfaultfd, counters: Counters, *, spin_us: int, **layout: Any
+        self,
+        loop: asyncio.AbstractEventLoop,
+        assignment: Assignment,
+        uffd: Userfaultfd,
+        counters: Counters,
+        *,
+        spin_us: int,
+        reader: MakeReader | None = None,
+        **layout: Any,
     ) -> None:
         options, service, mapping = assignment.options, assignment.service, assignment.mapping
         on_error = assignment.on_error  # and not the assignment, which would keep the region alive in a cycle
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._closed = False
         self.backend = make_backend(service, counters, options)
         self.space = Space(
@@ -56,11 +68,14 @@ class Local:
             on_error=lambda _, error: on_error(error),
         )
         self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
-        self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us)
+        self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)
         self._dispatcher.add(self.space)
-        self._ahead = self._loop.create_task(
-            bring_ahead(self.space, self.backend, service.trace, options.background), name="aiouffd-ahead"
-        )
+        self._bring_ahead = partial(bring_ahead, self.space, self.backend, service.trace, options.background)
+
+    def begin(self) -> None:
+        """Bring what nobody has touched, and know the loop's thread by this call in it."""
+        self.layout.thread = threading.get_ident()
+        self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
 
     def prefetch(self, offset: int, length: int) -> Future[None]:
         """Bring offsets [offset, offset + length). From any thread."""

@@ -19,7 +19,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.kernel.userfaultfd import probe
+from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.asking import Asking
 from aiouffd.pager.client.pair import Pair
@@ -391,7 +391,7 @@ class PagerClient:
         elif event == "died":
             self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
             self.settled.set()
-            if self._on_lost is not None and Feature.POISON not in probe().features:  # the keeper poisons nothing
+            if self._on_lost is not None and Feature.POISON not in kernel_features():  # the keeper poisons nothing
                 self._on_lost()
 
     def _give_up(self, error: BaseException) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.allowance import MeteredUserfaultfd
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import Userfaultfd, probe
+from aiouffd.kernel.userfaultfd import Userfaultfd, kernel_features
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,7 +70,7 @@ class Protection:
         """Return the descriptor of a space; `metered`: of a client that is limited, and cannot be asked."""
         if metered:
             return MeteredUserfaultfd.from_fd(state.fd, Feature(state.features))
-        if Feature.POISON in probe().features:
+        if Feature.POISON in kernel_features():
             return Userfaultfd.from_fd(state.fd, Feature(state.features))
         uffd = AskingUserfaultfd.from_fd(state.fd, Feature(state.features))
         if state.own:
