@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 from typing import Any
@@ -56,6 +57,7 @@ def arrive(patience: float) -> Broken:
 
 def system_calls() -> None:
     """Scenario: a system call on such a page fails, and the process goes on; at last a thread touches one."""
+    faulthandler.enable(all_threads=False)  # of a thread that runs meanwhile it can write nothing, and gives up
     forget_poison()
     libc = ctypes.CDLL(None)
     libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
