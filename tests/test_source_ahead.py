@@ -70,6 +70,23 @@ async def test_reads_of_faults_pass_those_ahead() -> None:
     await asyncio.gather(*ahead)
 
 
+async def test_prefetches_that_the_source_does_not_answer_keep_no_other_waiting() -> None:
+    """A source that hangs, or pauses between its tries, for some of its pages."""
+    source = Held()
+    world = World(0, source=source)
+    stuck = [asyncio.create_task(world.backend.prefetch(world.space, page * PAGE, PAGE)) for page in range(4)]
+    await turns()
+    other = asyncio.create_task(world.backend.prefetch(world.space, 8 * PAGE, PAGE))
+    await turns()
+    assert [read[0] // PAGE for read in source.reads] == [0, 1, 2, 3, 8]
+    source.answer(4)
+    await other
+    assert not any(task.done() for task in stuck)
+    for number in range(4):
+        source.answer(number)
+    await asyncio.gather(*stuck)
+
+
 def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
     """The source is told of the windows behind, so that it can have them at hand."""
 

@@ -348,7 +348,8 @@ class SourceBackend:
         # Not undone by canceling: threads may have joined what is under way.
         try:
             for offset, length, is_last in _pieces(ranges, space.page_size):
-                while self._pace.is_full:
+                # Who waits for these has one read under way, however slow those of others are.
+                while self._pace.is_full and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
                     await self._pace.room()
                 for flight in self._approach(space, offset, length, runs, purpose):
