@@ -7,6 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+import sanitizers
 
 from aiouffd.native import build
 
@@ -100,3 +101,11 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     """The compiler says which there are."""
     with pytest.raises(build.BuildError, match="supports x86-64 and aarch64"):
         build.build(tmp_path / "it.so", "-U__x86_64__", "-U__aarch64__")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sanitizers.SANITIZERS)
+def test_sanitizers(name: str) -> None:
+    """They find nothing in a run of the native part's tests."""
+    assert sanitizers.run(name) == 0

@@ -23,7 +23,7 @@ static int progressed(struct watch *watch)
 {
     int changed = 0;
     for (int i = 0; i < 2; i++) {
-        uint64_t value = *watch->progress[i];
+        uint64_t value = __atomic_load_n(watch->progress[i], __ATOMIC_RELAXED); /* another thread writes it */
         changed |= value != watch->known[i];
         watch->known[i] = value;
     }
@@ -106,8 +106,8 @@ static int look(struct watch *watch)
 
 /* Watch over the loop that serves [start, end) by `uffd`, in `thread`; both words at `progress` change while it runs.
  * Returns a number for `aiouffd_unwatch`, or a negated errno. */
-EXPORT int aiouffd_watch_loop(int uffd, uint64_t start, int thread, const volatile uint64_t *first,
-                              const volatile uint64_t *second, uint32_t warning_ms, uint32_t limit_ms)
+EXPORT int aiouffd_watch_loop(int uffd, uint64_t start, int thread, const uint64_t *first,
+                              const uint64_t *second, uint32_t warning_ms, uint32_t limit_ms)
 {
     uint32_t patience = warning_ms != 0 && (limit_ms == 0 || warning_ms < limit_ms) ? warning_ms : limit_ms;
     struct watch filled = {

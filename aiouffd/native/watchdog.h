@@ -39,10 +39,10 @@ struct watch {
     struct owned ends[ENDS]; /* readable, or hung up, when a process that serves has ended */
     int alone;               /* all of them have ended */
     /* watch_loop.c */
-    const volatile uint64_t *progress[2]; /* words that change while the loop runs */
-    uint64_t known[2];                    /* their values at the last look */
-    uint64_t start;                       /* of the region */
-    int loop, warned, period_ms;          /* the loop's thread; whether the warning was written */
+    const uint64_t *progress[2]; /* words that change while the loop runs */
+    uint64_t known[2];           /* their values at the last look */
+    uint64_t start;              /* of the region */
+    int loop, warned, period_ms; /* the loop's thread; whether the warning was written */
 };
 
 extern pthread_mutex_t watches_lock;
