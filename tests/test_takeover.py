@@ -63,6 +63,7 @@ def test_starting_is_tried_again_with_longer_pauses(caplog: pytest.LogCaptureFix
     dead: Any = Orphan(lives=False)
     with caplog.at_level(logging.WARNING), pytest.raises(aiouffd.PagerStartError, match="no processes"):
         takeover.successor(dead)
+    assert not takeover.orphans
     assert told[1:] == [0.05, 0.2, 1.0, 5.0, 5.0]
     assert caplog.text.count("tried again") == 5
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pairs import running
 from processes import crash, ended, kill
 from scenario import eventually
@@ -114,3 +116,16 @@ def test_workers_that_die_without_serving_anything_are_given_up() -> None:
         message = pager.hear()
         assert message["event"] in ("died", "failing")
         assert "5 workers died" in str(message["error"])
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_where_a_worker_finds_no_room_for_its_descriptors(spare: int) -> None:
+    """The limit is named, whether it is the keeper's or the worker's descriptor that finds no room."""
+    with running() as pager:
+        keeper, worker = pager.pair.keeper.pid, pager.pair.worker_pid
+        pidfds = [int(fd) for fd, name in descriptors(keeper).items() if name == "anon_inode:[pidfd]"]
+        resource.prlimit(keeper, resource.RLIMIT_NOFILE, (min(pidfds) + spare,) * 2)
+        kill(worker)
+        message = pager.hear()
+        assert message["event"] == ("failing" if spare else "died")
+        assert "RLIMIT_NOFILE" in message["error"]["text"]

@@ -114,7 +114,11 @@ def test_processes_that_may_not_be_signaled(waiter: Waiter, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("command", "words"),
-    [(["/no/such/python"], "could not be started"), ([sys.executable, "-c", "1"], "status 0 before")],
+    [
+        (["/no/such/python"], "could not be started"),
+        ([__file__], f"{__file__}.*Permission denied .*noexec"),
+        ([sys.executable, "-c", "1"], "status 0 before"),
+    ],
 )
 def test_what_cannot_be_started(
     waiter: Waiter, command: list[str], words: str, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -95,6 +96,25 @@ def test_a_successor_opens_each_source_by_itself(tmp_path: Path) -> None:
     far.mkdir()
     output, _ = play(one_file_system_is_silent, str(far), str(near), str(tmp_path / "socket"), measured=False)
     assert output == "near was served\n"
+
+
+class Costly(Pattern):
+    """Cannot be rebuilt in a pager, for want of descriptors."""
+
+    def __reduce__(self) -> Any:
+        return no_descriptor, ()
+
+
+def no_descriptor() -> None:
+    """Raise what open(2) raises."""
+    raise OSError(errno.EMFILE, "too many")
+
+
+def test_a_source_that_needs_more_descriptors_than_there_are() -> None:
+    """The error names the limit."""
+    monitor = aiouffd.Monitor(aiouffd.Region(SIZE), Costly(SIZE))
+    with pytest.raises(aiouffd.PagerStartError, match="rebuilt: Too many open files; RLIMIT_NOFILE is"), monitor:
+        pass
 
 
 class OnceOnly(Pattern):

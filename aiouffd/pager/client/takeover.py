@@ -88,14 +88,18 @@ class Takeover:
         self.orphans.append(dead)
         self._requests.forget([item for item in self._requests.pending if item.message["op"] == "takeover"])
         self._due, self._failures = math.inf, 0
-        for attempt in itertools.count():
-            try:
-                return self._start()
-            except PagerStartError as error:
-                if attempt >= _STARTS and not self.orphan_lives:
-                    raise
-                log.warning("%s; tried again", error)
-            self._waiter.wait(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+        try:
+            for attempt in itertools.count():
+                try:
+                    return self._start()
+                except PagerStartError as error:
+                    if attempt >= _STARTS and not self.orphan_lives:
+                        raise
+                    log.warning("%s; tried again", error)
+                self._waiter.wait(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+        except BaseException:
+            self.orphans.remove(dead)  # it has no successor, and whoever has asked ends it
+            raise
         raise AssertionError
 
     def begin(self) -> None:

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.deaths import Deaths
-from aiouffd.pager.process.handles import explained, open_pidfd
+from aiouffd.pager.process.handles import explained
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
@@ -66,6 +67,7 @@ _MOST = 1 << 16  # descriptors that are looked for, one by one
 _CLONE_PAUSE = 0.5
 _LOOK = 0.5  # seconds between looks whether the processes are still there
 _CLONE_FILES = 0x400
+_CLONE_PIDFD = 0x1000
 _CLONE_CHILD_CLEARTID = 0x200000
 _CLONE_CHILD_SETTID = 0x1000000
 _PR_GET_TID_ADDRESS = 40
@@ -75,14 +77,18 @@ _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the GIL must be held across
 _python = ctypes.pythonapi
 
 
-def _clone() -> int:
-    """fork(2), but with the table of descriptors shared. The caller is single-threaded."""
+def _clone() -> tuple[int, int]:
+    """fork(2), but with the table of descriptors shared; return pid and pidfd. The caller is single-threaded.
+
+    Opened afterwards, the pidfd might find no room in the table, which the child is filling.
+    """
     # glibc keeps the thread's id where set_tid_address points; its fork() has the kernel write the child's there.
     tid = ctypes.c_void_p()
-    flags = _CLONE_FILES | signal.SIGCHLD
+    pidfd = ctypes.c_int(-1)
+    flags = _CLONE_FILES | _CLONE_PIDFD | signal.SIGCHLD
     if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) == 0:
         flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
-    arguments: list[int | None] = [flags, None, None, tid.value, None]
+    arguments: list[int | None] = [flags, None, ctypes.addressof(pidfd), tid.value, None]
     if platform.machine() != "x86_64":
         arguments[3:] = [None, tid.value]  # the order of tls and child_tid is the architecture's
     _python.PyOS_BeforeFork()
@@ -94,7 +100,7 @@ def _clone() -> int:
         if pid < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"clone(CLONE_FILES) was refused: {os.strerror(number)}")
-    return pid
+    return pid, pidfd.value
 
 
 def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles) -> int:
@@ -110,7 +116,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         sys.stdout.flush()
         sys.stderr.flush()
         try:
-            pid = _clone()
+            pid, pidfd = _clone()
         except OSError as error:
             if not _has_served(journal):
                 return _refuse(connection, error)
@@ -125,7 +131,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         if died:
             log.warning("%s and is replaced", died)
         began, faults = time.monotonic(), journal.total(Counter.FAULTS)
-        status = _wait(pid, journal)
+        status = _wait(pid, pidfd, journal)
         calm = journal.total(Counter.FAULTS) == faults and time.monotonic() - began > CALM
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
@@ -154,14 +160,13 @@ def _name(number: int) -> str:
         return str(number)
 
 
-def _wait(pid: int, journal: Journal) -> int:
+def _wait(pid: int, pidfd: int, journal: Journal) -> int:
     """Wait for the worker's end; one whose loop does not turn is told to say where, to stop that, and killed.
 
     What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup, a
     machine that was suspended) the worker has missed nothing.
     """
     words = journal.counters.words
-    pidfd = open_pidfd(pid)
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     beat, still, warned, interrupted = -1, 0.0, False, False
@@ -243,8 +248,9 @@ def _work(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pi
         status = 0
     except BaseException as error:
         log.exception("the worker failed")
+        reason = limit_error("the pager's worker", getattr(error, "errno", None) or 0) or error
         with contextlib.suppress(Exception):
-            control.send(connection, {"event": "failing", "error": encode_error(error)}, wait=False)
+            control.send(connection, {"event": "failing", "error": encode_error(reason)}, wait=False)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -20,6 +20,7 @@ from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError, PagerError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.limits import limit_error
 from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.rewriting import Rewriting
@@ -44,6 +45,15 @@ def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that are not needed."""
     for fd in fds:
         os.close(fd)
+
+
+def _not_opened(error: Exception) -> PagerStartError:
+    """Return why a source or handler is not served."""
+    if isinstance(error, JournalFullError):
+        return PagerStartError("there is no room for another source: the pager's journal is full")
+    what = "the source or handler arrived, but could not be rebuilt"
+    limit = limit_error(what, getattr(error, "errno", None) or 0)
+    return PagerStartError(str(limit or f"{what}: {error}"))
 
 
 class Served:
@@ -193,15 +203,11 @@ class Served:
             self.journal.use_slot(record["slot"], counts)
             origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
-        except JournalFullError as error:
-            close_foreign((record["config"], *record["fds"]))
-            raise PagerStartError("there is no room for another source: the pager's journal is full") from error
-        except PagerStartError:
-            close_foreign((record["config"], *record["fds"]))
-            raise
         except Exception as error:
             close_foreign((record["config"], *record["fds"]))
-            raise PagerStartError(f"the source or handler arrived, but could not be rebuilt: {error}") from error
+            if isinstance(error, PagerStartError):
+                raise
+            raise _not_opened(error) from error
         self.origins[origin.identity] = origin
         return origin
 
