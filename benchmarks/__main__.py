@@ -9,19 +9,16 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
-import json
-import platform
 import signal
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 import aiouffd
-from benchmarks import knobs
+from benchmarks import knobs, report
 from benchmarks.rows import Row, rows
 
 REGIMES = (0, 200_000)  # halt at once; poll for 200 us, as a host that is not shared can afford
@@ -37,7 +34,7 @@ def measure(row: Row, repeats: int) -> dict[str, Any]:
         for name, run in row.contestants.items():
             figures[name].append(run())
     result: dict[str, Any] = {"row": row.name, "title": row.title, "unit": row.unit, "figures": figures, "ratios": {}}
-    result |= {"left_out": row.left_out, "remark": row.remark()}
+    result |= {"left_out": row.left_out, "remark": row.remark(), "setup": row.setup}
     bars = {bar.peer: bar for bar in row.bars}
     for name, values in figures.items():
         if name == "aiouffd":
@@ -54,29 +51,13 @@ def measure(row: Row, repeats: int) -> dict[str, Any]:
     return result
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """Return the results as a Markdown table."""
-    lines = ["| what | aiouffd | beside | ratio (quartiles) | bar |", "| --- | --- | --- | --- | --- |"]
-    for result in results:
-        ours = statistics.median(result["figures"]["aiouffd"])
-        for name, ratio in result["ratios"].items():
-            theirs = statistics.median(result["figures"][name])
-            low, high = ratio["quartiles"]
-            bar = "" if ratio["bar"] is None else f"{ratio['bar']:.2f} {'holds' if ratio['holds'] else '**missed**'}"
-            lines.append(
-                f"| {result['title']} | {ours:.2f} {result['unit']} | {name}: {theirs:.2f} |"
-                f" {ratio['median']:.2f} ({low:.2f}-{high:.2f}) | {bar} |"
-            )
-    return lines
-
-
 def say(message: str) -> None:
     """Tell how far it is."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run_rows(wanted: set[str] | None, repeats: int, *, quick: bool) -> list[dict[str, Any]]:
-    """Run the rows of these names, None: all; a row that this machine cannot run says why."""
+    """Run the rows of these names, None: all; a row that this machine cannot run has no figures, and says why."""
     results = []
     for row in rows(quick=quick):
         if wanted is not None:
@@ -85,6 +66,9 @@ def run_rows(wanted: set[str] | None, repeats: int, *, quick: bool) -> list[dict
             wanted = wanted - {row.name}
         if "aiouffd" in row.left_out:
             say(f"{row.name} is left out: {row.left_out['aiouffd']}")
+            results.append(
+                {"row": row.name, "title": row.title, "left_out": row.left_out, "ratios": {}, "remark": None}
+            )
         else:
             results.append(measure(row, repeats))
     if wanted:
@@ -114,28 +98,6 @@ def run_regimes(repeats: int, *, quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-def report(results: list[dict[str, Any]], output: Path, halt_poll: str, *, kept: bool, quick: bool) -> None:
-    """Print the table, and keep the figures."""
-    machine: dict[str, Any] = {
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "halt_poll_ns": halt_poll,
-        "free_memory_kept": kept,
-        "busy": bool(knobs.BUSY),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{machine['time'].replace(':', '')}.json"
-    path.write_text(json.dumps({"machine": machine, "quick": quick, "results": results}, indent=1))
-    print(*table(results), "", sep="\n")
-    for result in results:
-        if result["remark"]:
-            print(f"{result['row']}: {result['remark']}.")
-    memory = "" if kept else ", free memory goes back to the host"
-    busy = ", each processor kept busy" if knobs.BUSY else ""
-    print(f"Linux {machine['kernel']}, Python {machine['python']}, halt poll {halt_poll}{memory}{busy}")
-
-
 def terminated(number: int, _: object) -> None:
     """Leave by an exception, so that what is mounted, set or written is put back."""
     sys.exit(128 + number)
@@ -155,6 +117,7 @@ def main() -> int:
     parser.add_argument(
         "--busy", action="store_true", help="keep each processor busy with a spinning process meanwhile"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the table and the pictures into one page")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw latencies, windows and touchers as PNG there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, terminated)
@@ -177,14 +140,19 @@ def main() -> int:
                 parser.error(str(error))
         if everything or arguments.idle_regimes:
             results += run_regimes(arguments.repeats, quick=arguments.quick)
-        regime = knobs.regime()
+        machine = report.machine(kept=kept, quick=arguments.quick)
         if results:
-            report(results, arguments.output, regime, kept=kept, quick=arguments.quick)
+            report.keep(results, machine, arguments.output)
+            print(*report.table(results), "", *report.remarks(results, machine), sep="\n")
+        pictures = []
         if everything or arguments.plots is not None:
             from benchmarks.plots import draw  # noqa: PLC0415 - the rows need no matplotlib
 
             for path in draw(arguments.plots or arguments.output, quick=arguments.quick):
                 print(path)
+                pictures.append(path)
+        if arguments.html is not None:
+            arguments.html.write_text(report.page(results, machine, pictures))
     return 0
 
 

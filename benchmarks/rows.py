@@ -52,6 +52,7 @@ class Row:
         repeats: rounds, where they are not as many as usual.
         left_out: contestants that cannot run on this machine -> why; under "aiouffd" the row cannot.
         remark: asks for what a reader must know of this machine's figures, or None.
+        setup: how ours is configured.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Row:
     repeats: int | None = None
     left_out: dict[str, str] = attrs.field(factory=dict)
     remark: Callable[[], str | None] = lambda: None
+    setup: str = "defaults"
 
 
 def shuffled(size: int, seed: int = 1) -> np.ndarray:
@@ -113,6 +115,7 @@ def random_rows(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {name: touching(serve, size, 1) for name, serve in handlers.items()},
         (Bar("C poll", 0.45), Bar("C spin", 1.20)),
+        setup="readahead=0",
     )
     defaults: dict[str, Serve] = {
         "C poll": c_poll,
@@ -144,6 +147,7 @@ def random_rows(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {name: touching(serve, size, 16) for name, serve in handlers.items()},
         (Bar("C poll", 1.15),),
+        setup="readahead=0",
     )
     yield Row(
         "cpu-16",
@@ -151,6 +155,7 @@ def random_rows(*, quick: bool) -> Iterator[Row]:
         "us/fault",
         {name: processor(serve, size, 16) for name, serve in handlers.items() if name in ("C poll", "aiouffd")},
         (Bar("C poll", 1.40),),
+        setup="readahead=0",
     )
 
 
@@ -273,6 +278,7 @@ def latency_row(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {"aiouffd": ours, "ideal": lambda: 0.005 / 64 * 1e6},
         (Bar("ideal", 1.30),),
+        setup="readahead=0",
     )
 
 
@@ -303,6 +309,7 @@ def far_rows(*, quick: bool) -> Iterator[Row]:
         "us/page",
         {"aiouffd": each(far.random_pages), "obstore alone": each(far.obstore_alone)},
         (Bar("obstore alone", 1 / 0.9),),
+        setup="readahead=0",
     )
 
     def filled(*, background: bool) -> Callable[[], float]:
@@ -335,6 +342,7 @@ def in_thread_rows(*, quick: bool) -> Iterator[Row]:
             {contestant: make(contestant, size, threads) for contestant in in_thread.CONTESTANTS},
             bars,
             left_out=left_out,
+            setup="engine=InThread(), readahead=0",
         )
     yield Row(
         "thread-enter",
@@ -347,6 +355,7 @@ def in_thread_rows(*, quick: bool) -> Iterator[Row]:
         },
         (Bar("2 ms", 1.0),),
         left_out=left_out,
+        setup="engine=InThread()",
     )
     yield Row(
         "thread-latency",
@@ -355,6 +364,7 @@ def in_thread_rows(*, quick: bool) -> Iterator[Row]:
         {"aiouffd": in_thread.far(Far(size, 0.002), size, 32, 20), "ideal": lambda: 20 * 2.0},
         (Bar("ideal", 2.0),),
         left_out=left_out,
+        setup="engine=InThread(), readahead=0",
     )
 
 
@@ -398,6 +408,7 @@ def descriptors_row(*, quick: bool) -> Iterator[Row]:
             "one descriptor": touching(lambda n: many(n, 1), size, 1),
         },
         (Bar("one descriptor", 1.20),),
+        setup="one Dispatcher, readahead=0",
     )
     yield Row(
         "idle",
@@ -406,6 +417,7 @@ def descriptors_row(*, quick: bool) -> Iterator[Row]:
         {"aiouffd": idle, "1 %": lambda: 1.0},
         (Bar("1 %", 1.0),),
         repeats=3,
+        setup="one Dispatcher, readahead=0",
     )
 
 
@@ -512,6 +524,7 @@ def recovery_row(*, quick: bool) -> Iterator[Row]:
         "ms",
         {"aiouffd": quantile(0.5), "p99": quantile(0.99)},
         repeats=3,
+        setup="readahead=0",
     )
 
 
@@ -535,6 +548,7 @@ def replay_row(*, quick: bool) -> Iterator[Row]:
         {"aiouffd": lambda: once(replay=trace), "without": once},
         (Bar("without", 0.1),),
         repeats=3,
+        setup="readahead=0, replay=",
     )
     directory.cleanup()
 
@@ -550,6 +564,7 @@ def clients_row(*, quick: bool) -> Iterator[Row]:
             "aiouffd": touching(lambda size: served.clients(size, 200), size, 1),
             "one client": touching(lambda size: served.clients(size, 1), size, 1),
         },
+        setup="aiouffd serve --readahead 0",
     )
 
 
@@ -568,6 +583,7 @@ def restore_rows(*, quick: bool) -> Iterator[Row]:
             },
             (Bar("criu lazy-pages", 1.0),),
             left_out={} if why is None else {"aiouffd": why},
+            setup="aiouffd lazy-pages",
         )
 
 

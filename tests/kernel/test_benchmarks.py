@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scenario import ended
 
-from benchmarks import knobs
+from benchmarks import knobs, report
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -40,8 +41,10 @@ def run(*options: str | Path, status: int = 0) -> subprocess.CompletedProcess[st
 
 
 def test_a_quick_run_compares_with_the_peers(tmp_path: Path) -> None:
-    """Two rows, small: a table with the peers and their ratios, and the figures as JSON."""
-    result = run("--repeats", "2", "--rows", "random-1,latency-64", "--output", tmp_path)
+    """Two rows, small: a table with the peers and their ratios, on a page as well, and the figures as JSON."""
+    page = tmp_path / "page.html"
+    result = run("--repeats", "2", "--rows", "random-1,latency-64", "--output", tmp_path, "--html", page)
+    assert page.read_text().count("<svg") == 4
     for words in ("random 4 KiB touches", "C poll", "C spin", "ideal"):
         assert words in result.stdout
     (path,) = tmp_path.glob("*.json")
@@ -49,6 +52,26 @@ def test_a_quick_run_compares_with_the_peers(tmp_path: Path) -> None:
     assert set(figures["random-1"]["ratios"]) == {"C poll", "C spin", "bare Python"}
     assert all(value > 0 for values in figures["random-1"]["figures"].values() for value in values)
     assert figures["latency-64"]["ratios"]["ideal"]["median"] >= 1  # nobody is faster than the source
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    """It has each row's configuration, a strip for each ratio, who was left out and why, and the pictures."""
+    picture = tmp_path / "it.png"
+    picture.write_bytes(b"bytes")
+    ratio = {"median": 2.0, "quartiles": [1.0, 3.0], "bar": 1.5, "holds": False}
+    row: dict[str, Any] = {"row": "r", "title": "a<b", "setup": "readahead=0", "unit": "us", "remark": None}
+    row |= {"left_out": {"it": "no it"}, "figures": {"aiouffd": [2.0], "peer": [1.0]}, "ratios": {"peer": ratio}}
+    absent = {"row": "s", "title": "guest", "remark": None, "left_out": {"aiouffd": "no KVM"}, "ratios": {}}
+    page = report.page([row, absent], report.machine(kept=True, quick=False), [picture])
+    assert '<tr class="missed"><td>a&lt;b<td>readahead=0<td>2.00 us<td>peer: 1.00<td>2.00 (1.00-3.00)' in page
+    assert "Left out: a&lt;b, it: no it" in page
+    assert "Left out: guest: no KVM" in page
+    assert 'src="data:image/png;base64,Ynl0ZXM="' in page
+    # The quartiles are to the right of 1, which is at two thirds of a scale from 0.01 to 10; the bar is between them.
+    assert "M159.3 0V16" in page
+    assert "M159.3 8H196.9" in page
+    assert '<circle cx="183.0"' in page
+    assert "M173.2 0V16" in page
 
 
 def test_who_cannot_run_here_is_named(tmp_path: Path) -> None:
