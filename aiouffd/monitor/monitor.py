@@ -18,7 +18,7 @@ from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import ClosedError
+from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
@@ -271,11 +271,13 @@ class Monitor:
                     )
                 )
                 registration.is_served()
-            except BaseException:
+            except BaseException as error:
                 self._end_recording(complete=False)
                 self._registration = None
                 registration.abandon()
                 self._crashes.close()
+                if isinstance(error, RuntimeError) and "sub" in str(error) and "interpreter" in str(error):
+                    raise UffdError(f"{error}: enter the Monitor in the main interpreter") from error
                 raise
         self._engine, region.monitor = engine, self
         if region.fd >= 0:

@@ -89,6 +89,19 @@ def test_the_connection_is_no_standard_descriptor() -> None:
     play(started_without_standard_descriptors)
 
 
+def test_processes_that_were_stopped(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go on, and so end by themselves."""
+    monkeypatch.setattr(pairs, "_REAP_TIMEOUT", 20_000)
+    pair = Pair.start(waiter, Pickles.NEVER)
+    assert waiter.wait(60.0, pair.connection.fileno())
+    message, fds = control.receive(pair.connection)
+    pair.runs(message["pid"], fds[0])
+    for pid in (pair.keeper.pid, message["pid"]):
+        os.kill(pid, signal.SIGSTOP)
+    pair.end(leave=False)
+    assert pair.keeper.returncode == 0
+
+
 def test_processes_that_may_not_be_signaled(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has dropped its privileges: leaving is no error, though keeper and worker take their time to end."""
     pair = Pair.start(waiter, Pickles.NEVER)

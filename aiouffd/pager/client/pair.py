@@ -120,12 +120,12 @@ class Pair:
         poller.register(self.connection, 0)  # POLLHUP
         return self.connection.intact and not poller.poll(0)
 
-    def kill_worker(self) -> None:
-        """Kill the worker with -9, if it runs."""
+    def kill_worker(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send the worker a signal, if it runs."""
         if self.worker_fd.intact:
             # PermissionError: this process has dropped its privileges. The worker ends with its keeper.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(self.worker_fd.fileno(), signal.SIGKILL)
+                signal.pidfd_send_signal(self.worker_fd.fileno(), number)
 
     def end(self, *, leave: bool, silent: bool = False) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
@@ -143,10 +143,14 @@ class Pair:
             if silent:
                 log.error(
                     "the pager's worker (pid %d) does not answer, and is killed: a handler or a source blocks its event"
-                    " loop",
+                    " loop, or it was stopped (SIGSTOP)",
                     self.worker_pid,
                 )
                 self.kill_worker()
+            # What was stopped cannot end.
+            self.kill_worker(signal.SIGCONT)
+            with contextlib.suppress(PermissionError):  # privileges were dropped
+                self.keeper.send_signal(signal.SIGCONT)
             self._await_end(_END_TIMEOUT)
             # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
             _readable(self.keeper_fd, _REAP_TIMEOUT)
