@@ -99,7 +99,7 @@ def test_a_service_travels_with_its_recorder_and_its_trace(tmp_path: Path) -> No
     trace = Trace(4096, 1 << 20, array("Q", [0, 8192, 4096]))
     again = there_and_back(Service(ZeroSource(1 << 20), recorder, trace))
     assert again.trace == trace
-    assert os.fstat(again.recorder.fd).st_ino == os.fstat(recorder.fd).st_ino
+    assert os.fstat(again.recorder.fileno()).st_ino == os.fstat(recorder.fileno()).st_ino
     again.recorder.close()
     recorder.discard()
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE
+from scenario import open_descriptors
 
 from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint
 from aiouffd.errors import TraceError
@@ -55,7 +56,7 @@ def test_a_successor_goes_on_where_its_predecessor_was_killed(tmp_path: Path) ->
     for number in (1, 2):
         make, arguments = recorder.travel()
         (descriptor,) = arguments
-        other = make(Descriptor(descriptor.fd))
+        other = make(Descriptor(os.dup(descriptor.fd)))
         other.note(number * PAGE)
         other._map = None  # killed: nothing is closed or written any more
     recorder.complete()
@@ -63,9 +64,11 @@ def test_a_successor_goes_on_where_its_predecessor_was_killed(tmp_path: Path) ->
 
 
 def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: Path) -> None:
-    """The name is given when all is there."""
+    """The name is given when all is there; nobody has its file open once the recorder is gone."""
     record(tmp_path / "trace", [PAGE])
+    before = open_descriptors()
     Recorder.create(tmp_path / "trace", PAGE, SIZE).note(2 * PAGE)
+    assert open_descriptors() == before
     assert list(Trace.load(tmp_path / "trace", PAGE).offsets) == [PAGE]
     with pytest.raises(TraceError, match="not completed"):
         Trace.load(tmp_path / "trace.part", PAGE)

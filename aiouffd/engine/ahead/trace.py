@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import attrs
 
 from aiouffd.errors import TraceError
-from aiouffd.kernel.owned_descriptor import inode
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
@@ -132,15 +132,15 @@ class Trace:
             yield min(at + _BATCH, len(self.offsets)), merged
 
 
-class Recorder:
+class Recorder(OwnedDescriptor):
     """Writes a recording through shared memory, so that it survives the process that writes.
 
-    One process creates and completes it; it travels to the process that notes the pages.
+    One process creates and completes it; it travels to the process that notes the pages. Closed before, it stays
+    incomplete.
     """
 
     def __init__(self, fd: int, path: Path | None = None) -> None:
-        self.fd = fd
-        self._inode = inode(fd)
+        super().__init__(fd)
         self._path = path  # in the process that made it
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytearray(8)).cast("Q")
@@ -168,7 +168,7 @@ class Recorder:
 
     def travel(self) -> Any:
         """Go to another process with the descriptor."""
-        return type(self)._arrived, (Descriptor(self.fd),)  # noqa: SLF001 - its own
+        return type(self)._arrived, (Descriptor(self._fd),)  # noqa: SLF001 - its own
 
     @classmethod
     def _arrived(cls, descriptor: Descriptor) -> Self:
@@ -188,22 +188,22 @@ class Recorder:
         if self._full:
             return False
         if self._map is None:  # what a predecessor has noted is kept
-            self._count = struct.unpack("<Q", os.pread(self.fd, 8, _COUNT_AT))[0]
+            self._count = struct.unpack("<Q", os.pread(self._fd, 8, _COUNT_AT))[0]
         used = HEADER.size + 8 * self._count
         length = (used // _STEP + 1) * _STEP
         try:
             # Not ftruncate: storing into a hole for which the disk has no room left is SIGBUS.
-            os.posix_fallocate(self.fd, 0, length)
+            os.posix_fallocate(self._fd, 0, length)
         except OSError as error:
             self._full = True
             with contextlib.suppress(
                 OSError
             ):  # the block is there, but a file system that copies on write wants another
-                os.pwrite(self.fd, struct.pack("<I", _CUT), _STATE_AT)
+                os.pwrite(self._fd, struct.pack("<I", _CUT), _STATE_AT)
             log.error("first touches are no longer recorded: %s", error.strerror)  # noqa: TRY400 - it is served on
             return False
         self._words.release()
-        self._map = mmap.mmap(self.fd, length)
+        self._map = mmap.mmap(self._fd, length)
         self._words = memoryview(self._map).cast("Q")
         self._room = (length - HEADER.size) // 8
         return True
@@ -216,20 +216,20 @@ class Recorder:
                 single page. EBADF: this process has closed its descriptor.
         """
         assert self._path is not None
-        if inode(self.fd) != self._inode:
+        if not self.intact:
             self.discard()
             raise OSError(errno.EBADF, "this process has closed the descriptor of the recording", str(self._path))
-        _, version, page, size, count, _, state, source = HEADER.unpack(os.pread(self.fd, HEADER.size, 0))
+        _, version, page, size, count, _, state, source = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
         if state & _CUT and not count:
             path = self._path
             self.discard()
             raise OSError(errno.ENOSPC, f"nothing was recorded: {os.strerror(errno.ENOSPC)}", str(path))
         length = HEADER.size + 8 * count
-        os.ftruncate(self.fd, length)
-        body = os.pread(self.fd, length, HEADER.size)
+        os.ftruncate(self._fd, length)
+        body = os.pread(self._fd, length, HEADER.size)
         state |= _COMPLETE
-        os.pwrite(self.fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
-        os.fsync(self.fd)
+        os.pwrite(self._fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
+        os.fsync(self._fd)
         _part(self._path).rename(self._path)
         self.close()
 
@@ -238,12 +238,6 @@ class Recorder:
         assert self._path is not None
         _part(self._path).unlink(missing_ok=True)
         self.close()
-
-    def close(self) -> None:
-        """Close it as it is."""
-        if self.fd >= 0 and inode(self.fd) == self._inode:
-            os.close(self.fd)
-        self.fd = -1
 
 
 def _begin(final: Path) -> int:
