@@ -8,6 +8,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, content, peek, word
+from processes import PATIENCE
 from scenario import ended, eventually, next_error, play, replaced, until
 
 import aiouffd
@@ -433,6 +436,20 @@ def lingering() -> None:
 def test_a_pager_lingers() -> None:
     """See the scenario."""
     play(lingering)
+
+
+STOPPED = """
+import os, signal, aiouffd
+monitor = aiouffd.Monitor(aiouffd.Region(1 << 20), aiouffd.BufferSource(bytes(1 << 20)))
+monitor.__enter__()
+for pid in monitor.pids:
+    os.kill(pid, signal.SIGSTOP)
+"""
+
+
+def test_a_program_ends_whose_pager_was_stopped() -> None:
+    """It has not left the block: the kernel unmaps the region only once the pager has read of it."""
+    subprocess.run([sys.executable, "-c", STOPPED], check=True, timeout=PATIENCE)
 
 
 def test_what_decides_where_a_pager_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

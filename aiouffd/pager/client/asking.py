@@ -62,6 +62,11 @@ class Asking(Requests):
         """Tell whether somebody holds the other end of the connection."""
         return self.pair is not None and self.pair.worker_lives
 
+    def resume(self) -> None:
+        """Have the processes go on, if they were stopped."""
+        if self.pair is not None:
+            self.pair.resume()
+
     def resend(self) -> None:
         """Send all that is not answered yet, in an order that makes sense."""
         with self.lock:

@@ -70,6 +70,7 @@ class PagerClient:
 
     Attributes:
         lives: tells whether keeper or worker is there, whether it answers or not.
+        resume: has them go on, if they were stopped.
         settled: set when the pager was given up and a fork waits for nobody here: its keeper reads on, or the memory
             has been settled. Set when the client is stopped, too.
     """
@@ -88,7 +89,7 @@ class PagerClient:
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
-        self.lives = self._requests.may_be_heard
+        self.lives, self.resume = self._requests.may_be_heard, self._requests.resume
         self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
@@ -116,9 +117,8 @@ class PagerClient:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise PagerStartError(
-                f"no thread can be started to listen to the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
-            ) from error
+            reason = f"no thread can be started to hear the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
+            raise PagerStartError(reason) from error
 
     def open(self, tenant: Tenant) -> Future[Any]:
         """Have a tenant served; the future is done when it is.

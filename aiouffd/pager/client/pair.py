@@ -127,6 +127,12 @@ class Pair:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self.worker_fd.fileno(), number)
 
+    def resume(self) -> None:
+        """Have keeper and worker go on, if they were stopped (SIGSTOP)."""
+        self.kill_worker(signal.SIGCONT)
+        with contextlib.suppress(PermissionError):  # privileges were dropped
+            self.keeper.send_signal(signal.SIGCONT)
+
     def end(self, *, leave: bool, silent: bool = False) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
 
@@ -147,10 +153,7 @@ class Pair:
                     self.worker_pid,
                 )
                 self.kill_worker()
-            # What was stopped cannot end.
-            self.kill_worker(signal.SIGCONT)
-            with contextlib.suppress(PermissionError):  # privileges were dropped
-                self.keeper.send_signal(signal.SIGCONT)
+            self.resume()  # what was stopped cannot end
             self._await_end(_END_TIMEOUT)
             # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
             _readable(self.keeper_fd, _REAP_TIMEOUT)

@@ -155,6 +155,8 @@ def _in_child() -> None:
 def _at_exit() -> None:
     for pagers in list(_all):
         pagers.end()
+        for client in pagers.used:  # blocks that are not left: munmap waits until the pager has read of it
+            client.resume()
 
 
 os.register_at_fork(after_in_child=_in_child)
