@@ -37,7 +37,7 @@ class FakeClient:
         self.features = features
         self.may_wait = True
         self.lives = lambda: False
-        self.settled = threading.Event()
+        self.lost = 0
         self.asked = threading.Event()
         self.answer: Future[Any] = Future()
         self._error = error
@@ -48,6 +48,10 @@ class FakeClient:
         if self._error is not None:
             raise self._error
         return self.answer
+
+    def lose(self) -> None:
+        """As a client does."""
+        self.lost += 1
 
 
 def waits_for(client: FakeClient, end: Callable[[], object], seconds: float = 0.05) -> bool:
@@ -68,12 +72,16 @@ def waits_for(client: FakeClient, end: Callable[[], object], seconds: float = 0.
 
 
 def test_a_fork_waits_for_an_answer() -> None:
-    """Or, where the pager was given up, until the memory has been settled."""
+    """Where the pager was given up, there is none, and the memory is settled."""
     client = FakeClient()
     assert waits_for(client, lambda: client.answer.set_result(None))
+    client = FakeClient()
+    assert waits_for(client, lambda: client.answer.set_exception(PagerDiedError("gone")))
+    assert client.lost == 1
     for error in (PagerDiedError("gone"), ClosedError("left")):
         client = FakeClient(error=error)
-        assert waits_for(client, client.settled.set)
+        await_readers([cast("PagerClient", client)])
+        assert client.lost == 1
 
 
 def test_a_fork_that_is_not_told_waits_for_nobody() -> None:

@@ -296,19 +296,20 @@ def children_of_a_pager_that_is_given_up() -> None:
     region = aiouffd.Region(SIZE)
     with aiouffd.Monitor(region, Slow(SIZE, 1000.0), readahead=0, fork="serve", on_exit="zeros") as monitor:
         read, write = os.pipe()
+        read_last, write_last = os.pipe()
         waits = forked(lambda: peek(region.address + PAGE))
         later = forked(lambda: (os.read(read, 1), peek(region.address + 2 * PAGE)))
+        last = forked(lambda: (os.read(read_last, 1), peek(region.address + 4 * PAGE)))
         eventually(lambda: monitor.statistics().in_flight, 1)
-        eventually(lambda: monitor.statistics().forks, 2)  # a fork that is counted later is progress
+        eventually(lambda: monitor.statistics().forks, 3)  # a fork that is counted later is progress
         give_up(monitor)
         afterwards = forked(lambda: peek(region.address + 3 * PAGE))
         os.write(write, b"x")
-        assert signals_of([waits, later, afterwards]) == [signal.SIGBUS] * 3
-        # The owner leaves; a child that lives still gets no zeros.
-        read, write = os.pipe()
-        last = forked(lambda: (os.read(read, 1), peek(region.address + 4 * PAGE)))
+        # The fork has settled the memory: of what is missing the child got nothing.
+        assert signals_of([waits, later, afterwards]) == [signal.SIGBUS, signal.SIGBUS, signal.SIGSEGV]
         keeper = monitor.pids[0]
-    os.write(write, b"x")
+    # The owner has left; a child that lives still gets no zeros.
+    os.write(write_last, b"x")
     assert signals_of([last]) == [signal.SIGBUS]
     assert ended(keeper)
 
@@ -331,6 +332,21 @@ def the_keeper_dies_as_well() -> None:
 def test_the_last_resort_dies_as_well() -> None:
     """The application settles its own memory then: SIGBUS, no hang."""
     play(the_keeper_dies_as_well, status=-signal.SIGBUS)
+
+
+def forks_when_the_keeper_dies_as_well() -> None:
+    """Scenario: nobody reads the fork's event any more, and the thread that would see to that wants the GIL."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Slow(SIZE, 60.0), readahead=0, fork="serve", on_exit="zeros") as monitor:
+        give_up(monitor)
+        kill(monitor.pids[0])  # it may live for a moment
+        child = forked(lambda: peek(region.address + PAGE))
+        assert signals_of([child]) == [signal.SIGSEGV]
+
+
+def test_a_fork_when_the_last_resort_dies() -> None:
+    """It does not hang: the memory is settled before. The child does not get what is missing."""
+    play(forks_when_the_keeper_dies_as_well)
 
 
 def no_process_can_be_started() -> None:

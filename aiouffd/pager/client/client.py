@@ -71,8 +71,6 @@ class PagerClient:
     Attributes:
         lives: tells whether keeper or worker is there, whether it answers or not.
         resume: has them go on, if they were stopped.
-        settled: set when the pager was given up and a fork waits for nobody here: its keeper reads on, or the memory
-            has been settled. Set when the client is stopped, too.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class PagerClient:
     ) -> None:
         self._on_error = on_error
         self._on_gone = on_gone
-        self._on_lost = None if on_lost is None else partial(self._lose, on_lost)
+        self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
@@ -102,7 +100,6 @@ class PagerClient:
         self._reason: BaseException | None = None
         self._deaths = Deaths()  # of keepers
         self._progress = 0
-        self.settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aiouffd-pager-client", daemon=True)
 
     # The caller's side
@@ -175,6 +172,11 @@ class PagerClient:
         """Keeper and worker, as far as known; the worker of a dead keeper as long as no other one is."""
         return (self._requests.pair.keeper.pid if self._requests.pair is not None else 0, self._worker_pid)
 
+    def lose(self) -> None:
+        """Have the owners of the memory settle it now, where the pager was given up. From any thread."""
+        if self._dead is not None and self._on_lost is not None:
+            self._on_lost()
+
     def refuse(self, tenant: Tenant) -> None:
         """Have nothing more brought to a tenant, which its owner settles next: a touch until then is SIGBUS."""
         with contextlib.suppress(UffdError, TimeoutError):
@@ -241,7 +243,6 @@ class PagerClient:
         """
         self._waiter.stop()
         self._requests.close(ClosedError(_LEFT))
-        self.settled.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
         pairs = [*self._takeover.orphans, *([self._requests.pair] if self._requests.pair is not None else [])]
@@ -390,7 +391,6 @@ class PagerClient:
             self._reason = self._requests.error(message.get("error"))
         elif event == "died":
             self._give_up(_with_reason(self._requests.error(message.get("error")), self._reason))
-            self.settled.set()
             if self._on_lost is not None and Feature.POISON not in kernel_features():  # the keeper poisons nothing
                 self._on_lost()
 
@@ -400,12 +400,7 @@ class PagerClient:
         self._requests.close(error)
         self._on_error(None, error)
 
-    def _lose(self, on_lost: Callable[[], None]) -> None:
-        on_lost()
-        self.settled.set()
-
     def _abandon(self) -> None:
-        self.settled.clear()
         pair = self._requests.pair
         state = survey(pair.journal) if pair is not None else None
         fds = pair.vault.take() if pair is not None else {}

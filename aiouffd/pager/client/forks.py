@@ -31,7 +31,7 @@ def await_readers(clients: Iterable[PagerClient]) -> None:
     """Wait until each pager with memory whose forks are told has answered: a process that was killed does not.
 
     Where this thread can get no answer, it does not wait: finalizers and signal handlers, which may fork, run anywhere.
-    A pager that was given up is waited for until its memory has been settled, if its keeper is dead as well.
+    Where the pager was given up, the memory is settled: nobody answers for its keeper, which may die at any moment.
     """
     until = time.monotonic() + _LONGEST
     for client in clients:
@@ -40,7 +40,7 @@ def await_readers(clients: Iterable[PagerClient]) -> None:
         try:
             _await_answer(client, until)
         except UffdError:
-            client.settled.wait(until - time.monotonic())
+            client.lose()
 
 
 def _await_answer(client: PagerClient, until: float) -> None:
