@@ -49,7 +49,7 @@ ORDER = {
             "store_settings",
             "store_client",
         ),
-        *("plain_http", "base", "buffer", "file", "object_store", "concat", "resolve"),
+        *("loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat", "resolve"),
     ],
     "engine": [
         *(

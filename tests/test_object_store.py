@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import odd_http
 import pytest
@@ -93,14 +93,25 @@ SIZE_OF_ODD = len(odd_http.DATA)
 PLACES = ((0, 4096), (65_000, 30_000), (SIZE_OF_ODD - 100, 100))
 
 
+def ask_by(client: str, source: aiouffd.ObjectSource) -> None:
+    """Have a source read by one of its three ways of asking."""
+    if client == "plain":
+        source._client = PlainHttp(source.url, {}, 10, lambda: None)
+    elif client == "loop":
+        source.begin(20, 1, lambda: None)
+
+
 async def read_all(source: aiouffd.ObjectSource) -> None:
     """Read some ranges, and compare."""
-    assert await asyncio.to_thread(lambda: source.size) == SIZE_OF_ODD
-    for offset, length in PLACES:
-        assert bytes(await source.read(offset, length)) == odd_http.DATA[offset : offset + length]
-    await source.aclose()
+    try:
+        assert await asyncio.to_thread(lambda: source.size) == SIZE_OF_ODD
+        for offset, length in PLACES:
+            assert bytes(await source.read(offset, length)) == odd_http.DATA[offset : offset + length]
+    finally:
+        await source.aclose()
 
 
+@pytest.mark.parametrize("client", ["obstore", "loop"])
 @pytest.mark.parametrize(
     "habit",
     [
@@ -109,13 +120,16 @@ async def read_all(source: aiouffd.ObjectSource) -> None:
         *("modified", "weak", "weak tag", "drops"),
     ],
 )
-async def test_valid_answers(habit: str) -> None:
+async def test_valid_answers(habit: str, client: str) -> None:
     """HEAD refused; fewer bytes than were asked for, or more; no total, no length; weak validators; one that breaks."""
     with odd_http.serving(habit) as server:
         server.failures = 1
-        await read_all(aiouffd.ObjectSource(server.url, timeout=20))
+        source = aiouffd.ObjectSource(server.url, timeout=20)
+        ask_by(client, source)
+        await read_all(source)
 
 
+@pytest.mark.parametrize("client", ["obstore", "loop"])
 @pytest.mark.parametrize(
     ("habit", "complaint"),
     [
@@ -133,22 +147,24 @@ async def test_valid_answers(habit: str) -> None:
         ("ends early", "the connection broke"),
     ],
 )
-async def test_answers_that_mean_no_bytes(habit: str, complaint: str) -> None:
+async def test_answers_that_mean_no_bytes(habit: str, complaint: str, client: str) -> None:
     """Each is an error that says what is wrong, and no byte."""
-    with odd_http.serving(habit) as server, pytest.raises(aiouffd.SourceError, match=complaint) as caught:
-        await read_all(aiouffd.ObjectSource(server.url, timeout=20, retries=1))
+    with odd_http.serving(habit) as server:
+        source = aiouffd.ObjectSource(server.url, timeout=20, retries=1)
+        ask_by(client, source)
+        with pytest.raises(aiouffd.SourceError, match=complaint) as caught:
+            await read_all(source)
     decode_error(encode_error(caught.value))  # its causes are no circle: it travels from the pager
 
 
-@pytest.mark.parametrize("client", ["obstore", "plain"])
+@pytest.mark.parametrize("client", ["obstore", "loop", "plain"])
 @pytest.mark.parametrize("habit", ["", "ignores", "none", "modified", "modified, ignores", "weak", "weak tag"])
 async def test_a_change_is_noticed(habit: str, client: str) -> None:
     """By what the server refuses, or by what it answers; in both ways of asking."""
     with odd_http.serving(habit.partition(",")[0]) as server:
         source = aiouffd.ObjectSource(server.url)
         await source.prepare()
-        if client == "plain":
-            source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        ask_by(client, source)
         assert bytes(await source.read(0, 100)) == odd_http.DATA[:100]
         server.habit = habit
         await asyncio.to_thread(server.change)
@@ -158,15 +174,14 @@ async def test_a_change_is_noticed(habit: str, client: str) -> None:
         await source.aclose()
 
 
-@pytest.mark.parametrize("client", ["obstore", "plain"])
+@pytest.mark.parametrize("client", ["obstore", "loop", "plain"])
 @pytest.mark.parametrize("size", [150, SIZE_OF_ODD + 1])
 async def test_another_size_is_noticed(size: int, client: str) -> None:
     """A server without any validator tells the size; behind a smaller object's end it says 416."""
     with odd_http.serving("none") as server:
         source = aiouffd.ObjectSource(server.url)
         await source.prepare()
-        if client == "plain":
-            source._client = PlainHttp(server.url, {}, 10, lambda: None)
+        ask_by(client, source)
         server.data = bytes(size)
         for offset in (100, 1000):
             with pytest.raises(aiouffd.SourceError, match="has changed since it was opened"):
@@ -215,6 +230,8 @@ async def test_retries(retries: int | None, failures: int, tries: int, caplog: p
             assert "503 Service Unavailable" in str(error)  # noqa: PT017 - both ends are allowed
         else:
             assert tries > failures
+        finally:
+            await source.aclose()
         assert len(server.requests) == tries
         assert len(counted) == tries - 1
     told = [record.message for record in caplog.records if "ObjectSource" in record.message]
@@ -356,3 +373,28 @@ async def test_the_size_is_asked_for_in_a_thread(monkeypatch: pytest.MonkeyPatch
     assert source.size == 7
     assert len(asked) == 1
     assert asked != [threading.get_ident()]
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "direct"),
+    [
+        ("{}", {}, True),
+        ("{}", {"client_options": {"default_headers": {"X-Token": "token"}}}, False),
+        ("//me:secret@", {}, False),
+    ],
+)
+async def test_what_is_read_on_the_loop(url: str, options: dict[str, Any], direct: bool) -> None:
+    """Plain http, by whoever closes the source; what needs more goes through obstore."""
+    with odd_http.serving() as server:
+        source = aiouffd.ObjectSource(
+            url.format(server.url) if "{" in url else server.url.replace("//", url), **options
+        )
+        await source.prepare()
+        await source.read(0, 10)
+        assert source._direct is None
+        source.begin(20, 1, lambda: None)
+        assert bytes(await source.read(5, 10)) == odd_http.DATA[5:15]
+        assert (source._direct is not None) == direct
+        if options:
+            assert server.requests[-1][1]["x-token"] == "token"
+        await source.aclose()

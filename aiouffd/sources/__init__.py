@@ -6,7 +6,8 @@ Layout:
 - `buffer`: memory. `concat`: several sources as one.
 - `file`: a local file. `file_attributes` and `holes` are what is known of it without a system call that may wait.
 - `object_store`: an object behind a URL. It asks `store_client` (obstore), or `plain_http` where obstore refuses valid
-  answers; `http_answer`, `store_errors` and `store_settings` are what both share.
+  answers. While it is served, http without options goes by `loop_http`, as far as that understands the answers.
+  `http_answer`, `store_errors` and `store_settings` are what these share.
 - `daemon_threads`: for calls that may never return.
 - `resolve`: from a path or URL to a source.
 

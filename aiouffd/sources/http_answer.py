@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import email.utils
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
-__all__ = ["Answer", "Validator"]
+__all__ = ["Answer", "Validator", "as_sent"]
 
 
 class Validator(NamedTuple):
@@ -35,6 +37,14 @@ class Validator(NamedTuple):
         """The ETag, if it promises the same bytes. A weak one promises the same meaning; If-Match never matches it."""
         return self.tag if self.tag is not None and not self.tag.startswith("W/") else None
 
+    def conditions(self) -> dict[str, str]:
+        """Return the headers by which a server refuses to answer with another version."""
+        if self.strong_tag is not None:
+            return {"If-Match": self.strong_tag}
+        if self.modified is not None:
+            return {"If-Unmodified-Since": email.utils.format_datetime(self.modified, usegmt=True)}
+        return {}
+
     @property
     def names_version(self) -> bool:
         """Whether another version of the same size would be noticed."""
@@ -63,3 +73,9 @@ class Answer(NamedTuple):
     data: Any
     start: int
     validator: Validator
+
+
+def as_sent(path: str, query: str = "") -> str:
+    """Return a path and a query as they are sent: what may not stand there is quoted, what was quoted stays."""
+    whole = f"{path}?{query}" if query else path
+    return quote(whole, safe="%/:=&?~+!$,;'@()*[]")

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources.http_answer import Answer, Validator
+from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.plain_http import PlainHttp
 from aiouffd.sources.store_client import StoreClient
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
@@ -72,7 +73,10 @@ class ObjectSource:
         self._options = options
         self._pinned: Validator | None = None
         self._witness: tuple[int, bytes] = (0, b"")  # (offset, bytes that were read there)
-        self._client: StoreClient | PlainHttp | None = None  # made at first use: it does not travel
+        # Made at first use: they do not travel.
+        self._client: StoreClient | PlainHttp | None = None
+        self._direct: LoopHttp | None = None
+        self._goes_direct = False  # from `begin` on, since its caller calls `aclose`, until an answer was refused
         self._failing_since: float | None = None
         self._logged = -_REMINDER
 
@@ -109,9 +113,10 @@ class ObjectSource:
         before = self._seconds
         self.timeout = timeout if own_timeout is None else own_timeout
         if self._seconds != before:
-            self._client = None  # it has the other timeout
+            self._client = self._direct = None  # they have the other timeout
         self._most = retries if own_retries is None else own_retries
         self._on_retry = on_retry
+        self._goes_direct = True
 
     async def read(self, offset: int, length: int) -> Any:
         """Return the bytes, in the buffer that the store has received them in. Canceling is safe.
@@ -131,8 +136,9 @@ class ObjectSource:
 
     async def aclose(self) -> None:
         """Let threads end."""
-        if self._client is not None:
-            self._client.close()
+        for client in (self._client, self._direct):
+            if client is not None:
+                client.close()
 
     # Requests
 
@@ -157,21 +163,43 @@ class ObjectSource:
                 return answer
 
     async def _request(self, start: int, stop: int) -> Answer:
-        try:
-            answer = await self._connect().get_async(start, stop, self._pinned)
-        except RequestError as error:
-            answer = await self._other_client(error).get_async(start, stop, self._pinned)
-        if self._pinned is not None and self._pinned.contradicts(answer.validator):
+        pinned = self._pinned
+        answer = await self._get(start, stop)
+        if pinned is not None and answer.validator != pinned and pinned.contradicts(answer.validator):
             raise RequestError(Failure(CHANGED))
-        if self._pinned is not None and not self._pinned.names_version:
+        if pinned is not None and not pinned.names_version:
             await self._read_again()
             self._witness = answer.start, bytes(memoryview(answer.data)[:_WITNESS])
         return answer
 
+    async def _get(self, start: int, stop: int) -> Answer:
+        if self._direct is None and self._goes_direct and self._pinned is not None:
+            self._goes_direct = self._may_go_direct()
+            self._direct = LoopHttp(self.url, self._seconds, self._pinned) if self._goes_direct else None
+        direct = self._direct
+        if direct is not None:
+            try:
+                return await direct.get_async(start, stop)
+            except RequestError as error:
+                if not error.failure.answer_refused:
+                    raise
+            direct.close()
+            self._direct, self._goes_direct = None, False
+        try:
+            return await self._connect().get_async(start, stop, self._pinned)
+        except RequestError as error:
+            return await self._other_client(error).get_async(start, stop, self._pinned)
+
+    def _may_go_direct(self) -> bool:
+        """Tell whether requests need nothing that obstore is there for: TLS, signatures, options, a proxy."""
+        parts = urlsplit(self.url)
+        plain = parts.scheme == "http" and bool(parts.hostname) and "@" not in parts.netloc and not self._options
+        return plain and self._proxy() is None and not isinstance(self._client, PlainHttp)
+
     async def _read_again(self) -> None:
         """Compare bytes that were read before with what they are now."""
         start, data = self._witness
-        again = await self._connect().get_async(start, start + len(data), self._pinned)
+        again = await self._get(start, start + len(data))
         if bytes(again.data) != data[: len(again.data)]:
             raise RequestError(Failure(CHANGED))
 

@@ -15,10 +15,10 @@ import re
 import ssl
 import urllib.request
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from aiouffd.sources.daemon_threads import DaemonThreads
-from aiouffd.sources.http_answer import Answer, Validator
+from aiouffd.sources.http_answer import Answer, Validator, as_sent
 from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class PlainHttp:
     def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
         parts = urlsplit(url)
         user, at, host = parts.netloc.rpartition("@")
-        self._url = quote(urlunsplit((parts.scheme, host, parts.path, parts.query, "")), safe="%/:=&?~+!$,;'@()*[]")
+        self._url = as_sent(urlunsplit((parts.scheme, host, parts.path, parts.query, "")))
         self._headers = {name: _text(value) for name, value in options.get("default_headers", {}).items()}
         if at:
             self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
@@ -80,11 +80,7 @@ class PlainHttp:
         Raises:
             RequestError: with the reason.
         """
-        headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if pinned is not None and pinned.strong_tag is not None:
-            headers["If-Match"] = pinned.strong_tag
-        elif pinned is not None and pinned.modified is not None:
-            headers["If-Unmodified-Since"] = email.utils.format_datetime(pinned.modified, usegmt=True)
+        headers = {"Range": f"bytes={start}-{stop - 1}", **(pinned.conditions() if pinned is not None else {})}
         try:
             with self._open("GET", headers) as response:
                 return self._answer(response, start, stop)

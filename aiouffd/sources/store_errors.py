@@ -25,6 +25,7 @@ __all__ = [
     "RequestError",
     "from_exception",
     "from_obstore",
+    "from_status",
     "hide_secrets",
 ]
 
@@ -85,7 +86,7 @@ def from_exception(error: Exception, proxy: Proxy) -> Failure:
     """Return what an exception of urllib or http.client means."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it is the answer, with its connection
-        return _from_status(error.code, f"{error.code} {error.reason}")
+        return from_status(error.code, f"{error.code} {error.reason}")
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     text = hide_secrets(f"{type(cause).__name__}: {cause}")
     if "Tunnel connection failed" in text:
@@ -107,7 +108,8 @@ def _from_os_error(error: OSError, text: str, proxy: Proxy) -> Failure:
     return _broken(text) if isinstance(error, ConnectionError) else _unreachable(proxy, text)
 
 
-def _from_status(status: int, text: str) -> Failure:
+def from_status(status: int, text: str) -> Failure:
+    """Return what the status of an answer means; text: as the server says it."""
     if status in (404, 410):
         reason = f"there is no such object ({status}): check the URL"
     elif status in (401, 403):
@@ -162,7 +164,7 @@ def _no_credentials(text: str) -> Failure:
 
 _KINDS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str, Proxy], Failure]], ...] = (
     (re.compile(r"http://169\.254\.|http://metadata\.google"), lambda _, text, __: _no_credentials(text)),
-    (re.compile(r"\bstatus: (\d{3})\b"), lambda found, text, _: _from_status(int(found[1]), text)),
+    (re.compile(r"\bstatus: (\d{3})\b"), lambda found, text, _: from_status(int(found[1]), text)),
     (re.compile(r"^NotSupportedError|Content-Range"), lambda _, __, ___: Failure(NO_RANGES)),
     (
         # Another range than was asked for; no total; no length.

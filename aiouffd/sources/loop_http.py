@@ -1,0 +1,258 @@
+"""Ranges of an object over HTTP/1.1 on the event loop itself.
+
+A library with threads of its own wakes the loop for the head of an answer and again for its body, and copies bodies
+together. For single pages that is most of their cost. Here an answer is received by the loop, into one buffer, over
+connections that are kept. What this does not understand (a redirect, a chunked body, another range than was asked for)
+it refuses, and obstore is asked from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from aiouffd.sources.http_answer import Answer, Validator, as_sent
+from aiouffd.sources.store_errors import Failure, RequestError, from_exception, from_status
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+__all__ = ["LoopHttp"]
+
+_ROOM = 16 << 10  # bytes of a head, and of a body that comes with it: a page takes one system call
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONNECT_TIMEOUT = 5.0  # seconds; as obstore's
+_LONGEST_IDLE = 30.0  # seconds: behind it something on the way may have forgotten the connection without a word
+_ERROR = 400
+
+_time = lru_cache(8)(email.utils.parsedate_to_datetime)
+
+
+class LoopHttp:
+    """One object behind an http URL without a user, reached without a proxy. One loop owns it.
+
+    Args:
+        url: of the object.
+        timeout: seconds for one request, at most half as much again: one timer looks after all of them.
+        pinned: the version that the bytes must be of.
+    """
+
+    def __init__(self, url: str, timeout: float, pinned: Validator) -> None:
+        parts = urlsplit(url)
+        self._address = parts.hostname or "", parts.port or 80
+        headers = {"Host": parts.netloc, "User-Agent": "aiouffd", "Accept-Encoding": "identity", **pinned.conditions()}
+        lines = [f"GET {as_sent(parts.path or '/', parts.query)} HTTP/1.1", *map(": ".join, headers.items())]
+        self._head = "\r\n".join([*lines, "Range: bytes="])
+        self._timeout = timeout
+        self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def get_async(self, start: int, stop: int) -> Answer:
+        """Return the bytes [start, stop), or up to the end of the object. Canceling is safe: it ends the connection.
+
+        Raises:
+            RequestError: with the reason.
+        """
+        request = f"{self._head}{start}-{stop - 1}\r\n\r\n".encode()
+        while True:
+            connection = self._idle.pop() if self._idle else await self._open()
+            self._busy.add(connection)
+            if self._timer is None:
+                self._watch()
+            try:
+                return await connection.ask(request, start, stop)
+            except RequestError:
+                if not connection.was_stale:  # else another one is taken, and a new one behind the last
+                    raise
+            finally:
+                self._busy.discard(connection)
+                if connection.is_idle and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+
+    async def _open(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(min(_CONNECT_TIMEOUT, self._timeout)):
+                _, connection = await loop.create_connection(lambda: _Connection(loop), *self._address)
+        except OSError as error:
+            raise RequestError(from_exception(error, _no_proxy)) from error
+        return connection
+
+    def _watch(self) -> None:
+        """End the requests that take too long, and the connections that were not used for long."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in self._busy:
+            if now - connection.since > self._timeout:
+                connection.fail(TimeoutError())
+        while self._idle and now - self._idle[0].since > _LONGEST_IDLE:  # the last one is used first
+            self._idle.pop(0).close()
+        alive = self._busy or self._idle
+        self._timer = loop.call_later(min(self._timeout / 2, _LONGEST_IDLE), self._watch) if alive else None
+
+    def close(self) -> None:
+        """Close the connections: those that are in use when their requests end."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One connection, with at most one request at a time.
+
+    Attributes:
+        is_idle: whether another request may be sent.
+        since: the loop's time when the last request was sent.
+        was_stale: whether it was kept, and closed before any byte of the last answer came, as servers do.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._room = bytearray(_ROOM)
+        self._view = memoryview(self._room)
+        self._filled = 0  # bytes of the head and what follows it, or of the body
+        self._body: memoryview | None = None
+        self._validator: Validator | None = None
+        self._answer: asyncio.Future[Answer] | None = None
+        self._asked = 0, 0
+        self._keeps = False
+        self.is_idle = False
+        self.since = 0.0
+        self.was_stale = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take note of where to write."""
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+
+    def ask(self, request: bytes, start: int, stop: int) -> asyncio.Future[Answer]:
+        """Send a request; return what its answer comes in. If that fails or is canceled, it must be closed."""
+        self._asked = start, stop
+        self.is_idle = False
+        self.since = self._loop.time()
+        self._answer = answer = self._loop.create_future()
+        if self._transport.is_closing():
+            self.connection_lost(None)
+        else:
+            self._transport.write(request)
+        return answer
+
+    def close(self) -> None:
+        """Close it; what is under way fails."""
+        self.is_idle = False
+        self._transport.abort()
+
+    # What the loop calls
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes go."""
+        return self._view[self._filled :] if self._body is None else self._body[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take note that so many bytes have come."""
+        if self._answer is None or self._answer.done():  # nobody has asked for them
+            self.close()
+            return
+        self._filled += nbytes
+        try:
+            if self._body is None:
+                self._take_head()
+            elif self._filled == len(self._body):
+                self._complete(self._body.obj)
+        except RequestError as error:
+            self._answer.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take note that the server has closed it."""
+        self.was_stale = self._keeps and self._filled == 0 and self._body is None
+        self.is_idle = False
+        self.fail(exc if isinstance(exc, OSError) else ConnectionResetError("it was closed in the middle"))
+
+    def fail(self, error: OSError) -> None:
+        """Let the request that is under way fail."""
+        if self._answer is not None and not self._answer.done():
+            failure = RequestError(from_exception(error, _no_proxy))
+            failure.__cause__ = error
+            self._answer.set_exception(failure)
+
+    # Answers
+
+    def _take_head(self) -> None:
+        end = self._room.find(b"\r\n\r\n", 0, self._filled)
+        if end < 0:
+            if self._filled == _ROOM:
+                raise _refused("a head of more than 16 KiB")
+            return
+        length = self._understand(self._room[:end].decode("latin-1"))
+        begin = end + 4
+        came = self._filled - begin
+        if came >= length:
+            self._keeps &= came == length  # else bytes that nobody has asked for
+            self._complete(bytes(self._view[begin : begin + length]))
+            return
+        self._body = memoryview(bytearray(length))
+        self._body[:came] = self._view[begin : self._filled]
+        self._filled = came
+
+    def _understand(self, head: str) -> int:
+        """Check the head of an answer; return how many bytes its body has.
+
+        Raises:
+            RequestError: it is an error, or not the range that was asked for.
+        """
+        first_line, *lines = head.split("\r\n")
+        version, _, status = first_line.partition(" ")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip()
+            headers[name] = value if name not in headers else f"{headers[name]}, {value}"
+        code = int(status[:3]) if status[:3].isdecimal() else 0
+        if code >= _ERROR:
+            raise RequestError(from_status(code, status))
+        found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+        if code != 206 or found is None or headers.get("content-encoding", "identity") != "identity":
+            raise _refused(first_line)
+        first, last, total = map(int, found.groups())
+        start, stop = self._asked
+        length = last + 1 - first
+        if first != start or last + 1 != min(stop, total) or headers.get("content-length") != str(length):
+            raise _refused(found[0])
+        if "transfer-encoding" in headers:
+            raise _refused(headers["transfer-encoding"])
+        self._keeps = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
+        modified = headers.get("last-modified")
+        self._validator = Validator(total, headers.get("etag"), None if modified is None else _read_time(modified))
+        return length
+
+    def _complete(self, data: object) -> None:
+        assert self._answer is not None
+        assert self._validator is not None
+        self.is_idle = self._keeps
+        self._filled, self._body = 0, None
+        self._answer.set_result(Answer(data, self._asked[0], self._validator))
+
+
+def _read_time(text: str) -> dt.datetime:
+    try:
+        return _time(text)
+    except ValueError as error:
+        raise _refused(text) from error
+
+
+def _refused(what: str) -> RequestError:
+    return RequestError(Failure(f"not understood: {what}", answer_refused=True))
+
+
+def _no_proxy() -> None:
+    """Return no proxy."""

@@ -1,0 +1,208 @@
+"""`sources.loop_http`: ranges on the event loop itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+import odd_http
+import pytest
+
+from aiouffd.sources import loop_http
+from aiouffd.sources.http_answer import Validator
+from aiouffd.sources.loop_http import LoopHttp
+from aiouffd.sources.store_errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+SIZE = len(odd_http.DATA)
+PINNED = Validator(SIZE, '"v1"')
+HEAD = "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-9/10\r\nContent-Length: 10\r\n"
+BODY = "0123456789"
+
+
+@contextlib.asynccontextmanager
+async def client_of(url: str, seconds: float = 10.0) -> AsyncIterator[LoopHttp]:
+    """Yield a client, and close it."""
+    client = LoopHttp(url, seconds, PINNED)
+    try:
+        yield client
+    finally:
+        client.close()
+        await asyncio.sleep(0)  # transports are closed in the next turn
+
+
+@contextlib.asynccontextmanager
+async def scripted(answers: Callable[[int, int], str | None]) -> AsyncIterator[tuple[str, list[int]]]:
+    """Serve what `answers(connection, request)` returns, None: close; yield the URL and the requests by connection."""
+    asked: list[int] = []
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = len(asked)
+        asked.append(0)
+        writers.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                asked[number] += 1
+                answer = answers(number, asked[number])
+                if answer is None:
+                    break
+                for byte in answer.encode():  # in as many pieces as possible
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x", asked
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(5, 9), (0, SIZE), (SIZE - 3, SIZE + 9), (100, 70_000)])
+async def test_answers(start: int, stop: int) -> None:
+    """The bytes and their version, in small answers and in large ones, by one connection."""
+    with odd_http.serving() as server:
+        async with client_of(server.url) as client:
+            for _ in range(2):
+                answer = await client.get_async(start, stop)
+                assert bytes(answer.data) == odd_http.DATA[start:stop]
+                assert (answer.start, answer.validator) == (start, PINNED)
+            headers = server.requests[0][1]
+            assert headers["if-match"] == '"v1"'
+            assert headers["host"] == f"127.0.0.1:{server.server_port}"
+            assert headers["accept-encoding"] == "identity"
+
+
+async def test_connections_are_kept() -> None:
+    """One after the other needs one; several at once need several; an answer may come byte by byte."""
+    async with scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, asked), client_of(url) as client:
+        for _ in range(3):
+            assert bytes((await client.get_async(0, 10)).data) == BODY.encode()
+        assert asked == [3]
+        await asyncio.gather(*(client.get_async(0, 10) for _ in range(4)))
+        assert sum(asked) == 7
+        assert len(asked) == 4
+
+
+@pytest.mark.parametrize("last", ["Connection: close\r\n", "Connection: Close\r\n"])
+async def test_a_connection_that_the_server_closes_is_not_used_again(last: str) -> None:
+    """As its answer says."""
+    async with scripted(lambda _, __: f"{HEAD}{last}\r\n{BODY}") as (url, asked), client_of(url) as client:
+        await client.get_async(0, 10)
+        await client.get_async(0, 10)
+        assert asked == [1, 1]
+
+
+async def test_a_connection_that_was_closed_meanwhile_costs_no_error() -> None:
+    """A server closes kept connections at any time: another one is taken. A new one that is closed is an error."""
+
+    def answers(connection: int, request: int) -> str | None:
+        return f"{HEAD}\r\n{BODY}" if request == 1 and connection < 2 else None
+
+    async with scripted(answers) as (url, asked), client_of(url) as client:
+        await client.get_async(0, 10)
+        assert bytes((await client.get_async(0, 10)).data) == BODY.encode()
+        assert asked == [2, 1]
+        with pytest.raises(RequestError) as caught:
+            await client.get_async(0, 10)
+        assert caught.value.failure.may_pass
+        assert asked == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HEAD.replace("0-9/10", "0-9/*"),
+        HEAD.replace("0-9", "1-10"),
+        HEAD.replace("0-9", "0-4"),
+        HEAD.replace("Length: 10", "Length: 11"),
+        HEAD.replace("Content-Length: 10", "Transfer-Encoding: chunked"),
+        HEAD + "Content-Length: 10\r\n",
+        HEAD + "Transfer-Encoding: chunked\r\n",
+        HEAD + "Content-Encoding: gzip\r\n",
+        HEAD + "Last-Modified: yesterday\r\n",
+        HEAD + "X: " + "x" * 20_000,
+        "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n",
+        "HTTP/1.1 302 Found\r\nLocation: /y\r\nContent-Length: 0\r\n",
+        "nonsense\r\n",
+    ],
+)
+async def test_what_is_not_understood_is_refused(answer: str) -> None:
+    """It may be valid: another client is to be asked."""
+    async with scripted(lambda _, __: f"{answer}\r\n{BODY}") as (url, asked), client_of(url) as client:
+        with pytest.raises(RequestError) as caught:
+            await client.get_async(0, 10)
+        assert caught.value.failure.answer_refused
+        assert asked == [1]
+
+
+async def test_errors_of_the_server() -> None:
+    """By their status."""
+    for status, may_pass in ((503, True), (404, False), (412, False)):
+        head = f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n"
+        async with scripted(lambda _, __, head=head: head) as (url, _), client_of(url) as client:  # type: ignore[misc]
+            with pytest.raises(RequestError) as caught:
+                await client.get_async(0, 10)
+            assert (caught.value.failure.status, caught.value.failure.may_pass) == (status, may_pass)
+
+
+async def test_bytes_that_nobody_has_asked_for() -> None:
+    """They are no part of the next answer."""
+    async with scripted(lambda _, __: f"{HEAD}\r\n{BODY}more") as (url, asked), client_of(url) as client:
+        for _ in range(2):
+            assert bytes((await client.get_async(0, 10)).data) == BODY.encode()
+        assert sum(asked) == 2
+
+
+async def test_a_server_that_does_not_answer() -> None:
+    """The request ends, also where nobody else has a limit."""
+    async with scripted(lambda _, __: "HTTP/1.1 206") as (url, _), client_of(url, 0.1) as client:
+        with pytest.raises(RequestError) as caught:
+            await client.get_async(0, 10)
+        assert caught.value.failure.timed_out
+
+
+async def test_canceling_ends_the_connection() -> None:
+    """What comes late is no part of another answer."""
+    came = asyncio.Event()
+
+    def answers(connection: int, _: int) -> str:
+        came.set()
+        return "HTTP/1.1 206" if connection == 0 else f"{HEAD}\r\n{BODY}"
+
+    async with scripted(answers) as (url, asked), client_of(url) as client:
+        task = asyncio.create_task(client.get_async(0, 10))
+        await came.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert bytes((await client.get_async(0, 10)).data) == BODY.encode()
+        assert asked == [1, 1]
+
+
+async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between may forget them without a word."""
+    monkeypatch.setattr(loop_http, "_LONGEST_IDLE", 0.02)
+    async with scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, asked), client_of(url) as client:
+        await client.get_async(0, 10)
+        timer = client._timer
+        while client._timer is timer or client._idle:  # noqa: ASYNC110 - it has no event for this
+            await asyncio.sleep(0.01)
+        await client.get_async(0, 10)
+        assert asked == [1, 1]
+
+
+async def test_refused_connections() -> None:
+    """The server is not there."""
+    async with scripted(lambda _, __: None) as (url, _):
+        pass
+    async with client_of(url) as client:
+        with pytest.raises(RequestError, match="refuses connections"):
+            await client.get_async(0, 10)
