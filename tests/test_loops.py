@@ -34,3 +34,29 @@ print(loops.kind())
 """
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout == "asyncio\n"
+
+
+FEW_DESCRIPTORS = """
+import asyncio, os, resource
+from aiouffd.engine.loops import new_event_loop
+new_event_loop().close()  # libuv keeps a pipe
+free, most = os.eventfd(0), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+os.close(free)
+refused = []
+for spare in range(16):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, most))
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(asyncio.sleep(0))
+    except OSError:
+        refused.append(spare)
+assert refused == [*range(len(refused))]
+print(len(refused))
+"""
+
+
+def test_a_loop_that_finds_no_room_for_its_descriptors() -> None:
+    """An error, whatever their number: libuv would end the process."""
+    result = subprocess.run([sys.executable, "-c", FEW_DESCRIPTORS], check=True, capture_output=True, text=True)
+    assert 9 <= int(result.stdout) < 16
+    assert result.stderr == ""

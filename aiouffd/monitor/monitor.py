@@ -19,6 +19,7 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
 from aiouffd.errors import ClosedError, UffdError
+from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
@@ -106,7 +107,7 @@ class Monitor:
     Raises (on entering):
         UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the native part is missing.
         AccessError: this user may not use it; it names the knobs.
-        BusyError: the region is served already.
+        BusyError: the region is served already. LimitError: it names the limit.
         TraceError: `replay` is no recording, not complete, damaged, or of another page size.
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
         TypeError: `InProcess()` without a running loop.
@@ -276,8 +277,8 @@ class Monitor:
                 self._registration = None
                 registration.abandon()
                 self._crashes.close()
-                if isinstance(error, RuntimeError) and "sub" in str(error) and "interpreter" in str(error):
-                    raise UffdError(f"{error}: enter the Monitor in the main interpreter") from error
+                if (told := _told(error, region)) is not None:
+                    raise told from error
                 raise
         self._engine, region.monitor = engine, self
         if region.fd >= 0:
@@ -433,6 +434,15 @@ class Monitor:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
+
+
+def _told(error: BaseException, region: Region) -> UffdError | None:
+    """Return what says more of why a Monitor cannot be entered; None: nothing does."""
+    if isinstance(error, RuntimeError) and "sub" in str(error) and "interpreter" in str(error):
+        return UffdError(f"{error}: enter the Monitor in the main interpreter")
+    if isinstance(error, OSError) and not isinstance(error, UffdError):
+        return limit_error(f"serving {region!r}", error.errno or 0)
+    return None
 
 
 def _check_region(region: Region) -> None:

@@ -115,14 +115,14 @@ def test_an_unlimited_limit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "vm.max_map_count" in str(error)
 
 
-def few_descriptors(*, starts: bool) -> None:
+def few_descriptors(engine: aiouffd.Pager | aiouffd.InThread | None, least: int) -> None:
     """Scenario: each number of free descriptors, up to what a Monitor needs to fail at its last one.
 
     Args:
-        starts: each Monitor starts a pager; else one lingers.
+        engine: None: a pager that lingers.
+        least: so many of the numbers are too few.
     """
     region = aiouffd.Region(1 << 20)
-    engine = aiouffd.Pager() if starts else None
     engines._shared._linger = 1000.0
     # The watchdog has a descriptor for as long as the process lives.
     with aiouffd.Monitor(region, engine=engine, on_exit="zeros"):
@@ -141,7 +141,7 @@ def few_descriptors(*, starts: bool) -> None:
             assert "RLIMIT_NOFILE" in str(error)  # noqa: PT017 - it need not be raised
             refused += 1
         gc.collect()
-    assert refused > (6 if starts else 4)
+    assert refused > least
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     assert not unraisable
     assert open_descriptors() == before
@@ -149,15 +149,22 @@ def few_descriptors(*, starts: bool) -> None:
 
 def few_descriptors_to_start_with() -> None:
     """Scenario: see there."""
-    few_descriptors(starts=True)
+    few_descriptors(aiouffd.Pager(), 6)
 
 
 def few_descriptors_beside_others() -> None:
     """Scenario: see there."""
-    few_descriptors(starts=False)
+    few_descriptors(None, 4)
 
 
-@pytest.mark.parametrize("scenario", [few_descriptors_to_start_with, few_descriptors_beside_others])
+def few_descriptors_in_thread() -> None:
+    """Scenario: see there."""
+    few_descriptors(aiouffd.InThread(), 6)
+
+
+@pytest.mark.parametrize(
+    "scenario", [few_descriptors_to_start_with, few_descriptors_beside_others, few_descriptors_in_thread]
+)
 def test_whatever_descriptor_a_monitor_lacks(scenario: Callable[[], None]) -> None:
     """The error names the limit; nothing is closed twice, and none is left open."""
     play(scenario)

@@ -122,8 +122,11 @@ class InThreadEngine:
         """Serve the region."""
         options = assignment.options
         self._extents = Extents(assignment.service, options, assignment.page_size)
-        self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._loop = new_event_loop()
+            undo.callback(self._loop.close)
+            self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(self._close_pipe)
             self._served = Served(
                 assignment.uffd.fileno(),
                 self._writing,
@@ -134,29 +137,17 @@ class InThreadEngine:
                 warning=self._choice.stuck_warning,
                 limit=self._choice.stuck_limit or 0.0,
             )
-        except BaseException:
-            self._close_pipe()
-            raise
-        self._loop = new_event_loop()
-        self._uffd = PipeUserfaultfd.joined(
-            assignment.uffd,
-            self._reading,
-            self._loop,
-            None if assignment.can_poison else self._served.refuse,
-        )
-        # No spinning: the touchers need the GIL, which the loop would hold. The native reader would place nothing: the
-        # handlers have placed what is in memory.
-        how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": self._quiet, "changed": self._show}
-        try:
+            undo.callback(self._remove, for_good=True)
+            refuse = None if assignment.can_poison else self._served.refuse
+            self._uffd = PipeUserfaultfd.joined(assignment.uffd, self._reading, self._loop, refuse)
+            undo.callback(self._uffd.close)
+            # No spinning: the touchers need the GIL, which the loop would hold. The native reader would place nothing:
+            # the handlers have placed what is in memory.
+            how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": self._quiet, "changed": self._show}
             self._local = Local(self._loop, assignment, self._uffd, self._counters, **how)
             self._show()
             self._thread.start()
-        except BaseException:
-            self._loop.close()
-            self._uffd.close()
-            self._close_pipe()
-            self._remove(for_good=True)
-            raise
+            undo.pop_all()
         self._served.open()
         _engines.add(self)
 
