@@ -8,6 +8,7 @@ import pytest
 
 from aiouffd import UffdError
 from aiouffd.cli import commands, main
+from aiouffd.kernel.limits import limit_error
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ from aiouffd.cli import commands, main
         (UffdError("it is so"), 1, "aiouffd: it is so\n"),
         (OSError(2, "No such file", "/x"), 1, "aiouffd: /x: No such file\n"),
         (OSError("odd"), 1, "aiouffd: odd\n"),
+        (OSError(24, "?"), 1, f"aiouffd: {limit_error('the command', 24)}\n"),
     ],
 )
 def test_an_error_is_a_line_and_a_status(

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import UffdError
+from aiouffd.kernel.limits import limit_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        _say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        known = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        _say(str(limit_error(str(error.filename or "the command"), error.errno or 0) or known))
         return 1
     return int(result or 0)
 
