@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -48,3 +49,12 @@ def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setitem(sys.modules, "click", None)
     assert main(["doctor"]) == 2
     assert "pip install 'aiouffd[cli]'" in capsys.readouterr().err
+
+
+def test_the_end_is_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python looks for no garbage at its end."""
+    called: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: called.append(True))
+    assert main(["--version"]) == 0
+    assert called
+    assert capsys.readouterr().out.startswith("aiouffd")

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import math
+import time
 from array import array
 from typing import Any
 
@@ -267,9 +268,11 @@ async def test_what_is_handed_over_before_it_is_registered(monkeypatch: pytest.M
     )
     asked = noted(world)
     late = asyncio.Event()
+    began = time.monotonic()
     task = asyncio.create_task(bring_early(world.space, world.backend, late))
     await asyncio.sleep(0.005)
     assert not asked
+    assert len(uffd.asked) <= (time.monotonic() - began) * 1000 + 2  # it sleeps in between, on each loop
     if how == "late":
         late.set()
     elif how == "closed":

@@ -37,7 +37,7 @@ _SAVED = 64 << 20  # bytes between two reports of progress, from which a success
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
 _PATIENCE = 0.05  # seconds that it waits for that at most
 _SMALL = 1 << 20  # a mapping that is brought before larger ones
-_NOT_YET = 0.0005  # seconds between looks whether memory is registered
+_NOT_YET = 0.001  # seconds between looks whether memory is registered; uvloop rounds half a millisecond to none
 
 
 async def bring_ahead(
