@@ -19,7 +19,7 @@ import numpy as np
 
 import aiouffd
 from aiouffd.kernel.memory import address_of
-from benchmarks import clock, far, fuse, guest, in_thread, monitors, served
+from benchmarks import clock, far, fuse, guest, in_thread, monitors, programs, served
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
 from benchmarks.native import touch
 
@@ -587,6 +587,24 @@ def restore_rows(*, quick: bool) -> Iterator[Row]:
         )
 
 
+def program_rows(*, quick: bool) -> Iterator[Row]:  # noqa: ARG001 - as all makers of rows
+    """Programs as users restore them."""
+    peer = "criu lazy-pages"
+    for name in programs.PROGRAMS:
+        why = programs.unavailable(name)
+        ours, theirs = (programs.figures(name, daemon) for daemon in (served.our_daemon, served.own_daemon))
+        for index, until in enumerate(("the first answer", "the daemon has ended")):
+            yield Row(
+                f"{name}-{'end' if index else 'answer'}",
+                f"lazy restore of {name}, until {until}",
+                "ms",
+                {"aiouffd": ours[index], peer: theirs[index]},
+                (Bar(peer, 1.0),),
+                left_out={} if why is None else {"aiouffd": why},
+                setup="aiouffd lazy-pages",
+            )
+
+
 def rows(*, quick: bool) -> Iterator[Row]:
     """Return all rows; a row's files live as long as it is being worked on."""
     for make in (
@@ -599,6 +617,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         replay_row,
         clients_row,
         restore_rows,
+        program_rows,
         descriptors_row,
         memory_row,
         start_rows,

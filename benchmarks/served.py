@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,26 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import criu_rig  # the rig of the tests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+__all__ = [
+    "PERF_FORGETS",
+    "Daemon",
+    "clients",
+    "criu_rig",
+    "our_daemon",
+    "own_daemon",
+    "remembering",
+    "restore_unavailable",
+    "restoring",
+]
 
 MIB = 1 << 20
 _CLONE_NEWNS = 0x20000
 _PERF_EVENT_OPEN = 298  # the number of the call on x86_64, like everything that there is of CRIU here
-_PERF_FORGETS = 1.2  # seconds
+PERF_FORGETS = 1.2  # seconds
+
+Daemon = Callable[[criu_rig.Checkpoint], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
 
 
 @contextlib.contextmanager
@@ -96,9 +111,7 @@ def perf_kept_on() -> Iterator[None]:
         os.close(fd)
 
 
-def restoring(
-    daemon: Callable[[criu_rig.Checkpoint], contextlib.AbstractContextManager[None]], size: int, *, again: bool
-) -> Callable[[], float]:
+def restoring(daemon: Daemon, size: int, *, again: bool) -> Callable[[], float]:
     """Return a contestant: milliseconds from the start of `criu restore` until the process has read all its memory.
 
     CRIU sets a breakpoint in a process that it dumps or restores, which is a perf event. When there was none, the
@@ -124,7 +137,7 @@ def restoring(
             checkpoint.dump()
             with daemon(checkpoint):
                 if not again:
-                    time.sleep(_PERF_FORGETS)
+                    time.sleep(PERF_FORGETS)
                 checkpoint.go()
                 began = time.perf_counter()
                 restore = checkpoint.restore()
@@ -137,20 +150,19 @@ def restoring(
 
 
 @contextlib.contextmanager
-def own_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[None]:
+def own_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[subprocess.Popen[bytes]]:
     """`criu lazy-pages`."""
-    checkpoint.lazy_pages()
-    yield
+    yield checkpoint.lazy_pages()
 
 
 @contextlib.contextmanager
-def our_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[None]:
+def our_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[subprocess.Popen[bytes]]:
     """`aiouffd lazy-pages`."""
     command = [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(checkpoint.images)]
     log = checkpoint.directory / "aiouffd.log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file, env=dict(os.environ)) as daemon:
         try:
             criu_rig.until(lambda: "listening" in log.read_text(), "daemon")
-            yield
+            yield daemon
         finally:
             daemon.kill()

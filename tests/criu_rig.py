@@ -89,19 +89,36 @@ def _apt(root: Path, *arguments: str, cwd: Path | None = None) -> None:
         raise UnobtainableError(f"apt-get {arguments[0]} failed: {(result.stderr or result.stdout).strip()[-300:]}")
 
 
-def _unpack(target: Path) -> None:
+def unpacked(name: str, suite: str, packages: Sequence[str]) -> Path:
+    """Return a directory with these packages of a suite of Debian's, fetched on first use and kept.
+
+    Raises:
+        UnobtainableError: with the reason.
+    """
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise UnobtainableError("apt-get and dpkg are needed to fetch packages")
+    root = cache_directory() / f"{name}-{suite}"
+    if not root.exists():
+        with (cache_directory() / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not root.exists():
+                _unpack(root, suite, packages)
+    return root
+
+
+def _unpack(target: Path, suite: str, packages: Sequence[str]) -> None:
     address, keyring = mirror()
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
         apt = work / "apt"
         (apt / "etc").mkdir(parents=True)
-        (apt / "etc/sources.list").write_text(f"deb [signed-by={keyring}] {address} {SUITE} main\n")
+        (apt / "etc/sources.list").write_text(f"deb [signed-by={keyring}] {address} {suite} main\n")
         _apt(apt, "update")
-        packages = work / "packages"
-        packages.mkdir()
-        _apt(apt, "download", *PACKAGES, cwd=packages)
+        fetched = work / "packages"
+        fetched.mkdir()
+        _apt(apt, "download", *packages, cwd=fetched)
         root = work / "root"
-        for package in sorted(packages.glob("*.deb")):
+        for package in sorted(fetched.glob("*.deb")):
             subprocess.run(["dpkg", "-x", package, root], check=True, capture_output=True)
         with contextlib.suppress(OSError):  # another run was first
             root.rename(target)
@@ -118,14 +135,7 @@ def command() -> tuple[str, ...]:
         raise UnobtainableError("CRIU needs root")
     if os.uname().machine != "x86_64":
         raise UnobtainableError("the packages are known for x86_64 only")
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise UnobtainableError("apt-get and dpkg are needed to fetch CRIU")
-    root = cache_directory() / f"criu-{SUITE}"
-    if not root.exists():
-        with (cache_directory() / "criu.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not root.exists():
-                _unpack(root)
+    root = unpacked("criu", SUITE, PACKAGES)
     libraries = str(root / LIBRARIES)
     found = (f"{libraries}/ld-linux-x86-64.so.2", "--library-path", libraries, str(root / "usr/sbin/criu"))
     result = subprocess.run([*found, "--version"], capture_output=True, text=True, check=False, timeout=30)
@@ -211,16 +221,19 @@ class Checkpoint:
         return self.directory / "images"
 
     def start(self, mode: str, mebibytes: int = 64) -> None:
-        """Start the subject, as leader of a session of its own, and wait until its memory is filled."""
+        """Start the subject, and wait until its memory is filled."""
+        self.start_program([str(subject_program()), mode, str(self.directory), str(mebibytes)], {})
+        until((self.directory / "ready").exists, "subject that is ready")
+
+    def start_program(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        """Start any program as the subject, as leader of a session of its own."""
         self.images.mkdir()
-        arguments = [str(subject_program()), mode, str(self.directory), str(mebibytes)]
         with Path(os.devnull).open("r+b") as null:
             subject = subprocess.Popen(
-                arguments, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/", env={}
+                arguments, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/", env=environment
             )
         self._mine.append(subject)
         self.pid = subject.pid
-        until((self.directory / "ready").exists, "subject that is ready")
 
     def _criu(self, verb: str, *arguments: str, prefix: Sequence[str] = (), descriptors: Sequence[int] = ()) -> int:
         """Start CRIU in the background; return the index of its process."""

@@ -75,9 +75,10 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
 
 
 def test_who_cannot_run_here_is_named(tmp_path: Path) -> None:
-    """A guest and a FUSE file system run beside ours, or it is said why not."""
-    result = run("--repeats", "1", "--rows", "sequential,kvm", "--output", tmp_path)
+    """A guest, a FUSE file system and a restored server run beside ours, or it is said why not."""
+    result = run("--repeats", "1", "--rows", "sequential,kvm,redis-server-end", "--output", tmp_path)
     assert ("pyfuse3 + mmap: " in result.stdout) != ("pyfuse3 + mmap is left out: " in result.stderr)
+    assert ("of redis-server, until the daemon" in result.stdout) != ("redis-server-end is left out: " in result.stderr)
     assert ("present memory: " in result.stdout) != ("kvm is left out: " in result.stderr)
 
 
