@@ -126,6 +126,8 @@ async def test_a_connection_that_was_closed_meanwhile_costs_no_error() -> None:
         HEAD.replace("Length: 10", "Length: 11"),
         HEAD.replace("Content-Length: 10", "Transfer-Encoding: chunked"),
         HEAD + "Content-Length: 10\r\n",
+        HEAD + "Content-Range: bytes 1-10/20\r\n",
+        HEAD.replace("Content-Range", "X-Content-Range"),
         HEAD + "Transfer-Encoding: chunked\r\n",
         HEAD + "Content-Encoding: gzip\r\n",
         HEAD + "Last-Modified: yesterday\r\n",

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["LoopHttp"]
 
 _ROOM = 16 << 10  # bytes of a head, and of a body that comes with it: a page takes one system call
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(
+    r"\r\nContent-Range:[ \t]*bytes (\d+)-(\d+)/(\d+)[ \t]*(?=\r\n|$)", re.IGNORECASE | re.ASCII
+)
 _CONNECT_TIMEOUT = 5.0  # seconds; as obstore's
 _LONGEST_IDLE = 30.0  # seconds: behind it something on the way may have forgotten the connection without a word
 _ERROR = 400
-
-_time = lru_cache(8)(email.utils.parsedate_to_datetime)
 
 
 class LoopHttp:
@@ -210,29 +210,15 @@ class _Connection(asyncio.BufferedProtocol):
         Raises:
             RequestError: it is an error, or not the range that was asked for.
         """
-        first_line, *lines = head.split("\r\n")
-        version, _, status = first_line.partition(" ")
-        headers: dict[str, str] = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip()
-            headers[name] = value if name not in headers else f"{headers[name]}, {value}"
-        code = int(status[:3]) if status[:3].isdecimal() else 0
-        if code >= _ERROR:
-            raise RequestError(from_status(code, status))
-        found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-        if code != 206 or found is None or headers.get("content-encoding", "identity") != "identity":
-            raise _refused(first_line)
-        first, last, total = map(int, found.groups())
+        found = _CONTENT_RANGE.search(head)
+        if found is None:
+            _others(head, -1)  # an error says more
+            raise _refused("no Content-Range")
+        first, last, total = int(found[1]), int(found[2]), int(found[3])
+        length, self._keeps, self._validator = _others(head[: found.start()] + head[found.end() :], total)
         start, stop = self._asked
-        length = last + 1 - first
-        if first != start or last + 1 != min(stop, total) or headers.get("content-length") != str(length):
-            raise _refused(found[0])
-        if "transfer-encoding" in headers:
-            raise _refused(headers["transfer-encoding"])
-        self._keeps = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-        modified = headers.get("last-modified")
-        self._validator = Validator(total, headers.get("etag"), None if modified is None else _read_time(modified))
+        if first != start or last + 1 != min(stop, total) or length != last + 1 - first:
+            raise _refused(found[0].strip())
         return length
 
     def _complete(self, data: object) -> None:
@@ -243,9 +229,36 @@ class _Connection(asyncio.BufferedProtocol):
         self._answer.set_result(Answer(data, self._asked[0], self._validator))
 
 
+@lru_cache(16)
+def _others(head: str, total: int) -> tuple[int, bool, Validator]:
+    """Check all of a head but its Content-Range: the same in most answers, so that few are looked at.
+
+    Returns:
+        Bytes of the body; whether the connection can be used again; the version.
+    """
+    first_line, *lines = head.split("\r\n")
+    version, _, status = first_line.partition(" ")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip()
+        headers[name] = value if name not in headers else f"{headers[name]}, {value}"
+    code = int(status[:3]) if status[:3].isdecimal() else 0
+    if code >= _ERROR:
+        raise RequestError(from_status(code, status))
+    length = headers.get("content-length", "")
+    if code != 206 or "content-range" in headers or not length.isdecimal():
+        raise _refused(first_line)
+    if "transfer-encoding" in headers or headers.get("content-encoding", "identity") != "identity":
+        raise _refused("an encoded body")
+    modified = headers.get("last-modified")
+    validator = Validator(total, headers.get("etag"), None if modified is None else _read_time(modified))
+    return int(length), version == "HTTP/1.1" and headers.get("connection", "").lower() != "close", validator
+
+
 def _read_time(text: str) -> dt.datetime:
     try:
-        return _time(text)
+        return email.utils.parsedate_to_datetime(text)
     except ValueError as error:
         raise _refused(text) from error
 
