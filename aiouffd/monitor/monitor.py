@@ -277,8 +277,10 @@ class Monitor:
                 self._registration = None
                 registration.abandon()
                 self._crashes.close()
-                if (told := _told(error, region)) is not None:
-                    raise told from error
+                if isinstance(error, OSError) and not isinstance(error, UffdError):
+                    limit = limit_error(f"serving {region!r}", error.errno or 0)
+                    if limit is not None:
+                        raise limit from error
                 raise
         self._engine, region.monitor = engine, self
         if region.fd >= 0:
@@ -434,15 +436,6 @@ class Monitor:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
-
-
-def _told(error: BaseException, region: Region) -> UffdError | None:
-    """Return what says more of why a Monitor cannot be entered; None: nothing does."""
-    if isinstance(error, RuntimeError) and "sub" in str(error) and "interpreter" in str(error):
-        return UffdError(f"{error}: enter the Monitor in the main interpreter")
-    if isinstance(error, OSError) and not isinstance(error, UffdError):
-        return limit_error(f"serving {region!r}", error.errno or 0)
-    return None
 
 
 def _check_region(region: Region) -> None:

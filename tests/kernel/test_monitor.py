@@ -369,26 +369,6 @@ def test_wrong_use_is_a_typed_error() -> None:
     play(refusals)
 
 
-@pytest.mark.parametrize("engine", [None, aiouffd.InThread()])
-@pytest.mark.parametrize(
-    "words",
-    ["thread is not supported for isolated subinterpreters", "daemon threads are disabled in this (sub)interpreter"],
-)
-def test_an_isolated_subinterpreter(
-    engine: aiouffd.InThread | None, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Python refuses processes and threads there; the error says what to do."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError(words)
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    monitor = aiouffd.Monitor(aiouffd.Region(PAGE), engine=engine)
-    with pytest.raises(aiouffd.UffdError, match=r"interpreter.*: enter the Monitor in the main interpreter"), monitor:
-        pass
-
-
 def bad_sources() -> None:
     """Scenario."""
     for url, words in (
