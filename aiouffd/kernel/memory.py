@@ -83,7 +83,7 @@ _memcmp = ctypes.PyDLL(None).memcmp  # PyDLL: to release the GIL would cost more
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
-def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> list[int]:
+def zero_blocks(view: memoryview, block: int) -> list[int]:
     """Return the offsets of the blocks of a buffer that hold nothing but zeros. The last block may be shorter.
 
     A block whose first byte is not zero costs nothing more.
@@ -91,11 +91,9 @@ def zero_blocks(view: memoryview, block: int, firsts: bytes | None = None) -> li
     Args:
         view: contiguous bytes.
         block: bytes.
-        firsts: the first byte of each block, if known.
     """
     found: list[int] = []
-    if firsts is None:
-        firsts = view[::block].tobytes()
+    firsts = view[::block].tobytes()
     index = firsts.find(0)
     if index < 0:
         return found

@@ -200,11 +200,19 @@ class FileSource:
             firsts = self._peek(offset, offset + length, block)
         else:
             return []
-        if 0 not in firsts:
-            return []
-        data = self._read_resident(offset, length)
-        # Shorter: the file was cut just now. What is behind its end is not zeros; the copy finds out.
-        return zero_blocks(memoryview(data), block, firsts) if len(data) == length else []
+        found: list[int] = []
+        for at in (offset + number * block for number, first in enumerate(firsts) if not first):
+            size = min(block, offset + length - at)
+            # Most blocks that begin with a zero have something else in their first page.
+            for part in (min(mmap.PAGESIZE, size), size):
+                data = self._read_resident(at, part)
+                if len(data) < part:
+                    return []  # The file was cut just now. What is behind its end is not zeros; the copy finds out.
+                if not zero_blocks(memoryview(data), block):
+                    break
+            else:
+                found.append(at - offset)
+        return found
 
     def _peek(self, low: int, high: int, block: int) -> bytes:
         """Return the first byte of each block of [low, high), as far as the file goes now."""
