@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 from typing import TYPE_CHECKING
 
 import odd_http
@@ -129,6 +130,13 @@ async def test_a_connection_that_was_closed_meanwhile_costs_no_error() -> None:
         HEAD.replace("Length: 10", "Length: 11"),
         HEAD.replace("Content-Length: 10", "Transfer-Encoding: chunked"),
         HEAD + "Content-Length: 10\r\n",
+        HEAD.replace("Length: 10", f"Length: {'9' * 5000}"),
+        HEAD.replace("0-9/10", f"0-9/{'9' * 5000}"),
+        HEAD.replace("0-9/10", "0--1/10").replace("Length: 10", "Length: 0"),
+        HEAD.replace("\r\n", "\n") + "\n" + BODY,
+        HEAD + "\n" + BODY,
+        HEAD + 'ETag: "a"\r\nETag: "b"\r\n',
+        HEAD + "Last-Modified: Mon, 02 Nov 99999999999 10:00:00 GMT\r\n",
         HEAD + "Content-Range: bytes 1-10/20\r\n",
         HEAD.replace("Content-Range", "X-Content-Range"),
         HEAD + "Transfer-Encoding: chunked\r\n",
@@ -147,6 +155,26 @@ async def test_what_is_not_understood_is_refused(answer: str) -> None:
             await client.get_async(0, 10)
         assert caught.value.failure.answer_refused
         assert asked == [1]
+
+
+@pytest.mark.parametrize("what", ["Content-Length: " + "9" * 5000, "X: " + "x" * 200_000])
+async def test_a_refusal_is_no_error_of_the_loop(what: str) -> None:
+    """Nothing is logged, and what comes behind a head that is too long finds no room."""
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    async with scripted(lambda _, __: f"{HEAD}{what}\r\n\r\n{BODY}") as (url, _), client_of(url) as client:
+        with pytest.raises(RequestError, match="not understood"):
+            await client.get_async(0, 10)
+    assert not errors
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "", "+0000"])
+async def test_times_are_utc(zone: str) -> None:
+    """As obstore reads them, so that they are comparable."""
+    last = f"Last-Modified: Mon, 02 Nov 2026 10:00:00 {zone}\r\n"
+    async with scripted(lambda _, __: f"{HEAD}{last}\r\n{BODY}") as (url, _), client_of(url) as client:
+        answer = await client.get_async(0, 10)
+        assert answer.validator.modified == dt.datetime(2026, 11, 2, 10, tzinfo=dt.UTC)
 
 
 async def test_errors_of_the_server() -> None:
@@ -175,6 +203,23 @@ async def test_a_server_that_does_not_answer() -> None:
         with pytest.raises(RequestError) as caught:
             await client.get_async(0, 10)
         assert caught.value.failure.timed_out
+
+
+async def test_a_request_ends_also_behind_close() -> None:
+    """The client was given up because of another answer meanwhile."""
+    came = asyncio.Event()
+
+    def answers(_: int, __: int) -> str:
+        came.set()
+        return "HTTP/1.1 206"
+
+    async with scripted(answers) as (url, _), client_of(url, 0.2) as client:
+        task = asyncio.create_task(client.get_async(0, 10))
+        await came.wait()
+        client.close()
+        await asyncio.wait([task], timeout=10)
+        assert task.done()
+        assert isinstance(task.exception(), RequestError)
 
 
 async def test_canceling_ends_the_connection() -> None:

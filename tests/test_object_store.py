@@ -375,6 +375,41 @@ async def test_the_size_is_asked_for_in_a_thread(monkeypatch: pytest.MonkeyPatch
     assert asked != [threading.get_ident()]
 
 
+async def test_a_source_that_is_served_again() -> None:
+    """Its connections are kept as before, also if another loop uses it meanwhile."""
+    with odd_http.serving() as server:
+        source = aiouffd.ObjectSource(server.url, timeout=20)
+        await source.prepare()
+        for _ in range(2):
+            source.begin(20, 1, lambda: None)
+            await source.read(0, 10)
+            assert source._direct is not None
+            assert len(source._direct._idle) == 1
+            assert bytes(await asyncio.to_thread(asyncio.run, source.read(5, 10))) == odd_http.DATA[5:15]
+            await source.aclose()
+            await source.read(0, 10)
+            assert source._direct is None
+
+
+@pytest.mark.parametrize(
+    ("url", "direct"),
+    [
+        ("http://a.example/b", True),
+        ("http://[::1]:80/a/b%20c.bin?x=1&y=%2F..", True),
+        ("https://a.example/b", False),
+        ("http://me@a.example/b", False),
+        *((f"http://{url}", False) for url in ("ä.example/b", "A.example/b", "a.example/b c", "a.example/ä")),
+        *(
+            (f"http://a.example/{path}", False)
+            for path in ("a/../b", "./b", "%2E/b", "a\\b", "a|b", "b?q='", "b?", "b#")
+        ),
+    ],
+)
+def test_what_is_sent_as_it_is(url: str, direct: bool) -> None:
+    """A URL that obstore would send as another one goes through obstore."""
+    assert aiouffd.ObjectSource(url)._may_go_direct() == direct
+
+
 @pytest.mark.parametrize(
     ("url", "options", "direct"),
     [

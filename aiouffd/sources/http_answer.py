@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import email.utils
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
-__all__ = ["Answer", "Validator", "as_sent"]
+__all__ = ["Answer", "Validator", "time_of"]
 
 
 class Validator(NamedTuple):
@@ -75,7 +74,13 @@ class Answer(NamedTuple):
     validator: Validator
 
 
-def as_sent(path: str, query: str = "") -> str:
-    """Return a path and a query as they are sent: what may not stand there is quoted, what was quoted stays."""
-    whole = f"{path}?{query}" if query else path
-    return quote(whole, safe="%/:=&?~+!$,;'@()*[]")
+def time_of(last_modified: str | None) -> dt.datetime | None:
+    """Return the time of a Last-Modified. One without a time zone is UTC, as all are meant to be.
+
+    Raises:
+        ValueError, OverflowError: it is no time.
+    """
+    if last_modified is None:
+        return None
+    time = email.utils.parsedate_to_datetime(last_modified)
+    return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)

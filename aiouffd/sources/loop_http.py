@@ -9,17 +9,12 @@ it refuses, and obstore is asked from then on.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from aiouffd.sources.http_answer import Answer, Validator, as_sent
+from aiouffd.sources.http_answer import Answer, Validator, time_of
 from aiouffd.sources.store_errors import Failure, RequestError, from_exception, from_status
-
-if TYPE_CHECKING:
-    import datetime as dt
 
 __all__ = ["LoopHttp"]
 
@@ -27,16 +22,17 @@ _ROOM = 16 << 10  # bytes of a head, and of a body that comes with it: a page ta
 _CONTENT_RANGE = re.compile(
     r"\r\nContent-Range:[ \t]*bytes (\d+)-(\d+)/(\d+)[ \t]*(?=\r\n|$)", re.IGNORECASE | re.ASCII
 )
+_OTHER_END = re.compile(rb"\n\r?\n")
 _CONNECT_TIMEOUT = 5.0  # seconds; as obstore's
 _LONGEST_IDLE = 30.0  # seconds: behind it something on the way may have forgotten the connection without a word
 _ERROR = 400
 
 
 class LoopHttp:
-    """One object behind an http URL without a user, reached without a proxy. One loop owns it.
+    """One object behind an http URL without a user, reached without a proxy. It belongs to the loop that runs.
 
     Args:
-        url: of the object.
+        url: of the object; sent as it is.
         timeout: seconds for one request, at most half as much again: one timer looks after all of them.
         pinned: the version that the bytes must be of.
     """
@@ -45,13 +41,20 @@ class LoopHttp:
         parts = urlsplit(url)
         self._address = parts.hostname or "", parts.port or 80
         headers = {"Host": parts.netloc, "User-Agent": "aiouffd", "Accept-Encoding": "identity", **pinned.conditions()}
-        lines = [f"GET {as_sent(parts.path or '/', parts.query)} HTTP/1.1", *map(": ".join, headers.items())]
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        lines = [f"GET {target} HTTP/1.1", *map(": ".join, headers.items())]
         self._head = "\r\n".join([*lines, "Range: bytes="])
         self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it belongs to this loop."""
+        return self._loop is asyncio.get_running_loop()
 
     async def get_async(self, start: int, stop: int) -> Answer:
         """Return the bytes [start, stop), or up to the end of the object. Canceling is safe: it ends the connection.
@@ -78,31 +81,27 @@ class LoopHttp:
                     connection.close()
 
     async def _open(self) -> _Connection:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(min(_CONNECT_TIMEOUT, self._timeout)):
-                _, connection = await loop.create_connection(lambda: _Connection(loop), *self._address)
+                _, connection = await self._loop.create_connection(lambda: _Connection(self._loop), *self._address)
         except OSError as error:
             raise RequestError(from_exception(error, _no_proxy)) from error
         return connection
 
     def _watch(self) -> None:
         """End the requests that take too long, and the connections that were not used for long."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         for connection in self._busy:
             if now - connection.since > self._timeout:
                 connection.fail(TimeoutError())
         while self._idle and now - self._idle[0].since > _LONGEST_IDLE:  # the last one is used first
             self._idle.pop(0).close()
         alive = self._busy or self._idle
-        self._timer = loop.call_later(min(self._timeout / 2, _LONGEST_IDLE), self._watch) if alive else None
+        self._timer = self._loop.call_later(min(self._timeout / 2, _LONGEST_IDLE), self._watch) if alive else None
 
     def close(self) -> None:
-        """Close the connections: those that are in use when their requests end."""
+        """Close the connections: those that are in use when their requests end. The timer looks after these."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
         for connection in self._idle:
             connection.close()
         self._idle.clear()
@@ -169,8 +168,9 @@ class _Connection(asyncio.BufferedProtocol):
                 self._take_head()
             elif self._filled == len(self._body):
                 self._complete(self._body.obj)
-        except RequestError as error:
-            self._answer.set_exception(error)
+        except (RequestError, ValueError, OverflowError) as error:  # the last two: numbers and times that are none
+            self._answer.set_exception(error if isinstance(error, RequestError) else _refused(str(error)))
+            self.close()  # there may be no room for what comes behind it
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take note that the server has closed it."""
@@ -192,6 +192,8 @@ class _Connection(asyncio.BufferedProtocol):
         if end < 0:
             if self._filled == _ROOM:
                 raise _refused("a head of more than 16 KiB")
+            if _OTHER_END.search(self._room, 0, self._filled):
+                raise _refused("lines without a carriage return")
             return
         length = self._understand(self._room[:end].decode("latin-1"))
         begin = end + 4
@@ -217,7 +219,7 @@ class _Connection(asyncio.BufferedProtocol):
         first, last, total = int(found[1]), int(found[2]), int(found[3])
         length, self._keeps, self._validator = _others(head[: found.start()] + head[found.end() :], total)
         start, stop = self._asked
-        if first != start or last + 1 != min(stop, total) or length != last + 1 - first:
+        if not (first == start <= last == min(stop, total) - 1 == start + length - 1):
             raise _refused(found[0].strip())
         return length
 
@@ -242,6 +244,8 @@ def _others(head: str, total: int) -> tuple[int, bool, Validator]:
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip()
+        if name == "etag" and name in headers:
+            raise _refused("two versions")
         headers[name] = value if name not in headers else f"{headers[name]}, {value}"
     code = int(status[:3]) if status[:3].isdecimal() else 0
     if code >= _ERROR:
@@ -251,16 +255,8 @@ def _others(head: str, total: int) -> tuple[int, bool, Validator]:
         raise _refused(first_line)
     if "transfer-encoding" in headers or headers.get("content-encoding", "identity") != "identity":
         raise _refused("an encoded body")
-    modified = headers.get("last-modified")
-    validator = Validator(total, headers.get("etag"), None if modified is None else _read_time(modified))
+    validator = Validator(total, headers.get("etag"), time_of(headers.get("last-modified")))
     return int(length), version == "HTTP/1.1" and headers.get("connection", "").lower() != "close", validator
-
-
-def _read_time(text: str) -> dt.datetime:
-    try:
-        return email.utils.parsedate_to_datetime(text)
-    except ValueError as error:
-        raise _refused(text) from error
 
 
 def _refused(what: str) -> RequestError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -29,6 +30,9 @@ _FIRST_RETRIES = 3
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _WITNESS = 4096  # bytes of a read that are read again where nothing names the version
+_SENT_AS_IT_IS = re.compile(
+    r"http://[a-z\d.:[\]-]+(?:/(?!\.|%2[eE])[\w%:=&~+!$,;@()*.-]*)+(?:\?[\w%:=&~+!$,;@()*./?-]+)?", re.ASCII
+)  # no user, nothing that is quoted or left out
 _REMINDER = 10.0  # seconds between two messages about outages
 
 
@@ -76,7 +80,7 @@ class ObjectSource:
         # Made at first use: they do not travel.
         self._client: StoreClient | PlainHttp | None = None
         self._direct: LoopHttp | None = None
-        self._goes_direct = False  # from `begin` on, since its caller calls `aclose`, until an answer was refused
+        self._goes_direct = False  # from `begin` to `aclose`, or until an answer was refused
         self._failing_since: float | None = None
         self._logged = -_REMINDER
 
@@ -136,9 +140,9 @@ class ObjectSource:
 
     async def aclose(self) -> None:
         """Let threads end."""
-        for client in (self._client, self._direct):
-            if client is not None:
-                client.close()
+        if self._client is not None:
+            self._client.close()
+        self._end_direct()
 
     # Requests
 
@@ -176,15 +180,13 @@ class ObjectSource:
         if self._direct is None and self._goes_direct and self._pinned is not None:
             self._goes_direct = self._may_go_direct()
             self._direct = LoopHttp(self.url, self._seconds, self._pinned) if self._goes_direct else None
-        direct = self._direct
-        if direct is not None:
+        if self._direct is not None and self._direct.is_here:
             try:
-                return await direct.get_async(start, stop)
+                return await self._direct.get_async(start, stop)
             except RequestError as error:
                 if not error.failure.answer_refused:
                     raise
-            direct.close()
-            self._direct, self._goes_direct = None, False
+            self._end_direct()
         try:
             return await self._connect().get_async(start, stop, self._pinned)
         except RequestError as error:
@@ -192,9 +194,15 @@ class ObjectSource:
 
     def _may_go_direct(self) -> bool:
         """Tell whether requests need nothing that obstore is there for: TLS, signatures, options, a proxy."""
-        parts = urlsplit(self.url)
-        plain = parts.scheme == "http" and bool(parts.hostname) and "@" not in parts.netloc and not self._options
+        plain = _SENT_AS_IT_IS.fullmatch(self.url) is not None and not self._options
         return plain and self._proxy() is None and not isinstance(self._client, PlainHttp)
+
+    def _end_direct(self) -> None:
+        """Ask through obstore from now on."""
+        self._goes_direct = False
+        if self._direct is not None and self._direct.is_here:
+            self._direct.close()
+            self._direct = None
 
     async def _read_again(self) -> None:
         """Compare bytes that were read before with what they are now."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import http.client
 import re
 import ssl
 import urllib.request
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from aiouffd.sources.daemon_threads import DaemonThreads
-from aiouffd.sources.http_answer import Answer, Validator, as_sent
+from aiouffd.sources.http_answer import Answer, Validator, time_of
 from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PlainHttp"]
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_SAFE = "%/:=&?~+!$,;@'()*[]"  # what was quoted stays so
 _THREADS = 16  # limit of requests under way
 _SENSITIVE = frozenset(("authorization", "cookie", "proxy-authorization"))
 
@@ -45,7 +45,7 @@ class PlainHttp:
     def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
         parts = urlsplit(url)
         user, at, host = parts.netloc.rpartition("@")
-        self._url = as_sent(urlunsplit((parts.scheme, host, parts.path, parts.query, "")))
+        self._url = quote(urlunsplit((parts.scheme, host, parts.path, parts.query, "")), safe=_SAFE)
         self._headers = {name: _text(value) for name, value in options.get("default_headers", {}).items()}
         if at:
             self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
@@ -137,12 +137,8 @@ class PlainHttp:
         if len(data) < min(last + 1, stop) - first:
             raise http.client.IncompleteRead(data)
         total = None if found[3] == "*" else int(found[3])
-        modified = response.headers.get("Last-Modified")
-        validator = Validator(
-            total,
-            response.headers.get("ETag"),
-            None if modified is None else email.utils.parsedate_to_datetime(modified),
-        )
+        modified = time_of(response.headers.get("Last-Modified"))
+        validator = Validator(total, response.headers.get("ETag"), modified)
         return Answer(memoryview(data)[start - first :], start, validator)
 
 
