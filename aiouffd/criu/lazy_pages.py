@@ -111,7 +111,6 @@ class LazyPages:
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._leave)
-            socket = stack.enter_context(LazyPagesSocket(self._work))
             await asyncio.to_thread(self._pager.start)
             self._relay = await stack.enter_async_context(Relay())
             pids = await asyncio.to_thread(self._pids)
@@ -121,6 +120,7 @@ class LazyPages:
                     header = await asyncio.to_thread(self._find_header, pids)
                 self._server = await stack.enter_async_context(CriuPageServer(*self._address, header=header))
             await self._prepare(pids)
+            socket = stack.enter_context(LazyPagesSocket(self._work))  # last: whoever finds it is served at once
             ready()
             async for task in socket.tasks():
                 await self._serve(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -15,7 +16,11 @@ from typing import TYPE_CHECKING
 import criu_rig
 import pytest
 from processes import crash
+from scenario import play
 from served import free_port
+
+from aiouffd.criu.lazy_pages import LazyPages
+from aiouffd.engine.assembly import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -300,3 +305,28 @@ def test_a_restore_that_fails(tmp_path: Path) -> None:
     assert "before the end mark" in errors
     assert "Traceback" not in errors
     assert not path.exists()
+
+
+async def listening(directory: str) -> None:
+    """Scenario: a daemon is started, and ended when it is ready."""
+    path = Path(directory) / "lazy-pages.socket"
+    seen: list[bool] = []
+    ready = asyncio.Event()
+
+    async def look(_: LazyPages, __: object) -> None:
+        seen.append(path.exists())
+
+    LazyPages._prepare = look  # type: ignore[assignment]
+    service = asyncio.create_task(LazyPages(directory, options=Options()).run(ready.set))
+    await ready.wait()
+    assert seen == [False]
+    assert path.is_socket()
+    service.cancel()
+    await asyncio.wait([service])
+    assert not path.exists()
+
+
+def test_whoever_finds_the_socket_is_served_at_once(tmp_path: Path, loop: str) -> None:
+    """It is made when all else is ready."""
+    (tmp_path / "mm-1.img").touch()
+    play(listening, str(tmp_path), loop=loop)
