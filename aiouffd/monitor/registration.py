@@ -65,7 +65,7 @@ class Registration:
         self.region = region
         self.can_poison = Feature.POISON in available
         self.modes = RegisterMode.MISSING
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
         self._warned: set[int] = set()
         if writes:
             self.modes |= RegisterMode.WP

@@ -157,6 +157,22 @@ def moved_by_mmap() -> None:
     assert not is_missing(region, 0)
 
 
+def test_a_fork_in_the_middle_of_settling() -> None:
+    """One by a signal handler, which interrupts it: where the pager was given up, that settles the memory, too."""
+    with aiouffd.Region(SIZE) as region:
+        registration = registered(region)
+
+        def settle() -> None:
+            with registration._lock:
+                registration.settle(sigbus=True)
+
+        thread = threading.Thread(target=settle, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert is_missing(region, 0)
+
+
 def test_a_region_without_missing_pages() -> None:
     """Nothing has to be settled."""
     play(moved_by_mmap)
