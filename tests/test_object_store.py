@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import odd_http
 import pytest
+from scenario import play
 from stored import DATA, SIZE, travelled
 
 import aiouffd
@@ -433,3 +434,46 @@ async def test_what_is_read_on_the_loop(url: str, options: dict[str, Any], direc
         if options:
             assert server.requests[-1][1]["x-token"] == "token"
         await source.aclose()
+
+
+def forks(url: str, engine: str) -> None:
+    """Scenario: a process that has opened a URL forks; the child opens it, too, then the parent once more."""
+    options: dict[str, Any] = {"in_thread": {"engine": aiouffd.InThread()}, "pager": {}}[engine]
+    source = aiouffd.ObjectSource(url)
+    assert source.size == SIZE
+    with aiouffd.open(url, **options) as region:
+        assert region[:9] == DATA[:9]
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            assert bytes(asyncio.run(source.read(9, 9))) == DATA[9:18]
+            with aiouffd.open(url, **options) as region:
+                assert region[70_000:70_009] == DATA[70_000:70_009]
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        with aiouffd.open(url, **options) as region:
+            assert region[140_000:140_009] == DATA[140_000:140_009]
+        assert bytes(asyncio.run(source.read(18, 9))) == DATA[18:27]
+
+
+@pytest.mark.parametrize("engine", ["in_thread", "pager"])
+def test_a_forked_child_opens_urls(url: str, engine: str) -> None:
+    """Without obstore, whose runtime is its parent's."""
+    play(forks, f"{url}/data.bin", engine)
+
+
+def forks_from_a_bucket(url: str) -> None:
+    """Scenario: the child opens an object that only obstore can ask for."""
+    assert aiouffd.ObjectSource(url).size == SIZE
+    child = os.fork()
+    if not child:
+        source = aiouffd.ObjectSource("s3://bucket/key", access_key_id="a", secret_access_key="b", region="c")
+        with pytest.raises(aiouffd.SourceError, match=r"obstore does not survive a fork.*spawn"):
+            _ = source.size
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_forked_child_cannot_open_buckets(url: str) -> None:
+    """The error says what to do."""
+    play(forks_from_a_bucket, f"{url}/data.bin")

@@ -14,7 +14,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.plain_http import PlainHttp
-from aiouffd.sources.store_client import StoreClient
+from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
 from aiouffd.sources.store_settings import proxy_of
 
@@ -29,6 +29,10 @@ _DEFAULT_TIMEOUT = 30.0
 _FIRST_RETRIES = 3
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
+_FORKED = (
+    "obstore does not survive a fork, and the parent of this process has used it: start the process by spawn or"
+    " forkserver of multiprocessing"
+)
 _WITNESS = 4096  # bytes of a read that are read again where nothing names the version
 _SENT_AS_IT_IS = re.compile(
     r"http://[a-z\d.:[\]-]+(?:/(?!\.|%2[eE])[\w%:=&~+!$,;@()*.-]*)+(?:\?[\w%:=&~+!$,;@()*./?-]+)?", re.ASCII
@@ -248,6 +252,8 @@ class ObjectSource:
         return found
 
     def _connect(self) -> StoreClient | PlainHttp:
+        if is_lost() and not isinstance(self._client, PlainHttp):
+            return self._without_obstore(RequestError(Failure(_FORKED)))
         if self._client is None:
             try:
                 self._client = StoreClient(self.url, self._options, self._seconds, self._proxy)
@@ -257,7 +263,12 @@ class ObjectSource:
 
     def _other_client(self, error: RequestError) -> PlainHttp:
         """Return the client to use from now on, if obstore refused an answer that may be valid; else raise."""
-        if not error.failure.answer_refused or urlsplit(self.url).scheme not in ("http", "https"):
+        if not error.failure.answer_refused:
+            raise error
+        return self._without_obstore(error)
+
+    def _without_obstore(self, error: RequestError) -> PlainHttp:
+        if urlsplit(self.url).scheme not in ("http", "https"):
             raise error
         if not isinstance(self._client, PlainHttp):  # several reads may fail at once
             self._client = PlainHttp(self.url, self._options.get("client_options", {}), self._seconds, self._proxy)

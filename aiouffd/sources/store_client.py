@@ -1,8 +1,15 @@
-"""Ranges of an object through obstore."""
+"""Ranges of an object through obstore.
+
+obstore's runtime does not survive os.fork: a child has none of its threads, and shares its epoll set with the parent. A
+request there would never end, and disturb those of the parent.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
+import os
+import weakref
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -13,8 +20,10 @@ from aiouffd.sources.store_settings import client_options, obstore, require_cred
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["StoreClient"]
+__all__ = ["StoreClient", "is_lost"]
 
+_clients: weakref.WeakSet[StoreClient] = weakref.WeakSet()
+_state = {"used": False, "lost": False}
 _NO_DATE = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)  # what obstore has in place of a missing Last-Modified
 
 
@@ -42,11 +51,13 @@ class StoreClient:
             # Retries of obstore can neither be counted nor logged: the source has its own.
             settings.setdefault("retry_config", {"max_retries": 0, "retry_timeout": seconds})
         self._obstore = obstore()
+        _state["used"] = True
         self._proxy = proxy
         try:
             self._store = self._obstore.store.from_url(root, **settings)
         except Exception as error:
             raise ValueError(str(error).strip().partition("\n")[0]) from error
+        _clients.add(self)
 
     def get(self, start: int, stop: int, pinned: Validator | None) -> Answer:
         """Return the bytes [start, stop); blocks. As `PlainHttp.get`."""
@@ -97,3 +108,17 @@ def _answer(result: Any, data: Any) -> Answer:
     meta = result.meta
     modified = None if meta["last_modified"] == _NO_DATE else meta["last_modified"]
     return Answer(data, result.range[0], Validator(meta["size"], meta["e_tag"], modified))
+
+
+def is_lost() -> bool:
+    """Tell whether obstore cannot be used: this process was forked from one that has used it."""
+    return _state["lost"]
+
+
+def _in_child() -> None:
+    _state["lost"] = _state["used"]
+    for client in _clients:  # never to be freed: they would take the parent's connections out of its epoll set
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(client._store))  # noqa: SLF001 - its own
+
+
+os.register_at_fork(after_in_child=_in_child)
