@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 
 import aiouffd
@@ -28,6 +30,36 @@ def test_a_number_that_would_never_serve_a_page_is_refused(option: dict[str, Any
     """At once, by its name."""
     with pytest.raises(ValueError, match=next(iter(option))):
         aiouffd.Monitor(aiouffd.Region(1), **option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"readahead": "2M"},
+        {"readahead": None},
+        {"concurrent_reads": 1.5},
+        {"bytes_in_flight": "1"},
+        {"timeout": "1"},
+        {"retries": 1.5},
+        {"background": "fast"},
+        {"background": None},
+        {"engine": aiouffd.InThread},
+        {"engine": "thread"},
+        {"engine": 5},
+    ],
+)
+def test_an_option_of_a_wrong_type_is_refused(option: dict[str, Any]) -> None:
+    """At once, by its name, with what was given."""
+    ((name, value),) = option.items()
+    with pytest.raises(TypeError, match=re.escape(f"{name}= takes a") + ".*" + re.escape(repr(value))):
+        aiouffd.Monitor(aiouffd.Region(1), **option)
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    """Those of numpy for example."""
+    options: dict[str, Any] = {"readahead": np.int64(0), "retries": np.int32(1), "timeout": np.float32(1)}
+    length: Any = np.int64(5)
+    aiouffd.Monitor(aiouffd.Region(length), **options)
 
 
 @pytest.mark.parametrize("engine", [aiouffd.Pager, aiouffd.InProcess, aiouffd.InThread])

@@ -26,3 +26,11 @@ def test_as_source(tmp_path: Path) -> None:
     assert as_source(zeros) is zeros
     with pytest.raises(aiouffd.SourceError, match="gopher"):
         as_source("gopher://x/y")
+
+
+@pytest.mark.parametrize("thing", [5, None, aiouffd.Handler(), aiouffd.ZeroSource], ids=repr)
+def test_what_names_no_source(thing: object) -> None:
+    """It is a TypeError that says what would."""
+    with pytest.raises(TypeError, match="is no path, no URL, no buffer and no Source") as caught:
+        as_source(thing)
+    assert repr(thing) in str(caught.value)

@@ -8,7 +8,7 @@ import errno
 import mmap
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, SupportsIndex
 
 from aiouffd.errors import BusyError, ClosedError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
@@ -333,6 +333,9 @@ class Region(mmap.mmap):
 
 
 def _check(length: int, page_size: int) -> None:
+    for name, value in {"length": length, "page_size": page_size}.items():
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name}= takes a whole number of bytes, not {value!r:.200}")
     if length <= 0:
         raise ValueError(f"a region has at least one byte, not {length}")
     if page_size < mmap.PAGESIZE or page_size & (page_size - 1):

@@ -8,7 +8,18 @@ import math
 import os
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypedDict, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Self,
+    SupportsFloat,
+    SupportsIndex,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+    overload,
+)
 
 import attrs
 
@@ -160,6 +171,11 @@ class Monitor:
         user_mode_only: bool = False,
     ) -> None:
         _check_region(region)
+        counts = {"readahead": readahead, "concurrent_reads": concurrent_reads, "bytes_in_flight": bytes_in_flight}
+        _check_numbers("a whole number", SupportsIndex, **counts)
+        _check_numbers("a whole number or None", SupportsIndex | None, retries=retries)
+        _check_numbers("a number of seconds or None", SupportsFloat | None, timeout=timeout)
+        _check_numbers("a number or a bool", SupportsFloat, background=background)
         if on_exit not in ("sigbus", "populate", "zeros"):
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in (None, "dontfork", "serve"):
@@ -171,7 +187,7 @@ class Monitor:
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         if track_writes and wants_writes(self.origin):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
-        self._choice: EngineChoice = default_pager if engine is None else engine
+        self._choice = _checked_engine(engine)
         self._on_exit = on_exit
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
@@ -443,6 +459,20 @@ def _check_region(region: Region) -> None:
         raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
     if region.closed:
         raise ClosedError("the region is closed")
+
+
+def _checked_engine(engine: EngineChoice | None) -> EngineChoice:
+    if engine is None:
+        return default_pager
+    if isinstance(engine, type) or not hasattr(engine, "serves_children"):
+        raise TypeError(f"engine= takes an instance, InThread() for example, not {engine!r:.200}")
+    return engine
+
+
+def _check_numbers(what: str, kind: Any, **options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}= takes {what}, not {value!r:.200}")
 
 
 def _weak(method: Callable[[], None]) -> Callable[[], None]:

@@ -78,7 +78,8 @@ def open(  # noqa: A001 - it is called aiouffd.open
 
     Raises (on entering):
         SourceError: it is not there, empty, or cannot be read page by page.
-        UffdError: as for `Monitor`.
+        TypeError: `what` is none of these, or an option is of a wrong type.
+        UffdError, OSError: as for `Monitor`.
     """
 
     def prepare() -> Monitor:

@@ -35,6 +35,7 @@ def as_source(
 
     Raises:
         SourceError: it names nothing that can be read.
+        TypeError: it is none of these.
     """
     if isinstance(thing, str) and "://" in thing:
         scheme = urlsplit(thing).scheme
@@ -47,6 +48,10 @@ def as_source(
         return ObjectSource(thing, timeout=timeout, retries=retries, **(options or {}))
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)
-    if isinstance(thing, Source):
+    if isinstance(thing, Source) and not isinstance(thing, type):
         return thing
-    return BufferSource(thing)
+    try:
+        view = memoryview(thing)
+    except TypeError as error:
+        raise TypeError(f"{thing!r:.200} is no path, no URL, no buffer and no Source") from error
+    return BufferSource(view)

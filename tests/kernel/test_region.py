@@ -76,6 +76,13 @@ def test_page_sizes_are_powers_of_two(wrong: int) -> None:
         Region(PAGE, page_size=wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"length": "4096"}, {"length": 1.5}, {"length": 1, "page_size": "2M"}])
+def test_what_is_no_number_of_bytes(wrong: dict[str, Any]) -> None:
+    """A TypeError names it."""
+    with pytest.raises(TypeError, match=f"{[*wrong][-1]}= takes a whole number of bytes"):
+        Region(**wrong)
+
+
 def test_shared_regions_share() -> None:
     """Another mapping of the same memfd sees the same bytes, all or the first of them."""
     region = Region(3 * PAGE, shared=True)
