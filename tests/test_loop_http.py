@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import socket
+import threading
 from typing import TYPE_CHECKING
 
 import odd_http
@@ -251,10 +253,49 @@ async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> N
         assert asked == [1, 1]
 
 
-async def test_refused_connections() -> None:
+async def test_a_resolver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop can end."""
+    asked, answers = threading.Event(), threading.Event()
+
+    def resolve(*_: object, **__: object) -> list[object]:
+        asked.set()
+        answers.wait()
+        return []
+
+    async def give_up() -> None:
+        async with client_of("http://a.example/x") as client:
+            task = asyncio.create_task(client.get_async(0, 10))
+            while not asked.is_set():  # noqa: ASYNC110 - a thread sets it
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    loop = threading.Thread(target=lambda: asyncio.run(give_up()), daemon=True)
+    loop.start()
+    try:
+        await asyncio.to_thread(loop.join, 10)
+        assert not loop.is_alive()
+    finally:
+        answers.set()
+
+
+async def test_a_name_with_several_addresses() -> None:
+    """The first that answers is taken."""
+    async with scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, _), client_of(url) as client:
+        (await client._connect(["127.0.0.2", "127.0.0.1"])).close()  # the first refuses
+    async with (
+        scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, _),
+        client_of(url.replace("127.0.0.1", "localhost")) as client,
+    ):
+        assert bytes((await client.get_async(0, 10)).data) == BODY.encode()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_refused_connections(host: str) -> None:
     """The server is not there."""
     async with scripted(lambda _, __: None) as (url, _):
         pass
-    async with client_of(url) as client:
+    async with client_of(url.replace("127.0.0.1", host)) as client:
         with pytest.raises(RequestError, match="refuses connections"):
             await client.get_async(0, 10)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from functools import lru_cache
+import socket
+from functools import lru_cache, partial
 from urllib.parse import urlsplit
 
+from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.http_answer import Answer, Validator, time_of
 from aiouffd.sources.store_errors import Failure, RequestError, from_exception, from_status
 
@@ -23,6 +25,8 @@ _CONTENT_RANGE = re.compile(
     r"\r\nContent-Range:[ \t]*bytes (\d+)-(\d+)/(\d+)[ \t]*(?=\r\n|$)", re.IGNORECASE | re.ASCII
 )
 _OTHER_END = re.compile(rb"\n\r?\n")
+_ADDRESS = re.compile(r"[\d.]+|.*:.*")  # no name
+_RESOLVERS = 4  # limit of names looked up at once
 _CONNECT_TIMEOUT = 5.0  # seconds; as obstore's
 _LONGEST_IDLE = 30.0  # seconds: behind it something on the way may have forgotten the connection without a word
 _ERROR = 400
@@ -50,6 +54,8 @@ class LoopHttp:
         self._busy: set[_Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        # Not the loop's: its end would wait for a resolver that does not answer.
+        self._resolvers = DaemonThreads(_RESOLVERS, "aiouffd-names")
 
     @property
     def is_here(self) -> bool:
@@ -71,7 +77,7 @@ class LoopHttp:
             try:
                 return await connection.ask(request, start, stop)
             except RequestError:
-                if not connection.was_stale:  # else another one is taken, and a new one behind the last
+                if not connection.was_stale or self._closed:  # else another one is taken, and a new one behind the last
                     raise
             finally:
                 self._busy.discard(connection)
@@ -83,10 +89,27 @@ class LoopHttp:
     async def _open(self) -> _Connection:
         try:
             async with asyncio.timeout(min(_CONNECT_TIMEOUT, self._timeout)):
-                _, connection = await self._loop.create_connection(lambda: _Connection(self._loop), *self._address)
+                return await self._connect(await self._resolve())
         except OSError as error:
             raise RequestError(from_exception(error, _no_proxy)) from error
-        return connection
+
+    async def _resolve(self) -> list[str]:
+        host, port = self._address
+        if _ADDRESS.fullmatch(host):
+            return [host]
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        return [str(address[0]) for *_, address in await self._loop.run_in_executor(self._resolvers, ask)]
+
+    async def _connect(self, hosts: list[str]) -> _Connection:
+        while True:
+            host = hosts.pop(0)
+            try:
+                _, made = await self._loop.create_connection(lambda: _Connection(self._loop), host, self._address[1])
+            except OSError:
+                if not hosts:
+                    raise
+            else:
+                return made
 
     def _watch(self) -> None:
         """End the requests that take too long, and the connections that were not used for long."""
@@ -102,6 +125,7 @@ class LoopHttp:
     def close(self) -> None:
         """Close the connections: those that are in use when their requests end. The timer looks after these."""
         self._closed = True
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
         for connection in self._idle:
             connection.close()
         self._idle.clear()
