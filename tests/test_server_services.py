@@ -104,3 +104,11 @@ async def test_what_is_shared() -> None:
     again = await found.take(handoff(), 4, "")
     assert again is not one
     found.release(again)
+
+
+async def test_a_name_where_there_is_one_source() -> None:
+    """The client that asks for it learns that it would get something else."""
+    found = made(BufferSource(bytes(PAGE)), timeout=None)
+    with pytest.raises(HandoffError, match="asks for the source 'weights': this server has one, without a name"):
+        await found.take(handoff(), 0, "weights")
+    found.release(await found.take(handoff(), 1, ""))

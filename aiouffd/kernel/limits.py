@@ -10,7 +10,7 @@ from typing import Final
 from aiouffd.errors import LimitError, UnsupportedError
 from aiouffd.ranges import align_up
 
-__all__ = ["limit_error", "no_huge_pages"]
+__all__ = ["limit_error", "no_huge_pages", "no_thread"]
 
 _LIMITS: Final = {
     errno.EFBIG: ("RLIMIT_FSIZE", "`ulimit -f` raises it"),
@@ -18,7 +18,7 @@ _LIMITS: Final = {
     errno.EAGAIN: ("RLIMIT_MEMLOCK", "the process locks its memory (mlockall); `ulimit -l` raises the limit"),
     errno.ENOMEM: (
         "RLIMIT_AS",
-        "`ulimit -v` raises it; where it is unlimited, vm.max_map_count or vm.overcommit_memory=2 refuses",
+        "`ulimit -v` raises it; or RLIMIT_DATA (`ulimit -d`), vm.max_map_count or vm.overcommit_memory=2 refuses",
     ),
 }
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
@@ -37,8 +37,13 @@ def limit_error(what: str, number: int) -> LimitError | None:
     if number not in _LIMITS:
         return None
     name, hint = _LIMITS[number]
-    soft, _ = resource.getrlimit(getattr(resource, name))
-    return LimitError(what, name, "unlimited" if soft == resource.RLIM_INFINITY else str(soft), hint, number)
+    return LimitError(what, name, _value(name), hint, number)
+
+
+def no_thread(what: str) -> LimitError:
+    """Return the error for a thread that cannot be started: Python's RuntimeError does not say why."""
+    hint = "`ulimit -u` raises it; where it is not reached, pids.max of the cgroup is"
+    return LimitError(what, "RLIMIT_NPROC", _value("RLIMIT_NPROC"), hint, errno.EAGAIN)
 
 
 def no_huge_pages(length: int, page_size: int) -> UnsupportedError:
@@ -51,6 +56,11 @@ def no_huge_pages(length: int, page_size: int) -> UnsupportedError:
         return UnsupportedError(f"{count} free huge pages of {size} KiB", hint)
     sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
     return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
+
+
+def _value(name: str) -> str:
+    soft, _ = resource.getrlimit(getattr(resource, name))
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 def _read(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 import weakref
@@ -29,7 +30,7 @@ from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import ClosedError, UffdError
+from aiouffd.errors import BusyError, ClosedError, TraceError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
@@ -118,8 +119,9 @@ class Monitor:
     Raises (on entering):
         UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the native part is missing.
         AccessError: this user may not use it; it names the knobs.
-        BusyError: the region is served already. LimitError: it names the limit.
-        TraceError: `replay` is no recording, not complete, damaged, or of another page size.
+        BusyError: the region is served already, or was left with "sigbus". LimitError: it names the limit.
+        TraceError: `replay` is no recording, not complete, damaged, or of another page size or source.
+        OSError: `record` cannot be written, or `replay` cannot be read.
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
         TypeError: `InProcess()` without a running loop.
     """
@@ -256,6 +258,8 @@ class Monitor:
         # What may take time or fail comes first: the size of a source is asked of a server.
         _ = getattr(self.origin, "size", None)
         region = self.region
+        if region.monitor is self:
+            raise BusyError("entering this Monitor a second time", region.address, len(region), errno.EBUSY)
         self._pid = os.getpid()
         self._sigbus = self._on_exit != "zeros"
         with beginnings.begin(children=self._children is not False):
@@ -339,7 +343,12 @@ class Monitor:
         source = bytes(32) if self._record is None and self._replay is None else fingerprint(self.origin)
         if self._record is not None:
             self._recorder = Recorder.create(self._record, page, size, source)
-        trace = None if self._replay is None else Trace.load(self._replay, page, source=source)
+        trace = None
+        if self._replay is not None:
+            trace = Trace.load(self._replay, page, source=source)
+            # Where fingerprints cannot tell, the size can: of a file and a URL for example.
+            if trace.source != source and trace.size not in (size, getattr(self.origin, "size", size)):
+                raise TraceError(str(self._replay), "it was recorded from another source: its size is another")
         return Service(self.origin, self._recorder, trace)
 
     def _end_recording(self, *, complete: bool) -> None:

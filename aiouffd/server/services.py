@@ -128,6 +128,10 @@ class Services:
 
     def _find(self, handoff: Handoff, number: int, name: str) -> tuple[Any, int]:
         """Return what the client asks for, and its size; a handler has that of the memory. In a thread of its own."""
+        if name and self._fixed is not None:
+            raise HandoffError(
+                str(handoff.peer), f"asks for the source {name!r:.100}: this server has one, without a name"
+            )
         origin = checked(self._choose(handoff.peer, number, name))
         if isinstance(origin, Handler):
             return origin, handoff.regions.end

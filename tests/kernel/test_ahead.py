@@ -17,6 +17,7 @@ from pattern import PAGE, Pattern, Slow, content, peek
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.engine.ahead.trace import Recorder
 
 SIZE = 2048 * PAGE
 
@@ -210,6 +211,23 @@ def test_wrong_use(tmp_path: Path) -> None:
         pass
     assert region.monitor is None
     region.close()
+
+
+def test_a_recording_of_another_size(tmp_path: Path) -> None:
+    """It is refused, also where the fingerprints are of different kinds; a region may be longer than its source."""
+    for name, size in (("same", 2 * PAGE), ("large", SIZE)):
+        recorder = Recorder.create(tmp_path / name, PAGE, size, b"\2" * 32)
+        recorder.note(0)
+        recorder.complete()
+    source = aiouffd.BufferSource(bytes(2 * PAGE))
+    with (
+        pytest.raises(aiouffd.TraceError, match="large: it was recorded from another source"),
+        aiouffd.open(source, replay=tmp_path / "large"),
+    ):
+        pass
+    for length, name in ((2, "same"), (3, "same"), (2048, "large")):
+        monitor = aiouffd.Monitor(aiouffd.Region(length * PAGE), source, replay=tmp_path / name)
+        assert monitor._service().trace is not None
 
 
 class FailsOnce:

@@ -461,6 +461,11 @@ def test_many_regions() -> None:
     play(many)
 
 
+def refuse(_: threading.Thread) -> None:
+    """Do as `Thread.start` does at a limit."""
+    raise RuntimeError("can't start new thread")
+
+
 def no_thread() -> None:
     """Scenario: no thread can be had when a Monitor is entered, then there is one."""
     region = aiouffd.Region(4 * PAGE)
@@ -470,8 +475,8 @@ def no_thread() -> None:
         pass
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda _: 1 // 0)
-        with pytest.raises(ZeroDivisionError), failing:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(aiouffd.LimitError, match=r"InThread\(\): .*RLIMIT_NPROC is .*pids\.max"), failing:
             pass
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
@@ -480,7 +485,7 @@ def no_thread() -> None:
 
 
 def test_no_thread_can_be_had() -> None:
-    """Entering fails, and leaves nothing behind."""
+    """Entering fails, names the limit, and leaves nothing behind."""
     play(no_thread)
 
 

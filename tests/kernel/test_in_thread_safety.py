@@ -365,6 +365,7 @@ def test_a_page_that_cannot_be_had(how: str) -> None:
     """The process ends with the line that touched it; also where a handler of Python's would return for ever."""
     output, errors = play(broken, how, status=-signal.SIGBUS)
     assert "so far" in output
+    assert "no such page\n" in errors.partition("Fatal Python error")[0]  # why, before what ends the process
     if how != "python":
         assert errors.count("Fatal Python error: Bus error") == 1
         assert "in broken" in errors or "in <lambda>" in errors

@@ -112,7 +112,7 @@ def test_an_unlimited_limit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     error = limit_error("a region", errno.ENOMEM)
     assert "RLIMIT_AS is unlimited: " in str(error)
-    assert "vm.max_map_count" in str(error)
+    assert "RLIMIT_DATA (`ulimit -d`), vm.max_map_count" in str(error)
 
 
 def few_descriptors(engine: aiouffd.Pager | aiouffd.InThread | None, least: int) -> None:

@@ -337,6 +337,10 @@ def refusals() -> None:
         aiouffd.Monitor(mmap.mmap(-1, PAGE))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="on_exit"):
         aiouffd.Monitor(region, on_exit="explode")  # type: ignore[call-overload]
+    with aiouffd.Monitor(aiouffd.Region(PAGE), Pattern(PAGE)) as monitor:
+        with pytest.raises(aiouffd.BusyError, match="this Monitor a second time"):
+            monitor.__enter__()
+        assert monitor.region[0] == 1
     with (
         pytest.raises(TypeError, match="async with"),
         aiouffd.Monitor(aiouffd.Region(PAGE), engine=aiouffd.InProcess()),

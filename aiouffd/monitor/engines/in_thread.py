@@ -30,6 +30,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.limits import no_thread
 from aiouffd.monitor.engines.calls import no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
@@ -95,7 +96,7 @@ class InThreadEngine:
 
     Raises (on start):
         NativePartError: there is no native part.
-        LimitError: 256 regions are served already.
+        LimitError: 256 regions are served already, or no thread can be started.
     """
 
     pids = ()
@@ -146,7 +147,10 @@ class InThreadEngine:
             how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": self._quiet, "changed": self._show}
             self._local = Local(self._loop, assignment, self._uffd, self._counters, **how)
             self._show()
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise no_thread("a thread for engine=InThread()") from error
             undo.pop_all()
         self._served.open()
         _engines.add(self)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +20,10 @@ from aiouffd.kernel.abi import RegisterMode
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
+from aiouffd.pager.process.inherited import NonBlockingHandler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from aiouffd.engine.reading import MakeReader
@@ -65,7 +70,7 @@ class Local:
             counters=counters,
             readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
             write_protect=options.write_protect,
-            on_error=lambda _, error: on_error(error),
+            on_error=partial(_report, NonBlockingHandler(), on_error),
         )
         self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)
@@ -100,3 +105,16 @@ class Local:
         self._dispatcher.close()
         self._ahead.cancel()
         await self.backend.aclose()
+
+
+def _report(
+    standard_error: NonBlockingHandler, on_error: Callable[[BaseException], None], _space: Space, error: BaseException
+) -> None:
+    """Say why a page cannot be had, before its poison ends the process; as the pager does.
+
+    Not by a logger: a thread that waits for a page may hold the lock of one of its handlers.
+    """
+    if sys.stderr is not None:  # else the program may have a file of its own there
+        text = f"aiouffd[{os.getpid()}]: {error}"
+        standard_error.emit(logging.LogRecord("aiouffd", logging.ERROR, "", 0, text, None, None))
+    on_error(error)

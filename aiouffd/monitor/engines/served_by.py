@@ -58,7 +58,7 @@ class ServedBy:
 
     Args:
         path: of the server's socket.
-        source: which of the server's sources, where it has several.
+        source: which of the server's sources, where it has several (`--source-for`); else it refuses a name.
         stuck_limit: seconds until this process is ended (SIGABRT) if all that serve have ended while a thread waits for
             a page with the GIL held. It needs the native part. None: never.
     """
