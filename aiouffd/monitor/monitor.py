@@ -346,8 +346,8 @@ class Monitor:
         trace = None
         if self._replay is not None:
             trace = Trace.load(self._replay, page, source=source)
-            # Where fingerprints cannot tell, the size can: of a file and a URL for example.
-            if trace.source != source and trace.size not in (size, getattr(self.origin, "size", size)):
+            # Where fingerprints cannot tell, the size can: of a file and a URL for example. A handler has none.
+            if trace.source != source and trace.size not in (size, getattr(self.origin, "size", trace.size)):
                 raise TraceError(str(self._replay), "it was recorded from another source: its size is another")
         return Service(self.origin, self._recorder, trace)
 
