@@ -204,6 +204,8 @@ async def _run(arguments: argparse.Namespace, directory: Path) -> None:
     listening = await server.serve(arguments.host, arguments.port)
     host, port = listening.sockets[0].getsockname()[:2]
     print(f"listening on http://{host}:{port}", flush=True)  # a program that starts this one reads the line
+    file = "FILE" if arguments.directory else "sample.bin"
+    print(f"map a file: python examples/lazy_array.py http://{host}:{port}/{file}", flush=True)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

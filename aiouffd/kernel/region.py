@@ -88,6 +88,7 @@ class Region(mmap.mmap):
     """
 
     address: int
+    """Of the first byte. `resize` may change it. Pages that are touched there, by native code too, are served."""
     page_size: int
     fd: int
     monitor: Any

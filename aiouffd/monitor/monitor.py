@@ -91,7 +91,8 @@ class Monitor:
     manager, and a plain one for programs without a loop.
 
     Args:
-        region: served by one Monitor at a time.
+        region: served by one Monitor at a time; not again once it was left with on_exit="sigbus". What was touched
+            before stays as it is: zeros.
         source_or_handler: where the bytes come from; by default zeros. What the region has beyond the source's end
             is zeros.
         engine: where the loop runs: `Pager()`, `InThread()`, `InProcess()` or `ServedBy(path)`. None: in the pager that
@@ -102,7 +103,9 @@ class Monitor:
         fork: "serve": forked children are served with the same contents, and so are their children. That needs
             CAP_SYS_PTRACE. "dontfork": they do not have the region at all, a touch is SIGSEGV there. None: "serve"
             with `Pager()`, where this user may; else "dontfork".
-        timeout: seconds for one read of the source or one call of the handler; None: no limit.
+        timeout: seconds for one read of the source or one call of the handler; None: no limit. A window that times out
+            is followed by one read of the page alone: a touch of a source of your own that does not answer waits for
+            (retries + 2) timeouts, and the pauses between them.
         retries: further tries after a failed read, with exponential backoff and jitter. None: 4, and for URLs as many
             as two thirds of the timeout allow.
         concurrent_reads: source reads, or handlers, under way at once.
@@ -111,7 +114,7 @@ class Monitor:
             one then, whatever `readahead` says: a page that comes along with another is not seen to be touched.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
         background: True: bring all that is missing in the background, as fast as faults allow; a number: so many bytes
-            per second at most.
+            per second at most, on average. It comes in steps of 512 KiB from a file or from memory, else of 8 MiB.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -361,7 +364,8 @@ class Monitor:
     async def prefetch(self, start: int, length: int) -> None:
         """Bring `length` bytes from offset `start` of the region. Faults go first.
 
-        Returns when all of them are there. Canceling gives up waiting; what is under way comes all the same.
+        Returns when all of them are there. Canceling gives up waiting. What is under way comes all the same, and with
+        `Pager` and `ServedBy` the rest of the range as well.
 
         Raises:
             SourceError: the source failed; nothing is poisoned, what came is kept.
@@ -439,7 +443,7 @@ class Monitor:
         await self._errors.wait(check)
 
     def check(self) -> None:
-        """Raise the next error that has not been raised yet; the plain form of `wait_error`."""
+        """Raise the next error that has not been raised yet, also after the block was left; return if there is none."""
         self._errors.raise_next()
 
     def _running(self) -> Engine:

@@ -45,6 +45,8 @@ class Source(Protocol):
 
         Canceling must be safe. After a `SourceError` the pages that need these bytes fail. Other exceptions, and a
         `SourceTimeoutError`, are retried first. A buffer of another length is a `ShortReadError`.
+
+        `raise SourceError(repr(self), offset, length, "why")`: it takes these four arguments.
         """
 
 

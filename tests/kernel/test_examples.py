@@ -26,6 +26,7 @@ def example(name: str, *arguments: str | Path) -> str:
     command = [sys.executable, *map(str, (EXAMPLES / name, *arguments))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, (result.stdout, result.stderr)
+    assert "Warning" not in result.stderr
     return result.stdout
 
 
@@ -101,6 +102,7 @@ def test_example_page_server() -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
+        assert process.stdout.readline() == f"map a file: python examples/lazy_array.py {url}/sample.bin\n"
         with urllib.request.urlopen(urllib.request.Request(f"{url}/sample.bin", method="HEAD")) as answer:
             assert answer.headers["Content-Length"] == str(64 << 20)
         process.stdin.close()
