@@ -37,6 +37,8 @@ def no_blocking() -> Iterator[None]:
             io.FileIO, "read", scanned_modules="aiouffd", can_block_functions=[(_IMPORTLIB, {"get_data"})]
         )
         watch.functions["io.FileIO.read"] = raw.activate()
+        # It looks first whether there is room: to write so much to standard error blocks nothing then.
+        watch.functions["os.write"].can_block_in("aiouffd/pager/process/inherited.py", {"_write"})
         for name in METADATA:
             watch.functions[name].deactivate()
         yield

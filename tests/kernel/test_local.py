@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,3 +93,16 @@ async def test_the_layout_is_changed_in_quiet() -> None:
         assert not one.layout.may_wait
         assert await asyncio.to_thread(lambda: one.layout.may_wait)
         await one.aclose()
+
+
+async def test_why_a_page_cannot_be_had_is_said_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """On standard error; where that is closed, its number may be that of another file."""
+    errors: list[BaseException] = []
+    with local(Pattern(SIZE), Counters(), errors) as (_, one):
+        one.space.report(aiouffd.SourceError("Lacks", 0, PAGE, "no such page"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", None)
+            one.space.report(aiouffd.SourceError("Lacks", 0, PAGE, "not said"))
+        await one.aclose()
+    assert capfd.readouterr().err == f"aiouffd[{os.getpid()}]: Lacks [0, {PAGE}): no such page\n"
+    assert len(errors) == 2
