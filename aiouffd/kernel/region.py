@@ -8,17 +8,18 @@ import errno
 import mmap
 import os
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, SupportsIndex
 
 from aiouffd.errors import BusyError, ClosedError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
 from aiouffd.kernel.limits import limit_error, no_huge_pages
 from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated
-from aiouffd.kernel.memory import MAP_NORESERVE
+from aiouffd.kernel.memory import MAP_NORESERVE, mapped
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
 from aiouffd.lifetime import until_exit
-from aiouffd.ranges import align_up
+from aiouffd.ranges import RangeSet, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
 
 _never_closed: dict[int, Region] = {}
+_regions: weakref.WeakSet[Region] = weakref.WeakSet()
 
 
 class LayoutChange(Protocol):
@@ -95,6 +97,9 @@ class Region(mmap.mmap):
     """The Monitor that serves it, or None."""
     never_served: bool
     """Whether no Monitor has been entered yet: until then zeros may be the kernel's, see `kernel.populated`."""
+    withheld: bool
+    """Whether forked children do not get it, or not all of it (MADV_DONTFORK)."""
+    _inherited: bool
     _listener: LayoutListener | None
     _note: Note | None
     _keep: list[Any]
@@ -163,6 +168,8 @@ class Region(mmap.mmap):
         self._owned = OwnedDescriptor(fd)
         self.monitor = None
         self.never_served = True
+        self.withheld = self._inherited = False
+        _regions.add(self)
         self._listener = None
         self._note = None
         self._keep = []
@@ -297,16 +304,18 @@ class Region(mmap.mmap):
     def close(self) -> None:
         """Unmap the region; not shared memory whose descriptor this process has closed, which stays until it ends.
 
+        In a forked child that did not get it nothing is unmapped: its place is the process's until that ends.
+
         Raises:
             BusyError: a Monitor serves it: leave that first.
             BufferError: views of it exist.
         """
         if self.closed:
             return
-        if self.monitor is not None:
+        if self.monitor is not None and not self._inherited:
             raise BusyError("munmap", self.address, len(self), errno.EBUSY)
         length = self.mapped_length
-        if not self._may_use_descriptor():
+        if self._inherited or not self._may_use_descriptor():
             _never_closed[id(self)] = self
             return
         super().close()
@@ -327,6 +336,16 @@ class Region(mmap.mmap):
             self.monitor = None
             with contextlib.suppress(BufferError):
                 self.close()
+
+    def _reserve(self) -> None:
+        """Keep what this forked child did not get from becoming other memory: a touch is SIGSEGV.
+
+        What has come there since the fork is not unmapped by the region.
+        """
+        self._inherited = True
+        got = RangeSet(mapped(self.address, self.mapped_length))
+        for gap in got.gaps(self.address, self.address + self.mapped_length):
+            libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, _flags(-1, mmap.PAGESIZE))
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} bytes at {self.address:#x}"
@@ -363,3 +382,12 @@ def _refusal(error: OSError, length: int, page_size: int) -> OSError | Unsupport
     if page_size > mmap.PAGESIZE and error.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
         return no_huge_pages(length, page_size)
     return limit_error(f"a region of {length} bytes", error.errno or 0) or error
+
+
+def _in_child() -> None:
+    for region in list(_regions):
+        if region.withheld and not region.closed:
+            region._reserve()  # noqa: SLF001 - its own
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -69,6 +69,7 @@ class Sentinel:
             OSError: the kernel refused. A touch of a missing page is SIGSEGV then, or waits; it is never zeros.
         """
         region.keep(self._uffd)
+        region.withheld = True
         if not (uffd.intact and self._uffd.intact):
             self._shut(region)
             region.keep(uffd)

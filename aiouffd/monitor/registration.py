@@ -91,6 +91,7 @@ class Registration:
         self._uffd: Userfaultfd | None = uffd
         try:
             # No child's until `is_served`: a finalizer or signal handler may fork here, and would wait for a reader.
+            region.withheld = True
             libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
             uffd.register(region.address, region.mapped_length, self.modes)
         except BaseException:
@@ -170,6 +171,7 @@ class Registration:
 
     def _let_children_have_it(self) -> None:
         libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
+        self.region.withheld = False
 
     def _take(self) -> Userfaultfd | None:
         with self._lock:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from hosts import EngineName, Host
-from pattern import PAGE, Pattern, peek
+from pattern import PAGE, Pattern, peek, word
 from scenario import open_descriptors, play
 
 import aiouffd
 from aiouffd.kernel import libc
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.memory import mapped
 from aiouffd.monitor.registration import Registration
 
 SIZE = 16 * PAGE
@@ -228,6 +229,33 @@ def grown_memory_is_given_back(engine: EngineName) -> None:
 def test_a_forked_child_does_not_keep_memory_registered(engine: str) -> None:
     """The kernel gives what grew back when the last descriptor is closed: a child has none of its parent's."""
     play(grown_memory_is_given_back, engine)
+
+
+def children_without_the_region(in_thread: bool) -> None:
+    """Scenario: a child frees a region of which it got nothing, and then one of which it got the present pages."""
+    region = aiouffd.Region(SIZE)
+    place = region.address
+
+    def forks() -> None:
+        child = os.fork()
+        if not child:
+            assert sum(item.length for item in mapped(place, SIZE)) == SIZE
+            region.close()
+            assert sum(item.length for item in mapped(place, SIZE)) == SIZE
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    engine = aiouffd.InThread() if in_thread else aiouffd.Pager()
+    with aiouffd.Monitor(region, Pattern(SIZE), engine=engine, readahead=0, fork="dontfork"):
+        forks()
+        assert peek(place + PAGE) == word(1)
+    forks()
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_nothing_else_comes_where_a_child_has_no_region(in_thread: bool) -> None:
+    """Other memory there would be read and written by mistake, and unmapped with the region."""
+    play(children_without_the_region, in_thread)
 
 
 def test_children_have_the_region_when_somebody_reads() -> None:
