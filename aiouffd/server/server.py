@@ -45,6 +45,7 @@ __all__ = ["Client", "Server"]
 log = logging.getLogger("aiouffd.server")
 
 _MAX_OF_PROCESS = 1024  # clients of one process
+_LAST_ANSWER = 2.0  # seconds for the pager to say whether a client is served, when the server is left
 
 
 class Server:
@@ -271,8 +272,16 @@ class Server:
                 log.warning(how, handoff.peer, filled)
 
     async def _open(self, client: Client) -> None:
+        opening = asyncio.wrap_future(self._pager.open(client.tenant))
         try:
-            await asyncio.wrap_future(self._pager.open(client.tenant))
+            try:
+                await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                # The server is being left. The pager may serve this client by now, and its answer be on the way.
+                await asyncio.wait([opening], timeout=_LAST_ANSWER)
+                if not opening.done():
+                    raise
+                opening.result()
         except BaseException:
             if self.clients.pop(client.tenant.token, None) is not None:
                 self._pager.forget(client.tenant)

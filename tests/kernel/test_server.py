@@ -12,12 +12,13 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pattern import PAGE, Slow, content, left_while_touched
+from pattern import PAGE, Pattern, Slow, content, left_while_touched, peek, word
 from processes import crash
 from scenario import eventually, killed_when_this_thread_waits, next_error, play
 from served import MIB, Serve, client, descriptors, hand_over, worker_of
@@ -325,6 +326,33 @@ def test_more_clients_than_the_soft_limit_of_descriptors(image: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with serve:
         play(crowd, str(serve.path), 200)
+
+
+async def left_while_opening(directory: str) -> None:
+    """Scenario: a server is left when its pager serves a client already, and has not been heard yet."""
+    path, loop, opened = Path(directory) / "socket", asyncio.get_running_loop(), asyncio.Event()
+    async with Server(Pattern(MIB), path) as server:
+        really_open = server._pager.open
+
+        def late(tenant: Any) -> Future[None]:
+            answer: Future[None] = Future()
+
+            def tell() -> None:
+                opened.set()
+                loop.call_later(0.2, answer.set_result, None)
+
+            really_open(tenant).add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
+            return answer
+
+        server._pager.open = late  # type: ignore[method-assign]
+        region, _connection, _uffd = await asyncio.to_thread(hand_over, path)
+        await opened.wait()
+    assert await asyncio.to_thread(peek, region.address + PAGE) == word(1)
+
+
+def test_a_client_that_is_just_being_opened_is_served_on(tmp_path: Path, loop: str) -> None:
+    """The pager goes on without the server; it was killed, and the client waited for ever."""
+    play(left_while_opening, str(tmp_path), loop=loop, deadline=30)
 
 
 def three(path: str) -> None:
