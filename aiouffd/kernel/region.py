@@ -31,6 +31,8 @@ __all__ = ["Region"]
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
 
+_MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
+
 _never_closed: dict[int, Region] = {}
 _regions: weakref.WeakSet[Region] = weakref.WeakSet()
 
@@ -343,9 +345,14 @@ class Region(mmap.mmap):
         What has come there since the fork is not unmapped by the region.
         """
         self._inherited = True
-        got = RangeSet(mapped(self.address, self.mapped_length))
-        for gap in got.gaps(self.address, self.address + self.mapped_length):
-            libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, _flags(-1, mmap.PAGESIZE))
+        start, end = self.address, self.address + self.mapped_length
+        flags = _flags(-1, mmap.PAGESIZE)
+        try:
+            libc.mmap_fixed(start, end - start, libc.PROT_NONE, flags | _MAP_FIXED_NOREPLACE)
+        except OSError:  # it got some pages; or RLIMIT_AS
+            with contextlib.suppress(OSError):
+                for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
+                    libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} bytes at {self.address:#x}"
