@@ -28,7 +28,7 @@ def test_as_source(tmp_path: Path) -> None:
         as_source("gopher://x/y")
 
 
-@pytest.mark.parametrize("thing", [5, None, aiouffd.Handler(), aiouffd.ZeroSource], ids=repr)
+@pytest.mark.parametrize("thing", [5, None, aiouffd.Handler(), aiouffd.ZeroSource])
 def test_what_names_no_source(thing: object) -> None:
     """It is a TypeError that says what would."""
     with pytest.raises(TypeError, match="is no path, no URL, no buffer and no Source") as caught:
