@@ -239,10 +239,13 @@ def children_without_the_region(in_thread: bool) -> None:
     def forks() -> None:
         child = os.fork()
         if not child:
-            kept = [sum(item.length for item in mapped(place, SIZE))]
-            region.close()
-            kept.append(sum(item.length for item in mapped(place, SIZE)))
-            os._exit(7 if kept == [SIZE, SIZE] else 1)  # to raise here would leave the parent's block
+            kept = []
+            try:
+                kept.append(sum(item.length for item in mapped(place, SIZE)))
+                region.close()
+                kept.append(sum(item.length for item in mapped(place, SIZE)))
+            finally:  # what is raised here would leave the parent's block
+                os._exit(7 if kept == [SIZE, SIZE] else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
     engine = aiouffd.InThread() if in_thread else aiouffd.Pager()
