@@ -19,7 +19,7 @@ from aiouffd.kernel.abi import FEATURE_SINCE, Feature, Ioctl
 from tools import picture
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 HEAD = "| operation or feature | since Linux | module | test |\n| --- | --- | --- | --- |\n"
 
 
@@ -170,8 +170,15 @@ def test_each_option_of_a_command_exists(document: Path) -> None:
 def test_each_public_name_that_is_used_exists() -> None:
     """`aiouffd.Name` and `aiouffd.module`."""
     for document in DOCUMENTS:
-        for name in re.findall(r"aiouffd\.([A-Za-z_]+)", document.read_text()):
+        for name in re.findall(r"(?<!/)aiouffd\.([A-Za-z_]+)", document.read_text()):
             assert hasattr(aiouffd, name) or importlib.util.find_spec(f"aiouffd.{name}"), name
+
+
+def test_each_public_name_is_in_the_reference() -> None:
+    """Autodoc writes its entry from the docstring."""
+    pages = "".join(path.read_text() for path in ROOT.glob("docs/reference/api/*.md"))
+    shown = re.findall(r"^\.\. auto\w+:: aiouffd\.(\w+)(?:\(.*\))?$", pages, re.MULTILINE)
+    assert sorted(shown) == sorted(aiouffd.__all__)
 
 
 def test_each_error_is_explained() -> None:

@@ -266,11 +266,11 @@ class Userfaultfd(OwnedDescriptor):
             write_protect: the new pages are write-protected from the start (Linux 5.7, registered with WP).
 
         Returns:
-            Bytes done. Fewer than asked is a partial copy: go on behind it.
+            Bytes done. Fewer than asked are a partial copy, and the caller goes on behind it.
 
         Raises:
-            LayoutChangingError, PagePresentError, RangeGoneError, TargetExitedError, OperationError: nothing was
-                done.
+            OperationError: nothing was done: a LayoutChangingError, PagePresentError, RangeGoneError,
+                TargetExitedError, or another errno.
         """
         length = memoryview(src).nbytes
         mode = (0 if wake else abi.COPY_MODE_DONTWAKE) | (abi.COPY_MODE_WP if write_protect else 0)

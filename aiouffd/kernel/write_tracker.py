@@ -60,7 +60,7 @@ class WriteTracker:
     Args:
         region: anonymous, shared or of huge pages.
 
-    Raises (on entering):
+    Raises on entering:
         UnsupportedError: the kernel lacks Feature.WP_ASYNC or PAGEMAP_SCAN (Linux 6.7).
         BusyError: the region is registered with another userfaultfd.
         AccessError: this user may not open one; user mode is enough for this.

@@ -56,10 +56,10 @@ if TYPE_CHECKING:
     from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
-__all__ = ["AllOptions", "Fork", "MemoryOptions", "Monitor", "OnExit"]
+__all__ = ["AllOptions", "MemoryOptions", "Monitor", "OnExit", "OnFork"]
 
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
-Fork: TypeAlias = Literal["dontfork", "serve"]
+OnFork: TypeAlias = Literal["dontfork", "serve"]
 
 
 class MemoryOptions(TypedDict, total=False):
@@ -97,19 +97,20 @@ class Monitor:
             is zeros.
         engine: where the loop runs: `Pager()`, `InThread()`, `InProcess()` or `ServedBy(path)`. None: in the pager that
             this process shares among its Monitors; a source or handler of your own gets one for itself.
-        readahead: the largest window that a fault brings along, in bytes; 0 serves page by page.
-        on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (a touch ends the
-            process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"), "zeros".
+        readahead: the largest window that a fault brings along, in bytes (2 MiB); 0 serves page by page.
+        on_exit: what becomes of pages that are still missing when the block is left: "sigbus" (the default: a touch
+            ends the process), "populate" (all are brought first; if that fails, or the block raises, "sigbus"),
+            "zeros".
         fork: "serve": forked children are served with the same contents, and so are their children. That needs
             CAP_SYS_PTRACE. "dontfork": they do not have the region at all, a touch is SIGSEGV there. None: "serve"
             with `Pager()`, where this user may; else "dontfork".
-        timeout: seconds for one read of the source or one call of the handler; None: no limit. A window that times out
-            is followed by one read of the page alone: a touch of a source of your own that does not answer waits for
-            (retries + 2) timeouts, and the pauses between them.
+        timeout: seconds for one read of the source or one call of the handler (30); None: no limit. A window that
+            times out is followed by one read of the page alone: a touch of a source of your own that does not answer
+            waits for (retries + 2) timeouts, and the pauses between them.
         retries: further tries after a failed read, with exponential backoff and jitter. None: 4, and for URLs as many
             as two thirds of the timeout allow.
-        concurrent_reads: source reads, or handlers, under way at once.
-        bytes_in_flight: bytes of source reads under way at once.
+        concurrent_reads: the most source reads, or handlers, under way at once (128).
+        bytes_in_flight: the most bytes of source reads under way at once (128 MiB).
         record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
             one then, whatever `readahead` says: a page that comes along with another is not seen to be touched.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
@@ -119,10 +120,12 @@ class Monitor:
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
-    Raises (on entering):
-        UnsupportedError: the kernel lacks userfaultfd or a feature; NativePartError: the native part is missing.
+    Raises on entering:
+        UnsupportedError: the kernel lacks userfaultfd or a feature.
+        NativePartError: the native part is missing.
         AccessError: this user may not use it; it names the knobs.
-        BusyError: the region is served already, or was left with "sigbus". LimitError: it names the limit.
+        BusyError: the region is served already, or was left with "sigbus".
+        LimitError: a limit is too low; it names the limit.
         TraceError: `replay` is no recording, not complete, damaged, or of another page size or source.
         OSError: `record` cannot be written, or `replay` cannot be read.
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
@@ -136,7 +139,7 @@ class Monitor:
         source_or_handler: Source | Handler | None = None,
         *,
         engine: Pager | InProcess | None = None,
-        fork: Fork | None = None,
+        fork: OnFork | None = None,
         **options: Unpack[AllOptions],
     ) -> None: ...
 
@@ -153,7 +156,7 @@ class Monitor:
 
     @overload
     def __init__(
-        self, region: Region, *, engine: ServedBy, fork: Fork | None = None, **options: Unpack[MemoryOptions]
+        self, region: Region, *, engine: ServedBy, fork: OnFork | None = None, **options: Unpack[MemoryOptions]
     ) -> None: ...
 
     def __init__(
@@ -164,7 +167,7 @@ class Monitor:
         engine: EngineChoice | None = None,
         readahead: int = 2 << 20,
         on_exit: OnExit = "sigbus",
-        fork: Fork | None = None,
+        fork: OnFork | None = None,
         timeout: float | None = 30.0,
         retries: int | None = None,
         concurrent_reads: int = 128,
@@ -430,7 +433,8 @@ class Monitor:
         A thousand errors are kept until they are raised; of further ones the statistics tell, and the log.
 
         Raises:
-            SourceError, HandlerError: why a page was poisoned.
+            SourceError: why a page was poisoned.
+            HandlerError: the same, for a handler.
             PagerDiedError: the pager was given up.
             PagerError: this process has closed descriptors of the pager's client.
             ClosedError: the Monitor was left.

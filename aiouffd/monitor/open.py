@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
-    from aiouffd.monitor.monitor import Fork
+    from aiouffd.monitor.monitor import OnFork
 
 __all__ = ["Opened", "open"]
 
@@ -60,7 +60,7 @@ def open(  # noqa: A001 - it is called aiouffd.open
     what: Any,
     *,
     engine: Pager | InThread | InProcess | None = None,
-    fork: Fork | None = None,
+    fork: OnFork | None = None,
     storage_options: Mapping[str, Any] | None = None,
     **options: Unpack[AllOptions],
 ) -> Opened:
@@ -76,10 +76,11 @@ def open(  # noqa: A001 - it is called aiouffd.open
         storage_options: credentials, endpoint, region and the like, for URLs: see `ObjectSource`.
         **options: as for `Monitor`.
 
-    Raises (on entering):
+    Raises on entering:
         SourceError: it is not there, empty, or cannot be read page by page.
         TypeError: `what` is none of these, or an option is of a wrong type.
-        UffdError, OSError: as for `Monitor`.
+        UffdError: as for `Monitor`.
+        OSError: as for `Monitor`.
     """
 
     def prepare() -> Monitor:

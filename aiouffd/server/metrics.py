@@ -101,7 +101,7 @@ class Endpoint:
     Attributes:
         port: where it listens.
 
-    Raises (on entering):
+    Raises on entering:
         OSError: the address cannot be used.
     """
 

@@ -82,7 +82,7 @@ class Server:
             None: no limit. Up to one second's worth of either may come at once.
         handoff_timeout: seconds that a client has to send its handoff.
 
-    Raises (on entering):
+    Raises on entering:
         OSError: the socket cannot be made (EADDRINUSE: another server listens there), or `record` cannot be written.
         TraceError: `replay` is not a recording.
         PagerStartError: the pager did not start.

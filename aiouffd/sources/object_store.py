@@ -130,7 +130,8 @@ class ObjectSource:
         """Return the bytes, in the buffer that the store has received them in. Canceling is safe.
 
         Raises:
-            SourceError: for good. SourceTimeoutError: no answer in time.
+            SourceError: for good.
+            SourceTimeoutError: no answer in time.
         """
         pieces: list[Any] = []
         at, stop = offset, offset + length

@@ -60,7 +60,7 @@ class Pager:
         linger: seconds that the pager of an instance waits for another Monitor when the last was left. It ends earlier
             where the program closes all of its descriptors, as daemons do.
 
-    Raises (on entering):
+    Raises on entering:
         PagerStartError: it did not start.
     """
 

@@ -1,0 +1,72 @@
+"""How the documentation is built, without a network: `python -m sphinx -W -n docs OUTPUT`, with the group `docs`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from sphinx.ext import napoleon
+from sphinx.util.nodes import make_refnode
+
+import aiouffd
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "aiouffd"
+author = "The aiouffd developers"
+project_copyright = author
+version = release = aiouffd.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx_click",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+default_role = "py:obj"  # what docstrings have in backquotes
+html_theme = "furo"
+html_title = f"aiouffd {release}"
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "mixed"
+
+# Names of Python that signatures and docstrings mention are in a text file, so that a build asks no network. One that
+# it lacks is a warning (-n).
+intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
+nitpick_ignore = [("py:class", "array")]  # array.array, which a class has by its short name
+
+_GOOGLE = napoleon.Config(napoleon_custom_sections=[("Raises on entering", "params_style")])
+
+
+def _read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read Google's sections. Not by napoleon's own hook, which takes `Bytes: ...` of a property for its type."""
+    kind = "method" if what in ("property", "attribute") else what
+    lines[:] = str(napoleon.GoogleDocstring(lines, _GOOGLE, app, kind, name, obj, options)).splitlines()
+
+
+def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element) -> Element | None:
+    """Find what is public under a shorter name than its module's, and `Name(...)`; other code is no reference."""
+    if node["refdomain"] != "py":
+        return None
+    objects = env.domains.python_domain.objects
+    path = re.match(r"[\w.]*", node["reftarget"])[0].split(".")
+    for name in (".".join(path), path[-1]):
+        if (found := objects.get(f"aiouffd.{name}")) is not None:
+            return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, text)
+        if node["reftype"] == "obj":
+            break
+    return text if node["reftype"] == "obj" else None
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _read_docstring)
+    app.connect("missing-reference", _find)
