@@ -152,8 +152,8 @@ _HOMES = {
 
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
-_LATE = ("ObjectSource", "Server")
-"""Names that are imported on first use: most programs do without."""
+_LATE = ("InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "Trace")
+"""Names that are imported when they are first taken: most programs do without, and they bring asyncio or more."""
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NewType, Self
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "pieces"]
 
-_UPPER_HALF = 1 << (47 if platform.machine() == "aarch64" else 46)
+_UPPER_HALF = 1 << (47 if os.uname().machine == "aarch64" else 46)
 """The address space of a process ends at twice this. mmap(2) returns addresses of its upper half."""
 
 Address = NewType("Address", int)

@@ -22,9 +22,10 @@ import numpy as np
 import uvloop
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
+from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.options import Options, Service
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import SealedMemory, address_of

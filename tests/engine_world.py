@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from hypothesis import settings
 from pattern import PAGE, Pattern, content
 
-from aiouffd.engine.assembly import Options, Service, make_backend, make_readahead
+from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.messages import serve_messages
+from aiouffd.engine.options import Options, Service
 from aiouffd.engine.space import Space
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ClosedError

@@ -11,9 +11,10 @@ from pattern import PAGE, content
 from worlds import KernelWorld
 
 import aiouffd
-from aiouffd.engine.reading import MESSAGES, NativeReader, PythonReader
+from aiouffd.engine.reading import NativeReader, PythonReader
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.events import MESSAGES
 from aiouffd.native.reader import Outcome
 
 __all__ = ["PAGES", "SOURCE", "TURN", "Rig", "first"]

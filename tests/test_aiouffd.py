@@ -37,17 +37,47 @@ def test_a_name_that_is_not_there() -> None:
         _ = aiouffd.Nothing
 
 
-@pytest.mark.parametrize(
-    ("arguments", "needed", "not_needed"),
-    [
-        ([], ["monitor.monitor", "monitor.engines.in_thread", "pager.client.client"], ["server.server"]),
-        (["aiouffd.pager"], ["pager.process.worker"], ["monitor", "pager.client", "sources.file"]),
-    ],
-)
-def test_a_program_imports_what_it_may_use(arguments: list[str], needed: list[str], not_needed: list[str]) -> None:
-    """At once, before it gives up a privilege. And a pager nothing of its client's, nor what compiles."""
-    code = "import sys, aiouffd, aiouffd.pager.__main__; print(*sys.modules)"
-    process = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
-    found = process.stdout.split()
-    assert {f"aiouffd.{name}" for name in needed} <= set(found)
-    assert not {"shutil", "http.client", *(f"aiouffd.{name}" for name in not_needed)} & set(found)
+def modules_of(code: str, *arguments: str) -> set[str]:
+    """Return the modules that a program has imported in the end."""
+    process = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return set(process.stdout.split())
+
+
+HEAVY = {"asyncio", "cloudpickle", "http.client", "numpy", "obstore", "pathlib", "pickle", "random", "shutil", "ssl"}
+"""What most programs with a Monitor can do without, apart from what they import themselves."""
+
+ENGINE = {"engine", *(f"engine.{name}" for name in ("mappings", "options", "resolver", "runs", "statistics"))}
+ENGINE |= {"engine.serve", *(f"engine.serve.{name}" for name in ("bounds", "handler"))}
+
+
+def test_an_application_imports_what_a_monitor_with_a_pager_needs() -> None:
+    """And nothing else: neither an event loop, nor the engine that the pager runs, nor what only other engines need."""
+    found = modules_of("import aiouffd")
+    ours = {name.removeprefix("aiouffd.") for name in found if name.startswith("aiouffd.")}
+    assert not HEAVY & found
+    assert {name for name in ours if name.startswith("engine")} <= ENGINE
+    others = {f"monitor.engines.{name}" for name in ("in_process", "in_thread", "served_by", "local")}
+    assert not ours & {*others, "monitor.recording", "handoff", "server", "criu", "cli", "testing", "sources.concat"}
+    assert {"monitor.monitor", "pager.client.client"} <= ours
+
+
+def test_a_pager_imports_what_its_worker_needs() -> None:
+    """Nothing of its client's, nor what compiles, nor a source that it may not be asked for."""
+    found = modules_of("import aiouffd, aiouffd.pager.__main__", "aiouffd.pager")
+    assert not (HEAVY - {"asyncio", "ssl"}) & found
+    ours = {name.removeprefix("aiouffd.") for name in found if name.startswith("aiouffd.")}
+    assert "pager.process.worker" in ours
+    assert not ours & {"monitor", "pager.client", "sources.file"}
+
+
+@pytest.mark.parametrize("name", ["InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "Trace"])
+def test_what_is_imported_when_it_is_taken(name: str) -> None:
+    """A program that gives up the right to read these modules takes the names before."""
+    home = names_for_type_checkers()[name]
+    assert home not in modules_of("import aiouffd")
+    assert home in modules_of(f"from aiouffd import {name}")

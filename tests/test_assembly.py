@@ -1,4 +1,4 @@
-"""`engine.assembly`: what serves, and its options."""
+"""`engine.assembly`: the backend for what serves."""
 
 from __future__ import annotations
 
@@ -8,33 +8,13 @@ import pytest
 from engine_world import LOCATED, World, turns
 from pattern import PAGE
 
-from aiouffd.engine.assembly import Options, Service, checked, make_backend, make_readahead
-from aiouffd.engine.serve.handler import Handler, HandlerBackend
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.assembly import make_backend, make_readahead
+from aiouffd.engine.options import Options, Service
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.handler import Handler
+from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counters
-from aiouffd.kernel.abi import RegisterMode
-
-
-@pytest.mark.parametrize("origin", [LOCATED, Handler()])
-def test_what_can_serve(origin: Any) -> None:
-    """Is returned as it is."""
-    assert checked(origin) is origin
-
-
-@pytest.mark.parametrize("origin", [Handler, type(LOCATED), object(), bytes(1 << 20), None])
-def test_what_cannot_serve(origin: Any) -> None:
-    """Classes in place of instances, bytes, nothing; the text does not repeat a megabyte."""
-    with pytest.raises(TypeError, match="is no Source and no Handler") as raised:
-        checked(origin)
-    assert len(str(raised.value)) < 300
-
-
-def test_a_large_buffer_is_named_by_its_beginning() -> None:
-    """Its representation has four characters a byte."""
-    with pytest.raises(TypeError, match="is no Source and no Handler") as caught:
-        checked(bytes(1 << 20))
-    assert len(str(caught.value)) < 400
 
 
 class Recorder:
@@ -75,14 +55,3 @@ def test_what_is_near_comes_in_smaller_neighbourhoods(local: bool, around: int) 
     readahead = make_readahead(PAGE, Options(readahead=1 << 20), local=local)
     assert readahead.limit == 1 << 20
     assert readahead.windows(0, 0, 1 << 20) == [(0, around)]
-
-
-def test_options() -> None:
-    """Defaults, and what is refused."""
-    options = Options()
-    assert (options.readahead, options.spin_us, options.background, options.write_protect) == (2 << 20, 50, 0.0, False)
-    assert options.modes == RegisterMode.MISSING
-    assert options.limits == Limits()
-    for wrong in ({"readahead": -1}, {"spin_us": -1}, {"background": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Options(**wrong)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import sanitizers
 
 from aiouffd.native import build
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NOWHERE = "/nonexistent/cc"
 C_FILES = (
@@ -35,7 +32,7 @@ C_FILES = (
 
 def test_the_c_files_include_lower_ones_only() -> None:
     """Each file knows the ones below it: so there is no circle."""
-    files = [*build.HERE.glob("*.c"), *build.HERE.glob("*.h")]
+    files = [*Path(build.HERE).glob("*.c"), *Path(build.HERE).glob("*.h")]
     assert {path.stem for path in files} == set(C_FILES)
     for path in files:
         for included in re.findall(r'#include "(\w+)\.h"', path.read_text()):
@@ -45,7 +42,7 @@ def test_the_c_files_include_lower_ones_only() -> None:
 
 def test_the_c_functions_are_short() -> None:
     """None has more than 60 lines."""
-    for path in build.HERE.glob("*.c"):
+    for path in Path(build.HERE).glob("*.c"):
         for function in re.findall(r"^\w[^;{}]*\)\n\{\n.*?^\}", path.read_text(), re.DOTALL | re.MULTILINE):
             assert function.count("\n") < 60, f"{path.name}: {function[:80]}"
 

@@ -9,8 +9,8 @@ import pytest
 from pattern import Pattern
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import ZEROS, Mapping
+from aiouffd.engine.options import Options, Service
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.native.faults import Kind
 

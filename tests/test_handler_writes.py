@@ -11,8 +11,9 @@ from engine_world import BASE, ELSEWHERE, World, turns
 from pattern import PAGE
 
 from aiouffd.engine.runs import FOR_FAULT, Op
-from aiouffd.engine.serve.handler import Batch, Fault, Handler, HandlerBackend, wants_writes
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.handler import Batch, Fault, Handler, wants_writes
+from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.errors import HandlerError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag

@@ -17,7 +17,7 @@ from scenario import open_descriptors
 from aiouffd.criu.images import REMOTE, PageFlag, PageRun, read_task
 from aiouffd.criu.lazy_pages import LazyPages
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
-from aiouffd.engine.assembly import Options
+from aiouffd.engine.options import Options
 from aiouffd.errors import HandoffError
 from aiouffd.ranges import Range
 

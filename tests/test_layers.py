@@ -26,6 +26,7 @@ ORDER = {
             "__init__",
             "abi",
             "libc",
+            "files",
             "limits",
             "owned_descriptor",
             "memory",
@@ -74,11 +75,13 @@ ORDER = {
             "dispatcher",
             "serve",
             "ahead",
+            "options",
             "assembly",
         ),
     ],
     "engine/serve": [
-        *("__init__", "zeros", "gate", "pace", "deadlines", "reads", "extents", "presence", "source", "handler"),
+        *("__init__", "zeros", "bounds", "handler", "gate", "pace", "deadlines", "reads", "extents", "presence"),
+        *("source", "handler_backend"),
     ],
     "engine/ahead": ["__init__", "trace", "fill"],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
@@ -125,7 +128,8 @@ ORDER = {
     ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
-        *("__init__", "engines", "registration", "beginnings", "error_queue", "crashes", "lookout", "monitor", "open"),
+        *("__init__", "engines", "registration", "beginnings", "error_queue", "crashes", "lookout", "recording"),
+        *("monitor", "open"),
     ],
     "monitor/engines": [
         "__init__",

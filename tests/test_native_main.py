@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from aiouffd.native import build
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NOWHERE = "/nonexistent/cc"
 
@@ -19,9 +16,10 @@ def test_the_command(tmp_path: Path) -> None:
     """`python -m aiouffd.native` compiles where the files lie, and ends with the compiler's words if that fails."""
     package = tmp_path / "aiouffd"
     (package / "native").mkdir(parents=True)
-    for path in (build.HERE.parent / "errors.py", build.HERE.parent / "ranges.py", *build.HERE.iterdir()):
+    here = Path(build.HERE)
+    for path in (here.parent / "errors.py", here.parent / "ranges.py", *here.iterdir()):
         if path.suffix in (".py", ".c", ".h"):
-            (package / path.relative_to(build.HERE.parent)).write_bytes(path.read_bytes())
+            (package / path.relative_to(here.parent)).write_bytes(path.read_bytes())
     (package / "__init__.py").touch()
     command = [sys.executable, "-m", "aiouffd.native"]
     refused = subprocess.run(

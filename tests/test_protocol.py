@@ -10,7 +10,7 @@ import pytest
 
 import aiouffd
 from aiouffd import native
-from aiouffd.engine.assembly import Options
+from aiouffd.engine.options import Options
 from aiouffd.kernel.abi import LAYOUT_EVENTS, Feature
 from aiouffd.monitor.engines.protocol import Engine, EngineChoice, Terms, positive_or_none
 

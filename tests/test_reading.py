@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from aiouffd.engine import reading
-from aiouffd.engine.reading import MESSAGES, NativeReader, PythonReader
+from aiouffd.engine.reading import NativeReader, PythonReader
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import address_of
 from aiouffd.native.reader import WORDS, Outcome, Shown
 

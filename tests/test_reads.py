@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from engine_world import turns
 
-from aiouffd.engine.serve.reads import Limits, Reads
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.reads import Reads, _between
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 
@@ -42,12 +43,20 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """Return between what bounds each pause was chosen; none is slept."""
     chosen: list[tuple[float, float]] = []
 
-    def uniform(low: float, high: float) -> float:
+    def between(low: float, high: float) -> float:
         chosen.append((low, high))
         return 0.0
 
-    monkeypatch.setattr("aiouffd.engine.serve.reads.random.uniform", uniform)
+    monkeypatch.setattr("aiouffd.engine.serve.reads._between", between)
     return chosen
+
+
+def test_pauses_are_spread() -> None:
+    """Within their bounds, which are pauses themselves."""
+    chosen = {_between(1.0, 2.0) for _ in range(1000)}
+    assert min(chosen) >= 1.0
+    assert max(chosen) <= 2.0
+    assert len(chosen) > 100
 
 
 async def test_a_dead_file_system_is_named() -> None:
@@ -224,17 +233,6 @@ async def test_urgent_reads_go_first() -> None:
     blocking.cancel()
     await asyncio.gather(*ahead, urgent)
     assert [offset for offset, _ in source.asked] == [0, 20, 10, 11]
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"concurrent_reads": 0}, {"bytes_in_flight": 0}, {"timeout": 0}, {"timeout": -1.0}, {"retries": -1}]
-)
-def test_limits_that_nothing_could_pass(wrong: dict[str, Any]) -> None:
-    """Are refused where they are made."""
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Limits(**wrong)
-    assert Limits(timeout=None, retries=0, concurrent_reads=1, bytes_in_flight=1).timeout is None
-    assert Limits() == Limits(128, 128 << 20, 30.0, None, 0.05)
 
 
 @pytest.mark.usefixtures("pauses")

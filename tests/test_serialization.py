@@ -15,7 +15,7 @@ import pytest
 from aiouffd import errors
 from aiouffd.criu.relay import RelaySource
 from aiouffd.engine.ahead.trace import Recorder, Trace
-from aiouffd.engine.assembly import Service
+from aiouffd.engine.options import Service
 from aiouffd.pager.process.serialization import is_pickle, modules, pack, unpack
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
@@ -110,7 +110,7 @@ def test_the_modules_that_rebuilding_imports_are_known(tmp_path: Path) -> None:
     path.write_bytes(b"x")
     both = Service(ConcatSource([FileSource(path), BufferSource(b"behind")]))
     sources = {f"aiouffd.sources.{name}" for name in ("concat", "file", "buffer")}
-    assert modules(pack(both)[0]) == sources | {"aiouffd.engine.assembly"}
+    assert modules(pack(both)[0]) == sources | {"aiouffd.engine.options"}
     assert modules(pack(Service(Mine(b"x")))[0]) == {"cloudpickle"}
     assert modules(b'{"os:system": ["true"]}') == set()
 

@@ -10,9 +10,9 @@ import pytest
 from pattern import PAGE
 from scenario import eventually
 
-from aiouffd.engine.assembly import Options
 from aiouffd.engine.mappings import Mapping
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.options import Options
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import HandoffError, SourceError
 from aiouffd.handoff.arrival import Handoff
 from aiouffd.handoff.firecracker import Regions

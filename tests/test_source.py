@@ -221,7 +221,7 @@ async def test_a_source_that_does_not_answer_is_not_asked_again_for_each_page(la
 
 def limits(**values: Any) -> Any:
     """Return limits."""
-    from aiouffd.engine.serve.reads import Limits
+    from aiouffd.engine.serve.bounds import Limits
 
     return Limits(**values)
 

@@ -30,7 +30,7 @@ def at(page: int) -> int:
 
 def limits(**values: Any) -> Any:
     """Return limits."""
-    from aiouffd.engine.serve.reads import Limits
+    from aiouffd.engine.serve.bounds import Limits
 
     return Limits(**values)
 

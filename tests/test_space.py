@@ -16,7 +16,7 @@ from pattern import PAGE, Pattern, Slow, content
 from aiouffd.engine.ahead.fill import complete
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.runs import Op, Run
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import LayoutChangingError, OperationError, SourceError

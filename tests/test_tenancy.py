@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.options import Options, Service
 from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.tenant import Pack
 from aiouffd.pager.process import tenancy

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.options import Options, Service
 from aiouffd.engine.statistics import Counter
 from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
 from aiouffd.pager.process.journal import SLOTS, Journal

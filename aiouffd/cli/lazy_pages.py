@@ -13,8 +13,8 @@ from rich.console import Console
 from aiouffd.cli import daemon, parameters
 from aiouffd.criu.lazy_pages import LazyPages
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
-from aiouffd.engine.assembly import Options
 from aiouffd.engine.loops import new_event_loop
+from aiouffd.engine.options import Options
 
 if TYPE_CHECKING:
     import signal

@@ -15,8 +15,8 @@ from aiouffd.criu.images import REMOTE, TaskImage, read_task
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 from aiouffd.criu.relay import Relay
 from aiouffd.criu.socket import LazyPagesSocket
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.options import Options, Service
 from aiouffd.errors import HandoffError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature

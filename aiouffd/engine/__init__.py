@@ -8,6 +8,7 @@ their way), `resolver` (ioctls until a run is resolved), `deferred` and `remaind
 a space does with its messages), `reading` (reads descriptors and serves plain faults, in the native part or in Python),
 `dispatcher` (descriptors on a loop).
 
-Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched) and
-`assembly`, which puts an engine together.
+Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched),
+`options` (what serves, and how: what an application needs of an engine that runs elsewhere) and `assembly`, which puts
+an engine together.
 """

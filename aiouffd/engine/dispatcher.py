@@ -16,10 +16,11 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.messages import serve_messages
-from aiouffd.engine.reading import MESSAGES, make_reader
+from aiouffd.engine.reading import make_reader
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, operation_error
 from aiouffd.kernel import abi
+from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native.reader import Outcome
 

@@ -26,6 +26,7 @@ from aiouffd import native
 from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
+from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import address_of
 from aiouffd.native import reader as c
 
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["MESSAGES", "MakeReader", "NativeReader", "PythonReader", "Reader", "make_reader"]
+__all__ = ["MakeReader", "NativeReader", "PythonReader", "Reader", "make_reader"]
 
-MESSAGES = 64
-"""So many messages are read at once, at most."""
 _MAX_READY = 32  # descriptors in one look: epoll allocates room for so many
 _VAIN_LOOKS_UNTIL_RARER = 3
 _MAX_SKIPPED = 64

@@ -8,7 +8,7 @@ direction and the size of an argument differently). There this module raises Imp
 from __future__ import annotations
 
 import enum
-import platform
+import os
 import struct
 import sys
 from typing import Final
@@ -34,7 +34,7 @@ PAGEMAP_SCAN: Final = 0xC0606610
 
 
 def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
-    """Return the numbers of userfaultfd(2) and mlock2(2) on an architecture, as `platform.machine()` names it.
+    """Return the numbers of userfaultfd(2) and mlock2(2) on an architecture, as uname(2) names it.
 
     Raises:
         ImportError: this package does not know its numbers.
@@ -48,7 +48,7 @@ def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
     return numbers[machine]
 
 
-SYS_USERFAULTFD, SYS_MLOCK2 = system_calls(platform.machine(), pointer_bits=64 if sys.maxsize > 2**32 else 32)
+SYS_USERFAULTFD, SYS_MLOCK2 = system_calls(os.uname().machine, pointer_bits=64 if sys.maxsize > 2**32 else 32)
 
 UFFD_USER_MODE_ONLY: Final = 1
 

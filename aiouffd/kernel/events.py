@@ -11,7 +11,10 @@ import attrs
 
 from aiouffd.kernel.abi import FaultFlag
 
-__all__ = ["FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
+__all__ = ["MESSAGES", "FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
+
+MESSAGES = 64
+"""So many are read at once, at most."""
 
 
 class FaultKind(enum.Enum):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
-from pathlib import Path
 from typing import Final
 
 from aiouffd.errors import LimitError, UnsupportedError
+from aiouffd.kernel import files
 from aiouffd.ranges import align_up
 
 __all__ = ["limit_error", "no_huge_pages", "no_thread"]
@@ -21,7 +22,7 @@ _LIMITS: Final = {
         "`ulimit -v` raises it; or RLIMIT_DATA (`ulimit -d`), vm.max_map_count or vm.overcommit_memory=2 refuses",
     ),
 }
-_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
+_HUGE_PAGES: Final = "/sys/kernel/mm/hugepages"
 
 
 def limit_error(what: str, number: int) -> LimitError | None:
@@ -32,7 +33,7 @@ def limit_error(what: str, number: int) -> LimitError | None:
         number: the errno.
     """
     if number == errno.ENFILE:
-        value = _read(Path("/proc/sys/fs/file-max"))
+        value = _read("/proc/sys/fs/file-max")
         return LimitError(what, "fs.file-max", value, "`sysctl fs.file-max` raises it", number)
     if number not in _LIMITS:
         return None
@@ -49,12 +50,13 @@ def no_thread(what: str) -> LimitError:
 def no_huge_pages(length: int, page_size: int) -> UnsupportedError:
     """Return the error for a mapping that the kernel has no, or too few, huge pages for."""
     size = page_size >> 10
-    free = _read(_HUGE_PAGES / f"hugepages-{size}kB" / "free_hugepages")
+    free = _read(f"{_HUGE_PAGES}/hugepages-{size}kB/free_hugepages")
     if free:
         count = align_up(length, page_size) // page_size
         hint = f"{free}; `sysctl vm.nr_hugepages` reserves more of the default size"
         return UnsupportedError(f"{count} free huge pages of {size} KiB", hint)
-    sizes = sorted(item.name.removeprefix("hugepages-") for item in _HUGE_PAGES.glob("hugepages-*"))
+    names = os.listdir(_HUGE_PAGES) if os.path.isdir(_HUGE_PAGES) else []  # noqa: PTH112, PTH208 - names, not paths
+    sizes = sorted(name.removeprefix("hugepages-") for name in names)
     return UnsupportedError(f"huge pages of {size} KiB", f"huge pages of {', '.join(sizes) or 'no size'}")
 
 
@@ -63,8 +65,8 @@ def _value(name: str) -> str:
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(encoding="ascii").strip()
+        return files.read(path).decode("ascii").strip()
     except OSError:
         return ""

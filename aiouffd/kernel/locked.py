@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import mmap
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from aiouffd.kernel import libc
+from aiouffd.kernel import files, libc
 from aiouffd.kernel.memory import address_of
 from aiouffd.ranges import Range
 
@@ -53,7 +52,7 @@ def empty_locked(address: int, length: int, fd: int = -1) -> None:
 def smaps() -> Iterator[tuple[Range, list[str], str]]:
     """Yield each mapping of this process, its VmFlags and its part of /proc/self/smaps; none if there is no /proc."""
     try:
-        text = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
+        text = files.read("/proc/self/smaps").decode("utf-8", "replace")
     except OSError:
         return
     bounds = list(re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*$", text, re.MULTILINE))

@@ -9,10 +9,9 @@ import functools
 import mmap
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aiouffd.kernel import libc
+from aiouffd.kernel import files, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import Range
 
@@ -114,7 +113,7 @@ def unreadable() -> mmap.mmap:
 
 def _mappings() -> Iterator[tuple[Range, bytes, bytes]]:
     """Yield the mappings of this process: range, access (as "rw-p") and inode ("0": no file)."""
-    for line in Path("/proc/self/maps").read_bytes().splitlines():  # a path may have any bytes
+    for line in files.read("/proc/self/maps").splitlines():  # a path may have any bytes
         bounds, access, _, _, inode, *_ = line.split()
         start, end = (int(bound, 16) for bound in bounds.split(b"-"))
         yield Range.between(start, end), access, inode

@@ -29,7 +29,7 @@ import attrs
 from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation_error
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
-from aiouffd.kernel.events import PageFault, Remap, Remove, UnknownEvent, Unmap
+from aiouffd.kernel.events import MESSAGES, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -51,7 +51,6 @@ REMEDY = (
     " page fails with EFAULT. Full use needs one of: `sysctl vm.unprivileged_userfaultfd=1`; read access to"
     " /dev/userfaultfd (Linux 6.1); CAP_SYS_PTRACE. In a container the seccomp profile must allow userfaultfd(2), too."
 )
-_READ_MESSAGES = 64
 NO_FEATURES = Feature(0)
 
 
@@ -399,7 +398,7 @@ class Userfaultfd(OwnedDescriptor):
         The kernel delivers page faults before layout events, also before older ones.
         """
         try:
-            data = os.read(self.fileno(), abi.MESSAGE_SIZE * _READ_MESSAGES)
+            data = os.read(self.fileno(), abi.MESSAGE_SIZE * MESSAGES)
         except BlockingIOError:
             return []
         size = abi.MESSAGE_SIZE

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiouffd.native import faults, reason
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CrashNotes", "caller", "enable_tracebacks"]
 
-_PACKAGE = str(Path(__file__).parent.parent)
+_PACKAGE = __file__.removesuffix("monitor/crashes.py")
 
 
 def enable_tracebacks() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections import deque
@@ -51,6 +50,8 @@ class ErrorQueue:
         Args:
             check: called each time before waiting; raises where no more errors can come.
         """
+        import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
         loop = asyncio.get_running_loop()
         event = asyncio.Event()
 

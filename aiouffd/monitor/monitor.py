@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import math
@@ -25,18 +24,17 @@ from typing import (
 import attrs
 
 from aiouffd import native
-from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
-from aiouffd.engine.assembly import Options, Service, checked
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.options import Options, Service, checked
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.handler import wants_writes
-from aiouffd.engine.serve.reads import Limits
-from aiouffd.errors import BusyError, ClosedError, TraceError, UffdError
+from aiouffd.errors import BusyError, ClosedError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
-from aiouffd.monitor.engines.protocol import Assignment, Terms
+from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
 from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.lookout import Lookout
 from aiouffd.monitor.registration import Registration
@@ -53,6 +51,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.engines.protocol import Engine, EngineChoice
     from aiouffd.monitor.engines.served_by import ServedBy
+    from aiouffd.monitor.recording import Recording
     from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
@@ -188,8 +187,6 @@ class Monitor:
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in (None, "dontfork", "serve"):
             raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
-        if record is not None and replay is not None:
-            raise ValueError("either record or replay: what a replay brings is not seen to be touched")
         self.region = region
         self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
@@ -200,9 +197,7 @@ class Monitor:
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
-        self._record = record
-        self._replay = replay
-        self._recorder: Recorder | None = None
+        self._recording = _recording(record, replay)
         self._writes = "tracked" if track_writes else "served" if wants_writes(self.origin) else ""
         self._options = Options(
             readahead if record is None else 0,
@@ -222,6 +217,8 @@ class Monitor:
 
     async def __aenter__(self) -> Self:
         """Start to serve."""
+        import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
         if not native.is_known():
             await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
         enable_tracebacks()
@@ -241,12 +238,7 @@ class Monitor:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says. Canceling does not interrupt this."""
-        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, populate=kind is None, where=caller()))
-        try:
-            await asyncio.shield(stopping)
-        except asyncio.CancelledError:
-            await stopping
-            raise
+        await uninterrupted(partial(self._stop, populate=kind is None, where=caller()))
 
     def __enter__(self) -> Self:
         """Start to serve, in a program without a loop."""
@@ -299,7 +291,8 @@ class Monitor:
                 )
                 registration.is_served()
             except BaseException as error:
-                self._end_recording(complete=False)
+                if self._recording is not None:
+                    self._recording.end(complete=False)
                 self._registration = None
                 registration.abandon()
                 self._crashes.close()
@@ -341,26 +334,12 @@ class Monitor:
                 if not self._sigbus:
                     self._crashes.close()
                 self._engine = self._registration = self.region.monitor = None
-                self._end_recording(complete=True)
+                if self._recording is not None:
+                    self._recording.end(complete=True)
                 self._errors.wake()
 
     def _service(self) -> Service:
-        page, size = self.region.page_size, len(self.region)
-        source = bytes(32) if self._record is None and self._replay is None else fingerprint(self.origin)
-        if self._record is not None:
-            self._recorder = Recorder.create(self._record, page, size, source)
-        trace = None
-        if self._replay is not None:
-            trace = Trace.load(self._replay, page, source=source)
-            # Where fingerprints cannot tell, the size can: of a file and a URL for example. A handler has none.
-            if trace.source != source and trace.size not in (size, getattr(self.origin, "size", trace.size)):
-                raise TraceError(str(self._replay), "it was recorded from another source: its size is another")
-        return Service(self.origin, self._recorder, trace)
-
-    def _end_recording(self, *, complete: bool) -> None:
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            (recorder.complete if complete else recorder.close)()
+        return Service(self.origin) if self._recording is None else self._recording.service(self.origin, self.region)
 
     # Using it
 
@@ -374,6 +353,8 @@ class Monitor:
             SourceError: the source failed; nothing is poisoned, what came is kept.
             ValueError: not within the region.
         """
+        import asyncio  # noqa: PLC0415 - as in `__aenter__`
+
         self._check(start, length)
         await asyncio.wrap_future(self._running().prefetch(start, length))
 
@@ -484,6 +465,14 @@ def _checked_engine(engine: EngineChoice | None) -> EngineChoice:
     if isinstance(engine, type) or not hasattr(engine, "serves_children"):
         raise TypeError(f"engine= takes an instance, InThread() for example, not {engine!r:.200}")
     return engine
+
+
+def _recording(record: str | os.PathLike[str] | None, replay: str | os.PathLike[str] | None) -> Recording | None:
+    if record is None and replay is None:
+        return None
+    from aiouffd.monitor.recording import Recording  # noqa: PLC0415 - 5 ms, and few Monitors record or replay
+
+    return Recording(record, replay)
 
 
 def _check_numbers(what: str, kind: Any, **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import SourceError
@@ -31,6 +30,8 @@ class Opened:
 
     async def __aenter__(self) -> Region:
         """Find the source, map a region of its size, and serve it."""
+        import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
         self._monitor = await asyncio.to_thread(self._prepare)
         await self._monitor.__aenter__()
         return self._monitor.region

@@ -38,12 +38,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0 is set: unset it"
-    path = build.HERE / build.NAME
-    if not path.exists():
+    path = f"{build.HERE}/{build.NAME}"
+    if not os.path.exists(path):  # noqa: PTH110 - as in build
         return None, f"aiouffd was installed without a C compiler: {_BUILD}"
     try:
         # CDLL, which releases the GIL during a call: a call may wait for handlers that want it.
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(path)
         built = int(ctypes.c_uint32(loaded.aiouffd_fingerprint()).value)
     except (OSError, AttributeError) as error:
         return None, f"the native part of aiouffd cannot be loaded ({error}): {_BUILD}"
@@ -74,7 +74,7 @@ def _introduce(loaded: ctypes.CDLL) -> None:
 def holding() -> ctypes.PyDLL:
     """Return the library for calls that keep the GIL; errors as for `library`."""
     library()
-    return ctypes.PyDLL(str(build.HERE / build.NAME))
+    return ctypes.PyDLL(f"{build.HERE}/{build.NAME}")
 
 
 def library() -> ctypes.CDLL:

@@ -11,9 +11,12 @@ import os
 import shlex
 import subprocess
 import zlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HERE = os.path.dirname(__file__)  # noqa: PTH120 - each program imports this, and few need pathlib
 NAME = "libaiouffd.so"
 FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -22,16 +25,18 @@ class BuildError(Exception):
     """There is no C compiler, or it failed."""
 
 
-def sources() -> list[Path]:
-    """Return the C files."""
-    return sorted(HERE.glob("*.c"))
+def sources(suffix: str = ".c") -> list[str]:
+    """Return the paths of the C files."""
+    names = sorted(name for name in os.listdir(HERE) if name.endswith(suffix))  # noqa: PTH208 - as above
+    return [f"{HERE}/{name}" for name in names]
 
 
 def fingerprint() -> int:
     """Return a checksum of the C files. It is compiled in, so that a build that is out of date is found."""
     value = 0
-    for path in (*sources(), *sorted(HERE.glob("*.h"))):
-        value = zlib.crc32(path.read_bytes(), value)
+    for path in (*sources(), *sources(".h")):
+        with open(path, "rb") as file:  # noqa: PTH123 - as above
+            value = zlib.crc32(file.read(), value)
     return value
 
 
@@ -55,8 +60,7 @@ def build(output: Path, *flags: str) -> None:
         BuildError: there is no compiler, or it failed; the message has its output.
     """
     fresh = output.with_name(f".{output.name}.{os.getpid()}")
-    names = [str(path) for path in sources()]
-    command = [*compiler(), *FLAGS, *flags, f"-DAIOUFFD_FINGERPRINT={fingerprint()}u", "-o", str(fresh), *names]
+    command = [*compiler(), *FLAGS, *flags, f"-DAIOUFFD_FINGERPRINT={fingerprint()}u", "-o", str(fresh), *sources()]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
         fresh.replace(output)

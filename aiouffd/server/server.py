@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from aiouffd.engine.assembly import Options
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.options import Options
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
 from aiouffd.handoff.json_lines import VERSION

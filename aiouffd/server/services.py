@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
-from aiouffd.engine.assembly import Service, checked
+from aiouffd.engine.options import Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from aiouffd.engine.assembly import Options
+    from aiouffd.engine.options import Options
     from aiouffd.handoff.arrival import Handoff
     from aiouffd.handoff.receive import Peer
 

@@ -14,7 +14,6 @@ AT_STATX_DONT_SYNC: all others may wait for the server, even if the bytes are re
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import mmap
@@ -311,6 +310,8 @@ class FileSource:
             SourceError: the file has changed. ShortReadError: it has been cut.
             OSError: as pread(2).
         """
+        import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, offset, length)
 
     @property

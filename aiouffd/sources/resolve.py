@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from aiouffd.errors import SourceError
 from aiouffd.sources.base import Source
@@ -38,6 +37,8 @@ def as_source(
         TypeError: it is none of these.
     """
     if isinstance(thing, str) and "://" in thing:
+        from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
+
         scheme = urlsplit(thing).scheme
         if scheme == "file":
             return FileSource(unquote(urlsplit(thing).path))

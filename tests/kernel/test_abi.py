@@ -161,7 +161,7 @@ def test_other_architectures_are_refused(machine: str, bits: int) -> None:
 
 def test_the_import_is_refused() -> None:
     """`import aiouffd` says so."""
-    code = "import platform; platform.machine = lambda: 'sparc64'; import aiouffd"
+    code = "import os, types; os.uname = lambda: types.SimpleNamespace(machine='sparc64'); import aiouffd"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "ImportError: aiouffd does not know the system calls and ioctls of sparc64" in result.stderr

@@ -10,7 +10,7 @@ from pairs import running
 from pattern import Pattern
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.options import Options, Service
 from aiouffd.errors import decode_error
 from aiouffd.pager.client.tenant import Pack
 

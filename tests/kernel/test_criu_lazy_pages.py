@@ -20,7 +20,7 @@ from scenario import play
 from served import free_port
 
 from aiouffd.criu.lazy_pages import LazyPages
-from aiouffd.engine.assembly import Options
+from aiouffd.engine.options import Options
 from aiouffd.pager.process.deaths import DEATHS
 
 if TYPE_CHECKING:

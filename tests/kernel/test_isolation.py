@@ -16,7 +16,7 @@ from pattern import PAGE, Pattern, peek, word
 from scenario import eventually, play
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
+from aiouffd.engine.options import Options, Service
 from aiouffd.pager.client.tenant import Pack
 from aiouffd.pager.process import control
 

@@ -15,8 +15,8 @@ from processes import crash, ended, kill
 from scenario import eventually
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.options import Options, Service
 from aiouffd.pager.client.tenant import Pack, Tenant
 
 PAGE = 4096

@@ -13,8 +13,8 @@ from pattern import PAGE, Pattern, Slow, word
 
 import aiouffd
 from aiouffd import native
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.options import Options, Service
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.kernel.userfaultfd import Userfaultfd

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -13,8 +15,8 @@ from pattern import PAGE, Pattern, Slow, content
 from scenario import ended, play
 
 import aiouffd
-from aiouffd.engine.assembly import Options, Service
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.options import Options, Service
 from aiouffd.kernel.abi import RegisterMode
 from aiouffd.monitor.engines.protocol import Assignment
 
@@ -145,3 +147,38 @@ def parent(process: Path) -> int:
 def test_what_cannot_travel_leaves_nothing_behind() -> None:
     """See the scenario."""
     play(cannot_travel)
+
+
+PLAIN = """
+import os, sys, aiouffd
+with aiouffd.Pager() as pager:
+    os.chroot(sys.argv[1])
+    region = aiouffd.Region(1 << 20)
+    with aiouffd.Monitor(region, aiouffd.BufferSource(b"abc"), engine=pager) as monitor:
+        print(region[0], region[4096], monitor.statistics().pages_fault > 0, monitor)
+"""
+ON_A_LOOP = """
+import asyncio, os, sys, aiouffd
+async def main(engine):
+    os.chroot(sys.argv[1])
+    region = aiouffd.Region(1 << 20)
+    async with aiouffd.Monitor(region, aiouffd.BufferSource(b"abc"), engine=engine) as monitor:
+        await monitor.prefetch(0, 4097)
+        print(region[0], region[4096], monitor.statistics().pages_prefetch > 0, monitor)
+with aiouffd.Pager() as pager:
+    asyncio.run(main(ENGINE))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may leave its root directory")
+@pytest.mark.parametrize(
+    "program",
+    [PLAIN, ON_A_LOOP.replace("ENGINE", "pager"), ON_A_LOOP.replace("ENGINE", "aiouffd.InProcess()")],
+    ids=["plain", "on a loop", "in this process"],
+)
+def test_a_monitor_where_no_file_can_be_read_any_more(program: str, tmp_path: Path) -> None:
+    """Once its engine is made, a Monitor imports nothing."""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.stdout.startswith("97 0 True <Monitor of"), result.stderr

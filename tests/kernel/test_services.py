@@ -22,8 +22,8 @@ from scenario import eventually, play, until
 from served import MIB, Serve, client, descriptors, hand_over, on_the_web, touch_all
 
 import aiouffd
-from aiouffd.engine.assembly import Options
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.options import Options
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.handoff.receive import Peer
 from aiouffd.server import services
 from aiouffd.server.services import Services

@@ -1,5 +1,6 @@
 """What brings the pages of a space: a source, or a handler.
 
-Layout, the lowest first: `zeros`, `gate`, `pace`, `deadlines` and `reads` (bounds, timeouts, retries), `extents` (what
-needs no waiting), `presence` (until each page is present); `source` and `handler`, the two backends.
+Layout, the lowest first: `zeros`, `bounds`, `handler` (what an application overrides), `gate`, `pace`, `deadlines` and
+`reads` (timeouts, retries), `extents` (what needs no waiting), `presence` (until each page is present); `source` and
+`handler_backend`, the two backends.
 """

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
-
-import attrs
 
 from aiouffd.engine.flight import canceled_from_outside
 from aiouffd.engine.serve.deadlines import Deadlines
@@ -15,47 +13,21 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, read_failure
 
 if TYPE_CHECKING:
+    from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.statistics import Counters
     from aiouffd.sources.base import Source
 
-__all__ = ["Limits", "Reads"]
+__all__ = ["Reads"]
 
 _IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
 _BYTES_FETCHED = int(Counter.BYTES_FETCHED)
 _RETRIES = 4
 _LONGEST_PAUSE = 2.0  # seconds between two tries
 
-_above_zero = attrs.validators.optional(attrs.validators.gt(0))
 
-
-@attrs.frozen
-class Limits:
-    """Bounds of a backend.
-
-    Attributes:
-        concurrent_reads: source reads (or handlers) under way at once.
-        bytes_in_flight: bytes of source reads under way at once.
-        timeout: seconds for one read of the source, None for no limit.
-        retries: further tries after a read that failed, with exponential backoff and jitter; None: 4, and for URLs as
-            many as the timeout allows.
-        backoff: seconds before the first of them; the longest pause is 2 s.
-        client_events: messages (faults, layout events) per second that are read for one client of a server, its forked
-            children included; None: no limit.
-        client_bytes: bytes per second that are placed for it, whatever for; None: no limit.
-    """
-
-    concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
-    bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
-    timeout: float | None = attrs.field(default=30.0)
-    retries: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
-    backoff: float = 0.05
-    client_events: float | None = attrs.field(default=None, validator=_above_zero)
-    client_bytes: float | None = attrs.field(default=None, validator=_above_zero)
-
-    @timeout.validator
-    def _time_passes(self, _: object, value: float | None) -> None:
-        if value is not None and not value > 0:
-            raise ValueError(f"'timeout' must be > 0, or None: {value}")
+def _between(low: float, high: float) -> float:
+    """Return some number in [low, high]: enough to spread load. To import `random` would take 1 ms of each pager."""
+    return low + (high - low) * os.urandom(1)[0] / 255
 
 
 class Reads:
@@ -118,7 +90,7 @@ class Reads:
             self._count_retry()
             # Full jitter: clients that failed together do not come back together.
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
-            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, keeps no secret
+            await asyncio.sleep(_between(pause / 2, pause))
 
     def _refuse(self, view: memoryview, offset: int, length: int) -> NoReturn:
         """Raise what is wrong with an answer."""

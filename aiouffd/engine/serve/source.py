@@ -16,7 +16,7 @@ from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
-from aiouffd.engine.serve.reads import Limits, Reads
+from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
@@ -24,6 +24,7 @@ from aiouffd.ranges import pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
+    from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError

@@ -13,7 +13,7 @@ from aiouffd.ranges import align_up
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from aiouffd.engine.assembly import Options, Service
+    from aiouffd.engine.options import Options, Service
 
 __all__ = ["Extents"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from typing import TYPE_CHECKING, ClassVar, Final, Self
@@ -13,7 +12,7 @@ from aiouffd.errors import ClosedError, PagerStartError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
-from aiouffd.monitor.engines.protocol import positive_or_none
+from aiouffd.monitor.engines.protocol import positive_or_none, uninterrupted
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.pair import START_TIMEOUT
 from aiouffd.pager.client.shared import Pagers, place
@@ -21,6 +20,7 @@ from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
     from concurrent.futures import Future
     from typing import Any
@@ -101,12 +101,12 @@ class Pager:
 
     async def __aenter__(self) -> Self:
         """Start the pager. Canceling does not interrupt this."""
-        await _uninterrupted(self.__enter__)
+        await uninterrupted(self.__enter__)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """As `__exit__`. Canceling does not interrupt this."""
-        await _uninterrupted(self.__exit__)
+        await uninterrupted(self.__exit__)
 
 
 class _Default(Pager):
@@ -121,15 +121,6 @@ class _Default(Pager):
 
 
 default: Final[Pager] = _Default()
-
-
-async def _uninterrupted(work: Callable[[], object]) -> None:
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await running
-        raise
 
 
 class PagerEngine:

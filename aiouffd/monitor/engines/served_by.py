@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
-from aiouffd.engine.assembly import Options
+from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import (
     AccessError,

@@ -22,8 +22,8 @@ from aiouffd.pager.process.serialization import is_pickle, pack
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.engine.assembly import Options, Service
     from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.options import Options, Service
     from aiouffd.engine.statistics import Statistics
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State

@@ -29,10 +29,10 @@ from array import array
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from aiouffd.engine.reading import MESSAGES
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import map_file
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode, records

@@ -13,18 +13,17 @@ import ctypes
 import fcntl
 import logging
 import os
-import platform
 import resource
 import select
 import signal
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
+from aiouffd.kernel import files
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
@@ -71,7 +70,7 @@ _CLONE_PIDFD = 0x1000
 _CLONE_CHILD_CLEARTID = 0x200000
 _CLONE_CHILD_SETTID = 0x1000000
 _PR_GET_TID_ADDRESS = 40
-_SYS_CLONE = {"x86_64": 56}.get(platform.machine(), 220)
+_SYS_CLONE = {"x86_64": 56}.get(os.uname().machine, 220)
 
 _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the GIL must be held across the clone
 _python = ctypes.pythonapi
@@ -89,7 +88,7 @@ def _clone() -> tuple[int, int]:
     if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) == 0:
         flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
     arguments: list[int | None] = [flags, None, ctypes.addressof(pidfd), tid.value, None]
-    if platform.machine() != "x86_64":
+    if os.uname().machine != "x86_64":
         arguments[3:] = [None, tid.value]  # the order of tls and child_tid is the architecture's
     _python.PyOS_BeforeFork()
     pid: int = _libc.syscall(ctypes.c_long(_SYS_CLONE), *(ctypes.c_void_p(item) for item in arguments))
@@ -225,7 +224,7 @@ def _say_blocked(pid: int, still: float, state: str) -> None:
 def _state_of(pid: int) -> str:
     """Return the state of a child that has not been waited for, as ps(1) shows it; nothing where there is no /proc."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return files.read(f"/proc/{pid}/stat").decode().rpartition(")")[2].split()[0]
     except OSError:
         return ""
 

@@ -14,7 +14,6 @@ import base64
 import enum
 import io
 import json
-import pickle
 from array import array
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -46,7 +45,7 @@ _MAKERS: Final = frozenset(
         "aiouffd.criu.relay:RelaySource",
         "aiouffd.engine.ahead.trace:Recorder._arrived",
         "aiouffd.engine.ahead.trace:Trace",
-        "aiouffd.engine.assembly:Service",
+        "aiouffd.engine.options:Service",
         "aiouffd.sources.base:ZeroSource",
         "aiouffd.sources.buffer:BufferSource.from_sealed",
         "aiouffd.sources.concat:ConcatSource",
@@ -79,7 +78,7 @@ def pack(obj: Any) -> tuple[bytes, list[Descriptor]]:
 
 def is_pickle(data: bytes) -> bool:
     """Tell what `pack` has returned: JSON is text."""
-    return data[:1] == pickle.PROTO
+    return data[:1] == b"\x80"  # pickle.PROTO
 
 
 def unpack(data: bytes, fds: Sequence[int]) -> Any:
@@ -89,7 +88,7 @@ def unpack(data: bytes, fds: Sequence[int]) -> Any:
         ValueError: the plain values are not what `pack` makes.
     """
     if is_pickle(data):
-        return _Unpickler(io.BytesIO(data), fds).load()
+        return _unpickled(data, fds)
     return _rebuilt(json.loads(data), fds)
 
 
@@ -211,10 +210,11 @@ def _pickled(obj: Any) -> tuple[bytes, list[Descriptor]]:
     return file.getvalue(), descriptors
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, fds: Sequence[int]) -> None:
-        super().__init__(file)
-        self._fds = fds
+def _unpickled(data: bytes, fds: Sequence[int]) -> Any:
+    import pickle  # noqa: PLC0415 - as cloudpickle, which imports it
 
-    def persistent_load(self, pid: Any) -> Descriptor:
-        return Descriptor(self._fds[pid])
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Descriptor:
+            return Descriptor(fds[pid])
+
+    return Unpickler(io.BytesIO(data)).load()

@@ -13,9 +13,10 @@ import attrs
 
 from aiouffd.engine.ahead.fill import bring_ahead
 from aiouffd.engine.allowance import Allowances
-from aiouffd.engine.assembly import Service, make_readahead
+from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.messages import COUNTER_OF_EVENT
+from aiouffd.engine.options import Service
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError, PagerError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign

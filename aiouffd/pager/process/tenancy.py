@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.assembly import Options, Service, make_backend
-from aiouffd.engine.serve.reads import Limits
+from aiouffd.engine.assembly import make_backend
+from aiouffd.engine.options import Options, Service
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.process.serialization import is_pickle, modules, unpack
 
 if TYPE_CHECKING:
-    from aiouffd.engine.serve.handler import HandlerBackend
+    from aiouffd.engine.serve.handler_backend import HandlerBackend
     from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -26,7 +27,7 @@ __all__ = ["BUILD_TIMEOUT", "Arrivals", "FailedSource", "Origin", "Tenancy", "bu
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
 
-_IN_MEMORY = {"aiouffd.engine.assembly", "aiouffd.sources.base", "aiouffd.sources.buffer"}
+_IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
 
 

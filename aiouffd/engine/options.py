@@ -1,0 +1,62 @@
+"""What serves a region, and how: plain values that travel to where the engine runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.handler import Handler
+from aiouffd.kernel.abi import RegisterMode
+
+if TYPE_CHECKING:
+    from aiouffd.engine.ahead.trace import Recorder, Trace
+
+__all__ = ["Options", "Service", "checked"]
+
+
+@attrs.frozen
+class Service:
+    """What serves a region; it travels to where the engine runs.
+
+    Attributes:
+        origin: a `Source` or a `Handler`.
+        recorder: notes the pages that are touched, in order.
+        trace: pages to bring before they are touched.
+    """
+
+    origin: Any
+    recorder: Recorder | None = None
+    trace: Trace | None = None
+
+
+@attrs.frozen
+class Options:
+    """How a region is served; the same in a pager and in one's own process.
+
+    Attributes:
+        readahead: the largest window that a fault brings, in bytes; 0: page by page.
+        spin_us: microseconds to look again for faults before sleeping.
+        background: bytes per second, at most, that are brought without being asked for; 0: none.
+        modes: the `RegisterMode` of the memory.
+        write_protect: pages come write-protected, so that writes can be told from loads.
+        limits: bounds, timeouts and retries.
+    """
+
+    readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    background: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    modes: int = RegisterMode.MISSING
+    write_protect: bool = False
+    limits: Limits = attrs.field(factory=Limits)
+
+
+def checked(origin: Any) -> Any:
+    """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
+    if isinstance(origin, type) or not (isinstance(origin, Handler) or callable(getattr(origin, "read", None))):
+        raise TypeError(
+            f"{origin!r:.200} is no Source and no Handler: give an instance of one, FileSource(path) or"
+            " BufferSource(data)"
+        )
+    return origin
