@@ -11,6 +11,8 @@ from sphinx.util.nodes import make_refnode
 import aiouffd
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from docutils.nodes import Element
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
@@ -43,6 +45,12 @@ autodoc_class_signature = "mixed"
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore = [("py:class", "array")]  # array.array, which a class has by its short name
 
+_PAGES = {
+    "ARCHITECTURE.md": "development/architecture.md",
+    "CHANGELOG.md": "reference/changelog.md",
+    "CONTRIBUTING.md": "development/contributing.md",
+    "SECURITY.md": "development/security.md",
+}
 _GOOGLE = napoleon.Config(napoleon_custom_sections=[("Raises on entering", "params_style")])
 
 
@@ -66,7 +74,19 @@ def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element)
     return text if node["reftype"] == "obj" else None
 
 
+def _relink(_app: Sphinx, _path: Path, _page: str, content: list[str]) -> None:
+    """Let links of documents outside of docs/ lead to pages, where there are some."""
+
+    def page_of(found: re.Match[str]) -> str:
+        target = found[1]
+        inside = _PAGES.get(target) or target.removeprefix("docs/")
+        return f"](/{inside}" if inside != target else f"](/../{target}"
+
+    content[0] = re.sub(r"\]\((?!\w+://|#)([\w./-]+)", page_of, content[0])
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("include-read", _relink)
     app.connect("autodoc-process-docstring", _read_docstring)
     app.connect("missing-reference", _find)

@@ -14,8 +14,10 @@ import pytest
 
 import aiouffd
 from aiouffd.cli.commands import group
+from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature, Ioctl
+from aiouffd.server.metrics import Metrics
 from tools import picture
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ class Row:
 
 def parsed() -> list[Row]:
     """Return the table's rows; each has four cells, the last two of them code."""
-    lines = (ROOT / "docs" / "kernel.md").read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines()
+    lines = (ROOT / "docs" / "reference" / "kernel.md").read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines()
     rows = []
     for line in lines:
         found = re.fullmatch(r"\| (.+?) \| (.+?) \| `(\S+)` \| `(\S+)` \|", line)
@@ -176,24 +178,38 @@ def test_each_public_name_that_is_used_exists() -> None:
 
 def test_each_public_name_is_in_the_reference() -> None:
     """Autodoc writes its entry from the docstring."""
-    pages = "".join(path.read_text() for path in ROOT.glob("docs/reference/api/*.md"))
+    pages = "".join(path.read_text() for path in ROOT.glob("docs/reference/**/*.md"))
     shown = re.findall(r"^\.\. auto\w+:: aiouffd\.(\w+)(?:\(.*\))?$", pages, re.MULTILINE)
     assert sorted(shown) == sorted(aiouffd.__all__)
 
 
 def test_each_error_is_explained() -> None:
-    """docs/troubleshooting.md names each public exception."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    """docs/reference/errors.md names each public exception in its tables."""
+    text = (ROOT / "docs" / "reference" / "errors.md").read_text()
     public = [getattr(aiouffd, name) for name in aiouffd.__all__]
     errors = [one.__name__ for one in public if isinstance(one, type) and issubclass(one, Exception)]
     assert [name for name in errors if f"`{name}`" not in text and f"aiouffd.{name}`" not in text] == []
 
 
+def test_the_metrics_are_those_of_the_server() -> None:
+    """Names, kinds, texts and the values of labels."""
+    rows = []
+    for metric in Metrics(Counters().snapshot, lambda: 0).collect():
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        labels = [pair for sample in metric.samples for pair in sample.labels.items() if pair[0] != "le"]
+        values = f": {', '.join(f'`{value}`' for _, value in labels)}" if labels else ""
+        rows.append(f"| `{name}{{{labels[0][0]}}}`" if labels else f"| `{name}`")
+        rows[-1] += f" | {metric.type} | {metric.documentation}{values} |"
+    text = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `")] == rows
+
+
 def test_readme_is_short() -> None:
-    """It says what, why and how to try it; the rest is in docs/, whose files it all names."""
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
-    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name})" not in text] == []
+    """It says what, why and how to try it; the rest is in docs/, whose index names all pages."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    index = (ROOT / "docs" / "index.md").read_text().splitlines()
+    pages = [path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert [page for page in pages if page not in index] == ["index"]
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
