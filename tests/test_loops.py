@@ -60,3 +60,52 @@ def test_a_loop_that_finds_no_room_for_its_descriptors() -> None:
     result = subprocess.run([sys.executable, "-c", FEW_DESCRIPTORS], check=True, capture_output=True, text=True)
     assert 9 <= int(result.stdout) < 16
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("failing", ["nothing", "main", "another task"])
+@pytest.mark.parametrize("module", [uvloop, None])
+def test_run_leaves_nothing_behind(module: Any, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tasks and async generators are ended, main has ended, and the loop is closed, whatever was raised."""
+    monkeypatch.setattr(loops, "_uvloop", module)
+    loop = loops.new_event_loop()
+    ended: list[str] = []
+
+    async def numbers() -> Any:
+        try:
+            yield 1
+        finally:
+            ended.append("generator")
+
+    async def other() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.append("task")
+
+    async def fail() -> None:
+        raise SystemExit  # it stops a loop, whoever raises it
+
+    generator = numbers()
+    tasks = []
+
+    async def main() -> None:
+        tasks.append(loop.create_task(other()))
+        await anext(generator)
+        await loop.run_in_executor(None, int)
+        try:
+            if failing == "another task":
+                tasks.append(loop.create_task(fail()))
+                await asyncio.sleep(3600)
+            if failing == "main":
+                raise SystemExit
+        finally:
+            ended.append("main")
+
+    if failing == "nothing":
+        loops.run(loop, main())
+    else:
+        with pytest.raises(SystemExit):
+            loops.run(loop, main())
+    assert sorted(ended) == ["generator", "main", "task"]
+    assert loop.is_closed()
+    assert all(task.done() for task in tasks)

@@ -361,7 +361,7 @@ class Region(mmap.mmap):
 
 def _check(length: int, page_size: int) -> None:
     for name, value in {"length": length, "page_size": page_size}.items():
-        if not isinstance(value, SupportsIndex):
+        if not isinstance(value, int | SupportsIndex):
             raise TypeError(f"{name}= takes a whole number of bytes, not {value!r:.200}")
     if length <= 0:
         raise ValueError(f"a region has at least one byte, not {length}")

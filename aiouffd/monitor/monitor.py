@@ -179,10 +179,10 @@ class Monitor:
     ) -> None:
         _check_region(region)
         counts = {"readahead": readahead, "concurrent_reads": concurrent_reads, "bytes_in_flight": bytes_in_flight}
-        _check_numbers("a whole number", SupportsIndex, **counts)
-        _check_numbers("a whole number or None", SupportsIndex | None, retries=retries)
-        _check_numbers("a number of seconds or None", SupportsFloat | None, timeout=timeout)
-        _check_numbers("a number or a bool", SupportsFloat, background=background)
+        _check_numbers("a whole number", int | SupportsIndex, **counts)
+        _check_numbers("a whole number or None", int | None | SupportsIndex, retries=retries)
+        _check_numbers("a number of seconds or None", float | None | SupportsFloat, timeout=timeout)
+        _check_numbers("a number or a bool", bool | float | SupportsFloat, background=background)
         if on_exit not in ("sigbus", "populate", "zeros"):
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in (None, "dontfork", "serve"):
@@ -477,7 +477,7 @@ def _recording(record: str | os.PathLike[str] | None, replay: str | os.PathLike[
 
 def _check_numbers(what: str, kind: Any, **options: Any) -> None:
     for name, value in options.items():
-        if type(value) is not int and not isinstance(value, kind):  # a look at a protocol takes 2 us
+        if not isinstance(value, kind):
             raise TypeError(f"{name}= takes {what}, not {value!r:.200}")
 
 

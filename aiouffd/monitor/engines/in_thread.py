@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from aiouffd.engine.loops import new_event_loop
+from aiouffd.engine.loops import new_event_loop, run
 from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.statistics import Counters
@@ -159,8 +159,7 @@ class InThreadEngine:
 
     def _run(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._main())
+            run(self._loop, self._main())
         except BaseException:
             log.exception("the loop of a Monitor with engine=InThread() has ended")
         self._last.get()()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Local"]
 
+_standard_error = NonBlockingHandler()
+
 
 class Local:
     """The backend, space and dispatcher of one region. Used on the loop that runs it, unless it says so.
@@ -70,7 +72,7 @@ class Local:
             counters=counters,
             readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
             write_protect=options.write_protect,
-            on_error=partial(_report, NonBlockingHandler(), on_error),
+            on_error=partial(_report, on_error),
         )
         self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)
@@ -107,14 +109,12 @@ class Local:
         await self.backend.aclose()
 
 
-def _report(
-    standard_error: NonBlockingHandler, on_error: Callable[[BaseException], None], _space: Space, error: BaseException
-) -> None:
+def _report(on_error: Callable[[BaseException], None], _space: Space, error: BaseException) -> None:
     """Say why a page cannot be had, before its poison ends the process; as the pager does.
 
     Not by a logger: a thread that waits for a page may hold the lock of one of its handlers.
     """
     if sys.stderr is not None:  # else the program may have a file of its own there
         text = f"aiouffd[{os.getpid()}]: {error}"
-        standard_error.emit(logging.LogRecord("aiouffd", logging.ERROR, "", 0, text, None, None))
+        _standard_error.handle(logging.LogRecord("aiouffd", logging.ERROR, "", 0, text, None, None))
     on_error(error)
