@@ -40,6 +40,27 @@ const all = []
 for (let i = 0; i < 300000; i++) all.push({{ number: i, text: 'value ' + i }})
 require('http').createServer((_, answer) => answer.end(all[200000].text)).listen('{directory}/listening')
 """
+JAVA = """
+import java.net.*;
+import java.nio.ByteBuffer;
+import java.nio.channels.*;
+import java.util.*;
+
+class Values {{
+    public static void main(String[] arguments) throws Exception {{
+        Map<Integer, String> all = new HashMap<>();
+        for (int i = 0; i < 300000; i++) all.put(i, "value " + i);
+        var listening = ServerSocketChannel.open(StandardProtocolFamily.UNIX);
+        listening.bind(UnixDomainSocketAddress.of("{directory}/listening"));
+        while (true) {{
+            try (var client = listening.accept()) {{
+                client.read(ByteBuffer.allocate(4096));
+                client.write(ByteBuffer.wrap(("HTTP/1.0 200 OK\\r\\n\\r\\n" + all.get(200000)).getBytes()));
+            }}
+        }}
+    }}
+}}
+"""
 
 
 @attrs.frozen
@@ -72,6 +93,9 @@ PROGRAMS = {
         ("nginx",), ("-p", "{directory}", "-e", "{directory}/log", "-c", "{directory}/configuration"), HTTP, None, NGINX
     ),
     "node": Program((), ("{directory}/configuration",), HTTP, None, NODE),
+    "java": Program(
+        (), ("-Xmx128m", "-XX:-UsePerfData", "--source", "17", "{directory}/configuration"), HTTP, None, JAVA
+    ),
 }
 
 
