@@ -6,7 +6,7 @@ import os
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NewType, Self
 
-import attrs
+from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -42,8 +42,7 @@ def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[in
         at = cut
 
 
-@attrs.frozen(order=True)
-class Range:
+class Range(Value):
     """`length` bytes from `start` on, of offsets or of addresses. `Range.between` takes an end in place of a length.
 
     Raises:
@@ -54,10 +53,11 @@ class Range:
     start: int
     length: int
 
-    def __attrs_post_init__(self) -> None:
-        if self.start < 0 or self.length < 0 or _UPPER_HALF <= self.start <= self.length < 2 * _UPPER_HALF:
+    def __init__(self, start: int, length: int) -> None:
+        vars(self).update(start=start, length=length)
+        if start < 0 or length < 0 or _UPPER_HALF <= start <= length < 2 * _UPPER_HALF:
             raise ValueError(
-                f"Range({self.start:#x}, {self.length:#x}): start and length must not be negative, and the length no"
+                f"Range({start:#x}, {length:#x}): start and length must not be negative, and the length no"
                 " address. Was an end passed as the length? Range.between(start, end) takes one"
             )
 

@@ -15,9 +15,8 @@ import threading
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from aiouffd.errors import HandoffError, PagerError, decode_error
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,8 +27,7 @@ LAST_REQUEST = 2.0
 """Seconds for the answers to what is asked on leaving. The memory is settled without them, too."""
 
 
-@attrs.define(eq=False)
-class Request:
+class Request(Struct):
     """A request without an answer.
 
     Attributes:
@@ -40,7 +38,7 @@ class Request:
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
-    future: Future[Any] = attrs.field(factory=Future)
+    future: Future[Any] = field(factory=Future)
 
     def fail(self, error: BaseException) -> None:
         """Set the exception of the future, unless it is done or canceled."""

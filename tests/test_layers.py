@@ -17,7 +17,19 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine", "handoff"),
+        *(
+            "errors",
+            "lifetime",
+            "values",
+            "ranges",
+            "rpc",
+            "native",
+            "kernel",
+            "testing",
+            "sources",
+            "engine",
+            "handoff",
+        ),
         *("pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],

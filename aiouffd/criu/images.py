@@ -17,10 +17,9 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import attrs
-
 from aiouffd.criu.image_file import fields, invalid, messages, numbers
 from aiouffd.ranges import Range
+from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,8 +47,7 @@ class PageFlag(enum.IntFlag):
     PRESENT = 4
 
 
-@attrs.frozen
-class PageRun:
+class PageRun(Value):
     """Pages that are contiguous in the process and in the file.
 
     Attributes:
@@ -82,8 +80,7 @@ class PageRun:
         return PageRun(start, end - start, self.file, offset, self.flags)
 
 
-@attrs.frozen
-class TaskImage:
+class TaskImage(Value):
     """The memory of one process at the time of the dump.
 
     Attributes:
@@ -137,8 +134,7 @@ def read_task(directory: str | os.PathLike[str], pid: int) -> TaskImage:
     return TaskImage(pid, runs, mappings, tuple(layer.pages for layer in layers), layers[0].wide_counts)
 
 
-@attrs.frozen
-class _Layer:
+class _Layer(Value):
     """The pagemap of one directory, and the file with the bytes of its PRESENT runs. `file` is 0 in all runs yet."""
 
     path: Path
@@ -251,10 +247,10 @@ def _resolve(layers: list[_Layer], runs: Iterable[PageRun], depth: int) -> Itera
     """Yield the runs with the file and the offset of their bytes."""
     for run in runs:
         if PageFlag.PARENT not in run.flags:
-            yield attrs.evolve(run, file=REMOTE if run.offset == REMOTE else depth)
+            yield run.replace(file=REMOTE if run.offset == REMOTE else depth)
         else:
             for piece in _resolve(layers, _find_in_parent(layers[depth + 1], run), depth + 1):
-                yield attrs.evolve(piece, flags=run.flags)
+                yield piece.replace(flags=run.flags)
 
 
 def _find_in_parent(layer: _Layer, wanted: PageRun) -> Iterator[PageRun]:

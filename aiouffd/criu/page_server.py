@@ -23,9 +23,8 @@ from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
-import attrs
-
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
+from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,8 +44,7 @@ _MAX_PAGES = (4 << 20) // mmap.PAGESIZE
 _STATUS = struct.Struct("=i")
 
 
-@attrs.define(eq=False)
-class _Request:
+class _Request(Struct):
     """A GET without its reply: what the reply must be about, and the future that gets its pages."""
 
     pid: int

@@ -11,9 +11,9 @@ import itertools
 import operator
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import attrs
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,8 +26,7 @@ ZEROS = -1
 _MAX_LEFT = 1 << 10  # moves of so many threads at once; UNMAP does not come after MREMAP_DONTUNMAP
 
 
-@attrs.frozen
-class Mapping:
+class Mapping(NamedTuple):
     """Addresses [start, end) show the offsets from `offset` on, or `ZEROS`."""
 
     start: int
@@ -38,8 +37,7 @@ class Mapping:
 _start_of = operator.attrgetter("start")
 
 
-@attrs.define
-class _Index:
+class _Index(Struct):
     """Mappings by the offsets that they show.
 
     Attributes:
@@ -49,8 +47,8 @@ class _Index:
     """
 
     generation: int = -1
-    rows: list[tuple[int, int, int]] = attrs.Factory(list)
-    reach: list[int] = attrs.Factory(list)
+    rows: list[tuple[int, int, int]] = field(factory=list)
+    reach: list[int] = field(factory=list)
 
     @classmethod
     def of(cls, starts: list[int], ends: list[int], offsets: list[int], generation: int) -> Self:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.values import Value, at_least
 
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.trace import Recorder, Trace
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Service", "checked"]
 
 
-@attrs.frozen
-class Service:
+class Service(Value):
     """What serves a region; it travels to where the engine runs.
 
     Attributes:
@@ -31,8 +29,7 @@ class Service:
     trace: Trace | None = None
 
 
-@attrs.frozen
-class Options:
+class Options(Value):
     """How a region is served; the same in a pager and in one's own process.
 
     Attributes:
@@ -44,12 +41,15 @@ class Options:
         limits: bounds, timeouts and retries.
     """
 
-    readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
-    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
-    background: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    readahead: int = 2 << 20
+    spin_us: int = 50
+    background: float = 0.0
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
-    limits: Limits = attrs.field(factory=Limits)
+    limits: Limits = Limits()
+
+    def _check(self) -> None:
+        at_least(0, readahead=self.readahead, spin_us=self.spin_us, background=self.background)
 
 
 def checked(origin: Any) -> Any:

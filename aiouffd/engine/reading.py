@@ -18,9 +18,7 @@ from __future__ import annotations
 import os
 import select
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-import attrs
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from aiouffd import native
 from aiouffd.engine.plain import SLOT, FastPath
@@ -29,6 +27,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import address_of
 from aiouffd.native import reader as c
+from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -100,8 +99,7 @@ def make_reader(epoll: select.epoll, spaces: Mapping[int, Space]) -> Reader:
     return PythonReader(epoll, spaces) if native.reason() else NativeReader(epoll)
 
 
-@attrs.define
-class _Found:
+class _Found(NamedTuple):
     fd: int = -1
     length: int = 0
     error: int = 0
@@ -203,8 +201,7 @@ class PythonReader(FastPath):
         """Do nothing."""
 
 
-@attrs.define
-class _Line:
+class _Line(Struct):
     """What the native part knows of a descriptor.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-import attrs
+from aiouffd.values import Value
 
 __all__ = ["Counter", "Counters", "Statistics"]
 
@@ -66,8 +66,7 @@ WORDS = 128
 SIZE = WORDS * 8
 
 
-@attrs.frozen
-class Statistics:
+class Statistics(Value):
     """A snapshot of what has been counted since the Monitor was entered."""
 
     faults: int
@@ -136,7 +135,7 @@ class Statistics:
         return 0
 
 
-_NAMES = tuple(field.name for field in attrs.fields(Statistics) if field.name != "latency")
+_NAMES: tuple[str, ...] = tuple(name for name in Statistics.__match_args__ if name != "latency")
 
 
 class Counters:

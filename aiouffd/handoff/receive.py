@@ -9,10 +9,9 @@ import socket
 import struct
 from typing import Final
 
-import attrs
-
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.own_threads import close_foreign, kind_of
+from aiouffd.values import Value
 
 __all__ = ["MOST_FDS", "Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
 
@@ -23,8 +22,7 @@ _CREDENTIALS = struct.Struct("=iII")
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
-@attrs.frozen
-class Peer:
+class Peer(Value):
     """The process at the other end of a connection, as it was when it connected (SO_PEERCRED).
 
     Attributes:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import enum
 
-import attrs
-
 from aiouffd.kernel.abi import FaultFlag
+from aiouffd.values import Value
 
 __all__ = ["MESSAGES", "FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
 
@@ -30,8 +29,7 @@ class FaultKind(enum.Enum):
     RWP = "rwp"
 
 
-@attrs.frozen
-class PageFault:
+class PageFault(Value):
     """UFFD_EVENT_PAGEFAULT: a thread waits for a page.
 
     Attributes:
@@ -59,8 +57,7 @@ class PageFault:
         return bool(self.flags & FaultFlag.WRITE)
 
 
-@attrs.frozen
-class Remap:
+class Remap(Value):
     """UFFD_EVENT_REMAP: mremap moved `length` bytes from `source` to `destination`."""
 
     source: int
@@ -68,8 +65,7 @@ class Remap:
     length: int
 
 
-@attrs.frozen
-class Remove:
+class Remove(Value):
     """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros afterwards.
 
     A hole that is punched into the file behind shared memory (fallocate) sends no message, in any of its mappings.
@@ -79,16 +75,14 @@ class Remove:
     end: int
 
 
-@attrs.frozen
-class Unmap:
+class Unmap(Value):
     """UFFD_EVENT_UNMAP: [start, end) is no longer mapped."""
 
     start: int
     end: int
 
 
-@attrs.frozen
-class UnknownEvent:
+class UnknownEvent(Value):
     """A message of a kind that this version does not know; `payload` is the whole message of 32 bytes."""
 
     code: int

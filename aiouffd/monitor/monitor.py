@@ -21,8 +21,6 @@ from typing import (
     overload,
 )
 
-import attrs
-
 from aiouffd import native
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service, checked
@@ -281,7 +279,7 @@ class Monitor:
                         service=self._service(),
                         mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                         page_size=region.page_size,
-                        options=attrs.evolve(self._options, modes=int(registration.modes)),
+                        options=self._options.replace(modes=int(registration.modes)),
                         can_poison=registration.can_poison,
                         on_error=self._errors.put,
                         on_lost=_weak(

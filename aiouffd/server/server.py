@@ -15,8 +15,6 @@ import socket
 from collections import Counter as Tally
 from typing import TYPE_CHECKING, Any, Self
 
-import attrs
-
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters
@@ -222,7 +220,7 @@ class Server:
         """Return what the pager has counted, for all clients."""
         if not self._started:
             return Counters().snapshot()
-        return attrs.evolve(self._pager.statistics(), clients=len(self.clients))
+        return self._pager.statistics().replace(clients=len(self.clients))
 
     @property
     def rejected(self) -> int:
@@ -312,7 +310,7 @@ class Server:
     async def _answer(self, client: Client, message: dict[str, Any]) -> Any:
         op = message.get("op")
         if op == "statistics":
-            return attrs.asdict(self.statistics())
+            return self.statistics().as_dict()
         if op == "prefetch":
             offset, length = message.get("offset"), message.get("length")
             if type(offset) is not int or type(length) is not int or offset < 0 or not 0 <= length <= 1 << 57:

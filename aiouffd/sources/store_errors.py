@@ -14,7 +14,7 @@ import urllib.error
 from collections.abc import Callable
 from typing import TypeAlias
 
-import attrs
+from aiouffd.values import Value
 
 __all__ = [
     "CHANGED",
@@ -39,8 +39,7 @@ COMPRESSED = "the server compresses its answers, and a range of compressed bytes
 CHANGED = "the object has changed since it was opened: open it again"
 
 
-@attrs.frozen
-class Failure:
+class Failure(Value):
     """Why a request failed.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401 - asyncio.to_thread imports it when it is first called
 from typing import TYPE_CHECKING, Any, Protocol
 
-import attrs
+from aiouffd.values import Value
 
 if TYPE_CHECKING:
     import asyncio
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.region import LayoutListener
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none", "uninterrupted"]
-
-
-def positive_or_none(_: object, attribute: attrs.Attribute[Any], value: float | None) -> None:
-    """Refuse a number of seconds that is not above 0."""
-    if value is not None and not value > 0:
-        raise ValueError(f"{attribute.name!r} must be > 0, or None: {value}")
+__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "uninterrupted"]
 
 
 async def uninterrupted(work: Callable[[], object]) -> None:
@@ -40,8 +34,7 @@ async def uninterrupted(work: Callable[[], object]) -> None:
         raise
 
 
-@attrs.frozen
-class Terms:
+class Terms(Value):
     """What a Monitor was asked for, before anything is done.
 
     Attributes:
@@ -59,8 +52,7 @@ class Terms:
     replays: bool = False
 
 
-@attrs.frozen
-class Assignment:
+class Assignment(Value):
     """A region to serve.
 
     Attributes:

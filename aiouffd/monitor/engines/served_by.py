@@ -10,8 +10,6 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import attrs
-
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import (
@@ -29,10 +27,10 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
 from aiouffd.lifetime import close_in_children
-from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.waiting import LOOK, Waiter, Watches
 from aiouffd.rpc import LAST_REQUEST, Requests
+from aiouffd.values import Value, above_zero_or_none
 
 if TYPE_CHECKING:
     import asyncio
@@ -49,8 +47,7 @@ log = logging.getLogger("aiouffd")
 _TIMEOUT: Final = 30.0
 
 
-@attrs.frozen
-class ServedBy:
+class ServedBy(Value):
     """`aiouffd serve` serves the region, from its own source; no process is started.
 
     What a source or a pager is asked for (timeout, retries, readahead, record, replay, background) is the server's to
@@ -63,14 +60,18 @@ class ServedBy:
             a page with the GIL held. It needs the native part. None: never.
     """
 
-    path: str = attrs.field(converter=os.fspath)
+    path: str
     source: str = ""
-    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+    stuck_limit: float | None = 5.0
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
     counts_here: ClassVar[bool] = False
+
+    def _check(self) -> None:
+        above_zero_or_none(stuck_limit=self.stuck_limit)
+        vars(self).update(path=os.fspath(self.path))
 
     def check(self, terms: Terms) -> None:
         """Refuse what only the server can be asked for."""

@@ -9,8 +9,6 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import Userfaultfd
@@ -18,6 +16,7 @@ from aiouffd.native.watchdog import Watch
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.journal import SLOTS
 from aiouffd.pager.process.serialization import is_pickle, pack
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +89,7 @@ class Pack:
             raise explained(f"{service.origin!r} cannot travel to the pager", error) from error
         self.service = service
         self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
-        self.options = attrs.asdict(options)
+        self.options = {**options.as_dict(), "limits": options.limits.as_dict()}
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
         self.config = OwnedDescriptor(open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         with os.fdopen(self.config.fileno(), "wb", closefd=False) as file:
@@ -117,8 +116,7 @@ class Pack:
             del self.service, self._descriptors  # its files may be closed with them, here and now
 
 
-@attrs.define(eq=False)
-class Tenant:
+class Tenant(Struct):
     """Memory that a pager serves.
 
     Attributes:
@@ -146,14 +144,14 @@ class Tenant:
     page_size: int
     tether: int = -1
     slot: int = 0
-    watch: Watch = attrs.field(factory=lambda: Watch(-1, None))
+    watch: Watch = field(factory=lambda: Watch(-1, None))
     protect: Callable[[int, int], None] | None = None
     report: Callable[[BaseException], None] = lambda _: None
     lost: Callable[[], None] = lambda: None
     restarts: int = 0
     leaving: bool = False
     silent: bool = False
-    token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
+    token: str = field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
 
     @property
     def fds(self) -> list[int]:
@@ -178,7 +176,7 @@ class Tenant:
     def statistics(self, journal: Journal) -> Statistics:
         """Return what a pager with such a journal has counted for it."""
         restarts = journal.counters.words[Counter.RESTARTS] - self.restarts
-        return attrs.evolve(journal.counters_of(self.slot).snapshot(), restarts=max(restarts, 0))
+        return journal.counters_of(self.slot).snapshot().replace(restarts=max(restarts, 0))
 
     def shown(self, state: State | None) -> list[Mapping]:
         """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
@@ -195,8 +193,7 @@ class Tenant:
             fds: by identity, of all children; those that are used are taken out. Each child owns its own.
         """
         return [
-            attrs.evolve(
-                self,
+            self.replace(
                 uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
                 mappings=list(space.mappings),
                 tether=-1,

@@ -11,10 +11,9 @@ import json
 import struct
 from typing import TYPE_CHECKING
 
-import attrs
-
 from aiouffd.kernel import abi
 from aiouffd.pager.process.state import Kind, Meta, Record, SpaceState, State
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Replay", "last_meta", "replay", "survey"]
 
 
-@attrs.define(eq=False)
-class Replay:
+class Replay(Struct):
     """What is served at the end of a journal.
 
     Attributes:
@@ -35,9 +33,9 @@ class Replay:
         fresh: the events at the end of `told` that landed, and were not committed.
     """
 
-    state: State = attrs.field(factory=State)
-    told: list[tuple[int, bytes, int]] = attrs.field(factory=list)
-    fresh: list[bytes] = attrs.field(factory=list)
+    state: State = field(factory=State)
+    told: list[tuple[int, bytes, int]] = field(factory=list)
+    fresh: list[bytes] = field(factory=list)
 
     def apply(self, record: Record) -> None:
         """Apply one record, as the worker did that has written it."""
@@ -69,8 +67,7 @@ class Replay:
         """Apply a layout event."""
         if message[0] == abi.EVENT_FORK:
             (fd,) = abi.FORK_MESSAGE.unpack(message)
-            self.state.spaces[child] = attrs.evolve(
-                space,
+            self.state.spaces[child] = space.replace(
                 identity=child,
                 fd=fd,
                 tether=-1,

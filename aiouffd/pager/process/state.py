@@ -11,9 +11,8 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import attrs
-
 from aiouffd.engine.mappings import Mappings
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,8 +61,7 @@ def records(data: memoryview) -> Iterator[Record]:
         at += length + -length % 8
 
 
-@attrs.define
-class Meta:
+class Meta(Struct):
     """What is known besides spaces and origins.
 
     Attributes:
@@ -80,11 +78,10 @@ class Meta:
 
     def encode(self) -> bytes:
         """Return the record."""
-        return encode(Kind.META, 0, _json(attrs.asdict(self)))
+        return encode(Kind.META, 0, _json(self.as_dict()))
 
 
-@attrs.define(eq=False)
-class SpaceState:
+class SpaceState(Struct):
     """A space, as a successor needs it.
 
     Attributes:
@@ -117,12 +114,12 @@ class SpaceState:
     filled: int = 0
     changed: bool = False
     payer: str = ""
-    mappings: Mappings = attrs.field(factory=Mappings)
+    mappings: Mappings = field(factory=Mappings)
 
     @property
     def content(self) -> bytes:
         """All but the mappings, as it is in a record."""
-        values = {field.name: getattr(self, field.name) for field in attrs.fields(SpaceState)}
+        values = self.as_dict()
         del values["mappings"]
         return _json(values)
 
@@ -136,8 +133,7 @@ class SpaceState:
         return self.encode() + encode(Kind.MAPPINGS, self.identity, rows)
 
 
-@attrs.define(eq=False)
-class State:
+class State(Struct):
     """All of it.
 
     Attributes:
@@ -146,9 +142,9 @@ class State:
         spaces: by identity.
     """
 
-    meta: Meta = attrs.field(factory=Meta)
-    origins: dict[int, dict[str, Any]] = attrs.field(factory=dict)
-    spaces: dict[int, SpaceState] = attrs.field(factory=dict)
+    meta: Meta = field(factory=Meta)
+    origins: dict[int, dict[str, Any]] = field(factory=dict)
+    spaces: dict[int, SpaceState] = field(factory=dict)
 
     def encode(self) -> bytes:
         """Return the records of all of it."""
