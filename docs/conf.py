@@ -29,11 +29,18 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_click",
     "sphinx_copybutton",
+    "sphinx_llm.txt",
+    "notfound.extension",
 ]
 exclude_patterns = ["_build"]
 default_role = "py:obj"  # what docstrings have in backquotes
 html_theme = "furo"
+smartquotes = False  # docstrings quote values
 html_title = f"aiouffd {release}"
+html_use_index = False  # the search finds names
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+pygments_dark_style = "github-dark"
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -45,6 +52,16 @@ autodoc_class_signature = "mixed"
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore = [("py:class", "array")]  # array.array, which a class has by its short name
 
+# llms.txt, and each page as Markdown with what autodoc has written into it.
+llms_txt_description = "An asyncio framework for Linux userfaultfd: memory that fills itself on first touch."
+llms_txt_full_build = True
+llms_txt_nested_enabled = False
+llms_txt_suffix_mode = "append"
+llms_txt_suppress_unknown_node_warnings = ["abbreviation"]  # the star of parameters by keyword
+
+notfound_urls_prefix = "/"
+
+_SETUP = re.compile(r"^<!-- setup\n.*?^-->\n+", re.DOTALL | re.MULTILINE)
 _PAGES = {
     "ARCHITECTURE.md": "development/architecture.md",
     "CHANGELOG.md": "reference/changelog.md",
@@ -74,6 +91,11 @@ def _find(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element)
     return text if node["reftype"] == "obj" else None
 
 
+def _drop_setup(_app: Sphinx, _page: str, content: list[str]) -> None:
+    """Leave out the code that only the tests run."""
+    content[0] = _SETUP.sub("", content[0])
+
+
 def _relink(_app: Sphinx, _path: Path, _page: str, content: list[str]) -> None:
     """Let links of documents outside of docs/ lead to pages, where there are some."""
 
@@ -87,6 +109,7 @@ def _relink(_app: Sphinx, _path: Path, _page: str, content: list[str]) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", _drop_setup)
     app.connect("include-read", _relink)
     app.connect("autodoc-process-docstring", _read_docstring)
     app.connect("missing-reference", _find)

@@ -11,6 +11,20 @@ from xml.sax.saxutils import escape
 TARGET = Path(__file__).parent.parent / "docs" / "fault.svg"
 WIDTH, HEIGHT = 960, 320
 INK, GRAY, BLUE, ORANGE, TEAL = "#1f2933", "#7b8794", "#2f6fb3", "#d9730d", "#2a9d8f"
+PAPER, SHADE, EMPTY = "#ffffff", "#f5f7fa", "#eef1f4"
+
+# On a dark page.
+DARK = "".join(
+    f'{element}[{what}="{light}"] {{ {what}: {dark} }}'
+    for element, what, light, dark in (
+        ("rect", "fill", PAPER, "#131416"),
+        ("rect", "fill", SHADE, "#1f2226"),
+        ("rect", "fill", EMPTY, "#2b2f35"),
+        ("rect", "stroke", INK, "#9aa5b1"),
+        ("text", "fill", INK, "#e4e7eb"),
+        ("text", "fill", GRAY, "#9aa5b1"),
+    )
+)
 
 # The region's pages, row by row: # is present, . is missing, x is the page that a thread touches.
 PAGES = (
@@ -28,7 +42,7 @@ class Drawing:
     def __init__(self) -> None:
         self._elements: list[str] = []
 
-    def box(self, x: float, y: float, width: float, height: float, *, fill: str = "#ffffff", stroke: str = INK) -> None:
+    def box(self, x: float, y: float, width: float, height: float, *, fill: str = PAPER, stroke: str = INK) -> None:
         """Draw a rectangle."""
         self._elements.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="{fill}" stroke="{stroke}"/>'
@@ -61,7 +75,7 @@ class Drawing:
     def step(self, x: float, y: float, number: int, color: str) -> None:
         """Draw a number in a circle."""
         self._elements.append(f'<circle cx="{x}" cy="{y}" r="11" fill="{color}"/>')
-        self.text(x, y + 5, str(number), color="#ffffff", weight=700)
+        self.text(x, y + 5, str(number), color=PAPER, weight=700)
 
     def svg(self) -> str:
         """Return the file."""
@@ -78,7 +92,8 @@ class Drawing:
                 ),
                 "<title>A thread touches a missing page; the pager fetches it, and the thread goes on.</title>",
                 f"<defs>{heads}</defs>",
-                f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+                f"<style>@media (prefers-color-scheme: dark) {{{DARK}}}</style>",
+                f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
                 *self._elements,
                 "</svg>",
                 "",
@@ -88,7 +103,7 @@ class Drawing:
 
 def pages(drawing: Drawing, x: float, y: float, size: float) -> None:
     """Draw the region, page by page."""
-    fills = {"#": TEAL, ".": "#eef1f4", "x": ORANGE}
+    fills = {"#": TEAL, ".": EMPTY, "x": ORANGE}
     for row, line in enumerate(PAGES):
         for column, kind in enumerate(line):
             drawing.box(x + column * size, y + row * size, size - 2, size - 2, fill=fills[kind], stroke="none")
@@ -104,7 +119,7 @@ def draw() -> str:
     pages(drawing, 39, 122, 18)
     drawing.text(165, 230, "a Region; it may exceed memory", size=13, color=GRAY)
 
-    drawing.box(410, 20, 110, 220, fill="#f5f7fa")
+    drawing.box(410, 20, 110, 220, fill=SHADE)
     drawing.text(465, 44, "Linux", size=16, weight=700)
     drawing.text(465, 66, "userfaultfd", color=GRAY)
 
