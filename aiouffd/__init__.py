@@ -1,9 +1,9 @@
 """aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch.
 
 Layout (imports point down only): `cli` (commands) > `monitor` (memory of this process) > `criu`, `server` (memory of
-others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `engine` (the core) > `sources` >
-`testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`, `values`,
-`lifetime`, `errors`.
+others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `store` (snapshots) > `engine` (the
+core) > `sources` > `testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`,
+`values`, `lifetime`, `errors`.
 """
 
 import sys
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ShortReadError,
         SourceError,
         SourceTimeoutError,
+        StoreError,
         TargetExitedError,
         TraceError,
         UffdError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.buffer import BufferSource
     from aiouffd.sources.file import FileSource
     from aiouffd.sources.object_store import ObjectSource
+    from aiouffd.store.snapshot_source import SnapshotSource
 
 __version__ = "0.1.0"
 
@@ -102,10 +104,12 @@ __all__ = [
     "ServedBy",
     "Server",
     "ShortReadError",
+    "SnapshotSource",
     "Source",
     "SourceError",
     "SourceTimeoutError",
     "Statistics",
+    "StoreError",
     "TargetExitedError",
     "Trace",
     "TraceError",
@@ -127,8 +131,8 @@ _HOMES = {
     "errors": (
         "AccessError BusyError ClosedError HandlerError HandoffError LayoutChangingError LimitError "
         "NativePartError OperationError PagePresentError PagerDiedError PagerError PagerStartError "
-        "PopulatedError RangeGoneError ShortReadError SourceError SourceTimeoutError TargetExitedError "
-        "TraceError UffdError UnsupportedError"
+        "PopulatedError RangeGoneError ShortReadError SourceError SourceTimeoutError StoreError "
+        "TargetExitedError TraceError UffdError UnsupportedError"
     ),
     "kernel.abi": "FaultFlag Feature Ioctl RegisterMode",
     "kernel.events": "FaultKind PageFault Remap Remove UnknownEvent Unmap",
@@ -147,12 +151,13 @@ _HOMES = {
     "sources.buffer": "BufferSource",
     "sources.file": "FileSource",
     "sources.object_store": "ObjectSource",
+    "store.snapshot_source": "SnapshotSource",
 }
 """Module -> its names."""
 
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
-_LATE = ("InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "Trace")
+_LATE = ("InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "SnapshotSource", "Trace")
 """Names that are imported when they are first taken: most programs do without, and they bring asyncio or more."""
 
 

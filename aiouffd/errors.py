@@ -2,9 +2,9 @@
 
 They are split by the cause: `UnsupportedError` (the kernel), `AccessError` (permissions), `LimitError` (a limit of the
 process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused an operation), `ClosedError`
-and `BusyError` (the caller), `SourceError` (where the data come from), `HandlerError` (the caller's coroutine),
-`PagerError` (our own processes), `HandoffError` (a peer on a socket). Exceptions carry their data and build their
-sentence from it.
+and `BusyError` (the caller), `SourceError` (where the data come from; `StoreError`: a snapshot), `HandlerError` (the
+caller's coroutine), `PagerError` (our own processes), `HandoffError` (a peer on a socket). Exceptions carry their data
+and build their sentence from it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "ShortReadError",
     "SourceError",
     "SourceTimeoutError",
+    "StoreError",
     "TargetExitedError",
     "TraceError",
     "UffdError",
@@ -238,6 +239,29 @@ class SourceTimeoutError(SourceError, TimeoutError):
 
 class ShortReadError(SourceError):
     """The source delivered fewer bytes than its size says."""
+
+
+class StoreError(SourceError):
+    """A snapshot cannot be read or written: an object of it is damaged, missing, or of an unknown version.
+
+    Attributes:
+        source: the object that is to blame, as text.
+        chunk: the number of the chunk that it is about; None: the whole object.
+        offset: of the chunk in the image, in bytes; 0 for a whole object.
+        length: of the chunk in the image, in bytes; 0 for a whole object.
+        reason: what is wrong.
+    """
+
+    def __init__(self, source: str, offset: int, length: int, reason: str, chunk: int | None = None) -> None:
+        super().__init__(source, offset, length, reason)
+        self.chunk = chunk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.offset, self.length, self.reason, self.chunk)
+
+    def __str__(self) -> str:
+        where = "" if self.chunk is None else f", chunk {self.chunk} [{self.offset}, {self.offset + self.length})"
+        return f"{self.source}{where}: {self.reason}"
 
 
 class HandlerError(UffdError):

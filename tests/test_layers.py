@@ -17,20 +17,8 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *(
-            "errors",
-            "lifetime",
-            "values",
-            "ranges",
-            "rpc",
-            "native",
-            "kernel",
-            "testing",
-            "sources",
-            "engine",
-            "handoff",
-        ),
-        *("pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
+        *("errors", "lifetime", "values", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
+        *("store", "handoff", "pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
     "kernel": [
@@ -62,7 +50,7 @@ ORDER = {
             "store_settings",
             "store_client",
         ),
-        *("loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat", "resolve"),
+        *("loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat"),
     ],
     "engine": [
         *(
@@ -96,6 +84,10 @@ ORDER = {
         *("source", "handler_backend"),
     ],
     "engine/ahead": ["__init__", "trace", "fill"],
+    "store": [
+        *("codecs", "manifest", "pack", "index", "place", "folder", "bucket", "snapshot", "workers", "chunks"),
+        *("snapshot_source", "resolve", "image", "layer", "aside", "writer", "__init__"),
+    ],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aiouffd
-from aiouffd.sources.resolve import as_source
+from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,7 @@ from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
-from aiouffd.sources.resolve import as_source
+from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from aiouffd.errors import SourceError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.monitor import AllOptions, Monitor
-from aiouffd.sources.resolve import as_source
+from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -7,7 +7,8 @@ import logging
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["ObjectSource"]
 
 log = logging.getLogger("aiouffd")
+
+_Result = TypeVar("_Result")
 
 _DEFAULT_TIMEOUT = 30.0
 _FIRST_RETRIES = 3
@@ -88,6 +91,15 @@ class ObjectSource:
         self._failing_since: float | None = None
         self._logged = -_REMINDER
 
+    @classmethod
+    def of_client(
+        cls, url: str, client: StoreClient | None, timeout: float | None, retries: int | None, **options: Any
+    ) -> ObjectSource:
+        """Return a source that asks by a client that is there already."""
+        self = cls(url, timeout=timeout, retries=retries, **options)
+        self._client = client
+        return self
+
     @property
     def size(self) -> int:
         """Bytes of the object. The first use asks the server, and blocks: `prepare()` does not.
@@ -141,6 +153,16 @@ class ObjectSource:
             at += len(answer.data)
         if at > stop:
             raise ShortReadError(repr(self), offset, length, f"gave {at - offset} bytes of {length}")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_sync(self, offset: int, length: int) -> Any:
+        """As `read`, but blocks, and does not compare the object with the version that `size` was asked of."""
+        pieces: list[Any] = []
+        at, stop = offset, offset + length
+        while at < stop:
+            answer = self.ask(partial(_range, at, stop))
+            pieces.append(answer.data)
+            at += len(answer.data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def aclose(self) -> None:
@@ -216,34 +238,41 @@ class ObjectSource:
         if bytes(again.data) != data[: len(again.data)]:
             raise RequestError(Failure(CHANGED))
 
-    def _first(self) -> Validator:
-        """Ask for the first byte: the answer has the size and the validators. Blocks."""
+    def ask(self, call: Callable[[Any], _Result]) -> _Result:
+        """Return what `call` returns for the client of this object; repeat it if that may help. Blocks.
+
+        Raises:
+            SourceError: it raised a RequestError, and went on doing so. SourceTimeoutError: no answer in time.
+        """
         most = _FIRST_RETRIES if self._given[1] is None else self._given[1]
         tries = 0
         while True:
             try:
-                found = self._ask()
+                try:
+                    return call(self._connect())
+                except RequestError as error:
+                    return call(self._other_client(error))
             except RequestError as error:
                 if not error.failure.may_pass or error.failure.timed_out or tries >= most:
                     raise self._error(error.failure, 0, 0) from error
                 time.sleep(self._pause(tries))
                 tries += 1
-            else:
-                if found.size and not found.names_version:
-                    log.warning("%r: no ETag and no Last-Modified: changes that keep the size may not be noticed", self)
-                return found
 
-    def _ask(self) -> Validator:
+    def _first(self) -> Validator:
+        """Ask for the first byte: the answer has the size and the validators. Blocks."""
+        found = self.ask(self._look)
+        if found.size and not found.names_version:
+            log.warning("%r: no ETag and no Last-Modified: changes that keep the size may not be noticed", self)
+        return found
+
+    def _look(self, client: StoreClient | PlainHttp) -> Validator:
         # Not by HEAD: a URL may be signed for GET only, and servers forget HEAD. A server without Range says so now.
-        client = self._connect()
         try:
             answer = client.get(0, 1, None)
         except RequestError as error:
-            if error.failure.status == 416:  # Range Not Satisfiable: an empty object has no first byte
-                answer = Answer(b"", 0, Validator(None))
-            else:
-                client = self._other_client(error)
-                answer = client.get(0, 1, None)
+            if error.failure.status != 416:
+                raise
+            answer = Answer(b"", 0, Validator(None))  # Range Not Satisfiable: an empty object has no first byte
         self._witness = 0, bytes(answer.data)
         found = answer.validator
         if found.size is None:
@@ -334,6 +363,10 @@ def _rebuild(
     # Its own:
     source._pinned, source._witness = None if pinned is None else Validator.of_plain(*pinned), witness  # noqa: SLF001
     return source
+
+
+def _range(start: int, stop: int, client: StoreClient | PlainHttp) -> Answer:
+    return client.get(start, stop, None)
 
 
 def _nothing() -> None:

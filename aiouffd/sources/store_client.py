@@ -6,6 +6,7 @@ request there would never end, and disturb those of the parent.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import datetime as dt
 import os
@@ -18,12 +19,13 @@ from aiouffd.sources.store_errors import COMPRESSED, Failure, Proxy, RequestErro
 from aiouffd.sources.store_settings import client_options, obstore, require_credentials, split_url
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["StoreClient", "is_lost"]
 
 _clients: weakref.WeakSet[StoreClient] = weakref.WeakSet()
 _state = {"used": False, "lost": False}
+_LARGEST_PUT = 1 << 30  # bytes of one request; S3 takes 5 GiB, and conditions only without parts
 _NO_DATE = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)  # what obstore has in place of a missing Last-Modified
 
 
@@ -35,15 +37,18 @@ class StoreClient:
         options: for `obstore.store.from_url`.
         timeout: seconds for one request.
         proxy: see `store_errors.Proxy`.
+        key: of the object, if the URL is that of what it is in.
 
     Raises:
         ValueError: the URL or an option cannot be used, or there are no credentials.
         SourceError: obstore is not installed.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
+    def __init__(
+        self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy, key: str | None = None
+    ) -> None:
         settings = dict(options)
-        root, self._key = split_url(url)
+        root, self._key = split_url(url) if key is None else (url, key)
         if urlsplit(url).scheme != "file":
             require_credentials(url, options)
             seconds = dt.timedelta(seconds=timeout)
@@ -58,6 +63,13 @@ class StoreClient:
         except Exception as error:
             raise ValueError(str(error).strip().partition("\n")[0]) from error
         _clients.add(self)
+
+    def sibling(self, key: str) -> StoreClient:
+        """Return a client of another object in the same place, by the same connections."""
+        other = copy.copy(self)
+        other._key = key  # noqa: SLF001 - its own
+        _clients.add(other)
+        return other
 
     def get(self, start: int, stop: int, pinned: Validator | None) -> Answer:
         """Return the bytes [start, stop); blocks. As `PlainHttp.get`."""
@@ -84,6 +96,40 @@ class StoreClient:
         except Exception as error:
             raise self._failed(error) from error
         return size
+
+    def put(self, data: bytes, *, replace: bool) -> bool:
+        """Write the object, whole or not at all, and tell whether it was written; blocks. Raises as `get`.
+
+        Args:
+            data: of the object.
+            replace: False: one that is there stays.
+        """
+        mode = "overwrite" if replace else "create"
+        try:
+            self._obstore.put(self._store, self._key, data, mode=mode, use_multipart=len(data) > _LARGEST_PUT)
+        except self._obstore.exceptions.AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise self._failed(error) from error
+        return True
+
+    def list(self) -> Iterator[tuple[str, int, float]]:
+        """Yield (key, size, time of change) of the objects below this one; blocks. Raises as `get`."""
+        try:
+            for some in self._obstore.list(self._store, self._key or None):
+                for item in some:
+                    yield item["path"], item["size"], item["last_modified"].timestamp()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def delete(self) -> None:
+        """Remove the object; nothing if it is not there; blocks. Raises as `get`."""
+        try:
+            self._obstore.delete(self._store, self._key)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         """Do nothing: obstore closes its connections by itself."""

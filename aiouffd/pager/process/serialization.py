@@ -50,6 +50,7 @@ _MAKERS: Final = frozenset(
         "aiouffd.sources.concat:ConcatSource",
         "aiouffd.sources.file:FileSource.from_descriptor",
         "aiouffd.sources.object_store:_rebuild",
+        "aiouffd.store.snapshot_source:_arrived",
     )
 )
 """What may be called to rebuild an object from plain values. None of them runs code that came along."""

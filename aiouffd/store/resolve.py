@@ -9,6 +9,7 @@ from aiouffd.errors import SourceError
 from aiouffd.sources.base import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
+from aiouffd.store.place import is_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,19 +24,23 @@ def as_source(
 ) -> Source:
     """Return a source for a path, a URL, a buffer, or a source itself.
 
-    Blocks on the file system for a path; does not ask the server of a URL yet.
+    Blocks on the file system for a path; does not ask the server of a URL, and does not open a snapshot yet.
 
     Args:
         thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, an object with the buffer protocol, or a
-            source, which is returned as it is.
-        timeout: of an `ObjectSource`.
-        retries: of an `ObjectSource`.
-        options: for the store of an `ObjectSource`.
+            source, which is returned as it is. A path or URL that ends with `.snap` names a snapshot.
+        timeout: of an `ObjectSource` or a `SnapshotSource`.
+        retries: as `timeout`.
+        options: for the store of such a source.
 
     Raises:
         SourceError: it names nothing that can be read.
         TypeError: it is none of these.
     """
+    if is_snapshot(thing):
+        from aiouffd.store.snapshot_source import SnapshotSource  # noqa: PLC0415 - most programs do without
+
+        return SnapshotSource(thing, timeout=timeout, retries=retries, **(options or {}))
     if isinstance(thing, str) and "://" in thing:
         from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
 

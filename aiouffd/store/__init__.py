@@ -1,0 +1,32 @@
+"""Snapshots: images of memory in compressed chunks and in layers, in a folder or an object store.
+
+Layout:
+
+- `manifest`, `index`, `pack`: the three kinds of objects, bytes in and values out. `codecs`: compression and hashes.
+- `folder`, `bucket`: where objects are. `place`: what names a snapshot. `snapshot`: one that is opened.
+- `snapshot_source`: what a Monitor serves it from. `chunks` fetches and keeps chunks in the threads of `workers`.
+- `resolve`: from a path, a URL or a buffer to a source.
+- `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
+
+docs/reference/snapshot-format.md describes the format.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aiouffd.store.manifest import Manifest
+    from aiouffd.store.snapshot_source import SnapshotSource
+    from aiouffd.store.writer import create, create_sync
+
+__all__ = ["Manifest", "SnapshotSource", "create", "create_sync"]
+
+_HOMES = {"manifest": "Manifest", "snapshot_source": "SnapshotSource", "writer": "create create_sync"}
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: most programs have no snapshots."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,115 @@
+"""A store behind a URL: http(s), which is read only, and s3, gs, az through obstore. All but `part` blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from aiouffd.errors import SourceError, StoreError
+from aiouffd.sources.object_store import ObjectSource
+from aiouffd.sources.store_client import StoreClient, is_lost
+from aiouffd.sources.store_errors import RequestError, hide_secrets
+from aiouffd.sources.store_settings import proxy_of
+from aiouffd.store.folder import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+__all__ = ["Bucket"]
+
+_TIMEOUT = 30.0
+_MISSING = (404, 410)
+
+
+class Bucket:
+    """Objects below a URL.
+
+    Args:
+        url: of what they are in, without a slash at its end.
+        options: for the store, as for `ObjectSource`.
+    """
+
+    is_local = False
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.url = url.rstrip("/")
+        self._options = dict(options)
+        self._http = urlsplit(url).scheme in ("http", "https")
+        self._client: StoreClient | None = None
+
+    def is_same(self, other: object) -> bool:
+        """Tell whether another store is this one."""
+        return isinstance(other, Bucket) and other.url == self.url
+
+    def name(self, path: str) -> str:
+        """Return what an object is called in errors."""
+        return hide_secrets(f"{self.url}/{path}")
+
+    def part(
+        self,
+        path: str,
+        timeout: float | None = None,
+        retries: int | None = None,
+        on_retry: Callable[[], None] = lambda: None,
+    ) -> ObjectSource:
+        """Return an object as a source: see there for the arguments. All have the connections of this store.
+
+        Raises:
+            StoreError: the URL cannot be used.
+        """
+        url = f"{self.url}/{path}"
+        client = None if is_lost() else self._connect(path, timeout)
+        source = ObjectSource.of_client(url, client, timeout, retries, **self._options)
+        source.begin(timeout or _TIMEOUT, retries, on_retry)
+        return source
+
+    def _connect(self, path: str, timeout: float | None) -> StoreClient:
+        if self._client is None:
+            try:
+                self._client = StoreClient(self.url, self._options, timeout or _TIMEOUT, self._proxy, key="")
+            except ValueError as error:
+                raise StoreError(self.name(path), 0, 0, f"this URL cannot be used: {error}") from error
+        return self._client.sibling(path)
+
+    def _proxy(self) -> str | None:
+        return proxy_of(self.url, self._options.get("client_options", {}))
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of an object, None if there is none. Raises SourceError if the store cannot be reached."""
+        try:
+            return self.part(path).size
+        except SourceError as error:
+            if isinstance(error.__cause__, RequestError) and error.__cause__.failure.status in _MISSING:
+                return None
+            raise
+
+    def read(self, path: str, start: int, stop: int) -> Any:
+        """Return the bytes [start, stop) of an object, which it must have. Raises SourceError."""
+        return self.part(path).read_sync(start, stop - start)
+
+    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True) -> bool:
+        """Write an object; tell whether it was written. See `Folder.put`."""
+        data = b"".join(parts)
+        written: bool = self._writable(path).ask(lambda client: client.put(data, replace=replace))
+        return written
+
+    def list(self, path: str) -> Iterator[Entry]:
+        """Yield the objects below a path. Raises SourceError."""
+        yield from self._writable(path).ask(lambda client: [Entry(*item) for item in client.list()])
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing if it is not there. Raises SourceError."""
+        self._writable(path).ask(lambda client: client.delete())
+
+    def _writable(self, path: str) -> ObjectSource:
+        if self._http:
+            reason = "a store behind http can be read only: write to a bucket or a folder"
+            raise StoreError(self.name(path), 0, 0, reason)
+        return self.part(path)
+
+    def close(self) -> None:
+        """Give it up."""
+        self._client = None
+
+    def __repr__(self) -> str:
+        return f"Bucket({hide_secrets(self.url)!r})"

@@ -1,0 +1,253 @@
+"""The chunks of a snapshot: fetched once, decompressed off the loop, checked, and kept for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
+from aiouffd.store.codecs import digest, expand
+from aiouffd.store.workers import Job, Workers
+from aiouffd.values import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from aiouffd.store.index import Index, Record
+    from aiouffd.store.snapshot import Snapshot
+
+__all__ = ["Chunks", "expanded", "runs_of"]
+
+_GAP: Final = 32 << 10  # bytes between two frames that are fetched along: a request costs more
+_LONGEST: Final = 4 << 20  # bytes of one request
+_BATCH: Final = 512 << 10  # bytes of the image that a thread decompresses before it looks for what is more urgent
+_THREADS: Final = max(4, os.cpu_count() or 1)
+
+Outcome = Any
+"""Bytes of a chunk, or the StoreError that says why there are none."""
+
+
+def runs_of(records: Iterable[Record]) -> list[list[Record]]:
+    """Return records in groups that lie close together, each group in one pack: one request fetches it."""
+    runs: list[list[Record]] = []
+    for record in sorted(records, key=lambda record: (record.pack, record.offset)):
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last[-1].pack == record.pack
+            and record.offset - last[-1].offset - last[-1].length <= _GAP
+            and record.offset + record.length - last[0].offset <= _LONGEST
+        ):
+            last.append(record)
+        else:
+            runs.append([record])
+    return runs
+
+
+def span(run: Sequence[Record]) -> tuple[int, int]:
+    """Return where the bytes of a run begin and end in their pack."""
+    return run[0].offset, max(record.offset + record.length for record in run)
+
+
+def blamed(index: Index, record: Record, name: str, reason: str) -> StoreError:
+    """Return the error about one chunk; name: of the object that is to blame."""
+    place = record.chunk * index.chunk_size
+    return StoreError(name, place, index.length_of(record.chunk), reason, record.chunk)
+
+
+def expanded(index: Index, record: Record, frame: Any, name: str) -> Outcome:
+    """Return the bytes of a chunk, checked, or the error; name: of its pack."""
+    if len(frame) != record.length:
+        return blamed(index, record, name, f"the object ends {record.length - len(frame)} bytes too early")
+    try:
+        data = expand(record.codec, frame, index.length_of(record.chunk))
+    except ValueError as error:
+        return blamed(index, record, name, f"it is damaged: {error}")
+    if digest(data) != record.hash:
+        return blamed(index, record, name, "it is damaged: its hash is another than the index says")
+    return data
+
+
+class _Flight(Struct):
+    """A chunk that is on its way.
+
+    Attributes:
+        landed: gets the outcome.
+        urgent: whether somebody waits for it.
+        job: what decompresses it, once it has come.
+    """
+
+    landed: asyncio.Future[Outcome]
+    urgent: bool
+    job: Job | None = None
+
+
+class Chunks:
+    """The chunks of one snapshot, for one event loop.
+
+    Args:
+        snapshot: it is read from its store.
+        kept: limit of the bytes of decompressed chunks that are kept. The least recently used goes first.
+        part: returns what reads a pack of a store that is not local: an object with a coroutine `read(offset, length)`.
+    """
+
+    def __init__(self, snapshot: Snapshot, kept: int, part: Callable[[str], Any]) -> None:
+        self._snapshot = snapshot
+        self._index = snapshot.index
+        self._part = part
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._room = kept
+        self._flights: dict[int, _Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._workers = Workers(_THREADS, "aiouffd-chunks")
+
+    def at_hand(self, chunk: int) -> Any:
+        """Return the bytes of a chunk that is kept, else None."""
+        data = self._kept.get(chunk)
+        if data is not None:
+            self._kept.move_to_end(chunk)
+        return data
+
+    async def get(self, low: int, high: int, *, urgent: bool) -> list[Any]:
+        """Return the bytes of the chunks [low, high), None for one that is zeros.
+
+        Canceling is safe: what is on its way comes all the same, for those who ask next.
+
+        Raises:
+            SourceError: a chunk cannot be had. StoreError: it is damaged or missing.
+        """
+        found: dict[int, Any] = {}
+        waiting: dict[int, asyncio.Future[Outcome]] = {}
+        records = []
+        for chunk in range(low, high):
+            data = self.at_hand(chunk)
+            if data is not None:
+                found[chunk] = data
+            elif (flight := self._flights.get(chunk)) is not None:
+                waiting[chunk] = flight.landed
+                if urgent and not flight.urgent:
+                    self._hurry(flight)
+            elif (record := self._index.find(chunk)) is not None:
+                records.append(record)
+        for run in runs_of(records):
+            waiting.update(self._begin(run, urgent=urgent))
+        if waiting:
+            await asyncio.wait(waiting.values())
+        for chunk, landed in waiting.items():
+            outcome = landed.result()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            found[chunk] = outcome
+        return [found.get(chunk) for chunk in range(low, high)]
+
+    def _hurry(self, flight: _Flight) -> None:
+        flight.urgent = True
+        if flight.job is not None:
+            self._workers.hurry(flight.job)
+
+    def _begin(self, run: list[Record], *, urgent: bool) -> dict[int, asyncio.Future[Outcome]]:
+        """Begin to fetch a run; return the outcomes of its chunks to come."""
+        loop = asyncio.get_running_loop()
+        landed: dict[int, asyncio.Future[Outcome]] = {record.chunk: loop.create_future() for record in run}
+        for chunk, future in landed.items():
+            self._flights[chunk] = _Flight(future, urgent)
+        task = loop.create_task(self._fly(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return landed
+
+    async def _fly(self, run: list[Record]) -> None:
+        """Bring a run, whatever comes of it. What is damaged is fetched once more: it may have been on its way."""
+        try:
+            damaged = await self._bring(run, last=False)
+            for record in damaged:
+                await self._bring([record], last=True)
+        except BaseException as error:
+            for record in run:
+                self._land(record, self._failure(record, error))
+            if not isinstance(error, Exception):
+                raise
+
+    async def _bring(self, run: list[Record], *, last: bool) -> list[Record]:
+        """Fetch and decompress a run; return those that are damaged, unless this is their last try."""
+        start, stop = span(run)
+        store, path = self._snapshot.store, self._index.pack(run[0].pack).path
+        data = None if store.is_local else memoryview(await self._part(path).read(start, stop - start))
+        jobs = []
+        for batch in self._batches(run):
+            flights = [self._flights[record.chunk] for record in batch]
+            call = partial(self._expand, batch, path, data, start)
+            job = self._workers.submit(call, urgent=any(flight.urgent for flight in flights))
+            for flight in flights:
+                flight.job = job
+            jobs.append((batch, job))
+        damaged = []
+        for batch, job in jobs:
+            for record, outcome in zip(batch, await job.result(), strict=True):
+                if isinstance(outcome, StoreError) and not last:
+                    damaged.append(record)
+                else:
+                    self._land(record, outcome)
+        return damaged
+
+    def _batches(self, run: list[Record]) -> list[list[Record]]:
+        count = max(1, _BATCH // self._index.chunk_size)
+        return [run[at : at + count] for at in range(0, len(run), count)]
+
+    def _expand(self, batch: list[Record], path: str, data: memoryview | None, start: int) -> list[Outcome]:
+        """Return the outcomes of some chunks of a pack; in a thread.
+
+        Args:
+            batch: their records.
+            path: of the pack.
+            data: bytes of the pack; None: they are read from a local store.
+            start: where these begin in the pack.
+        """
+        store = self._snapshot.store
+        if data is None:
+            start, stop = span(batch)
+            data = memoryview(store.read(path, start, stop))
+        name = store.name(path)
+        outcomes = []
+        for record in batch:
+            frame = data[record.offset - start : record.offset - start + record.length]
+            outcomes.append(expanded(self._index, record, frame, name))
+        return outcomes
+
+    def _failure(self, record: Record, error: BaseException) -> BaseException:
+        """Return what those who wait for a chunk are told of a failed request."""
+        if isinstance(error, SourceTimeoutError):
+            return error
+        reason = error.reason if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
+        failure = blamed(self._index, record, self._snapshot.store.name(self._index.pack(record.pack).path), reason)
+        failure.__cause__ = error
+        return failure
+
+    def _land(self, record: Record, outcome: Outcome) -> None:
+        """Tell those who wait for a chunk what has come of it, and keep it."""
+        flight = self._flights.pop(record.chunk, None)
+        if flight is None:
+            return
+        if not flight.landed.done():
+            flight.landed.set_result(outcome)
+        if not isinstance(outcome, BaseException):
+            # A view of what was fetched for many chunks would keep all of that.
+            self._keep(record.chunk, bytes(outcome) if isinstance(outcome, memoryview) else outcome)
+
+    def _keep(self, chunk: int, data: Any) -> None:
+        self._kept[chunk] = data
+        self._room -= len(data)
+        while self._room < 0:
+            _, oldest = self._kept.popitem(last=False)
+            self._room += len(oldest)
+
+    async def aclose(self) -> None:
+        """Cancel what is under way, and let the threads end."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._workers.close()
+        self._kept.clear()

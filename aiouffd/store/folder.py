@@ -1,0 +1,224 @@
+"""A store in a local folder. All of it blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from aiouffd.errors import StoreError, read_failure
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Entry", "Folder", "unwritten"]
+
+_UNFINISHED: Final = ".part-"
+"""Names of files that are being written begin so."""
+
+
+class Entry(NamedTuple):
+    """An object of a store.
+
+    Attributes:
+        path: from the store on.
+        size: in bytes.
+        modified: seconds since 1970.
+    """
+
+    path: str
+    size: int
+    modified: float
+
+
+def unwritten(path: str) -> bool:
+    """Tell whether a file is one that a writer has not finished, or has left when it was killed."""
+    return path.rpartition("/")[2].startswith(_UNFINISHED)
+
+
+class Folder:
+    """Objects are files of mode 0600 in folders of mode 0700. One appears whole, or not at all.
+
+    Args:
+        path: of the folder.
+        fd: a descriptor of it, which belongs to this object then; None: it is opened.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+
+    is_local = True
+
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        self.path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+        if fd is None:
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise self.failure("", error) from error
+        self._held = OwnedDescriptor(fd)
+
+    @classmethod
+    def make(cls, path: str) -> Folder:
+        """Return a folder, which is made if it is not there."""
+        try:
+            os.makedirs(path, 0o700, exist_ok=True)  # noqa: PTH103 - as below
+        except OSError as error:
+            raise StoreError(path, 0, 0, f"this folder cannot be made: {error.strerror}") from error
+        return cls(path)
+
+    @property
+    def fd(self) -> int:
+        """A descriptor of the folder, which stays this object's."""
+        return self._held.fileno()
+
+    def is_same(self, other: object) -> bool:
+        """Tell whether another store is this folder."""
+        return isinstance(other, Folder) and os.path.samestat(os.fstat(self.fd), os.fstat(other.fd))
+
+    def name(self, path: str) -> str:
+        """Return what an object is called in errors."""
+        return os.path.join(self.path, path)  # noqa: PTH118 - a text
+
+    def failure(self, path: str, error: OSError) -> StoreError:
+        """Return the error for a system call that failed."""
+        missing = isinstance(error, FileNotFoundError)
+        return StoreError(self.name(path), 0, 0, "it is missing" if missing else read_failure(error))
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of an object, None if there is none."""
+        try:
+            return os.stat(path, dir_fd=self.fd).st_size
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self.failure(path, error) from error
+
+    def open(self, path: str) -> int:
+        """Return a new descriptor of an object.
+
+        Raises:
+            StoreError: it is missing, cannot be opened, or is no regular file.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.fd)
+        except OSError as error:
+            raise self.failure(path, error) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StoreError(self.name(path), 0, 0, "it is no regular file")
+        return fd
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of an object, fewer where it ends before.
+
+        Raises:
+            StoreError: it is missing, or cannot be read.
+        """
+        fd = self.open(path)
+        try:
+            pieces = []
+            while start < stop and (piece := os.pread(fd, stop - start, start)):
+                pieces.append(piece)
+                start += len(piece)
+        except OSError as error:
+            raise self.failure(path, error) from error
+        finally:
+            os.close(fd)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True) -> bool:
+        """Write an object; it is on the disk when this returns.
+
+        Args:
+            path: from the store on; its folder is made if it is not there.
+            parts: buffers that follow each other.
+            replace: False: an object that is there stays.
+
+        Returns:
+            whether it was written.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        folder, _, name = path.rpartition("/")
+        try:
+            with OwnedDescriptor(self._make_folder(folder)) as within:
+                return self._put(within.fileno(), name, parts, replace=replace)
+        except OSError as error:
+            raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
+
+    def _put(self, folder: int, name: str, parts: Iterable[Any], *, replace: bool) -> bool:
+        part = _UNFINISHED + secrets.token_hex(8)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        try:
+            with os.fdopen(fd, "wb", buffering=0) as file:
+                for item in parts:
+                    left = memoryview(item)
+                    while left:
+                        left = left[file.write(left) :]
+                os.fsync(fd)
+            if replace:
+                os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+            else:
+                try:
+                    os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+                except FileExistsError:
+                    return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part, dir_fd=folder)
+        os.fsync(folder)
+        return True
+
+    def _make_folder(self, path: str) -> int:
+        """Return a new descriptor of a folder below this one; each that is made is on the disk."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        for step in path.split("/") if path else ():
+            with OwnedDescriptor(fd) as above:
+                try:
+                    os.mkdir(step, 0o700, dir_fd=above.fileno())
+                    os.fsync(above.fileno())
+                except FileExistsError:
+                    pass
+                fd = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above.fileno())
+        return fd
+
+    def list(self, path: str) -> Iterator[Entry]:
+        """Yield the objects below a folder, at any depth; none if there is no such folder."""
+        try:
+            fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self.failure(path, error) from error
+        with OwnedDescriptor(fd) as within:
+            for where, _, names, below in os.fwalk(".", dir_fd=within.fileno()):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):  # it has just gone
+                        found = os.stat(name, dir_fd=below)
+                        inside = os.path.normpath(os.path.join(path, where, name))  # noqa: PTH118
+                        yield Entry(inside, found.st_size, found.st_mtime)
+
+    def delete(self, path: str) -> None:
+        """Remove an object, and its folder if that is empty then; nothing if it is not there."""
+        try:
+            os.unlink(path, dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self.failure(path, error) from error
+        folder = path.rpartition("/")[0]
+        if folder.count("/"):
+            with contextlib.suppress(OSError):  # it has others
+                os.rmdir(folder, dir_fd=self.fd)
+
+    def close(self) -> None:
+        """Give the folder up."""
+        self._held.close()
+
+    def __repr__(self) -> str:
+        return f"Folder({self.path!r})"

@@ -1,0 +1,234 @@
+"""The index of a snapshot: where each chunk of its image is. Little-endian, of fixed width, made to be mapped.
+
+| at | what |
+| --- | --- |
+| 0 | 8 bytes: `aiouffdi` |
+| 8 | u32: the version, 1 |
+| 12 | u32: bytes of the image in a chunk |
+| 16 | u64: bytes of the image |
+| 24 | u64: the number of records |
+| 32 | u32: the number of packs |
+| 36 | 28 zeros |
+| 64 | the packs, 40 bytes each: identity (16 bytes), digest (16 bytes), u64: length of the object |
+| behind them | the groups, 72 bytes for each 512 chunks: u64: the records before it; 64 bytes: which chunks have one |
+| behind them | the records, 32 bytes each, in the order of their chunks |
+
+A chunk that has no record is zeros. Chunk n of a group is bit n % 8 of byte n // 8. A record is u32: the pack; u32: the
+frame's offset in it; u32: its length, and in the uppermost 8 bits the number of the codec; 20 bytes: the chunk's hash.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from aiouffd.errors import StoreError
+from aiouffd.store.codecs import HASH, codec_name
+from aiouffd.store.manifest import checked_chunk_size
+from aiouffd.store.pack import header_length
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["RECORD", "Index", "PackName", "Record", "bitmap", "encode_record", "head"]
+
+MAGIC: Final = b"aiouffdi"
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<8sIIQQI28s")
+PACK: Final = struct.Struct("<16s16sQ")
+GROUP: Final = struct.Struct("<Q64s")
+RECORD: Final = struct.Struct(f"<III{HASH}s")
+CHUNKS: Final = 512  # in a group
+LARGEST_PACK: Final = (1 << 32) - 1
+
+
+class PackName(NamedTuple):
+    """Names a pack: what is in it, and its very bytes.
+
+    Attributes:
+        identity: see `pack.identity`.
+        digest: the first 16 bytes of the object's BLAKE3 hash.
+        length: its bytes.
+    """
+
+    identity: bytes
+    digest: bytes
+    length: int
+
+    @property
+    def path(self) -> str:
+        """Where it is in the store."""
+        return f"packs/{self.identity.hex()}/{self.digest.hex()}"
+
+
+class Record(NamedTuple):
+    """Where a chunk is.
+
+    Attributes:
+        chunk: its number.
+        pack: the number of its pack in this index.
+        offset: of its frame in the pack.
+        length: of its frame.
+        codec: the number of its codec.
+        hash: of its bytes in the image.
+    """
+
+    chunk: int
+    pack: int
+    offset: int
+    length: int
+    codec: int
+    hash: bytes
+
+
+class Index:
+    """An index in memory, or mapped.
+
+    Args:
+        data: the whole index, a buffer that stays as it is.
+        name: of the object, for errors.
+
+    Attributes:
+        size: bytes of the image.
+        chunk_size: bytes of the image in a chunk.
+        chunks: how many the image has.
+        records: how many have a record.
+        packs: how many packs it names.
+
+    Raises:
+        StoreError: it is no index, or is damaged.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        self._data = view = memoryview(data)
+        self.name = name
+        if len(view) < HEADER.size:
+            raise self._damaged(f"{len(view)} bytes are too few for an index")
+        magic, version, chunk_size, size, records, packs, rest = HEADER.unpack_from(view)
+        self.size: int = size
+        self.records: int = records
+        self.packs: int = packs
+        if magic != MAGIC:
+            raise self._damaged("it is no index of a snapshot")
+        if version != VERSION:
+            raise self._damaged(f"its version is {version}; this library reads version {VERSION}")
+        try:
+            self.chunk_size = checked_chunk_size(chunk_size)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        self.chunks: int = -(-self.size // self.chunk_size)
+        groups = -(-self.chunks // CHUNKS)
+        self._groups = HEADER.size + self.packs * PACK.size
+        self._records = self._groups + groups * GROUP.size
+        expected = self._records + self.records * RECORD.size
+        if len(view) != expected or any(rest) or not self.size:
+            raise self._damaged(f"its header asks for {expected} bytes, and it has {len(view)}")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        before = 0
+        last = self.chunks % CHUNKS or CHUNKS
+        for first, bitmap in GROUP.iter_unpack(self._data[self._groups : self._records]):
+            if first != before:
+                raise self._damaged(f"a group begins at record {first}, and not at {before}")
+            bits = int.from_bytes(bitmap, "little")
+            before += bits.bit_count()
+        if before != self.records or (self.chunks and bits >> last):
+            raise self._damaged(f"its groups have {before} chunks, and its header {self.records}")
+
+    def _damaged(self, reason: str, chunk: int | None = None) -> StoreError:
+        place = (0, 0) if chunk is None else (chunk * self.chunk_size, self.length_of(chunk))
+        return StoreError(self.name, *place, reason, chunk)
+
+    def length_of(self, chunk: int) -> int:
+        """Return the bytes of the image in a chunk: the last one may be shorter."""
+        return min(self.chunk_size, self.size - chunk * self.chunk_size)
+
+    def pack(self, number: int) -> PackName:
+        """Return the name of a pack."""
+        return PackName(*PACK.unpack_from(self._data, HEADER.size + number * PACK.size))
+
+    def _group(self, chunk: int) -> tuple[int, int]:
+        """Return (records before the chunk's group, bits of its chunks)."""
+        first, bitmap = GROUP.unpack_from(self._data, self._groups + chunk // CHUNKS * GROUP.size)
+        return first, int.from_bytes(bitmap, "little")
+
+    def find(self, chunk: int) -> Record | None:
+        """Return where a chunk is; None: it is zeros.
+
+        Raises:
+            StoreError: its record is damaged.
+        """
+        first, bits = self._group(chunk)
+        place = chunk % CHUNKS
+        if not bits >> place & 1:
+            return None
+        return self._record(first + (bits & ((1 << place) - 1)).bit_count(), chunk)
+
+    def _record(self, number: int, chunk: int) -> Record:
+        pack, offset, coded, hash_ = RECORD.unpack_from(self._data, self._records + number * RECORD.size)
+        length, codec = coded & 0xFFFFFF, coded >> 24
+        if pack >= self.packs:
+            raise self._damaged(f"its pack {pack} is none of {self.packs}", chunk)
+        end = self.pack(pack).length
+        if codec_name(codec) is None:
+            raise self._damaged(f"its codec {codec} is unknown", chunk)
+        whole = self.length_of(chunk)
+        if not 0 < length <= whole or (codec == 0 and length != whole):
+            raise self._damaged(f"its frame of {length} bytes cannot hold {whole}", chunk)
+        if offset < header_length(1) or offset + length > end or end > LARGEST_PACK:
+            raise self._damaged(f"its frame [{offset}, {offset + length}) is not in its pack of {end} bytes", chunk)
+        return Record(chunk, pack, offset, length, codec, hash_)
+
+    def present(self, low: int, high: int) -> Iterator[int]:
+        """Yield the numbers of the chunks in [low, high) that are not zeros."""
+        while low < high:
+            low += self.absent(low, high)
+            if low < high:
+                yield low
+                low += 1
+
+    def absent(self, low: int, high: int) -> int:
+        """Return how many chunks from `low` on are zeros, looking no further than `high`."""
+        at = low
+        while at < high:
+            bits = self._group(at)[1] >> at % CHUNKS
+            if bits:
+                return min(at + (bits & -bits).bit_length() - 1, high) - low
+            at += CHUNKS - at % CHUNKS
+        return max(high - low, 0)
+
+    def find_all(self) -> Iterator[Record]:
+        """Yield all records, in the order of their chunks. Raises as `find`."""
+        for number, chunk in enumerate(self.present(0, self.chunks)):
+            yield self._record(number, chunk)
+
+
+def encode_record(record: Record) -> bytes:
+    """Return the 32 bytes of a record."""
+    return RECORD.pack(record.pack, record.offset, record.length | record.codec << 24, record.hash)
+
+
+def head(size: int, chunk_size: int, packs: Iterable[PackName], present: bytes | bytearray) -> bytes:
+    """Return an index as far as its records, which follow in the order of the chunks.
+
+    Args:
+        size: bytes of the image.
+        chunk_size: bytes of the image in a chunk.
+        packs: in the order of their numbers.
+        present: which chunks have a record: see `bitmap`.
+    """
+    named = b"".join(PACK.pack(*pack) for pack in packs)
+    groups = []
+    before = 0
+    for at in range(0, len(present), CHUNKS // 8):
+        bits = bytes(present[at : at + CHUNKS // 8])
+        groups.append(GROUP.pack(before, bits))
+        before += int.from_bytes(bits, "little").bit_count()
+    header = HEADER.pack(MAGIC, VERSION, chunk_size, size, before, len(named) // PACK.size, bytes(28))
+    return header + named + b"".join(groups)
+
+
+def bitmap(size: int, chunk_size: int) -> bytearray:
+    """Return the bits of the chunks of an image, none of them set: that of chunk n is n % 8 of byte n // 8."""
+    return bytearray(-(-size // chunk_size // CHUNKS) * CHUNKS // 8)

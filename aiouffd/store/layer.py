@@ -1,0 +1,212 @@
+"""The packs and the index of a snapshot that is being written. All of it blocks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import deque
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+from aiouffd.errors import StoreError
+from aiouffd.store.codecs import compressor, digest_of
+from aiouffd.store.index import RECORD, PackName, Record, bitmap, encode_record, head
+from aiouffd.store.manifest import Link
+from aiouffd.store.pack import NAME, Frame, decode_header, encode_header, header_length, identity, offsets
+from aiouffd.store.snapshot import index_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Executor, Future
+
+    from aiouffd.store.bucket import Bucket
+    from aiouffd.store.folder import Folder
+    from aiouffd.store.index import Index
+
+__all__ = ["Layer", "in_order"]
+
+PACK_BYTES: Final = 64 << 20  # bytes of the image in a pack, so that its cut does not depend on the compressor
+REUSED: Final = 12 * 3600.0  # seconds: a pack that no manifest names is taken if it is younger; see `collect`
+_TOGETHER: Final = 16  # chunks that a thread compresses in one go
+_UPLOADS: Final = 4  # packs that are being written at once, each of them in memory
+_PIECE: Final = 1 << 20
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class _New(NamedTuple):
+    """A chunk that the store may not have.
+
+    Attributes:
+        number: of its record.
+        chunk: its number in the image.
+        hash: of its bytes.
+        data: its bytes.
+    """
+
+    number: int
+    chunk: int
+    hash: bytes
+    data: bytes
+
+
+def in_order(
+    pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+    """Yield function(item) for each item, in order; at most `ahead` calls are under way."""
+    under_way: deque[Future[_Result]] = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) >= ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+class Layer:
+    """Takes the chunks of an image in ascending order, writes those that are new, and then the index of all.
+
+    Args:
+        store: where it goes.
+        size: bytes of the image.
+        chunk_size: bytes of the image in a chunk.
+        codec: for new chunks.
+        level: of zstd.
+        base: the index whose packs have the other chunks; in the same store.
+        pool: for compression.
+        writing: for packs on their way to the store.
+    """
+
+    def __init__(
+        self,
+        store: Folder | Bucket,
+        size: int,
+        chunk_size: int,
+        codec: str,
+        level: int,
+        base: Index | None,
+        pool: Executor,
+        writing: Executor,
+    ) -> None:
+        self._store = store
+        self._size = size
+        self._chunk_size = chunk_size
+        self._named = codec, level
+        self._frame = compressor(codec, level)
+        self._base = base
+        self._pool = pool
+        self._writing = writing
+        self._records = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+        self._present = bitmap(size, chunk_size)
+        self._packs: list[PackName] = []
+        self._of_base: dict[int, int] = {}  # number of a pack in the base -> in this index
+        self._new: list[_New] = []
+        self._bytes = 0
+        self._puts: deque[Future[bool]] = deque()
+        self.records = 0
+        self.written = 0
+
+    def keep(self, record: Record) -> None:
+        """Take over a chunk of the base."""
+        assert self._base is not None
+        pack = self._of_base.get(record.pack)
+        if pack is None:
+            pack = self._of_base[record.pack] = len(self._packs)
+            self._packs.append(self._base.pack(record.pack))
+        self._write_record(self._number(record.chunk), record._replace(pack=pack))
+
+    def add(self, chunk: int, hash_: bytes, data: bytes) -> None:
+        """Take a chunk that the base does not have."""
+        self._new.append(_New(self._number(chunk), chunk, hash_, data))
+        self._bytes += len(data)
+        if self._bytes >= PACK_BYTES:
+            self._flush()
+
+    def _number(self, chunk: int) -> int:
+        self._present[chunk >> 3] |= 1 << (chunk & 7)
+        self.records += 1
+        return self.records - 1
+
+    def _write_record(self, number: int, record: Record) -> None:
+        os.pwrite(self._records.fileno(), encode_record(record), number * RECORD.size)
+
+    def _flush(self) -> None:
+        """Make a pack of the new chunks, unless the store has one of them already."""
+        new, self._new, self._bytes = self._new, [], 0
+        named = identity([item.hash for item in new], *self._named)
+        name, frames = self._found(named, new) or self._made(named, new)
+        pack = len(self._packs)
+        self._packs.append(name)
+        for item, frame, offset in zip(new, frames, offsets(frames), strict=False):  # the last offset is the end
+            self._write_record(item.number, Record(item.chunk, pack, offset, frame.length, frame.codec, item.hash))
+
+    def _found(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]] | None:
+        """Return a pack of these chunks that a writer has left, which was killed, or is at work."""
+        for entry in self._store.list(f"packs/{named.hex()}"):
+            name = entry.path.rpartition("/")[2]
+            header = header_length(len(new))
+            if len(name) != 2 * NAME or time.time() - entry.modified > REUSED or entry.size < header:
+                continue
+            data = self._store.read(entry.path, 0, header)
+            try:
+                frames = decode_header(data, entry.path)
+            except StoreError:
+                continue
+            whole = [frame.hash for frame in frames] == [item.hash for item in new]
+            if whole and list(offsets(frames))[-1] == entry.size:
+                return PackName(named, bytes.fromhex(name), entry.size), frames
+        return None
+
+    def _made(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]]:
+        """Compress a pack, and begin to write it."""
+        groups = [new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER)]
+        made = list(
+            chain.from_iterable(self._pool.map(lambda group: [self._frame(item.data) for item in group], groups))
+        )
+        frames = [Frame(len(frame), codec, item.hash) for item, (codec, frame) in zip(new, made, strict=True)]
+        parts = [encode_header(frames), *(frame for _, frame in made)]
+        length = sum(map(len, parts))
+        name = PackName(named, digest_of(parts, NAME), length)
+        while len(self._puts) >= _UPLOADS:
+            self._puts.popleft().result()
+        self._puts.append(self._writing.submit(self._store.put, name.path, parts))
+        self.written += length
+        return name, frames
+
+    def finish(self) -> Link:
+        """Write what is left, and then the index.
+
+        Raises:
+            StoreError: it cannot be written, or a pack that it names has been removed meanwhile.
+        """
+        if self._new:
+            self._flush()
+        while self._puts:
+            self._puts.popleft().result()
+        for pack, size in zip(
+            self._packs, self._writing.map(self._store.size, [pack.path for pack in self._packs]), strict=True
+        ):
+            if size != pack.length:
+                raise StoreError(self._store.name(pack.path), 0, 0, "it has gone while a layer was written upon it")
+        first = head(self._size, self._chunk_size, self._packs, self._present)
+        link = Link(digest_of(chain([first], self._read_records()), 32).hex(), len(first) + self.records * RECORD.size)
+        self._store.put(index_path(link), chain([first], self._read_records()))
+        return link
+
+    def _read_records(self) -> Iterator[bytes]:
+        for at in range(0, self.records * RECORD.size, _PIECE):
+            yield os.pread(self._records.fileno(), _PIECE, at)
+
+    def close(self) -> None:
+        """Wait for packs on their way, and give up what was kept of the index."""
+        for put in self._puts:
+            put.cancel()
+        self._records.close()
+
+    def __enter__(self) -> Layer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,44 @@
+"""Where a snapshot is: the path or the URL of its manifest."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from aiouffd.errors import StoreError
+
+__all__ = ["SUFFIX", "is_snapshot", "split"]
+
+SUFFIX = ".snap"
+
+
+def is_snapshot(place: Any) -> bool:
+    """Tell whether a path or a URL names the manifest of a snapshot."""
+    if not isinstance(place, str | os.PathLike):
+        return False
+    text = os.fspath(place)
+    if not isinstance(text, str):
+        return False
+    return (urlsplit(text).path if "://" in text else text).endswith(SUFFIX)
+
+
+def split(place: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return (path or URL of the store, name of the manifest in it).
+
+    Raises:
+        StoreError: it names no manifest.
+    """
+    text = os.fspath(place)
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    if "://" in text and urlsplit(text).query:
+        reason = "a URL with a query, such as a signed one, is of one object; a snapshot has many"
+        raise StoreError(urlsplit(text)._replace(query="", netloc="").geturl(), 0, 0, reason)
+    above, _, name = text.rpartition("/")
+    name = unquote(name) if "://" in text else name
+    if not name.endswith(SUFFIX) or name == SUFFIX:
+        raise StoreError(text, 0, 0, f"the name of a snapshot ends with {SUFFIX}")
+    if "://" not in text:
+        above = above or ("/" if text.startswith("/") else ".")
+    return above, name

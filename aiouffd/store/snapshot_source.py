@@ -1,0 +1,211 @@
+"""The source of memory that shows a snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.sources.base import Descriptor
+from aiouffd.sources.store_errors import hide_secrets
+from aiouffd.store.chunks import Chunks
+from aiouffd.store.folder import Folder
+from aiouffd.store.manifest import Manifest
+from aiouffd.store.place import split
+from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["SnapshotSource"]
+
+_KEPT = 32 << 20
+
+
+class SnapshotSource:
+    """The image of a snapshot, as it is when it is opened.
+
+    Each chunk is checked against its hash before a byte of it is shown.
+
+    Args:
+        url: of the manifest: a path, or a URL as for `ObjectSource`. Its name ends with `.snap`.
+        timeout: seconds for one request of a store that is not local, retries included. By default that of the
+            Monitor, 30 s.
+        retries: of such a request, as for `ObjectSource`.
+        kept: limit of the bytes of decompressed chunks that are kept in memory. A fault of 4 KiB needs a chunk of 64
+            KiB: its neighbors are not fetched again.
+        **options: for the store, as for `ObjectSource`.
+
+    Attributes:
+        url: as given; a path is absolute.
+    """
+
+    local = False
+    """Most bytes must be waited for, also those of a local store: they are decompressed."""
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        kept: int = _KEPT,
+        **options: Any,
+    ) -> None:
+        text = os.fspath(url)
+        self.url = text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
+        self._given = timeout, retries
+        self._kept = kept
+        self._options = options
+        self._begun: tuple[float | None, int | None, Callable[[], None]] | None = None
+        self._snapshot: Snapshot | None = None
+        self._chunks: Chunks | None = None
+        if "://" in split(url)[0]:
+            self.retries = 0  # the engine does not repeat a failed read: this source has
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is known of it. The first use opens it, and blocks: `prepare()` does not.
+
+        Raises:
+            StoreError: it is missing, damaged, or of an unknown version.
+            SourceError: its store cannot be reached.
+        """
+        if self._snapshot is None:
+            self._snapshot = open_snapshot(self.url, self._options)
+        return self._snapshot
+
+    @property
+    def size(self) -> int:
+        """Bytes of the image. The first use opens the snapshot, and blocks. Raises as `snapshot`."""
+        return self.snapshot.index.size
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What only the same bytes have."""
+        return ("snapshot", self.validator)
+
+    @property
+    def validator(self) -> str:
+        """The hash of the index, which has the hashes of all chunks."""
+        return self.snapshot.manifest.index.hash
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some chunks are zeros."""
+        index = self.snapshot.index
+        return index.records < index.chunks
+
+    async def prepare(self) -> None:
+        """Open it in a thread. Canceling is safe. Raises as `snapshot`."""
+        await asyncio.to_thread(getattr, self, "snapshot")
+
+    def begin(self, timeout: float | None, retries: int | None, on_retry: Callable[[], None]) -> None:
+        """Take over what the Monitor was given, as far as this source was not given its own."""
+        own_timeout, own_retries = self._given
+        self._begun = (
+            timeout if own_timeout is None else own_timeout,
+            retries if own_retries is None else own_retries,
+            on_retry,
+        )
+
+    def hole(self, offset: int, length: int) -> int:
+        """Return how many bytes from `offset` on are zeros that the snapshot does not hold, at most `length`."""
+        index = self.snapshot.index
+        first = offset // index.chunk_size
+        absent = index.absent(first, -(-(offset + length) // index.chunk_size))
+        return min((first + absent) * index.chunk_size - offset, length) if absent else 0
+
+    def read_nowait(self, offset: int, length: int) -> Any:
+        """Return the bytes if their chunks are kept."""
+        if self._chunks is None:
+            return None
+        size = self.snapshot.index.chunk_size
+        low, high = offset // size, -(-(offset + length) // size)
+        found = []
+        for chunk in range(low, high):
+            data = self._chunks.at_hand(chunk)
+            if data is None:
+                return None
+            found.append(data)
+        return self._cut(found, low, offset, length)
+
+    async def read(self, offset: int, length: int) -> Any:
+        """Return the bytes. Canceling is safe: what is on its way comes all the same.
+
+        Raises:
+            StoreError: a chunk is damaged, or its pack is missing.
+            SourceError: the store cannot be reached. SourceTimeoutError: no answer in time.
+        """
+        return await self._read(offset, length, urgent=True)
+
+    async def read_ahead(self, offset: int, length: int) -> Any:
+        """As `read`, for bytes that no thread waits for: others go first."""
+        return await self._read(offset, length, urgent=False)
+
+    async def _read(self, offset: int, length: int, *, urgent: bool) -> Any:
+        if self._chunks is None:
+            snapshot = self.snapshot
+            self._chunks = Chunks(snapshot, self._kept, self._part)
+        size = self.snapshot.index.chunk_size
+        low, high = offset // size, -(-(offset + length) // size)
+        return self._cut(await self._chunks.get(low, high, urgent=urgent), low, offset, length)
+
+    def _cut(self, found: list[Any], low: int, offset: int, length: int) -> Any:
+        """Return [offset, offset + length) out of the chunks from number `low` on; None is one of zeros."""
+        index = self.snapshot.index
+        pieces = []
+        for chunk, data in enumerate(found, low):
+            start = max(offset - chunk * index.chunk_size, 0)
+            stop = min(offset + length - chunk * index.chunk_size, index.length_of(chunk))
+            pieces.append(bytes(stop - start) if data is None else memoryview(data)[start:stop])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _part(self, path: str) -> Any:
+        """Return what reads an object of a store that is not local."""
+        store = self.snapshot.store
+        assert not isinstance(store, Folder)
+        return store.part(path, *(self._begun or self._given))
+
+    async def aclose(self) -> None:
+        """Let the threads end."""
+        if self._chunks is not None:
+            await self._chunks.aclose()
+            self._chunks = None
+
+    def travel(self) -> tuple[Any, tuple[Any, ...]]:
+        """Return what makes this source without another look at the store."""
+        snapshot = self.snapshot
+        store = snapshot.store
+        folder = Descriptor(store.fd) if isinstance(store, Folder) else None
+        opened = (snapshot.manifest.encode(), Descriptor(snapshot.index_fd), folder)
+        return _arrived, (self.url, *self._given, self._kept, self._options, *opened)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (self.url, *self._given, self._kept, self._options)
+
+    def __repr__(self) -> str:
+        return f"SnapshotSource({hide_secrets(self.url)!r})"
+
+
+def _remade(url: str, timeout: float | None, retries: int | None, kept: int, options: dict[str, Any]) -> SnapshotSource:
+    return SnapshotSource(url, timeout=timeout, retries=retries, kept=kept, **options)
+
+
+def _arrived(
+    url: str,
+    timeout: float | None,
+    retries: int | None,
+    kept: int,
+    options: dict[str, Any],
+    manifest: bytes,
+    index: Descriptor,
+    folder: Descriptor | None,
+) -> SnapshotSource:
+    """Make a source of a snapshot that another process has opened."""
+    source = _remade(url, timeout, retries, kept, options)
+    above, name = split(url)
+    store = open_store(above, options) if folder is None else Folder(above, folder.detach())
+    # Its own:
+    source._snapshot = Snapshot(store, name, Manifest.decode(manifest, store.name(name)), index.detach())  # noqa: SLF001
+    return source

@@ -1,0 +1,219 @@
+"""Writes a snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from aiouffd.engine.ahead.trace import Trace
+from aiouffd.errors import StoreError, TraceError
+from aiouffd.store.aside import aside
+from aiouffd.store.codecs import LEVEL, digest, digest_of
+from aiouffd.store.image import open_image
+from aiouffd.store.layer import Layer, in_order
+from aiouffd.store.manifest import Link, Manifest, checked_chunk_size
+from aiouffd.store.place import split
+from aiouffd.store.snapshot import open_snapshot, open_store, trace_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from aiouffd.store.aside import Progress
+    from aiouffd.store.bucket import Bucket
+    from aiouffd.store.folder import Folder
+    from aiouffd.store.image import Image
+    from aiouffd.store.index import Index, Record
+    from aiouffd.store.snapshot import Snapshot
+
+__all__ = ["CHUNK_SIZE", "create", "create_sync"]
+
+CHUNK_SIZE: Final = 64 << 10
+_SEGMENT: Final = 1 << 20  # bytes that a thread reads and hashes in one go
+
+
+class _Seen(NamedTuple):
+    """A chunk of the image that is not zeros: `record` says where the base has it, or `data` is its bytes."""
+
+    chunk: int
+    hash: bytes
+    record: Record | None
+    data: bytes
+
+
+async def create(source: Any, destination: str | os.PathLike[str], **options: Any) -> Manifest:
+    """As `create_sync`, in threads. Canceling is safe: no manifest appears; what was written is used the next time."""
+    return await aside(create_sync, source, destination, **options)
+
+
+def create_sync(
+    source: Any,
+    destination: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    codec: str = "zstd",
+    level: int = LEVEL,
+    chunk_size: int | None = None,
+    page_size: int = mmap.PAGESIZE,
+    trace: str | os.PathLike[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a snapshot. Chunks of zeros, and chunks that the base has, are not written.
+
+    The manifest appears last, at once or not at all. What a writer that was killed has written, one that begins again
+    takes over within twelve hours. Two writers at once do no harm.
+
+    Args:
+        source: a path, a URL, a buffer or a source, another snapshot, too; it must not change.
+        destination: of the manifest, a path or a URL that ends with `.snap`. Folders that are not there are made.
+        base: the manifest of a snapshot in the same folder or under the same prefix.
+        codec: `zstd`, `lz4` or `none`.
+        level: of zstd.
+        chunk_size: in bytes, a power of two from 64 KiB to 8 MiB; by default that of the base, or 64 KiB.
+        page_size: of the memory that it is an image of.
+        trace: a recording of first touches (`Monitor(record=...)`), which is kept with the snapshot.
+        metadata: any JSON, which is kept with it.
+        replace: whether a snapshot of that name may be replaced.
+        storage_options: as for `open`.
+        progress: called with the bytes that are done and all bytes. What it raises ends the writing.
+
+    Raises:
+        SourceError: the source cannot be read, or has changed.
+        StoreError: the snapshot cannot be written, or is there already.
+        ValueError: an option cannot be.
+    """
+    store, name = target(destination, storage_options, replace=replace)
+    below = None if base is None else _base(store, base, chunk_size, storage_options)
+    index = None if below is None else below.index
+    chunk_size = checked_chunk_size(chunk_size or (CHUNK_SIZE if index is None else index.chunk_size))
+    with contextlib.closing(open_image(source, storage_options)) as image:
+        if not image.size:
+            raise StoreError(store.name(name), 0, 0, "its source is empty")
+        recording = _recording(trace, image.size)
+        with (
+            threads() as (pool, writing),
+            Layer(store, image.size, chunk_size, codec, level, index, pool, writing) as layer,
+        ):
+            _fill(layer, image, chunk_size, index, pool, progress)
+            link = layer.finish()
+    named = None if below is None else below.name
+    kept = _put_trace(store, recording)
+    manifest = Manifest(image.size, page_size, chunk_size, codec, link, named, kept, dict(metadata or {}))
+    publish(store, name, manifest, replace=replace)
+    return manifest
+
+
+def target(
+    destination: str | os.PathLike[str], options: Mapping[str, Any] | None, *, replace: bool
+) -> tuple[Folder | Bucket, str]:
+    """Return where a snapshot will be: its store, which is made if need be, and its name; StoreError if it is there."""
+    above, name = split(destination)
+    store = open_store(above, options, make=True)
+    if not replace and store.size(name) is not None:
+        raise _exists(store, name)
+    return store, name
+
+
+@contextlib.contextmanager
+def threads() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """Threads that compute, and threads that wait for a store."""
+    with (
+        ThreadPoolExecutor(os.cpu_count(), "aiouffd-store") as pool,
+        ThreadPoolExecutor(4, "aiouffd-store-put") as writing,
+    ):
+        yield pool, writing
+
+
+def publish(store: Folder | Bucket, name: str, manifest: Manifest, *, replace: bool) -> None:
+    """Let a snapshot appear, all of whose objects are there.
+
+    Raises:
+        StoreError: there is one of that name, which must not be replaced; it cannot be written.
+        ValueError: the metadata is no JSON.
+    """
+    data = manifest.encode()
+    Manifest.decode(data, store.name(name))  # what no reader would take is not written
+    if not store.put(name, [data], replace=replace):
+        raise _exists(store, name)
+
+
+def _exists(store: Folder | Bucket, name: str) -> StoreError:
+    return StoreError(store.name(name), 0, 0, "there is a snapshot of that name already: replace=True replaces it")
+
+
+def _base(
+    store: Folder | Bucket, base: str | os.PathLike[str], chunk_size: int | None, options: Mapping[str, Any] | None
+) -> Snapshot:
+    below = open_snapshot(base, options)
+    name = below.store.name(below.name)
+    if not store.is_same(below.store):
+        raise StoreError(name, 0, 0, "a base must be in the store of its layer: copy it there first")
+    if chunk_size not in (None, below.index.chunk_size):
+        raise StoreError(name, 0, 0, f"a layer has the chunks of its base, which are of {below.index.chunk_size} bytes")
+    return below
+
+
+def _fill(
+    layer: Layer, image: Image, chunk_size: int, base: Index | None, pool: ThreadPoolExecutor, progress: Progress | None
+) -> None:
+    """Give all chunks of an image to a layer."""
+    zeros = {length: digest(bytes(length)) for length in {chunk_size, image.size % chunk_size}}
+
+    def look(segment: tuple[int, int]) -> tuple[int, list[_Seen]]:
+        """Read and hash chunks; those of zeros are left out."""
+        start, stop = segment
+        data = memoryview(image.read(start, stop - start)).cast("B")
+        seen = []
+        for at in range(start, stop, chunk_size):
+            piece = data[at - start : at - start + chunk_size]
+            found = digest(piece)
+            if found != zeros[len(piece)]:
+                number = at // chunk_size
+                record = base.find(number) if base is not None and number < base.chunks else None
+                if record is not None and record.hash != found:
+                    record = None
+                seen.append(_Seen(number, found, record, b"" if record is not None else bytes(piece)))
+        return stop, seen
+
+    for done, seen in in_order(pool, look, _segments(image, chunk_size), 4 * (os.cpu_count() or 1)):
+        for item in seen:
+            if item.record is not None:
+                layer.keep(item.record)
+            else:
+                layer.add(item.chunk, item.hash, item.data)
+        if progress is not None:
+            progress(done, image.size)
+
+
+def _segments(image: Image, chunk_size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of what has data, in whole chunks, each chunk once."""
+    step = max(_SEGMENT, chunk_size)
+    done = 0
+    for low, high in image.extents():
+        start = max(low // chunk_size * chunk_size, done)
+        done = max(done, min(-(-high // chunk_size) * chunk_size, image.size))
+        for at in range(start, done, step):
+            yield at, min(at + step, done)
+
+
+def _recording(trace: str | os.PathLike[str] | None, size: int) -> bytes | None:
+    """Return the bytes of a recording; raise TraceError if it is none, or of an image of another size."""
+    if trace is None:
+        return None
+    if Trace.load(trace).size != size:
+        raise TraceError(str(trace), "it was recorded from another source: its size is another")
+    return Path(trace).read_bytes()
+
+
+def _put_trace(store: Folder | Bucket, recording: bytes | None) -> Link | None:
+    if recording is None:
+        return None
+    link = Link(digest_of([recording], 32).hex(), len(recording))
+    store.put(trace_path(link), [recording])
+    return link

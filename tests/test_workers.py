@@ -1,0 +1,61 @@
+"""`store.workers`: threads that do what is most urgent first."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+
+import pytest
+
+from aiouffd.store.workers import Workers
+
+
+def _hold(begun: threading.Event, go: threading.Event) -> None:
+    """Keep a thread busy."""
+    begun.set()
+    go.wait()
+
+
+async def test_what_is_urgent_goes_first() -> None:
+    """Also what has become urgent while it waited; else in the order of the calls."""
+    workers, go, done = Workers(1, "test"), threading.Event(), list[int]()
+    begun = threading.Event()
+    first = workers.submit(partial(_hold, begun, go), urgent=False)
+    await asyncio.to_thread(begun.wait)
+    jobs = [workers.submit(partial(done.append, n), urgent=n in (3, 4)) for n in range(6)]
+    workers.hurry(jobs[5])
+    workers.hurry(jobs[3])
+    workers.hurry(first)
+    go.set()
+    for job in jobs:
+        await job.result()
+    assert done == [3, 4, 5, 0, 1, 2]
+    workers.close()
+
+
+async def test_errors_arrive() -> None:
+    """At who waits for the call; the thread goes on."""
+    workers = Workers(1, "test")
+    failing = workers.submit(lambda: 1 // 0, urgent=True)
+    with pytest.raises(ZeroDivisionError):
+        await failing.result()
+    assert await workers.submit(lambda: 5, urgent=True).result() == 5
+    workers.close()
+
+
+async def test_canceling_one_leaves_the_others() -> None:
+    """A call that nobody waits for any more is not made, and takes no other's turn."""
+    workers, go, begun = Workers(1, "test"), threading.Event(), threading.Event()
+    first = workers.submit(partial(_hold, begun, go), urgent=True)
+    await asyncio.to_thread(begun.wait)
+    canceled, last = workers.submit(lambda: 1, urgent=True), workers.submit(lambda: 2, urgent=False)
+    task = asyncio.ensure_future(canceled.result())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    assert await last.result() == 2
+    await first.result()
+    workers.close()
