@@ -157,8 +157,8 @@ _HOMES = {
 
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
-_LATE = ("InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "SnapshotSource", "Trace")
-"""Names that are imported when they are first taken: most programs do without, and they bring asyncio or more."""
+_LATE = ("FileSource", "InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "SnapshotSource", "Trace", "open")
+"""Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,18 @@ def test_an_application_imports_what_a_monitor_with_a_pager_needs() -> None:
     assert not HEAVY & found
     assert {name for name in ours if name.startswith("engine")} <= ENGINE
     others = {f"monitor.engines.{name}" for name in ("in_process", "in_thread", "served_by", "local")}
-    assert not ours & {*others, "monitor.recording", "handoff", "server", "criu", "cli", "testing", "sources.concat"}
+    assert not ours & {
+        *others,
+        "monitor.recording",
+        "handoff",
+        "server",
+        "criu",
+        "cli",
+        "testing",
+        "sources.concat",
+        "sources.file",
+        "store",
+    }
     assert {"monitor.monitor", "pager.client.client"} <= ours
 
 
@@ -87,7 +98,7 @@ def test_a_pager_imports_what_its_worker_needs() -> None:
     assert not ours & {"monitor", "pager.client", "sources.file"}
 
 
-@pytest.mark.parametrize("name", ["InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "Trace"])
+@pytest.mark.parametrize("name", aiouffd._LATE)
 def test_what_is_imported_when_it_is_taken(name: str) -> None:
     """A program that gives up the right to read these modules takes the names before."""
     home = names_for_type_checkers()[name]
