@@ -204,6 +204,13 @@ def test_the_metrics_are_those_of_the_server() -> None:
     assert [line for line in text.splitlines() if line.startswith("| `")] == rows
 
 
+def test_each_example_is_listed() -> None:
+    """By what a reader wants to do."""
+    text = (ROOT / "docs" / "how-to" / "examples.md").read_text()
+    examples = [path.name for path in (ROOT / "examples").rglob("*.*") if "__pycache__" not in path.parts]
+    assert [name for name in examples if f"/{name})" not in text] == []
+
+
 def test_readme_is_short() -> None:
     """It says what, why and how to try it; the rest is in docs/, whose index names all pages."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

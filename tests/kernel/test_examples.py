@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import criu_rig
+import numpy as np
 import pytest
 
 from examples.page_server import serving
@@ -74,6 +77,79 @@ def test_example_safetensors() -> None:
     assert fetched < size / 3
 
 
+def fetched_of(output: str) -> tuple[int, int]:
+    """Return what an example says of bytes: how many were fetched, and of how many."""
+    found = re.findall(r"([\d,]+) of ([\d,]+) bytes fetched", output)
+    fetched, size = (int(number.replace(",", "")) for number in found[-1])
+    return fetched, size
+
+
+def test_example_embeddings() -> None:
+    """Rows are right: each is nearest to itself. No more is fetched than the pages that they are on, and the header."""
+    output = example("embeddings.py")
+    assert re.search(r"row +(\d+): 1\.000 beside row \1\n", output)
+    fetched, size = fetched_of(output)
+    assert fetched <= 100 * 2 * 4096 + (64 << 10)
+    assert size > 128 << 20
+
+
+def test_example_embeddings_of_a_url(tmp_path: Path) -> None:
+    """The rows that are named, of a table that numpy has saved in another order and type."""
+    np.save(tmp_path / "table.npy", np.asfortranarray(np.eye(300, dtype=np.float64)))
+    with serving(tmp_path) as root:
+        output = example("embeddings.py", f"{root}/table.npy", "7", "299")
+    assert "row        7: 1.000 beside row 7\nrow      299: 0.000 beside row 7\n" in output
+
+
+def test_example_resume_simulation() -> None:
+    """Both resumed runs are in the checkpoint; little of it was read, and less written."""
+    output = example("resume_simulation.py")
+    assert "4000 visits are in the checkpoint, which is right" in output
+    runs = re.findall(r"([\d,]+) bytes read and ([\d,]+) written", output)
+    assert len(runs) == 2
+    for run in runs:
+        read, written = (int(number.replace(",", "")) for number in run)
+        assert 0 < written < read < (64 << 20) / 3
+
+
+def test_example_external_sort() -> None:
+    """All numbers, in order, with less memory than they take."""
+    output = example("external_sort.py")
+    assert "the output is sorted" in output
+    assert "8,388,608 numbers (64 MiB) in 8 runs" in output
+    more = re.search(r"(\d+) MiB of memory more", output)
+    assert more is not None
+    assert int(more[1]) < 48
+
+
+def test_example_external_sort_of_a_file(tmp_path: Path) -> None:
+    """Numbers that occur again and again, and a run that is shorter than the others."""
+    numbers = np.random.default_rng(3).integers(0, 9, 300_001)
+    numbers.tofile(tmp_path / "input")
+    example("external_sort.py", tmp_path / "input", tmp_path / "output", "--memory", "1")
+    assert np.array_equal(np.fromfile(tmp_path / "output", np.int64), np.sort(numbers))
+
+
+def test_example_prefork() -> None:
+    """Each worker has what was warmed up, and a layer of its own."""
+    output = example("prefork.py")
+    for number in range(4):
+        assert re.search(rf"worker {number}: 1 after [\d.]+ ms, {number + 2} of its own layer\n", output)
+    assert "4 workers have answered" in output
+
+
+def test_example_moe_experts() -> None:
+    """What is fetched are the experts that were chosen, and the routers; the result is that of the whole model."""
+    output = example("moe_experts.py")
+    fetched, size = fetched_of(output)
+    experts = int(re.findall(r"(\d+) of 64 experts", output)[-1])
+    assert 0 < experts < 32
+    assert fetched < experts * (256 << 10) + (256 << 10) < size
+    result = re.search(r"the last result is ([\d.]+)", output)
+    assert result is not None
+    assert float(result[1]) == pytest.approx(27.43103, rel=1e-4)  # as computed from the file by itself
+
+
 def test_example_custom_handler() -> None:
     """Squares, computed where they are touched."""
     assert f"1342177 squared is {1342177**2}" in example("custom_handler.py")
@@ -107,3 +183,23 @@ def test_example_page_server() -> None:
             assert answer.headers["Content-Length"] == str(64 << 20)
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+def test_example_notebook() -> None:
+    """Its cells run in order, with `await` at their top, and print what was fetched."""
+    path = EXAMPLES / "lazy_array.ipynb"
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    program = (
+        "import ast, asyncio, sys\n"
+        "asyncio.run(eval(compile(sys.argv[1], 'notebook', 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)))"
+    )
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    command = [sys.executable, "-c", program, code]
+    result = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, (result.stdout, result.stderr)
+    fetched = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) of 67,108,864 bytes", result.stdout)]
+    assert fetched == sorted(fetched)
+    assert fetched[0] == 0
+    assert 0 < fetched[-1] < 32 << 20
+    assert [cell["outputs"] for cell in cells] == [[]] * len(cells)
+    assert result.stdout.count(f"{math.sin(5_000_000)}") == 2
