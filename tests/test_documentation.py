@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import attrs
+import click
 import pytest
 
 import aiouffd
@@ -165,6 +166,8 @@ def test_each_option_of_a_command_exists(document: Path) -> None:
         for name, rest in re.findall(r"^(?:.*/)?aiouffd ([a-z-]+)(.*?)(?:\s#.*)?$", block, re.MULTILINE):
             command = group.get_command(None, name)  # type: ignore[arg-type]  # it needs no context
             assert command is not None, name
+            if isinstance(command, click.Group):
+                command = command.commands[rest.split()[0]]
             known = {option for parameter in command.params for option in parameter.opts}
             assert set(re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", rest)) <= known
 

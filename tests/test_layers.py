@@ -86,7 +86,7 @@ ORDER = {
     "engine/ahead": ["__init__", "trace", "fill"],
     "store": [
         *("codecs", "manifest", "pack", "index", "place", "folder", "bucket", "snapshot", "workers", "chunks"),
-        *("snapshot_source", "resolve", "image", "layer", "aside", "writer", "__init__"),
+        *("snapshot_source", "resolve", "image", "layer", "aside", "writer", "scan", "transfer", "collect", "__init__"),
     ],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
@@ -149,7 +149,18 @@ ORDER = {
         "pager",
         "served_by",
     ],
-    "cli": ["__init__", "parameters", "daemon", "demo_server", "demo", "doctor", "lazy_pages", "serve", "commands"],
+    "cli": [
+        "__init__",
+        "parameters",
+        "daemon",
+        "demo_server",
+        "demo",
+        "doctor",
+        "lazy_pages",
+        "serve",
+        "snapshot",
+        "commands",
+    ],
 }
 LATE = {("cli/__init__", "cli/commands")}
 """Imports inside a function, of what needs an extra: by whom, of what."""

@@ -16,6 +16,7 @@ _COMMANDS = {
     "doctor": ("aiouffd.cli.doctor", "cli"),
     "lazy-pages": ("aiouffd.cli.lazy_pages", "cli"),
     "serve": ("aiouffd.cli.serve", "serve"),
+    "snapshot": ("aiouffd.cli.snapshot", "cli"),
 }
 """Name of a command -> the module whose `command` it is, and the extra that the module needs."""
 

@@ -7,6 +7,7 @@ Layout:
 - `snapshot_source`: what a Monitor serves it from. `chunks` fetches and keeps chunks in the threads of `workers`.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
+- `scan`: verify, extract, diff. `transfer`: copy, flatten. `collect`: gc.
 
 docs/reference/snapshot-format.md describes the format.
 """
@@ -15,13 +16,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aiouffd.store.collect import gc, gc_sync
     from aiouffd.store.manifest import Manifest
+    from aiouffd.store.scan import diff, diff_sync, extract, extract_sync, verify, verify_sync
+    from aiouffd.store.snapshot import Snapshot, open_snapshot
     from aiouffd.store.snapshot_source import SnapshotSource
+    from aiouffd.store.transfer import copy, copy_sync, flatten, flatten_sync
     from aiouffd.store.writer import create, create_sync
 
-__all__ = ["Manifest", "SnapshotSource", "create", "create_sync"]
+__all__ = [
+    "Manifest",
+    "Snapshot",
+    "SnapshotSource",
+    "copy",
+    "copy_sync",
+    "create",
+    "create_sync",
+    "diff",
+    "diff_sync",
+    "extract",
+    "extract_sync",
+    "flatten",
+    "flatten_sync",
+    "gc",
+    "gc_sync",
+    "open_snapshot",
+    "verify",
+    "verify_sync",
+]
 
-_HOMES = {"manifest": "Manifest", "snapshot_source": "SnapshotSource", "writer": "create create_sync"}
+_HOMES = {
+    "collect": "gc gc_sync",
+    "manifest": "Manifest",
+    "scan": "diff diff_sync extract extract_sync verify verify_sync",
+    "snapshot": "Snapshot open_snapshot",
+    "snapshot_source": "SnapshotSource",
+    "transfer": "copy copy_sync flatten flatten_sync",
+    "writer": "create create_sync",
+}
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 

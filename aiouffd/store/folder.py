@@ -12,7 +12,7 @@ from aiouffd.errors import StoreError, read_failure
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Entry", "Folder", "unwritten"]
 
@@ -81,7 +81,7 @@ class Folder:
 
     def name(self, path: str) -> str:
         """Return what an object is called in errors."""
-        return os.path.join(self.path, path)  # noqa: PTH118 - a text
+        return os.path.join(self.path, path) if path else self.path  # noqa: PTH118 - a text
 
     def failure(self, path: str, error: OSError) -> StoreError:
         """Return the error for a system call that failed."""
@@ -144,33 +144,41 @@ class Folder:
         Raises:
             StoreError: it cannot be written.
         """
+
+        def write(fd: int) -> None:
+            for part in parts:
+                left = memoryview(part)
+                while left:
+                    left = left[os.write(fd, left) :]
+
+        return self.fill(path, write, replace=replace)
+
+    def fill(self, path: str, write: Callable[[int], None], *, replace: bool = True) -> bool:
+        """As `put`, for an object that `write` writes to the descriptor that it is called with."""
         folder, _, name = path.rpartition("/")
         try:
             with OwnedDescriptor(self._make_folder(folder)) as within:
-                return self._put(within.fileno(), name, parts, replace=replace)
+                return self._fill(within.fileno(), name, write, replace=replace)
         except OSError as error:
             raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
 
-    def _put(self, folder: int, name: str, parts: Iterable[Any], *, replace: bool) -> bool:
+    def _fill(self, folder: int, name: str, write: Callable[[int], None], *, replace: bool) -> bool:
         part = _UNFINISHED + secrets.token_hex(8)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
-        try:
-            with os.fdopen(fd, "wb", buffering=0) as file:
-                for item in parts:
-                    left = memoryview(item)
-                    while left:
-                        left = left[file.write(left) :]
-                os.fsync(fd)
-            if replace:
-                os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
-            else:
-                try:
+        with OwnedDescriptor(
+            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        ) as file:
+            try:
+                write(file.fileno())
+                os.fsync(file.fileno())
+                if replace:
+                    os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+                else:
                     os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder)
-                except FileExistsError:
-                    return False
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part, dir_fd=folder)
+            except FileExistsError:
+                return False
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(part, dir_fd=folder)
         os.fsync(folder)
         return True
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from aiouffd.errors import StoreError
 
-__all__ = ["SUFFIX", "is_snapshot", "split"]
+__all__ = ["SUFFIX", "is_snapshot", "split", "without_scheme"]
 
 SUFFIX = ".snap"
 
@@ -23,15 +23,18 @@ def is_snapshot(place: Any) -> bool:
     return (urlsplit(text).path if "://" in text else text).endswith(SUFFIX)
 
 
+def without_scheme(place: str) -> str:
+    """Return the path that a `file://` URL names; any other place as it is."""
+    return unquote(urlsplit(place).path) if place.startswith("file://") else place
+
+
 def split(place: str | os.PathLike[str]) -> tuple[str, str]:
     """Return (path or URL of the store, name of the manifest in it).
 
     Raises:
         StoreError: it names no manifest.
     """
-    text = os.fspath(place)
-    if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
+    text = without_scheme(os.fspath(place))
     if "://" in text and urlsplit(text).query:
         reason = "a URL with a query, such as a signed one, is of one object; a snapshot has many"
         raise StoreError(urlsplit(text)._replace(query="", netloc="").geturl(), 0, 0, reason)

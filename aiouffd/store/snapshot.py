@@ -14,14 +14,23 @@ from aiouffd.store.codecs import digest_of
 from aiouffd.store.folder import Folder
 from aiouffd.store.index import Index
 from aiouffd.store.manifest import LARGEST_MANIFEST, Link, Manifest
-from aiouffd.store.place import split
+from aiouffd.store.place import split, without_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aiouffd.store.bucket import Bucket
 
-__all__ = ["Snapshot", "index_path", "open_snapshot", "open_store", "read_linked", "read_manifest", "trace_path"]
+__all__ = [
+    "Snapshot",
+    "index_path",
+    "open_in",
+    "open_snapshot",
+    "open_store",
+    "read_linked",
+    "read_manifest",
+    "trace_path",
+]
 
 _PIECE = 4 << 20
 _WHOLE = 32  # bytes of the hash of an object
@@ -30,6 +39,7 @@ _DAMAGED = "it is damaged: its hash is another than its manifest says"
 
 def open_store(place: str, options: Mapping[str, Any] | None = None, *, make: bool = False) -> Folder | Bucket:
     """Return the store at a path or a URL; make: a folder that is not there is made."""
+    place = without_scheme(place)
     if "://" in place:
         from aiouffd.store.bucket import Bucket  # noqa: PLC0415 - the extra `http`
 
@@ -105,7 +115,11 @@ def open_snapshot(place: str | os.PathLike[str], options: Mapping[str, Any] | No
         StoreError: it is missing, damaged, or of an unknown version, or there is no room for the copy.
     """
     above, name = split(place)
-    store = open_store(above, options)
+    return open_in(open_store(above, options), name)
+
+
+def open_in(store: Folder | Bucket, name: str) -> Snapshot:
+    """Open a snapshot of a store that is open; otherwise as `open_snapshot`."""
     manifest = read_manifest(store, name)
     return Snapshot(store, name, manifest, _copied_index(store, manifest.index))
 

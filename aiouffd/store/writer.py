@@ -144,7 +144,9 @@ def publish(store: Folder | Bucket, name: str, manifest: Manifest, *, replace: b
 
 
 def _exists(store: Folder | Bucket, name: str) -> StoreError:
-    return StoreError(store.name(name), 0, 0, "there is a snapshot of that name already: replace=True replaces it")
+    return StoreError(
+        store.name(name), 0, 0, "there is a snapshot of that name already; replace=True (--replace) replaces it"
+    )
 
 
 def _base(
