@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.base import Source, ZeroSource
     from aiouffd.sources.buffer import BufferSource
     from aiouffd.sources.file import FileSource
+    from aiouffd.sources.layered import LayeredSource
     from aiouffd.sources.object_store import ObjectSource
     from aiouffd.store.snapshot_source import SnapshotSource
 
@@ -81,6 +82,7 @@ __all__ = [
     "InProcess",
     "InThread",
     "Ioctl",
+    "LayeredSource",
     "LayoutChangingError",
     "LimitError",
     "Monitor",
@@ -150,6 +152,7 @@ _HOMES = {
     "sources.base": "Source ZeroSource",
     "sources.buffer": "BufferSource",
     "sources.file": "FileSource",
+    "sources.layered": "LayeredSource",
     "sources.object_store": "ObjectSource",
     "store.snapshot_source": "SnapshotSource",
 }
@@ -157,7 +160,10 @@ _HOMES = {
 
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
-_LATE = ("FileSource", "InProcess", "InThread", "ObjectSource", "ServedBy", "Server", "SnapshotSource", "Trace", "open")
+_LATE = (
+    *("FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server", "SnapshotSource"),
+    *("Trace", "open"),
+)
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 
 

@@ -88,3 +88,19 @@ def test_no_extent_hides_a_touch_from_a_recorder() -> None:
 def test_zeros_that_ZEROPAGE_cannot_map(options: dict[str, Any]) -> None:  # noqa: N802
     """The loop copies them: write-protected ones, and those of huge pages."""
     assert not extents(aiouffd.ZeroSource(1 << 22), [mapping(0, 1024, 0)], 1024, **options)
+
+
+def test_several_memories() -> None:
+    """The pages of each; one that is of two is the loop's, as what is nowhere in memory."""
+
+    class Several:
+        size = 8 * PAGE
+
+        def memories(self) -> Any:
+            """Two, and behind each what is not in memory."""
+            yield 0, 2 * PAGE + 5, (1 << 30, 8 * PAGE, -1, 0)
+            yield 2 * PAGE + 5, 6 * PAGE, (1 << 31, 8 * PAGE, 7, 99)
+
+    assert extents(Several(), [mapping(0, 4, 1), mapping(4, 6, 5)], 6) == [
+        *((0, 1, Kind.COPY, PAGE), (2, 4, Kind.RESIDENT, 3 * PAGE), (4, 5, Kind.RESIDENT, 5 * PAGE))
+    ]

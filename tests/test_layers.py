@@ -51,6 +51,7 @@ ORDER = {
             "store_client",
         ),
         *("loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat"),
+        *("overlay", "layered"),
     ],
     "engine": [
         *(

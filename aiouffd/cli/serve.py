@@ -20,10 +20,11 @@ from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
+from aiouffd.sources.layered import LayeredSource
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aiouffd.handoff.receive import Peer
     from aiouffd.sources.base import Source
@@ -42,6 +43,10 @@ _ON_TERM = (
 )
 _CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
 _CLIENT_BYTES = "The most bytes per second that are placed for one client, filling included. [default: no limit]"
+_DIFF = (
+    "A sparse file over SOURCE, whose holes show what is below: a Diff snapshot. Repeatable, the lowest first; with"
+    " --source-for a template as well."
+)
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -54,6 +59,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @click.argument("source", required=False)
 @_option("--socket", "path", type=click.Path(), help="Listen here; not with systemd's socket activation.")
 @_option("--source-for", metavar="TEMPLATE", help="A path or URL for each client, from {pid} {uid} {number} {name}.")
+@_option("--diff", "diffs", metavar="PATH", multiple=True, help=_DIFF)
 @_option("--mode", type=parameters.FileMode(), default="600", help="Of the socket's file.")
 @_option("--allow-uid", "uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
 @_option("--record", type=click.Path(), help="Write the order of first touches to this file.")
@@ -75,6 +81,7 @@ def command(
     *,
     source: str | None,
     source_for: str | None,
+    diffs: tuple[str, ...],
     path: str | None,
     metrics: tuple[str, int] | None,
     on_term: str,
@@ -87,6 +94,7 @@ def command(
     \b
     aiouffd serve snapshot.mem --socket /run/uffd.sock
     aiouffd serve https://host/snapshot.mem --socket /run/uffd.sock --background 200M
+    aiouffd serve base.mem --diff monday.diff --diff tuesday.diff --socket /run/uffd.sock
     aiouffd serve --source-for '/snapshots/{name}.mem' --socket /run/uffd.sock
     """  # noqa: D301 - a backspace is click's mark for lines that are kept
     if (source is None) == (source_for is None):
@@ -103,11 +111,11 @@ def command(
             raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
     chosen: Source | Callable[[Peer, int, str], Source]
     if source is not None:
-        chosen = as_source(source, timeout=options["timeout"], retries=options["retries"])
+        chosen = _source([source, *diffs], timeout=options["timeout"], retries=options["retries"])
         if not chosen.size:
             raise OSError(f"{source}: has no bytes, so no client could be served")
     else:
-        chosen = choose_by(source_for or "", timeout=options["timeout"], retries=options["retries"])
+        chosen = choose_by(source_for or "", diffs, timeout=options["timeout"], retries=options["retries"])
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
@@ -127,18 +135,26 @@ def _places(path: str | None, options: dict[str, Any]) -> list[tuple[str, str | 
     return [("socket", path), ("record", options["record"]), ("replay", options["replay"])]
 
 
-def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Source]:
+def _source(names: Sequence[str], **options: Any) -> Source:
+    """Return the source of a path or URL, and of the files over it."""
+    base = as_source(names[0], **options)
+    return LayeredSource([base, *names[1:]]) if len(names) > 1 else base
+
+
+def choose_by(template: str, diffs: Sequence[str] = (), **options: Any) -> Callable[[Peer, int, str], Source]:
     """Return the function that finds a client's source by a template: `/snapshots/{name}.mem`.
 
     Args:
         template: a path or a URL.
+        diffs: templates of paths of the layers over it.
         **options: for sources behind URLs.
 
     Raises:
         OSError: the template has an unknown field, or none.
     """
+    templates = [template, *diffs]
     try:
-        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        parts = [part for text in templates for part in string.Formatter().parse(text) if part[1] is not None]
         fields = {field or "" for _, field, _, _ in parts}
     except ValueError as error:
         raise OSError(f"--source-for {template!r}: {error}; write for example /snapshots/{{name}}.mem") from None
@@ -152,7 +168,9 @@ def choose_by(template: str, **options: Any) -> Callable[[Peer, int, str], Sourc
         if "name" in fields and not _NAME.fullmatch(name):
             raise HandoffError(str(peer), f"asks for the source {name!r:.100}, which is no name")
         # Opened again for each client: another snapshot may have the name by now.
-        return as_source(template.format(pid=peer.pid, uid=peer.uid, number=number, name=name), **options)
+        return _source(
+            [text.format(pid=peer.pid, uid=peer.uid, number=number, name=name) for text in templates], **options
+        )
 
     return choose
 

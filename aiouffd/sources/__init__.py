@@ -5,6 +5,7 @@ Layout:
 - `base`: what a source is, and `ZeroSource`.
 - `buffer`: memory. `concat`: several sources as one.
 - `file`: a local file. `file_attributes` and `holes` are what is known of it without a system call that may wait.
+- `layered`: files that hide parts of each other; `overlay` is the table of which shows what.
 - `object_store`: an object behind a URL. It asks `store_client` (obstore), or `plain_http` where obstore refuses valid
   answers. While it is served, http without options goes by `loop_http`, as far as that understands the answers.
   `http_answer`, `store_errors` and `store_settings` are what these share.

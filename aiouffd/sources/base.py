@@ -27,6 +27,8 @@ class Source(Protocol):
       that has the bytes of the source from its beginning, and stays until `aclose`. `InThread` copies from there
       without a call. For a mapping of a file the descriptor is that of the file and mtime_ns its time of change: only
       pages in the page cache are copied, while the file has that time. Otherwise the descriptor is -1.
+    - `memories() -> Iterable[tuple[int, int, tuple[int, int, int, int]]]`: in place of `memory`, for a source in many
+      pieces of memory: (start, end, what `memory` returns of one that has these bytes in the same place), in order.
     - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros. Not
       called if an attribute `sparse` is false.
     - `blank(offset, length, block) -> list[int]`: where blocks of zeros begin, relative to `offset`, among bytes that

@@ -32,7 +32,7 @@ from aiouffd.lifetime import until_exit
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.file_attributes import FileSystem, Pin
-from aiouffd.sources.holes import Holes
+from aiouffd.sources.holes import Holes, next_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -275,11 +275,16 @@ class FileSource:
         if self._tells or self._nowait is None or not self._pin.holds_nowait():
             return None
         data = bytearray(length)
+        return data if self.fill_nowait(offset, memoryview(data)) else None
+
+    def fill_nowait(self, offset: int, view: memoryview) -> bool:
+        """Read into memory, if the bytes are resident; tell whether they were."""
+        if self._nowait is None or not self._pin.holds_nowait():
+            return False
         try:
-            got = os.preadv(self._fd, [data], offset, self._nowait)
+            return os.preadv(self._fd, [view], offset, self._nowait) == len(view)
         except BlockingIOError:
-            return None
-        return data if got == length else None
+            return False
 
     def hole(self, offset: int, length: int) -> int:
         """Return how many bytes from `offset` on are known to be in a hole of the file, at most `length`.
@@ -298,6 +303,28 @@ class FileSource:
         with contextlib.suppress(OSError):  # SEEK_DATA fails here: `_looking` stays, so that this is not tried again
             while not self._holes.complete and self._pool is not None:
                 self._holes.look_up(_MORE_EXTENTS)
+
+    def data(self) -> list[tuple[int, int]]:
+        """Return (start, end) of all that is no hole, in order. Blocks.
+
+        Raises:
+            SourceError: the file has changed, or its file system does not tell.
+        """
+        found = []
+        at = 0
+        try:
+            while at < self.size:
+                start, at = next_data(self._fd, at, self.size)
+                if start < at:
+                    found.append((start, at))
+            change = self._pin.changed()
+        except OSError as error:
+            raise SourceError(repr(self), at, 0, f"its holes cannot be found: {error.strerror}") from error
+        if change is not None:
+            raise SourceError(repr(self), at, 0, change[1])
+        if self._file_system.remote and self.sparse and found == [(0, self.size)]:  # NFS before 4.2, some of FUSE
+            raise SourceError(repr(self), 0, 0, "its file system does not tell where its holes are: copy it to a disk")
+        return found
 
     def sample(self, offset: int, length: int) -> bytes:
         """Return some bytes, to tell this file from others. Blocks."""
@@ -322,8 +349,12 @@ class FileSource:
 
     def _read(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
-        view = memoryview(data)
-        done = 0
+        self.fill(offset, memoryview(data))
+        return data
+
+    def fill(self, offset: int, view: memoryview) -> None:
+        """Read into memory. Blocks; raises as `read`."""
+        length, done = len(view), 0
         while done < length:
             got = os.preadv(self._fd, [view[done:]], offset + done)
             if got == 0:
@@ -335,7 +366,6 @@ class FileSource:
         if change is not None:
             kind, reason = change
             raise kind(repr(self), offset, length, reason)
-        return data
 
     async def aclose(self) -> None:
         """Let the threads end. Does not wait for reads under way."""

@@ -7,9 +7,26 @@ import os
 from array import array
 from bisect import bisect_right
 
-__all__ = ["Holes"]
+__all__ = ["Holes", "next_data"]
 
 _MAX_EXTENTS = 1 << 20  # of which the places are kept: 16 MiB
+
+
+def next_data(fd: int, at: int, size: int) -> tuple[int, int]:
+    """Return (start, end) of the first data at or behind `at`; (size, size): there is none. Waits for the file system.
+
+    Args:
+        fd: of a file. Where its file system knows no holes, all of it is data.
+        at: an offset below `size`.
+        size: of the file.
+    """
+    try:
+        start = os.lseek(fd, at, os.SEEK_DATA)
+        return (start, min(os.lseek(fd, start, os.SEEK_HOLE), size)) if start < size else (size, size)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size, size
 
 
 class Holes:
@@ -46,13 +63,7 @@ class Holes:
         for _ in range(extents):
             if self.complete:
                 return
-            try:
-                start = os.lseek(self._fd, self.known, os.SEEK_DATA)
-                end = min(os.lseek(self._fd, start, os.SEEK_HOLE), self._size)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                start = end = self._size  # no data up to the end
+            start, end = next_data(self._fd, self.known, self._size)
             if start < self._size:
                 self._ends.append(end)
                 self._starts.append(start)

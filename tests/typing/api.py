@@ -88,3 +88,4 @@ def kernel() -> None:
                     assert_type((event.start, event.end), tuple[int, int])
     assert_type(aiouffd.probe(), aiouffd.Capabilities)
     assert_type(aiouffd.FileSource(os.fspath("x")), aiouffd.FileSource)
+    assert_type(aiouffd.LayeredSource(["x", aiouffd.FileSource("y")]).size, int)

@@ -49,7 +49,7 @@ class Extents:
     def _all(self, mappings: Iterable[Mapping], start: int, end: int) -> Iterator[Extent]:
         source = self._source
         size = 0 if source is None else source.size
-        memory = getattr(source, "memory", lambda: None)()
+        memories = _memories(source, size)
         hole = getattr(source, "hole", None)
         all_zeros = hole is not None and hole(0, size) == size
         at = start
@@ -59,22 +59,35 @@ class Extents:
             if mapping.offset == ZEROS or all_zeros:
                 yield from self._zeros(mapping.start, at)
             elif source is not None:
-                yield from self._data(mapping, size, memory)
+                yield from self._data(mapping, size, memories)
         yield from self._zeros(at, end)
 
     def _zeros(self, start: int, end: int) -> Iterator[Extent]:
         if start < end and self._maps_zeros:
             yield Extent(start, end, 0, 0, Kind.ZEROS, -1, 0)
 
-    def _data(self, mapping: Mapping, size: int, memory: tuple[int, int, int, int] | None) -> Iterator[Extent]:
+    def _data(self, mapping: Mapping, size: int, memories: list[tuple[int, int, Memory]]) -> Iterator[Extent]:
         """Yield what a mapping shows of the source, and the zeros behind it. The last, partial page is the loop's."""
         first, last = mapping.offset, mapping.offset + mapping.end - mapping.start
-        if memory is not None:
-            address, length, fd, mtime_ns = memory
-            whole = min(min(length, size) & -self._page_size, last)
-            if first < whole:
+        page = self._page_size
+        skew = mapping.start - first
+        for low, high, (address, length, fd, mtime_ns) in memories:
+            # Pages that are not of one memory are the loop's as well.
+            begin, end = align_up(max(low, first), page), min(high, length, size, last) & -page
+            if begin < end:
                 kind = Kind.COPY if fd < 0 else Kind.RESIDENT
-                end = mapping.start + whole - first
-                yield Extent(mapping.start, end, address + first, first, kind, fd, mtime_ns)
-        behind = max(align_up(size, self._page_size), first)
+                yield Extent(begin + skew, end + skew, address + begin, begin, kind, fd, mtime_ns)
+        behind = max(align_up(size, page), first)
         yield from self._zeros(mapping.start + behind - first, mapping.end)
+
+
+Memory = tuple[int, int, int, int]
+"""What `Source.memory` returns."""
+
+
+def _memories(source: Any, size: int) -> list[tuple[int, int, Memory]]:
+    """Return (start, end, memory) of the parts of a source that are in memory, in order."""
+    if (several := getattr(source, "memories", None)) is not None:
+        return list(several())
+    memory = getattr(source, "memory", lambda: None)()
+    return [] if memory is None else [(0, size, memory)]

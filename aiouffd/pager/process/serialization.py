@@ -49,6 +49,7 @@ _MAKERS: Final = frozenset(
         "aiouffd.sources.buffer:BufferSource.from_sealed",
         "aiouffd.sources.concat:ConcatSource",
         "aiouffd.sources.file:FileSource.from_descriptor",
+        "aiouffd.sources.layered:LayeredSource.arrived",
         "aiouffd.sources.object_store:_rebuild",
         "aiouffd.store.snapshot_source:_arrived",
     )
