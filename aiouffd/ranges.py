@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
+from functools import total_ordering
 from typing import TYPE_CHECKING, NewType, Self
 
 from aiouffd.values import Value
@@ -42,6 +43,7 @@ def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[in
         at = cut
 
 
+@total_ordering
 class Range(Value):
     """`length` bytes from `start` on, of offsets or of addresses. `Range.between` takes an end in place of a length.
 
@@ -70,6 +72,11 @@ class Range(Value):
     def end(self) -> int:
         """The first byte behind the range."""
         return self.start + self.length
+
+    def __lt__(self, other: Range) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return (self.start, self.length) < (other.start, other.length)
 
     def __contains__(self, value: int) -> bool:
         return self.start <= value < self.start + self.length

@@ -54,7 +54,8 @@ class _Fields:
     _fields: ClassVar[dict[str, _Field]] = {}
 
     def __init_subclass__(cls) -> None:
-        own = [name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")]
+        # Annotations are text here, and types in a module that evaluates them.
+        own = [name for name, kind in cls.__annotations__.items() if "ClassVar" not in str(kind)]
         given = {name: vars(cls)[name] for name in own if name in vars(cls)}
         said = {name: default for name, default in given.items() if isinstance(default, _Field)}
         cls.__match_args__ = (*cls.__match_args__, *own)  # type: ignore[misc]  # mypy knows them without

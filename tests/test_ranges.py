@@ -59,6 +59,15 @@ def test_a_range_is_half_open() -> None:
     assert str(item) == "[0xa, 0xf)"
 
 
+def test_ranges_have_an_order() -> None:
+    """By their beginning, then by their length; other things have none with them."""
+    first, longer, second = Range(0, 1), Range(0, 2), Range(1, 1)
+    assert sorted([second, longer, first]) == [first, longer, second]
+    assert first < longer <= second > longer >= first
+    with pytest.raises(TypeError, match="not supported"):
+        _ = first < (0, 2)  # type: ignore[operator]
+
+
 def test_an_end_in_place_of_a_length_is_refused() -> None:
     """Of addresses, where it cannot be a length; `between` takes an end. So are negative numbers."""
     start = 0x7F12_3456_7000 if platform.machine() == "x86_64" else 0xFFFF_1234_5000

@@ -81,6 +81,12 @@ def test_fields_are_inherited() -> None:
         place.replace(height=-1)
 
 
+def test_a_subclass_of_a_module_that_evaluates_annotations() -> None:
+    """As a program may have one."""
+    made: Any = type("Own", (Point,), {"__annotations__": {"z": int, "kinds": ClassVar[int]}, "z": 3})
+    assert made(1, 2).as_dict() == {"x": 1, "y": 2, "names": (), "z": 3}
+
+
 def test_what_may_be_changed_is_itself() -> None:
     """Its defaults are its own."""
     one, other = Basket("a", color="red"), Basket("a", color="red")
