@@ -21,7 +21,7 @@ class _Field:
         self.factory = factory
 
     def __repr__(self) -> str:
-        return "<made anew>"
+        return "..."  # as a signature in a stub has it, which tools can parse
 
 
 def field(*, factory: Callable[[], Any] | None = None, kw_only: bool = False) -> Any:  # noqa: ARG001 - for type checkers

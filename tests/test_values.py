@@ -100,7 +100,7 @@ def test_what_may_be_changed_is_itself() -> None:
 def test_help_shows_the_fields() -> None:
     """As the class declares them."""
     assert str(inspect.signature(Place)) == "(x: 'int', y: 'int', names: 'tuple[str, ...]' = (), height: 'int' = 5)"
-    assert str(inspect.signature(Basket)) == "(owner: 'str', things: 'list[str]' = <made anew>, *, color: 'str')"
+    assert str(inspect.signature(Basket)) == "(owner: 'str', things: 'list[str]' = ..., *, color: 'str')"
     assert str(inspect.signature(aiouffd.InThread)).startswith("(stuck_warning: 'float' = 2.0, stuck_limit: ")
 
 
