@@ -13,13 +13,16 @@ import signal
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 import aiouffd
 from benchmarks import knobs, report
-from benchmarks.rows import Row, rows
+from benchmarks.rows import rows
+
+if TYPE_CHECKING:
+    from benchmarks.row import Row
 
 REGIMES = (0, 200_000)  # halt at once; poll for 200 us, as a host that is not shared can afford
 

@@ -70,9 +70,13 @@ class Arena:
     monitor: aiouffd.Monitor | None = None
 
     def cpu(self) -> float:
-        """Return the seconds of processor time that the process has used, user and system."""
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        """Return the seconds of processor time that the process and its children have used, user and system."""
+        used, pids = 0, [str(self.pid)]
+        for pid in pids:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                used += int((task / "schedstat").read_text().split()[0])
+                pids += (task / "children").read_text().split()
+        return used / 1e9
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.contestants import PAGE, c_poll, c_spin, monitored, warm
 from benchmarks.native import touch
-from benchmarks.rows import MIB, Far, page_by_page, shuffled
+from benchmarks.row import MIB, shuffled
+from benchmarks.rows import Far, page_by_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from benchmarks.rows import Serve
+    from benchmarks.row import Serve
 
 COLOURS = {"aiouffd": "#c1272d", "C poll": "#0000a7", "C spin": "#008176", "ideal": "#777777"}
 WINDOWS = [0, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20]

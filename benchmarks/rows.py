@@ -3,101 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import os
 import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 
 import aiouffd
-from aiouffd.kernel.memory import address_of
-from benchmarks import clock, far, fuse, guest, in_thread, monitors, programs, served
-from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, content, many, monitored, warm
+from benchmarks import clock, far, fuse, guest, in_thread, monitors, page_cache, trouble
+from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.native import touch
+from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
+from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows
 
-MIB = 1 << 20
-
-
-@attrs.frozen
-class Bar:
-    """A bound on the ratio of ours to a peer."""
-
-    peer: str
-    limit: float
-    at_least: bool = False
-
-    def holds(self, ratio: float) -> bool:
-        """Tell whether a ratio is within the bound."""
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
-
-
-@attrs.frozen
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: for `--rows`.
-        title: what is measured.
-        unit: of each figure; smaller is better.
-        contestants: name -> a function that runs once and returns a figure. "aiouffd" is ours.
-        bars: what ours is held against.
-        repeats: rounds, where they are not as many as usual.
-        left_out: contestants that cannot run on this machine -> why; under "aiouffd" the row cannot.
-        remark: asks for what a reader must know of this machine's figures, or None.
-        setup: how ours is configured.
-    """
-
-    name: str
-    title: str
-    unit: str
-    contestants: dict[str, Callable[[], float]]
-    bars: tuple[Bar, ...] = ()
-    repeats: int | None = None
-    left_out: dict[str, str] = attrs.field(factory=dict)
-    remark: Callable[[], str | None] = lambda: None
-    setup: str = "defaults"
-
-
-def shuffled(size: int, seed: int = 1) -> np.ndarray:
-    """Return the numbers of all pages in random order."""
-    return np.random.default_rng(seed).permutation(size // PAGE).astype(np.uint32)
-
-
-Serve = Callable[[int], contextlib.AbstractContextManager[Arena]]
-
-
-def touching(serve: Serve, size: int, threads: int) -> Callable[[], float]:
-    """Return a contestant: microseconds a page, all pages touched in random order."""
-
-    def once() -> float:
-        pages = shuffled(size)
-        warm(size)
-        with serve(size) as arena:
-            return touch(arena.address, pages, threads) / len(pages) * 1e6
-
-    return once
-
-
-def processor(serve: Serve, size: int, threads: int) -> Callable[[], float]:
-    """Return a contestant: microseconds of processor time of the handler a fault."""
-
-    def once() -> float:
-        pages = shuffled(size)
-        warm(size)
-        with serve(size) as arena:
-            before = arena.cpu()
-            touch(arena.address, pages, threads)
-            return (arena.cpu() - before) / len(pages) * 1e6
-
-    return once
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable, Iterator
 
 
 def page_by_page(size: int) -> contextlib.AbstractContextManager[Arena]:
@@ -159,63 +86,63 @@ def random_rows(*, quick: bool) -> Iterator[Row]:
     )
 
 
-def sequential_row(*, quick: bool) -> Iterator[Row]:
+def lone_rows(*, quick: bool) -> Iterator[Row]:
+    """A fault that comes long after the last one: nobody looks for it, and the processors sleep."""
+    size, touches = 64 * MIB, 50 if quick else 500
+
+    def quantile(serve: Serve, share: float) -> Callable[[], float]:
+        def once() -> float:
+            pages, waits = shuffled(size)[:touches], np.zeros(touches, np.uint32)
+            warm(size)
+            with serve(size) as arena:
+                for at in range(touches):
+                    time.sleep(0.0015)
+                    touch(arena.address, pages[at : at + 1], latencies=waits[at : at + 1])
+            return float(np.quantile(waits, share)) / 1e3
+
+        return once
+
+    for name, title, share in (("lone", "median", 0.5), ("lone-99", "99th percentile", 0.99)):
+        yield Row(
+            name,
+            f"a fault 1.5 ms after the last one, {title}",
+            "us",
+            {"C poll": quantile(c_poll, share), "aiouffd": quantile(monitored, share)},
+            (Bar("C poll", 1.7),),
+        )
+
+
+def file_rows(*, quick: bool) -> Iterator[Row]:
     """A file in the page cache, in order, with defaults."""
     size = (64 if quick else 1024) * MIB
-    pages = np.arange(size // PAGE, dtype=np.uint32)
-    directory = tempfile.TemporaryDirectory(prefix="aiouffd-benchmark-")
-    path = Path(directory.name) / "file"
-
-    def ours() -> float:
-        if not path.exists():
-            path.write_bytes(content(size).map or b"")
-            os.sync()  # or its write-back would be measured
-        warm(size)
-        with monitored(size, aiouffd.FileSource(path)) as arena:
-            return touch(arena.address, pages) / len(pages) * 1e6
-
-    def copy() -> float:
-        source = address_of(content(size).map)
-        warm(size)
-        region = aiouffd.Region(size)
-        with aiouffd.Userfaultfd() as uffd:
-            uffd.register(region.address, size, aiouffd.RegisterMode.MISSING)
-            before = time.perf_counter()
-            for at in range(0, size, 2 * MIB):
-                done = uffd.try_copy(region.address + at, source + at, 2 * MIB, 0)
-                if done != 2 * MIB:
-                    raise AssertionError(done)
-            seconds = time.perf_counter() - before
-            touch(region.address, pages)
-        return seconds / len(pages) * 1e6
-
-    def mapped(file: Path) -> float:
-        array = np.memmap(file, np.uint8, "r")
-        return touch(array.ctypes.data, pages) / len(pages) * 1e6
-
-    def through_fuse() -> float:
-        warm(size)
-        with fuse.mounted(path) as shown:
-            return mapped(shown)
-
-    contestants = {
-        "aiouffd": ours,
-        "COPY in 2 MiB calls": copy,
-        "pyfuse3 + mmap": through_fuse,
-        "mmap of the file": lambda: mapped(path),
-    }
     why = fuse.unavailable()
-    if why is not None:
-        del contestants["pyfuse3 + mmap"]
-    yield Row(
-        "sequential",
-        f"sequential touch of {size // MIB} MiB, file source, page cache warm",
-        "us/page",
-        contestants,
-        (Bar("COPY in 2 MiB calls", 1.30),),
-        left_out={} if why is None else {"pyfuse3 + mmap": why},
-    )
-    directory.cleanup()
+    peer = "COPY in 2 MiB calls"
+    with page_cache.file_of(size) as path:
+        contestants: dict[str, Callable[[], float]] = {
+            "aiouffd": partial(page_cache.touched, path),
+            peer: partial(page_cache.copied, size),
+            "pyfuse3 + mmap": partial(page_cache.shown_by_fuse, path),
+            "mmap of the file": partial(page_cache.mapped, path),
+        }
+        if why is not None:
+            del contestants["pyfuse3 + mmap"]
+        yield Row(
+            "sequential",
+            f"sequential touch of {size // MIB} MiB, file source, page cache warm",
+            "us/page",
+            contestants,
+            (Bar(peer, 1.30),),
+            left_out={} if why is None else {"pyfuse3 + mmap": why},
+        )
+        for name, engine in (("prefetch", aiouffd.Pager), ("thread-prefetch", aiouffd.InThread)):
+            yield Row(
+                name,
+                f"prefetch of {size // MIB} MiB, file source, page cache warm",
+                "us/page",
+                {"aiouffd": partial(page_cache.prefetched, path, engine), peer: partial(page_cache.copied, size)},
+                (Bar(peer, 1.15),),
+                setup="defaults" if engine is aiouffd.Pager else "engine=InThread()",
+            )
 
 
 class Far:
@@ -553,71 +480,47 @@ def replay_row(*, quick: bool) -> Iterator[Row]:
     directory.cleanup()
 
 
-def clients_row(*, quick: bool) -> Iterator[Row]:
-    """Two hundred clients of one server, touches random over all."""
-    size = (8 if quick else 64) * MIB
+def trouble_rows(*, quick: bool) -> Iterator[Row]:
+    """What others do must not cost."""
+    size, pages = (8 if quick else 64) * MIB, 100 if quick else 1000
     yield Row(
-        "serve-200",
-        "200 clients of `aiouffd serve`, 1 toucher, random over all",
+        "failing",
+        f"a page of a source with 1 ms latency behind {trouble.FAILING} reads that fail",
         "us/page",
         {
-            "aiouffd": touching(lambda size: served.clients(size, 200), size, 1),
-            "one client": touching(lambda size: served.clients(size, 1), size, 1),
+            "aiouffd": lambda: trouble.healthy_pages(size, pages, failing=True),
+            "alone": lambda: trouble.healthy_pages(size, pages, failing=False),
         },
-        setup="aiouffd serve --readahead 0",
+        (Bar("alone", 2.0),),
+        setup=f"readahead=0, concurrent_reads={trouble.FAILING}",
     )
-
-
-def restore_rows(*, quick: bool) -> Iterator[Row]:
-    """A process that CRIU restores lazily, until it has read all its memory."""
-    size = (8 if quick else 64) * MIB
-    for name, when, again in (("criu", "", False), ("criu-again", ", within a second of another", True)):
-        why = served.restore_unavailable(again=again)
-        yield Row(
-            name,
-            f"lazy restore and full scan of {size // MIB} MiB{when}",
-            "ms",
-            {
-                "aiouffd": served.restoring(served.our_daemon, size, again=again),
-                "criu lazy-pages": served.restoring(served.own_daemon, size, again=again),
-            },
-            (Bar("criu lazy-pages", 1.0),),
-            left_out={} if why is None else {"aiouffd": why},
-            setup="aiouffd lazy-pages",
-        )
-
-
-def program_rows(*, quick: bool) -> Iterator[Row]:  # noqa: ARG001 - as all makers of rows
-    """Programs as users restore them."""
-    peer = "criu lazy-pages"
-    for name in programs.PROGRAMS:
-        why = programs.unavailable(name)
-        ours, theirs = (programs.figures(name, daemon) for daemon in (served.our_daemon, served.own_daemon))
-        for index, until in enumerate(("the first answer", "the daemon has ended")):
-            yield Row(
-                f"{name}-{'end' if index else 'answer'}",
-                f"lazy restore of {name}, until {until}",
-                "ms",
-                {"aiouffd": ours[index], peer: theirs[index]},
-                (Bar(peer, 1.0),),
-                left_out={} if why is None else {"aiouffd": why},
-                setup="aiouffd lazy-pages",
-            )
+    yield Row(
+        "offers",
+        "pages offered to the kernel a page, while the process changes its layout",
+        "pages",
+        {"aiouffd": lambda: trouble.offers(Far(size, 0.005), size), "1": lambda: 1.0},
+        (Bar("1", 1.05),),
+        repeats=3,
+    )
 
 
 def rows(*, quick: bool) -> Iterator[Row]:
     """Return all rows; a row's files live as long as it is being worked on."""
     for make in (
         random_rows,
-        sequential_row,
+        lone_rows,
+        file_rows,
         guest_row,
         latency_row,
         far_rows,
         in_thread_rows,
         replay_row,
         clients_row,
+        serve_rows,
         restore_rows,
         program_rows,
+        fetched_row,
+        trouble_rows,
         descriptors_row,
         memory_row,
         start_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import functools
@@ -11,12 +12,15 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiouffd
+from aiouffd.criu.images import read_task
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from benchmarks.contestants import PAGE, Arena, content
@@ -32,6 +36,7 @@ __all__ = [
     "Daemon",
     "clients",
     "criu_rig",
+    "fetched",
     "our_daemon",
     "own_daemon",
     "remembering",
@@ -44,19 +49,20 @@ _CLONE_NEWNS = 0x20000
 _PERF_EVENT_OPEN = 298  # the number of the call on x86_64, like everything that there is of CRIU here
 PERF_FORGETS = 1.2  # seconds
 
-Daemon = Callable[[criu_rig.Checkpoint], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
+Daemon = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
+"""Takes a `criu_rig.Checkpoint`, and the port of a page server if there is one."""
 
 
 @contextlib.contextmanager
-def clients(size: int, count: int) -> Iterator[Arena]:
-    """Hand over `size` bytes in `count` parts, each with a descriptor of its own, to one server; page by page."""
+def clients(size: int, count: int, *options: str) -> Iterator[Arena]:
+    """Hand over `size` bytes in `count` parts, each with a descriptor of its own, to one server with such options."""
     region = aiouffd.Region(size)
     step = size // count & -PAGE
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         path = Path(directory) / "memory.bin"
         path.write_bytes(content(size).map or b"")
         listening = Path(directory) / "uffd.sock"
-        command = [sys.executable, "-m", "aiouffd", "serve", str(path), "--socket", str(listening), "--readahead", "0"]
+        command = [sys.executable, "-m", "aiouffd", "serve", str(path), "--socket", str(listening), *options]
         log = stack.enter_context((Path(directory) / "log").open("w+"))
         server = stack.enter_context(subprocess.Popen(command, stderr=log))
         stack.callback(server.kill)
@@ -149,16 +155,68 @@ def restoring(daemon: Daemon, size: int, *, again: bool) -> Callable[[], float]:
     return once
 
 
+def fetched(daemon: Daemon, size: int, latency: float) -> float:
+    """Restore a process whose lazy pages are with a page server so far away; return the bytes fetched a lazy byte."""
+    with criu_rig.large_pipes(), tempfile.TemporaryDirectory() as directory:
+        with criu_rig.Checkpoint(Path(directory)) as checkpoint, socket.create_server(("127.0.0.1", 0)) as chosen:
+            port = chosen.getsockname()[1]
+            chosen.close()
+            checkpoint.start("scan", size // MIB)
+            checkpoint.dump_to_server(port)
+            lazy = sum(run.length for run in read_task(checkpoint.images, checkpoint.pid).lazy())
+            with far_away(port, latency) as (relay, passed), daemon(checkpoint, relay):
+                checkpoint.go()
+                restore = checkpoint.restore()
+                checkpoint.results()
+                checkpoint.finish(restore)
+        return passed() / lazy
+
+
 @contextlib.contextmanager
-def own_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[subprocess.Popen[bytes]]:
+def far_away(port: int, latency: float) -> Iterator[tuple[int, Callable[[], int]]]:
+    """Relay connections to a port, each byte later by `latency`; yield a port, and who says what came from there."""
+    passed = 0
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, back: bool) -> None:
+        nonlocal passed
+        loop = asyncio.get_running_loop()
+        while data := await reader.read(1 << 20):
+            passed += len(data) * back
+            loop.call_later(latency, writer.write, data)
+        loop.call_later(latency, writer.close)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, here = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(asyncio.CancelledError):  # at the end of the block
+            await asyncio.gather(pump(reader, here, back=False), pump(there, writer, back=True))
+
+    async def main(ready: Future[int]) -> None:
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+            ready.set_result(server.sockets[0].getsockname()[1])
+            await stop.wait()
+
+    ready: Future[int] = Future()
+    stop = asyncio.Event()
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=runner.run, args=(main(ready),))
+        thread.start()
+        yield ready.result(), lambda: passed
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+@contextlib.contextmanager
+def own_daemon(checkpoint: criu_rig.Checkpoint, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """`criu lazy-pages`."""
-    yield checkpoint.lazy_pages()
+    yield checkpoint.lazy_pages(*(("--page-server", "--address", "127.0.0.1", "--port", str(port)) if port else ()))
 
 
 @contextlib.contextmanager
-def our_daemon(checkpoint: criu_rig.Checkpoint) -> Iterator[subprocess.Popen[bytes]]:
+def our_daemon(checkpoint: criu_rig.Checkpoint, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """`aiouffd lazy-pages`."""
     command = [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(checkpoint.images)]
+    command += ["--page-server", "127.0.0.1", "--port", str(port)] if port else []
     log = checkpoint.directory / "aiouffd.log"
     with log.open("w") as file, subprocess.Popen(command, stderr=file, env=dict(os.environ)) as daemon:
         try:

@@ -7,7 +7,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_world import BASE, LOCATED, PAGES, SIZE, Held, World, turns
+from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.flight import Flight
@@ -141,6 +141,23 @@ async def test_pages_that_have_moved_are_not_rescued() -> None:
     assert flight.exception() is None
     found = world.counters.snapshot()
     assert (found.pages_fault, found.pages_readahead) == (1, 0)
+
+
+async def test_a_page_that_was_moved_and_moved_back_is_there_when_it_has_come() -> None:
+    """It is not fetched again: a page that keeps moving would be, for ever."""
+    source = Held()
+    world = World(8 * PAGE, source=source)
+    prefetch = asyncio.ensure_future(world.backend.prefetch(world.space, 4 * PAGE, 4 * PAGE))
+    await turns()
+    world.move(4, 1)
+    world.serve_all()
+    world.uffd.mremap(ELSEWHERE + 4 * PAGE, at(4), PAGE)
+    world.serve_all()
+    source.answer(0)
+    await turns(20)
+    assert world.uffd.pages == {at(page): content(page * PAGE, PAGE) for page in range(4, 8)}
+    assert len(source.reads) == 1
+    assert prefetch.done()
 
 
 async def test_who_is_being_rescued_is_let_go_in_the_end() -> None:

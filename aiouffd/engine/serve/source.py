@@ -265,7 +265,7 @@ class SourceBackend:
         if flight.generation != space.mappings.generation:
             runs = [piece for run in runs for piece in space.valid(run)]
             placed = sum(piece.left for piece in runs)
-        if placed < flight.length:
+            # Also what is still valid may have been forgotten: its layout has changed, and changed back.
             space.readahead.forget(flight.offset, flight.offset + flight.length)
             for piece in runs:
                 space.readahead.brought(piece.offset, piece.left)
