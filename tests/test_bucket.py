@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import gateway
 import pytest
+from scenario import play
 from snapshots import CHUNK, an_image, damage, packs_of, read_all
 
 import aiouffd
-from aiouffd.store import create_sync
+from aiouffd.store import copy_sync, create_sync, extract_sync, gc_sync, verify_sync
 from aiouffd.store.bucket import Bucket
 from examples.page_server import serving
 
@@ -95,3 +97,73 @@ def test_connections_are_shared(url: str) -> None:
     assert (repr(secret), secret.name("x")) == ("Bucket('http://host')", "http://host/x")
     bucket.close()
     assert bucket.part("a")._client._store is not one._client._store  # type: ignore[union-attr]
+
+
+# In a bucket
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A gateway."""
+    with gateway.s3(tmp_path_factory.mktemp("gateway")) as url:
+        yield url
+
+
+def test_objects_in_a_bucket(s3: str) -> None:
+    """They are written, read, listed and removed, below a prefix."""
+    bucket = Bucket("s3://vol/some/place", gateway.options(s3))
+    assert bucket.put("packs/ab/cd", [b"12", b"345"])
+    assert (bucket.size("packs/ab/cd"), bytes(bucket.read("packs/ab/cd", 1, 4))) == (5, b"234")
+    assert [(entry.path, entry.size) for entry in bucket.list("packs")] == [("packs/ab/cd", 5)]
+    assert [entry.path for entry in bucket.list("")] == ["packs/ab/cd"]
+    assert list(bucket.list("packs/ab/c")) == []
+    assert not bucket.put("packs/ab/cd", [b"6"], replace=False)
+    assert bucket.put("packs/ab/cd", [b"6"])
+    assert bytes(bucket.read("packs/ab/cd", 0, 1)) == b"6"
+    bucket.delete("packs/ab/cd")
+    bucket.delete("packs/ab/cd")
+    assert bucket.size("packs/ab/cd") is None
+    with pytest.raises(aiouffd.SourceError, match=r"no such object \(404\)"):
+        bucket.read("packs/ab/cd", 0, 1)
+
+
+def test_snapshots_in_a_bucket(s3: str, made: Path, tmp_path: Path) -> None:
+    """Written there, and copied there and back; what is not needed is collected."""
+    options: dict[str, Any] = {"storage_options": gateway.options(s3)}
+    place = "s3://vol/snapshots"
+    create_sync(DATA[: 20 * CHUNK], f"{place}/one.snap", **options)
+    create_sync(DATA, f"{place}/two.snap", base=f"{place}/one.snap", **options)
+    copy_sync(made / "a b.snap", f"{place}/a%20b.snap", **options)
+    assert read_all(f"{place}/two.snap", **gateway.options(s3)) == DATA
+    assert verify_sync(f"{place}/a%20b.snap", **options) == []
+    extract_sync(f"{place}/a%20b.snap", tmp_path / "out", **options)
+    assert (tmp_path / "out").read_bytes() == DATA
+    with pytest.raises(aiouffd.StoreError, match="there is a snapshot of that name already"):
+        create_sync(DATA, f"{place}/one.snap", **options)
+    Bucket(place, gateway.options(s3)).delete("one.snap")
+    removed = gc_sync(place, grace=0, **options)
+    assert [entry.path.partition("/")[0] for entry in removed] == ["indexes"]
+    assert read_all(f"{place}/two.snap", **gateway.options(s3)) == DATA
+
+
+def test_a_bucket_through_the_pager(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials and endpoint come from the environment, as for other tools."""
+    for name, value in gateway.environment(s3).items():
+        monkeypatch.setenv(name, value)
+    create_sync(DATA, "s3://vol/mapped/x.snap")
+    play(look, "s3://vol/mapped/x.snap")
+
+
+def look(place: str) -> None:
+    """Map it and compare."""
+    with aiouffd.open(place) as region:
+        assert bytes(region) == DATA
+
+
+def test_without_credentials(s3: str) -> None:
+    """The error says what to set."""
+    with pytest.raises(aiouffd.StoreError, match="there are no credentials: set AWS_ACCESS_KEY_ID"):
+        read_all("s3://vol/x.snap")
+    wrong = {**gateway.options(s3), "secret_access_key": "wrong"}
+    with pytest.raises(aiouffd.SourceError, match=r"access was refused \(403\)"):
+        read_all("s3://vol/x.snap", **wrong)
