@@ -35,7 +35,7 @@ extensions = [
 exclude_patterns = ["_build"]
 default_role = "py:obj"  # what docstrings have in backquotes
 html_theme = "furo"
-smartquotes = False  # docstrings quote values
+smartquotes_action = "D"  # dashes: docstrings quote values
 html_title = f"aiouffd {release}"
 html_use_index = False  # the search finds names
 html_static_path = ["_static"]
@@ -68,7 +68,7 @@ _PAGES = {
     "CONTRIBUTING.md": "development/contributing.md",
     "SECURITY.md": "development/security.md",
 }
-_GOOGLE = napoleon.Config(napoleon_custom_sections=[("Raises on entering", "params_style")])
+_GOOGLE = napoleon.Config(napoleon_use_ivar=True, napoleon_custom_sections=[("Raises on entering", "params_style")])
 
 
 def _read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
