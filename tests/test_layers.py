@@ -50,7 +50,7 @@ ORDER = {
             "store_settings",
             "store_client",
         ),
-        *("loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat"),
+        *("rooms", "loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat"),
         *("overlay", "layered"),
     ],
     "engine": [

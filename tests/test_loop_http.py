@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import odd_http
 import pytest
 
-from aiouffd.sources import loop_http
+from aiouffd.kernel.memory import address_of
+from aiouffd.sources import loop_http, rooms
 from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.store_errors import RequestError
@@ -251,6 +252,54 @@ async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> N
             await asyncio.sleep(0.01)
         await client.get_async(0, 10)
         assert asked == [1, 1]
+
+
+async def test_the_memory_of_large_answers_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nobody has a part of one any more; a connection that is kept has none."""
+    monkeypatch.setattr(rooms, "_LEAST", _LARGE)
+    with odd_http.serving() as server:
+        async with client_of(server.url) as client:
+            part = memoryview((await client.get_async(0, SIZE)).data)[100:200]
+            await asyncio.sleep(0)  # the loop has had the answer
+            other = await client.get_async(5, SIZE)
+            assert bytes(other.data) == odd_http.DATA[5:]
+            assert bytes(part) == odd_http.DATA[100:200]
+            place = address_of(other.data)
+            del other
+            await asyncio.sleep(0)
+            assert address_of((await client.get_async(0, SIZE)).data) == place
+
+
+@pytest.mark.parametrize("how", ["canceled", "late"])
+async def test_memory_of_answers_that_do_not_come_is_used_again(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Its connection is closed."""
+    monkeypatch.setattr(rooms, "_LEAST", _LARGE)
+    size = 3 * _LARGE
+    head = f"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-{size - 1}/{size}\r\nContent-Length: {size}\r\n\r\n"
+    async with scripted(lambda _, __: head + _LARGE * "x") as (url, _), client_of(url) as client:
+        task = asyncio.create_task(client.get_async(0, size))
+        while not any(connection._body for connection in client._busy):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.001)
+        assert not client._rooms._free
+        if how == "canceled":
+            task.cancel()
+        else:
+            client._busy.pop().fail(TimeoutError())
+        await asyncio.wait([task])
+        while not client._rooms._free:  # noqa: ASYNC110 - as long as the loop needs to close a connection
+            await asyncio.sleep(0.001)
+
+
+async def test_memory_is_kept_as_long_as_there_is_use_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while nothing is asked."""
+    monkeypatch.setattr(rooms, "_LEAST", _LARGE)
+    with odd_http.serving() as server:
+        async with client_of(server.url, 0.05) as client:
+            await client.get_async(0, SIZE)
+            await asyncio.sleep(0)
+            assert client._rooms._free
+            while client._rooms._free:  # noqa: ASYNC110 - it has no event for this
+                await asyncio.sleep(0.01)
 
 
 async def test_a_resolver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ Layout:
 - `layered`: files that hide parts of each other; `overlay` is the table of which shows what.
 - `object_store`: an object behind a URL. It asks `store_client` (obstore), or `plain_http` where obstore refuses valid
   answers. While it is served, http without options goes by `loop_http`, as far as that understands the answers.
-  `http_answer`, `store_errors` and `store_settings` are what these share.
+  `http_answer`, `store_errors` and `store_settings` are what these share. `rooms`: memory for large answers.
 - `daemon_threads`: for calls that may never return.
 - `resolve`: from a path or URL to a source.
 

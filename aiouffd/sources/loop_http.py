@@ -2,8 +2,8 @@
 
 A library with threads of its own wakes the loop for the head of an answer and again for its body, and copies bodies
 together. For single pages that is most of their cost. Here an answer is received by the loop, into one buffer, over
-connections that are kept. What this does not understand (a redirect, a chunked body, another range than was asked for)
-it refuses, and obstore is asked from then on.
+connections that are kept. The memory of large answers is used again. What this does not understand (a redirect, a
+chunked body, another range than was asked for) it refuses, and obstore is asked from then on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.http_answer import Answer, Validator, time_of
+from aiouffd.sources.rooms import Rooms
 from aiouffd.sources.store_errors import Failure, RequestError, from_exception, from_status
 
 __all__ = ["LoopHttp"]
@@ -54,6 +55,7 @@ class LoopHttp:
         self._busy: set[_Connection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._rooms = Rooms()
         # Not the loop's: its end would wait for a resolver that does not answer.
         self._resolvers = DaemonThreads(_RESOLVERS, "aiouffd-names")
 
@@ -101,10 +103,11 @@ class LoopHttp:
         return [str(address[0]) for *_, address in await self._loop.run_in_executor(self._resolvers, ask)]
 
     async def _connect(self, hosts: list[str]) -> _Connection:
+        make = partial(_Connection, self._loop, self._rooms)
         while True:
             host = hosts.pop(0)
             try:
-                _, made = await self._loop.create_connection(lambda: _Connection(self._loop), host, self._address[1])
+                _, made = await self._loop.create_connection(make, host, self._address[1])
             except OSError:
                 if not hosts:
                     raise
@@ -119,6 +122,8 @@ class LoopHttp:
                 connection.fail(TimeoutError())
         while self._idle and now - self._idle[0].since > _LONGEST_IDLE:  # the last one is used first
             self._idle.pop(0).close()
+        if not self._busy:
+            self._rooms.clear()
         alive = self._busy or self._idle
         self._timer = self._loop.call_later(min(self._timeout / 2, _LONGEST_IDLE), self._watch) if alive else None
 
@@ -140,8 +145,9 @@ class _Connection(asyncio.BufferedProtocol):
         was_stale: whether it was kept, and closed before any byte of the last answer came, as servers do.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, rooms: Rooms) -> None:
         self._loop = loop
+        self._rooms = rooms
         self._room = bytearray(_ROOM)
         self._view = memoryview(self._room)
         self._filled = 0  # bytes of the head and what follows it, or of the body
@@ -191,7 +197,7 @@ class _Connection(asyncio.BufferedProtocol):
             if self._body is None:
                 self._take_head()
             elif self._filled == len(self._body):
-                self._complete(self._body.obj)
+                self._complete(self._body)
         except (RequestError, ValueError, OverflowError) as error:  # the last two: numbers and times that are none
             self._answer.set_exception(error if isinstance(error, RequestError) else _refused(str(error)))
             self.close()  # there may be no room for what comes behind it
@@ -200,6 +206,7 @@ class _Connection(asyncio.BufferedProtocol):
         """Take note that the server has closed it."""
         self.was_stale = self._keeps and self._filled == 0 and self._body is None
         self.is_idle = False
+        self._body = None
         self.fail(exc if isinstance(exc, OSError) else ConnectionResetError("it was closed in the middle"))
 
     def fail(self, error: OSError) -> None:
@@ -226,7 +233,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._keeps &= came == length  # else bytes that nobody has asked for
             self._complete(bytes(self._view[begin : begin + length]))
             return
-        self._body = memoryview(bytearray(length))
+        self._body = self._rooms.lend(length)
         self._body[:came] = self._view[begin : self._filled]
         self._filled = came
 
@@ -251,8 +258,9 @@ class _Connection(asyncio.BufferedProtocol):
         assert self._answer is not None
         assert self._validator is not None
         self.is_idle = self._keeps
+        answer, self._answer = self._answer, None  # it has the bytes, whose memory is wanted for others
         self._filled, self._body = 0, None
-        self._answer.set_result(Answer(data, self._asked[0], self._validator))
+        answer.set_result(Answer(data, self._asked[0], self._validator))
 
 
 @lru_cache(16)
