@@ -239,6 +239,59 @@ def test_the_window_below_a_stream_at_full_speed() -> None:
     assert policy.follow(low - PAGE, low - 2 * PAGE, size) is None  # its mapping ends there
 
 
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize(("most", "ahead"), [(0, 64), (64, 64), (100, 64), (192, 192), (9999, 256)])
+def test_a_stream_that_has_run_far_is_followed_further(most: int, ahead: int, *, up: bool) -> None:
+    """Whole windows, until a quarter of what it has run through is ahead of its window, or so much as is allowed."""
+    policy = Readahead(PAGE, 64 * PAGE, 4 * PAGE)
+    size = 10_000 * PAGE
+    at = 0 if up else size - PAGE
+    while abs(at - (0 if up else size - PAGE)) < 1024 * PAGE:
+        ((start, length),) = policy.windows(at, 0, size)
+        at = start + length if up else start - PAGE
+    ((start, length),) = policy.windows(at, 0, size)
+    pages = 0
+    while (found := policy.follow(at, 0, size, most * PAGE)) is not None:
+        (begin, more), _ = found
+        assert begin == start + length if up else begin + more == start
+        start, length = begin, more
+        pages += more // PAGE
+    assert pages == ahead
+    assert policy.follow(at, 0, size, most * PAGE) is None
+
+
+@given(
+    st.integers(1, 6000),
+    st.integers(0, 5000),
+    st.booleans(),
+    st.sampled_from([0, 100, 1 << 20]),
+    st.integers(1, 400),
+)
+def test_little_is_brought_in_vain_and_nothing_twice(run: int, before: int, up: bool, most: int, lag: int) -> None:
+    """However far a stream is followed, wherever its mapping and it end, and however late its pages come."""
+    policy = Readahead(PAGE, 64 * PAGE, 16 * PAGE)
+    low, high = before, before + 6000
+    brought: dict[int, int] = {}  # page -> the touch that brought it
+    for touch in range(run):
+        page = low + touch if up else high - 1 - touch
+        chosen = []
+        if page not in brought:
+            chosen = policy.windows(page * PAGE, low * PAGE, high * PAGE)
+        elif brought[page] + lag > touch:  # it is on its way, and its toucher waits
+            brought[page] = touch - lag
+        else:
+            continue
+        while (found := policy.follow(page * PAGE, low * PAGE, high * PAGE, most * PAGE)) is not None:
+            chosen.append(found[0])
+        for start, length in chosen:
+            pages = range(start // PAGE, (start + length) // PAGE)
+            assert low <= pages.start < pages.stop <= high
+            assert not any(other in brought for other in pages)
+            brought |= dict.fromkeys(pages, touch)
+        assert page in brought
+    assert len(brought) - run <= 2 * 64 + max(64, min(run // 4, most))
+
+
 def test_losses_are_counted() -> None:
     """So that whoever was told that all is present can know that it is doubtful."""
     policy = Readahead(PAGE, 64 * PAGE)

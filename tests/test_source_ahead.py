@@ -110,6 +110,50 @@ def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
     assert all(data == world.model[page] for page, data in world.uffd.pages.items())
 
 
+@pytest.mark.parametrize(
+    ("bounds", "asked"),
+    [
+        ({}, [0, 4, 8, 12, 16]),
+        ({"concurrent_reads": 2}, [0, 4, 8, 12]),
+        ({"bytes_in_flight": 16 * PAGE}, [0, 4, 8, 12]),
+    ],
+)
+async def test_who_waits_for_a_window_of_a_far_source_is_followed_further(
+    monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], asked: list[int]
+) -> None:
+    """By as many windows as the pace and the bounds allow: each takes a way there and back."""
+    monkeypatch.setattr("aiouffd.engine.readahead._SHARE_AHEAD", 1)
+    source = Held()
+    world = World(4 * PAGE, source=source, limits=limits(**bounds))
+    for page in (0, 4):
+        world.touch(page, 1)
+        world.deliver(64)
+        await turns()
+        source.answer(0 if page == 0 else 1)
+        await turns()
+    assert [read[0] // PAGE for read in source.reads] == [0, 4, 8]
+    world.touch(8, 1)
+    world.deliver(64)
+    await turns()
+    assert [read[:2] for read in source.reads] == [(page * PAGE, 4 * PAGE) for page in asked]
+    for number in range(2, len(source.reads)):
+        source.answer(number)
+    await turns()
+    assert world.uffd.pages == {at(page): content(page * PAGE, PAGE) for page in range(asked[-1] + 4)}
+    backend: Any = world.backend
+    assert backend._pace.under_way == 0
+
+
+def test_what_is_in_memory_is_brought_one_window_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no way to it that takes time."""
+    monkeypatch.setattr("aiouffd.engine.readahead._SHARE_AHEAD", 1)
+    world = World(4 * PAGE, located=True)
+    for page in range(0, 20, 4):
+        world.space.readahead.windows(page * PAGE, 0, SIZE)
+    world.backend.follow(world.space, at(16))
+    assert [(run.dst, run.left) for run in world.space.remainders] == [(at(20), 4 * PAGE)]
+
+
 async def rescued(*pages: int, **bounds: int) -> tuple[World, Held, asyncio.Task[None]]:
     """Return a world in which the read of pages 4 to 7 is under way, its source, and the task of that flight."""
     source = Held()
@@ -177,19 +221,19 @@ def test_who_comes_upon_a_window_that_is_being_brought_has_the_next_one_brought(
     world.space.mappings = Mappings([Mapping(at(4), at(20), offset)])
     asked: list[tuple[int, int, int]] = []
 
-    def follow(*place: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        asked.append(place)  # type: ignore[arg-type]
-        return (offset + 8 * PAGE, 4 * PAGE), (offset + 12 * PAGE, 0)
+    def follow(*place: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        asked.append(place[:3])  # type: ignore[arg-type]
+        return ((offset + 8 * PAGE, 4 * PAGE), (offset + 12 * PAGE, 0)) if len(asked) == 1 else None
 
     world.space.readahead.follow = follow  # type: ignore[method-assign,assignment]
     world.backend.follow(world.space, at(6))
-    assert asked == [(offset + 2 * PAGE, offset, offset + 16 * PAGE)]
+    assert asked == 2 * [(offset + 2 * PAGE, offset, offset + 16 * PAGE)]
     assert [(run.dst, run.offset, run.left) for run in world.space.remainders] == [
         (at(12), offset + 8 * PAGE, 4 * PAGE)
     ]
     world.space.mappings.remove(at(6), at(7))
     world.backend.follow(world.space, at(6))
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 async def test_what_has_come_by_another_way_is_not_counted() -> None:

@@ -28,12 +28,14 @@ _MAX_STRANGERS = 16
 _MAX_STRIDED_PAGES = 64  # a strided stream is given at most so many separate pages at once
 _MAX_DOUBTS = 1 << 12  # faults that were not believed and did not come again
 _STRANGERS_UNTIL_HALVED = 4  # faults in a row without a stream, before the neighbourhood is halved
+_SHARE_AHEAD = 4  # of what a stream has run through, one part in so many may be brought ahead of it
 
 
 class _Stream:
     """One toucher: where it faulted last, where it is expected, how much it gets.
 
     Attributes:
+        began: the offset of its first fault.
         last: the offset of the last fault.
         expected: where it is expected if it goes up, or by its stride.
         below: the page where it is expected if it goes down.
@@ -44,10 +46,11 @@ class _Stream:
         seen: the number of the last fault that belonged to it.
     """
 
-    __slots__ = ("below", "direction", "expected", "last", "seen", "step", "stride", "window")
+    __slots__ = ("began", "below", "direction", "expected", "last", "seen", "step", "stride", "window")
 
     def __init__(self, last: int, step: int, window: Window, page: int) -> None:
         start, length = window
+        self.began = last
         self.last = last
         self.expected = start + length
         self.below = start - page
@@ -244,21 +247,29 @@ class Readahead:
         self._present.remove(window[0], sum(window))
         return window
 
-    def follow(self, offset: int, low: int, high: int) -> tuple[Window, Window] | None:
-        """Return the window behind the one that `offset` is in, for a stream at full speed, and what is behind that.
+    def follow(self, offset: int, low: int, high: int, most: int = 0) -> tuple[Window, Window] | None:
+        """Return the next window that a stream at full speed will want, and what is behind that.
 
-        It is brought while its toucher works on this one, so that neither waits for the other. At most one window
-        ahead: nothing is returned before the toucher is in the one that was. It counts as present from now on.
+        It is brought while its toucher works on those before, so that neither waits for the other. One window ahead is
+        always brought, more of them in proportion to what the stream has run through: little is brought in vain where
+        it ends. It counts as present from now on.
 
         Both are (start, length) within [low, high). The second, of two windows, is not brought, and may be empty.
+
+        Args:
+            offset: where the toucher is.
+            low: where its mapping begins.
+            high: where it ends.
+            most: bytes ahead, if they are more than one window.
         """
         for stream in reversed(self._streams):
             if stream.window != self.limit or stream.stride:
                 continue
+            reach = max(self.limit, min(abs(offset - stream.began) // _SHARE_AHEAD, most))
             if stream.direction > 0 and stream.last <= offset < stream.expected:
-                return self._above(stream, high)
+                return self._above(stream, high) if stream.expected - offset <= reach else None
             if stream.direction < 0 and stream.below < offset <= stream.last:
-                return self._below(stream, low)
+                return self._below(stream, low) if offset - stream.below <= reach else None
         return None
 
     def _above(self, stream: _Stream, high: int) -> tuple[Window, Window] | None:
@@ -266,7 +277,7 @@ class Readahead:
         length = next((length for at, length in self._present.missing(start, end) if at == start), 0)
         if not length:
             return None
-        stream.last, stream.expected = start, start + length
+        stream.expected = start + length
         self._present.add(start, start + length)
         return (start, length), (start + length, min(2 * stream.window, high - start - length))
 
@@ -277,7 +288,7 @@ class Readahead:
         if not length:
             return None
         start = end - length
-        stream.last, stream.below = end - self.page, start - self.page
+        stream.below = start - self.page
         self._present.add(start, end)
         behind = min(2 * stream.window, start - low)
         return (start, length), (start - behind, behind)

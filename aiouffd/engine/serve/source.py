@@ -64,6 +64,7 @@ class SourceBackend:
         self._on_touch = on_touch
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
         self._pace = Pace(limits.concurrent_reads // 2)
+        self._reach = 0 if self._extents.local else limits.bytes_in_flight // 4
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -159,19 +160,24 @@ class SourceBackend:
             self._follow(space, start - first, first + page - start, first, first + end - start, perf_counter_ns())
 
     def _follow(self, space: Space, skew: int, offset: int, low: int, high: int, began_ns: int) -> None:
-        """Bring the window behind the one that `offset` is in; `skew`: from an offset to its address."""
-        windows = space.readahead.follow(offset, low, high)
-        if windows is not None:
+        """Bring what is behind the window that `offset` is in; `skew`: from an offset to its address.
+
+        One window, and of a far source as many more as the pace allows: each takes a way there and back.
+        """
+        while (windows := space.readahead.follow(offset, low, high, self._reach)) is not None:
             (at, length), (behind, size) = windows
             runs: list[Run] = []
             try:
                 if self._expect is not None and size:
                     self._expect(behind, size)
-                self._bring(space, at + skew, at, length, runs, None, began_ns, FOR_FAULT)
+                self._pursue(self._bring(space, at + skew, at, length, runs, None, began_ns, FOR_FAULT))
             except Exception:  # a defect of the source: it costs none of the faults that are being served
                 log.exception("what was to be brought ahead, %d bytes at %#x, comes with its faults", length, at)
                 space.readahead.forget(at, at + length)
+                return
             space.resolve_later(runs)
+            if self._pace.is_full:
+                return
 
     def _bring(
         self,
@@ -353,12 +359,9 @@ class SourceBackend:
                 while self._pace.is_full and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
                     await self._pace.room()
-                for flight in self._approach(space, offset, length, runs, purpose):
-                    assert flight.done is not None
-                    self._pace.enter()
-                    pending.add(flight.done)
-                    flight.done.add_done_callback(partial(self._landed, flight))
-                    flight.done.add_done_callback(pending.discard)
+                for task in self._pursue(self._approach(space, offset, length, runs, purpose)):
+                    pending.add(task)
+                    task.add_done_callback(pending.discard)
                 size += length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
@@ -377,6 +380,14 @@ class SourceBackend:
             await space.quiet(ranges)  # the kernel may refuse what it has put off
         if errors:
             raise errors[0]
+
+    def _pursue(self, flights: list[Flight]) -> list[asyncio.Task[None]]:
+        """Count flights ahead of faults until they have landed; return their tasks."""
+        for flight in flights:
+            assert flight.done is not None
+            self._pace.enter()
+            flight.done.add_done_callback(partial(self._landed, flight))
+        return [flight.done for flight in flights if flight.done is not None]
 
     def _landed(self, flight: Flight, _: object) -> None:
         self._pace.leave(flight.length, flight.began_ns)
