@@ -101,6 +101,16 @@ def test_example_embeddings_of_a_url(tmp_path: Path) -> None:
     assert "row        7: 1.000 beside row 7\nrow      299: 0.000 beside row 7\n" in output
 
 
+def test_example_embeddings_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page server stands for a store that speaks S3."""
+    (tmp_path / "bucket").mkdir()
+    np.save(tmp_path / "bucket" / "table.npy", np.eye(300, dtype=np.float32))
+    with serving(tmp_path) as root:
+        for name, value in {"ENDPOINT_URL": root, "ALLOW_HTTP": "true", "SKIP_SIGNATURE": "true"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        assert "row       11: 1.000 beside row 11\n" in example("embeddings.py", "s3://bucket/table.npy", "11")
+
+
 def test_example_resume_simulation() -> None:
     """Both resumed runs are in the checkpoint; little of it was read, and less written."""
     output = example("resume_simulation.py")
