@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import tempfile
 import time
@@ -60,9 +61,15 @@ def prefetched(path: Path, engine: type[aiouffd.Pager | aiouffd.InThread]) -> fl
     return seconds / (size // PAGE) * 1e6
 
 
-def copied(size: int) -> float:
-    """COPY in large calls, out of memory, which nobody waits for."""
-    source = address_of(content(size).map)
+def copied(size: int, path: Path | None = None) -> float:
+    """COPY in large calls, out of memory or out of a new mapping of the file. Nobody waits for it."""
+    if path is None:
+        return _copied(size, address_of(content(size).map))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapping:
+        return _copied(size, address_of(mapping))
+
+
+def _copied(size: int, source: int) -> float:
     warm(size)
     region = aiouffd.Region(size)
     with aiouffd.Userfaultfd() as uffd:

@@ -139,7 +139,11 @@ def file_rows(*, quick: bool) -> Iterator[Row]:
                 name,
                 f"prefetch of {size // MIB} MiB, file source, page cache warm",
                 "us/page",
-                {"aiouffd": partial(page_cache.prefetched, path, engine), peer: partial(page_cache.copied, size)},
+                {
+                    "aiouffd": partial(page_cache.prefetched, path, engine),
+                    peer: partial(page_cache.copied, size),
+                    "the same out of a mapping of the file": partial(page_cache.copied, size, path),
+                },
                 (Bar(peer, 1.15),),
                 setup="defaults" if engine is aiouffd.Pager else "engine=InThread()",
             )
@@ -334,7 +338,7 @@ def descriptors_row(*, quick: bool) -> Iterator[Row]:
             "aiouffd": touching(lambda n: many(n, 1000), size, 1),
             "one descriptor": touching(lambda n: many(n, 1), size, 1),
         },
-        (Bar("one descriptor", 1.20),),
+        (Bar("one descriptor", 1.10),),
         setup="one Dispatcher, readahead=0",
     )
     yield Row(

@@ -33,6 +33,7 @@ def clients_row(*, quick: bool) -> Iterator[Row]:
             "aiouffd": touching(lambda size: served.clients(size, 200, *page_by_page), size, 1),
             "one client": touching(lambda size: served.clients(size, 1, *page_by_page), size, 1),
         },
+        (Bar("one client", 1.15),),
         setup="aiouffd serve --readahead 0",
     )
 
