@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.engines.served_by import ServedBy
+    from aiouffd.monitor.map import map  # noqa: A004 - it is called aiouffd.map
     from aiouffd.monitor.monitor import Monitor
     from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
     from aiouffd.ranges import Address, Offset, Range
@@ -122,6 +123,7 @@ __all__ = [
     "Userfaultfd",
     "WriteTracker",
     "ZeroSource",
+    "map",
     "open",
     "probe",
 ]
@@ -145,6 +147,7 @@ _HOMES = {
     "monitor.engines.in_thread": "InThread",
     "monitor.engines.pager": "Pager",
     "monitor.engines.served_by": "ServedBy",
+    "monitor.map": "map",
     "monitor.monitor": "Monitor",
     "monitor.open": "open",
     "ranges": "Address Offset Range",
@@ -162,7 +165,7 @@ _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for na
 
 _LATE = (
     *("FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server", "SnapshotSource"),
-    *("Trace", "open"),
+    *("Trace", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

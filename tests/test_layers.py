@@ -133,8 +133,8 @@ ORDER = {
     ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
-        *("__init__", "engines", "registration", "beginnings", "error_queue", "crashes", "lookout", "recording"),
-        *("monitor", "open"),
+        *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "crashes", "lookout"),
+        *("recording", "monitor", "map", "open"),
     ],
     "monitor/engines": [
         "__init__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,9 +35,9 @@ def test_options_are_those_of_a_monitor(option: dict[str, Any]) -> None:
 
 
 def test_an_option_that_nobody_knows() -> None:
-    """It is a TypeError, as for any function."""
-    with pytest.raises(TypeError, match="chunks"), aiouffd.open(b"bytes", chunks=4):  # type: ignore[call-arg]
-        pass
+    """It is a TypeError, as for any function, before anybody is asked."""
+    with pytest.raises(TypeError, match=r"open\(\) got an unexpected keyword argument 'chunks'"):
+        aiouffd.open("http://127.0.0.1:1/nothing", chunks=4)  # type: ignore[call-arg]
 
 
 def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +55,31 @@ def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
     assert asked == {"what": "s3://bucket/key", "options": {"region": "eu-west-1"}, "timeout": 5, "retries": 2}
+
+
+def test_its_length_is_the_sources(tmp_path: Path) -> None:
+    """Which is looked for once, and is what is mapped then; a second block looks again."""
+    path = tmp_path / "data"
+    path.write_bytes(b"one")
+    opened = aiouffd.open(path, engine=aiouffd.InThread())
+    assert (len(opened), bool(opened)) == (3, True)
+    path.unlink()
+    with opened as region:
+        assert region[:] == b"one"
+    with pytest.raises(aiouffd.SourceError, match="data"), opened:
+        pass
+
+
+def test_without_a_block_it_says_what_to_do() -> None:
+    """Its repr, and each error of who takes it for a region."""
+    opened: Any = aiouffd.open("https://user:secret@host/x?signature=secret")
+    todo = r"`with aiouffd\.open\(\.\.\.\) as region`, or `region = aiouffd\.map\(\.\.\.\)`"
+    assert re.search(todo, repr(opened))
+    assert "secret" not in repr(opened)
+    for use in ("__getitem__", "__setitem__", "__iter__", "__buffer__"):  # the last is called by Python 3.12 and later
+        with pytest.raises(TypeError, match=todo):
+            getattr(opened, use)(0)
+    with pytest.raises(AttributeError, match=f"'monitor', and nothing is mapped yet: {todo}"):
+        _ = opened.monitor
+    with pytest.raises(AttributeError, match="'Opened' has no attribute 'nonsense'"):
+        _ = opened.nonsense

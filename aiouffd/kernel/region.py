@@ -101,6 +101,8 @@ class Region(mmap.mmap):
     """Whether no Monitor has been entered yet: until then zeros may be the kernel's, see `kernel.populated`."""
     withheld: bool
     """Whether forked children do not get it, or not all of it (MADV_DONTFORK)."""
+    reopens: tuple[Callable[..., Region], tuple[Any, ...]] | None
+    """What a pickle of it holds: a function and its arguments, which bring such a region anywhere."""
     _inherited: bool
     _listener: LayoutListener | None
     _note: Note | None
@@ -168,7 +170,7 @@ class Region(mmap.mmap):
         self.page_size = page_size
         self.fd = fd
         self._owned = OwnedDescriptor(fd)
-        self.monitor = None
+        self.monitor = self.reopens = None
         self.never_served = True
         self.withheld = self._inherited = False
         _regions.add(self)
@@ -266,7 +268,7 @@ class Region(mmap.mmap):
             super().resize(newsize)
             self._find()
             return
-        super().resize(len(self))  # changes nothing; raises if there are views, which are not to lose their memory
+        self.refuse_views()
 
         def move(change: LayoutChange) -> None:
             # Without EVENT_REMAP the kernel unregisters memory that moves, and missing pages would read as zeros until
@@ -283,6 +285,13 @@ class Region(mmap.mmap):
             libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
 
         self._listener.change(move)
+
+    def refuse_views(self) -> None:
+        """Raise BufferError where views exist, which are not to lose their memory."""
+        try:
+            super().resize(len(self))  # changes nothing
+        except BufferError:
+            raise BufferError("views of the region exist: memoryviews, arrays or tensors") from None
 
     def _may_use_descriptor(self) -> bool:
         """Whether it has none, or its own: `mmap.mmap` has a duplicate, which it truncates and closes blindly."""
@@ -331,6 +340,10 @@ class Region(mmap.mmap):
         self._keep.clear()
         self.annotate(None)
 
+    def __exit__(self, *_: object) -> None:
+        """Close the region."""
+        self.close()  # that of mmap.mmap unmaps what is served
+
     @until_exit
     def __del__(self) -> None:
         # A view keeps the region alive, except in a cycle with it.
@@ -353,6 +366,14 @@ class Region(mmap.mmap):
             with contextlib.suppress(OSError):
                 for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
                     libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
+
+    def __reduce__(self) -> tuple[Callable[..., Region], tuple[Any, ...]]:
+        if self.reopens is None:
+            raise TypeError(
+                "a Region is pickled as what it shows, which aiouffd.map and aiouffd.open tell it (not with"
+                " engine=InProcess()), and nobody has told this one: pass its source, or a copy of its bytes"
+            )
+        return self.reopens
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} bytes at {self.address:#x}"

@@ -13,7 +13,7 @@ from aiouffd.native import faults, reason
 from aiouffd.native.crash_notes import Note, When
 
 if TYPE_CHECKING:
-    from aiouffd.kernel.region import Region
+    from aiouffd.monitor.held import Held
 
 __all__ = ["CrashNotes", "caller", "enable_tracebacks"]
 
@@ -44,14 +44,15 @@ class CrashNotes:
     """What is said about touches of one region, from entering a Monitor until the region is closed or settled as zeros.
 
     Args:
-        region: that is served.
+        held: the region that is served.
         monitor: how to call its Monitor.
         children: forked children have the region.
     """
 
-    def __init__(self, region: Region, monitor: str, *, children: bool) -> None:
-        self._region = region
+    def __init__(self, held: Held, monitor: str, *, children: bool) -> None:
+        self._held = held
         self._monitor = monitor
+        region = held.region
         self._note = Note(region.address, region.mapped_length)
         if not children:
             self._note.say(
@@ -66,7 +67,7 @@ class CrashNotes:
         self._note.say(
             When.LEFT,
             f"{self._monitor} was left at {where}; since then a touch of a missing page is SIGBUS. Touch it inside the"
-            ' block, or leave it with on_exit="populate".',
+            ' block, use `aiouffd.map`, which has no block, or leave it with on_exit="populate".',
         )
 
         self._note.say(
@@ -89,4 +90,4 @@ class CrashNotes:
 
     def close(self) -> None:
         """Say nothing any more."""
-        self._region.annotate(None)
+        self._held.region.annotate(None)

@@ -34,6 +34,7 @@ from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
 from aiouffd.monitor.error_queue import ErrorQueue
+from aiouffd.monitor.held import Held
 from aiouffd.monitor.lookout import Lookout
 from aiouffd.monitor.registration import Registration
 from aiouffd.sources.base import ZeroSource
@@ -53,22 +54,36 @@ if TYPE_CHECKING:
     from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
-__all__ = ["AllOptions", "MemoryOptions", "Monitor", "OnExit", "OnFork"]
+__all__ = [
+    "AllOptions",
+    "MapOptions",
+    "MappedMemoryOptions",
+    "MemoryOptions",
+    "Monitor",
+    "OnExit",
+    "OnFork",
+    "ServingOptions",
+]
 
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
 OnFork: TypeAlias = Literal["dontfork", "serve"]
 
 
-class MemoryOptions(TypedDict, total=False):
-    """Options of a Monitor about its memory, which go with each engine."""
+class MappedMemoryOptions(TypedDict, total=False):
+    """Options of a Monitor about its memory, which go with each engine and with `aiouffd.map`."""
 
-    on_exit: OnExit
     track_writes: bool
     user_mode_only: bool
 
 
-class AllOptions(MemoryOptions, total=False):
-    """The options of a Monitor that chooses how it is served; a server chooses for itself."""
+class MemoryOptions(MappedMemoryOptions, total=False):
+    """Options of a Monitor about its memory, which go with each engine."""
+
+    on_exit: OnExit
+
+
+class ServingOptions(TypedDict, total=False):
+    """Options about how it is served; a server chooses them for itself."""
 
     readahead: int
     timeout: float | None
@@ -78,6 +93,14 @@ class AllOptions(MemoryOptions, total=False):
     record: str | os.PathLike[str] | None
     replay: str | os.PathLike[str] | None
     background: bool | float
+
+
+class MapOptions(ServingOptions, MappedMemoryOptions, total=False):
+    """The options of a Monitor that has no block: all but `on_exit`."""
+
+
+class AllOptions(ServingOptions, MemoryOptions, total=False):
+    """The options of a Monitor that chooses how it is served."""
 
 
 class Monitor:
@@ -185,7 +208,7 @@ class Monitor:
             raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
         if fork not in (None, "dontfork", "serve"):
             raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
-        self.region = region
+        self._held = Held(region)
         self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         if track_writes and wants_writes(self.origin):
@@ -260,7 +283,7 @@ class Monitor:
         self._sigbus = self._on_exit != "zeros"
         with beginnings.begin(children=self._children is not False):
             registration = Registration(
-                region,
+                self._held,
                 self._choice.features,
                 writes=self._writes,
                 children=self._children,
@@ -269,7 +292,7 @@ class Monitor:
             )
             self._registration = registration
             name = f"The Monitor of {region!r} by {self.origin!r}"
-            self._crashes = CrashNotes(region, name, children=registration.children)
+            self._crashes = CrashNotes(self._held, name, children=registration.children)
             try:
                 if self._writes == "tracked":
                     registration.collect()  # what was there before is protected, too
@@ -307,8 +330,9 @@ class Monitor:
     def _lost(self) -> None:
         """Nobody serves the region any more: no hang, and no zeros."""
         if self._registration is not None:
-            self._crashes.lost()
-            self._registration.settle(sigbus=True)
+            with contextlib.suppress(ClosedError):  # its finalizer settles it
+                self._crashes.lost()
+                self._registration.settle(sigbus=True)
 
     def _stop(self, *, populate: bool = False, where: str = "its entrance, which was canceled") -> None:
         engine, registration = self._engine, self._registration
@@ -335,6 +359,16 @@ class Monitor:
                 if self._recording is not None:
                     self._recording.end(complete=True)
                 self._errors.wake()
+
+    def belong_to_region(self) -> None:
+        """Have the region keep this Monitor, which keeps it no longer: `leave_region` ends the serving."""
+        self._held.release()
+
+    def leave_region(self, region: Region) -> None:
+        """Serve no longer what `belong_to_region` has let go of."""
+        self._held.keep(region)
+        self._stop(where=caller())
+        self._held.release()
 
     def _service(self) -> Service:
         return Service(self.origin) if self._recording is None else self._recording.service(self.origin, self.region)
@@ -442,7 +476,21 @@ class Monitor:
 
     def __repr__(self) -> str:
         state = "not entered" if self._engine is None else "entered"
-        return f"<Monitor of {self.region!r} by {self.origin!r}, {self._choice!r}, {state}>"
+        return f"<Monitor of {self._held!r} by {self.origin!r}, {self._choice!r}, {state}>"
+
+    @property
+    def region(self) -> Region:
+        """What it serves.
+
+        Raises:
+            ClosedError: `aiouffd.map` has made it, and nobody keeps it any more.
+        """
+        return self._held.region
+
+    @property
+    def serves_here(self) -> bool:
+        """Whether it is entered, and was in this process: a forked child has a copy of its parent's."""
+        return self._engine is not None and os.getpid() == self._pid
 
     @property
     def pids(self) -> tuple[int, ...]:

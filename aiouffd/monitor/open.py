@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from aiouffd.errors import SourceError
 from aiouffd.kernel.region import Region
-from aiouffd.monitor.monitor import AllOptions, Monitor
+from aiouffd.monitor.map import monitor_of, only_known
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
-    from aiouffd.monitor.monitor import OnFork
+    from aiouffd.monitor.monitor import AllOptions, Monitor, OnFork
+    from aiouffd.sources.base import Source
 
 __all__ = ["Opened", "open"]
 
+_USE = "nothing is mapped yet: `with aiouffd.open(...) as region`, or `region = aiouffd.map(...)` without a block"
+
 
 class Opened:
-    """What `open` returns: an asynchronous context manager of a region, and a plain one."""
+    """What `open` returns: an asynchronous context manager of a region, and a plain one.
 
-    def __init__(self, prepare: Callable[[], Monitor]) -> None:
-        self._prepare = prepare
+    `len()` is the size of the source; it asks for it, and blocks. For all else a block is needed.
+    """
+
+    def __init__(
+        self,
+        what: Any,
+        engine: Pager | InThread | InProcess | None,
+        fork: OnFork | None,
+        storage_options: Mapping[str, Any] | None,
+        options: AllOptions,
+    ) -> None:
+        self._what, self._engine, self._fork, self._storage_options = what, engine, fork, storage_options
+        self._options = options
+        self._found: Source | None = None  # by `len`
         self._monitor: Monitor | None = None
+
+    def _source(self) -> Source:
+        timeout, retries = self._options.get("timeout"), self._options.get("retries")
+        return as_source(self._what, timeout=timeout, retries=retries, options=self._storage_options)
+
+    def _prepare(self) -> Monitor:
+        source, self._found = self._found or self._source(), None
+        return monitor_of(Region, source, self._engine, self._fork, self._options)
 
     async def __aenter__(self) -> Region:
         """Find the source, map a region of its size, and serve it."""
@@ -56,6 +78,26 @@ class Opened:
         assert self._monitor is not None
         self._monitor.__exit__(kind, value, trace)
 
+    def __len__(self) -> int:
+        self._found = self._found or self._source()
+        return self._found.size
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"<what aiouffd.open has returned: {_USE}>"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if hasattr(Region, name) or name in Region.__annotations__:
+            raise AttributeError(f"a region has {name!r}, and {_USE}")
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(_USE)
+
+    __buffer__ = __getitem__ = __setitem__ = __iter__ = _refuse
+
 
 def open(  # noqa: A001 - it is called aiouffd.open
     what: Any,
@@ -67,7 +109,8 @@ def open(  # noqa: A001 - it is called aiouffd.open
 ) -> Opened:
     """Map what a path or a URL names: a region of its size, whose pages come on first touch.
 
-    `async with aiouffd.open(...) as region`, or plain `with`. `region.monitor` is the `Monitor`.
+    `async with aiouffd.open(...) as region`, or plain `with`. `region.monitor` is the `Monitor`. The region is served
+    inside the block only, arrays on it as well: `map` is without a block.
 
     Args:
         what: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`. URLs other than
@@ -82,15 +125,9 @@ def open(  # noqa: A001 - it is called aiouffd.open
         TypeError: `what` is none of these, or an option is of a wrong type.
         UffdError: as for `Monitor`.
         OSError: as for `Monitor`.
+
+    Raises:
+        TypeError: an option is unknown.
     """
-
-    def prepare() -> Monitor:
-        source = as_source(
-            what, timeout=options.get("timeout"), retries=options.get("retries"), options=storage_options
-        )
-        if not source.size:
-            raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
-        # What InThread cannot do is refused when the Monitor is made.
-        return Monitor(Region(source.size), source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
-
-    return Opened(prepare)
+    only_known("open", options)
+    return Opened(what, engine, fork, storage_options, options)

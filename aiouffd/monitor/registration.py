@@ -22,6 +22,7 @@ from aiouffd.lifetime import close_in_children
 
 if TYPE_CHECKING:
     from aiouffd.kernel.region import Region
+    from aiouffd.monitor.held import Held
     from aiouffd.ranges import Range
 
 __all__ = ["Registration"]
@@ -33,7 +34,7 @@ class Registration:
     """Registers a region with a userfaultfd of its own.
 
     Args:
-        region: must not be registered yet.
+        held: the region, which must not be registered yet.
         features: that the engine needs.
         writes: which writes are told: "tracked" (WP_ASYNC), "served" (a message each), or "" for none.
         children: forked children have the region from `is_served` on; else it is not theirs (MADV_DONTFORK). None:
@@ -49,7 +50,7 @@ class Registration:
 
     def __init__(
         self,
-        region: Region,
+        held: Held,
         features: Feature,
         *,
         writes: str,
@@ -57,12 +58,13 @@ class Registration:
         user_mode_only: bool,
         serves_system_calls: bool,
     ) -> None:
+        region = held.region
         if region.monitor is not None:
             raise BusyError("UFFDIO_REGISTER", region.address, region.mapped_length, errno.EBUSY)
         if region.closed:
             raise ClosedError("the region is closed")
         available = kernel_features()
-        self.region = region
+        self._held = held
         self.can_poison = Feature.POISON in available
         self.modes = RegisterMode.MISSING
         self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
@@ -97,6 +99,11 @@ class Registration:
         except BaseException:
             self.abandon()
             raise
+
+    @property
+    def region(self) -> Region:
+        """The region; raises ClosedError where it is gone."""
+        return self._held.region
 
     @property
     def uffd(self) -> Userfaultfd:
@@ -140,11 +147,12 @@ class Registration:
 
         Thread-safe: the engine may lose its pager while the Monitor is being left.
         """
+        region = self.region
         if (uffd := self._take()) is None:
             return
-        self.region.listen(None)
+        region.listen(None)
         if sigbus or not uffd.intact:  # what cannot be given back is no zeros
-            self._sentinel.take_over(self.region, uffd)
+            self._sentinel.take_over(region, uffd)
         else:
             with uffd:
                 self._give_back(uffd)
@@ -158,8 +166,9 @@ class Registration:
             self._sentinel.close()
 
     def _give_back(self, uffd: Userfaultfd) -> None:
+        region = self.region
         try:
-            uffd.unregister(self.region.address, self.region.mapped_length)
+            uffd.unregister(region.address, region.mapped_length)
         finally:
             self._let_children_have_it()
 
@@ -170,8 +179,9 @@ class Registration:
                 self._let_children_have_it()
 
     def _let_children_have_it(self) -> None:
-        libc.madvise(self.region.address, self.region.mapped_length, libc.MADV_DOFORK)
-        self.region.withheld = False
+        region = self.region
+        libc.madvise(region.address, region.mapped_length, libc.MADV_DOFORK)
+        region.withheld = False
 
     def _take(self) -> Userfaultfd | None:
         with self._lock:

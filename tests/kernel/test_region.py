@@ -214,3 +214,16 @@ def test_only_a_region_that_grows_is_inaccessible_for_a_moment(monkeypatch: pyte
     region.resize(6 * PAGE)
     assert libc.PROT_NONE in protected
     region.listen(None)
+
+
+def test_a_block_closes_it() -> None:
+    """By `close`, which does not unmap what is served: that of mmap.mmap would."""
+    with Region(PAGE) as region:
+        assert region[0] == 0
+    assert region.closed
+    region = Region(PAGE)
+    region.monitor = object()
+    with pytest.raises(aiouffd.BusyError), region:
+        pass
+    region.monitor = None
+    assert region[0] == 0

@@ -17,6 +17,7 @@ import aiouffd
 from aiouffd.kernel import libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import mapped
+from aiouffd.monitor.held import Held
 from aiouffd.monitor.registration import Registration
 
 SIZE = 16 * PAGE
@@ -25,7 +26,7 @@ SIZE = 16 * PAGE
 def registered(region: aiouffd.Region, features: Feature = Feature.THREAD_ID, **options: object) -> Registration:
     """Register a region, as a Monitor at its defaults does."""
     asked = {"writes": "", "children": False, "user_mode_only": False, "serves_system_calls": True} | options
-    return Registration(region, features, **asked)  # type: ignore[arg-type]
+    return Registration(Held(region), features, **asked)  # type: ignore[arg-type]
 
 
 def is_missing(region: aiouffd.Region, page: int) -> bool:

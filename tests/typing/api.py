@@ -51,6 +51,13 @@ aiouffd.open(b"bytes", on_exit="zeros")
 aiouffd.open("path", engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[arg-type]
 aiouffd.open("path", chunks=4)  # type: ignore[call-arg]
 
+assert_type(aiouffd.map("https://host/x", storage_options={"region": "eu-west-1"}, background=True), aiouffd.Region)
+aiouffd.map(b"bytes", engine=aiouffd.InThread(), track_writes=True)
+aiouffd.map("path", engine=aiouffd.InProcess())  # type: ignore[arg-type]
+aiouffd.map("path", engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[arg-type]
+aiouffd.map("path", on_exit="zeros")  # type: ignore[call-arg]
+aiouffd.map("path", readahead="2 MiB")  # type: ignore[arg-type]
+
 
 def plain() -> None:
     """The plain forms."""
@@ -63,6 +70,9 @@ def plain() -> None:
         assert_type(monitor.pids, tuple[int, ...])
     with aiouffd.open("path") as opened:
         assert_type(opened, aiouffd.Region)
+    assert_type(len(aiouffd.open("path")), int)
+    with aiouffd.map("path") as mapped:
+        assert_type(mapped, aiouffd.Region)
 
 
 async def asynchronous() -> None:

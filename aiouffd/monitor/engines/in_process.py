@@ -50,6 +50,7 @@ class InProcess(Value):
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
+    needs_loop: ClassVar[bool] = True
 
     def _check(self) -> None:
         at_least(0, spin_us=self.spin_us)

@@ -72,6 +72,7 @@ class InThread(Value):
     serves_system_calls: ClassVar[bool] = False
     serves_children: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
+    needs_loop: ClassVar[bool] = False
 
     def _check(self) -> None:
         above_zero(stuck_warning=self.stuck_warning)

@@ -71,6 +71,7 @@ class Pager(Value):
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
+    needs_loop: ClassVar[bool] = False
 
     def _check(self) -> None:
         at_least(0, spin_us=self.spin_us, linger=self.linger)
@@ -88,6 +89,9 @@ class Pager(Value):
     def pagers_for(self, _pack: Pack) -> Pagers:
         """Return the pagers, of which one serves."""
         return self._pagers
+
+    def __reduce__(self) -> tuple[type[Pager], tuple[int, float | None, float]]:
+        return type(self), (self.spin_us, self.stuck_limit, self.linger)
 
     def __enter__(self) -> Self:
         """Start the pager."""

@@ -134,6 +134,10 @@ class EngineChoice(Protocol):
     def counts_here(self) -> bool:
         """Whether `Engine.statistics` is of this region alone, and asks no other process."""
 
+    @property
+    def needs_loop(self) -> bool:
+        """Whether it serves on the caller's loop."""
+
     def check(self, terms: Terms) -> None:
         """Raise ValueError where such an engine cannot do what the Monitor was asked for; it names both."""
 

@@ -68,6 +68,7 @@ class ServedBy(Value):
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
     counts_here: ClassVar[bool] = False
+    needs_loop: ClassVar[bool] = False
 
     def _check(self) -> None:
         above_zero_or_none(stuck_limit=self.stuck_limit)

@@ -1,0 +1,183 @@
+"""`map`: a region that is served without a block, as long as it or a view of it lives.
+
+Its finalizer runs wherever the last reference goes: in the thread that hears the pager, in the loop that serves, in a
+collection of garbage in the middle of anything. To leave a Monitor is to wait for others, and may not happen there. So
+the finalizer gives the region to a thread of its own, which closes it. `_thread` starts that one: `threading` takes a
+lock that the interrupted code may hold.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final, Unpack
+
+from aiouffd.errors import SourceError
+from aiouffd.kernel.region import Region
+from aiouffd.lifetime import until_exit
+from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor
+from aiouffd.store.resolve import as_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aiouffd.monitor.engines.in_process import InProcess
+    from aiouffd.monitor.engines.in_thread import InThread
+    from aiouffd.monitor.engines.pager import Pager
+    from aiouffd.monitor.monitor import OnFork
+    from aiouffd.sources.base import Source
+
+__all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
+
+log = logging.getLogger("aiouffd")
+
+_PAUSES: Final = 0.001, 1.0  # seconds between two tries to close what has a view still: the first, the longest
+_HERE_ONLY: Final = ("on_exit", "record")
+"""Options of this region and not of another one that shows the same."""
+
+_served: set[Monitor] = set()
+"""Those of mapped regions. Nothing of them is garbage when the region is: no finalizer comes before the region's."""
+_unclosed: list[MappedRegion] = []
+"""For which no thread could be started."""
+
+
+class MappedRegion(Region):
+    """A region that has its Monitor for itself, and leaves it when it is closed."""
+
+    def close(self) -> None:
+        """Serve the region no longer, and unmap it. Blocks for milliseconds, until the pager has answered.
+
+        Raises:
+            BufferError: views of it exist; it is served on.
+        """
+        if not self.closed and (monitor := self.monitor) is not None:
+            self.refuse_views()
+            _served.discard(monitor)
+            monitor.leave_region(self)
+            self.monitor = None  # in a forked child it is its parent's, and left by nobody
+        super().close()
+
+    @until_exit
+    def __del__(self) -> None:
+        if self.monitor is None or not self.monitor.serves_here:
+            super().__del__()
+        else:
+            _close_elsewhere(self)
+
+
+def _close_elsewhere(region: MappedRegion) -> None:
+    try:
+        _thread.start_new_thread(_close, (region,))
+    except RuntimeError:  # no more threads; it is tried again
+        _unclosed.append(region)
+
+
+def _close(region: MappedRegion) -> None:
+    """Close what nobody has a reference to any more."""
+    pause, longest = _PAUSES
+    while True:
+        try:
+            region.close()
+        except BufferError:  # a view in a cycle with it: collected soon, or revived by another finalizer
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        except Exception:
+            log.exception("%r, which nobody uses any more, cannot be closed", region)
+            return
+        else:
+            return
+
+
+def map(  # noqa: A001 - it is called aiouffd.map
+    what: Any,
+    *,
+    engine: Pager | InThread | None = None,
+    fork: OnFork | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Unpack[MapOptions],
+) -> Region:
+    """Map what a path or a URL names, as `open` does, and without a block.
+
+    The region is served as long as it or a view of it (a memoryview, an array, a tensor) lives, or until
+    `Region.close()`. It is a plain context manager, too: leaving the block closes it.
+
+    **Lifetime.** When the last reference goes, in whatever thread, a thread of its own leaves the Monitor and unmaps
+    the memory; nobody waits for that. `close()` does it at once, and raises BufferError while there are views. What
+    lives when the interpreter ends is served until the process has ended. In a forked child the region is its parent's,
+    as for `Monitor` (`fork`): closing it there ends nothing in the parent.
+
+    **Pickles.** The region is pickled as what it shows: where it is unpickled, the same source is mapped anew with the
+    same options (but `record`), so that it can be passed to spawned workers, dask or ray. A path is made absolute. Of a
+    URL, the version that was pickled is demanded, and `storage_options` travel in the pickle, secrets as well. Bytes
+    that were written to the region do not travel. A source of your own is pickled as any object.
+
+    Blocks until the source has told its size and the pager has started: in a program with a loop,
+    `await asyncio.to_thread(aiouffd.map, ...)`.
+
+    Args:
+        what: as for `open`.
+        engine: `Pager()` or `InThread()`; None: the pager that this process shares.
+        fork: as for `Monitor`.
+        storage_options: as for `open`.
+        **options: as for `Monitor`. A recording (`record`) is complete when the region is closed.
+
+    Raises:
+        SourceError: it is not there, empty, or cannot be read page by page.
+        TypeError: `what` is nothing of these; the engine needs a loop; an option is unknown or of a wrong type.
+        UffdError: as for `Monitor`.
+        OSError: as for `Monitor`.
+    """
+    only_known("map", options, without="on_exit")
+    if getattr(engine, "needs_loop", False):
+        raise TypeError(f"engine={engine!r} serves on the caller's event loop: use `async with aiouffd.open(...)`")
+    timeout, retries = options.get("timeout"), options.get("retries")
+    source = as_source(what, timeout=timeout, retries=retries, options=storage_options)
+    return _enter(monitor_of(MappedRegion, source, engine, fork, options))
+
+
+def _enter(monitor: Monitor) -> Region:
+    for left in [_unclosed.pop() for _ in range(len(_unclosed))]:
+        _close_elsewhere(left)
+    region = monitor.region
+    monitor.__enter__()
+    _served.add(monitor)
+    monitor.belong_to_region()
+    return region
+
+
+def only_known(function: str, options: Mapping[str, Any], *, without: str = "") -> None:
+    """Raise TypeError for an option that no Monitor has, before anybody is asked for anything."""
+    known = Monitor.__init__.__kwdefaults__ or {}
+    for name in options:
+        if name not in known or name == without:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def monitor_of(
+    kind: type[Region],
+    source: Source,
+    engine: Pager | InThread | InProcess | None,
+    fork: OnFork | None,
+    options: AllOptions | MapOptions,
+) -> Monitor:
+    """Return a Monitor, not entered, of a region that shows all of a source.
+
+    Raises:
+        SourceError, TypeError, ValueError: as `open`.
+    """
+    if not source.size:
+        raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
+    # What InThread cannot do is refused when the Monitor is made.
+    monitor = Monitor(kind(source.size), source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
+    if not getattr(engine, "needs_loop", False):
+        travels = {name: value for name, value in options.items() if name not in _HERE_ONLY}
+        monitor.region.reopens = _reopened, (source, source.size, engine, fork, travels)
+    return monitor
+
+
+def _reopened(source: Source, size: int, engine: Pager | InThread | None, fork: OnFork | None, options: Any) -> Region:
+    """Map what a pickled region has shown."""
+    if source.size != size:
+        raise SourceError(repr(source), 0, 0, f"it has {source.size} bytes; it had {size} where its region was pickled")
+    return map(source, engine=engine, fork=fork, **options)
