@@ -99,6 +99,23 @@ def test_connections_are_shared(url: str) -> None:
     assert bucket.part("a")._client._store is not one._client._store  # type: ignore[union-attr]
 
 
+async def test_plain_http_is_asked_on_the_loop(made: Path) -> None:
+    """For all packs by the same connections, which end with the source."""
+    with serving(made) as url:
+        source = aiouffd.SnapshotSource(f"{url}/a%20b.snap")
+        await source.prepare()
+        source.begin(30, None, lambda: None)
+        for at in range(0, source.size, 5 * CHUNK):
+            assert bytes(await source.read(at, 4096)) == DATA[at : at + 4096]
+        bucket = source.snapshot.store
+        assert isinstance(bucket, Bucket)
+        direct = bucket._direct
+        assert direct is not None
+        assert (len(direct._idle), len(direct._busy)) == (1, 0)
+        await source.aclose()
+        assert not direct._idle
+
+
 # In a bucket
 
 

@@ -268,3 +268,22 @@ def test_where_a_request_is_cut() -> None:
     assert runs_of([a_record(0), a_record(1, offset=far_off + 1)]) == [[a_record(0)], [a_record(1, offset=far_off + 1)]]
     assert len(runs_of([a_record(0), a_record(1, pack=1, offset=140)])) == 2
     assert len(runs_of(a_record(n, offset=64 + n * 65536, length=65536) for n in range(65))) == 2
+
+
+async def test_one_chunk_alone_needs_no_thread(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes less time than waking one; with others under way the loop is kept free."""
+    store, chunks = far(snapshot)
+    jobs: list[object] = []
+    submit = chunks._workers.submit
+
+    def note(call: Any, *, urgent: bool) -> Any:
+        jobs.append(call)
+        return submit(call, urgent=urgent)
+
+    monkeypatch.setattr(chunks._workers, "submit", note)
+    assert await chunks.get(3, 4, urgent=True) == whole(3, 4)
+    assert jobs == []
+    assert await asyncio.gather(chunks.get(5, 6, urgent=True), chunks.get(9, 10, urgent=True))
+    assert jobs
+    assert len(store.requests) == 3
+    await chunks.aclose()

@@ -19,7 +19,7 @@ from aiouffd.sources.http_answer import Answer, Validator, time_of
 from aiouffd.sources.rooms import Rooms
 from aiouffd.sources.store_errors import Failure, RequestError, from_exception, from_status
 
-__all__ = ["LoopHttp"]
+__all__ = ["LoopHttp", "head_of"]
 
 _ROOM = 16 << 10  # bytes of a head, and of a body that comes with it: a page takes one system call
 _CONTENT_RANGE = re.compile(
@@ -31,6 +31,15 @@ _RESOLVERS = 4  # limit of names looked up at once
 _CONNECT_TIMEOUT = 5.0  # seconds; as obstore's
 _LONGEST_IDLE = 30.0  # seconds: behind it something on the way may have forgotten the connection without a word
 _ERROR = 400
+
+
+def head_of(url: str, pinned: Validator) -> str:
+    """Return what is sent to ask for an object, as far as the range."""
+    parts = urlsplit(url)
+    headers = {"Host": parts.netloc, "User-Agent": "aiouffd", "Accept-Encoding": "identity", **pinned.conditions()}
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    lines = [f"GET {target} HTTP/1.1", *map(": ".join, headers.items())]
+    return "\r\n".join([*lines, "Range: bytes="])
 
 
 class LoopHttp:
@@ -45,10 +54,7 @@ class LoopHttp:
     def __init__(self, url: str, timeout: float, pinned: Validator) -> None:
         parts = urlsplit(url)
         self._address = parts.hostname or "", parts.port or 80
-        headers = {"Host": parts.netloc, "User-Agent": "aiouffd", "Accept-Encoding": "identity", **pinned.conditions()}
-        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        lines = [f"GET {target} HTTP/1.1", *map(": ".join, headers.items())]
-        self._head = "\r\n".join([*lines, "Range: bytes="])
+        self._head = head_of(url, pinned)
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._idle: list[_Connection] = []
@@ -64,13 +70,18 @@ class LoopHttp:
         """Whether it belongs to this loop."""
         return self._loop is asyncio.get_running_loop()
 
-    async def get_async(self, start: int, stop: int) -> Answer:
+    async def get_async(self, start: int, stop: int, head: str | None = None) -> Answer:
         """Return the bytes [start, stop), or up to the end of the object. Canceling is safe: it ends the connection.
+
+        Args:
+            start: offset in the object.
+            stop: offset behind the last byte.
+            head: of a request for another object of this server: see `head_of`.
 
         Raises:
             RequestError: with the reason.
         """
-        request = f"{self._head}{start}-{stop - 1}\r\n\r\n".encode()
+        request = f"{head or self._head}{start}-{stop - 1}\r\n\r\n".encode()
         while True:
             connection = self._idle.pop() if self._idle else await self._open()
             self._busy.add(connection)

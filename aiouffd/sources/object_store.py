@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources.http_answer import Answer, Validator
-from aiouffd.sources.loop_http import LoopHttp
+from aiouffd.sources.loop_http import LoopHttp, head_of
 from aiouffd.sources.plain_http import PlainHttp
 from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
@@ -87,18 +87,20 @@ class ObjectSource:
         # Made at first use: they do not travel.
         self._client: StoreClient | PlainHttp | None = None
         self._direct: LoopHttp | None = None
+        self._shared: Callable[[], LoopHttp] | None = None
+        self._head: str | None = None
         self._goes_direct = False  # from `begin` to `aclose`, or until an answer was refused
         self._failing_since: float | None = None
         self._logged = -_REMINDER
 
-    @classmethod
-    def of_client(
-        cls, url: str, client: StoreClient | None, timeout: float | None, retries: int | None, **options: Any
-    ) -> ObjectSource:
-        """Return a source that asks by a client that is there already."""
-        self = cls(url, timeout=timeout, retries=retries, **options)
-        self._client = client
-        return self
+    def share(self, client: StoreClient | None, direct: Callable[[], LoopHttp]) -> None:
+        """Ask by connections that are there already, for an object that never changes: no version of it is pinned.
+
+        Args:
+            client: of this object; None: its own.
+            direct: returns what asks its server, if that may be asked on the loop. It stays its owner's.
+        """
+        self._client, self._shared = client, direct
 
     @property
     def size(self) -> int:
@@ -204,12 +206,15 @@ class ObjectSource:
         return answer
 
     async def _get(self, start: int, stop: int) -> Answer:
-        if self._direct is None and self._goes_direct and self._pinned is not None:
+        if self._direct is None and self._goes_direct and (self._pinned is not None or self._shared is not None):
             self._goes_direct = self._may_go_direct()
-            self._direct = LoopHttp(self.url, self._seconds, self._pinned) if self._goes_direct else None
+            if self._goes_direct and self._shared is not None:
+                self._direct, self._head = self._shared(), head_of(self.url, Validator(None))
+            elif self._goes_direct and self._pinned is not None:
+                self._direct = LoopHttp(self.url, self._seconds, self._pinned)
         if self._direct is not None and self._direct.is_here:
             try:
-                return await self._direct.get_async(start, stop)
+                return await self._direct.get_async(start, stop, self._head)
             except RequestError as error:
                 if not error.failure.answer_refused:
                     raise
@@ -228,7 +233,8 @@ class ObjectSource:
         """Ask through obstore from now on."""
         self._goes_direct = False
         if self._direct is not None and self._direct.is_here:
-            self._direct.close()
+            if self._shared is None:
+                self._direct.close()
             self._direct = None
 
     async def _read_again(self) -> None:

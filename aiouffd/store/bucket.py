@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from aiouffd.errors import SourceError, StoreError
+from aiouffd.sources.http_answer import Validator
+from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.object_store import ObjectSource
 from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import RequestError, hide_secrets
@@ -36,6 +38,7 @@ class Bucket:
         self._options = dict(options)
         self._http = urlsplit(url).scheme in ("http", "https")
         self._client: StoreClient | None = None
+        self._direct: LoopHttp | None = None
 
     def is_same(self, other: object) -> bool:
         """Tell whether another store is this one."""
@@ -57,11 +60,16 @@ class Bucket:
         Raises:
             StoreError: the URL cannot be used.
         """
-        url = f"{self.url}/{path}"
-        client = None if is_lost() else self._connect(path, timeout)
-        source = ObjectSource.of_client(url, client, timeout, retries, **self._options)
-        source.begin(timeout or _TIMEOUT, retries, on_retry)
+        source = ObjectSource(f"{self.url}/{path}", timeout=timeout or _TIMEOUT, retries=retries, **self._options)
+        source.begin(timeout, retries, on_retry)
+        source.share(None if is_lost() else self._connect(path, timeout), self._on_loop)
         return source
+
+    def _on_loop(self) -> LoopHttp:
+        """Return what asks an http server on the loop that runs."""
+        if self._direct is None or not self._direct.is_here:
+            self._direct = LoopHttp(self.url, _TIMEOUT, Validator(None))
+        return self._direct
 
     def _connect(self, path: str, timeout: float | None) -> StoreClient:
         if self._client is None:
@@ -115,8 +123,10 @@ class Bucket:
         return self.part(path)
 
     def close(self) -> None:
-        """Give it up."""
-        self._client = None
+        """Close its connections, those on the loop that runs."""
+        if self._direct is not None:
+            self._direct.close()
+        self._client = self._direct = None
 
     def __repr__(self) -> str:
         return f"Bucket({hide_secrets(self.url)!r})"

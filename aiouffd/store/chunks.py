@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
 from aiouffd.store.codecs import digest, expand
 from aiouffd.store.workers import Job, Workers
-from aiouffd.values import Struct
+from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +24,8 @@ __all__ = ["Chunks", "expanded", "runs_of"]
 _GAP: Final = 32 << 10  # bytes between two frames that are fetched along: a request costs more
 _LONGEST: Final = 4 << 20  # bytes of one request
 _BATCH: Final = 512 << 10  # bytes of the image that a thread decompresses before it looks for what is more urgent
+_PARTS: Final = 256  # packs whose sources are kept
+_AT_ONCE: Final = 64 << 10  # one chunk of this size is decompressed on the loop, if nothing else is under way: 80 us
 _THREADS: Final = max(4, os.cpu_count() or 1)
 
 Outcome = Any
@@ -75,14 +77,30 @@ class _Flight(Struct):
     """A chunk that is on its way.
 
     Attributes:
-        landed: gets the outcome.
-        urgent: whether somebody waits for it.
+        urgent: whether a fault waits for it.
         job: what decompresses it, once it has come.
+        outcome: None until it has landed.
     """
 
-    landed: asyncio.Future[Outcome]
     urgent: bool
     job: Job | None = None
+    outcome: Outcome = None
+    _waiters: list[asyncio.Future[None]] = field(factory=list)
+
+    async def landing(self) -> Outcome:
+        """Wait for the outcome. Canceling is safe: others wait for a future of their own."""
+        if self.outcome is None:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return self.outcome
+
+    def land(self, outcome: Outcome) -> None:
+        """Tell those who wait what has come."""
+        self.outcome = outcome
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 class Chunks:
@@ -97,7 +115,7 @@ class Chunks:
     def __init__(self, snapshot: Snapshot, kept: int, part: Callable[[str], Any]) -> None:
         self._snapshot = snapshot
         self._index = snapshot.index
-        self._part = part
+        self._part = lru_cache(_PARTS)(part)
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._room = kept
         self._flights: dict[int, _Flight] = {}
@@ -120,24 +138,22 @@ class Chunks:
             SourceError: a chunk cannot be had. StoreError: it is damaged or missing.
         """
         found: dict[int, Any] = {}
-        waiting: dict[int, asyncio.Future[Outcome]] = {}
+        waiting: dict[int, _Flight] = {}
         records = []
         for chunk in range(low, high):
             data = self.at_hand(chunk)
             if data is not None:
                 found[chunk] = data
             elif (flight := self._flights.get(chunk)) is not None:
-                waiting[chunk] = flight.landed
+                waiting[chunk] = flight
                 if urgent and not flight.urgent:
                     self._hurry(flight)
             elif (record := self._index.find(chunk)) is not None:
                 records.append(record)
         for run in runs_of(records):
             waiting.update(self._begin(run, urgent=urgent))
-        if waiting:
-            await asyncio.wait(waiting.values())
-        for chunk, landed in waiting.items():
-            outcome = landed.result()
+        for chunk, flight in waiting.items():
+            outcome = await flight.landing()
             if isinstance(outcome, BaseException):
                 raise outcome
             found[chunk] = outcome
@@ -148,16 +164,14 @@ class Chunks:
         if flight.job is not None:
             self._workers.hurry(flight.job)
 
-    def _begin(self, run: list[Record], *, urgent: bool) -> dict[int, asyncio.Future[Outcome]]:
-        """Begin to fetch a run; return the outcomes of its chunks to come."""
-        loop = asyncio.get_running_loop()
-        landed: dict[int, asyncio.Future[Outcome]] = {record.chunk: loop.create_future() for record in run}
-        for chunk, future in landed.items():
-            self._flights[chunk] = _Flight(future, urgent)
-        task = loop.create_task(self._fly(run))
+    def _begin(self, run: list[Record], *, urgent: bool) -> dict[int, _Flight]:
+        """Begin to fetch a run; return the flights of its chunks."""
+        flights = {record.chunk: _Flight(urgent=urgent) for record in run}
+        self._flights.update(flights)
+        task = asyncio.get_running_loop().create_task(self._fly(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return landed
+        return flights
 
     async def _fly(self, run: list[Record]) -> None:
         """Bring a run, whatever comes of it. What is damaged is fetched once more: it may have been on its way."""
@@ -176,6 +190,8 @@ class Chunks:
         start, stop = span(run)
         store, path = self._snapshot.store, self._index.pack(run[0].pack).path
         data = None if store.is_local else memoryview(await self._part(path).read(start, stop - start))
+        if data is not None and len(run) == 1 and len(self._flights) == 1 and self._index.chunk_size <= _AT_ONCE:
+            return self._landed(run, self._expand(run, path, data, start), last=last)
         jobs = []
         for batch in self._batches(run):
             flights = [self._flights[record.chunk] for record in batch]
@@ -186,11 +202,17 @@ class Chunks:
             jobs.append((batch, job))
         damaged = []
         for batch, job in jobs:
-            for record, outcome in zip(batch, await job.result(), strict=True):
-                if isinstance(outcome, StoreError) and not last:
-                    damaged.append(record)
-                else:
-                    self._land(record, outcome)
+            damaged += self._landed(batch, await job.result(), last=last)
+        return damaged
+
+    def _landed(self, batch: list[Record], outcomes: list[Outcome], *, last: bool) -> list[Record]:
+        """Tell those who wait for some chunks what has come; return those that are worth another try."""
+        damaged = []
+        for record, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, StoreError) and not last:
+                damaged.append(record)
+            else:
+                self._land(record, outcome)
         return damaged
 
     def _batches(self, run: list[Record]) -> list[list[Record]]:
@@ -231,8 +253,7 @@ class Chunks:
         flight = self._flights.pop(record.chunk, None)
         if flight is None:
             return
-        if not flight.landed.done():
-            flight.landed.set_result(outcome)
+        flight.land(outcome)
         if not isinstance(outcome, BaseException):
             # A view of what was fetched for many chunks would keep all of that.
             self._keep(record.chunk, bytes(outcome) if isinstance(outcome, memoryview) else outcome)

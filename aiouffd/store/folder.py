@@ -224,9 +224,5 @@ class Folder:
             with contextlib.suppress(OSError):  # it has others
                 os.rmdir(folder, dir_fd=self.fd)
 
-    def close(self) -> None:
-        """Give the folder up."""
-        self._held.close()
-
     def __repr__(self) -> str:
         return f"Folder({self.path!r})"

@@ -172,6 +172,8 @@ class SnapshotSource:
         if self._chunks is not None:
             await self._chunks.aclose()
             self._chunks = None
+            if not isinstance(self.snapshot.store, Folder):
+                self.snapshot.store.close()
 
     def travel(self) -> tuple[Any, tuple[Any, ...]]:
         """Return what makes this source without another look at the store."""
