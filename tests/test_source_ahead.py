@@ -10,6 +10,7 @@ import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.allowance import Allowance
 from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.runs import FOR_FAULT
@@ -116,15 +117,18 @@ def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
         ({}, [0, 4, 8, 12, 16]),
         ({"concurrent_reads": 2}, [0, 4, 8, 12]),
         ({"bytes_in_flight": 16 * PAGE}, [0, 4, 8, 12]),
+        ({"client_bytes": 1e9}, [0, 4, 8, 12]),
     ],
 )
 async def test_who_waits_for_a_window_of_a_far_source_is_followed_further(
-    monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], asked: list[int]
+    monkeypatch: pytest.MonkeyPatch, bounds: dict[str, Any], asked: list[int]
 ) -> None:
     """By as many windows as the pace and the bounds allow: each takes a way there and back."""
     monkeypatch.setattr("aiouffd.engine.readahead._SHARE_AHEAD", 1)
     source = Held()
     world = World(4 * PAGE, source=source, limits=limits(**bounds))
+    if "client_bytes" in bounds:
+        world.space.allowance = Allowance("a client", None, bounds["client_bytes"], world.counters)
     for page in (0, 4):
         world.touch(page, 1)
         world.deliver(64)

@@ -162,9 +162,11 @@ class SourceBackend:
     def _follow(self, space: Space, skew: int, offset: int, low: int, high: int, began_ns: int) -> None:
         """Bring what is behind the window that `offset` is in; `skew`: from an offset to its address.
 
-        One window, and of a far source as many more as the pace allows: each takes a way there and back.
+        One window, and of a far source as many more as the pace allows: each takes a way there and back. A client with
+        a limit gets one: it pays afterwards for what was placed.
         """
-        while (windows := space.readahead.follow(offset, low, high, self._reach)) is not None:
+        most = self._reach if space.allowance is None else 0
+        while (windows := space.readahead.follow(offset, low, high, most)) is not None:
             (at, length), (behind, size) = windows
             runs: list[Run] = []
             try:
