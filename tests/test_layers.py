@@ -32,6 +32,7 @@ ORDER = {
             "memory",
             "pagemap",
             "locked",
+            "region_file",
             "region",
             "populated",
             "events",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import mmap
 import os
 import warnings
@@ -18,6 +19,7 @@ from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_p
 from aiouffd.kernel.memory import MAP_NORESERVE, mapped
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
+from aiouffd.kernel.region_file import RegionFile
 from aiouffd.lifetime import until_exit
 from aiouffd.ranges import RangeSet, align_up
 
@@ -31,6 +33,7 @@ __all__ = ["Region"]
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
 
+_IN_MEMORY: Final = 1  # bit of mincore(2)
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
 
 _never_closed: dict[int, Region] = {}
@@ -220,6 +223,62 @@ class Region(mmap.mmap):
     def keep(self, thing: object) -> None:
         """Keep an object alive for as long as the region is mapped."""
         self._keep.append(thing)
+
+    def bring(self, start: int, length: int) -> None:
+        """Have a range (offsets) present, where somebody serves it here. The GIL is released meanwhile.
+
+        Raises:
+            SourceError: a page could not be had.
+            ClosedError: a page is missing, and the Monitor that served the region was left.
+            RuntimeError: this thread runs the engine's loop.
+        """
+        page = start & -mmap.PAGESIZE
+        if all(byte & _IN_MEMORY for byte in libc.mincore(self.address + page, start + length - page)):
+            return  # 1 us; to ask a pager takes 100 us
+        if self.monitor is not None:
+            if self.monitor.serves_here:
+                self.monitor.prefetch_sync(start, length)
+        elif self._listener is not None:  # it was left, and a touch of what is missing is SIGBUS
+            first, end = start & -self.page_size, align_up(start + length, self.page_size)
+            with Pagemap.open_if_possible() as pagemap:
+                if pagemap.missing(self.address + first, end - first, self.fd, self.page_size):
+                    raise ClosedError(f"[{start}, {start + length}) is not all there, and its Monitor was left")
+
+    def as_file(self, buffer_size: int = 128 << 10) -> io.BufferedReader:
+        """Return a binary file that reads the region, with a position of its own, for one thread.
+
+        What is missing is brought first, without the GIL: an error is raised as by `bring`, where a touch would be
+        SIGBUS. The file keeps the region alive, and is no view: after `close` of the region it raises ValueError.
+
+        Args:
+            buffer_size: bytes that are brought and copied at once, at least.
+        """
+        return io.BufferedReader(RegionFile(self), buffer_size)
+
+    def readable(self) -> bool:
+        """Return True: a region can be passed where a binary file is read. Its position is one for all threads."""
+        return True
+
+    seekable = writable = readable
+
+    def seek(self, pos: int, whence: Any = os.SEEK_SET) -> int:  # type: ignore[override]  # None until Python 3.13
+        """As `mmap.seek`; return the position."""
+        super().seek(pos, whence)
+        return self.tell()
+
+    def read(self, n: int | None = None) -> bytes:
+        """As `mmap.read`. What is missing is brought first: raises as `bring`."""
+        rest = len(self) - self.tell()
+        length = rest if n is None or n < 0 else min(n, rest)
+        self.bring(self.tell(), length)
+        return super().read(length)
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Copy from the position on into a buffer, as `read` does, and return how many bytes."""
+        with memoryview(buffer).cast("B") as target:
+            data = self.read(len(target))
+            target[: len(data)] = data
+        return len(data)
 
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`. MADV_DONTNEED and MADV_REMOVE empty pages: they read as zeros, not as the source's data.

@@ -5,7 +5,9 @@ A line with `type: ignore[...]` is one that must be refused: mypy reports an ign
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from typing import assert_type
 
 import aiouffd
@@ -70,6 +72,9 @@ def plain() -> None:
         assert_type(monitor.pids, tuple[int, ...])
     with aiouffd.open("path") as opened:
         assert_type(opened, aiouffd.Region)
+        assert_type(opened.as_file(), io.BufferedReader)
+        assert_type(opened.read(8), bytes)
+        zipfile.ZipFile(opened)
     assert_type(len(aiouffd.open("path")), int)
     with aiouffd.map("path") as mapped:
         assert_type(mapped, aiouffd.Region)
