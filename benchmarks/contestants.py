@@ -74,8 +74,9 @@ class Arena:
         used, pids = 0, [str(self.pid)]
         for pid in pids:
             for task in Path(f"/proc/{pid}/task").iterdir():
-                used += int((task / "schedstat").read_text().split()[0])
-                pids += (task / "children").read_text().split()
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends just now
+                    used += int((task / "schedstat").read_text().split()[0])
+                    pids += (task / "children").read_text().split()
         return used / 1e9
 
 
