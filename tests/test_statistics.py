@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_each_word_has_its_name() -> None:
     assert len(set(Counter)) == len(Counter.__members__)
     assert all(counter < Counter.LATENCY or counter >= Counter.LATENCY + 48 for counter in names)
     assert max(Counter) * 8 < SIZE
+
+
+def test_each_field_is_explained() -> None:
+    """In the order of the fields; the latency below its own."""
+    assert Statistics.__doc__ is not None
+    explained = re.findall(r"^ +(\w+): ", Statistics.__doc__.partition("Attributes:")[2], re.MULTILINE)
+    assert [*explained, "latency"] == list(Statistics.__match_args__)
 
 
 def test_a_page_that_was_brought_along_is_asked_for_after_all() -> None:

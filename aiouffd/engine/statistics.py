@@ -15,18 +15,18 @@ __all__ = ["Counter", "Counters", "Statistics"]
 
 
 class Counter(enum.IntEnum):
-    """Which word counts what."""
+    """Which word counts what: `Statistics` says what each means."""
 
-    FAULTS = 0  # messages of missing pages, joined and repeated ones included
-    JOINED = 1  # faults on a page that was on its way already, or had come by the time they were read
-    PAGES_FAULT = 2  # pages asked for by a fault
-    PAGES_READAHEAD = 3  # pages brought along with a fault
+    FAULTS = 0
+    JOINED = 1
+    PAGES_FAULT = 2
+    PAGES_READAHEAD = 3
     PAGES_PREFETCH = 4
     PAGES_REPLAY = 5
     PAGES_BACKGROUND = 6
-    PAGES_ZERO = 7  # of all these, pages filled with zeros
+    PAGES_ZERO = 7
     PAGES_POISONED = 8
-    BYTES_FETCHED = 9  # taken from the source
+    BYTES_FETCHED = 9
     COPIES = 10
     ZEROPAGES = 11
     CONTINUES = 12
@@ -35,7 +35,7 @@ class Counter(enum.IntEnum):
     EEXIST = 15
     ENOENT = 16
     PARTIAL = 17
-    DEFERRED = 18  # runs put off to a timer
+    DEFERRED = 18
     FORKS = 19
     REMAPS = 20
     REMOVES = 21
@@ -43,20 +43,20 @@ class Counter(enum.IntEnum):
     SOURCE_RETRIES = 23
     SOURCE_ERRORS = 24
     HANDLER_ERRORS = 25
-    IN_FLIGHT = 26  # source reads and handlers under way
+    IN_FLIGHT = 26
     BYTES_IN_FLIGHT = 27
-    RESTARTS = 28  # workers that died and were replaced
+    RESTARTS = 28
     CLIENTS = 29
-    SPACES = 30  # descriptors being served
+    SPACES = 30
     POISONS = 31
     LATENCY = 32  # 48 buckets follow: index is the bit length of the nanoseconds
     HEARTBEAT = 80  # goes up twice a second as long as the loop runs
     UNPROTECTS = 81
     PROTECTS = 82
-    WRITE_FAULTS = 83  # messages of writes to protected pages
-    MINOR_FAULTS = 84  # messages of pages that the file has and the mapping does not
+    WRITE_FAULTS = 83
+    MINOR_FAULTS = 84
     SLOTS = 85  # arrays of words behind this one that have been used
-    SLOWED = 86  # times that a client was not read any more for a while: it had used up what it may have in a second
+    SLOWED = 86
     INHERITED = 87  # of `Counters.progress`: what other pagers have made of it
     ENDED = 88  # progress of those whose slots others have by now
 
@@ -67,7 +67,47 @@ SIZE = WORDS * 8
 
 
 class Statistics(Value):
-    """A snapshot of what has been counted since the Monitor was entered."""
+    """A snapshot of what has been counted since the Monitor was entered.
+
+    Attributes:
+        faults: messages of missing pages, joined and repeated ones included.
+        joined: of these, faults on a page that was on its way already, or had come by the time they were read.
+        pages_fault: pages that were asked for by a fault.
+        pages_readahead: pages that were brought along with a fault.
+        pages_prefetch: pages that a prefetch brought, or a populating exit.
+        pages_replay: pages that a recording brought.
+        pages_background: pages that the background fill brought.
+        pages_zero: of all these pages, those that were filled with zeros.
+        pages_poisoned: pages that could not be had.
+        bytes_fetched: bytes that were taken from the source.
+        copies: UFFDIO_COPY, each for one or many pages.
+        zeropages: UFFDIO_ZEROPAGE.
+        continues: UFFDIO_CONTINUE, for pages that the file of shared memory had already.
+        wakes: UFFDIO_WAKE.
+        eagain: answers of the kernel that the layout is changing.
+        eexist: answers that the page is there already.
+        enoent: answers that the memory is gone.
+        partial: answers that a part was done.
+        deferred: runs of pages that were put off for another try.
+        forks: processes that were forked and are served.
+        remaps: moves of memory (mremap).
+        removes: ranges that were emptied (MADV_DONTNEED and the like).
+        unmaps: ranges that were unmapped.
+        source_retries: further tries of reads.
+        source_errors: reads that failed for good.
+        handler_errors: calls of a handler that failed.
+        in_flight: source reads and handlers that are under way now.
+        bytes_in_flight: bytes of source reads that are under way now.
+        restarts: workers that died and were replaced.
+        clients: clients of a server, now.
+        spaces: address spaces that are served now, those of forked children included.
+        poisons: UFFDIO_POISON.
+        unprotects: UFFDIO_WRITEPROTECT that lets a page be written to.
+        protects: UFFDIO_WRITEPROTECT that protects.
+        write_faults: messages of writes to protected pages.
+        minor_faults: messages of pages that the file has and the mapping does not.
+        slowed: times that a client was not read for a while, since it had used up what it may have in a second.
+    """
 
     faults: int
     joined: int

@@ -42,7 +42,7 @@ class Pager(Value):
 
     An instance is a pager apart from that: for the Monitors that it is passed to, whatever their source or handler is.
     It runs as long as one of them does. As a context manager, plain or asynchronous, it also runs for the time of the
-    block:
+    block::
 
         with aiouffd.Pager() as pager:
             with aiouffd.Monitor(a, one, engine=pager), aiouffd.Monitor(b, other, engine=pager):
