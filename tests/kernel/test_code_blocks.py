@@ -142,8 +142,11 @@ def run_blocks(name: str, directory: str) -> None:
             else:
                 output = await run_python(block, name, names)
 
-    with serving(Path(directory)) as url, contextlib.ExitStack() as stack:
-        os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}
+    with contextlib.ExitStack() as stack:
+        url = ""
+        if re.search(r"https://host|s3://", Path(name).read_text()):
+            url = stack.enter_context(serving(Path(directory)))
+            os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}
         asyncio.run(program(url, stack))
 
 
