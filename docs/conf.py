@@ -47,8 +47,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 
-# Names of Python that signatures and docstrings mention are in a text file, so that a build asks no network. One that
-# it lacks is a warning (-n).
+# Names of Python that signatures and docstrings may mention are in a text file, `name kind page` each, so that a build
+# asks no network. One that it lacks is a warning (-n): add it.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore = [("py:class", "array")]  # array.array, which a class has by its short name
 
