@@ -3,7 +3,7 @@
 Layout (imports point down only): `cli` (commands) > `monitor` (memory of this process) > `criu`, `server` (memory of
 others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `store` (snapshots) > `engine` (the
 core) > `sources` > `testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`,
-`values`, `lifetime`, `errors`.
+`lifetime`, `errors`.
 """
 
 import sys

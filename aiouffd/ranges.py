@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from functools import total_ordering
 from typing import TYPE_CHECKING, NewType, Self
 
-from aiouffd.values import Value
+import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,8 +42,8 @@ def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[in
         at = cut
 
 
-@total_ordering
-class Range(Value):
+@attrs.frozen(order=True)
+class Range:
     """`length` bytes from `start` on, of offsets or of addresses. `Range.between` takes an end in place of a length.
 
     Raises:
@@ -55,11 +54,10 @@ class Range(Value):
     start: int
     length: int
 
-    def __init__(self, start: int, length: int) -> None:
-        vars(self).update(start=start, length=length)
-        if start < 0 or length < 0 or _UPPER_HALF <= start <= length < 2 * _UPPER_HALF:
+    def __attrs_post_init__(self) -> None:
+        if self.start < 0 or self.length < 0 or _UPPER_HALF <= self.start <= self.length < 2 * _UPPER_HALF:
             raise ValueError(
-                f"Range({start:#x}, {length:#x}): start and length must not be negative, and the length no"
+                f"Range({self.start:#x}, {self.length:#x}): start and length must not be negative, and the length no"
                 " address. Was an end passed as the length? Range.between(start, end) takes one"
             )
 
@@ -72,11 +70,6 @@ class Range(Value):
     def end(self) -> int:
         """The first byte behind the range."""
         return self.start + self.length
-
-    def __lt__(self, other: Range) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return (self.start, self.length) < (other.start, other.length)
 
     def __contains__(self, value: int) -> bool:
         return self.start <= value < self.start + self.length

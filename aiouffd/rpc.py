@@ -15,8 +15,9 @@ import threading
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.errors import HandoffError, PagerError, decode_error
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,8 @@ LAST_REQUEST = 2.0
 """Seconds for the answers to what is asked on leaving. The memory is settled without them, too."""
 
 
-class Request(Struct):
+@attrs.define(eq=False, repr=False)
+class Request:
     """A request without an answer.
 
     Attributes:
@@ -38,7 +40,7 @@ class Request(Struct):
 
     message: dict[str, Any]
     fds: Sequence[int] = ()
-    future: Future[Any] = field(factory=Future)
+    future: Future[Any] = attrs.field(factory=Future)
 
     def fail(self, error: BaseException) -> None:
         """Set the exception of the future, unless it is done or canceled."""

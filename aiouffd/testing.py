@@ -28,12 +28,13 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.errors import operation_error
 from aiouffd.kernel import abi, userfaultfd
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ _ADDRESS_SPACE = 1 << 47
 """The addresses of a process end one page below (TASK_SIZE): an operation behind that is EINVAL, not ENOENT."""
 
 
-class _Area(Struct):
+@attrs.define
+class _Area:
     """Addresses [start, end) of one mapping.
 
     Attributes:
@@ -407,7 +409,7 @@ class FakeUffd(OwnedDescriptor):
         for place in places:
             for area in self._areas[:]:
                 if area.start < place < area.end:
-                    self._areas.append(area.replace(start=place))
+                    self._areas.append(attrs.evolve(area, start=place))
                     area.end = place
         self._areas.sort(key=lambda area: area.start)
 

@@ -48,19 +48,7 @@ def modules_of(code: str, *arguments: str) -> set[str]:
     return set(process.stdout.split())
 
 
-HEAVY = {
-    "asyncio",
-    "attr",
-    "cloudpickle",
-    "http.client",
-    "numpy",
-    "obstore",
-    "pathlib",
-    "pickle",
-    "random",
-    "shutil",
-    "ssl",
-}
+HEAVY = {"asyncio", "cloudpickle", "http.client", "numpy", "obstore", "pathlib", "pickle", "random", "shutil", "ssl"}
 """What most programs with a Monitor can do without, apart from what they import themselves."""
 
 ENGINE = {"engine", *(f"engine.{name}" for name in ("mappings", "options", "resolver", "runs", "statistics"))}

@@ -7,6 +7,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
 from aiouffd.cli import daemon
@@ -63,7 +64,7 @@ async def test_the_first_task_that_fails_is_raised() -> None:
 def test_the_status_line() -> None:
     """Rates since the last look; restarts and errors only where there are some."""
     before = Counters().snapshot()
-    now = before.replace(clients=2, faults=7, pages_fault=500, bytes_fetched=1 << 20)
+    now = attrs.evolve(before, clients=2, faults=7, pages_fault=500, bytes_fetched=1 << 20)
     assert daemon._line(now, before) == "2 clients  500 pages (2,000/s)  7 faults  4 MiB/s"
-    failing = now.replace(restarts=3, source_errors=1)
+    failing = attrs.evolve(now, restarts=3, source_errors=1)
     assert daemon._line(failing, now).endswith("0 MiB/s  3 worker restarts  1 source errors")

@@ -17,7 +17,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "lifetime", "values", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
+        *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
         *("store", "handoff", "pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],

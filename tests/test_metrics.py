@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 
+import attrs
 import pytest
 from scenario import open_descriptors
 
@@ -14,7 +15,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.server import metrics
 from aiouffd.server.metrics import Endpoint, Metrics
 
-STATISTICS = Counters().snapshot().replace(faults=7, latency=tuple([0] * 20 + [3] + [0] * 43), clients=2)
+STATISTICS = attrs.evolve(Counters().snapshot(), faults=7, latency=tuple([0] * 20 + [3] + [0] * 43), clients=2)
 
 
 def endpoint() -> Endpoint:

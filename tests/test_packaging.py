@@ -124,7 +124,7 @@ def test_each_requirement_stands_once() -> None:
 
 def test_the_core_requires_little() -> None:
     """Everything else is an extra."""
-    assert requirements()[""] == ["cloudpickle", "uvloop"]
+    assert requirements()[""] == ["attrs", "cloudpickle", "uvloop"]
     assert {"demo", "test"} <= set(PROJECT["project"]["optional-dependencies"])  # README.md installs them
 
 

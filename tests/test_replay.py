@@ -157,9 +157,7 @@ def test_other_records() -> None:
     assert (end.spaces[1].replayed, end.spaces[1].filled, end.spaces[1].changed) == (8, 9, True)
     assert list(end.origins) == [5]
     assert end.numbers == {10, 40, 41, 50, 51}
-    last = last_meta(content.records)
-    assert last is not None
-    assert end.meta.as_dict() == Meta(30, 50, 51, 1).as_dict() == last.as_dict()
+    assert end.meta == Meta(30, 50, 51, 1) == last_meta(content.records)
 
 
 def test_descriptors_of_forked_children_are_known() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ def test_a_space_is_its_values_and_its_mappings() -> None:
     first, second = records(memoryview(space.encode_all()))
     assert (first.kind, first.identity, second.kind) == (Kind.SPACE, 3, Kind.MAPPINGS)
     values = json.loads(first.content)
-    assert values == {name: value for name, value in space.as_dict().items() if name != "mappings"}
+    assert values == {field.name: getattr(space, field.name) for field in attrs.fields(SpaceState)[:-1]}
     mappings = Mappings()
     mappings.unpack(second.content)
     assert list(mappings) == list(space.mappings)

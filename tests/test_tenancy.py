@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 
 import aiouffd
@@ -73,7 +74,7 @@ def test_the_end_of_a_forked_child_is_not_announced() -> None:
     assert Tenancy(origin, "t").announced
     child = Tenancy(origin, "t", is_child=True)
     assert not child.announced
-    assert child.replace(is_child=False, announced=True).announced
+    assert attrs.evolve(child, is_child=False, announced=True).announced
 
 
 async def test_who_wants_what_is_about_to_be_served_waits() -> None:

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Final
 
+import attrs
 import click
 
 from aiouffd import native
@@ -16,7 +17,6 @@ from aiouffd.errors import AccessError, NativePartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import NO_FEATURES, REMEDY, Capabilities, Userfaultfd, probe
-from aiouffd.values import Value
 
 __all__ = ["Report", "command", "examine"]
 
@@ -25,7 +25,8 @@ _NEEDED: Final = abi.LAYOUT_EVENTS | Feature.THREAD_ID | Feature.SIGBUS
 """What a Monitor with its defaults needs of the kernel."""
 
 
-class Report(Value):
+@attrs.frozen
+class Report:
     """The findings.
 
     Attributes:

@@ -17,9 +17,10 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
+
 from aiouffd.criu.image_file import fields, invalid, messages, numbers
 from aiouffd.ranges import Range
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,7 +48,8 @@ class PageFlag(enum.IntFlag):
     PRESENT = 4
 
 
-class PageRun(Value):
+@attrs.frozen
+class PageRun:
     """Pages that are contiguous in the process and in the file.
 
     Attributes:
@@ -80,7 +82,8 @@ class PageRun(Value):
         return PageRun(start, end - start, self.file, offset, self.flags)
 
 
-class TaskImage(Value):
+@attrs.frozen
+class TaskImage:
     """The memory of one process at the time of the dump.
 
     Attributes:
@@ -134,7 +137,8 @@ def read_task(directory: str | os.PathLike[str], pid: int) -> TaskImage:
     return TaskImage(pid, runs, mappings, tuple(layer.pages for layer in layers), layers[0].wide_counts)
 
 
-class _Layer(Value):
+@attrs.frozen
+class _Layer:
     """The pagemap of one directory, and the file with the bytes of its PRESENT runs. `file` is 0 in all runs yet."""
 
     path: Path
@@ -247,10 +251,10 @@ def _resolve(layers: list[_Layer], runs: Iterable[PageRun], depth: int) -> Itera
     """Yield the runs with the file and the offset of their bytes."""
     for run in runs:
         if PageFlag.PARENT not in run.flags:
-            yield run.replace(file=REMOTE if run.offset == REMOTE else depth)
+            yield attrs.evolve(run, file=REMOTE if run.offset == REMOTE else depth)
         else:
             for piece in _resolve(layers, _find_in_parent(layers[depth + 1], run), depth + 1):
-                yield piece.replace(flags=run.flags)
+                yield attrs.evolve(piece, flags=run.flags)
 
 
 def _find_in_parent(layer: _Layer, wanted: PageRun) -> Iterator[PageRun]:

@@ -9,6 +9,8 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.criu.images import REMOTE, TaskImage, read_task
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 from aiouffd.criu.relay import Relay
@@ -138,7 +140,7 @@ class LazyPages:
 
     def statistics(self) -> Statistics:
         """Return the pager's counters."""
-        return self._pager.statistics().replace(clients=len(self._tenants))
+        return attrs.evolve(self._pager.statistics(), clients=len(self._tenants))
 
     @property
     def pids(self) -> tuple[int, int]:

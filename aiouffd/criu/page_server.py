@@ -23,8 +23,9 @@ from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
+
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
-from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,7 +45,8 @@ _MAX_PAGES = (4 << 20) // mmap.PAGESIZE
 _STATUS = struct.Struct("=i")
 
 
-class _Request(Struct):
+@attrs.define(eq=False, repr=False)
+class _Request:
     """A GET without its reply: what the reply must be about, and the future that gets its pages."""
 
     pid: int

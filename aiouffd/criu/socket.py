@@ -21,10 +21,11 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import attrs
+
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.receive import Peer, receive, require_userfaultfd
 from aiouffd.server.listener import SocketFile
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     import socket
@@ -38,7 +39,8 @@ _PID = struct.Struct("=i")
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT
 
 
-class RestoredTask(Value):
+@attrs.frozen
+class RestoredTask:
     """A process that CRIU restores.
 
     Attributes:

@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from aiouffd.values import Struct, field
+import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +37,8 @@ class Mapping(NamedTuple):
 _start_of = operator.attrgetter("start")
 
 
-class _Index(Struct):
+@attrs.define(eq=False, repr=False)
+class _Index:
     """Mappings by the offsets that they show.
 
     Attributes:
@@ -47,8 +48,8 @@ class _Index(Struct):
     """
 
     generation: int = -1
-    rows: list[tuple[int, int, int]] = field(factory=list)
-    reach: list[int] = field(factory=list)
+    rows: list[tuple[int, int, int]] = attrs.field(factory=list)
+    reach: list[int] = attrs.field(factory=list)
 
     @classmethod
     def of(cls, starts: list[int], ends: list[int], offsets: list[int], generation: int) -> Self:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.kernel.abi import RegisterMode
-from aiouffd.values import Value, at_least
 
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.trace import Recorder, Trace
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Service", "checked"]
 
 
-class Service(Value):
+@attrs.frozen
+class Service:
     """What serves a region; it travels to where the engine runs.
 
     Attributes:
@@ -29,7 +31,8 @@ class Service(Value):
     trace: Trace | None = None
 
 
-class Options(Value):
+@attrs.frozen
+class Options:
     """How a region is served; the same in a pager and in one's own process.
 
     Attributes:
@@ -41,15 +44,12 @@ class Options(Value):
         limits: bounds, timeouts and retries.
     """
 
-    readahead: int = 2 << 20
-    spin_us: int = 50
-    background: float = 0.0
+    readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    background: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
-    limits: Limits = Limits()
-
-    def _check(self) -> None:
-        at_least(0, readahead=self.readahead, spin_us=self.spin_us, background=self.background)
+    limits: Limits = attrs.field(factory=Limits)
 
 
 def checked(origin: Any) -> Any:

@@ -20,6 +20,8 @@ import select
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import attrs
+
 from aiouffd import native
 from aiouffd.engine.plain import SLOT, FastPath
 from aiouffd.engine.statistics import Counter
@@ -27,7 +29,6 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import address_of
 from aiouffd.native import reader as c
-from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -201,7 +202,8 @@ class PythonReader(FastPath):
         """Do nothing."""
 
 
-class _Line(Struct):
+@attrs.define(eq=False, repr=False)
+class _Line:
     """What the native part knows of a descriptor.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from aiouffd.values import Value
+import attrs
 
 __all__ = ["Counter", "Counters", "Statistics"]
 
@@ -66,7 +66,8 @@ WORDS = 128
 SIZE = WORDS * 8
 
 
-class Statistics(Value):
+@attrs.frozen
+class Statistics:
     """A snapshot of what has been counted since the Monitor was entered.
 
     Attributes:
@@ -175,7 +176,7 @@ class Statistics(Value):
         return 0
 
 
-_NAMES: tuple[str, ...] = tuple(name for name in Statistics.__match_args__ if name != "latency")
+_NAMES = tuple(field.name for field in attrs.fields(Statistics) if field.name != "latency")
 
 
 class Counters:

@@ -9,6 +9,8 @@ import os
 import select
 from typing import TYPE_CHECKING, Final
 
+import attrs
+
 from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread, kind_of
@@ -16,7 +18,6 @@ from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.kernel.userfaultfd import NO_FEATURES, Userfaultfd
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     import socket
@@ -32,7 +33,8 @@ _MAX_BLANKS: Final = 256  # that may follow the end of the array
 _MAX_ENDS: Final = 16  # so often an array may seem to end within a message
 
 
-class Handoff(Value):
+@attrs.frozen
+class Handoff:
     """A handed-over address space.
 
     Attributes:

@@ -17,9 +17,10 @@ import json
 import mmap
 from typing import Any, Final
 
+import attrs
+
 from aiouffd.engine.mappings import Mapping
 from aiouffd.ranges import Range, align_up
-from aiouffd.values import Value
 
 __all__ = ["MAX_REGIONS", "Regions", "check_size", "claimed", "encode", "is_whole", "parse"]
 
@@ -29,7 +30,8 @@ _PAGE_BITS: Final = range(12, 22)  # 4 KiB to 2 MiB: one COPY of 1 GiB would sto
 _MAX_KIB: Final = 2048
 
 
-class Regions(Value):
+@attrs.frozen
+class Regions:
     """What the array says.
 
     Attributes:

@@ -9,9 +9,10 @@ import socket
 import struct
 from typing import Final
 
+import attrs
+
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.own_threads import close_foreign, kind_of
-from aiouffd.values import Value
 
 __all__ = ["MOST_FDS", "Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
 
@@ -22,7 +23,8 @@ _CREDENTIALS = struct.Struct("=iII")
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
-class Peer(Value):
+@attrs.frozen
+class Peer:
     """The process at the other end of a connection, as it was when it connected (SO_PEERCRED).
 
     Attributes:

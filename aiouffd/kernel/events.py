@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 
+import attrs
+
 from aiouffd.kernel.abi import FaultFlag
-from aiouffd.values import Value
 
 __all__ = ["MESSAGES", "FaultKind", "PageFault", "Remap", "Remove", "UnknownEvent", "Unmap"]
 
@@ -29,7 +30,8 @@ class FaultKind(enum.Enum):
     RWP = "rwp"
 
 
-class PageFault(Value):
+@attrs.frozen
+class PageFault:
     """UFFD_EVENT_PAGEFAULT: a thread waits for a page.
 
     Attributes:
@@ -57,7 +59,8 @@ class PageFault(Value):
         return bool(self.flags & FaultFlag.WRITE)
 
 
-class Remap(Value):
+@attrs.frozen
+class Remap:
     """UFFD_EVENT_REMAP: mremap moved `length` bytes from `source` to `destination`."""
 
     source: int
@@ -65,7 +68,8 @@ class Remap(Value):
     length: int
 
 
-class Remove(Value):
+@attrs.frozen
+class Remove:
     """UFFD_EVENT_REMOVE: [start, end) is being emptied (MADV_DONTNEED, MADV_REMOVE); it reads as zeros afterwards.
 
     A hole that is punched into the file behind shared memory (fallocate) sends no message, in any of its mappings.
@@ -75,14 +79,16 @@ class Remove(Value):
     end: int
 
 
-class Unmap(Value):
+@attrs.frozen
+class Unmap:
     """UFFD_EVENT_UNMAP: [start, end) is no longer mapped."""
 
     start: int
     end: int
 
 
-class UnknownEvent(Value):
+@attrs.frozen
+class UnknownEvent:
     """A message of a kind that this version does not know; `payload` is the whole message of 32 bytes."""
 
     code: int

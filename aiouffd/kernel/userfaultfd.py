@@ -24,6 +24,8 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Self
 
+import attrs
+
 from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation_error
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
@@ -31,7 +33,6 @@ from aiouffd.kernel.events import MESSAGES, PageFault, Remap, Remove, UnknownEve
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,8 @@ REMEDY = (
 NO_FEATURES = Feature(0)
 
 
-class Capabilities(Value):
+@attrs.frozen
+class Capabilities:
     """What this kernel has, and how this user may use it.
 
     Attributes:
@@ -424,7 +426,8 @@ def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:
     return -(error.errno or errno.EIO)
 
 
-class Fork(Value):
+@attrs.frozen
+class Fork:
     """UFFD_EVENT_FORK: the target forked; `uffd` serves the child and belongs to the receiver."""
 
     uffd: Userfaultfd

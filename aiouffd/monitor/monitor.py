@@ -21,6 +21,8 @@ from typing import (
     overload,
 )
 
+import attrs
+
 from aiouffd import native
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service, checked
@@ -302,7 +304,7 @@ class Monitor:
                         service=self._service(),
                         mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                         page_size=region.page_size,
-                        options=self._options.replace(modes=int(registration.modes)),
+                        options=attrs.evolve(self._options, modes=int(registration.modes)),
                         can_poison=registration.can_poison,
                         on_error=self._errors.put,
                         on_lost=_weak(

@@ -9,12 +9,13 @@ import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.json_lines import Lines, line
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
 from aiouffd.pager.client.tenant import Tenant, root_of
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,6 +29,7 @@ log = logging.getLogger("aiouffd.server")
 _MAX_REQUESTS = 256  # of one client, without an answer
 
 
+@attrs.define(eq=False, repr=False)
 class Handed(Tenant):
     """Memory that was handed over.
 
@@ -35,7 +37,7 @@ class Handed(Tenant):
         peer: who has done so: all that one process hands over shares what it may have in a second.
     """
 
-    peer: Peer = field(kw_only=True)
+    peer: Peer = attrs.field(kw_only=True)
 
     def record(self, mappings: list[Mapping]) -> dict[str, Any]:
         """Return what a pager is told of it."""
@@ -43,7 +45,8 @@ class Handed(Tenant):
         return {**super().record(mappings), "payer": payer}
 
 
-class Client(Struct):
+@attrs.define(eq=False, repr=False)
+class Client:
     """A process whose memory is served.
 
     Attributes:
@@ -63,7 +66,7 @@ class Client(Struct):
     length: int
     connection: socket.socket
     conversation: Conversation | None = None
-    since: float = field(factory=monotonic)
+    since: float = attrs.field(factory=monotonic)
     pidfd: int = -1
 
     def __str__(self) -> str:

@@ -15,6 +15,8 @@ import socket
 from collections import Counter as Tally
 from typing import TYPE_CHECKING, Any, Self
 
+import attrs
+
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters
@@ -220,7 +222,7 @@ class Server:
         """Return what the pager has counted, for all clients."""
         if not self._started:
             return Counters().snapshot()
-        return self._pager.statistics().replace(clients=len(self.clients))
+        return attrs.evolve(self._pager.statistics(), clients=len(self.clients))
 
     @property
     def rejected(self) -> int:
@@ -310,7 +312,7 @@ class Server:
     async def _answer(self, client: Client, message: dict[str, Any]) -> Any:
         op = message.get("op")
         if op == "statistics":
-            return self.statistics().as_dict()
+            return attrs.asdict(self.statistics())
         if op == "prefetch":
             offset, length = message.get("offset"), message.get("length")
             if type(offset) is not int or type(length) is not int or offset < 0 or not 0 <= length <= 1 << 57:

@@ -14,7 +14,7 @@ import urllib.error
 from collections.abc import Callable
 from typing import TypeAlias
 
-from aiouffd.values import Value
+import attrs
 
 __all__ = [
     "CHANGED",
@@ -39,7 +39,8 @@ COMPRESSED = "the server compresses its answers, and a range of compressed bytes
 CHANGED = "the object has changed since it was opened: open it again"
 
 
-class Failure(Value):
+@attrs.frozen
+class Failure:
     """Why a request failed.
 
     Attributes:

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
+
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
 from aiouffd.store.codecs import digest, expand
 from aiouffd.store.workers import Job, Workers
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -73,7 +74,8 @@ def expanded(index: Index, record: Record, frame: Any, name: str) -> Outcome:
     return data
 
 
-class _Flight(Struct):
+@attrs.define(eq=False, repr=False)
+class _Flight:
     """A chunk that is on its way.
 
     Attributes:
@@ -85,7 +87,7 @@ class _Flight(Struct):
     urgent: bool
     job: Job | None = None
     outcome: Outcome = None
-    _waiters: list[asyncio.Future[None]] = field(factory=list)
+    _waiters: list[asyncio.Future[None]] = attrs.field(factory=list, init=False)
 
     async def landing(self) -> Outcome:
         """Wait for the outcome. Canceling is safe: others wait for a future of their own."""

@@ -6,9 +6,10 @@ import json
 import re
 from typing import Any, Final
 
+import attrs
+
 from aiouffd.errors import StoreError
 from aiouffd.store.codecs import CODECS
-from aiouffd.values import Value, field
 
 __all__ = ["LARGEST_CHUNK", "LARGEST_MANIFEST", "SMALLEST_CHUNK", "VERSION", "Link", "Manifest", "checked_chunk_size"]
 
@@ -22,7 +23,8 @@ _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"(?!\.)[^/\0]{1,255}")
 
 
-class Link(Value):
+@attrs.frozen
+class Link:
     """Names another object of the store by its content.
 
     Attributes:
@@ -34,7 +36,8 @@ class Link(Value):
     length: int
 
 
-class Manifest(Value):
+@attrs.frozen
+class Manifest:
     """What a snapshot is.
 
     Attributes:
@@ -55,14 +58,13 @@ class Manifest(Value):
     index: Link
     base: str | None = None
     trace: Link | None = None
-    metadata: dict[str, Any] = field(factory=dict)
+    metadata: dict[str, Any] = attrs.field(factory=dict)
 
     def encode(self) -> bytes:
         """Return the JSON text; the same manifest gives the same bytes."""
         content: dict[str, Any] = {"format": _FORMAT, "version": VERSION}
-        for name in self.__match_args__:
-            value = getattr(self, name)
-            content[name] = {"hash": value.hash, "length": value.length} if isinstance(value, Link) else value
+        for name, value in attrs.asdict(self, recurse=False).items():
+            content[name] = attrs.asdict(value) if isinstance(value, Link) else value
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
     @classmethod

@@ -34,10 +34,11 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import attrs
+
 from aiouffd.errors import TraceError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,8 @@ _STEP: Final = 1 << 20  # the file grows by so much
 _BATCH: Final = 4096  # pages of a trace that are sorted and merged together
 
 
-class Trace(Value):
+@attrs.frozen
+class Trace:
     """The content of a recording.
 
     Attributes:

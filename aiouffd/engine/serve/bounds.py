@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from aiouffd.values import Value, above_zero_or_none, at_least
+import attrs
 
 __all__ = ["Limits"]
 
+_above_zero = attrs.validators.optional(attrs.validators.gt(0))
 
-class Limits(Value):
+
+@attrs.frozen
+class Limits:
     """Bounds of a backend.
 
     Attributes:
@@ -22,15 +25,15 @@ class Limits(Value):
         client_bytes: bytes per second that are placed for it, whatever for; None: no limit.
     """
 
-    concurrent_reads: int = 128
-    bytes_in_flight: int = 128 << 20
-    timeout: float | None = 30.0
-    retries: int | None = None
+    concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
+    bytes_in_flight: int = attrs.field(default=128 << 20, validator=attrs.validators.ge(1))
+    timeout: float | None = attrs.field(default=30.0)
+    retries: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     backoff: float = 0.05
-    client_events: float | None = None
-    client_bytes: float | None = None
+    client_events: float | None = attrs.field(default=None, validator=_above_zero)
+    client_bytes: float | None = attrs.field(default=None, validator=_above_zero)
 
-    def _check(self) -> None:
-        at_least(1, concurrent_reads=self.concurrent_reads, bytes_in_flight=self.bytes_in_flight)
-        at_least(0, retries=0 if self.retries is None else self.retries)
-        above_zero_or_none(timeout=self.timeout, client_events=self.client_events, client_bytes=self.client_bytes)
+    @timeout.validator
+    def _time_passes(self, _: object, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"'timeout' must be > 0, or None: {value}")

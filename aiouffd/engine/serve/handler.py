@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.events import PageFault, Remap, Remove, Unmap
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Fault", "Handler", "wants_writes"]
 
 
+@attrs.frozen
 class Fault(PageFault):
     """A `PageFault` together with what the mappings know of it.
 

@@ -7,15 +7,17 @@ import os
 import threading
 from typing import TYPE_CHECKING, ClassVar
 
+import attrs
+
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native import reason
 from aiouffd.native.watchdog import LoopWatch
-from aiouffd.values import Value, above_zero, above_zero_or_none, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["InProcess", "InProcessEngine"]
 
 
-class InProcess(Value):
+@attrs.frozen
+class InProcess:
     """The loop is the caller's own, for memory that only others touch: another process, a virtual machine, C code.
 
     A touch with the GIL held would stop the loop that should serve it. The Monitor is entered by `async with`. A thread
@@ -42,20 +45,15 @@ class InProcess(Value):
         stuck_limit: seconds until the process is ended with tracebacks (SIGABRT) instead of hanging. None: never.
     """
 
-    spin_us: int = 50
-    stuck_warning: float = 2.0
-    stuck_limit: float | None = 5.0
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    stuck_warning: float = attrs.field(default=2.0, validator=attrs.validators.gt(0.0))
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
 
     features: ClassVar[Feature] = Feature.THREAD_ID
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = True
-
-    def _check(self) -> None:
-        at_least(0, spin_us=self.spin_us)
-        above_zero(stuck_warning=self.stuck_warning)
-        above_zero_or_none(stuck_limit=self.stuck_limit)
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve"."""

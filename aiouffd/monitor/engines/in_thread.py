@@ -21,6 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import attrs
+
 from aiouffd.engine.loops import new_event_loop, run
 from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.serve.handler import wants_writes
@@ -33,9 +35,9 @@ from aiouffd.monitor.engines.calls import no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native import faults
 from aiouffd.native.faults import Served
-from aiouffd.values import Value, above_zero, above_zero_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +54,8 @@ _BEAT = 0.25  # seconds between signs of life; less where threads lose patience 
 _engines: weakref.WeakSet[InThreadEngine] = weakref.WeakSet()
 
 
-class InThread(Value):
+@attrs.frozen
+class InThread:
     """A signal handler resolves each fault in the thread that touches; the loop runs in a thread of this process.
 
     For memory that only threads of this process touch, and by themselves: a system call on a missing page fails with
@@ -65,18 +68,14 @@ class InThread(Value):
         stuck_limit: seconds until the process is ended with tracebacks instead of hanging. None: never.
     """
 
-    stuck_warning: float = 2.0
-    stuck_limit: float | None = 5.0
+    stuck_warning: float = attrs.field(default=2.0, validator=attrs.validators.gt(0.0))
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
 
     features: ClassVar[Feature] = Feature.SIGBUS
     serves_system_calls: ClassVar[bool] = False
     serves_children: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        above_zero(stuck_warning=self.stuck_warning)
-        above_zero_or_none(stuck_limit=self.stuck_limit)
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve" and `Handler.write`."""
@@ -215,7 +214,7 @@ class InThreadEngine:
             for name, value in zip(faults.COUNTERS, counted, strict=False)
         }
         latency = tuple(map(sum, zip(loop.latency, counted[len(faults.COUNTERS) :], strict=True)))
-        return loop.replace(latency=latency, **added)
+        return attrs.evolve(loop, latency=latency, **added)
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""

@@ -6,17 +6,18 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
+import attrs
+
 from aiouffd.errors import ClosedError, PagerStartError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
-from aiouffd.monitor.engines.protocol import uninterrupted
+from aiouffd.monitor.engines.protocol import positive_or_none, uninterrupted
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.pair import START_TIMEOUT
 from aiouffd.pager.client.shared import Pagers, place
 from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.process.serialization import Pickles
-from aiouffd.values import Value, above_zero_or_none, at_least
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,7 +34,8 @@ __all__ = ["Pager", "PagerEngine", "default"]
 _shared = Pagers(Pickles.NEVER, place)
 
 
-class Pager(Value):
+@attrs.frozen
+class Pager:
     """The loop runs in a process of its own, so that any thread may touch the region, holding the GIL or not.
 
     This is the default, with one pager for all Monitors of this process. It starts with the first Monitor, and ends
@@ -62,22 +64,21 @@ class Pager(Value):
         PagerStartError: it did not start.
     """
 
-    spin_us: int = 50
-    stuck_limit: float | None = 5.0
-    linger: float = 0.0
-    _pagers: ClassVar[Pagers]
-    _kept: ClassVar[list[PagerClient]]
+    spin_us: int = attrs.field(default=50, validator=attrs.validators.ge(0))
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
+    linger: float = attrs.field(default=0.0, validator=attrs.validators.ge(0))
+    _pagers: Pagers = attrs.field(init=False, repr=False, eq=False)
+    _kept: list[PagerClient] = attrs.field(init=False, repr=False, eq=False, factory=list)
+
+    @_pagers.default
+    def _own(self) -> Pagers:
+        return Pagers(Pickles.ALWAYS, linger=self.linger)
+
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        at_least(0, spin_us=self.spin_us, linger=self.linger)
-        above_zero_or_none(stuck_limit=self.stuck_limit)
-        # No fields: they are no part of what it is.
-        vars(self).update(_pagers=Pagers(Pickles.ALWAYS, linger=self.linger), _kept=[])
 
     def check(self, terms: Terms) -> None:
         """Accept everything."""
@@ -144,7 +145,7 @@ class PagerEngine:
 
     def start(self, assignment: Assignment) -> None:
         """Have a pager serve the region."""
-        self._pack = Pack(assignment.service, assignment.options.replace(spin_us=self._choice.spin_us))
+        self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
         with contextlib.ExitStack() as undo:
             undo.callback(self._pack.close)
             pagers = self._choice.pagers_for(self._pack)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - asyncio.to_thread imports it when it is first called
-from typing import TYPE_CHECKING, Any, Protocol
-
-from aiouffd.values import Value
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
     from concurrent.futures import Future
+
+    import attrs
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.options import Options, Service
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from aiouffd.kernel.region import LayoutListener
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "uninterrupted"]
+__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none", "uninterrupted"]
+
+
+def positive_or_none(_: object, attribute: attrs.Attribute[Any], value: float | None) -> None:
+    """Refuse a number of seconds that is not above 0."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{attribute.name!r} must be > 0, or None: {value}")
 
 
 async def uninterrupted(work: Callable[[], object]) -> None:
@@ -34,7 +40,7 @@ async def uninterrupted(work: Callable[[], object]) -> None:
         raise
 
 
-class Terms(Value):
+class Terms(NamedTuple):
     """What a Monitor was asked for, before anything is done.
 
     Attributes:
@@ -52,7 +58,7 @@ class Terms(Value):
     replays: bool = False
 
 
-class Assignment(Value):
+class Assignment(NamedTuple):
     """A region to serve.
 
     Attributes:

@@ -10,6 +10,8 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+import attrs
+
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Statistics
 from aiouffd.errors import (
@@ -27,10 +29,10 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
 from aiouffd.lifetime import close_in_children
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.waiting import LOOK, Waiter, Watches
 from aiouffd.rpc import LAST_REQUEST, Requests
-from aiouffd.values import Value, above_zero_or_none
 
 if TYPE_CHECKING:
     import asyncio
@@ -47,7 +49,8 @@ log = logging.getLogger("aiouffd")
 _TIMEOUT: Final = 30.0
 
 
-class ServedBy(Value):
+@attrs.frozen
+class ServedBy:
     """`aiouffd serve` serves the region, from its own source; no process is started.
 
     What a source or a pager is asked for (timeout, retries, readahead, record, replay, background) is the server's to
@@ -60,19 +63,15 @@ class ServedBy(Value):
             a page with the GIL held. It needs the native part. None: never.
     """
 
-    path: str
+    path: str = attrs.field(converter=os.fspath)
     source: str = ""
-    stuck_limit: float | None = 5.0
+    stuck_limit: float | None = attrs.field(default=5.0, validator=positive_or_none)
 
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
     counts_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
-
-    def _check(self) -> None:
-        above_zero_or_none(stuck_limit=self.stuck_limit)
-        vars(self).update(path=os.fspath(self.path))
 
     def check(self, terms: Terms) -> None:
         """Refuse what only the server can be asked for."""

@@ -9,6 +9,8 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import Userfaultfd
@@ -16,7 +18,6 @@ from aiouffd.native.watchdog import Watch
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.journal import SLOTS
 from aiouffd.pager.process.serialization import is_pickle, pack
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +90,7 @@ class Pack:
             raise explained(f"{service.origin!r} cannot travel to the pager", error) from error
         self.service = service
         self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
-        self.options = {**options.as_dict(), "limits": options.limits.as_dict()}
+        self.options = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
         self.config = OwnedDescriptor(open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         with os.fdopen(self.config.fileno(), "wb", closefd=False) as file:
@@ -116,7 +117,8 @@ class Pack:
             del self.service, self._descriptors  # its files may be closed with them, here and now
 
 
-class Tenant(Struct):
+@attrs.define(eq=False, repr=False)
+class Tenant:
     """Memory that a pager serves.
 
     Attributes:
@@ -144,14 +146,14 @@ class Tenant(Struct):
     page_size: int
     tether: int = -1
     slot: int = 0
-    watch: Watch = field(factory=lambda: Watch(-1, None))
+    watch: Watch = attrs.field(factory=lambda: Watch(-1, None))
     protect: Callable[[int, int], None] | None = None
     report: Callable[[BaseException], None] = lambda _: None
     lost: Callable[[], None] = lambda: None
     restarts: int = 0
     leaving: bool = False
     silent: bool = False
-    token: str = field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
+    token: str = attrs.field(factory=lambda: f"{os.getpid()}-{next(_tokens)}")
 
     @property
     def fds(self) -> list[int]:
@@ -176,7 +178,7 @@ class Tenant(Struct):
     def statistics(self, journal: Journal) -> Statistics:
         """Return what a pager with such a journal has counted for it."""
         restarts = journal.counters.words[Counter.RESTARTS] - self.restarts
-        return journal.counters_of(self.slot).snapshot().replace(restarts=max(restarts, 0))
+        return attrs.evolve(journal.counters_of(self.slot).snapshot(), restarts=max(restarts, 0))
 
     def shown(self, state: State | None) -> list[Mapping]:
         """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
@@ -193,7 +195,8 @@ class Tenant(Struct):
             fds: by identity, of all children; those that are used are taken out. Each child owns its own.
         """
         return [
-            self.replace(
+            attrs.evolve(
+                self,
                 uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
                 mappings=list(space.mappings),
                 tether=-1,

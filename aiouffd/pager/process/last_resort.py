@@ -13,11 +13,12 @@ import os
 import select
 from typing import TYPE_CHECKING
 
+import attrs
+
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import PageFault
 from aiouffd.kernel.userfaultfd import Fork
-from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +30,8 @@ __all__ = ["Forsaken", "LastResort"]
 log = logging.getLogger("aiouffd.pager")
 
 
-class Forsaken(Struct):
+@attrs.define(eq=False, repr=False)
+class Forsaken:
     """A space that nobody serves.
 
     Attributes:
@@ -111,7 +113,7 @@ class LastResort:
                 if isinstance(event, PageFault):
                     faults.append((space, event))
                 elif isinstance(event, Fork):
-                    self._add(space.replace(uffd=event.uffd, is_child=True))
+                    self._add(attrs.evolve(space, uffd=event.uffd, is_child=True))
         return faults
 
 

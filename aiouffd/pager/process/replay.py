@@ -11,9 +11,10 @@ import json
 import struct
 from typing import TYPE_CHECKING
 
+import attrs
+
 from aiouffd.kernel import abi
 from aiouffd.pager.process.state import Kind, Meta, Record, SpaceState, State
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Replay", "last_meta", "replay", "survey"]
 
 
-class Replay(Struct):
+@attrs.define(eq=False, repr=False)
+class Replay:
     """What is served at the end of a journal.
 
     Attributes:
@@ -33,9 +35,9 @@ class Replay(Struct):
         fresh: the events at the end of `told` that landed, and were not committed.
     """
 
-    state: State = field(factory=State)
-    told: list[tuple[int, bytes, int]] = field(factory=list)
-    fresh: list[bytes] = field(factory=list)
+    state: State = attrs.field(factory=State)
+    told: list[tuple[int, bytes, int]] = attrs.field(factory=list)
+    fresh: list[bytes] = attrs.field(factory=list)
 
     def apply(self, record: Record) -> None:
         """Apply one record, as the worker did that has written it."""
@@ -67,7 +69,8 @@ class Replay(Struct):
         """Apply a layout event."""
         if message[0] == abi.EVENT_FORK:
             (fd,) = abi.FORK_MESSAGE.unpack(message)
-            self.state.spaces[child] = space.replace(
+            self.state.spaces[child] = attrs.evolve(
+                space,
                 identity=child,
                 fd=fd,
                 tether=-1,

@@ -18,9 +18,10 @@ from array import array
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
+
 from aiouffd.errors import PagerStartError
 from aiouffd.sources.base import Descriptor
-from aiouffd.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,7 @@ _MAKERS: Final = frozenset(
 """What may be called to rebuild an object from plain values. None of them runs code that came along."""
 
 _ATTRIBUTES: Final = {"ZeroSource": ("size",), "ConcatSource": ("parts",)}
-"""The arguments of classes that have neither `travel` nor `__reduce__`, and are no `Value`."""
+"""The arguments of classes that have neither `travel` nor `__reduce__`, and are no attrs classes."""
 
 
 class _NotPlainError(Exception):
@@ -136,8 +137,8 @@ def _parts(obj: Any) -> tuple[str, Sequence[Any]]:
         maker, arguments = obj.travel()
     elif kind.__name__ in _ATTRIBUTES:
         maker, arguments = kind, [getattr(obj, name) for name in _ATTRIBUTES[kind.__name__]]
-    elif isinstance(obj, Value):
-        maker, arguments = kind, list(obj.as_dict().values())
+    elif attrs.has(kind):
+        maker, arguments = kind, [getattr(obj, field.name) for field in attrs.fields(kind)]
     elif "__reduce__" in vars(kind):
         maker, arguments = obj.__reduce__()[:2]
     else:

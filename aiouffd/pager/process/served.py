@@ -9,6 +9,8 @@ import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.ahead.fill import bring_ahead
 from aiouffd.engine.allowance import Allowances
 from aiouffd.engine.assembly import make_readahead
@@ -116,7 +118,7 @@ class Served:
         records = {identity: origin.record for identity, origin in self.origins.items()}
         identities = [*self.waiting, *self.tenancies]
         spaces = {identity: state for identity in identities if (state := self._space_state(identity)) is not None}
-        return State(self.meta.replace(), self._restoring | records, spaces)
+        return State(attrs.evolve(self.meta), self._restoring | records, spaces)
 
     def _space_state(self, identity: int) -> SpaceState | None:
         tenancy = self.tenancies.get(identity)
@@ -147,8 +149,8 @@ class Served:
 
     def note_meta(self, **changes: Any) -> None:
         """Change what is known besides spaces and origins, and write it down."""
-        self.meta = self.meta.replace(**changes)
-        self._write((Kind.META, 0, json.dumps(self.meta.as_dict()).encode()))
+        self.meta = attrs.evolve(self.meta, **changes)
+        self._write((Kind.META, 0, json.dumps(attrs.asdict(self.meta)).encode()))
 
     def _write(self, *items: tuple[Kind, int, bytes]) -> None:
         try:
@@ -400,7 +402,7 @@ class Served:
             counters = self.journal.counters_of(state.origins[state.spaces[identity].origin]["slot"])
             for message in end.fresh:
                 counters.words[COUNTER_OF_EVENT[message[0]]] += 1
-        self.meta = state.meta.replace(awaits=-1)
+        self.meta = attrs.evolve(state.meta, awaits=-1)
         self.dispatcher.spin_us = self.meta.spin_us
         if self.meta.owner >= 0:
             self.own(self.meta.owner)

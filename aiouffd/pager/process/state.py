@@ -11,8 +11,9 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import attrs
+
 from aiouffd.engine.mappings import Mappings
-from aiouffd.values import Struct, field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,8 @@ def records(data: memoryview) -> Iterator[Record]:
         at += length + -length % 8
 
 
-class Meta(Struct):
+@attrs.define
+class Meta:
     """What is known besides spaces and origins.
 
     Attributes:
@@ -78,10 +80,11 @@ class Meta(Struct):
 
     def encode(self) -> bytes:
         """Return the record."""
-        return encode(Kind.META, 0, _json(self.as_dict()))
+        return encode(Kind.META, 0, _json(attrs.asdict(self)))
 
 
-class SpaceState(Struct):
+@attrs.define(eq=False, repr=False)
+class SpaceState:
     """A space, as a successor needs it.
 
     Attributes:
@@ -114,12 +117,12 @@ class SpaceState(Struct):
     filled: int = 0
     changed: bool = False
     payer: str = ""
-    mappings: Mappings = field(factory=Mappings)
+    mappings: Mappings = attrs.field(factory=Mappings)
 
     @property
     def content(self) -> bytes:
         """All but the mappings, as it is in a record."""
-        values = self.as_dict()
+        values = {field.name: getattr(self, field.name) for field in attrs.fields(SpaceState)}
         del values["mappings"]
         return _json(values)
 
@@ -133,7 +136,8 @@ class SpaceState(Struct):
         return self.encode() + encode(Kind.MAPPINGS, self.identity, rows)
 
 
-class State(Struct):
+@attrs.define(eq=False, repr=False)
+class State:
     """All of it.
 
     Attributes:
@@ -142,9 +146,9 @@ class State(Struct):
         spaces: by identity.
     """
 
-    meta: Meta = field(factory=Meta)
-    origins: dict[int, dict[str, Any]] = field(factory=dict)
-    spaces: dict[int, SpaceState] = field(factory=dict)
+    meta: Meta = attrs.field(factory=Meta)
+    origins: dict[int, dict[str, Any]] = attrs.field(factory=dict)
+    spaces: dict[int, SpaceState] = attrs.field(factory=dict)
 
     def encode(self) -> bytes:
         """Return the records of all of it."""

@@ -7,13 +7,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.assembly import make_backend
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.process.serialization import is_pickle, modules, unpack
-from aiouffd.values import Struct
 
 if TYPE_CHECKING:
     from aiouffd.engine.serve.handler_backend import HandlerBackend
@@ -49,7 +50,8 @@ class Origin:
         self.options = _options_of(record)
 
 
-class Tenancy(Struct):
+@attrs.define(eq=False, repr=False)
+class Tenancy:
     """What the worker knows of a space besides.
 
     Attributes:
@@ -72,11 +74,7 @@ class Tenancy(Struct):
     is_child: bool = False
     own: bool = False
     space: Space | None = None
-    announced: bool | None = None
-
-    def _check(self) -> None:
-        if self.announced is None:
-            self.announced = not self.is_child
+    announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
 
 class Arrivals:
