@@ -66,6 +66,7 @@ ORDER = {
             "runs",
             "flight",
             "resolver",
+            "retrying",
         ),
         *(
             "deferred",

@@ -104,11 +104,11 @@ def _serve(space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> N
         space.backend.serve(space, faults, began_ns)
     except Exception as error:
         # A defect of ours, or of a source's `locate` or `read_nowait`: it costs these pages, and no hang.
-        log.exception("faults at %s could not be served; poisoned", ", ".join(f"{page:#x}" for page, _, _ in faults))
+        log.exception("faults at %s could not be served", ", ".join(f"{page:#x}" for page, _, _ in faults))
         space.readahead.forget(0, sys.maxsize)  # what was to come along has not come
         space.counters.words[Counter.SOURCE_ERRORS] += 1
-        space.report(PagerError(f"the page at {faults[0][0]:#x} could not be served: {error!r}"))
-        space.poison(page for page, _, _ in faults if page not in space.flights)
+        failure = PagerError(f"the page at {faults[0][0]:#x} could not be served: {error!r}")
+        space.give_up([page for page, _, _ in faults if page not in space.flights], failure)
 
 
 def _serve_present(space: Space, page: int, flags: int, thread: int) -> None:

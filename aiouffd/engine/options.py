@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -42,6 +42,7 @@ class Options:
         modes: the `RegisterMode` of the memory.
         write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
+        on_error: what becomes of a page that cannot be had: "sigbus", or "retry": its threads wait until it can.
     """
 
     readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
@@ -50,6 +51,7 @@ class Options:
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
+    on_error: Literal["sigbus", "retry"] = "sigbus"
 
 
 def checked(origin: Any) -> Any:

@@ -19,6 +19,7 @@ from aiouffd.engine.deferred import Deferred
 from aiouffd.engine.flight import Flights, tasks_of
 from aiouffd.engine.remainders import Remainders
 from aiouffd.engine.resolver import DONTWAKE, Resolver
+from aiouffd.engine.retrying import Retrying
 from aiouffd.engine.runs import Op, Purpose, Run, merge, still_valid, zero_runs
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, operation_error
@@ -26,7 +27,7 @@ from aiouffd.kernel import abi
 from aiouffd.ranges import align_down, align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from aiouffd.engine.allowance import Allowance
     from aiouffd.engine.flight import Flight
@@ -101,6 +102,7 @@ class Space:
         identity: number that names it, also to a successor.
         write_protect: new pages come write-protected, so that loads do not count as writes.
         on_error: called with the reason why a page could not be had, before it is poisoned.
+        retries: what cannot be had is not poisoned; it is asked for again, after a while, for ever.
         on_child: called with a forked child's space before its first message is read.
         on_gone: called once when the process turns out to be gone.
         allowance: what its client may have in a second; None: it has no limit.
@@ -118,6 +120,7 @@ class Space:
         identity: int = 0,
         write_protect: bool = False,
         on_error: Callable[[Space, UffdError], None],
+        retries: bool = False,
         on_child: Callable[[Space, Space], None] | None = None,
         on_gone: Callable[[Space], None] | None = None,
         allowance: Allowance | None = None,
@@ -133,6 +136,7 @@ class Space:
         self.born = mappings.generation
         self.write_protect = write_protect
         self.on_error = on_error
+        self._retrying = Retrying(self) if retries else None
         self.on_child = on_child
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
@@ -162,6 +166,7 @@ class Space:
             readahead=self.readahead.fresh(),
             write_protect=self.write_protect,
             on_error=self.on_error,
+            retries=self._retrying is not None,
             on_child=self.on_child,
             on_gone=self.on_gone,
             allowance=self.allowance,
@@ -321,8 +326,7 @@ class Space:
             # Threads may have faulted there meanwhile, and wait for this run: they fault again, for themselves.
             self.resolver.wake(run.dst, run.left)
             return
-        self.report(error)
-        self.poison(range(run.dst, run.dst + run.left, self.page_size))
+        self.give_up(range(run.dst, run.dst + run.left, self.page_size), error)
 
     def _defer(self, run: Run) -> None:
         """Put a run off until `retry`; it wakes its sleepers then."""
@@ -421,6 +425,16 @@ class Space:
             return False
         self.resolver.wake(page, self.page_size)
         return True
+
+    def give_up(self, pages: Collection[int], error: UffdError) -> None:
+        """Threads wait for pages that cannot be had: report why, and let them go with SIGBUS, or have them wait."""
+        if self._retrying is None or self.closing:
+            self.report(error)  # before the poison, which may end the toucher's process at once
+            self.poison(pages)
+            return
+        self._words[Counter.ASKED_AGAIN] += len(pages)
+        if self._retrying.postpone(pages):
+            self.report(error)
 
     def poison(self, pages: Iterable[int]) -> None:
         """Let the threads that wait for these pages go with SIGBUS."""

@@ -59,6 +59,7 @@ class Counter(enum.IntEnum):
     SLOWED = 86
     INHERITED = 87  # of `Counters.progress`: what other pagers have made of it
     ENDED = 88  # progress of those whose slots others have by now
+    ASKED_AGAIN = 89  # pages that could not be had, and are asked for again: once for each time
 
 
 LATENCY_BUCKETS = 48
@@ -108,6 +109,7 @@ class Statistics:
         write_faults: messages of writes to protected pages.
         minor_faults: messages of pages that the file has and the mapping does not.
         slowed: times that a client was not read for a while, since it had used up what it may have in a second.
+        asked_again: times that a page could not be had and was asked for again (`on_error="retry"`).
     """
 
     faults: int
@@ -147,6 +149,7 @@ class Statistics:
     write_faults: int
     minor_faults: int
     slowed: int
+    asked_again: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

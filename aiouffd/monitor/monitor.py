@@ -62,11 +62,13 @@ __all__ = [
     "MappedMemoryOptions",
     "MemoryOptions",
     "Monitor",
+    "OnError",
     "OnExit",
     "OnFork",
     "ServingOptions",
 ]
 
+OnError: TypeAlias = Literal["sigbus", "retry"]
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
 OnFork: TypeAlias = Literal["dontfork", "serve"]
 
@@ -95,6 +97,7 @@ class ServingOptions(TypedDict, total=False):
     record: str | os.PathLike[str] | None
     replay: str | os.PathLike[str] | None
     background: bool | float
+    on_error: OnError
 
 
 class MapOptions(ServingOptions, MappedMemoryOptions, total=False):
@@ -138,6 +141,9 @@ class Monitor:
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
         background: True: bring all that is missing in the background, as fast as faults allow; a number: so many bytes
             per second at most, on average. It comes in steps of 512 KiB from a file or from memory, else of 8 MiB.
+        on_error: what becomes of a thread that touches a page that cannot be had, after all tries: "sigbus" (the
+            default: the signal, which ends most programs), "retry" (the thread waits, and the page is asked for again
+            every second, for ever). Either way the error is reported. `prefetch` and `read` raise it with both.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -197,6 +203,7 @@ class Monitor:
         record: str | os.PathLike[str] | None = None,
         replay: str | os.PathLike[str] | None = None,
         background: bool | float = False,
+        on_error: OnError = "sigbus",
         track_writes: bool = False,
         user_mode_only: bool = False,
     ) -> None:
@@ -206,10 +213,9 @@ class Monitor:
         _check_numbers("a whole number or None", int | None | SupportsIndex, retries=retries)
         _check_numbers("a number of seconds or None", float | None | SupportsFloat, timeout=timeout)
         _check_numbers("a number or a bool", bool | float | SupportsFloat, background=background)
-        if on_exit not in ("sigbus", "populate", "zeros"):
-            raise ValueError(f'on_exit is "sigbus", "populate" or "zeros", not {on_exit!r}')
-        if fork not in (None, "dontfork", "serve"):
-            raise ValueError(f'fork is "dontfork" or "serve", not {fork!r}')
+        _check_choice("on_exit", on_exit, "sigbus", "populate", "zeros")
+        _check_choice("on_error", on_error, "sigbus", "retry")
+        _check_choice("fork", fork, None, "dontfork", "serve")
         self._held = Held(region)
         self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
@@ -227,6 +233,7 @@ class Monitor:
             background=math.inf if background is True else float(background),
             write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
+            on_error=on_error,
         )
         self._choice.check(Terms(source_or_handler, fork, self._options, record is not None, replay is not None))
         self._registration: Registration | None = None
@@ -445,10 +452,12 @@ class Monitor:
     async def wait_error(self) -> None:
         """Wait until a page could not be had, and raise why: each error once, in order. Canceling is safe.
 
-        A thousand errors are kept until they are raised; of further ones the statistics tell, and the log.
+        A thousand errors are kept until they are raised; of further ones the statistics tell, and the log. Right after
+        the report the page is poisoned: a thread of this process that waits for it gets SIGBUS, before this
+        can act, unless on_error="retry". What `prefetch` and `read` raise is not raised here again.
 
         Raises:
-            SourceError: why a page was poisoned.
+            SourceError: why a page could not be had.
             HandlerError: the same, for a handler.
             PagerDiedError: the pager was given up.
             PagerError: this process has closed descriptors of the pager's client.
@@ -527,6 +536,11 @@ def _check_numbers(what: str, kind: Any, **options: Any) -> None:
     for name, value in options.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}= takes {what}, not {value!r:.200}")
+
+
+def _check_choice(name: str, value: Any, *choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, not {value!r:.200}")
 
 
 def _weak(method: Callable[[], None]) -> Callable[[], None]:

@@ -41,6 +41,9 @@ aiouffd.Monitor(region, source, engine=aiouffd.InThread(), fork="serve")  # type
 aiouffd.Monitor(region, source, engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), readahead=0)  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), replay="trace")  # type: ignore[call-overload]
+aiouffd.Monitor(region, source, on_error="retry")
+aiouffd.Monitor(region, on_error="ignore")  # type: ignore[call-overload]
+aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), on_error="retry")  # type: ignore[call-overload]
 aiouffd.Monitor(region, on_exit="explode")  # type: ignore[call-overload]
 aiouffd.Monitor(region, b"bytes")  # type: ignore[call-overload]
 aiouffd.Monitor(b"bytes")  # type: ignore[call-overload]

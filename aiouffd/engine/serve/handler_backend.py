@@ -157,9 +157,8 @@ class HandlerBackend:
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
         if flight.wanted:
-            space.report(failure)
-            for piece in space.valid(Run(Op.POISON, flight.start, flight.offset, space.page_size)):
-                space.poison([piece.dst])
+            run = Run(Op.POISON, flight.start, flight.offset, space.page_size)
+            space.give_up([piece.dst for piece in space.valid(run)], failure)
 
     async def _unresolved(self, space: Space, fault: Fault, batch: Batch) -> str:
         """Return what is wrong with a batch whose handler has returned, or nothing."""

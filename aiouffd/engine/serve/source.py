@@ -318,9 +318,7 @@ class SourceBackend:
         if space.is_gone or space.closing:
             return
         self._words[Counter.SOURCE_ERRORS] += 1
-        space.report(failure)  # before the poison, which may end the toucher's process at once
-        for piece in space.valid(Run(Op.POISON, address, offset, space.page_size)):
-            space.poison([piece.dst])
+        space.give_up([piece.dst for piece in space.valid(Run(Op.POISON, address, offset, space.page_size))], failure)
 
     # Ahead of faults
 

@@ -73,6 +73,7 @@ class Local:
             readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
             write_protect=options.write_protect,
             on_error=partial(_report, on_error),
+            retries=options.on_error == "retry",
         )
         self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)

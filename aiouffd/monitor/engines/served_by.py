@@ -84,6 +84,7 @@ class ServedBy:
                 "replay": terms.replays,
                 "background": bool(terms.options.background),
                 "readahead": terms.options.readahead != given.readahead and not terms.records,
+                "on_error": terms.options.on_error != given.on_error,
                 "timeout, retries, concurrent_reads or bytes_in_flight": terms.options.limits != given.limits,
             }.items()
             if is_asked
