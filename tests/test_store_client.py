@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 
 import odd_http
@@ -39,6 +40,13 @@ async def test_conditions(pinned: Validator | None, header: str | None, value: s
             sent = {name: headers[name] for name in ("if-match", "if-unmodified-since") if name in headers}
             assert sent == ({} if header is None else {header: value})
         client.close()
+
+
+def test_the_user_of_a_url_is_sent() -> None:
+    """Obstore leaves it out."""
+    with odd_http.serving() as server:
+        StoreClient(server.url.replace("//", "//me:secret@"), {}, 10, direct).get(0, 1, None)
+        assert base64.b64decode(server.requests[0][1]["authorization"].split()[1]) == b"me:secret"
 
 
 async def test_obstore_does_not_retry() -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aiouffd.sources.store_settings import client_options, obstore, proxy_of, require_credentials, split_url
+from aiouffd.sources.store_settings import (
+    client_options,
+    obstore,
+    proxy_of,
+    require_credentials,
+    split_url,
+    user_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +49,16 @@ def test_client_options_of_the_environment(scheme: str, prefix: str, monkeypatch
     assert client_options(f"{scheme}://b/k", {"connect_timeout": "9s"})["connect_timeout"] == "9s"
     assert client_options("http://h/x", {}) == {"allow_http": True}
     assert client_options("https://h/x", {}) == {}
+
+
+def test_the_user_of_a_url() -> None:
+    """It is no part of what is asked for, but of the headers, beside those that were given."""
+    url = "https://me:p%40ss@h/a?b"
+    assert split_url(url) == ("https://h/a?b", "")
+    headers = {"Authorization": "Basic " + base64.b64encode(b"me:p@ss").decode()}
+    assert client_options(url, {}) == {"default_headers": headers}
+    assert client_options(url, {"default_headers": {"X-A": "b"}}) == {"default_headers": {"X-A": "b"} | headers}
+    assert user_of("s3://me@bucket/a") == ("s3://me@bucket/a", {})
 
 
 _ENOUGH: list[tuple[str, dict[str, str], dict[str, Any]]] = [

@@ -8,17 +8,17 @@ is slower; only servers that answer so are read this way.
 from __future__ import annotations
 
 import asyncio
-import base64
 import http.client
 import re
 import ssl
 import urllib.request
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, urldefrag
 
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.http_answer import Answer, Validator, time_of
 from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
+from aiouffd.sources.store_settings import user_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,12 +43,9 @@ class PlainHttp:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any], timeout: float, proxy: Proxy) -> None:
-        parts = urlsplit(url)
-        user, at, host = parts.netloc.rpartition("@")
-        self._url = quote(urlunsplit((parts.scheme, host, parts.path, parts.query, "")), safe=_SAFE)
-        self._headers = {name: _text(value) for name, value in options.get("default_headers", {}).items()}
-        if at:
-            self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
+        url, user = user_of(url)
+        self._url = quote(urldefrag(url).url, safe=_SAFE)
+        self._headers = {name: _text(value) for name, value in options.get("default_headers", {}).items()} | user
         self._timeout = timeout
         self._proxy = proxy
         self._pool: DaemonThreads | None = None

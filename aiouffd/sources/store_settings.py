@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from aiouffd.sources.store_errors import hide_secrets
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["client_options", "obstore", "proxy_of", "require_credentials", "split_url"]
+__all__ = ["client_options", "obstore", "proxy_of", "require_credentials", "split_url", "user_of"]
 
 _PREFIXES = {
     **dict.fromkeys(("s3", "s3a"), "AWS"),
@@ -69,6 +70,16 @@ def obstore() -> Any:
     return obstore
 
 
+def user_of(url: str) -> tuple[str, dict[str, str]]:
+    """Return a URL of http(s) without its user and password, and the headers that send them; obstore sends none."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at or parts.scheme not in ("http", "https"):
+        return url, {}
+    headers = {"Authorization": "Basic " + base64.b64encode(unquote(user).encode()).decode()}
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, parts.fragment)), headers
+
+
 def split_url(url: str) -> tuple[str, str]:
     """Return (URL of the store, key of the object in it).
 
@@ -81,7 +92,7 @@ def split_url(url: str) -> tuple[str, str]:
         raise ValueError("the URL names no object: it ends with a slash")
     if parts.scheme in ("http", "https"):
         # A store of one object, so that the URL is sent as it was given: a signed one has a query.
-        return urldefrag(url).url, ""
+        return urldefrag(user_of(url)[0]).url, ""
     return urlunsplit((parts.scheme, parts.netloc, base, "", "")), unquote(key)  # the store encodes the key again
 
 
@@ -97,7 +108,11 @@ def client_options(url: str, given: Mapping[str, Any]) -> dict[str, Any]:
         value = os.environ.get(f"{prefix}_{name.upper()}")
         if value is not None:
             found[name] = value
-    return {**found, **given}
+    found |= given
+    _, user = user_of(url)
+    if user:
+        found["default_headers"] = {**given.get("default_headers", {}), **user}
+    return found
 
 
 def require_credentials(url: str, options: Mapping[str, Any]) -> None:
