@@ -21,6 +21,7 @@ from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, ma
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
 from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows
+from benchmarks.snapshots import snapshot_rows
 
 if TYPE_CHECKING:
     import contextlib
@@ -517,6 +518,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         guest_row,
         latency_row,
         far_rows,
+        snapshot_rows,
         in_thread_rows,
         replay_row,
         clients_row,
