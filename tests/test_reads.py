@@ -87,6 +87,27 @@ async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> 
     assert source.asked == [(8, 4)]
 
 
+async def test_what_nobody_waits_for_is_read_ahead() -> None:
+    """A source that tells them apart is told, also when it is tried again."""
+    told: list[str] = []
+
+    class Both:
+        size = 100
+
+        async def read(self, offset: int, length: int) -> bytes:
+            told.append("read")
+            return bytes(length)
+
+        async def read_ahead(self, offset: int, length: int) -> bytes:
+            told.append("ahead")
+            return bytes(length)
+
+    reads = Reads(Both(), Counters(), Limits())
+    await reads.read(0, 4, urgent=True)
+    await reads.read(0, 4, urgent=False)
+    assert told == ["read", "ahead"]
+
+
 async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float]]) -> None:
     """Each pause is twice the one before, and half of it is chance: no source is hammered."""
     counters = Counters()

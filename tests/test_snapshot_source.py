@@ -9,11 +9,11 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from snapshots import CHUNK, an_image, read_all
+from snapshots import CHUNK, an_image, damage, read_all
 from stored import travelled
 
 import aiouffd
-from aiouffd.engine.ahead.trace import fingerprint
+from aiouffd.engine.ahead.trace import Recorder, fingerprint
 from aiouffd.pager.process.serialization import is_pickle, pack
 from aiouffd.store import create_sync
 from aiouffd.store.resolve import as_source
@@ -105,6 +105,21 @@ def test_equal_bytes_are_known_as_equal(made: Path, tmp_path: Path) -> None:
     assert fingerprint(one) == fingerprint(other)
     create_sync(DATA[:-1], tmp_path / "z.snap")
     assert aiouffd.SnapshotSource(tmp_path / "z.snap").identity != one.identity
+
+
+def test_its_recording(made: Path, tmp_path: Path) -> None:
+    """What was kept with it, checked; or nothing."""
+    recorder = Recorder.create(tmp_path / "trace", 4096, len(DATA))
+    recorder.note(8192)
+    recorder.complete()
+    create_sync(DATA, tmp_path / "y.snap", trace=tmp_path / "trace")
+    source = aiouffd.SnapshotSource(tmp_path / "y.snap")
+    assert source.recording() == (tmp_path / "trace").read_bytes()
+    assert aiouffd.SnapshotSource(made / "x.snap").recording() is None
+    (kept,) = tmp_path.glob("traces/*")
+    damage(kept, 50)
+    with pytest.raises(aiouffd.StoreError, match="it is damaged"):
+        source.recording()
 
 
 def test_who_repeats_a_failed_read(made: Path) -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pattern import PAGE
 from scenario import open_descriptors
 
-from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint
-from aiouffd.errors import TraceError
+from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint, stored
+from aiouffd.errors import SourceError, TraceError
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
@@ -301,3 +301,31 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             recorder.note(number * PAGE)
     recorder.complete()
     assert 100_000 < len(Trace.load(tmp_path / "trace").offsets) < 139_999
+
+
+def test_what_a_source_has_recorded_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is replayed if it fits; if not, or if it cannot be had, that is logged."""
+
+    class Kept:
+        def __init__(self, content: bytes | Exception | None) -> None:
+            self.content = content
+
+        def recording(self) -> bytes | None:
+            if isinstance(self.content, Exception):
+                raise self.content
+            return self.content
+
+    recorder = Recorder.create(tmp_path / "r", 4096, 1 << 20)
+    recorder.note(8192)
+    recorder.complete()
+    data = (tmp_path / "r").read_bytes()
+    found = stored(Kept(data), 4096)
+    assert found is not None
+    assert list(found.offsets) == [8192]
+    assert stored(Kept(None), 4096) is None
+    assert stored(object(), 4096) is None
+    assert not caplog.records
+    assert stored(Kept(data), 16384) is None
+    assert stored(Kept(data[:-1]), 4096) is None
+    assert stored(Kept(SourceError("x", 0, 0, "gone")), 4096) is None
+    assert ["nothing is replayed" in record.message for record in caplog.records] == [True] * 3

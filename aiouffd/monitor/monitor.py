@@ -226,7 +226,7 @@ class Monitor:
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
-        self._recording = _recording(record, replay)
+        self._recording = _recording(record, replay, source_or_handler)
         self._writes = "tracked" if track_writes else "served" if wants_writes(self.origin) else ""
         self._options = Options(
             readahead if record is None else 0,
@@ -524,8 +524,10 @@ def _checked_engine(engine: EngineChoice | None) -> EngineChoice:
     return engine
 
 
-def _recording(record: str | os.PathLike[str] | None, replay: str | os.PathLike[str] | None) -> Recording | None:
-    if record is None and replay is None:
+def _recording(
+    record: str | os.PathLike[str] | None, replay: str | os.PathLike[str] | None, origin: object
+) -> Recording | None:
+    if record is None and replay is None and not hasattr(origin, "recording"):
         return None
     from aiouffd.monitor.recording import Recording  # noqa: PLC0415 - 5 ms, and few Monitors record or replay
 

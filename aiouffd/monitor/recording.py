@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
+from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
 from aiouffd.engine.options import Service
 from aiouffd.errors import TraceError
 
@@ -21,7 +21,7 @@ class Recording:
 
     Args:
         record: the file to write, complete when serving ends.
-        replay: the file to read.
+        replay: the file to read. With neither, a recording that the source has of itself is replayed.
 
     Raises:
         ValueError: both are given.
@@ -50,6 +50,8 @@ class Recording:
             # Where fingerprints cannot tell, the size can: of a file and a URL for example. A handler has none.
             if trace.source != source and trace.size not in (size, getattr(origin, "size", trace.size)):
                 raise TraceError(str(self._replay), "it was recorded from another source: its size is another")
+        elif self._record is None:
+            trace = stored(origin, page)
         return Service(origin, self._recorder, trace)
 
     def end(self, *, complete: bool) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint
+from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
 from aiouffd.engine.options import Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
@@ -158,7 +158,7 @@ class Services:
 
     def _trace(self, handoff: Handoff, origin: Any) -> Trace | None:
         if self._replay is None:
-            return None
+            return None if self._record is not None else stored(origin, handoff.regions.page_size)
         try:
             return Trace.load(self._replay, handoff.regions.page_size, source=fingerprint(origin))
         except (TraceError, OSError) as error:

@@ -33,6 +33,9 @@ class Source(Protocol):
       called if an attribute `sparse` is false.
     - `blank(offset, length, block) -> list[int]`: where blocks of zeros begin, relative to `offset`, among bytes that
       `locate` has just found. Those blocks are mapped and not copied. Must be quick if there are none.
+    - `recording() -> bytes | None`: the content of a file that `record=` has written, of an earlier use of these bytes.
+      It is replayed unless the Monitor is given another one, or records. May block.
+    - `read_ahead(offset, length)`: in place of `read`, for bytes that no thread waits for. Others may go first.
     - `expect(offset, length)`: these bytes will probably be read next; the range may reach behind `size`. The source
       may fetch them in the background.
     - `async aclose()`: called once, when serving ends.

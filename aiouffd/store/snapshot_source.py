@@ -12,7 +12,7 @@ from aiouffd.store.chunks import Chunks
 from aiouffd.store.folder import Folder
 from aiouffd.store.manifest import Manifest
 from aiouffd.store.place import split
-from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store
+from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store, read_linked, trace_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +108,12 @@ class SnapshotSource:
             retries if own_retries is None else own_retries,
             on_retry,
         )
+
+    def recording(self) -> bytes | None:
+        """Return the recording of first touches that was written with the snapshot; None: there is none. Blocks."""
+        snapshot = self.snapshot
+        link = snapshot.manifest.trace
+        return None if link is None else read_linked(snapshot.store, trace_path(link), link)
 
     def hole(self, offset: int, length: int) -> int:
         """Return how many bytes from `offset` on are zeros that the snapshot does not hold, at most `length`."""

@@ -8,10 +8,12 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from scenario import play
+from scenario import eventually, play
+from served import Serve
 from snapshots import CHUNK, an_image, damage, packs_of
 
 import aiouffd
+from aiouffd.engine.ahead.trace import Recorder
 from aiouffd.store import create_sync
 from examples.page_server import serving
 
@@ -114,3 +116,35 @@ def survive(place: str) -> None:
 def test_a_worker_that_is_killed(place: str) -> None:
     """Its successor opens the snapshot from what the first one had."""
     play(survive, place)
+
+
+def replay(place: str) -> None:
+    """Touch nothing, and wait for what was touched before."""
+    with aiouffd.open(place) as region:
+        eventually(lambda: region.monitor.statistics().pages_replay, 3)
+        assert region.monitor.statistics().faults == 0
+        assert bytes(region) == DATA
+
+
+def test_a_recording_that_is_kept_with_it_is_replayed(tmp_path: Path) -> None:
+    """Without a word, by `open`."""
+    recorder = Recorder.create(tmp_path / "trace", 4096, len(DATA))
+    for page in (20, 7, 300):
+        recorder.note(page * 4096)
+    recorder.complete()
+    create_sync(DATA, tmp_path / "x.snap", trace=tmp_path / "trace")
+    play(replay, str(tmp_path / "x.snap"))
+
+
+def touch_served(path: str) -> None:
+    """Be a client."""
+    region = aiouffd.Region(-(-len(DATA) // 4096) * 4096)
+    with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
+        assert bytes(region)[: len(DATA)] == DATA
+
+
+def test_aiouffd_serve_knows_a_snapshot(place: str, tmp_path: Path) -> None:
+    """Two clients share it."""
+    with Serve(tmp_path, place) as serve:
+        for _ in range(2):
+            play(touch_served, str(serve.path))

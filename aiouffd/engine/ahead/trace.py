@@ -36,14 +36,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
-from aiouffd.errors import TraceError
+from aiouffd.errors import SourceError, TraceError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Recorder", "Trace", "differ", "fingerprint"]
+__all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
 
 log = logging.getLogger("aiouffd")
 
@@ -90,30 +90,34 @@ class Trace:
             TraceError: it is not such a file, not complete, damaged, of another page size, or of another source.
             OSError: it cannot be read.
         """
-        data = Path(path).read_bytes()
+        return cls.parse(Path(path).read_bytes(), str(path), page_size, source=source)
+
+    @classmethod
+    def parse(cls, data: bytes, name: str, page_size: int | None = None, *, source: bytes = bytes(32)) -> Self:
+        """As `load`, for bytes; name: of what they were read from, for errors."""
         if len(data) < HEADER_1.size:
-            raise TraceError(str(path), f"{len(data)} bytes are too few for a recording")
+            raise TraceError(name, f"{len(data)} bytes are too few for a recording")
         magic, version, page, size, count, checksum, state = HEADER_1.unpack_from(data)
         if magic != MAGIC:
-            raise TraceError(str(path), "it is not a recording of page faults")
+            raise TraceError(name, "it is not a recording of page faults")
         if not 1 <= version <= VERSION:
-            raise TraceError(str(path), f"its version is {version}; this library reads versions up to {VERSION}")
+            raise TraceError(name, f"its version is {version}; this library reads versions up to {VERSION}")
         header = HEADER if version == VERSION else HEADER_1
         recorded = data[HEADER_1.size : header.size].ljust(32, b"\0")
         body = memoryview(data)[header.size :]
         if not state & _COMPLETE:
-            raise TraceError(str(path), "the recording was not completed: the process that recorded ended too early")
+            raise TraceError(name, "the recording was not completed: the process that recorded ended too early")
         if len(body) != count * 8:
-            raise TraceError(str(path), f"it announces {count} pages and holds {len(body) / 8:g}: truncated?")
+            raise TraceError(name, f"it announces {count} pages and holds {len(body) / 8:g}: truncated?")
         if zlib.crc32(body) != checksum:
-            raise TraceError(str(path), "its checksum is wrong: it is damaged")
+            raise TraceError(name, "its checksum is wrong: it is damaged")
         if page_size is not None and page != page_size:
-            raise TraceError(str(path), f"it was recorded with pages of {page} bytes, not {page_size}")
+            raise TraceError(name, f"it was recorded with pages of {page} bytes, not {page_size}")
         if differ(recorded, source):
-            raise TraceError(str(path), "it was recorded from another source, or from another version of it")
+            raise TraceError(name, "it was recorded from another source, or from another version of it")
         offsets = array("Q", bytes(body))
         if page < mmap.PAGESIZE or any(offset % page or offset >= size for offset in offsets):
-            raise TraceError(str(path), "it names pages that cannot exist")
+            raise TraceError(name, "it names pages that cannot exist")
         return cls(page, size, array("Q", dict.fromkeys(offsets)), recorded)
 
     def ranges(self, begin: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
@@ -259,6 +263,17 @@ def _begin(final: Path) -> int:
 
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
+
+
+def stored(source: Any, page_size: int) -> Trace | None:
+    """Return the recording that a source has of itself; None: it has none, or none that fits. May block."""
+    recording = getattr(source, "recording", None)
+    try:
+        data = recording() if callable(recording) else None
+        return None if data is None else Trace.parse(data, repr(source), page_size)
+    except (TraceError, SourceError) as error:
+        log.warning("%r: nothing is replayed: %s", source, error)
+        return None
 
 
 def fingerprint(source: Any) -> bytes:

@@ -41,6 +41,7 @@ class Reads:
 
     def __init__(self, source: Source, counters: Counters, limits: Limits) -> None:
         self._source = source
+        self._read_ahead = getattr(source, "read_ahead", None)
         self._words = counters.words
         self._backoff = limits.backoff
         begin = getattr(source, "begin", None)
@@ -72,7 +73,9 @@ class Reads:
             words[_BYTES_IN_FLIGHT] += length
             try:
                 with self._deadlines:
-                    data = await self._source.read(offset, length)
+                    data = await (self._read_ahead if self._read_ahead and not urgent else self._source.read)(
+                        offset, length
+                    )
                 view = memoryview(data)
                 if view.nbytes != length or not view.c_contiguous:
                     self._refuse(view, offset, length)
