@@ -3,7 +3,8 @@
 All Python blocks of a document are one program, and each `sh` block is a script. A `text` block is what the block
 before it prints; `...` stands for anything. `https://host` is a page server, and ports and sockets are the test's own.
 Comments that begin with `<!-- setup` hold Python code that a reader need not see. A block whose first line is
-`# needs: ...` runs where the machine has that. `.ci/run` runs the blocks below `<!-- command: ...`.
+`# needs: ...` runs where the machine has that; one that begins with `# file: NAME` is that file. `.ci/run` runs the
+blocks below `<!-- command: ...`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class Block:
     @property
     def need(self) -> str:
         """What a machine may lack."""
-        return self.text.partition("\n")[0].partition("# needs: ")[2]
+        return self.begins_with("needs")
+
+    def begins_with(self, word: str) -> str:
+        """Return what the first line says after a word: `# word: what`."""
+        return self.text.partition("\n")[0].partition(f"# {word}: ")[2]
 
 
 def blocks_of(document: Path) -> list[Block]:
@@ -137,6 +142,8 @@ def run_blocks(name: str, directory: str) -> None:
             if block.language == "text":
                 want = re.sub(r"\n\.\.\.\n\Z", "...", block.text)  # what may follow need not
                 assert output == "..." or doctest.OutputChecker().check_output(want, output, SAME), (block.line, output)
+            elif file := block.begins_with("file"):
+                Path(file).write_text(text)
             elif block.language == "sh":
                 output = await asyncio.to_thread(run_shell, block, stack)
             else:
