@@ -13,6 +13,7 @@ from snapshots import an_image, damage
 import aiouffd
 from aiouffd.store import create_sync
 from aiouffd.store.codecs import digest_of
+from aiouffd.store.folder import Folder
 from aiouffd.store.snapshot import open_snapshot, read_linked
 
 if TYPE_CHECKING:
@@ -51,6 +52,31 @@ def test_the_index_is_a_copy(store: Path) -> None:
     assert list(opened.index.find_all()) == expected
 
 
+def test_it_is_opened_by_two_requests(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the manifest, one for the index: each is a way to the store and back."""
+    asked: list[str] = []
+    read = Folder.read
+
+    def note(self: Folder, path: str, start: int, stop: int) -> bytes:
+        asked.append(path.partition("/")[0])
+        return read(self, path, start, stop)
+
+    monkeypatch.setattr(Folder, "read", note)
+    monkeypatch.setattr(Folder, "size", None)
+    open_snapshot(store / "x.snap")
+    assert asked == ["x.snap", "indexes"]
+
+
+def test_a_large_manifest(tmp_path: Path) -> None:
+    """Its metadata may need a second request, and there is a limit."""
+    metadata = {"notes": "x" * 200_000}
+    create_sync(b"abc", tmp_path / "x.snap", metadata=metadata)
+    assert open_snapshot(tmp_path / "x.snap").manifest.metadata == metadata
+    with pytest.raises(aiouffd.StoreError, match="its manifest would be too large"):
+        create_sync(b"abc", tmp_path / "y.snap", metadata={"notes": "x" * 2_000_000})
+    assert not (tmp_path / "y.snap").exists()
+
+
 def change_size(store: Path) -> None:
     """Have a manifest say another size."""
     content = json.loads((store / "x.snap").read_text())
@@ -72,6 +98,7 @@ def index_of(store: Path) -> Path:
         (change_size, r"x\.snap: it has another size than its index"),
         (lambda store: index_of(store).unlink(), r"indexes/[0-9a-f]{64}: it is missing"),
         (lambda store: index_of(store).write_bytes(b"x"), r"indexes/.*: it has 1 bytes, and its manifest says"),
+        (lambda store: index_of(store).write_bytes(bytes(5000)), r"indexes/.*: it has more than \d+ bytes, and its"),
         (lambda store: damage(index_of(store), 100), r"indexes/.*: it is damaged: its hash is another"),
         (shutil.rmtree, r"it is missing"),
     ],

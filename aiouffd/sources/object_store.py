@@ -7,7 +7,6 @@ import logging
 import random
 import re
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -155,16 +154,6 @@ class ObjectSource:
             at += len(answer.data)
         if at > stop:
             raise ShortReadError(repr(self), offset, length, f"gave {at - offset} bytes of {length}")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def read_sync(self, offset: int, length: int) -> Any:
-        """As `read`, but blocks, and does not compare the object with the version that `size` was asked of."""
-        pieces: list[Any] = []
-        at, stop = offset, offset + length
-        while at < stop:
-            answer = self.ask(partial(_range, at, stop))
-            pieces.append(answer.data)
-            at += len(answer.data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def aclose(self) -> None:
@@ -369,10 +358,6 @@ def _rebuild(
     # Its own:
     source._pinned, source._witness = None if pinned is None else Validator.of_plain(*pinned), witness  # noqa: SLF001
     return source
-
-
-def _range(start: int, stop: int, client: StoreClient | PlainHttp) -> Answer:
-    return client.get(start, stop, None)
 
 
 def _nothing() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from aiouffd.errors import SourceError, StoreError
-from aiouffd.sources.http_answer import Validator
+from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.object_store import ObjectSource
 from aiouffd.sources.store_client import StoreClient, is_lost
@@ -21,6 +22,7 @@ __all__ = ["Bucket"]
 
 _TIMEOUT = 30.0
 _MISSING = (404, 410)
+_BEHIND_THE_END = 416
 
 
 class Bucket:
@@ -87,13 +89,26 @@ class Bucket:
         try:
             return self.part(path).size
         except SourceError as error:
-            if isinstance(error.__cause__, RequestError) and error.__cause__.failure.status in _MISSING:
+            if _status(error) in _MISSING:
                 return None
             raise
 
     def read(self, path: str, start: int, stop: int) -> Any:
-        """Return the bytes [start, stop) of an object, which it must have. Raises SourceError."""
-        return self.part(path).read_sync(start, stop - start)
+        """Return the bytes [start, stop) of an object, fewer where it ends before. Raises SourceError."""
+        part = self.part(path)
+        pieces: list[Any] = []
+        while start < stop:
+            try:
+                answer = part.ask(partial(_range, start, stop))
+            except SourceError as error:
+                if _status(error) == _BEHIND_THE_END:
+                    break
+                raise
+            pieces.append(answer.data)
+            start += len(answer.data)
+            if answer.validator.size == start:
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def put(self, path: str, parts: Iterable[Any], *, replace: bool = True) -> bool:
         """Write an object; tell whether it was written. See `Folder.put`."""
@@ -130,3 +145,14 @@ class Bucket:
 
     def __repr__(self) -> str:
         return f"Bucket({hide_secrets(self.url)!r})"
+
+
+def _range(start: int, stop: int, client: Any) -> Answer:
+    """Ask for a range of an object that never changes."""
+    answer: Answer = client.get(start, stop, None)
+    return answer
+
+
+def _status(error: SourceError) -> int:
+    """Return the status of the answer that an error is about, 0 if there was none."""
+    return error.__cause__.failure.status if isinstance(error.__cause__, RequestError) else 0

@@ -7,7 +7,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from aiouffd.errors import StoreError
+from aiouffd.errors import SourceError, StoreError
 from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.store.codecs import digest_of
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _PIECE = 4 << 20
+_FIRST = 64 << 10  # bytes of a manifest that are asked for at once: most have less than a thousand
 _WHOLE = 32  # bytes of the hash of an object
 _DAMAGED = "it is damaged: its hash is another than its manifest says"
 
@@ -97,12 +98,17 @@ def read_manifest(store: Folder | Bucket, name: str) -> Manifest:
     Raises:
         StoreError: it is missing, damaged, or of an unknown version.
     """
-    size = store.size(name)
-    if size is None:
-        raise StoreError(store.name(name), 0, 0, "there is no such snapshot: it is missing")
-    if size > LARGEST_MANIFEST:
+    try:
+        data = bytes(store.read(name, 0, _FIRST))
+        if len(data) == _FIRST:
+            data += bytes(store.read(name, _FIRST, LARGEST_MANIFEST + 1))
+    except SourceError as error:
+        if store.size(name) is not None:
+            raise
+        raise StoreError(store.name(name), 0, 0, "there is no such snapshot: it is missing") from error
+    if len(data) > LARGEST_MANIFEST:
         raise StoreError(store.name(name), 0, 0, "it is too large for a manifest of a snapshot")
-    return Manifest.decode(bytes(store.read(name, 0, size)), store.name(name))
+    return Manifest.decode(data, store.name(name))
 
 
 def open_snapshot(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Snapshot:
@@ -127,10 +133,18 @@ def open_in(store: Folder | Bucket, name: str) -> Snapshot:
 def _copied_index(store: Folder | Bucket, link: Link) -> int:
     """Return a descriptor of a copy of an index whose length and hash are right."""
     path = index_path(link)
+
+    def copied(file: BinaryIO) -> Iterator[bytes]:
+        for piece in _pieces(store, path, link.length):
+            file.write(piece)
+            yield piece
+
     try:
         with tempfile.TemporaryFile(buffering=0) as file:
-            found = digest_of(_copied(store, path, link.length, file), _WHOLE).hex()
+            found = digest_of(copied(file), _WHOLE).hex()
             fd = os.dup(file.fileno())
+    except SourceError:  # a timeout is an OSError as well
+        raise
     except OSError as error:
         reason = f"there is no room for a copy of it ({error.strerror}): TMPDIR names a folder for temporary files"
         raise StoreError(store.name(path), 0, 0, reason) from error
@@ -140,20 +154,19 @@ def _copied_index(store: Folder | Bucket, link: Link) -> int:
     return fd
 
 
-def _copied(store: Folder | Bucket, path: str, length: int, file: BinaryIO) -> Iterator[bytes]:
-    """Copy an object, and yield its bytes."""
-    _check_size(store, path, length)
-    for at in range(0, length, _PIECE):
-        data = store.read(path, at, min(at + _PIECE, length))
-        file.write(data)
+def _pieces(store: Folder | Bucket, path: str, length: int) -> Iterator[bytes]:
+    """Yield the bytes of an object, which must have this length."""
+    done = 0
+    while done <= length:
+        stop = min(done + _PIECE, length + 1)  # one more than there should be
+        data = store.read(path, done, stop)
+        done += len(data)
         yield data
-
-
-def _check_size(store: Folder | Bucket, path: str, length: int) -> None:
-    size = store.size(path)
-    if size != length:
-        reason = "it is missing" if size is None else f"it has {size} bytes, and its manifest says {length}"
-        raise StoreError(store.name(path), 0, 0, reason)
+        if done < stop:
+            break
+    if done != length:
+        has = f"{done} bytes" if done < length else f"more than {length} bytes"
+        raise StoreError(store.name(path), 0, 0, f"it has {has}, and its manifest says {length}")
 
 
 def read_linked(store: Folder | Bucket, path: str, link: Link) -> bytes:
@@ -162,8 +175,7 @@ def read_linked(store: Folder | Bucket, path: str, link: Link) -> bytes:
     Raises:
         StoreError: it is missing or damaged.
     """
-    _check_size(store, path, link.length)
-    data = bytes(store.read(path, 0, link.length))
+    data = b"".join(_pieces(store, path, link.length))
     if digest_of([data], _WHOLE).hex() != link.hash:
         raise StoreError(store.name(path), 0, 0, _DAMAGED)
     return data

@@ -15,7 +15,7 @@ from aiouffd.store.aside import aside
 from aiouffd.store.codecs import LEVEL, digest, digest_of
 from aiouffd.store.image import open_image
 from aiouffd.store.layer import Layer, in_order
-from aiouffd.store.manifest import Link, Manifest, checked_chunk_size
+from aiouffd.store.manifest import LARGEST_MANIFEST, Link, Manifest, checked_chunk_size
 from aiouffd.store.place import split
 from aiouffd.store.snapshot import open_snapshot, open_store, trace_path
 
@@ -138,6 +138,8 @@ def publish(store: Folder | Bucket, name: str, manifest: Manifest, *, replace: b
         ValueError: the metadata is no JSON.
     """
     data = manifest.encode()
+    if len(data) > LARGEST_MANIFEST:
+        raise StoreError(store.name(name), 0, 0, "its manifest would be too large: keep its metadata elsewhere")
     Manifest.decode(data, store.name(name))  # what no reader would take is not written
     if not store.put(name, [data], replace=replace):
         raise _exists(store, name)
