@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.file import FileSource
     from aiouffd.sources.layered import LayeredSource
     from aiouffd.sources.object_store import ObjectSource
+    from aiouffd.store.cache import ChunkCache
     from aiouffd.store.snapshot_source import SnapshotSource
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "BufferSource",
     "BusyError",
     "Capabilities",
+    "ChunkCache",
     "ClosedError",
     "Event",
     "Fault",
@@ -157,6 +159,7 @@ _HOMES = {
     "sources.file": "FileSource",
     "sources.layered": "LayeredSource",
     "sources.object_store": "ObjectSource",
+    "store.cache": "ChunkCache",
     "store.snapshot_source": "SnapshotSource",
 }
 """Module -> its names."""
@@ -164,8 +167,8 @@ _HOMES = {
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 _LATE = (
-    *("FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server", "SnapshotSource"),
-    *("Trace", "map", "open"),
+    *("ChunkCache", "FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server"),
+    *("SnapshotSource", "Trace", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

@@ -104,3 +104,16 @@ def test_several_memories() -> None:
     assert extents(Several(), [mapping(0, 4, 1), mapping(4, 6, 5)], 6) == [
         *((0, 1, Kind.COPY, PAGE), (2, 4, Kind.RESIDENT, 3 * PAGE), (4, 5, Kind.RESIDENT, 5 * PAGE))
     ]
+
+
+def test_what_is_mapped_piece_by_piece_is_the_loops() -> None:
+    """A piece may go while a handler copies from it."""
+
+    class Pieces:
+        size = 8 * PAGE
+
+        def memory(self) -> Any:
+            """It may be unreadable."""
+            return 1 << 30, 8 * PAGE, -2, 0
+
+    assert extents(Pieces(), [mapping(0, 4, 0)], 4) == []

@@ -89,6 +89,7 @@ ORDER = {
     "engine/ahead": ["__init__", "trace", "fill"],
     "store": [
         *("codecs", "manifest", "pack", "index", "place", "folder", "bucket", "snapshot", "workers", "chunks"),
+        *("key_locks", "cache_index", "segments", "view", "cache", "chunk_names", "fetches", "cached_source"),
         *("snapshot_source", "resolve", "image", "layer", "aside", "writer", "scan", "transfer", "collect", "__init__"),
     ],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
@@ -160,6 +161,7 @@ ORDER = {
         "demo",
         "doctor",
         "lazy_pages",
+        "cache",
         "serve",
         "snapshot",
         "commands",

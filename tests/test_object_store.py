@@ -477,3 +477,18 @@ def forks_from_a_bucket(url: str) -> None:
 def test_a_forked_child_cannot_open_buckets(url: str) -> None:
     """The error says what to do."""
     play(forks_from_a_bucket, f"{url}/data.bin")
+
+
+def test_what_a_cache_may_rely_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket's URL does not name the endpoint: the same key of another store is another object."""
+    for name in [name for name in os.environ if "endpoint" in name.lower()]:
+        monkeypatch.delenv(name)
+    source = aiouffd.ObjectSource("s3://bucket/key", region="x")
+    assert [source.cache_identity] == [None]
+    monkeypatch.setattr(aiouffd.ObjectSource, "identity", ("s3://bucket/key", 5, '"tag"'))
+    plain = source.cache_identity
+    assert plain == ("s3://bucket/key", 5, '"tag"')
+    found = {plain, aiouffd.ObjectSource("s3://bucket/key", endpoint="https://one").cache_identity}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://two")
+    found.add(source.cache_identity)
+    assert len(found) == 3

@@ -54,7 +54,12 @@ def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
         aiouffd.open("s3://bucket/key", storage_options={"region": "eu-west-1"}, readahead=0, timeout=5, retries=2),
     ):
         pass
-    assert asked == {"what": "s3://bucket/key", "options": {"region": "eu-west-1"}, "timeout": 5, "retries": 2}
+    found = {"what": "s3://bucket/key", "options": {"region": "eu-west-1"}, "timeout": 5, "retries": 2}
+    assert asked == {**found, "cache": None}
+    cache = aiouffd.ChunkCache("cache", 8 << 20)
+    with pytest.raises(aiouffd.SourceError, match="asked"), aiouffd.open("s3://bucket/key", cache=cache):
+        pass
+    assert asked["cache"] is cache
 
 
 def test_its_length_is_the_sources(tmp_path: Path) -> None:

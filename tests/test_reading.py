@@ -280,7 +280,7 @@ def plain(size: int, memory: tuple[int, int, int, int] | None, *, readahead: boo
         (8, 20 * PAGE, 10 * PAGE, 10 * PAGE, 0),  # behind its end
     ],
 )
-@pytest.mark.parametrize("file", [-1, 0, 9])
+@pytest.mark.parametrize("file", [-2, -1, 0, 9])
 def test_the_native_part_is_told_where_the_bytes_are(
     told: tuple[NativeReader, Told], pages: int, offset: int, size: int, length: int, served: int, file: int
 ) -> None:
@@ -305,7 +305,7 @@ def test_the_native_part_is_told_where_the_bytes_are(
                 "source": ADDRESS + offset if file < 0 else offset,
                 "page": PAGE,
                 "mode": 2,
-                "shown": Shown.MEMORY if file < 0 else Shown.FILE_PAGES,
+                "shown": {-2: Shown.MAPPED, -1: Shown.MEMORY}.get(file, Shown.FILE_PAGES),
                 "file": file,
                 "mapped": 0 if file < 0 else ADDRESS + offset,
                 "mtime_ns": 123,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aiouffd
+from aiouffd.store.cached_source import CachedSource
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
@@ -34,3 +35,19 @@ def test_what_names_no_source(thing: object) -> None:
     with pytest.raises(TypeError, match="is no path, no URL, no buffer and no Source") as caught:
         as_source(thing)
     assert repr(thing) in str(caught.value)
+
+
+def test_a_cache_is_of_what_is_far(tmp_path: Path) -> None:
+    """Objects and snapshots; what is here is read as it is. A folder that is another's is refused."""
+    cache = aiouffd.ChunkCache(tmp_path / "cache", 8 << 20)
+    (tmp_path / "file").write_bytes(b"data")
+    for far in ("https://host/x", str(tmp_path / "x.snap")):
+        source = as_source(far, cache=cache, timeout=7.0)
+        assert isinstance(source, CachedSource)
+        assert source.cache is cache
+        assert type(source.source) is type(as_source(far))
+    for here in (tmp_path / "file", b"data", aiouffd.ZeroSource(5)):
+        assert not isinstance(as_source(here, cache=cache), CachedSource)
+    (tmp_path / "cache").chmod(0o755)
+    with pytest.raises(PermissionError, match="others may enter"):
+        as_source("https://host/x", cache=cache)

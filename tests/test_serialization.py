@@ -21,7 +21,10 @@ from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.file import FileSource
+from aiouffd.sources.layered import LayeredSource
 from aiouffd.sources.object_store import ObjectSource
+from aiouffd.store.cache import ChunkCache
+from aiouffd.store.cached_source import CachedSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,6 +92,11 @@ async def test_our_own_sources_travel_without_a_pickle(tmp_path: Path) -> None:
     both = await asyncio.to_thread(there_and_back, ConcatSource([FileSource(path), BufferSource(b"behind")]))
     assert bytes(await both.read(0, 4)) == b"file"
     assert bytes(await both.read(both.starts[1], 6)) == b"behind"
+    layered = await asyncio.to_thread(there_and_back, LayeredSource([BufferSource(b"below" * 800), path]))
+    assert bytes(await layered.read(0, 4)) == b"file"
+    cached = there_and_back(CachedSource(url, ChunkCache("/cache", 8 << 20)))
+    assert cached.source.__reduce__() == url.__reduce__()
+    assert (cached.cache.path, cached.cache.max_bytes) == ("/cache", 8 << 20)
     relay = there_and_back(RelaySource(b"\0name", 3, 4096))
     assert (relay.address, relay.index, relay.size) == (b"\0name", 3, 4096)
 

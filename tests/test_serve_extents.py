@@ -52,6 +52,7 @@ def test_what_is_local_and_plain() -> None:
     assert not extents(locate=nothing, hole=nothing).may_be_plain
     assert extents(locate=nothing, hole=nothing, sparse=False).may_be_plain
     assert not extents(locate=nothing, hole=nothing, sparse=True).may_be_plain
+    assert extents(page=nothing, hole=nothing, plain=True).may_be_plain
 
 
 def test_spaces_that_are_alike_share_a_plain_source() -> None:

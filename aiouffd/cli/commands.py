@@ -12,6 +12,7 @@ import aiouffd
 __all__ = ["group"]
 
 _COMMANDS = {
+    "cache": ("aiouffd.cli.cache", "store"),
     "demo": ("aiouffd.cli.demo", "demo"),
     "doctor": ("aiouffd.cli.doctor", "cli"),
     "lazy-pages": ("aiouffd.cli.lazy_pages", "cli"),

@@ -21,6 +21,7 @@ from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
 from aiouffd.sources.layered import LayeredSource
+from aiouffd.store.cache import SMALLEST, ChunkCache
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--socket", "path", type=click.Path(), help="Listen here; not with systemd's socket activation.")
 @_option("--source-for", metavar="TEMPLATE", help="A path or URL for each client, from {pid} {uid} {number} {name}.")
 @_option("--diff", "diffs", metavar="PATH", multiple=True, help=_DIFF)
+@_option("--cache", "folder", type=click.Path(), help="Keep what comes from URLs here, for all processes of this user.")
+@_option("--cache-size", type=parameters.Size(SMALLEST), default="50G", help="The most bytes of the cache's chunks.")
 @_option("--mode", type=parameters.FileMode(), default="600", help="Of the socket's file.")
 @_option("--allow-uid", "uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
 @_option("--record", type=click.Path(), help="Write the order of first touches to this file.")
@@ -82,6 +85,8 @@ def command(
     source: str | None,
     source_for: str | None,
     diffs: tuple[str, ...],
+    folder: str | None,
+    cache_size: int,
     path: str | None,
     metrics: tuple[str, int] | None,
     on_term: str,
@@ -109,13 +114,14 @@ def command(
         listener = daemon.activated()
         if listener is None:
             raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
+    cache = None if folder is None else ChunkCache(folder, cache_size)
     chosen: Source | Callable[[Peer, int, str], Source]
     if source is not None:
-        chosen = _source([source, *diffs], timeout=options["timeout"], retries=options["retries"])
+        chosen = _source([source, *diffs], timeout=options["timeout"], retries=options["retries"], cache=cache)
         if not chosen.size:
             raise OSError(f"{source}: has no bytes, so no client could be served")
     else:
-        chosen = choose_by(source_for or "", diffs, timeout=options["timeout"], retries=options["retries"])
+        chosen = choose_by(source_for or "", diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)

@@ -294,6 +294,7 @@ class NativeReader:
             return
         address, length, file, mtime_ns = memory
         whole = min(length, size) & -page  # the last, partial page is the engine's
+        mapped = c.Shown.MEMORY if file == -1 else c.Shown.MAPPED
         self._reader.describe(
             fd,
             near=near,
@@ -303,7 +304,7 @@ class NativeReader:
             source=address + offset if file < 0 else offset,
             page=page,
             mode=mode,
-            shown=c.Shown.MEMORY if file < 0 else c.Shown.FILE_PAGES,
+            shown=mapped if file < 0 else c.Shown.FILE_PAGES,
             file=file,
             mapped=address + offset if file >= 0 else 0,
             mtime_ns=mtime_ns,

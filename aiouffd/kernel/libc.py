@@ -112,9 +112,10 @@ def mmap_fixed(
     protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
     flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
     fd: int = -1,
+    offset: int = 0,
 ) -> None:
     """Map memory at `address`, by default anonymous and private, and replace what is mapped there."""
-    _check_address(_libc.mmap(address, length, protection, flags | _MAP_FIXED, fd, 0))
+    _check_address(_libc.mmap(address, length, protection, flags | _MAP_FIXED, fd, offset))
 
 
 def munlock(address: int, length: int) -> None:

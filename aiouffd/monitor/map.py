@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.monitor import OnFork
     from aiouffd.sources.base import Source
+    from aiouffd.store.cache import ChunkCache
 
 __all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
 
@@ -95,6 +96,7 @@ def map(  # noqa: A001 - it is called aiouffd.map
     engine: Pager | InThread | None = None,
     fork: OnFork | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    cache: ChunkCache | None = None,
     **options: Unpack[MapOptions],
 ) -> Region:
     """Map what a path or a URL names, as `open` does, and without a block.
@@ -120,6 +122,7 @@ def map(  # noqa: A001 - it is called aiouffd.map
         engine: `Pager()` or `InThread()`; None: the pager that this process shares.
         fork: as for `Monitor`.
         storage_options: as for `open`.
+        cache: as for `open`.
         **options: as for `Monitor`. A recording (`record`) is complete when the region is closed.
 
     Raises:
@@ -132,7 +135,7 @@ def map(  # noqa: A001 - it is called aiouffd.map
     if getattr(engine, "needs_loop", False):
         raise TypeError(f"engine={engine!r} serves on the caller's event loop: use `async with aiouffd.open(...)`")
     timeout, retries = options.get("timeout"), options.get("retries")
-    source = as_source(what, timeout=timeout, retries=retries, options=storage_options)
+    source = as_source(what, timeout=timeout, retries=retries, options=storage_options, cache=cache)
     return _enter(monitor_of(MappedRegion, source, engine, fork, options))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.monitor import AllOptions, Monitor, OnFork
     from aiouffd.sources.base import Source
+    from aiouffd.store.cache import ChunkCache
 
 __all__ = ["Opened", "open"]
 
@@ -35,16 +36,18 @@ class Opened:
         engine: Pager | InThread | InProcess | None,
         fork: OnFork | None,
         storage_options: Mapping[str, Any] | None,
+        cache: ChunkCache | None,
         options: AllOptions,
     ) -> None:
         self._what, self._engine, self._fork, self._storage_options = what, engine, fork, storage_options
+        self._cache = cache
         self._options = options
         self._found: Source | None = None  # by `len`
         self._monitor: Monitor | None = None
 
     def _source(self) -> Source:
         timeout, retries = self._options.get("timeout"), self._options.get("retries")
-        return as_source(self._what, timeout=timeout, retries=retries, options=self._storage_options)
+        return as_source(self._what, timeout=timeout, retries=retries, options=self._storage_options, cache=self._cache)
 
     def _prepare(self) -> Monitor:
         source, self._found = self._found or self._source(), None
@@ -105,6 +108,7 @@ def open(  # noqa: A001 - it is called aiouffd.open
     engine: Pager | InThread | InProcess | None = None,
     fork: OnFork | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    cache: ChunkCache | None = None,
     **options: Unpack[AllOptions],
 ) -> Opened:
     """Map what a path or a URL names: a region of its size, whose pages come on first touch.
@@ -118,6 +122,8 @@ def open(  # noqa: A001 - it is called aiouffd.open
         engine: as for `Monitor`; a server has sources of its own, so `ServedBy` is not for `open`.
         fork: as for `Monitor`.
         storage_options: credentials, endpoint, region and the like, for URLs: see `ObjectSource`.
+        cache: where what comes from URLs is kept, for all processes of the user. An object whose server names no
+            version (a strong ETag) is not kept.
         **options: as for `Monitor`.
 
     Raises on entering:
@@ -130,4 +136,4 @@ def open(  # noqa: A001 - it is called aiouffd.open
         TypeError: an option is unknown.
     """
     only_known("open", options)
-    return Opened(what, engine, fork, storage_options, options)
+    return Opened(what, engine, fork, storage_options, cache, options)

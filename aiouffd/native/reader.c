@@ -91,6 +91,8 @@ static uint64_t locate(struct state *s, const struct line *line, uint64_t page)
     uint64_t at = line->source + page - line->start;
     if (line->shown == MEMORY)
         return at;
+    if (line->shown == MAPPED)
+        return resident(line, at) ? at : 0;
     if (s->page_length < line->page) {
         free(s->page);
         s->page = aligned_alloc(64, line->page);

@@ -12,7 +12,7 @@ enum {
 };
 
 /* What a descriptor shows: where the bytes of its mapping are. */
-enum shown { NOTHING, MEMORY, FILE_PAGES };
+enum shown { NOTHING, MEMORY, FILE_PAGES, MAPPED };
 
 /* Knows where a fault may belong to a stream. With readahead, only faults that belong to none are plain. */
 struct strangers {
@@ -34,7 +34,7 @@ struct more {
 struct line {
     int64_t identity; /* below 0: nobody's */
     uint64_t start, end;
-    uint64_t source; /* MEMORY: the address of what is shown at `start`; FILE_PAGES: its offset in the file */
+    uint64_t source; /* MEMORY, MAPPED: the address of what is shown at `start`; FILE_PAGES: its offset in the file */
     uint32_t page, mode;
     int32_t shown, file;
     struct more *more; /* NULL: memory without readahead */

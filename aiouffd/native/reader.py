@@ -33,6 +33,7 @@ class Shown(enum.IntEnum):
     NOTHING = 0  # the engine serves each message
     MEMORY = 1
     FILE_PAGES = 2
+    MAPPED = 3  # as MEMORY, where it is resident
 
 
 class _Reader(ctypes.Structure):

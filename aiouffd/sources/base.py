@@ -26,11 +26,13 @@ class Source(Protocol):
     - `memory() -> tuple[int, int, int, int] | None`: (address, length, descriptor, mtime_ns) of memory of this process
       that has the bytes of the source from its beginning, and stays until `aclose`. `InThread` copies from there
       without a call. For a mapping of a file the descriptor is that of the file and mtime_ns its time of change: only
-      pages in the page cache are copied, while the file has that time. Otherwise the descriptor is -1.
+      pages in the page cache are copied, while the file has that time. Otherwise the descriptor is -1; or -2, if the
+      memory maps files that never change, or is unreadable where it does not: what is resident is copied.
     - `memories() -> Iterable[tuple[int, int, tuple[int, int, int, int]]]`: in place of `memory`, for a source in many
       pieces of memory: (start, end, what `memory` returns of one that has these bytes in the same place), in order.
     - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros. Not
-      called if an attribute `sparse` is false.
+      called if an attribute `sparse` is false. If an attribute `plain` is true, `page` returns None for such bytes, so
+      that it may be asked first.
     - `blank(offset, length, block) -> list[int]`: where blocks of zeros begin, relative to `offset`, among bytes that
       `locate` has just found. Those blocks are mapped and not copied. Must be quick if there are none.
     - `recording() -> bytes | None`: the content of a file that `record=` has written, of an earlier use of these bytes.

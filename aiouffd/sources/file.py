@@ -129,24 +129,12 @@ class FileSource:
         if self._mapped:
             self._map = map_file(fd, self._mapped, mmap.ACCESS_READ)
             self._address = address_of(self._map)
-        self._nowait = self._nowait_flag()
+        self._nowait = self._file_system.nowait_flag(fd)
         self._quick_end = not self._file_system.remote  # elsewhere lseek asks the server
         # mincore says that all pages are resident unless the caller owns the file or may write it. (Otherwise it would
         # tell what others read.)
         owned = status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
         self._tells = owned and self._file_system.answers_at_once
-
-    def _nowait_flag(self) -> int | None:
-        """Return the flag of preadv2 for reads that do not wait (Linux 4.14); None: this file has no such reads."""
-        if not self._file_system.answers_at_once:
-            return None
-        try:
-            os.preadv(self._fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return os.RWF_NOWAIT
-        except OSError:  # EOPNOTSUPP: FUSE; tmpfs, which never waits
-            return 0 if self._file_system.in_memory else None
-        return os.RWF_NOWAIT
 
     def locate(self, offset: int, length: int) -> int | None:
         """Return the address of the bytes in the mapping of the file, if they are resident."""

@@ -56,6 +56,18 @@ class FileSystem:
         self.remote = unknown or kind in _REMOTE
         self.answers_at_once = _statx is not None and kind != _9P
 
+    def nowait_flag(self, fd: int) -> int | None:
+        """Return the flag of preadv2 for reads that do not wait (Linux 4.14); None: this file has no such reads."""
+        if not self.answers_at_once:
+            return None
+        try:
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return os.RWF_NOWAIT
+        except OSError:  # EOPNOTSUPP: FUSE; tmpfs, which never waits
+            return 0 if self.in_memory else None
+        return os.RWF_NOWAIT
+
 
 class Pin:
     """The size and the time of the last change that a file had when it was opened.

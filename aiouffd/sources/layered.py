@@ -82,6 +82,7 @@ class LayeredSource:
         self._given = layers
         self._base: Any = base
         self._hole = getattr(base, "hole", None) if getattr(base, "sparse", True) else None
+        self.plain = self._hole is None  # `page` finds nothing in holes
         self.sparse = NOBODY in overlay.layers or self._hole is not None
         self.local = base is None or getattr(base, "local", hasattr(base, "locate") or hasattr(base, "read_nowait"))
         self._take_limits()
@@ -128,9 +129,9 @@ class LayeredSource:
         return self._page[layer](offset, length) if whole else None
 
     def blank(self, offset: int, length: int, block: int) -> list[int]:
-        """Return where blocks of zeros begin, relative to `offset`, in bytes that `locate` has found."""
-        layer, _ = self._overlay.at(offset)
-        blank = getattr(self.layers[layer], "blank", None)
+        """Return where blocks of zeros begin, relative to `offset`, in bytes of one layer that are resident."""
+        layer, end = self._overlay.at(offset)
+        blank = getattr(self.layers[layer], "blank", None) if layer != NOBODY and offset + length <= end else None
         return [] if blank is None else blank(offset, length, block)
 
     def memories(self) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:

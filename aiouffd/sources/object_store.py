@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import re
 import time
@@ -118,6 +119,14 @@ class ObjectSource:
         """What only the same bytes have; None: the server does not say, or was not asked yet."""
         pinned = self._pinned
         return None if pinned is None or pinned.strong_tag is None else (self.url, pinned.size, pinned.strong_tag)
+
+    @property
+    def cache_identity(self) -> tuple[Any, ...] | None:
+        """As `identity`, with the endpoint that a bucket's URL does not name: what a cache may rely on."""
+        identity = self.identity
+        settings = {**os.environ, **self._options}
+        endpoints = sorted((name, str(value)) for name, value in settings.items() if "endpoint" in name.lower())
+        return None if identity is None else (*identity, *endpoints)
 
     @property
     def validator(self) -> str | None:

@@ -7,6 +7,8 @@ Layout:
 - `snapshot_source`: what a Monitor serves it from. `chunks` fetches and keeps chunks in the threads of `workers`.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
+- `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files.
+- `cached_source` serves from it: `fetches` brings chunks, `chunk_names` names them, `view` maps them.
 - `scan`: verify, extract, diff. `transfer`: copy, flatten. `collect`: gc.
 
 docs/reference/snapshot-format.md describes the format.

@@ -14,13 +14,20 @@ from aiouffd.store.place import is_snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiouffd.store.cache import ChunkCache
+
 __all__ = ["as_source"]
 
 _STORES = frozenset(("http", "https", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"))
 
 
 def as_source(
-    thing: Any, *, timeout: float | None = None, retries: int | None = None, options: Mapping[str, Any] | None = None
+    thing: Any,
+    *,
+    timeout: float | None = None,
+    retries: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    cache: ChunkCache | None = None,
 ) -> Source:
     """Return a source for a path, a URL, a buffer, or a source itself.
 
@@ -32,15 +39,17 @@ def as_source(
         timeout: of an `ObjectSource` or a `SnapshotSource`.
         retries: as `timeout`.
         options: for the store of such a source.
+        cache: keeps the chunks of such a source. What is a local file, a buffer or a source is read as it is.
 
     Raises:
         SourceError: it names nothing that can be read.
+        PermissionError: the cache's folder is another user's, or others may enter it.
         TypeError: it is none of these.
     """
     if is_snapshot(thing):
         from aiouffd.store.snapshot_source import SnapshotSource  # noqa: PLC0415 - most programs do without
 
-        return SnapshotSource(thing, timeout=timeout, retries=retries, **(options or {}))
+        return _cached(SnapshotSource(thing, timeout=timeout, retries=retries, **(options or {})), cache)
     if isinstance(thing, str) and "://" in thing:
         from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
 
@@ -51,7 +60,7 @@ def as_source(
             raise SourceError(thing, 0, 0, f"the scheme {scheme!r} is unknown: use a path or one of {sorted(_STORES)}")
         from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
 
-        return ObjectSource(thing, timeout=timeout, retries=retries, **(options or {}))
+        return _cached(ObjectSource(thing, timeout=timeout, retries=retries, **(options or {})), cache)
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)
     if isinstance(thing, Source) and not isinstance(thing, type):
@@ -61,3 +70,12 @@ def as_source(
     except TypeError as error:
         raise TypeError(f"{thing!r:.200} is no path, no URL, no buffer and no Source") from error
     return BufferSource(view)
+
+
+def _cached(source: Source, cache: ChunkCache | None) -> Source:
+    if cache is None:
+        return source
+    from aiouffd.store.cached_source import CachedSource  # noqa: PLC0415 - as above
+
+    cache.check()
+    return CachedSource(source, cache)

@@ -96,6 +96,16 @@ class SnapshotSource:
         index = self.snapshot.index
         return index.records < index.chunks
 
+    @property
+    def chunk_size(self) -> int:
+        """Bytes of the image in a chunk. Raises as `snapshot`."""
+        return self.snapshot.index.chunk_size
+
+    def chunk_key(self, chunk: int) -> bytes | None:
+        """Return the hash of a chunk; None: it is zeros. Raises StoreError if its record is damaged."""
+        record = self.snapshot.index.find(chunk)
+        return None if record is None else record.hash
+
     async def prepare(self) -> None:
         """Open it in a thread. Canceling is safe. Raises as `snapshot`."""
         await asyncio.to_thread(getattr, self, "snapshot")

@@ -107,3 +107,4 @@ def kernel() -> None:
     assert_type(aiouffd.probe(), aiouffd.Capabilities)
     assert_type(aiouffd.FileSource(os.fspath("x")), aiouffd.FileSource)
     assert_type(aiouffd.LayeredSource(["x", aiouffd.FileSource("y")]).size, int)
+    assert_type(aiouffd.ChunkCache("x", 8 << 20).statistics(), dict[str, int])

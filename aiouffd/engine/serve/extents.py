@@ -41,6 +41,7 @@ class Extents:
         self._blank: Callable[[int, int, int], list[int]] | None = getattr(source, "blank", None)
         if not getattr(source, "sparse", True):
             self._hole = None
+        self._holes_are_told = self._hole is None or getattr(source, "plain", False)
         self._plain: dict[tuple[int, int, bool, bool], PlainSource] = {}
         answers_at_once = self.locate is not None or self._read_nowait is not None
         self.local: bool = answers_at_once and getattr(source, "local", True)
@@ -48,7 +49,7 @@ class Extents:
     @property
     def may_be_plain(self) -> bool:
         """Whether faults may be served as `engine.plain` does."""
-        return self._page is not None and self._hole is None
+        return self._page is not None and self._holes_are_told
 
     def plain_source(self, space: Space) -> PlainSource:
         """Return what `engine.plain` needs to serve the faults of a space; the same tuple for spaces alike."""

@@ -90,4 +90,4 @@ def _memories(source: Any, size: int) -> list[tuple[int, int, Memory]]:
     if (several := getattr(source, "memories", None)) is not None:
         return list(several())
     memory = getattr(source, "memory", lambda: None)()
-    return [] if memory is None else [(0, size, memory)]
+    return [] if memory is None or memory[2] < -1 else [(0, size, memory)]

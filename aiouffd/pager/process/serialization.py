@@ -52,12 +52,19 @@ _MAKERS: Final = frozenset(
         "aiouffd.sources.file:FileSource.from_descriptor",
         "aiouffd.sources.layered:LayeredSource.arrived",
         "aiouffd.sources.object_store:_rebuild",
+        "aiouffd.store.cache:ChunkCache",
+        "aiouffd.store.cached_source:CachedSource",
         "aiouffd.store.snapshot_source:_arrived",
     )
 )
 """What may be called to rebuild an object from plain values. None of them runs code that came along."""
 
-_ATTRIBUTES: Final = {"ZeroSource": ("size",), "ConcatSource": ("parts",)}
+_ATTRIBUTES: Final = {
+    "CachedSource": ("source", "cache"),
+    "ChunkCache": ("path", "max_bytes"),
+    "ConcatSource": ("parts",),
+    "ZeroSource": ("size",),
+}
 """The arguments of classes that have neither `travel` nor `__reduce__`, and are no attrs classes."""
 
 

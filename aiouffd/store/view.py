@@ -1,0 +1,72 @@
+"""The chunks of a source that lie in segments, mapped side by side: the native part copies pages from there.
+
+Addresses are reserved for the whole source, and cannot be read. A chunk that has been checked is mapped in its place.
+When its segment goes, the place is made unreadable again: a COPY from there fails, and is not of other bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final
+
+from aiouffd.kernel import libc
+from aiouffd.kernel.memory import MAP_NORESERVE, address_of
+
+__all__ = ["View"]
+
+_MOST: Final = 16 << 10  # pieces that are mapped in a process: each may take two of its 65,530 mappings
+_MAP_POPULATE: Final = 0x8000
+_pieces = [0]  # of all views
+
+
+class View:
+    """For the thread of one event loop.
+
+    Args:
+        size: of the source, in bytes.
+
+    Attributes:
+        address: where the first byte of the source would be.
+
+    Raises:
+        OSError: there are no addresses for it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._map = mmap.mmap(-1, self.length, flags=flags, prot=0)
+        self.address = address_of(self._map)
+        self._shown: set[int] = set()
+
+    def show(self, offset: int, length: int, fd: int, at: int) -> None:
+        """Map whole pages of a file in their place, if there may be more mappings.
+
+        Args:
+            offset: in the source.
+            length: in bytes.
+            fd: of the file.
+            at: where they are in the file.
+        """
+        if offset in self._shown or _pieces[0] >= _MOST or not length:
+            return
+        try:
+            libc.mmap_fixed(self.address + offset, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_POPULATE, fd, at)
+        except OSError:
+            return
+        self._shown.add(offset)
+        _pieces[0] += 1
+
+    def hide(self, offset: int, length: int) -> None:
+        """Show nothing there any more."""
+        if offset in self._shown:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            libc.mmap_fixed(self.address + offset, length, 0, flags)
+            self._shown.discard(offset)
+            _pieces[0] -= 1
+
+    def close(self) -> None:
+        """Give the addresses up."""
+        _pieces[0] -= len(self._shown)
+        self._shown.clear()
+        self._map.close()
