@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.map import map  # noqa: A004 - it is called aiouffd.map
     from aiouffd.monitor.monitor import Monitor
     from aiouffd.monitor.open import open  # noqa: A004 - it is called aiouffd.open
+    from aiouffd.monitor.progress import Progress
     from aiouffd.ranges import Address, Offset, Range
     from aiouffd.server.server import Server
     from aiouffd.sources.base import Source, ZeroSource
@@ -100,6 +101,7 @@ __all__ = [
     "PagerError",
     "PagerStartError",
     "PopulatedError",
+    "Progress",
     "Range",
     "RangeGoneError",
     "Region",
@@ -152,6 +154,7 @@ _HOMES = {
     "monitor.map": "map",
     "monitor.monitor": "Monitor",
     "monitor.open": "open",
+    "monitor.progress": "Progress",
     "ranges": "Address Offset Range",
     "server.server": "Server",
     "sources.base": "Source ZeroSource",

@@ -33,6 +33,7 @@ ORDER = {
             "pagemap",
             "locked",
             "region_file",
+            "residency",
             "region",
             "populated",
             "events",
@@ -137,7 +138,7 @@ ORDER = {
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "crashes", "lookout"),
-        *("recording", "monitor", "map", "open"),
+        *("recording", "progress", "entered", "monitor", "map", "open"),
     ],
     "monitor/engines": [
         "__init__",

@@ -20,6 +20,7 @@ from aiouffd.kernel.memory import MAP_NORESERVE, mapped
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
 from aiouffd.kernel.region_file import RegionFile
+from aiouffd.kernel.residency import picture, residency
 from aiouffd.lifetime import until_exit
 from aiouffd.ranges import RangeSet, align_up
 
@@ -425,6 +426,12 @@ class Region(mmap.mmap):
             with contextlib.suppress(OSError):
                 for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
                     libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and what of it has come."""
+        import html  # noqa: PLC0415 - 7 ms, and few programs are notebooks
+
+        return f"<code>{html.escape(repr(self))}</code>" + ("" if self.closed else picture(len(self), residency(self)))
 
     def __reduce__(self) -> tuple[Callable[..., Region], tuple[Any, ...]]:
         if self.reopens is None:

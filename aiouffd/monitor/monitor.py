@@ -35,6 +35,7 @@ from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
+from aiouffd.monitor.entered import Entered
 from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.held import Held
 from aiouffd.monitor.lookout import Lookout
@@ -46,14 +47,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiouffd.engine.serve.handler import Handler
-    from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.engines.protocol import Engine, EngineChoice
     from aiouffd.monitor.engines.served_by import ServedBy
     from aiouffd.monitor.recording import Recording
-    from aiouffd.ranges import Range
     from aiouffd.sources.base import Source
 
 __all__ = [
@@ -108,7 +107,7 @@ class AllOptions(ServingOptions, MemoryOptions, total=False):
     """The options of a Monitor that chooses how it is served."""
 
 
-class Monitor:
+class Monitor(Entered):
     """Serves the page faults of a region, from entering the `with` block until leaving it.
 
     A thread that touches a missing page with the GIL held stops its whole interpreter, and a loop in it. So the loop
@@ -382,131 +381,9 @@ class Monitor:
     def _service(self) -> Service:
         return Service(self.origin) if self._recording is None else self._recording.service(self.origin, self.region)
 
-    # Using it
-
-    async def prefetch(self, start: int, length: int) -> None:
-        """Bring `length` bytes from offset `start` of the region. Faults go first.
-
-        Returns when all of them are there. Canceling gives up waiting. What is under way comes all the same, and with
-        `Pager` and `ServedBy` the rest of the range as well.
-
-        Raises:
-            SourceError: the source failed; nothing is poisoned, what came is kept.
-            ValueError: not within the region.
-        """
-        import asyncio  # noqa: PLC0415 - as in `__aenter__`
-
-        self._check(start, length)
-        await asyncio.wrap_future(self._running().prefetch(start, length))
-
-    def prefetch_sync(self, start: int, length: int, timeout: float | None = None) -> None:
-        """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
-        self._check(start, length)
-        engine = self._running()
-        engine.check_may_wait()
-        future = engine.prefetch(start, length)
-        try:
-            future.result(timeout)
-        except TimeoutError:
-            if future.done():  # just now, or with an error of this kind
-                future.result()
-                return
-            late = f"[{start}, {start + length}) is not all there after {timeout} s; it goes on coming"
-            raise TimeoutError(late) from None
-
-    def read(self, start: int, length: int) -> bytes:
-        """Return a copy of `length` bytes from offset `start` on. Missing pages are brought first.
-
-        For what cannot wait for a missing page itself: with `InThread` (and with `user_mode_only`) a system call on a
-        missing page fails with EFAULT, write(2) of a view for example. It succeeds with what this returns.
-
-        Raises:
-            SourceError: a page could not be had.
-            ValueError: not within the region.
-            RuntimeError: this thread runs the engine's loop: await `prefetch` there, and take a slice.
-        """
-        self.prefetch_sync(start, length)
-        return self.region[start : start + length]
-
-    def collect(self) -> list[Range]:
-        """Return the pages written since the last call, or since entering, and protect them again, in one step.
-
-        The ranges are offsets in the region, of whole pages, in order; neighbours are joined, and the last may reach
-        behind `len(region)`. Needs `track_writes=True`. After `Region.resize` has moved the region, it may
-        have pages that were not written. Three kinds of writes are not seen: through another mapping of
-        a shared region, by write(2) to its memfd, and by a device (DMA) into pinned memory.
-        """
-        if self._writes != "tracked":
-            raise ValueError("writes are not tracked: Monitor(..., track_writes=True)")
-        if self._registration is None:
-            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
-        return self._registration.collect()
-
-    def statistics(self) -> Statistics:
-        """Return what has been counted since entering; also after worker deaths. Costs microseconds.
-
-        With `ServedBy`, what the server has counted for all its clients, since it began.
-        """
-        return self._running().statistics()
-
-    async def wait_error(self) -> None:
-        """Wait until a page could not be had, and raise why: each error once, in order. Canceling is safe.
-
-        A thousand errors are kept until they are raised; of further ones the statistics tell, and the log. Right after
-        the report the page is poisoned: a thread of this process that waits for it gets SIGBUS, before this
-        can act, unless on_error="retry". What `prefetch` and `read` raise is not raised here again.
-
-        Raises:
-            SourceError: why a page could not be had.
-            HandlerError: the same, for a handler.
-            PagerDiedError: the pager was given up.
-            PagerError: this process has closed descriptors of the pager's client.
-            ClosedError: the Monitor was left.
-        """
-
-        def check() -> None:
-            if self._engine is None:
-                raise ClosedError("the Monitor was left")
-
-        await self._errors.wait(check)
-
-    def check(self) -> None:
-        """Raise the next error that has not been raised yet, also after the block was left; return if there is none."""
-        self._errors.raise_next()
-
-    def _running(self) -> Engine:
-        if self._engine is None:
-            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
-        if os.getpid() != self._pid:
-            raise ClosedError("this Monitor belongs to the process that entered it, not to its forked child")
-        return self._engine
-
-    def _check(self, start: int, length: int) -> None:
-        if start < 0 or length < 0 or start + length > len(self.region):
-            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
-
     def __repr__(self) -> str:
         state = "not entered" if self._engine is None else "entered"
         return f"<Monitor of {self._held!r} by {self.origin!r}, {self._choice!r}, {state}>"
-
-    @property
-    def region(self) -> Region:
-        """What it serves.
-
-        Raises:
-            ClosedError: `aiouffd.map` has made it, and nobody keeps it any more.
-        """
-        return self._held.region
-
-    @property
-    def serves_here(self) -> bool:
-        """Whether it is entered, and was in this process: a forked child has a copy of its parent's."""
-        return self._engine is not None and os.getpid() == self._pid
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
-        return () if self._engine is None else self._engine.pids
 
 
 def _check_region(region: Region) -> None:

@@ -70,6 +70,12 @@ def plain() -> None:
         assert_type(monitor, aiouffd.Monitor)
         assert_type(monitor.prefetch_sync(0, 4096, timeout=1.0), None)
         assert_type(monitor.read(0, 10), bytes)
+        assert_type(monitor.residency(), list[aiouffd.Range])
+        assert_type(monitor.progress(), aiouffd.Progress)
+        assert_type(monitor.progress().remaining, float | None)
+        monitor.prefetch_sync(0, 4096, progress=True)
+        monitor.prefetch_sync(0, 4096, progress=lambda now: print(now.resident))
+        monitor.prefetch_sync(0, 4096, progress="bar")  # type: ignore[arg-type]
         assert_type(monitor.collect(), list[aiouffd.Range])
         assert_type(monitor.statistics(), aiouffd.Statistics)
         assert_type(monitor.pids, tuple[int, ...])

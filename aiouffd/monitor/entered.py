@@ -1,0 +1,221 @@
+"""What can be asked of a Monitor that is entered."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.errors import ClosedError
+from aiouffd.kernel.residency import residency
+from aiouffd.monitor.progress import INTERVAL, Meter, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.kernel.region import Region
+    from aiouffd.monitor.engines.protocol import Engine
+    from aiouffd.monitor.error_queue import ErrorQueue
+    from aiouffd.monitor.held import Held
+    from aiouffd.monitor.progress import Progress, Show
+    from aiouffd.monitor.registration import Registration
+    from aiouffd.ranges import Range
+
+__all__ = ["Entered"]
+
+
+class Entered:
+    """The half of a `Monitor` that is used inside its block; the other half enters and leaves it."""
+
+    _held: Held
+    _engine: Engine | None
+    _registration: Registration | None
+    _errors: ErrorQueue
+    _writes: str
+    _pid: int
+    _meter: Meter | None = None
+
+    async def prefetch(self, start: int, length: int, *, progress: Show = False) -> None:
+        """Bring `length` bytes from offset `start` of the region. Faults go first.
+
+        Returns when all of them are there. Canceling gives up waiting. What is under way comes all the same, and with
+        `Pager` and `ServedBy` the rest of the range as well.
+
+        Args:
+            start: offset in bytes.
+            length: in bytes.
+            progress: True: show it on standard error: a bar on a terminal, where rich is installed (`aiouffd[cli]`),
+                else a line every five seconds. Or a function, called five times a second, and at the end, in some
+                thread, with a `Progress`.
+
+        Raises:
+            SourceError: the source failed; nothing is poisoned, what came is kept.
+            ValueError: not within the region.
+        """
+        import asyncio  # noqa: PLC0415 - as in `__aenter__`
+
+        self._check(start, length)
+        coming = asyncio.wrap_future(self._running().prefetch(start, length))
+        if progress:
+            with self._looks(progress, start, length) as look:
+                try:
+                    while not (await asyncio.wait([coming], timeout=INTERVAL))[0]:
+                        await asyncio.to_thread(look)
+                    await asyncio.to_thread(look)
+                except asyncio.CancelledError:
+                    coming.cancel()
+                    raise
+        await coming
+
+    def prefetch_sync(self, start: int, length: int, timeout: float | None = None, *, progress: Show = False) -> None:
+        """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
+        self._check(start, length)
+        engine = self._running()
+        engine.check_may_wait()
+        coming = engine.prefetch(start, length)
+        end = math.inf if timeout is None else monotonic() + timeout
+        if progress:
+            with self._looks(progress, start, length) as look:
+                while not _is_done(coming, min(INTERVAL, end - monotonic())) and monotonic() < end:
+                    look()
+                look()
+        if not _is_done(coming, None if timeout is None else end - monotonic()):
+            raise TimeoutError(f"[{start}, {start + length}) is not all there after {timeout} s; it goes on coming")
+
+    @contextlib.contextmanager
+    def _looks(self, progress: Show, start: int, length: int) -> Iterator[Callable[[], object]]:
+        """Give what looks how much of a range has come, and shows it."""
+        meter = Meter(length)
+        with shown(progress, f"[{start}, {start + length})") as show:
+
+            def look() -> None:
+                show(meter.look(sum(item.length for item in residency(self.region, start, length))))
+
+            yield look
+
+    def residency(self) -> list[Range]:
+        """Return what of the region has come, as ranges of offsets, in order; neighbours are joined.
+
+        The page tables are read: that takes 3 ms for each GiB that has come, and waits for nothing. It is exact where
+        nothing comes or goes meanwhile. A page in swap has come. So has, for the kernel, one that is poisoned; of
+        shared memory, one that is in the file.
+
+        Raises:
+            ClosedError: the region is gone.
+        """
+        return residency(self.region)
+
+    def progress(self) -> Progress:
+        """Return how much of the region has come, how fast, and how long the rest takes at that rate.
+
+        For a background fill, a replay, or whatever brings pages. As for `residency`, page tables are read. The rate is
+        that between the calls of the last ten seconds, so the first call knows none.
+        """
+        if self._meter is None:
+            self._meter = Meter(len(self.region))
+        return self._meter.look(sum(item.length for item in self.residency()))
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return a copy of `length` bytes from offset `start` on. Missing pages are brought first.
+
+        For what cannot wait for a missing page itself: with `InThread` (and with `user_mode_only`) a system call on a
+        missing page fails with EFAULT, write(2) of a view for example. It succeeds with what this returns.
+
+        Raises:
+            SourceError: a page could not be had.
+            ValueError: not within the region.
+            RuntimeError: this thread runs the engine's loop: await `prefetch` there, and take a slice.
+        """
+        self.prefetch_sync(start, length)
+        return self.region[start : start + length]
+
+    def collect(self) -> list[Range]:
+        """Return the pages written since the last call, or since entering, and protect them again, in one step.
+
+        The ranges are offsets in the region, of whole pages, in order; neighbours are joined, and the last may reach
+        behind `len(region)`. Needs `track_writes=True`. After `Region.resize` has moved the region, it may
+        have pages that were not written. Three kinds of writes are not seen: through another mapping of
+        a shared region, by write(2) to its memfd, and by a device (DMA) into pinned memory.
+        """
+        if self._writes != "tracked":
+            raise ValueError("writes are not tracked: Monitor(..., track_writes=True)")
+        if self._registration is None:
+            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
+        return self._registration.collect()
+
+    def statistics(self) -> Statistics:
+        """Return what has been counted since entering; also after worker deaths. Costs microseconds.
+
+        With `ServedBy`, what the server has counted for all its clients, since it began.
+        """
+        return self._running().statistics()
+
+    async def wait_error(self) -> None:
+        """Wait until a page could not be had, and raise why: each error once, in order. Canceling is safe.
+
+        A thousand errors are kept until they are raised; of further ones the statistics tell, and the log. Right after
+        the report the page is poisoned: a thread of this process that waits for it gets SIGBUS, before this
+        can act, unless on_error="retry". What `prefetch` and `read` raise is not raised here again.
+
+        Raises:
+            SourceError: why a page could not be had.
+            HandlerError: the same, for a handler.
+            PagerDiedError: the pager was given up.
+            PagerError: this process has closed descriptors of the pager's client.
+            ClosedError: the Monitor was left.
+        """
+
+        def check() -> None:
+            if self._engine is None:
+                raise ClosedError("the Monitor was left")
+
+        await self._errors.wait(check)
+
+    def check(self) -> None:
+        """Raise the next error that has not been raised yet, also after the block was left; return if there is none."""
+        self._errors.raise_next()
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise ClosedError("this Monitor is not entered: use it inside its `with` block")
+        if os.getpid() != self._pid:
+            raise ClosedError("this Monitor belongs to the process that entered it, not to its forked child")
+        return self._engine
+
+    def _check(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > len(self.region):
+            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
+
+    @property
+    def region(self) -> Region:
+        """What it serves.
+
+        Raises:
+            ClosedError: `aiouffd.map` has made it, and nobody keeps it any more.
+        """
+        return self._held.region
+
+    @property
+    def serves_here(self) -> bool:
+        """Whether it is entered, and was in this process: a forked child has a copy of its parent's."""
+        return self._engine is not None and os.getpid() == self._pid
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
+        return () if self._engine is None else self._engine.pids
+
+
+def _is_done(future: Future[Any], timeout: float | None) -> bool:
+    """Wait for a future; raise its error, or tell whether it is done."""
+    try:
+        future.result(timeout)
+    except TimeoutError:
+        if not future.done():
+            return False
+        future.result()  # just now, or with an error of this kind
+    return True
