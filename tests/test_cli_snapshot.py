@@ -54,6 +54,12 @@ def test_the_commands(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff st/a.snap st/a.snap", capsys) == ""
     run("extract st/b.snap out", capsys)
     assert (there / "out").read_bytes() == (there / "changed.mem").read_bytes()
+    with (there / "diff.mem").open("wb") as file:
+        file.write(bytes(4096))
+        file.truncate(len(DATA))
+    run("create diff.mem st/c.snap --base st/b.snap --diff", capsys)
+    assert run("diff st/a.snap st/c.snap", capsys) == ""
+    (there / "st" / "c.snap").unlink()
     run("copy st/b.snap to/c.snap", capsys)
     run("flatten to/c.snap to/d.snap --chunk 128K --codec none", capsys)
     assert run("diff st/b.snap to/d.snap", capsys) == ""

@@ -91,7 +91,7 @@ ORDER = {
     "store": [
         *("codecs", "manifest", "pack", "index", "place", "folder", "bucket", "snapshot", "workers", "chunks"),
         *("key_locks", "cache_index", "segments", "view", "cache", "chunk_names", "fetches", "cached_source"),
-        *("snapshot_source", "resolve", "image", "layer", "aside", "writer", "scan", "transfer", "collect", "__init__"),
+        *("snapshot_source", "resolve", "layer", "aside", "scan", "image", "writer", "transfer", "collect", "__init__"),
     ],
     "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],

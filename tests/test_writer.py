@@ -111,6 +111,62 @@ def test_any_layers(tmp_path_factory: pytest.TempPathFactory, layers: list[tuple
     assert [read_all(place / f"{number}.snap") for number in range(len(made))] == made
 
 
+def a_diff(path: Path, size: int, data: dict[int, bytes]) -> None:
+    """Write a sparse file with some data."""
+    with path.open("wb") as file:
+        for at, piece in data.items():
+            file.seek(at)
+            file.write(piece)
+        file.truncate(size)
+
+
+@settings(max_examples=30)
+@given(
+    st.dictionaries(st.integers(0, 4 * 16 + 2), st.sampled_from(["zeros", "bytes"]), max_size=8),
+    st.sampled_from([CHUNK, 2 * CHUNK]),
+)
+def test_a_diff_of_firecracker(tmp_path_factory: pytest.TempPathFactory, pages: dict[int, str], chunk: int) -> None:
+    """Its holes are its base's, and its data is its own, also where that is zeros; a chunk may have both."""
+    place = tmp_path_factory.mktemp("diff")
+    image = bytearray(an_image(len(pages), 4, 3 * 4096))
+    data = {page * 4096: bytes(4096) if kind == "zeros" else os.urandom(4096) for page, kind in pages.items()}
+    create_sync(bytes(image), place / "base.snap", chunk_size=chunk)
+    a_diff(place / "diff.mem", len(image), data)
+    for at, piece in data.items():
+        image[at : at + 4096] = piece
+    create_sync(place / "diff.mem", place / "x.snap", base=place / "base.snap", diff=True)
+    assert read_all(place / "x.snap") == image
+    create_sync(bytes(image), place / "y.snap", base=place / "base.snap")
+    assert open_snapshot(place / "x.snap").manifest == open_snapshot(place / "y.snap").manifest
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 20 * CHUNK), st.integers(0, 3 * CHUNK)), max_size=4))
+def test_only_what_may_have_changed_is_read(
+    tmp_path_factory: pytest.TempPathFactory, ranges: list[tuple[int, int]]
+) -> None:
+    """What is in no range is as in the base, whatever the source has there."""
+    place = tmp_path_factory.mktemp("changed")
+    before, after = an_image(1, 18, 77), bytearray(an_image(1, 18, 77))
+    for start, length in ranges:
+        after[start : start + length] = os.urandom(len(after[start : start + length]))
+    asked: list[tuple[int, int]] = []
+
+    class Source:
+        size = len(after)
+
+        async def read(self, offset: int, length: int) -> bytes:
+            asked.append((offset, offset + length))
+            return bytes(after[offset : offset + length])
+
+    create_sync(before, place / "a.snap")
+    changed = [aiouffd.Range(*item) for item in ranges]
+    create_sync(Source(), place / "b.snap", base=place / "a.snap", changed=changed)
+    assert read_all(place / "b.snap") == after
+    for low, high in asked:
+        assert all(any(item.start < at + CHUNK and at < item.end for item in changed) for at in range(low, high, CHUNK))
+
+
 def test_another_snapshot_is_a_source(tmp_path: Path) -> None:
     """With chunks of another size; its zeros are not read."""
     create_sync(DATA, tmp_path / "a.snap")
@@ -214,6 +270,14 @@ def refused(tmp_path: Path, source: Any = b"abc", **options: Any) -> Manifest:
         ({"base": "missing.snap"}, aiouffd.StoreError, "there is no such snapshot"),
         ({"base": "a.mem"}, aiouffd.StoreError, "ends with"),
         ({"base": "a.snap", "chunk_size": CHUNK}, aiouffd.StoreError, "which are of 131072 bytes"),
+        ({"diff": True}, ValueError, "base= names it"),
+        ({"changed": []}, ValueError, "base= names it"),
+        ({"changed": [], "diff": True, "base": "a.snap"}, ValueError, "base= names it"),
+        (
+            {"diff": True, "base": "a.snap", "source": b"four"},
+            aiouffd.StoreError,
+            "it has 3 bytes, and what has changed",
+        ),
     ],
 )
 def test_what_is_refused(

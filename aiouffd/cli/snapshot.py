@@ -78,6 +78,9 @@ def _size(count: int) -> str:
 @click.argument("source")
 @click.argument("destination")
 @click.option("--base", help="A snapshot in the same store: chunks that it has are not written.")
+@click.option(
+    "--diff", is_flag=True, help="SOURCE has what has changed since the base, and holes elsewhere (Firecracker)."
+)
 @_codec
 @_level
 @_chunk
@@ -90,6 +93,7 @@ def create(source: str, destination: str, *, codec: str | None, **options: Any) 
     \b
     aiouffd snapshot create vm.mem snapshots/first.snap
     aiouffd snapshot create vm.mem snapshots/second.snap --base snapshots/first.snap
+    aiouffd snapshot create diff.mem snapshots/third.snap --base snapshots/second.snap --diff
     """  # noqa: D301 - a backspace is click's mark for lines that are kept
     with _progress(f"writing {destination}") as progress:
         store.create_sync(source, destination, codec=codec or "zstd", progress=progress, **options)

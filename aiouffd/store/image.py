@@ -9,15 +9,18 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiouffd.errors import ShortReadError, SourceError, read_failure
+from aiouffd.ranges import Range, RangeSet
 from aiouffd.sources.file import FileSource
 from aiouffd.store.resolve import as_source
+from aiouffd.store.scan import read_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from aiouffd.sources.base import Source
+    from aiouffd.store.snapshot import Snapshot
 
-__all__ = ["Image", "open_image"]
+__all__ = ["Changed", "Image", "Upon", "open_image"]
 
 _STEP = 64 << 20  # bytes for which a source is asked at once where its holes are
 
@@ -134,6 +137,60 @@ class _SourceImage:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+class Upon:
+    """An image that is another one's where this one has holes, as Diff snapshots of Firecracker are.
+
+    Args:
+        diff: what has changed, and nothing where it has holes. Data that is zeros is zeros.
+        base: the snapshot that it has changed since.
+    """
+
+    def __init__(self, diff: Image, base: Snapshot) -> None:
+        self._diff = diff
+        self._base = base
+        self.size = diff.size
+        self._data = RangeSet(Range.between(*extent) for extent in diff.extents())
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield where it may differ from its base."""
+        return ((item.start, item.end) for item in self._data)
+
+    def read(self, offset: int, length: int) -> Any:
+        """Return the bytes of whole chunks of the base."""
+        data = self._diff.read(offset, length)
+        gaps = list(self._data.gaps(offset, offset + length))
+        if gaps:
+            data, below = bytearray(data), read_chunks(self._base, offset, offset + length)
+            for gap in gaps:
+                part = slice(gap.start - offset, gap.end - offset)
+                data[part] = below[part]
+        return data
+
+    def close(self) -> None:
+        """Give the diff up. Raises as that does."""
+        self._diff.close()
+
+
+class Changed:
+    """An image of which some ranges may differ from its base, and the others are known not to.
+
+    Args:
+        image: all of it.
+        ranges: what is looked at.
+    """
+
+    def __init__(self, image: Image, ranges: Iterable[Range]) -> None:
+        self.size = image.size
+        self.read = image.read
+        self.close = image.close
+        ends = ((min(item.start, self.size), min(item.end, self.size)) for item in ranges)
+        self._ranges = RangeSet(Range.between(*pair) for pair in ends)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield where it may differ from its base."""
+        return ((item.start, item.end) for item in self._ranges)
 
 
 async def _answer(hole: Any, offset: int, length: int) -> int:

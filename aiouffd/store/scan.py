@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiouffd.store.index import Record
     from aiouffd.store.snapshot import Snapshot
 
-__all__ = ["diff", "diff_sync", "extract", "extract_sync", "scan", "verify", "verify_sync"]
+__all__ = ["diff", "diff_sync", "extract", "extract_sync", "read_chunks", "scan", "verify", "verify_sync"]
 
 _TOGETHER = 64  # chunks of the image that are looked up together, so that neighbors are one request
 
@@ -200,11 +200,15 @@ def _hashes(snapshot: Snapshot, unit: int, count: int) -> Iterator[bytes | None]
             record = index.find(number)
             yield _zeros(stop - start) if record is None else record.hash
         else:
-            yield digest(_read(snapshot, start, stop))
+            yield digest(read_chunks(snapshot, start, stop))
 
 
-def _read(snapshot: Snapshot, start: int, stop: int) -> bytes:
-    """Return bytes of an image; `start` is the beginning of a chunk."""
+def read_chunks(snapshot: Snapshot, start: int, stop: int) -> bytearray:
+    """Return bytes of an image; blocks; `start` is the beginning of a chunk, and `stop` the end of one.
+
+    Raises:
+        StoreError: a chunk is damaged or missing.
+    """
     index = snapshot.index
     data = bytearray(stop - start)
     low, high = start // index.chunk_size, -(-stop // index.chunk_size)
@@ -213,7 +217,7 @@ def _read(snapshot: Snapshot, start: int, stop: int) -> bytes:
         for record, outcome in _fetch(snapshot, run):
             at = record.chunk * index.chunk_size - start
             data[at : at + index.length_of(record.chunk)] = _bytes(outcome)
-    return bytes(data)
+    return data
 
 
 @cache

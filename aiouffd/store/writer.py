@@ -7,21 +7,22 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, Unpack
 
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.errors import StoreError, TraceError
 from aiouffd.store.aside import aside
 from aiouffd.store.codecs import LEVEL, digest, digest_of
-from aiouffd.store.image import open_image
+from aiouffd.store.image import Changed, Upon, open_image
 from aiouffd.store.layer import Layer, in_order
 from aiouffd.store.manifest import LARGEST_MANIFEST, Link, Manifest, checked_chunk_size
 from aiouffd.store.place import split
 from aiouffd.store.snapshot import open_snapshot, open_store, trace_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from aiouffd.ranges import Range
     from aiouffd.store.aside import Progress
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Folder
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from aiouffd.store.index import Index, Record
     from aiouffd.store.snapshot import Snapshot
 
-__all__ = ["CHUNK_SIZE", "create", "create_sync"]
+__all__ = ["CHUNK_SIZE", "CreateOptions", "create", "create_sync", "publish", "target", "threads"]
 
 CHUNK_SIZE: Final = 64 << 10
 _SEGMENT: Final = 1 << 20  # bytes that a thread reads and hashes in one go
@@ -44,26 +45,45 @@ class _Seen(NamedTuple):
     data: bytes
 
 
-async def create(source: Any, destination: str | os.PathLike[str], **options: Any) -> Manifest:
+class CreateOptions(TypedDict, total=False):
+    """How a snapshot is written.
+
+    Attributes:
+        base: the manifest of a snapshot in the same folder, or under the same prefix. Its chunks are not written again.
+        diff: the source has what has changed since the base, and holes elsewhere: a Diff snapshot of Firecracker. Data
+            that is zeros is zeros.
+        changed: where the source may differ from the base; nothing else of it is read.
+        codec: `zstd` (the default), `lz4` or `none`.
+        level: of zstd; 3 by default.
+        chunk_size: in bytes, a power of two from 64 KiB to 8 MiB; by default that of the base, or 64 KiB.
+        page_size: of the memory that it is an image of.
+        trace: a recording of first touches (`Monitor(record=...)`), which is kept with the snapshot.
+        metadata: any JSON, which is kept with it.
+        replace: whether a snapshot of that name may be replaced.
+        storage_options: as for `open`.
+        progress: called with the bytes that are done and all bytes. What it raises ends the writing.
+    """
+
+    base: str | os.PathLike[str] | None
+    diff: bool
+    changed: Iterable[Range] | None
+    codec: str
+    level: int
+    chunk_size: int | None
+    page_size: int
+    trace: str | os.PathLike[str] | None
+    metadata: Mapping[str, Any] | None
+    replace: bool
+    storage_options: Mapping[str, Any] | None
+    progress: Progress | None
+
+
+async def create(source: Any, destination: str | os.PathLike[str], **options: Unpack[CreateOptions]) -> Manifest:
     """As `create_sync`, in threads. Canceling is safe: no manifest appears; what was written is used the next time."""
     return await aside(create_sync, source, destination, **options)
 
 
-def create_sync(
-    source: Any,
-    destination: str | os.PathLike[str],
-    *,
-    base: str | os.PathLike[str] | None = None,
-    codec: str = "zstd",
-    level: int = LEVEL,
-    chunk_size: int | None = None,
-    page_size: int = mmap.PAGESIZE,
-    trace: str | os.PathLike[str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    replace: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Manifest:
+def create_sync(source: Any, destination: str | os.PathLike[str], **options: Unpack[CreateOptions]) -> Manifest:
     """Write a snapshot. Chunks of zeros, and chunks that the base has, are not written.
 
     The manifest appears last, at once or not at all. What a writer that was killed has written, one that begins again
@@ -72,41 +92,68 @@ def create_sync(
     Args:
         source: a path, a URL, a buffer or a source, another snapshot, too; it must not change.
         destination: of the manifest, a path or a URL that ends with `.snap`. Folders that are not there are made.
-        base: the manifest of a snapshot in the same folder or under the same prefix.
-        codec: `zstd`, `lz4` or `none`.
-        level: of zstd.
-        chunk_size: in bytes, a power of two from 64 KiB to 8 MiB; by default that of the base, or 64 KiB.
-        page_size: of the memory that it is an image of.
-        trace: a recording of first touches (`Monitor(record=...)`), which is kept with the snapshot.
-        metadata: any JSON, which is kept with it.
-        replace: whether a snapshot of that name may be replaced.
-        storage_options: as for `open`.
-        progress: called with the bytes that are done and all bytes. What it raises ends the writing.
+        **options: see `CreateOptions`.
 
     Raises:
         SourceError: the source cannot be read, or has changed.
         StoreError: the snapshot cannot be written, or is there already.
         ValueError: an option cannot be.
     """
-    store, name = target(destination, storage_options, replace=replace)
+    stored, replace = options.get("storage_options"), options.get("replace", False)
+    store, name = target(destination, stored, replace=replace)
+    with contextlib.closing(open_image(source, stored)) as image:  # raises at the end if it has changed
+        manifest = _written(store, name, image, **options)
+    publish(store, name, manifest, replace=replace)
+    return manifest
+
+
+def _written(
+    store: Folder | Bucket,
+    name: str,
+    image: Image,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    diff: bool = False,
+    changed: Iterable[Range] | None = None,
+    codec: str = "zstd",
+    level: int = LEVEL,
+    chunk_size: int | None = None,
+    page_size: int = mmap.PAGESIZE,
+    trace: str | os.PathLike[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **_: Any,
+) -> Manifest:
+    """Write all of a snapshot but its manifest."""
     below = None if base is None else _base(store, base, chunk_size, storage_options)
     index = None if below is None else below.index
     chunk_size = checked_chunk_size(chunk_size or (CHUNK_SIZE if index is None else index.chunk_size))
-    with contextlib.closing(open_image(source, storage_options)) as image:
-        if not image.size:
-            raise StoreError(store.name(name), 0, 0, "its source is empty")
-        recording = _recording(trace, image.size)
-        with (
-            threads() as (pool, writing),
-            Layer(store, image.size, chunk_size, codec, level, index, pool, writing) as layer,
-        ):
-            _fill(layer, image, chunk_size, index, pool, progress)
-            link = layer.finish()
+    if not image.size:
+        raise StoreError(store.name(name), 0, 0, "its source is empty")
+    recording = _recording(trace, image.size)
+    looked_at = _upon(image, below, changed, diff=diff)
+    with (
+        threads() as (pool, writing),
+        Layer(store, image.size, chunk_size, codec, level, index, pool, writing) as layer,
+    ):
+        _fill(layer, looked_at, chunk_size, index, pool, progress, keeps=looked_at is not image)
+        link = layer.finish()
     named = None if below is None else below.name
     kept = _put_trace(store, recording)
-    manifest = Manifest(image.size, page_size, chunk_size, codec, link, named, kept, dict(metadata or {}))
-    publish(store, name, manifest, replace=replace)
-    return manifest
+    return Manifest(image.size, page_size, chunk_size, codec, link, named, kept, dict(metadata or {}))
+
+
+def _upon(image: Image, below: Snapshot | None, changed: Iterable[Range] | None, *, diff: bool) -> Image:
+    """Return what has to be looked at of an image; what is in no extent of it is as in the snapshot below."""
+    if not diff and changed is None:
+        return image
+    if below is None or (diff and changed is not None):
+        raise ValueError("diff=True, or changed=, says what has changed since a snapshot: base= names it")
+    if below.index.size != image.size:
+        reason = f"it has {below.index.size} bytes, and what has changed since then {image.size}"
+        raise StoreError(below.store.name(below.name), 0, 0, reason)
+    return Upon(image, below) if changed is None else Changed(image, changed)
 
 
 def target(
@@ -164,12 +211,19 @@ def _base(
 
 
 def _fill(
-    layer: Layer, image: Image, chunk_size: int, base: Index | None, pool: ThreadPoolExecutor, progress: Progress | None
+    layer: Layer,
+    image: Image,
+    chunk_size: int,
+    base: Index | None,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+    *,
+    keeps: bool,
 ) -> None:
-    """Give all chunks of an image to a layer."""
+    """Give all chunks of an image to a layer; keeps: those of the base that are in no extent of the image, as well."""
     zeros = {length: digest(bytes(length)) for length in {chunk_size, image.size % chunk_size}}
 
-    def look(segment: tuple[int, int]) -> tuple[int, list[_Seen]]:
+    def look(segment: tuple[int, int]) -> tuple[int, int, list[_Seen]]:
         """Read and hash chunks; those of zeros are left out."""
         start, stop = segment
         data = memoryview(image.read(start, stop - start)).cast("B")
@@ -183,16 +237,26 @@ def _fill(
                 if record is not None and record.hash != found:
                     record = None
                 seen.append(_Seen(number, found, record, b"" if record is not None else bytes(piece)))
-        return stop, seen
+        return start, stop, seen
 
-    for done, seen in in_order(pool, look, _segments(image, chunk_size), 4 * (os.cpu_count() or 1)):
+    def keep(low: int, high: int) -> None:
+        if keeps and base is not None:
+            for record in map(base.find, base.present(low, high)):
+                assert record is not None
+                layer.keep(record)
+
+    next_chunk = 0
+    for start, stop, seen in in_order(pool, look, _segments(image, chunk_size), 4 * (os.cpu_count() or 1)):
+        keep(next_chunk, start // chunk_size)
+        next_chunk = -(-stop // chunk_size)
         for item in seen:
             if item.record is not None:
                 layer.keep(item.record)
             else:
                 layer.add(item.chunk, item.hash, item.data)
         if progress is not None:
-            progress(done, image.size)
+            progress(stop, image.size)
+    keep(next_chunk, -(-image.size // chunk_size))
 
 
 def _segments(image: Image, chunk_size: int) -> Iterator[tuple[int, int]]:
