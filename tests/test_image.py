@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aiouffd
-from aiouffd.store.image import open_image
+from aiouffd import Range
+from aiouffd.store import create_sync
+from aiouffd.store.image import Changed, open_diff, open_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,4 +141,25 @@ def test_a_source_that_fails(source: Odd, kind: type[Exception], complaint: str)
     image = open_image(source)
     with pytest.raises(kind, match=complaint):
         image.read(0, 4096)
+    image.close()
+
+
+def test_only_some_of_an_image() -> None:
+    """Ranges that touch are one, and what is behind the end is left out."""
+    image = Changed(open_image(b"abcdef"), [Range(4, 10), Range(0, 1), Range(1, 1), Range(9, 1)])
+    assert list(image.extents()) == [(0, 2), (4, 6)]
+    assert bytes(image.read(4, 2)) == b"ef"
+    image.close()
+
+
+def test_a_diff_of_a_snapshot(tmp_path: Path) -> None:
+    """All of it, and where it may differ."""
+    create_sync(b"a" * 100_000, tmp_path / "x.snap")
+    with (tmp_path / "diff").open("wb") as file:
+        file.seek(8192)
+        file.write(b"b" * 4096)
+        file.truncate(100_000)
+    image, changed = open_diff(tmp_path / "diff", tmp_path / "x.snap", None)
+    assert changed == [Range(8192, 4096)]
+    assert bytes(image.read(0, 100_000)) == b"a" * 8192 + b"b" * 4096 + b"a" * (100_000 - 12288)
     image.close()

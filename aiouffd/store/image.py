@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import threading
@@ -11,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiouffd.errors import ShortReadError, SourceError, read_failure
 from aiouffd.ranges import Range, RangeSet
 from aiouffd.sources.file import FileSource
+from aiouffd.sources.layered import LayeredSource
 from aiouffd.store.resolve import as_source
-from aiouffd.store.scan import read_chunks
+from aiouffd.store.snapshot_source import SnapshotSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from aiouffd.sources.base import Source
-    from aiouffd.store.snapshot import Snapshot
 
-__all__ = ["Changed", "Image", "Upon", "open_image"]
+__all__ = ["Changed", "Image", "open_diff", "open_image"]
 
 _STEP = 64 << 20  # bytes for which a source is asked at once where its holes are
 
@@ -51,6 +52,19 @@ def open_image(what: Any, options: Mapping[str, Any] | None = None) -> Image:
     """
     source = as_source(what, options=options)
     return _FileImage(source) if isinstance(source, FileSource) else _SourceImage(source)
+
+
+def open_diff(
+    path: str | os.PathLike[str], base: str | os.PathLike[str], options: Mapping[str, Any] | None
+) -> tuple[Image, list[Range]]:
+    """Return the image that a sparse file of what has changed makes of a snapshot, and where it may differ from that.
+
+    Raises:
+        SourceError: the file cannot be opened, or is smaller than the image of the snapshot.
+    """
+    with contextlib.closing(open_image(path)) as diff:
+        changed = [Range.between(*extent) for extent in diff.extents()]
+    return open_image(LayeredSource([SnapshotSource(base, **(options or {})), path])), changed
 
 
 class _FileImage:
@@ -137,40 +151,6 @@ class _SourceImage:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-class Upon:
-    """An image that is another one's where this one has holes, as Diff snapshots of Firecracker are.
-
-    Args:
-        diff: what has changed, and nothing where it has holes. Data that is zeros is zeros.
-        base: the snapshot that it has changed since.
-    """
-
-    def __init__(self, diff: Image, base: Snapshot) -> None:
-        self._diff = diff
-        self._base = base
-        self.size = diff.size
-        self._data = RangeSet(Range.between(*extent) for extent in diff.extents())
-
-    def extents(self) -> Iterator[tuple[int, int]]:
-        """Yield where it may differ from its base."""
-        return ((item.start, item.end) for item in self._data)
-
-    def read(self, offset: int, length: int) -> Any:
-        """Return the bytes of whole chunks of the base."""
-        data = self._diff.read(offset, length)
-        gaps = list(self._data.gaps(offset, offset + length))
-        if gaps:
-            data, below = bytearray(data), read_chunks(self._base, offset, offset + length)
-            for gap in gaps:
-                part = slice(gap.start - offset, gap.end - offset)
-                data[part] = below[part]
-        return data
-
-    def close(self) -> None:
-        """Give the diff up. Raises as that does."""
-        self._diff.close()
 
 
 class Changed:

@@ -13,7 +13,7 @@ from aiouffd.engine.ahead.trace import Trace
 from aiouffd.errors import StoreError, TraceError
 from aiouffd.store.aside import aside
 from aiouffd.store.codecs import LEVEL, digest, digest_of
-from aiouffd.store.image import Changed, Upon, open_image
+from aiouffd.store.image import Changed, open_diff, open_image
 from aiouffd.store.layer import Layer, in_order
 from aiouffd.store.manifest import LARGEST_MANIFEST, Link, Manifest, checked_chunk_size
 from aiouffd.store.place import split
@@ -101,7 +101,12 @@ def create_sync(source: Any, destination: str | os.PathLike[str], **options: Unp
     """
     stored, replace = options.get("storage_options"), options.get("replace", False)
     store, name = target(destination, stored, replace=replace)
-    with contextlib.closing(open_image(source, stored)) as image:  # raises at the end if it has changed
+    if options.get("diff"):
+        image, changed = open_diff(source, _base_of(options), stored)
+        options = {**options, "changed": changed}
+    else:
+        image = open_image(source, stored)
+    with contextlib.closing(image):  # raises if it has changed
         manifest = _written(store, name, image, **options)
     publish(store, name, manifest, replace=replace)
     return manifest
@@ -113,7 +118,6 @@ def _written(
     image: Image,
     *,
     base: str | os.PathLike[str] | None = None,
-    diff: bool = False,
     changed: Iterable[Range] | None = None,
     codec: str = "zstd",
     level: int = LEVEL,
@@ -132,7 +136,7 @@ def _written(
     if not image.size:
         raise StoreError(store.name(name), 0, 0, "its source is empty")
     recording = _recording(trace, image.size)
-    looked_at = _upon(image, below, changed, diff=diff)
+    looked_at = _looked_at(image, below, changed)
     with (
         threads() as (pool, writing),
         Layer(store, image.size, chunk_size, codec, level, index, pool, writing) as layer,
@@ -144,16 +148,24 @@ def _written(
     return Manifest(image.size, page_size, chunk_size, codec, link, named, kept, dict(metadata or {}))
 
 
-def _upon(image: Image, below: Snapshot | None, changed: Iterable[Range] | None, *, diff: bool) -> Image:
+def _base_of(options: CreateOptions) -> str | os.PathLike[str]:
+    """Return the base that a diff must have."""
+    base = options.get("base")
+    if base is None or options.get("changed") is not None:
+        raise ValueError("diff=True says what has changed since base=, and takes the place of changed=")
+    return base
+
+
+def _looked_at(image: Image, below: Snapshot | None, changed: Iterable[Range] | None) -> Image:
     """Return what has to be looked at of an image; what is in no extent of it is as in the snapshot below."""
-    if not diff and changed is None:
+    if changed is None:
         return image
-    if below is None or (diff and changed is not None):
-        raise ValueError("diff=True, or changed=, says what has changed since a snapshot: base= names it")
+    if below is None:
+        raise ValueError("changed= says what has changed since a snapshot: base= names it")
     if below.index.size != image.size:
         reason = f"it has {below.index.size} bytes, and what has changed since then {image.size}"
         raise StoreError(below.store.name(below.name), 0, 0, reason)
-    return Upon(image, below) if changed is None else Changed(image, changed)
+    return Changed(image, changed)
 
 
 def target(
