@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
@@ -69,9 +70,18 @@ class MappedRegion(Region):
 
 def _close_elsewhere(region: MappedRegion) -> None:
     try:
-        _thread.start_new_thread(_close, (region,))
+        _thread.start_new_thread(_start_closing, (region,))
     except RuntimeError:  # no more threads; it is tried again
         _unclosed.append(region)
+
+
+def _start_closing(region: MappedRegion) -> None:
+    """Close it in a thread that `threading` knows: one that it does not know stays in its list for ever."""
+    thread = threading.Thread(target=_close, args=(region,), name="aiouffd-close", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads than this one
+        _close(region)
 
 
 def _close(region: MappedRegion) -> None:

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def used_without_a_block(engine: str) -> None:
     monitor: Any = array.base if isinstance(array.base, aiouffd.Region) else array.base.obj
     monitor, pids = monitor.monitor, monitor.monitor.pids
     assert len(pids) == (2 if engine == "pager" else 0)
+    threads = set(threading.enumerate())
     del array
     is_left(monitor)
+    eventually(lambda: set(threading.enumerate()) <= threads, expected=True)
     assert all(ended(pid) for pid in pids)
 
 
