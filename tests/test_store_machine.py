@@ -6,16 +6,23 @@ import asyncio
 import random
 import shutil
 import tempfile
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from snapshots import CHUNK, an_image, damage
 
 import aiouffd
 from aiouffd.store import copy_sync, create_sync, diff_sync, extract_sync, flatten_sync, gc_sync, layer, verify_sync
+from aiouffd.store.folder import Folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 STORES = st.sampled_from(["one", "two"])
@@ -128,6 +135,13 @@ class Stores(RuleBasedStateMachine):
                 damage(victim, rng.randrange(size), rng.randrange(1, 256))
             asyncio.run(read_some(copy / f"{name}.snap", self.model[store, name], rng, whole=False))
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), seed=st.integers(0, 1 << 30))
+    def flaky(self, data: st.DataObject, seed: int) -> None:
+        """The store fails, answers short, late, or with a wrong bit, for a while: right or a StoreError, then right."""
+        key = data.draw(st.sampled_from(sorted(self.model)))
+        asyncio.run(read_flaky(self.path(*key), self.model[key], random.Random(seed)))
+
     @invariant()
     def all_are_right(self) -> None:
         """Each snapshot, by reads of any kind, and by one check of all."""
@@ -141,19 +155,53 @@ class Stores(RuleBasedStateMachine):
             assert (self.place / "out").read_bytes() == self.model[place.parent.name, place.stem]
 
 
+def flaky_read(rng: random.Random) -> Callable[[Folder, str, int, int], bytes]:
+    """Return what reads an object as a bad store does."""
+    read = Folder.read
+
+    def odd(folder: Folder, path: str, start: int, stop: int) -> bytes:
+        found = read(folder, path, start, stop)
+        match rng.randrange(6):
+            case 0:
+                raise aiouffd.StoreError(folder.name(path), 0, 0, "the store is on fire")
+            case 1:
+                return found[: rng.randrange(len(found) + 1)]
+            case 2:
+                at = rng.randrange(len(found))
+                return found[:at] + bytes([found[at] ^ 1 << rng.randrange(8)]) + found[at + 1 :]
+            case 3:
+                time.sleep(rng.random() * 0.003)
+        return found
+
+    return odd
+
+
+async def read_flaky(place: Path, data: bytes, rng: random.Random) -> None:
+    """Read from a source whose store is bad, and from the same once it is well: no failure stays."""
+    source = aiouffd.SnapshotSource(place, kept=2 * CHUNK)
+    await source.prepare()
+    with mock.patch.object(Folder, "read", flaky_read(rng)):
+        outcomes = await asyncio.gather(*(read_one(source, data, rng) for _ in range(8)), return_exceptions=True)
+    assert not [outcome for outcome in outcomes if outcome is not None and type(outcome) is not aiouffd.StoreError]
+    await asyncio.gather(*(read_one(source, data, rng) for _ in range(8)))
+    await source.aclose()
+
+
+async def read_one(source: aiouffd.SnapshotSource, data: bytes, rng: random.Random) -> None:
+    """Read a range, by a fault or ahead of it, and compare."""
+    offset = rng.randrange(len(data))
+    length = rng.randrange(1, min(4 * CHUNK, len(data) - offset) + 1)
+    read = source.read if rng.random() < 0.5 else source.read_ahead
+    at_hand = source.read_nowait(offset, length)
+    found = await read(offset, length) if at_hand is None else at_hand
+    assert bytes(found) == data[offset : offset + length]
+    zeros = source.hole(offset, length)
+    assert not any(data[offset : offset + zeros])
+
+
 async def read_some(place: Path, data: bytes, rng: random.Random, *, whole: bool) -> None:
     """Read several ranges at once, by faults and ahead, with little that is kept; whole: there may be no error."""
     source = aiouffd.SnapshotSource(place, kept=rng.choice([0, 2 * CHUNK, 32 << 20]))
-
-    async def one() -> None:
-        offset = rng.randrange(len(data))
-        length = rng.randrange(1, min(4 * CHUNK, len(data) - offset) + 1)
-        read = source.read if rng.random() < 0.5 else source.read_ahead
-        at_hand = source.read_nowait(offset, length)
-        found = await read(offset, length) if at_hand is None else at_hand
-        assert bytes(found) == data[offset : offset + length]
-        zeros = source.hole(offset, length)
-        assert not any(data[offset : offset + zeros])
 
     try:
         await source.prepare()
@@ -163,14 +211,20 @@ async def read_some(place: Path, data: bytes, rng: random.Random, *, whole: bool
     if source.size != len(data):
         assert not whole  # a manifest may be damaged to another one that can be
         return
-    outcomes = await asyncio.gather(*(one() for _ in range(6)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(read_one(source, data, rng) for _ in range(6)), return_exceptions=True)
     await source.aclose()
     allowed = () if whole else (aiouffd.StoreError,)
     assert not [outcome for outcome in outcomes if outcome is not None and not isinstance(outcome, allowed)]
 
 
-Stores.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
-
-
 class TestStores(Stores.TestCase):  # type: ignore[misc,valid-type]
     """The machine, as CI runs it."""
+
+    settings = settings(max_examples=8, stateful_step_count=20)
+
+
+@pytest.mark.nightly
+class TestStoresAtNight(Stores.TestCase):  # type: ignore[misc,valid-type]
+    """The machine, for an hour or so."""
+
+    settings = settings(max_examples=2000, stateful_step_count=60)

@@ -12,10 +12,13 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import gateway
 import pytest
 from pattern import PAGE
 from scenario import eventually
 from served import HUGE, MIB, VM, Serve, free_port, metric, on_the_web
+
+from aiouffd.store import create_sync
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,3 +110,29 @@ def test_a_guest_while_the_worker_is_killed(image: Path, tmp_path: Path, where: 
 def handoffs(serve: Serve) -> int:
     """Return how many were taken."""
     return serve.said.count("bytes in 1 regions")
+
+
+@needs_kvm
+def test_a_guest_whose_memory_is_in_layers_in_a_bucket(image: Path, tmp_path: Path) -> None:
+    """Three compressed layers, a cache, and workers that are killed: a second guest needs nothing of the bucket."""
+    data, right = image.read_bytes(), f"checksum {total(range(16 * MIB // PAGE))},"
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as bucket:
+        url = bucket.enter_context(gateway.s3(tmp_path))
+        above = None
+        for number, end in enumerate((4 * MIB, 9 * MIB, len(data))):
+            place, layer = f"s3://vol/vm/{number}.snap", data[:end] + bytes(len(data) - end)
+            create_sync(layer, place, base=above, storage_options=gateway.options(url))
+            above = place
+        options = ("--cache", tmp_path / "cache", "--cache-size", "1G", "--readahead", "0")
+        serve = stack.enter_context(Serve(tmp_path, above, *options, **gateway.environment(url)))  # type: ignore[arg-type]
+        command = [sys.executable, str(VM), str(serve.path), "--memory", "16"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as machine:
+            eventually(functools.partial(handoffs, serve), 1)
+            for _ in range(2):
+                time.sleep(random.uniform(0.0, 0.1))  # somewhere in the guest's run
+                os.kill(serve.worker, signal.SIGKILL)
+            assert machine.stdout is not None
+            assert right in machine.stdout.read()
+        bucket.close()
+        os.kill(serve.worker, signal.SIGKILL)  # what it had in memory is gone as well
+        assert right in run_vm(serve, "--memory", "16")
