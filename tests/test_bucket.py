@@ -11,6 +11,7 @@ from scenario import play
 from snapshots import CHUNK, an_image, damage, packs_of, read_all
 
 import aiouffd
+from aiouffd.store import bucket as module
 from aiouffd.store import copy_sync, create_sync, extract_sync, gc_sync, verify_sync
 from aiouffd.store.bucket import Bucket
 from examples.page_server import serving
@@ -142,6 +143,17 @@ def test_objects_in_a_bucket(s3: str) -> None:
     assert bucket.size("packs/ab/cd") is None
     with pytest.raises(aiouffd.SourceError, match=r"no such object \(404\)"):
         bucket.read("packs/ab/cd", 0, 1)
+
+
+def test_a_large_object_is_read_in_pieces(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its timeout; a write has a longer one."""
+    monkeypatch.setattr(module, "_PIECE", 1000)
+    bucket = Bucket("s3://vol/large", gateway.options(s3))
+    data = bytes(range(256)) * 20
+    bucket.put("x", [data])
+    assert bytes(bucket.read("x", 5, 5000)) == data[5:5000]
+    assert bytes(bucket.read("x", 4000, 9000)) == data[4000:]
+    assert sorted(bucket._clients) == [30.0, 600.0]
 
 
 def test_snapshots_in_a_bucket(s3: str, made: Path, tmp_path: Path) -> None:

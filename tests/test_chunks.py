@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import threading
 from typing import TYPE_CHECKING, Any
@@ -225,6 +227,34 @@ async def test_a_damaged_chunk_costs_no_other(tmp_path: Path) -> None:
     with pytest.raises(aiouffd.StoreError, match=r"chunk 9 .* it is missing"):
         await chunks.get(9, 10, urgent=True)
     assert await chunks.get(6, 7, urgent=True) == whole(6, 7)
+    await chunks.aclose()
+
+
+async def test_a_local_file_system_that_fails_for_a_while(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again, more and more rarely, and not for ever; what is missing is missing at once."""
+    monkeypatch.setattr(module, "_PAUSES", (0, 0))
+    chunks = Chunks(snapshot, 1 << 30, lambda _: None)
+    failures: list[int] = []
+    read = Folder.read
+
+    def failing(self: Folder, path: str, start: int, stop: int) -> bytes:
+        if failures:
+            number = failures.pop()
+            raise self.failure(path, OSError(number, os.strerror(number))) from OSError(number, os.strerror(number))
+        return read(self, path, start, stop)
+
+    monkeypatch.setattr(Folder, "read", failing)
+    failures[:] = [errno.EIO] * 2
+    assert await chunks.get(0, 20, urgent=True) == whole(0, 20)
+    chunks._kept.clear()
+    failures[:] = [errno.EIO] * 9
+    with pytest.raises(aiouffd.StoreError, match=r"chunk 3 .*Input/output error.*the disk"):
+        await chunks.get(3, 4, urgent=True)
+    assert len(failures) == 6
+    failures[:] = [errno.ENOENT] * 9
+    with pytest.raises(aiouffd.StoreError, match=r"chunk 3 .*it is missing"):
+        await chunks.get(3, 4, urgent=True)
+    assert len(failures) == 8
     await chunks.aclose()
 
 

@@ -17,6 +17,7 @@ from aiouffd.engine.ahead.trace import Recorder, fingerprint
 from aiouffd.pager.process.serialization import is_pickle, pack
 from aiouffd.store import create_sync
 from aiouffd.store.resolve import as_source
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,6 +127,20 @@ def test_who_repeats_a_failed_read(made: Path) -> None:
     """The engine, of a local one; the source itself, behind a URL."""
     assert not hasattr(aiouffd.SnapshotSource(made / "x.snap"), "retries")
     assert aiouffd.SnapshotSource("http://host/x.snap").retries == 0
+
+
+async def test_timeouts(made: Path) -> None:
+    """Its own come before the Monitor's, for the engine as well."""
+    assert aiouffd.SnapshotSource(made / "x.snap", timeout=90).timeout == 90
+    assert not hasattr(aiouffd.SnapshotSource(made / "x.snap"), "timeout")
+    with serving(made) as url:
+        for own, expected in ((7, (7, 3)), (None, (40, 3))):
+            source = aiouffd.SnapshotSource(f"{url}/x.snap", timeout=own)
+            await source.prepare()
+            source.begin(40, 3, lambda: None)
+            part = source._part("packs/x")
+            assert (part.timeout, part._most) == expected
+            await source.aclose()
 
 
 def test_passwords_are_not_shown() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Bucket"]
 
 _TIMEOUT = 30.0
+_WRITE_TIMEOUT = 600.0  # seconds for a pack of 64 MiB
+_PIECE = 8 << 20  # bytes of one request that reads
 _MISSING = (404, 410)
 _BEHIND_THE_END = 416
 
@@ -39,7 +41,7 @@ class Bucket:
         self.url = url.rstrip("/")
         self._options = dict(options)
         self._http = urlsplit(url).scheme in ("http", "https")
-        self._client: StoreClient | None = None
+        self._clients: dict[float, StoreClient] = {}  # by their timeouts
         self._direct: LoopHttp | None = None
 
     def is_same(self, other: object) -> bool:
@@ -74,12 +76,13 @@ class Bucket:
         return self._direct
 
     def _connect(self, path: str, timeout: float | None) -> StoreClient:
-        if self._client is None:
+        seconds = timeout or _TIMEOUT
+        if seconds not in self._clients:
             try:
-                self._client = StoreClient(self.url, self._options, timeout or _TIMEOUT, self._proxy, key="")
+                self._clients[seconds] = StoreClient(self.url, self._options, seconds, self._proxy, key="")
             except ValueError as error:
                 raise StoreError(self.name(path), 0, 0, f"this URL cannot be used: {error}") from error
-        return self._client.sibling(path)
+        return self._clients[seconds].sibling(path)
 
     def _proxy(self) -> str | None:
         return proxy_of(self.url, self._options.get("client_options", {}))
@@ -99,7 +102,7 @@ class Bucket:
         pieces: list[Any] = []
         while start < stop:
             try:
-                answer = part.ask(partial(_range, start, stop))
+                answer = part.ask(partial(_range, start, min(stop, start + _PIECE)))
             except SourceError as error:
                 if _status(error) == _BEHIND_THE_END:
                     break
@@ -135,13 +138,14 @@ class Bucket:
         if self._http:
             reason = "a store behind http can be read only: write to a bucket or a folder"
             raise StoreError(self.name(path), 0, 0, reason)
-        return self.part(path)
+        return self.part(path, _WRITE_TIMEOUT)
 
     def close(self) -> None:
         """Close its connections, those on the loop that runs."""
         if self._direct is not None:
             self._direct.close()
-        self._client = self._direct = None
+        self._clients.clear()
+        self._direct = None
 
     def __repr__(self) -> str:
         return f"Bucket({hide_secrets(self.url)!r})"

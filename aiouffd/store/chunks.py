@@ -26,6 +26,7 @@ _GAP: Final = 32 << 10  # bytes between two frames that are fetched along: a req
 _LONGEST: Final = 4 << 20  # bytes of one request
 _BATCH: Final = 512 << 10  # bytes of the image that a thread decompresses before it looks for what is more urgent
 _PARTS: Final = 256  # packs whose sources are kept
+_PAUSES: Final = (0.05, 0.2, 0.8)  # seconds between tries
 _AT_ONCE: Final = 64 << 10  # one chunk of this size is decompressed on the loop, if nothing else is under way: 80 us
 _THREADS: Final = max(4, os.cpu_count() or 1)
 
@@ -178,14 +179,25 @@ class Chunks:
     async def _fly(self, run: list[Record]) -> None:
         """Bring a run, whatever comes of it. What is damaged is fetched once more: it may have been on its way."""
         try:
-            damaged = await self._bring(run, last=False)
-            for record in damaged:
+            for record in await self._bring_at_last(run):
                 await self._bring([record], last=True)
         except BaseException as error:
             for record in run:
                 self._land(record, self._failure(record, error))
             if not isinstance(error, Exception):
                 raise
+
+    async def _bring_at_last(self, run: list[Record]) -> list[Record]:
+        """As `_bring`; a local file system that fails is asked again, as the sources of other stores ask."""
+        for pause in _PAUSES:
+            try:
+                return await self._bring(run, last=False)
+            except StoreError as error:
+                if not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, FileNotFoundError):
+                    raise
+            await asyncio.sleep(pause)
+            run = [record for record in run if record.chunk in self._flights]  # the others have landed
+        return await self._bring(run, last=False)
 
     async def _bring(self, run: list[Record], *, last: bool) -> list[Record]:
         """Fetch and decompress a run; return those that are damaged, unless this is their last try."""

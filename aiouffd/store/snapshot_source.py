@@ -38,6 +38,9 @@ class SnapshotSource:
 
     Attributes:
         url: as given; a path is absolute.
+
+    Raises:
+        StoreError: the URL does not name a snapshot.
     """
 
     local = False
@@ -60,6 +63,8 @@ class SnapshotSource:
         self._begun: tuple[float | None, int | None, Callable[[], None]] | None = None
         self._snapshot: Snapshot | None = None
         self._chunks: Chunks | None = None
+        if timeout is not None:
+            self.timeout = timeout  # in place of the Monitor's
         if "://" in split(url)[0]:
             self.retries = 0  # the engine does not repeat a failed read: this source has
 
