@@ -1,9 +1,9 @@
 """aiouffd: an asyncio framework for Linux userfaultfd. Memory that fills itself on first touch.
 
-Layout (imports point down only): `cli` (commands) > `monitor` (memory of this process) > `criu`, `server` (memory of
-others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `store` (snapshots) > `engine` (the
-core) > `sources` > `testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`,
-`lifetime`, `errors`.
+Layout (imports point down only): `cli` (commands) > `formats` (files of arrays) > `monitor` (memory of this process) >
+`criu`, `server` (memory of others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `store`
+(snapshots) > `engine` (the core) > `sources` > `testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the
+part in C) > `rpc`, `ranges`, `lifetime`, `errors`.
 """
 
 import sys
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AccessError,
         BusyError,
         ClosedError,
+        FormatError,
         HandlerError,
         HandoffError,
         LayoutChangingError,
@@ -80,6 +81,7 @@ __all__ = [
     "Feature",
     "FileSource",
     "Fork",
+    "FormatError",
     "Handler",
     "HandlerError",
     "HandoffError",
@@ -137,7 +139,7 @@ _HOMES = {
     "engine.serve.handler": "Batch Fault Handler",
     "engine.statistics": "Statistics",
     "errors": (
-        "AccessError BusyError ClosedError HandlerError HandoffError LayoutChangingError LimitError "
+        "AccessError BusyError ClosedError FormatError HandlerError HandoffError LayoutChangingError LimitError "
         "NativePartError OperationError PagePresentError PagerDiedError PagerError PagerStartError "
         "PopulatedError RangeGoneError ShortReadError SourceError SourceTimeoutError StoreError "
         "TargetExitedError TraceError UffdError UnsupportedError"

@@ -19,6 +19,7 @@ __all__ = [
     "AccessError",
     "BusyError",
     "ClosedError",
+    "FormatError",
     "HandlerError",
     "HandoffError",
     "LayoutChangingError",
@@ -262,6 +263,25 @@ class StoreError(SourceError):
     def __str__(self) -> str:
         where = "" if self.chunk is None else f", chunk {self.chunk} [{self.offset}, {self.offset + self.length})"
         return f"{self.source}{where}: {self.reason}"
+
+
+class FormatError(UffdError, ValueError):
+    """A file is not what its format demands, or has what cannot be mapped.
+
+    Attributes:
+        file: as text.
+        offset: of what is wrong, in bytes.
+        reason: what is wrong.
+    """
+
+    def __init__(self, file: str, offset: int, reason: str) -> None:
+        super().__init__(file, offset, reason)
+        self.file = file
+        self.offset = offset
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.file}, at byte {self.offset}: {self.reason}"
 
 
 class HandlerError(UffdError):

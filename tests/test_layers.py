@@ -18,7 +18,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 ORDER = {
     "": [
         *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
-        *("store", "handoff", "pager", "server", "criu", "monitor", "__init__", "cli", "__main__"),
+        *("store", "handoff", "pager", "server", "criu", "monitor", "formats", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
     "kernel": [
@@ -139,6 +139,10 @@ ORDER = {
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "crashes", "lookout"),
         *("recording", "progress", "entered", "monitor", "map", "open"),
+    ],
+    "formats": [
+        *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),
+        "__init__",
     ],
     "monitor/engines": [
         "__init__",

@@ -58,8 +58,7 @@ class Entered:
         """
         import asyncio  # noqa: PLC0415 - as in `__aenter__`
 
-        self._check(start, length)
-        coming = asyncio.wrap_future(self._running().prefetch(start, length))
+        coming = asyncio.wrap_future(self.ask_for(start, length))
         if progress:
             with self._looks(progress, start, length) as look:
                 try:
@@ -71,12 +70,15 @@ class Entered:
                     raise
         await coming
 
+    def ask_for(self, start: int, length: int) -> Future[Any]:
+        """As `prefetch`, and return at once: the future has its result when all is there."""
+        self._check(start, length)
+        return self._running().prefetch(start, length)
+
     def prefetch_sync(self, start: int, length: int, timeout: float | None = None, *, progress: Show = False) -> None:
         """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
-        self._check(start, length)
-        engine = self._running()
-        engine.check_may_wait()
-        coming = engine.prefetch(start, length)
+        self._running().check_may_wait()
+        coming = self.ask_for(start, length)
         end = math.inf if timeout is None else monotonic() + timeout
         if progress:
             with self._looks(progress, start, length) as look:

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"(?<!-->\n)^```(python|sh|text)\n(.*?)^```|^<!-- (setup)\n(.*?)-->", re.DOTALL | re.MULTILINE)
 NEEDS: dict[str, Callable[[], bool]] = {
     "KVM": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "PyArrow": lambda: importlib.util.find_spec("pyarrow") is not None,
     "PyTorch": lambda: importlib.util.find_spec("torch") is not None,
     "a bucket": lambda: True,  # the page server is one
     # What no test is given:

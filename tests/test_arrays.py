@@ -1,0 +1,142 @@
+"""What all readers of arrays share."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import numpy as np
+import pytest
+from array_files import npz, region_of, tensors
+
+import aiouffd
+from aiouffd import formats
+from aiouffd.formats import Npz, Safetensors
+
+PAGE = 4096
+TABLE = np.arange(64 * PAGE, dtype=np.uint8).reshape(64, PAGE)
+FILE = tensors({"table": TABLE, "end": np.zeros(10, np.uint8)}, {"table": "U8", "end": "U8"})
+
+
+class Asked:
+    """A Monitor that takes note of what it is asked for."""
+
+    serves_here = True
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self.origin = "the origin"
+
+    def ask_for(self, start: int, length: int) -> concurrent.futures.Future[None]:
+        """Return what is done."""
+        self.ranges.append((start, length))
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        future.set_result(None)
+        return future
+
+    def prefetch_sync(self, start: int, length: int) -> None:
+        """Nothing is missing."""
+
+    def taken(self) -> list[tuple[int, int]]:
+        """Return what was asked for since the last call."""
+        ranges, self.ranges = self.ranges, []
+        return ranges
+
+
+@pytest.fixture
+def file() -> Any:
+    """Return a file that begins its tensors at an odd place, served by nobody but noted."""
+    region = region_of(FILE)
+    file = Safetensors(region)
+    region.monitor = Asked()
+    yield file
+    region.monitor = None
+
+
+def pages(start: int, length: int) -> tuple[int, int]:
+    """Return the pages of a range, as (start, length)."""
+    first = start // PAGE * PAGE
+    return first, min(-(-(start + length) // PAGE) * PAGE, len(FILE)) - first
+
+
+def test_a_prefetch_is_of_whole_pages(file: Any) -> None:
+    """Of a tensor, a row, some rows, the last bytes: no more than the pages that they are on, each once."""
+    at, asked = file.info("table").start, file.region.monitor
+    file.prefetch_tensor_sync("table")
+    assert asked.taken() == [pages(at, 64 * PAGE)]
+    file.prefetch_tensor_sync(file["table"][5])
+    assert asked.taken() == [pages(at + 5 * PAGE, PAGE)]
+    file.prefetch_tensor_sync(*(file["table"][row] for row in (40, 5, 6, 5)))
+    assert asked.taken() == [pages(at + 5 * PAGE, 2 * PAGE), pages(at + 40 * PAGE, PAGE)]
+    file.prefetch_tensor_sync(file["table"][::30, :7])
+    assert asked.taken() == [pages(at + row * PAGE, 7) for row in (0, 30, 60)]
+    file.prefetch_tensor_sync("end")
+    assert asked.taken() == [pages(file.info("end").start, 10)]
+    file.prefetch_tensor_sync()
+    assert asked.taken() == []
+
+
+async def test_a_prefetch_of_a_program_with_a_loop(file: Any) -> None:
+    """Asks for the same."""
+    await file.prefetch_tensor("end", file["table"][3])
+    assert len(file.region.monitor.taken()) == 2
+
+
+def test_what_is_not_on_the_region(file: Any) -> None:
+    """Copies, and names that the file does not have."""
+    for array in (file["table"].copy(), file["table"][1, 2]):
+        with pytest.raises(ValueError, match="it is a copy"):
+            file.prefetch_tensor_sync(array)
+    with pytest.raises(KeyError):
+        file.prefetch_tensor_sync("tables")
+    assert file.region.monitor.taken() == []
+
+
+def test_many_ranges_are_not_asked_for_at_once() -> None:
+    """256 are under way at the most: the others wait for those before them."""
+    region = region_of(bytes(2000 * PAGE))
+    file: Any = formats.ArrayFile(region)
+    under_way: list[concurrent.futures.Future[None]] = []
+
+    class Slow(Asked):
+        def ask_for(self, start: int, length: int) -> concurrent.futures.Future[None]:
+            under_way.append(concurrent.futures.Future())
+            return under_way[-1]
+
+    region.monitor = Slow()
+    array = np.frombuffer(region, np.uint8).reshape(-1, 2 * PAGE)[:, :1]
+    most = 0
+    for future in file._ask_for(file._ranges((array,))):
+        most = max(most, sum(not each.done() for each in under_way))
+        future.set_result(None)
+    assert len(under_way) == 1000
+    assert most == 257
+    region.monitor = None
+
+
+def test_the_headers_of_members_are_brought_at_once() -> None:
+    """Not one after the other: a file of many members would wait for each."""
+    arrays: dict[str, Any] = {f"a{number}": np.zeros(3 * PAGE, np.uint8) for number in range(9)}
+    region = region_of(npz(**arrays))
+    file = Npz(region)
+    region.monitor = asked = Asked()
+    asked_before: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aiouffd.Region, "bring", lambda *_: asked_before.append(len(asked.ranges)))
+        file.prefetch_tensor_sync(*arrays)
+    assert min(asked_before) >= 5  # headers, on pages that some share
+    region.monitor = None
+
+
+def test_errors_name_what_the_region_shows() -> None:
+    """Its source, where it has a Monitor."""
+    region = region_of(b"1234")
+    region.monitor = Asked()
+    with pytest.raises(aiouffd.FormatError, match=r"^'the origin', at byte 0"):
+        Safetensors(region)
+    region.monitor = None
+
+
+def test_its_repr(file: Any) -> None:
+    """Says what it is of."""
+    assert repr(file).startswith("<Safetensors, 2 arrays on <Region")
