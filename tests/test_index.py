@@ -32,6 +32,7 @@ def test_it_finds_what_was_put_in(present: set[int], data: st.DataObject) -> Non
     assert list(index.find_all()) == sorted(records.values())
     low = data.draw(st.integers(0, 1301))
     high = data.draw(st.integers(low, 1301))
+    assert list(index.find_all(low, high)) == [records[c] for c in sorted(present) if low <= c < high]
     assert list(index.present(low, high)) == sorted(chunk for chunk in present if low <= chunk < high)
     assert index.absent(low, high) == min((c for c in present if low <= c < high), default=high) - low
 

@@ -159,11 +159,16 @@ class Index:
         Raises:
             StoreError: its record is damaged.
         """
-        first, bits = self._group(chunk)
         place = chunk % CHUNKS
-        if not bits >> place & 1:
-            return None
-        return self._record(first + (bits & ((1 << place) - 1)).bit_count(), chunk)
+        first, bits = self._group(chunk)
+        return self._record(first + _set_below(bits, place), chunk) if bits >> place & 1 else None
+
+    def find_all(self, low: int = 0, high: int | None = None) -> Iterator[Record]:
+        """Yield where the chunks in [low, high) are that are not zeros, in order. Raises as `find`."""
+        first, bits = self._group(low) if low < self.chunks else (0, 0)
+        before = first + _set_below(bits, low % CHUNKS)
+        for number, chunk in enumerate(self.present(low, self.chunks if high is None else high), before):
+            yield self._record(number, chunk)
 
     def _record(self, number: int, chunk: int) -> Record:
         pack, offset, coded, hash_ = RECORD.unpack_from(self._data, self._records + number * RECORD.size)
@@ -183,10 +188,13 @@ class Index:
     def present(self, low: int, high: int) -> Iterator[int]:
         """Yield the numbers of the chunks in [low, high) that are not zeros."""
         while low < high:
-            low += self.absent(low, high)
-            if low < high:
-                yield low
-                low += 1
+            end = min(low - low % CHUNKS + CHUNKS, high)
+            bits = self._group(low)[1] >> low % CHUNKS & ((1 << end - low) - 1)
+            while bits:
+                last = bits & -bits
+                yield low + last.bit_length() - 1
+                bits ^= last
+            low = end
 
     def absent(self, low: int, high: int) -> int:
         """Return how many chunks from `low` on are zeros, looking no further than `high`."""
@@ -198,10 +206,10 @@ class Index:
             at += CHUNKS - at % CHUNKS
         return max(high - low, 0)
 
-    def find_all(self) -> Iterator[Record]:
-        """Yield all records, in the order of their chunks. Raises as `find`."""
-        for number, chunk in enumerate(self.present(0, self.chunks)):
-            yield self._record(number, chunk)
+
+def _set_below(bits: int, place: int) -> int:
+    """Return how many of the lowest bits are set."""
+    return (bits & ((1 << place) - 1)).bit_count()
 
 
 def encode_record(record: Record) -> bytes:

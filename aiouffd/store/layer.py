@@ -99,6 +99,8 @@ class Layer:
         self._pool = pool
         self._writing = writing
         self._records = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+        self._unwritten = bytearray()
+        self._written_to = 0
         self._present = bitmap(size, chunk_size)
         self._packs: list[PackName] = []
         self._of_base: dict[int, int] = {}  # number of a pack in the base -> in this index
@@ -130,7 +132,16 @@ class Layer:
         return self.records - 1
 
     def _write_record(self, number: int, record: Record) -> None:
-        os.pwrite(self._records.fileno(), encode_record(record), number * RECORD.size)
+        at = number * RECORD.size
+        if at != self._written_to + len(self._unwritten) or len(self._unwritten) >= _PIECE:
+            self._write_records()
+            self._written_to = at
+        self._unwritten += encode_record(record)
+
+    def _write_records(self) -> None:
+        """Write the records that are in memory; they follow each other."""
+        os.pwrite(self._records.fileno(), self._unwritten, self._written_to)
+        self._unwritten.clear()
 
     def _flush(self) -> None:
         """Make a pack of the new chunks, unless the store has one of them already."""
@@ -183,6 +194,7 @@ class Layer:
         """
         if self._new:
             self._flush()
+        self._write_records()
         while self._puts:
             self._puts.popleft().result()
         for pack, size in zip(

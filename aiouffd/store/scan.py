@@ -212,8 +212,7 @@ def read_chunks(snapshot: Snapshot, start: int, stop: int) -> bytearray:
     index = snapshot.index
     data = bytearray(stop - start)
     low, high = start // index.chunk_size, -(-stop // index.chunk_size)
-    records = [record for chunk in index.present(low, high) if (record := index.find(chunk)) is not None]
-    for run in runs_of(records):
+    for run in runs_of(index.find_all(low, high)):
         for record, outcome in _fetch(snapshot, run):
             at = record.chunk * index.chunk_size - start
             data[at : at + index.length_of(record.chunk)] = _bytes(outcome)

@@ -253,8 +253,7 @@ def _fill(
 
     def keep(low: int, high: int) -> None:
         if keeps and base is not None:
-            for record in map(base.find, base.present(low, high)):
-                assert record is not None
+            for record in base.find_all(low, high):
                 layer.keep(record)
 
     next_chunk = 0
