@@ -250,7 +250,9 @@ class Chunks:
         outcomes = []
         for record in batch:
             frame = data[record.offset - start : record.offset - start + record.length]
-            outcomes.append(expanded(self._index, record, frame, name))
+            outcome = expanded(self._index, record, frame, name)
+            # A view of what was fetched for many chunks would keep all of that.
+            outcomes.append(bytes(outcome) if isinstance(outcome, memoryview) else outcome)
         return outcomes
 
     def _failure(self, record: Record, error: BaseException) -> BaseException:
@@ -269,8 +271,7 @@ class Chunks:
             return
         flight.land(outcome)
         if not isinstance(outcome, BaseException):
-            # A view of what was fetched for many chunks would keep all of that.
-            self._keep(record.chunk, bytes(outcome) if isinstance(outcome, memoryview) else outcome)
+            self._keep(record.chunk, outcome)
 
     def _keep(self, chunk: int, data: Any) -> None:
         self._kept[chunk] = data
