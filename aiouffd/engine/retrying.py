@@ -11,10 +11,14 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
+from aiouffd.engine.runs import Op
+from aiouffd.ranges import RangeSet
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from aiouffd.engine.resolver import Resolver
+    from aiouffd.engine.runs import Run
 
 __all__ = ["Retrying"]
 
@@ -26,10 +30,12 @@ _MOST: Final = 1 << 16  # pages that are remembered as reported
 
 
 class _Space(Protocol):
+    is_gone: bool
     page_size: int
     resolver: Resolver
     closing: bool
-    is_gone: bool
+
+    def run(self, op: int, page: int) -> Run: ...
 
 
 class Retrying:
@@ -42,6 +48,15 @@ class Retrying:
     def __init__(self, space: _Space) -> None:
         self._space = space
         self._reported: dict[int, float] = {}
+        self._given_up = RangeSet()  # offsets
+
+    def give_up(self, offset: int, length: int) -> None:
+        """Have pages of these offsets asked for no longer, once they have failed again: they are SIGBUS then."""
+        self._given_up.add(offset, offset + length)
+
+    def lost(self, pages: Iterable[int]) -> list[int]:
+        """Return those pages that are not to be asked for again."""
+        return [page for page in pages if self._space.run(Op.POISON, page).offset in self._given_up]
 
     def postpone(self, pages: Iterable[int]) -> bool:
         """Wake the sleepers of these pages later; tell whether the failure is to be reported: the first in a minute."""

@@ -136,7 +136,7 @@ class Space:
         self.born = mappings.generation
         self.write_protect = write_protect
         self.on_error = on_error
-        self._retrying = Retrying(self) if retries else None
+        self.retrying = Retrying(self) if retries else None
         self.on_child = on_child
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
@@ -166,7 +166,7 @@ class Space:
             readahead=self.readahead.fresh(),
             write_protect=self.write_protect,
             on_error=self.on_error,
-            retries=self._retrying is not None,
+            retries=self.retrying is not None,
             on_child=self.on_child,
             on_gone=self.on_gone,
             allowance=self.allowance,
@@ -428,13 +428,14 @@ class Space:
 
     def give_up(self, pages: Collection[int], error: UffdError) -> None:
         """Threads wait for pages that cannot be had: report why, and let them go with SIGBUS, or have them wait."""
-        if self._retrying is None or self.closing:
+        retrying = None if self.closing else self.retrying
+        lost = pages if retrying is None else retrying.lost(pages)
+        again = [page for page in pages if page not in lost]
+        self._words[Counter.ASKED_AGAIN] += len(again)
+        is_news = retrying is None or retrying.postpone(again)
+        if is_news or lost:
             self.report(error)  # before the poison, which may end the toucher's process at once
-            self.poison(pages)
-            return
-        self._words[Counter.ASKED_AGAIN] += len(pages)
-        if self._retrying.postpone(pages):
-            self.report(error)
+        self.poison(lost)
 
     def poison(self, pages: Iterable[int]) -> None:
         """Let the threads that wait for these pages go with SIGBUS."""

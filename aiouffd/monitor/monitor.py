@@ -33,6 +33,7 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
+from aiouffd.monitor.deciding import Deciding
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
 from aiouffd.monitor.entered import Entered
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiouffd.engine.serve.handler import Handler
+    from aiouffd.monitor.deciding import Choice
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
@@ -67,7 +69,7 @@ __all__ = [
     "ServingOptions",
 ]
 
-OnError: TypeAlias = Literal["sigbus", "retry"]
+OnError: TypeAlias = "Choice | Callable[[UffdError], Choice]"
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
 OnFork: TypeAlias = Literal["dontfork", "serve"]
 
@@ -142,7 +144,11 @@ class Monitor(Entered):
             per second at most, on average. It comes in steps of 512 KiB from a file or from memory, else of 8 MiB.
         on_error: what becomes of a thread that touches a page that cannot be had, after all tries: "sigbus" (the
             default: the signal, which ends most programs), "retry" (the thread waits, and the page is asked for again
-            every second, for ever). Either way the error is reported. `prefetch` and `read` raise it with both.
+            every second, for ever), or a function that is called with the error and chooses one of them. It is called
+            in another thread, or on the loop with `InProcess`, when a page fails first, and once a minute. Until it has
+            returned, and as long as it cannot run since a thread that waits holds the GIL, the page is asked for again.
+            "sigbus" is for the bytes that a SourceError names, and for all of the region with other errors. Either way
+            the error is reported. `prefetch` and `read` raise it with all of them.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -213,7 +219,8 @@ class Monitor(Entered):
         _check_numbers("a number of seconds or None", float | None | SupportsFloat, timeout=timeout)
         _check_numbers("a number or a bool", bool | float | SupportsFloat, background=background)
         _check_choice("on_exit", on_exit, "sigbus", "populate", "zeros")
-        _check_choice("on_error", on_error, "sigbus", "retry")
+        if not callable(on_error):
+            _check_choice("on_error", on_error, "sigbus", "retry")
         _check_choice("fork", fork, None, "dontfork", "serve")
         self._held = Held(region)
         self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
@@ -222,6 +229,7 @@ class Monitor(Entered):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
         self._choice = _checked_engine(engine)
         self._on_exit = on_exit
+        self._on_error = on_error
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
@@ -232,7 +240,7 @@ class Monitor(Entered):
             background=math.inf if background is True else float(background),
             write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
-            on_error=on_error,
+            on_error="retry" if callable(on_error) else on_error,
         )
         self._choice.check(Terms(source_or_handler, fork, self._options, record is not None, replay is not None))
         self._registration: Registration | None = None
@@ -312,7 +320,7 @@ class Monitor(Entered):
                         page_size=region.page_size,
                         options=attrs.evolve(self._options, modes=int(registration.modes)),
                         can_poison=registration.can_poison,
-                        on_error=self._errors.put,
+                        on_error=self._report_to(engine),
                         on_lost=_weak(
                             self._lost
                         ),  # the engine is part of cycles, and the region is not to wait for their end
@@ -334,6 +342,10 @@ class Monitor(Entered):
         if region.fd >= 0:
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
+
+    def _report_to(self, engine: Engine) -> Callable[[BaseException], None]:
+        put = self._errors.put
+        return Deciding(self._on_error, put, engine) if callable(self._on_error) else put
 
     def _lost(self) -> None:
         """Nobody serves the region any more: no hang, and no zeros."""

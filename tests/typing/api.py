@@ -42,6 +42,8 @@ aiouffd.Monitor(region, source, engine=aiouffd.ServedBy("/run/uffd.sock"))  # ty
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), readahead=0)  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), replay="trace")  # type: ignore[call-overload]
 aiouffd.Monitor(region, source, on_error="retry")
+aiouffd.Monitor(region, source, on_error=lambda error: "sigbus" if isinstance(error, aiouffd.SourceError) else "retry")
+aiouffd.Monitor(region, on_error=lambda _: "ignore")  # type: ignore[arg-type, return-value]
 aiouffd.Monitor(region, on_error="ignore")  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), on_error="retry")  # type: ignore[call-overload]
 aiouffd.Monitor(region, on_exit="explode")  # type: ignore[call-overload]

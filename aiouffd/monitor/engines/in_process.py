@@ -120,6 +120,10 @@ class InProcessEngine:
         if not self._local.layout.may_wait:
             raise RuntimeError("engine=InProcess() serves on this thread's event loop: await prefetch() instead")
 
+    def give_up(self, offset: int, length: int) -> None:
+        """Ask no longer for what fails in these offsets."""
+        self._local.give_up(offset, length)
+
     def refuse(self) -> None:
         """Poison what is waited for, and whatever is touched until `leave`."""
         asyncio.run_coroutine_threadsafe(self._local.refuse(), self._loop).result()

@@ -226,6 +226,10 @@ class InThreadEngine:
         """Told by the region."""
         return self._local.layout
 
+    def give_up(self, offset: int, length: int) -> None:
+        """Ask no longer for what fails in these offsets."""
+        self._local.give_up(offset, length)
+
     def refuse(self) -> None:
         """Do nothing: a thread that touches a missing page waits until `leave` has settled it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -96,6 +97,12 @@ class Local:
             if self._closed:
                 raise ClosedError("the Monitor has been left") from None
             raise
+
+    def give_up(self, offset: int, length: int) -> None:
+        """Ask no longer for what fails in these offsets. From any thread."""
+        if self.space.retrying is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self.space.retrying.give_up, offset, length)
 
     async def refuse(self) -> None:
         """Poison what is waited for, and whatever is touched until `aclose`."""

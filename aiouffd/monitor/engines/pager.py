@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 import attrs
 
-from aiouffd.errors import ClosedError, PagerStartError
+from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
@@ -192,6 +192,11 @@ class PagerEngine:
     def pids(self) -> tuple[int, int]:
         """Keeper and worker, as far as known."""
         return self._client.pids
+
+    def give_up(self, offset: int, length: int) -> None:
+        """Ask no longer for what fails in these offsets."""
+        with contextlib.suppress(UffdError):  # it was left just now
+            self._client.request("give_up", self._tenant, offset=offset, length=length)
 
     def refuse(self) -> None:
         """Bring nothing more: a touch of a missing page is SIGBUS until `leave`."""

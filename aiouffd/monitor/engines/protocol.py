@@ -105,6 +105,9 @@ class Engine(Protocol):
     def check_may_wait(self) -> None:
         """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""
 
+    def give_up(self, offset: int, length: int) -> None:
+        """Have pages of these offsets be SIGBUS once they have failed again, with on_error="retry". Does not wait."""
+
     def refuse(self) -> None:
         """Bring nothing more: a touch of a missing page is SIGBUS, or waits, until `leave`."""
 

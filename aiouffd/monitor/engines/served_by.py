@@ -173,6 +173,9 @@ class ServedByEngine:
         except TypeError as error:
             raise HandoffError(f"the server at {self._path}", f"sent {answer!r:.80} as its statistics") from error
 
+    def give_up(self, offset: int, length: int) -> None:
+        """Do nothing: what fails is what the server has decided."""
+
     def refuse(self) -> None:
         """Bring nothing more: a touch of a missing page is SIGBUS until `leave`."""
         self._ask("refuse")

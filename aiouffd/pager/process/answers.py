@@ -55,6 +55,7 @@ class Answers:
             "prepare": self._prepare,
             "prefetch": self._prefetch,
             "refuse": self._refuse,
+            "give_up": self._give_up,
             "close": self._close,
             "begin": self._begin,
             "release": self._release,
@@ -160,6 +161,12 @@ class Answers:
         if tenancy.ahead is not None:
             tenancy.ahead.cancel()
         space.refuse()
+
+    async def _give_up(self, message: dict[str, Any], _: list[int]) -> None:
+        """Have what fails there be SIGBUS, in a space and its children, and not asked for again."""
+        for space in self._served.family_of(message["token"]):
+            if space.retrying is not None:
+                space.retrying.give_up(message["offset"], message["length"])
 
     async def _protected(self, message: dict[str, Any], _: list[int]) -> None:
         """A page that could not be had is inaccessible now."""
