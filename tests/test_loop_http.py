@@ -329,6 +329,27 @@ async def test_a_resolver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) 
         answers.set()
 
 
+async def test_requests_that_wait_for_a_name_go_on_behind_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request's answer was refused meanwhile. There are more of them than resolvers."""
+    answers = threading.Event()
+    real = socket.getaddrinfo
+
+    def resolve(_: str, port: int, **__: object) -> object:
+        answers.wait()
+        return real("127.0.0.1", port, type=socket.SOCK_STREAM)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    async with (
+        scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, _),
+        client_of(url.replace("127.0.0.1", "a.example")) as client,
+    ):
+        tasks = [asyncio.create_task(client.get_async(0, 10)) for _ in range(9)]
+        await asyncio.sleep(0)
+        client.close()
+        answers.set()
+        assert [bytes((await task).data) for task in tasks] == [BODY.encode()] * 9
+
+
 async def test_a_name_with_several_addresses() -> None:
     """The first that answers is taken."""
     async with scripted(lambda _, __: f"{HEAD}\r\n{BODY}") as (url, _), client_of(url) as client:

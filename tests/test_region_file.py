@@ -34,8 +34,9 @@ def test_it_has_a_position_of_its_own() -> None:
     assert other.read(8) == content(0, 8)
     assert one.read(8) == content(SIZE - 5, 5)
     assert (one.read(8), one.tell()) == (b"", SIZE)
-    assert one.seek(3, os.SEEK_CUR) == SIZE + 3
-    assert one.read(1) == b""
+    for behind in (3, PAGE, 1 << 40):
+        assert one.seek(behind, os.SEEK_END) == SIZE + behind
+        assert one.read(1) == b""
     for offset, whence in ((-1, os.SEEK_SET), (-SIZE - 1, os.SEEK_END), (0, 9)):
         with pytest.raises(ValueError, match=f"not within a file of {SIZE} bytes"):
             one.seek(offset, whence)

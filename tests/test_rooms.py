@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 
 import pytest
@@ -27,6 +28,30 @@ def test_memory_is_lent_again_when_its_last_view_has_ended() -> None:
     assert bytes(part) == b"mine"
     del part
     assert address_of(lender.lend(MIB)) == place
+
+
+def test_finalizers_of_garbage_see_their_own_bytes() -> None:
+    """They run after the memory has come back, and may keep what they find."""
+    lender = Rooms()
+    seen: list[bytes] = []
+    kept: list[memoryview] = []
+
+    class Reader:
+        def __init__(self) -> None:
+            self.buffer = lender.lend(2 * MIB)
+            self.buffer[:4] = b"mine"
+            self.itself = self
+
+        def __del__(self) -> None:
+            lender.lend(2 * MIB)[:5] = b"other"
+            seen.append(bytes(self.buffer[:4]))
+            kept.append(self.buffer)
+
+    Reader()
+    gc.collect()
+    assert seen == [b"mine"]
+    lender.lend(2 * MIB)[:5] = b"other"
+    assert bytes(kept[0][:4]) == b"mine"
 
 
 @pytest.mark.parametrize("length", [1, MIB - 1, MIB, 2 * MIB, 2 * MIB + 1, 8 * MIB])

@@ -141,7 +141,7 @@ class LoopHttp:
     def close(self) -> None:
         """Close the connections: those that are in use when their requests end. The timer looks after these."""
         self._closed = True
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        self._resolvers.shutdown(wait=False)  # a request that waits for one goes on
         for connection in self._idle:
             connection.close()
         self._idle.clear()

@@ -35,10 +35,19 @@ class Rooms:
         """Return a buffer of `length` bytes. What they hold is not defined."""
         if not _LEAST <= length <= _SIZE:
             return memoryview(bytearray(length))
-        room = self._free.pop() if self._free else _new()
+        room = self._unseen()
         loan = _Loan.from_buffer(room)
         weakref.finalize(loan, self._came_back, room).atexit = False
         return memoryview(loan).cast("B")[:length]
+
+    def _unseen(self) -> mmap.mmap:
+        while self._free:
+            room = self._free.pop()
+            # The last view may be garbage in a cycle, whose finalizers run after `_came_back`, and may keep it.
+            with contextlib.suppress(BufferError):
+                room.resize(_SIZE)  # changes nothing
+                return room
+        return _new()
 
     def _came_back(self, room: mmap.mmap) -> None:
         if len(self._free) < _MOST_KEPT:
