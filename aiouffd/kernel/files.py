@@ -1,11 +1,26 @@
-"""The kernel's files in /proc and /sys: small, and made when they are read."""
+"""The kernel's files in /proc and /sys: small, and made when they are read. The names in a folder."""
 
 from __future__ import annotations
 
-__all__ = ["read"]
+import os
+
+__all__ = ["names", "read"]
 
 
 def read(path: str) -> bytes:
     """Return what a file holds. Raises OSError."""
     with open(path, "rb") as file:  # noqa: PTH123 - to import pathlib takes 4 ms, in each process that is started
         return file.read()
+
+
+def names(folder: int) -> list[str]:
+    """Return the names in the folder of a descriptor. Raises OSError.
+
+    `os.listdir(folder)` shares the place in the folder with whoever lists by the same descriptor at the same time: both
+    miss names.
+    """
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return os.listdir(fd)  # noqa: PTH208 - a descriptor
+    finally:
+        os.close(fd)

@@ -16,6 +16,7 @@ import secrets
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiouffd.kernel import files
 from aiouffd.sources.file_attributes import FileSystem
 from aiouffd.store.codecs import HASH, digest
 
@@ -100,7 +101,7 @@ class CacheIndex:
 
     @classmethod
     def _made(cls, folder: int, buckets: int) -> tuple[CacheIndex, int]:
-        for left in os.listdir(folder):  # by one that was killed here
+        for left in files.names(folder):  # by one that was killed here
             if left.startswith(".index-"):
                 os.unlink(left, dir_fd=folder)
         name = f".index-{secrets.token_hex(8)}"

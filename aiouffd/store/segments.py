@@ -280,7 +280,7 @@ class Segments:
     def files(self) -> list[tuple[int, os.stat_result]]:
         """Return the number and the status of all segments."""
         found = []
-        for name in os.listdir(self._folder):  # noqa: PTH208 - of a descriptor
+        for name in files.names(self._folder):
             if _NAME.fullmatch(name):
                 with contextlib.suppress(FileNotFoundError):
                     found.append((int(name[:8], 16), os.stat(name, dir_fd=self._folder, follow_symlinks=False)))
