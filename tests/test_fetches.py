@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cached import CHUNK, Far, opened, until
+from cached import CHUNK, Far, Hashed, opened, until
 
 import aiouffd
 
@@ -105,6 +105,27 @@ async def test_a_chunk_that_comes_before_it_is_locked(tmp_path: Path, monkeypatc
     assert source.source.asked == []
     key, _ = source._names.of(0)
     assert await asyncio.to_thread(other.cache.try_lock, key)
+    await source.aclose()
+    await other.aclose()
+
+
+async def test_a_source_that_does_not_know_the_name_of_a_chunk(tmp_path: Path) -> None:
+    """As of a snapshot whose index is damaged: an error, and the other chunks are not kept locked."""
+
+    class Damaged(Hashed):
+        damaged = True
+
+        def chunk_key(self, number: int) -> bytes | None:
+            """Return none of the third."""
+            if number == 2 and self.damaged:
+                raise aiouffd.SourceError("index", 0, 0, "it is damaged")
+            return super().chunk_key(number)
+
+    source, other = opened(tmp_path, Damaged()), opened(tmp_path, Hashed())
+    with pytest.raises(aiouffd.SourceError, match="it is damaged"):
+        await source.read(0, 5 * 8192)
+    assert await asyncio.to_thread(other.cache.try_lock, other.source.chunk_key(0))
+    other.cache.unlock(other.source.chunk_key(0))
     await source.aclose()
     await other.aclose()
 

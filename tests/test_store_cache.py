@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import pickle
@@ -231,6 +232,12 @@ def test_locks_of_keys(cache: ChunkCache) -> None:
     cache.unlock(key)
     assert other.try_lock(key)
     other.unlock(key)
+    assert cache.try_lock(key)
+    cache.close()  # and opened anew
+    assert cache.try_lock(key) is False
+    cache.unlock(key)
+    assert other.try_lock(key)
+    other.unlock(key)
     missing = ChunkCache("/proc/self/no-such-folder", 64 * MIB)
     assert missing.try_lock(key) is None
     missing.unlock(key)
@@ -251,7 +258,9 @@ def test_forked_children_keep_no_locks(cache: ChunkCache) -> None:
     assert os.read(reading, 1) == b"1"
     other = ChunkCache(cache.path, 64 * MIB)
     assert other.try_lock(key) is False
-    cache.close()  # as the kernel does for one that is killed
+    cache._locked.clear()  # as if it had been killed: nobody unlocks, and its descriptors are closed
+    cache.close()
+    gc.collect()
     assert other.try_lock(key)
     os.write(end, b"x")
     os.waitpid(pid, 0)

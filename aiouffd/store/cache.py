@@ -97,6 +97,7 @@ class ChunkCache:
         self._lock = threading.Lock()  # of what is open
         self._counting = threading.Lock()
         self._opened: _Opened | None = None
+        self._locked: dict[bytes, KeyLocks] = {}  # by whom
         self._not_before = 0.0  # when to try again, after it could not be used
         self._full_until = 0.0
         self._said: set[str] = set()
@@ -210,15 +211,18 @@ class ChunkCache:
         with self._failures():
             opened = self._open()
             if opened is not None:
-                return opened.keys.try_lock(key)
+                locked = opened.keys.try_lock(key)
+                if locked:
+                    self._locked[key] = opened.keys
+                return locked
         return None
 
     def unlock(self, key: bytes) -> None:
         """The chunk has been fetched, or cannot be had. Does not block."""
-        opened = self._opened
-        if opened is not None:
+        keys = self._locked.pop(key, None)  # the cache may have been opened anew meanwhile
+        if keys is not None:
             with contextlib.suppress(OSError):
-                opened.keys.unlock(key)
+                keys.unlock(key)
 
     def count(self, **more: int) -> None:
         """Count what has happened."""
@@ -311,6 +315,7 @@ class ChunkCache:
         opened, self._opened = self._opened, None
         if self._pid != os.getpid():  # a forked child: threads of the parent may have had the locks
             self._pid, self._lock, self._counting = os.getpid(), threading.Lock(), threading.Lock()
+            self._locked = {}
             if opened is not None:
                 opened.close()
 
@@ -412,7 +417,7 @@ class _Opened:
         self._lock_file = OwnedDescriptor(os.open("lock", _FILE, 0o600, dir_fd=folder))
         self._keys_file = OwnedDescriptor(os.open("keys", _FILE, 0o600, dir_fd=folder))
         self.exclusive = _Exclusive(self._lock_file)
-        self.keys = KeyLocks(self._keys_file.fileno())
+        self.keys = KeyLocks(self._keys_file)
         with self.exclusive():
             self.index, fd = CacheIndex.open(folder, max_bytes // _USUAL_CHUNK)
             self._index_file = OwnedDescriptor(fd)

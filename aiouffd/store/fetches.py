@@ -128,7 +128,23 @@ class Fetches:
     def _claim(self, numbers: list[int], force: bool) -> tuple[dict[int, Found], list[int], list[int]]:  # noqa: FBT001
         """Return what the cache has, what this process is to fetch, and what another is fetching. In a thread."""
         found: dict[int, Found] = {}
-        mine, others = [], []
+        mine: list[int] = []
+        others: list[int] = []
+        try:
+            self._claim_each(numbers, found, mine, others, force=force)
+        except BaseException:
+            for number in mine:
+                self._unlock(number)
+            raise
+        self._cache.count(hits=len(found))
+        if self._closed:  # nobody waits for what this returns
+            for number in mine:
+                self._unlock(number)
+        return found, mine, others
+
+    def _claim_each(
+        self, numbers: list[int], found: dict[int, Found], mine: list[int], others: list[int], *, force: bool
+    ) -> None:
         for number in numbers:
             key, hash_ = self._names.of(number)
             if key is None:
@@ -147,11 +163,6 @@ class Fetches:
                 mine.append(number)
             else:
                 found[number] = item
-        self._cache.count(hits=len(found))
-        if self._closed:  # nobody waits for what this returns
-            for number in mine:
-                self._unlock(number)
-        return found, mine, others
 
     def _find(self, number: int, key: bytes, hash_: bytes | None) -> Found | None:
         item = self._cache.find(key, hash_)

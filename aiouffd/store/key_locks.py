@@ -11,7 +11,10 @@ import fcntl
 import os
 import struct
 import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 __all__ = ["KeyLocks"]
 
@@ -22,12 +25,11 @@ class KeyLocks:
     """Locks of keys, for the threads of this process and for other processes. Thread-safe; none of it waits.
 
     Args:
-        fd: of a file that may be written; it stays the caller's. No other open file description may be used for the
-            same locks in this process.
+        file: may be written. It stays open as long as this object.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, file: OwnedDescriptor) -> None:
+        self._file = file
         self._mine: set[int] = set()
         self._lock = threading.Lock()
 
@@ -58,7 +60,7 @@ class KeyLocks:
             self._set(fcntl.F_UNLCK, place)
 
     def _set(self, kind: int, place: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0))
+        fcntl.fcntl(self._file.fileno(), fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0))
 
 
 def _place(key: bytes) -> int:
