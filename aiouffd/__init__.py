@@ -173,7 +173,7 @@ _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for na
 
 _LATE = (
     *("ChunkCache", "FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server"),
-    *("SnapshotSource", "Trace", "map", "open"),
+    *("SnapshotSource", "Progress", "Trace", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

@@ -19,8 +19,6 @@ from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_p
 from aiouffd.kernel.memory import MAP_NORESERVE, mapped
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
-from aiouffd.kernel.region_file import RegionFile
-from aiouffd.kernel.residency import picture, residency
 from aiouffd.lifetime import until_exit
 from aiouffd.ranges import RangeSet, align_up
 
@@ -254,6 +252,8 @@ class Region(mmap.mmap):
         Args:
             buffer_size: bytes that are brought and copied at once, at least.
         """
+        from aiouffd.kernel.region_file import RegionFile  # noqa: PLC0415 - half a millisecond, for few programs
+
         return io.BufferedReader(RegionFile(self), buffer_size)
 
     def readable(self) -> bool:
@@ -430,6 +430,8 @@ class Region(mmap.mmap):
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and what of it has come."""
         import html  # noqa: PLC0415 - 7 ms, and few programs are notebooks
+
+        from aiouffd.kernel.residency import picture, residency  # noqa: PLC0415 - as well
 
         return f"<code>{html.escape(repr(self))}</code>" + ("" if self.closed else picture(len(self), residency(self)))
 

@@ -6,11 +6,9 @@ import contextlib
 import math
 import os
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.errors import ClosedError
-from aiouffd.kernel.residency import residency
-from aiouffd.monitor.progress import INTERVAL, Meter, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,11 +19,13 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.protocol import Engine
     from aiouffd.monitor.error_queue import ErrorQueue
     from aiouffd.monitor.held import Held
-    from aiouffd.monitor.progress import Progress, Show
+    from aiouffd.monitor.progress import Meter, Progress, Show
     from aiouffd.monitor.registration import Registration
     from aiouffd.ranges import Range
 
 __all__ = ["Entered"]
+
+_INTERVAL: Final = 0.2  # seconds between two looks at what a prefetch has brought
 
 
 class Entered:
@@ -62,7 +62,7 @@ class Entered:
         if progress:
             with self._looks(progress, start, length) as look:
                 try:
-                    while not (await asyncio.wait([coming], timeout=INTERVAL))[0]:
+                    while not (await asyncio.wait([coming], timeout=_INTERVAL))[0]:
                         await asyncio.to_thread(look)
                     await asyncio.to_thread(look)
                 except asyncio.CancelledError:
@@ -82,7 +82,7 @@ class Entered:
         end = math.inf if timeout is None else monotonic() + timeout
         if progress:
             with self._looks(progress, start, length) as look:
-                while not _is_done(coming, min(INTERVAL, end - monotonic())) and monotonic() < end:
+                while not _is_done(coming, min(_INTERVAL, end - monotonic())) and monotonic() < end:
                     look()
                 look()
         if not _is_done(coming, None if timeout is None else end - monotonic()):
@@ -91,6 +91,9 @@ class Entered:
     @contextlib.contextmanager
     def _looks(self, progress: Show, start: int, length: int) -> Iterator[Callable[[], object]]:
         """Give what looks how much of a range has come, and shows it."""
+        from aiouffd.kernel.residency import residency  # noqa: PLC0415 - half a millisecond, for few programs
+        from aiouffd.monitor.progress import Meter, shown  # noqa: PLC0415 - 1 ms
+
         meter = Meter(length)
         with shown(progress, f"[{start}, {start + length})") as show:
 
@@ -109,6 +112,8 @@ class Entered:
         Raises:
             ClosedError: the region is gone.
         """
+        from aiouffd.kernel.residency import residency  # noqa: PLC0415 - as in `_looks`
+
         return residency(self.region)
 
     def progress(self) -> Progress:
@@ -117,6 +122,8 @@ class Entered:
         For a background fill, a replay, or whatever brings pages. As for `residency`, page tables are read. The rate is
         that between the calls of the last ten seconds, so the first call knows none.
         """
+        from aiouffd.monitor.progress import Meter  # noqa: PLC0415 - as in `_looks`
+
         if self._meter is None:
             self._meter = Meter(len(self.region))
         return self._meter.look(sum(item.length for item in self.residency()))

@@ -33,7 +33,6 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
-from aiouffd.monitor.deciding import Deciding
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
 from aiouffd.monitor.entered import Entered
@@ -345,7 +344,11 @@ class Monitor(Entered):
 
     def _report_to(self, engine: Engine) -> Callable[[BaseException], None]:
         put = self._errors.put
-        return Deciding(self._on_error, put, engine) if callable(self._on_error) else put
+        if not callable(self._on_error):
+            return put
+        from aiouffd.monitor.deciding import Deciding  # noqa: PLC0415 - half a millisecond, for few programs
+
+        return Deciding(self._on_error, put, engine)
 
     def _lost(self) -> None:
         """Nobody serves the region any more: no hang, and no zeros."""

@@ -13,9 +13,8 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["INTERVAL", "Meter", "Progress", "Show", "shown"]
+__all__ = ["Meter", "Progress", "Show", "shown"]
 
-INTERVAL: Final = 0.2  # seconds between two looks
 _RECENT: Final = 10.0  # seconds that a rate is taken over
 _LINES: Final = 5.0  # seconds between two lines of a log
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")

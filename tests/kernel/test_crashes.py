@@ -79,6 +79,7 @@ def test_a_view_that_outlives_open(tmp_path: Path) -> None:
     _, errors = play(opened_and_left, str(tmp_path / "data"), status=-signal.SIGBUS)
     assert re.search(rf"was left at {re.escape(__file__)}:\d+, in load;", errors)
     assert "FileSource" in errors
+    assert "use `aiouffd.map`, which has no block" in errors
 
 
 def nothing_said(how: str) -> None:
