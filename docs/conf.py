@@ -50,7 +50,7 @@ autodoc_class_signature = "mixed"
 # Names of Python that signatures and docstrings may mention are in a text file, `name kind page` each, so that a build
 # asks no network. One that it lacks is a warning (-n): add it.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
-nitpick_ignore = [("py:class", "array")]  # array.array, which a class has by its short name
+nitpick_ignore = [("py:class", name) for name in ("array", "Future")]  # what modules import by these short names
 
 # llms.txt, and each page as Markdown with what autodoc has written into it.
 llms_txt_description = "An asyncio framework for Linux userfaultfd: memory that fills itself on first touch."
@@ -60,6 +60,13 @@ llms_txt_suffix_mode = "append"
 llms_txt_suppress_unknown_node_warnings = ["abbreviation"]  # the star of parameters by keyword
 
 notfound_urls_prefix = "/"
+notfound_context = {
+    "title": "There is no such page",
+    "body": (
+        "<h1>There is no such page</h1>"
+        '<p>Search for what you need, or begin with <a href="/tutorial/lazy-array.html">a lazy array</a>.</p>'
+    ),
+}
 
 _SETUP = re.compile(r"^<!-- setup\n.*?^-->\n+", re.DOTALL | re.MULTILINE)
 _PAGES = {
@@ -68,12 +75,16 @@ _PAGES = {
     "CONTRIBUTING.md": "development/contributing.md",
     "SECURITY.md": "development/security.md",
 }
-_GOOGLE = napoleon.Config(napoleon_use_ivar=True, napoleon_custom_sections=[("Raises on entering", "params_style")])
+_GOOGLE = napoleon.Config(
+    napoleon_use_ivar=True,
+    napoleon_attr_annotations=False,
+    napoleon_custom_sections=[("Raises on entering", "params_style")],
+)
 
 
 def _read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Read Google's sections. Not by napoleon's own hook, which takes `Bytes: ...` of a property for its type."""
-    kind = "method" if what in ("property", "attribute") else what
+    kind = "method" if what in ("property", "attribute", "data") else what
     lines[:] = str(napoleon.GoogleDocstring(lines, _GOOGLE, app, kind, name, obj, options)).splitlines()
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aiouffd.store.collect import gc, gc_sync
+    from aiouffd.store.folder import Entry
     from aiouffd.store.manifest import Manifest
     from aiouffd.store.scan import diff, diff_sync, extract, extract_sync, verify, verify_sync
     from aiouffd.store.snapshot import Snapshot, open_snapshot
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from aiouffd.store.writer import create, create_sync
 
 __all__ = [
+    "Entry",
     "Manifest",
     "Snapshot",
     "SnapshotSource",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOMES = {
     "collect": "gc gc_sync",
+    "folder": "Entry",
     "manifest": "Manifest",
     "scan": "diff diff_sync extract extract_sync verify verify_sync",
     "snapshot": "Snapshot open_snapshot",

@@ -125,7 +125,7 @@ def run_blocks(name: str, directory: str) -> None:
     os.chdir(directory)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    own = {"/run/": f"{directory}/", "8080": port, "9177": port}
+    own = {"/run/": f"{directory}/", "/var/cache/": f"{directory}/", "8080": port, "9177": port}
 
     async def program(url: str, stack: contextlib.ExitStack) -> None:
         main = sys.modules["__main__"] = types.ModuleType("__main__")  # pickles look for what the program defines
@@ -154,7 +154,7 @@ def run_blocks(name: str, directory: str) -> None:
         url = ""
         if re.search(r"https://host|s3://", Path(name).read_text()):
             url = stack.enter_context(serving(Path(directory)))
-            os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}
+            os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_SKIP_SIGNATURE": "true"}
         asyncio.run(program(url, stack))
 
 
