@@ -17,6 +17,7 @@ import numpy as np
 
 import aiouffd
 from benchmarks import clock, far, fuse, guest, in_thread, monitors, page_cache, trouble
+from benchmarks.caches import cache_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
@@ -519,6 +520,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         latency_row,
         far_rows,
         snapshot_rows,
+        cache_rows,
         in_thread_rows,
         replay_row,
         clients_row,
