@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import select
+from pathlib import Path
 
 import pytest
 from pattern import PAGE
@@ -10,6 +12,7 @@ from reading_rig import PAGES, SOURCE, Rig, first
 from scenario import play
 
 from aiouffd.native.reader import WORDS, NativeReader, Outcome
+from aiouffd.store.view import View
 
 
 def strangers() -> None:
@@ -39,6 +42,35 @@ def strangers() -> None:
 def test_only_strangers_are_plain_with_readahead() -> None:
     """See the scenario."""
     play(strangers)
+
+
+def mapped(path: str) -> None:
+    """Scenario: of what is mapped piece by piece, the pages that are there now are plain."""
+    Path(path).write_bytes(b"".join(map(first, range(PAGES))))
+    fd = os.open(path, os.O_RDONLY)
+    view = View(PAGES * PAGE)
+    view.show(2 * PAGE, 4 * PAGE, fd, 2 * PAGE)
+    rig = Rig("native")
+    line = rig.reader._lines[rig.fd]
+    plain = (None, PAGES * PAGE, PAGE, 0, False, None, (view.address, PAGES * PAGE, -2, 0))
+    line.opened = (rig.world.at(0), rig.world.at(PAGES), 0, plain)
+    rig.reader._describe(rig.fd, line, near=0)
+    for thread, (page, is_plain) in enumerate([(3, True), (1, False), (5, True), (6, False)]):
+        rig.world.touch(page, thread)
+        if is_plain:
+            rig.run(Outcome.IDLE)
+            assert first(page).startswith(bytes(rig.world.got(thread)))  # type: ignore[arg-type]
+        else:
+            assert rig.left() == [page]
+    view.hide(2 * PAGE, 4 * PAGE)
+    rig.world.touch(4, 9)
+    assert rig.left() == [4]
+    rig.counts(faults=2, pages_fault=2, copies=2)
+
+
+def test_what_is_mapped_piece_by_piece(tmp_path: Path) -> None:
+    """See the scenario."""
+    play(mapped, str(tmp_path / "file"))
 
 
 def storm() -> None:
