@@ -138,7 +138,7 @@ ORDER = {
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),
-        *("recording", "progress", "entered", "monitor", "map", "open"),
+        *("recording", "progress", "watching", "entered", "monitor", "map", "open"),
     ],
     "formats": [
         *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.engines.protocol import Engine, EngineChoice
     from aiouffd.monitor.engines.served_by import ServedBy
+    from aiouffd.monitor.progress import Show
     from aiouffd.monitor.recording import Recording
+    from aiouffd.monitor.watching import Watching
     from aiouffd.sources.base import Source
 
 __all__ = [
@@ -98,6 +100,7 @@ class ServingOptions(TypedDict, total=False):
     replay: str | os.PathLike[str] | None
     background: bool | float
     on_error: OnError
+    progress: Show
 
 
 class MapOptions(ServingOptions, MappedMemoryOptions, total=False):
@@ -148,6 +151,8 @@ class Monitor(Entered):
             returned, and as long as it cannot run since a thread that waits holds the GIL, the page is asked for again.
             "sigbus" is for the bytes that a SourceError names, and for all of the region with other errors. Either way
             the error is reported. `prefetch` and `read` raise it with all of them.
+        progress: show how much has come, of all or of what is replayed, from entering on until all has come or the
+            block is left: as for `prefetch`, twice a second.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -208,6 +213,7 @@ class Monitor(Entered):
         replay: str | os.PathLike[str] | None = None,
         background: bool | float = False,
         on_error: OnError = "sigbus",
+        progress: Show = False,
         track_writes: bool = False,
         user_mode_only: bool = False,
     ) -> None:
@@ -229,6 +235,8 @@ class Monitor(Entered):
         self._choice = _checked_engine(engine)
         self._on_exit = on_exit
         self._on_error = on_error
+        self._progress = progress
+        self._watching: Watching | None = None
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
@@ -311,10 +319,11 @@ class Monitor(Entered):
             try:
                 if self._writes == "tracked":
                     registration.collect()  # what was there before is protected, too
+                service = self._service()
                 engine.start(
                     Assignment(
                         uffd=registration.uffd,
-                        service=self._service(),
+                        service=service,
                         mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                         page_size=region.page_size,
                         options=attrs.evolve(self._options, modes=int(registration.modes)),
@@ -341,6 +350,10 @@ class Monitor(Entered):
         if region.fd >= 0:
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
+        if self._progress:
+            from aiouffd.monitor.watching import Watching  # noqa: PLC0415 - 2 ms, for few programs
+
+            self._watching = Watching(self._held, self._progress, service.trace)
 
     def _report_to(self, engine: Engine) -> Callable[[BaseException], None]:
         put = self._errors.put
@@ -370,9 +383,11 @@ class Monitor(Entered):
                 self._crashes.left(where)
             if self._sigbus and registration.can_poison:
                 engine.refuse()
+            if self._watching is not None:
+                self._watching.close()
             if self._lookout is not None:
                 self._lookout.close()
-                self._lookout = None
+            self._watching = self._lookout = None
             try:
                 engine.leave(partial(registration.settle, sigbus=self._sigbus), sigbus=self._sigbus)
             finally:

@@ -41,7 +41,7 @@ aiouffd.Monitor(region, source, engine=aiouffd.InThread(), fork="serve")  # type
 aiouffd.Monitor(region, source, engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), readahead=0)  # type: ignore[call-overload]
 aiouffd.Monitor(region, engine=aiouffd.ServedBy("/run/uffd.sock"), replay="trace")  # type: ignore[call-overload]
-aiouffd.Monitor(region, source, on_error="retry")
+aiouffd.Monitor(region, source, on_error="retry", background=True, progress=True)
 aiouffd.Monitor(region, source, on_error=lambda error: "sigbus" if isinstance(error, aiouffd.SourceError) else "retry")
 aiouffd.Monitor(region, on_error=lambda _: "ignore")  # type: ignore[arg-type, return-value]
 aiouffd.Monitor(region, on_error="ignore")  # type: ignore[call-overload]
