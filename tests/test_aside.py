@@ -40,12 +40,14 @@ async def test_errors_arrive() -> None:
 async def test_canceling_waits_for_the_function() -> None:
     """It ends at its next report: nothing of it goes on behind the caller's back."""
     began, go, ended = threading.Event(), threading.Event(), threading.Event()
+    went_on: list[bool] = []
 
     def work(*, progress: Progress) -> None:
         began.set()
         go.wait()
         try:
             progress(1, 2)
+            went_on.append(True)
         finally:
             ended.set()
 
@@ -58,3 +60,4 @@ async def test_canceling_waits_for_the_function() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
+    assert not went_on
