@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import random
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -127,6 +128,13 @@ def test_who_repeats_a_failed_read(made: Path) -> None:
     """The engine, of a local one; the source itself, behind a URL."""
     assert not hasattr(aiouffd.SnapshotSource(made / "x.snap"), "retries")
     assert aiouffd.SnapshotSource("http://host/x.snap").retries == 0
+
+
+def test_a_missing_library_is_told_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the snapshot is opened, not by SIGBUS at the first touch."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(aiouffd.StoreError, match=r"needs the library zstandard: install it with .*aiouffd\[store\]"):
+        _ = aiouffd.SnapshotSource(made / "x.snap").size
 
 
 async def test_timeouts(made: Path) -> None:

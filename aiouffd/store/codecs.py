@@ -19,7 +19,7 @@ from aiouffd.errors import StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["CODECS", "HASH", "LEVEL", "codec_name", "compressor", "digest", "digest_of", "expand"]
+__all__ = ["CODECS", "HASH", "LEVEL", "codec_name", "compressor", "digest", "digest_of", "expand", "prepare"]
 
 CODECS: Final = {"none": 0, "zstd": 1, "lz4": 2}
 """Name of a codec -> its number in records."""
@@ -27,6 +27,7 @@ HASH: Final = 20  # bytes of a chunk's hash: to find two chunks with the same ta
 LEVEL: Final = 3  # of zstd
 
 _NAMES: Final = {number: name for name, number in CODECS.items()}
+_LIBRARIES: Final = {"none": (), "zstd": ("zstandard",), "lz4": ("lz4.block",)}
 _contexts = threading.local()  # zstd's are for one thread each
 
 
@@ -48,6 +49,16 @@ def digest_of(parts: Iterable[Any], length: int) -> bytes:
         hasher.update(part)
     result: bytes = hasher.digest(length)
     return result
+
+
+def prepare(codec: str) -> None:
+    """Import what decompresses: 10 ms that the first fault need not wait. Blocks.
+
+    Raises:
+        StoreError: a library is missing.
+    """
+    for library in ("blake3", *_LIBRARIES[codec]):
+        _library(library)
 
 
 def compressor(codec: str, level: int = LEVEL) -> Callable[[bytes], tuple[int, bytes]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.store_errors import hide_secrets
 from aiouffd.store.chunks import Chunks
+from aiouffd.store.codecs import prepare
 from aiouffd.store.folder import Folder
 from aiouffd.store.manifest import Manifest
 from aiouffd.store.place import split
@@ -77,8 +78,13 @@ class SnapshotSource:
             SourceError: its store cannot be reached.
         """
         if self._snapshot is None:
-            self._snapshot = open_snapshot(self.url, self._options)
+            self._adopt(open_snapshot(self.url, self._options))
+        assert self._snapshot is not None
         return self._snapshot
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        prepare(snapshot.manifest.codec)
+        self._snapshot = snapshot
 
     @property
     def size(self) -> int:
@@ -229,6 +235,6 @@ def _arrived(
     source = _remade(url, timeout, retries, kept, options)
     above, name = split(url)
     store = open_store(above, options) if folder is None else Folder(above, folder.detach())
-    # Its own:
-    source._snapshot = Snapshot(store, name, Manifest.decode(manifest, store.name(name)), index.detach())  # noqa: SLF001
+    snapshot = Snapshot(store, name, Manifest.decode(manifest, store.name(name)), index.detach())
+    source._adopt(snapshot)  # noqa: SLF001 - its own
     return source
