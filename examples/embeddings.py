@@ -17,26 +17,17 @@ import numpy as np
 from page_server import serving
 
 import aiouffd
-
-
-def table_of(region: aiouffd.Region) -> np.ndarray:
-    """Return the array of an .npy file that is mapped. Only the page of its header is touched."""
-    region.seek(0)  # a region is an mmap, and an mmap is a file
-    major, _ = np.lib.format.read_magic(region)
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(region)
-    return np.frombuffer(region, dtype, np.prod(shape), region.tell()).reshape(shape, order="F" if fortran else "C")
+from aiouffd import formats
 
 
 async def look_up(url: str, rows: list[int], nearest: int) -> None:
     began = time.perf_counter()
     async with aiouffd.open(url, readahead=64 << 10) as region:  # rows that are far apart: small windows
-        table = await asyncio.to_thread(table_of, region)
+        file = await asyncio.to_thread(formats.Npy, region)  # it touches the header
+        table = file.array
         rows = rows or [int(row) for row in np.random.default_rng(1).integers(0, len(table), 100)]
-        width = table.strides[0]
-        start = table.ctypes.data - region.address
-        # All rows at once: a touch waits for its page, a prefetch does not wait for the one before.
-        await asyncio.gather(*(region.monitor.prefetch(start + row * width, width) for row in rows))
+        # All rows at once: touches would wait for one page after the other.
+        await file.prefetch_tensor(*(table[row] for row in rows))
         vectors = table[rows]
         print(f"{len(rows)} of {len(table):,} rows, after {time.perf_counter() - began:.3f} s")
         for row, score in sorted(zip(rows, vectors @ vectors[0], strict=True), key=lambda pair: -pair[1])[:nearest]:

@@ -10,17 +10,16 @@ with `layers.L.router` and `layers.L.experts.E.weight`.
 
 import argparse
 import asyncio
-import json
-import struct
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from page_server import serving
-from safetensors_lazy import tensors
+from safetensors_lazy import write
 
 import aiouffd
+from aiouffd import formats
 
 LAYERS, EXPERTS, CHOSEN, WIDTH = 4, 16, 2, 256
 
@@ -30,33 +29,22 @@ def make(path: Path) -> None:
     random = np.random.default_rng(0)
     shapes = {f"layers.{layer}.router": (WIDTH, EXPERTS) for layer in range(LAYERS)}
     shapes |= {f"layers.{n}.experts.{e}.weight": (WIDTH, WIDTH) for n in range(LAYERS) for e in range(EXPERTS)}
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + shape[0] * shape[1] * 4
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
-            (random.standard_normal(shape, np.float32) / np.sqrt(shape[0])).tofile(file)
+    tensors = {name: random.standard_normal(shape, np.float32) / shape[0] ** 0.5 for name, shape in shapes.items()}
+    write(path, tensors)
 
 
 class Model:
-    """The tensors of a mapped file, and what is asked for ahead of them."""
+    """The tensors of a mapped file, and what has been asked for."""
 
     def __init__(self, region: aiouffd.Region) -> None:
-        self.region = region
-        self.tensors = tensors(region)
+        self.file = formats.Safetensors(region)
         self.asked: set[str] = set()
 
     async def bring(self, name: str) -> np.ndarray:
         """Return a tensor that is present."""
-        tensor = self.tensors[name]
         self.asked.add(name)
-        await self.region.monitor.prefetch(tensor.ctypes.data - self.region.address, tensor.nbytes)
-        return tensor
+        await self.file.prefetch_tensor(name)
+        return self.file[name]
 
     async def run(self, token: np.ndarray) -> np.ndarray:
         """Send a token through all layers."""

@@ -3,8 +3,7 @@
     python examples/safetensors_lazy.py                                          # makes a file and serves it
     python examples/safetensors_lazy.py https://host/model.safetensors [TENSOR]
 
-The layout: eight bytes (little-endian) with the length of a JSON header, the header (name -> dtype, shape,
-data_offsets), the data.
+`aiouffd.formats` knows the layout; for GGUF, .npy, .npz and files of torch.save it has classes as well.
 """
 
 import argparse
@@ -17,50 +16,31 @@ import numpy as np
 from page_server import serving
 
 import aiouffd
-
-DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
-    "BOOL": "?", "BF16": "<u2",  # numpy has no bfloat16: these are its bits
-}  # fmt: skip
+from aiouffd import formats
 
 
-def tensors(region: aiouffd.Region) -> dict[str, np.ndarray]:
-    """Return each tensor of a file as a view of the region. Only the pages of the header are touched."""
-    (length,) = struct.unpack("<Q", region[:8])
-    header = json.loads(region[8 : 8 + length])
-    header.pop("__metadata__", None)
-    base = 8 + length
-    found = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        flat = np.frombuffer(region, np.uint8, end - start, base + start)
-        found[name] = flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return found
-
-
-def make(path: Path, layers: int = 8, width: int = 1024) -> None:
-    """Write a file whose layer n is filled with the number n."""
-    shape = (width, width)
-    size = width * width * 4
-    header = {
-        f"layers.{n}.weight": {"dtype": "F32", "shape": shape, "data_offsets": [n * size, (n + 1) * size]}
-        for n in range(layers)
-    }
+def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a file of float32: the length of a JSON header (u64), the header, the data."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.size
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for n in range(layers):
-            file.write(np.full(shape, n, np.float32).tobytes())
+        for tensor in tensors.values():
+            file.write(tensor.astype(np.float32).tobytes())
 
 
 def use(url: str, name: str) -> None:
     with aiouffd.open(url) as region:
-        found = tensors(region)
-        for each, tensor in found.items():
+        file = formats.Safetensors(region)  # touches the header only
+        for each, tensor in file.items():
             print(f"{each:24} {tensor.dtype} {tensor.shape}")
-        name = name or next(iter(found))
-        print(f"the mean of {name} is {found[name].mean()}")
+        name = name or next(iter(file))
+        file.prefetch_tensor_sync(name)  # its bytes and no others; a touch brings its surroundings, too
+        print(f"the mean of {name} is {file[name].mean()}")
         seen = region.monitor.statistics()
         print(f"{seen.bytes_fetched:,} of {len(region):,} bytes fetched, in {seen.faults} faults")
 
@@ -74,7 +54,8 @@ def main() -> None:
         use(arguments.url, arguments.tensor)
         return
     with tempfile.TemporaryDirectory() as directory:
-        make(Path(directory, "model.safetensors"))
+        tensors = {f"layers.{n}.weight": np.full((1024, 1024), n, np.float32) for n in range(8)}
+        write(Path(directory, "model.safetensors"), tensors)
         with serving(Path(directory)) as root:
             use(f"{root}/model.safetensors", "layers.5.weight")
 
