@@ -111,6 +111,32 @@ def test_errors_and_no_signals(engine: str) -> None:
     play(reads, engine)
 
 
+def shares_its_position(engine: str) -> None:
+    """Scenario: the position moves while a read waits for its pages, and the next page cannot be had."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Torn(SIZE), engine=ENGINES[engine](), readahead=0, retries=0) as monitor:
+        real = monitor.prefetch_sync
+
+        def meanwhile(*args: Any) -> None:
+            real(*args)
+            region.seek(9 * PAGE)
+
+        with mock.patch.object(monitor, "prefetch_sync", side_effect=meanwhile):
+            assert region.read(5) == content(0, 5)
+        assert region.tell() == 5
+        with mock.patch.object(monitor, "prefetch_sync", side_effect=real):
+            region.seek(SIZE)
+            region.resize(PAGE)
+            assert region.read() == b""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_position_that_other_threads_move(engine: str) -> None:
+    """Only what was brought is touched."""
+    play(shares_its_position, engine)
+
+
 async def on_its_loop() -> None:
     """Scenario: the thread whose loop serves reads the region."""
     region: Any = aiouffd.Region(SIZE)

@@ -231,6 +231,8 @@ class Region(mmap.mmap):
             ClosedError: a page is missing, and the Monitor that served the region was left.
             RuntimeError: this thread runs the engine's loop.
         """
+        if not length:  # behind the end there is other memory, or none
+            return
         page = start & -mmap.PAGESIZE
         if all(byte & _IN_MEMORY for byte in libc.mincore(self.address + page, start + length - page)):
             return  # 1 us; to ask a pager takes 100 us
@@ -269,10 +271,14 @@ class Region(mmap.mmap):
 
     def read(self, n: int | None = None) -> bytes:
         """As `mmap.read`. What is missing is brought first: raises as `bring`."""
-        rest = len(self) - self.tell()
+        at = self.tell()  # other threads may move it
+        rest = max(len(self) - at, 0)
         length = rest if n is None or n < 0 else min(n, rest)
-        self.bring(self.tell(), length)
-        return super().read(length)
+        self.bring(at, length)
+        data: bytes = self[at : at + length]
+        if data:
+            super().seek(at + length)
+        return data
 
     def readinto(self, buffer: Any, /) -> int:
         """Copy from the position on into a buffer, as `read` does, and return how many bytes."""

@@ -44,8 +44,7 @@ class RegionFile(io.RawIOBase):
         """Copy from the position on, and return how many bytes; 0: there are none."""
         with memoryview(buffer).cast("B") as target, memoryview(self._region) as source:
             length = max(0, min(len(target), len(source) - self._at))
-            if length:  # there is no memory behind the end
-                self._region.bring(self._at, length)
-                target[:length] = source[self._at : self._at + length]
+            self._region.bring(self._at, length)
+            target[:length] = source[self._at : self._at + length]
         self._at += length
         return length

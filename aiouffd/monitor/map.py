@@ -50,12 +50,21 @@ class MappedRegion(Region):
     def close(self) -> None:
         """Serve the region no longer, and unmap it. Blocks for milliseconds, until the pager has answered.
 
+        Where another thread is closing it, returns at once.
+
         Raises:
             BufferError: views of it exist; it is served on.
         """
         if not self.closed and (monitor := self.monitor) is not None:
-            self.refuse_views()
-            _served.discard(monitor)
+            try:
+                _served.remove(monitor)
+            except KeyError:
+                return
+            try:
+                self.refuse_views()
+            except BufferError:
+                _served.add(monitor)
+                raise
             monitor.leave_region(self)
             self.monitor = None  # in a forked child it is its parent's, and left by nobody
         super().close()
@@ -91,6 +100,8 @@ def _close(region: MappedRegion) -> None:
         try:
             region.close()
         except BufferError:  # a view in a cycle with it: collected soon, or revived by another finalizer
+            for name in vars(region).keys() - Region.__annotations__:  # what a program has given it: views, perhaps
+                vars(region).pop(name)
             time.sleep(pause)
             pause = min(2 * pause, longest)
         except Exception:

@@ -393,7 +393,8 @@ class Monitor(Entered):
             finally:
                 if not self._sigbus:
                     self._crashes.close()
-                self._engine = self._registration = self.region.monitor = None
+                # In this order: to another thread, one that is entered nowhere is that of a forked child's parent.
+                self.region.monitor = self._engine = self._registration = None
                 if self._recording is not None:
                     self._recording.end(complete=True)
                 self._errors.wake()

@@ -96,6 +96,22 @@ def test_a_cycle_does_not_keep_it(engine: str) -> None:
     assert play(in_a_cycle, engine) == ("", "")
 
 
+def keeps_a_view_of_itself(engine: str) -> None:
+    """Scenario: a program gives a region an attribute, which is a view of it."""
+    region: Any = mapped(engine)
+    region.view, monitor = memoryview(region), region.monitor
+    assert region.view[3 * PAGE] == 4
+    del region
+    gc.collect()
+    is_left(monitor)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_own_attributes_do_not_keep_it(engine: str) -> None:
+    """They are its finalizer's to drop, which the thread that closes it keeps alive."""
+    assert play(keeps_a_view_of_itself, engine) == ("", "")
+
+
 def revived(engine: str) -> None:
     """Scenario: a finalizer in the cycle gives a view of the region to others."""
 
@@ -147,6 +163,21 @@ def closed(engine: str) -> None:
 def test_close_ends_it(engine: str) -> None:
     """Views are a BufferError, and the region is served on."""
     assert play(closed, engine) == ("", "")
+
+
+def closed_by_many(engine: str) -> None:
+    """Scenario: several threads close a region at once."""
+    for _ in range(5):
+        region = mapped(engine)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            assert [*pool.map(lambda _, region=region: region.close(), range(6))] == [None] * 6
+        assert region.closed
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_threads_may_close_it(engine: str) -> None:
+    """One of them does; none fails, and none waits for ever."""
+    assert play(closed_by_many, engine) == ("", "")
 
 
 class Dropping(Pattern):
