@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.base import Source, ZeroSource
     from aiouffd.sources.buffer import BufferSource
     from aiouffd.sources.file import FileSource
+    from aiouffd.sources.fsspec_source import FsspecSource
     from aiouffd.sources.layered import LayeredSource
     from aiouffd.sources.object_store import ObjectSource
     from aiouffd.store.cache import ChunkCache
@@ -82,6 +83,7 @@ __all__ = [
     "FileSource",
     "Fork",
     "FormatError",
+    "FsspecSource",
     "Handler",
     "HandlerError",
     "HandoffError",
@@ -162,6 +164,7 @@ _HOMES = {
     "sources.base": "Source ZeroSource",
     "sources.buffer": "BufferSource",
     "sources.file": "FileSource",
+    "sources.fsspec_source": "FsspecSource",
     "sources.layered": "LayeredSource",
     "sources.object_store": "ObjectSource",
     "store.cache": "ChunkCache",
@@ -172,8 +175,8 @@ _HOMES = {
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 _LATE = (
-    *("ChunkCache", "FileSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy", "Server"),
-    *("SnapshotSource", "Progress", "Trace", "map", "open"),
+    *("ChunkCache", "FileSource", "FsspecSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy"),
+    *("Server", "SnapshotSource", "Progress", "Trace", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

@@ -52,7 +52,7 @@ ORDER = {
             "store_settings",
             "store_client",
         ),
-        *("rooms", "loop_http", "plain_http", "base", "buffer", "file", "object_store", "concat"),
+        *("rooms", "loop_http", "plain_http", "base", "buffer", "file", "object_store", "fsspec_source", "concat"),
         *("overlay", "layered"),
     ],
     "engine": [

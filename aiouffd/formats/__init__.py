@@ -13,11 +13,11 @@ Files are not trusted: each length and offset is checked before it is used, and 
 a `FormatError`, which names the file and the place. numpy and torch are imported where they are used.
 """
 
-from aiouffd.formats.arrays import ArrayFile, Entry
+from aiouffd.formats.arrays import ArrayEntry, ArrayFile
 from aiouffd.formats.checkpoint import Checkpoint
 from aiouffd.formats.gguf import Gguf
 from aiouffd.formats.npy import Npy
 from aiouffd.formats.npz import Npz
 from aiouffd.formats.safetensors import Safetensors
 
-__all__ = ["ArrayFile", "Checkpoint", "Entry", "Gguf", "Npy", "Npz", "Safetensors"]
+__all__ = ["ArrayEntry", "ArrayFile", "Checkpoint", "Gguf", "Npy", "Npz", "Safetensors"]

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.region import Region
 
-__all__ = ["ArrayFile", "Entry"]
+__all__ = ["ArrayEntry", "ArrayFile"]
 
 _AT_ONCE: Final = 256  # prefetches that are asked for and have not come yet
 
 
 @attrs.frozen
-class Entry:
+class ArrayEntry:
     """What a file says of one array."""
 
     name: str
@@ -69,9 +69,9 @@ class ArrayFile(Mapping[str, Any]):
     def __init__(self, region: Region) -> None:
         self.region = region
         self._header = Header(region)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, ArrayEntry] = {}
 
-    def info(self, name: str) -> Entry:
+    def info(self, name: str) -> ArrayEntry:
         """Return where an array is and of what type, without touching it.
 
         Raises:
@@ -97,7 +97,7 @@ class ArrayFile(Mapping[str, Any]):
         """Return a torch tensor on the region, without a copy. TypeError: torch has no such type."""
         return self._tensor(self.info(name))
 
-    def _tensor(self, entry: Entry) -> Any:
+    def _tensor(self, entry: ArrayEntry) -> Any:
         import torch  # noqa: PLC0415 - an extra
 
         dtype = torch_dtype(entry.dtype)
@@ -169,7 +169,7 @@ class ArrayFile(Mapping[str, Any]):
             pages.add(align_down(start, mmap.PAGESIZE), align_up(start + length, mmap.PAGESIZE))
         return pages
 
-    def _spans_of(self, entry: Entry) -> Iterator[tuple[int, int]]:
+    def _spans_of(self, entry: ArrayEntry) -> Iterator[tuple[int, int]]:
         if entry.strides is None:
             return iter([(entry.start, entry.length)] if entry.length else [])
         size = numpy_dtype(entry.dtype).itemsize

@@ -1,7 +1,7 @@
 """What `torch.save` writes: a zip file with a pickle, and the bytes of each storage.
 
 The pickle is not trusted. It may name the few things that tensors and plain containers need, and none of them is
-called as the file says: tensors become `Entry` values here. So no code of the file runs, and torch is needed for
+called as the file says: tensors become `ArrayEntry` values here. So no code of the file runs, and torch is needed for
 `load` and `tensor` only.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from aiouffd.errors import UffdError
-from aiouffd.formats.arrays import Entry
+from aiouffd.formats.arrays import ArrayEntry
 from aiouffd.formats.dtypes import BITS
 from aiouffd.formats.stored_zip import ZippedArrays
 
@@ -47,7 +47,7 @@ class _Leaf:
     """A tensor in what was pickled; the offset of its entry counts from the beginning of its storage."""
 
     member: str
-    entry: Entry
+    entry: ArrayEntry
     requires_grad: bool = False
     is_parameter: bool = False
 
@@ -107,11 +107,11 @@ class Checkpoint(ZippedArrays):
 
         return torch.nn.Parameter(tensor, requires_grad=leaf.requires_grad)
 
-    def _read(self, name: str, start: int, end: int) -> Entry:
+    def _read(self, name: str, start: int, end: int) -> ArrayEntry:
         return self._placed(self._leaves[name], start)
 
     @staticmethod
-    def _placed(leaf: _Leaf, start: int) -> Entry:
+    def _placed(leaf: _Leaf, start: int) -> ArrayEntry:
         return attrs.evolve(leaf.entry, start=start + leaf.entry.start)
 
     # What the pickle asks for
@@ -148,7 +148,7 @@ class Checkpoint(ZippedArrays):
             first = reach = 0
         if (first + reach) * size > storage.length:
             raise ValueError(f"a tensor of the shape {shape!r:.80} is not within its storage of {storage.length} bytes")
-        entry = Entry(
+        entry = ArrayEntry(
             "", str(dtype), str(dtype), tuple(shape), first * size, reach * size, tuple(strides) if reach else None
         )
         return _Leaf(storage.member, entry, bool(more and more[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from aiouffd.formats.arrays import ArrayFile, Entry
+from aiouffd.formats.arrays import ArrayEntry, ArrayFile
 from aiouffd.formats.dtypes import BITS
 from aiouffd.formats.header import Cursor
 from aiouffd.ranges import align_up
@@ -41,14 +41,14 @@ _QUANTIZED: Final = {
 }
 
 BLOCKS: Final = {kind: (elements, size) for kind, elements, size in _QUANTIZED.values()}
-"""Quantized types: how many elements a block has, and how many bytes."""
+"""How many elements a block of a quantized type has, and how many bytes."""
 
 
 class Gguf(ArrayFile):
     """The tensors of a `.gguf` file, of version 2 or 3, little-endian.
 
-    A quantized tensor is an array of `uint8`: its blocks as they are, the last axis in bytes (`Entry.kind` names the
-    type, `aiouffd.formats.gguf.BLOCKS` the block). Shapes are in C order, the reverse of what the file has.
+    A quantized tensor is an array of `uint8`: its blocks as they are, the last axis in bytes. `ArrayEntry.kind` names
+    the type, `aiouffd.formats.gguf.BLOCKS` the block. Shapes are in C order, the reverse of what the file has.
 
     Attributes:
         metadata: what the file says of itself: numbers, texts, and lists of them.
@@ -101,7 +101,7 @@ class Gguf(ArrayFile):
         dims = self._cursor.numbers("Q", count, "dimensions")
         return at, name, self._cursor.number("I", "a type"), dims, self._cursor.number("Q", "an offset")
 
-    def _entry(self, at: int, name: str, number: int, dims: tuple[int, ...], start: int) -> Entry:
+    def _entry(self, at: int, name: str, number: int, dims: tuple[int, ...], start: int) -> ArrayEntry:
         shape = list(reversed(dims))
         if number in _PLAIN:
             kind, dtype = _PLAIN[number]
@@ -116,7 +116,7 @@ class Gguf(ArrayFile):
         length = self._header.size_of(at, shape, BITS[dtype], f"{name!r:.80}")
         if start + length > self._header.size:
             raise self._header.wrong(at, f"{name!r:.80} ends at {start + length}, and the file at {self._header.size}")
-        return Entry(name, kind, dtype, tuple(shape), start, length)
+        return ArrayEntry(name, kind, dtype, tuple(shape), start, length)
 
     def _check_overlap(self) -> None:
         end = 0

@@ -6,7 +6,7 @@ import ast
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from aiouffd.formats.arrays import ArrayFile, Entry
+from aiouffd.formats.arrays import ArrayEntry, ArrayFile
 
 if TYPE_CHECKING:
     from aiouffd.formats.header import Header
@@ -31,7 +31,7 @@ class Npy(ArrayFile):
         return self["array"]
 
 
-def npy_entry(header: Header, name: str, start: int, end: int) -> Entry:
+def npy_entry(header: Header, name: str, start: int, end: int) -> ArrayEntry:
     """Return what stands in [start, end) as a `.npy` file.
 
     Raises:
@@ -59,7 +59,7 @@ def npy_entry(header: Header, name: str, start: int, end: int) -> Entry:
         for number in shape[:-1]:
             steps.append(steps[-1] * number)
         strides = tuple(steps[: len(shape)])
-    return Entry(name, dtype.str, dtype, shape, begin, size, strides)
+    return ArrayEntry(name, dtype.str, dtype, shape, begin, size, strides)
 
 
 def _understood(header: Header, at: int, text: str) -> tuple[Any, tuple[int, ...], bool]:

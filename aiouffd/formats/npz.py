@@ -8,7 +8,7 @@ from aiouffd.formats.npy import npy_entry
 from aiouffd.formats.stored_zip import ZippedArrays
 
 if TYPE_CHECKING:
-    from aiouffd.formats.arrays import Entry
+    from aiouffd.formats.arrays import ArrayEntry
     from aiouffd.kernel.region import Region
 
 __all__ = ["Npz"]
@@ -26,5 +26,5 @@ class Npz(ZippedArrays):
         super().__init__(region)
         self._members = {name.removesuffix(_SUFFIX): name for name in self._infos if name.endswith(_SUFFIX)}
 
-    def _read(self, name: str, start: int, end: int) -> Entry:
+    def _read(self, name: str, start: int, end: int) -> ArrayEntry:
         return npy_entry(self._header, name, start, end)

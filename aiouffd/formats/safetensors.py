@@ -6,7 +6,7 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from aiouffd.formats.arrays import ArrayFile, Entry
+from aiouffd.formats.arrays import ArrayEntry, ArrayFile
 from aiouffd.formats.dtypes import BITS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Safetensors(ArrayFile):
             raise self._header.wrong(8, f"the header is no object: {described!r:.80}")
         return described
 
-    def _entry(self, name: str, said: Any, data: int) -> Entry:
+    def _entry(self, name: str, said: Any, data: int) -> ArrayEntry:
         """Return what the header says of one tensor."""
         try:
             kind, shape, (start, end) = said["dtype"], said["shape"], said["data_offsets"]
@@ -74,9 +74,9 @@ class Safetensors(ArrayFile):
         size = self._header.size_of(8, shape, BITS[dtype], f"{name!r:.80}")
         if size != end - start:
             raise self._header.wrong(8, f"{name!r:.80} takes {size} bytes, and has {end - start}")
-        return Entry(name, kind, dtype, tuple(shape), data + start, size)
+        return ArrayEntry(name, kind, dtype, tuple(shape), data + start, size)
 
-    def _check_order(self, found: list[Entry], data: int) -> None:
+    def _check_order(self, found: list[ArrayEntry], data: int) -> None:
         """Let the tensors be all that there is behind the header, as the format demands: no gaps, nothing twice."""
         at = data
         for entry in sorted(found, key=lambda entry: (entry.start, entry.length)):

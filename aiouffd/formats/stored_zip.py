@@ -17,7 +17,7 @@ from aiouffd.kernel.region_file import RegionFile
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from aiouffd.formats.arrays import Entry
+    from aiouffd.formats.arrays import ArrayEntry
     from aiouffd.formats.header import Header
     from aiouffd.kernel.region import Region
 
@@ -51,14 +51,14 @@ class ZippedArrays(ArrayFile):
             raise self._header.wrong(end, "a name occurs twice in the directory")
         self._next = dict(pairwise(sorted({info.header_offset for info in infos} | {end})))
 
-    def info(self, name: str) -> Entry:
+    def info(self, name: str) -> ArrayEntry:
         """Return where an array is and of what type; the first time, its member's header is read."""
         if name not in self._entries:
             self._entries[name] = self._read(name, *self._find(self._members[name]))
         return self._entries[name]
 
     @abstractmethod
-    def _read(self, name: str, start: int, end: int) -> Entry:
+    def _read(self, name: str, start: int, end: int) -> ArrayEntry:
         """Return what an array is; its member is [start, end)."""
 
     def _find(self, member: str) -> tuple[int, int]:

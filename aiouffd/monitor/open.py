@@ -118,7 +118,8 @@ def open(  # noqa: A001 - it is called aiouffd.open
 
     Args:
         what: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`. URLs other than
-            `file://` need the extra `aiouffd[http]`.
+            `file://` need the extra `aiouffd[http]`. Other URLs that fsspec knows (`hf://`, `sftp://`, chains with
+            `::`) are read by `FsspecSource` (`aiouffd[fsspec]`).
         engine: as for `Monitor`; a server has sources of its own, so `ServedBy` is not for `open`.
         fork: as for `Monitor`.
         storage_options: credentials, endpoint, region and the like, for URLs: see `ObjectSource`.

@@ -9,6 +9,7 @@ Layout:
 - `object_store`: an object behind a URL. It asks `store_client` (obstore), or `plain_http` where obstore refuses valid
   answers. While it is served, http without options goes by `loop_http`, as far as that understands the answers.
   `http_answer`, `store_errors` and `store_settings` are what these share. `rooms`: memory for large answers.
+- `fsspec_source`: a file of any fsspec filesystem.
 - `daemon_threads`: for calls that may never return.
 - `resolve`: from a path or URL to a source.
 

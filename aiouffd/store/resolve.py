@@ -34,8 +34,9 @@ def as_source(
     Blocks on the file system for a path; does not ask the server of a URL, and does not open a snapshot yet.
 
     Args:
-        thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, an object with the buffer protocol, or a
-            source, which is returned as it is. A path or URL that ends with `.snap` names a snapshot.
+        thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, another URL that fsspec knows, an object with
+            the buffer protocol, or a source, which is returned as it is. A path or URL that ends with `.snap` names a
+            snapshot.
         timeout: of an `ObjectSource` or a `SnapshotSource`.
         retries: as `timeout`.
         options: for the store of such a source.
@@ -51,16 +52,7 @@ def as_source(
 
         return _cached(SnapshotSource(thing, timeout=timeout, retries=retries, **(options or {})), cache)
     if isinstance(thing, str) and "://" in thing:
-        from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
-
-        scheme = urlsplit(thing).scheme
-        if scheme == "file":
-            return FileSource(unquote(urlsplit(thing).path))
-        if scheme not in _STORES:
-            raise SourceError(thing, 0, 0, f"the scheme {scheme!r} is unknown: use a path or one of {sorted(_STORES)}")
-        from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
-
-        return _cached(ObjectSource(thing, timeout=timeout, retries=retries, **(options or {})), cache)
+        return _of_url(thing, timeout, retries, options or {}, cache)
     if isinstance(thing, str | os.PathLike):
         return FileSource(thing)
     if isinstance(thing, Source) and not isinstance(thing, type):
@@ -70,6 +62,37 @@ def as_source(
     except TypeError as error:
         raise TypeError(f"{thing!r:.200} is no path, no URL, no buffer and no Source") from error
     return BufferSource(view)
+
+
+def _of_url(
+    url: str, timeout: float | None, retries: int | None, options: Mapping[str, Any], cache: ChunkCache | None
+) -> Source:
+    from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
+
+    scheme = urlsplit(url).scheme
+    if scheme == "file":
+        return FileSource(unquote(urlsplit(url).path))
+    if scheme not in _STORES or "::" in url:
+        return _cached(_by_fsspec(url, scheme, options), cache)
+    from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
+
+    return _cached(ObjectSource(url, timeout=timeout, retries=retries, **options), cache)
+
+
+def _by_fsspec(url: str, scheme: str, options: Mapping[str, Any]) -> Source:
+    """Return a source for a URL that only fsspec may know."""
+    try:
+        from fsspec import available_protocols  # noqa: PLC0415 - an extra
+    except ImportError:
+        known = False
+    else:
+        known = scheme in available_protocols()
+    if not known:
+        reason = f"the scheme {scheme!r} is unknown: use a path, one of {sorted(_STORES)}, or what fsspec knows"
+        raise SourceError(url, 0, 0, f"{reason} (aiouffd[fsspec])")
+    from aiouffd.sources.fsspec_source import FsspecSource  # noqa: PLC0415 - as above
+
+    return FsspecSource(url, **options)
 
 
 def _cached(source: Source, cache: ChunkCache | None) -> Source:

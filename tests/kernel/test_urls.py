@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 from typing import Any
 
@@ -119,3 +120,29 @@ async def size_is_slow(engine: str) -> None:
 def test_a_size_does_not_stop_the_loop(engine: str, loop: str) -> None:
     """It is asked for in a thread, by each engine."""
     play(size_is_slow, engine, loop=loop)
+
+
+async def through_fsspec(engine: str) -> None:
+    """Scenario: a filesystem of functions and one of coroutines; then the object changes."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(odd_http.DATA)
+        file.flush()
+        async with aiouffd.open(f"local://{file.name}", engine=ENGINES[engine](), readahead=0) as region:
+            monitor: Any = region.monitor
+            await monitor.prefetch(0, SIZE)
+            assert region[:] == odd_http.DATA
+    with odd_http.serving() as server:
+        source = aiouffd.FsspecSource(server.url)
+        async with aiouffd.open(source, engine=ENGINES[engine](), readahead=0) as region:
+            monitor = region.monitor
+            await monitor.prefetch(0, 10 * PAGE)
+            assert region[: 10 * PAGE] == odd_http.DATA[: 10 * PAGE]
+            server.change()
+            with pytest.raises(aiouffd.SourceError, match="has changed"):
+                await monitor.prefetch(20 * PAGE, PAGE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_files_of_fsspec(engine: str, loop: str) -> None:
+    """They travel to a pager, and a change is an error there, too."""
+    play(through_fsspec, engine, loop=loop)

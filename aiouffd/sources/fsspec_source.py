@@ -1,0 +1,211 @@
+"""Files of any fsspec filesystem (the extra `aiouffd[fsspec]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+
+from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.sources.daemon_threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FsspecSource"]
+
+log = logging.getLogger("aiouffd")
+
+_THREADS: Final = 32
+_TAGS: Final = ("ETag", "etag", "md5Hash", "md5", "sha256", "checksum", "content_hash", "blob_id", "oid", "generation")
+_TIMES: Final = ("mtime", "LastModified", "Last-Modified", "last_modified", "modified", "updated", "created")
+_FOR_GOOD: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+
+
+@attrs.frozen
+class _Version:
+    """What a filesystem says of a file: two that are equal are of the same bytes, as far as it says anything."""
+
+    size: int
+    tag: str | None
+    rest: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, info: Any) -> _Version:
+        said = [(key, str(info[key])) for key in (*_TAGS, *_TIMES, "ino") if info.get(key) is not None]
+        tags = [value for key, value in said if key in _TAGS and not value.startswith("W/")]
+        return cls(info["size"], tags[0] if tags else None, tuple(said))
+
+
+class FsspecSource:
+    """One file of an fsspec filesystem, read by ranges.
+
+    Reads of asynchronous filesystems run on the loop, others in threads. It is served by a pager of its own, to which
+    the filesystem travels as fsspec pickles it.
+
+    What the filesystem says of the file (ETag, checksum, time of change, size) is looked at after each read: once the
+    file has changed, reads are SourceErrors, and no mixture of both versions. Reads that end meanwhile share one look.
+    If it says nothing but the size, that is logged, and changes are not noticed.
+
+    Args:
+        what: a URL that `fsspec.open` takes (`hf://org/model/file`, `sftp://...`, chains with `::`), or a filesystem.
+        path: of the file in it, if it is a filesystem.
+        **options: for the filesystem of a URL, as `fsspec.open` takes them.
+
+    Raises:
+        TypeError: a filesystem without a path, or a URL with one.
+    """
+
+    def __init__(self, what: Any, path: str | None = None, **options: Any) -> None:
+        if isinstance(what, str) == isinstance(path, str):
+            raise TypeError("FsspecSource takes a URL, or a filesystem and a path in it")
+        self._what, self._path, self._options = what, path, options
+        self._pinned: _Version | None = None
+        # Made at first use: they do not travel.
+        self._filesystem: Any = None
+        self._pool: DaemonThreads | None = None
+        self._here: asyncio.Future[Any] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._next_look: asyncio.Task[None] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file. The first use asks the filesystem, and blocks.
+
+        Raises:
+            SourceError: it is not there, not allowed, or of no known size; fsspec, or what it needs, is missing.
+        """
+        if self._pinned is None:
+            try:
+                filesystem, path = self._found()
+                info = filesystem.info(path)
+            except Exception as error:  # filesystems raise many kinds
+                raise SourceError(repr(self), 0, 0, f"{type(error).__name__}: {error}") from error
+            if info.get("type", "file") != "file" or not isinstance(info.get("size"), int):
+                raise SourceError(repr(self), 0, 0, "it is no file, or its size is not known")
+            self._pinned = _Version.of(info)
+            if not self._pinned.rest:
+                log.warning("%r: its filesystem names no version: changes are not noticed", self)
+        return self._pinned.size
+
+    @property
+    def cache_identity(self) -> tuple[Any, ...] | None:
+        """What only the same bytes have; None: the filesystem does not say, or was not asked yet."""
+        if self._pinned is None or self._pinned.tag is None:
+            return None
+        filesystem, path = self._found()
+        options = repr((type(filesystem).__qualname__, filesystem.storage_args, filesystem.storage_options))
+        return "fsspec", hashlib.sha256(options.encode()).hexdigest(), path, self._pinned.size, self._pinned.tag
+
+    @property
+    def validator(self) -> str | None:
+        """What the filesystem calls this version; None: it does not say, or was not asked yet."""
+        return None if self._pinned is None else self._pinned.tag
+
+    def _found(self) -> tuple[Any, str]:
+        """Return (filesystem, path in it)."""
+        if self._filesystem is None:
+            if isinstance(self._what, str):
+                import fsspec  # noqa: PLC0415 - an extra
+
+                self._filesystem, self._path = fsspec.core.url_to_fs(self._what, **self._options)
+            else:
+                self._filesystem = self._what
+        assert self._path is not None
+        return self._filesystem, self._path
+
+    async def read(self, offset: int, length: int) -> Any:
+        """Return the bytes. Canceling is safe; a call in a thread goes on, and what it returns is dropped.
+
+        Raises:
+            SourceError: the file has changed, is gone, or may not be read.
+        """
+        data = await self._ask(offset, length, "cat_file", start=offset, end=offset + length)
+        if len(data) != length:
+            raise ShortReadError(repr(self), offset, length, f"gave {len(data)} bytes of {length}")
+        if self._pinned is not None and self._pinned.rest:
+            if self._next_look is None:
+                self._next_look = asyncio.ensure_future(self._look(self._looking))
+                self._next_look.add_done_callback(lambda look: look.cancelled() or look.exception())
+            try:
+                await asyncio.shield(self._next_look)
+            except SourceError as error:
+                raise SourceError(repr(self), offset, length, error.reason) from error
+        return data
+
+    async def _look(self, before: asyncio.Task[None] | None) -> None:
+        """Compare the version with what was pinned: the reads that have ended before this are of it."""
+        if before is not None:
+            await asyncio.wait([before])
+        self._looking, self._next_look = self._next_look, None
+        found = _Version.of(await self._ask(0, 0, "info"))
+        if found != self._pinned:
+            raise SourceError(repr(self), 0, 0, f"it has changed since it was opened: {self._pinned} -> {found}")
+
+    async def _ask(self, offset: int, length: int, method: str, **arguments: int) -> Any:
+        """Call a method of the filesystem, on the loop or in a thread."""
+        if self._here is None:
+            self._pool = DaemonThreads(_THREADS, "aiouffd-fsspec")
+            self._here = asyncio.ensure_future(
+                asyncio.get_running_loop().run_in_executor(self._pool, self._settle, asyncio.get_running_loop())
+            )
+        try:
+            filesystem, path, on_loop = await asyncio.shield(self._here)
+            if on_loop:
+                if method == "info":
+                    filesystem.invalidate_cache(path)
+                return await getattr(filesystem, f"_{method}")(path, **arguments)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._pool, _call, filesystem, method, path, arguments
+            )
+        except _FOR_GOOD as error:
+            raise SourceError(repr(self), offset, length, f"{type(error).__name__}: {error}") from error
+
+    def _settle(self, loop: asyncio.AbstractEventLoop) -> tuple[Any, str, bool]:
+        """Return (filesystem, path, whether its reads run on the loop). It may connect, and so it runs in a thread."""
+        filesystem, path = self._found()
+        given = (*filesystem.storage_args, *filesystem.storage_options.values())
+        if not filesystem.async_impl or any(hasattr(each, "async_impl") for each in given):  # one around another
+            return filesystem, path, False
+        options = {**filesystem.storage_options, "asynchronous": True, "loop": loop, "skip_instance_cache": True}
+        return type(filesystem)(*filesystem.storage_args, **options), path, True
+
+    async def aclose(self) -> None:
+        """End what is under way, and let threads end."""
+        for look in (self._looking, self._next_look):
+            if look is not None:
+                look.cancel()
+        if self._here is not None and self._here.done() and not self._here.cancelled() and not self._here.exception():
+            filesystem, _, on_loop = self._here.result()
+            session = getattr(filesystem, "_session", None) if on_loop else None
+            if session is not None and hasattr(session, "close"):
+                await session.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    def __reduce__(self) -> tuple[Callable[..., FsspecSource], tuple[Any, ...]]:
+        given = self._path if not isinstance(self._what, str) else None
+        return _arrived, (self._what, given, self._options, self._pinned)
+
+    def __repr__(self) -> str:
+        if not isinstance(self._what, str):
+            return f"FsspecSource({type(self._what).__name__}, {self._path!r})"
+        parts = urlsplit(self._what)
+        host = parts.netloc.rpartition("@")[2]  # no password in a log
+        return f"FsspecSource({parts._replace(netloc=host, query='').geturl()!r})"
+
+
+def _call(filesystem: Any, method: str, path: str, arguments: dict[str, int]) -> Any:
+    if method == "info":
+        filesystem.invalidate_cache(path)  # what it has listed before does not count
+    return getattr(filesystem, method)(path, **arguments)
+
+
+def _arrived(what: Any, path: str | None, options: dict[str, Any], pinned: _Version | None) -> FsspecSource:
+    source = FsspecSource(what, path, **options)
+    source._pinned = pinned  # noqa: SLF001 - its own
+    return source

@@ -1,0 +1,241 @@
+"""Files of fsspec filesystems."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import fsspec
+import odd_http
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+import aiouffd
+from aiouffd.store.resolve import as_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DATA = odd_http.DATA
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """A filesystem in this process, whose methods are plain functions."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/file", DATA)
+    yield filesystem
+    filesystem.rm("/file")
+
+
+@pytest.fixture
+def server() -> Iterator[odd_http.Odd]:
+    """A web server, for the filesystem whose methods are coroutines."""
+    with odd_http.serving() as server:
+        yield server
+
+
+async def sized(source: aiouffd.FsspecSource) -> int:
+    """Return the size, which is asked for in a thread."""
+    return await asyncio.to_thread(getattr, source, "size")
+
+
+async def test_a_filesystem_of_functions(memory: Any) -> None:
+    """Is read in threads, many at once."""
+    source = aiouffd.FsspecSource(memory, "/file")
+    assert await sized(source) == len(DATA)
+    threads = set()
+    original = memory.cat_file
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return original(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "cat_file", noted)
+        found = await asyncio.gather(*(source.read(at, 999) for at in range(0, 100_000, 5_000)))
+    assert found == [DATA[at : at + 999] for at in range(0, 100_000, 5_000)]
+    assert threads == {"aiouffd-fsspec"}
+    await source.aclose()
+
+
+async def test_a_filesystem_of_coroutines(server: odd_http.Odd) -> None:
+    """Is read on the loop: of a range no more is asked for; its session ends with the source."""
+    source = aiouffd.FsspecSource(server.url)
+    assert await sized(source) == len(DATA)
+    assert await source.read(1000, 500) == DATA[1000:1500]
+    assert source._here is not None
+    filesystem, _, on_loop = source._here.result()
+    assert on_loop
+    assert filesystem.asynchronous
+    ranges = [headers["range"] for method, headers in server.requests if method == "GET"]
+    assert ranges == ["bytes=1000-1499"]
+    await source.aclose()
+    assert filesystem._session.closed
+
+
+async def test_one_look_for_many_reads(server: odd_http.Odd) -> None:
+    """Those that end while the filesystem is asked for the version share the next look."""
+    source = aiouffd.FsspecSource(server.url)
+    await sized(source)
+    server.requests.clear()
+    found = await asyncio.gather(*(source.read(at, 10) for at in range(40)))
+    assert found == [DATA[at : at + 10] for at in range(40)]
+    assert 1 <= sum(method == "HEAD" for method, _ in server.requests) < 40
+    await source.aclose()
+
+
+async def test_a_change_is_an_error(server: odd_http.Odd) -> None:
+    """Of a file of the same size; also for reads that are under way, and a look that has begun before they end."""
+    source = aiouffd.FsspecSource(server.url)
+    await sized(source)
+    await source.read(0, 10)
+    server.change()
+    found = await asyncio.gather(*(source.read(at, 10) for at in range(3)), return_exceptions=True)
+    assert all(isinstance(error, aiouffd.SourceError) and "has changed" in str(error) for error in found)
+    assert {error.offset for error in found if isinstance(error, aiouffd.SourceError)} == {0, 1, 2}
+    await source.aclose()
+
+
+async def test_a_look_begins_after_the_read(memory: Any) -> None:
+    """A file that changes between a look and the end of a read is noticed by that read."""
+    source = aiouffd.FsspecSource(memory, "/file")
+    await sized(source)
+    began, go_on = threading.Event(), threading.Event()
+    original = memory.cat_file
+
+    def slow(path: str, **named: Any) -> Any:
+        if named["start"] == 0:
+            began.set()
+            go_on.wait(60)
+        return original(path, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "cat_file", slow)
+        first = asyncio.ensure_future(source.read(0, 10))
+        await asyncio.to_thread(began.wait, 60)
+        assert await source.read(50, 10) == DATA[50:60]
+        await asyncio.to_thread(memory.pipe, "/file", bytes(len(DATA)))
+        go_on.set()
+        with pytest.raises(aiouffd.SourceError, match="has changed"):
+            await first
+    await source.aclose()
+
+
+async def test_canceling(memory: Any) -> None:
+    """One of several reads ends; the others have their bytes."""
+    source = aiouffd.FsspecSource(memory, "/file")
+    await sized(source)
+    reads = [asyncio.ensure_future(source.read(at, 10)) for at in range(5)]
+    await asyncio.sleep(0)
+    reads[2].cancel()
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    assert isinstance(found.pop(2), asyncio.CancelledError)
+    assert found == [DATA[at : at + 10] for at in (0, 1, 3, 4)]
+    await source.aclose()
+
+
+async def test_what_cannot_be_read(memory: Any, server: odd_http.Odd) -> None:
+    """What is not there, no file, or gone meanwhile; what ends too early; what a server refuses."""
+    for source in (aiouffd.FsspecSource(memory, "/none"), aiouffd.FsspecSource(memory, "/")):
+        with pytest.raises(aiouffd.SourceError, match=r"FileNotFoundError|no file"):
+            await sized(source)
+    source = aiouffd.FsspecSource(memory, "/file")
+    await sized(source)
+    with pytest.raises(aiouffd.ShortReadError, match="gave 3 bytes of 10"):
+        await source.read(len(DATA) - 3, 10)
+    memory.pipe("/other", DATA)
+    gone = aiouffd.FsspecSource(memory, "/other")
+    await sized(gone)
+    memory.rm("/other")
+    with pytest.raises(aiouffd.SourceError, match="FileNotFoundError"):
+        await gone.read(0, 10)
+    far = aiouffd.FsspecSource(server.url)
+    await sized(far)
+    server.failures = 1
+    with pytest.raises(aiohttp.ClientResponseError, match="503"):  # no SourceError: it is tried again
+        await far.read(0, 10)
+    assert await far.read(0, 10) == DATA[:10]
+    for each in (source, gone, far):
+        await each.aclose()
+
+
+def test_what_is_no_file_of_a_filesystem(memory: Any) -> None:
+    """A path where none is needed, or none where one is."""
+    for arguments in ((memory,), ("memory://file", "/file")):
+        with pytest.raises(TypeError, match="a URL, or a filesystem and a path"):
+            aiouffd.FsspecSource(*arguments)
+
+
+def test_it_travels(memory: Any, tmp_path: Path) -> None:
+    """With the version that it was opened with, by fsspec's own pickles."""
+    (tmp_path / "file").write_bytes(DATA)
+    for source in (
+        aiouffd.FsspecSource(memory, "/file"),
+        aiouffd.FsspecSource(f"local://{tmp_path}/file", auto_mkdir=True),
+        aiouffd.FsspecSource("simplecache::memory://file", simplecache={"cache_storage": str(tmp_path / "cache")}),
+    ):
+        assert source.size == len(DATA)
+        again = pickle.loads(pickle.dumps(source))
+        assert again._pinned == source._pinned
+        assert repr(again) == repr(source)
+        assert bytes(asyncio.run(again.read(7, 9))) == DATA[7:16]
+
+
+def test_names_of_a_version(server: odd_http.Odd, memory: Any) -> None:
+    """A strong ETag is one, for a cache as well; a time is none. Secrets are not in it."""
+    one, other = aiouffd.FsspecSource(server.url), aiouffd.FsspecSource(server.url, headers={"X": "secret"})
+    assert [one.cache_identity, one.validator] == [None, None]
+    assert one.size == other.size == len(DATA)
+    assert one.validator == other.validator == '"v1"'
+    assert one.cache_identity != other.cache_identity
+    assert "secret" not in str(other.cache_identity)
+    source = aiouffd.FsspecSource(memory, "/file")
+    assert source.size == len(DATA)
+    assert [source.cache_identity, source.validator] == [None, None]
+
+
+def test_a_filesystem_that_names_no_version(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and not asked again."""
+
+    class Silent(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "silent"
+        looks = 0
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            type(self).looks += 1
+            return {"name": path, "size": len(DATA), "type": "file"}
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            return DATA[start:end]
+
+    source = aiouffd.FsspecSource(Silent(), "/file")
+    assert source.size == len(DATA)
+    assert "names no version" in caplog.text
+    assert asyncio.run(source.read(3, 4)) == DATA[3:7]
+    assert Silent.looks == 1
+
+
+def test_its_repr() -> None:
+    """No password and no query."""
+    assert repr(aiouffd.FsspecSource("sftp://me:secret@host/a?sig=secret")) == "FsspecSource('sftp://host/a')"
+
+
+def test_urls_of_open() -> None:
+    """Those that only fsspec knows, and chains; others are what they were."""
+    assert isinstance(as_source("hf://org/model/file"), aiouffd.FsspecSource)
+    assert isinstance(as_source("simplecache::http://host/file"), aiouffd.FsspecSource)
+    source = as_source("sftp://host/file", options={"username": "me"})
+    assert isinstance(source, aiouffd.FsspecSource)
+    assert source._options == {"username": "me"}
+    assert isinstance(as_source("http://host/file"), aiouffd.ObjectSource)
+    with pytest.raises(aiouffd.SourceError, match=r"'gopher' is unknown.*aiouffd\[fsspec\]"):
+        as_source("gopher://host/file")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "fsspec", None)
+        with pytest.raises(aiouffd.SourceError, match=r"aiouffd\[fsspec\]"):
+            as_source("hf://org/model/file")
