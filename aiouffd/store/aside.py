@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
-__all__ = ["Progress", "aside"]
+__all__ = ["Progress", "StoreOptions", "aside"]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes that are done, and all bytes."""
+
+
+class StoreOptions(TypedDict, total=False):
+    """What all that goes through a snapshot takes.
+
+    Attributes:
+        storage_options: for stores behind URLs, as for `open`.
+        progress: called with the bytes that are done and all bytes. What it raises ends the work.
+    """
+
+    storage_options: Mapping[str, Any] | None
+    progress: Progress | None
+
 
 _Result = TypeVar("_Result")
 

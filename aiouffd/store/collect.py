@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from aiouffd.store.aside import aside
+from aiouffd.store.aside import StoreOptions, aside
 from aiouffd.store.folder import unwritten
 from aiouffd.store.place import SUFFIX
 from aiouffd.store.snapshot import index_path, open_in, open_store, trace_path
@@ -31,7 +31,14 @@ _SEEN: Final = "unnamed.json"
 _FOLDERS: Final = ("packs/", "indexes/", "traces/")
 
 
-async def gc(place: str | os.PathLike[str], **options: Any) -> list[Entry]:
+class GcOptions(StoreOptions, total=False):
+    """The options of `gc_sync`."""
+
+    grace: float
+    dry_run: bool
+
+
+async def gc(place: str | os.PathLike[str], **options: Unpack[GcOptions]) -> list[Entry]:
     """As `gc_sync`, in threads. Canceling is safe."""
     return await aside(gc_sync, place, **options)
 

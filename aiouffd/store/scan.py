@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import SourceError, StoreError
 from aiouffd.ranges import Range
@@ -21,7 +21,7 @@ from aiouffd.store.snapshot import open_snapshot, read_linked, trace_path
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from aiouffd.store.aside import Progress
+    from aiouffd.store.aside import Progress, StoreOptions
     from aiouffd.store.index import Record
     from aiouffd.store.snapshot import Snapshot
 
@@ -76,7 +76,7 @@ def _report(snapshot: Snapshot, some: list[tuple[Record, Any]], progress: Progre
         progress(min(done * index.chunk_size, index.size), index.size)
 
 
-async def verify(place: Place, **options: Any) -> list[StoreError]:
+async def verify(place: Place, **options: Unpack[StoreOptions]) -> list[StoreError]:
     """As `verify_sync`, in threads. Canceling is safe."""
     return await aside(verify_sync, place, **options)
 
@@ -111,7 +111,7 @@ def verify_sync(
     return found
 
 
-async def extract(place: Place, destination: Place, **options: Any) -> None:
+async def extract(place: Place, destination: Place, **options: Unpack[StoreOptions]) -> None:
     """As `extract_sync`, in threads. Canceling is safe: no file appears."""
     await aside(extract_sync, place, destination, **options)
 
@@ -153,7 +153,7 @@ def extract_sync(
     Folder(above).fill(name, fill)
 
 
-async def diff(one: Place, other: Place, **options: Any) -> list[Range]:
+async def diff(one: Place, other: Place, **options: Unpack[StoreOptions]) -> list[Range]:
     """As `diff_sync`, in threads. Canceling is safe."""
     return await aside(diff_sync, one, other, **options)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import StoreError
-from aiouffd.store.aside import aside
+from aiouffd.store.aside import StoreOptions, aside
 from aiouffd.store.codecs import LEVEL, digest_of
 from aiouffd.store.layer import in_order
 from aiouffd.store.pack import NAME
@@ -31,7 +31,21 @@ _AT_ONCE = 4  # packs in memory
 Place = str | os.PathLike[str]
 
 
-async def copy(source: Place, destination: Place, **options: Any) -> Manifest:
+class CopyOptions(StoreOptions, total=False):
+    """The options of `copy_sync`."""
+
+    replace: bool
+
+
+class FlattenOptions(CopyOptions, total=False):
+    """The options of `flatten_sync`."""
+
+    codec: str | None
+    level: int
+    chunk_size: int | None
+
+
+async def copy(source: Place, destination: Place, **options: Unpack[CopyOptions]) -> Manifest:
     """As `copy_sync`, in threads. Canceling is safe: no manifest appears; what was copied is there the next time."""
     return await aside(copy_sync, source, destination, **options)
 
@@ -89,7 +103,7 @@ def _copy_pack(source: Folder | Bucket, destination: Folder | Bucket, pack: Pack
     return pack
 
 
-async def flatten(source: Place, destination: Place, **options: Any) -> Manifest:
+async def flatten(source: Place, destination: Place, **options: Unpack[FlattenOptions]) -> Manifest:
     """As `flatten_sync`, in threads. Canceling is safe, as for `create`."""
     return await aside(flatten_sync, source, destination, **options)
 

@@ -11,6 +11,7 @@ import zipfile
 from typing import assert_type
 
 import aiouffd
+from aiouffd import store
 
 region = aiouffd.Region(1 << 20)
 source = aiouffd.ZeroSource(1 << 20)
@@ -116,3 +117,16 @@ def kernel() -> None:
     assert_type(aiouffd.FileSource(os.fspath("x")), aiouffd.FileSource)
     assert_type(aiouffd.LayeredSource(["x", aiouffd.FileSource("y")]).size, int)
     assert_type(aiouffd.ChunkCache("x", 8 << 20).statistics(), dict[str, int])
+
+
+async def snapshots() -> None:
+    """Snapshots: functions, and their coroutines with the same options."""
+    assert_type(store.create_sync("x", "y.snap", base="z.snap", chunk_size=65536), store.Manifest)
+    assert_type(await store.create(b"x", "y.snap", changed=[aiouffd.Range(0, 1)]), store.Manifest)
+    await store.create("x", "y.snap", chunks=5)  # type: ignore[call-arg]
+    assert_type(await store.verify("y.snap", progress=print), list[aiouffd.StoreError])
+    assert_type(await store.diff("y.snap", "z.snap", storage_options={}), list[aiouffd.Range])
+    await store.extract("y.snap", "x", replace=True)  # type: ignore[call-arg]
+    assert_type(await store.flatten("y.snap", "z.snap", codec="lz4", replace=True), store.Manifest)
+    await store.gc("folder", grace=60, dry_run=True)
+    assert_type(aiouffd.SnapshotSource("y.snap").size, int)
