@@ -3,10 +3,10 @@
 Layout, the lowest first: `loops` (which library runs the loop), `statistics` (counters, in an array that may be shared
 memory), `allowance` (what a client may have in a second), `mappings` (which address shows which offset), `present` and
 `readahead` (what has been brought, and how much to bring with a fault), `runs`, `flight` (pages to fill, and pages on
-their way), `resolver` (ioctls until a run is resolved), `deferred` and `remainders` (runs that come later), `plain`
-(faults that need one COPY of bytes in memory), `space` (one descriptor, and what is under way for it), `messages` (what
-a space does with its messages), `reading` (reads descriptors and serves plain faults, in the native part or in Python),
-`dispatcher` (descriptors on a loop).
+their way), `resolver` (ioctls until a run is resolved), `retrying` (pages that could not be had, and are waited for),
+`deferred` and `remainders` (runs that come later), `plain` (faults that need one COPY of bytes in memory), `space` (one
+descriptor, and what is under way for it), `messages` (what a space does with its messages), `reading` (reads
+descriptors and serves plain faults, in the native part or in Python), `dispatcher` (descriptors on a loop).
 
 Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched),
 `options` (what serves, and how: what an application needs of an engine that runs elsewhere) and `assembly`, which puts

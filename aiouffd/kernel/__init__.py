@@ -4,7 +4,8 @@
 - `owned_descriptor`: a descriptor that belongs to an object; `memory`: addresses of buffers, sealed memfds;
 - `pagemap`: which pages are present;
 - `locked`, `populated`: memory that the kernel fills with zeros before it is registered;
-- `region`: memory that can be registered; `sigbus`: SIGBUS for pages that are still missing at the end;
+- `region`: memory that can be registered; `region_file`: it as a file; `residency`: what of it has come;
+- `sigbus`: SIGBUS for pages that are still missing at the end;
 - `unserved`: mappings of shared memory that no userfaultfd watches;
 - `events`: the 32-byte messages; `userfaultfd`: the descriptor, a method for each ioctl;
 - `write_tracker`: which pages were written.

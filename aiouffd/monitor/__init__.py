@@ -1,7 +1,9 @@
-"""The face for memory of this process: `Monitor` serves a region, `open` makes one for a source and serves it.
+"""The face for memory of this process: `Monitor` serves a region, `open` makes one, `map` makes one without a block.
 
-Layout, the lowest first: `engines` (where the loop runs), `registration` (the userfaultfd of a region), `beginnings`
-(forks wait while a Monitor is entered), `error_queue` (errors that nobody has raised yet), `crashes` (what standard
+Layout, the lowest first: `engines` (where the loop runs), `held` (who keeps a region: its Monitor, or its users),
+`registration` (the userfaultfd of a region), `beginnings` (forks wait while a Monitor is entered), `error_queue`
+(errors that nobody has raised yet), `deciding` (the application's choice about an error), `crashes` (what standard
 error says of fatal touches), `lookout` (mappings of shared memory without a Monitor), `recording` (the order of first
-touches), `monitor`, `open`.
+touches), `progress` and `watching` (how much has come), `entered` (what a Monitor can be asked inside its block),
+`monitor` (how it is entered and left), `map`, `open`.
 """
