@@ -72,6 +72,8 @@ def test_a_prefetch_is_of_whole_pages(file: Any) -> None:
     assert asked.taken() == [pages(at + row * PAGE, 7) for row in (0, 30, 60)]
     file.prefetch_tensor_sync("end")
     assert asked.taken() == [pages(file.info("end").start, 10)]
+    assert [future.result() for future in file.ask_for_tensor("table", file["end"])] == [None]
+    assert asked.taken() == [pages(at, 64 * PAGE + 10)]
     file.prefetch_tensor_sync()
     assert asked.taken() == []
 

@@ -135,6 +135,13 @@ class ArrayFile(Mapping[str, Any]):
         for future in self._ask_for(ranges):
             future.result()
 
+    def ask_for_tensor(self, *what: Any) -> list[Future[Any]]:
+        """As `prefetch_tensor`, and return at once: all is there when each of these has its result.
+
+        Blocks where names have to be looked up in the file (`Npz`, `Checkpoint`).
+        """
+        return list(self._ask_for(self._ranges(what)))
+
     def _ask_for(self, ranges: RangeSet) -> Iterator[Future[Any]]:
         """Ask for ranges; yield what has to be waited for."""
         monitor = self.region.monitor

@@ -77,6 +77,17 @@ def test_example_safetensors() -> None:
     assert fetched < size / 3
 
 
+def test_example_model_loader() -> None:
+    """A worker has its part of each tensor, and fetches no more than the pages of these parts, and headers."""
+    output = example("model_loader.py", "--rank", "3", "--workers", "4")
+    for layer in range(8):
+        rows = sum(layer + row / 1024 for row in range(768, 1024))
+        assert re.search(rf"layers\.{layer}\.weight +sum of this worker's part: {rows * 1024:.0f}\.\d", output)
+    fetched, size = fetched_of(output)
+    assert size > 32 << 20
+    assert fetched <= 8 * (1 << 20) + 8 * 4096 * 3 + 2 * 4096
+
+
 def fetched_of(output: str) -> tuple[int, int]:
     """Return what an example says of bytes: how many were fetched, and of how many."""
     found = re.findall(r"([\d,]+) of ([\d,]+) bytes fetched", output)
