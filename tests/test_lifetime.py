@@ -18,6 +18,7 @@ OWNERS = {
     "crash_notes.Note(4096, 4096)": "crash_notes",
     "aiouffd.FileSource('/proc/self/exe')": "file",
     "daemon_threads.DaemonThreads(1, 'idle')": "daemon_threads",
+    "aiouffd.map('/proc/self/exe')": "map",
 }
 """Something of each module that has a finalizer."""
 

@@ -243,7 +243,7 @@ def test_the_socket_file(tmp_path: Path) -> None:
     before = descriptors()
     with LazyPagesSocket(deep) as far:
         assert stat.S_ISSOCK(far.path.stat().st_mode)
-    assert descriptors() == before
+    assert not descriptors() - before  # what other tests have left may be collected meanwhile
     assert not list(deep.iterdir())
 
 
@@ -310,7 +310,7 @@ async def survives(steps: list[bytes | str]) -> None:
     """Play it; no descriptor is left open."""
     before = descriptors()
     await answer(steps)
-    assert descriptors() == before
+    assert not descriptors() - before  # what other tests have left may be collected meanwhile
 
 
 @settings(max_examples=5_000, deadline=None)
