@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import compressor, digest_of
+from aiouffd.store.codecs import compressor, digest, digest_of
 from aiouffd.store.index import RECORD, PackName, Record, bitmap, encode_record, head
 from aiouffd.store.manifest import Link
 from aiouffd.store.pack import NAME, Frame, decode_header, encode_header, header_length, identity, offsets
@@ -177,13 +177,12 @@ class Layer:
             chain.from_iterable(self._pool.map(lambda group: [self._frame(item.data) for item in group], groups))
         )
         frames = [Frame(len(frame), codec, item.hash) for item, (codec, frame) in zip(new, made, strict=True)]
-        parts = [encode_header(frames), *(frame for _, frame in made)]
-        length = sum(map(len, parts))
-        name = PackName(named, digest_of(parts, NAME), length)
+        data = b"".join([encode_header(frames), *(frame for _, frame in made)])
+        name = PackName(named, digest(data, NAME), len(data))
         while len(self._puts) >= _UPLOADS:
             self._puts.popleft().result()
-        self._puts.append(self._writing.submit(self._store.put, name.path, parts))
-        self.written += length
+        self._puts.append(self._writing.submit(self._store.put, name.path, [data]))
+        self.written += len(data)
         return name, frames
 
     def finish(self) -> Link:
