@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.contestants import Arena
 
-__all__ = ["filled", "in_order", "obstore_alone", "plain_thread", "prefetched", "random_pages"]
+__all__ = ["filled", "in_order", "obstore_alone", "plain_thread", "prefetched", "random_pages", "served", "web"]
 
 _STEP = 2 << 20  # bytes that the plain thread receives before it copies them: with less it uses more processor time
 _TOUCHERS = 64
@@ -33,12 +33,18 @@ Spent = tuple[float, float]
 
 
 @contextlib.contextmanager
-def web(size: int) -> Iterator[int]:
-    """Serve the content by HTTP, from a process of its own; yield the port."""
-    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
-        file = content(size).fd
-        with child(lambda: library().serve_http(listening.fileno(), file, size)):
-            yield listening.getsockname()[1]
+def served(file: int, size: int, delay: float = 0.0) -> Iterator[int]:
+    """Serve a file by HTTP, from a process of its own, each answer after some seconds; yield the port."""
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=256) as listening,
+        child(lambda: library().serve_http(listening.fileno(), file, size, round(delay * 1e6))),
+    ):
+        yield listening.getsockname()[1]
+
+
+def web(size: int) -> contextlib.AbstractContextManager[int]:
+    """Serve the content."""
+    return served(content(size).fd, size)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_uint64),
     ]
     peers.touch.restype = ctypes.c_uint64
-    peers.serve_http.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    peers.serve_http.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     peers.receive_http.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_long, ctypes.c_long]
     return peers
 

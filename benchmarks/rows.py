@@ -23,6 +23,7 @@ from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
 from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows
 from benchmarks.snapshots import snapshot_rows
+from benchmarks.tensors import tensor_rows
 
 if TYPE_CHECKING:
     import contextlib
@@ -520,6 +521,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         latency_row,
         far_rows,
         snapshot_rows,
+        tensor_rows,
         cache_rows,
         in_thread_rows,
         replay_row,

@@ -104,7 +104,7 @@ uint64_t touch(const char *base, const uint32_t *pages, uint32_t *latencies, siz
 
 struct visit {
 	int connection, file;
-	long size;
+	long size, delay_us;
 };
 
 static int send_all(int connection, const char *text, size_t length, int flags)
@@ -156,6 +156,8 @@ static void *answer(void *argument)
 			 "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes %ld-%ld/%ld\r\nContent-Length: %ld\r\n"
 			 "ETag: \"1\"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n",
 			 first, last, visit.size, last - first + 1);
+		if (visit.delay_us)
+			usleep(visit.delay_us);
 		if (send_all(visit.connection, head, strlen(head), MSG_MORE))
 			break;
 		off_t at = first;
@@ -172,7 +174,7 @@ static void *answer(void *argument)
 
 /* Serves a file to any number of connections by HTTP, as cheaply as that can be done: what is to be measured is the
  * other end. */
-void serve_http(int listening, int file, long size)
+void serve_http(int listening, int file, long size, long delay_us)
 {
 	int connection, one = 1;
 
@@ -182,7 +184,7 @@ void serve_http(int listening, int file, long size)
 		struct visit *visit = malloc(sizeof(*visit));
 
 		setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-		*visit = (struct visit){ connection, file, size };
+		*visit = (struct visit){ connection, file, size, delay_us };
 		pthread_create(&thread, NULL, answer, visit);
 		pthread_detach(thread);
 	}

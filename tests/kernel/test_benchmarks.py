@@ -54,6 +54,17 @@ def test_a_quick_run_compares_with_the_peers(tmp_path: Path) -> None:
     assert figures["latency-64"]["ratios"]["ideal"]["median"] >= 1  # nobody is faster than the source
 
 
+def test_parts_of_files_of_arrays(tmp_path: Path) -> None:
+    """Of a tensor no more is fetched than its pages and the header, beside a download and fsspec; rows are compared."""
+    run("--repeats", "1", "--rows", "tensor-bytes,rows,rows-replay", "--output", tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    figures = {item["row"]: item["figures"] for item in json.loads(path.read_text())["results"]}
+    ours, whole, fsspec = (figures["tensor-bytes"][name][0] for name in ("aiouffd", "download", "fsspec"))
+    assert ours < whole / 64 + 4 * 4096 / (1 << 20)
+    assert ours < fsspec / 2
+    assert set(figures["rows"]) == set(figures["rows-replay"]) == {"aiouffd", "obstore, 64 at once"}
+
+
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     """It has each row's configuration, a strip for each ratio, who was left out and why, and the pictures."""
     picture = tmp_path / "it.png"
