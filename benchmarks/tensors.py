@@ -52,9 +52,9 @@ def _model(size: int) -> SealedMemory:
     return SealedMemory.from_buffer(memoryview(b"".join([struct.pack("<Q", len(text)), text, *tensors])))
 
 
-def _a_pager() -> contextlib.AbstractContextManager[aiouffd.Region]:
-    """Have a pager run: what a program pays once is the row `first`."""
-    return aiouffd.open(bytes(1))
+def _a_pager(port: int) -> contextlib.AbstractContextManager[aiouffd.Region]:
+    """Have a pager run that has served a URL: what a program pays once is the row `first`."""
+    return aiouffd.open(f"http://127.0.0.1:{port}/file")
 
 
 def _lazily(port: int, _: int) -> int:
@@ -100,7 +100,7 @@ def _one(use: Callable[[int, int], int], size: int, index: int) -> float:
     """Return what it takes from the URL to the tensor: milliseconds, or MiB."""
     model = _model(size)
     length = os.fstat(model.fd).st_size
-    with served(model.fd, length) as port, _a_pager():
+    with served(model.fd, length) as port, _a_pager(port):
         before = time.perf_counter()
         fetched = use(port, length)
         return ((time.perf_counter() - before) * 1e3, fetched / MIB)[index]
@@ -131,7 +131,7 @@ def _chosen(size: int) -> np.ndarray:
 def _rows(size: int, replay: Path | None = None, record: Path | None = None) -> float:
     """Ours: a prefetch of the rows, or touches that a replay of the last run comes before, from opening the URL on."""
     fd, rows = _table(size), _chosen(size)
-    with served(fd, os.fstat(fd).st_size, delay=_DELAY) as port, _a_pager():
+    with served(fd, os.fstat(fd).st_size, delay=_DELAY) as port, _a_pager(port):
         before = time.perf_counter()
         with aiouffd.open(f"http://127.0.0.1:{port}/file", readahead=0, replay=replay, record=record) as region:
             file = formats.Npy(region)
