@@ -56,10 +56,11 @@ async def _run_to_the_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, 
     try:
         await main
     finally:
-        others = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
-        for task in others:
-            task.cancel()
-        if others:
+        for _ in range(2):  # what other threads have asked for begins: a task that has not begun cannot say why it ends
+            await asyncio.sleep(0)
+        while others := asyncio.all_tasks(loop) - {asyncio.current_task(loop)}:
+            for task in others:
+                task.cancel()
             await asyncio.wait(others)
         await loop.shutdown_asyncgens()
         await loop.shutdown_default_executor()

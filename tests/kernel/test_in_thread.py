@@ -244,6 +244,29 @@ def test_prefetch(loop: str) -> None:
     play(prefetching, loop=loop)
 
 
+def left_meanwhile() -> None:
+    """Scenario: a Monitor is left while the lock is taken of what a thread waits for; then it is asked for more."""
+    region = aiouffd.Region(SIZE)
+    monitor = aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), readahead=0)
+    monitor.__enter__()
+    engine: Any = monitor._engine
+    asked = engine.prefetch(0, SIZE)
+    leaving = threading.Thread(target=monitor.__exit__, args=(None, None, None))
+    with asked._condition:
+        leaving.start()
+        engine._thread.join(10)
+    leaving.join(10)
+    with pytest.raises(aiouffd.ClosedError, match="has been left"):
+        asked.result(10)
+    with pytest.raises(aiouffd.ClosedError, match="has been left"):
+        engine.prefetch(0, SIZE)
+
+
+def test_nobody_waits_for_a_loop_that_has_ended() -> None:
+    """It is an error."""
+    play(left_meanwhile)
+
+
 def system_calls() -> None:
     """Scenario: EFAULT, and the two ways around it."""
     region = aiouffd.Region(SIZE)

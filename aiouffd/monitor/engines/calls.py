@@ -87,14 +87,16 @@ class _Outcome(Future[T]):
 
     def complete(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> None:
         """Take over the outcome of a task that is done; later, while the lock is taken."""
+        error = None if task.cancelled() else task.exception()  # retrieved, if the loop ends before the lock is free
         if not self._condition.acquire(blocking=False):
             loop.call_later(_RETRY, self.complete, loop, task)
             return
         try:
-            error = self.cancel() if task.cancelled() else task.exception()
+            if task.cancelled():
+                self.cancel()
             if not self.set_running_or_notify_cancel():
                 return
-            if isinstance(error, BaseException):
+            if error is not None:
                 self.set_exception(error)
             else:
                 self.set_result(task.result())
@@ -102,15 +104,17 @@ class _Outcome(Future[T]):
             self._condition.release()
 
 
-def start_in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-    """Run a coroutine function as a task of a loop, as `asyncio.run_coroutine_threadsafe` does.
+def start_in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T] | None]) -> Future[T]:
+    """Run what `work` returns as a task of a loop, as `asyncio.run_coroutine_threadsafe` does; None: no task begins.
 
     The loop never waits for a lock that the caller may hold. Canceling the future cancels the task.
     """
     outcome: _Outcome[T] = _Outcome()
 
     def start() -> None:
-        task = loop.create_task(work())
+        if (coroutine := work()) is None:
+            return
+        task = loop.create_task(coroutine)
         task.add_done_callback(lambda done: outcome.complete(loop, done))
         task_of.append(task)
 

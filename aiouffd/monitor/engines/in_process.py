@@ -134,6 +134,7 @@ class InProcessEngine:
         try:
             asyncio.run_coroutine_threadsafe(self._local.aclose(), self._loop).result()
         finally:  # where the source could not be closed as well: nobody reads any more
+            self._local.end()
             settle()
 
     @property

@@ -245,6 +245,7 @@ class InThreadEngine:
             self._end(leave)
             if not left.done():  # the thread had ended before: the interpreter is finalized
                 leave()
+        self._local.end()
         left.result()
 
     def _leave(self, settle: Callable[[], None], left: Future[None], *, sigbus: bool) -> None:

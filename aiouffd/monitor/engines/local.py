@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Local"]
 
+_LEFT = "the Monitor has been left"
 _standard_error = NonBlockingHandler()
 
 
@@ -63,7 +65,8 @@ class Local:
         options, service, mapping = assignment.options, assignment.service, assignment.mapping
         on_error = assignment.on_error  # and not the assignment, which would keep the region alive in a cycle
         self._loop = loop
-        self._closed = False
+        self._closed = self._ended = False
+        self._asked: set[Future[None]] = set()
         self.backend = make_backend(service, counters, options)
         self.space = Space(
             close_in_children(uffd),
@@ -87,15 +90,37 @@ class Local:
         self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
 
     def prefetch(self, offset: int, length: int) -> Future[None]:
-        """Bring offsets [offset, offset + length). From any thread."""
-        return start_in_loop(self._loop, lambda: self._prefetch(offset, length))
+        """Bring offsets [offset, offset + length). From any thread.
+
+        Raises:
+            ClosedError: the loop is closed.
+        """
+        try:
+            asked = start_in_loop(self._loop, lambda: None if self._closed else self._prefetch(offset, length))
+        except RuntimeError:
+            raise ClosedError(_LEFT) from None
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        if self._ended:
+            self.end()
+        return asked
+
+    def end(self) -> None:
+        """Let whoever has asked for something, and waits still, get ClosedError: after `aclose`, from any thread.
+
+        Not in the thread of the loop, which waits for no lock of others.
+        """
+        self._ended = True
+        for asked in list(self._asked):
+            with contextlib.suppress(InvalidStateError):
+                asked.set_exception(ClosedError(_LEFT))
 
     async def _prefetch(self, offset: int, length: int) -> None:
         try:
             await self.backend.prefetch(self.space, offset, length)
         except asyncio.CancelledError:
             if self._closed:
-                raise ClosedError("the Monitor has been left") from None
+                raise ClosedError(_LEFT) from None
             raise
 
     def give_up(self, offset: int, length: int) -> None:
