@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import threading
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,14 @@ import aiohttp
 import fsspec
 import odd_http
 import pytest
+import pytest_asyncio
 from fsspec.implementations.memory import MemoryFileSystem
 
 import aiouffd
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 DATA = odd_http.DATA
@@ -39,14 +41,27 @@ def server() -> Iterator[odd_http.Odd]:
         yield server
 
 
+@pytest_asyncio.fixture
+async def opened() -> AsyncIterator[Callable[..., aiouffd.FsspecSource]]:
+    """Makes sources, which are closed however a test ends: a session that is left open keeps the interpreter."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def make(*arguments: Any) -> aiouffd.FsspecSource:
+            source = aiouffd.FsspecSource(*arguments)
+            stack.push_async_callback(source.aclose)
+            return source
+
+        yield make
+
+
 async def sized(source: aiouffd.FsspecSource) -> int:
     """Return the size, which is asked for in a thread."""
     return await asyncio.to_thread(getattr, source, "size")
 
 
-async def test_a_filesystem_of_functions(memory: Any) -> None:
+async def test_a_filesystem_of_functions(memory: Any, opened: Any) -> None:
     """Is read in threads, many at once."""
-    source = aiouffd.FsspecSource(memory, "/file")
+    source = opened(memory, "/file")
     assert await sized(source) == len(DATA)
     threads = set()
     original = memory.cat_file
@@ -60,12 +75,11 @@ async def test_a_filesystem_of_functions(memory: Any) -> None:
         found = await asyncio.gather(*(source.read(at, 999) for at in range(0, 100_000, 5_000)))
     assert found == [DATA[at : at + 999] for at in range(0, 100_000, 5_000)]
     assert threads == {"aiouffd-fsspec"}
-    await source.aclose()
 
 
-async def test_a_filesystem_of_coroutines(server: odd_http.Odd) -> None:
+async def test_a_filesystem_of_coroutines(server: odd_http.Odd, opened: Any) -> None:
     """Is read on the loop: of a range no more is asked for; its session ends with the source."""
-    source = aiouffd.FsspecSource(server.url)
+    source = opened(server.url)
     assert await sized(source) == len(DATA)
     assert await source.read(1000, 500) == DATA[1000:1500]
     assert source._here is not None
@@ -78,32 +92,30 @@ async def test_a_filesystem_of_coroutines(server: odd_http.Odd) -> None:
     assert filesystem._session.closed
 
 
-async def test_one_look_for_many_reads(server: odd_http.Odd) -> None:
+async def test_one_look_for_many_reads(server: odd_http.Odd, opened: Any) -> None:
     """Those that end while the filesystem is asked for the version share the next look."""
-    source = aiouffd.FsspecSource(server.url)
+    source = opened(server.url)
     await sized(source)
     server.requests.clear()
     found = await asyncio.gather(*(source.read(at, 10) for at in range(40)))
     assert found == [DATA[at : at + 10] for at in range(40)]
     assert 1 <= sum(method == "HEAD" for method, _ in server.requests) < 40
-    await source.aclose()
 
 
-async def test_a_change_is_an_error(server: odd_http.Odd) -> None:
+async def test_a_change_is_an_error(server: odd_http.Odd, opened: Any) -> None:
     """Of a file of the same size; also for reads that are under way, and a look that has begun before they end."""
-    source = aiouffd.FsspecSource(server.url)
+    source = opened(server.url)
     await sized(source)
     await source.read(0, 10)
     server.change()
     found = await asyncio.gather(*(source.read(at, 10) for at in range(3)), return_exceptions=True)
     assert all(isinstance(error, aiouffd.SourceError) and "has changed" in str(error) for error in found)
     assert {error.offset for error in found if isinstance(error, aiouffd.SourceError)} == {0, 1, 2}
-    await source.aclose()
 
 
-async def test_a_look_begins_after_the_read(memory: Any) -> None:
+async def test_a_look_begins_after_the_read(memory: Any, opened: Any) -> None:
     """A file that changes between a look and the end of a read is noticed by that read."""
-    source = aiouffd.FsspecSource(memory, "/file")
+    source = opened(memory, "/file")
     await sized(source)
     began, go_on = threading.Event(), threading.Event()
     original = memory.cat_file
@@ -123,12 +135,11 @@ async def test_a_look_begins_after_the_read(memory: Any) -> None:
         go_on.set()
         with pytest.raises(aiouffd.SourceError, match="has changed"):
             await first
-    await source.aclose()
 
 
-async def test_canceling(memory: Any) -> None:
+async def test_canceling(memory: Any, opened: Any) -> None:
     """One of several reads ends; the others have their bytes."""
-    source = aiouffd.FsspecSource(memory, "/file")
+    source = opened(memory, "/file")
     await sized(source)
     reads = [asyncio.ensure_future(source.read(at, 10)) for at in range(5)]
     await asyncio.sleep(0)
@@ -136,32 +147,29 @@ async def test_canceling(memory: Any) -> None:
     found = await asyncio.gather(*reads, return_exceptions=True)
     assert isinstance(found.pop(2), asyncio.CancelledError)
     assert found == [DATA[at : at + 10] for at in (0, 1, 3, 4)]
-    await source.aclose()
 
 
-async def test_what_cannot_be_read(memory: Any, server: odd_http.Odd) -> None:
+async def test_what_cannot_be_read(memory: Any, server: odd_http.Odd, opened: Any) -> None:
     """What is not there, no file, or gone meanwhile; what ends too early; what a server refuses."""
-    for source in (aiouffd.FsspecSource(memory, "/none"), aiouffd.FsspecSource(memory, "/")):
+    for source in (opened(memory, "/none"), opened(memory, "/")):
         with pytest.raises(aiouffd.SourceError, match=r"FileNotFoundError|no file"):
             await sized(source)
-    source = aiouffd.FsspecSource(memory, "/file")
+    source = opened(memory, "/file")
     await sized(source)
     with pytest.raises(aiouffd.ShortReadError, match="gave 3 bytes of 10"):
         await source.read(len(DATA) - 3, 10)
     memory.pipe("/other", DATA)
-    gone = aiouffd.FsspecSource(memory, "/other")
+    gone = opened(memory, "/other")
     await sized(gone)
     memory.rm("/other")
     with pytest.raises(aiouffd.SourceError, match="FileNotFoundError"):
         await gone.read(0, 10)
-    far = aiouffd.FsspecSource(server.url)
+    far = opened(server.url)
     await sized(far)
     server.failures = 1
     with pytest.raises(aiohttp.ClientResponseError, match="503"):  # no SourceError: it is tried again
         await far.read(0, 10)
     assert await far.read(0, 10) == DATA[:10]
-    for each in (source, gone, far):
-        await each.aclose()
 
 
 def test_what_is_no_file_of_a_filesystem(memory: Any) -> None:
