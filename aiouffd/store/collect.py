@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Entry, Folder
 
-__all__ = ["GRACE", "gc", "gc_sync"]
+__all__ = ["GRACE", "GcOptions", "gc", "gc_sync"]
 
 GRACE: Final = 48 * 3600.0
 _SEEN: Final = "unnamed.json"

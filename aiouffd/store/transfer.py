@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiouffd.store.index import PackName
     from aiouffd.store.manifest import Manifest
 
-__all__ = ["copy", "copy_sync", "flatten", "flatten_sync"]
+__all__ = ["CopyOptions", "FlattenOptions", "copy", "copy_sync", "flatten", "flatten_sync"]
 
 _AT_ONCE = 4  # packs in memory
 
