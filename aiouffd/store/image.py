@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiouffd.errors import ShortReadError, SourceError, read_failure
 from aiouffd.ranges import Range, RangeSet
 from aiouffd.sources.file import FileSource
+from aiouffd.sources.holes import next_data
 from aiouffd.sources.layered import LayeredSource
 from aiouffd.store.resolve import as_source
 from aiouffd.store.snapshot_source import SnapshotSource
@@ -79,16 +80,14 @@ class _FileImage:
         at = 0
         while at < self.size:
             try:
-                start = os.lseek(self._fd, at, os.SEEK_DATA)
-                at = min(os.lseek(self._fd, start, os.SEEK_HOLE), self.size)
+                start, end = next_data(self._fd, at, self.size)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # no data up to the end
-                    return
                 if error.errno != errno.EINVAL:
                     raise SourceError(repr(self._source), at, 0, read_failure(error)) from error
-                start, at = at, self.size  # a file system without SEEK_DATA
-            if start < at:
-                yield start, at
+                start, end = at, self.size  # a file system without SEEK_DATA
+            if start < end:
+                yield start, end
+            at = end
 
     def read(self, offset: int, length: int) -> bytes:
         try:
