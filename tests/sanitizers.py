@@ -70,6 +70,10 @@ SANITIZERS = {
             "tests/kernel/test_in_thread_safety.py::test_other_signals_while_a_page_is_waited_for": (
                 "it puts off each asynchronous signal until the thread calls glibc"
             ),
+            "tests/kernel/test_in_thread_safety.py::test_a_page_that_cannot_be_had_without_poison[native]": (
+                "CPython's faulthandler reads the frames of the loop's thread while it runs, slow here: the dump "
+                "itself ends by SIGSEGV (dump_frame in traceback.c), once in some ten runs"
+            ),
         },
     ),
 }
