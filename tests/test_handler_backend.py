@@ -290,6 +290,9 @@ async def test_a_handler_has_its_time() -> None:
         while world.uffd.asleep:  # noqa: ASYNC110 - the fake has no event
             await asyncio.sleep(0.001)
     assert "has not returned in 0.01 s" in str(world.errors[0])
+    found = world.counters.snapshot()
+    assert found.source_reads == 1
+    assert found.source_ns >= 5_000_000
     assert world.uffd.pages == {at(4).start: POISONED}
 
 

@@ -97,9 +97,13 @@ def test_limit_zero_is_page_by_page() -> None:
 
 def test_sequential_touchers_get_the_largest_window_soon() -> None:
     """64 MiB in order take a few faults more than 64 MiB / 2 MiB, and nothing is brought that is not touched."""
-    faults, brought = touch(Readahead(PAGE, 2 << 20), [n * PAGE for n in range(16384)], end=16384 * PAGE)
+    readahead = Readahead(PAGE, 2 << 20)
+    faults, brought = touch(readahead, [n * PAGE for n in range(16384)], end=16384 * PAGE)
     assert faults <= 32 + 10
     assert brought == 16384
+    assert readahead.follows
+    readahead.windows(100 << 30, 0, 1 << 40)
+    assert not readahead.follows
 
 
 def test_several_streams_at_once() -> None:

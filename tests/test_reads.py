@@ -76,6 +76,7 @@ async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> 
     async def read(offset: int, length: int) -> Any:
         found = counters.snapshot()
         seen.append((found.in_flight, found.bytes_in_flight))
+        await asyncio.sleep(0.002)
         return await answer(offset, length)
 
     source.read = read  # type: ignore[method-assign]
@@ -83,6 +84,8 @@ async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> 
     assert seen == [(1, 4)]
     found = counters.snapshot()
     assert (found.in_flight, found.bytes_in_flight, found.bytes_fetched, found.source_retries) == (0, 0, 4, 0)
+    assert found.source_reads == 1
+    assert found.source_ns > 1_000_000
     assert (reads._gate.reads, reads._gate.size) == (0, 0)
     assert source.asked == [(8, 4)]
 

@@ -153,6 +153,8 @@ class Readahead:
         self._strangers = _Strangers(self._around)
         self._present = PresentPages(page)
         self._not_placed: dict[int, Window] = {}
+        self.follows = False
+        """Whether the last fault that `windows` was asked about belonged to a stream."""
         self._doubts: set[tuple[int, int]] = set()  # page and thread of faults that were not believed
         self.losses = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
@@ -167,6 +169,7 @@ class Readahead:
         All are whole pages within [low, high), which holds the fault, and spare what is known to be present; from
         now on they count as present.
         """
+        self.follows = False
         if not self.limit:
             return [(offset, self.page)]
         if self._not_placed and (chosen := self._not_placed.pop(offset, None)) is not None:
@@ -175,6 +178,7 @@ class Readahead:
         if window is not None:
             return [window]
         stream = self._streams[-1]
+        self.follows = True
         self._in_a_row = 0
         self._neighbourhood = self._around
         stream.window = min(max(stream.window * 2, 2 * self.page), self.limit)

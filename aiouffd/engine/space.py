@@ -286,6 +286,7 @@ class Space:
         if run is None:
             return False
         self.counters.asked_for()
+        self.counters.words[Counter.SEQUENTIAL] += 1  # only streams have windows that come in pieces
         self._resolve(run, wake=True)
         self.record_latency(began_ns)
         self.backend.follow(self, page)

@@ -60,6 +60,9 @@ class Counter(enum.IntEnum):
     INHERITED = 87  # of `Counters.progress`: what other pagers have made of it
     ENDED = 88  # progress of those whose slots others have by now
     ASKED_AGAIN = 89  # pages that could not be had, and are asked for again: once for each time
+    SEQUENTIAL = 90
+    SOURCE_READS = 91
+    SOURCE_NS = 92
 
 
 LATENCY_BUCKETS = 48
@@ -110,6 +113,10 @@ class Statistics:
         minor_faults: messages of pages that the file has and the mapping does not.
         slowed: times that a client was not read for a while, since it had used up what it may have in a second.
         asked_again: times that a page could not be had and was asked for again (`on_error="retry"`).
+        sequential: faults that went on where earlier ones had been, in order or by a stride: readahead follows them. It
+            counts none with `readahead=0`, nor with a handler.
+        source_reads: reads of the source that had to be waited for, further tries included; with a handler, its calls.
+        source_ns: nanoseconds that all of these took together.
     """
 
     faults: int
@@ -150,6 +157,9 @@ class Statistics:
     minor_faults: int
     slowed: int
     asked_again: int
+    sequential: int
+    source_reads: int
+    source_ns: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

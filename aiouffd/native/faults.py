@@ -19,7 +19,7 @@ __all__ = ["COUNTERS", "LATENCIES", "Extent", "Kind", "Served", "copying", "fina
 
 COUNTERS = (
     *("FAULTS", "PAGES_FAULT", "PAGES_READAHEAD", "PAGES_ZERO", "BYTES_FETCHED"),
-    *("COPIES", "ZEROPAGES", "CONTINUES", "EEXIST"),
+    *("COPIES", "ZEROPAGES", "CONTINUES", "EEXIST", "SEQUENTIAL"),
 )
 """What `Served.counters` returns first, by the names of `aiouffd.engine.statistics.Counter`."""
 LATENCIES = 48

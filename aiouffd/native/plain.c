@@ -69,7 +69,7 @@ static const struct extent *find(const struct region *r, uint64_t page)
 /* Choose what to bring along. A fault just behind, or a little behind, what an earlier fault brought doubles that
  * stream's window. Other faults bring the aligned neighborhood, which shrinks while none of them follows another.
  * Several threads may do this at once: what they overwrite is only a guess. */
-static struct stream *choose(struct region *r, uint64_t page, uint64_t *low, uint64_t *high)
+static struct stream *choose(struct region *r, uint64_t page, uint64_t *low, uint64_t *high, uint64_t *follows)
 {
     uint64_t limit = r->is.readahead, around = GET(r->around);
     for (int i = 0; i < STREAMS; i++) {
@@ -83,6 +83,7 @@ static struct stream *choose(struct region *r, uint64_t page, uint64_t *low, uin
         SET(r->around, neighborhood(r));
         *low = page;
         *high = page + window;
+        *follows = 1;
         return s;
     }
     if (atomic_fetch_add_explicit(&r->strangers, 1, memory_order_relaxed) >= STRANGERS) {
@@ -145,8 +146,8 @@ enum outcome place(struct region *r, uint64_t page)
     const struct extent *e = find(r, page);
     if (e == NULL)
         return ASKED;
-    uint64_t low = page, high = page + size, from;
-    struct stream *stream = r->is.readahead > size ? choose(r, page, &low, &high) : NULL;
+    uint64_t low = page, high = page + size, from, follows = 0;
+    struct stream *stream = r->is.readahead > size ? choose(r, page, &low, &high, &follows) : NULL;
     low = low > e->start ? low : e->start;
     high = high < e->end ? high : e->start + (e->end - e->start) / size * size;
     if (e->kind == RESIDENT && !resident(e, low, high - low)) {
@@ -165,6 +166,8 @@ enum outcome place(struct region *r, uint64_t page)
         return how;
     }
     count(r, PAGES_FAULT, 1);
+    if (follows)
+        count(r, SEQUENTIAL, 1);
     count(r, PAGES_READAHEAD, bytes / size - 1);
     if (e->kind == ZEROS)
         count(r, PAGES_ZERO, bytes / size);

@@ -34,6 +34,7 @@ enum counter {
     ZEROPAGES,
     CONTINUES,
     EEXISTS,
+    SEQUENTIAL,
     LATENCY,
     COUNTERS = LATENCY + LATENCIES
 };

@@ -44,6 +44,7 @@ class Metrics(Collector):
         """Yield all metrics."""
         now = self._statistics()
         yield _counter("faults", "Page faults read", now.faults)
+        yield _counter("sequential_faults", "Page faults that readahead has followed", now.sequential)
         pages = CounterMetricFamily("aiouffd_pages", "Pages resolved, by cause", labels=["cause"])
         for cause in ("fault", "readahead", "prefetch", "replay", "background"):
             pages.add_metric([cause], getattr(now, f"pages_{cause}"))
@@ -59,6 +60,8 @@ class Metrics(Collector):
         for event in ("forks", "remaps", "removes", "unmaps"):
             events.add_metric([event.removesuffix("s")], getattr(now, event))
         yield events
+        yield _counter("source_reads", "Reads of a source that had to be waited for", now.source_reads)
+        yield _counter("source_seconds", "Seconds that these took together", now.source_ns / 1e9)
         yield _counter("source_retries", "Repeated reads of a source", now.source_retries)
         yield _counter("source_errors", "Reads of a source that failed for good", now.source_errors)
         yield _counter("worker_restarts", "Workers that died and were replaced", now.restarts)
@@ -71,7 +74,7 @@ class Metrics(Collector):
         yield _latency(now.latency)
 
 
-def _counter(name: str, text: str, value: int) -> Metric:
+def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"aiouffd_{name}", text, value)
 
 

@@ -34,6 +34,7 @@ def test_metrics(image: Path, tmp_path: Path) -> None:
             f'aiouffd_answers_total{{answer="{answer}"}}' for answer in ("eagain", "eexist", "enoent", "partial")
         }
         wanted |= {"aiouffd_in_flight", "aiouffd_in_flight_bytes", "aiouffd_rejected_clients_total"}
+        wanted |= {"aiouffd_source_reads_total", "aiouffd_source_seconds_total", "aiouffd_sequential_faults_total"}
         wanted |= {"aiouffd_source_retries_total", "aiouffd_source_errors_total", "aiouffd_fault_latency_seconds_sum"}
         assert wanted <= set(found)
         assert found['aiouffd_fault_latency_seconds_bucket{le="+Inf"}'] == found["aiouffd_fault_latency_seconds_count"]

@@ -127,8 +127,7 @@ class HandlerBackend:
         self._words[Counter.IN_FLIGHT] += 1
         try:
             async with self._bound:
-                with self._deadlines:
-                    await self.handler.pagefault(fault, batch)
+                await self._call(fault, batch)
             if space.is_gone or space.closing:
                 return
             reason = await self._unresolved(space, fault, batch)
@@ -150,6 +149,15 @@ class HandlerBackend:
             space.flights.discard(flight)
         if reason and not space.is_gone and not space.closing:
             self._fail(space, flight, HandlerError(repr(self.handler), str(fault), reason))
+
+    async def _call(self, fault: Fault, batch: Batch) -> None:
+        self._words[Counter.SOURCE_READS] += 1
+        began = perf_counter_ns()
+        try:
+            with self._deadlines:
+                await self.handler.pagefault(fault, batch)
+        finally:
+            self._words[Counter.SOURCE_NS] += perf_counter_ns() - began
 
     def _fail(self, space: Space, flight: Flight, failure: HandlerError) -> None:
         """A page cannot be had: a caller that prefetches gets the error, threads that wait for it get SIGBUS."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiouffd.engine.flight import canceled_from_outside
@@ -21,6 +22,7 @@ __all__ = ["Reads"]
 
 _IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
 _BYTES_FETCHED = int(Counter.BYTES_FETCHED)
+_SOURCE_READS, _SOURCE_NS = int(Counter.SOURCE_READS), int(Counter.SOURCE_NS)
 _RETRIES = 4
 _LONGEST_PAUSE = 2.0  # seconds between two tries
 
@@ -71,6 +73,8 @@ class Reads:
                 await self._gate.enter(length, urgent=urgent)
             words[_IN_FLIGHT] += 1
             words[_BYTES_IN_FLIGHT] += length
+            words[_SOURCE_READS] += 1
+            began = perf_counter_ns()
             try:
                 with self._deadlines:
                     data = await (self._read_ahead if self._read_ahead and not urgent else self._source.read)(
@@ -84,6 +88,7 @@ class Reads:
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001 - `_failure` raises some
                 failure = self._failure(error, offset, length)
             finally:
+                words[_SOURCE_NS] += perf_counter_ns() - began
                 words[_IN_FLIGHT] -= 1
                 words[_BYTES_IN_FLIGHT] -= length
                 self._gate.leave(length)

@@ -35,6 +35,7 @@ __all__ = ["SourceBackend"]
 log = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
+_SEQUENTIAL = int(Counter.SEQUENTIAL)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
@@ -151,7 +152,9 @@ class SourceBackend:
             if start + length <= self._extents.size and self._extents.locate(start, length) is not None:
                 space.readahead.brought(start, length)
                 return [(start, length)]
-        return space.readahead.windows(offset, low, high)
+        windows = space.readahead.windows(offset, low, high)
+        self._words[_SEQUENTIAL] += space.readahead.follows
+        return windows
 
     def follow(self, space: Space, page: int) -> None:
         """A toucher has come upon a window that is being brought: bring the one behind it as well."""
