@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.object_store import ObjectSource
     from aiouffd.store.cache import ChunkCache
     from aiouffd.store.snapshot_source import SnapshotSource
+    from aiouffd.store.zstd_seekable import ZstdSeekableSource
 
 __version__ = "0.1.0"
 
@@ -131,6 +132,7 @@ __all__ = [
     "Userfaultfd",
     "WriteTracker",
     "ZeroSource",
+    "ZstdSeekableSource",
     "map",
     "open",
     "probe",
@@ -169,6 +171,7 @@ _HOMES = {
     "sources.object_store": "ObjectSource",
     "store.cache": "ChunkCache",
     "store.snapshot_source": "SnapshotSource",
+    "store.zstd_seekable": "ZstdSeekableSource",
 }
 """Module -> its names."""
 
@@ -176,7 +179,7 @@ _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for na
 
 _LATE = (
     *("ChunkCache", "FileSource", "FsspecSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy"),
-    *("Server", "SnapshotSource", "Progress", "Trace", "map", "open"),
+    *("Server", "SnapshotSource", "Progress", "Trace", "ZstdSeekableSource", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

@@ -259,11 +259,13 @@ class ChunkCache:
             OSError: the cache cannot be used.
         """
         opened = self._required()
-        self.flush()
+        with opened.exclusive():  # another thread may be adding what it has taken
+            self._flush(opened)
+            counted = opened.index.counters()
         files = opened.segments.files()
         numbers = {number for number, _ in files} | {ZEROS}
         return {
-            **opened.index.counters(),
+            **counted,
             "segments": len(files),
             "bytes_held": sum(file.st_blocks * 512 for _, file in files),
             "chunks": sum(entry.segment in numbers for entry in opened.index.entries()),

@@ -6,21 +6,21 @@ import asyncio
 import os
 from collections import OrderedDict
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
-from aiouffd.store.codecs import digest, expand
+from aiouffd.store.codecs import expand
 from aiouffd.store.workers import Job, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aiouffd.store.index import Index, Record
-    from aiouffd.store.snapshot import Snapshot
+    from aiouffd.store.seek_table import SeekTable
 
-__all__ = ["Chunks", "expanded", "runs_of"]
+__all__ = ["Chunks", "Framed", "blamed", "expanded", "runs_of", "span"]
 
 _GAP: Final = 32 << 10  # bytes between two frames that are fetched along: a request costs more
 _LONGEST: Final = 4 << 20  # bytes of one request
@@ -32,6 +32,18 @@ _THREADS: Final = max(4, os.cpu_count() or 1)
 
 Outcome = Any
 """Bytes of a chunk, or the StoreError that says why there are none."""
+
+
+class Framed(Protocol):
+    """An image in chunks that are compressed one by one."""
+
+    @property
+    def index(self) -> Index | SeekTable:
+        """Its chunks."""
+
+    @property
+    def store(self) -> Any:
+        """Where they are: a `Folder` or a `Bucket`, for example."""
 
 
 def runs_of(records: Iterable[Record]) -> list[list[Record]]:
@@ -56,13 +68,12 @@ def span(run: Sequence[Record]) -> tuple[int, int]:
     return run[0].offset, max(record.offset + record.length for record in run)
 
 
-def blamed(index: Index, record: Record, name: str, reason: str) -> StoreError:
+def blamed(index: Index | SeekTable, record: Record, name: str, reason: str) -> StoreError:
     """Return the error about one chunk; name: of the object that is to blame."""
-    place = record.chunk * index.chunk_size
-    return StoreError(name, place, index.length_of(record.chunk), reason, record.chunk)
+    return StoreError(name, index.start_of(record.chunk), index.length_of(record.chunk), reason, record.chunk)
 
 
-def expanded(index: Index, record: Record, frame: Any, name: str) -> Outcome:
+def expanded(index: Index | SeekTable, record: Record, frame: Any, name: str) -> Outcome:
     """Return the bytes of a chunk, checked, or the error; name: of its pack."""
     if len(frame) != record.length:
         return blamed(index, record, name, f"the object ends {record.length - len(frame)} bytes too early")
@@ -70,7 +81,7 @@ def expanded(index: Index, record: Record, frame: Any, name: str) -> Outcome:
         data = expand(record.codec, frame, index.length_of(record.chunk))
     except ValueError as error:
         return blamed(index, record, name, f"it is damaged: {error}")
-    if digest(data) != record.hash:
+    if not index.is_right(record, data):
         return blamed(index, record, name, "it is damaged: its hash is another than the index says")
     return data
 
@@ -107,17 +118,17 @@ class _Flight:
 
 
 class Chunks:
-    """The chunks of one snapshot, for one event loop.
+    """The chunks of one image, for one event loop.
 
     Args:
-        snapshot: it is read from its store.
+        image: a snapshot, for example. It is read from its store.
         kept: limit of the bytes of decompressed chunks that are kept. The least recently used goes first.
         part: returns what reads a pack of a store that is not local: an object with a coroutine `read(offset, length)`.
     """
 
-    def __init__(self, snapshot: Snapshot, kept: int, part: Callable[[str], Any]) -> None:
-        self._snapshot = snapshot
-        self._index = snapshot.index
+    def __init__(self, image: Framed, kept: int, part: Callable[[str], Any]) -> None:
+        self._store = image.store
+        self._index = image.index
         self._part = lru_cache(_PARTS)(part)
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._room = kept
@@ -131,6 +142,28 @@ class Chunks:
         if data is not None:
             self._kept.move_to_end(chunk)
         return data
+
+    def cut_at_hand(self, offset: int, length: int) -> Any:
+        """Return bytes of the image if their chunks are kept, else None."""
+        within = self._index.within(offset, length)
+        found = [self.at_hand(chunk) for chunk in within]
+        return None if None in found else self._cut(within.start, found, offset, length)
+
+    async def cut(self, offset: int, length: int, *, urgent: bool) -> Any:
+        """Return bytes of the image. As `get`."""
+        within = self._index.within(offset, length)
+        found = await self.get(within.start, within.stop, urgent=urgent)
+        return self._cut(within.start, found, offset, length)
+
+    def _cut(self, low: int, found: list[Any], offset: int, length: int) -> Any:
+        """Return [offset, offset + length) out of the chunks from number `low` on; None is one of zeros."""
+        pieces = []
+        for chunk, data in enumerate(found, low):
+            begin = self._index.start_of(chunk)
+            start = max(offset - begin, 0)
+            stop = min(offset + length - begin, self._index.length_of(chunk))
+            pieces.append(bytes(stop - start) if data is None else memoryview(data)[start:stop])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def get(self, low: int, high: int, *, urgent: bool) -> list[Any]:
         """Return the bytes of the chunks [low, high), None for one that is zeros.
@@ -202,9 +235,10 @@ class Chunks:
     async def _bring(self, run: list[Record], *, last: bool) -> list[Record]:
         """Fetch and decompress a run; return those that are damaged, unless this is their last try."""
         start, stop = span(run)
-        store, path = self._snapshot.store, self._index.pack(run[0].pack).path
-        data = None if store.is_local else memoryview(await self._part(path).read(start, stop - start))
-        if data is not None and len(run) == 1 and len(self._flights) == 1 and self._index.chunk_size <= _AT_ONCE:
+        path = self._index.path(run[0])
+        data = None if self._store.is_local else memoryview(await self._part(path).read(start, stop - start))
+        alone = data is not None and len(run) == 1 and len(self._flights) == 1
+        if alone and self._index.length_of(run[0].chunk) <= _AT_ONCE:
             return self._landed(run, self._expand(run, path, data, start), last=last)
         jobs = []
         for batch in self._batches(run):
@@ -230,8 +264,16 @@ class Chunks:
         return damaged
 
     def _batches(self, run: list[Record]) -> list[list[Record]]:
-        count = max(1, _BATCH // self._index.chunk_size)
-        return [run[at : at + count] for at in range(0, len(run), count)]
+        batches: list[list[Record]] = []
+        room = 0
+        for record in run:
+            length = self._index.length_of(record.chunk)
+            if length > room:
+                batches.append([])
+                room = _BATCH
+            batches[-1].append(record)
+            room -= length
+        return batches
 
     def _expand(self, batch: list[Record], path: str, data: memoryview | None, start: int) -> list[Outcome]:
         """Return the outcomes of some chunks of a pack; in a thread.
@@ -242,11 +284,10 @@ class Chunks:
             data: bytes of the pack; None: they are read from a local store.
             start: where these begin in the pack.
         """
-        store = self._snapshot.store
         if data is None:
             start, stop = span(batch)
-            data = memoryview(store.read(path, start, stop))
-        name = store.name(path)
+            data = memoryview(self._store.read(path, start, stop))
+        name = self._store.name(path)
         outcomes = []
         for record in batch:
             frame = data[record.offset - start : record.offset - start + record.length]
@@ -260,7 +301,7 @@ class Chunks:
         if isinstance(error, SourceTimeoutError):
             return error
         reason = error.reason if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
-        failure = blamed(self._index, record, self._snapshot.store.name(self._index.pack(record.pack).path), reason)
+        failure = blamed(self._index, record, self._store.name(self._index.path(record)), reason)
         failure.__cause__ = error
         return failure
 

@@ -23,7 +23,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import HASH, codec_name
+from aiouffd.store.codecs import HASH, codec_name, digest
 from aiouffd.store.manifest import checked_chunk_size
 from aiouffd.store.pack import header_length
 
@@ -140,9 +140,25 @@ class Index:
         place = (0, 0) if chunk is None else (chunk * self.chunk_size, self.length_of(chunk))
         return StoreError(self.name, *place, reason, chunk)
 
+    def start_of(self, chunk: int) -> int:
+        """Return where a chunk begins in the image."""
+        return chunk * self.chunk_size
+
     def length_of(self, chunk: int) -> int:
         """Return the bytes of the image in a chunk: the last one may be shorter."""
         return min(self.chunk_size, self.size - chunk * self.chunk_size)
+
+    def within(self, offset: int, length: int) -> range:
+        """Return the chunks that have bytes of [offset, offset + length)."""
+        return range(offset // self.chunk_size, -(-(offset + length) // self.chunk_size))
+
+    def path(self, record: Record) -> str:
+        """Return where the pack of a chunk is in the store."""
+        return self.pack(record.pack).path
+
+    def is_right(self, record: Record, data: Any) -> bool:
+        """Tell whether bytes are those of a chunk."""
+        return digest(data) == record.hash
 
     def pack(self, number: int) -> PackName:
         """Return the name of a pack."""

@@ -8,19 +8,20 @@ from urllib.parse import unquote, urlsplit
 
 from aiouffd.errors import StoreError
 
-__all__ = ["SUFFIX", "is_snapshot", "split", "without_scheme"]
+__all__ = ["SUFFIX", "is_snapshot", "names_with", "split", "without_scheme"]
 
 SUFFIX = ".snap"
 
 
 def is_snapshot(place: Any) -> bool:
     """Tell whether a path or a URL names the manifest of a snapshot."""
-    if not isinstance(place, str | os.PathLike):
-        return False
+    return isinstance(place, str | os.PathLike) and names_with(place, SUFFIX)
+
+
+def names_with(place: Any, suffix: str) -> bool:
+    """Tell whether a path, or the path of a URL, ends so."""
     text = os.fspath(place)
-    if not isinstance(text, str):
-        return False
-    return (urlsplit(text).path if "://" in text else text).endswith(SUFFIX)
+    return isinstance(text, str) and (urlsplit(text).path if "://" in text else text).endswith(suffix)
 
 
 def without_scheme(place: str) -> str:

@@ -9,7 +9,7 @@ from aiouffd.errors import SourceError
 from aiouffd.sources.base import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
-from aiouffd.store.place import is_snapshot
+from aiouffd.store.place import is_snapshot, names_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,8 @@ def as_source(
     Args:
         thing: a path, `file://`, `http(s)://`, `s3://`, `gs://`, `az://`, another URL that fsspec knows, an object with
             the buffer protocol, or a source, which is returned as it is. A path or URL that ends with `.snap` names a
-            snapshot.
+            snapshot. One that ends with `.zst` names a file in zstd's seekable format, and its source is of the bytes
+            that this holds.
         timeout: of an `ObjectSource` or a `SnapshotSource`.
         retries: as `timeout`.
         options: for the store of such a source.
@@ -52,9 +53,9 @@ def as_source(
 
         return _cached(SnapshotSource(thing, timeout=timeout, retries=retries, **(options or {})), cache)
     if isinstance(thing, str) and "://" in thing:
-        return _of_url(thing, timeout, retries, options or {}, cache)
+        return _cached(_decompressed(thing, _of_url(thing, timeout, retries, options or {})), cache)
     if isinstance(thing, str | os.PathLike):
-        return FileSource(thing)
+        return _decompressed(thing, FileSource(thing))
     if isinstance(thing, Source) and not isinstance(thing, type):
         return thing
     try:
@@ -64,19 +65,17 @@ def as_source(
     return BufferSource(view)
 
 
-def _of_url(
-    url: str, timeout: float | None, retries: int | None, options: Mapping[str, Any], cache: ChunkCache | None
-) -> Source:
+def _of_url(url: str, timeout: float | None, retries: int | None, options: Mapping[str, Any]) -> Source:
     from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
 
     scheme = urlsplit(url).scheme
     if scheme == "file":
         return FileSource(unquote(urlsplit(url).path))
     if scheme not in _STORES or "::" in url:
-        return _cached(_by_fsspec(url, scheme, options), cache)
+        return _by_fsspec(url, scheme, options)
     from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
 
-    return _cached(ObjectSource(url, timeout=timeout, retries=retries, **options), cache)
+    return ObjectSource(url, timeout=timeout, retries=retries, **options)
 
 
 def _by_fsspec(url: str, scheme: str, options: Mapping[str, Any]) -> Source:
@@ -95,8 +94,17 @@ def _by_fsspec(url: str, scheme: str, options: Mapping[str, Any]) -> Source:
     return FsspecSource(url, **options)
 
 
+def _decompressed(place: str | os.PathLike[str], source: Source) -> Source:
+    """Return the source of what a file holds, if its name says that it is compressed."""
+    if not names_with(place, ".zst"):
+        return source
+    from aiouffd.store.zstd_seekable import ZstdSeekableSource  # noqa: PLC0415 - as above
+
+    return ZstdSeekableSource(source)
+
+
 def _cached(source: Source, cache: ChunkCache | None) -> Source:
-    if cache is None:
+    if cache is None or isinstance(getattr(source, "compressed", source), FileSource):
         return source
     from aiouffd.store.cached_source import CachedSource  # noqa: PLC0415 - as above
 

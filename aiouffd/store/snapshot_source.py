@@ -145,17 +145,7 @@ class SnapshotSource:
 
     def read_nowait(self, offset: int, length: int) -> Any:
         """Return the bytes if their chunks are kept."""
-        if self._chunks is None:
-            return None
-        size = self.snapshot.index.chunk_size
-        low, high = offset // size, -(-(offset + length) // size)
-        found = []
-        for chunk in range(low, high):
-            data = self._chunks.at_hand(chunk)
-            if data is None:
-                return None
-            found.append(data)
-        return self._cut(found, low, offset, length)
+        return None if self._chunks is None else self._chunks.cut_at_hand(offset, length)
 
     async def read(self, offset: int, length: int) -> Any:
         """Return the bytes. Canceling is safe: what is on its way comes all the same.
@@ -172,21 +162,8 @@ class SnapshotSource:
 
     async def _read(self, offset: int, length: int, *, urgent: bool) -> Any:
         if self._chunks is None:
-            snapshot = self.snapshot
-            self._chunks = Chunks(snapshot, self._kept, self._part)
-        size = self.snapshot.index.chunk_size
-        low, high = offset // size, -(-(offset + length) // size)
-        return self._cut(await self._chunks.get(low, high, urgent=urgent), low, offset, length)
-
-    def _cut(self, found: list[Any], low: int, offset: int, length: int) -> Any:
-        """Return [offset, offset + length) out of the chunks from number `low` on; None is one of zeros."""
-        index = self.snapshot.index
-        pieces = []
-        for chunk, data in enumerate(found, low):
-            start = max(offset - chunk * index.chunk_size, 0)
-            stop = min(offset + length - chunk * index.chunk_size, index.length_of(chunk))
-            pieces.append(bytes(stop - start) if data is None else memoryview(data)[start:stop])
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._chunks = Chunks(self.snapshot, self._kept, self._part)
+        return await self._chunks.cut(offset, length, urgent=urgent)
 
     def _part(self, path: str) -> Any:
         """Return what reads an object of a store that is not local."""

@@ -43,6 +43,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "PyArrow": lambda: importlib.util.find_spec("pyarrow") is not None,
     "PyTorch": lambda: importlib.util.find_spec("torch") is not None,
     "a bucket": lambda: True,  # the page server is one
+    "pyzstd": lambda: importlib.util.find_spec("pyzstd") is not None,
     # What no test is given:
     "CRIU": lambda: False,
     "Firecracker": lambda: False,

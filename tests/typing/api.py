@@ -130,3 +130,4 @@ async def snapshots() -> None:
     assert_type(await store.flatten("y.snap", "z.snap", codec="lz4", replace=True), store.Manifest)
     await store.gc("folder", grace=60, dry_run=True)
     assert_type(aiouffd.SnapshotSource("y.snap").size, int)
+    assert_type(aiouffd.ZstdSeekableSource("y.zst", kept=1 << 20).size, int)

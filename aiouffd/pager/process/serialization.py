@@ -55,6 +55,7 @@ _MAKERS: Final = frozenset(
         "aiouffd.store.cache:ChunkCache",
         "aiouffd.store.cached_source:CachedSource",
         "aiouffd.store.snapshot_source:_arrived",
+        "aiouffd.store.zstd_seekable:_arrived",
     )
 )
 """What may be called to rebuild an object from plain values. None of them runs code that came along."""
