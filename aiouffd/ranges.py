@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, NewType, Self
+from typing import TYPE_CHECKING, ClassVar, NewType, Self
 
 import attrs
 
@@ -160,7 +160,7 @@ class RangeSet:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RangeSet) and self._starts == other._starts and self._ends == other._ends
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"RangeSet([{', '.join(map(str, self))}])"

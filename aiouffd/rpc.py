@@ -62,7 +62,7 @@ class Requests:
     """
 
     def __init__(self, peer: str, transmit: Callable[[Request], None], *, first: int = 1) -> None:
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         self._peer = peer
         self._transmit = transmit
         self._numbers = itertools.count(first)

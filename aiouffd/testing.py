@@ -85,7 +85,7 @@ class FakeUffd(OwnedDescriptor):
     ) -> None:
         self.page_size = page_size
         self.features = features
-        self.ioctls = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
+        self.ioctls: Ioctl = Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
         self.opened_by = "fake"
         self.pages: dict[int, bytes] = {}
         self.asleep: dict[int, list[int]] = {}

@@ -44,8 +44,8 @@ class Check:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._lock = threading.Lock()
-        self.touched = RangeSet()
-        self.bytes = 0
+        self.touched: RangeSet = RangeSet()
+        self.bytes: int = 0
         self.wrong: list[int] = []
 
     def compare(self, offset: int, data: memoryview) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-log = logging.getLogger("aiouffd.lazy_pages")
+log: logging.Logger = logging.getLogger("aiouffd.lazy_pages")
 
 _HEADERS = {"4.1": HEADER_4_1, "4.2": HEADER_4_2}
 _DIRECTORY = click.Path(exists=True, file_okay=False)

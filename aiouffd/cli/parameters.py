@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    _Whole: TypeAlias = click.ParamType[int]
+    _HostAndPort: TypeAlias = click.ParamType[tuple[str, int]]
+else:  # generic since click 8.3
+    _Whole = _HostAndPort = click.ParamType
+
 __all__ = ["Address", "FileMode", "Rate", "Seconds", "Size", "readahead"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+class Size(_Whole):
     """Bytes, with an optional unit: 65536, 64K, 1G, 1GiB.
 
     Args:
@@ -64,7 +69,7 @@ class Seconds(click.FloatRange):
         return number
 
 
-class FileMode(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+class FileMode(_Whole):
     """Permission bits in octal: 600, 0660."""
 
     name = "mode"
@@ -78,7 +83,7 @@ class FileMode(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         return int(value, 8)
 
 
-class Address(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+class Address(_HostAndPort):
     """HOST:PORT, or PORT on the loopback interface."""
 
     name = "address"

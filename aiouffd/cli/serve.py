@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_by", "command"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _ON_REJECT = (
     "What becomes of a microVM that is turned away, and would wait for its pages for ever: its memory is SIGBUS (Linux"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LazyPages"]
 
-log = logging.getLogger("aiouffd.lazy_pages")
+log: logging.Logger = logging.getLogger("aiouffd.lazy_pages")
 
 _FEATURES = Feature.EVENT_FORK | abi.LAYOUT_EVENTS
 """The features that CRIU enables on each descriptor."""
@@ -84,8 +84,8 @@ class LazyPages:
         self._changed = asyncio.Event()
         self._death: BaseException | None = None
         self.errors: list[BaseException] = []
-        self.tasks = 0
-        self.pages = 0
+        self.tasks: int = 0
+        self.pages: int = 0
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Listen, serve, and return when all is done. Canceling leaves the pager serving.

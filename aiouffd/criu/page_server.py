@@ -311,7 +311,7 @@ class CriuTaskSource:
         self.pid = pid
         self.offsets: list[int] = []
         self._addresses: list[int] = []
-        self.size = 0
+        self.size: int = 0
         for address, length in runs:
             self.offsets.append(self.size)
             self._addresses.append(address)

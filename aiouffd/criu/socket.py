@@ -73,9 +73,9 @@ class LazyPagesSocket:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, timeout: float = 10.0, mode: int = 0o600) -> None:
-        self.path = Path(directory) / SOCKET_NAME
+        self.path: Path = Path(directory) / SOCKET_NAME
         self.peer: Peer | None = None
-        self.finished = False
+        self.finished: bool = False
         self._timeout = timeout
         self._connection: socket.socket | None = None
         try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Allowance", "Allowances", "Bucket", "MeteredUserfaultfd", "allowed"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _BURST = 1.0  # a full bucket holds the tokens of so many seconds
 _STEP = 0.01  # seconds that spaces are held at least: to hold and release them costs time

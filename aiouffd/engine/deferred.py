@@ -32,8 +32,8 @@ class DeferredRun:
     __slots__ = ("_due_ns", "run", "since_ns")
 
     def __init__(self, run: Run, since_ns: int, due_ns: int) -> None:
-        self.run = run
-        self.since_ns = since_ns
+        self.run: Run = run
+        self.since_ns: int = since_ns
         self._due_ns = due_ns
 
     def is_due(self, now_ns: int) -> bool:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dispatcher", "Landing", "Memory"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _BURST_NS = 200_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
@@ -68,8 +68,8 @@ class Memory:
     """Messages land in private memory: this process has no successor."""
 
     def __init__(self) -> None:
-        self.buffer = memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))
-        self.identity = memoryview(bytearray(8)).cast("q")
+        self.buffer: memoryview = memoryview(bytearray(abi.MESSAGE_SIZE * MESSAGES))
+        self.identity: memoryview = memoryview(bytearray(8)).cast("q")
 
     def before_reading(self) -> None:
         """Nothing to do."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Flight", "Flights", "canceled_from_outside", "end_of", "tasks_of"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _CANCEL_TIMEOUT = 2.0
 
@@ -39,15 +39,15 @@ class Flight:
     __slots__ = ("began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "wanted")
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
-        self.start = start
-        self.end = end
-        self.length = end - start
-        self.offset = offset
+        self.start: int = start
+        self.end: int = end
+        self.length: int = end - start
+        self.offset: int = offset
         self.wanted: set[int] = set()
-        self.began_ns = began_ns
-        self.purpose = purpose
+        self.began_ns: int = began_ns
+        self.purpose: Purpose = purpose
         self.done: asyncio.Task[None] | None = None
-        self.generation = -1
+        self.generation: int = -1
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"

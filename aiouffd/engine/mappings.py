@@ -79,7 +79,7 @@ class Mappings:
         self._index = _Index()
         # What was moved away, and is to be told of once more; the oldest first.
         self._left: dict[tuple[int, int], None] = {}
-        self.generation = 0
+        self.generation: int = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
                 self._starts.append(mapping.start)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COUNTER_OF_EVENT", "apply_layout_event", "serve_messages"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _MESSAGE = abi.PAGEFAULT_MESSAGE.unpack_from
 _ITER = abi.PAGEFAULT_MESSAGE.iter_unpack

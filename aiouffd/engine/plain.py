@@ -15,6 +15,7 @@ import errno
 import fcntl
 import struct
 import sys
+from collections.abc import Callable
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -24,7 +25,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.readahead import Readahead
@@ -45,10 +46,15 @@ _BYTES_FETCHED = int(Counter.BYTES_FETCHED)
 _BLOCK = FIRST_PIECE  # what is looked at for zeros at once: larger than any window that is placed here
 
 
-PlainSource: TypeAlias = (
-    "tuple[Callable[[int, int], int | None], int, int, int, bool, Callable[[int, int, int], list[int]] | None,"
-    " tuple[int, int, int, int] | None]"
-)
+PlainSource: TypeAlias = tuple[
+    Callable[[int, int], int | None],
+    int,
+    int,
+    int,
+    bool,
+    Callable[[int, int, int], list[int]] | None,
+    tuple[int, int, int, int] | None,
+]
 """How the pages of a source come into some spaces: a plain tuple, which is unpacked soonest, of
 
 - where (offset, length) of the source lies, until the next call; None: it must be waited for;
@@ -107,7 +113,7 @@ class FastPath:
     def __init__(self, spaces: Mapping[int, _Space]) -> None:
         self._words: dict[int, memoryview] = {}  # where the faults of a descriptor are counted
         self._spaces = spaces
-        self.slots = bytearray()
+        self.slots: bytearray = bytearray()
         self._sources: list[PlainSource | None] = [None]
         self._argument = bytearray(abi.COPY_ARGUMENT.size)
         self._users = [0]  # of each source, how many descriptors

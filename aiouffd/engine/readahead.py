@@ -143,7 +143,7 @@ class Readahead:
     def __init__(self, page: int, limit: int, around: int = 64 << 10) -> None:
         self.page = page
         self._asked_around = around
-        self.limit = limit & -page if limit >= page else 0
+        self.limit: int = limit & -page if limit >= page else 0
         self._around = max(page, min(around & -page, self.limit))
         self._neighbourhood = self._around
         self._in_a_row = 0  # strangers, since the neighbourhood was chosen
@@ -156,7 +156,7 @@ class Readahead:
         self.follows = False
         """Whether the last fault that `windows` was asked about belonged to a stream."""
         self._doubts: set[tuple[int, int]] = set()  # page and thread of faults that were not believed
-        self.losses = 0
+        self.losses: int = 0
         """How often something was forgotten that may have been taken for present meanwhile."""
 
     def fresh(self) -> Readahead:

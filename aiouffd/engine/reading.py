@@ -232,7 +232,7 @@ class NativeReader:
         self._lines: dict[int, _Line] = {}
         self._spin_ns = 0
         self._landing: tuple[memoryview, memoryview] | None = None  # kept alive
-        self.run = self._reader.run
+        self.run: Callable[..., tuple[int, Any]] = self._reader.run
 
     @property
     def spin_ns(self) -> int:

@@ -72,10 +72,10 @@ class Resolver:
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
         self._page = page_size
-        self.gone = 0
+        self.gone: int = 0
         self._counters = counters
         self._words = counters.words
-        self.mode = mode
+        self.mode: int = mode
         silent, lift = abi.WRITEPROTECT_MODE_DONTWAKE, abi.WRITEPROTECT_MODE_WP
         self._modes = (  # by `wake` and operation; PROTECT wakes nobody
             (DONTWAKE | mode, DONTWAKE, DONTWAKE | mode, DONTWAKE, silent, lift),

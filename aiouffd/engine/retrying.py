@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Retrying"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSE: Final = 1.0  # seconds; the source's own tries and timeouts come before
 _REPORTED_AGAIN: Final = 60.0  # seconds

@@ -46,8 +46,8 @@ class Purpose:
     __slots__ = ("cause", "errors")
 
     def __init__(self, cause: Counter, errors: list[UffdError] | None = None) -> None:
-        self.cause = cause
-        self.errors = errors
+        self.cause: Counter = cause
+        self.errors: list[UffdError] | None = errors
 
 
 FOR_FAULT = Purpose(Counter.PAGES_READAHEAD)
@@ -80,13 +80,13 @@ class Run:
         owner: object = None,
         purpose: Purpose | None = None,
     ) -> None:
-        self.op = op
-        self.dst = dst
-        self.offset = offset
-        self.src = src
-        self.left = length
-        self.owner = owner
-        self.purpose = purpose
+        self.op: int = op
+        self.dst: int = dst
+        self.offset: int = offset
+        self.src: int = src
+        self.left: int = length
+        self.owner: object = owner
+        self.purpose: Purpose | None = purpose
 
     def advance(self, length: int) -> None:
         """Take `length` bytes as done."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "Space"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _NO_POISON = (
     "the page at %#x cannot be had, and this kernel has no UFFDIO_POISON (Linux 6.6) to say so: the threads that touch"
@@ -133,10 +133,10 @@ class Space:
         self.counters = counters
         self.readahead = readahead
         self.identity = identity
-        self.born = mappings.generation
+        self.born: int = mappings.generation
         self.write_protect = write_protect
         self.on_error = on_error
-        self.retrying = Retrying(self) if retries else None
+        self.retrying: Retrying | None = Retrying(self) if retries else None
         self.on_child = on_child
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
@@ -145,12 +145,12 @@ class Space:
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
         self.filling = 0
         """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""
-        self.is_gone = False
-        self.closing = False
-        self.flights = Flights()
-        self.deferred = Deferred()
-        self.remainders = Remainders(page_size)
-        self.resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
+        self.is_gone: bool = False
+        self.closing: bool = False
+        self.flights: Flights = Flights()
+        self.deferred: Deferred = Deferred()
+        self.remainders: Remainders = Remainders(page_size)
+        self.resolver: Resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
         self.replayed = 0  # pages of a trace that have been brought
         self.filled = 0  # bytes of the background fill that have been brought
         self._words = counters.words

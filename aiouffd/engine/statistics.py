@@ -202,7 +202,8 @@ class Counters:
     __slots__ = ("words",)
 
     def __init__(self, memory: Any = None) -> None:
-        self.words = memoryview(bytearray(SIZE) if memory is None else memory)[:SIZE].cast("B").cast("Q")
+        data = memoryview(bytearray(SIZE) if memory is None else memory)
+        self.words: memoryview[int] = data[:SIZE].cast("B").cast("Q")
 
     def uncount(self, cause: Counter, pages: int, zeros: int, fetched: int) -> None:
         """Take back what was counted ahead, of pages that were present already or are gone.

@@ -33,7 +33,7 @@ class Header:
 
     def __init__(self, region: Region) -> None:
         self.region = region
-        self.size = len(region)
+        self.size: int = len(region)
 
     def wrong(self, at: int, reason: str) -> FormatError:
         """Return the error that says what is wrong at an offset."""
@@ -87,7 +87,7 @@ class Cursor:
     """
 
     def __init__(self, header: Header, at: int, most: int) -> None:
-        self.at = at
+        self.at: int = at
         self._header = header
         self._end = min(most, header.size)
         self._there = at

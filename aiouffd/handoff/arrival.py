@@ -68,7 +68,7 @@ class Arrival:
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.peer = Peer.of(connection)
+        self.peer: Peer = Peer.of(connection)
         self._connection = connection
         self._data = bytearray()
         self._fds: list[int] = []

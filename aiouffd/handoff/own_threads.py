@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["close_foreign", "detach", "in_own_thread", "kind_of"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -177,12 +177,12 @@ class SealedMemory:
     """
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self.fd: int = fd
         self._owned = OwnedDescriptor(fd)
-        self.size = os.fstat(fd).st_size
+        self.size: int = os.fstat(fd).st_size
         # A private mapping of a sealed file shares its pages: reading costs no memory. The mapping is writable, since
         # ctypes gives the address of a writable buffer at a fraction of the cost.
-        self.map = map_file(fd, self.size, mmap.ACCESS_COPY) if self.size else None
+        self.map: mmap.mmap | None = map_file(fd, self.size, mmap.ACCESS_COPY) if self.size else None
 
     @classmethod
     def from_buffer(cls, data: Buffer, name: str = "aiouffd") -> SealedMemory:

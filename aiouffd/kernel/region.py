@@ -262,7 +262,13 @@ class Region(mmap.mmap):
         """Return True: a region can be passed where a binary file is read. Its position is one for all threads."""
         return True
 
-    seekable = writable = readable
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
 
     def seek(self, pos: int, whence: Any = os.SEEK_SET) -> int:  # type: ignore[override]  # None until Python 3.13
         """As `mmap.seek`; return the position."""

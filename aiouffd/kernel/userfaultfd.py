@@ -164,6 +164,7 @@ class Userfaultfd(OwnedDescriptor):
     def __init__(
         self, features: Feature = NO_FEATURES, *, user_mode_only: bool = False, opened_by: str | None = None
     ) -> None:
+        self.opened_by: str
         fd, self.opened_by = _open(user_mode_only=user_mode_only, by=opened_by)
         super().__init__(fd)
         for feature, needed in abi.FEATURE_NEEDS.items():

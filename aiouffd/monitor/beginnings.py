@@ -64,7 +64,7 @@ class Beginnings:
         self._changed = threading.Condition()
 
 
-beginnings = Beginnings()
+beginnings: Beginnings = Beginnings()
 os.register_at_fork(
     before=beginnings.before_fork, after_in_parent=beginnings.in_parent, after_in_child=beginnings.in_child
 )

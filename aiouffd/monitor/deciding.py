@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Deciding"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 Choice: TypeAlias = Literal["sigbus", "retry"]
 

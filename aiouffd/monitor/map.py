@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSES: Final = 0.001, 1.0  # seconds between two tries to close what has a view still: the first, the longest
 _HERE_ONLY: Final = ("on_exit", "record")
@@ -46,6 +46,8 @@ _unclosed: list[MappedRegion] = []
 
 class MappedRegion(Region):
     """A region that has its Monitor for itself, and leaves it when it is closed."""
+
+    monitor: Any
 
     def close(self) -> None:
         """Serve the region no longer, and unmap it. Blocks for milliseconds, until the pager has answered.

@@ -228,8 +228,8 @@ class Monitor(Entered):
             _check_choice("on_error", on_error, "sigbus", "retry")
         _check_choice("fork", fork, None, "dontfork", "serve")
         self._held = Held(region)
-        self.shows_data = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
-        self.origin = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
+        self.shows_data: bool = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
+        self.origin: Any = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         if track_writes and wants_writes(self.origin):
             raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
         self._choice = _checked_engine(engine)

@@ -96,10 +96,12 @@ class Opened:
             raise AttributeError(f"a region has {name!r}, and {_USE}")
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
-    def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError(_USE)
+    if not TYPE_CHECKING:  # a type checker says the same
 
-    __buffer__ = __getitem__ = __setitem__ = __iter__ = _refuse
+        def _refuse(self, *_: object) -> NoReturn:
+            raise TypeError(_USE)
+
+        __buffer__ = __getitem__ = __setitem__ = __iter__ = _refuse
 
 
 def open(  # noqa: A001 - it is called aiouffd.open

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Registration"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 
 class Registration:
@@ -65,8 +65,8 @@ class Registration:
             raise ClosedError("the region is closed")
         available = kernel_features()
         self._held = held
-        self.can_poison = Feature.POISON in available
-        self.modes = RegisterMode.MISSING
+        self.can_poison: bool = Feature.POISON in available
+        self.modes: RegisterMode = RegisterMode.MISSING
         self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
         self._warned: set[int] = set()
         if writes:
@@ -88,7 +88,7 @@ class Registration:
             user_mode_only = True
             uffd = _open(features, children=children, user_mode_only=user_mode_only)
         close_in_children(uffd)
-        self.children = Feature.EVENT_FORK in uffd.features
+        self.children: bool = Feature.EVENT_FORK in uffd.features
         self._sentinel = Sentinel(uffd, pagemap, user_mode_only=user_mode_only)
         self._uffd: Userfaultfd | None = uffd
         try:

@@ -7,5 +7,5 @@ from aiouffd.native import build
 
 try:
     build.build(Path(build.HERE, build.NAME))
-except build.BuildError as error:
-    sys.exit(str(error))
+except build.BuildError as _error:
+    sys.exit(str(_error))

@@ -17,7 +17,7 @@ from aiouffd.native import library, reason
 
 __all__ = ["LoopWatch", "Watch"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _LONGEST = (1 << 31) - 1  # milliseconds
 

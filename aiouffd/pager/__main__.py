@@ -42,7 +42,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
+    status: int = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # to finalize takes 20 ms, which whoever leaves a Monitor would wait for

@@ -44,8 +44,8 @@ class SocketFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 128) -> None:
-        self.path = Path(path)
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.path: Path = Path(path)
+        self.listener: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._identity: tuple[int, int] | None = None
         try:
             # bind(2) gives the file the mode of the socket, less the umask: at no moment can others connect.

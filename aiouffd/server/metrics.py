@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "Metrics"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _BITS: Final = range(10, 34)  # buckets from 1 us to 8.6 s
 _MAX_CONNECTIONS: Final = 32
@@ -112,7 +112,7 @@ class Endpoint:
         self._registry = CollectorRegistry()
         self._registry.register(metrics)
         self._host = host
-        self.port = port
+        self.port: int = port
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reception"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_INCOMPLETE = 64  # handoffs that are being received at once
 _REMINDER = 10.0  # seconds between two messages about the same
@@ -55,7 +55,7 @@ class Reception:
         self._uids = uids
         self._timeout = timeout
         self._rejections = Rejections(on_reject)
-        self.rejected = 0
+        self.rejected: int = 0
         self._incomplete: dict[asyncio.Timeout, None] = {}  # handoffs, oldest first
         self._accepting: asyncio.Task[None] | None = None
         self._admissions: set[asyncio.Task[None]] = set()

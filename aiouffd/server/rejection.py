@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy", "Rejections", "kill", "peer_pidfd", "poison", "registered"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 Policy = Literal["kill", "poison", "hold"]
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "Server"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_OF_PROCESS = 1024  # clients of one process
 _LAST_ANSWER = 2.0  # seconds for the pager to say whether a client is served, when the server is left

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Services"]
 
-log = logging.getLogger("aiouffd.server")
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_HANGING = 8  # openings of one name that hang at once: each has a thread
 _MAX_HANGING_OF_PROCESS = 32  # and of one process, whatever it asks for

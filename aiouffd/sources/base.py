@@ -83,7 +83,7 @@ class Descriptor:
     """
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self.fd: int = fd
 
     def detach(self) -> int:
         """Return the descriptor, which belongs to the caller from now on."""

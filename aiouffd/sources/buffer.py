@@ -24,7 +24,7 @@ class BufferSource:
         view = memoryview(data)
         if not view.c_contiguous:
             raise ValueError("a BufferSource takes a C-contiguous buffer")
-        self.size = view.nbytes
+        self.size: int = view.nbytes
         # A bytearray with a view refuses to be resized, which would change its address.
         self._view = view.cast("B") if self.size else memoryview(b"")
         self._address = address_of(view) if self.size else 0

@@ -29,9 +29,9 @@ class ConcatSource:
     """
 
     def __init__(self, parts: Sequence[Source]) -> None:
-        self.parts = list(parts)
+        self.parts: list[Source] = list(parts)
         self.starts: list[int] = []
-        self.size = 0
+        self.size: int = 0
         for part in self.parts:
             self.starts.append(self.size)
             self.size += (part.size // _ALIGNMENT + 1) * _ALIGNMENT  # a gap behind each part, at least one byte

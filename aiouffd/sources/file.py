@@ -84,7 +84,7 @@ class FileSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+        self.path: str = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -110,9 +110,9 @@ class FileSource:
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
         self.size = size
-        self.identity = (status.st_dev, status.st_ino, size, mtime_ns)
+        self.identity: tuple[int, ...] = (status.st_dev, status.st_ino, size, mtime_ns)
         self._pin = Pin(fd, size, mtime_ns)
-        self.sparse = status.st_blocks * 512 < self.size
+        self.sparse: bool = status.st_blocks * 512 < self.size
         self._holes = Holes(fd, size if self.sparse else 0)
         self._looking = False  # whether a thread looks up holes
         if not self._file_system.remote:

@@ -50,11 +50,11 @@ class FileSystem:
 
     def __init__(self, fd: int) -> None:
         data = ctypes.create_string_buffer(256)
-        unknown = _libc.fstatfs(fd, data) != 0  # a FUSE server need not answer STATFS
+        unknown = bool(_libc.fstatfs(fd, data))  # a FUSE server need not answer STATFS
         kind = ctypes.c_long.from_buffer(data).value
-        self.in_memory = kind in _IN_MEMORY
-        self.remote = unknown or kind in _REMOTE
-        self.answers_at_once = _statx is not None and kind != _9P
+        self.in_memory: bool = kind in _IN_MEMORY
+        self.remote: bool = unknown or kind in _REMOTE
+        self.answers_at_once: bool = _statx is not None and kind != _9P
 
     def nowait_flag(self, fd: int) -> int | None:
         """Return the flag of preadv2 for reads that do not wait (Linux 4.14); None: this file has no such reads."""
@@ -85,8 +85,8 @@ class Pin:
     __slots__ = ("_buffer", "_fd", "_held", "_until", "mtime_ns", "size")
 
     def __init__(self, fd: int, size: int, mtime_ns: int) -> None:
-        self.size = size
-        self.mtime_ns = mtime_ns
+        self.size: int = size
+        self.mtime_ns: int = mtime_ns
         self._fd = fd
         self._buffer = ctypes.create_string_buffer(256)
         self._held = True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FsspecSource"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _THREADS: Final = 32
 _TAGS: Final = ("ETag", "etag", "md5Hash", "md5", "sha256", "checksum", "content_hash", "blob_id", "oid", "generation")

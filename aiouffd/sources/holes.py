@@ -40,8 +40,8 @@ class Holes:
     """
 
     def __init__(self, fd: int, size: int) -> None:
-        self.known = 0
-        self.complete = size == 0
+        self.known: int = 0
+        self.complete: bool = size == 0
         self._fd = fd
         self._size = size
         self._starts = array("q")

@@ -73,7 +73,7 @@ class LayeredSource:
 
     def _adopt(self, layers: list[Any], overlay: Overlay) -> None:
         self.layers = layers
-        self.size = overlay.size
+        self.size: int = overlay.size
         self._overlay = overlay
         self._locate = [getattr(layer, "locate", _nowhere) for layer in layers]
         self._page = [getattr(layer, "page", locate) for layer, locate in zip(layers, self._locate, strict=True)]
@@ -82,9 +82,10 @@ class LayeredSource:
         self._given = layers
         self._base: Any = base
         self._hole = getattr(base, "hole", None) if getattr(base, "sparse", True) else None
-        self.plain = self._hole is None  # `page` finds nothing in holes
-        self.sparse = NOBODY in overlay.layers or self._hole is not None
-        self.local = base is None or getattr(base, "local", hasattr(base, "locate") or hasattr(base, "read_nowait"))
+        self.plain: bool = self._hole is None  # `page` finds nothing in holes
+        self.sparse: bool = NOBODY in overlay.layers or self._hole is not None
+        quick = hasattr(base, "locate") or hasattr(base, "read_nowait")
+        self.local: bool = base is None or getattr(base, "local", quick)
         self._take_limits()
 
     def _take_limits(self) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectSource"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _Result = TypeVar("_Result")
 

@@ -38,7 +38,7 @@ class Bucket:
     is_local = False
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.url = url.rstrip("/")
+        self.url: str = url.rstrip("/")
         self._options = dict(options)
         self._http = urlsplit(url).scheme in ("http", "https")
         self._clients: dict[float, StoreClient] = {}  # by their timeouts

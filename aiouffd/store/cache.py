@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALLEST", "ChunkCache", "Found"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 SMALLEST: Final = 8 << 20
 """The least that a cache may be limited to."""
@@ -92,7 +92,7 @@ class ChunkCache:
     def __init__(self, path: str | os.PathLike[str], max_bytes: int) -> None:
         if max_bytes < SMALLEST:
             raise ValueError(f"a cache has at least {SMALLEST} bytes, not {max_bytes}")
-        self.path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+        self.path: str = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
         self.max_bytes = max_bytes
         self._lock = threading.Lock()  # of what is open
         self._counting = threading.Lock()

@@ -76,7 +76,7 @@ class CacheIndex:
     def __init__(self, fd: int, buckets: int) -> None:
         self._fd = fd
         self._buckets = buckets
-        self.nowait = FileSystem(fd).nowait_flag(fd)
+        self.nowait: int | None = FileSystem(fd).nowait_flag(fd)
 
     @classmethod
     def open(cls, folder: int, chunks: int) -> tuple[CacheIndex, int]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedSource"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _SCRATCH: Final = 64 << 10  # the most that `page` gives
 _THREADS: Final = 8

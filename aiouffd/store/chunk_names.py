@@ -32,7 +32,7 @@ class ChunkNames:
         self._key = getattr(source, "chunk_key", None)
         self.chunk_size: int = _SIZE if self._key is None else source.chunk_size
         identity = getattr(source, "cache_identity", None)
-        self.known = self._key is not None or identity is not None
+        self.known: bool = self._key is not None or identity is not None
         self._prefix = digest(repr(identity).encode()) if self._key is None and self.known else b""
 
     def of(self, number: int) -> tuple[bytes | None, bytes | None]:

@@ -53,7 +53,7 @@ class Folder:
     is_local = True
 
     def __init__(self, path: str, fd: int | None = None) -> None:
-        self.path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+        self.path: str = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
         if fd is None:
             try:
                 fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -18,7 +18,7 @@ from aiouffd.store.resolve import as_source
 from aiouffd.store.snapshot_source import SnapshotSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from aiouffd.sources.base import Source
 
@@ -161,9 +161,9 @@ class Changed:
     """
 
     def __init__(self, image: Image, ranges: Iterable[Range]) -> None:
-        self.size = image.size
-        self.read = image.read
-        self.close = image.close
+        self.size: int = image.size
+        self.read: Callable[[int, int], Any] = image.read
+        self.close: Callable[[], None] = image.close
         ends = ((min(item.start, self.size), min(item.end, self.size)) for item in ranges)
         self._ranges = RangeSet(Range.between(*pair) for pair in ends)
 

@@ -113,7 +113,7 @@ class Index:
         if version != VERSION:
             raise self._damaged(f"its version is {version}; this library reads version {VERSION}")
         try:
-            self.chunk_size = checked_chunk_size(chunk_size)
+            self.chunk_size: int = checked_chunk_size(chunk_size)
         except ValueError as error:
             raise self._damaged(str(error)) from error
         self.chunks: int = -(-self.size // self.chunk_size)

@@ -107,8 +107,8 @@ class Layer:
         self._new: list[_New] = []
         self._bytes = 0
         self._puts: deque[Future[bool]] = deque()
-        self.records = 0
-        self.written = 0
+        self.records: int = 0
+        self.written: int = 0
 
     def keep(self, record: Record) -> None:
         """Take over a chunk of the base."""

@@ -148,8 +148,8 @@ class Segments:
         self._folder = folder
         self._limit = limit
         self._exclusive = exclusive
-        self.evictions = 0
-        self.size = min(max(limit // _PARTS, _SMALLEST), LARGEST) & -mmap.PAGESIZE
+        self.evictions: int = 0
+        self.size: int = min(max(limit // _PARTS, _SMALLEST), LARGEST) & -mmap.PAGESIZE
         self._boot = bytes.fromhex(files.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""))
         self._open: WeakValueDictionary[int, Segment] = WeakValueDictionary()
         self._active: _Active | None = None

@@ -78,7 +78,7 @@ class Snapshot:
         self.manifest = manifest
         self._held = OwnedDescriptor(index)
         self._map = map_file(index, manifest.index.length, mmap.ACCESS_READ)
-        self.index = Index(self._map, store.name(index_path(manifest.index)))
+        self.index: Index = Index(self._map, store.name(index_path(manifest.index)))
         for what in ("size", "chunk_size"):
             if getattr(self.index, what) != getattr(manifest, what):
                 raise StoreError(store.name(name), 0, 0, f"it has another {what} than its index")

@@ -57,7 +57,7 @@ class SnapshotSource:
         **options: Any,
     ) -> None:
         text = os.fspath(url)
-        self.url = text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
+        self.url: str = text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
         self._given = timeout, retries
         self._kept = kept
         self._options = options

@@ -33,10 +33,10 @@ class View:
     """
 
     def __init__(self, size: int) -> None:
-        self.length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.length: int = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, self.length, flags=flags, prot=0)
-        self.address = address_of(self._map)
+        self.address: int = address_of(self._map)
         self._shown: set[int] = set()
 
     def show(self, offset: int, length: int, fd: int, at: int) -> None:

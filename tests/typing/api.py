@@ -1,6 +1,6 @@
-"""What the types of the public names accept and refuse. Checked by mypy, never run.
+"""What the types of the public names accept and refuse. Checked by mypy and by pyright in its strict mode, never run.
 
-A line with `type: ignore[...]` is one that must be refused: mypy reports an ignore that is not needed.
+A line with `type: ignore[...]` is one that must be refused: both report an ignore that is not needed.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def kernel() -> None:
                     assert_type(child, aiouffd.Userfaultfd)
                 case aiouffd.Remove():
                     assert_type((event.start, event.end), tuple[int, int])
+                case aiouffd.Remap() | aiouffd.Unmap() | aiouffd.UnknownEvent():
+                    pass
     assert_type(aiouffd.probe(), aiouffd.Capabilities)
     assert_type(aiouffd.FileSource(os.fspath("x")), aiouffd.FileSource)
     assert_type(aiouffd.LayeredSource(["x", aiouffd.FileSource("y")]).size, int)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bring_ahead", "bring_early", "complete", "fill"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _NEAR = 512 << 10  # brought at once, if the source is local: a fault waits for one such piece at most, some 0.2 ms
 _HURRY = 2 << 20  # the same where a caller waits for all of it

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
 VERSION: Final = 2

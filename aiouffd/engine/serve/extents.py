@@ -30,7 +30,7 @@ class Extents:
     """
 
     def __init__(self, source: Source, counters: Counters) -> None:
-        self.size = source.size
+        self.size: int = source.size
         self._words = counters.words
         self.locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
         self._page: Callable[[int, int], int | None] | None = getattr(source, "page", self.locate)

@@ -21,8 +21,8 @@ class Gate:
     def __init__(self, reads: int, size: int) -> None:
         self._reads = reads
         self._size = size
-        self.reads = 0
-        self.size = 0
+        self.reads: int = 0
+        self.size: int = 0
         self._urgent: deque[tuple[asyncio.Future[None], int]] = deque()
         self._patient: deque[tuple[asyncio.Future[None], int]] = deque()
         self._turn = 0

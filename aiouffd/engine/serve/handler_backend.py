@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HandlerBackend"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _LATER = 0.001
 _TOGETHER = 64  # pages that are given to the handler ahead of faults at once

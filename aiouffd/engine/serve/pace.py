@@ -28,8 +28,8 @@ class Pace:
         self._quickest: dict[int, int] = {}  # by the order of size: small reads are quicker
         self._since_ns = 0
         self._room = asyncio.Event()
-        self.limit = min(_LEAST, self._most)
-        self.under_way = 0
+        self.limit: int = min(_LEAST, self._most)
+        self.under_way: int = 0
 
     @property
     def is_full(self) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SourceBackend"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _SEQUENTIAL = int(Counter.SEQUENTIAL)

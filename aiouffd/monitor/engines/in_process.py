@@ -77,7 +77,7 @@ class InProcessEngine:
     be for ever. The region's own methods tell instead.
     """
 
-    pids = ()
+    pids: tuple[int, ...] = ()
 
     def __init__(self, choice: InProcess, loop: asyncio.AbstractEventLoop) -> None:
         self._choice = choice

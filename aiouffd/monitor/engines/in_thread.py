@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InThread", "InThreadEngine"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _BEAT = 0.25  # seconds between signs of life; less where threads lose patience sooner
 _engines: weakref.WeakSet[InThreadEngine] = weakref.WeakSet()
@@ -100,7 +100,7 @@ class InThreadEngine:
         LimitError: 256 regions are served already, or no thread can be started.
     """
 
-    pids = ()
+    pids: tuple[int, ...] = ()
 
     def __init__(self, choice: InThread) -> None:
         self._choice = choice

@@ -63,8 +63,8 @@ class Layout:
         self.thread = 0
         self._pid = os.getpid()
         self._space = space
-        self.start = start
-        self.end = end
+        self.start: int = start
+        self.end: int = end
         self._modes = modes
         self._quiet = quiet
         self._changed = changed

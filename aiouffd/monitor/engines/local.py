@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aiouffd.engine.reading import MakeReader
+    from aiouffd.engine.serve.handler_backend import HandlerBackend
+    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.monitor.engines.protocol import Assignment
@@ -67,8 +69,8 @@ class Local:
         self._loop = loop
         self._closed = self._ended = False
         self._asked: set[Future[None]] = set()
-        self.backend = make_backend(service, counters, options)
-        self.space = Space(
+        self.backend: SourceBackend | HandlerBackend = make_backend(service, counters, options)
+        self.space: Space = Space(
             close_in_children(uffd),
             Mappings([mapping]),
             page_size=assignment.page_size,
@@ -79,7 +81,9 @@ class Local:
             on_error=partial(_report, on_error),
             retries=options.on_error == "retry",
         )
-        self.layout = Layout(self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout)
+        self.layout: Layout = Layout(
+            self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout
+        )
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)
         self._dispatcher.add(self.space)
         self._bring_ahead = partial(bring_ahead, self.space, self.backend, service.trace, options.background)

@@ -13,7 +13,7 @@ from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["ProtectingUserfaultfd"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 
 class ProtectingUserfaultfd(Userfaultfd):

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedBy", "ServedByEngine"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _TIMEOUT: Final = 30.0
 
@@ -105,7 +105,7 @@ class ServedByEngine:
     """
 
     layout = None
-    pids = ()
+    pids: tuple[int, ...] = ()
 
     def __init__(self, choice: ServedBy) -> None:
         self._path = choice.path

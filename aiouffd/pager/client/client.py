@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PagerClient"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _LEFT = "the Monitor has been left"
 
@@ -87,7 +87,8 @@ class PagerClient:
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
-        self.lives, self.resume = self._requests.may_be_heard, self._requests.resume
+        self.lives: Callable[[], bool] = self._requests.may_be_heard
+        self.resume: Callable[[], None] = self._requests.resume
         self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event

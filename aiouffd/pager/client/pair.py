@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["START_TIMEOUT", "Pair"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 START_TIMEOUT = 60.0
 """Seconds until a pager must have said hello, or answered the first request."""
@@ -62,13 +62,13 @@ class Pair:
         self, keeper: subprocess.Popen[bytes], connection: OwnedSocket, journal: Journal, vault: Vault
     ) -> None:
         self.keeper = keeper
-        self.keeper_fd = OwnedDescriptor(open_pidfd(keeper.pid))
+        self.keeper_fd: OwnedDescriptor = OwnedDescriptor(open_pidfd(keeper.pid))
         self.connection = connection
-        self.outbox = control.Outbox(connection)
+        self.outbox: control.Outbox = control.Outbox(connection)
         self.journal = journal
         self.vault = vault
-        self.worker_pid = 0
-        self.worker_fd = OwnedDescriptor()
+        self.worker_pid: int = 0
+        self.worker_fd: OwnedDescriptor = OwnedDescriptor()
 
     @classmethod
     def start(cls, waiter: Waiter, pickles: Pickles) -> Self:
@@ -103,7 +103,8 @@ class Pair:
     def runs(self, pid: int, pidfd: int) -> None:
         """Note which worker serves now; the pidfd is this object's from now on."""
         self.worker_fd.close()
-        self.worker_pid, self.worker_fd = pid, OwnedDescriptor(pidfd)
+        self.worker_pid = pid
+        self.worker_fd = OwnedDescriptor(pidfd)
 
     @property
     def descriptors(self) -> tuple[OwnedDescriptor | OwnedSocket, ...]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Takeover"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSES = (0.05, 0.2, 1.0, 5.0)  # seconds until what has failed is tried again
 _STARTS = 5  # failed ones in a row, where no orphan lives, until the pager is given up

@@ -89,14 +89,16 @@ class Pack:
         except OSError as error:
             raise explained(f"{service.origin!r} cannot travel to the pager", error) from error
         self.service = service
-        self.token = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
-        self.options = attrs.asdict(options)
+        self.token: str = f"{os.getpid()}-{next(_tokens)}"  # a request that is sent twice opens once
+        self.options: dict[str, Any] = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
-        self.config = OwnedDescriptor(open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        self.config: OwnedDescriptor = OwnedDescriptor(
+            open_memfd("aiouffd-config", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        )
         with os.fdopen(self.config.fileno(), "wb", closefd=False) as file:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
-        self.is_pickle = is_pickle(data)
+        self.is_pickle: bool = is_pickle(data)
         self._path = [entry for entry in sys.path if entry] if self.is_pickle else []
         self._descriptors = descriptors
 

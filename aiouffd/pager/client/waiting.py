@@ -114,7 +114,7 @@ class Waiter:
 
     def __init__(self, watch: Watches) -> None:
         self.watch = watch
-        self.stopped = False
+        self.stopped: bool = False
         try:  # no eventfd: all of them look the same
             self._inner, self._outer = OwnedSocket.pair(socket.SOCK_DGRAM)
         except OSError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocked"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 
 class Blocked:

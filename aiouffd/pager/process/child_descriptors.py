@@ -32,7 +32,7 @@ class Vault:
     """
 
     def __init__(self, outer: int, inner: int = -1) -> None:
-        self.outer = OwnedSocket(socket.socket(fileno=outer))
+        self.outer: OwnedSocket = OwnedSocket(socket.socket(fileno=outer))
         self._inner = socket.socket(fileno=inner) if inner >= 0 else None
         self._count = 0
         self.outer.setblocking(False)

@@ -67,6 +67,8 @@ class Sender:
 
     def __init__(self, connection: socket.socket) -> None:
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid: int
+        self.uid: int
         self.pid, self.uid, _ = _CREDENTIALS.unpack(found)
 
     def check(self, pid: int, uid: int) -> None:

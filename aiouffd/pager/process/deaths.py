@@ -35,7 +35,7 @@ class Deaths:
         self._clock = clock
         self._progress = -1
         self._since = 0.0
-        self.count = 0
+        self.count: int = 0
         self._crashes = 0
 
     def add(self, code: int, progress: int, *, calm: bool = False) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Handover"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 _TIMEOUT = 10.0
 

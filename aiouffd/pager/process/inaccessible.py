@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AskingUserfaultfd", "Protection"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 PATIENCE = 5.0
 """Seconds for the process to make a page inaccessible; as many as `Pager.stuck_limit` has by default."""

@@ -117,7 +117,7 @@ class Journal:
             for at in map(_landing, (0, 1))
         ]
         self._logs = [self._bytes[at : at + self._size] for at in (_LOGS, _LOGS + self._size)]
-        self.counters = self.counters_of(0)
+        self.counters: Counters = self.counters_of(0)
         self.mirror: Mirror | None = None
         self.threshold = size
         self.on_growth: Callable[[], Any] = _nothing

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["import_for", "run"]
 
-log = logging.getLogger("aiouffd.keeper")
+log: logging.Logger = logging.getLogger("aiouffd.keeper")
 
 BLOCKED = 3.0
 """Seconds without a turn of the worker's loop, until that is reported."""

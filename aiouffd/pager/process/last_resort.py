@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Forsaken", "LastResort"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 
 @attrs.define(eq=False, repr=False)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Served", "close_all"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -94,17 +94,17 @@ class Served:
         self._vault = vault
         self._on_error = on_error
         self._tell = tell
-        self.protection = Protection(loop, tell, lambda: self.meta.owner)
+        self.protection: Protection = Protection(loop, tell, lambda: self.meta.owner)
         self._on_idle = on_idle
         self._on_owner_exit = on_owner_exit
-        self.meta = Meta()
+        self.meta: Meta = Meta()
         self.origins: dict[int, Origin] = {}
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}
-        self.arrivals = Arrivals()
+        self.arrivals: Arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.dispatcher = Dispatcher(
+        self.dispatcher: Dispatcher = Dispatcher(
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
         journal.next_identity = lambda: self.meta.next

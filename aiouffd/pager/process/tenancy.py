@@ -47,7 +47,7 @@ class Origin:
         self.record = record
         self.service = service
         self.backend = backend
-        self.options = _options_of(record)
+        self.options: Options = _options_of(record)
 
 
 @attrs.define(eq=False, repr=False)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare", "run"]
 
-log = logging.getLogger("aiouffd.pager")
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 _FAREWELL = 0.5  # seconds for the last messages to be sent
 _FIRST = 0.01  # seconds for sources to be opened again, before requests are read
