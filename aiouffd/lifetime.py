@@ -1,4 +1,4 @@
-"""How what a process holds ends: when its interpreter ends, and in the children that it forks."""
+"""How what a process holds ends: with its interpreter, in the children that it forks, and when a task is canceled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["close_in_children", "until_exit"]
+__all__ = ["close_in_children", "uninterrupted", "until_exit"]
 
 
 class _Closable(Protocol):
@@ -38,6 +38,18 @@ def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None
             finalizer(self)
 
     return finalize
+
+
+async def uninterrupted(work: Callable[[], object]) -> None:
+    """Have a thread do work that blocks. Canceling waits for its end, so that what it has made can be closed."""
+    import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise
 
 
 def close_in_children(held: _Held) -> _Held:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -64,6 +67,35 @@ def test_what_is_stale_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(FileExistsError, match="not a socket"):
         SocketFile(path)
+
+
+def test_a_name_that_is_there_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may wait for the name and connect at once."""
+    path = tmp_path / "s"
+    seen = []
+
+    def listen(listener: socket.socket, backlog: int) -> None:
+        seen.append(path.exists())
+        super(socket.socket, listener).listen(backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", listen)
+    with SocketFile(path):
+        assert seen == [False]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_bound_to_is_removed(tmp_path: Path) -> None:
+    """It has no name of its own yet. One that listens, and a file, have such a name and stay."""
+    killed = "import os, socket, sys; from aiouffd.server import listener\n"
+    killed += "socket.socket.listen = lambda *_: os.kill(os.getpid(), 9)\nlistener.SocketFile(sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path / "s"], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    kept = [left.with_name(left.name + "-listens"), left.with_name(left.name + "-file")]
+    kept[1].touch()
+    with SocketFile(kept[0]):
+        assert sorted(tmp_path.iterdir()) == sorted(kept)
+        with SocketFile(tmp_path / "s") as file:
+            assert sorted(tmp_path.iterdir()) == sorted([*kept, file.path])
 
 
 def test_a_listener_that_is_busy_is_not_waited_for(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from aiouffd.handoff.receive import receive, require_userfaultfd
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 END = struct.pack("=I", 0x52535446)
 
@@ -44,6 +44,14 @@ def connect(directory: Path) -> socket.socket:
         client.close()
         raise
     return client
+
+
+@contextlib.asynccontextmanager
+async def connected(directory: Path, within: float = 10) -> AsyncIterator[tuple[LazyPagesSocket, socket.socket]]:
+    """Yield a socket and what has connected to it."""
+    async with LazyPagesSocket(directory, timeout=within) as lazy:
+        with connect(directory) as client:
+            yield lazy, client
 
 
 def hand_over(client: socket.socket, *descriptors: int, data: bytes = b"\0") -> None:
@@ -84,7 +92,7 @@ def uffd() -> Iterator[Userfaultfd]:
 
 async def test_two_tasks_and_a_zombie(tmp_path: Path, uffd: Userfaultfd) -> None:
     """Each task comes with its descriptor, close-on-exec; a zombie has none; the end mark is the end."""
-    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+    async with connected(tmp_path) as (lazy, client):
         client.sendall(pid(10))
         hand_over(client, uffd.fileno())
         client.sendall(pid(-11))
@@ -107,7 +115,7 @@ async def test_two_tasks_and_a_zombie(tmp_path: Path, uffd: Userfaultfd) -> None
 
 async def test_tasks_come_as_they_are_sent(tmp_path: Path, uffd: Userfaultfd) -> None:
     """A task is given before the next one has sent anything: it may fault before the end mark."""
-    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+    async with connected(tmp_path) as (lazy, client):
         tasks = lazy.tasks()
         for number in (5, 6):
             for byte in pid(number):  # however it is cut
@@ -149,7 +157,7 @@ _BROKEN: dict[str, tuple[list[bytes | str], str]] = {
 async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) -> None:
     """Each is a `HandoffError` that says what was wrong, and no descriptor of it stays open."""
     steps, complaint = _BROKEN[what]
-    with LazyPagesSocket(tmp_path, timeout=5) as lazy:
+    async with LazyPagesSocket(tmp_path, timeout=5) as lazy:
         before = descriptors()
         with connect(tmp_path) as client:
             for step in steps:
@@ -181,7 +189,7 @@ async def test_what_is_never_sent(tmp_path: Path, uffd: Userfaultfd, what: str) 
 async def test_silence_behind_a_pid(tmp_path: Path) -> None:
     """A descriptor that does not come, or the rest of a number, is an error in bounded time."""
     for sent, complaint in ((pid(7), "nothing after the pid 7"), (pid(7)[:3], r"nothing for .* within a number")):
-        with LazyPagesSocket(tmp_path, timeout=0.05) as lazy, connect(tmp_path) as client:
+        async with connected(tmp_path, within=0.05) as (lazy, client):
             client.sendall(sent)
             with pytest.raises(HandoffError, match=complaint):
                 await all_of(lazy)
@@ -189,7 +197,7 @@ async def test_silence_behind_a_pid(tmp_path: Path) -> None:
 
 async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
     """Nothing may come there."""
-    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+    async with connected(tmp_path) as (lazy, client):
         client.sendall(END + b"x")
         assert await all_of(lazy) == []
         with pytest.raises(HandoffError, match="after the end mark"):
@@ -198,7 +206,7 @@ async def test_more_behind_the_end_mark(tmp_path: Path) -> None:
 
 async def test_one_connection_only(tmp_path: Path) -> None:
     """The second is refused, and does not wait."""
-    with LazyPagesSocket(tmp_path) as lazy, connect(tmp_path) as client:
+    async with connected(tmp_path) as (lazy, client):
         client.sendall(END)
         await all_of(lazy)
         with pytest.raises(ConnectionRefusedError):
@@ -219,29 +227,29 @@ async def test_canceling_loses_nothing(uffd: Userfaultfd) -> None:
         os.close(found[0])
 
 
-def test_the_socket_file(tmp_path: Path) -> None:
+async def test_the_socket_file(tmp_path: Path) -> None:
     """Mode 0600; one that was left is replaced, anything else is not; a long path works; closing removes it."""
-    with LazyPagesSocket(tmp_path) as first:
+    async with LazyPagesSocket(tmp_path) as first:
         assert stat.S_IMODE(first.path.stat().st_mode) == 0o600
         with pytest.raises(OSError, match="another server listens there"):
-            LazyPagesSocket(tmp_path)
+            await LazyPagesSocket(tmp_path).__aenter__()
         connect(tmp_path).close()
     assert not first.path.exists()
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(first.path))
-    with LazyPagesSocket(tmp_path):
+    async with LazyPagesSocket(tmp_path):
         connect(tmp_path).close()
     assert not first.path.exists()
     first.path.write_text("mine")
     with pytest.raises(HandoffError, match="in the way"):
-        LazyPagesSocket(tmp_path)
+        await LazyPagesSocket(tmp_path).__aenter__()
     assert first.path.read_text() == "mine"
     with pytest.raises(FileNotFoundError):
-        LazyPagesSocket(tmp_path / "nowhere")
+        await LazyPagesSocket(tmp_path / "nowhere").__aenter__()
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
     before = descriptors()
-    with LazyPagesSocket(deep) as far:
+    async with LazyPagesSocket(deep) as far:
         assert stat.S_ISSOCK(far.path.stat().st_mode)
     assert not descriptors() - before  # what other tests have left may be collected meanwhile
     assert not list(deep.iterdir())
@@ -249,10 +257,10 @@ def test_the_socket_file(tmp_path: Path) -> None:
 
 async def test_a_second_daemon_costs_the_first_nothing(tmp_path: Path) -> None:
     """The only connection that it takes is CRIU's."""
-    with LazyPagesSocket(tmp_path) as first:
+    async with LazyPagesSocket(tmp_path) as first:
         for _ in range(3):
             with pytest.raises(OSError, match="another server listens there"):
-                LazyPagesSocket(tmp_path)
+                await LazyPagesSocket(tmp_path).__aenter__()
         with connect(tmp_path) as criu:
             criu.sendall(END)
             assert await all_of(first) == []
@@ -270,7 +278,7 @@ def open_to_all() -> Iterator[str]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user needs root")
 async def test_another_user(open_to_all: str) -> None:
     """Whoever can connect is still not the restore, unless it is root, or this user."""
-    with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
+    async with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
         code = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(lazy.path))
         with pytest.raises(HandoffError, match="is neither of this user nor of root"):
@@ -288,22 +296,23 @@ _steps = st.lists(
 
 async def answer(steps: list[bytes | str]) -> None:
     """Play a client; whatever it sends ends in the end mark or in a `HandoffError`."""
-    with tempfile.TemporaryDirectory() as name, LazyPagesSocket(name, timeout=5) as lazy:
-        with connect(Path(name)) as client, Userfaultfd(user_mode_only=True) as one:
-            for step in steps:
-                if isinstance(step, bytes):
-                    client.sendall(step)
-                else:
-                    hand_over(client, one.fileno())
-        taken: list[RestoredTask] = []
-        try:
-            await gather(lazy, taken)
-        except HandoffError:
-            assert not lazy.finished
-        else:
-            assert lazy.finished
-        for task in taken:
-            os.close(task.fd)
+    with tempfile.TemporaryDirectory() as name:
+        async with connected(Path(name), within=5) as (lazy, client):
+            with client, Userfaultfd(user_mode_only=True) as one:
+                for step in steps:
+                    if isinstance(step, bytes):
+                        client.sendall(step)
+                    else:
+                        hand_over(client, one.fileno())
+            taken: list[RestoredTask] = []
+            try:
+                await gather(lazy, taken)
+            except HandoffError:
+                assert not lazy.finished
+            else:
+                assert lazy.finished
+            for task in taken:
+                os.close(task.fd)
 
 
 async def survives(steps: list[bytes | str]) -> None:

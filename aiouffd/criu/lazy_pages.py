@@ -21,6 +21,7 @@ from aiouffd.errors import HandoffError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.process.serialization import Pickles
@@ -111,7 +112,7 @@ class LazyPages:
         )
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._leave)
-            await asyncio.to_thread(self._pager.start)
+            await uninterrupted(self._pager.start)
             self._relay = await stack.enter_async_context(Relay())
             pids = await asyncio.to_thread(self._pids)
             if self._address is not None:
@@ -120,7 +121,8 @@ class LazyPages:
                     header = await asyncio.to_thread(self._find_header, pids)
                 self._server = await stack.enter_async_context(CriuPageServer(*self._address, header=header))
             await self._prepare(pids)
-            socket = stack.enter_context(LazyPagesSocket(self._work))  # last: whoever finds it is served at once
+            # Last: whoever finds the socket is served at once.
+            socket = await stack.enter_async_context(LazyPagesSocket(self._work))
             ready()
             async for task in socket.tasks():
                 await self._serve(task)

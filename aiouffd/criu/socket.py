@@ -25,6 +25,7 @@ import attrs
 
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.receive import Peer, receive, require_userfaultfd
+from aiouffd.lifetime import uninterrupted
 from aiouffd.server.listener import SocketFile
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class RestoredTask:
 
 
 class LazyPagesSocket:
-    """Listens for one `criu restore --lazy-pages`. A context manager that closes and removes the socket.
+    """Listens for one `criu restore --lazy-pages`. An async context manager that makes and removes the socket.
 
     Args:
         directory: CRIU's work directory (its `-W`, or else `-D`). Replaces a socket that nobody listens on.
@@ -67,9 +68,6 @@ class LazyPagesSocket:
         peer: the process that connected; None before that.
         finished: whether the end mark was received: all processes are restored and run.
 
-    Raises:
-        HandoffError: the name belongs to something that is no socket.
-        OSError: the socket cannot be made. EADDRINUSE: another daemon listens there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, timeout: float = 10.0, mode: int = 0o600) -> None:
@@ -77,11 +75,32 @@ class LazyPagesSocket:
         self.peer: Peer | None = None
         self.finished: bool = False
         self._timeout = timeout
+        self._mode = mode
+        self._file: SocketFile | None = None
         self._connection: socket.socket | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listen. Canceling is safe.
+
+        Raises:
+            HandoffError: the name belongs to something that is no socket.
+            OSError: the socket cannot be made. EADDRINUSE: another daemon listens there.
+        """
         try:
-            self._file = SocketFile(self.path, mode=mode, backlog=1)
+            await uninterrupted(self._listen)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _listen(self) -> None:
+        try:
+            self._file = SocketFile(self.path, mode=self._mode, backlog=1)
         except FileExistsError as error:
             raise HandoffError(str(self.path), error.strerror or str(error)) from None
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
     async def tasks(self) -> AsyncIterator[RestoredTask]:
         """Wait for CRIU and yield each process as it is sent, until the end mark. Call it once.
@@ -123,18 +142,14 @@ class LazyPagesSocket:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._file is not None:
+            self._file.close()
 
     def __repr__(self) -> str:
         return f"<LazyPagesSocket {str(self.path)!r}>"
 
     async def _accept(self) -> socket.socket:
+        assert self._file is not None
         connection, _ = await asyncio.get_running_loop().sock_accept(self._file.listener)
         connection.setblocking(False)
         self._file.listener.close()  # so that a second connection is refused and does not wait

@@ -31,10 +31,11 @@ from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.errors import BusyError, ClosedError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
+from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
-from aiouffd.monitor.engines.protocol import Assignment, Terms, uninterrupted
+from aiouffd.monitor.engines.protocol import Assignment, Terms
 from aiouffd.monitor.entered import Entered
 from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.held import Held

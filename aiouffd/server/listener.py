@@ -1,9 +1,13 @@
 """The socket file of a listener: made with its mode, in place of a stale one, and removed at the end.
 
+A client may wait for the name and connect at once, so a name that is there must be one that listens. bind(2) comes
+before listen(2). So the socket is bound to a name of its own, which ss(8) shows, and gets the one that was asked for by
+link(2) when it listens. link(2) replaces nothing.
+
 Several processes may make a socket of the same name at the same moment. Two that find a stale socket would each remove
-what is there, and one of them the other's new one. So a process that makes a socket locks its directory (flock) from
-bind(2) to listen(2): between these two, a new socket looks stale. At the end a process removes the socket that it made,
-and not another one that has the name by then.
+what is there, and one of them the other's new one. So a process locks the directory (flock) meanwhile. It removes the
+sockets that others were bound to there: they were killed. At the end a process removes the socket that it made, and not
+another one that has the name by then.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import socket
 import stat
 import time
@@ -25,6 +30,7 @@ __all__ = ["SocketFile"]
 
 _MAX_ADDRESS = 107  # bytes of sockaddr_un.sun_path, without its NUL
 _LOCK_TIMEOUT = 1.0  # seconds
+_BOUND = ".aiouffd-socket-"  # the names that sockets are bound to begin so
 
 
 class SocketFile:
@@ -50,10 +56,10 @@ class SocketFile:
         try:
             # bind(2) gives the file the mode of the socket, less the umask: at no moment can others connect.
             os.fchmod(self.listener.fileno(), mode)
-            with _locked(self.path.parent), self._address() as address:
-                self._bind(address)
-                self._identity = _set_mode(self.path, mode)
-                self.listener.listen(backlog)
+            with _locked(self.path.parent) as locked, self._addresses() as (bound, wanted):
+                if locked:
+                    _remove_left(bound.parent)
+                self._listen(bound, wanted, mode, backlog)
             self.listener.setblocking(False)
         except OSError as error:
             self.close()
@@ -77,48 +83,67 @@ class SocketFile:
         self.close()
 
     @contextlib.contextmanager
-    def _address(self) -> Iterator[str]:
-        """Yield a name of the file that fits into a socket address: a long path goes by its directory's descriptor."""
-        if len(os.fsencode(self.path)) <= _MAX_ADDRESS:
-            yield str(self.path)
+    def _addresses(self) -> Iterator[tuple[Path, Path]]:
+        """Yield the name to bind to and that of the file; if they are too long, by their directory's descriptor."""
+        directory, name = self.path.parent, _BOUND + secrets.token_hex(8)
+        if _fit(directory / name, self.path):
+            yield directory / name, self.path
             return
-        directory = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            address = f"/proc/self/fd/{directory}/{self.path.name}"
-            if len(os.fsencode(address)) > _MAX_ADDRESS:
+            directory = Path(f"/proc/self/fd/{fd}")
+            if not _fit(directory / name, directory / self.path.name):
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-            yield address
+            yield directory / name, directory / self.path.name
         finally:
-            os.close(directory)
+            os.close(fd)
 
-    def _bind(self, address: str) -> None:
+    def _listen(self, bound: Path, wanted: Path, mode: int, backlog: int) -> None:
+        self.listener.bind(str(bound))
         try:
-            self.listener.bind(address)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale(address)
-            self.listener.bind(address)
+            self._identity = _set_mode(bound, mode)
+            self.listener.listen(backlog)
+            _link(bound, wanted)
+        finally:
+            bound.unlink()
 
 
-def _remove_stale(address: str) -> None:
+def _fit(*paths: Path) -> bool:
+    return all(len(os.fsencode(path)) <= _MAX_ADDRESS for path in paths)
+
+
+def _link(bound: Path, wanted: Path) -> None:
+    while True:
+        try:
+            return wanted.hardlink_to(bound)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # just removed
+                _remove_stale(wanted)
+
+
+def _remove_left(directory: Path) -> None:
+    """Remove what processes were bound to that were killed before they were done."""
+    for left in directory.glob(f"{_BOUND}*"):
+        with contextlib.suppress(OSError):
+            _remove_stale(left)
+
+
+def _remove_stale(path: Path) -> None:
     """Remove a socket on which nobody listens.
 
     Raises:
-        OSError: EADDRINUSE: somebody does. EEXIST: it is not a socket.
+        OSError: EADDRINUSE: somebody does. EEXIST: it is not a socket. ENOENT: it has gone.
     """
-    if not stat.S_ISSOCK(os.lstat(address).st_mode):
+    if not stat.S_ISSOCK(path.lstat().st_mode):
         raise FileExistsError(errno.EEXIST, "is in the way: it is not a socket")
     # The type differs from that of any listener. So a process that listens gets no connection, which may be the only
     # one that it takes.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(address)
+            probe.connect(str(path))
         except ConnectionRefusedError:
-            os.unlink(address)  # noqa: PTH108 - its directory may be known by a descriptor only
-        except FileNotFoundError:  # just removed
-            return
+            path.unlink()
         except PermissionError:
             raise OSError(errno.EADDRINUSE, "belongs to another user, who may be listening") from None
         except OSError as error:
@@ -138,21 +163,26 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lock a directory against others who do the same; not for long: whoever can read a directory can lock it."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory against others who do the same. Yield whether it is locked.
+
+    It is not waited for long: whoever can read a directory can lock it.
+    """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:  # it may be writable, and not readable
-        yield
+        yield False
         return
+    locked = False
     try:
         end = time.monotonic() + _LOCK_TIMEOUT
-        while time.monotonic() < end:
-            with contextlib.suppress(BlockingIOError):
+        while not locked and time.monotonic() < end:
+            try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        yield
+                locked = True
+            except BlockingIOError:
+                time.sleep(0.01)
+        yield locked
     finally:
         os.close(fd)
 

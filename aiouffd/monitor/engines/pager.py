@@ -11,8 +11,9 @@ import attrs
 from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
-from aiouffd.monitor.engines.protocol import positive_or_none, uninterrupted
+from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.pair import START_TIMEOUT
 from aiouffd.pager.client.shared import Pagers, place

@@ -19,25 +19,13 @@ if TYPE_CHECKING:
     from aiouffd.kernel.region import LayoutListener
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none", "uninterrupted"]
+__all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none"]
 
 
 def positive_or_none(_: object, attribute: attrs.Attribute[Any], value: float | None) -> None:
     """Refuse a number of seconds that is not above 0."""
     if value is not None and not value > 0:
         raise ValueError(f"{attribute.name!r} must be > 0, or None: {value}")
-
-
-async def uninterrupted(work: Callable[[], object]) -> None:
-    """Have a thread do work that blocks. Canceling waits for its end."""
-    import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
-
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await running
-        raise
 
 
 class Terms(NamedTuple):
