@@ -23,6 +23,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
 from aiouffd.handoff.json_lines import VERSION
 from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.serialization import Pickles
 from aiouffd.server.clients import Client, Conversation, Handed
@@ -149,17 +150,18 @@ class Server:
             pickles=Pickles.ALWAYS,
         )
         try:
-            listener = await asyncio.to_thread(self._prepare)
+            await uninterrupted(self._prepare)
         except BaseException:
             await asyncio.to_thread(self._pager.stop)
             self._close_listener()
             raise
         self._started = True
-        self._reception.open(listener)
+        assert self._listener is not None
+        self._reception.open(self._listener)
         return self
 
-    def _prepare(self) -> socket.socket:
-        """Do what blocks of entering; return the socket."""
+    def _prepare(self) -> None:
+        """Do what blocks of entering."""
         self._services.check()
         if self._listener is None:
             assert self._path is not None
@@ -167,7 +169,6 @@ class Server:
             self._listener = self._file.listener
         self._listener.setblocking(False)
         self._pager.start()
-        return self._listener
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

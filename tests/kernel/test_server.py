@@ -26,6 +26,7 @@ from served import MIB, Serve, client, descriptors, hand_over, worker_of
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.pager.client.client import PagerClient
 from aiouffd.server import server as module
 from aiouffd.server.server import Server
 
@@ -353,6 +354,33 @@ async def left_while_opening(directory: str) -> None:
 def test_a_client_that_is_just_being_opened_is_served_on(tmp_path: Path, loop: str) -> None:
     """The pager goes on without the server; it was killed, and the client waited for ever."""
     play(left_while_opening, str(tmp_path), loop=loop, deadline=30)
+
+
+async def test_entering_that_is_canceled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pager that is just being started ends, and the socket is removed."""
+    entered, go = asyncio.Event(), threading.Event()
+    loop, start = asyncio.get_running_loop(), PagerClient.start
+    pids: list[int] = []
+
+    def slow(client: PagerClient) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        assert go.wait(60)
+        start(client)
+        pids.extend(client.pids)
+
+    monkeypatch.setattr(PagerClient, "start", slow)
+    server = Server(aiouffd.ZeroSource(PAGE), tmp_path / "s")
+    entering = asyncio.create_task(server.__aenter__())
+    await entered.wait()
+    entering.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert pids
+    for pid in pids:
+        await asyncio.to_thread(eventually, Path(f"/proc/{pid}").exists, expected=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def three(path: str) -> None:
