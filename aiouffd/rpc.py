@@ -22,7 +22,7 @@ from aiouffd.errors import HandoffError, PagerError, decode_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["LAST_REQUEST", "Request", "Requests"]
+__all__ = ["LAST_REQUEST", "Request", "Requests", "all_of"]
 
 LAST_REQUEST = 2.0
 """Seconds for the answers to what is asked on leaving. The memory is settled without them, too."""
@@ -166,3 +166,24 @@ class Requests:
             pending, self._pending = self._pending, {}
         for request in pending.values():
             request.fail(error)
+
+
+def all_of(futures: Sequence[Future[Any]]) -> Future[Any]:
+    """Return a future that is done when all of some are, or when one has failed."""
+    if len(futures) == 1:
+        return futures[0]
+    whole: Future[Any] = Future()
+    left = itertools.count(len(futures) - 1, -1)
+
+    def done(future: Future[Any]) -> None:
+        with contextlib.suppress(InvalidStateError):
+            if (error := future.exception()) is not None:
+                whole.set_exception(error)
+            elif not next(left):
+                whole.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(done)
+    if not futures:
+        whole.set_result(None)
+    return whole

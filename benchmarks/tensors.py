@@ -136,7 +136,7 @@ def _rows(size: int, replay: Path | None = None, record: Path | None = None) -> 
         with aiouffd.open(f"http://127.0.0.1:{port}/file", readahead=0, replay=replay, record=record) as region:
             file = formats.Npy(region)
             if replay is None and record is None:
-                file.prefetch_tensor_sync(*(file.array[row] for row in rows))
+                file.prefetch_rows_sync("array", rows)
             assert np.array_equal(file.array[rows].sum(axis=1), rows.astype(np.float32))
             return time.perf_counter() - before
 
@@ -191,7 +191,7 @@ def tensor_rows(*, quick: bool) -> Iterator[Row]:
         _rows(table, record=trace)
         peer = f"obstore, {_AT_ONCE} at once"
         for name, words, setup, replay, bar in (
-            ("rows", "", "formats.Npy, prefetch_tensor, readahead=0", None, 1.2),
+            ("rows", "", "formats.Npy, prefetch_rows, readahead=0", None, 1.2),
             ("rows-replay", ", replayed from a recording", "readahead=0, replay=", trace, 0.2),
         ):
             yield Row(

@@ -27,7 +27,7 @@ async def look_up(url: str, rows: list[int], nearest: int) -> None:
         table = file.array
         rows = rows or [int(row) for row in np.random.default_rng(1).integers(0, len(table), 100)]
         # All rows at once: touches would wait for one page after the other.
-        await file.prefetch_tensor(*(table[row] for row in rows))
+        await file.prefetch_rows("array", rows)
         vectors = table[rows]
         print(f"{len(rows)} of {len(table):,} rows, after {time.perf_counter() - began:.3f} s")
         for row, score in sorted(zip(rows, vectors @ vectors[0], strict=True), key=lambda pair: -pair[1])[:nearest]:

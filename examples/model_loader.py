@@ -57,7 +57,7 @@ class Loader:
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, tensor), in the order of the index; the next ones are on their way."""
-        coming: deque[tuple[str, Any, list[Any]]] = deque()
+        coming: deque[tuple[str, Any, Any]] = deque()
         for name in self.files:
             part = self.part(name)
             coming.append((name, part, self.shards[self.files[name]].ask_for_tensor(part)))
@@ -67,10 +67,9 @@ class Loader:
             yield self.come(*coming.popleft())
 
     @staticmethod
-    def come(name: str, part: Any, waiting: list[Any]) -> tuple[str, Any]:
+    def come(name: str, part: Any, coming: Any) -> tuple[str, Any]:
         """Return a tensor that is all there."""
-        for each in waiting:
-            each.result()
+        coming.result()
         return name, part
 
     def fetched(self) -> tuple[int, int]:

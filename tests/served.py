@@ -127,6 +127,9 @@ def client(path: str, size: int, *, kill: str = "") -> None:
     with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         monitor.prefetch_sync(0, MIB)
         assert monitor.pids == ()
+        if not kill:  # by more requests than one, if there are 4,096 pages
+            monitor.prefetch_sync(aiouffd.Range(page * PAGE, PAGE) for page in range(MIB // PAGE, size // PAGE, 2))
+            assert sum(each.length for each in monitor.residency()) == (size + MIB) // 2
         for number, page in enumerate(pages):
             assert region[page * PAGE : page * PAGE + 8] == word(page)
             if number == 500 and kill:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pattern import PAGE
 
+from aiouffd.engine.ahead.fill import prefetch
 from aiouffd.engine.allowance import Allowance, Allowances, Bucket, allowed
 from aiouffd.engine.statistics import Counter, Counters
 
@@ -187,7 +188,7 @@ async def test_a_prefetch_waits(*, handler: bool) -> None:
     rig.allowance.enter(world.space, rig)
     rig.allowance.read(8)
     async with world.dispatched():
-        task = asyncio.create_task(world.backend.prefetch(world.space, 0, SIZE))
+        task = asyncio.create_task(prefetch(world.space, [(0, SIZE)]))
         await turns(20)
         assert not world.uffd.pages
         rig.later(2.0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
-from typing import Any
+import io
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from array_files import npz, region_of, tensors
 
 import aiouffd
-from aiouffd import formats
-from aiouffd.formats import Npz, Safetensors
+from aiouffd.formats import Npy, Npz, Safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PAGE = 4096
 TABLE = np.arange(64 * PAGE, dtype=np.uint8).reshape(64, PAGE)
@@ -25,21 +28,25 @@ class Asked:
 
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
+        self.requests = 0
         self.origin = "the origin"
 
-    def ask_for(self, start: int, length: int) -> concurrent.futures.Future[None]:
+    def ask_for(self, ranges: Iterable[aiouffd.Range]) -> concurrent.futures.Future[None]:
         """Return what is done."""
-        self.ranges.append((start, length))
+        self.prefetch_sync(ranges)
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
         future.set_result(None)
         return future
 
-    def prefetch_sync(self, start: int, length: int) -> None:
-        """Nothing is missing."""
+    def prefetch_sync(self, ranges: Iterable[aiouffd.Range]) -> None:
+        """Bring nothing."""
+        self.requests += 1
+        self.ranges += [(each.start, each.length) for each in ranges]
 
     def taken(self) -> list[tuple[int, int]]:
-        """Return what was asked for since the last call."""
-        ranges, self.ranges = self.ranges, []
+        """Return what was asked for since the last call, by one request."""
+        assert self.requests == 1
+        ranges, self.ranges, self.requests = self.ranges, [], 0
         return ranges
 
 
@@ -72,7 +79,7 @@ def test_a_prefetch_is_of_whole_pages(file: Any) -> None:
     assert asked.taken() == [pages(at + row * PAGE, 7) for row in (0, 30, 60)]
     file.prefetch_tensor_sync("end")
     assert asked.taken() == [pages(file.info("end").start, 10)]
-    assert [future.result() for future in file.ask_for_tensor("table", file["end"])] == [None]
+    file.ask_for_tensor("table", file["end"]).result()
     assert asked.taken() == [pages(at, 64 * PAGE + 10)]
     file.prefetch_tensor_sync()
     assert asked.taken() == []
@@ -91,28 +98,26 @@ def test_what_is_not_on_the_region(file: Any) -> None:
             file.prefetch_tensor_sync(array)
     with pytest.raises(KeyError):
         file.prefetch_tensor_sync("tables")
-    assert file.region.monitor.taken() == []
+    assert not file.region.monitor.requests
 
 
-def test_many_ranges_are_not_asked_for_at_once() -> None:
-    """256 are under way at the most: the others wait for those before them."""
-    region = region_of(bytes(2000 * PAGE))
-    file: Any = formats.ArrayFile(region)
-    under_way: list[concurrent.futures.Future[None]] = []
-
-    class Slow(Asked):
-        def ask_for(self, start: int, length: int) -> concurrent.futures.Future[None]:
-            under_way.append(concurrent.futures.Future())
-            return under_way[-1]
-
-    region.monitor = Slow()
-    array = np.frombuffer(region, np.uint8).reshape(-1, 2 * PAGE)[:, :1]
-    most = 0
-    for future in file._ask_for(file._ranges((array,))):
-        most = max(most, sum(not each.done() for each in under_way))
-        future.set_result(None)
-    assert len(under_way) == 1000
-    assert most == 257
+async def test_rows(file: Any) -> None:
+    """Are what an index with the same list copies: in any order, from the end, in Fortran's order; once each."""
+    at, asked = file.info("table").start, file.region.monitor
+    file.prefetch_rows_sync("table", np.array([40, 5, -58, 5]))
+    assert asked.taken() == [pages(at + 5 * PAGE, 2 * PAGE), pages(at + 40 * PAGE, PAGE)]
+    await file.prefetch_rows("end", [9])
+    assert asked.taken() == [pages(file.info("end").start + 9, 1)]
+    for rows in ([64], [0, -65]):
+        with pytest.raises(IndexError, match=r"'table' of the shape \(64, 4096\) has no row"):
+            file.prefetch_rows_sync("table", rows)
+    content = io.BytesIO()
+    np.save(content, np.asfortranarray(TABLE.T))  # a column is in one piece
+    region = region_of(content.getvalue())
+    fortran = Npy(region)
+    region.monitor = Asked()
+    fortran.prefetch_rows_sync("array", [-4096])
+    assert region.monitor.taken() == [(0, 64 * PAGE)]
     region.monitor = None
 
 

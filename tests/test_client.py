@@ -48,13 +48,13 @@ def test_requests_while_others_take_over() -> None:
     client._requests.held = True
     tenant = cast("Tenant", FakeTenant())
     for _ in range(10_000):
-        client.request("prefetch", tenant, offset=0, length=0)
+        client.request("prefetch", tenant, ranges=[])
     done = threading.Event()
 
     def ask() -> None:
         while not done.is_set():
             client._requests.held = True
-            client.request("prefetch", tenant, offset=0, length=0)
+            client.request("prefetch", tenant, ranges=[])
             with client._requests.lock:
                 client._requests.forget(client._requests.pending[:1])
 

@@ -26,7 +26,12 @@ async def what_has_come(engine: str) -> None:
         assert monitor.residency() == []
         assert monitor.progress() == Progress(SIZE, 0, 0.0, None)
         await monitor.prefetch(3 * PAGE, 5 * PAGE)
-        await monitor.prefetch(9 * PAGE, 1)
+        await monitor.prefetch([Range(10 * PAGE - 1, 1), Range(3 * PAGE, PAGE), Range(4 * PAGE - 9, 9), Range(SIZE, 0)])
+        await asyncio.wrap_future(monitor.ask_for(item for item in monitor.residency()))
+        wrong: Any = [((0,), TypeError), (([], 5), TypeError), (([Range(0, 1), Range(SIZE, 1)],), ValueError)]
+        for arguments, error in wrong:
+            with pytest.raises(error):
+                await monitor.prefetch(*arguments)
         assert monitor.residency() == [Range(3 * PAGE, 5 * PAGE), Range(9 * PAGE, PAGE)]
         now = monitor.progress()
         assert (now.total, now.resident) == (SIZE, 6 * PAGE)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from engine_world import BASE, ELSEWHERE, SIZE, World, turns
 from pattern import PAGE, content
 
-from aiouffd.engine.ahead.fill import complete
+from aiouffd.engine.ahead.fill import complete, prefetch
 from aiouffd.engine.runs import FOR_FAULT
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.handler import Batch, Fault, Handler
@@ -362,8 +362,7 @@ async def test_what_is_prefetched_is_asked_for_like_a_fault(monkeypatch: pytest.
         await fill(fault, batch)
 
     world = World(0, source=Does(work))
-    backend: Any = world.backend
-    task = asyncio.create_task(backend.prefetch(world.space, 3 * PAGE, 5 * PAGE))
+    task = asyncio.create_task(prefetch(world.space, [(3 * PAGE, 5 * PAGE)]))
     await turns()
     assert len(asked) == 2
     through.set()
@@ -394,9 +393,8 @@ async def test_a_prefetch_ends_with_the_first_that_fails(monkeypatch: pytest.Mon
 
     handler = Does(work)
     world = World(0, source=handler)
-    backend: Any = world.backend
     with pytest.raises((HandlerError, ClosedError)) as caught:
-        await backend.prefetch(world.space, 3 * PAGE, 8 * PAGE)
+        await prefetch(world.space, [(3 * PAGE, 8 * PAGE)])
     assert asked == [3, 4]
     if how in ("raises", "poisons"):
         reason = "raised ValueError: no" if how == "raises" else "poisoned it"
@@ -436,7 +434,7 @@ async def test_a_recording_sees_what_was_asked_for() -> None:
     world.space.backend = backend
     await touched(world, 5, 2)
     assert sorted(touched_) == [2 * PAGE, 5 * PAGE]
-    await backend.prefetch(world.space, 0, SIZE)
+    await prefetch(world.space, [(0, SIZE)])
     assert len(touched_) == 2
     assert FOR_FAULT.errors is None
 

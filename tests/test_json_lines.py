@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.handoff.json_lines import Lines, line
+from aiouffd.handoff.json_lines import MOST_RANGES, Lines, line, ranges_of
 
 _messages = st.lists(
     st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.none(), st.lists(st.booleans()))),
@@ -49,3 +49,28 @@ def test_a_line_without_end_is_refused() -> None:
     assert list(lines.feed(b" " * (64 << 10))) == []
     with pytest.raises(ValueError, match="more than 65536 bytes"):
         list(lines.feed(b" "))
+
+
+def test_the_ranges_of_a_prefetch() -> None:
+    """They are bounded by what the client has, however often it asks for the same; what is none is refused."""
+    far = 1 << 60
+    asked: list[list[Any]] = [[8192, 4096], [0, 10], [0, 10], [4096, far], [far, far]]
+    assert ranges_of({"ranges": asked}, 16384) == [(0, 10), (4096, 12288)]
+    assert ranges_of({"ranges": []}, 16384) == []
+    most = line({"id": 1 << 60, "op": "prefetch", "ranges": [[far, far]] * MOST_RANGES})
+    assert len(list(Lines().feed(most))) == 1
+    refused: list[Any] = [
+        [[-1, 1]],
+        [[True, 1]],
+        [[0, 1e9]],
+        [[0]],
+        [0, 1],
+        [{}],
+        {},
+        5,
+        None,
+        [[0, 1]] * (MOST_RANGES + 1),
+    ]
+    for wrong in refused:
+        with pytest.raises(ValueError, match="range"):
+            ranges_of({"ranges": wrong}, 16384)

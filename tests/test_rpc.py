@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from aiouffd.errors import ClosedError, HandoffError, PagerError, SourceError, encode_error
-from aiouffd.rpc import Request, Requests
+from aiouffd.rpc import Request, Requests, all_of
 
 
 class Peer:
@@ -156,3 +157,18 @@ def test_some_requests_fail() -> None:
     peer.requests.answer({"id": 1, "ok": 1})
     peer.requests.answer({"id": 2, "ok": 2})
     assert second.result(0) == 2
+
+
+def test_all_of_some_requests() -> None:
+    """They are done with the last, failed with the first that fails, and done at once if there are none."""
+    first, second, third = [Future[Any]() for _ in range(3)]
+    assert all_of([first]) is first
+    assert all_of([]).done()
+    both, failing = all_of([first, second]), all_of([first, third, second])
+    first.set_result(1)
+    assert not both.done()
+    third.set_exception(ClosedError("left"))
+    assert isinstance(failing.exception(0), ClosedError)
+    second.set_result(2)
+    assert both.done()
+    assert both.exception(0) is None

@@ -10,6 +10,7 @@ import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.ahead.fill import prefetch
 from aiouffd.engine.allowance import Allowance
 from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
@@ -40,7 +41,7 @@ async def test_a_window_larger_than_a_read() -> None:
     """Is brought by several, so that the bound on bytes can hold."""
     source = Held()
     world = World(SIZE, source=source, limits=limits(bytes_in_flight=16 * PAGE))
-    task = asyncio.create_task(world.backend.prefetch(world.space, 0, SIZE))
+    task = asyncio.create_task(prefetch(world.space, [(0, SIZE)]))
     for number in range(8):
         await turns(20)
         assert world.counters.snapshot().bytes_in_flight <= 16 * PAGE
@@ -75,9 +76,9 @@ async def test_prefetches_that_the_source_does_not_answer_keep_no_other_waiting(
     """A source that hangs, or pauses between its tries, for some of its pages."""
     source = Held()
     world = World(0, source=source)
-    stuck = [asyncio.create_task(world.backend.prefetch(world.space, page * PAGE, PAGE)) for page in range(4)]
+    stuck = [asyncio.create_task(prefetch(world.space, [(page * PAGE, PAGE)])) for page in range(4)]
     await turns()
-    other = asyncio.create_task(world.backend.prefetch(world.space, 8 * PAGE, PAGE))
+    other = asyncio.create_task(prefetch(world.space, [(8 * PAGE, PAGE)]))
     await turns()
     assert [read[0] // PAGE for read in source.reads] == [0, 1, 2, 3, 8]
     source.answer(4)
@@ -195,7 +196,7 @@ async def test_a_page_that_was_moved_and_moved_back_is_there_when_it_has_come() 
     """It is not fetched again: a page that keeps moving would be, for ever."""
     source = Held()
     world = World(8 * PAGE, source=source)
-    prefetch = asyncio.ensure_future(world.backend.prefetch(world.space, 4 * PAGE, 4 * PAGE))
+    asked = asyncio.ensure_future(prefetch(world.space, [(4 * PAGE, 4 * PAGE)]))
     await turns()
     world.move(4, 1)
     world.serve_all()
@@ -205,7 +206,7 @@ async def test_a_page_that_was_moved_and_moved_back_is_there_when_it_has_come() 
     await turns(20)
     assert world.uffd.pages == {at(page): content(page * PAGE, PAGE) for page in range(4, 8)}
     assert len(source.reads) == 1
-    assert prefetch.done()
+    assert asked.done()
 
 
 async def test_who_is_being_rescued_is_let_go_in_the_end() -> None:

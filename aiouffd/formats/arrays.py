@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections import deque
+import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -17,13 +18,10 @@ from aiouffd.ranges import RangeSet, align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from concurrent.futures import Future
 
     from aiouffd.kernel.region import Region
 
 __all__ = ["ArrayEntry", "ArrayFile"]
-
-_AT_ONCE: Final = 256  # prefetches that are asked for and have not come yet
 
 
 @attrs.frozen
@@ -107,7 +105,7 @@ class ArrayFile(Mapping[str, Any]):
         return flat.reshape(entry.shape) if entry.strides is None else flat.as_strided(entry.shape, entry.strides)
 
     async def prefetch_tensor(self, *what: Any) -> None:
-        """Bring the bytes of arrays, and no others: whole pages, all at once. Faults go first.
+        """Bring the bytes of arrays, and no others: whole pages, all by one request. Faults go first.
 
         Canceling gives up waiting; what was asked for comes all the same.
 
@@ -120,8 +118,7 @@ class ArrayFile(Mapping[str, Any]):
             ValueError: an array is not on the region.
             SourceError: bytes could not be had; nothing is poisoned, what came is kept.
         """
-        for future in self._ask_for(await asyncio.to_thread(self._ranges, what)):
-            await asyncio.wrap_future(future)
+        await asyncio.wrap_future(self._ask_for(await asyncio.to_thread(self._ranges, what)))
 
     def prefetch_tensor_sync(self, *what: Any) -> None:
         """As `prefetch_tensor`, for programs without a loop.
@@ -129,32 +126,53 @@ class ArrayFile(Mapping[str, Any]):
         Raises:
             RuntimeError: this thread runs the engine's loop.
         """
-        ranges = self._ranges(what)
-        if self.region.monitor is not None and self.region.monitor.serves_here:
-            self.region.monitor.prefetch_sync(0, 0)  # refuses to wait in the thread of the loop
-        for future in self._ask_for(ranges):
-            future.result()
+        self._bring(self._ranges(what))
 
-    def ask_for_tensor(self, *what: Any) -> list[Future[Any]]:
-        """As `prefetch_tensor`, and return at once: all is there when each of these has its result.
+    async def prefetch_rows(self, name: str, rows: Iterable[int]) -> None:
+        """Bring some rows of an array, as `prefetch_tensor` does: what `file[name][rows]` copies.
+
+        Args:
+            name: of the array.
+            rows: indices along its first axis, in any order; negative ones count from its end.
+
+        Raises:
+            KeyError: the file has no array of this name.
+            IndexError: the array has no such row.
+            SourceError: bytes could not be had; nothing is poisoned, what came is kept.
+        """
+        await asyncio.wrap_future(self._ask_for(await asyncio.to_thread(self._rows, name, rows)))
+
+    def prefetch_rows_sync(self, name: str, rows: Iterable[int]) -> None:
+        """As `prefetch_rows`, for programs without a loop. RuntimeError: this thread runs the engine's loop."""
+        self._bring(self._rows(name, rows))
+
+    def ask_for_tensor(self, *what: Any) -> Future[Any]:
+        """As `prefetch_tensor`, and return at once: all is there when the future has its result.
 
         Blocks where names have to be looked up in the file (`Npz`, `Checkpoint`).
         """
-        return list(self._ask_for(self._ranges(what)))
+        return self._ask_for(self._ranges(what))
 
-    def _ask_for(self, ranges: RangeSet) -> Iterator[Future[Any]]:
-        """Ask for ranges; yield what has to be waited for."""
-        monitor = self.region.monitor
-        pending: deque[Future[Any]] = deque()
-        for each in ranges:
-            length = min(each.end, len(self.region)) - each.start
-            if monitor is None or not monitor.serves_here:
-                self.region.bring(each.start, length)
-                continue
-            pending.append(monitor.ask_for(each.start, length))
-            if len(pending) > _AT_ONCE:
-                yield pending.popleft()
-        yield from pending
+    def _bring(self, ranges: RangeSet) -> None:
+        """Have the pages there."""
+        if self._is_served:
+            self.region.monitor.prefetch_sync(ranges)
+        else:
+            self._ask_for(ranges)
+
+    def _ask_for(self, ranges: RangeSet) -> Future[Any]:
+        coming: Future[Any] = Future()
+        if self._is_served:
+            coming = self.region.monitor.ask_for(ranges)
+        else:
+            for each in ranges:
+                self.region.bring(each.start, each.length)
+            coming.set_result(None)
+        return coming
+
+    @property
+    def _is_served(self) -> bool:
+        return self.region.monitor is not None and self.region.monitor.serves_here
 
     def _ranges(self, what: tuple[Any, ...]) -> RangeSet:
         """Return the pages of names and arrays, each once. May block, where names have to be looked up in the file."""
@@ -168,12 +186,28 @@ class ArrayFile(Mapping[str, Any]):
     def _look_up(self, names: Iterable[str]) -> None:
         """Have what the file says of some arrays at hand, where it is spread over the file."""
 
-    @staticmethod
-    def _pages(found: Iterable[tuple[int, int]]) -> RangeSet:
-        """Return the pages that (start, length) ranges are on."""
-        pages = RangeSet()
+    def _rows(self, name: str, rows: Iterable[int]) -> RangeSet:
+        """Return the pages of some rows. May block, as `_ranges`."""
+        self._look_up([name])
+        entry = self.info(name)
+        count = entry.shape[0] if entry.shape else 0
+        chosen = [operator.index(row) for row in rows]
+        for row in chosen:
+            if not -count <= row < count:
+                raise IndexError(f"{name!r:.80} of the shape {entry.shape} has no row {row}")
+        size = entry.length // count if count else 0
+        if entry.strides is None:
+            return self._pages((entry.start + row % count * size, size) for row in chosen)
+        size = numpy_dtype(entry.dtype).itemsize
+        steps, shape = [step * size for step in entry.strides], (1, *entry.shape[1:])
+        firsts = (entry.start + row % count * steps[0] for row in chosen)
+        return self._pages(span for first in firsts for span in spans(first, shape, steps, size))
+
+    def _pages(self, found: Iterable[tuple[int, int]]) -> RangeSet:
+        """Return the pages that (start, length) ranges are on, within the region."""
+        pages, end = RangeSet(), len(self.region)
         for start, length in found:
-            pages.add(align_down(start, mmap.PAGESIZE), align_up(start + length, mmap.PAGESIZE))
+            pages.add(align_down(start, mmap.PAGESIZE), min(align_up(start + length, mmap.PAGESIZE), end))
         return pages
 
     def _spans_of(self, entry: ArrayEntry) -> Iterator[tuple[int, int]]:

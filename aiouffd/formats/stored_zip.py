@@ -81,8 +81,7 @@ class ZippedArrays(ArrayFile):
     def _look_up(self, names: Iterable[str]) -> None:
         """Bring the headers of many members at once."""
         starts = [self._infos[self._members[name]].header_offset for name in names if name not in self._entries]
-        for future in self._ask_for(self._pages((start, _AROUND) for start in starts)):
-            future.result()
+        self._bring(self._pages((start, _AROUND) for start in starts))
 
     def __contains__(self, name: object) -> bool:
         return name in self._members

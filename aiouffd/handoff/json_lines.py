@@ -1,7 +1,7 @@
 """Lines of JSON: what our own clients and the server send on the connection after the handoff.
 
 - The server's first line says that the memory is served: `{"id": 0, "ok": {...}}`.
-- The client asks: `{"id": 1, "op": "prefetch", "offset": 0, "length": 4096}`.
+- The client asks: `{"id": 1, "op": "prefetch", "ranges": [[0, 4096]]}`; a line has at most `MOST_RANGES`.
 - The server answers: `{"id": 1, "ok": ...}` or `{"id": 1, "error": {...}}`.
 - The server reports each page that cannot be fetched: `{"error": {...}}`, without an `id`.
 
@@ -17,18 +17,39 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from aiouffd.ranges import RangeSet
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["VERSION", "Lines", "line"]
+__all__ = ["MOST_RANGES", "VERSION", "Lines", "line", "ranges_of"]
 
 VERSION: Final = 1
+MOST_RANGES: Final = 1000
+"""Of one prefetch."""
+
 _MAX_LINE: Final = 64 << 10
 
 
 def line(message: dict[str, Any]) -> bytes:
     """Return a message as it is sent."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def ranges_of(message: dict[str, Any], end: int) -> list[tuple[int, int]]:
+    """Return the (offset, length) ranges that a client asks for, below `end`; each byte once.
+
+    Raises:
+        ValueError: they are none.
+    """
+    asked, found = message.get("ranges"), RangeSet()
+    if not isinstance(asked, list) or len(asked) > MOST_RANGES:
+        raise ValueError(f"a prefetch has at most {MOST_RANGES} ranges")
+    for each in asked:
+        if not isinstance(each, list) or len(each) != 2 or any(type(part) is not int or part < 0 for part in each):
+            raise ValueError(f"{each!r:.80} is no range: [offset, length]")
+        found.add(min(each[0], end), min(sum(each), end))
+    return [(each.start, each.length) for each in found]
 
 
 class Lines:

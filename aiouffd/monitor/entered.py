@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, overload
 
 from aiouffd.errors import ClosedError
+from aiouffd.ranges import Range, RangeSet, align_down, align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from aiouffd.engine.statistics import Statistics
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from aiouffd.monitor.held import Held
     from aiouffd.monitor.progress import Meter, Progress, Show
     from aiouffd.monitor.registration import Registration
-    from aiouffd.ranges import Range
 
 __all__ = ["Entered"]
 
@@ -39,14 +40,23 @@ class Entered:
     _pid: int
     _meter: Meter | None = None
 
-    async def prefetch(self, start: int, length: int, *, progress: Show = False) -> None:
-        """Bring `length` bytes from offset `start` of the region. Faults go first.
+    @overload
+    async def prefetch(self, start: int, length: int, *, progress: Show = ...) -> None: ...
 
-        Returns when all of them are there. Canceling gives up waiting. What is under way comes all the same, and with
-        `Pager` and `ServedBy` the rest of the range as well.
+    @overload
+    async def prefetch(self, ranges: Iterable[Range], /, *, progress: Show = ...) -> None: ...
+
+    async def prefetch(
+        self, start: int | Iterable[Range], length: int | None = None, *, progress: Show = False
+    ) -> None:
+        """Bring `length` bytes from offset `start` of the region, or many ranges by one request. Faults go first.
+
+        Returns when all of them are there. Many ranges come in order of their offsets, several at once; neighbours are
+        joined. Canceling gives up waiting. What is under way comes all the same, and with `Pager` and `ServedBy` the
+        rest of what was asked for as well.
 
         Args:
-            start: offset in bytes.
+            start: offset in bytes; or each `Range` of offsets, in place of both.
             length: in bytes.
             progress: True: show it on standard error: a bar on a terminal, where rich is installed (`aiouffd[cli]`),
                 else a line every five seconds. Or a function, called five times a second, and at the end, in some
@@ -58,9 +68,10 @@ class Entered:
         """
         import asyncio  # noqa: PLC0415 - as in `__aenter__`
 
-        coming = asyncio.wrap_future(self.ask_for(start, length))
+        asked = self._asked(start, length)
+        coming = asyncio.wrap_future(self._running().prefetch(asked))
         if progress:
-            with self._looks(progress, start, length) as look:
+            with self._looks(progress, asked) as look:
                 try:
                     while not (await asyncio.wait([coming], timeout=_INTERVAL))[0]:
                         await asyncio.to_thread(look)
@@ -70,35 +81,74 @@ class Entered:
                     raise
         await coming
 
-    def ask_for(self, start: int, length: int) -> Future[Any]:
-        """As `prefetch`, and return at once: the future has its result when all is there."""
-        self._check(start, length)
-        return self._running().prefetch(start, length)
+    @overload
+    def ask_for(self, start: int, length: int) -> Future[Any]: ...
 
-    def prefetch_sync(self, start: int, length: int, timeout: float | None = None, *, progress: Show = False) -> None:
+    @overload
+    def ask_for(self, ranges: Iterable[Range], /) -> Future[Any]: ...
+
+    def ask_for(self, start: int | Iterable[Range], length: int | None = None) -> Future[Any]:
+        """As `prefetch`, and return at once: the future has its result when all is there."""
+        return self._running().prefetch(self._asked(start, length))
+
+    @overload
+    def prefetch_sync(self, start: int, length: int, timeout: float | None = ..., *, progress: Show = ...) -> None: ...
+
+    @overload
+    def prefetch_sync(
+        self, ranges: Iterable[Range], /, *, timeout: float | None = ..., progress: Show = ...
+    ) -> None: ...
+
+    def prefetch_sync(
+        self,
+        start: int | Iterable[Range],
+        length: int | None = None,
+        timeout: float | None = None,
+        *,
+        progress: Show = False,
+    ) -> None:
         """As `prefetch`, for programs without a loop; TimeoutError after `timeout` seconds."""
+        asked = self._asked(start, length)
         self._running().check_may_wait()
-        coming = self.ask_for(start, length)
+        coming = self._running().prefetch(asked)
         end = math.inf if timeout is None else monotonic() + timeout
         if progress:
-            with self._looks(progress, start, length) as look:
+            with self._looks(progress, asked) as look:
                 while not _is_done(coming, min(_INTERVAL, end - monotonic())) and monotonic() < end:
                     look()
                 look()
         if not _is_done(coming, None if timeout is None else end - monotonic()):
-            raise TimeoutError(f"[{start}, {start + length}) is not all there after {timeout} s; it goes on coming")
+            raise TimeoutError(f"{_named(asked)} is not all there after {timeout} s; it goes on coming")
+
+    def _asked(self, start: int | Iterable[Range], length: int | None) -> list[tuple[int, int]]:
+        """Return what was asked for as (offset, length): the pages within the region, sorted and joined."""
+        given: Any = start
+        if (length is None) is isinstance(start, SupportsIndex):
+            raise TypeError("an offset needs a length; ranges have theirs")
+        size, page, pages = len(self.region), self.region.page_size, RangeSet()
+        for pair in [(given, length)] if length is not None else ((each.start, each.length) for each in given):
+            at, count = map(operator.index, pair)
+            if at < 0 or count < 0 or at + count > size:
+                raise ValueError(f"[{at}, {at + count}) is not within the region of {size} bytes")
+            if count:
+                pages.add(align_down(at, page), align_up(at + count, page))
+        return [(each.start, min(each.end, size) - each.start) for each in pages]
 
     @contextlib.contextmanager
-    def _looks(self, progress: Show, start: int, length: int) -> Iterator[Callable[[], object]]:
-        """Give what looks how much of a range has come, and shows it."""
+    def _looks(self, progress: Show, asked: Sequence[tuple[int, int]]) -> Iterator[Callable[[], object]]:
+        """Give what looks how much of some ranges has come, and shows it."""
         from aiouffd.kernel.residency import residency  # noqa: PLC0415 - half a millisecond, for few programs
         from aiouffd.monitor.progress import Meter, shown  # noqa: PLC0415 - 1 ms
 
-        meter = Meter(length)
-        with shown(progress, f"[{start}, {start + length})") as show:
+        total = sum(length for _, length in asked)
+        low, high = (asked[0][0], sum(asked[-1])) if asked else (0, 0)
+        meter = Meter(total)
+        with shown(progress, _named(asked)) as show:
 
             def look() -> None:
-                show(meter.look(sum(item.length for item in residency(self.region, start, length))))
+                come = RangeSet(residency(self.region, low, high - low))
+                missing = sum(gap.length for start, length in asked for gap in come.gaps(start, start + length))
+                show(meter.look(total - missing))
 
             yield look
 
@@ -195,10 +245,6 @@ class Entered:
             raise ClosedError("this Monitor belongs to the process that entered it, not to its forked child")
         return self._engine
 
-    def _check(self, start: int, length: int) -> None:
-        if start < 0 or length < 0 or start + length > len(self.region):
-            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
-
     @property
     def region(self) -> Region:
         """What it serves.
@@ -217,6 +263,10 @@ class Entered:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
+
+
+def _named(asked: Sequence[tuple[int, int]]) -> str:
+    return f"[{asked[0][0]}, {sum(asked[0])})" if len(asked) == 1 else f"what {len(asked)} ranges hold"
 
 
 def _is_done(future: Future[Any], timeout: float | None) -> bool:

@@ -377,7 +377,7 @@ class Monitor(Entered):
             return
         try:
             if populate and self._on_exit == "populate":
-                engine.prefetch(0, len(self.region)).result()
+                engine.prefetch([(0, len(self.region))]).result()
                 self._sigbus = False
         finally:
             if self._sigbus:

@@ -21,7 +21,7 @@ from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
-from aiouffd.handoff.json_lines import VERSION
+from aiouffd.handoff.json_lines import VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
@@ -315,15 +315,10 @@ class Server:
         if op == "statistics":
             return attrs.asdict(self.statistics())
         if op == "prefetch":
-            offset, length = message.get("offset"), message.get("length")
-            if type(offset) is not int or type(length) is not int or offset < 0 or not 0 <= length <= 1 << 57:
-                raise ValueError("a prefetch has an offset and a length")
-            # The time that it takes grows with its length, whatever the client maps of that.
+            # The time that it takes grows with their length, whatever the client maps of that.
             end = max(mapping.offset + mapping.end - mapping.start for mapping in client.tenant.mappings)
-            offset = min(offset, end)
-            length = min(length, end - offset)
-            request = self._pager.request("prefetch", client.tenant, offset=offset, length=length)
-            await asyncio.wrap_future(request)
+            ranges = ranges_of(message, end)
+            await asyncio.wrap_future(self._pager.request("prefetch", client.tenant, ranges=ranges))
         elif op == "refuse":  # a Monitor is about to decide what missing pages become, and closes then
             await asyncio.wrap_future(self._pager.request("refuse", client.tenant))
         elif op == "close":

@@ -18,7 +18,7 @@ from aiouffd.pager.client.tenant import Pack
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        ("prefetch", {"offset": 0, "length": 4096}),
+        ("prefetch", {"ranges": [[0, 4096]]}),
         ("refuse", {}),
         ("close", {"poison": True}),
         ("begin", {}),

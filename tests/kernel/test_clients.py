@@ -59,7 +59,7 @@ def greedy(path: str) -> None:
         socket.send_fds(connection, [firecracker.encode([mapping], PAGE, extra)], [uffd.fileno()])
         assert b'"ok"' in connection.recv(4096)
         connection.settimeout(2.0)
-        request = b'{"id": 1, "op": "prefetch", "offset": 0, "length": 144115188075855872}\n'
+        request = b'{"id": 1, "op": "prefetch", "ranges": [[0, 144115188075855872], [4096, 144115188075855872]]}\n'
         statistics = b'{"id": 2, "op": "statistics"}\n'
         with contextlib.suppress(TimeoutError):  # it is not read from any more
             for _ in range(20_000):
@@ -119,8 +119,7 @@ def test_what_is_refused_is_not_filled(image: Path, tmp_path: Path) -> None:
 MALFORMED = [
     *("nonsense", "[]", "5", "{}", '{"op": "statistics"}', '{"id": "x", "op": "statistics"}'),
     *('{"id": [], "op": "close"}', '{"id": 1}', '{"id": 1, "op": 5}', '{"id": 1, "op": {}}', '{"id": 1, "op": "open"}'),
-    *('{"id": 1, "op": "prefetch"}', '{"id": 1, "op": "prefetch", "offset": -1, "length": 1}'),
-    *('{"id": 1, "op": "prefetch", "offset": true, "length": 1}', '{"id":1,"op":"prefetch","offset":0,"length":1e9}'),
+    *('{"id": 1, "op": "prefetch"}', '{"id": 1, "op": "prefetch", "ranges": [[0, 4096, 1]]}'),
 ]
 
 

@@ -251,7 +251,7 @@ def left_meanwhile() -> None:
     monitor = aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), readahead=0)
     monitor.__enter__()
     engine: Any = monitor._engine
-    asked = engine.prefetch(0, SIZE)
+    asked = engine.prefetch([(0, SIZE)])
     leaving = threading.Thread(target=monitor.__exit__, args=(None, None, None))
     with asked._condition:
         leaving.start()
@@ -260,7 +260,7 @@ def left_meanwhile() -> None:
     with pytest.raises(aiouffd.ClosedError, match="has been left"):
         asked.result(10)
     with pytest.raises(aiouffd.ClosedError, match="has been left"):
-        engine.prefetch(0, SIZE)
+        engine.prefetch([(0, SIZE)])
 
 
 def test_nobody_waits_for_a_loop_that_has_ended() -> None:

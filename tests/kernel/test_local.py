@@ -58,12 +58,12 @@ async def test_it_serves_until_it_is_closed() -> None:
     """A prefetch brings the bytes; one that is under way when it is closed raises ClosedError."""
     counters = Counters()
     with local(Pattern(SIZE), counters, []) as (region, one):
-        await asyncio.wrap_future(one.prefetch(0, SIZE))
+        await asyncio.wrap_future(one.prefetch([(0, SIZE)]))
         assert region[5 * PAGE : 5 * PAGE + 8] == word(5)
         assert counters.snapshot().pages_prefetch == 16
         await one.aclose()
     with local(Slow(SIZE, 1000.0), counters, []) as (region, one):
-        future = one.prefetch(0, SIZE)
+        future = one.prefetch([(0, SIZE)])
         while not counters.snapshot().in_flight:  # noqa: ASYNC110 - a counter is not an event
             await asyncio.sleep(0.001)
         await one.aclose()
@@ -89,7 +89,7 @@ async def test_the_layout_is_changed_in_quiet() -> None:
 
         one.layout.change(work)
         assert seen == ["quiet", "work", "changed", "not quiet"]
-        await asyncio.wrap_future(one.prefetch(0, SIZE))
+        await asyncio.wrap_future(one.prefetch([(0, SIZE)]))
         assert not one.layout.may_wait
         assert await asyncio.to_thread(lambda: one.layout.may_wait)
         await one.aclose()

@@ -203,7 +203,7 @@ def dropped_where_it_is_served(engine: str) -> None:
     last = Dropping.last
     last.append(region)
     del region
-    monitor._running().prefetch(PAGE, PAGE).add_done_callback(lambda _: last.clear())
+    monitor._running().prefetch([(PAGE, PAGE)]).add_done_callback(lambda _: last.clear())
     is_left(monitor)
     assert mapped(engine)[0] == 1
 

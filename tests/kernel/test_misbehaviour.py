@@ -366,7 +366,7 @@ def storm() -> None:
         touchers = Touchers(region.address, [range(pages // 2 + n, pages, 1000) for n in range(1000)])
         engine = monitor._engine
         assert isinstance(engine, PagerEngine)
-        prefetch = engine.prefetch(0, 4 << 20)
+        prefetch = engine.prefetch([(0, 4 << 20)])
         worst = 0
         while not prefetch.done():
             assert touchers.alive

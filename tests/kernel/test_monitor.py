@@ -918,7 +918,7 @@ def leave_while_blocked(on_exit: Any) -> None:
     monitor = aiouffd.Monitor(region, Blocking(), on_exit=on_exit)
     with monitor:
         pids = monitor.pids
-        asked = monitor._running().prefetch(2 * PAGE, PAGE)
+        asked = monitor._running().prefetch([(2 * PAGE, PAGE)])
         eventually(lambda: monitor.statistics().in_flight, 1)
     assert asked.done()
     assert all(ended(pid) for pid in pids)

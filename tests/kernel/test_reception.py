@@ -228,7 +228,7 @@ def bombard(path: str, examples: int, number: int) -> None:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else [])
                 if after == "line":
-                    connection.sendall(b'{"id": 1, "op": "prefetch", "offset": 0, "length": 18446744073709551616}\n')
+                    connection.sendall(b'{"id": 1, "op": "prefetch", "ranges": [[0, 18446744073709551616]]}\n')
                 elif after == "garbage":
                     connection.sendall(b"\0" * 100_000)
                 if after != "close":

@@ -224,7 +224,7 @@ def killed(which: str) -> None:
         slow = stack.enter_context(monitor_of(Slow(SIZE, 0.3), engine=pager))
         for page, monitor in enumerate(monitors, 1):
             right(monitor, *range(page))
-        future = slow._engine.prefetch(0, 4 * PAGE)  # type: ignore[union-attr]
+        future = slow._engine.prefetch([(0, 4 * PAGE)])  # type: ignore[union-attr]
         eventually(lambda: slow.statistics().in_flight > 0, expected=True)
         pids = slow.pids
         victims = {"worker": pids[1:], "keeper": pids[:1], "both": pids}[which]
@@ -330,9 +330,9 @@ def its_own_errors() -> None:
         healthy.check()
         right(healthy)
     with aiouffd.Pager() as pager, monitor_of(Slow(SIZE, 0.5), engine=pager) as stays:
-        kept = stays._engine.prefetch(0, PAGE)  # type: ignore[union-attr]
+        kept = stays._engine.prefetch([(0, PAGE)])  # type: ignore[union-attr]
         with monitor_of(Slow(SIZE, 1000.0), engine=pager) as leaves:
-            dropped = leaves._engine.prefetch(0, PAGE)  # type: ignore[union-attr]
+            dropped = leaves._engine.prefetch([(0, PAGE)])  # type: ignore[union-attr]
         with pytest.raises(aiouffd.ClosedError):
             dropped.result(10)
         kept.result(10)

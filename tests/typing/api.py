@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from typing import assert_type
+from concurrent.futures import Future
+from typing import Any, assert_type
 
 import aiouffd
 from aiouffd import store
@@ -78,7 +79,10 @@ def plain() -> None:
         assert_type(monitor.progress().remaining, float | None)
         monitor.prefetch_sync(0, 4096, progress=True)
         monitor.prefetch_sync(0, 4096, progress=lambda now: print(now.resident))
-        monitor.prefetch_sync(0, 4096, progress="bar")  # type: ignore[arg-type]
+        monitor.prefetch_sync(0, 4096, progress="bar")  # type: ignore[call-overload]
+        monitor.prefetch_sync([aiouffd.Range(0, 4096)], timeout=1.0)
+        assert_type(monitor.ask_for(monitor.residency()), Future[Any])
+        monitor.prefetch_sync(0)  # type: ignore[call-overload]
         assert_type(monitor.collect(), list[aiouffd.Range])
         assert_type(monitor.statistics(), aiouffd.Statistics)
         assert_type(monitor.pids, tuple[int, ...])
@@ -96,6 +100,7 @@ async def asynchronous() -> None:
     """The forms for a program with a loop."""
     async with aiouffd.Monitor(region) as monitor:
         await monitor.prefetch(0, 4096)
+        await monitor.prefetch(aiouffd.Range(4096 * page, 4096) for page in (1, 3))
         await monitor.wait_error()
     async with aiouffd.open("path") as opened:
         assert_type(opened, aiouffd.Region)

@@ -21,23 +21,34 @@ from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.space import Backend, Space
 
-__all__ = ["bring_ahead", "bring_early", "complete", "fill"]
+__all__ = ["bring_ahead", "bring_early", "complete", "fill", "prefetch"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
 _NEAR = 512 << 10  # brought at once, if the source is local: a fault waits for one such piece at most, some 0.2 ms
 _HURRY = 2 << 20  # the same where a caller waits for all of it
 _FAR = 8 << 20  # and if it must be waited for
+_ASKED = 2 << 20  # what a caller asks for is known to be there in pieces of this size
 _SAVED = 64 << 20  # bytes between two reports of progress, from which a successor goes on
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
 _PATIENCE = 0.05  # seconds that it waits for that at most
 _SMALL = 1 << 20  # a mapping that is brought before larger ones
 _NOT_YET = 0.001  # seconds between looks whether memory is registered; uvloop rounds half a millisecond to none
+
+
+async def prefetch(space: Space, ranges: Iterable[tuple[int, int]]) -> None:
+    """Bring (offset, length) ranges that a caller asks for, of any alignment; canceling and errors as `Backend.bring`.
+
+    However many there are: as many reads are under way as the source can answer at once.
+    """
+    size = space.page_size
+    asked = [piece for offset, length in ranges for piece in pieces(offset, offset + length, size, _ASKED)]
+    await space.backend.bring(space, asked, Counter.PAGES_PREFETCH)
 
 
 async def bring_ahead(

@@ -19,7 +19,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import Remap, Remove, Unmap
 from aiouffd.kernel.userfaultfd import Fork
-from aiouffd.ranges import Range, pieces
+from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -182,20 +182,15 @@ class HandlerBackend:
             space.readahead.brought(fault.offset, space.page_size)
         return "" if present else "returned without resolving it"
 
-    async def prefetch(self, space: Space, offset: int, length: int) -> None:
-        """Give the handler the missing pages of the offsets [offset, offset + length), as if they were touched.
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Give the handler the missing pages of (offset, length) ranges, in this order, as if they were touched.
 
-        It returns when all are present. Canceling is safe: handlers that run go on.
+        Returns when all are present. Canceling is safe: handlers that run go on.
 
         Raises:
             HandlerError: it failed for one of them, or poisoned it. Nothing else is poisoned.
             ClosedError: the space was dropped meanwhile.
         """
-        size = space.page_size
-        await self.bring(space, pieces(offset, offset + length, size, _TOGETHER * size), Counter.PAGES_PREFETCH)
-
-    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
-        """Give the handler the missing pages of (offset, length) ranges, in this order; else as for `prefetch`."""
         await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause))
 
     async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:

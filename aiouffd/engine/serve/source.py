@@ -325,19 +325,15 @@ class SourceBackend:
 
     # Ahead of faults
 
-    async def prefetch(self, space: Space, offset: int, length: int) -> None:
-        """Bring the offsets [offset, offset + length), wherever they are shown, until all are present. Faults go first.
+    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
+        """Bring (offset, length) ranges of whole pages, in this order, wherever they are shown.
 
-        Canceling is safe: what is under way comes all the same.
+        Returns when all are present. Canceling is safe: what is under way comes all the same.
 
         Raises:
             SourceError: the source failed, or the kernel refused its bytes. Nothing is poisoned; what came is kept.
             ClosedError: the space was dropped meanwhile.
         """
-        await self.bring(space, pieces(offset, offset + length, space.page_size, _MAX_READ), Counter.PAGES_PREFETCH)
-
-    async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
-        """Bring (offset, length) ranges of whole pages, in this order; errors and canceling as for `prefetch`."""
         await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause), forgets=True)
 
     async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:

@@ -20,7 +20,7 @@ from aiouffd.native import reason
 from aiouffd.native.watchdog import LoopWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from aiouffd.engine.statistics import Statistics
@@ -111,9 +111,9 @@ class InProcessEngine:
         """Read the counters."""
         return self._counters.snapshot()
 
-    def prefetch(self, offset: int, length: int) -> Future[None]:
-        """Bring offsets [offset, offset + length)."""
-        return self._local.prefetch(offset, length)
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
+        """Bring (offset, length) ranges."""
+        return self._local.prefetch(ranges)
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""

@@ -40,7 +40,7 @@ from aiouffd.native import faults
 from aiouffd.native.faults import Served
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.layout import Layout
@@ -201,9 +201,9 @@ class InThreadEngine:
 
     # Other threads' side
 
-    def prefetch(self, offset: int, length: int) -> Future[None]:
-        """Bring offsets [offset, offset + length)."""
-        return self._local.prefetch(offset, length)
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
+        """Bring (offset, length) ranges."""
+        return self._local.prefetch(ranges)
 
     def statistics(self) -> Statistics:
         """Read the counters: the loop's, and those of the handlers."""

@@ -12,7 +12,7 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.fill import bring_ahead
+from aiouffd.engine.ahead.fill import bring_ahead, prefetch
 from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mappings
@@ -25,7 +25,7 @@ from aiouffd.monitor.engines.layout import Layout
 from aiouffd.pager.process.inherited import NonBlockingHandler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from aiouffd.engine.reading import MakeReader
@@ -93,14 +93,14 @@ class Local:
         self.layout.thread = threading.get_ident()
         self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
 
-    def prefetch(self, offset: int, length: int) -> Future[None]:
-        """Bring offsets [offset, offset + length). From any thread.
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
+        """Bring (offset, length) ranges. From any thread.
 
         Raises:
             ClosedError: the loop is closed.
         """
         try:
-            asked = start_in_loop(self._loop, lambda: None if self._closed else self._prefetch(offset, length))
+            asked = start_in_loop(self._loop, lambda: None if self._closed else self._prefetch(ranges))
         except RuntimeError:
             raise ClosedError(_LEFT) from None
         self._asked.add(asked)
@@ -119,9 +119,9 @@ class Local:
             with contextlib.suppress(InvalidStateError):
                 asked.set_exception(ClosedError(_LEFT))
 
-    async def _prefetch(self, offset: int, length: int) -> None:
+    async def _prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         try:
-            await self.backend.prefetch(self.space, offset, length)
+            await prefetch(self.space, ranges)
         except asyncio.CancelledError:
             if self._closed:
                 raise ClosedError(_LEFT) from None

@@ -22,7 +22,7 @@ from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
     from typing import Any
 
@@ -178,9 +178,9 @@ class PagerEngine:
                 if uffd.try_poison(start, length, 0) < 0:
                     uffd.try_wake(start, length)  # it is present after all
 
-    def prefetch(self, offset: int, length: int) -> Future[Any]:
-        """Bring offsets [offset, offset + length)."""
-        return self._client.request("prefetch", self._tenant, offset=offset, length=length)
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
+        """Bring (offset, length) ranges: one message, however many there are."""
+        return self._client.request("prefetch", self._tenant, ranges=ranges)
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

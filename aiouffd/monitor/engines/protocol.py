@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     import attrs
@@ -87,8 +87,8 @@ class Engine(Protocol):
     def start(self, assignment: Assignment) -> None:
         """Serve the region. After an exception nothing is served, and `leave` is not called."""
 
-    def prefetch(self, offset: int, length: int) -> Future[Any]:
-        """Bring offsets [offset, offset + length). The future is done when all of them are present."""
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
+        """Bring (offset, length) ranges, in this order. The future is done when all of them are present."""
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""

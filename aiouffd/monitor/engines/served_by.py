@@ -24,7 +24,7 @@ from aiouffd.errors import (
     UffdError,
 )
 from aiouffd.handoff.firecracker import encode
-from aiouffd.handoff.json_lines import VERSION, Lines, line
+from aiouffd.handoff.json_lines import MOST_RANGES, VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
@@ -32,11 +32,11 @@ from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.waiting import LOOK, Waiter, Watches
-from aiouffd.rpc import LAST_REQUEST, Requests
+from aiouffd.rpc import LAST_REQUEST, Requests, all_of
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from aiouffd.monitor.engines.protocol import Assignment, Terms
@@ -158,9 +158,10 @@ class ServedByEngine:
         finally:
             tether.close()
 
-    def prefetch(self, offset: int, length: int) -> Future[Any]:
-        """Bring offsets [offset, offset + length)."""
-        return self._requests("prefetch", offset=offset, length=length)
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
+        """Bring (offset, length) ranges."""
+        parts = [ranges[at : at + MOST_RANGES] for at in range(0, len(ranges), MOST_RANGES)]
+        return all_of([self._requests("prefetch", ranges=part) for part in parts])
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

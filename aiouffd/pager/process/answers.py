@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.fill import bring_early, complete
+from aiouffd.engine.ahead.fill import bring_early, complete, prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.errors import ClosedError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
@@ -152,8 +152,7 @@ class Answers:
                 expect(at, _PIECE)
 
     async def _prefetch(self, message: dict[str, Any], _: list[int]) -> None:
-        space, tenancy = await self._served.wanted(message["token"])
-        await tenancy.origin.backend.prefetch(space, message["offset"], message["length"])
+        await prefetch((await self._served.wanted(message["token"]))[0], message["ranges"])
 
     async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""
