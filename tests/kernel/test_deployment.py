@@ -29,6 +29,7 @@ MIB = 1 << 20
 CONTAINED = f"""
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mount(sys.argv[1].encode(), b"/dev/userfaultfd", None, 4096, None) == 0  # MS_BIND: nobody may open it
 for capability in range(64):
     libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: the next execve leaves none
 assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
@@ -42,9 +43,9 @@ rules = [
 ]
 program = Program(len(rules), b"".join(struct.pack("=HBBI", *rule) for rule in rules))
 assert libc.prctl(22, 2, ctypes.byref(program)) == 0, os.strerror(ctypes.get_errno())  # PR_SET_SECCOMP
-os.execv(sys.executable, [sys.executable, "-m", "aiouffd", "serve", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "aiouffd", "serve", *sys.argv[2:]])
 """
-"""Becomes `aiouffd serve` as a container has it: process 1, without any capability and without userfaultfd(2)."""
+"""Becomes `aiouffd serve` as in a container: process 1, no capability, no way to open a userfaultfd of its own."""
 
 
 def in_the_namespace_of(pid: int) -> dict[int, int]:
@@ -82,12 +83,14 @@ def served_by_a_container(path: str, log: str, first: int) -> None:
 def test_a_container(image: Path, tmp_path: Path) -> None:
     """The pager needs no right and no device there; when it is told to end, its microVMs get all that they miss."""
     path, log = tmp_path / "uffd.sock", tmp_path / "log"
+    closed = tmp_path / "closed"
+    closed.touch(0)
     arguments = ["--on-term", "fill", "--socket", str(path)]
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", CONTAINED]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     with (
         log.open("w") as output,
-        subprocess.Popen([*command, str(image), *arguments], stderr=output, env=environment) as process,
+        subprocess.Popen([*command, str(closed), str(image), *arguments], stderr=output, env=environment) as process,
     ):
         try:
             eventually(lambda: "listening" in log.read_text() or process.poll() is not None, expected=True)

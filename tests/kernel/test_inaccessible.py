@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import faulthandler
 import os
 import signal
@@ -14,7 +15,7 @@ from scenario import next_error, play
 
 import aiouffd
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import kernel_features
+from aiouffd.kernel.userfaultfd import Userfaultfd, kernel_features
 from aiouffd.monitor import registration
 from aiouffd.pager.process import inaccessible
 
@@ -24,9 +25,10 @@ BROKEN = 10
 
 
 def forget_poison(patience: float = inaccessible.PATIENCE) -> None:
-    """Have this process believe that the kernel has no UFFDIO_POISON, and wait so long for an answer."""
+    """Have the kernel refuse UFFDIO_POISON to this process as one that has none; wait so long for an answer."""
     lacking = kernel_features() & ~Feature.POISON
-    vars(inaccessible)["kernel_features"] = vars(registration)["kernel_features"] = lambda: lacking
+    vars(registration)["kernel_features"] = lambda: lacking
+    Userfaultfd.try_poison = lambda *_: -errno.EINVAL  # type: ignore[method-assign]
     inaccessible.PATIENCE = patience
     inaccessible._GRACE = 0.3
 

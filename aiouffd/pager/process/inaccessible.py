@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.allowance import MeteredUserfaultfd
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.kernel.abi import Feature
-from aiouffd.kernel.userfaultfd import Userfaultfd, kernel_features
+from aiouffd.kernel.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,15 +36,20 @@ _GRACE = 2.0  # seconds more, for a process that catches SIGBUS
 
 
 class AskingUserfaultfd(Userfaultfd):
-    """Has a page made inaccessible in place of poisoning it."""
+    """Has a page made inaccessible where the kernel cannot poison it.
+
+    The kernel says so when it is asked to poison: to ask it beforehand takes a userfaultfd of one's own, which a pager
+    in a container may not open.
+    """
 
     ask: Callable[[int, int], None] | None = None
     """Called with start and length of what cannot be had; None: nobody can be asked."""
 
     def try_poison(self, start: int, length: int, mode: int) -> int:
-        """As UFFDIO_POISON, but later; the question whether a page is missing is refused as by the kernel."""
-        if self.ask is None or mode & DONTWAKE:
-            return -errno.EINVAL
+        """As UFFDIO_POISON, perhaps later; the question whether a page is missing is refused as by the kernel."""
+        result = super().try_poison(start, length, mode)
+        if result != -errno.EINVAL or self.ask is None or mode & DONTWAKE:
+            return result
         self.ask(start, length)
         return length
 
@@ -70,11 +75,10 @@ class Protection:
         """Return the descriptor of a space; `metered`: of a client that is limited, and cannot be asked."""
         if metered:
             return MeteredUserfaultfd.from_fd(state.fd, Feature(state.features))
-        if Feature.POISON in kernel_features():
+        if not state.own:
             return Userfaultfd.from_fd(state.fd, Feature(state.features))
         uffd = AskingUserfaultfd.from_fd(state.fd, Feature(state.features))
-        if state.own:
-            uffd.ask = partial(self._ask, state.token)
+        uffd.ask = partial(self._ask, state.token)
         return uffd
 
     def _ask(self, token: str, start: int, length: int) -> None:
