@@ -13,6 +13,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -511,6 +512,25 @@ def no_thread() -> None:
 def test_no_thread_can_be_had() -> None:
     """Entering fails, names the limit, and leaves nothing behind."""
     play(no_thread)
+
+
+def left_behind(path: str) -> None:
+    """Scenario: a Monitor is left, and no garbage is collected."""
+    gc.disable()
+    for _ in range(2):  # the first one also makes what stays
+        region = aiouffd.Region(4 * PAGE)
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        with aiouffd.Monitor(region, aiouffd.FileSource(path), engine=aiouffd.InThread(), on_exit="zeros") as monitor:
+            engine = weakref.ref(monitor._engine)
+            assert not pages(region, range(4))
+        del monitor
+    assert engine() is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_what_has_served_goes_at_once(image: Path) -> None:
+    """Loop and source are in no cycle, which would keep them until the next collection."""
+    play(left_behind, str(image))
 
 
 def on_exit(how: str) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aiouffd.kernel.region import LayoutChange
+    from aiouffd.monitor.engines.layout import Layout
 
 SIZE = 16 * PAGE
 native.reason()  # the library is loaded, as engines do before they run a loop
@@ -76,12 +77,15 @@ async def test_the_layout_is_changed_in_quiet() -> None:
     seen: list[str] = []
 
     @contextlib.contextmanager
-    def quiet() -> Iterator[None]:
+    def quiet(layout: Layout) -> Iterator[None]:
         seen.append("quiet")
         yield
-        seen.append("not quiet")
+        seen.append("not quiet" if layout is one.layout else "another")
 
-    with local(Pattern(SIZE), Counters(), [], quiet=quiet, changed=lambda: seen.append("changed")) as (_, one):
+    def changed(layout: Layout) -> None:
+        seen.append("changed" if layout is one.layout else "another")
+
+    with local(Pattern(SIZE), Counters(), [], quiet=quiet, changed=changed) as (_, one):
 
         def work(change: LayoutChange) -> None:
             seen.append("work")

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine, Iterator
 
-__all__ = ["call_in_loop", "no_collections", "start_in_loop"]
+__all__ = ["Call", "call_in_loop", "no_collections", "start_in_loop"]
 
 _RETRY = 0.001  # seconds
 
 T = TypeVar("T")
 
 
-class _Call(Generic[T]):
-    """A call that another thread makes."""
+class Call(Generic[T]):
+    """A call that another thread makes, once."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
@@ -39,7 +39,7 @@ class _Call(Generic[T]):
         self._error: BaseException | None = None
 
     def __call__(self) -> None:
-        """Make the call, unless its caller has given up."""
+        """Make the call, unless it was made, or its caller has given up."""
         if not self._begun.acquire(blocking=False):
             return
         try:
@@ -49,8 +49,8 @@ class _Call(Generic[T]):
         finally:
             self._running.release()
 
-    def wait(self, seconds: float) -> T:
-        """Return the result. BusyError: the call has not begun in time, and never will."""
+    def wait(self, seconds: float = -1.0) -> T:
+        """Return the result, or raise its error. BusyError: it has not begun in time, and never will; -1: no limit."""
         try:
             done = self._running.acquire(timeout=seconds)
         except BaseException:  # a signal handler has raised an exception
@@ -76,7 +76,7 @@ def call_in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], T], patienc
     Raises:
         BusyError: the loop has not begun within `patience` seconds; `work` is not called.
     """
-    call = _Call(work)
+    call = Call(work)
     with contextlib.suppress(RuntimeError):  # the loop is closed: it will not begin
         loop.call_soon_threadsafe(call)
     return call.wait(patience)

@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 import weakref
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,7 +30,7 @@ from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.limits import no_thread
-from aiouffd.monitor.engines.calls import no_collections
+from aiouffd.monitor.engines.calls import Call, no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
@@ -41,6 +40,7 @@ from aiouffd.native.faults import Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.layout import Layout
@@ -92,6 +92,35 @@ class InThread:
         return InThreadEngine(self)
 
 
+class _Handlers:
+    """The signal handlers of one region, as its layout changes. It knows no engine, which would be in a cycle then.
+
+    Args:
+        served: what the handlers know of the region.
+        extents: what they may place.
+    """
+
+    def __init__(self, served: Served, extents: Extents) -> None:
+        self._served = served
+        self._extents = extents
+
+    @contextlib.contextmanager
+    def quiet(self, layout: Layout) -> Iterator[None]:
+        """Keep them away inside the block."""
+        with no_collections():
+            try:
+                if not self._served.close():
+                    raise BusyError("a change of the layout", layout.start, layout.end - layout.start, errno.EBUSY)
+                yield
+            finally:
+                self._served.open()
+
+    def show(self, layout: Layout) -> None:
+        """Tell them what is shown where; they are kept away."""
+        start, end = layout.start, layout.end
+        self._served.show(start, end, self._extents.of(layout.mappings, start, end))
+
+
 class InThreadEngine:
     """Serves one region of this process, in the threads that touch it and from a loop in a thread of its own.
 
@@ -108,7 +137,6 @@ class InThreadEngine:
         self._pid = os.getpid()
         patiences = (choice.stuck_warning, choice.stuck_limit)
         self._period = min([_BEAT] + [patience / 4 for patience in patiences if patience])
-        self._extents: Extents
         self._done = asyncio.Event()
         self._last: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._leaves = False
@@ -123,7 +151,6 @@ class InThreadEngine:
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
         options = assignment.options
-        self._extents = Extents(assignment.service, options, assignment.page_size)
         with contextlib.ExitStack() as undo:
             self._loop = new_event_loop()
             undo.callback(self._loop.close)
@@ -145,9 +172,10 @@ class InThreadEngine:
             undo.callback(self._uffd.close)
             # No spinning: the touchers need the GIL, which the loop would hold. The native reader would place nothing:
             # the handlers have placed what is in memory.
-            how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": self._quiet, "changed": self._show}
-            self._local = Local(self._loop, assignment, self._uffd, self._counters, **how)
-            self._show()
+            handlers = _Handlers(self._served, Extents(assignment.service, options, assignment.page_size))
+            how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": handlers.quiet}
+            self._local = Local(self._loop, assignment, self._uffd, self._counters, changed=handlers.show, **how)
+            handlers.show(self._local.layout)
             try:
                 self._thread.start()
             except RuntimeError as error:
@@ -181,23 +209,6 @@ class InThreadEngine:
         if displaced:
             _report_displaced(self._served, displaced)
         self._loop.call_later(self._period, self._beat)
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Keep the signal handlers away inside the block."""
-        with no_collections():
-            try:
-                if not self._served.close():
-                    start, end = self._local.layout.start, self._local.layout.end
-                    raise BusyError("a change of the layout", start, end - start, errno.EBUSY)
-                yield
-            finally:
-                self._served.open()
-
-    def _show(self) -> None:
-        """Tell the handlers what is shown where; they are kept away."""
-        start, end = self._local.layout.start, self._local.layout.end
-        self._served.show(start, end, self._extents.of(self._local.space.mappings, start, end))
 
     # Other threads' side
 
@@ -239,28 +250,21 @@ class InThreadEngine:
         The loop's thread does the work: a signal handler may run in this one and touch such a page.
         """
         self._leaves = True
-        left: Future[None] = Future()
-        leave = partial(self._leave, settle, left, sigbus=sigbus)
+        leave = Call(partial(self._leave, settle, sigbus=sigbus))
         with no_collections():
             self._end(leave)
-            if not left.done():  # the thread had ended before: the interpreter is finalized
-                leave()
+            leave()  # if the thread had ended before: the interpreter is finalized
         self._local.end()
-        left.result()
+        leave.wait()
 
-    def _leave(self, settle: Callable[[], None], left: Future[None], *, sigbus: bool) -> None:
+    def _leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
+        self._keep_out()
+        self._uffd.close()
+        self._close_pipe()
         try:
-            self._keep_out()
-            self._uffd.close()
-            self._close_pipe()
-            try:
-                settle()
-            finally:
-                self._remove(for_good=sigbus)
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            left.set_exception(error)
-        else:
-            left.set_result(None)
+            settle()
+        finally:
+            self._remove(for_good=sigbus)
 
     def stop(self, timeout: float) -> None:
         """End the loop. Handlers go on placing bytes that are in memory; threads that need other pages wait."""

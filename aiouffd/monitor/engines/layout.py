@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.space import Space
     from aiouffd.kernel.abi import RegisterMode
     from aiouffd.kernel.region import LayoutChange
@@ -44,8 +45,9 @@ class Layout:
         start: the region's address.
         end: its end, a multiple of its page size.
         modes: of its registration.
-        quiet: keeps away others that place pages, beside the loop, for the time of a change.
-        changed: called within `quiet`, after a change.
+        quiet: called with this object, keeps away others that place pages, beside the loop, for the time of a change.
+        changed: called with this object within `quiet`, after a change. Both refer to nothing that has this object:
+            an engine that has been left goes at once, with its loop, and not with the next collection.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class Layout:
         end: int,
         modes: RegisterMode,
         *,
-        quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
-        changed: Callable[[], None] = lambda: None,
+        quiet: Callable[[Layout], AbstractContextManager[object]] = contextlib.nullcontext,
+        changed: Callable[[Layout], None] = lambda _: None,
     ) -> None:
         self._loop = loop
         self.thread = 0
@@ -68,6 +70,11 @@ class Layout:
         self._modes = modes
         self._quiet = quiet
         self._changed = changed
+
+    @property
+    def mappings(self) -> Mappings:
+        """What is shown where."""
+        return self._space.mappings
 
     @property
     def may_wait(self) -> bool:
@@ -89,9 +96,9 @@ class Layout:
         return call_in_loop(self._loop, lambda: self._make(work), _PATIENCE)
 
     def _make(self, work: Callable[[LayoutChange], T]) -> T:
-        with self._quiet():
+        with self._quiet(self):
             result = work(self)
-            self._changed()
+            self._changed(self)
             return result
 
     def removed(self, start: int, length: int) -> None:
