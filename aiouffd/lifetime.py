@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import sys
@@ -9,9 +10,10 @@ import weakref
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
-__all__ = ["close_in_children", "uninterrupted", "until_exit"]
+__all__ = ["begun", "close_in_children", "uninterrupted", "until_exit"]
 
 
 class _Closable(Protocol):
@@ -40,11 +42,18 @@ def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None
     return finalize
 
 
-async def uninterrupted(work: Callable[[], object]) -> None:
-    """Have a thread do work that blocks. Canceling waits for its end, so that what it has made can be closed."""
+def begun(work: Callable[[], object]) -> asyncio.Future[object]:
+    """Have a thread do work that blocks, as `asyncio.to_thread` does; a task would take two more turns of the loop."""
     import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
-    running = asyncio.ensure_future(asyncio.to_thread(work))
+    return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
+
+
+async def uninterrupted(work: Callable[[], object]) -> None:
+    """Have a thread do work that blocks. Canceling waits for its end, so that what it has made can be closed."""
+    import asyncio  # noqa: PLC0415 - as above
+
+    running = begun(work)
     try:
         await asyncio.shield(running)
     except asyncio.CancelledError:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import aiouffd
+from aiouffd.lifetime import begun, uninterrupted
 
 OWNERS = {
     "aiouffd.Region(4096, shared=True)": "region",
@@ -42,3 +46,19 @@ def test_each_finalizer_is_tried() -> None:
     """A new one needs a line above."""
     sources = Path(aiouffd.__file__).parent.rglob("*.py")
     assert {path.stem for path in sources if "def __del__" in path.read_text()} == set(OWNERS.values())
+
+
+async def test_a_thread_does_the_work_until_its_end() -> None:
+    """With the caller's context; whoever waits for it is canceled only then."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    variable.set("the caller's")
+    assert await begun(variable.get) == "the caller's"
+    go_on = threading.Event()
+    waiting = asyncio.ensure_future(uninterrupted(go_on.wait))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

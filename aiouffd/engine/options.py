@@ -53,6 +53,11 @@ class Options:
     limits: Limits = attrs.field(factory=Limits)
     on_error: Literal["sigbus", "retry"] = "sigbus"
 
+    def of(self, modes: RegisterMode) -> Options:
+        """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""
+        others = self.write_protect, self.limits, self.on_error
+        return Options(self.readahead, self.spin_us, self.background, int(modes), *others)
+
 
 def checked(origin: Any) -> Any:
     """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""

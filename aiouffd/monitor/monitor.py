@@ -21,8 +21,6 @@ from typing import (
     overload,
 )
 
-import attrs
-
 from aiouffd import native
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service, checked
@@ -31,7 +29,7 @@ from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.errors import BusyError, ClosedError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
-from aiouffd.lifetime import uninterrupted
+from aiouffd.lifetime import begun, uninterrupted
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
@@ -268,7 +266,7 @@ class Monitor(Entered):
             await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
         enable_tracebacks()
         engine = self._choice.make(asyncio.get_running_loop())
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, engine))
+        starting = begun(partial(self._start, engine))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -327,7 +325,7 @@ class Monitor(Entered):
                         service=service,
                         mapping=Mapping(region.address, region.address + region.mapped_length, 0),
                         page_size=region.page_size,
-                        options=attrs.evolve(self._options, modes=int(registration.modes)),
+                        options=self._options.of(registration.modes),
                         can_poison=registration.can_poison,
                         on_error=self._report_to(engine),
                         on_lost=_weak(

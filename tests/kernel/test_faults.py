@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
@@ -19,7 +18,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import address_of
 from aiouffd.native import faults
-from aiouffd.native.faults import Extent, Kind, Served
+from aiouffd.native.faults import EXTENT, Extent, Kind, Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,4 +180,4 @@ def test_there_is_room_for_256() -> None:
 
 def test_the_structs_are_those_of_the_library() -> None:
     """An extent has the size that table.h gives it: four addresses, two numbers and a time."""
-    assert ctypes.sizeof(Extent) == 4 * 8 + 2 * 4 + 8
+    assert EXTENT.size == 4 * 8 + 2 * 4 + 8

@@ -87,11 +87,14 @@ class Local:
         self._dispatcher = Dispatcher(self._loop, counters, spin_us=spin_us, reader=reader)
         self._dispatcher.add(self.space)
         self._bring_ahead = partial(bring_ahead, self.space, self.backend, service.trace, options.background)
+        self._brings_ahead = service.trace is not None or options.background > 0
+        self._ahead: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Bring what nobody has touched, and know the loop's thread by this call in it."""
         self.layout.thread = threading.get_ident()
-        self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
+        if self._brings_ahead:
+            self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
         """Bring (offset, length) ranges. From any thread.
@@ -133,16 +136,20 @@ class Local:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self.space.retrying.give_up, offset, length)
 
+    def _stop_bringing(self) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel()
+
     async def refuse(self) -> None:
         """Poison what is waited for, and whatever is touched until `aclose`."""
-        self._ahead.cancel()
+        self._stop_bringing()
         self.space.refuse()
 
     async def aclose(self) -> None:
         """Serve no longer."""
         self._closed = True
         self._dispatcher.close()
-        self._ahead.cancel()
+        self._stop_bringing()
         await self.backend.aclose()
 
 
