@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ class NativeBuildHook(BuildHookInterface[Any]):
     """Adds `aiouffd/native/libaiouffd.so` to the wheel."""
 
     PLUGIN_NAME = "custom"
-    _directory: str | None = None
+    _directory: tempfile.TemporaryDirectory[str] | None = None  # goes with the hook, also where the build fails
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the native part before the wheel is written; `version` is "standard" or "editable"."""
@@ -38,8 +37,8 @@ class NativeBuildHook(BuildHookInterface[Any]):
             output = native / name
             output.unlink(missing_ok=True)  # if the compiler has gone, an earlier build may be out of date
         else:
-            self._directory = tempfile.mkdtemp(prefix="aiouffd-")
-            output = Path(self._directory) / name
+            self._directory = tempfile.TemporaryDirectory(prefix="aiouffd-")
+            output = Path(self._directory.name) / name
         platform = os.environ.get("AIOUFFD_WHEEL_PLATFORM", "")
         try:
             builder["build"](output)
@@ -57,4 +56,4 @@ class NativeBuildHook(BuildHookInterface[Any]):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove the compiled file, which is in the wheel now."""
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.cleanup()

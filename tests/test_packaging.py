@@ -74,9 +74,14 @@ def test_a_release_wheel_needs_its_native_part(sdist: Path, tmp_path: Path) -> N
         tmp_path,
         sdist,
     )
+    left = tmp_path / "left"
+    left.mkdir()
+    without = {"CC": "/nonexistent/cc", "TMPDIR": str(left)}
     with pytest.raises(wheels.WheelError, match="no C compiler"):
-        run(*command, CC="/nonexistent/cc", AIOUFFD_WHEEL_PLATFORM=wheels.platform_tag("x86_64"))
-    run(*command, CC="/nonexistent/cc")
+        run(*command, **without, AIOUFFD_WHEEL_PLATFORM=wheels.platform_tag("x86_64"))
+    run(*command, **without)
+    assert list(left.iterdir()) == []
+    left.rmdir()
     assert [path.name[-12:] for path in tmp_path.iterdir()] == ["none-any.whl"]
 
 
