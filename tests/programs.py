@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -300,6 +301,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._left = tempfile.TemporaryDirectory()  # what programs leave: they are killed at their end
         here = str(Path(__file__).parent)
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r}); import programs; programs.perform()"],
@@ -307,6 +309,7 @@ class Stage:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env={**os.environ, "TMPDIR": self._left.name},
         )
 
     def run(self, program: str, deadline: float) -> str | None:
@@ -330,6 +333,7 @@ class Stage:
         self.process.wait()  # a program that still runs has the pipes, too
         self.process.stdin.close()
         self.process.stdout.close()
+        self._left.cleanup()
 
 
 def perform() -> None:
