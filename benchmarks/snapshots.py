@@ -29,7 +29,7 @@ import aiouffd
 from aiouffd.store import create_sync, open_snapshot
 from aiouffd.store.chunks import expanded
 from aiouffd.store.codecs import digest, digest_of, expand
-from aiouffd.store.index import PackName, bitmap, head
+from aiouffd.store.index import RECORD, PackName, bitmap, head
 from aiouffd.store.manifest import Link, Manifest
 from aiouffd.store.snapshot import index_path
 from benchmarks.contestants import PAGE, child, monitored, warm
@@ -304,7 +304,7 @@ def large(size: int) -> Path:
     store = place() / f"large-{size}"
     (store / "indexes").mkdir(parents=True)
     first = head(size, _CHUNK, [PackName(bytes(16), bytes(16), 1 << 31)], b"\xff" * len(bitmap(size, _CHUNK)))
-    records = np.zeros((chunks, 8), np.uint32)
+    records = np.zeros((chunks, RECORD.size // 4), np.uint32)
     records[:, 1], records[:, 2] = 1 << 20, 1000 | 1 << 24
     link = Link(digest_of([first, records.view(np.uint8).reshape(-1)], 32).hex(), len(first) + records.nbytes)
     with (store / index_path(link)).open("wb") as file:

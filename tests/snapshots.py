@@ -44,7 +44,7 @@ def a_pack(number: int, length: int = 10 << 20) -> PackName:
 
 def a_record(chunk: int, pack: int = 0, offset: int = header_length(1), length: int = 100, codec: int = 1) -> Record:
     """Return a record of a chunk that nobody has written."""
-    return Record(chunk, pack, offset, length, codec, bytes([chunk % 256]) * 20)
+    return Record(chunk, pack, offset, length, codec, bytes([chunk % 256]) * 20, bytes([chunk % 255]) * 16)
 
 
 def read_all(place: str | os.PathLike[str], step: int = 1 << 20, **options: Any) -> bytes:

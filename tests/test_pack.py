@@ -7,9 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiouffd
-from aiouffd.store.pack import Frame, decode_header, encode_header, header_length, identity, offsets
+from aiouffd.store.codecs import digest
+from aiouffd.store.pack import Frame, decode_header, encode_header, header_length, identity, is_whole, offsets
 
-frames = st.builds(Frame, st.integers(1, 0xFFFFFF), st.integers(0, 2), st.binary(min_size=20, max_size=20))
+frames = st.builds(
+    Frame,
+    st.integers(1, 0xFFFFFF),
+    st.integers(0, 2),
+    st.binary(min_size=20, max_size=20),
+    st.binary(min_size=16, max_size=16),
+)
 
 
 @given(st.lists(frames, max_size=20), st.binary(max_size=10))
@@ -46,7 +53,7 @@ def test_a_damaged_header(given: list[Frame], data: st.DataObject) -> None:
 )
 def test_what_no_pack_says(at: int, value: bytes, complaint: str) -> None:
     """The error says what is wrong."""
-    data = bytearray(encode_header([Frame(5, 1, bytes(20))]))
+    data = bytearray(encode_header([Frame(5, 1, bytes(20), bytes(16))]))
     data[at : at + len(value)] = value
     with pytest.raises(aiouffd.StoreError, match=complaint):
         decode_header(bytes(data), "x")
@@ -54,7 +61,17 @@ def test_what_no_pack_says(at: int, value: bytes, complaint: str) -> None:
 
 def test_where_frames_are() -> None:
     """One behind the other, behind the header."""
-    assert list(offsets([Frame(5, 0, b""), Frame(7, 0, b"")])) == [64, 69, 76]
+    assert list(offsets([Frame(5, 0, b"", b""), Frame(7, 0, b"", b"")])) == [96, 101, 108]
+
+
+def test_a_whole_pack() -> None:
+    """Its header is the one that it is named by, and each frame is the one of the header."""
+    frames = [Frame(len(data), 0, bytes(20), digest(data, 16)) for data in (b"first", b"second")]
+    header = encode_header(frames)
+    data, name = header + b"firstsecond", digest(header, 16)
+    assert is_whole(data, name)
+    for broken in (data[:-1], data + b"x", data.replace(b"first", b"First"), b"", data.replace(bytes(20), b"x" * 20)):
+        assert not is_whole(broken, name)
 
 
 def test_an_identity_is_of_content_and_compression() -> None:

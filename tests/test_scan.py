@@ -23,7 +23,9 @@ from aiouffd.store import (
     open_snapshot,
     verify,
     verify_sync,
+    writer,
 )
+from aiouffd.store.codecs import digest
 from aiouffd.store.scan import scan
 
 if TYPE_CHECKING:
@@ -78,6 +80,14 @@ def test_all_that_is_damaged_is_found(tmp_path: Path) -> None:
     assert [error.source for error in found] == [str(recording), str(pack), str(pack)]
     pack.unlink()
     assert len(verify_sync(tmp_path / "x.snap")) == 1 + len(records)
+
+
+def test_a_hash_of_other_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer was wrong: readers do not notice, but caches and layers would take chunks for others."""
+    monkeypatch.setattr(writer, "digest", lambda data: digest(data)[::-1])
+    create_sync(b"x" * 5, tmp_path / "x.snap")
+    (error,) = verify_sync(tmp_path / "x.snap")
+    assert (error.chunk, error.reason) == (0, "it was written with the hash of other bytes")
 
 
 def test_extract(made: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def read(store: Path, name: str) -> bytes:
     assert (magic, version, chunk_size, size) == (b"aiouffdi", 1, manifest["chunk_size"], manifest["size"])
     chunks = (size + chunk_size - 1) // chunk_size
     groups = (chunks + 511) // 512
-    assert len(index) == 64 + 40 * packs + 72 * groups + 32 * records
+    assert len(index) == 64 + 40 * packs + 72 * groups + 48 * records
     return b"".join(chunk(store, index, n, min(chunk_size, size - n * chunk_size)) for n in range(chunks))
 
 
@@ -42,14 +42,16 @@ def chunk(store: Path, index: bytes, n: int, length: int) -> bytes:
         return bytes(length)
     number = before + sum(bitmap[at // 8] >> at % 8 & 1 for at in range(bit))
     groups = ((size + chunk_size - 1) // chunk_size + 511) // 512
-    at = 64 + 40 * packs + 72 * groups + 32 * number
-    pack, offset, coded, content = struct.unpack_from("<III20s", index, at)
+    at = 64 + 40 * packs + 72 * groups + 48 * number
+    pack, offset, coded, content, check = struct.unpack_from("<III20s16s", index, at)
     identity, digest, pack_length = struct.unpack_from("<16s16sQ", index, 64 + 40 * pack)
     path = store / "packs" / identity.hex() / digest.hex()
     data = path.read_bytes()
-    assert (data[:8], len(data), blake3.blake3(data).digest(16)) == (b"aiouffdp", pack_length, digest)
+    header = data[: 16 + 40 * struct.unpack_from("<I", data, 12)[0]]
+    assert (data[:8], len(data), blake3.blake3(header).digest(16)) == (b"aiouffdp", pack_length, digest)
     frame: bytes
     frame, codec = data[offset : offset + (coded & 0xFFFFFF)], coded >> 24
+    assert blake3.blake3(frame).digest(16) == check
     if codec == 1:
         frame = zstandard.ZstdDecompressor().decompress(frame)
     elif codec == 2:
@@ -71,14 +73,14 @@ def test_another_reader(tmp_path: Path, codec: str) -> None:
 
 
 def test_what_a_pack_is_called(tmp_path: Path) -> None:
-    """By what is in it, as its header says, and by its bytes."""
+    """By what is in it, as its header says, and by its header."""
     create_sync(an_image(72, 9), tmp_path / "a.snap", codec="zstd", level=5)
     (path,) = (path for path in tmp_path.glob("packs/*/*") if path.is_file())
     data = path.read_bytes()
     _, version, count = struct.unpack_from("<8sII", data)
-    entries = [struct.unpack_from("<I20s", data, 16 + 24 * number) for number in range(count)]
+    entries = [struct.unpack_from("<I20s16s", data, 16 + 40 * number) for number in range(count)]
     assert version == 1
-    assert 16 + 24 * count + sum(coded & 0xFFFFFF for coded, _ in entries) == len(data)
-    named = b"1 zstd 5\n" + b"".join(content for _, content in entries)
+    assert 16 + 40 * count + sum(coded & 0xFFFFFF for coded, _, _ in entries) == len(data)
+    named = b"1 zstd 5\n" + b"".join(content for _, content, _ in entries)
     assert path.parent.name == blake3.blake3(named).hexdigest(16)
-    assert path.name == blake3.blake3(data).hexdigest(16)
+    assert path.name == blake3.blake3(data[: 16 + 40 * count]).hexdigest(16)

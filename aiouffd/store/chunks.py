@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
-from aiouffd.store.codecs import expand
 from aiouffd.store.workers import Job, Workers
 
 if TYPE_CHECKING:
@@ -78,12 +77,9 @@ def expanded(index: Index | SeekTable, record: Record, frame: Any, name: str) ->
     if len(frame) != record.length:
         return blamed(index, record, name, f"the object ends {record.length - len(frame)} bytes too early")
     try:
-        data = expand(record.codec, frame, index.length_of(record.chunk))
+        return index.expand(record, frame)
     except ValueError as error:
         return blamed(index, record, name, f"it is damaged: {error}")
-    if not index.is_right(record, data):
-        return blamed(index, record, name, "it is damaged: its hash is another than the index says")
-    return data
 
 
 @attrs.define(eq=False, repr=False)

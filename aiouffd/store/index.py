@@ -11,10 +11,11 @@
 | 36 | 28 zeros |
 | 64 | the packs, 40 bytes each: identity (16 bytes), digest (16 bytes), u64: length of the object |
 | behind them | the groups, 72 bytes for each 512 chunks: u64: the records before it; 64 bytes: which chunks have one |
-| behind them | the records, 32 bytes each, in the order of their chunks |
+| behind them | the records, 48 bytes each, in the order of their chunks |
 
 A chunk that has no record is zeros. Chunk n of a group is bit n % 8 of byte n // 8. A record is u32: the pack; u32: the
-frame's offset in it; u32: its length, and in the uppermost 8 bits the number of the codec; 20 bytes: the chunk's hash.
+frame's offset in it; u32: its length, and in the uppermost 8 bits the number of the codec; 20 bytes: the chunk's hash;
+16 bytes: the frame's hash.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import HASH, codec_name, digest
+from aiouffd.store.codecs import CHECK, HASH, codec_name, digest, expand
 from aiouffd.store.manifest import checked_chunk_size
 from aiouffd.store.pack import header_length
 
@@ -37,7 +38,7 @@ VERSION: Final = 1
 HEADER: Final = struct.Struct("<8sIIQQI28s")
 PACK: Final = struct.Struct("<16s16sQ")
 GROUP: Final = struct.Struct("<Q64s")
-RECORD: Final = struct.Struct(f"<III{HASH}s")
+RECORD: Final = struct.Struct(f"<III{HASH}s{CHECK}s")
 CHUNKS: Final = 512  # in a group
 LARGEST_PACK: Final = (1 << 32) - 1
 
@@ -71,6 +72,7 @@ class Record(NamedTuple):
         length: of its frame.
         codec: the number of its codec.
         hash: of its bytes in the image.
+        check: hash of its frame.
     """
 
     chunk: int
@@ -79,6 +81,7 @@ class Record(NamedTuple):
     length: int
     codec: int
     hash: bytes
+    check: bytes
 
 
 class Index:
@@ -156,9 +159,11 @@ class Index:
         """Return where the pack of a chunk is in the store."""
         return self.pack(record.pack).path
 
-    def is_right(self, record: Record, data: Any) -> bool:
-        """Tell whether bytes are those of a chunk."""
-        return digest(data) == record.hash
+    def expand(self, record: Record, frame: Any) -> Any:
+        """Return the bytes of a chunk. Raises ValueError if its frame is damaged."""
+        if digest(frame, CHECK) != record.check:
+            raise ValueError("its hash is another than the index says")
+        return expand(record.codec, frame, self.length_of(record.chunk))
 
     def pack(self, number: int) -> PackName:
         """Return the name of a pack."""
@@ -187,7 +192,7 @@ class Index:
             yield self._record(number, chunk)
 
     def _record(self, number: int, chunk: int) -> Record:
-        pack, offset, coded, hash_ = RECORD.unpack_from(self._data, self._records + number * RECORD.size)
+        pack, offset, coded, hash_, check = RECORD.unpack_from(self._data, self._records + number * RECORD.size)
         length, codec = coded & 0xFFFFFF, coded >> 24
         if pack >= self.packs:
             raise self._damaged(f"its pack {pack} is none of {self.packs}", chunk)
@@ -199,7 +204,7 @@ class Index:
             raise self._damaged(f"its frame of {length} bytes cannot hold {whole}", chunk)
         if offset < header_length(1) or offset + length > end or end > LARGEST_PACK:
             raise self._damaged(f"its frame [{offset}, {offset + length}) is not in its pack of {end} bytes", chunk)
-        return Record(chunk, pack, offset, length, codec, hash_)
+        return Record(chunk, pack, offset, length, codec, hash_, check)
 
     def present(self, low: int, high: int) -> Iterator[int]:
         """Yield the numbers of the chunks in [low, high) that are not zeros."""
@@ -229,8 +234,8 @@ def _set_below(bits: int, place: int) -> int:
 
 
 def encode_record(record: Record) -> bytes:
-    """Return the 32 bytes of a record."""
-    return RECORD.pack(record.pack, record.offset, record.length | record.codec << 24, record.hash)
+    """Return the 48 bytes of a record."""
+    return RECORD.pack(record.pack, record.offset, record.length | record.codec << 24, record.hash, record.check)
 
 
 def head(size: int, chunk_size: int, packs: Iterable[PackName], present: bytes | bytearray) -> bytes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import compressor, digest, digest_of
+from aiouffd.store.codecs import CHECK, compressor, digest, digest_of
 from aiouffd.store.index import RECORD, PackName, Record, bitmap, encode_record, head
 from aiouffd.store.manifest import Link
 from aiouffd.store.pack import NAME, Frame, decode_header, encode_header, header_length, identity, offsets
@@ -29,7 +30,8 @@ __all__ = ["Layer", "in_order"]
 PACK_BYTES: Final = 64 << 20  # bytes of the image in a pack, so that its cut does not depend on the compressor
 REUSED: Final = 12 * 3600.0  # seconds: a pack that no manifest names is taken if it is younger; see `collect`
 _TOGETHER: Final = 16  # chunks that a thread compresses in one go
-_UPLOADS: Final = 4  # packs that are being written at once, each of them in memory
+_UPLOADS: Final = 4  # packs that are being made and written at once, each of them in memory
+_COMPRESSED: Final = 2  # of them, those that are not compressed yet, which take more
 _PIECE: Final = 1 << 20
 
 _Item = TypeVar("_Item")
@@ -50,6 +52,31 @@ class _New(NamedTuple):
     chunk: int
     hash: bytes
     data: bytes
+
+
+class _Place(NamedTuple):
+    """As `_New`, without the bytes."""
+
+    number: int
+    chunk: int
+    hash: bytes
+
+
+class _Pack(NamedTuple):
+    """A pack that the store has.
+
+    Attributes:
+        name: of it.
+        frames: in it.
+        written: bytes that were written for it.
+    """
+
+    name: PackName
+    frames: list[Frame]
+    written: int
+
+
+_UNMADE: Final = PackName(b"", b"", 0)
 
 
 def in_order(
@@ -102,11 +129,12 @@ class Layer:
         self._unwritten = bytearray()
         self._written_to = 0
         self._present = bitmap(size, chunk_size)
-        self._packs: list[PackName] = []
+        self._packs: list[PackName] = []  # `_UNMADE` for those that are under way
         self._of_base: dict[int, int] = {}  # number of a pack in the base -> in this index
         self._new: list[_New] = []
         self._bytes = 0
-        self._puts: deque[Future[bool]] = deque()
+        self._under_way: deque[tuple[int, list[_Place], Future[_Pack]]] = deque()
+        self._compressing = threading.Semaphore(_COMPRESSED)
         self.records: int = 0
         self.written: int = 0
 
@@ -144,14 +172,25 @@ class Layer:
         self._unwritten.clear()
 
     def _flush(self) -> None:
-        """Make a pack of the new chunks, unless the store has one of them already."""
+        """Have a pack made of the new chunks."""
         new, self._new, self._bytes = self._new, [], 0
-        named = identity([item.hash for item in new], *self._named)
-        name, frames = self._found(named, new) or self._made(named, new)
-        pack = len(self._packs)
-        self._packs.append(name)
-        for item, frame, offset in zip(new, frames, offsets(frames), strict=False):  # the last offset is the end
-            self._write_record(item.number, Record(item.chunk, pack, offset, frame.length, frame.codec, item.hash))
+        places = [_Place(item.number, item.chunk, item.hash) for item in new]
+        while len(self._under_way) >= _UPLOADS:
+            self._settle()
+        self._compressing.acquire()
+        self._under_way.append((len(self._packs), places, self._writing.submit(self._make, new)))
+        self._packs.append(_UNMADE)
+
+    def _settle(self) -> None:
+        """Wait for the oldest pack that is under way, and note where its chunks are."""
+        pack, places, made = self._under_way.popleft()
+        name, frames, written = made.result()
+        self._packs[pack] = name
+        self.written += written
+        for (number, chunk, hash_), frame, offset in zip(places, frames, offsets(frames), strict=False):
+            self._write_record(
+                number, Record(chunk, pack, offset, frame.length, frame.codec, hash_, frame.check)
+            )  # the last offset is the end
 
     def _found(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]] | None:
         """Return a pack of these chunks that a writer has left, which was killed, or is at work."""
@@ -161,29 +200,39 @@ class Layer:
             if len(name) != 2 * NAME or time.time() - entry.modified > REUSED or entry.size < header:
                 continue
             data = self._store.read(entry.path, 0, header)
-            try:
-                frames = decode_header(data, entry.path)
-            except StoreError:
+            if digest(data, NAME).hex() != name:
                 continue
+            frames = decode_header(data, entry.path)
             whole = [frame.hash for frame in frames] == [item.hash for item in new]
             if whole and list(offsets(frames))[-1] == entry.size:
                 return PackName(named, bytes.fromhex(name), entry.size), frames
         return None
 
-    def _made(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]]:
-        """Compress a pack, and begin to write it."""
-        groups = [new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER)]
-        made = list(
-            chain.from_iterable(self._pool.map(lambda group: [self._frame(item.data) for item in group], groups))
-        )
-        frames = [Frame(len(frame), codec, item.hash) for item, (codec, frame) in zip(new, made, strict=True)]
-        data = b"".join([encode_header(frames), *(frame for _, frame in made)])
-        name = PackName(named, digest(data, NAME), len(data))
-        while len(self._puts) >= _UPLOADS:
-            self._puts.popleft().result()
-        self._puts.append(self._writing.submit(self._store.put, name.path, [data]))
-        self.written += len(data)
-        return name, frames
+    def _make(self, new: list[_New]) -> _Pack:
+        """Make a pack of some chunks, unless the store has one of them already. In a thread that waits."""
+        named = identity([item.hash for item in new], *self._named)
+        try:
+            found = self._found(named, new)
+            if found is not None:
+                return _Pack(*found, 0)
+            groups = [new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER)]
+            made = list(chain.from_iterable(self._pool.map(self._compress, groups)))
+        finally:
+            new.clear()
+            self._compressing.release()
+        frames = [frame for frame, _ in made]
+        header = encode_header(frames)
+        data = b"".join([header, *(data for _, data in made)])
+        name = PackName(named, digest(header, NAME), len(data))
+        self._store.put(name.path, [data])
+        return _Pack(name, frames, len(data))
+
+    def _compress(self, group: list[_New]) -> list[tuple[Frame, bytes]]:
+        made = []
+        for item in group:
+            codec, data = self._frame(item.data)
+            made.append((Frame(len(data), codec, item.hash, digest(data, CHECK)), data))
+        return made
 
     def finish(self) -> Link:
         """Write what is left, and then the index.
@@ -193,9 +242,9 @@ class Layer:
         """
         if self._new:
             self._flush()
+        while self._under_way:
+            self._settle()
         self._write_records()
-        while self._puts:
-            self._puts.popleft().result()
         for pack, size in zip(
             self._packs, self._writing.map(self._store.size, [pack.path for pack in self._packs]), strict=True
         ):
@@ -212,8 +261,8 @@ class Layer:
 
     def close(self) -> None:
         """Wait for packs on their way, and give up what was kept of the index."""
-        for put in self._puts:
-            put.cancel()
+        for _, _, made in self._under_way:
+            made.cancel()
         self._records.close()
 
     def __enter__(self) -> Layer:

@@ -5,34 +5,36 @@
 | 0 | 8 bytes: `aiouffdp` |
 | 8 | u32: the version, 1 |
 | 12 | u32: the number of chunks |
-| 16 | 24 bytes for each: u32: the frame's length, and the codec in the uppermost 8 bits; 20 bytes: the chunk's hash |
+| 16 | 40 bytes for each: see below |
 | behind them | the frames, in the same order, without gaps |
 
-A reader of a snapshot needs its index only. The header tells a writer that begins again what is in a pack already.
+For each chunk, the header has u32: the frame's length, and the codec in the uppermost 8 bits; 20 bytes: the chunk's
+hash; 16 bytes: the frame's hash. A reader of a snapshot needs its index only. The header tells a writer that begins
+again what is in a pack already.
 
 A pack is named by two hashes: its identity, of what is in it, so that a writer that begins again finds it before it has
-compressed a byte; and the digest of its very bytes, so that two writers with different compressors never write
-different bytes under one name.
+compressed a byte; and the digest of its header, which has the hashes of all frames, so that two writers with different
+compressors never write different bytes under one name.
 """
 
 from __future__ import annotations
 
 import struct
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import HASH, codec_name, digest_of
+from aiouffd.store.codecs import CHECK, HASH, codec_name, digest, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["NAME", "Frame", "decode_header", "encode_header", "header_length", "identity", "offsets"]
+__all__ = ["NAME", "Frame", "decode_header", "encode_header", "header_length", "identity", "is_whole", "offsets"]
 
 MAGIC: Final = b"aiouffdp"
 VERSION: Final = 1
 HEAD: Final = struct.Struct("<8sII")
-ENTRY: Final = struct.Struct(f"<I{HASH}s")
+ENTRY: Final = struct.Struct(f"<I{HASH}s{CHECK}s")
 NAME: Final = 16  # bytes of an identity, and of a digest
 
 
@@ -43,11 +45,13 @@ class Frame(NamedTuple):
         length: of its frame.
         codec: the number of its codec.
         hash: of its bytes in the image.
+        check: hash of the frame.
     """
 
     length: int
     codec: int
     hash: bytes
+    check: bytes
 
 
 def header_length(count: int) -> int:
@@ -67,7 +71,7 @@ def offsets(frames: Sequence[Frame]) -> Iterator[int]:
 
 def encode_header(frames: Sequence[Frame]) -> bytes:
     """Return the header of a pack with these frames."""
-    entries = (ENTRY.pack(frame.length | frame.codec << 24, frame.hash) for frame in frames)
+    entries = (ENTRY.pack(frame.length | frame.codec << 24, frame.hash, frame.check) for frame in frames)
     return HEAD.pack(MAGIC, VERSION, len(frames)) + b"".join(entries)
 
 
@@ -87,8 +91,26 @@ def decode_header(data: bytes, name: str) -> list[Frame]:
     if len(data) < header_length(count):
         raise StoreError(name, 0, 0, f"it announces {count} chunks, and ends at {len(data)}")
     coded = ENTRY.iter_unpack(memoryview(data)[HEAD.size : header_length(count)])
-    frames = [Frame(word & 0xFFFFFF, word >> 24, hash_) for word, hash_ in coded]
+    frames = [Frame(word & 0xFFFFFF, word >> 24, hash_, check) for word, hash_, check in coded]
     for frame in frames:
         if not frame.length or codec_name(frame.codec) is None:
             raise StoreError(name, 0, 0, f"its header is damaged: {frame}")
     return frames
+
+
+def is_whole(data: bytes, name: bytes) -> bool:
+    """Tell whether a pack is the one with this digest, and none of its frames is damaged."""
+    try:
+        frames = decode_header(data, "")
+    except StoreError:
+        return False
+    places = list(offsets(frames))
+    view = memoryview(data)
+    return (
+        digest(view[: places[0]], NAME) == name
+        and places[-1] == len(data)
+        and all(
+            digest(view[start:end], CHECK) == frame.check
+            for frame, (start, end) in zip(frames, pairwise(places), strict=True)
+        )
+    )

@@ -51,7 +51,7 @@ def scan(snapshot: Snapshot) -> Iterator[list[tuple[Record, Any]]]:
 def _fetch(snapshot: Snapshot, run: list[Record]) -> list[tuple[Record, Any]]:
     """Return the records of a run with their bytes, or with the StoreError about them."""
     index, store = snapshot.index, snapshot.store
-    path = index.pack(run[0].pack).path
+    path = index.path(run[0])
     name = store.name(path)
     start, stop = span(run)
     try:
@@ -106,9 +106,18 @@ def verify_sync(
         except StoreError as error:
             found.append(error)
     for some in scan(snapshot):
-        found += [outcome for _, outcome in some if isinstance(outcome, StoreError)]
+        found += filter(None, (_wrong(snapshot, record, outcome) for record, outcome in some))
         _report(snapshot, some, progress)
     return found
+
+
+def _wrong(snapshot: Snapshot, record: Record, outcome: Any) -> StoreError | None:
+    """Return what is wrong with a chunk: the outcome, if that is an error, or its hash."""
+    if isinstance(outcome, StoreError):
+        return outcome
+    name = snapshot.store.name(snapshot.index.path(record))
+    reason = "it was written with the hash of other bytes"
+    return None if digest(outcome) == record.hash else blamed(snapshot.index, record, name, reason)
 
 
 async def extract(place: Place, destination: Place, **options: Unpack[StoreOptions]) -> None:

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from aiouffd.errors import StoreError
-from aiouffd.store.codecs import CODECS, checksum
+from aiouffd.store.codecs import CODECS, checksum, expand
 from aiouffd.store.index import Record
 
 __all__ = ["FOOTER", "LARGEST_FRAME", "SeekTable", "table_length"]
@@ -72,9 +72,11 @@ class SeekTable:
     """
 
     def __init__(self, starts: array[int], places: array[int], checksums: array[int]) -> None:
-        self.starts, self.places, self.checksums = starts, places, checksums
-        self.size = starts[-1]
-        self.largest = max((end - start for start, end in pairwise(starts)), default=0)
+        self.starts: array[int] = starts
+        self.places: array[int] = places
+        self.checksums: array[int] = checksums
+        self.size: int = starts[-1]
+        self.largest: int = max((end - start for start, end in pairwise(starts)), default=0)
 
     @classmethod
     def decode(cls, data: bytes, size: int, name: str) -> SeekTable:
@@ -110,8 +112,8 @@ class SeekTable:
         if not self.length_of(chunk):
             return None
         place, end = self.places[chunk], self.places[chunk + 1]
-        hash_ = self.checksums[chunk].to_bytes(4, "little") if self.checksums else b""
-        return Record(chunk, 0, place, end - place, CODECS["zstd"], hash_)
+        check = self.checksums[chunk].to_bytes(4, "little") if self.checksums else b""
+        return Record(chunk, 0, place, end - place, CODECS["zstd"], b"", check)
 
     def start_of(self, chunk: int) -> int:
         """Return where the bytes of a frame begin in the image."""
@@ -129,9 +131,12 @@ class SeekTable:
         """Return nothing: there is one file."""
         return ""
 
-    def is_right(self, record: Record, data: Any) -> bool:
-        """Tell whether bytes have the checksum of a frame; without checksums, their number is all that is known."""
-        return not record.hash or checksum(data) == record.hash
+    def expand(self, record: Record, frame: Any) -> Any:
+        """Return what a frame holds. Raises ValueError if it is damaged, as far as the file can tell."""
+        data = expand(record.codec, frame, self.length_of(record.chunk))
+        if record.check and checksum(data) != record.check:
+            raise ValueError("its checksum is another than the seek table says")
+        return data
 
 
 def _entry(flags: int) -> int:

@@ -26,7 +26,7 @@ _KEPT = 32 << 20
 class SnapshotSource:
     """The image of a snapshot, as it is when it is opened.
 
-    Each chunk is checked against its hash before a byte of it is shown.
+    The frame of each chunk is checked against its hash before a byte of the chunk is shown.
 
     Args:
         url: of the manifest: a path, or a URL as for `ObjectSource`. Its name ends with `.snap`.

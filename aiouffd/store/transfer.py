@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import StoreError
 from aiouffd.store.aside import StoreOptions, aside
-from aiouffd.store.codecs import LEVEL, digest_of
+from aiouffd.store.codecs import LEVEL
 from aiouffd.store.layer import in_order
-from aiouffd.store.pack import NAME
+from aiouffd.store.pack import is_whole
 from aiouffd.store.snapshot import index_path, open_snapshot, read_linked, trace_path
 from aiouffd.store.writer import create_sync, publish, target
 
@@ -97,7 +97,7 @@ def _copy_pack(source: Folder | Bucket, destination: Folder | Bucket, pack: Pack
     """Copy a pack, unless it is there; check it."""
     if destination.size(pack.path) != pack.length:
         data = source.read(pack.path, 0, pack.length)
-        if len(data) != pack.length or digest_of([data], NAME) != pack.digest:
+        if len(data) != pack.length or not is_whole(data, pack.digest):
             raise StoreError(source.name(pack.path), 0, 0, "it is damaged: its hash is another than its name says")
         destination.put(pack.path, [data])
     return pack
