@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.fsspec_source import FsspecSource
     from aiouffd.sources.layered import LayeredSource
     from aiouffd.sources.object_store import ObjectSource
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.cache import ChunkCache
     from aiouffd.store.snapshot_source import SnapshotSource
     from aiouffd.store.zstd_seekable import ZstdSeekableSource
@@ -121,6 +122,7 @@ __all__ = [
     "SourceError",
     "SourceTimeoutError",
     "Statistics",
+    "StorageOptions",
     "StoreError",
     "TargetExitedError",
     "Trace",
@@ -169,6 +171,7 @@ _HOMES = {
     "sources.fsspec_source": "FsspecSource",
     "sources.layered": "LayeredSource",
     "sources.object_store": "ObjectSource",
+    "sources.storage_options": "StorageOptions",
     "store.cache": "ChunkCache",
     "store.snapshot_source": "SnapshotSource",
     "store.zstd_seekable": "ZstdSeekableSource",
@@ -179,7 +182,7 @@ _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for na
 
 _LATE = (
     *("ChunkCache", "FileSource", "FsspecSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy"),
-    *("Server", "SnapshotSource", "Progress", "Trace", "ZstdSeekableSource", "map", "open"),
+    *("Server", "SnapshotSource", "StorageOptions", "Progress", "Trace", "ZstdSeekableSource", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

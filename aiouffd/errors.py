@@ -13,7 +13,10 @@ import builtins
 import errno as _errno
 import os
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "AccessError",
@@ -437,3 +440,11 @@ def decode_error(data: dict[str, Any]) -> BaseException:
     if data["cause"] is not None:
         error.__cause__ = decode_error(data["cause"])
     return error
+
+
+def unknown_name(whose: str, name: str, known: Iterable[str]) -> TypeError:
+    """Return the error of an option that nobody knows, with the nearest one that is known."""
+    import difflib  # noqa: PLC0415 - only for this
+
+    near = difflib.get_close_matches(name, sorted(known), 1, 0.0)[0]
+    return TypeError(f"{whose} got an unexpected keyword argument {name!r}; the nearest that it takes is {near!r}")

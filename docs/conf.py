@@ -50,7 +50,9 @@ autodoc_class_signature = "mixed"
 # Names of Python that signatures and docstrings may mention are in a text file, `name kind page` each, so that a build
 # asks no network. One that it lacks is a warning (-n): add it.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
-nitpick_ignore = [("py:class", name) for name in ("array", "Future")]  # what modules import by these short names
+nitpick_ignore = [
+    ("py:class", name) for name in ("array", "Buffer", "Future")
+]  # what modules import by these short names
 
 # llms.txt, and each page as Markdown with what autodoc has written into it.
 llms_txt_description = "An asyncio framework for Linux userfaultfd: memory that fills itself on first touch."

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from aiouffd.sources.storage_options import StorageOptions
 
 __all__ = ["BUCKET", "environment", "options", "s3"]
 
@@ -64,7 +66,7 @@ def _wait(gateway: subprocess.Popen[bytes], address: str) -> None:
     raise AssertionError("the gateway does not listen")
 
 
-def options(url: str) -> dict[str, Any]:
+def options(url: str) -> StorageOptions:
     """Return what `storage_options=` takes to reach it."""
     return {
         "access_key_id": USER,

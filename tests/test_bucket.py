@@ -193,6 +193,6 @@ def test_without_credentials(s3: str) -> None:
     """The error says what to set."""
     with pytest.raises(aiouffd.StoreError, match="there are no credentials: set AWS_ACCESS_KEY_ID"):
         read_all("s3://vol/x.snap")
-    wrong = {**gateway.options(s3), "secret_access_key": "wrong"}
+    wrong: Any = {**gateway.options(s3), "secret_access_key": "wrong"}
     with pytest.raises(aiouffd.SourceError, match=r"access was refused \(403\)"):
         read_all("s3://vol/x.snap", **wrong)

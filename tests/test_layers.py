@@ -49,6 +49,7 @@ ORDER = {
             "holes",
             "http_answer",
             "store_errors",
+            "storage_options",
             "store_settings",
             "store_client",
         ),

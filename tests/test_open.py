@@ -38,6 +38,8 @@ def test_an_option_that_nobody_knows() -> None:
     """It is a TypeError, as for any function, before anybody is asked."""
     with pytest.raises(TypeError, match=r"open\(\) got an unexpected keyword argument 'chunks'"):
         aiouffd.open("http://127.0.0.1:1/nothing", chunks=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"'readahed'; the nearest that it takes is 'readahead'"):
+        aiouffd.open("http://127.0.0.1:1/nothing", readahed=4)  # type: ignore[call-arg]
 
 
 def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

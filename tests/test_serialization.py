@@ -128,7 +128,8 @@ class Mine(BufferSource):
 
 
 @pytest.mark.parametrize(
-    "thing", [Service(Mine(b"x")), Service(ConcatSource([Mine(b"x")])), ObjectSource("https://h/k", client=object)]
+    "thing",
+    [Service(Mine(b"x")), Service(ConcatSource([Mine(b"x")])), ObjectSource("https://h/k", credential_provider=object)],
 )
 def test_what_is_not_ours_is_pickled(thing: Any) -> None:
     """Whether it is the source itself, a part of one, or an option."""

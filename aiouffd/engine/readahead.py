@@ -153,7 +153,7 @@ class Readahead:
         self._strangers = _Strangers(self._around)
         self._present = PresentPages(page)
         self._not_placed: dict[int, Window] = {}
-        self.follows = False
+        self.follows: bool = False
         """Whether the last fault that `windows` was asked about belonged to a stream."""
         self._doubts: set[tuple[int, int]] = set()  # page and thread of faults that were not believed
         self.losses: int = 0

@@ -14,20 +14,25 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from aiouffd.errors import SourceError
+from aiouffd.errors import SourceError, unknown_name
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
 from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor
+from aiouffd.sources.storage_options import check_options
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
+
+    from typing_extensions import Buffer
 
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.monitor import OnFork
     from aiouffd.sources.base import Source
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.cache import ChunkCache
 
 __all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
@@ -114,11 +119,11 @@ def _close(region: MappedRegion) -> None:
 
 
 def map(  # noqa: A001 - it is called aiouffd.map
-    what: Any,
+    what: str | os.PathLike[str] | Source | Buffer,
     *,
     engine: Pager | InThread | None = None,
     fork: OnFork | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     cache: ChunkCache | None = None,
     **options: Unpack[MapOptions],
 ) -> Region:
@@ -154,7 +159,7 @@ def map(  # noqa: A001 - it is called aiouffd.map
         UffdError: as for `Monitor`.
         OSError: as for `Monitor`.
     """
-    only_known("map", options, without="on_exit")
+    only_known("map", options, what, storage_options, without="on_exit")
     if getattr(engine, "needs_loop", False):
         raise TypeError(f"engine={engine!r} serves on the caller's event loop: use `async with aiouffd.open(...)`")
     timeout, retries = options.get("timeout"), options.get("retries")
@@ -172,12 +177,20 @@ def _enter(monitor: Monitor) -> Region:
     return region
 
 
-def only_known(function: str, options: Mapping[str, Any], *, without: str = "") -> None:
-    """Raise TypeError for an option that no Monitor has, before anybody is asked for anything."""
-    known = Monitor.__init__.__kwdefaults__ or {}
+def only_known(
+    function: str,
+    options: Mapping[str, Any],
+    what: object,
+    storage_options: StorageOptions | None,
+    *,
+    without: str = "",
+) -> None:
+    """Raise TypeError for an option that no Monitor or no store has, before anybody is asked for anything."""
+    known = {"storage_options", "cache", *(Monitor.__init__.__kwdefaults__ or ())} - {without}
     for name in options:
-        if name not in known or name == without:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if name not in known:
+            raise unknown_name(f"{function}()", name, known)
+    check_options(what, storage_options)
 
 
 def monitor_of(

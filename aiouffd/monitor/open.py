@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, NoReturn, Unpack
 
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.map import monitor_of, only_known
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import os
     from types import TracebackType
+
+    from typing_extensions import Buffer
 
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
     from aiouffd.monitor.monitor import AllOptions, Monitor, OnFork
     from aiouffd.sources.base import Source
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.cache import ChunkCache
 
 __all__ = ["Opened", "open"]
@@ -32,10 +35,10 @@ class Opened:
 
     def __init__(
         self,
-        what: Any,
+        what: str | os.PathLike[str] | Source | Buffer,
         engine: Pager | InThread | InProcess | None,
         fork: OnFork | None,
-        storage_options: Mapping[str, Any] | None,
+        storage_options: StorageOptions | None,
         cache: ChunkCache | None,
         options: AllOptions,
     ) -> None:
@@ -105,11 +108,11 @@ class Opened:
 
 
 def open(  # noqa: A001 - it is called aiouffd.open
-    what: Any,
+    what: str | os.PathLike[str] | Source | Buffer,
     *,
     engine: Pager | InThread | InProcess | None = None,
     fork: OnFork | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     cache: ChunkCache | None = None,
     **options: Unpack[AllOptions],
 ) -> Opened:
@@ -124,7 +127,7 @@ def open(  # noqa: A001 - it is called aiouffd.open
             `::`) are read by `FsspecSource` (`aiouffd[fsspec]`).
         engine: as for `Monitor`; a server has sources of its own, so `ServedBy` is not for `open`.
         fork: as for `Monitor`.
-        storage_options: credentials, endpoint, region and the like, for URLs: see `ObjectSource`.
+        storage_options: credentials, endpoint, region and the like, for URLs: see `StorageOptions`.
         cache: where what comes from URLs is kept, for all processes of the user. An object whose server names no
             version (a strong ETag) is not kept.
         **options: as for `Monitor`.
@@ -138,5 +141,5 @@ def open(  # noqa: A001 - it is called aiouffd.open
     Raises:
         TypeError: an option is unknown.
     """
-    only_known("open", options)
+    only_known("open", options, what, storage_options)
     return Opened(what, engine, fork, storage_options, cache, options)

@@ -8,19 +8,22 @@ import os
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
 from aiouffd.sources.plain_http import PlainHttp
+from aiouffd.sources.storage_options import check_options
 from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
 from aiouffd.sources.store_settings import proxy_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiouffd.sources.storage_options import StorageOptions
 
 __all__ = ["ObjectSource"]
 
@@ -75,7 +78,10 @@ class ObjectSource:
     retries = 0
     """The engine does not repeat a failed read: this source has."""
 
-    def __init__(self, url: str, *, timeout: float | None = None, retries: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, url: str, *, timeout: float | None = None, retries: int | None = None, **options: Unpack[StorageOptions]
+    ) -> None:
+        check_options(url, options)
         self.url = url
         self.timeout: float | None = _DEFAULT_TIMEOUT if timeout is None else timeout
         self._given = timeout, retries

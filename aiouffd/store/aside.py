@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypedDict, TypeVar
+
+from aiouffd.sources.storage_options import StorageOptions  # noqa: TC001 - options are looked up by the documentation
 
 __all__ = ["Progress", "StoreOptions", "aside"]
 
@@ -21,7 +23,7 @@ class StoreOptions(TypedDict, total=False):
         progress: called with the bytes that are done and all bytes. What it raises ends the work.
     """
 
-    storage_options: Mapping[str, Any] | None
+    storage_options: StorageOptions | None
     progress: Progress | None
 
 

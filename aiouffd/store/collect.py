@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Final, Unpack
 
 from aiouffd.store.aside import StoreOptions, aside
 from aiouffd.store.folder import unwritten
@@ -18,8 +18,9 @@ from aiouffd.store.snapshot import index_path, open_in, open_store, trace_path
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.aside import Progress
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Entry, Folder
@@ -48,7 +49,7 @@ def gc_sync(
     *,
     grace: float = GRACE,
     dry_run: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
 ) -> list[Entry]:
     """Remove the objects of a store that no manifest in it has named for a grace period.

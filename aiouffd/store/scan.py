@@ -19,8 +19,9 @@ from aiouffd.store.place import SUFFIX
 from aiouffd.store.snapshot import open_snapshot, read_linked, trace_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.aside import Progress, StoreOptions
     from aiouffd.store.index import Record
     from aiouffd.store.snapshot import Snapshot
@@ -82,7 +83,7 @@ async def verify(place: Place, **options: Unpack[StoreOptions]) -> list[StoreErr
 
 
 def verify_sync(
-    place: Place, *, storage_options: Mapping[str, Any] | None = None, progress: Progress | None = None
+    place: Place, *, storage_options: StorageOptions | None = None, progress: Progress | None = None
 ) -> list[StoreError]:
     """Read a whole snapshot, and compare each chunk with its hash.
 
@@ -129,7 +130,7 @@ def extract_sync(
     place: Place,
     destination: Place,
     *,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the image of a snapshot to a local file. Zeros become holes. The file appears when it is whole.
@@ -171,7 +172,7 @@ def diff_sync(
     one: Place,
     other: Place,
     *,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
 ) -> list[Range]:
     """Return where the images of two snapshots differ, in whole chunks.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from aiouffd.errors import SourceError, StoreError
 from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.sources.storage_options import check_options
 from aiouffd.store.codecs import digest_of
 from aiouffd.store.folder import Folder
 from aiouffd.store.index import Index
@@ -40,6 +41,7 @@ _DAMAGED = "it is damaged: its hash is another than its manifest says"
 
 def open_store(place: str, options: Mapping[str, Any] | None = None, *, make: bool = False) -> Folder | Bucket:
     """Return the store at a path or a URL; make: a folder that is not there is made."""
+    check_options(place, options)
     place = without_scheme(place)
     if "://" in place:
         from aiouffd.store.bucket import Bucket  # noqa: PLC0415 - the extra `http`

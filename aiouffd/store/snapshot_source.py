@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.sources.base import Descriptor
 from aiouffd.sources.store_errors import hide_secrets
@@ -17,6 +17,8 @@ from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store, read_lin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiouffd.sources.storage_options import StorageOptions
 
 __all__ = ["SnapshotSource"]
 
@@ -54,7 +56,7 @@ class SnapshotSource:
         timeout: float | None = None,
         retries: int | None = None,
         kept: int = _KEPT,
-        **options: Any,
+        **options: Unpack[StorageOptions],
     ) -> None:
         text = os.fspath(url)
         self.url: str = text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links

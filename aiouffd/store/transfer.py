@@ -16,8 +16,7 @@ from aiouffd.store.snapshot import index_path, open_snapshot, read_linked, trace
 from aiouffd.store.writer import create_sync, publish, target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.aside import Progress
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Folder
@@ -55,7 +54,7 @@ def copy_sync(
     destination: Place,
     *,
     replace: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Copy a snapshot to another store, or to another name. Packs that are there already are not copied.
@@ -116,7 +115,7 @@ def flatten_sync(
     level: int = LEVEL,
     chunk_size: int | None = None,
     replace: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write a snapshot anew, into packs that hold nothing else: what is adjacent in the image is adjacent there.

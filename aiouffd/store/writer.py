@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from aiouffd.ranges import Range
+    from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.aside import Progress
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Folder
@@ -74,7 +75,7 @@ class CreateOptions(TypedDict, total=False):
     trace: str | os.PathLike[str] | None
     metadata: Mapping[str, Any] | None
     replace: bool
-    storage_options: Mapping[str, Any] | None
+    storage_options: StorageOptions | None
     progress: Progress | None
 
 
@@ -125,7 +126,7 @@ def _written(
     page_size: int = mmap.PAGESIZE,
     trace: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     progress: Progress | None = None,
     **_: Any,
 ) -> Manifest:

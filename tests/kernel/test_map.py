@@ -324,7 +324,7 @@ def test_credentials_and_the_version_of_a_url_travel() -> None:
         return subprocess.run(worker, input=pickled, capture_output=True, check=True).stdout.decode()
 
     with odd_http.serving() as server:
-        options = {"client_options": {"default_headers": headers, "allow_http": True}}
+        options: aiouffd.StorageOptions = {"client_options": {"default_headers": headers, "allow_http": True}}
         with aiouffd.open(server.url, storage_options=options) as region:
             pickled = pickle.dumps(region)
         server.requests.clear()

@@ -59,6 +59,16 @@ aiouffd.open("https://host/x", engine=aiouffd.InThread(), storage_options={"regi
 aiouffd.open(b"bytes", on_exit="zeros")
 aiouffd.open("path", engine=aiouffd.ServedBy("/run/uffd.sock"))  # type: ignore[arg-type]
 aiouffd.open("path", chunks=4)  # type: ignore[call-arg]
+aiouffd.open(4)  # type: ignore[arg-type]
+
+options: aiouffd.StorageOptions = {"access_key_id": "a", "client_options": {"timeout": "30s", "allow_http": True}}
+aiouffd.open("s3://bucket/key", storage_options=options)
+aiouffd.ObjectSource("s3://bucket/key", timeout=5.0, **options)
+aiouffd.open("s3://bucket/key", storage_options={"regoin": "eu-west-1"})  # type: ignore[arg-type]
+aiouffd.open("s3://bucket/key", storage_options={"client_options": {"tiemout": "30s"}})  # type: ignore[arg-type]
+aiouffd.map("s3://bucket/key", storage_options={"region": 5})  # type: ignore[arg-type]
+aiouffd.ObjectSource("s3://bucket/key", regoin="eu-west-1")  # type: ignore[call-arg]
+aiouffd.SnapshotSource("y.snap", regoin="eu-west-1")  # type: ignore[call-arg]
 
 assert_type(aiouffd.map("https://host/x", storage_options={"region": "eu-west-1"}, background=True), aiouffd.Region)
 aiouffd.map(b"bytes", engine=aiouffd.InThread(), track_writes=True)
@@ -135,6 +145,7 @@ async def snapshots() -> None:
     assert_type(await store.diff("y.snap", "z.snap", storage_options={}), list[aiouffd.Range])
     await store.extract("y.snap", "x", replace=True)  # type: ignore[call-arg]
     assert_type(await store.flatten("y.snap", "z.snap", codec="lz4", replace=True), store.Manifest)
+    await store.verify("y.snap", storage_options={"regoin": "x"})  # type: ignore[arg-type]
     await store.gc("folder", grace=60, dry_run=True)
     assert_type(aiouffd.SnapshotSource("y.snap").size, int)
     assert_type(aiouffd.ZstdSeekableSource("y.zst", kept=1 << 20).size, int)
