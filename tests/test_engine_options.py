@@ -40,7 +40,7 @@ def test_options() -> None:
     options = Options()
     assert (options.readahead, options.spin_us, options.background, options.write_protect) == (2 << 20, 50, 0.0, False)
     assert options.modes == RegisterMode.MISSING
-    other = Options(1, 2, 3.0, 4, True, Limits(5), "retry")
+    other = Options(1, 2, 3.0, 4, True, Limits(5), "retry", 6, True)
     assert other.of(RegisterMode.WP) == attrs.evolve(other, modes=RegisterMode.WP)
     assert options.limits == Limits()
     for wrong in ({"readahead": -1}, {"spin_us": -1}, {"background": -1.0}):

@@ -69,6 +69,9 @@ ORDER = {
             "flight",
             "resolver",
             "retrying",
+            "protect",
+            "clock",
+            "bound",
         ),
         *(
             "deferred",

@@ -10,6 +10,7 @@ from pattern import PAGE
 
 from aiouffd import RegisterMode
 from aiouffd.engine.flight import Flight
+from aiouffd.engine.messages import emptied
 from aiouffd.engine.runs import FOR_FAULT, Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import OperationError, SourceError
@@ -28,7 +29,7 @@ def test_several_faults_share_one_wake() -> None:
 def test_what_its_owner_empties_is_zeros() -> None:
     """As a REMOVE event, for a region whose owner tells in place of the kernel."""
     world = World(0, located=True)
-    world.space.emptied(BASE + 4 * PAGE, BASE + 6 * PAGE)
+    emptied(world.space, BASE + 4 * PAGE, BASE + 6 * PAGE)
     assert world.space.mappings.locate(BASE + 4 * PAGE) == (BASE + 4 * PAGE, BASE + 6 * PAGE, -1)
     assert world.space.mappings.locate(BASE + 6 * PAGE)[2] == 6 * PAGE
     assert world.counters.snapshot().wakes == 1

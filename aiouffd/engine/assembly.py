@@ -10,21 +10,25 @@ from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.engine.serve.source import SourceBackend
 
 if TYPE_CHECKING:
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.options import Options, Service
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["make_backend", "make_readahead"]
 
 
-def make_backend(service: Service, counters: Counters, options: Options) -> SourceBackend | HandlerBackend:
-    """Return what brings the pages for a service."""
+def make_backend(
+    service: Service, counters: Counters, options: Options, bound: Bound | None = None
+) -> SourceBackend | HandlerBackend:
+    """Return what brings the pages for a service; `bound` drops those of a source again."""
     origin = service.origin
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
-    return SourceBackend(origin, counters, options.limits, on_touch=on_touch)
+    return SourceBackend(origin, counters, options.limits, on_touch=on_touch, bound=bound)
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:
     """Return the readahead of a space: bytes in memory come in small neighbourhoods, remote ones in larger ones."""
-    return Readahead(page_size, options.readahead, (16 << 10) if local else (64 << 10))
+    limit = options.readahead if options.max_resident is None else min(options.readahead, options.max_resident // 16)
+    return Readahead(page_size, limit, (16 << 10) if local else (64 << 10))

@@ -13,6 +13,7 @@ import sys
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
+from aiouffd.engine.bound import losing
 from aiouffd.engine.runs import Op
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-__all__ = ["COUNTER_OF_EVENT", "apply_layout_event", "serve_messages"]
+__all__ = ["COUNTER_OF_EVENT", "apply_layout_event", "emptied", "serve_messages"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
@@ -144,6 +145,13 @@ def _apply_layout_events(
         apply_layout_event(space, message)
 
 
+def emptied(space: Space, start: int, end: int) -> None:
+    """Take note that [start, end) was emptied: what is mapped there holds zeros."""
+    with losing(space, start, end):
+        space.mappings.remove(start, end)
+    space.changed(start, end)
+
+
 def apply_layout_event(space: Space, message: bytes) -> None:
     """Apply one FORK, REMAP, REMOVE or UNMAP message."""
     code = message[0]
@@ -161,8 +169,9 @@ def apply_layout_event(space: Space, message: bytes) -> None:
     else:
         start, end = abi.RANGE_MESSAGE.unpack(message)
         if code == abi.EVENT_REMOVE:
-            space.mappings.remove(start, end)
+            emptied(space, start, end)
         else:
-            space.mappings.unmapped(start, end)
-        space.changed(start, end)
+            with losing(space, start, end):
+                space.mappings.unmapped(start, end)
+            space.changed(start, end)
     space.backend.layout(space, code, message, child)

@@ -43,6 +43,8 @@ class Options:
         write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
         on_error: what becomes of a page that cannot be had: "sigbus", or "retry": its threads wait until it can.
+        max_resident: bytes that are there at most; pages that were not written are dropped. None: as many as come.
+        bounded: pages may be dropped, and come write-protected.
     """
 
     readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
@@ -52,10 +54,12 @@ class Options:
     write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
     on_error: Literal["sigbus", "retry"] = "sigbus"
+    max_resident: int | None = None
+    bounded: bool = False
 
     def of(self, modes: RegisterMode) -> Options:
         """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""
-        others = self.write_protect, self.limits, self.on_error
+        others = self.write_protect, self.limits, self.on_error, self.max_resident, self.bounded
         return Options(self.readahead, self.spin_us, self.background, int(modes), *others)
 
 

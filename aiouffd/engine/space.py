@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
     from aiouffd.engine.allowance import Allowance
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.plain import PlainFaults, PlainSource
@@ -58,6 +59,10 @@ _LOWEST = 4 << 20  # not below vm.mmap_min_addr, which WAKE refuses; the kernel 
 
 class Backend(Protocol):
     """What brings the pages of a space: see `serve.source` and `serve.handler`."""
+
+    @property
+    def bound(self) -> Bound | None:
+        """What drops pages again, which come write-protected then; None: they stay."""
 
     @property
     def local(self) -> bool:
@@ -150,7 +155,9 @@ class Space:
         self.flights: Flights = Flights()
         self.deferred: Deferred = Deferred()
         self.remainders: Remainders = Remainders(page_size)
-        self.resolver: Resolver = Resolver(uffd, page_size, counters, abi.COPY_MODE_WP if write_protect else 0)
+        self.bound: Bound | None = backend.bound
+        mode = abi.COPY_MODE_WP if write_protect else 0
+        self.resolver: Resolver = self.bound.enter(self) if self.bound else Resolver(uffd, page_size, counters, mode)
         self.replayed = 0  # pages of a trace that have been brought
         self.filled = 0  # bytes of the background fill that have been brought
         self._words = counters.words
@@ -201,11 +208,6 @@ class Space:
                 if part.offset >= 0:
                     self.readahead.brought(part.offset, part.left)
         return parts
-
-    def emptied(self, start: int, end: int) -> None:
-        """As a REMOVE event, for a region whose owner tells in place of the kernel."""
-        self.mappings.remove(start, end)
-        self.changed(start, end)
 
     def open_fast_path(self, source: PlainSource, start: int, end: int, offset: int) -> None:
         """From now on, plain faults of [start, end) are served by the fast path, until the layout changes."""

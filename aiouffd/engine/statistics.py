@@ -63,6 +63,8 @@ class Counter(enum.IntEnum):
     SEQUENTIAL = 90
     SOURCE_READS = 91
     SOURCE_NS = 92
+    PAGES_EVICTED = 93
+    RESIDENT = 94  # bytes
 
 
 LATENCY_BUCKETS = 48
@@ -117,6 +119,8 @@ class Statistics:
             counts none with `readahead=0`, nor with a handler.
         source_reads: reads of the source that had to be waited for, further tries included; with a handler, its calls.
         source_ns: nanoseconds that all of these took together.
+        pages_evicted: pages that were dropped, to be brought again when they are touched.
+        resident: bytes that are there now, where pages are dropped (`max_resident`).
     """
 
     faults: int
@@ -160,6 +164,8 @@ class Statistics:
     sequential: int
     source_reads: int
     source_ns: int
+    pages_evicted: int
+    resident: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

@@ -149,9 +149,8 @@ class Pagemap(OwnedDescriptor):
         return found
 
 
-def data_ranges(fd: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of what a memfd or file has of its first `length` bytes; the rest is holes."""
-    at = 0
+def data_ranges(fd: int, length: int, at: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of what a memfd or file has from `at` to `length`; the rest is holes."""
     while at < length:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)

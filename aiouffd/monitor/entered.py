@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from aiouffd.engine.options import Options
     from aiouffd.engine.statistics import Statistics
     from aiouffd.kernel.region import Region
     from aiouffd.monitor.engines.protocol import Engine
@@ -36,6 +37,7 @@ class Entered:
     _engine: Engine | None
     _registration: Registration | None
     _errors: ErrorQueue
+    _options: Options
     _writes: str
     _pid: int
     _meter: Meter | None = None
@@ -64,7 +66,7 @@ class Entered:
 
         Raises:
             SourceError: the source failed; nothing is poisoned, what came is kept.
-            ValueError: not within the region.
+            ValueError: not within the region, or more than `max_resident`.
         """
         import asyncio  # noqa: PLC0415 - as in `__aenter__`
 
@@ -128,11 +130,16 @@ class Entered:
         size, page, pages = len(self.region), self.region.page_size, RangeSet()
         for pair in [(given, length)] if length is not None else ((each.start, each.length) for each in given):
             at, count = map(operator.index, pair)
-            if at < 0 or count < 0 or at + count > size:
-                raise ValueError(f"[{at}, {at + count}) is not within the region of {size} bytes")
+            self._check_within(at, count)
             if count:
                 pages.add(align_down(at, page), align_up(at + count, page))
+        if (limit := self._options.max_resident) is not None and pages.total > limit:
+            raise ValueError(f"{pages.total} bytes cannot all be there: max_resident is {limit}")
         return [(each.start, min(each.end, size) - each.start) for each in pages]
+
+    def _check_within(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > len(self.region):
+            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
 
     @contextlib.contextmanager
     def _looks(self, progress: Show, asked: Sequence[tuple[int, int]]) -> Iterator[Callable[[], object]]:
@@ -151,6 +158,38 @@ class Entered:
                 show(meter.look(total - missing))
 
             yield look
+
+    async def evict(self, start: int, length: int) -> int:
+        """Drop pages of [start, start + length), which are missing again then: a touch brings them from the source.
+
+        Whole pages within the range, of what the source shows. Pages that were written since they came stay: they are
+        in no source. So the Monitor must know of them, which `max_resident=` makes it do. Emptied by madvise, pages
+        are zeros in place of that. Canceling gives up waiting.
+
+        Args:
+            start: offset in bytes.
+            length: in bytes.
+
+        Returns:
+            How many bytes were there and are missing now.
+
+        Raises:
+            ValueError: not within the region, or the Monitor has no `max_resident`.
+        """
+        import asyncio  # noqa: PLC0415 - as in `__aenter__`
+
+        return await asyncio.wrap_future(self._ask_to_evict(start, length))
+
+    def evict_sync(self, start: int, length: int) -> int:
+        """As `evict`, for programs without a loop."""
+        self._running().check_may_wait()
+        return self._ask_to_evict(start, length).result()
+
+    def _ask_to_evict(self, start: int, length: int) -> Future[int]:
+        self._check_within(start, length)
+        if not self._options.bounded:
+            raise ValueError("nobody knows which pages were written: Monitor(..., max_resident=...)")
+        return self._running().evict(start, length)
 
     def residency(self) -> list[Range]:
         """Return what of the region has come, as ranges of offsets, in order; neighbours are joined.

@@ -208,7 +208,9 @@ def monitor_of(
     if not source.size:
         raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
-    monitor = Monitor(kind(source.size), source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
+    shared = options.get("max_resident") is not None and not getattr(engine, "drops_private", False)
+    region = kind(source.size, shared=shared)
+    monitor = Monitor(region, source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):
         travels = {name: value for name, value in options.items() if name not in _HERE_ONLY}
         monitor.region.reopens = _reopened, (source, source.size, engine, fork, travels)

@@ -79,6 +79,7 @@ class MappedMemoryOptions(TypedDict, total=False):
 
     track_writes: bool
     user_mode_only: bool
+    max_resident: int | None
 
 
 class MemoryOptions(MappedMemoryOptions, total=False):
@@ -154,6 +155,9 @@ class Monitor(Entered):
             block is left: as for `prefetch`, twice a second.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
+        max_resident: bytes that are there at most; None: as many as come. What came longest ago is dropped before more
+            comes, and brought again when it is touched. Pages that were written stay, and count; what is read at once
+            (`readahead`) is at most a sixteenth. For a Source. With `Pager()` the region must be shared memory.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises on entering:
@@ -167,6 +171,11 @@ class Monitor(Entered):
         PagerStartError: the pager did not start, or source or handler cannot travel to it.
         TypeError: `InProcess()` without a running loop.
     """
+
+    _engine: Engine | None = None
+    _registration: Registration | None = None
+    _lookout: Lookout | None = None
+    _watching: Watching | None = None
 
     @overload
     def __init__(
@@ -214,12 +223,14 @@ class Monitor(Entered):
         on_error: OnError = "sigbus",
         progress: Show = False,
         track_writes: bool = False,
+        max_resident: int | None = None,
         user_mode_only: bool = False,
     ) -> None:
         _check_region(region)
         counts = {"readahead": readahead, "concurrent_reads": concurrent_reads, "bytes_in_flight": bytes_in_flight}
         _check_numbers("a whole number", int | SupportsIndex, **counts)
-        _check_numbers("a whole number or None", int | None | SupportsIndex, retries=retries)
+        optional = {"retries": retries, "max_resident": max_resident}
+        _check_numbers("a whole number or None", int | None | SupportsIndex, **optional)
         _check_numbers("a number of seconds or None", float | None | SupportsFloat, timeout=timeout)
         _check_numbers("a number or a bool", bool | float | SupportsFloat, background=background)
         _check_choice("on_exit", on_exit, "sigbus", "populate", "zeros")
@@ -229,31 +240,29 @@ class Monitor(Entered):
         self._held = Held(region)
         self.shows_data: bool = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin: Any = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
-        if track_writes and wants_writes(self.origin):
-            raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
+        self._writes = _writes(self.origin, tracked=track_writes, noted=max_resident is not None)
+        _check_bound(region, max_resident, on_exit)
         self._choice = _checked_engine(engine)
         self._on_exit = on_exit
         self._on_error = on_error
         self._progress = progress
-        self._watching: Watching | None = None
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
         self._recording = _recording(record, replay, source_or_handler)
-        self._writes = "tracked" if track_writes else "served" if wants_writes(self.origin) else ""
         self._options = Options(
             readahead if record is None else 0,
             background=math.inf if background is True else float(background),
             write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
+            max_resident=None if max_resident is None else int(max_resident),
+            bounded=self._writes == "noted",
             on_error="retry" if callable(on_error) else on_error,
         )
-        self._choice.check(Terms(source_or_handler, fork, self._options, record is not None, replay is not None))
-        self._registration: Registration | None = None
-        self._engine: Engine | None = None
+        terms = source_or_handler, fork, self._options, record is not None, replay is not None, region.fd >= 0
+        self._choice.check(Terms(*terms))
         self._errors = ErrorQueue()
         self._crashes: CrashNotes
-        self._lookout: Lookout | None = None
         self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
@@ -331,6 +340,8 @@ class Monitor(Entered):
                         on_lost=_weak(
                             self._lost
                         ),  # the engine is part of cycles, and the region is not to wait for their end
+                        file=region.fd,
+                        written=registration.written,
                     )
                 )
                 registration.is_served()
@@ -421,6 +432,26 @@ def _check_region(region: Region) -> None:
         raise TypeError(f"a Monitor serves an aiouffd.Region, not {type(region).__name__}")
     if region.closed:
         raise ClosedError("the region is closed")
+
+
+def _writes(origin: Any, *, tracked: bool, noted: bool) -> str:
+    """Return which writes are told, as `Registration` takes it; ValueError where two want them."""
+    if tracked and noted:
+        raise ValueError("either the kernel tracks writes (track_writes=True), or max_resident knows of them")
+    if tracked and wants_writes(origin):
+        raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
+    if noted and getattr(origin, "read", None) is None:
+        raise ValueError("max_resident needs a Source: only its handler knows whether a page can be had again")
+    return "tracked" if tracked else "noted" if noted else "served" if wants_writes(origin) else ""
+
+
+def _check_bound(region: Region, max_resident: int | None, on_exit: OnExit) -> None:
+    if max_resident is None:
+        return
+    if max_resident < region.page_size:
+        raise ValueError(f"max_resident is at least a page, {region.page_size} bytes, not {max_resident}")
+    if on_exit == "populate" and max_resident < len(region):
+        raise ValueError(f'on_exit="populate" brings all {len(region)} bytes, and max_resident is {max_resident}')
 
 
 def _checked_engine(engine: EngineChoice | None) -> EngineChoice:

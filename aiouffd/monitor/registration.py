@@ -9,6 +9,7 @@ import mmap
 import threading
 from typing import TYPE_CHECKING
 
+from aiouffd.engine.protect import WrittenPages
 from aiouffd.errors import AccessError, BusyError, ClosedError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -36,7 +37,7 @@ class Registration:
     Args:
         held: the region, which must not be registered yet.
         features: that the engine needs.
-        writes: which writes are told: "tracked" (WP_ASYNC), "served" (a message each), or "" for none.
+        writes: which writes are told: "tracked" (WP_ASYNC), "served" and "noted" (a message each), or "" for none.
         children: forked children have the region from `is_served` on; else it is not theirs (MADV_DONTFORK). None:
             where this user may (CAP_SYS_PTRACE).
         user_mode_only: the caller agrees that system calls on missing pages fail.
@@ -69,6 +70,8 @@ class Registration:
         self.modes: RegisterMode = RegisterMode.MISSING
         self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
         self._warned: set[int] = set()
+        noted = writes == "noted"
+        self.written = WrittenPages.create(region.mapped_length, region.page_size) if noted else None
         if writes:
             self.modes |= RegisterMode.WP
             more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)

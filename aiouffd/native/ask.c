@@ -99,23 +99,42 @@ static uint64_t access_flags(void *context)
 #endif
 }
 
-/* Whether a page was poisoned (UFFDIO_POISON), since it could not be had. The signal does not tell: only kernels with
- * CONFIG_MEMORY_FAILURE send BUS_MCEERR_AR. In the page tables a poisoned page is an entry that is neither a page nor
- * none, and not the mark of a write-protected page. */
-static int poisoned(uint64_t page, uint64_t size)
+/* The range of a page that is in categories of PAGEMAP_SCAN: 1, none: 0, or -1 (before Linux 6.7). */
+static int scan_page(uint64_t page, uint64_t size, uint64_t categories, uint64_t inverted)
 {
     struct {
         uint64_t start, end, categories;
     } found;
     struct scan_argument scan = {.size = sizeof scan, .start = page, .end = page + size, .vec_len = 1};
     scan.vec = (uint64_t)(uintptr_t)&found;
-    scan.mask = scan.returned = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN;
-    int fd = atomic_load(&pagemap), number = ioctl(fd, IOC_PAGEMAP_SCAN, &scan);
+    scan.mask = scan.returned = categories;
+    scan.inverted = inverted;
+    return ioctl(atomic_load(&pagemap), IOC_PAGEMAP_SCAN, &scan);
+}
+
+static uint64_t entry_of(uint64_t page)
+{
+    uint64_t entry = 0; /* says nothing of huge pages */
+    long got = syscall(SYS_pread64, atomic_load(&pagemap), &entry, sizeof entry, page / page_size * sizeof entry);
+    return got == (long)sizeof entry ? entry : 0;
+}
+
+/* Whether a page is there and write-protected. */
+static int protected(uint64_t page, uint64_t size)
+{
+    int number = scan_page(page, size, PAGE_IS_PRESENT | PAGE_IS_WRITTEN, PAGE_IS_WRITTEN);
+    return number >= 0 ? number > 0 : (entry_of(page) >> 63) && (entry_of(page) >> 57 & 1);
+}
+
+/* Whether a page was poisoned (UFFDIO_POISON), since it could not be had. The signal does not tell: only kernels with
+ * CONFIG_MEMORY_FAILURE send BUS_MCEERR_AR. In the page tables a poisoned page is an entry that is neither a page nor
+ * none, and not the mark of a write-protected page. */
+static int poisoned(uint64_t page, uint64_t size)
+{
+    int number = scan_page(page, size, PAGE_IS_SWAPPED | PAGE_IS_WRITTEN, 0);
     if (number >= 0)
         return number > 0;
-    uint64_t entry = 0; /* before Linux 6.7; says nothing of huge pages */
-    if (syscall(SYS_pread64, fd, &entry, sizeof entry, page / page_size * sizeof entry) != (long)sizeof entry)
-        return 0;
+    uint64_t entry = entry_of(page);
     return (entry >> 61) == 2 && !(entry >> 57 & 1); /* swapped, neither present nor of a file; not write-protected */
 }
 
@@ -163,6 +182,8 @@ int ask(struct region *r, uint64_t page, uint64_t address, void *context)
     struct bucket *bucket = &buckets[page / page_size % BUCKETS];
     struct message message = {.event = EVENT_PAGEFAULT, .address = address, .thread = (uint32_t)thread_id()};
     message.flags = access_flags(context);
+    if (r->is.asks_to_write && message.flags && protected(page, size))
+        message.flags |= FAULT_WP;
     int32_t ending = atomic_load(&finalizing);
     atomic_fetch_add(&waiting, 1);
     atomic_fetch_add(&bucket->waiters, 1);

@@ -56,6 +56,7 @@ class _Options(ctypes.Structure):
         ("uffd", ctypes.c_int32),
         ("pipe", ctypes.c_int32),
         ("shared", ctypes.c_int32),
+        ("asks_to_write", ctypes.c_int32),
         ("mode", ctypes.c_uint32),
         ("page", ctypes.c_uint64),
         ("readahead", ctypes.c_uint64),
@@ -135,6 +136,7 @@ class Served:
         readahead: what one fault brings at most, in bytes; 0: the page alone.
         mode: bits of COPY and CONTINUE: 2 for pages that come write-protected.
         shared: the memory is registered for minor faults as well.
+        asks_to_write: the loop lifts the protection of a page that is written to.
         warning: seconds that a thread waits, while the loop does not run, until it says so; 0: for ever.
         limit: seconds until the thread gets SIGBUS; 0: for ever.
 
@@ -154,12 +156,14 @@ class Served:
         readahead: int,
         mode: int = 0,
         shared: bool = False,
+        asks_to_write: bool = False,
         warning: float = 0.0,
         limit: float = 0.0,
     ) -> None:
         self._table = _table()
         self._pid = os.getpid()
-        options = _Options(uffd, pipe, shared, mode, page_size, readahead, _milliseconds(warning), _milliseconds(limit))
+        times = _milliseconds(warning), _milliseconds(limit)
+        options = _Options(uffd, pipe, shared, asks_to_write, mode, page_size, readahead, *times)
         displaced = ctypes.c_int()
         slot = self._table.aiouffd_add(options, displaced)
         if slot == -errno.ENOSPC:

@@ -53,6 +53,7 @@ struct stream { /* one sequence of touches */
 
 struct options {
     int32_t uffd, pipe, shared; /* shared: registered with MINOR, so that the file may have the page already */
+    int32_t asks_to_write;      /* the loop lifts the protection of a page that is written to */
     uint32_t mode;              /* of COPY and CONTINUE: 2 for write-protected pages */
     uint64_t page, readahead;
     uint32_t warning_ms, limit_ms; /* 0: none */

@@ -62,7 +62,7 @@ async def bring_ahead(
 
     Args:
         space: its `replayed` and `filled` say where to begin, and are kept up to date.
-        backend: brings the pages.
+        backend: brings the pages. Where pages are dropped again, as many as there is room for.
         trace: None: nothing to replay.
         background: bytes per second at most; 0: no background fill.
         on_progress: called after so much that a successor should know.
@@ -80,7 +80,10 @@ async def bring_ahead(
 
 async def _replay(space: Space, backend: Backend, trace: Trace, on_progress: Callable[[], None]) -> None:
     for index, ranges in trace.ranges(space.replayed):
-        await backend.bring(space, ranges, Counter.PAGES_REPLAY)
+        fitting = _fitting(space, ranges)
+        await backend.bring(space, fitting, Counter.PAGES_REPLAY)
+        if len(fitting) < len(ranges):
+            return
         space.replayed = index
         on_progress()
 
@@ -145,6 +148,18 @@ async def fill(
         if hurry:
             space.filling = 0
     on_progress()
+
+
+def _fitting(space: Space, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the first of some ranges, and of the last a part, for which nothing that came before has to go."""
+    if space.bound is None:
+        return ranges
+    room, fitting = space.bound.room, list[tuple[int, int]]()
+    for offset, length in ranges:
+        if part := min(length, room) & -space.page_size:
+            fitting.append((offset, part))
+        room -= part
+    return fitting
 
 
 def _begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -227,4 +242,7 @@ def _shown(space: Space, step: int) -> Iterator[tuple[int, int]]:
     )
     for run in shown:
         if run.end > space.filled:
-            yield from pieces(max(run.start, space.filled), run.end, space.page_size, step)
+            for piece in pieces(max(run.start, space.filled), run.end, space.page_size, step):
+                if not (fitting := _fitting(space, [piece])):
+                    return
+                yield fitting[0]

@@ -24,6 +24,7 @@ from aiouffd.ranges import Range
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -57,6 +58,8 @@ class HandlerBackend:
         limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
         on_touch: told of each page that was asked for by a fault, in order: its offset.
     """
+
+    bound: Bound | None = None
 
     def __init__(
         self, handler: Handler, counters: Counters, limits: Limits, *, on_touch: Callable[[int], None] | None = None

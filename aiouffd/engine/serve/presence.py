@@ -91,8 +91,8 @@ async def until_present(
         before = _known(space)
         await one_pass(wanted)
         space.require_served()
-        if forgets and _known(space) == before:
-            return
+        if space.bound is not None or (forgets and _known(space) == before):
+            return  # what was dropped again meanwhile has been there
         wanted = [(offset, length) for offset, length in wanted if _misses(space, offset, offset + length)]
         if not wanted:
             return

@@ -24,6 +24,7 @@ from aiouffd.ranges import pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -49,19 +50,27 @@ class SourceBackend:
         counters: where to count.
         limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
         on_touch: called with the offset of each page that was asked for by a fault, in order.
+        bound: drops pages again; None: they stay.
     """
 
     def __init__(
-        self, source: Source, counters: Counters, limits: Limits, *, on_touch: Callable[[int], None] | None = None
+        self,
+        source: Source,
+        counters: Counters,
+        limits: Limits,
+        *,
+        on_touch: Callable[[int], None] | None = None,
+        bound: Bound | None = None,
     ) -> None:
         self.source = source
+        self.bound: Bound | None = bound
         self.limits = limits
         self._words = counters.words
         self._counters = counters
         self._reads = Reads(source, counters, limits)
         self._extents = Extents(source, counters)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
-        self._is_plain = self._extents.may_be_plain and on_touch is None
+        self._is_plain = self._extents.may_be_plain and on_touch is None and bound is None
         self._on_touch = on_touch
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
         self._pace = Pace(limits.concurrent_reads // 2)
@@ -408,7 +417,10 @@ class SourceBackend:
     # What the space tells
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
-        """Lift the protection: nobody asked to be told of writes."""
+        """Lift the protection, once it is noted that the page is not the source's any more."""
+        start, _, first = space.mappings.locate(page)
+        if self.bound is not None and first >= 0:
+            self.bound.written.note(first + page - start)
         space.resolve([space.run(Op.UNPROTECT, page)])
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:

@@ -29,7 +29,7 @@ class Extents:
 
     def __init__(self, service: Service, options: Options, page_size: int) -> None:
         self._source: Any = None if isinstance(service.origin, Handler) else service.origin
-        self._recording = service.recorder is not None
+        self._loop_sees_all = service.recorder is not None or options.bounded
         self._page_size = page_size
         # hugetlb knows no ZEROPAGE, and no ZEROPAGE comes write-protected: the loop copies zeros.
         self._maps_zeros = page_size == mmap.PAGESIZE and not options.write_protect
@@ -42,8 +42,8 @@ class Extents:
             start: its address.
             end: a multiple of the page size.
         """
-        if self._recording:
-            return []  # the loop must see each touch
+        if self._loop_sees_all:
+            return []
         return list(self._all(mappings, start, end))
 
     def _all(self, mappings: Iterable[Mapping], start: int, end: int) -> Iterator[Extent]:

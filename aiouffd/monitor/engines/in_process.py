@@ -52,6 +52,7 @@ class InProcess:
     features: ClassVar[Feature] = Feature.THREAD_ID
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False
+    drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = True
 
@@ -114,6 +115,10 @@ class InProcessEngine:
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
         """Bring (offset, length) ranges."""
         return self._local.prefetch(ranges)
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of these offsets."""
+        return self._local.evict(offset, length)
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""

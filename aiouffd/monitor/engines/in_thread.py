@@ -74,6 +74,7 @@ class InThread:
     features: ClassVar[Feature] = Feature.SIGBUS
     serves_system_calls: ClassVar[bool] = False
     serves_children: ClassVar[bool] = False
+    drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
 
@@ -162,7 +163,8 @@ class InThreadEngine:
                 page_size=assignment.page_size,
                 readahead=options.readahead,
                 mode=abi.COPY_MODE_WP if options.write_protect else 0,
-                shared=bool(options.modes & RegisterMode.MINOR),
+                shared=bool(options.modes & RegisterMode.MINOR) and not options.bounded,
+                asks_to_write=options.bounded,
                 warning=self._choice.stuck_warning,
                 limit=self._choice.stuck_limit or 0.0,
             )
@@ -215,6 +217,10 @@ class InThreadEngine:
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
         """Bring (offset, length) ranges."""
         return self._local.prefetch(ranges)
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of these offsets."""
+        return self._local.evict(offset, length)
 
     def statistics(self) -> Statistics:
         """Read the counters: the loop's, and those of the handlers."""

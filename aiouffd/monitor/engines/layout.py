@@ -13,6 +13,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
+from aiouffd.engine.bound import losing
+from aiouffd.engine.messages import emptied
+from aiouffd.kernel import abi
 from aiouffd.monitor.engines.calls import call_in_loop
 from aiouffd.ranges import align_up
 
@@ -104,7 +107,7 @@ class Layout:
     def removed(self, start: int, length: int) -> None:
         """Show zeros: bytes [start, start + length) of the region were emptied."""
         begin = self.start + start
-        self._space.emptied(begin, begin + align_up(length, self._space.page_size))
+        emptied(self._space, begin, begin + align_up(length, self._space.page_size))
 
     def moved(self, address: int, length: int) -> None:
         """Take note that the region lies at `address` now, and has `length` bytes; what was added shows zeros."""
@@ -112,9 +115,12 @@ class Layout:
         end = address + align_up(length, space.page_size)
         size = min(self.end - self.start, end - address)
         space.close_fast_path()
-        space.mappings.unmap(self.start + size, self.end)
+        with losing(space, self.start + size, self.end):
+            space.mappings.unmap(self.start + size, self.end)
         if address != self.start:
             space.mappings.remap(self.start, address, size)
             # Without EVENT_REMAP the kernel has unregistered what it moved.
             space.uffd.register(address, end - address, self._modes)
+            if space.bound is not None:  # nor does it keep the protection of what it moved
+                space.uffd.try_writeprotect(address, end - address, abi.WRITEPROTECT_MODE_WP)
         self.start, self.end = address, end

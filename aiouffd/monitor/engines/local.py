@@ -10,22 +10,24 @@ import sys
 import threading
 from concurrent.futures import InvalidStateError
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiouffd.engine.ahead.fill import bring_ahead, prefetch
 from aiouffd.engine.assembly import make_backend, make_readahead
+from aiouffd.engine.bound import Bound
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
 from aiouffd.pager.process.inherited import NonBlockingHandler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Future
 
     from aiouffd.engine.reading import MakeReader
@@ -39,6 +41,8 @@ __all__ = ["Local"]
 
 _LEFT = "the Monitor has been left"
 _standard_error = NonBlockingHandler()
+
+T = TypeVar("T")
 
 
 class Local:
@@ -68,8 +72,12 @@ class Local:
         on_error = assignment.on_error  # and not the assignment, which would keep the region alive in a cycle
         self._loop = loop
         self._closed = self._ended = False
-        self._asked: set[Future[None]] = set()
-        self.backend: SourceBackend | HandlerBackend = make_backend(service, counters, options)
+        self._asked: set[Future[Any]] = set()
+        bound = None
+        if assignment.written is not None:
+            file = OwnedDescriptor(os.dup(assignment.file)) if assignment.file >= 0 else None
+            bound = Bound(assignment.written, assignment.page_size, options.max_resident, counters, file)
+        self.backend: SourceBackend | HandlerBackend = make_backend(service, counters, options, bound)
         self.space: Space = Space(
             close_in_children(uffd),
             Mappings([mapping]),
@@ -102,8 +110,15 @@ class Local:
         Raises:
             ClosedError: the loop is closed.
         """
+        return self._ask(lambda: self._prefetch(ranges))
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of these offsets. From any thread. Raises as `prefetch`."""
+        return self._ask(lambda: self._evict(offset, length))
+
+    def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         try:
-            asked = start_in_loop(self._loop, lambda: None if self._closed else self._prefetch(ranges))
+            asked = start_in_loop(self._loop, lambda: None if self._closed else work())
         except RuntimeError:
             raise ClosedError(_LEFT) from None
         self._asked.add(asked)
@@ -129,6 +144,10 @@ class Local:
             if self._closed:
                 raise ClosedError(_LEFT) from None
             raise
+
+    async def _evict(self, offset: int, length: int) -> int:
+        bound = self.backend.bound
+        return bound.evict(offset, offset + length) if bound is not None else 0
 
     def give_up(self, offset: int, length: int) -> None:
         """Ask no longer for what fails in these offsets. From any thread."""

@@ -78,11 +78,17 @@ class Pager:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = True
+    drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:
-        """Accept everything."""
+        """Refuse to drop private memory, which only its own process can do."""
+        if terms.options.bounded and not terms.shared:
+            raise ValueError(
+                "engine=Pager() drops pages of shared memory only, since no other process can drop private pages:"
+                " max_resident needs Region(length, shared=True) there, or engine=InThread()"
+            )
 
     def make(self, _loop: asyncio.AbstractEventLoop | None) -> PagerEngine:
         """Return an engine."""
@@ -146,7 +152,9 @@ class PagerEngine:
 
     def start(self, assignment: Assignment) -> None:
         """Have a pager serve the region."""
-        self._pack = Pack(assignment.service, attrs.evolve(assignment.options, spin_us=self._choice.spin_us))
+        memory = () if assignment.written is None else (assignment.written.fileno(), assignment.file)
+        options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us)
+        self._pack = Pack(assignment.service, options, memory, assignment.page_size)
         with contextlib.ExitStack() as undo:
             undo.callback(self._pack.close)
             pagers = self._choice.pagers_for(self._pack)
@@ -181,6 +189,10 @@ class PagerEngine:
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
         """Bring (offset, length) ranges: one message, however many there are."""
         return self._client.request("prefetch", self._tenant, ranges=ranges)
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of these offsets."""
+        return self._client.request("evict", self._tenant, offset=offset, length=length)
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

@@ -76,6 +76,11 @@ class PipeUserfaultfd(Userfaultfd):
         """UFFDIO_CONTINUE."""
         return self._woken(start, super().try_continue(start, length, mode | DONTWAKE), mode)
 
+    def try_writeprotect(self, start: int, length: int, mode: int) -> int:
+        """UFFDIO_WRITEPROTECT. To lift a protection wakes the threads that want to write."""
+        result = super().try_writeprotect(start, length, mode)
+        return self._woken(start, result, mode & DONTWAKE)
+
     def try_poison(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_POISON; or the same in the handler, where the kernel lacks it."""
         if self._refuse is not None:

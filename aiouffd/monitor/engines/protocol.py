@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.options import Options, Service
+    from aiouffd.engine.protect import WrittenPages
     from aiouffd.engine.statistics import Statistics
     from aiouffd.kernel.abi import Feature
     from aiouffd.kernel.region import LayoutListener
@@ -37,6 +38,7 @@ class Terms(NamedTuple):
         options: how to serve, as far as that is not a matter of the engine.
         records: whether the order of touches is recorded.
         replays: whether a recording is replayed.
+        shared: whether the region is shared memory.
     """
 
     origin: Any
@@ -44,6 +46,7 @@ class Terms(NamedTuple):
     options: Options
     records: bool = False
     replays: bool = False
+    shared: bool = False
 
 
 class Assignment(NamedTuple):
@@ -58,6 +61,8 @@ class Assignment(NamedTuple):
         can_poison: whether the kernel has UFFDIO_POISON.
         on_error: called from any thread with each error.
         on_lost: called from any thread when nobody serves the region any more, and nobody can.
+        file: the memfd of shared memory; -1: it is private. It stays the region's.
+        written: where the pages are noted that were written, if pages are dropped. It stays the Monitor's.
     """
 
     uffd: Userfaultfd
@@ -68,6 +73,8 @@ class Assignment(NamedTuple):
     can_poison: bool
     on_error: Callable[[BaseException], None]
     on_lost: Callable[[], None]
+    file: int = -1
+    written: WrittenPages | None = None
 
 
 class Engine(Protocol):
@@ -89,6 +96,9 @@ class Engine(Protocol):
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
         """Bring (offset, length) ranges, in this order. The future is done when all of them are present."""
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of offsets [offset, offset + length); the result is how many bytes were there."""
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""
@@ -126,6 +136,10 @@ class EngineChoice(Protocol):
     @property
     def serves_children(self) -> bool:
         """Whether forked children are served, where nothing else is asked for."""
+
+    @property
+    def drops_private(self) -> bool:
+        """Whether it can drop pages of private memory: another process cannot."""
 
     @property
     def counts_here(self) -> bool:

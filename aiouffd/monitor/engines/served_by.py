@@ -70,6 +70,7 @@ class ServedBy:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
+    drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
 
@@ -85,6 +86,7 @@ class ServedBy:
                 "background": bool(terms.options.background),
                 "readahead": terms.options.readahead != given.readahead and not terms.records,
                 "on_error": terms.options.on_error != given.on_error,
+                "max_resident": terms.options.bounded,
                 "timeout, retries, concurrent_reads or bytes_in_flight": terms.options.limits != given.limits,
             }.items()
             if is_asked
@@ -162,6 +164,10 @@ class ServedByEngine:
         """Bring (offset, length) ranges."""
         parts = [ranges[at : at + MOST_RANGES] for at in range(0, len(ranges), MOST_RANGES)]
         return all_of([self._requests("prefetch", ranges=part) for part in parts])
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Raise: `ServedBy.check` has refused what this needs."""
+        raise NotImplementedError
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

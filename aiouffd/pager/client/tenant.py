@@ -20,7 +20,7 @@ from aiouffd.pager.process.journal import SLOTS
 from aiouffd.pager.process.serialization import is_pickle, pack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.options import Options, Service
@@ -75,6 +75,9 @@ class Pack:
     Args:
         service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
         options: how.
+        memory: descriptors of what its pages are dropped by: the notes of what was written, and the memfd. They stay
+            the caller's, like those of the service.
+        page_size: of that memory.
 
     Attributes:
         is_pickle: it is code of the application's own that serves.
@@ -83,7 +86,7 @@ class Pack:
         PagerStartError: it cannot travel.
     """
 
-    def __init__(self, service: Service, options: Options) -> None:
+    def __init__(self, service: Service, options: Options, memory: Sequence[int] = (), page_size: int = 0) -> None:
         try:
             data, descriptors = pack(service)
         except OSError as error:
@@ -101,16 +104,24 @@ class Pack:
         self.is_pickle: bool = is_pickle(data)
         self._path = [entry for entry in sys.path if entry] if self.is_pickle else []
         self._descriptors = descriptors
+        self._memory, self._page_size = memory, page_size
 
     @property
     def record(self) -> dict[str, Any]:
         """What a pager is told of it."""
-        return {"token": self.token, "options": self.options, "path": self._path, "slot": 0}
+        return {
+            "token": self.token,
+            "options": self.options,
+            "path": self._path,
+            "slot": 0,
+            "memory": len(self._memory),
+            "page_size": self._page_size,
+        }
 
     @property
     def fds(self) -> list[int]:
         """What goes along with a request that opens a space."""
-        return [self.config.fileno(), *(item.fd for item in self._descriptors)]
+        return [self.config.fileno(), *(item.fd for item in self._descriptors), *self._memory]
 
     def close(self) -> None:
         """Forget it; what a pager has got of it stays the pager's."""

@@ -48,12 +48,13 @@ class Answers:
         self._pickles = pickles
         self._prepared = False
         self._opening: dict[str, asyncio.Lock] = {}  # by the token of the source: it is opened once
-        self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[None]]] = {
+        self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[Any]]] = {
             "open": self._open,
             "resume": self._resume,
             "ping": _pong,
             "prepare": self._prepare,
             "prefetch": self._prefetch,
+            "evict": self._evict,
             "refuse": self._refuse,
             "give_up": self._give_up,
             "close": self._close,
@@ -64,9 +65,9 @@ class Answers:
             "takeover": lambda _, fds: self._handover.take(*fds),
         }
 
-    async def answer(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Do what a request asks for; what it raises is the answer, too. The descriptors are taken."""
-        await self._operations[message["op"]](message, fds)
+    async def answer(self, message: dict[str, Any], fds: list[int]) -> Any:
+        """Do what a request asks for, and return its answer; what it raises is one, too. The descriptors are taken."""
+        return await self._operations[message["op"]](message, fds)
 
     async def _open(self, message: dict[str, Any], fds: list[int]) -> None:
         """Begin to serve: descriptors are the owner's pidfd, the configuration, the service's, and the space's own."""
@@ -153,6 +154,12 @@ class Answers:
 
     async def _prefetch(self, message: dict[str, Any], _: list[int]) -> None:
         await prefetch((await self._served.wanted(message["token"]))[0], message["ranges"])
+
+    async def _evict(self, message: dict[str, Any], _: list[int]) -> int:
+        """Drop what was not written, of a space and its forked children; answer how many bytes."""
+        _space, tenancy = await self._served.wanted(message["token"])
+        bound = tenancy.origin.backend.bound
+        return bound.evict(message["offset"], message["offset"] + message["length"]) if bound is not None else 0
 
     async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""

@@ -304,7 +304,7 @@ def _inherit(counters: Counters, counts: list[int]) -> None:
 
 
 def _begin_anew(words: memoryview) -> None:
-    for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES):
+    for gauge in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES, Counter.RESIDENT):
         words[gauge] = 0
 
 

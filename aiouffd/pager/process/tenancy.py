@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.assembly import make_backend
+from aiouffd.engine.bound import Bound
 from aiouffd.engine.options import Options, Service
+from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.serialization import is_pickle, modules, unpack
 
 if TYPE_CHECKING:
@@ -134,7 +137,7 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
         Exception: whatever the code of a pickle raises.
     """
     data = config_of(record)
-    fds = [os.dup(fd) for fd in record["fds"]]
+    fds = [os.dup(fd) for fd in record["fds"][: len(record["fds"]) - record["memory"]]]
     if is_pickle(data):
         for entry in record["path"]:
             if entry not in sys.path:
@@ -153,7 +156,16 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
 
 def make_origin(counters: Counters, identity: int, record: dict[str, Any], service: Service) -> Origin:
     """Return what serves from a source or handler."""
-    return Origin(counters, identity, record, service, make_backend(service, counters, _options_of(record)))
+    options = _options_of(record)
+    bound = _bound(record, options, counters) if record["memory"] else None
+    return Origin(counters, identity, record, service, make_backend(service, counters, options, bound))
+
+
+def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:
+    """Return what drops pages. It is needed where a source cannot be opened, too: writes are noted there."""
+    written, file = map(os.dup, record["fds"][-2:])
+    page = record["page_size"]
+    return Bound(WrittenPages(written, page), page, options.max_resident, counters, OwnedDescriptor(file))
 
 
 def config_of(record: dict[str, Any]) -> bytes:

@@ -167,11 +167,11 @@ class _Worker:
 
     async def answer(self, message: dict[str, Any], fds: list[int]) -> None:
         try:
-            await self.answers.answer(message, fds)
+            answer = await self.answers.answer(message, fds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
             self.send({"id": message["id"], "error": encode_error(error)})
         else:
-            self.send({"id": message["id"], "ok": None})
+            self.send({"id": message["id"], "ok": answer})
 
     def error(self, token: str, error: UffdError) -> None:
         # A storm of them, while nobody reads, is told by its beginning.

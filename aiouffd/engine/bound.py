@@ -1,0 +1,212 @@
+"""Memory that is dropped again: pages that were not written become missing, and a touch brings them from the source.
+
+All of it happens in one turn of the loop that also places pages and lifts protections, so nothing can be written
+between the look and the drop: a write to a protected page waits for this loop. Nothing has to be remembered for a
+successor. Whether a page was dropped or not, its mapping shows the same offset as before.
+
+Memory of this process is dropped by MADV_DONTNEED. Of a memfd the pages are punched out of the file, by whoever has its
+descriptor, for all processes that map it; no event tells of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiouffd.engine.clock import Clock
+from aiouffd.engine.resolver import Resolver
+from aiouffd.engine.runs import Op
+from aiouffd.engine.statistics import Counter
+from aiouffd.kernel import abi, libc
+from aiouffd.kernel.pagemap import data_ranges
+from aiouffd.ranges import Range, RangeSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.protect import WrittenPages
+    from aiouffd.engine.readahead import Readahead
+    from aiouffd.engine.runs import Run
+    from aiouffd.engine.statistics import Counters
+    from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+
+__all__ = ["Bound", "losing"]
+
+log = logging.getLogger("aiouffd")
+
+
+class _Space(Protocol):
+    """What is needed of a space."""
+
+    uffd: Any
+    page_size: int
+    counters: Counters
+    mappings: Mappings
+    readahead: Readahead
+    closing: bool
+    is_gone: bool
+    bound: Bound | None
+
+
+class Bound:
+    """What is resident of the memory that shows one source, in a process and in its forked children.
+
+    Args:
+        written: the pages that are not dropped.
+        page: bytes of a page.
+        limit: bytes that are to be resident at most; None: as many as come.
+        counters: where to count.
+        file: the memfd of shared memory, from its beginning on; None: private memory of this process.
+    """
+
+    def __init__(
+        self,
+        written: WrittenPages,
+        page: int,
+        limit: int | None,
+        counters: Counters,
+        file: OwnedDescriptor | None = None,
+    ) -> None:
+        self.written = written
+        self._page = page
+        self._limit = limit
+        self._words = counters.words
+        self._file = file
+        self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
+        self._clock = Clock(page, limit or 1 << 62)
+        self._warned = False
+        if file is not None:  # of a successor: what has come before
+            with contextlib.suppress(OSError):  # hugetlbfs: all counts as data
+                for start, end in data_ranges(file.fileno(), len(written)):
+                    self._clock.came(start, end - start)
+
+    def enter(self, space: _Space) -> Resolver:
+        """Have a space be bounded as well; return what resolves its runs."""
+        self._spaces.add(space)
+        return _Resolver(self, space)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are resident, of what shows the source."""
+        return self._clock.total
+
+    def evict(self, start: int, end: int) -> int:
+        """Drop what was not written of the offsets [start, end), whole pages; return how many bytes were there."""
+        return sum(self._drop(item) for item in self.written.clean(start, end))
+
+    @property
+    def room(self) -> int:
+        """Bytes that may come, and nothing is dropped for them."""
+        return max((self._limit or 1 << 62) - self._clock.total, 0)
+
+    def make_room(self, start: int, length: int) -> None:
+        """Drop what came longest ago, before [start, start + length) comes, where it would be too much else."""
+        if length <= self.room:
+            return
+        assert self._limit is not None
+        enough = self._limit - length - self._clock.block
+        for low, high in self._clock.oldest(start, start + length):
+            self.evict(low, high)
+            self.lost([(low, high)])  # a successor does not know what was emptied
+            if self._clock.total <= enough:
+                return
+        if length > self.room and not self._warned:
+            self._warned = True
+            log.warning(
+                "max_resident is %d, and %d bytes are there: most of them were written, and stay",
+                *(self._limit, self._clock.total),
+            )
+
+    def lost(self, offsets: Iterable[tuple[int, int]]) -> None:
+        """Take note that memory does not show these offsets (start, end) any more: it was emptied or unmapped."""
+        for start, end in offsets:
+            shown = RangeSet(
+                Range(mapping.offset, mapping.end - mapping.start)
+                for space in self._spaces
+                for mapping in space.mappings.addresses(start, end)
+            )
+            for gap in shown.gaps(start, end):
+                self._clock.gone(gap.start, gap.end)
+                self.written.forget(gap.start, gap.end)
+        self._words[Counter.RESIDENT] = self._clock.total
+
+    def came(self, start: int, length: int) -> None:
+        """Take note that pages have come."""
+        self._clock.came(start, length)
+        self._words[Counter.RESIDENT] = self._clock.total
+
+    def _drop(self, item: Range) -> int:
+        spaces = [space for space in self._spaces if not space.closing and not space.is_gone]
+        if not spaces:
+            return 0
+        dropped = 0
+        for low, high in self._shown(spaces, item):
+            if self._file is not None:
+                libc.punch_hole(self._file.fileno(), low, high - low)
+            else:
+                _empty(spaces, low, high)
+            for space in spaces:
+                space.readahead.forget(low, high)
+            dropped += self._clock.gone(low, high)
+        self._words[Counter.PAGES_EVICTED] += dropped // self._page
+        self._words[Counter.RESIDENT] = self._clock.total
+        return dropped
+
+    @staticmethod
+    def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
+        """Return what each of the spaces shows of some offsets: the rest was emptied, and is no copy of the source."""
+        shown = RangeSet([item])
+        for space in spaces:
+            here = RangeSet(
+                Range(mapping.offset, mapping.end - mapping.start)
+                for mapping in space.mappings.addresses(item.start, item.end)
+            )
+            for gap in here.gaps(item.start, item.end):
+                shown.remove(gap.start, gap.end)
+        return [(part.start, part.end) for part in shown]
+
+
+@contextlib.contextmanager
+def losing(space: _Space, start: int, end: int) -> Iterator[None]:
+    """Within the block, the addresses [start, end) of a space are emptied or unmapped."""
+    bound = space.bound
+    shown = [] if bound is None else [run for run in space.mappings.runs(start, end) if run.offset >= 0]
+    yield
+    if bound is not None:
+        bound.lost((run.offset, run.offset + run.end - run.start) for run in shown)
+
+
+def _empty(spaces: Iterable[_Space], start: int, end: int) -> None:
+    for space in spaces:
+        for shown in space.mappings.addresses(start, end):
+            try:
+                libc.madvise(shown.start, shown.end - shown.start, mmap.MADV_DONTNEED)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                libc.madvise(shown.start, shown.end - shown.start, libc.MADV_DONTNEED_LOCKED)
+
+
+class _Resolver(Resolver):
+    """Makes room before pages come, and takes note of them."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self, bound: Bound, space: _Space) -> None:
+        super().__init__(space.uffd, space.page_size, space.counters, abi.COPY_MODE_WP)
+        self._bound = bound
+
+    def resolve(self, run: Run, *, wake: bool) -> int:
+        """As of any resolver."""
+        if run.op > Op.CONTINUE or run.offset < 0:
+            return super().resolve(run, wake=wake)
+        start, left = run.offset, run.left
+        self._bound.make_room(start, left)
+        result = super().resolve(run, wake=wake)
+        self._bound.came(start, left - run.left)
+        return result

@@ -1,0 +1,335 @@
+"""`engine.bound`: pages are dropped and come again from the source; what was written stays, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+import random
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from kinds import HUGE, poke
+from pattern import PAGE, Pattern, content, peek, word
+from processes import kill
+from scenario import eventually, play, replaced
+
+import aiouffd
+from aiouffd.ranges import Range
+
+PAGES = 256
+SIZE = PAGES * PAGE
+LIMIT = 64 * PAGE
+ENGINES: dict[str, Any] = {
+    "pager": (aiouffd.Pager, True),
+    "in_thread": (aiouffd.InThread, False),
+    "in_thread-shared": (aiouffd.InThread, True),
+}
+
+
+def served(engine: str, source: Any = None, **options: Any) -> aiouffd.Monitor:
+    """Return a Monitor of pages that can be told."""
+    make, shared = ENGINES[engine]
+    options.setdefault("max_resident", SIZE)
+    region = aiouffd.Region(SIZE, shared=shared)
+    return aiouffd.Monitor(region, source or aiouffd.BufferSource(content(0, SIZE)), engine=make(), **options)
+
+
+def resident(monitor: aiouffd.Monitor) -> int:
+    """Return how many bytes the kernel says are there."""
+    return sum(item.length for item in monitor.residency())
+
+
+def evicted(engine: str) -> None:
+    """Scenario: pages are dropped by hand."""
+    with served(engine) as monitor:
+        region, model = monitor.region, bytearray(content(0, SIZE))
+        assert region[:] == model
+        for page in (5, 9):
+            region[page * PAGE] = model[page * PAGE] = 77
+        assert monitor.evict_sync(PAGE // 2, 4 * PAGE) == 3 * PAGE  # whole pages only
+        assert monitor.evict_sync(0, SIZE) == SIZE - 5 * PAGE
+        assert monitor.evict_sync(0, SIZE) == 0
+        assert monitor.residency() == [Range(5 * PAGE, PAGE), Range(9 * PAGE, PAGE)]
+        assert region[:] == model
+        region[7 * PAGE] = model[7 * PAGE] = 78  # what came a second time is protected, too
+        assert monitor.evict_sync(7 * PAGE, 2 * PAGE) == PAGE
+        region.madvise(mmap.MADV_REMOVE if region.fd >= 0 else mmap.MADV_DONTNEED, 16 * PAGE, 8 * PAGE)
+        model[16 * PAGE : 24 * PAGE] = bytes(8 * PAGE)
+        region[20 * PAGE] = model[20 * PAGE] = 79
+        monitor.evict_sync(0, SIZE)
+        assert region[:] == model  # what was emptied is zeros, and not the source's
+        statistics = monitor.statistics()
+        assert statistics.pages_evicted >= 2 * PAGES - 40
+        eventually(lambda: monitor.statistics().resident, SIZE - 8 * PAGE)  # of the source
+        assert asyncio.run(monitor.evict(0, SIZE))
+        with pytest.raises(ValueError, match="not within"):
+            monitor.evict_sync(0, SIZE + 1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evicted_pages_are_missing_again(engine: str) -> None:
+    """Not zeros. Written pages stay; emptied pages stay zeros."""
+    play(evicted, engine)
+
+
+async def evicted_in_process() -> None:
+    """Scenario: the loop is the caller's."""
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), max_resident=LIMIT) as monitor:
+        for _ in range(2):
+            for page in range(PAGES):
+                assert await asyncio.to_thread(peek, region.address + page * PAGE) == word(page)
+                assert resident(monitor) <= LIMIT
+        await asyncio.to_thread(poke, region.address, b"x")
+        await monitor.evict(0, SIZE)
+        assert await asyncio.to_thread(peek, region.address, 1) == b"x"
+        with pytest.raises(RuntimeError, match="await"):
+            monitor.evict_sync(0, SIZE)
+
+
+def test_in_process() -> None:
+    """Memory that others touch is dropped on the caller's loop."""
+    play(evicted_in_process)
+
+
+def at_random(engine: str, seed: int) -> None:
+    """Scenario: threads read and write at random under a limit; each page is compared with a model."""
+    count, steps = 4, 600
+    with served(engine, max_resident=LIMIT, readahead=0 if seed % 2 else 64 << 10) as monitor:
+        region, failed, highest = monitor.region, list[object](), 0
+
+        def work(number: int) -> None:
+            chance, model = random.Random(seed + number), dict[int, bytes]()  # each thread has its own pages
+            try:
+                for step in range(steps):
+                    page = chance.randrange(PAGES // count) * count + number
+                    address = region.address + page * PAGE
+                    expected = model.get(page, word(page))
+                    assert peek(address) == expected, (step, page)
+                    if page < 32 and step % 5 == 0:  # more would be over the limit
+                        model[page] = step.to_bytes(8, "little")
+                        poke(address, model[page])
+                    if step % 50 == 0:
+                        monitor.evict_sync(page * PAGE, min(16 * PAGE, SIZE - page * PAGE))
+            except BaseException as error:  # noqa: BLE001 - told by the main thread
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            highest = max(highest, monitor.statistics().resident)
+        assert not failed
+        assert LIMIT // 2 < highest <= LIMIT
+        eventually(lambda: monitor.statistics().resident, resident(monitor))
+        assert monitor.statistics().pages_evicted > PAGES
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_limit_holds(engine: str) -> None:
+    """Whatever is touched, and by whom; no byte is wrong."""
+    play(at_random, engine, 20)
+    play(at_random, engine, 21)
+
+
+def killed() -> None:
+    """Scenario: workers and keepers are killed while pages are dropped and written."""
+    chance, model = random.Random(1), bytearray(content(0, SIZE))
+    with served("pager", max_resident=LIMIT) as monitor:
+        region = monitor.region
+        for kills in range(12):
+            done = threading.Event()
+
+            def kills_it(victim: int = kills % 3, done: threading.Event = done) -> None:
+                time.sleep(chance.random() * 0.01)
+                before = monitor.pids
+                for pid in (before[1:], before[:1], before)[victim]:
+                    kill(pid)
+                replaced(monitor, *(before[1:], before[:1], before)[victim])
+                done.set()
+
+            thread = threading.Thread(target=kills_it)
+            thread.start()
+            steps = 0
+            while not done.is_set() or steps < 100:
+                steps += 1
+                page = chance.randrange(PAGES)
+                # Without the GIL: else nobody could start another pager.
+                assert peek(region.address + page * PAGE, PAGE) == model[page * PAGE : (page + 1) * PAGE], (kills, page)
+                if page < 16:
+                    poke(region.address + page * PAGE + 8, bytes([kills]))
+                    model[page * PAGE + 8] = kills
+                if steps % 20 == 0:
+                    monitor.evict_sync(0, SIZE)
+                assert resident(monitor) <= LIMIT
+            thread.join()
+        assert region[:] == model
+
+
+def test_no_written_page_is_lost_by_kills() -> None:
+    """What was written is known to each successor, and the limit holds on."""
+    play(killed)
+
+
+def forked() -> None:
+    """Scenario: children share the region, and touch more of it than the limit."""
+    with served("pager", max_resident=LIMIT, fork="serve") as monitor:
+        region = monitor.region
+        assert region[:PAGE] == content(0, PAGE)
+        child = os.fork()
+        if not child:
+            for _ in range(2):
+                for page in range(PAGES):
+                    if page not in (3, 4):
+                        assert region[page * PAGE : page * PAGE + 8] == word(page)
+            region[3 * PAGE] = 33  # it has never been touched by the parent
+            region[3 * PAGE + 1] = 34
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert resident(monitor) <= LIMIT
+        region[4 * PAGE] = 44
+        monitor.evict_sync(0, SIZE)
+        assert monitor.residency() == [Range(3 * PAGE, 2 * PAGE)]
+        assert (region[3 * PAGE], region[3 * PAGE + 1], region[4 * PAGE]) == (33, 34, 44)
+        eventually(lambda: monitor.statistics().spaces, 1)
+
+
+def test_forked_children_count() -> None:
+    """Shared memory is one for all of them: what any has written stays, and the limit is that of all."""
+    play(forked)
+
+
+def moved() -> None:
+    """Scenario: a region that InThread serves grows, and moves."""
+    with served("in_thread") as monitor:
+        region = monitor.region
+        region[PAGE] = 11
+        blocker = aiouffd.Region(PAGE)  # most likely in the way
+        region.resize(4 * SIZE)
+        region[2 * PAGE] = 22
+        region[1] = region[SIZE + 1] = 44
+        monitor.evict_sync(0, len(region))
+        assert (region[PAGE], region[2 * PAGE], region[1], region[SIZE + 1]) == (11, 22, 44, 44)
+        assert region[3 * PAGE : 4 * PAGE] == content(3 * PAGE, PAGE)
+        region.resize(SIZE // 2)
+        assert monitor.evict_sync(0, len(region)) == PAGE
+        assert monitor.statistics().resident <= 4 * PAGE
+        blocker.close()
+
+
+def test_a_region_that_moves() -> None:
+    """The kernel takes the protection from what it moves, and no write is missed all the same."""
+    play(moved)
+
+
+def huge(engine: str, shared: bool) -> None:
+    """Scenario: two huge pages of four may be there."""
+    region, source = aiouffd.Region(4 * HUGE, page_size=HUGE, shared=shared), Pattern(4 * HUGE)
+    with aiouffd.Monitor(region, source, engine=ENGINES[engine][0](), max_resident=2 * HUGE) as monitor:
+        for page in (0, 1, 2, 3, 1, 0, 2):
+            assert region[page * HUGE + PAGE : page * HUGE + PAGE + 8] == word(page * HUGE // PAGE + 1)
+            assert monitor.statistics().resident <= 2 * HUGE
+        region[0] = 99
+        for page in (1, 2, 3):
+            assert region[page * HUGE : page * HUGE + 8] == word(page * HUGE // PAGE)
+        assert region[0] == 99
+        assert monitor.evict_sync(0, 4 * HUGE) == HUGE
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages() -> None:
+    """Of private and of shared memory."""
+    play(huge, "in_thread", False)
+    play(huge, "pager", True)
+
+
+def ahead() -> None:
+    """Scenario: more is to be brought ahead than may be there."""
+    with served("in_thread", max_resident=LIMIT, background=True) as monitor:
+        eventually(lambda: monitor.statistics().pages_background, LIMIT // PAGE)
+        with pytest.raises(ValueError, match="max_resident"):
+            monitor.prefetch_sync(0, LIMIT + 1)
+        monitor.prefetch_sync(SIZE - LIMIT, LIMIT)
+        assert monitor.residency() == [Range(SIZE - LIMIT, LIMIT)]
+        assert monitor.region[:] == content(0, SIZE)
+
+
+def test_what_comes_ahead_stops_at_the_limit() -> None:
+    """A background fill drops nothing; a prefetch does, and is refused where it could not all be there."""
+    play(ahead)
+
+
+def all_written() -> None:
+    """Scenario: more is written than may be there."""
+    with served("in_thread", max_resident=LIMIT, readahead=0) as monitor:
+        for page in range(PAGES):
+            monitor.region[page * PAGE] = 1
+        assert monitor.statistics().pages_evicted == 0
+        assert monitor.region[::PAGE] == b"\1" * PAGES
+
+
+def test_written_pages_stay() -> None:
+    """Above the limit, too: nobody has them but the memory. The log says so, once."""
+    assert play(all_written)[1].count("most of them were written, and stay") == 1
+
+
+def test_what_cannot_be_bounded_is_refused() -> None:
+    """When the Monitor is made; the error says why."""
+    region, source = aiouffd.Region(SIZE), Pattern(SIZE)
+
+    def refused(why: str, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(ValueError, match=why):
+            aiouffd.Monitor(region, *arguments, **{"max_resident": LIMIT, **options})
+
+    refused("needs Region.*shared=True", source)
+    refused("ServedBy.*max_resident", engine=aiouffd.ServedBy("x"))
+    refused("needs a Source", aiouffd.Handler(), engine=aiouffd.InThread())
+    refused("track_writes", source, track_writes=True, engine=aiouffd.InThread())
+    refused("populate", source, on_exit="populate", engine=aiouffd.InThread())
+    refused("at least a page", source, max_resident=1, engine=aiouffd.InThread())
+    with pytest.raises(TypeError, match="max_resident= takes a whole number"):
+        aiouffd.Monitor(region, source, max_resident="1G")  # type: ignore[call-overload]
+    with aiouffd.Monitor(region, source) as monitor, pytest.raises(ValueError, match="max_resident"):
+        monitor.evict_sync(0, SIZE)
+
+
+def opened(path: str) -> None:
+    """Scenario: `open` and `map` choose memory that the engine can drop."""
+    for engine, shared in ((None, True), (aiouffd.InThread(), False)):
+        with aiouffd.open(path, max_resident=LIMIT, engine=engine) as region:
+            assert (region.fd >= 0) is shared
+            assert region[:SIZE] == content(0, SIZE)
+            assert resident(region.monitor) <= LIMIT
+    with aiouffd.map(path, max_resident=LIMIT) as region:
+        assert region[:SIZE] == content(0, SIZE)
+
+
+def test_open_and_map(image: Any) -> None:
+    """A file larger than the limit is read through either."""
+    play(opened, str(image))
+
+
+def test_a_worker_that_hangs_is_no_loss() -> None:
+    """A pager that is stopped and goes on has dropped nothing that was written."""
+    play(stopped)
+
+
+def stopped() -> None:
+    """Scenario: the worker is stopped while a thread writes."""
+    with served("pager", max_resident=LIMIT) as monitor:
+        region = monitor.region
+        assert region[:PAGE] == content(0, PAGE)
+        os.kill(monitor.pids[1], signal.SIGSTOP)
+        thread = threading.Thread(target=ctypes.memset, args=(region.address, 5, 1))
+        thread.start()
+        asked = monitor._ask_to_evict(0, SIZE)
+        os.kill(monitor.pids[1], signal.SIGCONT)
+        thread.join()
+        asked.result()
+        assert region[0] == 5
