@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PagerStartError,
         PopulatedError,
         RangeGoneError,
+        SessionError,
         ShortReadError,
         SourceError,
         SourceTimeoutError,
@@ -116,6 +117,7 @@ __all__ = [
     "Remove",
     "ServedBy",
     "Server",
+    "SessionError",
     "ShortReadError",
     "SnapshotSource",
     "Source",
@@ -147,7 +149,7 @@ _HOMES = {
     "errors": (
         "AccessError BusyError ClosedError FormatError HandlerError HandoffError LayoutChangingError LimitError "
         "NativePartError OperationError PagePresentError PagerDiedError PagerError PagerStartError "
-        "PopulatedError RangeGoneError ShortReadError SourceError SourceTimeoutError StoreError "
+        "PopulatedError RangeGoneError SessionError ShortReadError SourceError SourceTimeoutError StoreError "
         "TargetExitedError TraceError UffdError UnsupportedError"
     ),
     "kernel.abi": "FaultFlag Feature Ioctl RegisterMode",

@@ -3,8 +3,8 @@
 They are split by the cause: `UnsupportedError` (the kernel), `AccessError` (permissions), `LimitError` (a limit of the
 process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused an operation), `ClosedError`
 and `BusyError` (the caller), `SourceError` (where the data come from; `StoreError`: a snapshot), `HandlerError` (the
-caller's coroutine), `PagerError` (our own processes), `HandoffError` (a peer on a socket). Exceptions carry their data
-and build their sentence from it.
+caller's coroutine), `PagerError` (our own processes), `HandoffError` (a peer on a socket), `SessionError` (a
+server's sessions). Exceptions carry their data and build their sentence from it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "PagerStartError",
     "PopulatedError",
     "RangeGoneError",
+    "SessionError",
     "ShortReadError",
     "SourceError",
     "SourceTimeoutError",
@@ -333,6 +334,23 @@ class HandoffError(UffdError):
 
     def __str__(self) -> str:
         return f"{self.peer}: {self.reason}"
+
+
+class SessionError(UffdError):
+    """A session of a server is not there, is there already, or is not in a state for what was asked for.
+
+    Attributes:
+        session: its name.
+        reason: what is wrong.
+    """
+
+    def __init__(self, session: str, reason: str) -> None:
+        super().__init__(session, reason)
+        self.session = session
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the session {self.session!r} {self.reason}"
 
 
 class TraceError(UffdError):

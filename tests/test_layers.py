@@ -161,6 +161,7 @@ ORDER = {
         "reception",
         "services",
         "clients",
+        "session",
         "server",
     ],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],

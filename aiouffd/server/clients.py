@@ -50,7 +50,7 @@ class Client:
     """A process whose memory is served.
 
     Attributes:
-        number: counts the handoffs of a server, from 1 on.
+        number: counts the handoffs of a session, from 1 on.
         peer: who it is.
         tenant: the memory.
         length: bytes of it.
@@ -58,6 +58,7 @@ class Client:
         conversation: with one of our own clients; None: it is another one, which reads nothing.
         since: when it was taken, on the monotonic clock.
         pidfd: of the peer; -1: its process cannot be seen.
+        session: the name of the session that it came to.
     """
 
     number: int
@@ -68,9 +69,10 @@ class Client:
     conversation: Conversation | None = None
     since: float = attrs.field(factory=monotonic)
     pidfd: int = -1
+    session: str = ""
 
     def __str__(self) -> str:
-        return f"client {self.number} ({self.peer})"
+        return f"{self.session and f'session {self.session}, '}client {self.number} ({self.peer})"
 
     def disconnect(self) -> None:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""

@@ -27,7 +27,7 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.pager.client.client import PagerClient
-from aiouffd.server import server as module
+from aiouffd.server import session as module
 from aiouffd.server.server import Server
 
 
@@ -404,7 +404,7 @@ async def at_most_two(directory: str) -> None:
         for _ in range(2):
             await asyncio.to_thread(play, three, path)
             await server.wait_clients()
-            assert not server._of_process
+            assert not server.sessions[""]._of_process
 
 
 def test_the_clients_of_one_process_are_bounded(tmp_path: Path) -> None:

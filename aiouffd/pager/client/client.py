@@ -71,6 +71,7 @@ class PagerClient:
     Attributes:
         lives: tells whether keeper or worker is there, whether it answers or not.
         resume: has them go on, if they were stopped.
+        slots: where tenants are counted: `take_slot`.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class PagerClient:
             self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
         )
         self._worker_pid = 0
-        self._slots = Slots()
+        self.slots: Slots = Slots()
         self._later = Later()
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
@@ -125,10 +126,10 @@ class PagerClient:
         """
         with self._requests.lock:
             self._tenants[tenant.token] = tenant
-            tenant.restarts = self._journal.counters.words[Counter.RESTARTS]
+            tenant.restarts = self.journal.counters.words[Counter.RESTARTS]
             self._waiter.watch.add(tenant.watch)
             tenant.watch.over(*self._ends)
-        return self._open(tenant, tenant.mappings, [])
+        return self._open(tenant, tenant.mappings, tenant.counts)
 
     def prepare(self, pack: Pack) -> Future[Any]:
         """Have a source made ready that will serve a tenant soon, so that the tenant need not wait for that."""
@@ -138,7 +139,7 @@ class PagerClient:
         """Be done with a tenant that is served no longer: its descriptor may be closed."""
         with self._requests.lock:
             self._tenants.pop(tenant.token, None)
-            self._slots.give_back(tenant.slot)
+            self.slots.give_back(tenant.slot)
             tenant.slot = 0
         self._waiter.watch.remove(tenant.watch)
 
@@ -161,10 +162,11 @@ class PagerClient:
 
     def statistics(self, tenant: Tenant | None = None) -> Statistics:
         """Read the counters: shared memory, no round trip. Without a tenant, those of all that have no slot."""
-        return self._journal.counters.snapshot() if tenant is None else tenant.statistics(self._journal)
+        return self.journal.counters.snapshot() if tenant is None else tenant.statistics(self.journal)
 
     @property
-    def _journal(self) -> Journal:
+    def journal(self) -> Journal:
+        """What the pager has counted is in it: shared memory, no round trip."""
         assert self._requests.pair is not None
         return self._requests.pair.journal
 
@@ -217,13 +219,13 @@ class PagerClient:
         return [request for request in self._requests.pending if request.message.get("token") == tenant.token]
 
     def take_slot(self) -> int:
-        """Return where to count for a tenant by itself, until it is forgotten; 0: there is no room."""
-        return self._slots.take(self._journal)
+        """Return where to count for a tenant, or for several of one owner, by themselves; 0: there is no room."""
+        return self.slots.take(self.journal)
 
     @property
     def is_usable(self) -> bool:
         """Whether another tenant may come."""
-        return self._dead is None and not self._silent and not self._waiter.stopped and bool(self._slots)
+        return self._dead is None and not self._silent and not self._waiter.stopped and bool(self.slots)
 
     @property
     def tenants(self) -> list[Tenant]:

@@ -142,6 +142,7 @@ class Tenant:
         page_size: bytes.
         tether: a descriptor that the worker holds open as long as it serves the tenant; -1: none.
         slot: where the worker counts for it: see `Journal`.
+        counts: where the counters in it begin, if nobody is counted there already.
         watch: over it, if it is memory of this process; the client's from now on.
         protect: called from the client's thread with start and length of a page that cannot be had, where the kernel
             has no UFFDIO_POISON: it makes the page inaccessible. None: it is memory of other processes.
@@ -159,6 +160,7 @@ class Tenant:
     page_size: int
     tether: int = -1
     slot: int = 0
+    counts: list[int] = attrs.field(factory=list)
     watch: Watch = attrs.field(factory=lambda: Watch(-1, None))
     protect: Callable[[int, int], None] | None = None
     report: Callable[[BaseException], None] = lambda _: None

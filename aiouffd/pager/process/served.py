@@ -115,10 +115,12 @@ class Served:
 
     def state(self) -> State:
         """Return all that a successor needs; the mappings are not copied."""
-        records = {identity: origin.record for identity, origin in self.origins.items()}
         identities = [*self.waiting, *self.tenancies]
         spaces = {identity: state for identity in identities if (state := self._space_state(identity)) is not None}
-        return State(attrs.evolve(self.meta), self._restoring | records, spaces)
+        return State(attrs.evolve(self.meta), self._records(), spaces)
+
+    def _records(self) -> dict[int, dict[str, Any]]:
+        return self._restoring | {identity: origin.record for identity, origin in self.origins.items()}
 
     def _space_state(self, identity: int) -> SpaceState | None:
         tenancy = self.tenancies.get(identity)
@@ -191,7 +193,7 @@ class Served:
 
         Args:
             record: how it came here.
-            counts: where its counters begin.
+            counts: where the counters in its slot begin, unless another origin counts there already.
 
         Raises:
             PagerStartError: it could not be rebuilt.
@@ -201,7 +203,8 @@ class Served:
                 close_foreign((record["config"], *record["fds"]))
                 return known
         try:
-            self.journal.use_slot(record["slot"], counts)
+            if all(other["slot"] != record["slot"] for other in self._records().values()):
+                self.journal.use_slot(record["slot"], counts)
             origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except Exception as error:

@@ -1,0 +1,356 @@
+"""One socket, and the clients that are served from it.
+
+A session takes handoffs on its own socket, checks them, and has the server's pager serve them. All that a client may
+have, and what brings its pages, is the session's. What arrives is checked here, and goes to the pager only when it is
+right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import socket
+from collections import Counter as Tally
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from aiouffd.engine.options import Options
+from aiouffd.engine.statistics import Counters
+from aiouffd.errors import HandoffError, UffdError
+from aiouffd.handoff.json_lines import VERSION, ranges_of
+from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.server.clients import Client, Conversation, Handed
+from aiouffd.server.prefilled import zeros_before_handoff
+from aiouffd.server.reception import Reception
+from aiouffd.server.services import Services
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aiouffd.engine.statistics import Statistics
+    from aiouffd.handoff.arrival import Handoff
+    from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.server.listener import SocketFile
+    from aiouffd.server.rejection import Policy
+
+__all__ = ["Session", "Settings"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+_MAX_OF_PROCESS = 1024  # clients of one process
+_LAST_ANSWER = 2.0  # seconds for the pager to say whether a client is served, when the server is left
+
+
+@attrs.frozen
+class Settings:
+    """How a session takes clients, and serves them; `Server` says what each means."""
+
+    uids: frozenset[int] = frozenset()
+    on_reject: Policy = "poison"
+    options: Options = attrs.field(factory=Options)
+    record: str | os.PathLike[str] | None = None
+    replay: str | os.PathLike[str] | None = None
+    handoff_timeout: float = 5.0
+
+    def __attrs_post_init__(self) -> None:
+        """Check what excludes each other."""
+        if self.record is not None and self.replay is not None:
+            raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
+
+
+class Session:
+    """Takes the clients of one socket.
+
+    Args:
+        origin: a source or a handler for all clients, or a function that chooses one for each; see `Server`.
+        settings: how they are taken and served.
+        pager: serves them. It stays the caller's.
+        name: of the session, for the log; empty: it is the only one.
+        on_change: called when a client has gone.
+
+    Attributes:
+        name: of the session.
+        settings: as they were given.
+        clients: those that are served, by the token of their memory.
+        taking: whether clients may come.
+    """
+
+    def __init__(
+        self,
+        origin: Any,
+        settings: Settings,
+        pager: PagerClient,
+        *,
+        name: str = "",
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self._pager = pager
+        self._on_change = on_change
+        uids = {0, os.geteuid(), *settings.uids}
+        self._reception = Reception(
+            self._serve, uids=uids, timeout=settings.handoff_timeout, on_reject=settings.on_reject
+        )
+        self._services = Services(origin, settings.options, record=settings.record, replay=settings.replay)
+        self._file: SocketFile | None = None
+        self._listener: socket.socket | None = None
+        self._slot = 0
+        self._counted = Counters().words.tolist()  # when the last client had left
+        self._numbers = 0
+        self.clients: dict[str, Client] = {}
+        self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self.taking: bool = False
+
+    # Life
+
+    def prepare(self, listen: Callable[[], socket.socket | SocketFile]) -> None:
+        """Check what clients will need, before one comes, and make the socket. Blocks.
+
+        Args:
+            listen: makes it. It is the session's.
+
+        Raises:
+            OSError, TraceError: the socket cannot be made, a recording cannot be written, or none be replayed.
+        """
+        self._services.check()
+        made = listen()
+        self._file, self._listener = (None, made) if isinstance(made, socket.socket) else (made, made.listener)
+        self._listener.setblocking(False)
+
+    def open(self) -> None:
+        """Begin to take clients."""
+        assert self._listener is not None
+        self._loop = asyncio.get_running_loop()
+        self._slot = self._pager.take_slot()
+        self._reception.open(self._listener)
+        self.taking = True
+
+    def stop_listening(self) -> None:
+        """Take no new clients; those that are served stay."""
+        self.taking = False
+        self._reception.close()
+        if self._file is not None:
+            self._file.close()
+        elif self._listener is not None:
+            self._listener.close()
+
+    async def aclose(self, why: str) -> None:
+        """Take no new clients, and let go those that are there: the pager goes on serving them.
+
+        Args:
+            why: what becomes of them, for the log.
+        """
+        self.stop_listening()
+        await self._reception.aclose()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in list(self.clients.values()):
+            self._forget(client, why)
+        self._pager.slots.give_back(self._slot)
+        self._slot = 0
+
+    def complete(self) -> None:
+        """Complete the recording, if there is one. Blocks."""
+        self._services.complete()
+
+    async def wait_clients(self, most: int = 0) -> None:
+        """Wait until at most so many clients are left. Canceling is safe."""
+        while len(self.clients) > most:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def fill(self) -> None:
+        """Fill all missing pages of the clients, and release each client that has all. One that fails stays served."""
+        await asyncio.gather(*(self._fill(client) for client in list(self.clients.values())))
+
+    async def _fill(self, client: Client) -> None:
+        try:
+            await asyncio.wrap_future(self._pager.request("release", client.tenant))
+        except UffdError as error:
+            log.warning("%s cannot be filled: %s", client, error)
+        else:
+            self._forget(client, "has all its pages")
+
+    def statistics(self) -> Statistics:
+        """Return what the pager has counted for the clients of this session, those that have gone included."""
+        if not self.clients or not self._slot:
+            now = Counters()
+            for at, word in enumerate(self._counted):
+                now.words[at] = word
+            return attrs.evolve(now.snapshot(), clients=len(self.clients))
+        return attrs.evolve(self._pager.journal.counters_of(self._slot).snapshot(), clients=len(self.clients))
+
+    @property
+    def rejected(self) -> int:
+        """How many clients were turned away."""
+        return self._reception.rejected
+
+    # Clients come
+
+    async def _serve(self, handoff: Handoff, connection: socket.socket) -> None:
+        """Have a handed-over memory served; where that fails, the handoff and the connection stay the caller's."""
+        regions, peer = handoff.regions, handoff.peer
+        name = _name_asked_for(handoff)
+        if peer.pid and self._of_process[peer.pid] >= _MAX_OF_PROCESS:
+            raise HandoffError(str(peer), f"is served {_MAX_OF_PROCESS} times already")
+        self._numbers += 1
+        number = self._numbers
+        self._of_process[peer.pid] += 1
+        try:
+            if regions.extra is None:  # a Monitor sees to that itself
+                await self._examine(handoff)
+            pack = await self._services.take(handoff, number, name)
+            tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
+            tenant.slot, tenant.counts = self._slot, self._counted
+            client = Client(number, peer, tenant, regions.length, connection, session=self.name)
+            if regions.extra is not None:
+                client.conversation = Conversation(connection, functools.partial(self._answer, client))
+            self.clients[tenant.token] = client
+            await self._open(client)
+        except BaseException:
+            self._of_process[peer.pid] -= 1
+            raise
+        count, page_size = len(tenant.mappings), tenant.page_size
+        log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
+        if client.conversation is not None:
+            self._spawn(self._converse(client, client.conversation))
+
+    async def _examine(self, handoff: Handoff) -> None:
+        """Say if a client's memory was filled with zeros before it was handed over."""
+        with contextlib.suppress(OSError):
+            filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
+            if filled:
+                how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
+                log.warning(how, handoff.peer, filled)
+
+    async def _open(self, client: Client) -> None:
+        opening = asyncio.wrap_future(self._pager.open(client.tenant))
+        try:
+            try:
+                await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                # The server is being left. The pager may serve this client by now, and its answer be on the way.
+                await asyncio.wait([opening], timeout=_LAST_ANSWER)
+                if not opening.done():
+                    raise
+                opening.result()
+        except BaseException:
+            if self.clients.pop(client.tenant.token, None) is not None:
+                self._pager.forget(client.tenant)
+                self._services.release(client.tenant.pack)
+            raise
+        if client.tenant.token not in self.clients:  # it has ended meanwhile
+            return
+        with contextlib.suppress(OSError):  # its process has ended, or is in another namespace: the pager finds out
+            client.pidfd = os.pidfd_open(client.peer.pid)
+            self._loop.add_reader(client.pidfd, self._exited, client)
+
+    # Clients speak
+
+    async def _converse(self, client: Client, conversation: Conversation) -> None:
+        """Answer one of our own clients until it leaves."""
+        try:
+            await conversation.tell({"id": 0, "ok": {"number": client.number}})
+            await conversation.run()
+        except (UffdError, OSError, ValueError) as error:
+            log.warning("%s: %s", client, error)
+        if client.tenant.token in self.clients:
+            # It has left without a word. A Monitor says so first, and decides what missing pages become.
+            with contextlib.suppress(UffdError):
+                await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=True))
+            self._forget(client, "has left")
+        client.disconnect()
+
+    async def _answer(self, client: Client, message: dict[str, Any]) -> Any:
+        op = message.get("op")
+        if op == "statistics":
+            return attrs.asdict(self.statistics())
+        if op == "prefetch":
+            # The time that it takes grows with their length, whatever the client maps of that.
+            end = max(mapping.offset + mapping.end - mapping.start for mapping in client.tenant.mappings)
+            ranges = ranges_of(message, end)
+            await asyncio.wrap_future(self._pager.request("prefetch", client.tenant, ranges=ranges))
+        elif op == "refuse":  # a Monitor is about to decide what missing pages become, and closes then
+            await asyncio.wrap_future(self._pager.request("refuse", client.tenant))
+        elif op == "close":
+            poison = message.get("poison") is True
+            await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=poison))
+            self._forget(client, "has left")
+        else:
+            raise ValueError(f"there is no request {op!r:.50}")
+        return None
+
+    # Clients go
+
+    def _exited(self, client: Client) -> None:
+        """Its process has ended; the pager finds out whether another process still has the memory."""
+        self._loop.remove_reader(client.pidfd)
+        if client.tenant.uffd.gone():
+            self._forget(client, "has ended")
+
+    def gone(self, tenant: Tenant) -> None:
+        """Take note that a tenant's memory is gone; nothing happens if it is another session's."""
+        client = self.clients.get(tenant.token)
+        if client is not None:
+            self._forget(client, "has ended")
+
+    def failed(self, tenant: Tenant | None, error: BaseException) -> None:
+        """Tell an error to the client that it concerns, if it is one of this session's; None: to all of them."""
+        for client in list(self.clients.values()):
+            if tenant is None or client.tenant is tenant:
+                log.error("%s: %s", client, error)
+                if client.conversation is not None:
+                    client.conversation.report(error)
+
+    def _forget(self, client: Client, why: str) -> None:
+        if self.clients.pop(client.tenant.token, None) is None:
+            return
+        if self._slot and not self.clients:
+            self._counted = self._pager.journal.counters_of(self._slot).words.tolist()
+        client.tenant.slot = 0  # it is the session's
+        self._pager.forget(client.tenant)
+        if client.pidfd >= 0:
+            self._loop.remove_reader(client.pidfd)
+            os.close(client.pidfd)
+        client.tenant.uffd.close()
+        if client.tenant.tether >= 0:
+            os.close(client.tenant.tether)
+        self._services.release(client.tenant.pack)
+        self._of_process[client.peer.pid] -= 1
+        if not self._of_process[client.peer.pid]:
+            del self._of_process[client.peer.pid]
+        if client.conversation is None:
+            client.disconnect()
+        else:
+            with contextlib.suppress(OSError):
+                client.connection.shutdown(socket.SHUT_RD)  # the conversation ends, which reads from it
+        self._changed.set()
+        self._on_change()
+        log.info("%s %s; %d left", client, why, len(self.clients))
+
+    # Helpers
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _name_asked_for(handoff: Handoff) -> str:
+    extra = handoff.regions.extra or {}
+    version, name = extra.get("version", VERSION), extra.get("name", "")
+    if version != VERSION:
+        raise HandoffError(str(handoff.peer), f"speaks version {version!r:.20}; this server speaks {VERSION}")
+    if not isinstance(name, str):
+        raise HandoffError(str(handoff.peer), "asks for a source by a name that is not a string")
+    return name

@@ -1,0 +1,122 @@
+"""`server.session`: several sockets of one server, each with its own source, settings and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from pattern import PAGE, Pattern, peek, word
+from scenario import play, replaced, until
+from served import MIB, hand_over
+
+import aiouffd
+from aiouffd.server.listener import SocketFile
+from aiouffd.server.server import Server
+from aiouffd.server.session import Session, Settings
+
+SHIFTED = 1000
+"""So many pages the second source is shifted."""
+
+
+def settings(readahead: int = 0) -> Settings:
+    """Return settings that differ in one thing."""
+    return Settings(options=aiouffd.engine.options.Options(readahead))
+
+
+class Memory:
+    """Memory that was handed over to a socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.region, self.connection, self.uffd = hand_over(path)
+
+    def word(self, page: int) -> bytes:
+        """Touch a page."""
+        return peek(self.region.address + page * PAGE)
+
+    def end(self) -> None:
+        """Let it go."""
+        self.connection.close()
+        self.uffd.close()
+        self.region.close()
+
+
+async def of_two_sessions(directory: str) -> None:
+    """Scenario: see the test."""
+    paths = [Path(directory) / name for name in ("first", "second")]
+    async with Server() as server:
+        first = await server.create(
+            "first", lambda *_: Pattern(MIB), settings(), functools.partial(SocketFile, paths[0])
+        )
+        image = aiouffd.BufferSource(b"".join(word(page + SHIFTED) * (PAGE // 8) for page in range(MIB // PAGE)))
+        second = await server.create(
+            "second", image, settings(16 * PAGE), functools.partial(SocketFile, paths[1], mode=0o660)
+        )
+        assert paths[1].stat().st_mode & 0o777 == 0o660
+        with pytest.raises(aiouffd.SessionError, match="'first' is there already"):
+            await server.create("first", Pattern(MIB), settings(), functools.partial(SocketFile, paths[0]))
+        with pytest.raises(OSError, match="another server listens there"):
+            await server.create("third", Pattern(MIB), settings(), functools.partial(SocketFile, paths[0]))
+        assert list(server.sessions) == ["first", "second"]
+        memories = [await asyncio.to_thread(Memory, path) for path in paths]
+        for page in (7, 9):
+            assert [await asyncio.to_thread(memory.word, page) for memory in memories] == [
+                word(page), word(page + SHIFTED)
+            ]  # fmt: skip
+        await until(lambda: first.statistics().pages == 2)
+        assert second.statistics().pages_readahead >= 2
+        assert server.statistics().pages == first.statistics().pages + second.statistics().pages
+        assert [str(client) for client in server.clients.values()] == [
+            f"session {name}, client 1 (process {os.getpid()} of user {os.geteuid()})" for name in ("first", "second")
+        ]
+        await counted_on(server, first, paths[0], memories[0])
+        with pytest.raises(aiouffd.SessionError, match="serves 1 clients: drain it, or complete it"):
+            await server.remove(second)
+        await second.fill()
+        assert bytes(memories[1].region) == image.read_nowait(0, MIB)
+        counted = second.statistics()
+        await server.remove(second)
+        assert not paths[1].exists()
+        assert server.statistics().pages == first.statistics().pages + counted.pages
+        assert (await server.create("second", image, settings(), functools.partial(SocketFile, paths[1]))).taking
+
+
+async def counted_on(server: Server, session: Session, path: Path, memory: Memory) -> None:
+    """A session's counts go on when its clients change, and when the pager's processes are killed."""
+    other = await asyncio.to_thread(Memory, path)  # it has another source, and is counted in the same place
+    assert await asyncio.to_thread(other.word, 12) == word(12)
+    await until(lambda: session.statistics().pages == 3)
+    for number in (1, 0):
+        pid = server.pids[number]
+        os.kill(pid, signal.SIGKILL)
+        assert await asyncio.to_thread(memory.word, 20 + number) == word(20 + number)
+        await asyncio.to_thread(replaced, server, pid)
+    await until(lambda: session.statistics().pages == 5)
+    for client in list(session.clients.values()):
+        session.gone(client.tenant)
+    memory.end()
+    other.end()
+    assert session.statistics().pages == 5
+    memory = await asyncio.to_thread(Memory, path)
+    assert await asyncio.to_thread(memory.word, 30) == word(30)
+    await until(lambda: session.statistics().pages == 6)
+    session.stop_listening()
+    assert not session.taking
+    assert not path.exists()
+    assert await asyncio.to_thread(memory.word, 31) == word(31)
+
+
+def test_sessions_of_one_server(tmp_path: Path, loop: str) -> None:
+    """Each serves its own source by its own settings, and counts by itself, whoever is killed; names are unique."""
+    play(of_two_sessions, str(tmp_path), loop=loop)
+
+
+def test_settings_that_exclude_each_other() -> None:
+    """A recording sees only what is touched."""
+    with pytest.raises(ValueError, match="either record or replay"):
+        Settings(record="a", replay="b")
+    with pytest.raises(ValueError, match="a source or a handler for the clients"):
+        Server(path="a")
