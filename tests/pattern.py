@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import mmap
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import SourceError
@@ -70,6 +71,20 @@ class Slow:
         """Return the bytes, later."""
         await asyncio.sleep(self.latency)
         return content(offset, length)
+
+
+class Gated(Slow):
+    """Answers when a file is there, whichever process asks."""
+
+    def __init__(self, size: int, gate: str) -> None:
+        super().__init__(size)
+        self.gate = gate
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, later."""
+        while not Path(self.gate).exists():  # noqa: ASYNC110 - a file is no event
+            await asyncio.sleep(self.latency)
+        return await super().read(offset, length)
 
 
 def peek(address: int, length: int = 8) -> bytes:

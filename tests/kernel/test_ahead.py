@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern import PAGE, Pattern, Slow, content, peek
+from pattern import PAGE, Gated, Pattern, Slow, content, peek
 from scenario import eventually, play
 
 import aiouffd
@@ -230,41 +230,46 @@ def test_a_recording_of_another_size(tmp_path: Path) -> None:
         assert monitor._service().trace is not None
 
 
-class FailsOnce:
-    """Far away; its first read fails, after a while."""
+class FailsOnce(Gated):
+    """Far away; its first read fails, when the gate is open; the others do not wait for that."""
 
-    size = SIZE
     retries = 0
-
-    def __init__(self) -> None:
-        self.reads = 0
+    reads = 0
 
     async def read(self, offset: int, length: int) -> bytes:
         """Fail, or return the bytes."""
         self.reads += 1
-        first = self.reads == 1
-        await asyncio.sleep(0.3 if first else 0)
-        if first:
-            raise OSError("the first read fails")
-        return content(offset, length)
+        if self.reads > 1:
+            return content(offset, length)
+        await super().read(offset, length)
+        raise OSError("the first read fails")
 
 
 ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
 
 
-def left_while_a_read_fails(engine: str) -> None:
-    """Scenario: the background fill has a read under way when everything is to be brought."""
+def left_while_a_read_fails(engine: str, gate: str) -> None:
+    """Scenario: the background fill has a read under way when everything is asked for, on leaving."""
     region = aiouffd.Region(SIZE)
     chosen = ENGINES[engine]()
-    with aiouffd.Monitor(region, FailsOnce(), engine=chosen, background=True, on_exit="populate") as monitor:
-        eventually(lambda: monitor.statistics().in_flight > 0, expected=True)
+    with aiouffd.Monitor(region, FailsOnce(SIZE, gate), engine=chosen, background=True, on_exit="populate") as monitor:
+        eventually(lambda: monitor.statistics().in_flight, 1)
+        served: Any = monitor._engine
+        prefetch = served.prefetch
+
+        def asked(ranges: Any) -> Any:
+            future = prefetch(ranges)
+            Path(gate).touch()
+            return future
+
+        served.prefetch = asked
     assert region[:] == content(0, SIZE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_read_that_fails_while_everything_is_brought(engine: str) -> None:
+def test_a_read_that_fails_while_everything_is_brought(engine: str, tmp_path: Path) -> None:
     """What it was to bring is brought by another: no page is left to read as zeros."""
-    play(left_while_a_read_fails, engine, deadline=60)
+    play(left_while_a_read_fails, engine, str(tmp_path / "gate"), deadline=60)
 
 
 def counted(engine: str, readahead: int, far: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from pattern import PAGE, Gated, Pattern, Slow, Touchers, content, peek, word
 from scenario import eventually, play
 
 import aiouffd
@@ -79,7 +79,7 @@ def test_a_page_that_is_emptied_while_it_is_touched(mode: str, far: bool, loop: 
     play(emptied, mode, far, loop=loop)
 
 
-async def in_between(mode: str, kind: str) -> None:
+async def in_between(mode: str, kind: str, gate: str) -> None:
     """Scenario: a page is touched, or comes, just when the system call is done and the engine does not know yet."""
 
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
@@ -92,6 +92,7 @@ async def in_between(mode: str, kind: str) -> None:
         def removed(start: int, length: int) -> None:
             if kind != "under way":
                 touch()
+            Path(gate).touch()
             time.sleep(0.3)  # as long as it may take until the engine has heard of it
             assert touching[0].alive
             real(start, length)
@@ -108,14 +109,14 @@ async def in_between(mode: str, kind: str) -> None:
         del applied.removed
 
     sources = {"asked for": Pattern(SIZE), "in memory": aiouffd.BufferSource(content(0, SIZE))}
-    await beside_the_loop(mode, sources.get(kind, Slow(SIZE, 0.15)), work)
+    await beside_the_loop(mode, sources.get(kind, Gated(SIZE, gate)), work)
 
 
 @pytest.mark.parametrize("kind", ["asked for", "in memory", "under way"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_page_between_the_system_call_and_its_message(mode: str, kind: str, loop: str) -> None:
+def test_a_page_between_the_system_call_and_its_message(mode: str, kind: str, tmp_path: Path, loop: str) -> None:
     """Whoever touches it waits, and finds zeros; what was on its way is not placed."""
-    play(in_between, mode, kind, loop=loop)
+    play(in_between, mode, kind, str(tmp_path / "gate"), loop=loop)
 
 
 async def refused(mode: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
+from pattern import PAGE, Gated, Pattern, Slow, Touchers, content, peek, word
 from scenario import ended, eventually, play, until
 
 import aiouffd
@@ -143,22 +143,23 @@ def test_handlers_that_are_canceled_or_exit() -> None:
     play(wayward)
 
 
-async def canceled_prefetch() -> None:
+async def canceled_prefetch(gate: str) -> None:
     """Scenario: a thread waits for a page that a prefetch is bringing, which is canceled."""
     region = aiouffd.Region(SIZE)
-    async with aiouffd.Monitor(region, Slow(SIZE, 0.5), engine=aiouffd.InProcess()) as monitor:
+    async with aiouffd.Monitor(region, Gated(SIZE, gate), engine=aiouffd.InProcess()) as monitor:
         prefetch = asyncio.ensure_future(monitor.prefetch(0, SIZE))
         await until(lambda: monitor.statistics().in_flight)
         joined = asyncio.ensure_future(asyncio.to_thread(peek, region.address + 5 * PAGE))
         await until(lambda: monitor.statistics().joined)
         prefetch.cancel()
+        Path(gate).touch()
         assert await joined == word(5)
         monitor.check()
 
 
-def test_canceling_a_prefetch_loses_no_fault(loop: str) -> None:
+def test_canceling_a_prefetch_loses_no_fault(tmp_path: Path, loop: str) -> None:
     """Whoever has joined it gets his page."""
-    play(canceled_prefetch, loop=loop)
+    play(canceled_prefetch, str(tmp_path / "gate"), loop=loop)
 
 
 class Silent(Slow):
@@ -386,21 +387,22 @@ def test_a_thousand_faulting_threads() -> None:
     play(storm)
 
 
-def gauges_after_a_death() -> None:
+def gauges_after_a_death(gate: str) -> None:
     """Scenario."""
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, Slow(SIZE, 0.3), readahead=0) as monitor:
+    with aiouffd.Monitor(region, Gated(SIZE, gate), readahead=0) as monitor:
         thread = threading.Thread(target=peek, args=(region.address,))
         thread.start()
         eventually(lambda: monitor.statistics().in_flight, 1)
         os.kill(monitor.pids[1], signal.SIGKILL)
+        Path(gate).touch()
         thread.join()
         eventually(lambda: (monitor.statistics().in_flight, monitor.statistics().bytes_in_flight), (0, 0))
 
 
-def test_what_a_dead_worker_had_under_way_is_not_counted() -> None:
+def test_what_a_dead_worker_had_under_way_is_not_counted(tmp_path: Path) -> None:
     """The gauges begin anew."""
-    play(gauges_after_a_death)
+    play(gauges_after_a_death, str(tmp_path / "gate"))
 
 
 def only_minor() -> None:

@@ -870,7 +870,7 @@ async def leave_in_the_middle() -> None:
     """Scenario."""
     size = 64 << 20
     region = aiouffd.Region(size)
-    async with aiouffd.Monitor(region, Slow(size, 0.5)) as monitor:
+    async with aiouffd.Monitor(region, Slow(size, 1000.0)) as monitor:
         prefetch = asyncio.ensure_future(monitor.prefetch(0, size))
         waiting = asyncio.ensure_future(monitor.wait_error())
         pids = monitor.pids
