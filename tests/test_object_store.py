@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+HEADERS: dict[str, Any] = {"client_options": {"default_headers": {"X-Token": "token"}}}
+"""Options that only obstore knows."""
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -415,7 +418,7 @@ def test_what_is_sent_as_it_is(url: str, direct: bool) -> None:
     ("url", "options", "direct"),
     [
         ("{}", {}, True),
-        ("{}", {"client_options": {"default_headers": {"X-Token": "token"}}}, False),
+        ("{}", HEADERS, False),
         ("//me:secret@", {}, False),
     ],
 )
@@ -431,15 +434,28 @@ async def test_what_is_read_on_the_loop(url: str, options: dict[str, Any], direc
         source.begin(20, 1, lambda: None)
         assert bytes(await source.read(5, 10)) == odd_http.DATA[5:15]
         assert (source._direct is not None) == direct
+        assert (server.requests[0][1]["user-agent"] == "aiouffd") == direct
         if options:
             assert server.requests[-1][1]["x-token"] == "token"
         await source.aclose()
 
 
+async def test_a_server_that_does_not_answer_is_asked_once() -> None:
+    """And not by obstore once more."""
+    with await asyncio.to_thread(socket.create_server, ("127.0.0.1", 0)) as listening:
+        source = aiouffd.ObjectSource(f"http://127.0.0.1:{listening.getsockname()[1]}/x", timeout=0.2)
+        with pytest.raises(aiouffd.SourceTimeoutError):
+            await source.prepare()
+        listening.accept()[0].close()
+        listening.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
 def forks(url: str, engine: str) -> None:
     """Scenario: a process that has opened a URL forks; the child opens it, too, then the parent once more."""
     options: dict[str, Any] = {"in_thread": {"engine": aiouffd.InThread()}, "pager": {}}[engine]
-    source = aiouffd.ObjectSource(url)
+    source = aiouffd.ObjectSource(url, **HEADERS)
     assert source.size == SIZE
     with aiouffd.open(url, **options) as region:
         assert region[:9] == DATA[:9]
@@ -453,7 +469,7 @@ def forks(url: str, engine: str) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         with aiouffd.open(url, **options) as region:
             assert region[140_000:140_009] == DATA[140_000:140_009]
-        assert aiouffd.ObjectSource(url).size == SIZE
+        assert aiouffd.ObjectSource(url, **HEADERS).size == SIZE
 
 
 @pytest.mark.parametrize("engine", ["in_thread", "pager"])
@@ -464,7 +480,7 @@ def test_a_forked_child_opens_urls(url: str, engine: str) -> None:
 
 def forks_from_a_bucket(url: str) -> None:
     """Scenario: the child opens an object that only obstore can ask for."""
-    assert aiouffd.ObjectSource(url).size == SIZE
+    assert aiouffd.ObjectSource(url, **HEADERS).size == SIZE
     child = os.fork()
     if not child:
         source = aiouffd.ObjectSource("s3://bucket/key", access_key_id="a", secret_access_key="b", region="c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import os
 import random
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
-from aiouffd.sources.plain_http import PlainHttp
+from aiouffd.sources.plain_http import PlainHttp, first_byte
 from aiouffd.sources.storage_options import check_options
 from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
@@ -270,10 +271,25 @@ class ObjectSource:
 
     def _first(self) -> Validator:
         """Ask for the first byte: the answer has the size and the validators. Blocks."""
-        found = self.ask(self._look)
+        found = self._look_directly() or self.ask(self._look)
         if found.size and not found.names_version:
             log.warning("%r: no ETag and no Last-Modified: changes that keep the size may not be noticed", self)
         return found
+
+    def _look_directly(self) -> Validator | None:
+        """Ask without obstore, where that can do; None: obstore knows better what to make of the answer."""
+        if not self._may_go_direct():
+            return None
+        try:
+            answer = first_byte(self.url, self._seconds)
+        except RequestError as error:
+            if error.failure.timed_out:
+                raise self._error(error.failure, 0, 0) from error
+            return None
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+        self._witness = 0, bytes(answer.data)
+        return answer.validator if answer.validator.size is not None else None
 
     def _look(self, client: StoreClient | PlainHttp) -> Validator:
         # Not by HEAD: a URL may be signed for GET only, and servers forget HEAD. A server without Range says so now.

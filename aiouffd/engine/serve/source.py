@@ -190,7 +190,7 @@ class SourceBackend:
                 space.readahead.forget(at, at + length)
                 return
             space.resolve_later(runs)
-            if self._pace.is_full:
+            if self._pace.is_full(length):
                 return
 
     def _bring(
@@ -364,7 +364,7 @@ class SourceBackend:
         try:
             for offset, length, is_last in _pieces(ranges, space.page_size):
                 # Who waits for these has one read under way, however slow those of others are.
-                while self._pace.is_full and (pending or cause == Counter.PAGES_BACKGROUND):
+                while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
                     await self._pace.room()
                 for task in self._pursue(self._approach(space, offset, length, runs, purpose)):
