@@ -311,3 +311,28 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+
+
+async def test_chunks_side_by_side_are_mapped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as they are so in a segment: not over one that is elsewhere, or that is zeros, or shown already."""
+    first = opened(tmp_path)
+    for chunks in ((0, 3), (6, 1), (4, 2), (8, 3)):
+        await first.read(chunks[0] * CHUNK, min(chunks[1] * CHUNK, first.size - chunks[0] * CHUNK))
+        await until(lambda: not first._fetches._flights)
+    await first.aclose()
+    source = opened(tmp_path)
+    address, *_ = source.memory()
+    shown: list[tuple[int, int]] = []
+    show = source._view.show
+
+    def note(offset: int, length: int, fd: int, at: int, unit: int) -> None:
+        shown.append((offset // CHUNK, -(-length // CHUNK)))
+        show(offset, length, fd, at, unit)
+
+    monkeypatch.setattr(source._view, "show", note)
+    assert bytes(await source.read(0, CHUNK)) == source.source.bytes_of(0, CHUNK)
+    await until(lambda: len(source._places) == 9)  # 3 and 7 were not read
+    assert shown == [(0, 1), (1, 2), (4, 2), (6, 1), (8, 3)]
+    for chunk in (0, 1, 2, 4, 5, 6, 8, 9):
+        assert peek(address + chunk * CHUNK, CHUNK) == source.source.bytes_of(chunk * CHUNK, CHUNK)
+    await source.aclose()

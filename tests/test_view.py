@@ -41,6 +41,13 @@ def test_what_is_shown_is_there_and_nothing_else(fd: int) -> None:
     view.hide(5 * PAGE, PAGE)  # never shown by itself
     assert resident(view) == [9]
     assert libc.peek([view.address + 4 * PAGE]) == b""
+    view.show(10 * PAGE, 4 * PAGE, fd, 20 * PAGE, 2 * PAGE)  # two pieces
+    assert resident(view) == [9, 10, 11, 12, 13]
+    assert (view.has(10 * PAGE), view.has(11 * PAGE), view.has(12 * PAGE)) == (True, False, True)
+    view.hide(10 * PAGE, 2 * PAGE)
+    assert resident(view) == [9, 12, 13]
+    assert peek(view.address + 12 * PAGE, 2 * PAGE) == content(22 * PAGE, 2 * PAGE)
+    view.hide(12 * PAGE, 2 * PAGE)
     view.show(4 * PAGE, 0, fd, 0)
     view.show(4 * PAGE, PAGE, -1, 0)  # cannot be mapped
     assert resident(view) == [9]
@@ -58,6 +65,7 @@ def test_only_so_many_pieces_are_mapped(fd: int, monkeypatch: pytest.MonkeyPatch
         one.show(page * PAGE, PAGE, fd, 0)
     assert resident(one) == [0, 2, 4]
     one.hide(2 * PAGE, PAGE)
+    other.show(4 * PAGE, 2 * PAGE, fd, 0, PAGE)  # two pieces, and there is room for one
     other.show(0, PAGE, fd, 0)
     other.show(PAGE, PAGE, fd, 0)
     assert resident(other) == [0]

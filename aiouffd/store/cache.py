@@ -151,8 +151,11 @@ class ChunkCache:
                     opened.index.remove(entry)
         return None
 
-    def peek(self, key: bytes, hash_: bytes | None = None) -> Found | None:
-        """As `find`, but only what is in the page cache, of a segment that is open. Does not block."""
+    def peek(self, key: bytes, hash_: bytes | None = None) -> Place | None:
+        """As `find`, but only what is in the page cache, of a segment that is open, and without the bytes.
+
+        Does not block.
+        """
         opened = self._opened
         if opened is None or opened.index.nowait is None:
             return None
@@ -161,12 +164,11 @@ class ChunkCache:
             if entry is None or (hash_ is not None and entry.hash != hash_):
                 return None
             if entry.segment == ZEROS:
-                return Found(Place(None, 0, entry.length), None)
+                return Place(None, 0, entry.length)
             segment = opened.segments.at_hand(entry.segment)
-            data, at = bytearray(entry.length), entry.page * _UNIT
-            came = segment is not None and segment.fill_nowait(at, memoryview(data))
-            if came and digest(data) == entry.hash:
-                return Found(Place(segment, at, entry.length), data)
+            data, at = memoryview(bytearray(entry.length)), entry.page * _UNIT
+            if segment is not None and segment.fill_nowait(at, data) and digest(data) == entry.hash:
+                return Place(segment, at, entry.length)
         return None
 
     def add(self, chunks: Sequence[tuple[bytes, Any]], hashes: Sequence[bytes] | None = None) -> list[Place | None]:

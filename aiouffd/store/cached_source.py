@@ -16,13 +16,14 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.store.chunk_names import ChunkNames
 from aiouffd.store.fetches import Fetches
+from aiouffd.store.segments import Place
 from aiouffd.store.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiouffd.store.cache import ChunkCache
-    from aiouffd.store.segments import Place, Segment
+    from aiouffd.store.segments import Segment
 
 __all__ = ["CachedSource"]
 
@@ -168,8 +169,7 @@ class CachedSource:
         if not self._names.known or self._names.chunk_size > _PEEKED_SIZE or self._is_on_its_way(number):
             return None
         found = self._peek_all([number])
-        for _, place in found:
-            self._came(number, place)
+        self._came(found)
         return found[0][1] if found else None
 
     def _peek_all(self, numbers: list[int]) -> list[tuple[int, Place]]:
@@ -177,37 +177,51 @@ class CachedSource:
         found = []
         for number in numbers:
             key, hash_ = self._names.of(number)
-            item = None if key is None else self.cache.peek(key, hash_)
-            if item is not None and item.place.length == self._names.length(number):
-                found.append((number, item.place))
+            place = None if key is None else self.cache.peek(key, hash_)
+            if place is not None and place.length == self._names.length(number):
+                found.append((number, place))
         self.cache.count(hits=len(found))
         return found
 
     def _is_on_its_way(self, number: int) -> bool:
         return self._fetches is not None and number in self._fetches
 
-    def _came(self, number: int, place: Place) -> None:
-        """A chunk is in the cache, and is what it should be."""
-        self._places[number] = place
-        if place.segment is not None:
-            self._held.setdefault(place.segment, []).append(number)
-        if self._view is not None and place.segment is not None:
-            offset = number * self._names.chunk_size
-            self._view.show(offset, place.length & -mmap.PAGESIZE, place.segment.fd, place.offset)
-        if self._fetches is not None:
+    def _came(self, found: Sequence[tuple[int, Place]]) -> None:
+        """Chunks are in the cache, and are what they should be."""
+        for number, place in found:
+            self._places[number] = place
+            if place.segment is not None:
+                self._held.setdefault(place.segment, []).append(number)
+        if self._view is not None:
+            self._show(self._view, found)
+        if self._fetches is not None and found:
             self._look_later()
-            group = number // _GROUP
-            if group not in self._swept:
-                self._swept.add(group)
+            groups = {number // _GROUP for number, _ in found} - self._swept
+            self._swept |= groups
+            for group in groups:
                 self._fetches.spawn(self._sweep(group))
+
+    def _show(self, view: View, found: Sequence[tuple[int, Place]]) -> None:
+        """Map chunks; those that are adjacent in a segment, too, at once: that takes a third of the time."""
+        size = self._names.chunk_size
+        found = [(number, place) for number, place in found if not view.has(number * size)]
+        at = 0
+        while at < len(found):
+            number, place = found[at]
+            end, stop = at + 1, place.offset + place.length
+            while end < len(found) and found[end] == (number + end - at, Place(place.segment, stop, size)):
+                end, stop = end + 1, stop + size
+            if place.segment is not None:
+                length = stop - place.offset & -mmap.PAGESIZE
+                view.show(number * size, length, place.segment.fd, place.offset, min(size, length))
+            at = end
 
     async def _sweep(self, group: int) -> None:
         """Check the neighbors of a chunk, so that faults there need not wait for that."""
         numbers = range(group * _GROUP, (group + 1) * _GROUP)
         wanted = [number for number in numbers if self._is_missing(number) and self._names.length(number) > 0]
-        for number, place in await self._aside(self._peek_all, wanted):
-            if self._is_missing(number):
-                self._came(number, place)
+        found = await self._aside(self._peek_all, wanted)
+        self._came([(number, place) for number, place in found if self._is_missing(number)])
 
     def _is_missing(self, number: int) -> bool:
         return number not in self._places and not self._is_on_its_way(number)

@@ -12,7 +12,7 @@ from aiouffd.store.cache import Found
 from aiouffd.store.segments import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiouffd.store.cache import ChunkCache
     from aiouffd.store.chunk_names import ChunkNames
@@ -33,7 +33,7 @@ class Fetches:
         names: its chunks.
         cache: where they are kept.
         aside: calls a function in a thread.
-        came: called with a chunk and its place, when it is in the cache and has been checked.
+        came: called with chunks and their places, when they are in the cache and have been checked.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Fetches:
         names: ChunkNames,
         cache: ChunkCache,
         aside: Callable[..., Any],
-        came: Callable[[int, Place], None],
+        came: Callable[[Sequence[tuple[int, Place]]], None],
     ) -> None:
         self._source = source
         self._names = names
@@ -106,8 +106,8 @@ class Fetches:
         try:
             while True:
                 found, mine, left = await self._aside(self._claim, left, time.monotonic() > until)
+                self._came([(number, item.place) for number, item in found.items()])
                 for number, item in found.items():
-                    self._came(number, item.place)
                     self._land(number, item.data)
                 for run in self._names.runs(mine, _LONGEST):
                     self.spawn(self._fetch(run, urgent=urgent))
@@ -183,9 +183,8 @@ class Fetches:
                     self._give(number, chunk)
             self._behind += length
             try:
-                for number, place in zip(run, await self._aside(self._keep, chunks), strict=True):
-                    if place is not None:
-                        self._came(number, place)
+                places = zip(run, await self._aside(self._keep, chunks), strict=True)
+                self._came([(number, place) for number, place in places if place is not None])
             finally:
                 self._behind -= length
             for number, chunk in chunks.items():

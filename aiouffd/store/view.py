@@ -39,7 +39,11 @@ class View:
         self.address: int = address_of(self._map)
         self._shown: set[int] = set()
 
-    def show(self, offset: int, length: int, fd: int, at: int) -> None:
+    def has(self, offset: int) -> bool:
+        """Tell whether the piece that begins there is shown."""
+        return offset in self._shown
+
+    def show(self, offset: int, length: int, fd: int, at: int, unit: int = 0) -> None:
         """Map whole pages of a file in their place, if there may be more mappings.
 
         Args:
@@ -47,15 +51,17 @@ class View:
             length: in bytes.
             fd: of the file.
             at: where they are in the file.
+            unit: bytes of a piece, if they are several, which can be hidden one by one; none of them is shown.
         """
-        if offset in self._shown or _pieces[0] >= _MOST or not length:
+        pieces = range(offset, offset + length, unit or length or 1)
+        if offset in self._shown or _pieces[0] + len(pieces) > _MOST or not length:
             return
         try:
             libc.mmap_fixed(self.address + offset, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_POPULATE, fd, at)
         except OSError:
             return
-        self._shown.add(offset)
-        _pieces[0] += 1
+        self._shown.update(pieces)
+        _pieces[0] += len(pieces)
 
     def hide(self, offset: int, length: int) -> None:
         """Show nothing there any more."""
