@@ -155,6 +155,7 @@ ORDER = {
     "server": [
         "__init__",
         "listener",
+        "jail",
         "metrics",
         "prefilled",
         "rejection",

@@ -49,6 +49,7 @@ def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
 
 
 SYS_USERFAULTFD, SYS_MLOCK2 = system_calls(os.uname().machine, pointer_bits=64 if sys.maxsize > 2**32 else 32)
+SYS_OPENAT2: Final = 437  # as all that are newer than Linux 5.1, on each architecture
 
 UFFD_USER_MODE_ONLY: Final = 1
 

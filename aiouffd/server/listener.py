@@ -21,16 +21,18 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["SocketFile"]
+__all__ = ["BOUND", "SocketFile"]
 
 _MAX_ADDRESS = 107  # bytes of sockaddr_un.sun_path, without its NUL
 _LOCK_TIMEOUT = 1.0  # seconds
-_BOUND = ".aiouffd-socket-"  # the names that sockets are bound to begin so
+_TRIES = 100
+BOUND: Final = ".aiouffd-socket-"
+"""The names that sockets are bound to begin so."""
 
 
 class SocketFile:
@@ -43,23 +45,33 @@ class SocketFile:
     Args:
         path: a socket of that name on which nobody listens is replaced; anything else is left alone.
         mode: of the file, whatever the umask.
+        owner: user and group of the file; -1 for one leaves it as it is. To give it to another user takes CAP_CHOWN.
         backlog: the most connections that wait to be accepted.
 
     Raises:
         OSError: `filename` is the path. EADDRINUSE: another process listens there. EEXIST: the name is not a socket's.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o600, backlog: int = 128) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: int = 0o600,
+        owner: tuple[int, int] = (-1, -1),
+        backlog: int = 128,
+    ) -> None:
         self.path: Path = Path(path)
+        self._file = self.path  # as this process reaches it
+        self._mode, self._owner = mode, owner
         self.listener: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._identity: tuple[int, int] | None = None
         try:
             # bind(2) gives the file the mode of the socket, less the umask: at no moment can others connect.
             os.fchmod(self.listener.fileno(), mode)
-            with _locked(self.path.parent) as locked, self._addresses() as (bound, wanted):
+            with self._addresses() as (bound, wanted), _locked(wanted.parent) as locked:
                 if locked:
                     _remove_left(bound.parent)
-                self._listen(bound, wanted, mode, backlog)
+                self._listen(bound, wanted, backlog)
             self.listener.setblocking(False)
         except OSError as error:
             self.close()
@@ -72,8 +84,8 @@ class SocketFile:
         """Stop listening, and remove the file, if it is still the one that was made."""
         self.listener.close()
         with contextlib.suppress(OSError):
-            if self._identity == _identity(self.path.lstat()):
-                self.path.unlink()
+            if self._identity == _identity(self._file.lstat()):
+                self._file.unlink()
         self._identity = None
 
     def __enter__(self) -> Self:
@@ -85,7 +97,7 @@ class SocketFile:
     @contextlib.contextmanager
     def _addresses(self) -> Iterator[tuple[Path, Path]]:
         """Yield the name to bind to and that of the file; if they are too long, by their directory's descriptor."""
-        directory, name = self.path.parent, _BOUND + secrets.token_hex(8)
+        directory, name = self.path.parent, BOUND + secrets.token_hex(8)
         if _fit(directory / name, self.path):
             yield directory / name, self.path
             return
@@ -98,10 +110,12 @@ class SocketFile:
         finally:
             os.close(fd)
 
-    def _listen(self, bound: Path, wanted: Path, mode: int, backlog: int) -> None:
+    def _listen(self, bound: Path, wanted: Path, backlog: int) -> None:
         self.listener.bind(str(bound))
         try:
-            self._identity = _set_mode(bound, mode)
+            self._identity = _set_mode(bound, self._mode)
+            if self._owner != (-1, -1):
+                os.chown(bound, *self._owner, follow_symlinks=False)
             self.listener.listen(backlog)
             _link(bound, wanted)
         finally:
@@ -113,17 +127,18 @@ def _fit(*paths: Path) -> bool:
 
 
 def _link(bound: Path, wanted: Path) -> None:
-    while True:
+    for _ in range(_TRIES):  # in a jail, its user may put a stale one there again and again
         try:
             return wanted.hardlink_to(bound)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # just removed
                 _remove_stale(wanted)
+    raise OSError(errno.EBUSY, "another process makes sockets of this name again and again")
 
 
 def _remove_left(directory: Path) -> None:
     """Remove what processes were bound to that were killed before they were done."""
-    for left in directory.glob(f"{_BOUND}*"):
+    for left in directory.glob(f"{BOUND}*"):
         with contextlib.suppress(OSError):
             _remove_stale(left)
 
