@@ -15,7 +15,7 @@ import pytest
 from cached import CHUNK, MIB, Far, Hashed, opened, until
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pattern import Pattern, peek
 
 import aiouffd
@@ -200,6 +200,8 @@ def descriptors() -> list[str]:
 class Machine(RuleBasedStateMachine):
     """Two processes with two sources each, over one cache that is damaged, cut, emptied, and lost."""
 
+    steps = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
@@ -243,6 +245,11 @@ class Machine(RuleBasedStateMachine):
             self.compare(which, page)
 
         self.loop.run_until_complete(in_the_loop())
+
+    @invariant()
+    def count(self) -> None:
+        """Steps."""
+        Machine.steps += 1
 
     def compare(self, which: int, page: int) -> None:
         """Look at a page in each way that does not wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 import tempfile
@@ -14,8 +15,9 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from snapshots import CHUNK, an_image, damage
+from test_cached_source import Machine
 
 import aiouffd
 from aiouffd.store import copy_sync, create_sync, diff_sync, extract_sync, flatten_sync, gc_sync, layer, verify_sync
@@ -31,6 +33,8 @@ CODECS = st.sampled_from(["none", "zstd", "lz4"])
 
 class Stores(RuleBasedStateMachine):
     """Two stores in folders. Objects are damaged in a copy only, so that all else goes on."""
+
+    steps = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,6 +149,7 @@ class Stores(RuleBasedStateMachine):
     @invariant()
     def all_are_right(self) -> None:
         """Each snapshot, by reads of any kind, and by one check of all."""
+        Stores.steps += 1
         rng = random.Random(len(self.model))
         for (store, name), data in self.model.items():
             asyncio.run(read_some(self.path(store, name), data, rng, whole=True))
@@ -226,7 +231,14 @@ class TestStores(Stores.TestCase):  # type: ignore[misc,valid-type]
 
 
 @pytest.mark.nightly
-class TestStoresAtNight(Stores.TestCase):  # type: ignore[misc,valid-type]
-    """The machine, for an hour or so."""
-
-    settings = settings(max_examples=2000, stateful_step_count=60)
+@pytest.mark.timeout(5000)
+def test_for_an_hour() -> None:
+    """Both machines in turn, of stores and of a cache. AIOUFFD_TEST_SECONDS says how long; the steps are printed."""
+    end = time.monotonic() + float(os.environ.get("AIOUFFD_TEST_SECONDS", "3600"))
+    rules = settings(max_examples=20, stateful_step_count=60, database=None, derandomize=False, deadline=None)
+    rounds = 0
+    while time.monotonic() < end:
+        for machine in (Stores, Machine):
+            run_state_machine_as_test(machine, settings=rules)  # type: ignore[no-untyped-call, unused-ignore]
+        rounds += 1
+        print(f"{rounds} rounds: {Stores.steps} steps of stores, {Machine.steps} of a cache", flush=True)
