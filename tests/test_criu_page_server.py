@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern import content
 
+from aiouffd.criu import page_server
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2, CriuPageServer
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
 
@@ -246,11 +247,15 @@ async def test_states_and_arguments() -> None:
             CriuPageServer("127.0.0.1", 1, **wrong)
 
 
-async def test_the_first_error_is_the_one_told() -> None:
-    """Leaving the block by an error does not put the session's end in its place."""
-    async with serving(Server(HEADER_4_1, status=3)) as server:
+@pytest.mark.parametrize("silent", [False, True])
+async def test_the_first_error_is_the_one_told(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving by an error does not put the session's end in its place, and waits no reader's time for that."""
+    monkeypatch.setattr(page_server, "LAST_REQUEST", 0.1 if silent else 1000.0)
+    async with serving(Server(HEADER_4_1, status=3)) as server, asyncio.timeout(20):
+        if silent:
+            server.go_on.clear()
         with pytest.raises(KeyError, match="mine"):
-            async with CriuPageServer("127.0.0.1", server.port):
+            async with CriuPageServer("127.0.0.1", server.port, timeout=1000.0):
                 raise KeyError("mine")
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from aiouffd.errors import ClosedError, SourceError, SourceTimeoutError
+from aiouffd.rpc import LAST_REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,6 +145,8 @@ class _Replies(asyncio.BufferedProtocol):
 class CriuPageServer:
     """The lazy pages of all processes of a dump. An async context manager that ends the session in order.
 
+    A block that ends by an error, or is canceled, waits two seconds at most for the end of the session.
+
     Belongs to one event loop. Reads may overlap; their requests are pipelined.
 
     Args:
@@ -255,6 +258,7 @@ class CriuPageServer:
         if error[0] is None:
             await self.aclose()
         else:
+            self.timeout = min(self.timeout, LAST_REQUEST)
             with contextlib.suppress(SourceError):  # the first error is the one to raise
                 await self.aclose()
 

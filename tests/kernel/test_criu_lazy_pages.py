@@ -162,14 +162,15 @@ def test_the_page_servers_pages_are_brought_before_it_ends(tmp_path: Path) -> No
 
 
 def test_a_second_signal_gives_the_page_servers_pages_up(tmp_path: Path) -> None:
-    """It ends at once, and says what that costs. No traceback."""
+    """It ends, though the page server does not answer, and says what that costs. No traceback."""
     port = free_port()
     with criu_rig.large_pipes(), criu_rig.Checkpoint(tmp_path) as checkpoint:
         checkpoint.start("scan", 1)
-        checkpoint.dump_to_server(port)
+        dump = checkpoint.dump_to_server(port)
         daemon = Daemon(checkpoint, "--page-server", "127.0.0.1", "--port", str(port))
         daemon.process.send_signal(signal.SIGTERM)
         criu_rig.until(lambda: "a second signal loses them" in daemon.said, "word of the first signal")
+        dump.send_signal(signal.SIGSTOP)
         daemon.ends_by(signal.SIGINT, "SIGINT: missing pages are lost")
 
 
