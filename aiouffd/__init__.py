@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TraceError,
         UffdError,
         UnsupportedError,
+        WriteBackError,
     )
     from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
     from aiouffd.kernel.events import FaultKind, PageFault, Remap, Remove, UnknownEvent, Unmap
@@ -134,6 +135,7 @@ __all__ = [
     "Unmap",
     "UnsupportedError",
     "Userfaultfd",
+    "WriteBackError",
     "WriteTracker",
     "ZeroSource",
     "ZstdSeekableSource",
@@ -150,7 +152,7 @@ _HOMES = {
         "AccessError BusyError ClosedError FormatError HandlerError HandoffError LayoutChangingError LimitError "
         "NativePartError OperationError PagePresentError PagerDiedError PagerError PagerStartError "
         "PopulatedError RangeGoneError SessionError ShortReadError SourceError SourceTimeoutError StoreError "
-        "TargetExitedError TraceError UffdError UnsupportedError"
+        "TargetExitedError TraceError UffdError UnsupportedError WriteBackError"
     ),
     "kernel.abi": "FaultFlag Feature Ioctl RegisterMode",
     "kernel.events": "FaultKind PageFault Remap Remove UnknownEvent Unmap",

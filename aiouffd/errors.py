@@ -2,9 +2,9 @@
 
 They are split by the cause: `UnsupportedError` (the kernel), `AccessError` (permissions), `LimitError` (a limit of the
 process or machine), `PopulatedError` (locked memory), `OperationError` (the kernel refused an operation), `ClosedError`
-and `BusyError` (the caller), `SourceError` (where the data come from; `StoreError`: a snapshot), `HandlerError` (the
-caller's coroutine), `PagerError` (our own processes), `HandoffError` (a peer on a socket), `SessionError` (a
-server's sessions). Exceptions carry their data and build their sentence from it.
+and `BusyError` (the caller), `SourceError` (where the data come from; `StoreError`: a snapshot), `WriteBackError`
+(where they go), `HandlerError` (the caller's coroutine), `PagerError` (our own processes), `HandoffError` (a peer on a
+socket), `SessionError` (a server's sessions). Exceptions carry their data and build their sentence from it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ __all__ = [
     "TraceError",
     "UffdError",
     "UnsupportedError",
+    "WriteBackError",
 ]
 
 
@@ -267,6 +268,26 @@ class StoreError(SourceError):
     def __str__(self) -> str:
         where = "" if self.chunk is None else f", chunk {self.chunk} [{self.offset}, {self.offset + self.length})"
         return f"{self.source}{where}: {self.reason}"
+
+
+class WriteBackError(UffdError):
+    """Pages could not be written to their source. They stay in memory, and count as written.
+
+    Attributes:
+        source: what it is.
+        reason: of the first of them.
+        ranges: (offset, length) of them.
+    """
+
+    def __init__(self, source: str, reason: str, *bounds: int) -> None:
+        self.source, self.reason = source, reason
+        self.ranges: list[tuple[int, int]] = list(zip(bounds[::2], bounds[1::2], strict=True))
+        super().__init__(source, reason, *bounds)
+
+    def __str__(self) -> str:
+        first = ", ".join(f"[{start}, {start + length})" for start, length in self.ranges[:3])
+        first += ", ..." if len(self.ranges) > 3 else ""
+        return f"{self.source} did not take back {first or 'what was written'}: {self.reason}"
 
 
 class FormatError(UffdError, ValueError):

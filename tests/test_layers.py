@@ -72,6 +72,7 @@ ORDER = {
             "protect",
             "clock",
             "bound",
+            "write_back",
         ),
         *(
             "deferred",

@@ -8,6 +8,7 @@ from aiouffd.engine.readahead import Readahead
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.engine.serve.source import SourceBackend
+from aiouffd.engine.write_back import WriteBack
 
 if TYPE_CHECKING:
     from aiouffd.engine.bound import Bound
@@ -25,6 +26,8 @@ def make_backend(
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
+    if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
+        bound.write_back = WriteBack(origin, bound, counters)
     return SourceBackend(origin, counters, options.limits, on_touch=on_touch, bound=bound)
 
 

@@ -11,9 +11,11 @@ descriptor, for all processes that map it; no event tells of that.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import mmap
+import os
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,18 +23,21 @@ from aiouffd.engine.clock import Clock
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op
 from aiouffd.engine.statistics import Counter
+from aiouffd.errors import PagerError
 from aiouffd.kernel import abi, libc
+from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.mappings import Mapping, Mappings
     from aiouffd.engine.protect import WrittenPages
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
+    from aiouffd.errors import UffdError
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 __all__ = ["Bound", "losing"]
@@ -50,7 +55,19 @@ class _Space(Protocol):
     readahead: Readahead
     closing: bool
     is_gone: bool
+    resolver: Resolver
     bound: Bound | None
+
+    def report(self, error: UffdError) -> None: ...
+
+
+class _WriteBack(Protocol):
+    """What is needed of `write_back.WriteBack`."""
+
+    def clean_if_due(self) -> None: ...
+    def keeps_waiting(self, space: Any, pages: list[int]) -> bool: ...
+    async def flush(self, start: int, end: int) -> None: ...
+    async def aclose(self) -> None: ...
 
 
 class Bound:
@@ -73,17 +90,76 @@ class Bound:
         file: OwnedDescriptor | None = None,
     ) -> None:
         self.written = written
-        self._page = page
-        self._limit = limit
+        self.page = page
+        self.limit = limit
+        self.write_back: _WriteBack | None = None
+        """Takes written pages to the source; None: they stay."""
+        self.noted = 0
+        """Bytes of pages that were written, as far as that is counted."""
         self._words = counters.words
         self._file = file
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
         self._clock = Clock(page, limit or 1 << 62)
         self._warned = False
+        self.count_noted()
         if file is not None:  # of a successor: what has come before
             with contextlib.suppress(OSError):  # hugetlbfs: all counts as data
                 for start, end in data_ranges(file.fileno(), len(written)):
                     self._clock.came(start, end - start)
+
+    def note(self, space: _Space, page: int) -> None:
+        """Note that the page at an address is about to be written.
+
+        Not where it is missing: it was dropped while the thread that writes was on its way, which faults again.
+        """
+        start, _, first = space.mappings.locate(page)
+        offset = first + page - start
+        if first >= 0 and self._clock.holds(offset):
+            self.noted += self.page * (offset not in self.written)
+            self.written.note(offset)
+            if self.write_back is not None:
+                self.write_back.clean_if_due()
+
+    def keeps_waiting(self, space: _Space, faults: list[tuple[int, int, int]]) -> bool:
+        """Tell whether there is no room for the pages of faults until some were saved; their threads are woken then."""
+        return self.write_back is not None and self.write_back.keeps_waiting(space, [page for page, *_ in faults])
+
+    async def aclose(self) -> None:
+        """Save what was written and not saved."""
+        if self.write_back is not None:
+            await self.write_back.aclose()
+
+    def count_noted(self) -> None:
+        """Count anew what was written: some of it has been saved."""
+        self.noted = sum(run.length for run in self.written.ranges(0, len(self.written)))
+
+    def places(self, start: int, end: int) -> list[tuple[_Space, Mapping]]:
+        """Return where the offsets [start, end) are shown."""
+        spaces = [space for space in self._spaces if not space.closing and not space.is_gone]
+        return [(space, shown) for space in spaces for shown in space.mappings.addresses(start, end)]
+
+    def peek(self, start: int, length: int) -> bytes:
+        """Return the bytes of pages that were written. From any thread."""
+        if self._file is not None:
+            return os.pread(self._file.fileno(), length, start)
+        data = bytearray(length)
+        for _, shown in self.places(start, start + length):
+            size = min(shown.end - shown.start, start + length - shown.offset)
+            ctypes.memmove(address_of(data) + shown.offset - start, shown.start, size)  # without the GIL
+        return bytes(data)
+
+    def order(self) -> list[tuple[int, int]]:
+        """Return the blocks that are there, as (start, end), what is to go first first."""
+        return self._clock.order()
+
+    def reconsider(self) -> None:
+        """Take note that pages may be dropped that could not be."""
+        self._clock.reconsider()
+
+    def report(self, error: UffdError) -> None:
+        """Tell the owners of the memory."""
+        for space in list(self._spaces):
+            space.report(error)
 
     def enter(self, space: _Space) -> Resolver:
         """Have a space be bounded as well; return what resolves its runs."""
@@ -95,6 +171,12 @@ class Bound:
         """Bytes that are resident, of what shows the source."""
         return self._clock.total
 
+    async def flush(self, start: int, end: int) -> None:
+        """Save what was written of the offsets [start, end). Raises as `WriteBack.flush`."""
+        if self.write_back is None:
+            raise PagerError("the source could not be opened again: nothing can be written to it")
+        await self.write_back.flush(start, end)
+
     def evict(self, start: int, end: int) -> int:
         """Drop what was not written of the offsets [start, end), whole pages; return how many bytes were there."""
         return sum(self._drop(item) for item in self.written.clean(start, end))
@@ -102,14 +184,14 @@ class Bound:
     @property
     def room(self) -> int:
         """Bytes that may come, and nothing is dropped for them."""
-        return max((self._limit or 1 << 62) - self._clock.total, 0)
+        return max((self.limit or 1 << 62) - self._clock.total, 0)
 
     def make_room(self, start: int, length: int) -> None:
         """Drop what came longest ago, before [start, start + length) comes, where it would be too much else."""
         if length <= self.room:
             return
-        assert self._limit is not None
-        enough = self._limit - length - self._clock.block
+        assert self.limit is not None
+        enough = self.limit - length - self._clock.block
         for low, high in self._clock.oldest(start, start + length):
             self.evict(low, high)
             self.lost([(low, high)])  # a successor does not know what was emptied
@@ -119,7 +201,7 @@ class Bound:
             self._warned = True
             log.warning(
                 "max_resident is %d, and %d bytes are there: most of them were written, and stay",
-                *(self._limit, self._clock.total),
+                *(self.limit, self._clock.total),
             )
 
     def lost(self, offsets: Iterable[tuple[int, int]]) -> None:
@@ -153,7 +235,7 @@ class Bound:
             for space in spaces:
                 space.readahead.forget(low, high)
             dropped += self._clock.gone(low, high)
-        self._words[Counter.PAGES_EVICTED] += dropped // self._page
+        self._words[Counter.PAGES_EVICTED] += dropped // self.page
         self._words[Counter.RESIDENT] = self._clock.total
         return dropped
 

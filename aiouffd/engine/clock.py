@@ -107,6 +107,17 @@ class Clock:
             if number in self._blocks:  # some of it could not be dropped
                 self._set_aside[number] = self._blocks.pop(number)
 
+    def holds(self, offset: int) -> bool:
+        """Tell whether a page is resident."""
+        number, index = divmod(offset // self._page, self._pages)
+        pages = self._blocks.get(number) or self._set_aside.get(number)
+        return pages is not None and pages[index] == 1
+
+    def order(self) -> list[tuple[int, int]]:
+        """Return the (start, end) of all blocks, what was set aside first, then the oldest."""
+        numbers = [*self._set_aside, *self._blocks]
+        return [(number * self.block, (number + 1) * self.block) for number in numbers]
+
     def reconsider(self) -> None:
         """Have what was set aside be asked for again: it may be dropped now."""
         for number, pages in self._set_aside.items():

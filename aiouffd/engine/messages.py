@@ -126,8 +126,11 @@ def _serve_present(space: Space, page: int, flags: int, thread: int) -> None:
     length = min(block - (first + page - start) % block, end - page) if first >= 0 else 0
     if length > space.page_size:
         words[Counter.CONTINUES] += 1  # first: its toucher may kill this process before it goes on
-    if length <= space.page_size or space.uffd.try_continue(page, length, space.resolver.mode) <= 0:
+    came = space.uffd.try_continue(page, length, space.resolver.mode) if length > space.page_size else 0
+    if came <= 0:
         space.resolve([space.run(Op.CONTINUE, page)])
+    elif space.bound is not None:
+        space.bound.came(first + page - start, came)
 
 
 def _apply_layout_events(

@@ -44,6 +44,7 @@ class Options:
         limits: bounds, timeouts and retries.
         on_error: what becomes of a page that cannot be had: "sigbus", or "retry": its threads wait until it can.
         max_resident: bytes that are there at most; pages that were not written are dropped. None: as many as come.
+        write_back: pages that were written go to the source.
         bounded: pages may be dropped, and come write-protected.
     """
 
@@ -56,11 +57,12 @@ class Options:
     on_error: Literal["sigbus", "retry"] = "sigbus"
     max_resident: int | None = None
     bounded: bool = False
+    write_back: bool = False
 
     def of(self, modes: RegisterMode) -> Options:
         """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""
         others = self.write_protect, self.limits, self.on_error, self.max_resident, self.bounded
-        return Options(self.readahead, self.spin_us, self.background, int(modes), *others)
+        return Options(self.readahead, self.spin_us, self.background, int(modes), *others, self.write_back)
 
 
 def checked(origin: Any) -> Any:

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["WrittenPages"]
 
 _NOTED = re.compile(b"[^\0]+")
+_WRITTEN, _BEING_SAVED = 1, 2
+_FORGOTTEN = bytes(256)
+_BEGUN = bytes([0, _BEING_SAVED, _BEING_SAVED]) + bytes(253)
+_SAVED = bytes([0, _WRITTEN, 0]) + bytes(253)
+_NOT_SAVED = bytes([0, _WRITTEN, _WRITTEN]) + bytes(253)
 
 
 class WrittenPages:
@@ -61,10 +66,11 @@ class WrittenPages:
         """Return the descriptor, which stays this object's."""
         return self._owned.fileno()
 
-    def note(self, offset: int) -> None:
-        """Note that a page is about to be written: before its protection is lifted."""
-        if offset // self._page < self._count:
-            self._notes[offset // self._page] = 1
+    def note(self, offset: int, length: int = 1) -> None:
+        """Note that the page at an offset, or more of them, is about to be written: before its protection is lifted."""
+        first, end = offset // self._page, min(align_up(offset + length, self._page) // self._page, self._count)
+        if first < end:
+            self._notes[first:end] = bytes([_WRITTEN]) * (end - first)
 
     def __len__(self) -> int:
         """Bytes of the region that they are about."""
@@ -89,9 +95,23 @@ class WrittenPages:
 
     def forget(self, start: int, end: int) -> None:
         """Take back what was noted of the whole pages of [start, end)."""
+        self._change(start, end, _FORGOTTEN)
+
+    def begin(self, start: int, end: int) -> None:
+        """Take note that what was written of [start, end) is about to be saved, before it is protected and read.
+
+        It counts as written until `end` says that it is not, also for a successor.
+        """
+        self._change(start, end, _BEGUN)
+
+    def end(self, start: int, end: int, *, saved: bool) -> None:
+        """Take note that it was saved, but for what was written again since `begin`; or that it was not."""
+        self._change(start, end, _SAVED if saved else _NOT_SAVED)
+
+    def _change(self, start: int, end: int, table: bytes) -> None:
         for run in list(self.ranges(start, end)):
             first, last = run.start // self._page, run.end // self._page
-            self._notes[first:last] = bytes(last - first)
+            self._notes[first:last] = self._notes[first:last].translate(table)
 
     def close(self) -> None:
         """Close the descriptor."""

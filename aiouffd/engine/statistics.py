@@ -65,6 +65,7 @@ class Counter(enum.IntEnum):
     SOURCE_NS = 92
     PAGES_EVICTED = 93
     RESIDENT = 94  # bytes
+    PAGES_WRITTEN_BACK = 95
 
 
 LATENCY_BUCKETS = 48
@@ -121,6 +122,7 @@ class Statistics:
         source_ns: nanoseconds that all of these took together.
         pages_evicted: pages that were dropped, to be brought again when they are touched.
         resident: bytes that are there now, where pages are dropped (`max_resident`).
+        pages_written_back: pages that were written and have gone to the source (`write_back`).
     """
 
     faults: int
@@ -166,6 +168,7 @@ class Statistics:
     source_ns: int
     pages_evicted: int
     resident: int
+    pages_written_back: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

@@ -163,8 +163,8 @@ class Entered:
         """Drop pages of [start, start + length), which are missing again then: a touch brings them from the source.
 
         Whole pages within the range, of what the source shows. Pages that were written since they came stay: they are
-        in no source. So the Monitor must know of them, which `max_resident=` makes it do. Emptied by madvise, pages
-        are zeros in place of that. Canceling gives up waiting.
+        in no source, unless they were flushed. So the Monitor must know of them: it does with `max_resident=` or
+        `write_back=True`. Emptied by madvise, pages are zeros in place of that. Canceling gives up waiting.
 
         Args:
             start: offset in bytes.
@@ -174,7 +174,7 @@ class Entered:
             How many bytes were there and are missing now.
 
         Raises:
-            ValueError: not within the region, or the Monitor has no `max_resident`.
+            ValueError: not within the region, or the Monitor has neither `max_resident` nor `write_back`.
         """
         import asyncio  # noqa: PLC0415 - as in `__aenter__`
 
@@ -185,10 +185,41 @@ class Entered:
         self._running().check_may_wait()
         return self._ask_to_evict(start, length).result()
 
+    async def flush(self, start: int = 0, length: int | None = None) -> None:
+        """Write what was written of [start, start + length) to the source; return when it is durable (fsync).
+
+        Needs `write_back=True`. What is written meanwhile, by other threads, may or may not be among it. Canceling
+        gives up waiting.
+
+        Args:
+            start: offset in bytes.
+            length: in bytes; None: all from `start` on.
+
+        Raises:
+            WriteBackError: some of it could not be written (the disk is full, for example): it says what. These pages
+                stay in memory and count as written.
+            ValueError: not within the region, or the Monitor does not write back.
+        """
+        import asyncio  # noqa: PLC0415 - as in `__aenter__`
+
+        await asyncio.wrap_future(self._ask_to_flush(start, length))
+
+    def flush_sync(self, start: int = 0, length: int | None = None) -> None:
+        """As `flush`, for programs without a loop."""
+        self._running().check_may_wait()
+        self._ask_to_flush(start, length).result()
+
+    def _ask_to_flush(self, start: int, length: int | None) -> Future[None]:
+        length = len(self.region) - start if length is None else length
+        self._check_within(start, length)
+        if not self._options.write_back:
+            raise ValueError("it does not write back: Monitor(..., write_back=True)")
+        return self._running().flush(start, length)
+
     def _ask_to_evict(self, start: int, length: int) -> Future[int]:
         self._check_within(start, length)
         if not self._options.bounded:
-            raise ValueError("nobody knows which pages were written: Monitor(..., max_resident=...)")
+            raise ValueError("nobody knows which pages were written: Monitor(..., max_resident=...) or write_back=True")
         return self._running().evict(start, length)
 
     def residency(self) -> list[Range]:

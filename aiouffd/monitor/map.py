@@ -208,7 +208,8 @@ def monitor_of(
     if not source.size:
         raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
-    shared = options.get("max_resident") is not None and not getattr(engine, "drops_private", False)
+    bounded = options.get("max_resident") is not None or options.get("write_back", False)
+    shared = bounded and not getattr(engine, "drops_private", False)
     region = kind(source.size, shared=shared)
     monitor = Monitor(region, source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):

@@ -80,6 +80,7 @@ class MappedMemoryOptions(TypedDict, total=False):
     track_writes: bool
     user_mode_only: bool
     max_resident: int | None
+    write_back: bool
 
 
 class MemoryOptions(MappedMemoryOptions, total=False):
@@ -158,6 +159,8 @@ class Monitor(Entered):
         max_resident: bytes that are there at most; None: as many as come. What came longest ago is dropped before more
             comes, and brought again when it is touched. Pages that were written stay, and count; what is read at once
             (`readahead`) is at most a sixteenth. For a Source. With `Pager()` the region must be shared memory.
+        write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`):
+            before they are dropped, at `flush`, and when the block is left. What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises on entering:
@@ -172,6 +175,7 @@ class Monitor(Entered):
         TypeError: `InProcess()` without a running loop.
     """
 
+    _pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
     _engine: Engine | None = None
     _registration: Registration | None = None
     _lookout: Lookout | None = None
@@ -224,13 +228,14 @@ class Monitor(Entered):
         progress: Show = False,
         track_writes: bool = False,
         max_resident: int | None = None,
+        write_back: bool = False,
         user_mode_only: bool = False,
     ) -> None:
         _check_region(region)
         counts = {"readahead": readahead, "concurrent_reads": concurrent_reads, "bytes_in_flight": bytes_in_flight}
         _check_numbers("a whole number", int | SupportsIndex, **counts)
-        optional = {"retries": retries, "max_resident": max_resident}
-        _check_numbers("a whole number or None", int | None | SupportsIndex, **optional)
+        optional = int | None | SupportsIndex
+        _check_numbers("a whole number or None", optional, retries=retries, max_resident=max_resident)
         _check_numbers("a number of seconds or None", float | None | SupportsFloat, timeout=timeout)
         _check_numbers("a number or a bool", bool | float | SupportsFloat, background=background)
         _check_choice("on_exit", on_exit, "sigbus", "populate", "zeros")
@@ -240,12 +245,11 @@ class Monitor(Entered):
         self._held = Held(region)
         self.shows_data: bool = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin: Any = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
-        self._writes = _writes(self.origin, tracked=track_writes, noted=max_resident is not None)
+        noted = "saved" if write_back else "noted" if max_resident is not None else ""
+        self._writes = _writes(self.origin, noted, tracked=track_writes)
         _check_bound(region, max_resident, on_exit)
         self._choice = _checked_engine(engine)
-        self._on_exit = on_exit
-        self._on_error = on_error
-        self._progress = progress
+        self._on_exit, self._on_error, self._progress = on_exit, on_error, progress
         self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
@@ -256,14 +260,14 @@ class Monitor(Entered):
             write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),
             max_resident=None if max_resident is None else int(max_resident),
-            bounded=self._writes == "noted",
+            bounded=bool(noted),
+            write_back=write_back,
             on_error="retry" if callable(on_error) else on_error,
         )
         terms = source_or_handler, fork, self._options, record is not None, replay is not None, region.fd >= 0
         self._choice.check(Terms(*terms))
         self._errors = ErrorQueue()
         self._crashes: CrashNotes
-        self._pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
 
     # Entering and leaving
 
@@ -385,6 +389,8 @@ class Monitor(Entered):
         if engine is None or registration is None or os.getpid() != self._pid:
             return
         try:
+            if self._options.write_back:
+                engine.flush(0, len(self.region)).result()
             if populate and self._on_exit == "populate":
                 engine.prefetch([(0, len(self.region))]).result()
                 self._sigbus = False
@@ -434,15 +440,17 @@ def _check_region(region: Region) -> None:
         raise ClosedError("the region is closed")
 
 
-def _writes(origin: Any, *, tracked: bool, noted: bool) -> str:
+def _writes(origin: Any, noted: str, *, tracked: bool) -> str:
     """Return which writes are told, as `Registration` takes it; ValueError where two want them."""
     if tracked and noted:
-        raise ValueError("either the kernel tracks writes (track_writes=True), or max_resident knows of them")
+        raise ValueError("either the kernel tracks writes (track_writes=True), or max_resident and write_back do")
     if tracked and wants_writes(origin):
         raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
     if noted and getattr(origin, "read", None) is None:
-        raise ValueError("max_resident needs a Source: only its handler knows whether a page can be had again")
-    return "tracked" if tracked else "noted" if noted else "served" if wants_writes(origin) else ""
+        raise ValueError("max_resident and write_back need a Source: a page of a handler cannot be had again, perhaps")
+    if noted == "saved" and not (callable(getattr(origin, "write", None)) and getattr(origin, "writable", True)):
+        raise ValueError(f"{origin!r:.200} takes nothing back; FileSource(path, writable=True) does, for one")
+    return "tracked" if tracked else noted or ("served" if wants_writes(origin) else "")
 
 
 def _check_bound(region: Region, max_resident: int | None, on_exit: OnExit) -> None:

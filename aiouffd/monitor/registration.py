@@ -9,8 +9,7 @@ import mmap
 import threading
 from typing import TYPE_CHECKING
 
-from aiouffd.engine.protect import WrittenPages
-from aiouffd.errors import AccessError, BusyError, ClosedError, UffdError
+from aiouffd.errors import AccessError, BusyError, ClosedError, PopulatedError, UffdError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.pagemap import Pagemap
@@ -22,6 +21,7 @@ from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 from aiouffd.lifetime import close_in_children
 
 if TYPE_CHECKING:
+    from aiouffd.engine.protect import WrittenPages
     from aiouffd.kernel.region import Region
     from aiouffd.monitor.held import Held
     from aiouffd.ranges import Range
@@ -37,7 +37,8 @@ class Registration:
     Args:
         held: the region, which must not be registered yet.
         features: that the engine needs.
-        writes: which writes are told: "tracked" (WP_ASYNC), "served" and "noted" (a message each), or "" for none.
+        writes: which writes are told: "tracked" (WP_ASYNC), "served", "noted" and "saved" (a message each), or "" for
+            none.
         children: forked children have the region from `is_served` on; else it is not theirs (MADV_DONTFORK). None:
             where this user may (CAP_SYS_PTRACE).
         user_mode_only: the caller agrees that system calls on missing pages fail.
@@ -46,7 +47,7 @@ class Registration:
     Raises:
         BusyError, ClosedError: the region is served already, or closed.
         UnsupportedError, AccessError: as `Userfaultfd`.
-        PopulatedError: the kernel has filled the region with zeros.
+        PopulatedError: the kernel has filled the region with zeros; or pages are there that would be saved.
     """
 
     def __init__(
@@ -70,8 +71,7 @@ class Registration:
         self.modes: RegisterMode = RegisterMode.MISSING
         self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
         self._warned: set[int] = set()
-        noted = writes == "noted"
-        self.written = WrittenPages.create(region.mapped_length, region.page_size) if noted else None
+        self.written: WrittenPages | None = None
         if writes:
             self.modes |= RegisterMode.WP
             more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
@@ -99,9 +99,24 @@ class Registration:
             region.withheld = True
             libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
             uffd.register(region.address, region.mapped_length, self.modes)
+            if writes in ("noted", "saved"):
+                self.written = self._notes(pagemap, saved=writes == "saved")
         except BaseException:
             self.abandon()
             raise
+
+    def _notes(self, pagemap: Pagemap, *, saved: bool) -> WrittenPages:
+        """Return notes of what was written, in which all is that was there before: the source does not have it."""
+        from aiouffd.engine.protect import WrittenPages  # noqa: PLC0415 - few Monitors drop pages
+
+        region = self.region
+        written = WrittenPages.create(region.mapped_length, region.page_size)
+        for run in pagemap.present(region.address, region.mapped_length, region.fd, region.page_size):
+            written.note(run.start - region.address, run.length)
+            if saved:
+                why = "pages of the region are there already, and would overwrite the source's"
+                raise PopulatedError(why, "Touch it after the Monitor was entered")
+        return written
 
     @property
     def region(self) -> Region:

@@ -40,6 +40,11 @@ class Source(Protocol):
     - `read_ahead(offset, length)`: in place of `read`, for bytes that no thread waits for. Others may go first.
     - `expect(offset, length)`: these bytes will probably be read next; the range may reach behind `size`. The source
       may fetch them in the background.
+    - `async write(offset, data)`: take back what was written to memory, so that the next `read` returns it (for
+      `write_back=True`). `offset` is that of a page; `data` is whole pages, or ends with the source. Returns when the
+      bytes are accepted. What it raises is reported, and the bytes stay in memory.
+    - `async sync()`: return when all that was written is durable.
+    - `writable`: an attribute; if it is false, there is a `write` but it may not be called.
     - `async aclose()`: called once, when serving ends.
     """
 

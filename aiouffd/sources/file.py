@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -24,7 +26,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.errors import BusyError, ShortReadError, SourceError
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import address_of, map_file, zero_blocks
 from aiouffd.kernel.owned_descriptor import inode
@@ -70,8 +72,13 @@ class FileSource:
 
     Opening blocks, as open(2) does.
 
+    A writable source takes back what was written to memory (`Monitor(..., write_back=True)`). It has the file for
+    itself, as far as others ask for the same lock (flock(2)): one writable source of a file at a time. That others
+    write the file is not noticed then.
+
     Args:
         path: of the file.
+        writable: `write` and `sync` may be called.
 
     Attributes:
         path: absolute; links are kept.
@@ -81,16 +88,24 @@ class FileSource:
 
     Raises:
         SourceError: the file cannot be opened, or is not a regular file. `__cause__` is the OSError.
+        BusyError: another writable source of the file exists, in whatever process.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool = False) -> None:
         self.path: str = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            access = os.O_RDWR if writable else os.O_RDONLY
+            fd = os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise SourceError(f"FileSource({self.path!r})", 0, 0, f"cannot be opened: {error.strerror}") from error
         status = os.fstat(fd)
-        self._adopt(fd, status.st_size, status.st_mtime_ns)
+        if writable:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
+            except OSError as error:
+                os.close(fd)
+                raise BusyError(f"writing to {self.path}", 0, 0, errno.EBUSY) from error
+        self._adopt(fd, status.st_size, -1 if writable else status.st_mtime_ns)
 
     @classmethod
     def from_descriptor(cls, path: str, descriptor: Descriptor, size: int, mtime_ns: int) -> FileSource:
@@ -103,6 +118,7 @@ class FileSource:
     def _adopt(self, fd: int, size: int, mtime_ns: int) -> None:
         """Set up; the descriptor belongs to this object."""
         self._fd, self._inode = fd, inode(fd)
+        self.writable: bool = mtime_ns == -1
         self._pool: DaemonThreads | None = None
         self._file_system = FileSystem(fd)
         status = os.fstat(fd)
@@ -112,7 +128,7 @@ class FileSource:
         self.size = size
         self.identity: tuple[int, ...] = (status.st_dev, status.st_ino, size, mtime_ns)
         self._pin = Pin(fd, size, mtime_ns)
-        self.sparse: bool = status.st_blocks * 512 < self.size
+        self.sparse: bool = status.st_blocks * 512 < self.size and not self.writable  # a hole may be written
         self._holes = Holes(fd, size if self.sparse else 0)
         self._looking = False  # whether a thread looks up holes
         if not self._file_system.remote:
@@ -256,7 +272,8 @@ class FileSource:
 
     def memory(self) -> tuple[int, int, int, int] | None:
         """Return the mapping of the file, if the kernel tells which of its pages are resident."""
-        return (self._address, self._mapped, self._fd, self._pin.mtime_ns) if self._tells and self._mapped else None
+        known = self._tells and self._mapped and not self.writable
+        return (self._address, self._mapped, self._fd, self._pin.mtime_ns) if known else None
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """Return the bytes if they are resident. For files that mincore tells nothing about."""
@@ -355,6 +372,33 @@ class FileSource:
             kind, reason = change
             raise kind(repr(self), offset, length, reason)
 
+    async def write(self, offset: int, data: Any) -> None:
+        """Write in a thread. Canceling is safe; the thread ends its write. The file does not grow.
+
+        Raises:
+            SourceError: the source is not writable, or the file has been cut.
+            OSError: as pwrite(2): ENOSPC, for example.
+        """
+        import asyncio  # noqa: PLC0415 - as in `read`
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._write, offset, data)
+
+    def _write(self, offset: int, data: Any) -> None:
+        with memoryview(data).cast("B") as view:
+            change = self._pin.changed()
+            if not self.writable or change is not None or offset + len(view) > self.size:
+                reason = change[1] if change is not None else "it is not writable, or shorter"
+                raise SourceError(repr(self), offset, len(view), reason)
+            done = 0
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+
+    async def sync(self) -> None:
+        """Have what was written be on the disk (fsync(2))."""
+        import asyncio  # noqa: PLC0415 - as in `read`
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, os.fsync, self._fd)
+
     async def aclose(self) -> None:
         """Let the threads end. Does not wait for reads under way."""
         if self._pool is not None:
@@ -366,7 +410,7 @@ class FileSource:
         return FileSource.from_descriptor, (self.path, Descriptor(self._fd), self.size, self._pin.mtime_ns)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return FileSource, (self.path,)
+        return _opened, (self.path, self.writable)
 
     @until_exit
     def __del__(self) -> None:
@@ -381,7 +425,11 @@ class FileSource:
                 threading.Thread(target=_close, args=(fd, self._inode), daemon=True).start()
 
     def __repr__(self) -> str:
-        return f"FileSource({self.path!r})"
+        return f"FileSource({self.path!r}{', writable=True' if self.writable else ''})"
+
+
+def _opened(path: str, writable: bool) -> FileSource:  # noqa: FBT001 - of a pickle
+    return FileSource(path, writable=writable)
 
 
 def _close(fd: int, known: tuple[int, int] | None) -> None:

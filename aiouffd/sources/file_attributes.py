@@ -79,7 +79,7 @@ class Pin:
 
     Attributes:
         size: in bytes.
-        mtime_ns: in nanoseconds since 1970.
+        mtime_ns: in nanoseconds since 1970; -1: any, since the file is written by who reads it.
     """
 
     __slots__ = ("_buffer", "_fd", "_held", "_until", "mtime_ns", "size")
@@ -101,7 +101,7 @@ class Pin:
             if _statx(self._fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_SIZE_AND_MTIME, self._buffer) == 0:
                 seconds, nanoseconds = _MTIME.unpack_from(self._buffer)
                 mtime_ns = seconds * 1_000_000_000 + nanoseconds
-                self._held = (self.size, self.mtime_ns) == (_SIZE.unpack_from(self._buffer)[0], mtime_ns)
+                self._held = self.size == _SIZE.unpack_from(self._buffer)[0] and self.mtime_ns in (-1, mtime_ns)
         return self._held
 
     def changed(self) -> tuple[type[SourceError], str] | None:
@@ -110,6 +110,6 @@ class Pin:
         if now.st_size != self.size:
             reason = f"the file has {now.st_size} bytes; it had {self.size} when it was opened"
             return ShortReadError if now.st_size < self.size else SourceError, reason
-        if now.st_mtime_ns != self.mtime_ns:
+        if self.mtime_ns not in (-1, now.st_mtime_ns):
             return SourceError, "the file was written after it was opened: open it again"
         return None

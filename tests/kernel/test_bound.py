@@ -289,7 +289,7 @@ def test_what_cannot_be_bounded_is_refused() -> None:
 
     refused("needs Region.*shared=True", source)
     refused("ServedBy.*max_resident", engine=aiouffd.ServedBy("x"))
-    refused("needs a Source", aiouffd.Handler(), engine=aiouffd.InThread())
+    refused("need a Source", aiouffd.Handler(), engine=aiouffd.InThread())
     refused("track_writes", source, track_writes=True, engine=aiouffd.InThread())
     refused("populate", source, on_exit="populate", engine=aiouffd.InThread())
     refused("at least a page", source, max_resident=1, engine=aiouffd.InThread())

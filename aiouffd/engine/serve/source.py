@@ -62,11 +62,9 @@ class SourceBackend:
         on_touch: Callable[[int], None] | None = None,
         bound: Bound | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.limits = source, limits
         self.bound: Bound | None = bound
-        self.limits = limits
-        self._words = counters.words
-        self._counters = counters
+        self._counters, self._words = counters, counters.words
         self._reads = Reads(source, counters, limits)
         self._extents = Extents(source, counters)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
@@ -107,6 +105,8 @@ class SourceBackend:
                     space.open_fast_path(source, *space.mappings.locate(faults[0][0]))
                 return
             faults = left
+        if self.bound is not None and self.bound.keeps_waiting(space, faults):
+            return
         runs: list[Run] = []
         zeros = 0
         outdated: list[int] = []
@@ -418,9 +418,8 @@ class SourceBackend:
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
         """Lift the protection, once it is noted that the page is not the source's any more."""
-        start, _, first = space.mappings.locate(page)
-        if self.bound is not None and first >= 0:
-            self.bound.written.note(first + page - start)
+        if self.bound is not None:
+            self.bound.note(space, page)
         space.resolve([space.run(Op.UNPROTECT, page)])
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
@@ -437,6 +436,8 @@ class SourceBackend:
     async def aclose(self) -> None:
         """Cancel what is under way and close the source."""
         await end_of(self._tasks)
+        if self.bound is not None:
+            await self.bound.aclose()
         self._reads.close()
         close = getattr(self.source, "aclose", None)
         if close is not None:

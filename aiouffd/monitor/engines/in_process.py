@@ -120,6 +120,10 @@ class InProcessEngine:
         """Drop what was not written of these offsets."""
         return self._local.evict(offset, length)
 
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of these offsets to the source."""
+        return self._local.flush(offset, length)
+
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""
         if not self._local.layout.may_wait:

@@ -222,6 +222,10 @@ class InThreadEngine:
         """Drop what was not written of these offsets."""
         return self._local.evict(offset, length)
 
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of these offsets to the source."""
+        return self._local.flush(offset, length)
+
     def statistics(self) -> Statistics:
         """Read the counters: the loop's, and those of the handlers."""
         loop = self._counters.snapshot()

@@ -116,6 +116,10 @@ class Local:
         """Drop what was not written of these offsets. From any thread. Raises as `prefetch`."""
         return self._ask(lambda: self._evict(offset, length))
 
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of these offsets to the source. From any thread. Raises as `prefetch`."""
+        return self._ask(lambda: self._flush(offset, length))
+
     def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         try:
             asked = start_in_loop(self._loop, lambda: None if self._closed else work())
@@ -148,6 +152,10 @@ class Local:
     async def _evict(self, offset: int, length: int) -> int:
         bound = self.backend.bound
         return bound.evict(offset, offset + length) if bound is not None else 0
+
+    async def _flush(self, offset: int, length: int) -> None:
+        if self.backend.bound is not None:
+            await self.backend.bound.flush(offset, offset + length)
 
     def give_up(self, offset: int, length: int) -> None:
         """Ask no longer for what fails in these offsets. From any thread."""

@@ -194,6 +194,10 @@ class PagerEngine:
         """Drop what was not written of these offsets."""
         return self._client.request("evict", self._tenant, offset=offset, length=length)
 
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of these offsets to the source."""
+        return self._client.request("flush", self._tenant, offset=offset, length=length)
+
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""
 

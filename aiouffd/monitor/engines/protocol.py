@@ -100,6 +100,9 @@ class Engine(Protocol):
     def evict(self, offset: int, length: int) -> Future[int]:
         """Drop what was not written of offsets [offset, offset + length); the result is how many bytes were there."""
 
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of offsets [offset, offset + length) to the source, until it is durable."""
+
     def check_may_wait(self) -> None:
         """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""
 

@@ -86,7 +86,7 @@ class ServedBy:
                 "background": bool(terms.options.background),
                 "readahead": terms.options.readahead != given.readahead and not terms.records,
                 "on_error": terms.options.on_error != given.on_error,
-                "max_resident": terms.options.bounded,
+                "max_resident or write_back": terms.options.bounded,
                 "timeout, retries, concurrent_reads or bytes_in_flight": terms.options.limits != given.limits,
             }.items()
             if is_asked
@@ -167,6 +167,10 @@ class ServedByEngine:
 
     def evict(self, offset: int, length: int) -> Future[int]:
         """Raise: `ServedBy.check` has refused what this needs."""
+        raise NotImplementedError
+
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """As `evict`."""
         raise NotImplementedError
 
     def check_may_wait(self) -> None:

@@ -55,6 +55,7 @@ class Answers:
             "prepare": self._prepare,
             "prefetch": self._prefetch,
             "evict": self._evict,
+            "flush": self._flush,
             "refuse": self._refuse,
             "give_up": self._give_up,
             "close": self._close,
@@ -160,6 +161,13 @@ class Answers:
         _space, tenancy = await self._served.wanted(message["token"])
         bound = tenancy.origin.backend.bound
         return bound.evict(message["offset"], message["offset"] + message["length"]) if bound is not None else 0
+
+    async def _flush(self, message: dict[str, Any], _: list[int]) -> None:
+        """Write what was written to the source, and return when that is durable."""
+        _space, tenancy = await self._served.wanted(message["token"])
+        bound = tenancy.origin.backend.bound
+        if bound is not None:
+            await bound.flush(message["offset"], message["offset"] + message["length"])
 
     async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""

@@ -36,6 +36,7 @@ __all__ = ["prepare", "run"]
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
 
+_WRITING = 60.0  # seconds for what an application has written, which was killed
 _FAREWELL = 0.5  # seconds for the last messages to be sent
 _FIRST = 0.01  # seconds for sources to be opened again, before requests are read
 _KEPT = 64 << 20  # bytes: the answers of the reads that are under way at once, and their parts
@@ -118,10 +119,11 @@ class _Worker:
         pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
         self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
         await self.done.wait()
+        writes = any(origin.options.write_back for origin in self.served.origins.values())
         for origin in list(self.served.origins.values()):
             self.served.retire(origin)
         if self.served.tasks:
-            await asyncio.wait(self.served.tasks, timeout=_FAREWELL)
+            await asyncio.wait(self.served.tasks, timeout=_WRITING if writes else _FAREWELL)
 
     async def succeed(self) -> None:
         """Go on where a worker before this one has died, if there was one."""

@@ -1,0 +1,207 @@
+"""What was written to memory goes back to its source.
+
+A piece is protected first, and then read: a write that comes later is noted anew, and the page stays written. Until the
+source has taken the bytes they count as written, for a successor as well, so a kill at any moment loses none. No page
+is written twice at once: the later bytes could be overtaken by the earlier ones. So nothing that was begun is canceled.
+
+Where memory has a limit, what was written is saved before it fills that: only then can it be dropped. A thread that
+needs a page waits meanwhile, if all that is there was written. Where the source takes nothing, it goes on, above the
+limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import ClosedError, UffdError, WriteBackError, read_failure
+from aiouffd.kernel import abi
+from aiouffd.ranges import pieces
+from aiouffd.sources.daemon_threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from aiouffd.engine.bound import Bound
+    from aiouffd.engine.statistics import Counters
+
+__all__ = ["WriteBack"]
+
+log = logging.getLogger("aiouffd")
+
+_PIECE = 2 << 20
+_AT_ONCE = 4  # pieces that are being written
+_NAMED = 100  # ranges that an error tells
+_THREADS = 4
+_RETRY = 0.001  # seconds
+_PAUSE = 1.0  # seconds after a failure
+_BEGINS, _STOPS = 4, 8  # one part in so many of the limit was written
+_PATIENCE = 5_000  # times that a layout which is changing is waited for
+
+
+class WriteBack:
+    """Writes to one source. Used on one loop.
+
+    Args:
+        source: has `write`, and may have `sync`.
+        bound: knows what was written, and where.
+        counters: where to count.
+    """
+
+    def __init__(self, source: Any, bound: Bound, counters: Counters) -> None:
+        self._source = source
+        self._bound = bound
+        self._page = bound.page
+        self._words = counters.words
+        self._lock = asyncio.Lock()
+        self._threads = DaemonThreads(_THREADS, "aiouffd-write-back")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cleaning: asyncio.Task[None] | None = None
+        self._not_before = 0.0
+        self._waiting: list[tuple[Any, int]] = []  # spaces and pages
+
+    async def flush(self, start: int, end: int) -> None:
+        """Write what was written of offsets [start, end), and wait until it is durable.
+
+        Canceling gives up waiting.
+
+        Raises:
+            WriteBackError: the source has not taken some of it, which stays written.
+        """
+        await asyncio.shield(self._begin(self._flush(start, end)))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved: who waited may have given up
+
+    async def _flush(self, start: int, end: int) -> None:
+        async with self._lock:
+            await self._write(self._written(start, end))
+            sync = getattr(self._source, "sync", None)
+            if sync is not None:
+                try:
+                    await sync()
+                except Exception as error:
+                    raise WriteBackError(repr(self._source), read_failure(error)) from error
+
+    # Below a limit
+
+    def clean_if_due(self) -> None:
+        """Begin to save what was written, if that is much of the limit."""
+        limit = self._bound.limit
+        if limit is None or self._cleaning is not None or self._bound.noted * _BEGINS <= limit:
+            return
+        if monotonic() >= self._not_before:
+            self._cleaning = self._begin(self._clean(limit // _STOPS))
+
+    def keeps_waiting(self, space: Any, pages: list[int]) -> bool:
+        """Tell whether there is no room for pages until something has been saved; their threads are woken then."""
+        self._bound.make_room(0, self._page)
+        if self._bound.room >= self._page:
+            return False
+        self.clean_if_due()
+        if self._cleaning is None:
+            return False
+        self._waiting += [(space, page) for page in pages]
+        return True
+
+    async def _clean(self, enough: int) -> None:
+        try:
+            for start, end in self._bound.order():
+                async with self._lock:
+                    await self._write(self._written(start, end))
+                self._bound.reconsider()
+                self._bound.make_room(0, self._page)
+                if self._bound.room >= self._page:
+                    self._let_go()
+                if self._bound.noted <= enough:
+                    break
+        except WriteBackError as error:
+            self._not_before = monotonic() + _PAUSE
+            self._bound.report(error)
+        finally:
+            self._cleaning = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for space, page in waiting:
+            if not space.closing and not space.is_gone:
+                space.resolver.wake(page, self._page)
+
+    async def aclose(self) -> None:
+        """Write what was written and not flushed: the process that wrote it was killed, perhaps."""
+        self._let_go()
+        if self._bound.noted:
+            try:
+                await self.flush(0, self._source.size)
+            except WriteBackError as error:
+                log.error("%s; nobody has it any more", error)  # noqa: TRY400 - the text says it
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Pieces
+
+    def _written(self, start: int, end: int) -> list[tuple[int, int]]:
+        end = min(end, self._source.size)
+        runs = list(self._bound.written.ranges(start, end))
+        return [piece for run in runs for piece in pieces(run.start, run.end, self._page, _PIECE)]
+
+    async def _write(self, ranges: list[tuple[int, int]]) -> None:
+        failed: list[tuple[int, int, BaseException]] = []
+        for at in range(0, len(ranges), _AT_ONCE):
+            results = await asyncio.gather(
+                *(self._save(*item) for item in ranges[at : at + _AT_ONCE]), return_exceptions=True
+            )
+            for item, result in zip(ranges[at : at + _AT_ONCE], results, strict=True):
+                if isinstance(result, BaseException):
+                    failed.append((*item, result))
+        if failed:
+            error = failed[0][2]
+            reason = str(error) if isinstance(error, UffdError) else read_failure(error)
+            bounds = [number for offset, length, _ in failed[:_NAMED] for number in (offset, length)]
+            raise WriteBackError(repr(self._source), reason, *bounds) from error
+
+    async def _save(self, offset: int, length: int) -> None:
+        written, end = self._bound.written, offset + length
+        saved = False
+        written.begin(offset, end)
+        try:
+            await self._protect(offset, end)
+            available = min(length, self._source.size - offset)
+            data = await asyncio.get_running_loop().run_in_executor(self._threads, self._bound.peek, offset, available)
+            await self._source.write(offset, data)
+            self._words[Counter.PAGES_WRITTEN_BACK] += length // self._page
+            saved = True
+        finally:
+            written.end(offset, end, saved=saved)
+            self._bound.count_noted()
+
+    async def _protect(self, start: int, end: int) -> None:
+        """Have the next write to each page be noted. While the layout is changing, the kernel refuses that."""
+        tries = 0
+        for space, shown in self._bound.places(start, end):
+            while True:
+                size = shown.end - shown.start
+                result = space.uffd.try_writeprotect(shown.start, size, abi.WRITEPROTECT_MODE_WP)
+                if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
+                    break
+                tries += 1
+                if result != -errno.EAGAIN or tries > _PATIENCE:
+                    raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
+                await asyncio.sleep(_RETRY)
+                if space.closing:
+                    raise ClosedError("it is served no longer")

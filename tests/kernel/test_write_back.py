@@ -1,0 +1,322 @@
+"""`engine.write_back`: what was written to memory is in the file, or in memory still; never lost, never torn by us."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kinds import poke
+from pattern import PAGE, Pattern, content, peek, word
+from processes import kill
+from scenario import eventually, play, replaced
+
+import aiouffd
+from aiouffd.errors import BusyError, PopulatedError, SourceError, WriteBackError
+
+PAGES = 256
+SIZE = PAGES * PAGE - 100
+LIMIT = 64 * PAGE
+ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
+
+
+def file_of(path: str) -> aiouffd.FileSource:
+    """Return a writable source of a new file with the pattern."""
+    Path(path).write_bytes(content(0, SIZE))
+    return aiouffd.FileSource(path, writable=True)
+
+
+def served(engine: str, source: Any, **options: Any) -> aiouffd.Monitor:
+    """Return a Monitor that writes back."""
+    options.setdefault("write_back", True)
+    region = aiouffd.Region(SIZE, shared=engine == "pager")
+    return aiouffd.Monitor(region, source, engine=ENGINES[engine](), **options)
+
+
+def flushed(engine: str, path: str) -> None:
+    """Scenario: pages are written, flushed, dropped, and written again."""
+    source, model = file_of(path), bytearray(content(0, SIZE))
+    with served(engine, source) as monitor:
+        region = monitor.region
+        for at in (5 * PAGE + 7, 9 * PAGE, SIZE - 1):
+            region[at] = model[at] = 77
+        assert Path(path).read_bytes() == content(0, SIZE)
+        monitor.flush_sync(0, 6 * PAGE)
+        assert Path(path).read_bytes()[: 9 * PAGE] == model[: 9 * PAGE]
+        assert monitor.evict_sync(5 * PAGE, PAGE) == PAGE
+        assert monitor.evict_sync(9 * PAGE, PAGE) == 0
+        monitor.flush_sync()
+        assert Path(path).read_bytes() == model
+        assert monitor.statistics().pages_written_back == 3
+        monitor.flush_sync()
+        assert monitor.statistics().pages_written_back == 3
+        monitor.evict_sync(0, SIZE)
+        assert region[:] == model
+        region[5 * PAGE] = model[5 * PAGE] = 78  # what was flushed is protected again
+        region[6 * PAGE] = model[6 * PAGE] = 79
+        asyncio.run(monitor.flush())
+        assert Path(path).read_bytes() == model
+        region[0] = model[0] = 80
+    assert Path(path).read_bytes() == model
+    assert len(model) == SIZE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_written_goes_to_the_file(engine: str, tmp_path: Path) -> None:
+    """At a flush, of what it was asked for; and at the end. The file keeps its length."""
+    play(flushed, engine, str(tmp_path / "file"))
+
+
+def at_random(engine: str, path: str, seed: int) -> None:
+    """Scenario: more is written than may be there, by several threads; each page is compared with a model."""
+    count, steps = 4, 500
+    source, written = file_of(path), dict[int, bytes]()
+    with served(engine, source, max_resident=LIMIT) as monitor:
+        region, failed, highest = monitor.region, list[object](), 0
+
+        def work(number: int) -> None:
+            chance, model = random.Random(seed + number), dict[int, bytes]()  # each thread has its own pages
+            try:
+                for step in range(steps):
+                    page = chance.randrange((PAGES - 1) // count) * count + number
+                    address = region.address + page * PAGE
+                    assert peek(address) == model.get(page, word(page)), (step, page)
+                    model[page] = (step << 32 | page).to_bytes(8, "little")
+                    poke(address, model[page])
+                    if step % 100 == 50:
+                        monitor.flush_sync()
+                        here = Path(path).read_bytes()
+                        assert all(here[at * PAGE : at * PAGE + 8] == data for at, data in model.items())
+                    elif step % 20 == 0:
+                        monitor.evict_sync(0, SIZE)
+            except BaseException as error:  # noqa: BLE001 - told by the main thread
+                failed.append(error)
+            written.update(model)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            highest = max(highest, monitor.statistics().resident)
+            time.sleep(0.001)
+        assert not failed, failed
+        assert highest <= LIMIT + 16 * PAGE
+    data = Path(path).read_bytes()
+    for page in range(PAGES - 1):
+        assert data[page * PAGE : page * PAGE + 8] == written.get(page, word(page))
+        assert data[page * PAGE + 8 : (page + 1) * PAGE] == content(page * PAGE, PAGE)[8:]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_is_written_than_may_be_there(engine: str, tmp_path: Path) -> None:
+    """It is saved, dropped and brought again; a thread waits for room, and the limit holds."""
+    play(at_random, engine, str(tmp_path / "file"), 7)
+
+
+def killed(path: str) -> None:
+    """Scenario: workers and keepers are killed while pages are saved."""
+    source, model, chance = file_of(path), bytearray(content(0, SIZE)), random.Random(3)
+    with served("pager", source, max_resident=LIMIT) as monitor:
+        region = monitor.region
+        for kills in range(12):
+            done = threading.Event()
+
+            def kills_it(victim: int = kills % 3, done: threading.Event = done) -> None:
+                time.sleep(chance.random() * 0.01)
+                before = monitor.pids
+                victims = (before[1:], before[:1], before)[victim]
+                for pid in victims:
+                    kill(pid)
+                replaced(monitor, *victims)
+                done.set()
+
+            thread = threading.Thread(target=kills_it)
+            thread.start()
+            steps = 0
+            while not done.is_set() or steps < 200:
+                steps += 1
+                page = chance.randrange(PAGES - 1)
+                # Without the GIL: else nobody could start another pager.
+                assert peek(region.address + page * PAGE, PAGE) == model[page * PAGE : (page + 1) * PAGE], (kills, page)
+                poke(region.address + page * PAGE + 8, bytes([kills]))
+                model[page * PAGE + 8] = kills
+                if steps % 50 == 0:
+                    monitor.flush_sync()
+                    assert Path(path).read_bytes() == model
+            thread.join()
+    assert Path(path).read_bytes() == model
+
+
+def test_no_kill_loses_a_written_page(tmp_path: Path) -> None:
+    """Of the worker, of the keeper, of both; in the middle of writes to memory and to the file."""
+    play(killed, str(tmp_path / "file"))
+
+
+def ends(path: str) -> None:
+    """Scenario: the program is killed, with pages that were written and never flushed."""
+    monitor = served("pager", file_of(path))
+    monitor.__enter__()
+    for page in range(0, PAGES, 3):
+        monitor.region[page * PAGE] = 99
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_program_loses_nothing(tmp_path: Path) -> None:
+    """The pager has the memory, too, and saves what was written."""
+    path = tmp_path / "file"
+    play(ends, str(path), status=-signal.SIGKILL)
+    model = bytearray(content(0, SIZE))
+    model[:: 3 * PAGE] = bytes([99]) * len(model[:: 3 * PAGE])
+    eventually(path.read_bytes, bytes(model))
+
+
+class Fails(Pattern):
+    """Takes nothing back for a while, or only some pages."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGES * PAGE)
+        self.refuses = {3, 8}
+        self.taken = dict[int, bytes]()
+        self.synced = 0
+
+    def read_nowait(self, offset: int, length: int) -> bytes:
+        """Return what was written last."""
+        pages = range(offset, offset + length, PAGE)
+        return b"".join(self.taken.get(at, content(at, PAGE)) for at in pages)
+
+    async def write(self, offset: int, data: Any) -> None:
+        """Refuse what holds one of these pages."""
+        if self.refuses & set(range(offset // PAGE, (offset + len(data)) // PAGE)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.taken.update({offset + at: bytes(data[at : at + PAGE]) for at in range(0, len(data), PAGE)})
+
+    async def sync(self) -> None:
+        """Count."""
+        self.synced += 1
+
+
+def refused() -> None:
+    """Scenario: the disk is full, and later it is not."""
+    source = Fails()
+    with served("in_thread", source, max_resident=LIMIT) as monitor:
+        region = monitor.region
+        for page in (1, 3, 8, 12):
+            region[page * PAGE] = 50 + page
+        with pytest.raises(WriteBackError, match="No space left on device") as caught:
+            monitor.flush_sync()
+        assert caught.value.ranges == [(3 * PAGE, PAGE), (8 * PAGE, PAGE)]
+        assert pickle.loads(pickle.dumps(caught.value)).ranges == caught.value.ranges
+        assert (sorted(source.taken), source.synced) == ([PAGE, 12 * PAGE], 0)
+        monitor.evict_sync(0, SIZE)
+        assert [region[page * PAGE] for page in (1, 3, 8, 12)] == [51, 53, 58, 62]
+        assert {3, 8} <= {at // PAGE for item in monitor.residency() for at in range(item.start, item.end, PAGE)}
+        source.refuses = set(range(PAGES))
+        for page in range(PAGES - 1):  # nothing can be saved, and no thread waits for ever
+            region[page * PAGE + 1] = 1
+        with pytest.raises(WriteBackError):
+            asyncio.run(asyncio.wait_for(monitor.wait_error(), 30))
+        source.refuses = set()
+        monitor.flush_sync()
+        assert len(source.taken) == PAGES - 1
+        assert source.taken[3 * PAGE][:2] == bytes([53, 1])
+        assert source.synced == 1
+        region[0] = 1
+        source.refuses = {0}
+        kept, monitor_of = monitor.region, monitor
+        with pytest.raises(WriteBackError):
+            monitor_of.__exit__(None, None, None)
+        assert kept[0] == 1
+        source.refuses = set()
+        with (
+            pytest.raises(PopulatedError, match="overwrite"),
+            aiouffd.Monitor(touched(), source, engine=aiouffd.InThread(), write_back=True),
+        ):
+            pass
+
+
+def touched() -> aiouffd.Region:
+    """Return a region with a page that was there before."""
+    region = aiouffd.Region(SIZE)
+    region[0] = 1
+    return region
+
+
+def test_what_cannot_be_written_stays() -> None:
+    """It is told by its ranges, stays in memory, and is saved when that is possible again."""
+    play(refused)
+
+
+def test_one_writer(tmp_path: Path) -> None:
+    """A second writable source of a file is refused, in this process and in others, until the first has gone."""
+    path = tmp_path / "file"
+    source = file_of(str(path))
+    with pytest.raises(BusyError, match="writing to"):
+        aiouffd.FileSource(path, writable=True)
+    code = f"import aiouffd; aiouffd.FileSource({str(path)!r}, writable=True)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 1
+    with pytest.raises(BusyError):
+        pickle.loads(pickle.dumps(source))
+    del source
+    assert aiouffd.FileSource(path, writable=True).writable
+    assert not aiouffd.FileSource(path).writable
+
+
+async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
+    """Its own writes are no change of it; holes may be filled. It does not grow; what is not writable is refused."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    os.truncate(path, 8 * PAGE)
+    source = aiouffd.FileSource(path, writable=True)
+    assert source.hole(0, PAGE) == 0
+    assert source.memory() is None
+    await source.write(PAGE, b"x" * PAGE)
+    await source.sync()
+    assert await source.read(PAGE, PAGE) == b"x" * PAGE
+    with pytest.raises(SourceError, match="shorter"):
+        await source.write(8 * PAGE, b"y")
+    with pytest.raises(SourceError, match="not writable"):
+        await aiouffd.FileSource(path).write(0, b"y")
+    await source.aclose()
+
+
+def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:
+    """When the Monitor is made, or asked."""
+    region, source = aiouffd.Region(SIZE, shared=True), file_of(str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="takes nothing back"):
+        aiouffd.Monitor(region, aiouffd.FileSource(tmp_path / "file"), write_back=True)
+    with pytest.raises(ValueError, match="takes nothing back"):
+        aiouffd.Monitor(region, aiouffd.BufferSource(b"x"), write_back=True)
+    with pytest.raises(ValueError, match="write_back do"):
+        aiouffd.Monitor(region, source, write_back=True, track_writes=True)
+    with aiouffd.Monitor(region, source) as monitor, pytest.raises(ValueError, match="write_back=True"):
+        monitor.flush_sync()
+
+
+def emptied(path: str) -> None:
+    """Scenario: written pages are emptied, and the region shrinks."""
+    source = file_of(path)
+    with served("in_thread", source) as monitor:
+        region = monitor.region
+        region[PAGE] = region[2 * PAGE] = region[200 * PAGE] = 5
+        region.madvise(mmap.MADV_DONTNEED, PAGE, PAGE)
+        region.resize(100 * PAGE)
+        region[PAGE + 1] = 6
+    data = Path(path).read_bytes()
+    assert (data[PAGE : PAGE + 2], data[2 * PAGE], data[200 * PAGE]) == (content(PAGE, 2), 5, content(200 * PAGE, 1)[0])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_was_emptied_is_not_saved(tmp_path: Path) -> None:
+    """Nor what is unmapped: it shows the source no more."""
+    play(emptied, str(tmp_path / "file"))
