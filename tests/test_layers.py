@@ -112,6 +112,7 @@ ORDER = {
             "snapshot_source",
             "zstd_seekable",
             "resolve",
+            "filesystem",
             "layer",
             "aside",
             "scan",

@@ -68,6 +68,7 @@ class FsspecSource:
         # Made at first use: they do not travel.
         self._filesystem: Any = None
         self._pool: DaemonThreads | None = None
+        self._owned = True  # the filesystem
         self._here: asyncio.Future[Any] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._next_look: asyncio.Task[None] | None = None
@@ -85,12 +86,35 @@ class FsspecSource:
                 info = filesystem.info(path)
             except Exception as error:  # filesystems raise many kinds
                 raise SourceError(repr(self), 0, 0, f"{type(error).__name__}: {error}") from error
-            if info.get("type", "file") != "file" or not isinstance(info.get("size"), int):
-                raise SourceError(repr(self), 0, 0, "it is no file, or its size is not known")
-            self._pinned = _Version.of(info)
-            if not self._pinned.rest:
-                log.warning("%r: its filesystem names no version: changes are not noticed", self)
+            self._pin(info)
+        assert self._pinned is not None
         return self._pinned.size
+
+    @classmethod
+    def on_loop(cls, filesystem: Any, path: str, info: Any) -> FsspecSource:
+        """Make a source for the loop that runs, on which the filesystem is used already. It stays the caller's.
+
+        Args:
+            filesystem: asynchronous ones are used on that loop, others in threads.
+            path: of the file.
+            info: what the filesystem has just told of it.
+
+        Raises:
+            SourceError: it is no file, or of no known size.
+        """
+        self = cls(filesystem, path)
+        self._pin(info)
+        self._pool, self._owned = DaemonThreads(_THREADS, "aiouffd-fsspec"), False
+        self._here = asyncio.get_running_loop().create_future()
+        self._here.set_result((filesystem, path, filesystem.async_impl))
+        return self
+
+    def _pin(self, info: Any) -> None:
+        if info.get("type", "file") != "file" or not isinstance(info.get("size"), int):
+            raise SourceError(repr(self), 0, 0, "it is no file, or its size is not known")
+        self._pinned = _Version.of(info)
+        if not self._pinned.rest:
+            log.warning("%r: its filesystem names no version: changes are not noticed", self)
 
     @property
     def cache_identity(self) -> tuple[Any, ...] | None:
@@ -181,7 +205,7 @@ class FsspecSource:
                 look.cancel()
         if self._here is not None and self._here.done() and not self._here.cancelled() and not self._here.exception():
             filesystem, _, on_loop = self._here.result()
-            session = getattr(filesystem, "_session", None) if on_loop else None
+            session = getattr(filesystem, "_session", None) if on_loop and self._owned else None
             if session is not None and hasattr(session, "close"):
                 await session.close()
         if self._pool is not None:

@@ -6,6 +6,7 @@ Layout:
 - `folder`, `bucket`: where objects are. `place`: what names a snapshot. `snapshot`: one that is opened.
 - `snapshot_source`: what a Monitor serves it from. `chunks` fetches and keeps chunks in the threads of `workers`.
 - `zstd_seekable`: a file of zstd as a source, chunk by chunk; `seek_table` says where its frames are.
+- `filesystem`: fsspec's way to the cache.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
 - `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files.

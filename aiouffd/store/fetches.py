@@ -22,6 +22,7 @@ __all__ = ["Fetches"]
 _LONGEST: Final = 2 << 20  # bytes of one read of the source
 _FIRST_LOOK, _LAST_LOOK = 0.001, 0.05  # seconds between two looks at what another process fetches
 _PATIENCE: Final = 20.0  # seconds to wait for it
+_LAST_WRITES: Final = 5.0  # seconds to wait for them
 _BEHIND: Final = 32 << 20  # bytes that may wait to be written to the cache
 
 
@@ -54,6 +55,7 @@ class Fetches:
         self._flights: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._behind = 0
+        self._kept: set[asyncio.Future[Any]] = set()  # what is being written
         self._closed = False
 
     def __contains__(self, number: int) -> bool:
@@ -182,11 +184,14 @@ class Fetches:
                 for number, chunk in chunks.items():
                     self._give(number, chunk)
             self._behind += length
+            kept = asyncio.ensure_future(self._aside(self._keep, chunks))
+            self._kept.add(kept)
             try:
-                places = zip(run, await self._aside(self._keep, chunks), strict=True)
+                places = zip(run, await kept, strict=True)
                 self._came([(number, place) for number, place in places if place is not None])
             finally:
                 self._behind -= length
+                self._kept.discard(kept)
             for number, chunk in chunks.items():
                 self._land(number, chunk)
         except Exception as error:  # noqa: BLE001 - those who wait raise it
@@ -236,8 +241,10 @@ class Fetches:
         task.add_done_callback(self._tasks.discard)
 
     async def aclose(self) -> None:
-        """End what is under way."""
+        """End what is under way; what has come is still written to the cache, if that takes no longer than 5 s."""
         self._closed = True
+        if self._kept:
+            await asyncio.wait(self._kept, timeout=_LAST_WRITES)
         while self._tasks:
             tasks = tuple(self._tasks)
             for task in tasks:
