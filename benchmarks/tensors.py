@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import http.client
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,7 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import obstore
@@ -27,8 +29,7 @@ from benchmarks.far import served
 from benchmarks.row import MIB, Bar, Row
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["tensor_rows"]
 
@@ -66,16 +67,22 @@ def _lazily(port: int, _: int) -> int:
         return fetched
 
 
-def _downloaded(port: int, size: int) -> int:
-    from safetensors import safe_open  # noqa: PLC0415 - not every machine has it
-
+@contextlib.contextmanager
+def _download(port: int, size: int) -> Iterator[str]:
+    """Fetch the file by one request; yield its path."""
     with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/file", headers={"Range": f"bytes=0-{size - 1}"})
         shutil.copyfileobj(connection.getresponse(), file, MIB)
         file.flush()
-        with safe_open(file.name, framework="np") as model:
-            _check(model.get_tensor(_CHOSEN))
+        yield file.name
+
+
+def _downloaded(port: int, size: int) -> int:
+    from safetensors import safe_open  # noqa: PLC0415 - not every machine has it
+
+    with _download(port, size) as path, safe_open(path, framework="np") as model:
+        _check(model.get_tensor(_CHOSEN))
     return size
 
 
@@ -90,6 +97,30 @@ def _through_fsspec(port: int, size: int) -> int:
         _check(np.frombuffer(file.read(end - start), np.float32))
         fetched: int = file.cache.total_requested_bytes
         return fetched
+
+
+def _all_lazily(port: int, _: int) -> int:
+    with aiouffd.open(f"http://127.0.0.1:{port}/file") as region:
+        file = formats.Safetensors(region)
+        file.prefetch_tensor_sync(*file)
+        _check_all({name: file.tensor(name) for name in file})
+        fetched: int = region.monitor.statistics().bytes_fetched
+        return fetched
+
+
+def _all_downloaded(port: int, size: int) -> int:
+    from safetensors.torch import load_file  # noqa: PLC0415 - as above
+
+    with _download(port, size) as path:
+        _check_all(load_file(path))
+    return size
+
+
+def _check_all(tensors: Mapping[str, Any]) -> None:
+    """Touch each page."""
+    for number in range(_TENSORS):
+        every = tensors[f"layers.{number}.weight"][::1024]
+        assert every.sum().item() == number * len(every)
 
 
 def _check(tensor: np.ndarray) -> None:
@@ -173,6 +204,12 @@ def _get(port: int, rows: list[int]) -> float:
     return uvloop.run(main())
 
 
+def _left_out(contestant: str, *needed: str) -> dict[str, str]:
+    """Return why a contestant cannot run, if it lacks a library."""
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    return {contestant: f"{', '.join(lacking)}: not installed"} if lacking else {}
+
+
 def tensor_rows(*, quick: bool) -> Iterator[Row]:
     """Parts of files of arrays."""
     size, table = (16 * MIB, 64 * MIB) if quick else (256 * MIB, 4096 * MIB)
@@ -184,8 +221,21 @@ def tensor_rows(*, quick: bool) -> Iterator[Row]:
             unit,
             {way: functools.partial(_one, use, size, index) for way, use in ways.items()},
             (Bar("download", 0.1), Bar("fsspec", 0.5)),
+            left_out=_left_out("download", "safetensors") | _left_out("fsspec", "fsspec", "aiohttp"),
             setup="formats.Safetensors, prefetch_tensor",
         )
+    yield Row(
+        "load-file",
+        f"all tensors of a safetensors file of {size // MIB} MiB behind HTTP, as torch has them",
+        "ms",
+        {
+            "aiouffd": functools.partial(_one, _all_lazily, size, 0),
+            "download, load_file": functools.partial(_one, _all_downloaded, size, 0),
+        },
+        (Bar("download, load_file", 0.8),),
+        left_out=_left_out("aiouffd", "torch") | _left_out("download, load_file", "safetensors"),
+        setup="formats.Safetensors, prefetch_tensor of all",
+    )
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace")
         _rows(table, record=trace)
