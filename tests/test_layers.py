@@ -18,7 +18,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 ORDER = {
     "": [
         *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
-        *("store", "handoff", "pager", "server", "criu", "monitor", "formats", "__init__", "cli", "__main__"),
+        *("report", "store", "handoff", "pager", "server", "criu", "monitor", "formats", "__init__", "cli", "__main__"),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
     "kernel": [
@@ -170,8 +170,9 @@ ORDER = {
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),
-        *("recording", "progress", "watching", "entered", "monitor", "map", "open"),
+        *("recording", "reporting", "progress", "watching", "entered", "monitor", "map", "open"),
     ],
+    "report": ["words", "timeline", "run", "advice", "charts", "page", "output", "__init__"],
     "formats": [
         *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),
         "__init__",
@@ -199,6 +200,7 @@ ORDER = {
         "doctor",
         "lazy_pages",
         "cache",
+        "report",
         "serve",
         "snapshot",
         "commands",

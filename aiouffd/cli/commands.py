@@ -16,6 +16,7 @@ _COMMANDS = {
     "demo": ("aiouffd.cli.demo", "demo"),
     "doctor": ("aiouffd.cli.doctor", "cli"),
     "lazy-pages": ("aiouffd.cli.lazy_pages", "cli"),
+    "report": ("aiouffd.cli.report", "cli"),
     "serve": ("aiouffd.cli.serve", "serve"),
     "snapshot": ("aiouffd.cli.snapshot", "cli"),
 }

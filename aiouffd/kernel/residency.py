@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["picture", "residency"]
+__all__ = ["bar", "cells", "picture", "residency"]
 
 _CELLS: Final = 128
 
@@ -44,16 +45,24 @@ def residency(memory: _Memory, start: int = 0, length: int | None = None) -> lis
     return [Range.between(*part) for part in shown if part[0] < part[1]]
 
 
-def picture(length: int, ranges: Iterable[Range]) -> str:
-    """Return a bar as HTML: the darker, the more of a cell has come."""
+def cells(length: int, ranges: Iterable[Range]) -> list[float]:
+    """Return which share of each of at most 128 equal parts of `length` bytes lies in the ranges."""
     size = max(1, -(-length // _CELLS))
-    cells = [0] * -(-length // size)
+    found = [0] * -(-length // size)
     for item in ranges:
         for index in range(item.start // size, (item.end - 1) // size + 1):
-            cells[index] += min(item.end, (index + 1) * size) - max(item.start, index * size)
-    shown = "".join(
-        f'<span style="flex:1;background:rgba(31,119,180,{share / min(size, length - index * size):.2f})"></span>'
-        for index, share in enumerate(cells)
-    )
+            found[index] += min(item.end, (index + 1) * size) - max(item.start, index * size)
+    return [count / min(size, length - index * size) for index, count in enumerate(found)]
+
+
+def bar(shares: Iterable[float], title: str) -> str:
+    """Return a bar as HTML: the darker a cell, the more of it has come."""
+    shown = "".join(f'<span style="flex:1;background:rgba(31,119,180,{share:.2f})"></span>' for share in shares)
     style = "display:flex;max-width:60em;height:1.2em;border:1px solid gray"
-    return f'<div style="{style}" title="{sum(cells):,} of {length:,} bytes have come">{shown}</div>'
+    return f'<div style="{style}" title="{escape(title)}">{shown}</div>'
+
+
+def picture(length: int, ranges: Sequence[Range]) -> str:
+    """Return a bar as HTML that shows which ranges have come."""
+    come = sum(item.length for item in ranges)
+    return bar(cells(length, ranges), f"{come:,} of {length:,} bytes have come")

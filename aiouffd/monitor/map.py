@@ -40,7 +40,7 @@ __all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSES: Final = 0.001, 1.0  # seconds between two tries to close what has a view still: the first, the longest
-_HERE_ONLY: Final = ("on_exit", "record")
+_HERE_ONLY: Final = ("on_exit", "record", "report")
 """Options of this region and not of another one that shows the same."""
 
 _served: set[Monitor] = set()
@@ -138,9 +138,9 @@ def map(  # noqa: A001 - it is called aiouffd.map
     as for `Monitor` (`fork`): closing it there ends nothing in the parent.
 
     **Pickles.** The region is pickled as what it shows: where it is unpickled, the same source is mapped anew with the
-    same options (but `record`), so that it can be passed to spawned workers, dask or ray. A path is made absolute. Of a
-    URL, the version that was pickled is demanded, and `storage_options` travel in the pickle, secrets as well. Bytes
-    that were written to the region do not travel. A source of your own is pickled as any object.
+    same options (but `record` and `report`), so that it can be passed to spawned workers, dask or ray. A path is made
+    absolute. Of a URL, the version that was pickled is demanded, and `storage_options` travel in the pickle, secrets as
+    well. Bytes that were written to the region do not travel. A source of your own is pickled as any object.
 
     Blocks until the source has told its size and the pager has started: in a program with a loop,
     `await asyncio.to_thread(aiouffd.map, ...)`.

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.served_by import ServedBy
     from aiouffd.monitor.progress import Show
     from aiouffd.monitor.recording import Recording
+    from aiouffd.monitor.reporting import Reporting
     from aiouffd.monitor.watching import Watching
     from aiouffd.sources.base import Source
 
@@ -99,6 +100,7 @@ class ServingOptions(TypedDict, total=False):
     bytes_in_flight: int
     record: str | os.PathLike[str] | None
     replay: str | os.PathLike[str] | None
+    report: str | os.PathLike[str] | None
     background: bool | float
     on_error: OnError
     progress: Show
@@ -143,6 +145,9 @@ class Monitor(Entered):
         record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
             one then, whatever `readahead` says: a page that comes along with another is not seen to be touched.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
+        report: a file to write what the run was like to, when the block is left, also if it raises: `.html`, a page for
+            a browser, or `.json`, for `aiouffd report` and other programs. Without it, the environment variable
+            AIOUFFD_REPORT may name a folder: each Monitor writes a `.json` there.
         background: True: bring all that is missing in the background, as fast as faults allow; a number: so many bytes
             per second at most, on average. It comes in steps of 512 KiB from a file or from memory, else of 8 MiB.
         on_error: what becomes of a thread that touches a page that cannot be had, after all tries: "sigbus" (the
@@ -162,6 +167,10 @@ class Monitor(Entered):
         write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`):
             before they are dropped, at `flush`, and when the block is left. What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
+
+    Raises:
+        TypeError, ValueError: an option is of a wrong type, unknown, or not for this engine.
+        OSError: `report` cannot be written.
 
     Raises on entering:
         UnsupportedError: the kernel lacks userfaultfd or a feature.
@@ -223,6 +232,7 @@ class Monitor(Entered):
         bytes_in_flight: int = 128 << 20,
         record: str | os.PathLike[str] | None = None,
         replay: str | os.PathLike[str] | None = None,
+        report: str | os.PathLike[str] | None = None,
         background: bool | float = False,
         on_error: OnError = "sigbus",
         progress: Show = False,
@@ -265,7 +275,8 @@ class Monitor(Entered):
             on_error="retry" if callable(on_error) else on_error,
         )
         terms = source_or_handler, fork, self._options, record is not None, replay is not None, region.fd >= 0
-        self._choice.check(Terms(*terms))
+        self._choice.check(Terms(*terms, reports=report is not None))
+        self._reporting = _reporting(report, self._choice)
         self._errors = ErrorQueue()
         self._crashes: CrashNotes
 
@@ -294,7 +305,7 @@ class Monitor(Entered):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says. Canceling does not interrupt this."""
-        await uninterrupted(partial(self._stop, populate=kind is None, where=caller()))
+        await uninterrupted(partial(self._stop, populate=kind is None, raised=kind, where=caller()))
 
     def __enter__(self) -> Self:
         """Start to serve, in a program without a loop."""
@@ -306,7 +317,7 @@ class Monitor(Entered):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Serve no longer; settle what is missing as `on_exit` says."""
-        self._stop(populate=kind is None, where=caller())
+        self._stop(populate=kind is None, raised=kind, where=caller())
 
     def _start(self, engine: Engine) -> None:
         # What may take time or fail comes first: the size of a source is asked of a server.
@@ -364,13 +375,15 @@ class Monitor(Entered):
         if region.fd >= 0:
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
+        if self._reporting is not None:
+            self._reporting.begin(self._held, engine, service, repr(self._choice), self._options)
         if self._progress:
             from aiouffd.monitor.watching import Watching  # noqa: PLC0415 - 2 ms, for few programs
 
             self._watching = Watching(self._held, self._progress, service.trace)
 
     def _report_to(self, engine: Engine) -> Callable[[BaseException], None]:
-        put = self._errors.put
+        put = self._errors.put if self._reporting is None else self._reporting.noting(self._errors.put)
         if not callable(self._on_error):
             return put
         from aiouffd.monitor.deciding import Deciding  # noqa: PLC0415 - half a millisecond, for few programs
@@ -384,7 +397,13 @@ class Monitor(Entered):
                 self._crashes.lost()
                 self._registration.settle(sigbus=True)
 
-    def _stop(self, *, populate: bool = False, where: str = "its entrance, which was canceled") -> None:
+    def _stop(
+        self,
+        *,
+        populate: bool = False,
+        raised: type[BaseException] | None = None,
+        where: str = "its entrance, which was canceled",
+    ) -> None:
         engine, registration = self._engine, self._registration
         if engine is None or registration is None or os.getpid() != self._pid:
             return
@@ -395,6 +414,8 @@ class Monitor(Entered):
                 engine.prefetch([(0, len(self.region))]).result()
                 self._sigbus = False
         finally:
+            if self._reporting is not None:
+                self._reporting.end(raised)
             if self._sigbus:
                 self._crashes.left(where)
             if self._sigbus and registration.can_poison:
@@ -411,9 +432,13 @@ class Monitor(Entered):
                     self._crashes.close()
                 # In this order: to another thread, one that is entered nowhere is that of a forked child's parent.
                 self.region.monitor = self._engine = self._registration = None
-                if self._recording is not None:
-                    self._recording.end(complete=True)
                 self._errors.wake()
+                try:
+                    if self._recording is not None:
+                        self._recording.end(complete=True)
+                finally:
+                    if self._reporting is not None:
+                        self._reporting.write()
 
     def belong_to_region(self) -> None:
         """Have the region keep this Monitor, which keeps it no longer: `leave_region` ends the serving."""
@@ -478,6 +503,15 @@ def _recording(
     from aiouffd.monitor.recording import Recording  # noqa: PLC0415 - 5 ms, and few Monitors record or replay
 
     return Recording(record, replay)
+
+
+def _reporting(report: str | os.PathLike[str] | None, choice: EngineChoice) -> Reporting | None:
+    folder = os.environ.get("AIOUFFD_REPORT") if choice.counts_here else None
+    if report is None and not folder:
+        return None
+    from aiouffd.monitor.reporting import Reporting  # noqa: PLC0415 - 10 ms, and few Monitors report
+
+    return Reporting(report) if report is not None else Reporting.in_folder(folder or "")
 
 
 def _check_numbers(what: str, kind: Any, **options: Any) -> None:

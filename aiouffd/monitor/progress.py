@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 
+from aiouffd.report.words import size
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -17,7 +19,6 @@ __all__ = ["Meter", "Progress", "Show", "shown"]
 
 _RECENT: Final = 10.0  # seconds that a rate is taken over
 _LINES: Final = 5.0  # seconds between two lines of a log
-_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 @attrs.frozen
@@ -40,7 +41,7 @@ class Progress:
         """For a line of a log."""
         share = 100 * self.resident // self.total if self.total else 100
         left = "" if self.remaining is None else f", {self.remaining:.0f} s left"
-        return f"{_size(self.resident)} of {_size(self.total)} ({share} %), {_size(self.rate)}/s{left}"
+        return f"{size(self.resident)} of {size(self.total)} ({share} %), {size(self.rate)}/s{left}"
 
 
 Show: TypeAlias = "bool | Callable[[Progress], object]"
@@ -111,10 +112,3 @@ def _lines(what: str) -> Callable[[Progress], None]:
             sys.stderr.flush()
 
     return line
-
-
-def _size(count: float) -> str:
-    power = 0
-    while count >= 1024 and power < len(_UNITS) - 1:
-        count, power = count / 1024, power + 1
-    return f"{count:.1f} {_UNITS[power]}" if power else f"{count:.0f} bytes"

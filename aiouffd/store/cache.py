@@ -250,6 +250,13 @@ class ChunkCache:
 
     # What its owner asks
 
+    def counted(self) -> dict[str, int]:
+        """Return what `statistics` does, but for how it is now: that takes longer. Blocks, and raises as it."""
+        opened = self._required()
+        with opened.exclusive():  # another thread may be adding what it has taken
+            self._flush(opened)
+            return opened.index.counters()
+
     def statistics(self) -> dict[str, int]:
         """Return what all processes have counted since the cache was made. Blocks.
 
@@ -260,10 +267,7 @@ class ChunkCache:
         Raises:
             OSError: the cache cannot be used.
         """
-        opened = self._required()
-        with opened.exclusive():  # another thread may be adding what it has taken
-            self._flush(opened)
-            counted = opened.index.counters()
+        counted, opened = self.counted(), self._required()
         files = opened.segments.files()
         numbers = {number for number, _ in files} | {ZEROS}
         return {

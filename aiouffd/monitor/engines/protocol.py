@@ -39,6 +39,7 @@ class Terms(NamedTuple):
         records: whether the order of touches is recorded.
         replays: whether a recording is replayed.
         shared: whether the region is shared memory.
+        reports: whether a report of the run is asked for.
     """
 
     origin: Any
@@ -47,6 +48,7 @@ class Terms(NamedTuple):
     records: bool = False
     replays: bool = False
     shared: bool = False
+    reports: bool = False
 
 
 class Assignment(NamedTuple):

@@ -83,6 +83,7 @@ class ServedBy:
                 "a source or handler": terms.origin is not None,
                 "record": terms.records,
                 "replay": terms.replays,
+                "report (its statistics are those of all its clients)": terms.reports,
                 "background": bool(terms.options.background),
                 "readahead": terms.options.readahead != given.readahead and not terms.records,
                 "on_error": terms.options.on_error != given.on_error,
