@@ -57,6 +57,17 @@ CASES: list[tuple[dict[str, Any], str]] = [
     # What was emptied was not fetched twice.
     ({"source_reads": 9, "bytes_fetched": 2 * MIB, "resident": PAGE, "removes": 5, "pages_fault": 512}, NOTHING),
     (
+        {
+            "pages_fault": 32768,
+            "pages_evicted": 16384,
+            "resident": 64 * MIB,
+            "source_reads": 5,
+            "bytes_fetched": 128 * MIB,
+        },
+        """hint: Each page of the region came 2.0 times on average, since 16,384 pages were dropped: a larger
+        max_resident keeps what is touched again.""",
+    ),
+    (
         {"cache": {"hits": 97, "misses": 3}, "caches": True, "pages_fault": 1},
         "good: The cache had 97 % of the chunks that were needed.",
     ),

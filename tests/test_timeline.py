@@ -41,7 +41,7 @@ def test_neighbors_are_joined_when_it_is_full() -> None:
 
 def test_a_film_keeps_the_first_look_and_the_last() -> None:
     """Every second one is dropped when there are too many; what is hardly there is shown, and all is all."""
-    film = Film(pause=1.0)
+    film = Film(1.0)
     for at in range(1000):
         if at >= film.due or at == 999:
             film.add(float(at), [0.0, 1e-9, at / 1000, 1.0], 0.0)

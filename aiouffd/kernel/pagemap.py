@@ -74,25 +74,26 @@ class Pagemap(OwnedDescriptor):
     def present(self, address: int, length: int, fd: int = -1, page_size: int = mmap.PAGESIZE) -> RangeSet:
         """Return the ranges of the pages that are not missing; as `missing`."""
         present = RangeSet()
-        for start, end in self._present(address, length, fd, page_size):
+        for start, end in self.spans(address, length, fd, page_size):
             present.add(start, end)
         return present
 
-    def _present(self, address: int, length: int, fd: int, page_size: int) -> Iterator[tuple[int, int]]:
+    def spans(self, address: int, length: int, fd: int, page_size: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of the pages that are not missing, in order; as `missing`. Neighbors may not be joined."""
         # hugetlbfs has no SEEK_HOLE: its llseek reports the whole file as data. What counts there is what is mapped.
         if fd >= 0 and page_size == mmap.PAGESIZE:
             for start, end in data_ranges(fd, length):
                 yield address + start, address + end
             return
+        has_begun = False
         try:
-            found = self.scan(address, length, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED)
+            for found in self._scan(address, length, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED):
+                has_begun = True
+                yield from found
         except OSError as error:
-            if error.errno not in (errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES):
+            if has_begun or error.errno not in (errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES):
                 raise
             yield from self._read(address, length)
-        else:
-            for item in found:
-                yield item.start, item.end
 
     def _read(self, address: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield the present ranges as read(2) tells them, or mincore(2)."""
@@ -124,9 +125,21 @@ class Pagemap(OwnedDescriptor):
             OSError: ENOTTY: the kernel has no PAGEMAP_SCAN; EPERM: PM_SCAN_CHECK_WPASYNC, and the range is not
                 registered with Feature.WP_ASYNC; EBADF: /proc/self/pagemap could not be opened.
         """
+        found: list[Range] = []
+        for spans in self._scan(address, length, mask=mask, anyof=anyof, flags=flags):
+            for low, high in spans:
+                if found and found[-1].end == low:  # the vector was full in the middle of a range
+                    found[-1] = Range.between(found[-1].start, high)
+                else:
+                    found.append(Range.between(low, high))
+        return found
+
+    def _scan(
+        self, address: int, length: int, *, mask: int = 0, anyof: int = 0, flags: int = 0
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yield (start, end) of what `scan` finds, as many at once as the vector has room for."""
         if not self.intact:
             raise OSError(errno.EBADF, f"{_PATH} is not open")
-        found: list[Range] = []
         start, end = address, address + length
         room = _FEW
         while start < end:
@@ -138,15 +151,10 @@ class Pagemap(OwnedDescriptor):
                 )
             )
             count = fcntl.ioctl(self._fd, abi.PAGEMAP_SCAN, argument)
-            for index in range(count):
-                low, high, _ = abi.PAGE_REGION.unpack_from(vector, index * abi.PAGE_REGION.size)
-                if found and found[-1].end == low:  # the vector was full in the middle of a range
-                    found[-1] = Range.between(found[-1].start, high)
-                else:
-                    found.append(Range.between(low, high))
             start = abi.PM_SCAN_ARG.unpack(argument)[4]  # walk_end: where the kernel stopped
+            filled = memoryview(vector)[: count * abi.PAGE_REGION.size]
+            yield [(low, high) for low, high, _ in abi.PAGE_REGION.iter_unpack(filled)]
             room = _MANY
-        return found
 
 
 def data_ranges(fd: int, length: int, at: int = 0) -> Iterator[tuple[int, int]]:

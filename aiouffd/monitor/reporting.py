@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.errors import ClosedError, UffdError
-from aiouffd.kernel.residency import cells, residency
+from aiouffd.kernel.residency import cells, spans
 from aiouffd.report.output import check, write
 from aiouffd.report.page import page
 from aiouffd.report.run import COLUMNS, NOTHING, Facts, Run, waited_ns
@@ -43,6 +43,7 @@ __all__ = ["Reporting"]
 
 log = logging.getLogger("aiouffd")
 
+_PAUSE: Final = 0.5  # seconds between two looks at the page tables, at first
 _PATIENCE: Final = 1.0  # seconds for the thread's last look
 _FLUSHED: Final = 0.5  # seconds for the pager to write what its cache has counted
 _ERRORS: Final = 20
@@ -105,7 +106,7 @@ class Reporting:
         self._cache = getattr(service.origin, "cache", None)
         self._cached = _counted(self._cache)
         self._pid, self._began = os.getpid(), monotonic()
-        self._timeline, self._film = Timeline(len(COLUMNS)), Film()
+        self._timeline, self._film = Timeline(len(COLUMNS)), Film(_PAUSE)
         self._seconds = 0.0
         self._seen, self._last = NOTHING, [0] * len(COLUMNS)
         self._resident = self._stretches = 0
@@ -116,6 +117,7 @@ class Reporting:
         with contextlib.suppress(RuntimeError):  # no more threads: there is one look, at the end
             self._thread.start()
         _unwritten.add(self)
+        self._look_at(held)
 
     def _run(self) -> None:
         while not self._closed.wait(self._timeline.width) and self._look():
@@ -147,10 +149,10 @@ class Reporting:
     def _look_at(self, held: Held) -> None:
         with contextlib.suppress(ClosedError, ValueError):  # ValueError: of a closed mmap
             region, began = held.region, thread_time()
-            ranges = residency(region)
+            ranges = list(spans(region))
             shares = cells(len(region), ranges)
             self._film.add(self._seconds, shares, thread_time() - began)
-            self._resident, self._stretches = sum(item.length for item in ranges), len(ranges)
+            self._resident, self._stretches = sum(end - start for start, end in ranges), len(ranges)
 
     def end(self, raised: type[BaseException] | None) -> None:
         """Look for the last time, before the Monitor is left."""

@@ -132,7 +132,7 @@ def _order(run: Run) -> Iterator[Advice]:
 def _fetches(run: Run) -> Iterator[Advice]:
     """Yield what the bytes say of caches."""
     facts, seen = run.facts, run.statistics
-    moved = seen.removes + seen.unmaps + seen.remaps
+    moved = seen.removes + seen.unmaps + seen.remaps + seen.pages_evicted
     shown = max(seen.pages - seen.pages_zero, 0) * facts.page_size if moved else run.resident
     times = seen.bytes_fetched / shown if shown else 0.0
     if times >= 1.5 and seen.source_reads and not facts.caches:
@@ -143,6 +143,13 @@ def _fetches(run: Run) -> Iterator[Advice]:
             "hint",
             f"Each page was fetched {times:.1f} times: {size(seen.bytes_fetched)} for {size(shown)}.{forked} With"
             " cache= it comes from this host the second time.",
+        )
+    again = seen.pages * facts.page_size / facts.size if facts.size else 0.0
+    if seen.pages_evicted and again >= 1.2:
+        yield Advice(
+            "hint",
+            f"Each page of the region came {again:.1f} times on average, since {_pages(seen.pages_evicted)} were"
+            " dropped: a larger max_resident keeps what is touched again.",
         )
     hits, misses = run.cache.get("hits", 0), run.cache.get("misses", 0)
     if hits + misses:

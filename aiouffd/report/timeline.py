@@ -48,12 +48,15 @@ class Timeline:
 class Film:
     """Looks at the memory, at most 96. When it is full, every second one is dropped.
 
+    Args:
+        pause: seconds between two looks, at least; doubled whenever it is full.
+
     Attributes:
         looks: (seconds, percent of each cell that had come), in order.
         due: seconds from which on another look is worth its cost.
     """
 
-    def __init__(self, pause: float = 0.1) -> None:
+    def __init__(self, pause: float) -> None:
         self._pause = pause
         self.looks: list[tuple[float, list[int]]] = []
         self.due = 0.0

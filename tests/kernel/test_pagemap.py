@@ -34,7 +34,7 @@ def refuse(number: int) -> object:
     return call
 
 
-INTERFACES = {"PAGEMAP_SCAN": [], "read": ["scan"], "mincore": ["scan", "_highest_bytes"]}
+INTERFACES = {"PAGEMAP_SCAN": [], "read": ["_scan"], "mincore": ["_scan", "_highest_bytes"]}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -84,7 +84,7 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_errors_are_not_taken_for_an_old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOMEM of PAGEMAP_SCAN is raised."""
-    monkeypatch.setattr(Pagemap, "scan", refuse(errno.ENOMEM))
+    monkeypatch.setattr(Pagemap, "_scan", refuse(errno.ENOMEM))
     with Pagemap() as opened, pytest.raises(OSError, match="memory"):
         opened.missing(0x10000, PAGE)
 

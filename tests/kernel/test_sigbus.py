@@ -232,7 +232,7 @@ def without_read(*_: object) -> bytes:
 @pytest.mark.parametrize("older", ["scan", "scan and read"])
 def test_present_pages_stay_accessible_without_pagemap_scan(monkeypatch: pytest.MonkeyPatch, older: str) -> None:
     """Before Linux 6.7 the pagemap is read, and without /proc mincore tells: only missing pages are protected."""
-    monkeypatch.setattr(pagemap.Pagemap, "scan", without_scan)
+    monkeypatch.setattr(pagemap.Pagemap, "_scan", without_scan)
     if older == "scan and read":
         monkeypatch.setattr(pagemap.Pagemap, "_highest_bytes", without_read)
     region, uffd, sentinel = registered()
