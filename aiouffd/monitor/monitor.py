@@ -185,6 +185,8 @@ class Monitor(Entered):
     """
 
     _pid = 0  # of the process that entered: a forked child that leaves the block must not end its parent's
+    _sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
+    _crashes: CrashNotes
     _engine: Engine | None = None
     _registration: Registration | None = None
     _lookout: Lookout | None = None
@@ -260,7 +262,6 @@ class Monitor(Entered):
         _check_bound(region, max_resident, on_exit)
         self._choice = _checked_engine(engine)
         self._on_exit, self._on_error, self._progress = on_exit, on_error, progress
-        self._sigbus = True  # whether what is missing when the block is left is SIGBUS from then on
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
         self._recording = _recording(record, replay, source_or_handler)
@@ -278,7 +279,6 @@ class Monitor(Entered):
         self._choice.check(Terms(*terms, reports=report is not None))
         self._reporting = _reporting(report, self._choice)
         self._errors = ErrorQueue()
-        self._crashes: CrashNotes
 
     # Entering and leaving
 
@@ -375,6 +375,10 @@ class Monitor(Entered):
         if region.fd >= 0:
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
+        self._watch(engine, service)
+
+    def _watch(self, engine: Engine, service: Service) -> None:
+        """Begin to look at the region for people, while it is served."""
         if self._reporting is not None:
             self._reporting.begin(self._held, engine, service, repr(self._choice), self._options)
         if self._progress:
