@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
 from aiouffd.pager.client.client import PagerClient
@@ -43,8 +44,9 @@ def test_requests_while_others_take_over() -> None:
     """The pager is not given up because somebody asks for something just then."""
     client = PagerClient(on_error=lambda *_: None)
     journal = Journal.create()
-    client._reopen = lambda *_: None  # type: ignore[method-assign]
-    client._takeover._reopen = lambda *_: None
+    opened = Future[object]()
+    client._reopen = lambda *_: opened  # type: ignore[method-assign]
+    client._takeover._reopen = lambda *_: opened
     client._requests.held = True
     tenant = cast("Tenant", FakeTenant())
     for _ in range(10_000):

@@ -42,12 +42,18 @@ def makes(start: Callable[[], Any], told: list[Any]) -> Takeover:
     """Return one that notes what it calls and how long it waits."""
     waiter: Any = SimpleNamespace(stopped=False, wait=told.append)
     requests: Any = SimpleNamespace(pending=[], forget=told.append)
+    opened: Any = object()
+
+    def reopen(*args: Any) -> Any:
+        told.append(args)
+        return opened
+
     return Takeover(
         requests,
         start,
         waiter,
-        reopen=lambda *args: told.append(args),
-        taken=lambda: told.append("taken"),
+        reopen=reopen,
+        taken=lambda future: told.append("taken" if future is opened else future),
         hear=told.append,
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pattern import PAGE, Pattern, Slow, content, peek, word
+from pattern import PAGE, Gated, Pattern, Slow, content, peek, word
 from processes import PATIENCE
 from scenario import ended, eventually, next_error, play, replaced, until
 
@@ -216,12 +216,12 @@ def test_threads_come_and_go_while_the_pager_is_killed() -> None:
     play(threads_come_and_go)
 
 
-def killed(which: str) -> None:
+def killed(which: str, gate: str) -> None:
     """Scenario: several Monitors, and -9 for the worker, the keeper, or both, with touches and a prefetch under way."""
     with contextlib.ExitStack() as stack:
         pager = stack.enter_context(aiouffd.Pager())
         monitors = [stack.enter_context(monitor_of(engine=pager)) for _ in range(3)]
-        slow = stack.enter_context(monitor_of(Slow(SIZE, 0.3), engine=pager))
+        slow = stack.enter_context(monitor_of(Gated(SIZE, gate), engine=pager))
         for page, monitor in enumerate(monitors, 1):
             right(monitor, *range(page))
         future = slow._engine.prefetch([(0, 4 * PAGE)])  # type: ignore[union-attr]
@@ -232,6 +232,7 @@ def killed(which: str) -> None:
             os.kill(victim, signal.SIGKILL)
         for monitor in monitors:
             right(monitor)
+        Path(gate).touch()
         future.result(30)
         assert slow.region[PAGE] == 2
         replaced(slow, *victims)
@@ -249,9 +250,9 @@ def killed(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["worker", "keeper", "both"])
-def test_processes_that_are_killed_cost_nobody_a_page(which: str) -> None:
+def test_processes_that_are_killed_cost_nobody_a_page(which: str, tmp_path: Path) -> None:
     """And each Monitor goes on counting."""
-    play(killed, which)
+    play(killed, which, str(tmp_path / "gate"))
 
 
 def given_up() -> None:

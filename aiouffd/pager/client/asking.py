@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import PagerStartError
 from aiouffd.pager.process import control
 from aiouffd.rpc import Request, Requests
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
+    from aiouffd.pager.process.journal import Journal
 
 __all__ = ["Asking"]
 
@@ -31,6 +34,7 @@ class Asking(Requests):
     Attributes:
         pair: where they are sent; None: nothing is.
         held: until the successor has taken over: one that serves anything would take over nothing.
+        counting: the journal of the pair that serves, which is the one before until the newest counts on.
     """
 
     def __init__(self, waiter: Waiter) -> None:
@@ -38,6 +42,20 @@ class Asking(Requests):
         self._waiter = waiter
         self.pair: Pair | None = None
         self.held = False
+        self.counting: Journal | None = None
+
+    def release(self, counts: Future[Any]) -> None:
+        """Ask the newest pair for what was held: it has taken over, or is to open all; when that is done, it counts."""
+        with self.lock:
+            self.held = False
+            self.resend()
+            pair = self.pair
+
+        def counting(_: Future[Any]) -> None:
+            if pair is not None and pair is self.pair:  # else it has been succeeded itself
+                self.counting = pair.journal
+
+        counts.add_done_callback(counting)
 
     def _send_unless_held(self, request: Request) -> None:
         if not self.held or request.message["op"] == "takeover":

@@ -31,7 +31,7 @@ from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.serialization import Pickles
-from aiouffd.rpc import LAST_REQUEST, Request
+from aiouffd.rpc import LAST_REQUEST, Request, all_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +92,12 @@ class PagerClient:
         self.resume: Callable[[], None] = self._requests.resume
         self._start_pair = partial(Pair.start, self._waiter, pickles)
         self._takeover = Takeover(
-            self._requests, self._start_pair, self._waiter, reopen=self._reopen, taken=self._taken, hear=self._event
+            self._requests,
+            self._start_pair,
+            self._waiter,
+            reopen=self._reopen,
+            taken=self._requests.release,
+            hear=self._event,
         )
         self._worker_pid = 0
         self.slots: Slots = Slots()
@@ -113,6 +118,7 @@ class PagerClient:
             PagerStartError: it did not start; `stop` it all the same.
         """
         self._requests.pair = self._start_pair()
+        self._requests.counting = self._requests.pair.journal
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -166,9 +172,9 @@ class PagerClient:
 
     @property
     def journal(self) -> Journal:
-        """What the pager has counted is in it: shared memory, no round trip."""
-        assert self._requests.pair is not None
-        return self._requests.pair.journal
+        """What the pager has counted is in it: shared memory, no round trip. A successor's, once that counts on."""
+        assert self._requests.counting is not None
+        return self._requests.counting
 
     @property
     def pids(self) -> tuple[int, int]:
@@ -434,24 +440,18 @@ class PagerClient:
             self._requests.pair = successor
         self._takeover.begin()
 
-    def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> None:
-        """Open all tenants and their forked children anew, as a journal says that they are."""
+    def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> Future[Any]:
+        """Open all tenants and their forked children anew, as a journal says that they are; the future: they are."""
         with self._requests.lock:
             tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
             asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
-        self._requests("resume", token=None, counters=journal.counters.words.tolist())
+        opened = [self._requests("resume", token=None, counters=journal.counters.words.tolist())]
         counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
-        for tenant in tenants:
-            if tenant.token not in asked:
-                self._open(tenant, tenant.shown(state), counts[tenant.slot])
+        anew = [tenant for tenant in tenants if tenant.token not in asked]
+        opened += [self._open(tenant, tenant.shown(state), counts[tenant.slot]) for tenant in anew]
         for child in [child for tenant in tenants for child in tenant.children(state, children)]:
-            opened = self._open(child, child.mappings, counts[child.slot])
-            opened.add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
+            opened.append(self._open(child, child.mappings, counts[child.slot]))
+            opened[-1].add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
         for fd in children.values():  # of memory that has been left meanwhile
             os.close(fd)
-
-    def _taken(self) -> None:
-        """The new worker has everything: what waits may be asked of it."""
-        with self._requests.lock:
-            self._requests.held = False
-            self._requests.resend()
+        return all_of(opened)

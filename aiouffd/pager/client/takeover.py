@@ -48,8 +48,8 @@ class Takeover:
         start: starts a pair; raises as `successor` does.
         waiter: of the client's thread.
         reopen: called where no orphan lives, with the journal that says what is served, that journal's state, and the
-            descriptors of forked children, by the identity of the space.
-        taken: called when the new worker has everything.
+            descriptors of forked children, by the identity of the space; its future is done when all is open.
+        taken: called when the new worker has everything, or is asked for it; with a future: then it counts on.
         hear: called with each event that an orphan sent and nobody has read.
     """
 
@@ -59,8 +59,8 @@ class Takeover:
         start: Callable[[], Pair],
         waiter: Waiter,
         *,
-        reopen: Callable[[Journal, State | None, dict[int, int]], None],
-        taken: Callable[[], None],
+        reopen: Callable[[Journal, State | None, dict[int, int]], Future[Any]],
+        taken: Callable[[Future[Any]], None],
         hear: Callable[[dict[str, Any]], None],
     ) -> None:
         self.orphans: list[Pair] = []  # oldest first
@@ -122,7 +122,7 @@ class Takeover:
             ours.close()
             error = future.exception()
             if error is None:
-                self._finish()
+                self._finish(future)
             elif not self._waiter.stopped:
                 self._later(error)
 
@@ -151,12 +151,11 @@ class Takeover:
         """All workers that have served are dead: the newest journal that was used says what is shown."""
         states = [(survey(orphan.journal), orphan) for orphan in reversed(self.orphans)]
         state, orphan = next((item for item in states if item[0] is not None), states[-1])
-        self._reopen(orphan.journal, state, orphan.vault.take())
-        self._finish()
+        self._finish(self._reopen(orphan.journal, state, orphan.vault.take()))
 
-    def _finish(self) -> None:
+    def _finish(self, counts: Future[Any]) -> None:
         self.close()
-        self._taken()
+        self._taken(counts)
 
     def close(self, *, kill: bool = False) -> None:
         """Be done with the orphans; what they had still to say is heard."""
