@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import criu_rig
 import numpy as np
 import pytest
+from scenario import eventually
 
 from examples.page_server import serving
 
@@ -149,6 +150,40 @@ def test_example_external_sort_of_a_file(tmp_path: Path) -> None:
     numbers.tofile(tmp_path / "input")
     example("external_sort.py", tmp_path / "input", tmp_path / "output", "--memory", "1")
     assert np.array_equal(np.fromfile(tmp_path / "output", np.int64), np.sort(numbers))
+
+
+def limited(folder: Path, limit: int) -> Path:
+    """Return a new cgroup, with so many bytes of memory; skip where there is none to be made."""
+    for parent, name in ((Path("/sys/fs/cgroup/memory"), "limit_in_bytes"), (Path("/sys/fs/cgroup"), "max")):
+        group = parent / f"aiouffd-{folder.name}-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / f"memory.{name}").write_text(str(limit))
+        except OSError:
+            group.rmdir()
+        else:
+            return group
+    pytest.skip("no cgroup with a memory limit can be made here")
+
+
+def test_example_sort_what_does_not_fit(tmp_path: Path) -> None:
+    """A file of 128 MiB is sorted in place where less memory than that may be used: by program, pager and caches."""
+    group = limited(tmp_path, 112 << 20)
+    code = f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))"
+    script = str(EXAMPLES / "sort_what_does_not_fit.py")
+    arguments = [script, "--size", "128", "--memory", "16"]
+    code += f"; os.execv({sys.executable!r}, {[sys.executable, *arguments]!r})"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=200)
+    finally:
+        eventually((group / "cgroup.procs").read_text, "")  # the pager ends a little later
+        group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "the file is sorted" in done.stdout
+    assert re.search(r"128 MiB came, 128 MiB were written, [678] MiB are there", done.stdout)
 
 
 def test_example_prefork() -> None:
