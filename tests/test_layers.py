@@ -196,6 +196,8 @@ ORDER = {
         "parameters",
         "daemon",
         "demo_server",
+        "demo_parts",
+        "demo_store",
         "demo",
         "doctor",
         "lazy_pages",

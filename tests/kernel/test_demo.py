@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 from processes import descendants, ended
 
-import aiouffd
-from aiouffd.cli.demo import Check, picture
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -54,22 +51,3 @@ def test_nothing_is_left_of_a_demo_that_is_ended(number: signal.Signals, status:
         assert process.wait(20) == status
     assert all(ended(pid) for pid in family)
     assert number == signal.SIGKILL or not list(tmp_path.iterdir())
-
-
-def test_a_wrong_byte_is_noticed(tmp_path: Path) -> None:
-    """One byte that differs from the file is the offset of a wrong piece."""
-    path = tmp_path / "x"
-    path.write_bytes(bytes(8192))
-    check = Check(path)
-    check.compare(0, memoryview(bytes(4096)))
-    check.compare(4096, memoryview(bytes(4095) + b"x"))
-    check.close()
-    assert check.wrong == [4096]
-    assert (check.bytes, check.touched.total) == (8192, 8192)
-
-
-def test_the_picture_shows_what_is_present() -> None:
-    """The first half of a region is present."""
-    region = aiouffd.Region(80 * 8 * 4096)
-    region[: len(region) // 2] = b"x" * (len(region) // 2)
-    assert picture(region, 80, plain=True) == ["#" * 80] * 4 + [" " * 80] * 4
