@@ -1,7 +1,7 @@
 """The command line: a module for each command. Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
-Layout: `commands` (the group) > `serve`, `lazy_pages`, `doctor`, `demo` (its parts: `demo_parts`, `demo_store`, `demo_server`) > `daemon` (signals, log, systemd) >
-`parameters` (types of options).
+Layout: `commands` (the group) > `serve`, `lazy_pages`, `doctor`, `demo` (`demo_parts`, `demo_store`, `demo_server`)
+> `daemon` (signals, log, systemd) > `parameters` (types of options).
 """
 
 from __future__ import annotations
