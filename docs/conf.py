@@ -51,8 +51,12 @@ autodoc_class_signature = "mixed"
 # asks no network. One that it lacks is a warning (-n): add it.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "python.inv")}
 nitpick_ignore = [
-    ("py:class", name) for name in ("array", "Buffer", "Future")
-]  # what modules import by these short names
+    ("py:class", name)
+    for name in (
+        *("array", "Buffer", "Future", "concurrent.futures._base.Future"),  # what modules import by these short names
+        *("Settings", "SocketFile", "Session", "aiouffd.server.session.Session", "aiouffd.server.clients.Client"),
+    )  # and types of attributes that are no public names
+]
 
 # llms.txt, and each page as Markdown with what autodoc has written into it.
 llms_txt_description = "An asyncio framework for Linux userfaultfd: memory that fills itself on first touch."
