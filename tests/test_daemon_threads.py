@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 import pytest
 from scenario import eventually, play
 
+from aiouffd.errors import ClosedError
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ async def test_calls_and_their_errors() -> None:
         threads.submit(int)
 
 
-def test_what_waits_for_a_thread_can_be_canceled() -> None:
-    """What runs goes on."""
+def test_what_waits_for_a_thread_is_told_of_the_end() -> None:
+    """By an error, and not by a cancel, which would be taken for one of the task that waits. What runs goes on."""
     threads = DaemonThreads(1, "test")
     begun, go_on = threading.Event(), threading.Event()
 
@@ -46,8 +46,8 @@ def test_what_waits_for_a_thread_can_be_canceled() -> None:
     running = threads.submit(wait)
     assert begun.wait(20)
     waiting: Future[int] = threads.submit(int)
-    threads.shutdown(wait=False, cancel_futures=True)
-    with pytest.raises(CancelledError):
+    threads.close()
+    with pytest.raises(ClosedError):
         waiting.result(20)
     go_on.set()
     assert running.result(20) is True

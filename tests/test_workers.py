@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from aiouffd.errors import ClosedError
 from aiouffd.store.workers import Workers
 
 
@@ -59,3 +60,17 @@ async def test_canceling_one_leaves_the_others() -> None:
     assert await last.result() == 2
     await first.result()
     workers.close()
+
+
+async def test_what_waits_is_told_of_the_end() -> None:
+    """What no thread has begun raises, and is not made; what runs returns."""
+    workers, go, begun = Workers(1, "test"), threading.Event(), threading.Event()
+    first = workers.submit(partial(_hold, begun, go), urgent=True)
+    await asyncio.to_thread(begun.wait)
+    waiting = [workers.submit(lambda: 1, urgent=urgent) for urgent in (False, True)]
+    workers.close()
+    for job in waiting:
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(job.result(), 20)
+    go.set()
+    await first.result()

@@ -151,7 +151,7 @@ class WriteBack:
                 log.error("%s; nobody has it any more", error)  # noqa: TRY400 - the text says it
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     # Pieces
 

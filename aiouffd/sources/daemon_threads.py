@@ -10,12 +10,13 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.errors import ClosedError
 from aiouffd.lifetime import until_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DaemonThreads"]
+__all__ = ["DaemonThreads", "fail_waiting"]
 
 
 class DaemonThreads(Executor):
@@ -57,6 +58,10 @@ class DaemonThreads(Executor):
         self._calls.put((future, functools.partial(function, *args, **kwargs)))
         return future
 
+    def close(self) -> None:
+        """Let the threads end. What waits for one raises ClosedError; what has begun goes on, and is not waited for."""
+        self.shutdown(wait=False, cancel_futures=True)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - Executor's
         """Take no further calls, and let the threads end; wait for them if asked to."""
         self._closed = True
@@ -64,7 +69,7 @@ class DaemonThreads(Executor):
             while cancel_futures:
                 call = self._calls.get_nowait()
                 if call is not None:
-                    call[0].cancel()
+                    fail_waiting(call[0])
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads if wait else ():
@@ -73,6 +78,12 @@ class DaemonThreads(Executor):
     @until_exit
     def __del__(self) -> None:
         self.shutdown(wait=False)
+
+
+def fail_waiting(future: Future[Any]) -> None:
+    """Have a call that no thread has begun raise. To cancel it would look like a cancel of the task that waits."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(ClosedError("it was closed before this call was made"))
 
 
 def _work(calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], idle: deque[None]) -> None:

@@ -402,7 +402,7 @@ class FileSource:
     async def aclose(self) -> None:
         """Let the threads end. Does not wait for reads under way."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.close()
             self._pool = None
 
     def travel(self) -> tuple[Any, tuple[Any, ...]]:

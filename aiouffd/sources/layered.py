@@ -225,7 +225,7 @@ class LayeredSource:
     async def aclose(self) -> None:
         """Close all layers. Does not wait for reads under way."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.close()
             self._pool = None
         for layer in self.layers:
             close = getattr(layer, "aclose", None)

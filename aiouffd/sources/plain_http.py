@@ -133,7 +133,7 @@ class PlainHttp:
     def close(self) -> None:
         """Let the threads end. Does not wait for requests under way."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.close()
             self._pool = None
 
     def _open(self, method: str, headers: Mapping[str, str]) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aiouffd.sources.daemon_threads import DaemonThreads
+from aiouffd.sources.daemon_threads import DaemonThreads, fail_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,5 +73,9 @@ class Workers:
                 job.future.set_exception(error)
 
     def close(self) -> None:
-        """Let the threads end; what waits for one is not called. Does not wait."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Let the threads end; what waits for one is not called, and raises ClosedError. Does not wait."""
+        self._threads.close()
+        for waiting in (self._urgent, self._ahead):
+            with contextlib.suppress(IndexError):
+                while True:
+                    fail_waiting(waiting.popleft().future)
