@@ -17,6 +17,7 @@ import numpy as np
 
 import aiouffd
 from benchmarks import clock, far, fuse, guest, in_thread, monitors, page_cache, trouble
+from benchmarks.bounded import bounded_rows
 from benchmarks.caches import cache_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.native import touch
@@ -521,6 +522,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         latency_row,
         far_rows,
         snapshot_rows,
+        bounded_rows,
         tensor_rows,
         cache_rows,
         in_thread_rows,

@@ -95,12 +95,14 @@ class WrittenPages:
 
     def forget(self, start: int, end: int) -> None:
         """Take back what was noted of the whole pages of [start, end)."""
-        self._change(start, end, _FORGOTTEN)
+        for run in list(self.ranges(start, end)):
+            self._change(run.start, run.end, _FORGOTTEN)
 
     def begin(self, start: int, end: int) -> None:
         """Take note that what was written of [start, end) is about to be saved, before it is protected and read.
 
-        It counts as written until `end` says that it is not, also for a successor.
+        The range is one of those that `ranges` has yielded: it counts as written until `end` says that it is not, also
+        for a successor.
         """
         self._change(start, end, _BEGUN)
 
@@ -109,9 +111,8 @@ class WrittenPages:
         self._change(start, end, _SAVED if saved else _NOT_SAVED)
 
     def _change(self, start: int, end: int, table: bytes) -> None:
-        for run in list(self.ranges(start, end)):
-            first, last = run.start // self._page, run.end // self._page
-            self._notes[first:last] = self._notes[first:last].translate(table)
+        first, last = start // self._page, end // self._page
+        self._notes[first:last] = self._notes[first:last].translate(table)
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -12,6 +12,7 @@ limit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -35,7 +36,9 @@ __all__ = ["WriteBack"]
 log = logging.getLogger("aiouffd")
 
 _PIECE = 2 << 20
-_AT_ONCE = 4  # pieces that are being written
+_BATCH = 8 << 20  # bytes, or so many pieces, that are protected, read and written together
+_AT_ONCE = 128
+_WRITES = 16  # of a batch that are under way
 _NAMED = 100  # ranges that an error tells
 _THREADS = 4
 _RETRY = 0.001  # seconds
@@ -161,34 +164,62 @@ class WriteBack:
         return [piece for run in runs for piece in pieces(run.start, run.end, self._page, _PIECE)]
 
     async def _write(self, ranges: list[tuple[int, int]]) -> None:
-        failed: list[tuple[int, int, BaseException]] = []
-        for at in range(0, len(ranges), _AT_ONCE):
-            results = await asyncio.gather(
-                *(self._save(*item) for item in ranges[at : at + _AT_ONCE]), return_exceptions=True
-            )
-            for item, result in zip(ranges[at : at + _AT_ONCE], results, strict=True):
-                if isinstance(result, BaseException):
-                    failed.append((*item, result))
+        batches, size = [list[tuple[int, int]]()], 0
+        for item in ranges:
+            if size >= _BATCH or len(batches[-1]) == _AT_ONCE:
+                batches.append([])
+                size = 0
+            batches[-1].append(item)
+            size += item[1]
+        turn = asyncio.Semaphore(2)  # one is protected while the one before is being written
+
+        async def save(batch: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
+            async with turn:
+                return await self._save(batch)
+
+        failed = [item for items in await asyncio.gather(*map(save, batches)) for item in items]
+        self._bound.count_noted()
         if failed:
             error = failed[0][2]
             reason = str(error) if isinstance(error, UffdError) else read_failure(error)
             bounds = [number for offset, length, _ in failed[:_NAMED] for number in (offset, length)]
             raise WriteBackError(repr(self._source), reason, *bounds) from error
 
-    async def _save(self, offset: int, length: int) -> None:
-        written, end = self._bound.written, offset + length
-        saved = False
-        written.begin(offset, end)
+    async def _save(self, batch: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
+        """Save some pieces (offset, length); return those that the source has not taken, and why."""
+        written = self._bound.written
+        results: list[BaseException | None] = [ClosedError("it is served no longer")] * len(batch)
+        for offset, length in batch:
+            written.begin(offset, offset + length)
         try:
-            await self._protect(offset, end)
-            available = min(length, self._source.size - offset)
-            data = await asyncio.get_running_loop().run_in_executor(self._threads, self._bound.peek, offset, available)
-            await self._source.write(offset, data)
-            self._words[Counter.PAGES_WRITTEN_BACK] += length // self._page
-            saved = True
+            for offset, length in batch:
+                await self._protect(offset, offset + length)
+            loop = asyncio.get_running_loop()
+            results = await self._hand_over(await loop.run_in_executor(self._threads, self._peek, batch))
+        except Exception as error:  # noqa: BLE001 - it is told
+            results = [error] * len(batch)
         finally:
-            written.end(offset, end, saved=saved)
-            self._bound.count_noted()
+            for (offset, length), result in zip(batch, results, strict=True):
+                written.end(offset, offset + length, saved=result is None)
+                self._words[Counter.PAGES_WRITTEN_BACK] += (result is None) * length // self._page
+        pairs = zip(batch, results, strict=True)
+        return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+
+    def _peek(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        size = self._source.size
+        return [(offset, self._bound.peek(offset, min(length, size - offset))) for offset, length in batch]
+
+    async def _hand_over(self, parts: list[tuple[int, bytes]]) -> list[BaseException | None]:
+        """Give parts (offset, bytes) to the source; return why it has not taken them, for each."""
+        if len(parts) > 1 and hasattr(self._source, "write_many"):
+            with contextlib.suppress(Exception):  # one by one, each says whether it is the one
+                await self._source.write_many(parts)
+                return [None] * len(parts)
+        results: list[BaseException | None] = []
+        for at in range(0, len(parts), _WRITES):
+            some = parts[at : at + _WRITES]
+            results += await asyncio.gather(*(self._source.write(*part) for part in some), return_exceptions=True)
+        return results
 
     async def _protect(self, start: int, end: int) -> None:
         """Have the next write to each page be noted. While the layout is changing, the kernel refuses that."""

@@ -43,6 +43,8 @@ class Source(Protocol):
     - `async write(offset, data)`: take back what was written to memory, so that the next `read` returns it (for
       `write_back=True`). `offset` is that of a page; `data` is whole pages, or ends with the source. Returns when the
       bytes are accepted. What it raises is reported, and the bytes stay in memory.
+    - `async write_many(parts)`: in place of several calls of `write`: a list of (offset, data). If it raises, each is
+      written by `write`.
     - `async sync()`: return when all that was written is durable.
     - `writable`: an attribute; if it is false, there is a `write` but it may not be called.
     - `async aclose()`: called once, when serving ends.

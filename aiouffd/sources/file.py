@@ -393,6 +393,16 @@ class FileSource:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
 
+    async def write_many(self, parts: list[tuple[int, Any]]) -> None:
+        """As `write`, for several (offset, data), in one thread."""
+        import asyncio  # noqa: PLC0415 - as in `read`
+
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._write_many, parts)
+
+    def _write_many(self, parts: list[tuple[int, Any]]) -> None:
+        for part in parts:
+            self._write(*part)
+
     async def sync(self) -> None:
         """Have what was written be on the disk (fsync(2))."""
         import asyncio  # noqa: PLC0415 - as in `read`
