@@ -8,6 +8,9 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
+import pytest
+
+from aiouffd.errors import PagerStartError
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.journal import Journal
@@ -90,3 +93,19 @@ def test_a_thread_that_can_get_no_answer() -> None:
     client._thread.join()
     client.stop()
     assert told == [True, False, True, False]
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the limit."""
+
+    def refused() -> None:
+        raise RuntimeError("can't start new thread")
+
+    client = PagerClient(on_error=lambda *_: None)
+    pair = FakePair(Journal.create())
+    monkeypatch.setattr(client, "_start_pair", lambda: pair)
+    monkeypatch.setattr(client._thread, "start", refused)
+    with pytest.raises(PagerStartError, match=r"hears the pager: .*RLIMIT_NPROC is .*pids\.max"):
+        client.start()
+    pair.close()
+    client._waiter.close()

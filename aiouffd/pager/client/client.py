@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, HandoffError, PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.limits import no_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.pager.client.abandoned import poison_what_is_touched
@@ -122,8 +123,7 @@ class PagerClient:
         try:
             self._thread.start()
         except RuntimeError as error:
-            reason = f"no thread can be started to hear the pager ({error}): pids.max of the cgroup, or RLIMIT_NPROC"
-            raise PagerStartError(reason) from error
+            raise PagerStartError(str(no_thread("a thread that hears the pager"))) from error
 
     def open(self, tenant: Tenant) -> Future[Any]:
         """Have a tenant served; the future is done when it is.
