@@ -10,7 +10,7 @@ from engine_world import turns
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiouffd.engine.flight import Flight, Flights, canceled_from_outside, end_of, tasks_of
+from aiouffd.engine.flight import Flight, Flights, canceled_from_outside, end_of, spawn, tasks_of
 from aiouffd.engine.runs import FOR_FAULT
 
 pytestmark = pytest.mark.timeout(30)
@@ -166,3 +166,13 @@ async def test_a_task_that_does_not_end_is_left(
     assert "1 reads or handlers were canceled and go on" in caplog.text
     through.set()
     await task
+
+
+async def test_a_task_is_held_until_it_ends() -> None:
+    """Also one that nobody else refers to: the loop does not hold it. What it returns, or raises, is its own."""
+    tasks: set[asyncio.Task[int]] = set()
+    spawn(tasks, asyncio.sleep(0, 5))
+    (task,) = tasks
+    assert await task == 5
+    await turns(1)
+    assert not tasks

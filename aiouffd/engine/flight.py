@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Coroutine, Iterable, Iterator
 
     from aiouffd.engine.runs import Purpose
 
-__all__ = ["Flight", "Flights", "canceled_from_outside", "end_of", "tasks_of"]
+__all__ = ["Flight", "Flights", "canceled_from_outside", "end_of", "spawn", "tasks_of"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
 _CANCEL_TIMEOUT = 2.0
+
+_Result = TypeVar("_Result")
 
 
 class Flight:
@@ -163,6 +165,14 @@ def canceled_from_outside(error: BaseException) -> bool:
     """Tell whether this is the cancelation of the running task, not of something that it has waited for."""
     task = asyncio.current_task()
     return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
+
+
+def spawn(tasks: set[asyncio.Task[_Result]], work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+    """Run a coroutine as a task of this loop, which is one of `tasks` until it ends: a loop holds its tasks weakly."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
 
 
 async def end_of(tasks: Iterable[asyncio.Task[Any]]) -> None:

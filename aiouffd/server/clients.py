@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.flight import spawn
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.json_lines import Lines, line
 from aiouffd.handoff.own_threads import close_foreign
@@ -115,7 +116,7 @@ class Conversation:
                     if type(number) is not int:
                         raise HandoffError("a client", f"sent {message!r:.80}, which is no request")
                     await places.acquire()  # a client that asks faster than it can be answered is not read from
-                    self._spawn(self._carry_out(number, message, places))
+                    spawn(self._tasks, self._carry_out(number, message, places))
         finally:
             for task in list(self._tasks):
                 task.cancel()
@@ -123,7 +124,7 @@ class Conversation:
 
     def report(self, error: BaseException) -> None:
         """Send an error that belongs to no request, as soon as the client reads."""
-        self._spawn(self.tell({"error": encode_error(error, private=False)}))
+        spawn(self._tasks, self.tell({"error": encode_error(error, private=False)}))
 
     async def tell(self, message: dict[str, Any]) -> None:
         """Send a line, and wait until the client has read what is before it. Too many that wait are dropped."""
@@ -148,8 +149,3 @@ class Conversation:
         finally:
             places.release()
         await self.tell(answer)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import HandoffError, UffdError
@@ -29,7 +30,7 @@ from aiouffd.server.reception import Reception
 from aiouffd.server.services import Services
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.handoff.arrival import Handoff
@@ -223,7 +224,7 @@ class Session:
         count, page_size = len(tenant.mappings), tenant.page_size
         log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
         if client.conversation is not None:
-            self._spawn(self._converse(client, client.conversation))
+            spawn(self._tasks, self._converse(client, client.conversation))
 
     async def _examine(self, handoff: Handoff) -> None:
         """Say if a client's memory was filled with zeros before it was handed over."""
@@ -339,11 +340,6 @@ class Session:
         log.info("%s %s; %d left", client, why, len(self.clients))
 
     # Helpers
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _name_asked_for(handoff: Handoff) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
+from aiouffd.engine.flight import spawn
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
 from aiouffd.store.workers import Job, Workers
 
@@ -200,9 +201,7 @@ class Chunks:
         """Begin to fetch a run; return the flights of its chunks."""
         flights = {record.chunk: _Flight(urgent=urgent) for record in run}
         self._flights.update(flights)
-        task = asyncio.get_running_loop().create_task(self._fly(run))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        spawn(self._tasks, self._fly(run))
         return flights
 
     async def _fly(self, run: list[Record]) -> None:

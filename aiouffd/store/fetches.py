@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from aiouffd.engine.flight import spawn
 from aiouffd.errors import ShortReadError, SourceError
 from aiouffd.store.cache import Found
 from aiouffd.store.segments import Place
@@ -236,9 +237,7 @@ class Fetches:
 
     def spawn(self, work: Any) -> None:
         """Have a coroutine run, until `aclose` at most."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        spawn(self._tasks, work)
 
     async def aclose(self) -> None:
         """End what is under way; what has come is still written to the cache, if that takes no longer than 5 s."""

@@ -8,7 +8,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.allowance import allowed
-from aiouffd.engine.flight import Flight, canceled_from_outside, end_of
+from aiouffd.engine.flight import Flight, canceled_from_outside, end_of, spawn
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.deadlines import Deadlines
 from aiouffd.engine.serve.handler import Batch, Fault, Handler, wants_writes
@@ -22,7 +22,7 @@ from aiouffd.kernel.userfaultfd import Fork
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
@@ -116,14 +116,8 @@ class HandlerBackend:
         space.take_off(flight)
         batch = Batch(space, purpose)
         space.on_changed.add(batch.changed)  # now: the layout may change before the task runs
-        flight.done = self._spawn(self._fly(space, flight, fault, batch))
+        flight.done = spawn(self._tasks, self._fly(space, flight, fault, batch))
         return flight
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _fly(self, space: Space, flight: Flight, fault: Fault, batch: Batch) -> None:
         reason = ""
@@ -242,7 +236,7 @@ class HandlerBackend:
         fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), run.offset)
         flight = Flight(page, page + space.page_size, run.offset, perf_counter_ns(), FOR_FAULT)
         space.take_off(flight)
-        self._spawn(self._tell_write(space, flight, fault))
+        spawn(self._tasks, self._tell_write(space, flight, fault))
 
     async def _tell_write(self, space: Space, flight: Flight, fault: Fault) -> None:
         batch = Batch(space)

@@ -10,7 +10,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.allowance import allowed
-from aiouffd.engine.flight import Flight, end_of
+from aiouffd.engine.flight import Flight, end_of, spawn
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.extents import Extents
@@ -22,7 +22,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
@@ -238,14 +238,8 @@ class SourceBackend:
         if wanted is not None and address <= wanted < address + length:
             flight.wanted.add(wanted)
         space.take_off(flight)
-        flight.done = self._spawn(self._fly(space, flight))
+        flight.done = spawn(self._tasks, self._fly(space, flight))
         return flight
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _fly(self, space: Space, flight: Flight, retries: int | None = None) -> None:
         """Bring what a flight is for; if that fails, ask again for the pages that threads wait for.
@@ -320,7 +314,7 @@ class SourceBackend:
             single = Flight(address, address + page, offset, flight.began_ns, Purpose(flight.purpose.cause))
             single.wanted.add(address)
             space.take_off(single)
-            single.done = self._spawn(self._fly(space, single, retries))
+            single.done = spawn(self._tasks, self._fly(space, single, retries))
             singles.append(single.done)
         if singles:
             await asyncio.wait(singles)

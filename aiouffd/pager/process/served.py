@@ -15,6 +15,7 @@ from aiouffd.engine.ahead.fill import bring_ahead
 from aiouffd.engine.allowance import Allowances
 from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.flight import spawn
 from aiouffd.engine.messages import COUNTER_OF_EVENT
 from aiouffd.engine.options import Service
 from aiouffd.engine.space import Space
@@ -227,9 +228,7 @@ class Served:
 
     def spawn(self, work: Any) -> None:
         """Have a coroutine run to its end."""
-        task = self._loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        spawn(self.tasks, work)
 
     # Spaces
 
