@@ -21,7 +21,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from processes import KEPT
+from processes import KEPT, unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,11 +38,10 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # A thread of a library's would not be there in a child. What is measured is each child, not their parent.
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=theirs.fileno(),
-                env={**environment, "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                env={**unmeasured(), "OPENBLAS_NUM_THREADS": "1"},
             )
         KEPT.add(self._process.pid)
         atexit.register(self._end)
@@ -97,6 +96,8 @@ def _serve(requests: socket.socket) -> Request:
         request: Request = json.loads(message)
         with contextlib.suppress(Exception):  # it is raised again where it can be read: in the child
             _module(request)
+        if "COVERAGE_PROCESS_START" in request["environment"]:
+            import coverage  # noqa: F401 - 70 ms for each child
         if os.fork() == 0:
             requests.close()
             if _forked(descriptors.pop()):

@@ -22,6 +22,11 @@ INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 """Python ignores them, and subprocess gives children their default."""
 
 
+def unmeasured() -> dict[str, str]:
+    """Return this process's environment without what has coverage measure a Python process from its start."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+
+
 def descendants(pid: int) -> set[int]:
     """Return the processes below one; those that have ended, but have not been waited for, are among them."""
     found: set[int] = set()

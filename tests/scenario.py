@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import forkserver
-from processes import PATIENCE, ended
+from processes import PATIENCE, ended, unmeasured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -67,7 +67,6 @@ def play(
         measured: False keeps coverage out, whose lock a signal handler that touches missing memory would wait for.
         fresh: True starts an interpreter, for what only its start can show: variables that Python reads itself.
     """
-    environment = {name: value for name, value in os.environ.items() if measured or not name.startswith("COVERAGE")}
     path = Path(sys.modules[function.__module__].__file__ or "")
     request = {
         "directory": str(path.parent),
@@ -76,7 +75,7 @@ def play(
         "arguments": repr(arguments),
         "deadline": deadline,
         "loop": loop,
-        "environment": {**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+        "environment": {**os.environ} if measured else unmeasured(),
         "cwd": str(Path.cwd()),
     }
     streams = os.pipe(), os.pipe()
@@ -162,7 +161,7 @@ for pid in sys.argv[1:]:
 
 def killed_when_this_thread_waits(pids: Iterable[int]) -> subprocess.Popen[bytes]:
     """Have processes killed with -9 as soon as the main thread waits for a page; return who does it."""
-    return subprocess.Popen([sys.executable, "-c", _KILLER, *map(str, pids)])
+    return subprocess.Popen([sys.executable, "-S", "-c", _KILLER, *map(str, pids)], env=unmeasured())
 
 
 def open_descriptors() -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from processes import unmeasured
 
 import aiouffd
 from aiouffd import native
@@ -51,7 +52,7 @@ def installed(root: Path, target: Path, compiler: str, *options: str) -> list[st
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, *options, root],
         check=True,
-        env={**os.environ, "CC": compiler},
+        env={**unmeasured(), "CC": compiler},
         timeout=100,
     )
     return [str(path.relative_to(target)) for path in target.rglob("*")]
@@ -115,7 +116,7 @@ def test_a_wheel_has_no_build_of_the_source_tree(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, root],
         check=True,
-        env={**os.environ, "CC": NOWHERE},
+        env={**unmeasured(), "CC": NOWHERE},
         timeout=100,
     )
     (wheel,) = tmp_path.glob("*.whl")

@@ -14,7 +14,7 @@ from processes import KNOWN, descendants, end_all, ended
 
 TESTS = Path(__file__).parent
 SAMPLE = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 
 CHILD = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']).pid)"
 
@@ -32,11 +32,12 @@ def test_sample():
 def test_an_orphan_is_killed_and_blamed_on_its_own_test(tmp_path: Path, holds: bool) -> None:
     """A test that passed fails for it; of one that failed nothing is left either, and the next test runs."""
     shutil.copy(TESTS / "conftest.py", tmp_path)
-    sample = SAMPLE.format(holds=holds) + "\ndef test_next():\n    assert True\n"
+    # It is named after no module, so that what it starts is not measured.
+    sample = SAMPLE.format(holds=holds) + "\ndef test_next():\n    assert 'COVERAGE_PROCESS_X' not in os.environ\n"
     (tmp_path / "test_sample.py").write_text(sample)
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", ".", "-c", str(TESTS.parent / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", *options, "test_sample.py"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "COVERAGE_PROCESS_X": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout + result.stderr
     assert ("it has left processes" in result.stdout) is holds
