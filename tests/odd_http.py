@@ -142,6 +142,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif habit == "multipart":
             headers["Content-Type"] = "multipart/byteranges; boundary=X"
             headers["Content-Range"] = ""
+        elif habit == "empty" and start:
+            body = b""
         elif habit == "compressed":
             headers["Content-Encoding"] = "gzip"
         elif habit == "late 200" and start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import gateway
@@ -11,6 +12,7 @@ from scenario import play
 from snapshots import CHUNK, an_image, damage, packs_of, read_all
 
 import aiouffd
+from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.store import bucket as module
 from aiouffd.store import copy_sync, create_sync, extract_sync, gc_sync, verify_sync
 from aiouffd.store.bucket import Bucket
@@ -196,3 +198,11 @@ def test_without_credentials(s3: str) -> None:
     wrong: Any = {**gateway.options(s3), "secret_access_key": "wrong"}
     with pytest.raises(aiouffd.SourceError, match=r"access was refused \(403\)"):
         read_all("s3://vol/x.snap", **wrong)
+
+
+def test_an_answer_without_a_byte_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not asked for again, for ever."""
+    answers = [Answer(b"first", 0, Validator(None)), Answer(b"", 5, Validator(None))]
+    part = SimpleNamespace(ask=lambda _: answers.pop(0))
+    monkeypatch.setattr(Bucket, "part", lambda *_: part)
+    assert Bucket("http://host", {}).read("x", 0, 100) == b"first"

@@ -12,7 +12,7 @@ from snapshots import CHUNK, an_image, packs_of, read_all
 
 import aiouffd
 from aiouffd.store import collect, create_sync, gc, gc_sync
-from aiouffd.store.folder import Folder
+from aiouffd.store.folder import Entry, Folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,15 +97,14 @@ def test_what_is_written_while_it_works_stays(store: Path, monkeypatch: pytest.M
     """It looks once more before it removes."""
     (store / "layer.snap").unlink()
     pack = next(iter(gc_sync(store, grace=0, dry_run=True))).path
-    looks, listed = [], Folder.list
+    finding = Folder.find
 
-    def note(self: Folder, path: str) -> object:
-        looks.append(path)
-        if len(looks) == 2:
+    def note(self: Folder, path: str) -> Entry | None:
+        if path == pack:
             os.utime(store / pack)
-        return listed(self, path)
+        return finding(self, path)
 
-    monkeypatch.setattr(Folder, "list", note)
+    monkeypatch.setattr(Folder, "find", note)
     gc_sync(store, grace=0)
     assert (store / pack).exists()
 
@@ -137,3 +136,26 @@ def test_what_killed_writers_have_left(store: Path) -> None:
     assert sorted(entry.path for entry in gc_sync(store, grace=0)) == [".part-1", "packs/.part-2"]
     assert (store / "notes.txt").exists()
     assert (store / "sub/packs/aa/bb").exists()
+
+
+def test_what_is_written_again_while_others_are_removed_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a store that is listed as a whole, as buckets are, before anything of it is removed."""
+    listing, deleting = Folder.list, Folder.delete
+    later = an_image(42, 3)
+
+    def delete(self: Folder, path: str) -> None:
+        deleting(self, path)
+        if not (store / "again.snap").exists():
+            for name, data in (("again", CHANGED), ("base", DATA), ("other", later)):
+                create_sync(data, store / f"{name}.snap")
+
+    create_sync(later, store / "other.snap")
+    for name in ("base", "layer", "other"):
+        (store / f"{name}.snap").unlink()
+    for path in store.glob("*/**/*"):
+        os.utime(path, (0, time.time() - 86400))
+    monkeypatch.setattr(Folder, "list", lambda self, path: iter(list(listing(self, path))))
+    monkeypatch.setattr(Folder, "delete", delete)
+    gc_sync(store, grace=0)
+    for name, data in (("again", CHANGED), ("base", DATA), ("other", later)):
+        assert read_all(store / f"{name}.snap") == data

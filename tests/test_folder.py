@@ -128,3 +128,24 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
             Folder(str(tmp_path / place))
     with pytest.raises(aiouffd.StoreError, match="this folder cannot be made: File exists"):
         Folder.make(str(tmp_path / "file"))
+
+
+def test_an_empty_folder_that_is_removed_while_it_is_written_to(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `delete` of another process removes it: it is made again, if not for ever."""
+    make, turns = folder._make_folder, [2]
+
+    def vanishing(path: str) -> int:
+        fd = make(path)
+        if turns[0]:
+            turns[0] -= 1
+            Path(folder.path, path).rmdir()
+        return fd
+
+    monkeypatch.setattr(folder, "_make_folder", vanishing)
+    assert folder.put("packs/a/b", [b"data"])
+    assert folder.read("packs/a/b", 0, 9) == b"data"
+    turns[0] = 99
+    with pytest.raises(aiouffd.StoreError, match="it cannot be written: No such file"):
+        folder.put("packs/c/d", [b"data"])

@@ -208,3 +208,22 @@ def test_in_order() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(in_order(pool, work, range(40), 4)) == list(range(40))
     assert most <= 4
+
+
+def test_records_are_written_whole(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a write becomes short; and if there is no room for them, that is a StoreError."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+    with begun(store) as layer:
+        add(layer, 1, 2, 4)
+        index = index_of(store, layer.finish())
+    assert [record.hash for record in index.find_all()] == [digest(CHUNKS[n % 5]) for n in (1, 2, 4)]
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with begun(store) as layer:
+        add(layer, 1)
+        with pytest.raises(aiouffd.StoreError, match=r"no room for a copy of it \(No space left on device\)"):
+            layer.finish()

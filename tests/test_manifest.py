@@ -15,7 +15,7 @@ from aiouffd.store.manifest import VERSION, Link, Manifest
 HASH = "0123456789abcdef" * 4
 PLAIN = Manifest(1 << 30, 4096, 65536, "zstd", Link(HASH, 1000))
 
-links = st.builds(Link, st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(1, 1 << 48))
+links = st.builds(Link, st.text("0123456789abcdef", min_size=64, max_size=64), st.integers(1, 4096))
 manifests = st.builds(
     Manifest,
     size=st.integers(1, 1 << 48),
@@ -51,6 +51,8 @@ def test_what_is_encoded_comes_back(manifest: Manifest) -> None:
         *(({"index": value}, "index") for value in (None, "x", {}, {"hash": "../x", "length": 1})),
         *(({"index": {"hash": HASH, "length": value}}, "length") for value in (0, -1, "5", 1 << 60)),
         ({"index": {"hash": HASH.upper(), "length": 5}}, "index"),
+        ({"index": {"hash": HASH, "length": 16384 * 200}}, "length"),  # it has 16,384 chunks
+        ({"trace": {"hash": HASH, "length": 262144 * 130}}, "length"),  # and 262,144 pages
         ({"trace": {"hash": "x"}}, "trace"),
         ({"metadata": []}, "metadata"),
     ],

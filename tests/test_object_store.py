@@ -93,6 +93,18 @@ def test_signatures_are_not_shown() -> None:
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.parametrize("client", ["obstore", "loop"])
+async def test_answers_without_a_byte_are_an_error(client: str) -> None:
+    """And are not asked for again, for ever."""
+    with odd_http.serving("empty") as server:
+        source = aiouffd.ObjectSource(server.url, timeout=5, retries=0)
+        await source.prepare()
+        ask_by(client, source)
+        with pytest.raises(aiouffd.SourceError):
+            await asyncio.wait_for(source.read(10, 100), 20)
+        await source.aclose()
+
+
 SIZE_OF_ODD = len(odd_http.DATA)
 PLACES = ((0, 4096), (65_000, 30_000), (SIZE_OF_ODD - 100, 100))
 

@@ -53,6 +53,7 @@ def test_each_byte_is_found(parts: list[bytes], checksums: bool, data: st.DataOb
         (seek_table([], magic=MAGIC ^ 1), "ordinary .zst file"),
         (seek_table([], flags=0x04), "flags 0x04, which are unknown"),
         (struct.pack("<IBI", 1 << 27, 0x80, MAGIC), "134217728 frames do not fit in 9 bytes"),
+        (struct.pack("<IBI", (1 << 27) + 1, 0x80, MAGIC), "134217729 frames are more than there may be"),
         (b"?" + seekable([b"x"]), "it was cut, or is damaged: its frames have 10 bytes, and 11 are before"),
         (seekable([b"x"])[1:], "it was cut, or is damaged: its frames have 10 bytes, and 9 are before"),
         (seekable([b"x"]).replace(struct.pack("<I", 21), struct.pack("<I", 22)), "1 frames are not all of its frame"),

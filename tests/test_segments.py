@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from typing import TYPE_CHECKING
@@ -142,7 +143,8 @@ def test_what_is_no_segment(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     (tmp_path / "00000007.segment").symlink_to(tmp_path / "precious")
     (tmp_path / "00000008.segment").mkdir()
-    assert mine.find(8) is None
+    os.mkfifo(tmp_path / "00000009.segment")
+    assert mine.find(8) is mine.find(9) is None
     with pytest.raises(OSError, match="symbolic links"):
         mine.find(7)
     assert (tmp_path / "precious").exists()
@@ -156,3 +158,11 @@ def test_when_it_was_used_is_noted_seldom(tmp_path: Path, monkeypatch: pytest.Mo
     for _ in range(3):
         place.segment.touch()  # type: ignore[union-attr]
     assert noted == [place.segment.fd]  # type: ignore[union-attr]
+
+
+def test_the_last_number(tmp_path: Path) -> None:
+    """A file that has it takes nothing from others: chunks are not kept, as if the disk were full."""
+    (tmp_path / "fffffffe.segment").touch()
+    with pytest.raises(OSError, match="no numbers are left") as caught:
+        segments(tmp_path).append([data(1)])
+    assert caught.value.errno == errno.EFBIG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import tempfile
 from typing import TYPE_CHECKING
@@ -115,6 +116,17 @@ def test_no_room_for_the_index(store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(aiouffd.StoreError, match=r"there is no room for a copy of it.*TMPDIR"):
         open_snapshot(store / "x.snap")
+
+
+def test_the_copy_of_the_index_is_whole_or_an_error(store: Path) -> None:
+    """A write that becomes short, as on a disk that becomes full, is not taken for all: what is mapped has no hole."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(aiouffd.StoreError, match=r"there is no room for a copy of it.*TMPDIR"):
+            open_snapshot(store / "x.snap")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_object_that_a_manifest_names(store: Path) -> None:

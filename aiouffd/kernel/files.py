@@ -1,10 +1,11 @@
-"""The kernel's files in /proc and /sys: small, and made when they are read. The names in a folder."""
+"""The kernel's files in /proc and /sys: small, and made when they are read. Names in a folder; whole writes."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
-__all__ = ["names", "read"]
+__all__ = ["names", "read", "write_at"]
 
 
 def read(path: str) -> bytes:
@@ -24,3 +25,11 @@ def names(folder: int) -> list[str]:
         return os.listdir(fd)  # noqa: PTH208 - a descriptor
     finally:
         os.close(fd)
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Write all of a buffer to a place in a file: pwrite(2) writes less where a disk becomes full. Raises OSError."""
+    left = memoryview(data).cast("B")
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done

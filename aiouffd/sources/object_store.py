@@ -166,6 +166,8 @@ class ObjectSource:
         at, stop = offset, offset + length
         while at < stop:
             answer = await self._persist(at, stop)
+            if not len(answer.data):
+                raise ShortReadError(repr(self), at, stop - at, "the server gave no bytes, and no error")
             pieces.append(answer.data)
             at += len(answer.data)
         if at > stop:

@@ -91,11 +91,15 @@ class StoreClient:
 
     def size(self) -> int | None:
         """Return the size of the object by a HEAD request; blocks. Raises as `get`."""
+        return self.head()[0]
+
+    def head(self) -> tuple[int, float]:
+        """Return (size, time of change) of the object by a HEAD request; blocks. Raises as `get`."""
         try:
-            size: int = self._obstore.head(self._store, self._key)["size"]
+            found = self._obstore.head(self._store, self._key)
         except Exception as error:
             raise self._failed(error) from error
-        return size
+        return found["size"], found["last_modified"].timestamp()
 
     def put(self, data: bytes, *, replace: bool) -> bool:
         """Write the object, whole or not at all, and tell whether it was written; blocks. Raises as `get`.

@@ -109,7 +109,7 @@ class Bucket:
                 raise
             pieces.append(answer.data)
             start += len(answer.data)
-            if answer.validator.size == start:
+            if answer.validator.size == start or not len(answer.data):
                 break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -123,7 +123,16 @@ class Bucket:
 
     def list(self, path: str) -> Iterator[Entry]:
         """Yield the objects below a path. Raises SourceError."""
-        yield from self._writable(path).ask(lambda client: [Entry(*item) for item in client.list()])
+        yield from self._writable(path).ask(lambda client: [_entry(*item) for item in client.list()])
+
+    def find(self, path: str) -> Entry | None:
+        """Return what is known of an object of a bucket, None if there is none. Raises SourceError."""
+        try:
+            return _entry(path, *self._writable(path).ask(lambda client: client.head()))
+        except SourceError as error:
+            if _status(error) in _MISSING:
+                return None
+            raise
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing if it is not there. Raises SourceError."""
@@ -149,6 +158,11 @@ class Bucket:
 
     def __repr__(self) -> str:
         return f"Bucket({hide_secrets(self.url)!r})"
+
+
+def _entry(path: str, size: int, modified: float) -> Entry:
+    """Return what is known of an object. Its time is whole seconds: some stores tell no more if one is asked for."""
+    return Entry(path, size, float(int(modified)))
 
 
 def _range(start: int, stop: int, client: Any) -> Answer:

@@ -86,8 +86,8 @@ def gc_sync(
     due = [entry for path, entry in unnamed.items() if now - since[path] >= grace]
     if dry_run:
         return due
-    for entry in store.list("") if due else ():  # what was written again meanwhile stays
-        if entry in due:
+    for entry in due:
+        if store.find(entry.path) == entry:  # right before it is removed: what was written again meanwhile stays
             store.delete(entry.path)
             del since[entry.path]
     store.put(_SEEN, [json.dumps(since, indent=1).encode()])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Folder", "unwritten"]
 
+_TRIES: Final = 5  # more tries to write, where `delete` of another process has removed an empty folder meanwhile
 _UNFINISHED: Final = ".part-"
 """Names of files that are being written begin so."""
 
@@ -90,12 +91,18 @@ class Folder:
 
     def size(self, path: str) -> int | None:
         """Return the bytes of an object, None if there is none."""
+        found = self.find(path)
+        return None if found is None else found.size
+
+    def find(self, path: str) -> Entry | None:
+        """Return what is known of an object, None if there is none."""
         try:
-            return os.stat(path, dir_fd=self.fd).st_size
+            found = os.stat(path, dir_fd=self.fd)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self.failure(path, error) from error
+        return Entry(path, found.st_size, found.st_mtime)
 
     def open(self, path: str) -> int:
         """Return a new descriptor of an object.
@@ -156,11 +163,14 @@ class Folder:
     def fill(self, path: str, write: Callable[[int], None], *, replace: bool = True) -> bool:
         """As `put`, for an object that `write` writes to the descriptor that it is called with."""
         folder, _, name = path.rpartition("/")
-        try:
-            with OwnedDescriptor(self._make_folder(folder)) as within:
-                return self._fill(within.fileno(), name, write, replace=replace)
-        except OSError as error:
-            raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
+        for tries in range(_TRIES, -1, -1):
+            try:
+                with OwnedDescriptor(self._make_folder(folder)) as within:
+                    return self._fill(within.fileno(), name, write, replace=replace)
+            except OSError as error:
+                if not tries or not isinstance(error, FileNotFoundError):
+                    raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
+        raise AssertionError("the last try returns or raises")
 
     def _fill(self, folder: int, name: str, write: Callable[[int], None], *, replace: bool) -> bool:
         part = _UNFINISHED + secrets.token_hex(8)

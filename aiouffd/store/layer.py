@@ -11,11 +11,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from aiouffd.errors import StoreError
+from aiouffd.kernel import files
 from aiouffd.store.codecs import CHECK, compressor, digest, digest_of
 from aiouffd.store.index import RECORD, PackName, Record, bitmap, encode_record, head
 from aiouffd.store.manifest import Link
 from aiouffd.store.pack import NAME, Frame, decode_header, encode_header, header_length, identity, offsets
-from aiouffd.store.snapshot import index_path
+from aiouffd.store.snapshot import index_path, room_for_it
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -125,7 +126,8 @@ class Layer:
         self._base = base
         self._pool = pool
         self._writing = writing
-        self._records = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
+        with room_for_it(store.name("indexes")):
+            self._records = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by `close`
         self._unwritten = bytearray()
         self._written_to = 0
         self._present = bitmap(size, chunk_size)
@@ -168,7 +170,8 @@ class Layer:
 
     def _write_records(self) -> None:
         """Write the records that are in memory; they follow each other."""
-        os.pwrite(self._records.fileno(), self._unwritten, self._written_to)
+        with room_for_it(self._store.name("indexes")):
+            files.write_at(self._records.fileno(), self._unwritten, self._written_to)
         self._unwritten.clear()
 
     def _flush(self) -> None:

@@ -18,6 +18,9 @@ SMALLEST_CHUNK: Final = 64 << 10
 LARGEST_CHUNK: Final = 8 << 20  # the length of a frame has 24 bits
 LARGEST_MANIFEST: Final = 1 << 20
 _LARGEST_IMAGE: Final = 1 << 48
+_FEW: Final = 4096
+_PER_CHUNK: Final = 128  # bytes of an index, at most: a record, the name of a pack for itself, and of a group
+_PER_PAGE: Final = 128  # bytes of a recording, at most: each page sixteen times
 _FORMAT: Final = "aiouffd snapshot"
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _NAME: Final = re.compile(r"(?!\.)[^/\0]{1,255}")
@@ -101,14 +104,16 @@ class Manifest:
             raise ValueError(f"base {base!r:.40}")
         if not isinstance(metadata, dict):
             raise ValueError("metadata")  # noqa: TRY004 - of a file, not of a call
+        size, chunk_size = _whole(content, "size", 1, _LARGEST_IMAGE), checked_chunk_size(content.get("chunk_size"))
+        chunks, pages = -(-size // chunk_size), -(-size // (1 << 12))
         return cls(
-            _whole(content, "size", 1, _LARGEST_IMAGE),
+            size,
             _power_of_two(content, "page_size", 1 << 12, 1 << 34),
-            checked_chunk_size(content.get("chunk_size")),
+            chunk_size,
             codec,
-            _link(content.get("index"), "index"),
+            _link(content.get("index"), "index", _FEW + chunks * _PER_CHUNK),
             base,
-            None if content.get("trace") is None else _link(content["trace"], "trace"),
+            None if content.get("trace") is None else _link(content["trace"], "trace", _FEW + pages * _PER_PAGE),
             metadata,
         )
 
@@ -132,7 +137,7 @@ def _power_of_two(content: dict[str, Any], name: str, least: int, most: int) -> 
     return value
 
 
-def _link(value: Any, name: str) -> Link:
+def _link(value: Any, name: str, most: int) -> Link:
     if not isinstance(value, dict) or not isinstance(value.get("hash"), str) or not _HASH.fullmatch(value["hash"]):
         raise ValueError(f"{name} names no hash")
-    return Link(value["hash"], _whole(value, "length", 1, 1 << 48))
+    return Link(value["hash"], _whole(value, "length", 1, most))

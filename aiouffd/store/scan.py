@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import SourceError, StoreError
+from aiouffd.kernel import files
 from aiouffd.ranges import Range
 from aiouffd.store.aside import aside
 from aiouffd.store.chunks import blamed, expanded, runs_of, span
@@ -154,10 +155,7 @@ def extract_sync(
         os.ftruncate(fd, index.size)
         for some in scan(snapshot):
             for record, outcome in some:
-                left, at = memoryview(_bytes(outcome)), record.chunk * index.chunk_size
-                while left:
-                    done = os.pwrite(fd, left, at)
-                    left, at = left[done:], at + done
+                files.write_at(fd, _bytes(outcome), index.start_of(record.chunk))
             _report(snapshot, some, progress)
 
     Folder(above).fill(name, fill)

@@ -31,6 +31,7 @@ _HEAD: Final = struct.Struct("<II")
 _SKIPPABLE: Final = 0x184D2A5E
 _MAGIC: Final = 0x8F92EAB1
 _CHECKSUMS: Final = 0x80
+_MOST_FRAMES: Final = 0x8000000
 _RESERVED: Final = 0x7C
 _PLAIN: Final = (
     "it does not end with the seek table of zstd's seekable format: it is an ordinary .zst file, or it was cut."
@@ -56,6 +57,8 @@ def table_length(footer: bytes, size: int, name: str) -> int:
     frames, flags, _ = FOOTER.unpack(footer[-FOOTER.size :])
     if flags & _RESERVED:
         raise StoreError(name, 0, 0, f"its seek table has flags {flags:#04x}, which are unknown: use a newer aiouffd")
+    if frames > _MOST_FRAMES:
+        raise StoreError(name, 0, 0, f"its seek table is damaged: {frames} frames are more than there may be")
     length = _HEAD.size + frames * _entry(flags) + FOOTER.size
     if length > size:
         raise StoreError(name, 0, 0, f"its seek table is damaged: {frames} frames do not fit in {size} bytes")

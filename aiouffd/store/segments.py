@@ -13,6 +13,7 @@ long as it lasts. The file has its whole length from the beginning (sparse), so 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -41,7 +42,9 @@ _PARTS: Final = 8  # segments of which a small cache consists
 _HEADER: Final = struct.Struct("<8sI16s4xQ")
 _MAGIC: Final = b"aiouffdc"
 _VERSION: Final = 1
+_NONE: Final = 0xFFFFFFFF  # no number of a segment: see `cache_index.ZEROS`
 _NAME: Final = re.compile(r"[0-9a-f]{8}\.segment")
+_READING: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no waiting for the writer of a pipe
 _WRITING: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _TOUCH: Final = 5.0  # seconds between two notes of when a segment was used
 _TRIED: Final = 8  # segments of others that are looked at, whether they can be continued
@@ -170,7 +173,7 @@ class Segments:
         if known is not None and not known.gone:  # another may have its number by now
             return known
         try:
-            fd = os.open(_name(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._folder)
+            fd = os.open(_name(number), _READING, dir_fd=self._folder)
         except FileNotFoundError:
             return None
         return self._adopted(number, fd)
@@ -199,10 +202,11 @@ class Segments:
                     some.append((used, view))
                     used = align_up(used + len(view), mmap.PAGESIZE)
                 # Taken before anything is written there.
-                _write(active.writer, 0, memoryview(_HEADER.pack(_MAGIC, _VERSION, self._boot, used)))
+                header = _HEADER.pack(_MAGIC, _VERSION, self._boot, used)
+                files.write_at(active.writer.fileno(), header, 0)
                 self._active = active._replace(used=used)
                 for offset, view in some:
-                    _write(active.writer, offset, view)
+                    files.write_at(active.writer.fileno(), view, offset)
                     places.append(Place(active.segment, offset, len(view)))
         return places
 
@@ -240,6 +244,8 @@ class Segments:
         """Return a new segment; make room for it first."""
         self.evict(self._limit - self.size)
         number = max((number for number, _ in self.files()), default=0) + 1
+        if number >= _NONE:
+            raise OSError(errno.EFBIG, "no numbers are left for its files: clear it")
         writer = OwnedDescriptor(os.open(_name(number), _WRITING | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder))
         try:
             fcntl.flock(writer.fileno(), fcntl.LOCK_EX)
@@ -301,9 +307,3 @@ class Segments:
 
 def _name(number: int) -> str:
     return f"{number:08x}.segment"
-
-
-def _write(writer: OwnedDescriptor, offset: int, view: memoryview) -> None:
-    while view:
-        done = os.pwrite(writer.fileno(), view, offset)
-        view, offset = view[done:], offset + done

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import SourceError, StoreError
+from aiouffd.kernel import files
 from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.storage_options import check_options
@@ -30,6 +32,7 @@ __all__ = [
     "open_store",
     "read_linked",
     "read_manifest",
+    "room_for_it",
     "trace_path",
 ]
 
@@ -136,24 +139,33 @@ def _copied_index(store: Folder | Bucket, link: Link) -> int:
     """Return a descriptor of a copy of an index whose length and hash are right."""
     path = index_path(link)
 
-    def copied(file: BinaryIO) -> Iterator[bytes]:
+    def copied(fd: int) -> Iterator[bytes]:
+        at = 0
         for piece in _pieces(store, path, link.length):
-            file.write(piece)
+            with room_for_it(store.name(path)):
+                files.write_at(fd, piece, at)
+            at += len(piece)
             yield piece
 
-    try:
-        with tempfile.TemporaryFile(buffering=0) as file:
-            found = digest_of(copied(file), _WHOLE).hex()
-            fd = os.dup(file.fileno())
-    except SourceError:  # a timeout is an OSError as well
-        raise
-    except OSError as error:
-        reason = f"there is no room for a copy of it ({error.strerror}): TMPDIR names a folder for temporary files"
-        raise StoreError(store.name(path), 0, 0, reason) from error
+    with room_for_it(store.name(path)):
+        made = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed below
+    with made as file:
+        found = digest_of(copied(file.fileno()), _WHOLE).hex()
+        fd = os.dup(file.fileno())
     if found != link.hash:
         os.close(fd)
         raise StoreError(store.name(path), 0, 0, _DAMAGED)
     return fd
+
+
+@contextlib.contextmanager
+def room_for_it(name: str) -> Iterator[None]:
+    """A block that writes to a temporary file for an object of a store. Raises StoreError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"there is no room for a copy of it ({error.strerror}): TMPDIR names a folder for temporary files"
+        raise StoreError(name, 0, 0, reason) from error
 
 
 def _pieces(store: Folder | Bucket, path: str, length: int) -> Iterator[bytes]:

@@ -23,6 +23,15 @@ def test_a_file_that_has_no_size_is_read_to_its_end() -> None:
         files.read("/proc/self/no-such-file")
 
 
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel makes them where a disk becomes full."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:3], at))
+    with (tmp_path / "x").open("wb") as file:
+        files.write_at(file.fileno(), b"0123456789", 5)
+    assert (tmp_path / "x").read_bytes() == bytes(5) + b"0123456789"
+
+
 def test_threads_that_list_one_folder_each_see_all(tmp_path: Path) -> None:
     """By one descriptor."""
     for number in range(3000):
