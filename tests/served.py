@@ -40,14 +40,15 @@ HUGE = 2 * MIB
 
 
 class Serve:
-    """A running `aiouffd serve`."""
+    """A running `aiouffd serve`; `socket`: where it listens, "": nowhere, before sessions are created."""
 
     def __init__(
         self, directory: Path, *arguments: object, wait: bool = True, socket: str | None = None, **environment: str
     ) -> None:
         self.path = directory / "uffd.sock" if socket is None else Path(socket)
         self.log = directory / "serve.log"
-        command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), "--socket", str(self.path)]
+        listening = [] if socket == "" else ["--socket", str(self.path)]
+        command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), *listening]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stderr=log, env={**os.environ, **environment}

@@ -219,7 +219,7 @@ def test_clients_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     one.read(400)
     assert allowances.of("b", 4, None) is not one
     assert allowances.of("a", 4, None) is one
-    assert list(allowances._known) == ["a"]
+    assert [name for name, _, _ in allowances._known] == ["a"]
     times = itertools.count(one._clock() + 1_000.0)
     monkeypatch.setattr(one, "_clock", lambda: next(times))
     assert allowances.of("a", None, 4) is not one

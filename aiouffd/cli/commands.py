@@ -13,6 +13,7 @@ __all__ = ["group"]
 
 _COMMANDS = {
     "cache": ("aiouffd.cli.cache", "store"),
+    "ctl": ("aiouffd.cli.ctl", "cli"),
     "demo": ("aiouffd.cli.demo", "demo"),
     "doctor": ("aiouffd.cli.doctor", "cli"),
     "lazy-pages": ("aiouffd.cli.lazy_pages", "cli"),

@@ -13,21 +13,23 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
+from aiouffd import __version__
 from aiouffd.cli import daemon, parameters
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
-from aiouffd.sources.layered import LayeredSource
 from aiouffd.store.cache import SMALLEST, ChunkCache
-from aiouffd.store.resolve import as_source
+from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from aiouffd.handoff.receive import Peer
+    from aiouffd.server.control.api import Control
     from aiouffd.sources.base import Source
 
 __all__ = ["choose_by", "command"]
@@ -48,6 +50,8 @@ _DIFF = (
     "A sparse file over SOURCE, whose holes show what is below: a Diff snapshot. Repeatable, the lowest first; with"
     " --source-for a template as well."
 )
+_CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
+_OF_SERVER = {"folder", "cache_size", "metrics", "control", "on_term"}
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -78,6 +82,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--client-events", type=click.IntRange(1), help=_CLIENT_EVENTS)
 @_option("--client-bytes", type=parameters.Size(1 << 20), help=_CLIENT_BYTES)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
+@_option("--control", type=click.Path(), metavar="PATH", help=_CONTROL)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", help=_ON_TERM)
 def command(
@@ -89,6 +94,7 @@ def command(
     cache_size: int,
     path: str | None,
     metrics: tuple[str, int] | None,
+    control: str | None,
     on_term: str,
     **options: Any,
 ) -> int:
@@ -102,34 +108,35 @@ def command(
     aiouffd serve base.mem --diff monday.diff --diff tuesday.diff --socket /run/uffd.sock
     aiouffd serve --source-for '/snapshots/{name}.mem' --socket /run/uffd.sock
     """  # noqa: D301 - a backspace is click's mark for lines that are kept
-    if (source is None) == (source_for is None):
-        raise click.UsageError("give either SOURCE or --source-for")
-    if options["record"] and options["replay"]:
-        raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
+    alone = control is not None and source is None and source_for is None
+    _check(source, source_for, options, alone=alone)
     # A client takes some descriptors. The soft limit of 1024 is there for users of select(2).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = None
-    if path is None:
+    if path is None and not alone:
         listener = daemon.activated()
         if listener is None:
             raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
     cache = None if folder is None else ChunkCache(folder, cache_size)
-    chosen: Source | Callable[[Peer, int, str], Source]
+    chosen: Source | Callable[[Peer, int, str], Source] | None = None
     if source is not None:
-        chosen = _source([source, *diffs], timeout=options["timeout"], retries=options["retries"], cache=cache)
+        chosen = as_layers([source, *diffs], timeout=options["timeout"], retries=options["retries"], cache=cache)
         if not chosen.size:
             raise OSError(f"{source}: has no bytes, so no client could be served")
-    else:
-        chosen = choose_by(source_for or "", diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
+    elif source_for is not None:
+        chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     server = Server(chosen, path, listener=listener, **options)
     console = Console(stderr=True)
     daemon.log_to(console)
-    places = {str(item): f"--{option} {item}" for option, item in _places(path, options) if item is not None}
+    named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
+    places = {str(item): f"--{option} {item}" for option, item in named.items() if item is not None}
+    where = "sockets of sessions" if alone else path or "systemd's socket"
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
+            fill = on_term == "fill"
             return runner.run(
-                _serve(server, console, metrics, fill=on_term == "fill", where=path or "systemd's socket")
+                _serve(server, console, metrics=metrics, control=control, cache=cache, fill=fill, where=where)
             )
         except OSError as error:
             if error.filename not in places:
@@ -137,14 +144,17 @@ def command(
             raise OSError(error.errno, error.strerror, places[error.filename]) from error
 
 
-def _places(path: str | None, options: dict[str, Any]) -> list[tuple[str, str | None]]:
-    return [("socket", path), ("record", options["record"]), ("replay", options["replay"])]
-
-
-def _source(names: Sequence[str], **options: Any) -> Source:
-    """Return the source of a path or URL, and of the files over it."""
-    base = as_source(names[0], **options)
-    return LayeredSource([base, *names[1:]]) if len(names) > 1 else base
+def _check(source: str | None, source_for: str | None, options: dict[str, Any], *, alone: bool) -> None:
+    """Refuse options that do not go together; `alone`: there are only the sessions that --control creates."""
+    if not alone and (source is None) == (source_for is None):
+        raise click.UsageError("give either SOURCE or --source-for; or --control, and create sessions")
+    if options["record"] and options["replay"]:
+        raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if alone and (lost := set(given) - _OF_SERVER):
+        names = ", ".join(sorted(item.opts[0] for item in context.command.params if item.name in lost))
+        raise click.UsageError(f"{names}: needs SOURCE or --source-for; sessions have their own when they are created")
 
 
 def choose_by(template: str, diffs: Sequence[str] = (), **options: Any) -> Callable[[Peer, int, str], Source]:
@@ -174,7 +184,7 @@ def choose_by(template: str, diffs: Sequence[str] = (), **options: Any) -> Calla
         if "name" in fields and not _NAME.fullmatch(name):
             raise HandoffError(str(peer), f"asks for the source {name!r:.100}, which is no name")
         # Opened again for each client: another snapshot may have the name by now.
-        return _source(
+        return as_layers(
             [text.format(pid=peer.pid, uid=peer.uid, number=number, name=name) for text in templates], **options
         )
 
@@ -198,7 +208,29 @@ async def _endpoint(server: Server, address: tuple[str, int] | None) -> AsyncIte
         yield endpoint
 
 
-async def _serve(server: Server, console: Console, metrics: tuple[str, int] | None, *, fill: bool, where: str) -> int:
+@contextlib.asynccontextmanager
+async def _control(server: Server, path: str | None, cache: ChunkCache | None) -> AsyncIterator[Control | None]:
+    """Answer `aiouffd ctl` while the block runs, if there is a path."""
+    if path is None:
+        yield None
+        return
+    from aiouffd.server.control.api import Control  # noqa: PLC0415 - with aiohttp: 0.2 s
+
+    async with Control(server, path, cache=cache, version=__version__) as control:
+        log.info("answering `aiouffd ctl` on %s", path)
+        yield control
+
+
+async def _serve(
+    server: Server,
+    console: Console,
+    *,
+    metrics: tuple[str, int] | None,
+    control: str | None,
+    cache: ChunkCache | None,
+    fill: bool,
+    where: str,
+) -> int:
     """Serve until a signal; then take no new clients, and fill or keep those that are there.
 
     A second signal ends this process at once; the pager goes on serving by itself.
@@ -207,6 +239,8 @@ async def _serve(server: Server, console: Console, metrics: tuple[str, int] | No
         server: not entered yet.
         console: for the status line.
         metrics: host and port for Prometheus; None: no metrics.
+        control: the socket for those who manage sessions; None: nobody does.
+        cache: for sources of sessions.
         fill: fill all missing pages of the clients at the end, and release them; else wait until they leave.
         where: the address, for the log.
 
@@ -215,15 +249,22 @@ async def _serve(server: Server, console: Console, metrics: tuple[str, int] | No
     """
     loop = asyncio.get_running_loop()
     signals = daemon.end_signals()
-    async with _endpoint(server, metrics) as endpoint, server, daemon.shown(server, console):
+    async with (
+        _endpoint(server, metrics) as endpoint,
+        server,
+        _control(server, control, cache) as managed,
+        daemon.shown(server, console),
+    ):
         log.info("listening on %s; pager %s", where, server.pids[0])
         daemon.notify("READY=1")
         told, dead = loop.create_task(signals.get()), loop.create_task(server.wait_dead())
         try:
             await daemon.first(told, dead)
             server.stop_listening()
-            if endpoint is not None:  # a new process takes over the socket now, and the address of the metrics with it
+            if endpoint is not None:  # a new process takes over these addresses, too
                 endpoint.close()
+            if managed is not None:
+                managed.close()
             daemon.notify("STOPPING=1")
             doing = "filling" if fill else "serving on until they leave:"
             log.info("%s: no new clients; %s %d", told.result().name, doing, len(server.clients))

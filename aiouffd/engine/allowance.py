@@ -181,7 +181,7 @@ class Allowances:
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._known: dict[str, Allowance] = {}
+        self._known: dict[tuple[str, float | None, float | None], Allowance] = {}
 
     def of(self, name: str, events: float | None, size: float | None) -> Allowance | None:
         """Return that of a client; None: it has no limit.
@@ -190,10 +190,11 @@ class Allowances:
         """
         if events is None and size is None:
             return None
-        self._known = {name: known for name, known in self._known.items() if not known.is_forgettable}
-        if name not in self._known:
-            self._known[name] = Allowance(name, events, size, self._counters)
-        return self._known[name]
+        self._known = {key: known for key, known in self._known.items() if not known.is_forgettable}
+        key = (name, events, size)
+        if key not in self._known:
+            self._known[key] = Allowance(name, events, size, self._counters)
+        return self._known[key]
 
 
 class MeteredUserfaultfd(Userfaultfd):

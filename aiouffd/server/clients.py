@@ -35,14 +35,16 @@ class Handed(Tenant):
     """Memory that was handed over.
 
     Attributes:
-        peer: who has done so: all that one process hands over shares what it may have in a second.
+        peer: who has done so.
+        payer: the name of those that share what they may have in a second; empty: it is all that the peer hands over.
     """
 
     peer: Peer = attrs.field(kw_only=True)
+    payer: str = ""
 
     def record(self, mappings: list[Mapping]) -> dict[str, Any]:
         """Return what a pager is told of it."""
-        payer = str(self.peer) if self.peer.pid else f"client {root_of(self.token)}"
+        payer = self.payer or (str(self.peer) if self.peer.pid else f"client {root_of(self.token)}")
         return {**super().record(mappings), "payer": payer}
 
 
@@ -74,6 +76,11 @@ class Client:
 
     def __str__(self) -> str:
         return f"{self.session and f'session {self.session}, '}client {self.number} ({self.peer})"
+
+    @property
+    def end(self) -> int:
+        """How far into its source the memory shows, in bytes."""
+        return max(mapping.offset + mapping.end - mapping.start for mapping in self.tenant.mappings)
 
     def disconnect(self) -> None:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
     from aiouffd.handoff.arrival import Handoff
+    from aiouffd.handoff.receive import Peer
 
 __all__ = ["Reception"]
 
@@ -38,6 +39,7 @@ class Reception:
         uids: the users that may connect.
         timeout: seconds that a client has to send its handoff.
         on_reject: what becomes of a client that is turned away; see `Server`.
+        on_rejected: called with who was turned away, and why.
 
     Attributes:
         rejected: how many were turned away.
@@ -50,8 +52,10 @@ class Reception:
         uids: Collection[int],
         timeout: float,
         on_reject: Policy,
+        on_rejected: Callable[[Peer, BaseException], None] = lambda *_: None,
     ) -> None:
         self._serve = serve
+        self._on_rejected = on_rejected
         self._uids = uids
         self._timeout = timeout
         self._rejections = Rejections(on_reject)
@@ -69,6 +73,16 @@ class Reception:
         if self._accepting is not None:
             self._accepting.cancel()
             self._accepting = None
+
+    @property
+    def admitting(self) -> int:
+        """How many handoffs are being received, or about to be served."""
+        return len(self._admissions)
+
+    async def settled(self) -> None:
+        """Wait until each connection that was taken is served or turned away. Canceling is safe."""
+        while self._admissions:
+            await asyncio.wait(self._admissions)
 
     async def aclose(self) -> None:
         """Give up the handoffs that are being received, and let the held clients go."""
@@ -107,6 +121,7 @@ class Reception:
                 log.warning("turned away: %s", error)
             else:
                 log.exception("turned away: %s", arrival.peer)
+            self._on_rejected(arrival.peer, error)
             await self._turn_away(arrival, handoff, connection, error)
         except BaseException:  # canceled
             close_foreign([connection.detach()])

@@ -19,6 +19,7 @@ from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.serialization import Pickles
 from aiouffd.server.clients import Client
+from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.session import Session, Settings
 
@@ -121,6 +122,8 @@ class Server:
         self._ended = Counters().snapshot()  # of sessions that are no more
         self._rejected = 0  # by these
         self._started = False
+        self._ending = False
+        self.happenings: Happenings = Happenings()
         self._changed = asyncio.Event()
         self._dead = asyncio.Event()
         self._death: BaseException | None = None
@@ -161,7 +164,8 @@ class Server:
             await asyncio.to_thread(session.complete)
 
     def stop_listening(self) -> None:
-        """Take no new clients; those that are served stay."""
+        """Take no new clients, and no new sessions; those that are served stay."""
+        self._ending = True
         for session in self.sessions.values():
             session.stop_listening()
 
@@ -181,11 +185,13 @@ class Server:
             listen: makes the socket; it may block.
 
         Raises:
-            SessionError: there is a session of this name.
+            SessionError: there is a session of this name, or the server is about to end.
             OSError, TraceError: as on entering the server.
         """
+        if self._ending:
+            raise SessionError(name, "cannot be created: the server is about to end")
         if name in self.sessions:
-            raise SessionError(name, "is there already: delete it first, or choose another name")
+            raise SessionError(name, "is there already")
         session = self._add(name, origin, settings)
         try:
             await uninterrupted(functools.partial(session.prepare, listen))
@@ -194,6 +200,7 @@ class Server:
             session.stop_listening()
             raise
         session.open()
+        log.info("session %s is created", name)
         return session
 
     async def remove(self, session: Session) -> None:
@@ -202,18 +209,25 @@ class Server:
         Raises:
             SessionError: it has clients.
         """
-        if session.clients:
-            raise SessionError(session.name, f"serves {len(session.clients)} clients: drain it, or complete it")
+        if not session.is_idle:
+            raise SessionError(session.name, f"serves {len(session.clients)} clients, or is just taking one")
         del self.sessions[session.name]
-        self._ended += session.statistics()
+        counted = session.statistics()
+        self._ended += counted
         self._rejected += session.rejected
         await session.aclose("is served no longer")
         await asyncio.to_thread(session.complete)
+        log.info("session %s has ended: %s", session.name, counted)
+        self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
     def _add(self, name: str, origin: Any, settings: Settings) -> Session:
-        session = Session(origin, settings, self._pager, name=name, on_change=self._changed.set)
+        session = Session(origin, settings, self._pager, name=name, tell=functools.partial(self._tell, name))
         self.sessions[name] = session
         return session
+
+    def _tell(self, session: str, kind: str, **details: Any) -> None:
+        self._changed.set()
+        self.happenings.tell(kind, session, **details)
 
     # All of them
 
@@ -266,6 +280,7 @@ class Server:
         if tenant is None:
             self._death = error
             self._dead.set()
+            self._tell("", "pager.died", reason=str(error))
         for session in list(self.sessions.values()):
             session.failed(tenant, error)
 

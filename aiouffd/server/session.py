@@ -21,7 +21,7 @@ import attrs
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Counters
-from aiouffd.errors import HandoffError, UffdError
+from aiouffd.errors import ClosedError, HandoffError, UffdError
 from aiouffd.handoff.json_lines import VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.server.clients import Client, Conversation, Handed
@@ -72,7 +72,7 @@ class Session:
         settings: how they are taken and served.
         pager: serves them. It stays the caller's.
         name: of the session, for the log; empty: it is the only one.
-        on_change: called when a client has gone.
+        tell: called with what happens, and its details.
 
     Attributes:
         name: of the session.
@@ -88,15 +88,18 @@ class Session:
         pager: PagerClient,
         *,
         name: str = "",
-        on_change: Callable[[], None] = lambda: None,
+        tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         self.name = name
         self.settings = settings
         self._pager = pager
-        self._on_change = on_change
-        uids = {0, os.geteuid(), *settings.uids}
+        self._tell = tell
         self._reception = Reception(
-            self._serve, uids=uids, timeout=settings.handoff_timeout, on_reject=settings.on_reject
+            self._serve,
+            uids={0, os.geteuid(), *settings.uids},
+            timeout=settings.handoff_timeout,
+            on_reject=settings.on_reject,
+            on_rejected=lambda peer, error: tell("client.rejected", pid=peer.pid, uid=peer.uid, reason=str(error)),
         )
         self._services = Services(origin, settings.options, record=settings.record, replay=settings.replay)
         self._file: SocketFile | None = None
@@ -134,10 +137,13 @@ class Session:
         self._slot = self._pager.take_slot()
         self._reception.open(self._listener)
         self.taking = True
+        self._tell("session.created")
 
     def stop_listening(self) -> None:
         """Take no new clients; those that are served stay."""
-        self.taking = False
+        if self.taking:
+            self.taking = False
+            self._tell("session.draining", clients=len(self.clients))
         self._reception.close()
         if self._file is not None:
             self._file.close()
@@ -170,17 +176,50 @@ class Session:
             self._changed.clear()
             await self._changed.wait()
 
-    async def fill(self) -> None:
-        """Fill all missing pages of the clients, and release each client that has all. One that fails stays served."""
-        await asyncio.gather(*(self._fill(client) for client in list(self.clients.values())))
+    async def drained(self) -> None:
+        """Wait until it serves nobody, and nobody is about to be served. Canceling is safe."""
+        while not self.is_idle:
+            await self._reception.settled()
+            await self.wait_clients()
 
-    async def _fill(self, client: Client) -> None:
+    async def fill(self) -> dict[int, str]:
+        """Fill all missing pages of the clients, and release each client that has all: it needs no pager any more.
+
+        Canceling is safe: what was asked for goes on.
+
+        Returns:
+            why, by the numbers of those that failed: they stay served.
+        """
+        clients = list(self.clients.values())
+        whys = await asyncio.gather(*map(self._fill, clients))
+        return {client.number: why for client, why in zip(clients, whys, strict=True) if why}
+
+    async def _fill(self, client: Client) -> str:
         try:
             await asyncio.wrap_future(self._pager.request("release", client.tenant))
         except UffdError as error:
+            if client.tenant.token not in self.clients:  # it has ended meanwhile
+                return ""
             log.warning("%s cannot be filled: %s", client, error)
-        else:
-            self._forget(client, "has all its pages")
+            return str(error)
+        self._forget(client, "has all its pages")
+        return ""
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range of the source to each client that shows it, as far as it is missing there. Canceling is safe.
+
+        Args:
+            offset: where it begins in the source.
+            length: bytes.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        for client in list(self.clients.values()):
+            end = client.end
+            ranges = [(min(offset, end), min(length, end - min(offset, end)))]
+            with contextlib.suppress(ClosedError):  # it has ended meanwhile
+                await asyncio.wrap_future(self._pager.request("prefetch", client.tenant, ranges=ranges))
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""
@@ -190,6 +229,11 @@ class Session:
                 now.words[at] = word
             return attrs.evolve(now.snapshot(), clients=len(self.clients))
         return attrs.evolve(self._pager.journal.counters_of(self._slot).snapshot(), clients=len(self.clients))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it serves nobody, and nobody is about to be served."""
+        return not self.clients and not self._reception.admitting
 
     @property
     def rejected(self) -> int:
@@ -213,6 +257,7 @@ class Session:
             pack = await self._services.take(handoff, number, name)
             tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
             tenant.slot, tenant.counts = self._slot, self._counted
+            tenant.payer = f"session {self.name}" if self.name else ""
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
             if regions.extra is not None:
                 client.conversation = Conversation(connection, functools.partial(self._answer, client))
@@ -223,6 +268,7 @@ class Session:
             raise
         count, page_size = len(tenant.mappings), tenant.page_size
         log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
+        self._tell("client.served", client=number, pid=peer.pid, uid=peer.uid, size=client.length)
         if client.conversation is not None:
             spawn(self._tasks, self._converse(client, client.conversation))
 
@@ -278,8 +324,7 @@ class Session:
             return attrs.asdict(self.statistics())
         if op == "prefetch":
             # The time that it takes grows with their length, whatever the client maps of that.
-            end = max(mapping.offset + mapping.end - mapping.start for mapping in client.tenant.mappings)
-            ranges = ranges_of(message, end)
+            ranges = ranges_of(message, client.end)
             await asyncio.wrap_future(self._pager.request("prefetch", client.tenant, ranges=ranges))
         elif op == "refuse":  # a Monitor is about to decide what missing pages become, and closes then
             await asyncio.wrap_future(self._pager.request("refuse", client.tenant))
@@ -310,6 +355,7 @@ class Session:
         for client in list(self.clients.values()):
             if tenant is None or client.tenant is tenant:
                 log.error("%s: %s", client, error)
+                self._tell("client.failed", client=client.number, reason=str(error))
                 if client.conversation is not None:
                     client.conversation.report(error)
 
@@ -336,7 +382,7 @@ class Session:
             with contextlib.suppress(OSError):
                 client.connection.shutdown(socket.SHUT_RD)  # the conversation ends, which reads from it
         self._changed.set()
-        self._on_change()
+        self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
         log.info("%s %s; %d left", client, why, len(self.clients))
 
     # Helpers

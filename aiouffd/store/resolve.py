@@ -12,11 +12,11 @@ from aiouffd.sources.file import FileSource
 from aiouffd.store.place import is_snapshot, names_with
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from aiouffd.store.cache import ChunkCache
 
-__all__ = ["as_source"]
+__all__ = ["as_layers", "as_source"]
 
 _STORES = frozenset(("http", "https", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"))
 
@@ -63,6 +63,21 @@ def as_source(
     except TypeError as error:
         raise TypeError(f"{thing!r:.200} is no path, no URL, no buffer and no Source") from error
     return BufferSource(view)
+
+
+def as_layers(names: Sequence[str], **options: Any) -> Source:
+    """Return the source of a path or URL, and of the sparse files over it, the lowest first; errors as for `as_source`.
+
+    Args:
+        names: the base, and the files.
+        **options: of `as_source`, for the base.
+    """
+    base = as_source(names[0], **options)
+    if len(names) == 1:
+        return base
+    from aiouffd.sources.layered import LayeredSource  # noqa: PLC0415 - as above
+
+    return LayeredSource([base, *names[1:]])
 
 
 def _of_url(url: str, timeout: float | None, retries: int | None, options: Mapping[str, Any]) -> Source:

@@ -1,0 +1,218 @@
+"""`aiouffd ctl`: create, look at and delete the sessions of a server that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from aiouffd.cli import parameters
+from aiouffd.cli.unix_http import ControlClient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["command"]
+
+_DEFAULT = "/run/aiouffd/control.sock"
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what the server answers.")
+_WIDE = 10_000
+_NAME = click.argument("name")
+
+
+class _Owner(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
+    """UID or UID:GID."""
+
+    name = "uid[:gid]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        """Return it as the server takes it."""
+        if isinstance(value, dict):
+            return value
+        uid, _, gid = value.partition(":")
+        if not uid.isdecimal() or (gid and not gid.isdecimal()):
+            self.fail(f"{value!r} is no owner; write for example 1000 or 1000:1000", param, ctx)
+        return {"uid": int(uid)} | ({"gid": int(gid)} if gid else {})
+
+
+@click.group("ctl")
+@click.option(
+    "--control",
+    type=click.Path(),
+    default=_DEFAULT,
+    show_default=True,
+    envvar="AIOUFFD_CONTROL",
+    show_envvar=True,
+    help="The server's control socket.",
+)
+@click.pass_context
+def command(ctx: click.Context, control: str) -> None:
+    """Manage the sessions of a server: `aiouffd serve --control PATH`.
+
+    Each session has a socket of its own, on which it takes the clients of one source.
+
+    \b
+    aiouffd ctl create vm1 /snapshots/base.mem --socket /run/vm1/uffd.sock
+    aiouffd ctl list
+    aiouffd ctl complete vm1
+    aiouffd ctl delete vm1
+    """  # noqa: D301 - a backspace is click's mark for lines that are kept
+    ctx.obj = ControlClient(control)
+
+
+@command.command()
+@_NAME
+@click.argument("source", nargs=-1, required=True)
+@click.option("--socket", required=True, help="For its clients: an absolute path, or one in the jail.")
+@click.option("--jail", metavar="DIRECTORY", help="Make the socket below this directory, whatever its user does there.")
+@click.option("--mode", help="Of the socket's file. [default: 600]")
+@click.option("--owner", type=_Owner(), help="Of the socket's file. This user may connect, too.")
+@click.option("--allow-uid", "allow_uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
+@click.option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), help="[default: poison]")
+@click.option("--readahead", type=parameters.Size(), metavar="BYTES", help="[default: 2M]")
+@click.option("--background", type=parameters.Rate(), help="Bytes per second to fill without a fault, or max.")
+@click.option("--record", help="Write the order of first touches to this file.")
+@click.option("--replay", help="Prefetch the pages of a recorded file for each client.")
+@click.option("--timeout", type=parameters.Seconds(0, min_open=True), help="Of the source. [default: 30]")
+@click.option("--retries", type=click.IntRange(0), help="Of a failed read.")
+@click.option("--concurrent-reads", type=click.IntRange(1), help="The most reads at once. [default: 128]")
+@click.option("--bytes-in-flight", type=parameters.Size(1 << 20), help="The most bytes of these. [default: 128M]")
+@click.option("--events-per-second", type=click.IntRange(1), help="The most faults and layout events, of all clients.")
+@click.option("--bytes-per-second", type=parameters.Size(1), help="The most bytes that are placed for all clients.")
+@_AS_JSON
+@click.pass_obj
+def create(control: ControlClient, /, name: str, source: Sequence[str], *, as_json: bool, **options: Any) -> None:
+    """Create a session NAME, which serves SOURCE: a path or URL, or a base and the sparse files over it."""
+    wanted = {key: value for key, value in options.items() if value is not None and value != ()}
+    if wanted.get("background") == float("inf"):
+        wanted["background"] = "max"
+    for key in ("jail", "record", "replay", *(() if "jail" in wanted else ("socket",))):
+        if key in wanted:
+            wanted[key] = os.path.abspath(wanted[key])  # noqa: PTH100 - links are the server's to follow
+    sources = [item if "://" in item else os.path.abspath(item) for item in source]  # noqa: PTH100 - as above
+    new = {"name": name, "source": sources[0] if len(sources) == 1 else sources, **wanted}
+    answer = control.ask("POST", "/v1/sessions", new)
+    _say(answer, f"{name}: listening on {_socket_of(answer)}", as_json=as_json)
+
+
+@command.command("list")
+@_AS_JSON
+@click.pass_obj
+def list_(control: ControlClient, /, *, as_json: bool) -> None:
+    """List the sessions."""
+    sessions = control.ask("GET", "/v1/sessions")
+    if as_json:
+        click.echo(json.dumps(sessions))
+        return
+    table = Table("name", "state", "clients", "faults", "pages", "MiB fetched", "socket", box=None, header_style="bold")
+    for session in sessions:
+        counted = session["statistics"]
+        fetched = f"{counted.get('bytes_fetched', 0) / (1 << 20):,.0f}"
+        numbers = (str(len(session["clients"])), f"{counted.get('faults', 0):,}", f"{counted['pages']:,}", fetched)
+        table.add_row(session["name"], session["state"], *numbers, _socket_of(session))
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)  # a pipe gets each session on a line
+
+
+@command.command()
+@_NAME
+@click.pass_obj
+def show(control: ControlClient, /, name: str) -> None:
+    """Print all that is known of a session, as JSON."""
+    click.echo(json.dumps(control.ask("GET", _place(name)), indent=2))
+
+
+@command.command()
+@click.pass_obj
+def server(control: ControlClient, /) -> None:
+    """Print all that is known of the server, as JSON."""
+    click.echo(json.dumps(control.ask("GET", "/v1/server"), indent=2))
+
+
+@command.command()
+@_NAME
+@click.option("--offset", type=parameters.Size(), default="0", help="Where to begin in the source.")
+@click.option("--length", type=parameters.Size(), help="[default: to its end]")
+@_AS_JSON
+@click.pass_obj
+def prefetch(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
+    """Bring a range of the source to all clients of a session, and wait until it is there."""
+    wanted = {"offset": offset} | ({} if length is None else {"length": length})
+    answer = control.ask("POST", f"{_place(name)}/prefetch", wanted)
+    _say(answer, f"{name}: brought to {len(answer['clients'])} clients", as_json=as_json)
+
+
+@command.command()
+@_NAME
+@_AS_JSON
+@click.pass_obj
+def complete(control: ControlClient, /, name: str, *, as_json: bool) -> int:
+    """Bring all that the clients of a session miss, and let them go: they need no server any more.
+
+    Exit status 1 if a client could not be completed: it is served on.
+    """
+    answer = control.ask("POST", f"{_place(name)}/complete")
+    lines = [f"{name}: client {number}: {why}" for number, why in answer["failed"].items()]
+    _say(answer, "\n".join(lines) or f"{name}: complete", as_json=as_json)
+    return 1 if answer["failed"] else 0
+
+
+@command.command()
+@_NAME
+@click.option("--wait", type=parameters.Seconds(0), default=0.0, help="Seconds, at most, until its clients have left.")
+@_AS_JSON
+@click.pass_obj
+def drain(control: ControlClient, /, name: str, wait: float, *, as_json: bool) -> int:
+    """Take no new clients; the session is deleted when the last one has left.
+
+    Exit status 1 if clients are left after --wait.
+    """
+    answer = control.ask("POST", f"{_place(name)}/drain", {"wait": wait})
+    left = len(answer["clients"])
+    _say(answer, f"{name}: {left} clients left" if left else f"{name}: drained", as_json=as_json)
+    return 1 if left and wait else 0
+
+
+@command.command()
+@_NAME
+@click.pass_obj
+def delete(control: ControlClient, /, name: str) -> None:
+    """Delete a session that serves nobody."""
+    control.ask("DELETE", _place(name))
+    click.echo(f"{name}: deleted")
+
+
+@command.command()
+@click.option("--after", type=click.IntRange(0), help="Print first what came behind this number.")
+@click.option("--session", help="Of this one only.")
+@_AS_JSON
+@click.pass_obj
+def events(control: ControlClient, /, after: int | None, session: str | None, *, as_json: bool) -> None:
+    """Print what happens, until the server ends."""
+    with contextlib.suppress(BrokenPipeError):
+        for event in control.events(after):
+            if session is None or event["session"] == session:
+                when = datetime.fromtimestamp(event["time"]).astimezone().isoformat(timespec="milliseconds")
+                details = " ".join(f"{key}={value}" for key, value in event["details"].items())
+                said = f"{event['number']} {when} {event['kind']} {event['session'] or '-'} {details}".rstrip()
+                _say(event, said, as_json=as_json)
+
+
+def _place(name: str) -> str:
+    return f"/v1/sessions/{quote(name, safe='')}"
+
+
+def _say(answer: Any, text: str, *, as_json: bool) -> None:
+    click.echo(json.dumps(answer) if as_json else text)
+
+
+def _socket_of(session: dict[str, Any]) -> str:
+    settings = session["settings"]
+    return f"{settings.get('jail') or ''}{'/' if settings.get('jail') else ''}{settings['socket']}"

@@ -1,0 +1,199 @@
+"""What can be asked for. Each action is a coroutine of `Actions`, with its place in `ACTIONS`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from aiouffd.errors import SessionError, SourceError
+from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.server.control.values import Completed, Drain, NewSession, Prefetch, ServerView, SessionView
+from aiouffd.server.jail import JailedSocket
+from aiouffd.server.listener import SocketFile
+from aiouffd.store.resolve import as_layers
+
+if TYPE_CHECKING:
+    from aiouffd.server.server import Server
+    from aiouffd.server.session import Session
+    from aiouffd.sources.base import Source
+    from aiouffd.store.cache import ChunkCache
+
+__all__ = ["ACTIONS", "Action", "Actions", "UnknownSessionError"]
+
+
+class UnknownSessionError(SessionError):
+    """There is no session of this name."""
+
+
+@attrs.frozen
+class Action:
+    """Something that can be asked for.
+
+    Attributes:
+        name: of the method of `Actions` that does it.
+        method: of HTTP.
+        path: a template; what is in braces is passed to the method.
+        summary: one line.
+        body: the type of what comes; None: nothing does.
+        answer: the type of what goes; None: nothing does.
+        status: where it was done.
+        body_needed: whether a body must come; else it has its defaults.
+    """
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    body: Any = None
+    answer: Any = None
+    status: int = 200
+    body_needed: bool = True
+
+
+_SESSION = "/v1/sessions/{name}"
+
+ACTIONS: Final = (
+    Action("server", "GET", "/v1/server", "Tell of the server, and of all sessions together.", answer=ServerView),
+    Action("sessions", "GET", "/v1/sessions", "List the sessions.", answer=list[SessionView]),
+    Action("create", "POST", "/v1/sessions", "Create a session; its socket listens.", NewSession, SessionView, 201),
+    Action("session", "GET", _SESSION, "Tell of a session.", answer=SessionView),
+    Action(
+        *("prefetch", "POST", f"{_SESSION}/prefetch", "Bring a range of the source to all its clients, and wait."),
+        *(Prefetch, SessionView, 200, False),
+    ),
+    Action(
+        *("complete", "POST", f"{_SESSION}/complete", "Bring all that its clients miss, and serve them no longer."),
+        *(None, Completed),
+    ),
+    Action(
+        *("drain", "POST", f"{_SESSION}/drain", "Take no new clients; the session is deleted when the last has left."),
+        *(Drain, SessionView, 202, False),
+    ),
+    Action("delete", "DELETE", _SESSION, "Delete a session that has no clients.", status=204),
+)
+
+
+class Actions:
+    """Does what is asked for. What a coroutine raises is the answer as well.
+
+    Args:
+        server: entered.
+        cache: for sources behind URLs.
+        version: of the package.
+    """
+
+    def __init__(self, server: Server, cache: ChunkCache | None = None, *, version: str = "") -> None:
+        self._server = server
+        self._version = version
+        self._cache = cache
+        self._created: dict[Session, NewSession] = {}
+        self._draining: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Delete nothing any more."""
+        for task in self._draining:
+            task.cancel()
+        await asyncio.gather(*self._draining, return_exceptions=True)
+
+    async def server(self) -> ServerView:
+        """Tell of the server."""
+        return ServerView.of(self._server, self._version, os.getpid())
+
+    async def sessions(self) -> list[SessionView]:
+        """Tell of all sessions."""
+        return [self._view(session) for session in self._server.sessions.values() if session.name]
+
+    async def session(self, name: str) -> SessionView:
+        """Tell of one."""
+        return self._view(self._find(name))
+
+    async def create(self, new: NewSession) -> SessionView:
+        """Create one. Its source is opened, so that a wrong one is refused now, and not by the first client."""
+        settings = new.settings()
+        if new.name in self._server.sessions:
+            raise SessionError(new.name, "is there already")
+        _check_paths(new)
+        try:
+            async with asyncio.timeout(new.timeout):
+                origin = await in_own_thread(self._open, new)
+        except TimeoutError:
+            raise SourceError(str(new.source), 0, 0, f"does not answer within {new.timeout:g} s") from None
+        except OSError as error:
+            raise SourceError(error.filename or str(new.source), 0, 0, error.strerror or str(error)) from error
+        owner = (-1, -1) if new.owner is None else (new.owner.uid, -1 if new.owner.gid is None else new.owner.gid)
+        kind = SocketFile if new.jail is None else functools.partial(JailedSocket, new.jail)
+        listen = functools.partial(kind, new.socket, mode=int(new.mode, 8), owner=owner)
+        session = await self._server.create(new.name, origin, settings, listen)
+        self._created[session] = new
+        return self._view(session)
+
+    async def prefetch(self, name: str, wanted: Prefetch) -> SessionView:
+        """Bring a range."""
+        session = self._find(name)
+        await session.prefetch(wanted.offset, wanted.length)
+        return self._view(session)
+
+    async def complete(self, name: str) -> Completed:
+        """Bring all."""
+        session = self._find(name)
+        failed = await session.fill()
+        return Completed({str(number): why for number, why in failed.items()}, len(session.clients))
+
+    async def drain(self, name: str, how: Drain) -> SessionView:
+        """Take no new clients. Who drains twice waits twice."""
+        session = self._find(name)
+        if session.taking:
+            session.stop_listening()
+            task = asyncio.get_running_loop().create_task(self._delete_drained(session))
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(how.wait):
+                await session.drained()
+        return self._view(session)
+
+    async def delete(self, name: str) -> None:
+        """Delete one."""
+        session = self._find(name)
+        await self._server.remove(session)
+        self._created.pop(session, None)
+
+    async def _delete_drained(self, session: Session) -> None:
+        await session.drained()
+        if self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
+            await self._server.remove(session)
+        self._created.pop(session, None)
+
+    def _open(self, new: NewSession) -> Source:
+        source = as_layers(new.sources, timeout=new.timeout, retries=new.retries, cache=self._cache)
+        if not source.size:
+            raise SourceError(str(new.source), 0, 0, "has no bytes")
+        return source
+
+    def _find(self, name: str) -> Session:
+        session = self._server.sessions.get(name) if name else None
+        if session is None:
+            raise UnknownSessionError(name, "is not there")
+        return session
+
+    def _view(self, session: Session) -> SessionView:
+        return SessionView.of(session, self._created.get(session), monotonic())
+
+
+def _check_paths(new: NewSession) -> None:
+    """Refuse relative paths: they would be relative to where the server was started."""
+    paths = {"jail": new.jail, "record": new.record, "replay": new.replay}
+    paths |= {f"source[{at}]": source for at, source in enumerate(new.sources) if "://" not in source}
+    if new.jail is None:
+        paths["socket"] = new.socket
+    for field, path in paths.items():
+        if path is not None and not path.startswith("/"):
+            raise ValueError(f"{path!r} is no absolute path - at `$.{field}`")
+        if path is not None and "\0" in path:
+            raise ValueError(f"{path!r} has a NUL - at `$.{field}`")

@@ -1,0 +1,53 @@
+"""Why a request was refused, and what to do (RFC 9457)."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import attrs
+import msgspec
+
+from aiouffd.errors import PagerError, SessionError, SourceError, UffdError
+from aiouffd.server.control.actions import UnknownSessionError
+from aiouffd.server.control.values import Problem
+
+__all__ = ["problem_of"]
+
+_PLACE = re.compile(r" - at `(.*)`$")
+_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
+
+
+@attrs.frozen
+class _Kind:
+    errors: type[Exception] | tuple[type[Exception], ...]
+    name: str
+    title: str
+    status: int
+    advice: str
+
+
+_KINDS: Final = (
+    _Kind(msgspec.ValidationError, "invalid", "Invalid request", 422, "see /openapi.json for the fields"),
+    _Kind((msgspec.DecodeError, UnicodeDecodeError), "malformed", "No JSON", 400, "send a JSON object"),
+    _Kind(UnknownSessionError, "no-session", "No such session", 404, "list the sessions"),
+    _Kind(SessionError, "session-state", "Not now", 409, "drain, complete or delete it first, or use another name"),
+    _Kind(SourceError, "source", "The source fails", 502, "check that the server's user can reach and read it"),
+    _Kind(PagerError, "pager", "The pager fails", 503, "see the server's log; start the server again if it has ended"),
+    _Kind(OSError, "system", "The system refuses", 409, "check the path, and what the server's user may do there"),
+    _Kind(UffdError, "failed", "Failed", 500, "see the server's log"),
+    _Kind(ValueError, "invalid", "Invalid request", 422, "see /openapi.json for the fields"),
+    _Kind(Exception, "bug", "Internal error", 500, "see the server's log, and report it"),
+)
+"""The first that fits is it."""
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return what is answered for an error."""
+    kind = next(kind for kind in _KINDS if isinstance(error, kind.errors))
+    text = str(error) or repr(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    place, name = _PLACE.search(text), _FIELD.search(text)
+    field = (place[1] if place else "$") + (f".{name[1]}" if name else "") if place or name else ""
+    return Problem(f"urn:aiouffd:{kind.name}", kind.title, kind.status, _PLACE.sub("", text), kind.advice, field)

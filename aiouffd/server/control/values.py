@@ -1,0 +1,233 @@
+"""What comes and goes as JSON. msgspec decodes, checks and describes these values, so each field is said once.
+
+All that a request must not be is refused by name: an unknown field, a wrong type, a number out of its bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import attrs
+import msgspec
+from msgspec import Meta
+
+from aiouffd.engine.options import Options
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.server.session import Settings
+
+if TYPE_CHECKING:
+    from aiouffd.server.clients import Client
+    from aiouffd.server.server import Server
+    from aiouffd.server.session import Session
+
+__all__ = [
+    "ClientView",
+    "Completed",
+    "Drain",
+    "NewSession",
+    "Owner",
+    "Prefetch",
+    "Problem",
+    "ServerView",
+    "SessionView",
+    "decode",
+]
+
+_Value = TypeVar("_Value")
+_Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+_Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+_User = Annotated[int, Meta(ge=0, lt=(1 << 32) - 1)]
+_Rate = Annotated[float, Meta(gt=0)]
+_Name = Annotated[str, Meta(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
+
+
+@attrs.frozen
+class Owner:
+    """Who a socket's file is given to."""
+
+    uid: _User
+    gid: _User | None = None
+
+
+@attrs.frozen(kw_only=True)
+class NewSession:
+    """A session to be created."""
+
+    name: Annotated[_Name, Meta(description="Names the session.")]
+    socket: Annotated[_Path, Meta(description="The socket for its clients: an absolute path, or one in the jail.")]
+    source: Annotated[
+        _Path | Annotated[list[_Path], Meta(min_length=1, max_length=4096)],
+        Meta(description="A path or a URL; or several: a base, and sparse files over it, the lowest first."),
+    ]
+    jail: Annotated[_Path | None, Meta(description="A directory below which the socket is made.")] = None
+    mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$", description="Of the socket's file, in octal digits.")] = "600"
+    owner: Annotated[Owner | None, Meta(description="Of the socket's file. This user may connect, too.")] = None
+    allow_uids: Annotated[list[_User], Meta(max_length=1024, description="Further users that may connect.")] = (
+        attrs.field(factory=list)
+    )
+    on_reject: Annotated[
+        Literal["poison", "kill", "hold"], Meta(description="What becomes of a client that is turned away.")
+    ] = "poison"
+    readahead: Annotated[_Count, Meta(description="The largest window that one fault brings, in bytes.")] = 2 << 20
+    spin_us: Annotated[int, Meta(ge=0, le=1_000_000, description="Microseconds to poll for further faults.")] = 50
+    background: Annotated[
+        Annotated[float, Meta(ge=0)] | Literal["max"],
+        Meta(description="Bytes a second to fill without a fault; 0: none."),
+    ] = 0.0
+    record: Annotated[_Path | None, Meta(description="A file for the order of first touches.")] = None
+    replay: Annotated[_Path | None, Meta(description="A recorded file, whose pages each client gets.")] = None
+    timeout: Annotated[_Rate, Meta(description="Seconds for opening the source, and for each read of it.")] = 30.0
+    retries: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="Further tries after a failed read.")] = None
+    concurrent_reads: Annotated[int, Meta(ge=1, le=1 << 20, description="The most reads of the source at once.")] = 128
+    bytes_in_flight: Annotated[int, Meta(ge=1 << 20, le=1 << 40, description="The most bytes of these reads.")] = (
+        128 << 20
+    )
+    events_per_second: Annotated[
+        _Rate | None, Meta(description="The most faults and layout events a second, of all its clients together.")
+    ] = None
+    bytes_per_second: Annotated[
+        _Rate | None, Meta(description="The most bytes a second that are placed for all its clients together.")
+    ] = None
+    handoff_timeout: Annotated[_Rate, Meta(description="Seconds that a client has to send its handoff.")] = 5.0
+
+    @property
+    def sources(self) -> list[str]:
+        """The base, and the layers over it."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    def settings(self) -> Settings:
+        """Return how the session takes and serves its clients; ValueError for what excludes each other."""
+        limits = Limits(
+            *(self.concurrent_reads, self.bytes_in_flight, self.timeout, self.retries),
+            client_events=self.events_per_second,
+            client_bytes=self.bytes_per_second,
+        )
+        background = math.inf if self.background == "max" else self.background
+        options = Options(
+            self.readahead if self.record is None else 0, self.spin_us, background=background, limits=limits
+        )
+        uids = {*self.allow_uids} | ({self.owner.uid} if self.owner is not None else set())
+        return Settings(frozenset(uids), self.on_reject, options, self.record, self.replay, self.handoff_timeout)
+
+
+@attrs.frozen
+class ClientView:
+    """A process whose memory is served."""
+
+    number: int
+    pid: int
+    uid: int
+    bytes: int
+    age: Annotated[float, Meta(description="Seconds since it was taken.")]
+
+    @classmethod
+    def of(cls, client: Client, now: float) -> ClientView:
+        """Return what is told of a client; now: on the monotonic clock."""
+        return cls(client.number, client.peer.pid, client.peer.uid, client.length, round(now - client.since, 3))
+
+
+@attrs.frozen
+class SessionView:
+    """A session, and what it has counted."""
+
+    name: str
+    state: Literal["listening", "draining"]
+    clients: list[ClientView]
+    rejected: int
+    settings: Annotated[NewSession | None, Meta(description="As it was created; missing: by the command line.")]
+    statistics: Annotated[dict[str, int], Meta(description="What was counted: aiouffd.Statistics.")]
+
+    @classmethod
+    def of(cls, session: Session, created: NewSession | None, now: float) -> SessionView:
+        """Return what is told of a session."""
+        clients = [ClientView.of(client, now) for client in session.clients.values()]
+        state: Literal["listening", "draining"] = "listening" if session.taking else "draining"
+        return cls(session.name, state, clients, session.rejected, created, _counted(session))
+
+
+@attrs.frozen
+class ServerView:
+    """The server."""
+
+    version: str
+    pid: int
+    pager: Annotated[list[int], Meta(description="Its keeper and its worker.")]
+    sessions: int
+    clients: int
+    rejected: int
+    statistics: dict[str, int]
+
+    @classmethod
+    def of(cls, server: Server, version: str, pid: int) -> ServerView:
+        """Return what is told of the server."""
+        counts = (len(server.sessions), len(server.clients), server.rejected)
+        return cls(version, pid, list(server.pids), *counts, _counted(server))
+
+
+@attrs.frozen
+class Prefetch:
+    """A range of the source to be brought to each client of a session."""
+
+    offset: Annotated[_Count, Meta(description="In bytes.")] = 0
+    length: Annotated[_Count, Meta(description="In bytes; what is behind the end is left out.")] = 1 << 62
+
+
+@attrs.frozen
+class Drain:
+    """How a session is drained."""
+
+    wait: Annotated[float, Meta(ge=0, le=86400, description="Seconds to wait, at most, for clients to leave.")] = 0.0
+
+
+@attrs.frozen
+class Completed:
+    """What has become of the clients of a session that was completed."""
+
+    failed: Annotated[dict[str, str], Meta(description="Number of a client that stays served: why.")]
+    clients: Annotated[int, Meta(description="That are served still.")]
+
+
+@attrs.frozen
+class Problem:
+    """Why a request was refused (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: Annotated[str, Meta(description="What is wrong, and with what.")]
+    advice: Annotated[str, Meta(description="What to do.")] = ""
+    field: Annotated[str, Meta(description="The field of the request that it is about: $.owner.uid")] = ""
+
+
+def decode(data: bytes, kind: type[_Value]) -> _Value:
+    """Return a request's body.
+
+    Raises:
+        msgspec.DecodeError: it is no JSON, or (msgspec.ValidationError) it is not what it should be; it says where.
+    """
+    value: _Value = msgspec.json.decode(data, type=kind)
+    _refuse_unknown(msgspec.json.decode(data), value, "$")
+    return value
+
+
+def _refuse_unknown(raw: Any, value: Any, place: str) -> None:
+    """Refuse fields that msgspec passes over: what an operator has misspelled would be as if it had not been said."""
+    known = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    for name, its in raw.items():
+        if name not in known:
+            raise msgspec.ValidationError(f"Object contains unknown field `{name}` - at `{place}`")
+        if attrs.has(type(known[name])):
+            _refuse_unknown(its, known[name], f"{place}.{name}")
+
+
+def _counted(what: Session | Server) -> dict[str, int]:
+    now = what.statistics()
+    counts: dict[str, Any] = attrs.asdict(now)
+    del counts["latency"]
+    return {
+        **{name: value for name, value in counts.items() if value},
+        "pages": now.pages,
+        "latency_p50_ns": now.latency_ns(0.5),
+        "latency_p99_ns": now.latency_ns(0.99),
+    }

@@ -1,0 +1,38 @@
+"""`server.control.actions`: what the API's own tests do not reach: a source that hangs, and the end of a server."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+import aiouffd
+from aiouffd.server.control import actions as module
+from aiouffd.server.control.actions import ACTIONS, Actions
+from aiouffd.server.control.values import NewSession
+from aiouffd.server.server import Server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_each_action_is_done() -> None:
+    """By a method of its name."""
+    assert all(callable(getattr(Actions, action.name)) for action in ACTIONS)
+
+
+async def test_a_source_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs this request its timeout. There is no session then, and no socket; nor when the server is ending."""
+    answers = threading.Event()
+    monkeypatch.setattr(module, "as_layers", lambda *_, **__: answers.wait(60) and aiouffd.ZeroSource(4096))
+    server = Server()
+    new = NewSession(name="a", socket=str(tmp_path / "s"), source="http://host/x", timeout=0.05)
+    with pytest.raises(aiouffd.SourceError, match=r"does not answer within 0.05 s"):
+        await Actions(server).create(new)
+    answers.set()
+    server.stop_listening()
+    with pytest.raises(aiouffd.SessionError, match="about to end"):
+        await Actions(server).create(new)
+    assert not server.sessions
+    assert not (tmp_path / "s").exists()
