@@ -107,7 +107,8 @@ ORDER = {
             "workers",
             "chunks",
         ),
-        *("key_locks", "cache_index", "segments", "view", "cache", "chunk_names", "fetches", "cached_source"),
+        *("key_locks", "cache_index", "segments", "cache_files", "view", "cache", "chunk_names", "fetches"),
+        "cached_source",
         *(
             "snapshot_source",
             "zstd_seekable",

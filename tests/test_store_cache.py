@@ -211,7 +211,7 @@ def test_who_keeps_it_locked_is_not_waited_for_forever(cache: ChunkCache, monkey
     other = ChunkCache(cache.path, 64 * MIB)
     assert other.find(next(iter(DATA))) is not None
     assert other._opened is not None
-    monkeypatch.setattr("aiouffd.store.cache._PATIENCE", 0.01)
+    monkeypatch.setattr("aiouffd.store.cache_files._PATIENCE", 0.01)
     with other._opened.exclusive():
         cache.add([(digest(b"more"), b"more" * 16384)])
         assert not cache.usable

@@ -9,7 +9,8 @@ Layout:
 - `filesystem`: fsspec's way to the cache.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
-- `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files.
+- `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files, which
+  `cache_files` opens and locks.
 - `cached_source` serves from it: `fetches` brings chunks, `chunk_names` names them, `view` maps them.
 - `scan`: verify, extract, diff. `transfer`: copy, flatten. `collect`: gc.
 

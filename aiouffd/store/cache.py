@@ -28,24 +28,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import stat
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiouffd.errors import StoreError
-from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.lifetime import close_in_children
-from aiouffd.store.cache_index import COUNTERS, ZEROS, CacheIndex, Entry
+from aiouffd.store.cache_files import CacheFiles, open_folder
+from aiouffd.store.cache_index import COUNTERS, ZEROS, Entry
 from aiouffd.store.codecs import digest
-from aiouffd.store.key_locks import KeyLocks
-from aiouffd.store.segments import Place, Segments
+from aiouffd.store.segments import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from aiouffd.store.key_locks import KeyLocks
 
 __all__ = ["SMALLEST", "ChunkCache", "Found"]
 
@@ -53,10 +52,8 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 SMALLEST: Final = 8 << 20
 """The least that a cache may be limited to."""
-_USUAL_CHUNK: Final = 64 << 10
 _UNIT: Final = 4096  # of places in the index
 _PAUSE: Final = 30.0  # seconds without the cache after it has failed
-_PATIENCE: Final = 5.0  # seconds to wait for those who write to the index
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
@@ -96,7 +93,7 @@ class ChunkCache:
         self.max_bytes = max_bytes
         self._lock = threading.Lock()  # of what is open
         self._counting = threading.Lock()
-        self._opened: _Opened | None = None
+        self._opened: CacheFiles | None = None
         self._locked: dict[bytes, KeyLocks] = {}  # by whom
         self._not_before = 0.0  # when to try again, after it could not be used
         self._full_until = 0.0
@@ -112,8 +109,8 @@ class ChunkCache:
             PermissionError: the folder belongs to another user, or others may enter it.
             NotADirectoryError: it is no folder.
         """
-        with contextlib.suppress(FileNotFoundError), OwnedDescriptor(_folder(self.path)) as held:
-            _checked(held.fileno(), self.path)
+        with contextlib.suppress(FileNotFoundError):
+            open_folder(self.path).close()
 
     # What sources ask: all of it blocks, and raises nothing
 
@@ -242,7 +239,7 @@ class ChunkCache:
                 with opened.exclusive():
                     self._flush(opened)
 
-    def _flush(self, opened: _Opened) -> None:
+    def _flush(self, opened: CacheFiles) -> None:
         with self._counting:
             more, self._more = self._more, dict.fromkeys(COUNTERS, 0)
         more["evictions"] += opened.segments.take_evictions()
@@ -327,18 +324,18 @@ class ChunkCache:
             if opened is not None:
                 opened.close()
 
-    def _required(self) -> _Opened:
+    def _required(self) -> CacheFiles:
         self._not_before = 0.0
         with self._lock:
             if self._opened is None:
-                self._opened = _Opened(self.path, self.max_bytes)
+                self._opened = CacheFiles(self.path, self.max_bytes)
             return self._opened
 
-    def _open(self) -> _Opened | None:
+    def _open(self) -> CacheFiles | None:
         """Return the open cache; None: it cannot be used now."""
         with self._lock:
             if self._opened is None and time.monotonic() >= self._not_before:
-                self._opened = _Opened(self.path, self.max_bytes)
+                self._opened = CacheFiles(self.path, self.max_bytes)
             return self._opened
 
     @contextlib.contextmanager
@@ -370,89 +367,6 @@ class ChunkCache:
 
     def __repr__(self) -> str:
         return f"ChunkCache({self.path!r}, {self.max_bytes})"
-
-
-class _Exclusive:
-    """Keeps other threads and processes from changing a cache, while a block runs. It may be entered anew within.
-
-    Args:
-        file: is locked.
-    """
-
-    def __init__(self, file: OwnedDescriptor) -> None:
-        self._file = file
-        self._threads = threading.RLock()
-        self._depth = 0
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Return such a block. Raises TimeoutError."""
-        with self._threads:
-            if not self._depth:
-                self._lock_within(_PATIENCE)
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
-
-    def _lock_within(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:  # it was stopped there
-                    raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked") from None
-                time.sleep(0.0005)
-            else:
-                return
-
-
-class _Opened:
-    """The open files of a cache. Raises OSError.
-
-    Threads may use one that a cache has let go. So nobody closes it, but in forked children, which have no threads:
-    else a number that is in use could become another file's.
-    """
-
-    def __init__(self, path: str, max_bytes: int) -> None:
-        self._folder = OwnedDescriptor(_folder(path))
-        folder = self._folder.fileno()
-        _checked(folder, path)
-        self._lock_file = OwnedDescriptor(os.open("lock", _FILE, 0o600, dir_fd=folder))
-        self._keys_file = OwnedDescriptor(os.open("keys", _FILE, 0o600, dir_fd=folder))
-        self.exclusive = _Exclusive(self._lock_file)
-        self.keys = KeyLocks(self._keys_file)
-        with self.exclusive():
-            self.index, fd = CacheIndex.open(folder, max_bytes // _USUAL_CHUNK)
-            self._index_file = OwnedDescriptor(fd)
-        self.segments = Segments(folder, max_bytes, self.exclusive)
-
-    def close(self) -> None:
-        self.segments.close()
-        for held in (self._lock_file, self._keys_file, self._index_file, self._folder):
-            held.close()
-
-
-_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-def _folder(path: str) -> int:
-    """Return a descriptor of a folder, which is made if it is not there."""
-    with contextlib.suppress(FileExistsError):
-        os.makedirs(path, 0o700)  # noqa: PTH103 - a text
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def _checked(fd: int, path: str) -> None:
-    found = os.fstat(fd)
-    if found.st_uid != os.geteuid():
-        raise PermissionError(errno.EACCES, f"a cache belongs to one user, and this folder to {found.st_uid}", path)
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise PermissionError(errno.EACCES, "others may enter this folder: a cache has mode 0700", path)
 
 
 def _is_zeros(data: Any) -> bool:
