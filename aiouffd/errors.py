@@ -482,8 +482,9 @@ def decode_error(data: dict[str, Any]) -> BaseException:
 
 
 def unknown_name(whose: str, name: str, known: Iterable[str]) -> TypeError:
-    """Return the error of an option that nobody knows, with the nearest one that is known."""
+    """Return the error of an option that nobody knows, with the nearest one that is known, or all if none is near."""
     import difflib  # noqa: PLC0415 - only for this
 
-    near = difflib.get_close_matches(name, sorted(known), 1, 0.0)[0]
-    return TypeError(f"{whose} got an unexpected keyword argument {name!r}; the nearest that it takes is {near!r}")
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    takes = f"the nearest that it takes is {near[0]!r}" if near else f"it takes {', '.join(sorted(known))}"
+    return TypeError(f"{whose} got an unexpected keyword argument {name!r}; {takes}")

@@ -54,6 +54,13 @@ def test_they_are_those_of_obstore() -> None:
         ("az://bucket/key", {"acount_name": "x"}, "'acount_name'; the nearest .* 'account_name'"),
         ("gs://bucket/key", {"region": "x"}, "the store behind gs:// got .* 'region'"),
         ("https://host/x", {"client_options": {"tiemout": "3s"}}, "client_options got .* 'tiemout'; .* 'timeout'"),
+        (
+            "https://host/x",
+            {"headers": {}},
+            "'headers' is no option.*'client_options': {'default_headers': ...}} is one",
+        ),
+        ("http://host/x", {"region": "x"}, "http:// got .* 'region'; it takes client_options, config, "),
+        ("s3://bucket/key", {"read_timeout": 5}, "'read_timeout' is no option.*{'read_timeout'"),
         ("a path", {"endpiont": "x"}, "a store got .* 'endpiont'; .* 'endpoint'"),
         (b"bytes", {"endpiont": "x"}, "a store got .* 'endpiont'; .* 'endpoint'"),
     ],

@@ -50,6 +50,7 @@ _SAYS: list[tuple[str, str, bool]] = [
     ('kind: Connect, ... "dns error"', "name of the host", True),
     ("kind: Connect, ... unreachable", "cannot be reached", True),
     ("kind: Connect, ... InvalidCertificate(\n   Expired,", r"not trusted \(Expired\)", False),
+    ("kind: Connect, ... InvalidCertificate(Other(OtherError(CaUsedAsEndEntity,)", "of an authority.*CA:FALSE", False),
     ("kind: Request, ... IncompleteMessage", "broke", True),
     ("kind: Interrupted,", "broke", True),
     ("kind: Builder, BadScheme", "AWS_ALLOW_HTTP", False),

@@ -157,9 +157,13 @@ def check_options(what: object, options: Mapping[str, Any] | None) -> None:
     scheme, separator, rest = what.partition("://") if isinstance(what, str) and "://" in what else ("", "", "")
     if not options or (separator and (scheme not in (*_CLOUDS, *_OTHERS) or "::" in rest)):
         return
-    names = _CLOUDS.get(scheme, StorageOptions.__optional_keys__)
-    known = _EachStore.__optional_keys__ | _SomeClouds.__optional_keys__ | names
+    known = _EachStore.__optional_keys__
+    if scheme not in _OTHERS:
+        known |= _SomeClouds.__optional_keys__ | _CLOUDS.get(scheme, StorageOptions.__optional_keys__)
+    of_client = sorted(ClientOptions.__optional_keys__, key=len)
     for name in options:
+        if name not in known and (meant := [own for own in of_client if f"_{own}".endswith(f"_{name}")]):
+            raise TypeError(f"{name!r} is no option of a store; {{'client_options': {{{meant[0]!r}: ...}}}} is one")
         if _PREFIX.sub("", name.lower()) not in known:
             raise unknown_name(f"the store behind {scheme}://" if scheme else "a store", name, known)
     for name in options.get("client_options", ()):

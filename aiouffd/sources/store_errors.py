@@ -36,6 +36,10 @@ _MAY_PASS = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 NO_RANGES = "this server answers without Range requests, and cannot be read page by page: use one that has them"
 COMPRESSED = "the server compresses its answers, and a range of compressed bytes is not a range of the object"
+_AUTHORITY = (
+    "the certificate of the server is that of an authority (CA:TRUE), which may sign others and not be a server's: make"
+    " one with basicConstraints=CA:FALSE"
+)
 CHANGED = "the object has changed since it was opened: open it again"
 
 
@@ -172,6 +176,7 @@ _KINDS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str, Proxy], Failu
         lambda _, text, __: Failure(text, answer_refused=True),
     ),
     (re.compile(r"object was only \d+ bytes long"), lambda _, __, ___: Failure(CHANGED)),
+    (re.compile("CaUsedAsEndEntity"), lambda _, __, ___: Failure(_AUTHORITY)),
     (re.compile(r"InvalidCertificate\(\s*(\w+)"), lambda found, _, __: _certificate(found[1])),
     (re.compile(r"kind: Timeout|operation timed out"), lambda _, __, ___: _timed_out()),
     (
