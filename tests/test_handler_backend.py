@@ -332,6 +332,30 @@ async def test_what_is_canceled_from_outside_is_no_error() -> None:
     assert world.counters.snapshot().in_flight == 0
 
 
+async def test_a_handler_is_closed_when_serving_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """After its calls; what it raises then is logged, and ends nothing else."""
+    said: list[str] = []
+
+    class Closing(Does):
+        async def aclose(self) -> None:
+            said.append("closed")
+            raise LookupError("the session is lost")
+
+    async def never(_fault: Fault, _batch: Batch) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            said.append("canceled")
+
+    world = World(0, source=Closing(never))
+    await touched(world, 4)
+    backend = world.backend
+    assert isinstance(backend, HandlerBackend)
+    await backend.aclose()
+    assert said == ["canceled", "closed"]
+    assert "the session is lost" in caplog.text
+
+
 async def test_a_cancelation_that_the_handler_comes_upon_is_its_error() -> None:
     """Of something that it has waited for."""
 

@@ -121,4 +121,5 @@ def test_a_proxy_is_to_blame(text: str) -> None:
 def test_secrets() -> None:
     """Queries of signed URLs, and passwords."""
     assert hide_secrets("GET https://me:secret@host/x?sig=secret failed") == "GET https://host/x?... failed"
+    assert hide_secrets("403: <?xml version") == "403: <?xml version"  # what S3 answers
     assert Failure("x") == Failure("x")

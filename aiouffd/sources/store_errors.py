@@ -40,6 +40,7 @@ _AUTHORITY = (
     "the certificate of the server is that of an authority (CA:TRUE), which may sign others and not be a server's: make"
     " one with basicConstraints=CA:FALSE"
 )
+_NO_TLS = "http without TLS is not allowed here: AWS_ALLOW_HTTP=true, or client_options={'allow_http': True}, allows it"
 CHANGED = "the object has changed since it was opened: open it again"
 
 
@@ -72,7 +73,7 @@ class RequestError(Exception):
 
 def hide_secrets(text: str) -> str:
     """Return a text without the queries and the passwords of URLs: signatures and credentials."""
-    return re.sub(r"//[^/@\s]+@", "//", re.sub(r"\?[^\s\"')>]+", "?...", text))
+    return re.sub(r"//[^/@\s]+@", "//", re.sub(r"(?<!<)\?[^\s\"')>]+", "?...", text))
 
 
 def from_obstore(error: Exception, proxy: Proxy) -> Failure:
@@ -181,7 +182,7 @@ _KINDS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str, Proxy], Failu
     (re.compile(r"kind: Timeout|operation timed out"), lambda _, __, ___: _timed_out()),
     (
         re.compile("BadScheme"),
-        lambda _, __, ___: Failure("http without TLS is not allowed here: AWS_ALLOW_HTTP=true allows it"),
+        lambda _, __, ___: Failure(_NO_TLS),
     ),
     (re.compile("ConnectionRefused"), lambda _, __, proxy: _refused(proxy)),
     (re.compile("dns error"), lambda _, __, proxy: _no_name(proxy)),

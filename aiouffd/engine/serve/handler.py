@@ -174,6 +174,12 @@ class Handler:
     async def unmap(self, event: Unmap) -> None:
         """Memory was unmapped."""
 
+    async def aclose(self) -> None:
+        """Serving has ended: close what you have opened in the pager, a session for example. Called once.
+
+        Not where the pager is killed, so nothing may depend on it.
+        """
+
 
 def wants_writes(origin: object) -> bool:
     """Tell whether this is a handler that is to be told of writes."""

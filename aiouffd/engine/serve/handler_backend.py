@@ -304,6 +304,14 @@ class HandlerBackend:
         """Nothing: every fault goes to the handler."""
 
     async def aclose(self) -> None:
-        """Cancel what is under way."""
+        """Cancel what is under way, and close the handler."""
         await end_of(self._tasks)
-        self._deadlines.close()
+        try:
+            with self._deadlines:
+                await self.handler.aclose()
+        except (Exception, asyncio.CancelledError, SystemExit) as error:
+            if canceled_from_outside(error):
+                raise
+            _raised(error)
+        finally:
+            self._deadlines.close()
