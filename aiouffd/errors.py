@@ -280,7 +280,8 @@ class WriteBackError(UffdError):
     """
 
     def __init__(self, source: str, reason: str, *bounds: int) -> None:
-        self.source, self.reason = source, reason
+        self.source: str = source
+        self.reason: str = reason
         self.ranges: list[tuple[int, int]] = list(zip(bounds[::2], bounds[1::2], strict=True))
         super().__init__(source, reason, *bounds)
 

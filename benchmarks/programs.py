@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from benchmarks.served import PERF_FORGETS, Daemon, criu_rig, remembering
+from benchmarks.served import PERF_FORGETS, Daemon, criu_rig, debian_packages, remembering
 
 if TYPE_CHECKING:
     import subprocess
@@ -111,11 +111,11 @@ def found(name: str) -> tuple[str, str]:
         return installed, ""
     packages = PROGRAMS[name].packages
     if not packages:
-        raise criu_rig.UnobtainableError(f"{name} is not installed")
-    root = criu_rig.unpacked(name, platform.freedesktop_os_release()["VERSION_CODENAME"], packages)
+        raise debian_packages.UnobtainableError(f"{name} is not installed")
+    root = debian_packages.unpacked(name, platform.freedesktop_os_release()["VERSION_CODENAME"], packages)
     path = shutil.which(name, path=f"{root}/usr/sbin:{root}/usr/bin")
     if path is None:
-        raise criu_rig.UnobtainableError(f"the packages {', '.join(packages)} have no {name}")
+        raise debian_packages.UnobtainableError(f"the packages {', '.join(packages)} have no {name}")
     return path, str(root / criu_rig.LIBRARIES)
 
 
@@ -124,7 +124,7 @@ def unavailable(name: str) -> str | None:
     try:
         criu_rig.command()
         found(name)
-    except (criu_rig.UnobtainableError, OSError, KeyError) as error:
+    except (debian_packages.UnobtainableError, OSError, KeyError) as error:
         return str(error)
     return None
 

@@ -26,7 +26,8 @@ from aiouffd.handoff import firecracker
 from benchmarks.contestants import PAGE, Arena, content
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import criu_rig  # the rig of the tests
+import criu_rig  # these are of the tests
+import debian_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,7 @@ __all__ = [
     "Daemon",
     "clients",
     "criu_rig",
+    "debian_packages",
     "fetched",
     "our_daemon",
     "own_daemon",
@@ -86,7 +88,7 @@ def restore_unavailable(*, again: bool) -> str | None:
         criu_rig.command()
         with perf_kept_on() if again else contextlib.nullcontext():
             return None
-    except (criu_rig.UnobtainableError, OSError) as error:
+    except (debian_packages.UnobtainableError, OSError) as error:
         return str(error)
 
 

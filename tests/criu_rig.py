@@ -1,16 +1,14 @@
 """A rig for CRIU: gets a release that works on this kernel, checkpoints a process and restores it lazily.
 
 Distributions of some age carry a CRIU that fails on new kernels. So a newer one is taken from the Debian mirror that
-this machine's apt uses already, and unpacked beside the system: nothing is installed.
+this machine's apt uses already (`debian_packages`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
+from debian_packages import UnobtainableError, cache_directory, unpacked
 from processes import adopt_orphans, descendants
 
 if TYPE_CHECKING:
@@ -37,91 +36,6 @@ PACKAGES = (
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 PIPE_SIZE = 4 << 20
 """Of each pipe of the page server of `criu dump --lazy-pages`; only CAP_SYS_RESOURCE exceeds the limit."""
-
-
-class UnobtainableError(Exception):
-    """Why CRIU cannot be had, or not be used, on this machine."""
-
-
-def cache_directory() -> Path:
-    """Return where what was fetched and built is kept between runs."""
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aiouffd-tests"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def mirror() -> tuple[str, str]:
-    """Return the address of this machine's Debian mirror, and its keyring, from apt's own sources."""
-    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
-    for path in files:
-        if path.suffix not in (".list", ".sources") or not path.is_file():
-            continue
-        text = path.read_text()
-        address = re.search(r"^(?:URIs:|deb\s+(?:\[.*?\])?)\s*(\S+/debian)/?(?:\s|$)", text, re.MULTILINE)
-        if address:
-            keyring = re.search(r"[Ss]igned-[Bb]y[:=]\s*(/[^\s\]]+)", text)
-            return address[1], keyring[1] if keyring else "/usr/share/keyrings/debian-archive-keyring.gpg"
-    raise UnobtainableError("apt's sources name no Debian mirror")
-
-
-def _apt(root: Path, *arguments: str, cwd: Path | None = None) -> None:
-    """Run apt-get on directories of our own: the system's lists and packages are neither used nor changed."""
-    for name in ("state/lists/partial", "cache/archives/partial", "etc/sources.list.d", "etc/preferences.d"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    (root / "status").touch()
-    settings = {
-        "Dir::State": root / "state",
-        "Dir::State::status": root / "status",
-        "Dir::Cache": root / "cache",
-        "Dir::Etc::sourcelist": root / "etc/sources.list",
-        "Dir::Etc::sourceparts": root / "etc/sources.list.d",
-        "Dir::Etc::preferencesparts": root / "etc/preferences.d",
-        "Acquire::Languages": "none",
-        "Acquire::Retries": "1",
-        "Acquire::http::Timeout": "20",
-        "APT::Sandbox::User": "root",
-        "APT::Get::List-Cleanup": "false",
-    }
-    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
-    command = ["apt-get", "-q", *options, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=cwd)
-    if result.returncode:
-        raise UnobtainableError(f"apt-get {arguments[0]} failed: {(result.stderr or result.stdout).strip()[-300:]}")
-
-
-def unpacked(name: str, suite: str, packages: Sequence[str]) -> Path:
-    """Return a directory with these packages of a suite of Debian's, fetched on first use and kept.
-
-    Raises:
-        UnobtainableError: with the reason.
-    """
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise UnobtainableError("apt-get and dpkg are needed to fetch packages")
-    root = cache_directory() / f"{name}-{suite}"
-    if not root.exists():
-        with (cache_directory() / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not root.exists():
-                _unpack(root, suite, packages)
-    return root
-
-
-def _unpack(target: Path, suite: str, packages: Sequence[str]) -> None:
-    address, keyring = mirror()
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
-        work = Path(name)
-        apt = work / "apt"
-        (apt / "etc").mkdir(parents=True)
-        (apt / "etc/sources.list").write_text(f"deb [signed-by={keyring}] {address} {suite} main\n")
-        _apt(apt, "update")
-        fetched = work / "packages"
-        fetched.mkdir()
-        _apt(apt, "download", *packages, cwd=fetched)
-        root = work / "root"
-        for package in sorted(fetched.glob("*.deb")):
-            subprocess.run(["dpkg", "-x", package, root], check=True, capture_output=True)
-        with contextlib.suppress(OSError):  # another run was first
-            root.rename(target)
 
 
 @cache

@@ -6,6 +6,7 @@ import importlib.util
 import mmap
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -115,6 +116,7 @@ def _facts() -> dict[str, str]:
     uvloop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio's (uvloop is not installed)"
     return {
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}, pages of {mmap.PAGESIZE} bytes",
+        "Python": f"{platform.python_version()}, {'with' if _has_gil() else 'without'} a GIL",
         "user": f"uid {os.geteuid()}",
         "sysctl": f"vm.unprivileged_userfaultfd = {_read('/proc/sys/vm/unprivileged_userfaultfd')}",
         "huge pages": f"{_read('/proc/sys/vm/nr_hugepages')} of the default size, {free} of 2 MiB free",
@@ -124,6 +126,10 @@ def _facts() -> dict[str, str]:
         "event loop": uvloop,
         "halt polling": f"guest_halt_poll_ns = {_read('/sys/module/haltpoll/parameters/guest_halt_poll_ns')}",
     }
+
+
+def _has_gil() -> bool:
+    return getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
 
 
 def _read(path: str) -> str:

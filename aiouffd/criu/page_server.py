@@ -175,7 +175,7 @@ class CriuPageServer:
         self.host = host
         self.port = port
         self.header = header
-        self.timeout = timeout
+        self.timeout: float = timeout
         self.pages = pages
         self._permits = asyncio.Semaphore(requests)
         self._replies: _Replies | None = None

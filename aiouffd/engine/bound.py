@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bound", "losing"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 
 class _Space(Protocol):
@@ -94,7 +94,7 @@ class Bound:
         self.limit = limit
         self.write_back: _WriteBack | None = None
         """Takes written pages to the source; None: they stay."""
-        self.noted = 0
+        self.noted: int = 0
         """Bytes of pages that were written, as far as that is counted."""
         self._words = counters.words
         self._file = file

@@ -34,9 +34,9 @@ class Clock:
     def __init__(self, page: int, limit: int) -> None:
         self._page = page
         largest = max(min(_LARGEST, limit // _SHARE), 1)
-        self.block = max(page, 1 << (largest.bit_length() - 1))
+        self.block: int = max(page, 1 << (largest.bit_length() - 1))
         self._pages = self.block // page
-        self.total = 0
+        self.total: int = 0
         self._blocks: OrderedDict[int, bytearray] = OrderedDict()  # a byte for each page; what came last is last
         self._spared: set[int] = set()  # blocks that are passed over once
         self._dropped: OrderedDict[int, None] = OrderedDict()  # what was dropped last is last

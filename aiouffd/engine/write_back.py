@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WriteBack"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PIECE = 2 << 20
 _BATCH = 8 << 20  # bytes, or so many pieces, that are protected, read and written together

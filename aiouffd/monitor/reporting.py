@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reporting"]
 
-log = logging.getLogger("aiouffd")
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSE: Final = 0.5  # seconds between two looks at the page tables, at first
 _PATIENCE: Final = 1.0  # seconds for the thread's last look

@@ -28,7 +28,7 @@ class Timeline:
 
     def __init__(self, columns: int, width: float = 0.1) -> None:
         self._columns = columns
-        self.width = width
+        self.width: float = width
         self.rows: list[list[int]] = []
 
     def add(self, at: float, counts: Sequence[int]) -> None:
@@ -59,7 +59,7 @@ class Film:
     def __init__(self, pause: float) -> None:
         self._pause = pause
         self.looks: list[tuple[float, list[int]]] = []
-        self.due = 0.0
+        self.due: float = 0.0
 
     def add(self, at: float, shares: Sequence[float], cost: float) -> None:
         """Add a look.

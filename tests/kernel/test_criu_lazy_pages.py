@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import criu_rig
+import debian_packages
 import pytest
 from processes import crash
 from scenario import play
@@ -32,7 +33,7 @@ def rig() -> None:
     """CRIU is fetched on first use."""
     try:
         criu_rig.command()
-    except criu_rig.UnobtainableError as error:
+    except debian_packages.UnobtainableError as error:
         pytest.skip(f"CRIU cannot be had: {error}")
 
 

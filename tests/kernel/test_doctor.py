@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
+import sys
 from typing import NoReturn
 
 import pytest
@@ -99,7 +101,10 @@ def test_no_native_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.facts["native part"] == "missing: none was built: install a C compiler"
 
 
-def test_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without uvloop it is asyncio's."""
+def test_python_and_its_loop_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without uvloop it is asyncio's; whether there is a GIL counts at run time."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert doctor.examine().facts["event loop"] == "asyncio's (uvloop is not installed)"
+    for gil, said in ((True, "with a GIL"), (False, "without a GIL")):
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda gil=gil: gil, raising=False)
+        assert doctor.examine().facts["Python"] == f"{platform.python_version()}, {said}"

@@ -170,16 +170,20 @@ def test_a_handler_that_is_a_closure(loop: str) -> None:
     play(handlers, loop=loop)
 
 
-class Counting(Slow):
-    """Notes how many reads are under way at once, at most."""
+class Together(Slow):
+    """Its first reads wait for each other: 16 must be under way at once."""
 
-    reading = most = 0
+    reading = 0
+    enough: asyncio.Event | None = None
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return the pattern, later."""
+        self.enough = self.enough or asyncio.Event()
         self.reading += 1
-        self.most = max(self.most, self.reading)
+        if self.reading >= 16:
+            self.enough.set()
         try:
+            await self.enough.wait()
             return await super().read(offset, length)
         finally:
             self.reading -= 1
@@ -188,7 +192,7 @@ class Counting(Slow):
 def far_away() -> None:
     """Scenario: many threads that wait for a slow source."""
     region = aiouffd.Region(SIZE)
-    source = Counting(SIZE, 0.002)
+    source = Together(SIZE, 0.002)
     with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0) as monitor:
         all_ = Touchers(region.address, [range(n, 640, 32) for n in range(32)])
         holding = threading.Thread(target=pages, args=(region, range(700, 720)))
@@ -196,7 +200,6 @@ def far_away() -> None:
         all_.join()
         holding.join()
         assert not all_.wrong
-        assert source.most >= 16
         # One page, many touchers: it is fetched once.
         several = Touchers(region.address, [[800]] * 16)
         several.join()

@@ -1,22 +1,13 @@
 """Boot kernels under QEMU with this package and its tests, and run some of them there.
 
-    python tests/matrix/boot.py KERNEL... [--arm64 FOLDER] [--timeout SECONDS] [--memory MIB] [--tests ARGUMENT...]
+    python tests/matrix/boot.py KERNEL... [--python VERSION] [--arm64] [--16k] [--timeout SECONDS] [--memory MIB]
+        [--tests ARGUMENT...]
 
-A KERNEL is an image (vmlinuz). Debian's come with `apt-get download linux-image-VERSION-cloud-amd64`, or
-`linux-binary-VERSION-cloud-amd64` since 7.2, and `dpkg -x`; no module is needed. Everything is in an initial RAM disk:
-this interpreter, its packages, the repository. The kernel runs with TCG, so that this works on any machine that has
-qemu-system-x86; it takes some minutes. By default the tests are those of test_smoke.py, which hold on each kernel since
-5.10.
-
-Kernels of arm64 (`linux-image-VERSION-arm64-16k` has pages of 16 KiB) need qemu-system-arm and a FOLDER that holds a
-file system: Debian's python3.11 for arm64 (the minor version of this interpreter) with all that it depends on, unpacked
-by `dpkg -x`, and in `FOLDER/packages` the packages with native parts, among them the wheel of `tools/wheels.py`:
-
-    pip install --no-deps --only-binary=:all: --implementation cp --python-version 3.11 --target FOLDER/packages
-        --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 dist/*aarch64.whl uvloop numpy hypothesis
-    python -m compileall -q FOLDER/usr/lib/python3.11 FOLDER/packages
-
-Packages in pure Python, and the tests, are those of this machine. aiouffd is that of the wheel.
+A KERNEL is a version of Debian's (6.12), which is fetched and kept, or an image (vmlinuz). No module is needed.
+Everything is in an initial RAM disk: an interpreter, its packages, the repository. The interpreter is this one, or one
+of Debian's (see `tests/debian_roots.py`). The kernel runs with TCG, so that this works on any machine that has
+qemu-system-x86, or qemu-system-arm for arm64; it takes some minutes. By default the tests are those of test_smoke.py,
+which hold on each kernel since 5.10. The last lines are rows for the table in docs/reference/kernel.md.
 """
 
 from __future__ import annotations
@@ -34,11 +25,15 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+sys.path.append(str(Path(__file__).parents[1]))
+import debian_roots
+from debian_packages import unpacked
+from debian_roots import PURE as PACKAGES
+from debian_roots import REPOSITORY, SUMMARY
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REPOSITORY = Path(__file__).parents[2]
-PACKAGES = Path(sysconfig.get_paths()["purelib"])
 GUEST = Path("/repository")
 """Where the repository is in the guest, whose /tmp is empty."""
 PURE = Path("/pure")
@@ -70,11 +65,6 @@ LEFT_OUT = {
     ),
 }
 """Folders of the standard library and of site-packages that no test of a kernel needs."""
-NEEDED = re.compile(
-    r"_?(attrs?|cloudpickle|blockbuster|forbiddenfruit|sortedcontainers|py|py_?test.*|pluggy|iniconfig|packaging|xdist"
-    r"|execnet|pygments|click|rich|markdown_it.*|mdurl|prometheus_client|typing_extensions)(-[0-9].*|\.py)?$"
-)
-"""Packages in pure Python that tests need."""
 SMOKE = ["tests/matrix/test_smoke.py"]
 INIT = """#!{python}
 import ctypes, os, subprocess, sys
@@ -85,9 +75,10 @@ for kind, place in (
     os.makedirs(place, exist_ok=True)
     libc.mount(kind.encode(), place.encode(), kind.encode(), 0, None)
 os.environ.update(PYTHONPATH={path!r}, HOME="/tmp", PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1",
-    AIOUFFD_TEST_DEADLINE="1800")
+    AIOUFFD_TEST_DEADLINE="1800", PYTEST_ADDOPTS="--color=no")
 os.chdir({repository!r})
-print("MATRIX kernel", os.uname().release, flush=True)
+here = os.uname()
+print("\\nMATRIX", here.release, here.machine, os.sysconf("SC_PAGE_SIZE"), sys.version.split()[0], flush=True)
 code = subprocess.call([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=1900", *{arguments!r}])
 print("MATRIX exit", code, flush=True)
 libc.sync()
@@ -128,12 +119,17 @@ def entry(name: str, mode: int, data: bytes, changed: int = 0) -> bytes:
 
 @frozen
 class Guest:
-    """What a kernel runs: files, by their path in the guest, and where Python and its packages are there."""
+    """What a kernel runs: files, by their path in the guest, and where Python and its packages are there.
+
+    Attributes:
+        links: folders that are those in /usr of the same name.
+    """
 
     files: dict[Path, Path]
     python: Path
     path: list[Path]
     qemu: str
+    links: tuple[str, ...] = ()
 
 
 def here() -> Guest:
@@ -151,21 +147,35 @@ def here() -> Guest:
     )
 
 
-def arm64(root: Path) -> Guest:
-    """Return an interpreter for arm64, its packages, and those of this machine's that are pure Python."""
-    unpacked = [file for folder in ("lib", "usr/bin", "usr/lib", "packages") for file in files(root / folder)]
-    (python,) = (file for file in unpacked if re.fullmatch(r"python3\.\d+", file.name))
-    pure = {
-        PURE / file.relative_to(PACKAGES): file
-        for file in files(PACKAGES)
-        if NEEDED.match(file.relative_to(PACKAGES).parts[0])
+def of_debian(version: str, architecture: str) -> Guest:
+    """Return an interpreter of Debian's, its packages, and those of this machine's that are pure Python."""
+    root = debian_roots.root(version, architecture, wheel=True)
+    unpacked = [file for folder in ("usr/bin", "usr/lib", "usr/lib64", "packages") for file in files(root / folder)]
+    pure = {PURE / file.relative_to(PACKAGES): file for file in files(PACKAGES) if debian_roots.is_needed(file)}
+    qemu = {
+        "amd64": "qemu-system-x86_64 -cpu max -append 'console=ttyS0 quiet panic=-1'",
+        "arm64": "qemu-system-aarch64 -M virt -cpu neoverse-n1 -append 'console=ttyAMA0 quiet panic=-1'",
     }
     return Guest(
         pure | {Path("/") / file.relative_to(root): file for file in unpacked} | tests(),
-        Path("/") / python.relative_to(root),
+        Path(f"/usr/bin/python{version}"),
         [Path("/packages"), PURE],
-        "qemu-system-aarch64 -M virt -cpu neoverse-n1 -append 'console=ttyAMA0 quiet panic=-1'",
+        qemu[architecture],
+        ("lib", "lib64"),
     )
+
+
+def image(kernel: str, architecture: str, *, large_pages: bool) -> Path:
+    """Return a kernel: a file, or the last of Debian's of a version, of all its suites."""
+    if Path(kernel).exists():
+        return Path(kernel)
+    suite = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie"}.get(kernel, "trixie-backports")
+    flavour = f"{architecture}-16k" if large_pages else f"cloud-{architecture}"
+    kind = "binary" if [int(number) for number in kernel.split(".")] >= [7, 2] else "image"
+    package = rf"linux-{kind}-{re.escape(kernel)}\.\S*-{flavour}"
+    root = unpacked(f"matrix-linux-{kernel}-{flavour}", suite, [package], architecture=architecture)
+    (found,) = root.rglob("vmlinuz*")
+    return found
 
 
 def tests(*folders: Path) -> dict[Path, Path]:
@@ -183,6 +193,8 @@ def archive(target: Path, guest: Guest, arguments: list[str]) -> None:
     init = INIT.format(python=guest.python, path=path, repository=str(GUEST), arguments=arguments)
     made: set[Path] = set()
     with target.open("wb") as file:
+        for name in guest.links:
+            file.write(entry(name, 0o120777, f"usr/{name}".encode()))
         for place, source in sorted(guest.files.items()):
             for folder in reversed(place.parents[:-1]):
                 if folder not in made:
@@ -194,47 +206,55 @@ def archive(target: Path, guest: Guest, arguments: list[str]) -> None:
         file.write(entry("TRAILER!!!", 0, b""))
 
 
-def boot(kernel: Path, disk: Path, qemu: str, *, memory: int, timeout: float) -> int:
-    """Boot a kernel; return the exit status of its tests, or 1 if it has not come to their end in time."""
+def boot(kernel: Path, disk: Path, qemu: str, *, memory: int, timeout: float) -> tuple[int, str]:
+    """Boot a kernel; return the exit status of its tests, or 1 if it has not come to their end in time, and a row."""
     command = shlex.split(f"{qemu} -accel tcg,thread=multi -smp 2 -m {memory} -nographic -no-reboot")
-    status = 1
+    status, machine, summary = 1, [str(kernel), "?", "0", "?"], "did not come to an end"
     with subprocess.Popen(
         [*command, "-kernel", kernel, "-initrd", disk], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    ) as machine:
-        timer = subprocess.Popen(["sh", "-c", f"sleep {timeout}; kill {machine.pid}"], start_new_session=True)
+    ) as guest:
+        timer = subprocess.Popen(["sh", "-c", f"sleep {timeout}; kill {guest.pid}"], start_new_session=True)
         try:
-            assert machine.stdout is not None
-            for line in machine.stdout:
+            assert guest.stdout is not None
+            for line in guest.stdout:
                 text = line.decode(errors="replace").rstrip()
                 print(text, flush=True)
                 if text.startswith("MATRIX exit "):
                     status = int(text.split()[2])
+                elif text.startswith("MATRIX "):
+                    machine = text.split()[1:]
+                elif found := SUMMARY.search(text):
+                    summary = found[0]
         finally:
             timer.kill()
             timer.wait()
-            machine.kill()
-    return status
+            guest.kill()
+    release, name, page, python = machine
+    return status, f"| {release.partition('+')[0]} | {name} | {int(page) >> 10} KiB | {python} | {summary}"
 
 
 def main() -> int:
     """Boot each kernel in turn; the status is that of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="+", type=Path, metavar="KERNEL")
-    parser.add_argument("--arm64", type=Path, metavar="FOLDER", help="a file system; the kernels are of arm64")
+    parser.add_argument("kernels", nargs="+", metavar="KERNEL")
+    parser.add_argument("--python", metavar="VERSION", help="of Debian's; by default this interpreter, or 3.13")
+    parser.add_argument("--arm64", action="store_const", const="arm64", default="amd64", dest="architecture")
+    parser.add_argument("--16k", action="store_true", dest="large_pages", help="kernels with pages of 16 KiB (arm64)")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each kernel")
     parser.add_argument("--memory", type=int, default=2048, help="MiB for each kernel")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, default=SMOKE, help="arguments of pytest")
-    arguments = parser.parse_args()
-    results: dict[Path, int] = {}
+    given = parser.parse_args()
+    kernels = [image(kernel, given.architecture, large_pages=given.large_pages) for kernel in given.kernels]
+    own = given.python is None and given.architecture == "amd64"
+    guest = here() if own else of_debian(given.python or "3.13", given.architecture)
     with tempfile.TemporaryDirectory() as folder:
         disk = Path(folder) / "disk.cpio"
-        guest = arm64(arguments.arm64) if arguments.arm64 else here()
-        archive(disk, guest, arguments.tests)
-        for kernel in arguments.kernels:
-            results[kernel] = boot(kernel, disk, guest.qemu, memory=arguments.memory, timeout=arguments.timeout)
-    for kernel, status in results.items():
-        print(f"{'passed' if status == 0 else f'FAILED ({status})'}: {kernel}")
-    return next((status for status in results.values() if status), 0)
+        archive(disk, guest, given.tests)
+        results = [boot(one, disk, guest.qemu, memory=given.memory, timeout=given.timeout) for one in kernels]
+    tests = "smoke" if given.tests == SMOKE else " ".join(given.tests)
+    for _, row in results:
+        print(f"{row}: {tests} |")
+    return next((status for status, _ in results if status), 0)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ class SourceBackend:
         on_touch: Callable[[int], None] | None = None,
         bound: Bound | None = None,
     ) -> None:
-        self.source, self.limits = source, limits
+        self.source: Source = source
+        self.limits: Limits = limits
         self.bound: Bound | None = bound
         self._counters, self._words = counters, counters.words
         self._reads = Reads(source, counters, limits)

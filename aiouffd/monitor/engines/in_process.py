@@ -34,9 +34,10 @@ __all__ = ["InProcess", "InProcessEngine"]
 class InProcess:
     """The loop is the caller's own, for memory that only others touch: another process, a virtual machine, C code.
 
-    A touch with the GIL held would stop the loop that should serve it. The Monitor is entered by `async with`. A thread
-    of the native part watches the loop. It cannot serve forked children: fork() would wait until the loop has read its
-    event, and hold the GIL and the locks of malloc meanwhile.
+    A touch with the GIL held would stop the loop that should serve it. Without a GIL it is the same: a collection of
+    garbage waits until each thread that runs Python code has stopped, and one that sleeps on a page does not. The
+    Monitor is entered by `async with`. A thread of the native part watches the loop. It cannot serve forked children:
+    fork() would wait until the loop has read its event, and hold the GIL and the locks of malloc meanwhile.
 
     Args:
         spin_us: microseconds for which the loop looks for further faults before it sleeps, while faults keep coming.

@@ -41,7 +41,7 @@ class Asking(Requests):
         super().__init__("the pager", self._send_unless_held)
         self._waiter = waiter
         self.pair: Pair | None = None
-        self.held = False
+        self.held: bool = False
         self.counting: Journal | None = None
 
     def release(self, counts: Future[Any]) -> None:
