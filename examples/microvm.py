@@ -116,7 +116,8 @@ class MicroVM:
             if reason != EXIT_IO:
                 self.close()
                 if reason == EXIT_MMIO:
-                    raise GuestError(f"the page at offset {where - MEMORY:#x} of the guest's memory cannot be had")
+                    where -= MEMORY
+                    raise GuestError(f"offset {where:#x} of the guest's memory cannot be had: the server says why")
                 raise GuestError(f"the guest stopped, KVM exit reason {reason}")
             (where,) = struct.unpack_from("<Q", self._state, 40)
             (checksum,) = struct.unpack_from("<I", self._state, where)
@@ -141,7 +142,10 @@ def hand_over(path: str, region: aiouffd.Region) -> tuple[socket.socket, aiouffd
     uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
     mapping = {"base_host_virt_addr": region.address, "size": region.mapped_length, "offset": 0}
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        sys.exit(f"microvm: {path}: {error.strerror}; is `aiouffd serve` running there?")
     socket.send_fds(connection, [json.dumps([mapping | {"page_size": region.page_size}]).encode()], [uffd.fileno()])
     return connection, uffd
 
