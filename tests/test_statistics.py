@@ -129,11 +129,3 @@ def test_what_was_counted_ahead_is_taken_back() -> None:
     assert (words[Counter.PAGES_ZERO], words[Counter.BYTES_FETCHED]) == (0, 0)
     counters.uncount(Counter.PAGES_READAHEAD, 9, 0, 0)
     assert words[Counter.PAGES_FAULT] == 0
-
-
-def test_what_two_have_counted() -> None:
-    """Each count is added, also those of the histogram."""
-    one, other = Counters(), Counters()
-    one.words[Counter.FAULTS], other.words[Counter.FAULTS], other.words[Counter.LATENCY + 9] = 2, 3, 4
-    both = one.snapshot() + other.snapshot()
-    assert (both.faults, both.latency[9], sum(both.latency)) == (5, 4, 4)

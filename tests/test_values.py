@@ -18,7 +18,8 @@ def test_settings() -> None:
     full = msgspec.convert(
         {
             "name": "a", "socket": "/s", "source": ["/x", "/y"], "owner": {"uid": 7}, "allow_uids": [8],
-            "on_reject": "kill", "readahead": 5, "spin_us": 6, "background": "max", "replay": "/r", "timeout": 9,
+            "on_reject": "kill", "on_failure": "hold", "readahead": 5, "spin_us": 6, "background": "max",
+            "replay": "/r", "timeout": 9,
             "retries": 10, "concurrent_reads": 11, "bytes_in_flight": 1 << 21, "events_per_second": 12,
             "bytes_per_second": 13, "handoff_timeout": 14,
         },
@@ -31,6 +32,7 @@ def test_settings() -> None:
     assert (settings.on_reject, settings.replay, settings.handoff_timeout) == ("kill", "/r", 14.0)
     assert (options.readahead, options.spin_us, options.background) == (5, 6, math.inf)
     assert (limits.timeout, limits.retries, limits.concurrent_reads, limits.bytes_in_flight) == (9, 10, 11, 1 << 21)
+    assert (settings.on_failure, options.on_error) == ("hold", "retry")
     assert (limits.client_events, limits.client_bytes) == (12, 13)
 
 

@@ -77,6 +77,7 @@ def command(ctx: click.Context, control: str) -> None:
 @click.option("--owner", type=_Owner(), help="Of the socket's file. This user may connect, too.")
 @click.option("--allow-uid", "allow_uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
 @click.option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), help="[default: poison]")
+@click.option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), help="[default: poison]")
 @click.option("--readahead", type=parameters.Size(), metavar="BYTES", help="[default: 2M]")
 @click.option("--background", type=parameters.Rate(), help="Bytes per second to fill without a fault, or max.")
 @click.option("--record", help="Write the order of first touches to this file.")

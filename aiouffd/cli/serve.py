@@ -40,6 +40,10 @@ _ON_REJECT = (
     "What becomes of a microVM that is turned away, and would wait for its pages for ever: its memory is SIGBUS (Linux"
     " 6.6), it is killed, or it waits."
 )
+_ON_FAILURE = (
+    "What becomes of a client whose page cannot be had, after all tries: the page is SIGBUS, the client is killed, or"
+    " its threads wait while the page is asked for again and again."
+)
 _ON_TERM = (
     "What SIGTERM, SIGINT and SIGHUP do for clients: serve them until they leave, or first fill all their missing"
     " pages. A second signal leaves them to the pager, which goes on without this process."
@@ -84,6 +88,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
 @_option("--control", type=click.Path(), metavar="PATH", help=_CONTROL)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
+@_option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_FAILURE)
 @_option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", help=_ON_TERM)
 def command(
     *,

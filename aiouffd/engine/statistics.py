@@ -176,11 +176,6 @@ class Statistics:
     counts from the signal on, so there it is the whole wait of the faults that the C handler resolves.
     """
 
-    def __add__(self, other: Statistics) -> Statistics:
-        """Return what both have counted together."""
-        latency = tuple(map(sum, zip(self.latency, other.latency, strict=True)))
-        return Statistics(**{name: getattr(self, name) + getattr(other, name) for name in _NAMES}, latency=latency)
-
     def __str__(self) -> str:
         """Say what is not zero."""
         said = {name: getattr(self, name) for name in _NAMES}

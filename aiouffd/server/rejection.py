@@ -99,7 +99,7 @@ class Rejections:
         close_foreign([item[0].detach()])
 
 
-def kill(connection: socket.socket, peer: Peer) -> None:
+def kill(connection: socket.socket, peer: Peer, why: str = "it was turned away") -> None:
     """Send SIGKILL to the peer of a connection; never to another process that has its pid by now."""
     try:
         pidfd = peer_pidfd(connection, peer)
@@ -108,7 +108,7 @@ def kill(connection: socket.socket, peer: Peer) -> None:
         return
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        log.warning("%s was killed, since it was turned away", peer)
+        log.warning("%s was killed, since %s", peer, why)
     except OSError as error:
         log.error("%s cannot be killed: %s", peer, error.strerror)  # noqa: TRY400 - no traceback helps here
     finally:

@@ -9,7 +9,10 @@ import asyncio
 import contextlib
 import functools
 import logging
+from array import array
 from typing import TYPE_CHECKING, Any, Self
+
+import attrs
 
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
@@ -56,6 +59,9 @@ class Server:
         on_reject: what becomes of a client that is turned away after it has sent its userfaultfd, and does not read
             why: `poison` makes its missing pages SIGBUS (Linux 6.6), `kill` ends the process that connected, `hold`
             lets it wait.
+        on_failure: what becomes of a client, after all tries, whose page cannot be had: `poison` makes the page
+            SIGBUS, `kill` ends the process that connected, also when the pager is given up, and `hold` asks for the
+            page again and again, while its threads wait.
         readahead: the largest window that one fault brings, in bytes; 0 serves page by page.
         spin_us: microseconds to poll for further faults before sleeping, while faults keep coming.
         background: bytes per second to fill without a fault; 0: none.
@@ -87,6 +93,7 @@ class Server:
         mode: int = 0o600,
         uids: Collection[int] = (),
         on_reject: Policy = "poison",
+        on_failure: Policy = "poison",
         readahead: int = 2 << 20,
         spin_us: int = 50,
         background: float = 0.0,
@@ -117,9 +124,15 @@ class Server:
             client_events=client_events,
             client_bytes=client_bytes,
         )
-        options = Options(readahead if record is None else 0, spin_us, background=background, limits=limits)
-        settings = Settings(frozenset(uids), on_reject, options, record, replay, handoff_timeout)
-        self._ended = Counters().snapshot()  # of sessions that are no more
+        options = Options(
+            readahead if record is None else 0,
+            spin_us,
+            background=background,
+            limits=limits,
+            on_error="sigbus" if on_failure == "poison" else "retry",
+        )
+        settings = Settings(frozenset(uids), on_reject, on_failure, options, record, replay, handoff_timeout)
+        self._ended = Counters().words.tolist()  # of sessions that are no more
         self._rejected = 0  # by these
         self._started = False
         self._ending = False
@@ -213,7 +226,7 @@ class Server:
             raise SessionError(session.name, f"serves {len(session.clients)} clients, or is just taking one")
         del self.sessions[session.name]
         counted = session.statistics()
-        self._ended += counted
+        self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
         self._rejected += session.rejected
         await session.aclose("is served no longer")
         await asyncio.to_thread(session.complete)
@@ -260,7 +273,10 @@ class Server:
         """Return what the pager has counted, for all clients."""
         if not self._started:
             return Counters().snapshot()
-        return sum((session.statistics() for session in self.sessions.values()), self._pager.statistics() + self._ended)
+        counts = [self._pager.journal.counters.words.tolist(), self._ended]
+        counts += [session.counted for session in self.sessions.values()]
+        whole = Counters(array("Q", map(sum, zip(*counts, strict=True)))).snapshot()
+        return attrs.evolve(whole, clients=len(self.clients))
 
     @property
     def rejected(self) -> int:

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import socket
+from array import array
 from collections import Counter as Tally
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ import attrs
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Counters
-from aiouffd.errors import ClosedError, HandoffError, UffdError
+from aiouffd.errors import ClosedError, HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
+from aiouffd.server.rejection import Policy, kill
 from aiouffd.server.services import Services
 
 if TYPE_CHECKING:
@@ -37,13 +39,13 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.server.listener import SocketFile
-    from aiouffd.server.rejection import Policy
 
 __all__ = ["Session", "Settings"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_OF_PROCESS = 1024  # clients of one process
+_LOST = (SourceError, HandlerError)  # a page cannot be had
 _LAST_ANSWER = 2.0  # seconds for the pager to say whether a client is served, when the server is left
 
 
@@ -53,6 +55,7 @@ class Settings:
 
     uids: frozenset[int] = frozenset()
     on_reject: Policy = "poison"
+    on_failure: Policy = "poison"
     options: Options = attrs.field(factory=Options)
     record: str | os.PathLike[str] | None = None
     replay: str | os.PathLike[str] | None = None
@@ -223,12 +226,13 @@ class Session:
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""
-        if not self.clients or not self._slot:
-            now = Counters()
-            for at, word in enumerate(self._counted):
-                now.words[at] = word
-            return attrs.evolve(now.snapshot(), clients=len(self.clients))
-        return attrs.evolve(self._pager.journal.counters_of(self._slot).snapshot(), clients=len(self.clients))
+        return attrs.evolve(Counters(array("Q", self.counted)).snapshot(), clients=len(self.clients))
+
+    @property
+    def counted(self) -> list[int]:
+        """The words of these counters."""
+        live = self.clients and self._slot
+        return self._pager.journal.counters_of(self._slot).words.tolist() if live else self._counted
 
     @property
     def is_idle(self) -> bool:
@@ -356,6 +360,8 @@ class Session:
             if tenant is None or client.tenant is tenant:
                 log.error("%s: %s", client, error)
                 self._tell("client.failed", client=client.number, reason=str(error))
+                if self.settings.on_failure == "kill" and (tenant is None or isinstance(error, _LOST)):
+                    kill(client.connection, client.peer, "a page cannot be had, or its pager is lost")
                 if client.conversation is not None:
                     client.conversation.report(error)
 

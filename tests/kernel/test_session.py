@@ -7,9 +7,10 @@ import functools
 import os
 import signal
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from pattern import PAGE, Pattern, peek, word
+from pattern import PAGE, Pattern, content, peek, word
 from scenario import play, replaced, until
 from served import MIB, hand_over
 
@@ -120,3 +121,44 @@ def test_settings_that_exclude_each_other() -> None:
         Settings(record="a", replay="b")
     with pytest.raises(ValueError, match="a source or a handler for the clients"):
         Server(path="a")
+
+
+class Fails:
+    """Fails until a file is there."""
+
+    size = MIB
+
+    def __init__(self, gate: str) -> None:
+        self.gate = Path(gate)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, or fail."""
+        if not self.gate.exists():
+            raise OSError(5, "a bad moment")
+        return content(offset, length)
+
+
+def touches(path: str) -> None:
+    """Scenario: a client."""
+    region, _connection, _uffd = hand_over(path)
+    assert region[5 * PAGE] == 6
+
+
+async def failing(directory: str, policy: Literal["poison", "kill", "hold"], status: int) -> None:
+    """Scenario: a page cannot be had."""
+    path, gate = Path(directory) / "socket", Path(directory) / "gate"
+    async with Server(Fails(str(gate)), path, on_failure=policy, retries=0) as server:
+        client = asyncio.create_task(asyncio.to_thread(play, touches, str(path), status=status))
+        told = server.happenings.follow(0)
+        while (happening := await anext(told)).kind != "client.failed":
+            pass
+        assert "a bad moment" in happening.details["reason"]
+        gate.touch()
+        await client
+        await told.aclose()
+
+
+@pytest.mark.parametrize(("policy", "status"), [("poison", -signal.SIGBUS), ("kill", -signal.SIGKILL), ("hold", 0)])
+def test_a_page_that_cannot_be_had(tmp_path: Path, policy: str, status: int) -> None:
+    """SIGBUS, the end, or the page as soon as the source has it again."""
+    play(failing, str(tmp_path), policy, int(status))

@@ -69,6 +69,9 @@ class NewSession:
     on_reject: Annotated[
         Literal["poison", "kill", "hold"], Meta(description="What becomes of a client that is turned away.")
     ] = "poison"
+    on_failure: Annotated[
+        Literal["poison", "kill", "hold"], Meta(description="What becomes of a client whose page cannot be had.")
+    ] = "poison"
     readahead: Annotated[_Count, Meta(description="The largest window that one fault brings, in bytes.")] = 2 << 20
     spin_us: Annotated[int, Meta(ge=0, le=1_000_000, description="Microseconds to poll for further faults.")] = 50
     background: Annotated[
@@ -105,10 +108,15 @@ class NewSession:
         )
         background = math.inf if self.background == "max" else self.background
         options = Options(
-            self.readahead if self.record is None else 0, self.spin_us, background=background, limits=limits
+            self.readahead if self.record is None else 0,
+            self.spin_us,
+            background=background,
+            limits=limits,
+            on_error="sigbus" if self.on_failure == "poison" else "retry",
         )
         uids = {*self.allow_uids} | ({self.owner.uid} if self.owner is not None else set())
-        return Settings(frozenset(uids), self.on_reject, options, self.record, self.replay, self.handoff_timeout)
+        policies = self.on_reject, self.on_failure
+        return Settings(frozenset(uids), *policies, options, self.record, self.replay, self.handoff_timeout)
 
 
 @attrs.frozen
