@@ -87,7 +87,7 @@ def reads(kind: str, size: int) -> float:
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with group(size // 4 + _PROGRAM) as limited:
-        arguments = [kind, str(path), str(size // 4), str(size // PAGE), str(limited)]
+        arguments = [kind, str(path), str(size // 4), str(min(size // PAGE, 1 << 16)), str(limited)]
         done = subprocess.run([sys.executable, "-c", _READ, *arguments], check=True, capture_output=True, text=True)
         return float(done.stdout)
 

@@ -101,11 +101,6 @@ class Bound:
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
         self._clock = Clock(page, limit or 1 << 62)
         self._warned = False
-        self.count_noted()
-        if file is not None:  # of a successor: what has come before
-            with contextlib.suppress(OSError):  # hugetlbfs: all counts as data
-                for start, end in data_ranges(file.fileno(), len(written)):
-                    self._clock.came(start, end - start)
 
     def note(self, space: _Space, page: int) -> None:
         """Note that the page at an address is about to be written.
@@ -162,8 +157,16 @@ class Bound:
             space.report(error)
 
     def enter(self, space: _Space) -> Resolver:
-        """Have a space be bounded as well; return what resolves its runs."""
+        """Have a space be bounded as well; return what resolves its runs.
+
+        What has come before is looked up now: a predecessor may have gone on until this moment.
+        """
         self._spaces.add(space)
+        self.count_noted()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # hugetlbfs: all counts as data
+                for start, end in data_ranges(self._file.fileno(), len(self.written)):
+                    self._clock.came(start, end - start)
         return _Resolver(self, space)
 
     @property
@@ -197,7 +200,7 @@ class Bound:
             self.lost([(low, high)])  # a successor does not know what was emptied
             if self._clock.total <= enough:
                 return
-        if length > self.room and not self._warned:
+        if length > self.room and not self._warned and self.write_back is None:
             self._warned = True
             log.warning(
                 "max_resident is %d, and %d bytes are there: most of them were written, and stay",
