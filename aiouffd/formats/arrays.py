@@ -206,7 +206,7 @@ class ArrayFile(Mapping[str, Any]):
     def _pages(self, found: Iterable[tuple[int, int]]) -> RangeSet:
         """Return the pages that (start, length) ranges are on, within the region."""
         pages, end = RangeSet(), len(self.region)
-        for start, length in found:
+        for start, length in sorted(found):
             pages.add(align_down(start, mmap.PAGESIZE), min(align_up(start + length, mmap.PAGESIZE), end))
         return pages
 

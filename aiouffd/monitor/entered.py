@@ -128,7 +128,8 @@ class Entered:
         if (length is None) is isinstance(start, SupportsIndex):
             raise TypeError("an offset needs a length; ranges have theirs")
         size, page, pages = len(self.region), self.region.page_size, RangeSet()
-        for pair in [(given, length)] if length is not None else ((each.start, each.length) for each in given):
+        pairs = [(given, length)] if length is not None else [(each.start, each.length) for each in given]
+        for pair in sorted(pairs):  # to add what is behind all others costs least
             at, count = map(operator.index, pair)
             self._check_within(at, count)
             if count:
