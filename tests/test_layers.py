@@ -210,6 +210,7 @@ ORDER = {
         "serve",
         "unix_http",
         "ctl",
+        "top",
         "snapshot",
         "commands",
     ],

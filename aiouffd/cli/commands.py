@@ -20,6 +20,7 @@ _COMMANDS = {
     "report": ("aiouffd.cli.report", "cli"),
     "serve": ("aiouffd.cli.serve", "serve"),
     "snapshot": ("aiouffd.cli.snapshot", "cli"),
+    "top": ("aiouffd.cli.top", "cli"),
 }
 """Name of a command -> the module whose `command` it is, and the extra that the module needs."""
 

@@ -20,7 +20,7 @@ from aiouffd.cli.unix_http import ControlClient
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["command"]
+__all__ = ["command", "control_option"]
 
 _DEFAULT = "/run/aiouffd/control.sock"
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what the server answers.")
@@ -43,8 +43,7 @@ class _Owner(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
         return {"uid": int(uid)} | ({"gid": int(gid)} if gid else {})
 
 
-@click.group("ctl")
-@click.option(
+control_option = click.option(
     "--control",
     type=click.Path(),
     default=_DEFAULT,
@@ -53,6 +52,11 @@ class _Owner(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
     show_envvar=True,
     help="The server's control socket.",
 )
+"""Which server; several commands have it."""
+
+
+@click.group("ctl")
+@control_option
 @click.pass_context
 def command(ctx: click.Context, control: str) -> None:
     """Manage the sessions of a server: `aiouffd serve --control PATH`.

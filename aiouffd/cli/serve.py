@@ -203,7 +203,7 @@ async def _endpoint(server: Server, address: tuple[str, int] | None) -> AsyncIte
         yield None
         return
     async with contextlib.AsyncExitStack() as stack:
-        metrics = Metrics(server.statistics, lambda: server.rejected)
+        metrics = Metrics(server.statistics, lambda: server.rejected, server.counted)
         try:
             endpoint = await stack.enter_async_context(Endpoint(metrics, *address))
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from typing import TYPE_CHECKING, Final, Self
 
@@ -11,8 +12,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from aiouffd.engine.statistics import Counter
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
@@ -25,6 +28,14 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 _BITS: Final = range(10, 34)  # buckets from 1 us to 8.6 s
 _MAX_CONNECTIONS: Final = 32
 _MAX_HEAD: Final = 16 << 10  # bytes of a request line and its headers
+_MAX_SESSIONS: Final = 1000
+_OF_SESSIONS: Final = (
+    ("faults", "Page faults read", [Counter.FAULTS]),
+    ("pages", "Pages resolved", list(range(Counter.PAGES_FAULT, Counter.PAGES_BACKGROUND + 1))),
+    ("poisoned_pages", "Pages that could not be fetched", [Counter.PAGES_POISONED]),
+    ("fetched_bytes", "Bytes read from sources", [Counter.BYTES_FETCHED]),
+    ("source_errors", "Reads of a source that failed for good", [Counter.SOURCE_ERRORS]),
+)
 _TIMEOUT: Final = 10.0  # seconds for one request and its answer
 
 
@@ -34,11 +45,19 @@ class Metrics(Collector):
     Args:
         statistics: returns the newest.
         rejected: returns how many clients were turned away.
+        sessions: returns the name of each session, how many clients it has, and the words of its counters. At most
+            1,000 are told of, the oldest: each has labels of its own.
     """
 
-    def __init__(self, statistics: Callable[[], Statistics], rejected: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        statistics: Callable[[], Statistics],
+        rejected: Callable[[], int],
+        sessions: Callable[[], Iterable[tuple[str, int, list[int]]]] = lambda: (),
+    ) -> None:
         self._statistics = statistics
         self._rejected = rejected
+        self._sessions = sessions
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics."""
@@ -72,6 +91,20 @@ class Metrics(Collector):
         yield GaugeMetricFamily("aiouffd_in_flight", "Source reads under way", now.in_flight)
         yield GaugeMetricFamily("aiouffd_in_flight_bytes", "Bytes of source reads under way", now.bytes_in_flight)
         yield _latency(now.latency)
+        yield from self._of_sessions()
+
+    def _of_sessions(self) -> Iterator[Metric]:
+        clients = GaugeMetricFamily("aiouffd_session_clients", "Clients being served, by session", labels=["session"])
+        counters = [
+            (CounterMetricFamily(f"aiouffd_session_{name}", f"{text}, by session", labels=["session"]), words)
+            for name, text, words in _OF_SESSIONS
+        ]
+        for session, count, counted in itertools.islice(self._sessions(), _MAX_SESSIONS):
+            clients.add_metric([session], count)
+            for family, words in counters:
+                family.add_metric([session], sum(counted[word] for word in words))
+        yield clients
+        yield from (family for family, _ in counters)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

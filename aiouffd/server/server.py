@@ -278,6 +278,11 @@ class Server:
         whole = Counters(array("Q", map(sum, zip(*counts, strict=True)))).snapshot()
         return attrs.evolve(whole, clients=len(self.clients))
 
+    def counted(self) -> list[tuple[str, int, list[int]]]:
+        """Return the name of each session that has one, how many clients it has, and the words of its counters."""
+        named = [session for session in self.sessions.values() if session.name]
+        return [(session.name, len(session.clients), session.counted) for session in named]
+
     @property
     def rejected(self) -> int:
         """How many clients were turned away."""

@@ -1,0 +1,74 @@
+"""`cli.top`: what sessions do between two looks."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from scenario import play
+from served import MIB, Serve, client, free_port
+
+from aiouffd.cli import main
+from aiouffd.cli.top import table
+from aiouffd.cli.unix_http import ControlClient
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def session(name: str, **counted: int) -> dict[str, Any]:
+    """Return a session as the server tells of it."""
+    return {
+        "name": name, "state": "listening", "clients": [{}, {}], "rejected": 3,
+        "statistics": {"latency_p99_ns": 1 << 20, **counted},
+    }  # fmt: skip
+
+
+def test_rates() -> None:
+    """The busiest first; one that is new, or has begun anew, has none yet."""
+    before = {"a": session("a", faults=10), "b": session("b", faults=100, pages=10), "c": session("c", faults=9)}
+    now = {
+        "a": session("a", faults=30, pages=400, bytes_fetched=4 << 20),
+        "b": session("b", faults=2100, pages=10, pages_poisoned=7),
+        "c": session("c", faults=1),
+        "d": session("d", faults=5),
+    }
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table(before, now, 2.0))
+    rows = [line.split() for line in capture.get().splitlines()[1:]]
+    assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "0", "3"]
+    assert rows[1] == ["a", "listening", "2", "10", "200", "2.0", "1.05", "ms", "0", "0", "3"]
+    assert [(row[0], row[3]) for row in rows[2:]] == [("c", "0"), ("d", "0")]
+
+
+def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, and what Prometheus reads of the same sessions."""
+    control, port = tmp_path / "control.sock", free_port()
+    with Serve(tmp_path, "--control", control, "--metrics", port, socket=""):
+        for name in ("a", "b"):
+            new = {"name": name, "socket": str(tmp_path / name), "source": str(image), "readahead": 0}
+            ControlClient(control).ask("POST", "/v1/sessions", new)
+        play(client, str(tmp_path / "a"), MIB)
+        assert main(["top", "--control", str(control), "--once", "--interval", "0.1"]) == 0
+        assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+            ["a", "listening", "0"], ["b", "listening", "0"]
+        ]  # fmt: skip
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+        counted = ControlClient(control).ask("GET", "/v1/sessions/a")["statistics"]
+        assert found['aiouffd_session_faults_total{session="a"}'] == counted["faults"] > 0
+        assert found['aiouffd_session_pages_total{session="a"}'] == counted["pages"] == found_pages(found)
+        assert found['aiouffd_session_pages_total{session="b"}'] == 0
+        assert found['aiouffd_session_clients{session="a"}'] == 0
+        assert json.dumps(counted)
+
+
+def found_pages(found: dict[str, float]) -> float:
+    """Return the pages of all sessions."""
+    return sum(value for name, value in found.items() if name.startswith("aiouffd_pages_total"))
