@@ -233,7 +233,10 @@ class TestStores(Stores.TestCase):  # type: ignore[misc,valid-type]
 @pytest.mark.nightly
 @pytest.mark.timeout(5000)
 def test_for_an_hour() -> None:
-    """Both machines in turn, of stores and of a cache. AIOUFFD_TEST_SECONDS says how long; the steps are printed."""
+    """Both machines in turn, of stores and of a cache. AIOUFFD_TEST_SECONDS says how long; the steps are printed.
+
+    With `-o faulthandler_timeout=0`: it is longer than any other test.
+    """
     end = time.monotonic() + float(os.environ.get("AIOUFFD_TEST_SECONDS", "3600"))
     rules = settings(max_examples=20, stateful_step_count=60, database=None, derandomize=False, deadline=None)
     rounds = 0
