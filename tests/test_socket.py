@@ -294,45 +294,50 @@ _steps = st.lists(
 )
 
 
-async def answer(steps: list[bytes | str]) -> None:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that is empty again after each example."""
+    return tmp_path_factory.mktemp("socket")
+
+
+async def answer(steps: list[bytes | str], place: Path) -> None:
     """Play a client; whatever it sends ends in the end mark or in a `HandoffError`."""
-    with tempfile.TemporaryDirectory() as name:
-        async with connected(Path(name), within=5) as (lazy, client):
-            with client, Userfaultfd(user_mode_only=True) as one:
-                for step in steps:
-                    if isinstance(step, bytes):
-                        client.sendall(step)
-                    else:
-                        hand_over(client, one.fileno())
-            taken: list[RestoredTask] = []
-            try:
-                await gather(lazy, taken)
-            except HandoffError:
-                assert not lazy.finished
-            else:
-                assert lazy.finished
-            for task in taken:
-                os.close(task.fd)
+    async with connected(place, within=5) as (lazy, client):
+        with client, Userfaultfd(user_mode_only=True) as one:
+            for step in steps:
+                if isinstance(step, bytes):
+                    client.sendall(step)
+                else:
+                    hand_over(client, one.fileno())
+        taken: list[RestoredTask] = []
+        try:
+            await gather(lazy, taken)
+        except HandoffError:
+            assert not lazy.finished
+        else:
+            assert lazy.finished
+        for task in taken:
+            os.close(task.fd)
 
 
-async def survives(steps: list[bytes | str]) -> None:
+async def survives(steps: list[bytes | str], place: Path) -> None:
     """Play it; no descriptor is left open."""
     before = descriptors()
-    await answer(steps)
+    await answer(steps, place)
     assert not descriptors() - before  # what other tests have left may be collected meanwhile
 
 
 @settings(max_examples=5_000, deadline=None)
-@given(_steps)
-async def test_any_client_is_survived(steps: list[bytes | str]) -> None:
+@given(steps=_steps)
+async def test_any_client_is_survived(place: Path, steps: list[bytes | str]) -> None:
     """5,000 of them."""
-    await survives(steps)
+    await survives(steps, place)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @settings(max_examples=100_000, deadline=None)
-@given(_steps)
-async def test_any_client_is_survived_at_length(steps: list[bytes | str]) -> None:
+@given(steps=_steps)
+async def test_any_client_is_survived_at_length(place: Path, steps: list[bytes | str]) -> None:
     """100,000 of them."""
-    await survives(steps)
+    await survives(steps, place)
