@@ -68,6 +68,7 @@ def in_root(version: str) -> list[str]:
         ("/sys", "sys"),
         ("/dev", "dev"),
         ("/tmp", "tmp"),
+        ("/etc/ssl", "etc/ssl"),
         (REPOSITORY, "repository"),
         (PURE, "pure"),
     ]
