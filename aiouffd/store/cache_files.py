@@ -112,6 +112,7 @@ class CacheFiles:
         self.exclusive: Exclusive = Exclusive(self._lock_file)
         self.keys: KeyLocks = KeyLocks(self._keys_file)
         with self.exclusive():
+            self.index: CacheIndex
             self.index, fd = CacheIndex.open(folder, max_bytes // _USUAL_CHUNK)
             self._index_file = OwnedDescriptor(fd)
         self.segments: Segments = Segments(folder, max_bytes, self.exclusive)
