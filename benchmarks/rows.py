@@ -22,7 +22,7 @@ from benchmarks.caches import cache_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
-from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows
+from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows, sessions_row
 from benchmarks.snapshots import snapshot_rows
 from benchmarks.tensors import tensor_rows
 
@@ -528,6 +528,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         in_thread_rows,
         replay_row,
         clients_row,
+        sessions_row,
         serve_rows,
         restore_rows,
         program_rows,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.contestants import Arena
 
-__all__ = ["clients_row", "fetched_row", "program_rows", "restore_rows", "serve_rows"]
+__all__ = ["clients_row", "fetched_row", "program_rows", "restore_rows", "serve_rows", "sessions_row"]
 
 
 def clients_row(*, quick: bool) -> Iterator[Row]:
@@ -35,6 +35,19 @@ def clients_row(*, quick: bool) -> Iterator[Row]:
         },
         (Bar("one client", 1.15),),
         setup="aiouffd serve --readahead 0",
+    )
+
+
+def sessions_row(*, quick: bool) -> Iterator[Row]:
+    """Sessions of one server, created one after the other."""
+    count = 20 if quick else 500
+    yield Row(
+        "sessions",
+        f"a session of `aiouffd serve --control` is created, of {count}",
+        "ms",
+        {"aiouffd": lambda: served.creating(count), "5 ms": lambda: 5.0},
+        (Bar("5 ms", 1.0),),
+        setup="aiouffd serve --control",
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiouffd
+from aiouffd.cli.unix_http import ControlClient
 from aiouffd.criu.images import read_task
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
@@ -36,6 +37,7 @@ __all__ = [
     "PERF_FORGETS",
     "Daemon",
     "clients",
+    "creating",
     "criu_rig",
     "debian_packages",
     "fetched",
@@ -103,6 +105,24 @@ def remembering() -> None:
     if kind != "tmpfs" and ctypes.CDLL(None).unshare(_CLONE_NEWNS) == 0:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)
+
+
+def creating(count: int) -> float:
+    """Have one server create so many sessions, one after the other; return the milliseconds for one."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        image, control = Path(directory) / "image", Path(directory) / "control"
+        with image.open("wb") as file:
+            file.truncate(64 << 20)
+        command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control)]
+        server = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        stack.callback(server.kill)
+        criu_rig.until(control.exists, "server")
+        client = ControlClient(control)
+        began = time.perf_counter()
+        for number in range(count):
+            new = {"name": f"s{number}", "socket": f"{directory}/s{number}", "source": str(image)}
+            client.ask("POST", "/v1/sessions", new)
+        return (time.perf_counter() - began) / count * 1e3
 
 
 @contextlib.contextmanager
