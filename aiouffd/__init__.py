@@ -2,8 +2,8 @@
 
 Layout (imports point down only): `cli` (commands) > `formats` (files of arrays) > `monitor` (memory of this process) >
 `criu`, `server` (memory of others) > `pager` (the process that the loop runs in) > `handoff` (wire formats) > `store`
-(snapshots) > `engine` (the core) > `sources` > `testing` (`FakeUffd`), `kernel` (userfaultfd, typed) > `native` (the
-part in C) > `rpc`, `ranges`, `lifetime`, `errors`.
+(snapshots) > `report` (what is told of a run) > `engine` (the core) > `sources` > `testing` (`FakeUffd`), `kernel`
+(userfaultfd, typed) > `native` (the part in C) > `rpc`, `ranges`, `lifetime`, `errors`.
 """
 
 import sys

@@ -123,12 +123,12 @@ def test_what_to_do_about_a_far_source(figures: dict[str, Any], better: str) -> 
 
 def test_outages_are_told_with_their_times() -> None:
     """The first three, before what could be better."""
-    retries = {"source_retries": [0, 5, 0, 1, 0, 1, 0, 1]}
-    first, *_ = advise(run_of(retries, **FAR | {"source_retries": 8, "source_reads": 80}))
+    retries = {"source_retries": ([5] + [0] * 29) * 4}
+    first, *_ = advise(run_of(retries, **FAR | {"source_retries": 20, "source_reads": 200}))
     assert first.kind == "trouble"
     assert first.text == (
-        "10 % of the reads were further tries after a failure (8 of 80, at 100 ms to 200 ms; 300 ms to 400 ms; 500 ms"
-        " to 600 ms)."
+        "10 % of the reads were further tries after a failure (20 of 200, at 0 ns to 100 ms; 3.0 s to 3.1 s; 6.0 s to"
+        " 6.1 s)."
     )
 
 

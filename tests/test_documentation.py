@@ -18,6 +18,8 @@ from aiouffd.cli.commands import group
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature, Ioctl
+from aiouffd.report.page import page
+from aiouffd.report.run import Run
 from aiouffd.server.metrics import Metrics
 from tools import picture
 
@@ -225,3 +227,9 @@ def test_readme_is_short() -> None:
 def test_the_picture_is_what_its_script_draws() -> None:
     """It is drawn again when the script is changed: python tools/picture.py."""
     assert picture.TARGET.read_text() == picture.draw()
+
+
+def test_the_report_is_what_the_command_writes() -> None:
+    """It is written again when a page changes: aiouffd report docs/report.json -o docs/_static/report.html."""
+    run = Run.from_json((ROOT / "docs" / "report.json").read_bytes())
+    assert (ROOT / "docs" / "_static" / "report.html").read_text() == page([run])

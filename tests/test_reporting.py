@@ -136,8 +136,8 @@ def test_a_path_that_will_not_do_is_told_when_the_monitor_is_made(tmp_path: Path
 
 
 def test_a_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each Monitor has a file there, but those that report elsewhere; no more than a thousand of one process."""
-    monkeypatch.setenv("AIOUFFD_REPORT", str(tmp_path))
+    """It is made. Each Monitor has a file there, but those that report elsewhere; no more than a thousand of one process."""
+    monkeypatch.setenv("AIOUFFD_REPORT", str(tmp_path / "runs"))
     region = aiouffd.Region(SIZE)
     monitors = [aiouffd.Monitor(region), aiouffd.Monitor(region), aiouffd.Monitor(region, report=tmp_path / "x.json")]
     paths = [monitor._reporting._path for monitor in monitors if monitor._reporting is not None]
@@ -146,7 +146,7 @@ def test_a_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert aiouffd.Monitor(region, engine=aiouffd.ServedBy("/x"))._reporting is None
     monkeypatch.setattr(reporting, "_RUNS", 0)
     assert aiouffd.Monitor(region)._reporting is None
-    monkeypatch.setenv("AIOUFFD_REPORT", str(tmp_path / "no"))
+    monkeypatch.setenv("AIOUFFD_REPORT", str(tmp_path / "runs" / "no" / "where"))
     monkeypatch.setattr(reporting, "_RUNS", 1 << 30)
     with pytest.raises(FileNotFoundError):
         aiouffd.Monitor(region)

@@ -83,9 +83,9 @@ def test_a_damaged_file_is_refused_or_sound(path: tuple[Any, ...], wrong: Any) -
 
 
 def test_outages_are_where_reads_failed() -> None:
-    """Neighbors are one; a read that failed for good counts, too."""
-    run = run_of({"source_retries": [1, 2, 0, 0, 0], "source_errors": [0, 0, 0, 1, 0]})
-    assert run.outages() == [(0.0, 0.2), (pytest.approx(0.3), 0.4)]
+    """A pause between two tries is part of one; a read that failed for good counts, too."""
+    run = run_of({"source_retries": [1, 0, 2, *[0] * 30], "source_errors": [*[0] * 29, 1, 0, 0, 0]})
+    assert run.outages() == [(0.0, pytest.approx(0.3)), (pytest.approx(2.9), 3.0)]
     assert run_of().outages() == []
 
 

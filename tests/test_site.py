@@ -20,6 +20,9 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from PIL import Image
+from reported import run_of
+
+from aiouffd.report.page import page as page_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,6 +125,42 @@ def test_each_page_is_shown(site: Path, url: str) -> None:
                 complaints += [f"{name}: {cut} in a window of {width}" for cut in page.evaluate(CUT)]
             if page.evaluate("[...document.images].some(one => !one.naturalWidth)"):
                 complaints.append(f"{name} lacks a picture")
+    assert complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_is_shown(tmp_path: Path, scheme: Literal["light", "dark"]) -> None:
+    """By itself, from a file, narrow and wide: with what is long, and what would be markup; nothing is asked for."""
+    long = "<script>alert(1)</script>" * 20
+    lasting = {"faults": list(range(200)), "pages_fault": [7] * 200, "restarts": [0, 1] * 100}
+    figures: dict[str, Any] = {
+        "faults": 10**18,
+        "sequential": 9,
+        "source_retries": 5,
+        "source_reads": 9,
+        "cache": {"hits": 1},
+    }
+    film = [(at / 10, [at % 101] * 128) for at in range(96)]
+    runs = [run_of(), run_of(lasting, source=long, program=long, errors=[long], film=film, latency={47: 1}, **figures)]
+    path = tmp_path / "report.html"
+    path.write_text(page_of(runs))
+    complaints: list[str] = []
+    with opened(complaints, scheme) as page:
+        page.on("request", lambda request: complaints.append(request.url) if request.url[:5] == "http:" else None)
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(path.as_uri())
+        page.click("details summary")
+        for width in (PHONE, DESK):
+            page.set_viewport_size({"width": width, "height": 800})
+            complaints += [f"{cut} in a window of {width}" for cut in page.evaluate(CUT)]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            seen = page.evaluate(
+                "[...document.querySelectorAll('.plot > svg, .plot > img')].map(one => one.clientHeight)"
+            )
+            assert len(seen) == 7
+            assert min(seen) > 100
+        light, dark = "rgb(255, 255, 255)", "rgb(13, 17, 23)"
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
     assert complaints == []
 
 

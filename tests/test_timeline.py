@@ -15,10 +15,9 @@ def test_nothing_is_lost_however_long_it_takes(events: list[tuple[float, int]]) 
     """Each count is in the part of its time; there are never more than 200 parts, whose width doubles."""
     timeline = Timeline(2)
     for at, count in events:
-        timeline.add(at, (count, 1))
+        timeline.add(at, at, (count, 1))
         assert len(timeline.rows) <= 200
-    widths = [0.1 * 2**power for power in range(60)]
-    assert timeline.width in widths
+    assert timeline.width in [0.1 * 2**power for power in range(60)]
     expected: dict[int, list[int]] = {}
     for at, count in events:
         row = expected.setdefault(int(at / timeline.width), [0, 0])
@@ -27,15 +26,26 @@ def test_nothing_is_lost_however_long_it_takes(events: list[tuple[float, int]]) 
     assert {index: row for index, row in enumerate(timeline.rows) if row[1]} == expected
 
 
+def test_what_nobody_could_look_at_is_spread() -> None:
+    """Over all parts since the last look; what comes as it should is in its own."""
+    timeline = Timeline(1, width=1.0)
+    timeline.add(0.5, 1.5, [7])
+    timeline.add(1.5, 5.5, [9])
+    assert timeline.rows == [[0], [8], [2], [2], [2], [2]]
+    timeline.add(5.5, 1000.0, [10**9])
+    assert sum(row[0] for row in timeline.rows) == 16 + 10**9
+    assert all(row[0] > 10**9 // 200 for row in timeline.rows[1:])
+
+
 def test_neighbors_are_joined_when_it_is_full() -> None:
     """An odd one at the end stays alone."""
     timeline = Timeline(1, width=1.0)
     for at in (0, 1, 2, 199.5):
-        timeline.add(at, [1])
-    timeline.add(200, [5])
+        timeline.add(at, at, [1])
+    timeline.add(199.5, 200, [5])
     assert (timeline.width, len(timeline.rows)) == (2.0, 101)
     assert [timeline.rows[index] for index in (0, 1, 99, 100)] == [[2], [1], [1], [5]]
-    timeline.add(801, [1])
+    timeline.add(800, 801, [1])
     assert (timeline.width, timeline.rows[0]) == (8.0, [3])
 
 
@@ -51,4 +61,4 @@ def test_a_film_keeps_the_first_look_and_the_last() -> None:
     assert len(times) > 48
     assert max(later - sooner for sooner, later in itertools.pairwise(times)) <= 32
     film.add(1000.0, [], 0.5)
-    assert film.due == 1100.0
+    assert film.due == 1250.0

@@ -2,7 +2,7 @@
 
 Nothing is counted for it that is not counted anyway. A thread reads the counters ten times a second at most, in
 microseconds, from memory that the engine counts in; what it keeps does not grow with the run. It looks at the page
-tables as well, and lets two hundred times as long pass as that has taken.
+tables as well, and lets five hundred times as long pass as that has taken.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ class Reporting:
         number = next(_numbers)
         if number == _RUNS + 1:
             log.warning("AIOUFFD_REPORT: this process has begun %d reports, and begins no more", _RUNS)
-        return cls(Path(folder) / f"{os.getpid()}-{number}.json") if number <= _RUNS else None
+        if number > _RUNS:
+            return None
+        Path(folder).mkdir(exist_ok=True)
+        return cls(Path(folder) / f"{os.getpid()}-{number}.json")
 
     def noting(self, put: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
         """Return what notes an error, and passes it on."""
@@ -129,19 +132,18 @@ class Reporting:
         if held is None or statistics is None:
             return False
         with self._lock:
-            self._seconds = monotonic() - self._began
+            since, self._seconds = self._seconds, monotonic() - self._began
             with contextlib.suppress(UffdError, TimeoutError):  # of a pager that was given up
-                self._count(statistics())
+                self._count(since, statistics())
             if last or self._seconds >= self._film.due:
                 self._look_at(held)
         return True
 
-    def _count(self, seen: Statistics) -> None:
+    def _count(self, since: float, seen: Statistics) -> None:
         """Add what is new. While a keeper is replaced, counters read low for a moment: they are waited for."""
         values = [waited_ns(seen) if name == "waited_ns" else getattr(seen, name) for name in COLUMNS]
-        self._timeline.add(
-            self._seconds, [max(0, now - before) for now, before in zip(values, self._last, strict=True)]
-        )
+        news = [max(0, now - before) for now, before in zip(values, self._last, strict=True)]
+        self._timeline.add(since, self._seconds, news)
         self._last = [max(pair) for pair in zip(values, self._last, strict=True)]
         if seen.faults >= self._seen.faults:
             self._seen = seen

@@ -17,6 +17,7 @@ __all__ = ["bars", "film"]
 _HEIGHT: Final = 100
 _COLUMNS: Final = 120  # of a film
 _INK: Final = (31, 119, 180)
+_OPAQUE: Final = bytes(min(255, round(share * 2.55)) for share in range(256))  # of a percentage
 
 
 def bars(
@@ -77,8 +78,12 @@ def _png(rows: Sequence[Sequence[int]]) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    pixels = b"".join(b"\0" + bytes(round(share * 2.55) for share in row) for row in rows)
+    pixels = b"".join(b"\0" + bytes(row).translate(_OPAQUE) for row in rows)
     header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)  # 8 bits of a palette
-    opaque = bytes(range(256))
-    parts = ((b"IHDR", header), (b"PLTE", bytes(_INK) * 256), (b"tRNS", opaque), (b"IDAT", zlib.compress(pixels, 9)))
+    parts = (
+        (b"IHDR", header),
+        (b"PLTE", bytes(_INK) * 256),
+        (b"tRNS", bytes(range(256))),
+        (b"IDAT", zlib.compress(pixels, 9)),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts) + chunk(b"IEND", b"")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "Facts", "Run", "waited_ns"]
 
 VERSION: Final = 1
+_PAUSE: Final = 2.0  # seconds between two tries of a read, at most
 COLUMNS: Final = (
     *("faults", "pages_fault", "pages_readahead", "pages_prefetch", "pages_replay", "pages_background"),
     *("bytes_fetched", "source_retries", "source_errors", "handler_errors", "restarts", "waited_ns"),
@@ -111,13 +112,13 @@ class Run:
         return [row[index] for row in self.rows]
 
     def outages(self) -> list[tuple[float, float]]:
-        """Return the seconds from and until which reads failed, neighbors joined."""
+        """Return the seconds from and until which reads failed, with the pauses between two tries."""
         found: list[tuple[float, float]] = []
         failures = zip(self.column("source_retries"), self.column("source_errors"), strict=True)
         for index, failed in enumerate(map(any, failures)):
             if failed:
                 begin = index * self.width
-                joined = bool(found) and found[-1][1] == begin
+                joined = bool(found) and begin - found[-1][1] <= _PAUSE
                 start = found.pop()[0] if joined else begin
                 found.append((start, (index + 1) * self.width))
         return found

@@ -11,7 +11,7 @@ __all__ = ["Film", "Timeline"]
 
 _BUCKETS: Final = 200
 _LOOKS: Final = 96
-_REST: Final = 200  # times as long as a look has taken, no other is due
+_REST: Final = 500  # times as long as a look has taken, no other is due
 
 
 class Timeline:
@@ -31,18 +31,24 @@ class Timeline:
         self.width: float = width
         self.rows: list[list[int]] = []
 
-    def add(self, at: float, counts: Sequence[int]) -> None:
-        """Add counts to those of a time, in seconds, at least 0."""
+    def add(self, since: float, at: float, counts: Sequence[int]) -> None:
+        """Add what was counted between two times, in seconds, at least 0.
+
+        It belongs to the second, where that is soon after the first. Else nobody could look, as while a thread waits
+        for a page with the GIL held: it is spread over all parts.
+        """
         while at >= _BUCKETS * self.width:
             self.width *= 2
             pairs = (self.rows[index : index + 2] for index in range(0, len(self.rows), 2))
             self.rows = [[sum(column) for column in zip(*pair, strict=True)] for pair in pairs]
-        index = int(at / self.width)
-        while len(self.rows) <= index:
-            self.rows.append([0] * self._columns)
-        row = self.rows[index]
-        for column, count in enumerate(counts):
-            row[column] += count
+        last = int(at / self.width)
+        first = int(since / self.width) if at - since > 2 * self.width else last
+        parts = last - first + 1
+        self.rows += ([0] * self._columns for _ in range(last + 1 - len(self.rows)))
+        for part in range(parts):
+            row = self.rows[first + part]
+            for column, count in enumerate(counts):
+                row[column] += count * (part + 1) // parts - count * part // parts
 
 
 class Film:

@@ -88,6 +88,9 @@ async def tried(engine: Any, source: Any, chosen: dict[str, Any], path: Path) ->
     trace = chosen.pop("trace", "")
     if trace:
         chosen[trace] = path / trace
+    report = path / "run.json"
+    if chosen["cut"] and source is not None:  # else a server has the source, and counts for all its clients
+        chosen["report"] = report
     region = aiouffd.Region(SIZE - chosen.pop("cut"), shared=chosen.pop("shared"))
     try:
         monitor = aiouffd.Monitor(region, source, engine=engine, **chosen)
@@ -107,6 +110,8 @@ async def tried(engine: Any, source: Any, chosen: dict[str, Any], path: Path) ->
                 os._exit(region[20 * PAGE : 20 * PAGE + 64] != content(20 * PAGE, 64))
             assert os.waitstatus_to_exitcode((await asyncio.to_thread(os.waitpid, child, 0))[1]) == 0
         monitor.check()
+    assert report.exists() == ("report" in chosen)
+    report.unlink(missing_ok=True)
     if chosen["on_exit"] == "populate":
         end = len(region)
         assert region[6 * PAGE : end] == content(6 * PAGE, end - 6 * PAGE)
