@@ -136,7 +136,7 @@ def test_a_path_that_will_not_do_is_told_when_the_monitor_is_made(tmp_path: Path
 
 
 def test_a_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made. Each Monitor has a file there, but those that report elsewhere; no more than a thousand of one process."""
+    """It is made. Each Monitor has a file there, but those that report elsewhere; a process has a thousand at most."""
     monkeypatch.setenv("AIOUFFD_REPORT", str(tmp_path / "runs"))
     region = aiouffd.Region(SIZE)
     monitors = [aiouffd.Monitor(region), aiouffd.Monitor(region), aiouffd.Monitor(region, report=tmp_path / "x.json")]
