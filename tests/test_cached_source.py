@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,21 @@ async def test_chunks_side_by_side_are_mapped_at_once(tmp_path: Path, monkeypatc
     for chunk in (0, 1, 2, 4, 5, 6, 8, 9):
         assert peek(address + chunk * CHUNK, CHUNK) == source.source.bytes_of(chunk * CHUNK, CHUNK)
     await source.aclose()
+
+
+async def test_what_has_come_is_kept_before_a_source_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a program that opens, reads and ends at once leaves a warm cache."""
+    source = opened(tmp_path)
+    gate, add = threading.Event(), source.cache.add
+
+    def slowly(*arguments: Any) -> Any:
+        gate.wait()
+        return add(*arguments)
+
+    monkeypatch.setattr(source.cache, "add", slowly)
+    assert bytes(await source.read(0, CHUNK)) == source.source.bytes_of(0, CHUNK)
+    closing = asyncio.ensure_future(source.aclose())
+    assert not (await asyncio.wait([closing], timeout=0.2))[0]
+    gate.set()
+    await closing
+    assert (await asyncio.to_thread(source.cache.statistics))["chunks"] == 1

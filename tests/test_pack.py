@@ -66,11 +66,11 @@ def test_where_frames_are() -> None:
 
 def test_a_whole_pack() -> None:
     """Its header is the one that it is named by, and each frame is the one of the header."""
-    frames = [Frame(len(data), 0, bytes(20), digest(data, 16)) for data in (b"first", b"second")]
+    frames = [Frame(len(data), 0, b"h" * 20, digest(data, 16)) for data in (b"first", b"second")]
     header = encode_header(frames)
     data, name = header + b"firstsecond", digest(header, 16)
     assert is_whole(data, name)
-    for broken in (data[:-1], data + b"x", data.replace(b"first", b"First"), b"", data.replace(bytes(20), b"x" * 20)):
+    for broken in (data[:-1], data + b"x", data.replace(b"first", b"First"), b"", data.replace(b"h" * 20, b"H" * 20)):
         assert not is_whole(broken, name)
 
 
