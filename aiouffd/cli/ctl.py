@@ -18,7 +18,7 @@ from aiouffd.cli import parameters
 from aiouffd.cli.unix_http import ControlClient
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["command", "control_option"]
 
@@ -43,16 +43,17 @@ class _Owner(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
         return {"uid": int(uid)} | ({"gid": int(gid)} if gid else {})
 
 
-control_option = click.option(
-    "--control",
-    type=click.Path(),
-    default=_DEFAULT,
-    show_default=True,
-    envvar="AIOUFFD_CONTROL",
-    show_envvar=True,
-    help="The server's control socket.",
-)
-"""Which server; several commands have it."""
+def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which server; several commands have it."""
+    return click.option(
+        "--control",
+        type=click.Path(),
+        default=_DEFAULT,
+        show_default=True,
+        envvar="AIOUFFD_CONTROL",
+        show_envvar=True,
+        help="The server's control socket.",
+    )(command)
 
 
 @click.group("ctl")
