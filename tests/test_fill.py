@@ -74,6 +74,7 @@ async def test_a_successor_goes_on_where_its_predecessor_was(monkeypatch: pytest
 async def test_pieces_from_far_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the way to the source is not waited for once a piece; `filled` is what is there without a gap."""
     monkeypatch.setattr(module, "_FAR", 2 * PAGE)
+    monkeypatch.setattr("aiouffd.engine.serve.pace._FIRST", 0)  # small pieces begin with as few as large ones
     source = Held()
     world = World(0, source=source)
     filling = asyncio.create_task(fill(world.space, world.backend, math.inf, patience=0.0))
