@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import weakref
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiouffd.engine.clock import Clock
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["Bound", "losing"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
+
+# An instruction may need four pages at once, and would fault for ever without one of them.
+_NEWEST = 3  # blocks that stay
 
 
 class _Space(Protocol):
@@ -109,11 +113,18 @@ class Bound:
         """
         start, _, first = space.mappings.locate(page)
         offset = first + page - start
-        if first >= 0 and self._clock.holds(offset):
+        if first >= 0 and self._is_there(offset):
             self.noted += self.page * (offset not in self.written)
             self.written.note(offset)
             if self.write_back is not None:
                 self.write_back.clean_if_due()
+
+    def _is_there(self, offset: int) -> bool:
+        """Tell whether a page is there: a predecessor may have brought it after this process has looked."""
+        if not self._clock.holds(offset) and self._file is not None and self.page == mmap.PAGESIZE:
+            for start, end in data_ranges(self._file.fileno(), offset + self.page, offset):
+                self.came(start, end - start)
+        return self._clock.holds(offset)
 
     def keeps_waiting(self, space: _Space, faults: list[tuple[int, int, int]]) -> bool:
         """Tell whether there is no room for the pages of faults until some were saved; their threads are woken then."""
@@ -123,6 +134,7 @@ class Bound:
         """Save what was written and not saved."""
         if self.write_back is not None:
             await self.write_back.aclose()
+            self.write_back = None  # a cycle would keep the source, and with it the lock of its file
 
     def count_noted(self) -> None:
         """Count anew what was written: some of it has been saved."""
@@ -195,7 +207,10 @@ class Bound:
             return
         assert self.limit is not None
         enough = self.limit - length - self._clock.block
-        for low, high in self._clock.oldest(start, start + length):
+        newest = _NEWEST if _NEWEST * self._clock.block + length <= self.limit else 0
+        # What is spared in one turn goes in a later one: a turn is as short as one block.
+        turns = (self._clock.oldest(start, start + length, newest) for _ in range(_NEWEST + 2))
+        for low, high in chain.from_iterable(turns):
             self.evict(low, high)
             self.lost([(low, high)])  # a successor does not know what was emptied
             if self._clock.total <= enough:

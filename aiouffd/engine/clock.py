@@ -90,13 +90,13 @@ class Clock:
         while len(self._dropped) > len(self._blocks) + len(self._set_aside):
             self._dropped.popitem(last=False)
 
-    def oldest(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the (start, end) of blocks, the oldest first, but those that touch [start, end).
+    def oldest(self, start: int, end: int, newest: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the (start, end) of blocks, the oldest first, but those that touch [start, end), and the newest.
 
         The caller drops what it can of each, and calls `gone` for that, before it asks for the next. A block of which
         it drops nothing is set aside, until one of its pages comes or `reconsider` is called.
         """
-        for _ in range(len(self._blocks)):
+        for _ in range(len(self._blocks) - newest):
             number = next(iter(self._blocks))
             low, high = number * self.block, (number + 1) * self.block
             if number in self._spared or (low < end and start < high):

@@ -70,6 +70,8 @@ __all__ = [
     "ServingOptions",
 ]
 
+_FEWEST = 4  # pages: an instruction can move from one place to another, both across a border, and needs all at once
+
 OnError: TypeAlias = "Choice | Callable[[UffdError], Choice]"
 OnExit: TypeAlias = Literal["sigbus", "populate", "zeros"]
 OnFork: TypeAlias = Literal["dontfork", "serve"]
@@ -161,9 +163,10 @@ class Monitor(Entered):
             block is left: as for `prefetch`, twice a second.
         track_writes: have `collect()` tell which pages were written (Linux 6.7). What is loaded does not count as
             written, nor does what is emptied (MADV_DONTNEED).
-        max_resident: bytes that are there at most; None: as many as come. What came longest ago is dropped before more
-            comes, and brought again when it is touched. Pages that were written stay, and count; what is read at once
-            (`readahead`) is at most a sixteenth. For a Source. With `Pager()` the region must be shared memory.
+        max_resident: bytes that are there at most, four pages or more; None: as many as come. What came longest ago is
+            dropped before more comes, and brought again when it is touched. Pages that were written stay, and count;
+            what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` the region must be
+            shared memory.
         write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`):
             before they are dropped, at `flush`, and when the block is left. What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -485,8 +488,9 @@ def _writes(origin: Any, noted: str, *, tracked: bool) -> str:
 def _check_bound(region: Region, max_resident: int | None, on_exit: OnExit) -> None:
     if max_resident is None:
         return
-    if max_resident < region.page_size:
-        raise ValueError(f"max_resident is at least a page, {region.page_size} bytes, not {max_resident}")
+    least = _FEWEST * region.page_size
+    if max_resident < least:
+        raise ValueError(f"max_resident is at least {_FEWEST} pages of the region, {least} bytes, not {max_resident}")
     if on_exit == "populate" and max_resident < len(region):
         raise ValueError(f'on_exit="populate" brings all {len(region)} bytes, and max_resident is {max_resident}')
 

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
-    """Four huge pages, for the time of a test; one test at a time, or each would put back what the other had set."""
+    """Six huge pages, for the time of a test; one test at a time, or each would put back what the other had set."""
     knob = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     if not knob.exists():
         pytest.skip("this kernel has no huge pages of 2 MiB")
     with knob.open() as file:  # closing it gives the lock back, also when pytest is killed
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield from _four_more(knob)
+        yield from _six_more(knob)
 
 
-def _four_more(knob: Path) -> Iterator[None]:
+def _six_more(knob: Path) -> Iterator[None]:
     before = knob.read_text()
     try:
-        knob.write_text(str(int(before) + 4))
+        knob.write_text(str(int(before) + 6))
     except OSError:
         pytest.skip("huge pages cannot be reserved by this user")
     try:
-        if int(knob.read_text()) < int(before) + 4:
+        if int(knob.read_text()) < int(before) + 6:
             pytest.skip("no room for huge pages")
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import mmap
 import os
 import pickle
@@ -270,6 +271,16 @@ def test_one_writer(tmp_path: Path) -> None:
     del source
     assert aiouffd.FileSource(path, writable=True).writable
     assert not aiouffd.FileSource(path).writable
+    play(one_after_the_other, str(path))
+
+
+def one_after_the_other(path: str) -> None:
+    """Scenario: a file is written by one Monitor, and then by another."""
+    gc.disable()
+    for _ in range(2):
+        with served("in_thread", file_of(path)) as monitor:
+            monitor.region[0] = 1
+        del monitor
 
 
 async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
