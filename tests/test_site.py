@@ -250,5 +250,5 @@ def test_models_get_all_of_it(site: Path) -> None:
     assert [name for name in written if f"]({name})" not in listed] == []
     assert len(written) == len(list((ROOT / "docs").rglob("*.md")))
     full = (site / "llms-full.txt").read_text()
-    assert "Bring `length` bytes from offset `start` of the region." in full
+    assert "Bring `length` bytes from offset `start` of the region, or many ranges by one request." in full
     assert "setup" not in {line.removeprefix("<!--").strip() for line in full.splitlines()}
