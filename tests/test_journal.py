@@ -258,6 +258,8 @@ def test_each_slot_is_counted_by_itself() -> None:
     journal.use_slot(2, [0, 0, 0, 5])
     assert journal.counters_of(2).words[:5].tolist() == [0, 0, 0, 5, 0]
     assert journal.total(Counter.COPIES) == 0
+    for counter in (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES):  # of a tenant whose reads end later
+        assert journal.counters_of(2).words[counter] == 4
     journal.counters_of(SLOTS - 1).words[-1] = 1
     commit(journal, 1, [remove(3)])  # the log begins behind the last slot
     assert journal.counters_of(SLOTS - 1).words[-1] == 1

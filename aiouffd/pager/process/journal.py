@@ -55,6 +55,7 @@ _LOG_SIZE: Final = 64 << 20  # sparse: what is not written costs nothing
 _KEPT_FREE: Final = 33 * MESSAGES * EVENT_SIZE  # for what is read until the dispatcher takes note that it is full
 
 _LAYOUT: Final = frozenset((abi.EVENT_FORK, abi.EVENT_REMAP, abi.EVENT_REMOVE, abi.EVENT_UNMAP))
+_GAUGES: Final = (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES)
 _ENDS: Final = (Kind.CLOSED, Kind.RETIRED)
 _F_SEAL_FUTURE_WRITE: Final = 0x10  # Linux 5.1: the mappings that are there already can be written on
 _SEALS: Final = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -165,11 +166,17 @@ class Journal:
         return own + self.counters.words[Counter.ENDED]
 
     def use_slot(self, slot: int, counts: list[int]) -> None:
-        """Have a slot begin with these counts. The pager's own counters go on as they are."""
+        """Have a slot begin with these counts. The pager's own counters go on as they are.
+
+        What is under way there is not forgotten: the reads of one who has left end later, and count down then.
+        """
         if slot:
             words, counters = self.counters.words, self.counters_of(slot)
             made = counters.progress() - counters.words[Counter.INHERITED]
+            under_way = [counters.words[gauge] for gauge in _GAUGES]
             _inherit(counters, counts)
+            for gauge, now in zip(_GAUGES, under_way, strict=True):
+                counters.words[gauge] = now
             words[Counter.SLOTS] = max(words[Counter.SLOTS], slot)
             words[Counter.ENDED] += max(made, 0)
 
