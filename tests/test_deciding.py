@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import sys
 import threading
@@ -86,6 +87,7 @@ class Outage(Pattern):
 
 async def chosen(path: str, engine: str, choice: Choice) -> None:
     """Scenario: a page that cannot be had is waited for; then it can, or is given up."""
+    faulthandler.enable(all_threads=False)  # the dump of a thread that runs meanwhile can end by SIGSEGV
     Path(path).touch()
     asked: list[UffdError] = []
 

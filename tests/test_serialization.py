@@ -80,7 +80,9 @@ async def test_our_own_sources_travel_without_a_pickle(tmp_path: Path) -> None:
     """Alone, and within each other; the bytes are the same there."""
     path = tmp_path / "file"
     await asyncio.to_thread(path.write_bytes, b"file" * 1000)
-    url = ObjectSource("https://host/key?signed=1", timeout=7.0, region="x", client_options={"allow_http": True})
+    url = ObjectSource(
+        "https://host/key?signed=1", timeout=7.0, retry_config={"max_retries": 3}, client_options={"allow_http": True}
+    )
     for source in (ZeroSource(5000), BufferSource(b"buffer" * 1000), FileSource(path), url):
         again = await asyncio.to_thread(there_and_back, source)
         assert type(again) is type(source)
