@@ -212,14 +212,16 @@ async def test_it_is_said_once_a_minute(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_clients_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """One has one; those that a new one would equal are forgotten; without a limit there is none."""
-    allowances = Allowances(Counters())
-    assert allowances.of("a", None, None) is None
-    one = allowances.of("a", 4, None)
+    allowances, counters = Allowances(), Counters()
+    assert allowances.of("a", None, None, counters) is None
+    one = allowances.of("a", 4, None, counters)
     assert one is not None
     one.read(400)
-    assert allowances.of("b", 4, None) is not one
-    assert allowances.of("a", 4, None) is one
+    assert allowances.of("b", 4, None, counters) is not one
+    other = Counters()
+    assert allowances.of("a", 4, None, other) is one
+    assert one.counters is other
     assert [name for name, _, _ in allowances._known] == ["a"]
     times = itertools.count(one._clock() + 1_000.0)
     monkeypatch.setattr(one, "_clock", lambda: next(times))
-    assert allowances.of("a", None, 4) is not one
+    assert allowances.of("a", None, 4, counters) is not one

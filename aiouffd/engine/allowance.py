@@ -79,7 +79,7 @@ class Allowance:
         self.spaces: dict[Any, _Dispatcher] = {}  # who reads them
         self.name = name
         self._clock = clock
-        self._words = counters.words
+        self.counters = counters
         now = clock()
         self._events = None if events is None else Bucket(events, now)
         self._bytes = None if size is None else Bucket(size, now)
@@ -119,7 +119,7 @@ class Allowance:
         """Have no space read until it has refilled; tell whether that is new."""
         if self._timer is not None or not self.spaces:
             return False
-        self._words[Counter.SLOWED] += 1
+        self.counters.words[Counter.SLOWED] += 1
         for space, dispatcher in self.spaces.items():
             dispatcher.hold(space, "allowance")
         self._wait()
@@ -173,18 +173,13 @@ async def allowed(space: Any) -> None:
 
 
 class Allowances:
-    """Those of all clients, by what names them.
+    """Those of all clients, by what names them."""
 
-    Args:
-        counters: where to count.
-    """
-
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
+    def __init__(self) -> None:
         self._known: dict[tuple[str, float | None, float | None], Allowance] = {}
 
-    def of(self, name: str, events: float | None, size: float | None) -> Allowance | None:
-        """Return that of a client; None: it has no limit.
+    def of(self, name: str, events: float | None, size: float | None, counters: Counters) -> Allowance | None:
+        """Return that of a client, which counts there from now on; None: it has no limit.
 
         A client that comes again finds its own: it gains nothing by leaving.
         """
@@ -193,7 +188,8 @@ class Allowances:
         self._known = {key: known for key, known in self._known.items() if not known.is_forgettable}
         key = (name, events, size)
         if key not in self._known:
-            self._known[key] = Allowance(name, events, size, self._counters)
+            self._known[key] = Allowance(name, events, size, counters)
+        self._known[key].counters = counters
         return self._known[key]
 
 

@@ -109,7 +109,7 @@ class Served:
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
         journal.next_identity = lambda: self.meta.next
-        self._allowances = Allowances(journal.counters)
+        self._allowances = Allowances()
         self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
 
     # State
@@ -257,7 +257,8 @@ class Served:
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
         options = origin.options
-        allowance = self._allowances.of(state.payer, options.limits.client_events, options.limits.client_bytes)
+        limits = options.limits
+        allowance = self._allowances.of(state.payer, limits.client_events, limits.client_bytes, origin.counters)
         space = Space(
             self.protection.userfaultfd(state, metered=allowance is not None),
             state.mappings,
