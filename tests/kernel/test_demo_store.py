@@ -23,6 +23,7 @@ def test_the_second_visit_fetches_almost_nothing(tmp_path: Path) -> None:
     found = re.search(r"fetched +([\d,]+) bytes +([\d,]+) bytes +([\d.]+)", output)
     assert found is not None, output
     cold, warm = (int(found[number].replace(",", "")) for number in (1, 2))
-    assert layers[0] > cold > 20 * warm > 0  # the index and the manifest come again
+    # The index and the manifest come again, and chunks that only this visit's readahead has reached.
+    assert layers[0] > cold > 5 * warm > 0
     assert "Every touched byte is right" in output
     assert not list(tmp_path.iterdir())
