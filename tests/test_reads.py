@@ -10,6 +10,7 @@ import pytest
 from engine_world import turns
 
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.reads import Reads, _between
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
@@ -38,6 +39,11 @@ class Scripted:
         return answer
 
 
+def reading(source: Any, counters: Counters, limits: Limits) -> Reads:
+    """Return the reads of a source that nobody else has."""
+    return Reads(Common(source), counters, limits)
+
+
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """Return between what bounds each pause was chosen; none is slept."""
@@ -63,13 +69,13 @@ async def test_a_dead_file_system_is_named() -> None:
     """ENOTCONN of a file says what has ended."""
     source = Scripted(OSError(errno.ENOTCONN, "Transport endpoint is not connected"))
     with pytest.raises(SourceError, match="the daemon of its FUSE file system has ended"):
-        await Reads(source, Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+        await reading(source, Counters(), Limits(retries=0)).read(0, 1, urgent=True)
 
 
 async def test_a_read_is_counted_while_it_is_under_way_and_when_it_is_done() -> None:
     """In flight, and its bytes."""
     source, counters = Scripted(b"1234"), Counters()
-    reads = Reads(source, counters, Limits())
+    reads = reading(source, counters, Limits())
     seen: list[tuple[int, int]] = []
     answer = source.read
 
@@ -105,7 +111,7 @@ async def test_what_nobody_waits_for_is_read_ahead() -> None:
             told.append("ahead")
             return bytes(length)
 
-    reads = Reads(Both(), Counters(), Limits())
+    reads = reading(Both(), Counters(), Limits())
     await reads.read(0, 4, urgent=True)
     await reads.read(0, 4, urgent=False)
     assert told == ["read", "ahead"]
@@ -114,7 +120,7 @@ async def test_what_nobody_waits_for_is_read_ahead() -> None:
 async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float]]) -> None:
     """Each pause is twice the one before, and half of it is chance: no source is hammered."""
     counters = Counters()
-    reads = Reads(Scripted(*[OSError(errno.EIO, "no")] * 4, b"12"), counters, Limits(backoff=0.2))
+    reads = reading(Scripted(*[OSError(errno.EIO, "no")] * 4, b"12"), counters, Limits(backoff=0.2))
     assert await reads.read(0, 2, urgent=True) == b"12"
     assert pauses == [(0.1, 0.2), (0.2, 0.4), (0.4, 0.8), (0.8, 1.6)]
     assert counters.snapshot().source_retries == 4
@@ -125,7 +131,7 @@ async def test_the_usual_number_of_tries() -> None:
     """Five, where nobody says another."""
     source = Scripted(*[OSError(errno.EIO, "no")] * 9)
     with pytest.raises(SourceError):
-        await Reads(source, Counters(), Limits()).read(0, 1, urgent=True)
+        await reading(source, Counters(), Limits()).read(0, 1, urgent=True)
     assert len(source.asked) == 5
 
 
@@ -133,7 +139,7 @@ async def test_a_source_that_retries_by_itself_is_told_how() -> None:
     """And what it tries again is counted."""
     told: list[Any] = []
     counters = Counters()
-    Reads(Scripted(begin=lambda *terms: told.append(terms)), counters, Limits(timeout=7.0, retries=3))
+    reading(Scripted(begin=lambda *terms: told.append(terms)), counters, Limits(timeout=7.0, retries=3))
     ((timeout, retries, count),) = told
     assert (timeout, retries) == (7.0, 3)
     count()
@@ -149,7 +155,7 @@ async def test_the_pause_is_slept(monkeypatch: pytest.MonkeyPatch, backoff: floa
         slept.append(seconds)
 
     monkeypatch.setattr("aiouffd.engine.serve.reads.asyncio.sleep", sleep)
-    reads = Reads(Scripted(OSError("no"), b"1"), Counters(), Limits(backoff=backoff))
+    reads = reading(Scripted(OSError("no"), b"1"), Counters(), Limits(backoff=backoff))
     await reads.read(0, 1, urgent=True)
     (seconds,) = slept
     assert min(backoff, 2.0) / 2 <= seconds <= min(backoff, 2.0)
@@ -162,7 +168,7 @@ async def test_how_often_it_is_tried(own: int | None, asked: int | None, tries: 
     attributes = {} if own is None else {"retries": own}
     source = Scripted(*[OSError(errno.EIO, "no")] * 9, **attributes)
     with pytest.raises(SourceError, match=r"OSError: .*no") as caught:
-        await Reads(source, Counters(), Limits(retries=2)).read(16, 4, urgent=True, retries=asked)
+        await reading(source, Counters(), Limits(retries=2)).read(16, 4, urgent=True, retries=asked)
     assert len(source.asked) == tries
     assert (caught.value.offset, caught.value.length) == (16, 4)
     assert isinstance(caught.value.__cause__, OSError)
@@ -173,14 +179,14 @@ async def test_an_error_that_is_for_good_is_not_retried() -> None:
     """The source itself says so, or gives too little; a timeout that it tells of is retried."""
     failure = SourceError("it", 0, 1, "gone")
     with pytest.raises(SourceError) as caught:
-        await Reads(Scripted(failure), Counters(), Limits()).read(0, 1, urgent=True)
+        await reading(Scripted(failure), Counters(), Limits()).read(0, 1, urgent=True)
     assert caught.value is failure
     with pytest.raises(ShortReadError, match="gave 3 bytes of 4; it says that it has 1048576"):
-        await Reads(Scripted(b"123"), Counters(), Limits()).read(0, 4, urgent=True)
+        await reading(Scripted(b"123"), Counters(), Limits()).read(0, 4, urgent=True)
     late = SourceTimeoutError("it", 0, 1, "late")
-    assert await Reads(Scripted(late, b"1"), Counters(), Limits()).read(0, 1, urgent=True) == b"1"
+    assert await reading(Scripted(late, b"1"), Counters(), Limits()).read(0, 1, urgent=True) == b"1"
     with pytest.raises(SourceTimeoutError) as told:
-        await Reads(Scripted(late), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+        await reading(Scripted(late), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
     assert told.value is late
 
 
@@ -188,11 +194,11 @@ async def test_an_error_that_is_for_good_is_not_retried() -> None:
 async def test_a_read_has_its_time(own: bool) -> None:
     """As the limits say, or the source; then it is an error that says how long."""
     source = Scripted(None, **({"timeout": 0.01} if own else {}))
-    reads = Reads(source, Counters(), Limits(timeout=60.0 if own else 0.01, retries=0))
+    reads = reading(source, Counters(), Limits(timeout=60.0 if own else 0.01, retries=0))
     with pytest.raises(SourceTimeoutError, match=r"no answer in 0\.01 s") as caught:
         await reads.read(0, 1, urgent=True)
     assert isinstance(caught.value.__cause__, TimeoutError)
-    reads.close()
+    await reads.aclose()
     assert reads._deadlines._timer is None
 
 
@@ -200,7 +206,7 @@ async def test_a_read_has_its_time(own: bool) -> None:
 async def test_bytes_that_do_not_lie_in_one_piece_are_refused() -> None:
     """Their address is what is copied from."""
     with pytest.raises(SourceError, match="one piece"):
-        await Reads(Scripted(*[memoryview(bytes(8))[::2]] * 5), Counters(), Limits()).read(0, 4, urgent=True)
+        await reading(Scripted(*[memoryview(bytes(8))[::2]] * 5), Counters(), Limits()).read(0, 4, urgent=True)
 
 
 @pytest.mark.parametrize("odd", [SystemExit(3), asyncio.CancelledError()])
@@ -208,13 +214,13 @@ async def test_bytes_that_do_not_lie_in_one_piece_are_refused() -> None:
 async def test_whatever_a_source_raises_fails_the_read_only(odd: BaseException) -> None:
     """Also the cancelation of something that it has waited for."""
     with pytest.raises(SourceError, match=type(odd).__name__):
-        await Reads(Scripted(odd), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
+        await reading(Scripted(odd), Counters(), Limits(retries=0)).read(0, 1, urgent=True)
 
 
 async def test_canceling_gives_the_place_up() -> None:
     """While it waits for its turn, and while it reads."""
     counters = Counters()
-    reads = Reads(Scripted(None, b"1"), counters, Limits(concurrent_reads=1))
+    reads = reading(Scripted(None, b"1"), counters, Limits(concurrent_reads=1))
     first = asyncio.create_task(reads.read(0, 1, urgent=True))
     await turns()
     second = asyncio.create_task(reads.read(0, 1, urgent=True))
@@ -233,7 +239,7 @@ async def test_canceling_gives_the_place_up() -> None:
 async def test_a_pause_between_two_tries_keeps_nobody_waiting() -> None:
     """A source that fails for some pages does not hold up those that it has."""
     counters = Counters()
-    reads = Reads(Scripted(OSError("once"), b"2", b"1"), counters, Limits(concurrent_reads=1, backoff=1.0))
+    reads = reading(Scripted(OSError("once"), b"2", b"1"), counters, Limits(concurrent_reads=1, backoff=1.0))
     first = asyncio.create_task(reads.read(0, 1, urgent=True))
     await turns()
     assert counters.snapshot().in_flight == 0
@@ -245,7 +251,7 @@ async def test_a_pause_between_two_tries_keeps_nobody_waiting() -> None:
 async def test_urgent_reads_go_first() -> None:
     """A thread waits for them."""
     source = Scripted(None, b"1", b"2")
-    reads = Reads(source, Counters(), Limits(concurrent_reads=1))
+    reads = reading(source, Counters(), Limits(concurrent_reads=1))
     blocking = asyncio.create_task(reads.read(0, 1, urgent=True))
     await turns()
     ahead = [asyncio.create_task(reads.read(place, 1, urgent=False)) for place in (10, 11)]
@@ -269,7 +275,7 @@ async def test_errors_say_whose_bytes_they_are() -> None:
     reasons = []
     for source in (late, odd, short, split):
         with pytest.raises(SourceError) as caught:
-            await Reads(source, Counters(), Limits(retries=0)).read(16, 4, urgent=True)
+            await reading(source, Counters(), Limits(retries=0)).read(16, 4, urgent=True)
         assert (caught.value.source, caught.value.offset, caught.value.length) == (repr(source), 16, 4)
         reasons.append((type(caught.value), caught.value.reason))
     assert reasons == [
@@ -283,7 +289,7 @@ async def test_errors_say_whose_bytes_they_are() -> None:
 async def test_each_read_is_counted() -> None:
     """Also one that gave too little."""
     counters = Counters()
-    reads = Reads(Scripted(b"1234", b"12", b"123"), counters, Limits(retries=0))
+    reads = reading(Scripted(b"1234", b"12", b"123"), counters, Limits(retries=0))
     await reads.read(0, 4, urgent=True)
     await reads.read(0, 2, urgent=True)
     with pytest.raises(ShortReadError):

@@ -11,10 +11,12 @@ import pytest
 
 import aiouffd
 from aiouffd.engine.options import Options, Service
+from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.tenant import Pack
 from aiouffd.pager.process import tenancy
-from aiouffd.pager.process.tenancy import Arrivals, FailedSource, Tenancy, build
+from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Tenancy, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +31,7 @@ async def test_a_source_is_rebuilt_with_its_options() -> None:
     options = Options(readahead=PAGE)
     pack = await asyncio.to_thread(Pack, Service(aiouffd.BufferSource(data)), options)
     record = {**pack.record, "config": pack.fds[0], "fds": pack.fds[1:]}
-    origin = await build(Counters(), 5, record)
+    origin = await build(Counters(), 5, record, Commons())
     assert (origin.identity, origin.options) == (5, options)
     rebuilt: Any = origin.service.origin
     assert bytes(rebuilt.read_nowait(0, PAGE)) == data
@@ -51,11 +53,60 @@ async def test_a_source_in_memory_is_rebuilt_without_a_thread(tmp_path: Path, mo
     for source, threads in ((aiouffd.BufferSource(bytes(PAGE)), 0), (aiouffd.FileSource(path), 1)):
         pack = await asyncio.to_thread(Pack, Service(source), Options())
         record = {**pack.record, "config": pack.fds[0], "fds": pack.fds[1:]}
-        origin = await build(Counters(), 5, record)
+        origin = await build(Counters(), 5, record, Commons())
         assert type(origin.service.origin) is type(source)
         assert len(apart) == threads
         await origin.backend.aclose()
         pack.close()
+
+
+class Far:
+    """A far source of some bytes."""
+
+    size = PAGE
+
+    def __init__(self, identity: str | None) -> None:
+        self.identity = identity
+        self.closed = False
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return zeros."""
+        return bytes(length)
+
+    async def aclose(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+async def test_far_sources_that_are_the_same_are_one() -> None:
+    """By what they are made of, what they say they are, and how patiently they are read; the last user closes it."""
+    commons, limits = Commons(), Limits(recent=PAGE)
+    assert await commons.of(aiouffd.BufferSource(bytes(PAGE)), "far", limits) is None  # at hand
+    first = Far("a")
+    known = await commons.of(first, "far", limits)
+    assert known is not None
+    users = [Reads(known, Counters(), limits)]
+    others: list[tuple[str | None, str | None, Limits]] = [
+        ("far", "b", limits),
+        ("other", "a", limits),
+        ("far", "a", Limits(timeout=1.0)),
+        (None, "a", limits),
+    ]
+    others += [("far", "a", Limits(retries=1)), ("far", None, limits)]
+    for made_of, identity, its in others:
+        other = await commons.of(Far(identity), made_of, its)
+        assert other is not None
+        assert other is not known
+        other.enter(users[0], its)
+    again = Far("a")
+    assert await commons.of(again, "far", limits) is known
+    assert again.closed
+    users.append(Reads(known, Counters(), limits))
+    await users[0].aclose()
+    closed = [first.closed]
+    await users[1].aclose()
+    assert [*closed, first.closed] == [False, True]
+    assert await commons.of(Far("a"), "far", limits) is not known
 
 
 async def test_what_could_not_be_opened_again_fails_page_by_page() -> None:

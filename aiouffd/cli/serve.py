@@ -54,8 +54,12 @@ _DIFF = (
     "A sparse file over SOURCE, whose holes show what is below: a Diff snapshot. Repeatable, the lowest first; with"
     " --source-for a template as well."
 )
+_RECENT = (
+    "The most bytes of what was read last, of all sources that are far, to keep in memory for other clients of the same"
+    " source."
+)
 _CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
-_OF_SERVER = {"folder", "cache_size", "metrics", "control", "on_term"}
+_OF_SERVER = {"folder", "cache_size", "recent", "metrics", "control", "on_term"}
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -83,6 +87,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--retries", type=click.IntRange(0), help="Of a failed read. [default: 4 of a file, of a URL until --timeout]")
 @_option("--concurrent-reads", type=click.IntRange(1), default=128, help="The most reads of sources at once.")
 @_option("--bytes-in-flight", type=parameters.Size(1 << 20), default="128M", help="The most bytes of these reads.")
+@_option("--recent", type=parameters.Size(), default="128M", help=_RECENT)
 @_option("--client-events", type=click.IntRange(1), help=_CLIENT_EVENTS)
 @_option("--client-bytes", type=parameters.Size(1 << 20), help=_CLIENT_BYTES)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")

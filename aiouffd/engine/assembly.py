@@ -13,22 +13,27 @@ from aiouffd.engine.write_back import WriteBack
 if TYPE_CHECKING:
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.options import Options, Service
+    from aiouffd.engine.serve.common import Common
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["make_backend", "make_readahead"]
 
 
 def make_backend(
-    service: Service, counters: Counters, options: Options, bound: Bound | None = None
+    service: Service,
+    counters: Counters,
+    options: Options,
+    bound: Bound | None = None,
+    common: Common | None = None,
 ) -> SourceBackend | HandlerBackend:
-    """Return what brings the pages for a service; `bound` drops those of a source again."""
+    """Return what brings the pages for a service; `bound` drops those of a source again, others read `common`, too."""
     origin = service.origin
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
         bound.write_back = WriteBack(origin, bound, counters)
-    return SourceBackend(origin, counters, options.limits, on_touch=on_touch, bound=bound)
+    return SourceBackend(origin, counters, options.limits, on_touch=on_touch, bound=bound, common=common)
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:

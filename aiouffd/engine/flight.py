@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from aiouffd.ranges import Range, RangeSet
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.runs import Purpose
 
-__all__ = ["Flight", "Flights", "canceled_from_outside", "end_of", "spawn", "tasks_of"]
+__all__ = ["Flight", "Flights", "Spans", "canceled_from_outside", "end_of", "spawn", "tasks_of"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
@@ -55,38 +55,45 @@ class Flight:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"
 
 
-class Flights:
-    """Which flight brings an address. Costs what there are flights, however large they are.
+class _Span(Protocol):
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
 
-    Ranges are half-open, and whole pages.
-    """
+
+_Item = TypeVar("_Item", bound=_Span)
+
+
+class Spans(Generic[_Item]):
+    """Which item covers an address. Costs what there are items, however large they are. Ranges are half-open."""
 
     __slots__ = ("_spans", "_starts")
 
     def __init__(self) -> None:
         self._starts: list[int] = []  # sorted; spans do not overlap
-        self._spans: list[tuple[int, Flight]] = []  # (end, flight) for each start
+        self._spans: list[tuple[int, _Item]] = []  # (end, item) for each start
 
-    def get(self, address: int) -> Flight | None:
-        """Return the flight that brings an address, if there is one."""
+    def get(self, address: int) -> _Item | None:
+        """Return the item that covers an address, if there is one."""
         index = bisect_right(self._starts, address) - 1
         if index >= 0:
-            end, flight = self._spans[index]
+            end, item = self._spans[index]
             if address < end:
-                return flight
+                return item
         return None
 
     def touches(self, start: int, end: int) -> bool:
-        """Tell whether any flight brings some of [start, end)."""
+        """Tell whether any item covers some of [start, end)."""
         index = bisect_left(self._starts, end) - 1
         return index >= 0 and self._spans[index][0] > start
 
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the parts of [start, end) that no flight brings, as (start, end)."""
+        """Return the parts of [start, end) that no item covers, as (start, end)."""
         if not self.touches(start, end):
             return [(start, end)] if start < end else []
         found: list[tuple[int, int]] = []
-        for low, high, _ in self._within(start, end):
+        for low, high, _ in self.within(start, end):
             if start < low:
                 found.append((start, low))
             start = high
@@ -94,25 +101,25 @@ class Flights:
             found.append((start, end))
         return found
 
-    def add(self, flight: Flight) -> None:
-        """Enter a flight, in place of others that bring the same."""
-        if self.touches(flight.start, flight.end):
-            self.remove(flight.start, flight.end)
-        self._insert(flight.start, flight.end, flight)
+    def add(self, item: _Item) -> None:
+        """Enter an item, in place of others that cover the same."""
+        if self.touches(item.start, item.end):
+            self.remove(item.start, item.end)
+        self._insert(item.start, item.end, item)
 
-    def discard(self, flight: Flight) -> None:
-        """Leave out a flight, as far as it is entered still."""
-        index = bisect_left(self._starts, flight.start)
-        if index < len(self._starts) and self._spans[index] == (flight.end, flight):  # as it was entered
+    def discard(self, item: _Item) -> None:
+        """Leave out an item, as far as it is entered still."""
+        index = bisect_left(self._starts, item.start)
+        if index < len(self._starts) and self._spans[index] == (item.end, item):  # as it was entered
             del self._starts[index], self._spans[index]
             return
-        for start, end, other in self.remove(flight.start, flight.end):
-            if other is not flight:
+        for start, end, other in self.remove(item.start, item.end):
+            if other is not item:
                 self._insert(start, end, other)
 
-    def remove(self, start: int, end: int) -> list[tuple[int, int, Flight]]:
-        """Cut out [start, end), and return what was there as (start, end, flight)."""
-        found = self._within(start, end)
+    def remove(self, start: int, end: int) -> list[tuple[int, int, _Item]]:
+        """Cut out [start, end), and return what was there as (start, end, item)."""
+        found = self.within(start, end)
         if found:
             first = bisect_right(self._starts, found[0][0]) - 1
             low, (high, last) = self._starts[first], self._spans[first + len(found) - 1]
@@ -128,28 +135,34 @@ class Flights:
         self._starts.clear()
         self._spans.clear()
 
-    def _within(self, start: int, end: int) -> list[tuple[int, int, Flight]]:
-        """Return what lies within [start, end), clipped."""
+    def within(self, start: int, end: int) -> list[tuple[int, int, _Item]]:
+        """Return what lies within [start, end), clipped, as (start, end, item), in order."""
         first = max(bisect_right(self._starts, start) - 1, 0)
         last = bisect_left(self._starts, end)
         spans = zip(self._starts[first:last], self._spans[first:last], strict=True)
-        return [(max(low, start), min(high, end), flight) for low, (high, flight) in spans if high > start]
+        return [(max(low, start), min(high, end), item) for low, (high, item) in spans if high > start]
 
-    def _insert(self, start: int, end: int, flight: Flight) -> None:
+    def _insert(self, start: int, end: int, item: _Item) -> None:
         index = bisect_left(self._starts, start)
         self._starts.insert(index, start)
-        self._spans.insert(index, (end, flight))
+        self._spans.insert(index, (end, item))
 
     def __contains__(self, address: int) -> bool:
         return self.get(address) is not None
 
-    def __iter__(self) -> Iterator[Flight]:
-        """Each flight once."""
-        return iter({flight for _, flight in self._spans})
+    def __iter__(self) -> Iterator[_Item]:
+        """Each item once."""
+        return iter({item for _, item in self._spans})
 
     def __len__(self) -> int:
-        """How many ranges are on their way: at least as many as there are flights."""
+        """How many ranges are covered: at least as many as there are items."""
         return len(self._starts)
+
+
+class Flights(Spans[Flight]):
+    """Which flight brings an address. Its ranges are whole pages."""
+
+    __slots__ = ()
 
 
 def tasks_of(flights: Iterable[Flight], ranges: Iterable[tuple[int, int]] | None = None) -> list[asyncio.Task[None]]:

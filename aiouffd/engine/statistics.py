@@ -66,6 +66,7 @@ class Counter(enum.IntEnum):
     PAGES_EVICTED = 93
     RESIDENT = 94  # bytes
     PAGES_WRITTEN_BACK = 95
+    BYTES_SHARED = 96
 
 
 LATENCY_BUCKETS = 48
@@ -123,6 +124,7 @@ class Statistics:
         pages_evicted: pages that were dropped, to be brought again when they are touched.
         resident: bytes that are there now, where pages are dropped (`max_resident`).
         pages_written_back: pages that were written and have gone to the source (`write_back`).
+        bytes_shared: bytes that were not taken from the source: what others read of it had them already.
     """
 
     faults: int
@@ -169,6 +171,7 @@ class Statistics:
     pages_evicted: int
     resident: int
     pages_written_back: int
+    bytes_shared: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

@@ -71,6 +71,7 @@ class Metrics(Collector):
         yield _counter("zero_pages", "Pages filled with zeros, of all causes", now.pages_zero)
         yield _counter("poisoned_pages", "Pages that could not be fetched", now.pages_poisoned)
         yield _counter("fetched_bytes", "Bytes read from sources", now.bytes_fetched)
+        yield _counter("shared_bytes", "Bytes that others had read of the same source", now.bytes_shared)
         answers = CounterMetricFamily("aiouffd_answers", "Refusals and partial results of ioctls", labels=["answer"])
         for answer in ("eagain", "eexist", "enoent", "partial"):
             answers.add_metric([answer], getattr(now, answer))

@@ -76,6 +76,8 @@ class Server:
             its forked children included. Who exceeds them waits, and nobody else. None: no limit.
         client_bytes: the most bytes per second that are placed for it: with its faults, ahead of them, or to fill it.
             None: no limit. Up to one second's worth of either may come at once.
+        recent: bytes of what was read last from sources that are far, of all sessions together, which are kept in
+            memory for other clients of the same source. What two clients want at once is read once in any case.
         handoff_timeout: seconds that a client has to send its handoff.
 
     Raises on entering:
@@ -105,12 +107,10 @@ class Server:
         bytes_in_flight: int = 128 << 20,
         client_events: float | None = None,
         client_bytes: float | None = None,
+        recent: int = 128 << 20,
         handoff_timeout: float = 5.0,
     ) -> None:
-        if origin is None and (path is not None or listener is not None):
-            raise ValueError("give a source or a handler for the clients of the socket")
-        if origin is not None and (path is None) == (listener is None):
-            raise ValueError("give either the path of a socket, or one that listens")
+        _check_place(origin, path, listener)
         self._pager = PagerClient(
             on_error=lambda tenant, error: self._soon(self._failed, tenant, error),
             on_gone=lambda tenant: self._soon(self._gone, tenant),
@@ -132,6 +132,7 @@ class Server:
             on_error="sigbus" if on_failure == "poison" else "retry",
         )
         settings = Settings(frozenset(uids), on_reject, on_failure, options, record, replay, handoff_timeout)
+        self._recent = recent
         self._ended = Counters().words.tolist()  # of sessions that are no more
         self._rejected = 0  # by these
         self._started = False
@@ -234,6 +235,7 @@ class Server:
         self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
     def _add(self, name: str, origin: Any, settings: Settings) -> Session:
+        settings = settings.keeping(self._recent)
         session = Session(origin, settings, self._pager, name=name, tell=functools.partial(self._tell, name))
         self.sessions[name] = session
         return session
@@ -308,3 +310,10 @@ class Server:
     def _soon(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
+
+
+def _check_place(origin: Any, path: str | os.PathLike[str] | None, listener: socket.socket | None) -> None:
+    if origin is None and (path is not None or listener is not None):
+        raise ValueError("give a source or a handler for the clients of the socket")
+    if origin is not None and (path is None) == (listener is None):
+        raise ValueError("give either the path of a socket, or one that listens")

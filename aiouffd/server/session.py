@@ -66,6 +66,11 @@ class Settings:
         if self.record is not None and self.replay is not None:
             raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
 
+    def keeping(self, recent: int) -> Settings:
+        """Return the same of a server that keeps so many bytes of what was read last."""
+        limits = attrs.evolve(self.options.limits, recent=recent)
+        return attrs.evolve(self, options=attrs.evolve(self.options, limits=limits))
+
 
 class Session:
     """Takes the clients of one socket.

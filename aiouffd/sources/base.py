@@ -38,6 +38,10 @@ class Source(Protocol):
     - `recording() -> bytes | None`: the content of a file that `record=` has written, of an earlier use of these bytes.
       It is replayed unless the Monitor is given another one, or records. May block.
     - `read_ahead(offset, length)`: in place of `read`, for bytes that no thread waits for. Others may go first.
+    - `identity`: equal for sources of the same bytes; None: it is not known. `aiouffd serve` reads equal ones once for
+      all clients.
+    - `keeps`: if it is true, what is asked for twice at once, or soon again, is not fetched twice. Else the engine sees
+      to that, where several clients read the same source.
     - `expect(offset, length)`: these bytes will probably be read next; the range may reach behind `size`. The source
       may fetch them in the background.
     - `async write(offset, data)`: take back what was written to memory, so that the next `read` returns it (for

@@ -86,6 +86,7 @@ class LayeredSource:
         self.sparse: bool = NOBODY in overlay.layers or self._hole is not None
         quick = hasattr(base, "locate") or hasattr(base, "read_nowait")
         self.local: bool = base is None or getattr(base, "local", quick)
+        self.keeps: bool = getattr(base, "keeps", False)
         self._take_limits()
 
     def _take_limits(self) -> None:

@@ -94,6 +94,11 @@ class CachedSource:
         """As that of the source."""
         return getattr(self.source, "validator", None)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether chunks are fetched once for all who ask."""
+        return self._names.known
+
     async def prepare(self) -> None:
         """Find the size, in a thread. Canceling is safe. Raises as `size`."""
         await asyncio.to_thread(getattr, self, "size")

@@ -48,6 +48,8 @@ class SnapshotSource:
 
     local = False
     """Most bytes must be waited for, also those of a local store: they are decompressed."""
+    keeps = True
+    """Chunks are fetched once for all who ask, and kept for a while."""
 
     def __init__(
         self,

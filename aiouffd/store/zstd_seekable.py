@@ -64,6 +64,8 @@ class ZstdSeekableSource:
 
     local = False
     """Bytes must be waited for, also those of a local file: they are decompressed."""
+    keeps = True
+    """Frames are fetched once for all who ask, and kept for a while."""
 
     def __init__(self, compressed: str | os.PathLike[str] | Source, *, kept: int = _KEPT) -> None:
         self.compressed: Any = FileSource(compressed) if isinstance(compressed, str | os.PathLike) else compressed

@@ -18,6 +18,8 @@ import aiouffd
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.server import Server
 from aiouffd.server.session import Session, Settings
+from aiouffd.sources.object_store import ObjectSource
+from examples.page_server import PageServer
 
 SHIFTED = 1000
 """So many pages the second source is shifted."""
@@ -113,6 +115,51 @@ async def counted_on(server: Server, session: Session, path: Path, memory: Memor
 def test_sessions_of_one_server(tmp_path: Path, loop: str) -> None:
     """Each serves its own source by its own settings, and counts by itself, whoever is killed; names are unique."""
     play(of_two_sessions, str(tmp_path), loop=loop)
+
+
+def touched(memory: Memory, pages: range) -> list[bytes]:
+    """Touch pages one after another."""
+    return [memory.word(page) for page in pages]
+
+
+async def of_one_source(directory: str) -> None:
+    """Scenario: see the test."""
+    image = Path(directory) / "image"
+    await asyncio.to_thread(image.write_bytes, content(0, MIB))
+    web = PageServer(image.parent, latency=0.005)
+    async with await web.serve("127.0.0.1", 0) as listening, Server(recent=2 * MIB) as server:
+        port = listening.sockets[0].getsockname()[1]
+        paths = [Path(directory) / name for name in ("first", "second")]
+        for path in paths:
+            source = ObjectSource(f"http://127.0.0.1:{port}/image")
+            await source.prepare()
+            listen = functools.partial(SocketFile, path)
+            await server.create(path.name, source, settings(16 * PAGE), listen)
+        memories = [await asyncio.to_thread(Memory, path) for path in [*paths, *paths]]
+        before = web.bytes_sent
+        pages = [range(0, 256, step) for step in (3, 5, 7, 2)]
+        touches = [functools.partial(touched, *each) for each in zip(memories, pages, strict=True)]
+        words = await asyncio.gather(*map(asyncio.to_thread, touches))
+        assert words == [[word(page) for page in its] for its in pages]
+        for session in server.sessions.values():
+            await session.prefetch(0, MIB)
+        assert all(bytes(memory.region) == content(0, MIB) for memory in memories)
+        assert web.bytes_sent - before == MIB
+        counted = server.statistics()
+        assert (counted.bytes_fetched, counted.pages) == (MIB, 4 * MIB // PAGE)
+        assert counted.bytes_shared >= 3 * MIB
+        os.kill(server.pids[1], signal.SIGKILL)  # its successor knows again which are the same
+        late = await asyncio.to_thread(Memory, paths[0])
+        await server.sessions["first"].prefetch(0, MIB)
+        other = await asyncio.to_thread(Memory, paths[1])
+        await server.sessions["second"].prefetch(0, MIB)
+        assert bytes(late.region) == bytes(other.region) == content(0, MIB)
+        assert web.bytes_sent - before == 2 * MIB
+
+
+def test_equal_sources_are_fetched_once(tmp_path: Path, loop: str) -> None:
+    """Whatever clients of whichever session touch at once: each byte of a server is asked for once."""
+    play(of_one_source, str(tmp_path), loop=loop)
 
 
 def test_settings_that_exclude_each_other() -> None:

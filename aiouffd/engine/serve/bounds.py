@@ -23,6 +23,8 @@ class Limits:
         client_events: messages (faults, layout events) per second that are read for one client of a server, its forked
             children included; None: no limit.
         client_bytes: bytes per second that are placed for it, whatever for; None: no limit.
+        recent: bytes that were read last of far sources, of all of them together, which are kept for others that read
+            the same; where services of one pager differ, the most of them.
     """
 
     concurrent_reads: int = attrs.field(default=128, validator=attrs.validators.ge(1))
@@ -32,6 +34,7 @@ class Limits:
     backoff: float = 0.05
     client_events: float | None = attrs.field(default=None, validator=_above_zero)
     client_bytes: float | None = attrs.field(default=None, validator=_above_zero)
+    recent: int = attrs.field(default=0, validator=attrs.validators.ge(0))
 
     @timeout.validator
     def _time_passes(self, _: object, value: float | None) -> None:

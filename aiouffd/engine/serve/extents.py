@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.serve.common import is_far
 from aiouffd.engine.serve.zeros import BLOCK, cut
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.memory import address_of, zero_blocks
@@ -27,9 +28,10 @@ class Extents:
     Args:
         source: its size is taken now.
         counters: where to count.
+        kept: returns bytes that were read for others, if they are kept still.
     """
 
-    def __init__(self, source: Source, counters: Counters) -> None:
+    def __init__(self, source: Source, counters: Counters, kept: Callable[[int, int], Any] = lambda *_: None) -> None:
         self.size: int = source.size
         self._words = counters.words
         self.locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
@@ -43,8 +45,8 @@ class Extents:
             self._hole = None
         self._holes_are_told = self._hole is None or getattr(source, "plain", False)
         self._plain: dict[tuple[int, int, bool, bool], PlainSource] = {}
-        answers_at_once = self.locate is not None or self._read_nowait is not None
-        self.local: bool = answers_at_once and getattr(source, "local", True)
+        self.local: bool = not is_far(source)
+        self._kept = kept
 
     @property
     def may_be_plain(self) -> bool:
@@ -85,11 +87,15 @@ class Extents:
             self._add(space, Run(Op.COPY, address, offset, length, source, None, purpose), zeros, runs)
             self._words[Counter.BYTES_FETCHED] += available
             return True
-        data = None if self._read_nowait is None else self._read_nowait(offset, available)
+        data, counter = None, Counter.BYTES_FETCHED
+        if self._read_nowait is not None:
+            data = self._read_nowait(offset, available)
+        if data is None:
+            data, counter = self._kept(offset, available), Counter.BYTES_SHARED
         if data is None or not _holds(data, available):  # too little: `read` is asked, whose errors are reported
             return False
         self.add_data(space, Run(Op.COPY, address, offset, length, purpose=purpose), data, runs)
-        self._words[Counter.BYTES_FETCHED] += available
+        self._words[counter] += available
         return True
 
     def add_data(self, space: Space, run: Run, data: Any, runs: list[Run]) -> None:

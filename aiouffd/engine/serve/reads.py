@@ -15,13 +15,13 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, read
 
 if TYPE_CHECKING:
     from aiouffd.engine.serve.bounds import Limits
+    from aiouffd.engine.serve.common import Common
     from aiouffd.engine.statistics import Counters
-    from aiouffd.sources.base import Source
 
 __all__ = ["Reads"]
 
 _IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
-_BYTES_FETCHED = int(Counter.BYTES_FETCHED)
+_BYTES_FETCHED, _BYTES_SHARED = int(Counter.BYTES_FETCHED), int(Counter.BYTES_SHARED)
 _SOURCE_READS, _SOURCE_NS = int(Counter.SOURCE_READS), int(Counter.SOURCE_NS)
 _RETRIES = 4
 _LONGEST_PAUSE = 2.0  # seconds between two tries
@@ -33,22 +33,22 @@ def _between(low: float, high: float) -> float:
 
 
 class Reads:
-    """The reads of one source.
+    """The reads of one source by one backend.
 
     Args:
-        source: its own attributes `timeout` and `retries`, if it has them, come before those of `limits`.
+        common: has the source, whose own attributes `timeout` and `retries`, if it has them, come before those of
+            `limits`.
         counters: where to count.
         limits: see `Limits`.
     """
 
-    def __init__(self, source: Source, counters: Counters, limits: Limits) -> None:
-        self._source = source
-        self._read_ahead = getattr(source, "read_ahead", None)
+    def __init__(self, common: Common, counters: Counters, limits: Limits) -> None:
+        self._common = common
         self._words = counters.words
         self._backoff = limits.backoff
-        begin = getattr(source, "begin", None)
-        if begin is not None:
-            begin(limits.timeout, limits.retries, self._count_retry)
+        common.enter(self, limits)
+        self._source = source = common.source
+        self._read_ahead = getattr(source, "read_ahead", None)
         self._gate = Gate(limits.concurrent_reads, limits.bytes_in_flight)
         self._deadlines = Deadlines(getattr(source, "timeout", limits.timeout))
         self._retries: int = getattr(source, "retries", _RETRIES if limits.retries is None else limits.retries)
@@ -65,40 +65,52 @@ class Reads:
         Raises:
             SourceError: the source failed, and went on failing.
         """
-        words = self._words
         tries = 0
         while True:
             # Each try takes a place of its own in the gate: the pauses between them keep nobody waiting.
             if not self._gate.try_enter(length):
                 await self._gate.enter(length, urgent=urgent)
-            words[_IN_FLIGHT] += 1
-            words[_BYTES_IN_FLIGHT] += length
-            words[_SOURCE_READS] += 1
-            began = perf_counter_ns()
             try:
                 with self._deadlines:
-                    data = await (self._read_ahead if self._read_ahead and not urgent else self._source.read)(
-                        offset, length
-                    )
-                view = memoryview(data)
-                if view.nbytes != length or not view.c_contiguous:
-                    self._refuse(view, offset, length)
-                words[_BYTES_FETCHED] += length
-                return data  # noqa: TRY300 - no else: this is the way of each page
+                    return await self._common.read(self, offset, length, urgent=urgent, alone=tries > 0)
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001 - `_failure` raises some
                 failure = self._failure(error, offset, length)
             finally:
-                words[_SOURCE_NS] += perf_counter_ns() - began
-                words[_IN_FLIGHT] -= 1
-                words[_BYTES_IN_FLIGHT] -= length
                 self._gate.leave(length)
             tries += 1
             if tries > (self._retries if retries is None else retries):
                 raise failure
-            self._count_retry()
+            self.count_retry()
             # Full jitter: clients that failed together do not come back together.
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
             await asyncio.sleep(_between(pause / 2, pause))
+
+    async def ask(self, offset: int, length: int, *, urgent: bool) -> Any:
+        """Return bytes of the source itself: one try, which is counted. Raises what the source does."""
+        words = self._words
+        words[_IN_FLIGHT] += 1
+        words[_BYTES_IN_FLIGHT] += length
+        words[_SOURCE_READS] += 1
+        began = perf_counter_ns()
+        try:
+            data = await (self._read_ahead if self._read_ahead and not urgent else self._source.read)(offset, length)
+            view = memoryview(data)
+            if view.nbytes != length or not view.c_contiguous:
+                self._refuse(view, offset, length)
+            words[_BYTES_FETCHED] += length
+            return data
+        finally:
+            words[_SOURCE_NS] += perf_counter_ns() - began
+            words[_IN_FLIGHT] -= 1
+            words[_BYTES_IN_FLIGHT] -= length
+
+    def took(self, size: int) -> None:
+        """Count bytes that were had without asking."""
+        self._words[_BYTES_SHARED] += size
+
+    def count_retry(self) -> None:
+        """Count a further try."""
+        self._words[Counter.SOURCE_RETRIES] += 1
 
     def _refuse(self, view: memoryview, offset: int, length: int) -> NoReturn:
         """Raise what is wrong with an answer."""
@@ -126,9 +138,7 @@ class Reads:
         failure.__cause__ = error
         return failure
 
-    def _count_retry(self) -> None:
-        self._words[Counter.SOURCE_RETRIES] += 1
-
-    def close(self) -> None:
-        """Stop the timer. Nothing is read any more."""
+    async def aclose(self) -> None:
+        """Stop the timer, and leave the source. Nothing is read any more."""
         self._deadlines.close()
+        await self._common.leave(self)

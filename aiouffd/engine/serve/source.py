@@ -13,6 +13,7 @@ from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, end_of, spawn
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
+from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
@@ -51,6 +52,7 @@ class SourceBackend:
         limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
         on_touch: called with the offset of each page that was asked for by a fault, in order.
         bound: drops pages again; None: they stay.
+        common: has the source, where others read it, too.
     """
 
     def __init__(
@@ -61,13 +63,15 @@ class SourceBackend:
         *,
         on_touch: Callable[[int], None] | None = None,
         bound: Bound | None = None,
+        common: Common | None = None,
     ) -> None:
+        common = common or Common(source)
         self.source: Source = source
         self.limits: Limits = limits
         self.bound: Bound | None = bound
         self._counters, self._words = counters, counters.words
-        self._reads = Reads(source, counters, limits)
-        self._extents = Extents(source, counters)
+        self._reads = Reads(common, counters, limits)
+        self._extents = Extents(source, counters, common.at_hand)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._is_plain = self._extents.may_be_plain and on_touch is None and bound is None
         self._on_touch = on_touch
@@ -433,10 +437,7 @@ class SourceBackend:
         await end_of(self._tasks)
         if self.bound is not None:
             await self.bound.aclose()
-        self._reads.close()
-        close = getattr(self.source, "aclose", None)
-        if close is not None:
-            await close()
+        await self._reads.aclose()
 
 
 def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:

@@ -26,7 +26,7 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Pickles", "is_pickle", "modules", "pack", "unpack"]
+__all__ = ["Pickles", "described", "is_pickle", "modules", "pack", "unpack"]
 
 
 class Pickles(enum.StrEnum):
@@ -100,6 +100,14 @@ def unpack(data: bytes, fds: Sequence[int]) -> Any:
     if is_pickle(data):
         return _unpickled(data, fds)
     return _rebuilt(json.loads(data), fds)
+
+
+def described(data: bytes) -> str | None:
+    """Return what a service's source is made of, without the content of descriptors; None: it is a pickle."""
+    if is_pickle(data):
+        return None
+    ((_, arguments),) = json.loads(data).items()
+    return json.dumps(arguments[0])
 
 
 def modules(data: bytes) -> set[str]:

@@ -27,7 +27,7 @@ from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
-from aiouffd.pager.process.tenancy import Arrivals, FailedSource, Origin, Tenancy, build, make_origin
+from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Origin, Tenancy, build, make_origin
 
 if TYPE_CHECKING:
     import asyncio
@@ -100,6 +100,7 @@ class Served:
         self._on_owner_exit = on_owner_exit
         self.meta: Meta = Meta()
         self.origins: dict[int, Origin] = {}
+        self._commons = Commons()
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}
@@ -206,7 +207,7 @@ class Served:
         try:
             if all(other["slot"] != record["slot"] for other in self._records().values()):
                 self.journal.use_slot(record["slot"], counts)
-            origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record)
+            origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record, self._commons)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except Exception as error:
             close_foreign((record["config"], *record["fds"]))
@@ -438,7 +439,7 @@ class Served:
     async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
         """Return what serves, made anew; where that fails, what fails each page."""
         try:
-            return await build(self.journal.counters_of(record["slot"]), number, record)
+            return await build(self.journal.counters_of(record["slot"]), number, record, self._commons)
         except Exception as error:  # noqa: BLE001 - it costs those whom it serves, and nobody else
             log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
             return make_origin(self.journal.counters_of(record["slot"]), number, record, Service(FailedSource(error)))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import attrs
 
@@ -14,10 +15,12 @@ from aiouffd.engine.bound import Bound
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.common import Common, Shelf, is_far
+from aiouffd.engine.serve.handler import Handler
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.pager.process.serialization import is_pickle, modules, unpack
+from aiouffd.pager.process.serialization import described, is_pickle, modules, unpack
 
 if TYPE_CHECKING:
     from aiouffd.engine.serve.handler_backend import HandlerBackend
@@ -25,7 +28,17 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["BUILD_TIMEOUT", "Arrivals", "FailedSource", "Origin", "Tenancy", "build", "config_of", "make_origin"]
+__all__ = [
+    "BUILD_TIMEOUT",
+    "Arrivals",
+    "Commons",
+    "FailedSource",
+    "Origin",
+    "Tenancy",
+    "build",
+    "config_of",
+    "make_origin",
+]
 
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
@@ -105,6 +118,44 @@ class Arrivals:
             await self._expected[token][0].wait()
 
 
+class Commons:
+    """The sources of a worker that are far. Those that are the same are one, whoever serves from them.
+
+    The same are those that were made in the same way, to be read with the same patience, and that say by their
+    `identity` that their bytes are the same.
+    """
+
+    def __init__(self) -> None:
+        self._shelf = Shelf()
+        self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()
+
+    async def of(self, source: Any, made_of: str | None, limits: Limits) -> Common | None:
+        """Return what has a source that was just opened, or one that is the same: then the new one is closed.
+
+        Whoever gets it enters it before anything else happens. None: it is at hand, and has nothing to share.
+
+        Args:
+            source: no handler.
+            made_of: what `described` says of it.
+            limits: of those who read it.
+        """
+        if not is_far(source):
+            return None
+        self._shelf.room = max(self._shelf.room, limits.recent)
+        identity = getattr(source, "identity", None)
+        if made_of is None or identity is None:
+            return Common(source, self._shelf)
+        key = (made_of, identity, limits.timeout, limits.retries)
+        known = self._known.get(key)
+        if known is None or not known.is_used:
+            known = self._known[key] = Common(source, self._shelf)
+        else:
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
+        return known
+
+
 class FailedSource:
     """In place of a source that could not be opened again: each of its pages fails, with the reason.
 
@@ -126,8 +177,10 @@ class FailedSource:
         return "a source that could not be opened again"
 
 
-async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Origin:
+async def build(counters: Counters, identity: int, record: dict[str, Any], commons: Commons) -> Origin:
     """Rebuild a source or handler. The descriptors it gets are its own: those in the record outlive it.
+
+    A source that is the same as another one of `commons` is that one.
 
     A source of ours may lie on a file system that does not answer, and is opened in a thread, unless it is in memory.
     What is pickled is rebuilt on the loop, which its code may ask for.
@@ -151,14 +204,21 @@ async def build(counters: Counters, identity: int, record: dict[str, Any]) -> Or
                 service = await in_own_thread(unpack, data, fds)
         except TimeoutError as error:
             raise PagerStartError(f"the source could not be opened in {BUILD_TIMEOUT:.0f} s") from error
-    return make_origin(counters, identity, record, service)
+    common = None
+    if not isinstance(service.origin, Handler):
+        common = await commons.of(service.origin, described(data), _options_of(record).limits)
+    if common is not None:
+        service = attrs.evolve(service, origin=common.source)
+    return make_origin(counters, identity, record, service, common)
 
 
-def make_origin(counters: Counters, identity: int, record: dict[str, Any], service: Service) -> Origin:
-    """Return what serves from a source or handler."""
+def make_origin(
+    counters: Counters, identity: int, record: dict[str, Any], service: Service, common: Common | None = None
+) -> Origin:
+    """Return what serves from a source or handler; `common`: has the source, for others, too."""
     options = _options_of(record)
     bound = _bound(record, options, counters) if record["memory"] else None
-    return Origin(counters, identity, record, service, make_backend(service, counters, options, bound))
+    return Origin(counters, identity, record, service, make_backend(service, counters, options, bound, common))
 
 
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:
