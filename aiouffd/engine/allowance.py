@@ -187,10 +187,12 @@ class Allowances:
             return None
         self._known = {key: known for key, known in self._known.items() if not known.is_forgettable}
         key = (name, events, size)
-        if key not in self._known:
-            self._known[key] = Allowance(name, events, size, counters)
-        self._known[key].counters = counters
-        return self._known[key]
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = Allowance(name, events, size, counters)
+        else:
+            known.counters = counters
+        return known
 
 
 class MeteredUserfaultfd(Userfaultfd):

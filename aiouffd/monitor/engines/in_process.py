@@ -13,18 +13,16 @@ from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.userfaultfd import Userfaultfd
-from aiouffd.monitor.engines.local import Local
+from aiouffd.monitor.engines.local import Local, LocalEngine
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native import reason
 from aiouffd.native.watchdog import LoopWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable
 
     from aiouffd.engine.statistics import Statistics
-    from aiouffd.monitor.engines.layout import Layout
     from aiouffd.monitor.engines.protocol import Assignment, Terms
 
 __all__ = ["InProcess", "InProcessEngine"]
@@ -72,7 +70,7 @@ class InProcess:
         return InProcessEngine(self, loop)
 
 
-class InProcessEngine:
+class InProcessEngine(LocalEngine):
     """Serves one region on a loop of this process.
 
     No layout event is asked for: a thread that causes one sleeps until it is read, and with the GIL held that would
@@ -87,7 +85,6 @@ class InProcessEngine:
         self._thread = threading.get_native_id()
         self._counters = Counters()
         self._watch: LoopWatch
-        self._local: Local
 
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
@@ -113,26 +110,10 @@ class InProcessEngine:
         """Read the counters."""
         return self._counters.snapshot()
 
-    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
-        """Bring (offset, length) ranges."""
-        return self._local.prefetch(ranges)
-
-    def evict(self, offset: int, length: int) -> Future[int]:
-        """Drop what was not written of these offsets."""
-        return self._local.evict(offset, length)
-
-    def flush(self, offset: int, length: int) -> Future[None]:
-        """Write what was written of these offsets to the source."""
-        return self._local.flush(offset, length)
-
     def check_may_wait(self) -> None:
         """Raise RuntimeError in the loop's thread."""
         if not self._local.layout.may_wait:
             raise RuntimeError("engine=InProcess() serves on this thread's event loop: await prefetch() instead")
-
-    def give_up(self, offset: int, length: int) -> None:
-        """Ask no longer for what fails in these offsets."""
-        self._local.give_up(offset, length)
 
     def refuse(self) -> None:
         """Poison what is waited for, and whatever is touched until `leave`."""
@@ -146,8 +127,3 @@ class InProcessEngine:
         finally:  # where the source could not be closed as well: nobody reads any more
             self._local.end()
             settle()
-
-    @property
-    def layout(self) -> Layout:
-        """Told by the region."""
-        return self._local.layout

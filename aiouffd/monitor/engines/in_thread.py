@@ -32,15 +32,14 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.limits import no_thread
 from aiouffd.monitor.engines.calls import Call, no_collections
 from aiouffd.monitor.engines.extents import Extents
-from aiouffd.monitor.engines.local import Local
+from aiouffd.monitor.engines.local import Local, LocalEngine
 from aiouffd.monitor.engines.pipe import PipeUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native import faults
 from aiouffd.native.faults import Served
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterator
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.layout import Layout
@@ -122,7 +121,7 @@ class _Handlers:
         self._served.show(start, end, self._extents.of(layout.mappings, start, end))
 
 
-class InThreadEngine:
+class InThreadEngine(LocalEngine):
     """Serves one region of this process, in the threads that touch it and from a loop in a thread of its own.
 
     Raises (on start):
@@ -141,7 +140,6 @@ class InThreadEngine:
         self._done = asyncio.Event()
         self._last: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._leaves = False
-        self._local: Local
         self._served: Served
         self._reading = self._writing = -1
         self._loop: asyncio.AbstractEventLoop
@@ -214,18 +212,6 @@ class InThreadEngine:
 
     # Other threads' side
 
-    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
-        """Bring (offset, length) ranges."""
-        return self._local.prefetch(ranges)
-
-    def evict(self, offset: int, length: int) -> Future[int]:
-        """Drop what was not written of these offsets."""
-        return self._local.evict(offset, length)
-
-    def flush(self, offset: int, length: int) -> Future[None]:
-        """Write what was written of these offsets to the source."""
-        return self._local.flush(offset, length)
-
     def statistics(self) -> Statistics:
         """Read the counters: the loop's, and those of the handlers."""
         loop = self._counters.snapshot()
@@ -241,15 +227,6 @@ class InThreadEngine:
         """Raise RuntimeError in the loop's thread."""
         if not self._local.layout.may_wait:
             raise RuntimeError("this thread runs the loop of engine=InThread(): await prefetch() instead")
-
-    @property
-    def layout(self) -> Layout:
-        """Told by the region."""
-        return self._local.layout
-
-    def give_up(self, offset: int, length: int) -> None:
-        """Ask no longer for what fails in these offsets."""
-        self._local.give_up(offset, length)
 
     def refuse(self) -> None:
         """Do nothing: a thread that touches a missing page waits until `leave` has settled it."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.monitor.engines.protocol import Assignment
 
-__all__ = ["Local"]
+__all__ = ["Local", "LocalEngine"]
 
 _LEFT = "the Monitor has been left"
 _standard_error = NonBlockingHandler()
@@ -178,6 +178,33 @@ class Local:
         self._dispatcher.close()
         self._stop_bringing()
         await self.backend.aclose()
+
+
+class LocalEngine:
+    """What an `Engine` has that serves by a `Local`, which it makes when it starts."""
+
+    _local: Local
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[None]:
+        """Bring (offset, length) ranges."""
+        return self._local.prefetch(ranges)
+
+    def evict(self, offset: int, length: int) -> Future[int]:
+        """Drop what was not written of these offsets."""
+        return self._local.evict(offset, length)
+
+    def flush(self, offset: int, length: int) -> Future[None]:
+        """Write what was written of these offsets to the source."""
+        return self._local.flush(offset, length)
+
+    def give_up(self, offset: int, length: int) -> None:
+        """Ask no longer for what fails in these offsets."""
+        self._local.give_up(offset, length)
+
+    @property
+    def layout(self) -> Layout:
+        """Told by the region."""
+        return self._local.layout
 
 
 def _report(on_error: Callable[[BaseException], None], _space: Space, error: BaseException) -> None:
