@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-__all__ = ["begun", "close_in_children", "uninterrupted", "until_exit"]
+__all__ = ["begun", "close_in_children", "uninterrupted", "until_done", "until_exit"]
 
 
 class _Closable(Protocol):
@@ -21,6 +21,7 @@ class _Closable(Protocol):
 
 
 _Object = TypeVar("_Object")
+_Result = TypeVar("_Result")
 _Held = TypeVar("_Held", bound=_Closable)
 
 _held: weakref.WeakSet[_Closable] = weakref.WeakSet()
@@ -42,23 +43,43 @@ def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None
     return finalize
 
 
-def begun(work: Callable[[], object]) -> asyncio.Future[object]:
+def begun(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
     """Have a thread do work that blocks, as `asyncio.to_thread` does; a task would take two more turns of the loop."""
     import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
     return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
 
 
-async def uninterrupted(work: Callable[[], object]) -> None:
-    """Have a thread do work that blocks. Canceling waits for its end, so that what it has made can be closed."""
+async def uninterrupted(work: Callable[[], object], undo: Callable[[], object] | None = None) -> None:
+    """Have a thread do work that blocks. Canceling waits for its end, however often it is done.
+
+    Args:
+        work: what is done. What it raises is raised, also by what was canceled.
+        undo: done as well, and waited for, if this is canceled and the work has not failed.
+    """
+    running = begun(work)
+    canceled = await until_done(running)
+    running.result()
+    if canceled is not None:
+        if undo is not None:
+            await uninterrupted(undo)
+        raise canceled
+
+
+async def until_done(
+    running: asyncio.Future[_Result], on_cancel: Callable[[], object] = lambda: None
+) -> BaseException | None:
+    """Wait until a future is done, also if this is canceled, however often; return the CancelledError then."""
     import asyncio  # noqa: PLC0415 - as above
 
-    running = begun(work)
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await running
-        raise
+    canceled = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            canceled = error
+            on_cancel()
+    return canceled
 
 
 def close_in_children(held: _Held) -> _Held:

@@ -53,12 +53,41 @@ async def test_a_thread_does_the_work_until_its_end() -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
     variable.set("the caller's")
     assert await begun(variable.get) == "the caller's"
+    for times in (1, 3):
+        done: list[str] = []
+        go_on, undo = threading.Event(), threading.Event()
+
+        def work(go_on: threading.Event = go_on, done: list[str] = done) -> None:
+            done.append("done" if go_on.wait(60) else "hung")
+
+        def undone(undo: threading.Event = undo, done: list[str] = done) -> None:
+            done.append("undone" if undo.wait(60) else "hung")
+
+        waiting = asyncio.ensure_future(uninterrupted(work, undone))
+        for event in (go_on, undo):
+            for _ in range(times):
+                await asyncio.sleep(0.01)
+                waiting.cancel()
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            event.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert done == ["done", "undone"]
+
+
+async def test_what_fails_is_not_undone() -> None:
+    """Its error is raised, also where it was canceled; and that of what would undo it."""
     go_on = threading.Event()
-    waiting = asyncio.ensure_future(uninterrupted(go_on.wait))
+
+    def fail() -> None:
+        go_on.wait(60)
+        raise OSError("it fails")
+
+    waiting = asyncio.ensure_future(uninterrupted(fail, lambda: pytest.fail("it is undone")))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.sleep(0)
-    assert not waiting.done()
     go_on.set()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(OSError, match="it fails"):
         await waiting

@@ -29,7 +29,7 @@ from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.errors import BusyError, ClosedError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
-from aiouffd.lifetime import begun, uninterrupted
+from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.beginnings import beginnings
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
@@ -293,15 +293,7 @@ class Monitor(Entered):
             await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
         enable_tracebacks()
         engine = self._choice.make(asyncio.get_running_loop())
-        starting = begun(partial(self._start, engine))
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            # The thread cannot be interrupted: let it finish, and undo what it did.
-            with contextlib.suppress(BaseException):
-                await starting
-                await asyncio.to_thread(self._stop)
-            raise
+        await uninterrupted(partial(self._start, engine), self._stop)
         return self
 
     async def __aexit__(

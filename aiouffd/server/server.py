@@ -156,8 +156,8 @@ class Server:
                 await uninterrupted(functools.partial(session.prepare, self._listen))
             await uninterrupted(self._pager.start)
         except BaseException:
-            await asyncio.to_thread(self._pager.stop)
             self.stop_listening()
+            await uninterrupted(self._pager.stop)
             raise
         self._started = True
         for session in sessions:
@@ -172,10 +172,16 @@ class Server:
         served = bool(self.clients)
         why = "goes on being served by the pager alone" if self._death is None else "is served no longer"
         sessions = list(self.sessions.values())
-        await asyncio.gather(*(session.aclose(why) for session in sessions))
-        await asyncio.to_thread(self._pager.stop, leave=served)
-        for session in sessions:
-            await asyncio.to_thread(session.complete)
+
+        def end() -> None:
+            self._pager.stop(leave=served)
+            for session in sessions:
+                session.complete()
+
+        try:
+            await asyncio.gather(*(session.aclose(why) for session in sessions))
+        finally:
+            await uninterrupted(end)
 
     def stop_listening(self) -> None:
         """Take no new clients, and no new sessions; those that are served stay."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
+from aiouffd.lifetime import begun, until_done
 from aiouffd.sources.storage_options import StorageOptions  # noqa: TC001 - options are looked up by the documentation
 
 __all__ = ["Progress", "StoreOptions", "aside"]
@@ -49,10 +50,8 @@ async def aside(
         if progress is not None:
             progress(done, whole)
 
-    task = asyncio.ensure_future(asyncio.to_thread(function, *args, progress=report, **options))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        canceled.set()
-        await asyncio.gather(task, return_exceptions=True)
-        raise
+    running = begun(partial(function, *args, progress=report, **options))
+    if (error := await until_done(running, canceled.set)) is not None:
+        running.exception()  # nobody else asks for it
+        raise error
+    return running.result()

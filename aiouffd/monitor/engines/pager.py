@@ -111,8 +111,8 @@ class Pager:
         self._pagers.give_back(self._kept.pop())
 
     async def __aenter__(self) -> Self:
-        """Start the pager. Canceling does not interrupt this."""
-        await uninterrupted(self.__enter__)
+        """Start the pager. Canceling is safe: there is none then."""
+        await uninterrupted(self.__enter__, self.__exit__)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from aiouffd.handoff.receive import Peer
+from aiouffd.lifetime import uninterrupted
 from aiouffd.server.control.actions import ACTIONS, Action, Actions
 from aiouffd.server.control.openapi import document
 from aiouffd.server.control.problems import problem_of
@@ -69,9 +70,18 @@ class Control:
     async def __aenter__(self) -> Self:
         """Listen."""
         await self._runner.setup()
-        self._file = await asyncio.to_thread(SocketFile, self._path)
-        await web.SockSite(self._runner, self._file.listener).start()
+        try:
+            await uninterrupted(self._listen)
+            assert self._file is not None
+            await web.SockSite(self._runner, self._file.listener).start()
+        except BaseException:
+            self.close()
+            await self._runner.cleanup()
+            raise
         return self
+
+    def _listen(self) -> None:
+        self._file = SocketFile(self._path)
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening, and end all connections."""
