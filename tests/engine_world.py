@@ -49,6 +49,8 @@ class Located(Pattern):
 
 
 LOCATED = Located(SIZE)
+FIRST = {BASE + at: content(at, PAGE) for at in range(0, SIZE, PAGE)}
+"""What each page shows before anything happens."""
 
 
 class World:
@@ -86,7 +88,7 @@ class World:
             on_error=lambda _, error: self.errors.append(error),
             readahead=make_readahead(PAGE, chosen, local=True),
         )
-        self.model: dict[int, bytes] = {BASE + at: content(at, PAGE) for at in range(0, SIZE, PAGE)}
+        self.model: dict[int, bytes] = dict(FIRST)
 
     def touch(self, page: int, thread: int) -> None:
         """Touch a page, if it is mapped."""

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import criu_images as make
 import pytest
+from chance import bytes_by_chance, cases
 from criu_images import LAZY, PAGE, PARENT, PRESENT
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scenario import open_descriptors
 
 from aiouffd.criu.images import REMOTE, PageFlag, PageRun, read_task
@@ -21,6 +20,7 @@ from aiouffd.errors import HandoffError
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
+    import random
     from pathlib import Path
 
 PID = 77
@@ -215,22 +215,21 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 _SEEDS = (make.pagemap(1, ENTRIES), make.mm(BOUNDS), make.pagemap(1, [{1: BASE, 2: 2, 4: PARENT | LAZY}, *ENTRIES[2:]]))
 
 
-@st.composite
-def mutated(draw: st.DrawFn) -> tuple[int, bytes]:
+def mutated(rng: random.Random) -> tuple[int, bytes]:
     """Draw a right image with some bytes changed, taken out, put in, or cut off; and which of the three it was."""
-    which = draw(st.integers(0, 2))
+    which = rng.randrange(3)
     data = bytearray(_SEEDS[which])
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(len(data) - 1, 0)))
-        kind = draw(st.sampled_from(("change", "flip", "remove", "insert", "cut")))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randint(0, max(len(data) - 1, 0))
+        kind = rng.choice(("change", "flip", "remove", "insert", "cut"))
         if kind == "change":
-            data[at : at + 1] = draw(st.binary(min_size=1, max_size=9))
+            data[at : at + 1] = bytes_by_chance(rng, 9, 1)
         elif kind == "flip" and data:
-            data[at] ^= 1 << draw(st.integers(0, 7))
+            data[at] ^= 1 << rng.randint(0, 7)
         elif kind == "remove":
-            del data[at : at + draw(st.integers(1, 9))]
+            del data[at : at + rng.randint(1, 9)]
         elif kind == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=9))
+            data[at:at] = bytes_by_chance(rng, 9, 1)
         else:
             del data[at:]
     return which, bytes(data)
@@ -270,17 +269,17 @@ def survives(case: tuple[int, bytes], directory: Path) -> None:
         assert any(piece.address in bounds and piece.end <= bounds.end for bounds in task.mappings)
 
 
-@settings(max_examples=5_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=mutated())
-def test_mutated_images_are_survived(two_layers: Path, case: tuple[int, bytes]) -> None:
+def test_mutated_images_are_survived(two_layers: Path) -> None:
     """5,000 of them."""
-    survives(case, two_layers)
+    for case in cases(5_000, mutated):
+        with case as drawn:
+            survives(drawn, two_layers)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-@settings(max_examples=100_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=mutated())
-def test_mutated_images_are_survived_at_length(two_layers: Path, case: tuple[int, bytes]) -> None:
+def test_mutated_images_are_survived_at_length(two_layers: Path) -> None:
     """100,000 of them."""
-    survives(case, two_layers)
+    for case in cases(100_000, mutated):
+        with case as drawn:
+            survives(drawn, two_layers)

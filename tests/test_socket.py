@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from chance import bytes_by_chance, cases
 
 from aiouffd.criu.socket import SOCKET_NAME, LazyPagesSocket, RestoredTask
 from aiouffd.errors import HandoffError
@@ -24,6 +23,7 @@ from aiouffd.handoff.receive import receive, require_userfaultfd
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import AsyncIterator, Iterator
 
 END = struct.pack("=I", 0x52535446)
@@ -286,12 +286,13 @@ async def test_another_user(open_to_all: str) -> None:
         assert await process.wait() == 0
 
 
-_steps = st.lists(
-    st.one_of(
-        st.sampled_from([pid(1), pid(-2), pid(3), END, b"\0", b"", b"\xff" * 5]), st.binary(max_size=9), st.just("uffd")
-    ),
-    max_size=8,
-)
+_STEPS = (pid(1), pid(-2), pid(3), END, b"\0", b"", b"\xff" * 5)
+
+
+def client_by_chance(rng: random.Random) -> list[bytes | str]:
+    """Draw what a client sends: bytes, and now and then a descriptor."""
+    drawn = (rng.choice((rng.choice(_STEPS), bytes_by_chance(rng, 9), "uffd")) for _ in range(rng.randint(0, 8)))
+    return list(drawn)
 
 
 @pytest.fixture(scope="module")
@@ -327,17 +328,17 @@ async def survives(steps: list[bytes | str], place: Path) -> None:
     assert not descriptors() - before  # what other tests have left may be collected meanwhile
 
 
-@settings(max_examples=5_000, deadline=None)
-@given(steps=_steps)
-async def test_any_client_is_survived(place: Path, steps: list[bytes | str]) -> None:
+async def test_any_client_is_survived(place: Path) -> None:
     """5,000 of them."""
-    await survives(steps, place)
+    for case in cases(5_000, client_by_chance):
+        with case as steps:
+            await survives(steps, place)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@settings(max_examples=100_000, deadline=None)
-@given(steps=_steps)
-async def test_any_client_is_survived_at_length(place: Path, steps: list[bytes | str]) -> None:
+async def test_any_client_is_survived_at_length(place: Path) -> None:
     """100,000 of them."""
-    await survives(steps, place)
+    for case in cases(100_000, client_by_chance):
+        with case as steps:
+            await survives(steps, place)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from chance import cases
 from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Partly, World, examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,8 @@ from aiouffd.errors import LayoutChangingError, OperationError, SourceError
 from aiouffd.testing import POISONED
 
 if TYPE_CHECKING:
+    import random
+
     from aiouffd.engine.space import Space
 
 
@@ -114,18 +118,19 @@ def test_whatever_was_answered_before_the_process_ends(
         assert not world.space.flights
 
 
-_messages = st.lists(
-    st.one_of(
-        st.binary(min_size=32, max_size=32),
-        st.builds(
-            lambda code, rest: bytes([code]) + rest,
-            st.sampled_from([0x12, 0x14, 0x15, 0x16]),
-            st.binary(min_size=31, max_size=31),
-        ),
-    ),
-    min_size=1,
-    max_size=8,
-)
+_WORDS = (0, BASE, BASE + 3 * PAGE, BASE + SIZE, BASE + 1, ELSEWHERE, 1 << 63, (1 << 64) - 1)
+
+
+def messages_by_chance(rng: random.Random) -> list[bytes]:
+    """Draw messages: random bytes, or those of an event, whose words may be addresses."""
+    return [
+        rng.randbytes(32)
+        if rng.random() < 0.5
+        else bytes([rng.choice((0x12, 0x14, 0x15, 0x16))])
+        + rng.randbytes(7)
+        + struct.pack("=3Q", *(rng.choice((rng.getrandbits(64), rng.choice(_WORDS))) for _ in range(3)))
+        for _ in range(rng.randint(1, 8))
+    ]
 
 
 def survives(messages: list[bytes]) -> None:
@@ -142,20 +147,20 @@ def survives(messages: list[bytes]) -> None:
     fresh.uffd.close()
 
 
-@examples(5000)
-@given(_messages)
-def test_any_message_is_survived(messages: list[bytes]) -> None:
+def test_any_message_is_survived() -> None:
     """5,000 reads of anything at all: the engine neither fails nor forgets how to serve."""
-    survives(messages)
+    for case in cases(5_000, messages_by_chance):
+        with case as messages:
+            survives(messages)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-@examples(100_000)
-@given(_messages)
-def test_any_message_is_survived_at_length(messages: list[bytes]) -> None:
+def test_any_message_is_survived_at_length() -> None:
     """100,000 of them."""
-    survives(messages)
+    for case in cases(100_000, messages_by_chance):
+        with case as messages:
+            survives(messages)
 
 
 def test_neighbours_are_one_copy() -> None:

@@ -14,10 +14,10 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from chance import bytes_by_chance, cases
 from pattern import PAGE, Pattern
 from scenario import eventually, play
 from served import HUGE, MIB, Serve, client, descriptors
@@ -25,6 +25,9 @@ from served import HUGE, MIB, Serve, client, descriptors
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+
+if TYPE_CHECKING:
+    import random
 
 
 def no_server(path: str) -> None:
@@ -180,29 +183,25 @@ def test_a_descriptor_whose_close_blocks(image: Path, tmp_path: Path, how: str) 
         assert "Traceback" not in serve.said
 
 
-NONSENSE = st.one_of(
-    st.binary(min_size=1, max_size=300),
-    st.sampled_from([b"[", b"[]", b"[{}]", b'[{"size": 18446744073709551616}]', b"]" * 100]),
-    st.lists(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "base_host_virt_addr": st.sampled_from([0, 1, PAGE, 2**47, 2**64 - PAGE, 2**64]),
-                "size": st.sampled_from([0, 1, PAGE, MIB, 2**63, 2**64]),
-                "offset": st.sampled_from([0, 1, PAGE, 2**63]),
-                "page_size": st.sampled_from([0, 1, PAGE, HUGE, 2**64]),
-                "aiouffd": st.sampled_from([None, {}, {"version": 1, "name": []}, {"version": 7}, 3]),
-            },
-        ),
-        max_size=3,
-    ).map(lambda items: json.dumps(items).encode()),
-)
+_ODD = (b"[", b"[]", b"[{}]", b'[{"size": 18446744073709551616}]', b"]" * 100)
+_VALUES = {
+    "base_host_virt_addr": (0, 1, PAGE, 2**47, 2**64 - PAGE, 2**64),
+    "size": (0, 1, PAGE, MIB, 2**63, 2**64),
+    "offset": (0, 1, PAGE, 2**63),
+    "page_size": (0, 1, PAGE, HUGE, 2**64),
+    "aiouffd": (None, {}, {"version": 1, "name": []}, {"version": 7}, 3),
+}
 
 
-WITH = st.sampled_from(["nothing", "pipe", "memfd", "uffd", "two"])
-
-
-AFTER = st.sampled_from(["close", "wait", "line", "garbage"])
+def handoff_by_chance(rng: random.Random) -> tuple[bytes, str, str]:
+    """Draw a handoff, what comes with it, and what comes after it."""
+    regions = [
+        {name: rng.choice(values) for name, values in _VALUES.items() if rng.random() < 0.5}
+        for _ in range(rng.randint(0, 3))
+    ]
+    data = rng.choice((bytes_by_chance(rng, 300, 1), rng.choice(_ODD), json.dumps(regions).encode()))
+    beside = rng.choice(("nothing", "pipe", "memfd", "uffd", "two"))
+    return data, beside, rng.choice(("close", "wait", "line", "garbage"))
 
 
 def bombard(path: str, examples: int, number: int) -> None:
@@ -217,9 +216,6 @@ def bombard(path: str, examples: int, number: int) -> None:
         "two": [one, two],
     }
 
-    @seed(number)
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(NONSENSE, WITH, AFTER)
     def sent(data: bytes, kind: str, after: str) -> None:
         fds = array.array("i", beside[kind])
         with socket.socket(socket.AF_UNIX) as connection:
@@ -235,7 +231,9 @@ def bombard(path: str, examples: int, number: int) -> None:
                     while connection.recv(4096):
                         pass
 
-    sent()
+    for case in cases(examples, handoff_by_chance, number):
+        with case as drawn:
+            sent(*drawn)
 
 
 _SENDERS = 4
