@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from aiouffd.engine.statistics import SIZE, Counter, Counters, Statistics
+from aiouffd.engine.statistics import SIZE, Counter, Counters, Statistics, told
 
 
 def test_each_word_has_its_name() -> None:
@@ -23,6 +23,14 @@ def test_each_word_has_its_name() -> None:
     for counter in names:
         assert getattr(found, counter.name.lower()) == 1000 + counter
     assert found.latency == tuple(range(48))
+    plain = told(counters.words.tolist())
+    assert plain.pop("pages") == found.pages
+    assert [plain.pop(f"latency_p{percent}_ns") for percent in (50, 99)] == [
+        found.latency_ns(0.5),
+        found.latency_ns(0.99),
+    ]
+    assert plain == {counter.name.lower(): 1000 + counter for counter in names}
+    assert told(Counters().words.tolist()) == {"pages": 0, "latency_p50_ns": 0, "latency_p99_ns": 0}
     assert len(set(Counter)) == len(Counter.__members__)
     assert all(counter < Counter.LATENCY or counter >= Counter.LATENCY + 48 for counter in names)
     assert max(Counter) * 8 < SIZE

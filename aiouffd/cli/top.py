@@ -76,7 +76,7 @@ def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> 
             *(f"{rate(session, name):,.0f}" for name in ("faults", "pages")),
             f"{rate(session, 'bytes_fetched') / _MIB:,.1f}",
             f"{counted['latency_p99_ns'] / 1e6:,.2f} ms",
-            *(f"{counted.get(name, 0):,}" for name in ("pages_poisoned", "source_errors")),
+            *(f"{counted.get(name, 0):,}" for name in ("pages_poisoned", "slowed")),
             f"{session['rejected']:,}",
         )
     return shown

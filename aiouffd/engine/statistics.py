@@ -7,11 +7,14 @@ there, and a successor goes on with. A word has one writer, so no lock is needed
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-__all__ = ["Counter", "Counters", "Statistics"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Counter", "Counters", "Statistics", "latency_ns", "told"]
 
 
 class Counter(enum.IntEnum):
@@ -192,16 +195,34 @@ class Statistics:
 
     def latency_ns(self, quantile: float) -> int:
         """Return the upper bound of the bucket that holds this quantile (0.5: the median), 0 where nothing is."""
-        total = sum(self.latency)
-        seen = 0
-        for bits, count in enumerate(self.latency):
-            seen += count
-            if count and seen >= quantile * total:
-                return 1 << bits
-        return 0
+        return latency_ns(self.latency, quantile)
+
+
+def latency_ns(histogram: Sequence[int], quantile: float) -> int:
+    """Return as `Statistics.latency_ns` does."""
+    seen, wanted = 0, quantile * sum(histogram)
+    for bits, count in enumerate(histogram):
+        seen += count
+        if count and seen >= wanted:
+            return 1 << bits
+    return 0
 
 
 _NAMES = tuple(field.name for field in attrs.fields(Statistics) if field.name != "latency")
+_PLACES = tuple((name, int(Counter[name.upper()])) for name in _NAMES)
+_LATENCY = slice(int(Counter.LATENCY), int(Counter.LATENCY) + LATENCY_BUCKETS)
+
+
+def told(words: Sequence[int]) -> dict[str, int]:
+    """Return what has been counted, as plain values: a tenth of the time that `Counters.snapshot` and `asdict` take.
+
+    What is not zero, by its name in `Statistics`, and `pages`, `latency_p50_ns` and `latency_p99_ns`.
+    """
+    found = {name: words[at] for name, at in _PLACES if words[at]}
+    histogram = words[_LATENCY]
+    found["pages"] = sum(words[Counter.PAGES_FAULT : Counter.PAGES_BACKGROUND + 1])
+    found["latency_p50_ns"], found["latency_p99_ns"] = latency_ns(histogram, 0.5), latency_ns(histogram, 0.99)
+    return found
 
 
 class Counters:
@@ -250,6 +271,5 @@ class Counters:
 
     def snapshot(self) -> Statistics:
         """Read all words. Each is exact; between two of them the engine may have gone on."""
-        values = {name: self.words[Counter[name.upper()]] for name in _NAMES}
-        first = int(Counter.LATENCY)
-        return Statistics(**values, latency=tuple(self.words[first : first + LATENCY_BUCKETS].tolist()))
+        words = self.words.tolist()
+        return Statistics(**{name: words[at] for name, at in _PLACES}, latency=tuple(words[_LATENCY]))

@@ -16,7 +16,7 @@ import attrs
 
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.statistics import Counters, told
 from aiouffd.errors import SessionError
 from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
@@ -279,12 +279,19 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted, for all clients."""
+        return attrs.evolve(Counters(array("Q", self._words)).snapshot(), clients=len(self.clients))
+
+    def told(self) -> dict[str, int]:
+        """Return the same as plain values, without what is zero."""
+        return {**told(self._words), "clients": len(self.clients)}
+
+    @property
+    def _words(self) -> list[int]:
         if not self._started:
-            return Counters().snapshot()
+            return Counters().words.tolist()
         counts = [self._pager.journal.counters.words.tolist(), self._ended]
         counts += [session.counted for session in self.sessions.values()]
-        whole = Counters(array("Q", map(sum, zip(*counts, strict=True)))).snapshot()
-        return attrs.evolve(whole, clients=len(self.clients))
+        return list(map(sum, zip(*counts, strict=True)))
 
     def counted(self) -> list[tuple[str, int, list[int]]]:
         """Return the name of each session that has one, how many clients it has, and the words of its counters."""

@@ -21,7 +21,7 @@ import attrs
 
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.statistics import Counters, told
 from aiouffd.errors import ClosedError, HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
@@ -232,6 +232,10 @@ class Session:
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""
         return attrs.evolve(Counters(array("Q", self.counted)).snapshot(), clients=len(self.clients))
+
+    def told(self) -> dict[str, int]:
+        """Return the same as plain values, without what is zero."""
+        return {**told(self.counted), "clients": len(self.clients)}
 
     @property
     def counted(self) -> list[int]:

@@ -33,7 +33,7 @@ def test_rates() -> None:
     before = {"a": session("a", faults=10), "b": session("b", faults=100, pages=10), "c": session("c", faults=9)}
     now = {
         "a": session("a", faults=30, pages=400, bytes_fetched=4 << 20),
-        "b": session("b", faults=2100, pages=10, pages_poisoned=7),
+        "b": session("b", faults=2100, pages=10, pages_poisoned=7, slowed=8, source_errors=6),
         "c": session("c", faults=1),
         "d": session("d", faults=5),
     }
@@ -41,7 +41,7 @@ def test_rates() -> None:
     with console.capture() as capture:
         console.print(table(before, now, 2.0))
     rows = [line.split() for line in capture.get().splitlines()[1:]]
-    assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "0", "3"]
+    assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "8", "3"]
     assert rows[1] == ["a", "listening", "2", "10", "200", "2.0", "1.05", "ms", "0", "0", "3"]
     assert [(row[0], row[3]) for row in rows[2:]] == [("c", "0"), ("d", "0")]
 

@@ -151,7 +151,7 @@ class SessionView:
         """Return what is told of a session."""
         clients = [ClientView.of(client, now) for client in session.clients.values()]
         state: Literal["listening", "draining"] = "listening" if session.taking else "draining"
-        return cls(session.name, state, clients, session.rejected, created, _counted(session))
+        return cls(session.name, state, clients, session.rejected, created, session.told())
 
 
 @attrs.frozen
@@ -170,7 +170,7 @@ class ServerView:
     def of(cls, server: Server, version: str, pid: int) -> ServerView:
         """Return what is told of the server."""
         counts = (len(server.sessions), len(server.clients), server.rejected)
-        return cls(version, pid, list(server.pids), *counts, _counted(server))
+        return cls(version, pid, list(server.pids), *counts, server.told())
 
 
 @attrs.frozen
@@ -227,15 +227,3 @@ def _refuse_unknown(raw: Any, value: Any, place: str) -> None:
             raise msgspec.ValidationError(f"Object contains unknown field `{name}` - at `{place}`")
         if attrs.has(type(known[name])):
             _refuse_unknown(its, known[name], f"{place}.{name}")
-
-
-def _counted(what: Session | Server) -> dict[str, int]:
-    now = what.statistics()
-    counts: dict[str, Any] = attrs.asdict(now)
-    del counts["latency"]
-    return {
-        **{name: value for name, value in counts.items() if value},
-        "pages": now.pages,
-        "latency_p50_ns": now.latency_ns(0.5),
-        "latency_p99_ns": now.latency_ns(0.99),
-    }
