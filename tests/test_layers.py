@@ -69,14 +69,14 @@ ORDER = {
             "flight",
             "resolver",
             "retrying",
+            "deferred",
+            "remainders",
+        ),
+        *(
             "protect",
             "clock",
             "bound",
             "write_back",
-        ),
-        *(
-            "deferred",
-            "remainders",
             "plain",
             "space",
             "messages",

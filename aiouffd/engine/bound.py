@@ -24,7 +24,7 @@ from aiouffd.engine.clock import Clock
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import PagerError
+from aiouffd.errors import ClosedError, PagerError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.pagemap import data_ranges
@@ -33,9 +33,12 @@ from aiouffd.ranges import Range, RangeSet
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from aiouffd.engine.deferred import Deferred
+    from aiouffd.engine.flight import Flights
     from aiouffd.engine.mappings import Mapping, Mappings
     from aiouffd.engine.protect import WrittenPages
     from aiouffd.engine.readahead import Readahead
+    from aiouffd.engine.remainders import Remainders
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
@@ -61,6 +64,9 @@ class _Space(Protocol):
     is_gone: bool
     resolver: Resolver
     bound: Bound | None
+    flights: Flights
+    remainders: Remainders
+    deferred: Deferred
 
     def report(self, error: UffdError) -> None: ...
 
@@ -106,12 +112,12 @@ class Bound:
         self._clock = Clock(page, limit or 1 << 62)
         self._warned = False
 
-    def note(self, space: _Space, page: int) -> None:
+    def note(self, mappings: Mappings, page: int) -> None:
         """Note that the page at an address is about to be written.
 
         Not where it is missing: it was dropped while the thread that writes was on its way, which faults again.
         """
-        start, _, first = space.mappings.locate(page)
+        start, _, first = mappings.locate(page)
         offset = first + page - start
         if first >= 0 and self._is_there(offset):
             self.noted += self.page * (offset not in self.written)
@@ -146,13 +152,20 @@ class Bound:
         return [(space, shown) for space in spaces for shown in space.mappings.addresses(start, end)]
 
     def peek(self, start: int, length: int) -> bytes:
-        """Return the bytes of pages that were written. From any thread."""
+        """Return the bytes of pages that were written. From any thread.
+
+        Raises:
+            ClosedError: the memory is private, and shown no more.
+        """
         if self._file is not None:
             return os.pread(self._file.fileno(), length, start)
-        data = bytearray(length)
+        data, found = bytearray(length), 0
         for _, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
             ctypes.memmove(address_of(data) + shown.offset - start, shown.start, size)  # without the GIL
+            found += size
+        if found < length:
+            raise ClosedError("it is served no longer")
         return bytes(data)
 
     def order(self) -> list[tuple[int, int]]:
@@ -224,6 +237,8 @@ class Bound:
 
     def lost(self, offsets: Iterable[tuple[int, int]]) -> None:
         """Take note that memory does not show these offsets (start, end) any more: it was emptied or unmapped."""
+        if not self._spaces:  # the last was left just now: what it has shown is being saved
+            return
         for start, end in offsets:
             shown = RangeSet(
                 Range(mapping.offset, mapping.end - mapping.start)
@@ -259,13 +274,19 @@ class Bound:
 
     @staticmethod
     def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
-        """Return what each of the spaces shows of some offsets: the rest was emptied, and is no copy of the source."""
+        """Return what may be dropped of some offsets: what each of the spaces shows, and is not being brought.
+
+        The rest was emptied, and is no copy of the source. What is there, and yet on its way, was written and saved
+        after its bytes were read: they would be placed in the room that it leaves.
+        """
         shown = RangeSet([item])
         for space in spaces:
-            here = RangeSet(
-                Range(mapping.offset, mapping.end - mapping.start)
-                for mapping in space.mappings.addresses(item.start, item.end)
-            )
+            here = RangeSet()
+            for mapping in space.mappings.addresses(item.start, item.end):
+                skew = mapping.offset - mapping.start
+                here.add(mapping.offset, mapping.end + skew)
+                for start, end in _under_way(space, mapping.start, mapping.end):
+                    here.remove(start + skew, end + skew)
             for gap in here.gaps(item.start, item.end):
                 shown.remove(gap.start, gap.end)
         return [(part.start, part.end) for part in shown]
@@ -281,6 +302,15 @@ def losing(space: _Space, start: int, end: int) -> Iterator[None]:
         bound.lost((run.offset, run.offset + run.end - run.start) for run in shown)
 
 
+def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of addresses [start, end) that are being brought: their bytes may have been read already."""
+    yield from ((low, high) for low, high, _ in space.flights.within(start, end))
+    for run in chain(space.remainders, space.deferred):
+        low, high = max(run.dst, start), min(run.dst + run.left, end)
+        if run.op <= Op.CONTINUE and low < high:
+            yield low, high
+
+
 def _empty(spaces: Iterable[_Space], start: int, end: int) -> None:
     for space in spaces:
         for shown in space.mappings.addresses(start, end):
@@ -293,16 +323,22 @@ def _empty(spaces: Iterable[_Space], start: int, end: int) -> None:
 
 
 class _Resolver(Resolver):
-    """Makes room before pages come, and takes note of them."""
+    """Makes room before pages come, and takes note of them; and of writes, before their protection is lifted.
 
-    __slots__ = ("_bound",)
+    A lifting that the kernel has put off is noted again: meanwhile the page may have been saved.
+    """
+
+    __slots__ = ("_bound", "_mappings")
 
     def __init__(self, bound: Bound, space: _Space) -> None:
         super().__init__(space.uffd, space.page_size, space.counters, abi.COPY_MODE_WP)
         self._bound = bound
+        self._mappings = space.mappings
 
     def resolve(self, run: Run, *, wake: bool) -> int:
         """As of any resolver."""
+        if run.op == Op.UNPROTECT:
+            self._bound.note(self._mappings, run.dst)
         if run.op > Op.CONTINUE or run.offset < 0:
             return super().resolve(run, wake=wake)
         start, left = run.offset, run.left

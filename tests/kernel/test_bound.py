@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
+import gc
 import mmap
 import os
 import random
@@ -22,9 +24,12 @@ from scenario import eventually, play, replaced
 
 import aiouffd
 from aiouffd.engine.bound import Bound
+from aiouffd.engine.flight import Flight, Flights
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.protect import WrittenPages
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.runs import Op, Purpose, Run
+from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.errors import ClosedError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import Range
 
@@ -192,7 +197,7 @@ def test_what_a_predecessor_brought_late_is_noted() -> None:
         bound = Bound(written, PAGE, None, Counters(), OwnedDescriptor(os.dup(file)))
         os.pwrite(file, b"late", PAGE)
         for page in (PAGE, 2 * PAGE):
-            bound.note(space, page)
+            bound.note(space.mappings, page)
         assert (bound.resident, 0 in written, PAGE in written) == (PAGE, False, True)
 
 
@@ -200,7 +205,8 @@ def test_what_one_instruction_needs_stays() -> None:
     """Four pages, also where all that may be there was written; else each would be dropped for another, for ever."""
     file = os.memfd_create("shared")
     os.ftruncate(file, 32 * PAGE)
-    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]))
+    under_way = {"flights": Flights(), "remainders": [], "deferred": []}
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]), **under_way)
     with WrittenPages.create(32 * PAGE, PAGE) as written, OwnedDescriptor(file):
         bound = Bound(written, PAGE, 8 * PAGE, Counters(), OwnedDescriptor(os.dup(file)))
         bound.enter(space)
@@ -211,6 +217,37 @@ def test_what_one_instruction_needs_stays() -> None:
             bound.came(page * PAGE, PAGE)
         assert bound.evict(16 * PAGE, 20 * PAGE) == 4 * PAGE
         assert bound.resident == 8 * PAGE
+
+
+def test_what_is_on_its_way_stays() -> None:
+    """A page that was written and saved, after a read of its bytes began: they would be placed where it was."""
+    file, counters = os.memfd_create("shared"), Counters()
+    os.ftruncate(file, 8 * PAGE)
+    flights, remainders = Flights(), [Run(Op.COPY, 5 * PAGE, 4 * PAGE, PAGE, 1)]
+    flights.add(Flight(2 * PAGE, 4 * PAGE, PAGE, 0, Purpose(Counter.PAGES_FAULT)))
+    deferred = [Run(Op.COPY, 7 * PAGE, 6 * PAGE, PAGE, 1), Run(Op.UNPROTECT, 8 * PAGE, 7 * PAGE, PAGE)]
+    uffd = Mock(**{"try_writeprotect.side_effect": [-errno.EAGAIN, PAGE]})
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 9 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=flights, remainders=remainders, deferred=deferred, uffd=uffd, counters=counters)
+    with WrittenPages.create(8 * PAGE, PAGE) as written, OwnedDescriptor(file):
+        bound = Bound(written, PAGE, None, counters, OwnedDescriptor(os.dup(file)))
+        resolver = bound.enter(space)
+        bound.came(0, 8 * PAGE)
+        assert bound.evict(0, 8 * PAGE) == 4 * PAGE  # 0, 3, 5 and 7
+        # A lifting of protection that was put off is a write, whatever was saved meanwhile.
+        bound.came(7 * PAGE, PAGE)
+        for expected in (-errno.EAGAIN, 0):
+            assert resolver.resolve(Run(Op.UNPROTECT, 8 * PAGE, 7 * PAGE, PAGE), wake=True) == expected
+            assert 7 * PAGE in written
+            written.forget(7 * PAGE, 8 * PAGE)
+        # Of memory that was left just now, nothing is forgotten that is to be saved.
+        written.note(0)
+        del space, resolver, uffd  # a Mock has its parent
+        gc.collect()
+        bound.lost([(0, 8 * PAGE)])
+        assert 0 in written
+    with WrittenPages.create(PAGE, PAGE) as written, pytest.raises(ClosedError):
+        Bound(written, PAGE, None, counters).peek(0, PAGE)
 
 
 def forked() -> None:

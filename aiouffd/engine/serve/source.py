@@ -416,9 +416,7 @@ class SourceBackend:
     # What the space tells
 
     def written(self, space: Space, page: int, flags: int, thread: int) -> None:
-        """Lift the protection, once it is noted that the page is not the source's any more."""
-        if self.bound is not None:
-            self.bound.note(space, page)
+        """Lift the protection. A bounded space's resolver notes before that the page is not the source's any more."""
         space.resolve([space.run(Op.UNPROTECT, page)])
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:

@@ -173,10 +173,12 @@ class Local:
         self.space.refuse()
 
     async def aclose(self) -> None:
-        """Serve no longer."""
+        """Serve no longer. What was written is saved before: nobody else has private memory."""
         self._closed = True
-        self._dispatcher.close()
         self._stop_bringing()
+        if self.backend.bound is not None:
+            await self.backend.bound.aclose()
+        self._dispatcher.close()
         await self.backend.aclose()
 
 
