@@ -103,7 +103,7 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
     client = PagerClient(on_error=lambda *_: None)
     pair = FakePair(Journal.create())
-    monkeypatch.setattr(client, "_start_pair", lambda: pair)
+    monkeypatch.setattr(client, "_start_pair", lambda _: pair)
     monkeypatch.setattr(client._thread, "start", refused)
     with pytest.raises(PagerStartError, match=r"hears the pager: .*RLIMIT_NPROC is .*pids\.max"):
         client.start()

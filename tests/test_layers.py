@@ -157,9 +157,11 @@ ORDER = {
     "pager/client": [
         "__init__",
         "interpreter",
+        "launch",
         "waiting",
         "pair",
         "asking",
+        "packing",
         "tenant",
         "takeover",
         "abandoned",

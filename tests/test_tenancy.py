@@ -14,7 +14,7 @@ from aiouffd.engine.options import Options, Service
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counters
-from aiouffd.pager.client.tenant import Pack
+from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.process import tenancy
 from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Tenancy, build
 

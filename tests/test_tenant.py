@@ -1,4 +1,4 @@
-"""`tenant`: a service is packed so that nobody can change it, and memory is told of as it is now."""
+"""`tenant`: memory is told of as it is now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.statistics import Counter
-from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
+from aiouffd.pager.client.packing import Pack
+from aiouffd.pager.client.tenant import Slots, Tenant, root_of
 from aiouffd.pager.process.journal import SLOTS, Journal
 from aiouffd.pager.process.state import SpaceState, State
 from aiouffd.testing import FakeUffd
@@ -26,25 +27,6 @@ def pack() -> Any:
     yield pack
     pack.close()
     pack.close()
-
-
-def test_what_is_packed_cannot_be_changed(pack: Pack) -> None:
-    """A forked child has the descriptor, too: it is sealed against writing, growing and shrinking."""
-    assert os.fstat(pack.config.fileno()).st_size > 0
-    with pytest.raises(PermissionError):
-        os.pwrite(pack.config.fileno(), b"x", 0)
-    for size in (0, 1 << 20):
-        with pytest.raises(PermissionError):
-            os.ftruncate(pack.config.fileno(), size)
-    assert pack.fds[0] == pack.config.fileno()
-
-
-def test_a_source_of_ours_brings_no_path_to_import_from(pack: Pack) -> None:
-    """Only what is pickled needs one. Tokens are unique."""
-    assert pack.record["path"] == []
-    other = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
-    assert other.token != pack.token
-    other.close()
 
 
 def test_memory_is_told_of_as_a_dead_pager_knew_it(pack: Pack) -> None:

@@ -23,7 +23,8 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
-from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.client.packing import Pack
+from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.process.serialization import Pickles
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.concat import ConcatSource

@@ -14,7 +14,7 @@ from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.own_threads import detach, in_own_thread
-from aiouffd.pager.client.tenant import Pack
+from aiouffd.pager.client.packing import Pack
 
 if TYPE_CHECKING:
     import os

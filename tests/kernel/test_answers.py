@@ -12,7 +12,7 @@ from pattern import Pattern
 import aiouffd
 from aiouffd.engine.options import Options, Service
 from aiouffd.errors import decode_error
-from aiouffd.pager.client.tenant import Pack
+from aiouffd.pager.client.packing import Pack
 
 
 @pytest.mark.parametrize(

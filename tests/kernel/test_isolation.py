@@ -17,7 +17,7 @@ from scenario import eventually, play
 
 import aiouffd
 from aiouffd.engine.options import Options, Service
-from aiouffd.pager.client.tenant import Pack
+from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.process import control
 
 if TYPE_CHECKING:

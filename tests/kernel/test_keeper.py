@@ -17,7 +17,8 @@ from scenario import eventually
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service
-from aiouffd.pager.client.tenant import Pack, Tenant
+from aiouffd.pager.client.packing import Pack
+from aiouffd.pager.client.tenant import Tenant
 
 PAGE = 4096
 

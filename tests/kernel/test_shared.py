@@ -464,3 +464,35 @@ def test_what_decides_where_a_pager_serves(tmp_path: Path, monkeypatch: pytest.M
     assert place() not in (before, elsewhere)
     monkeypatch.setattr("aiouffd.pager.client.shared._NAMESPACES", "/nowhere")
     assert place() == place()
+
+
+FORKS_MEANWHILE = """
+import os, signal, sys, threading, aiouffd
+imports, forks = threading.Event(), threading.Event()
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "aiouffd.pager.client.client" and not forks.is_set():
+            imports.set()
+            forks.wait()
+sys.meta_path.insert(0, Finder())
+os.register_at_fork(before=forks.set)
+def start():
+    with aiouffd.Pager():
+        pass
+thread = threading.Thread(target=start)
+thread.start()
+imports.wait()
+pid = os.fork()
+if not pid:
+    signal.alarm(20)
+    import aiouffd.pager.client.client
+    os._exit(0)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_fork_waits_while_the_client_is_imported() -> None:
+    """The child could never import it: the lock of the module would be that of a thread that the child has not."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKS_MEANWHILE]  # 3.12 warns of a fork with threads
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0

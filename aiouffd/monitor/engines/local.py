@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - asyncio.to_thread imports it when it is first called
 import contextlib
 import logging
 import os

@@ -15,9 +15,9 @@ from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
-from aiouffd.pager.client.pair import START_TIMEOUT
+from aiouffd.pager.client.launch import START_TIMEOUT
+from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.shared import Pagers, place
-from aiouffd.pager.client.tenant import Pack, Tenant
 from aiouffd.pager.process.serialization import Pickles
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.protocol import Assignment, Terms
     from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.client.tenant import Tenant
 
 __all__ = ["Pager", "PagerEngine", "default"]
 
@@ -160,6 +161,8 @@ class PagerEngine:
             pagers = self._choice.pagers_for(self._pack)
             self._client = pagers.take()
             undo.callback(pagers.give_back, self._client)
+            from aiouffd.pager.client.tenant import Tenant  # noqa: PLC0415 - imported while the pager started
+
             self._tenant = Tenant(
                 self._pack,
                 assignment.uffd,

@@ -6,6 +6,7 @@ nor on there being one.
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - asyncio.to_thread imports it when it is first called
 import contextlib
 import logging
 import math
@@ -25,7 +26,7 @@ from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.asking import Asking
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.takeover import Takeover
-from aiouffd.pager.client.tenant import Pack, Slots, Tenant, root_of
+from aiouffd.pager.client.tenant import Slots, Tenant, root_of
 from aiouffd.pager.client.waiting import LOOK, Later, StoppedError, Waiter, Watches
 from aiouffd.pager.process import control
 from aiouffd.pager.process.deaths import Deaths
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.pager.client.launch import Launched
+    from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State
 
@@ -112,13 +115,16 @@ class PagerClient:
 
     # The caller's side
 
-    def start(self) -> None:
+    def start(self, launched: Launched | None = None) -> None:
         """Start the pager. Blocks for about a tenth of a second; it need not be ready then to be asked.
+
+        Args:
+            launched: the process, which is this client's from now on; None: it is started now.
 
         Raises:
             PagerStartError: it did not start; `stop` it all the same.
         """
-        self._requests.pair = self._start_pair()
+        self._requests.pair = self._start_pair(launched)
         self._requests.counting = self._requests.pair.journal
         try:
             self._thread.start()

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import select
 import signal
 import socket
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PagerStartError, decode_error
-from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.lifetime import close_in_children
-from aiouffd.pager.client.interpreter import command
+from aiouffd.pager.client.launch import START_TIMEOUT, Launched
 from aiouffd.pager.process import control
 from aiouffd.pager.process.child_descriptors import Vault
-from aiouffd.pager.process.handles import explained, open_pidfd
-from aiouffd.pager.process.inherited import signals_blocked
+from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.journal import Journal
 
 if TYPE_CHECKING:
+    import subprocess
     from typing import Self
 
+    from aiouffd.kernel.owned_descriptor import OwnedSocket
     from aiouffd.pager.client.waiting import Waiter
     from aiouffd.pager.process.serialization import Pickles
 
-__all__ = ["START_TIMEOUT", "Pair"]
+__all__ = ["Pair"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
-
-START_TIMEOUT = 60.0
-"""Seconds until a pager must have said hello, or answered the first request."""
 
 _LEAVE_TIMEOUT = 200  # milliseconds
 _END_TIMEOUT = 5.0
@@ -71,31 +67,26 @@ class Pair:
         self.worker_fd: OwnedDescriptor = OwnedDescriptor()
 
     @classmethod
-    def start(cls, waiter: Waiter, pickles: Pickles) -> Self:
+    def start(cls, waiter: Waiter, pickles: Pickles, launched: Launched | None = None) -> Self:
         """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
 
         Args:
             waiter: of the client, which may be stopped meanwhile.
-            pickles: what the pager unpickles; said on its command line, which nothing that is sent can change.
+            pickles: as for `Launched`.
+            launched: the keeper, where it was started before; the pair's from now on.
 
         Raises:
             PagerStartError: it did not start.
             StoppedError: the client is being stopped.
         """
-        arguments = [*command(), "-m", "aiouffd.pager"]
+        launched = launched or Launched(pickles)
         try:
-            keeper, ours = _launch(arguments, pickles)
-        except OSError as error:
-            raise explained(f"{arguments[0]!r} could not be started", error) from error
-        try:
-            return cls(keeper, ours, *_hello(ours, waiter))
+            return cls(launched.keeper, launched.connection, *_hello(launched.connection, waiter))
         except BaseException as error:
-            ours.close()
-            keeper.kill()
-            status = keeper.wait()
+            status = launched.abandon()
             if isinstance(error, control.Closed | OSError | ValueError):
                 raise PagerStartError(
-                    f"`{' '.join(arguments)}` ended with status {status} before it said hello;"
+                    f"`{' '.join(launched.arguments)}` ended with status {status} before it said hello;"
                     " its standard error tells why (is aiouffd installed for this interpreter?)"
                 ) from error
             raise
@@ -199,27 +190,6 @@ class Pair:
         self.vault.close()
         self.worker_fd.close()
         self.keeper_fd.close()
-
-
-def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[bytes], OwnedSocket]:
-    """Start the process; return it, and our end of the connection."""
-    with contextlib.ExitStack() as stack:
-        ours, inherited = OwnedSocket.pair(socket.SOCK_SEQPACKET)
-        stack.callback(inherited.close)
-        close_in_children(ours)
-        inherited.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
-        # Where this process has closed standard descriptors, the socket may have the number of one.
-        theirs = fcntl.fcntl(inherited.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
-        stack.callback(os.close, theirs)
-        on_error = stack.enter_context(contextlib.ExitStack())
-        on_error.callback(ours.close)
-        # A session of its own: Ctrl-C is not for the pager.
-        with signals_blocked():
-            keeper = subprocess.Popen(  # noqa: S603
-                [*arguments, str(theirs), pickles], pass_fds=[theirs], stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        on_error.pop_all()
-    return keeper, ours
 
 
 def _hello(connection: socket.socket, waiter: Waiter) -> tuple[Journal, Vault]:

@@ -15,18 +15,20 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.forks import await_readers
+from aiouffd.pager.client.launch import Launched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+    from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.pager.process.serialization import Pickles
 
 __all__ = ["Pagers", "before_fork", "place"]
 
 _NAMESPACES = "/proc/thread-self/ns"
+_loading = threading.RLock()  # a fork waits for it: a child could never import what another thread is importing
 _inherited: list[Any] = []  # what a forked child has of its parent's: to free it would be to warn of a lost process
 
 
@@ -92,9 +94,17 @@ class Pagers:
             for one in client.tenants:
                 one.lost()
 
-        client = PagerClient(on_error=report, on_lost=lost, pickles=self._pickles)
+        launched = Launched(self._pickles)
         try:
-            client.start()
+            with _loading:
+                from aiouffd.pager.client.client import PagerClient  # noqa: PLC0415 - while the pager's Python starts
+
+            client = PagerClient(on_error=report, on_lost=lost, pickles=self._pickles)
+        except BaseException:
+            launched.abandon()
+            raise
+        try:
+            client.start(launched)
         except BaseException:
             client.stop()
             raise
@@ -148,6 +158,7 @@ def before_fork() -> None:
 
 
 def _in_child() -> None:
+    _loading.release()
     for pagers in list(_all):
         pagers.begin_anew()
 
@@ -159,5 +170,5 @@ def _at_exit() -> None:
             client.resume()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_in_child)
 atexit.register(_at_exit)

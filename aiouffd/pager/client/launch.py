@@ -1,0 +1,76 @@
+"""Starts a pager's process. That takes a tenth of a second: what talks to it is imported meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+from aiouffd.kernel.owned_descriptor import OwnedSocket
+from aiouffd.lifetime import close_in_children
+from aiouffd.pager.client.interpreter import command
+from aiouffd.pager.process.handles import explained
+from aiouffd.pager.process.inherited import signals_blocked
+
+if TYPE_CHECKING:
+    from aiouffd.pager.process.serialization import Pickles
+
+__all__ = ["START_TIMEOUT", "Launched"]
+
+START_TIMEOUT = 60.0
+"""Seconds until a pager must have said hello, or answered the first request."""
+
+
+class Launched:
+    """A keeper that has not said hello yet.
+
+    Args:
+        pickles: what the pager unpickles; said on its command line, which nothing that is sent can change.
+
+    Attributes:
+        arguments: its command line, as far as people need to know it.
+        keeper: the process.
+        connection: our end.
+
+    Raises:
+        PagerStartError: it could not be started.
+    """
+
+    def __init__(self, pickles: Pickles) -> None:
+        self.arguments: list[str] = [*command(), "-m", "aiouffd.pager"]
+        self.keeper: subprocess.Popen[bytes]
+        self.connection: OwnedSocket
+        try:
+            self.keeper, self.connection = _launch(self.arguments, pickles)
+        except OSError as error:
+            raise explained(f"{self.arguments[0]!r} could not be started", error) from error
+
+    def abandon(self) -> int:
+        """End the process; return its status."""
+        self.connection.close()
+        self.keeper.kill()
+        return self.keeper.wait()
+
+
+def _launch(arguments: list[str], pickles: Pickles) -> tuple[subprocess.Popen[bytes], OwnedSocket]:
+    """Start the process; return it, and our end of the connection."""
+    with contextlib.ExitStack() as stack:
+        ours, inherited = OwnedSocket.pair(socket.SOCK_SEQPACKET)
+        stack.callback(inherited.close)
+        close_in_children(ours)
+        inherited.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message
+        # Where this process has closed standard descriptors, the socket may have the number of one.
+        theirs = fcntl.fcntl(inherited.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        stack.callback(os.close, theirs)
+        on_error = stack.enter_context(contextlib.ExitStack())
+        on_error.callback(ours.close)
+        # A session of its own: Ctrl-C is not for the pager.
+        with signals_blocked():
+            keeper = subprocess.Popen(  # noqa: S603
+                [*arguments, str(theirs), pickles], pass_fds=[theirs], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        on_error.pop_all()
+    return keeper, ours
