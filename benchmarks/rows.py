@@ -20,6 +20,7 @@ from benchmarks import clock, far, fuse, guest, in_thread, monitors, page_cache,
 from benchmarks.bounded import bounded_rows
 from benchmarks.caches import cache_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
+from benchmarks.fairness import fairness_rows
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
 from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows, sessions_row
@@ -529,6 +530,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         replay_row,
         clients_row,
         sessions_row,
+        fairness_rows,
         serve_rows,
         restore_rows,
         program_rows,

@@ -41,6 +41,7 @@ __all__ = [
     "criu_rig",
     "debian_packages",
     "fetched",
+    "handed_over",
     "our_daemon",
     "own_daemon",
     "remembering",
@@ -74,14 +75,20 @@ def clients(size: int, count: int, *options: str) -> Iterator[Arena]:
         for number in range(count):
             start = region.address + number * step
             end = region.address + size if number == count - 1 else start + step
-            uffd = stack.enter_context(aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE))
-            uffd.register(start, end - start, aiouffd.RegisterMode.MISSING)
-            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-            connection.connect(str(listening))
-            message = firecracker.encode([Mapping(start, end, start - region.address)], PAGE)
-            socket.send_fds(connection, [message], [uffd.fileno()])
+            stack.enter_context(handed_over(listening, start, end - start, start - region.address))
         criu_rig.until(lambda: Path(log.name).read_text().count("regions, pages of") == count, "handoffs")
         yield Arena(region.address, server.pid)
+
+
+@contextlib.contextmanager
+def handed_over(path: Path, start: int, length: int, offset: int = 0) -> Iterator[None]:
+    """Hand memory over to a server, as Firecracker does; it is a client's as long as the block runs."""
+    with aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE) as uffd, socket.socket(socket.AF_UNIX) as connection:
+        uffd.register(start, length, aiouffd.RegisterMode.MISSING)
+        connection.connect(str(path))
+        message = firecracker.encode([Mapping(start, start + length, offset)], PAGE)
+        socket.send_fds(connection, [message], [uffd.fileno()])
+        yield
 
 
 def restore_unavailable(*, again: bool) -> str | None:

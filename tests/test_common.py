@@ -218,6 +218,8 @@ def test_which_sources_are_far() -> None:
     assert is_far(Held())
     held = Held()
     held.locate = None  # type: ignore[attr-defined]
+    assert is_far(held)
+    held.locate = lambda *_: 0  # type: ignore[attr-defined]
     assert not is_far(held)
     held.local = False  # type: ignore[attr-defined]
     assert is_far(held)

@@ -94,6 +94,7 @@ ORDER = {
             "zeros",
             "bounds",
             "handler",
+            "precedence",
             "gate",
             "pace",
             "deadlines",

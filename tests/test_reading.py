@@ -76,6 +76,24 @@ def test_vain_looks_make_the_next_ones_rarer(rig: tuple[PythonReader, int], monk
     assert skipped == [0, 0, 8, 16, 32, 64, 64, 64]
 
 
+def test_who_is_ready_all_the_time_keeps_nobody_waiting() -> None:
+    """Descriptors come in turn, though epoll names the same ones first."""
+    pipes = [os.pipe2(os.O_NONBLOCK) for _ in range(3)]
+    with select.epoll() as epoll:
+        reader = PythonReader(epoll, {})
+        reader.land(memoryview(bytearray(abi.MESSAGE_SIZE)), memoryview(bytearray(8)).cast("q"))
+        for number, (reading, writing) in enumerate(pipes):
+            epoll.register(reading, select.EPOLLIN)
+            reader.admit(reading, number, Counters())
+            os.write(writing, bytes(9 * abi.MESSAGE_SIZE))
+        found = [reader.run(TURN, came=False, once=False)[1].fd for _ in range(9)]
+    assert len(set(found[:3])) == 3
+    assert found == found[:3] * 3
+    for pipe in pipes:
+        for fd in pipe:
+            os.close(fd)
+
+
 def test_the_loop_gets_its_turn(rig: tuple[PythonReader, int]) -> None:
     """However long the reader would look."""
     reader, _ = rig

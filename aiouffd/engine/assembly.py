@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.options import Options, Service
     from aiouffd.engine.serve.common import Common
+    from aiouffd.engine.serve.precedence import Precedence
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["make_backend", "make_readahead"]
@@ -25,15 +26,27 @@ def make_backend(
     options: Options,
     bound: Bound | None = None,
     common: Common | None = None,
+    precedence: Precedence | None = None,
 ) -> SourceBackend | HandlerBackend:
-    """Return what brings the pages for a service; `bound` drops those of a source again, others read `common`, too."""
+    """Return what brings the pages for a service.
+
+    Args:
+        service: a source or a handler.
+        counters: where to count.
+        options: how.
+        bound: drops the pages of a source again; None: they stay.
+        common: has the source, where others read it, too.
+        precedence: of other backends of this loop; None: there are none.
+    """
     origin = service.origin
     on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
         bound.write_back = WriteBack(origin, bound, counters)
-    return SourceBackend(origin, counters, options.limits, on_touch=on_touch, bound=bound, common=common)
+    return SourceBackend(
+        origin, counters, options.limits, on_touch=on_touch, bound=bound, common=common, precedence=precedence
+    )
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:

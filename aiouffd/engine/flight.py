@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from aiouffd.engine.runs import Purpose
 
@@ -31,14 +31,14 @@ class Flight:
         end: address behind the last.
         length: bytes.
         offset: what `start` showed when the flight began.
-        wanted: addresses of the pages that threads wait for.
+        wanted: addresses of the pages that threads wait for: see `want`.
         began_ns: when the first of these faults was read.
         purpose: what it is for.
         done: the task that flies it.
         generation: of the mappings, when it was entered in its space.
     """
 
-    __slots__ = ("began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "wanted")
+    __slots__ = ("_hurry", "began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "wanted")
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
         self.start: int = start
@@ -50,6 +50,20 @@ class Flight:
         self.purpose: Purpose = purpose
         self.done: asyncio.Task[None] | None = None
         self.generation: int = -1
+        self._hurry: Callable[[], None] | None = None
+
+    def want(self, page: int) -> None:
+        """Take note that a thread waits for a page."""
+        self.wanted.add(page)
+        if self._hurry is not None:
+            hurry, self._hurry = self._hurry, None
+            hurry()
+
+    def waits(self, hurry: Callable[[], None]) -> None:
+        """Have `hurry` called once a thread waits for it: others go first until then."""
+        self._hurry = hurry
+        if self.wanted:
+            hurry()
 
     def __repr__(self) -> str:
         return f"<Flight [{self.start:#x}, {self.end:#x}) of {self.offset:#x}>"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -118,6 +119,7 @@ class PythonReader(FastPath):
         self._only: tuple[tuple[int, int], ...] | None = None
         self._buffers: list[memoryview] = []
         self._identity = memoryview(b"")
+        self._ready: deque[tuple[int, int]] = deque()  # of the last look at epoll
         self._last_ns = 0
         self._vain = 0
         self._skip = 0
@@ -176,9 +178,15 @@ class PythonReader(FastPath):
         return self.spin_ns
 
     def _look(self) -> bool | _Found:
-        """Read once from each descriptor that has something; stop at what is for the engine."""
+        """Read once from each descriptor that has something; stop at what is for the engine.
+
+        The next look goes on behind that: epoll names those first again that are ready all the time.
+        """
         came = False
-        for fd, events in self._only or self._epoll.poll(0, _MAX_READY):
+        if not self._ready:
+            self._ready.extend(self._only or self._epoll.poll(0, _MAX_READY))
+        while self._ready:
+            fd, events = self._ready.popleft()
             slot = SLOT.unpack_from(self.slots, fd * SLOT.size)
             if slot[0] < 0:
                 continue  # dropped just now

@@ -26,8 +26,8 @@ _GAP: Final = 64 << 10  # bytes between two parts that are asked for along: a re
 
 def is_far(source: Any) -> bool:
     """Tell whether the bytes of a source must be waited for."""
-    answers_at_once = hasattr(source, "locate") or hasattr(source, "read_nowait")
-    return not (answers_at_once and getattr(source, "local", True))
+    at_once = getattr(source, "locate", None) is not None or getattr(source, "read_nowait", None) is not None
+    return not (at_once and getattr(source, "local", True))
 
 
 class Asker(Protocol):

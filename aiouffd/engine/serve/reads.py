@@ -14,8 +14,11 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, read_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.serve.common import Common
+    from aiouffd.engine.serve.precedence import Precedence
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["Reads"]
@@ -40,20 +43,31 @@ class Reads:
             `limits`.
         counters: where to count.
         limits: see `Limits`.
+        precedence: of other backends; None: there are none.
     """
 
-    def __init__(self, common: Common, counters: Counters, limits: Limits) -> None:
+    def __init__(
+        self, common: Common, counters: Counters, limits: Limits, precedence: Precedence | None = None
+    ) -> None:
         self._common = common
         self._words = counters.words
         self._backoff = limits.backoff
         common.enter(self, limits)
         self._source = source = common.source
         self._read_ahead = getattr(source, "read_ahead", None)
-        self._gate = Gate(limits.concurrent_reads, limits.bytes_in_flight)
+        self._gate = Gate(limits.concurrent_reads, limits.bytes_in_flight, precedence)
         self._deadlines = Deadlines(getattr(source, "timeout", limits.timeout))
         self._retries: int = getattr(source, "retries", _RETRIES if limits.retries is None else limits.retries)
 
-    async def read(self, offset: int, length: int, *, urgent: bool, retries: int | None = None) -> Any:
+    async def read(
+        self,
+        offset: int,
+        length: int,
+        *,
+        urgent: bool,
+        retries: int | None = None,
+        waits: Callable[[Callable[[], None]], None] = lambda _: None,
+    ) -> Any:
         """Return the bytes. Canceling is safe: the place in the queue, or the read, is given up.
 
         Args:
@@ -61,6 +75,7 @@ class Reads:
             length: how many.
             urgent: a thread waits for them: it is let in before those that are read ahead.
             retries: in place of the usual ones.
+            waits: called with a function that makes it urgent, if it has to wait and is not.
 
         Raises:
             SourceError: the source failed, and went on failing.
@@ -68,15 +83,15 @@ class Reads:
         tries = 0
         while True:
             # Each try takes a place of its own in the gate: the pauses between them keep nobody waiting.
-            if not self._gate.try_enter(length):
-                await self._gate.enter(length, urgent=urgent)
+            if not self._gate.try_enter(length, urgent=urgent):
+                urgent = await self._gate.enter(length, urgent=urgent, waits=waits)
             try:
                 with self._deadlines:
                     return await self._common.read(self, offset, length, urgent=urgent, alone=tries > 0)
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001 - `_failure` raises some
                 failure = self._failure(error, offset, length)
             finally:
-                self._gate.leave(length)
+                self._gate.leave(length, urgent=urgent)
             tries += 1
             if tries > (self._retries if retries is None else retries):
                 raise failure

@@ -16,6 +16,7 @@ from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
+from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
@@ -53,6 +54,7 @@ class SourceBackend:
         on_touch: called with the offset of each page that was asked for by a fault, in order.
         bound: drops pages again; None: they stay.
         common: has the source, where others read it, too.
+        precedence: of other backends of this loop; None: there are none.
     """
 
     def __init__(
@@ -64,13 +66,15 @@ class SourceBackend:
         on_touch: Callable[[int], None] | None = None,
         bound: Bound | None = None,
         common: Common | None = None,
+        precedence: Precedence | None = None,
     ) -> None:
         common = common or Common(source)
         self.source: Source = source
         self.limits: Limits = limits
         self.bound: Bound | None = bound
         self._counters, self._words = counters, counters.words
-        self._reads = Reads(common, counters, limits)
+        self._precedence = precedence or Precedence()
+        self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand)
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._is_plain = self._extents.may_be_plain and on_touch is None and bound is None
@@ -146,7 +150,7 @@ class SourceBackend:
         for page in pages:
             flight = space.flights.get(page)
             if flight is not None:
-                flight.wanted.add(page)
+                flight.want(page)
                 waiting += 1
         served = len(pages) - waiting
         # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
@@ -254,7 +258,9 @@ class SourceBackend:
         length = min(flight.length, self._extents.size - flight.offset)
         urgent = flight.purpose.errors is None
         try:
-            data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries)
+            data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries, waits=flight.waits)
+            if not (urgent or flight.wanted):
+                await self._precedence.turn(flight.waits)
             if not space.is_gone and not space.closing:
                 self._place(space, flight, data)
         except SourceError as error:
@@ -374,11 +380,11 @@ class SourceBackend:
                     break
                 if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ:
                     place()
-                    await asyncio.sleep(0)  # faults first
+                    await self._precedence.turn()
                     await allowed(space)
             if size:
                 place()
-                await asyncio.sleep(0)
+                await self._precedence.turn()
         finally:
             place()  # however this ends: it counts as present
         while pending:

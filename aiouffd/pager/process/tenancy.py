@@ -17,6 +17,7 @@ from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.common import Common, Shelf, is_far
 from aiouffd.engine.serve.handler import Handler
+from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -119,13 +120,17 @@ class Arrivals:
 
 
 class Commons:
-    """The sources of a worker that are far. Those that are the same are one, whoever serves from them.
+    """What the services of a worker have in common: sources, and whose turn it is.
 
-    The same are those that were made in the same way, to be read with the same patience, and that say by their
-    `identity` that their bytes are the same.
+    Sources that are far and the same are one, whoever serves from them. The same are those that were made in the same
+    way, to be read with the same patience, and that say by their `identity` that their bytes are the same.
+
+    Attributes:
+        precedence: among the backends.
     """
 
     def __init__(self) -> None:
+        self.precedence: Precedence = Precedence()
         self._shelf = Shelf()
         self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()
 
@@ -209,16 +214,23 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
         common = await commons.of(service.origin, described(data), _options_of(record).limits)
     if common is not None:
         service = attrs.evolve(service, origin=common.source)
-    return make_origin(counters, identity, record, service, common)
+    return make_origin(counters, identity, record, service, common, commons.precedence)
 
 
 def make_origin(
-    counters: Counters, identity: int, record: dict[str, Any], service: Service, common: Common | None = None
+    counters: Counters,
+    identity: int,
+    record: dict[str, Any],
+    service: Service,
+    common: Common | None = None,
+    precedence: Precedence | None = None,
 ) -> Origin:
-    """Return what serves from a source or handler; `common`: has the source, for others, too."""
+    """Return what serves from a source or handler; `common` and `precedence`: as for `make_backend`."""
     options = _options_of(record)
     bound = _bound(record, options, counters) if record["memory"] else None
-    return Origin(counters, identity, record, service, make_backend(service, counters, options, bound, common))
+    return Origin(
+        counters, identity, record, service, make_backend(service, counters, options, bound, common, precedence)
+    )
 
 
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:

@@ -1,0 +1,91 @@
+"""Faults of all come before what is brought ahead for any of them: one set of rules for all backends of a loop.
+
+What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is. In between, faults are read. So
+a fault waits for one step, and not for one of each space that is being filled. Reads ahead are few bytes at once while
+threads of others wait for reads. Where nobody waits, there is no bound but each backend's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Precedence"]
+
+_BESIDE: Final = 4 << 20  # bytes of reads ahead under way, while threads of others wait
+
+
+class _Gate(Protocol):
+    urgent: int
+
+    def admit(self) -> None: ...
+
+
+class Precedence:
+    """Whose turn it is, on one loop."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._is_turning = False
+        self._urgent = 0  # reads under way, or about to be, for which threads wait
+        self._ahead = 0  # bytes under way of the others
+        self._refused: dict[_Gate, None] = {}
+
+    # Steps
+
+    def turn(self, waits: Callable[[Callable[[], None]], None] = lambda _: None) -> asyncio.Future[None]:
+        """Return what is done when the next step may be made; `waits`: called with a function that ends it at once."""
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        waits(partial(_end, turn))
+        if not self._is_turning:
+            self._is_turning = True
+            loop.call_soon(self._next)
+        return turn
+
+    def _next(self) -> None:
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft()
+        if self._waiting:
+            _end(self._waiting.popleft())
+        self._is_turning = bool(self._waiting)
+        if self._is_turning:
+            asyncio.get_running_loop().call_soon(self._next)
+
+    # Reads
+
+    def allows(self, gate: _Gate, size: int) -> bool:
+        """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may."""
+        if self._urgent == gate.urgent or not self._ahead or self._ahead + size <= _BESIDE:
+            return True
+        self._refused[gate] = None
+        return False
+
+    def hurries(self, gate: _Gate, count: int) -> None:
+        """Count reads of a gate for which threads wait, those that wait to be let in included."""
+        gate.urgent += count
+        self._urgent += count
+        if count < 0:
+            self._look()
+
+    def reads_ahead(self, size: int) -> None:
+        """Count bytes of reads ahead that are let in, or have left (negative)."""
+        self._ahead += size
+        if size < 0:
+            self._look()
+
+    def _look(self) -> None:
+        refused, self._refused = self._refused, {}
+        for gate in refused:
+            gate.admit()
+
+
+def _end(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)
