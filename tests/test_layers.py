@@ -36,6 +36,7 @@ ORDER = {
             "residency",
             "region",
             "populated",
+            "sharing",
             "events",
             "userfaultfd",
         ),

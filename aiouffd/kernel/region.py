@@ -106,6 +106,7 @@ class Region(mmap.mmap):
     reopens: tuple[Callable[..., Region], tuple[Any, ...]] | None
     """What a pickle of it holds: a function and its arguments, which bring such a region anywhere."""
     _inherited: bool
+    _adopted: bool
     _listener: LayoutListener | None
     _note: Note | None
     _keep: list[Any]
@@ -174,10 +175,9 @@ class Region(mmap.mmap):
         self._owned = OwnedDescriptor(fd)
         self.monitor = self.reopens = None
         self.never_served = True
-        self.withheld = self._inherited = False
+        self.withheld = self._inherited = self._adopted = False
         _regions.add(self)
-        self._listener = None
-        self._note = None
+        self._listener = self._note = None
         self._keep = []
         self._find()
         if locked or ((new or fd < 0) and page_size > mmap.PAGESIZE and is_populated(self.address)):
@@ -199,7 +199,13 @@ class Region(mmap.mmap):
             os.ftruncate(self.fd, self.mapped_length)
         libc.lock_on_fault(self.address, self.mapped_length)
 
+    def adopt(self, fd: int) -> None:
+        """Be shared from now on: `fd`, the region's own, has been mapped in place of private memory."""
+        self.fd, self._owned, self._adopted = fd, OwnedDescriptor(fd), True
+
     def _find(self) -> None:
+        if self._adopted:  # mmap.mmap does not know it
+            os.ftruncate(self.fd, self.mapped_length)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
         if self._note is not None:
             self._note.move(self.address, self.mapped_length)
@@ -262,13 +268,7 @@ class Region(mmap.mmap):
         """Return True: a region can be passed where a binary file is read. Its position is one for all threads."""
         return True
 
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
+    seekable = writable = readable
 
     def seek(self, pos: int, whence: Any = os.SEEK_SET) -> int:  # type: ignore[override]  # None until Python 3.13
         """As `mmap.seek`; return the position."""
@@ -305,6 +305,8 @@ class Region(mmap.mmap):
             return
         if self.monitor is not None and self.monitor.shows_data:
             warnings.warn("emptied pages read as zeros, and not as the source's data", RuntimeWarning, stacklevel=2)
+        if self._adopted:  # it has been private, and is emptied as it would be
+            option, length = mmap.MADV_REMOVE, align_up(length, self.page_size)
         if self._listener is None:
             super().madvise(option, start, length)
             return

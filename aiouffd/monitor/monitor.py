@@ -165,8 +165,9 @@ class Monitor(Entered):
             written, nor does what is emptied (MADV_DONTNEED).
         max_resident: bytes that are there at most, four pages or more; None: as many as come. What came longest ago is
             dropped before more comes, and brought again when it is touched. Pages that were written stay, and count;
-            what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` the region must be
-            shared memory.
+            what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` a private region
+            becomes shared memory when the block is entered, with the bytes that it has; huge pages must be shared.
+            Forked children get such a region only with fork="serve", and what they write is seen by all.
         write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`):
             before they are dropped, at `flush`, and when the block is left. What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
@@ -279,7 +280,7 @@ class Monitor(Entered):
             on_error="retry" if callable(on_error) else on_error,
         )
         terms = source_or_handler, fork, self._options, record is not None, replay is not None, region.fd >= 0
-        self._choice.check(Terms(*terms, reports=report is not None))
+        self._choice.check(Terms(*terms, region.page_size, reports=report is not None))
         self._reporting = _reporting(report, self._choice)
         self._errors = ErrorQueue()
 
@@ -326,6 +327,7 @@ class Monitor(Entered):
             registration = Registration(
                 self._held,
                 self._choice.features,
+                shared=not self._choice.drops_private,
                 writes=self._writes,
                 children=self._children,
                 user_mode_only=self._user_mode_only,

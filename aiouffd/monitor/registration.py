@@ -37,6 +37,7 @@ class Registration:
     Args:
         held: the region, which must not be registered yet.
         features: that the engine needs.
+        shared: private memory becomes shared, where pages are dropped: they are by another process.
         writes: which writes are told: "tracked" (WP_ASYNC), "served", "noted" and "saved" (a message each), or "" for
             none.
         children: forked children have the region from `is_served` on; else it is not theirs (MADV_DONTFORK). None:
@@ -59,6 +60,7 @@ class Registration:
         children: bool | None,
         user_mode_only: bool,
         serves_system_calls: bool,
+        shared: bool = False,
     ) -> None:
         region = held.region
         if region.monitor is not None:
@@ -76,12 +78,17 @@ class Registration:
             self.modes |= RegisterMode.WP
             more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
             features |= WRITE_TRACKING if writes == "tracked" else more
+        pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
+        drop_populated_zeros(region, pagemap)
+        if shared and writes in ("noted", "saved") and region.fd < 0:
+            from aiouffd.kernel.sharing import share  # noqa: PLC0415 - few Monitors drop pages
+
+            share(region, pagemap)
+            children = children is True  # unless they are wanted: they would write into memory that was private
         if region.fd >= 0 and (minor := _minor(region) & available):
             # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
             features |= minor
             self.modes |= RegisterMode.MINOR
-        pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
-        drop_populated_zeros(region, pagemap)
         region.never_served = False
         try:
             uffd = _open(features, children=children, user_mode_only=user_mode_only)

@@ -26,11 +26,13 @@ import aiouffd
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import Flight, Flights
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.options import Options
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.runs import Op, Purpose, Run
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.monitor.engines.protocol import Terms
 from aiouffd.ranges import Range
 
 PAGES = 256
@@ -360,7 +362,8 @@ def test_what_cannot_be_bounded_is_refused() -> None:
         with pytest.raises(ValueError, match=why):
             aiouffd.Monitor(region, *arguments, **{"max_resident": LIMIT, **options})
 
-    refused("needs Region.*shared=True", source)
+    with pytest.raises(ValueError, match=r"needs Region.*shared=True"):
+        aiouffd.Pager().check(Terms(source, None, Options(0, bounded=True), page_size=HUGE))
     refused("ServedBy.*max_resident", engine=aiouffd.ServedBy("x"))
     refused("need a Source", aiouffd.Handler(), engine=aiouffd.InThread())
     refused("track_writes", source, track_writes=True, engine=aiouffd.InThread())

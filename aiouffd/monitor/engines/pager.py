@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
@@ -84,11 +85,11 @@ class Pager:
     needs_loop: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:
-        """Refuse to drop private memory, which only its own process can do."""
-        if terms.options.bounded and not terms.shared:
+        """Refuse to drop private memory that cannot become shared."""
+        if terms.options.bounded and not terms.shared and terms.page_size > mmap.PAGESIZE:
             raise ValueError(
-                "engine=Pager() drops pages of shared memory only, since no other process can drop private pages:"
-                " max_resident needs Region(length, shared=True) there, or engine=InThread()"
+                "engine=Pager() drops huge pages of shared memory only, since no other process can drop private pages:"
+                " max_resident needs Region(length, page_size=..., shared=True) there, or engine=InThread()"
             )
 
     def make(self, _loop: asyncio.AbstractEventLoop | None) -> PagerEngine:

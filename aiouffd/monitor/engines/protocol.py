@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Terms(NamedTuple):
         records: whether the order of touches is recorded.
         replays: whether a recording is replayed.
         shared: whether the region is shared memory.
+        page_size: of the region, in bytes.
         reports: whether a report of the run is asked for.
     """
 
@@ -47,6 +49,7 @@ class Terms(NamedTuple):
     records: bool = False
     replays: bool = False
     shared: bool = False
+    page_size: int = mmap.PAGESIZE
     reports: bool = False
 
 
