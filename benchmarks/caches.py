@@ -58,7 +58,7 @@ def warm_cache(size: int) -> aiouffd.ChunkCache:
     names, data = ChunkNames(Known(size)), content(size).map
     assert data is not None
     for number, start, stop in names.pieces(0, size):
-        key, _ = names.of(number)
+        key = names.of(number)
         assert key is not None
         at = number * names.chunk_size
         assert kept.add([(key, data[at + start : at + stop])]) != [None]

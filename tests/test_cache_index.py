@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.store.cache_index import COUNTERS, CacheIndex, Entry
-from aiouffd.store.codecs import digest
+from aiouffd.store.codecs import digest, fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def entry(number: int, segment: int = 1) -> Entry:
     """Return one of many."""
-    return Entry(digest(b"%d" % number), digest(b"data %d" % number), segment, number, 65536)
+    return Entry(digest(b"%d" % number), fingerprint(b"data %d" % number), segment, number, 65536)
 
 
 @pytest.fixture

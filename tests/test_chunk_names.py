@@ -19,9 +19,11 @@ def test_by_hash() -> None:
     names = ChunkNames(source)
     assert (names.known, names.chunk_size, names.size) == (True, 8192, 20 * 8192 + 100)
     key = digest(source.bytes_of(8192, 8192))
-    assert names.of(1) == (key, key)
+    assert names.of(1) == key
+    assert names.fit(1, source.bytes_of(8192, 8192))
+    assert not names.fit(1, source.bytes_of(0, 8192))
     assert Hashed(8 * CHUNK).chunk_key(3 * 8) is None
-    assert ChunkNames(Hashed(8 * CHUNK)).of(3 * 8) == (None, None)
+    assert ChunkNames(Hashed(8 * CHUNK)).of(3 * 8) is None
 
 
 def test_by_what_the_source_is() -> None:
@@ -29,7 +31,8 @@ def test_by_what_the_source_is() -> None:
     one, other = ChunkNames(Far(name="one")), ChunkNames(Far(name="other"))
     found = [names.of(number) for names in (one, other) for number in range(4)]
     assert len(set(found)) == 8
-    assert all(key is not None and len(key) == 20 and hash_ is None for key, hash_ in found)
+    assert {len(key or b"") for key in found} == {20}
+    assert one.fit(0, b"what the source says")
     assert one.of(2) == ChunkNames(Far(name="one")).of(2)
     assert one.of(0) != ChunkNames(Far(name="one", size=5)).of(0)
     unknown: Any = Pattern(1000)

@@ -103,7 +103,7 @@ async def test_a_chunk_that_comes_before_it_is_locked(tmp_path: Path, monkeypatc
     monkeypatch.setattr(source.cache, "try_lock", late)
     assert bytes(await source.read(0, 10)) == Far().bytes_of(0, 10)
     assert source.source.asked == []
-    key, _ = source._names.of(0)
+    key = source._names.of(0)
     assert await asyncio.to_thread(other.cache.try_lock, key)
     await source.aclose()
     await other.aclose()
@@ -128,6 +128,25 @@ async def test_a_source_that_does_not_know_the_name_of_a_chunk(tmp_path: Path) -
     other.cache.unlock(other.source.chunk_key(0))
     await source.aclose()
     await other.aclose()
+
+
+async def test_a_source_whose_chunks_are_not_what_their_names_say(tmp_path: Path) -> None:
+    """As a snapshot that was made to spoil others: its bytes are its own, and nobody finds them in the cache."""
+
+    class Forged(Hashed):
+        def bytes_of(self, offset: int, length: int) -> bytes:
+            """Return others than those that the names are of."""
+            return b"x" * length
+
+        def chunk_key(self, number: int) -> bytes | None:
+            """Return the names of chunks of another source."""
+            return Hashed().chunk_key(number)
+
+    bad, good = opened(tmp_path, Forged()), opened(tmp_path, Hashed())
+    for source in (bad, bad, good):
+        assert bytes(await source.read(0, 3 * 8192)) == source.source.bytes_of(0, 3 * 8192)
+    await bad.aclose()
+    await good.aclose()
 
 
 async def test_who_fetches_for_too_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

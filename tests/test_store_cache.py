@@ -43,12 +43,12 @@ def test_other_processes_find_what_was_added(cache: ChunkCache) -> None:
         found = other.find(key)
         assert found is not None
         assert found.data == data
-        assert other.find(key, digest(b"else")) is None
-        assert other.find(key, digest(data)) is not None
-        assert other.peek(key) == found.place
+        assert other.peek([key]) == [found.place]
     assert other.find(digest(b"else")) is None
-    assert other.peek(digest(b"else")) is None
-    assert ChunkCache(cache.path, 64 * MIB).peek(key) is None  # it is not open
+    else_ = digest(b"else")
+    assert other.peek([else_, *DATA, else_]) == [None, *(other.peek([key])[0] for key in DATA), None]
+    assert None not in other.peek(list(DATA))
+    assert ChunkCache(cache.path, 64 * MIB).peek([key]) == [None]  # it is not open
     folder = Path(cache.path)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
@@ -60,8 +60,8 @@ def test_zeros_take_no_room(tmp_path: Path) -> None:
     key = digest(b"zeros")
     assert cache.add([(key, bytes(65536))])[0] == (None, 0, 65536)
     assert not list((tmp_path / "cache").glob("*.segment"))
-    found, at_hand = cache.find(key), cache.peek(key)
-    assert (found, at_hand) == (((None, 0, 65536), None), (None, 0, 65536))
+    found, at_hand = cache.find(key), cache.peek([key, key])
+    assert (found, at_hand) == (((None, 0, 65536), None), [(None, 0, 65536)] * 2)
     assert cache.add([(digest(b"no zeros"), bytes(65535) + b"1")])[0] != (None, 0, 65536)
 
 
@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_noticed_and_forgotten(cache: ChunkCache, bit: int, pla
     other = ChunkCache(cache.path, 64 * MIB)
     beside = other.find(next(iter(DATA)))
     assert beside is not None  # and its segment stays open
-    assert other.peek(key) is None
+    assert [place is not None for place in other.peek(list(DATA))] == [name != key for name in DATA]
     assert other.find(key) is None
     assert [other.find(name) is not None for name in DATA] == [name != key for name in DATA]
     assert other.statistics()["damaged"] == 1

@@ -3,7 +3,7 @@
 It is a folder of mode 0700, which one user owns, with these files:
 
 - segments (`segments`): the chunks as a source shows them, decompressed, each at the beginning of a page;
-- `index` (`cache_index`): which chunk lies where, and what its bytes hash to;
+- `index` (`cache_index`): which chunk lies where, and the fingerprint of its bytes;
 - `keys` (`key_locks`): a chunk that is fetched is locked there by its fetcher;
 - `lock`: whoever adds or removes a segment, or writes to the index, has it locked (flock) for that time.
 
@@ -13,7 +13,7 @@ What makes it safe, in the order in which it happens:
    of a process that ends, so the next who waits becomes the fetcher. Who has waited for 20 s fetches without the lock.
 2. Room in a segment is taken, then the bytes are written there, then the index names them. A process that is killed in
    between leaves bytes that nobody finds. No byte that the index has ever named is written again.
-3. Who finds a chunk in the index reads it and compares it with its hash, once in each process, before any byte of it is
+3. Who finds a chunk in the index reads it and compares its fingerprint, once in each process, before any byte of it is
    shown. So the index, the segments and the disk may be damaged in any way, and after a power failure hold anything: a
    chunk that is not what it should be is fetched again, and forgotten. Nothing is ever synced to the disk.
 4. To make room, the segment that has not been used for longest is unlinked, also while it is mapped. Those who map it
@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import threading
 import time
@@ -38,7 +39,7 @@ from aiouffd.errors import StoreError
 from aiouffd.lifetime import close_in_children
 from aiouffd.store.cache_files import CacheFiles, open_folder
 from aiouffd.store.cache_index import COUNTERS, ZEROS, Entry
-from aiouffd.store.codecs import digest
+from aiouffd.store.codecs import fingerprint
 from aiouffd.store.segments import Place
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 SMALLEST: Final = 8 << 20
 """The least that a cache may be limited to."""
 _UNIT: Final = 4096  # of places in the index
+_TOGETHER: Final = 256 << 10  # bytes that are read at once to look at chunks: they stay in the processor's cache
 _PAUSE: Final = 30.0  # seconds without the cache after it has failed
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -62,7 +64,7 @@ class Found(NamedTuple):
 
     Attributes:
         place: where it is.
-        data: its bytes, which have been compared with its hash; None for zeros.
+        data: its bytes, whose fingerprint has been compared; None for zeros.
     """
 
     place: Place
@@ -119,17 +121,12 @@ class ChunkCache:
         """Whether chunks may be added now."""
         return time.monotonic() >= max(self._not_before, self._full_until)
 
-    def find(self, key: bytes, hash_: bytes | None = None) -> Found | None:
-        """Return a chunk, if the cache has it and it is what it should be.
-
-        Args:
-            key: 20 bytes that name it.
-            hash_: of its bytes, where the caller knows it.
-        """
+    def find(self, key: bytes) -> Found | None:
+        """Return the chunk that a key of 20 bytes names, if the cache has it and it is what was added."""
         with self._failures():
             opened = self._open()
             entry = None if opened is None else opened.index.find(key)
-            if opened is None or entry is None or (hash_ is not None and entry.hash != hash_):
+            if opened is None or entry is None:
                 return None
             if entry.segment == ZEROS:
                 return Found(Place(None, 0, entry.length), None)
@@ -138,7 +135,7 @@ class ChunkCache:
                 return None
             place = Place(segment, entry.page * _UNIT, entry.length)
             data = segment.read(place.offset, entry.length) if place.offset + entry.length <= segment.size else b""
-            if len(data) == entry.length and digest(data) == entry.hash:
+            if fingerprint(data) == entry.fingerprint:
                 segment.touch()
                 return Found(place, data)
             if not segment.gone:
@@ -148,39 +145,34 @@ class ChunkCache:
                     opened.index.remove(entry)
         return None
 
-    def peek(self, key: bytes, hash_: bytes | None = None) -> Place | None:
-        """As `find`, but only what is in the page cache, of a segment that is open, and without the bytes.
+    def peek(self, keys: Sequence[bytes]) -> list[Place | None]:
+        """As `find` of several, but only what is in the page cache, of segments that are open, and without the bytes.
 
         Does not block.
         """
+        places: list[Place | None] = [None] * len(keys)
         opened = self._opened
         if opened is None or opened.index.nowait is None:
-            return None
-        with contextlib.suppress(OSError):
-            entry = opened.index.find(key, opened.index.nowait)
-            if entry is None or (hash_ is not None and entry.hash != hash_):
-                return None
-            if entry.segment == ZEROS:
-                return Place(None, 0, entry.length)
-            segment = opened.segments.at_hand(entry.segment)
-            data, at = memoryview(bytearray(entry.length)), entry.page * _UNIT
-            if segment is not None and segment.fill_nowait(at, data) and digest(data) == entry.hash:
-                return Place(segment, at, entry.length)
-        return None
+            return places
+        for run in _runs([opened.index.find_nowait(key) for key in keys]):
+            (number, first), begin = run[0], run[0][1].page * _UNIT
+            if first.segment == ZEROS:
+                places[number] = Place(None, 0, first.length)
+            elif (segment := opened.segments.at_hand(first.segment)) is not None:
+                data = segment.read_nowait(begin, _end(run[-1][1]) - begin)
+                for number, entry in run:
+                    at = entry.page * _UNIT
+                    if fingerprint(data[at - begin : at - begin + entry.length]) == entry.fingerprint:
+                        places[number] = Place(segment, at, entry.length)
+        return places
 
-    def add(self, chunks: Sequence[tuple[bytes, Any]], hashes: Sequence[bytes] | None = None) -> list[Place | None]:
-        """Keep (key, bytes) of chunks; return where they are now, None where they could not be kept.
-
-        Args:
-            chunks: what to keep.
-            hashes: of the bytes, where the caller knows them.
-        """
+    def add(self, chunks: Sequence[tuple[bytes, Any]]) -> list[Place | None]:
+        """Keep (key, bytes) of chunks; return where they are now, None where they could not be kept."""
         places: list[Place | None] = [None] * len(chunks)
         with self._failures():
             opened = self._open() if self.usable else None
             if opened is None:
                 return places
-            known = hashes or [digest(data) for _, data in chunks]
             stored = []
             for number, (_, data) in enumerate(chunks):
                 length = memoryview(data).nbytes
@@ -192,10 +184,10 @@ class ChunkCache:
                 places[number] = place
             entries = [
                 Entry(
-                    key, hash_, ZEROS if place.segment is None else place.segment.number, place.offset // _UNIT,
-                    place.length,
+                    key, fingerprint(data), ZEROS if place.segment is None else place.segment.number,
+                    place.offset // _UNIT, place.length,
                 )
-                for (key, _), hash_, place in zip(chunks, known, places, strict=True) if place is not None
+                for (key, data), place in zip(chunks, places, strict=True) if place is not None
             ]  # fmt: skip
             with opened.exclusive():
                 opened.index.add(entries)
@@ -275,7 +267,7 @@ class ChunkCache:
         }
 
     def verify(self) -> tuple[int, int]:
-        """Compare all chunks with their hashes, and forget those that differ. Blocks.
+        """Compare the fingerprints of all chunks, and forget those that differ. Blocks.
 
         Returns:
             how many chunks there are, and how many were damaged.
@@ -294,7 +286,7 @@ class ChunkCache:
                 data = segment.read(entry.page * _UNIT, entry.length)
             except OSError:
                 data = bytearray()
-            if digest(data) != entry.hash and not segment.gone:
+            if fingerprint(data) != entry.fingerprint and not segment.gone:
                 damaged += 1
                 with opened.exclusive():
                     opened.index.remove(entry)
@@ -372,3 +364,27 @@ class ChunkCache:
 def _is_zeros(data: Any) -> bool:
     view = memoryview(data).cast("B")
     return view == bytes(len(view))
+
+
+def _end(entry: Entry) -> int:
+    """Return where a chunk ends in its segment."""
+    return entry.page * _UNIT + entry.length
+
+
+def _runs(entries: Sequence[Entry | None]) -> list[list[tuple[int, Entry]]]:
+    """Return chunks and their numbers in groups that follow each other in a segment, of at most `_TOGETHER` bytes."""
+    runs: list[list[tuple[int, Entry]]] = []
+    for number, entry in enumerate(entries):
+        if entry is None:
+            continue
+        last = runs[-1][-1][1] if runs else None
+        if (
+            last is not None
+            and entry.segment == last.segment != ZEROS
+            and 0 <= entry.page * _UNIT - _end(last) < mmap.PAGESIZE
+            and _end(entry) - runs[-1][0][1].page * _UNIT <= _TOGETHER
+        ):
+            runs[-1].append((number, entry))
+        else:
+            runs.append([(number, entry)])
+    return runs

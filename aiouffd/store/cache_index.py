@@ -1,9 +1,9 @@
 """Where the chunks of a cache are: a table in one file, which may be as damaged as it likes.
 
 The file is a page, then buckets of eight slots. A key has one bucket. A slot says in which segment a chunk lies, and
-what its bytes hash to; it ends with a sum of all this. A slot whose sum is wrong is an empty one: a torn write, a bit
-that has flipped, or nothing. A slot may also point to what is no longer there: chunks are hashed before they are used.
-So the index is never trusted, only asked, and needs neither a journal nor fsync.
+what the fingerprint of its bytes is; it ends with a fingerprint of all this. A slot whose own is wrong is an empty one:
+a torn write, a bit that has flipped, or nothing. A slot may also point to what is no longer there: the fingerprint of a
+chunk is compared before it is used. So the index is never trusted, only asked, and needs neither a journal nor fsync.
 
 A bucket that is full forgets the chunk whose segment is the oldest. Slots are read by pread(2): through a mapping, a
 file that was cut, or a bad sector, would be SIGBUS.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiouffd.kernel import files
 from aiouffd.sources.file_attributes import FileSystem
-from aiouffd.store.codecs import HASH, digest
+from aiouffd.store.codecs import FINGERPRINT, HASH, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,13 +33,12 @@ ZEROS: Final = 0xFFFFFFFF
 _PAGE: Final = 4096
 _HEADER: Final = struct.Struct("<8sIIQ")
 _MAGIC: Final = b"aiouffdx"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _COUNTERS: Final = struct.Struct(f"<{len(COUNTERS)}Q")
 _COUNTERS_AT: Final = 64
 _SLOTS: Final = 8
-_ENTRY: Final = struct.Struct(f"<{HASH}s{HASH}sIII")
-_SUM: Final = 12
-_SLOT: Final = _ENTRY.size + _SUM
+_ENTRY: Final = struct.Struct(f"<{HASH}s{FINGERPRINT}sIII")
+_SLOT: Final = _ENTRY.size + FINGERPRINT
 _BUCKET: Final = _SLOTS * _SLOT
 
 
@@ -48,14 +47,14 @@ class Entry(NamedTuple):
 
     Attributes:
         key: names the chunk.
-        hash: of its bytes.
+        fingerprint: of its bytes.
         segment: number of the segment, or `ZEROS`.
         page: where it begins in the segment, in units of 4 KiB.
         length: in bytes.
     """
 
     key: bytes
-    hash: bytes
+    fingerprint: bytes
     segment: int
     page: int
     length: int
@@ -124,13 +123,18 @@ class CacheIndex:
     def _bucket(self, key: bytes) -> int:
         return _PAGE + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
 
-    def find(self, key: bytes, flags: int = 0) -> Entry | None:
-        """Return what is known of a key of 20 bytes, or None.
+    def find(self, key: bytes) -> Entry | None:
+        """Return what is known of a key of 20 bytes, or None."""
+        return self._find(key, 0)
 
-        Args:
-            key: of the chunk.
-            flags: of preadv2. With RWF_NOWAIT it does not wait, and raises BlockingIOError where it would have to.
-        """
+    def find_nowait(self, key: bytes) -> Entry | None:
+        """As `find`, where that need not wait, and does not fail."""
+        try:
+            return None if self.nowait is None else self._find(key, self.nowait)
+        except OSError:
+            return None
+
+    def _find(self, key: bytes, flags: int) -> Entry | None:
         data = bytearray(_BUCKET)
         os.preadv(self._fd, [data], self._bucket(key), flags)
         for at in range(0, len(data) - _SLOT + 1, _SLOT):
@@ -154,7 +158,7 @@ class CacheIndex:
             else:
                 chosen = min(range(_SLOTS), key=lambda n: slots[n].segment)  # type: ignore[union-attr]
             packed = _ENTRY.pack(*entry)
-            os.pwrite(self._fd, packed + digest(packed, _SUM), at + chosen * _SLOT)
+            os.pwrite(self._fd, packed + fingerprint(packed), at + chosen * _SLOT)
 
     def remove(self, entry: Entry) -> None:
         """Forget an entry, if it is still there."""
@@ -190,4 +194,4 @@ class CacheIndex:
 
 def _decoded(slot: bytes) -> Entry | None:
     packed = slot[: _ENTRY.size]
-    return Entry(*_ENTRY.unpack(packed)) if digest(packed, _SUM) == slot[_ENTRY.size :] else None
+    return Entry(*_ENTRY.unpack(packed)) if fingerprint(packed) == slot[_ENTRY.size :] else None

@@ -177,14 +177,11 @@ class CachedSource:
         self._came(found)
         return found[0][1] if found else None
 
-    def _peek_all(self, numbers: list[int]) -> list[tuple[int, Place]]:
+    def _peek_all(self, numbers: Sequence[int]) -> list[tuple[int, Place]]:
         """Return those chunks that the cache has at hand. Does not wait, but hashes them."""
-        found = []
-        for number in numbers:
-            key, hash_ = self._names.of(number)
-            place = None if key is None else self.cache.peek(key, hash_)
-            if place is not None and place.length == self._names.length(number):
-                found.append((number, place))
+        keys = {number: key for number in numbers if (key := self._names.of(number)) is not None}
+        places = zip(keys, self.cache.peek(list(keys.values())), strict=True)
+        found = [(n, place) for n, place in places if place is not None and place.length == self._names.length(n)]
         self.cache.count(hits=len(found))
         return found
 

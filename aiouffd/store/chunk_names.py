@@ -35,12 +35,16 @@ class ChunkNames:
         self.known: bool = self._key is not None or identity is not None
         self._prefix = digest(repr(identity).encode()) if self._key is None and self.known else b""
 
-    def of(self, number: int) -> tuple[bytes | None, bytes | None]:
-        """Return what names a chunk, and its hash if that is known; (None, None): it is zeros."""
+    def of(self, number: int) -> bytes | None:
+        """Return what names a chunk; None: it is zeros."""
         if self._key is not None:
             key: bytes | None = self._key(number)
-            return key, key
-        return digest(self._prefix + number.to_bytes(8, "little")), None
+            return key
+        return digest(self._prefix + number.to_bytes(8, "little"))
+
+    def fit(self, number: int, data: Any) -> bool:
+        """Tell whether a chunk may be kept under its name: all snapshots that name its hash will get these bytes."""
+        return self._key is None or digest(data) == self._key(number)
 
     def length(self, number: int) -> int:
         """Return the bytes of a chunk; 0 or less: there is none."""

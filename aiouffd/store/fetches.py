@@ -149,17 +149,17 @@ class Fetches:
         self, numbers: list[int], found: dict[int, Found], mine: list[int], others: list[int], *, force: bool
     ) -> None:
         for number in numbers:
-            key, hash_ = self._names.of(number)
+            key = self._names.of(number)
             if key is None:
                 found[number] = Found(Place(None, 0, self._names.length(number)), None)
                 continue
-            item = self._find(number, key, hash_)
+            item = self._find(number, key)
             if item is None:
                 locked = self._cache.try_lock(key)
                 if locked is False and not force:
                     others.append(number)
                     continue
-                item = self._find(number, key, hash_)  # another may have brought it before it was locked
+                item = self._find(number, key)  # another may have brought it before it was locked
                 if item is not None and locked:
                     self._cache.unlock(key)
             if item is None:
@@ -167,8 +167,8 @@ class Fetches:
             else:
                 found[number] = item
 
-    def _find(self, number: int, key: bytes, hash_: bytes | None) -> Found | None:
-        item = self._cache.find(key, hash_)
+    def _find(self, number: int, key: bytes) -> Found | None:
+        item = self._cache.find(key)
         return item if item is not None and item.place.length == self._names.length(number) else None
 
     async def _fetch(self, run: list[int], *, urgent: bool) -> None:
@@ -188,8 +188,7 @@ class Fetches:
             kept = asyncio.ensure_future(self._aside(self._keep, chunks))
             self._kept.add(kept)
             try:
-                places = zip(run, await kept, strict=True)
-                self._came([(number, place) for number, place in places if place is not None])
+                self._came(await kept)
             finally:
                 self._behind -= length
                 self._kept.discard(kept)
@@ -208,18 +207,21 @@ class Fetches:
         if got != length:
             raise ShortReadError(repr(self._source), start, length, f"gave {got} bytes of {length}")
 
-    def _keep(self, chunks: dict[int, Any]) -> list[Place | None]:
-        """Add chunks to the cache. In a thread."""
-        names = [self._names.of(number) for number in chunks]
+    def _keep(self, chunks: dict[int, Any]) -> list[tuple[int, Place]]:
+        """Add chunks to the cache; return those that are there now. In a thread."""
         self._cache.count(misses=len(chunks), bytes=sum(map(len, chunks.values())))
-        added = [(key, data) for (key, _), data in zip(names, chunks.values(), strict=True) if key is not None]
-        hashes = [hash_ for _, hash_ in names if hash_ is not None]
-        return self._cache.add(added, hashes if len(hashes) == len(added) else None)
+        fit = [number for number, data in chunks.items() if self._names.fit(number, data)]
+        places = self._cache.add([(self._key(number), chunks[number]) for number in fit])
+        return [(number, place) for number, place in zip(fit, places, strict=True) if place is not None]
+
+    def _key(self, number: int) -> bytes:
+        """Return what names a chunk that is fetched: none of zeros is."""
+        key = self._names.of(number)
+        assert key is not None
+        return key
 
     def _unlock(self, number: int) -> None:
-        key, _ = self._names.of(number)
-        if key is not None:
-            self._cache.unlock(key)
+        self._cache.unlock(self._key(number))
 
     def _give(self, number: int, outcome: Any) -> None:
         """Give a chunk, or an error, to those who wait."""

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from itertools import chain
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from aiouffd.errors import StoreError
 from aiouffd.kernel import files
@@ -52,7 +52,7 @@ class _New(NamedTuple):
     number: int
     chunk: int
     hash: bytes
-    data: bytes
+    data: Any
 
 
 class _Place(NamedTuple):
@@ -149,8 +149,8 @@ class Layer:
             self._packs.append(self._base.pack(record.pack))
         self._write_record(self._number(record.chunk), record._replace(pack=pack))
 
-    def add(self, chunk: int, hash_: bytes, data: bytes) -> None:
-        """Take a chunk that the base does not have."""
+    def add(self, chunk: int, hash_: bytes, data: Any) -> None:
+        """Take a chunk that the base does not have: a buffer of its bytes."""
         self._new.append(_New(self._number(chunk), chunk, hash_, data))
         self._bytes += len(data)
         if self._bytes >= PACK_BYTES:
@@ -225,12 +225,11 @@ class Layer:
             self._compressing.release()
         frames = [frame for frame, _ in made]
         header = encode_header(frames)
-        data = b"".join([header, *(data for _, data in made)])
-        name = PackName(named, digest(header, NAME), len(data))
-        self._store.put(name.path, [data])
-        return _Pack(name, frames, len(data))
+        name = PackName(named, digest(header, NAME), list(offsets(frames))[-1])
+        self._store.put(name.path, [header, *(data for _, data in made)])
+        return _Pack(name, frames, name.length)
 
-    def _compress(self, group: list[_New]) -> list[tuple[Frame, bytes]]:
+    def _compress(self, group: list[_New]) -> list[tuple[Frame, Any]]:
         made = []
         for item in group:
             codec, data = self._frame(item.data)

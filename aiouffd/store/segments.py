@@ -93,6 +93,16 @@ class Segment:
         except OSError:
             return False
 
+    def read_nowait(self, offset: int, length: int) -> memoryview:
+        """Return bytes that are in the page cache; fewer where they are not all. Does not wait."""
+        view = memoryview(bytearray(length))
+        if self._nowait is None:
+            return view[:0]
+        try:
+            return view[: os.preadv(self.fd, [view], offset, self._nowait)]
+        except OSError:
+            return view[:0]
+
     def touch(self) -> None:
         """Note that it is in use, at most once in 5 s."""
         now = time.monotonic()

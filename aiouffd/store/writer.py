@@ -43,7 +43,7 @@ class _Seen(NamedTuple):
     chunk: int
     hash: bytes
     record: Record | None
-    data: bytes
+    data: Any
 
 
 class CreateOptions(TypedDict, total=False):
@@ -249,7 +249,9 @@ def _fill(
                 record = base.find(number) if base is not None and number < base.chunks else None
                 if record is not None and record.hash != found:
                     record = None
-                seen.append(_Seen(number, found, record, b"" if record is not None else bytes(piece)))
+                seen.append(_Seen(number, found, record, b"" if record is not None else piece))
+        if 2 * sum(len(item.data) for item in seen) < len(data):  # a view keeps all of what was read
+            seen = [item._replace(data=bytes(item.data)) for item in seen]
         return start, stop, seen
 
     def keep(low: int, high: int) -> None:
