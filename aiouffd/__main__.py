@@ -1,8 +1,6 @@
 """`python -m aiouffd`: the command line."""
 
-import sys
-
-from aiouffd.cli import main
+from aiouffd.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 import attrs
@@ -59,6 +61,16 @@ async def test_the_first_task_that_fails_is_raised() -> None:
     with pytest.raises(ValueError, match="no"):
         await daemon.first(never, loop.create_task(fail()))
     never.cancel()
+
+
+def test_a_status_line_is_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else there is none."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert daemon.terminal() is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    console = daemon.terminal()
+    assert console is not None
+    assert console.file is sys.stderr
 
 
 def test_the_status_line() -> None:

@@ -11,9 +11,6 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.logging import RichHandler
-from rich.status import Status
-
 from aiouffd.pager.loglines import SWITCH, Lines
 
 if TYPE_CHECKING:
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.statistics import Statistics
 
-__all__ = ["activated", "end_signals", "first", "log_to", "notify", "shown"]
+__all__ = ["activated", "end_signals", "first", "log_to", "notify", "shown", "terminal"]
 
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _REFRESH = 0.25  # seconds between two states of the status line
@@ -61,10 +58,21 @@ def notify(state: str) -> None:
             notifier.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
-def log_to(console: Console, *, level: int = logging.INFO) -> None:
+def terminal() -> Console | None:
+    """Return the terminal that standard error is; None: it is none, and rich is not imported, which takes 30 ms."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(stderr=True)
+
+
+def log_to(console: Console | None, *, level: int = logging.INFO) -> None:
     """Write log records: above the status line on a terminal, else as lines of `key=value`. The pager does the same."""
     handler: logging.Handler
-    if console.is_terminal:
+    if console is not None:
+        from rich.logging import RichHandler  # noqa: PLC0415 - as above
+
         handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
@@ -94,9 +102,9 @@ async def first(*tasks: asyncio.Task[Any]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def shown(counted: Counted, console: Console) -> AsyncIterator[None]:
+async def shown(counted: Counted, console: Console | None) -> AsyncIterator[None]:
     """Show a status line while the block runs, on a terminal."""
-    task = asyncio.get_running_loop().create_task(_show(counted, console)) if console.is_terminal else None
+    task = asyncio.get_running_loop().create_task(_show(counted, console)) if console is not None else None
     try:
         yield
     finally:
@@ -107,6 +115,8 @@ async def shown(counted: Counted, console: Console) -> AsyncIterator[None]:
 
 
 async def _show(counted: Counted, console: Console) -> None:
+    from rich.status import Status  # noqa: PLC0415 - as above
+
     with Status("starting", console=console) as status:
         await asyncio.sleep(_REFRESH)
         before = counted.statistics()

@@ -8,7 +8,6 @@ import logging
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from aiouffd.cli import daemon, parameters
 from aiouffd.criu.lazy_pages import LazyPages
@@ -18,6 +17,8 @@ from aiouffd.engine.options import Options
 
 if TYPE_CHECKING:
     import signal
+
+    from rich.console import Console
 
 __all__ = ["command"]
 
@@ -59,7 +60,7 @@ def command(
     """Serve `criu restore --lazy-pages`, in place of `criu lazy-pages`."""
     if (page_server is None) != (port is None):
         raise click.UsageError("--page-server and --port belong together")
-    console = Console(stderr=True)
+    console = daemon.terminal()
     daemon.log_to(console)
 
     async def main() -> int:
@@ -77,7 +78,7 @@ def command(
         return runner.run(main())
 
 
-async def _serve(service: LazyPages, console: Console) -> int:
+async def _serve(service: LazyPages, console: Console | None) -> int:
     """Serve one restore until all pages are there. A signal leaves what is served to the pager.
 
     Pages of a page server come through this process. So the first signal waits for them; a second one loses them.

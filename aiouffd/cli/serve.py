@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from aiouffd import __version__
 from aiouffd.cli import daemon, parameters
@@ -27,6 +26,8 @@ from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+
+    from rich.console import Console
 
     from aiouffd.handoff.receive import Peer
     from aiouffd.server.control.api import Control
@@ -137,7 +138,7 @@ def command(
     elif source_for is not None:
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     server = Server(chosen, path, listener=listener, **options)
-    console = Console(stderr=True)
+    console = daemon.terminal()
     daemon.log_to(console)
     named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
     places = {str(item): f"--{option} {item}" for option, item in named.items() if item is not None}
@@ -233,7 +234,7 @@ async def _control(server: Server, path: str | None, cache: ChunkCache | None) -
 
 async def _serve(
     server: Server,
-    console: Console,
+    console: Console | None,
     *,
     metrics: tuple[str, int] | None,
     control: str | None,
@@ -247,7 +248,7 @@ async def _serve(
 
     Args:
         server: not entered yet.
-        console: for the status line.
+        console: for the status line; None: there is none.
         metrics: host and port for Prometheus; None: no metrics.
         control: the socket for those who manage sessions; None: nobody does.
         cache: for sources of sessions.

@@ -254,6 +254,6 @@ class LazyPages:
     def _leave(self) -> None:
         with contextlib.suppress(AssertionError):  # it has not started
             self.pages = self._pager.statistics().pages
-        self._pager.stop(leave=bool(self._tenants))
+        self._pager.stop(leave=bool(self._tenants), wait=False)  # this process is about to end
         for pack, _ in self._prepared.values():
             pack.close()

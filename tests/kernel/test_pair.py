@@ -103,6 +103,18 @@ def test_processes_that_were_stopped(waiter: Waiter, monkeypatch: pytest.MonkeyP
     assert pair.keeper.returncode == 0
 
 
+def test_whoever_is_about_to_end_does_not_wait_for_the_processes(
+    waiter: Waiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have let go of all, and end by themselves; the keeper is reaped if this process lives on."""
+    pair = Pair.start(waiter, Pickles.NEVER)
+    waited: list[int] = []
+    monkeypatch.setattr(pairs, "_readable", lambda _, milliseconds: waited.append(milliseconds))
+    pair.end(leave=False, wait=False)
+    assert waited == [0]
+    assert pair.keeper.wait(60) == 0
+
+
 def test_processes_that_may_not_be_signaled(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has dropped its privileges: leaving is no error, though keeper and worker take their time to end."""
     pair = Pair.start(waiter, Pickles.NEVER)

@@ -250,11 +250,12 @@ class PagerClient:
         self._later.plan(seconds, then)
         self._waiter.wake()
 
-    def stop(self, *, leave: bool = False) -> None:
+    def stop(self, *, leave: bool = False, wait: bool = True) -> None:
         """End the client's side, and the pager's processes with it where they have nothing left to serve.
 
         Args:
             leave: the pager goes on until all tenants are gone.
+            wait: until its processes have ended; else until they have let go of all that they held.
         """
         self._waiter.stop()
         self._requests.close(ClosedError(_LEFT))
@@ -265,7 +266,7 @@ class PagerClient:
         leave = leave or any(space.is_child for state in states for space in state.spaces.values())
         self._takeover.close(kill=not leave)
         if self._requests.pair is not None:
-            self._requests.pair.end(leave=leave, silent=self._silent)
+            self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
         self._waiter.close()
 
     # Requests

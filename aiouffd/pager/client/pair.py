@@ -125,18 +125,20 @@ class Pair:
         with contextlib.suppress(PermissionError):  # privileges were dropped
             self.keeper.send_signal(signal.SIGCONT)
 
-    def end(self, *, leave: bool, silent: bool = False) -> None:
+    def end(self, *, leave: bool, silent: bool = False, wait: bool = True) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
 
         Args:
             leave: they serve on until all memory is gone. They are not waited for, and not killed. So it is, too, where
                 this process has closed its descriptors of them.
             silent: the worker does not answer. It is killed at once; its successor finds that nothing is left to serve.
+            wait: else return when they have let go of all that they held, and are about to end.
         """
+        patience = _LEAVE_TIMEOUT if wait else 0
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
         if leave or any(item.lost for item in self.descriptors):
-            self._reap(_LEAVE_TIMEOUT)
+            self._reap(patience)
         else:
             if silent:
                 log.error(
@@ -146,19 +148,19 @@ class Pair:
                 )
                 self.kill_worker()
             self.resume()  # what was stopped cannot end
-            self._await_end(_END_TIMEOUT)
-            # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
-            _readable(self.keeper_fd, _REAP_TIMEOUT)
-            with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
-                self.keeper.kill()
-            # A worker whose keeper was killed, here or before, does not know that it is to end.
-            if self.worker_fd.intact and not _readable(self.worker_fd, 1000):
-                self.kill_worker()
-            self._reap(_LEAVE_TIMEOUT)
+            if not self._await_end(_END_TIMEOUT) or wait:
+                # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
+                _readable(self.keeper_fd, _REAP_TIMEOUT)
+                with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
+                    self.keeper.kill()
+                # A worker whose keeper was killed, here or before, does not know that it is to end.
+                if self.worker_fd.intact and not _readable(self.worker_fd, 1000):
+                    self.kill_worker()
+            self._reap(patience)
         self.close()
 
-    def _await_end(self, seconds: float) -> None:
-        """Wait until the keeper has ended, or is about to: it closes the connection then."""
+    def _await_end(self, seconds: float) -> bool:
+        """Wait until the keeper has ended, or is about to: it closes the connection then. Tell whether it is so."""
         poller = select.poll()
         poller.register(self.connection, select.POLLIN)
         poller.register(self.keeper_fd, select.POLLIN)
@@ -166,12 +168,13 @@ class Pair:
         while (left := until - time.monotonic()) > 0:
             ready = dict(poller.poll(left * 1000))
             if self.keeper_fd.fileno() in ready:
-                return
+                return True
             try:
                 for fd in control.receive(self.connection)[1] if ready else ():
                     os.close(fd)
             except (control.Closed, OSError):
-                return
+                return True
+        return False
 
     def _reap(self, milliseconds: int) -> None:
         """Wait for the keeper's end; where that takes longer, have a thread do so: no zombie may be left.
