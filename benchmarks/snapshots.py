@@ -331,11 +331,14 @@ def snapshot_rows(*, quick: bool) -> Iterator[Row]:
     middle, count = (32 * MIB, 50) if quick else (256 * MIB, 1000)
     way = "local to local"
 
+    def made(arguments: tuple[Any, ...]) -> list[Any]:  # when the row is run: others need no such files
+        return [argument() if callable(argument) else argument for argument in arguments]
+
     def ms(once: Callable[..., float], *arguments: Any) -> Callable[[], float]:
-        return lambda: once(*arguments) * 1e3
+        return lambda: once(*made(arguments)) * 1e3
 
     def us(once: Callable[..., float], *arguments: Any) -> Callable[[], float]:
-        return lambda: once(*arguments) / arguments[2] * 1e6
+        return lambda: once(*made(arguments)) / arguments[2] * 1e6
 
     if shutil.which("zstd") is not None:
         contestants = {"aiouffd": ms(written, large_size), "zstd -T2": ms(by_zstd, large_size)}
@@ -357,7 +360,7 @@ def snapshot_rows(*, quick: bool) -> Iterator[Row]:
     yield Row(
         "snapshot-known", "the same, where what has changed is known", "ms", contestants, (Bar("the first", 0.03),)
     )
-    one, last = deep(small, 1), deep(small, depth)
+    one, last = functools.partial(deep, small, 1), functools.partial(deep, small, depth)
     contestants = {"aiouffd": ms(opened, last), "depth 1": ms(opened, one)}
     yield Row("snapshot-open", f"a snapshot of depth {depth} is opened", "ms", contestants, (Bar("depth 1", 1.2),))
     faults = small // _CHUNK
@@ -370,10 +373,10 @@ def snapshot_rows(*, quick: bool) -> Iterator[Row]:
         (Bar("depth 1", 1.2),),
         setup="readahead=0",
     )
-    far = snapshot(middle)
+    far = functools.partial(snapshot, middle)
     contestants = {
         "aiouffd": ms(whole, far, middle, 0.005, 100 * MIB),
-        "uncompressed": ms(whole, image(middle), middle, 0.005, 100 * MIB),
+        "uncompressed": ms(whole, functools.partial(image, middle), middle, 0.005, 100 * MIB),
     }
     yield Row(
         "snapshot-whole",

@@ -173,6 +173,8 @@ def _rows(size: int, replay: Path | None = None, record: Path | None = None) -> 
 
 
 def _ms(size: int, replay: Path | None = None) -> float:
+    if replay is not None and not replay.exists():
+        _rows(size, record=replay)
     return _rows(size, replay) * 1e3
 
 
@@ -238,7 +240,6 @@ def tensor_rows(*, quick: bool) -> Iterator[Row]:
     )
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace")
-        _rows(table, record=trace)
         peer = f"obstore, {_AT_ONCE} at once"
         for name, words, setup, replay, bar in (
             ("rows", "", "formats.Npy, prefetch_rows, readahead=0", None, 1.2),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "/nonexistent/cc"
+PIP = [sys.executable, "-m", "pip"]
+QUICKLY = ["--quiet", "--no-deps", "--no-build-isolation"]  # what is fetched for a build is tried in test_packaging
 
 
 def test_it_is_here() -> None:
@@ -49,8 +51,9 @@ def copied(tmp_path: Path) -> Path:
 
 def installed(root: Path, target: Path, compiler: str, *options: str) -> list[str]:
     """Install into a directory of its own; return the names of what was put there."""
+    quickly = QUICKLY if not options else QUICKLY[:-1]  # an editable one needs another package for its build
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, *options, root],
+        [*PIP, "install", *quickly, "--target", target, *options, root],
         check=True,
         env={**unmeasured(), "CC": compiler},
         timeout=100,
@@ -114,7 +117,7 @@ def test_a_wheel_has_no_build_of_the_source_tree(tmp_path: Path) -> None:
     root = copied(tmp_path)
     (root / "aiouffd" / "native" / "libaiouffd.so").write_bytes(b"old")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, root],
+        [*PIP, "wheel", *QUICKLY, "--wheel-dir", tmp_path, root],
         check=True,
         env={**unmeasured(), "CC": NOWHERE},
         timeout=100,

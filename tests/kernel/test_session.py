@@ -149,11 +149,11 @@ async def of_one_source(directory: str) -> None:
         assert (counted.bytes_fetched, counted.pages) == (MIB, 4 * MIB // PAGE)
         assert counted.bytes_shared >= 3 * MIB
         os.kill(server.pids[1], signal.SIGKILL)  # its successor knows again which are the same
-        late = await asyncio.to_thread(Memory, paths[0])
-        await server.sessions["first"].prefetch(0, MIB)
-        other = await asyncio.to_thread(Memory, paths[1])
-        await server.sessions["second"].prefetch(0, MIB)
-        assert bytes(late.region) == bytes(other.region) == content(0, MIB)
+        late = [await asyncio.to_thread(Memory, path) for path in paths]
+        for session in server.sessions.values():
+            await until(lambda session=session: len(session.clients) == 3)
+            await session.prefetch(0, MIB)
+        assert all(bytes(memory.region) == content(0, MIB) for memory in late)
         assert web.bytes_sent - before == 2 * MIB
 
 
