@@ -150,8 +150,8 @@ async def of_one_source(directory: str) -> None:
         assert counted.bytes_shared >= 3 * MIB
         os.kill(server.pids[1], signal.SIGKILL)  # its successor knows again which are the same
         late = [await asyncio.to_thread(Memory, path) for path in paths]
+        await until(lambda: all(len(session.clients) == 3 for session in server.sessions.values()))
         for session in server.sessions.values():
-            await until(lambda session=session: len(session.clients) == 3)
             await session.prefetch(0, MIB)
         assert all(bytes(memory.region) == content(0, MIB) for memory in late)
         assert web.bytes_sent - before == 2 * MIB
