@@ -269,8 +269,6 @@ class PagerClient:
             self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
         self._waiter.close()
 
-    # Requests
-
     def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int]) -> Future[Any]:
         pidfd = OwnedDescriptor(open_pidfd(os.getpid()))
         try:
