@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import weakref
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -189,9 +190,9 @@ class Bound:
         self._spaces.add(space)
         self.count_noted()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # hugetlbfs: all counts as data
-                for start, end in data_ranges(self._file.fileno(), len(self.written)):
-                    self._clock.came(start, end - start)
+            there = data_ranges if self.page == mmap.PAGESIZE else partial(_huge_pages, space)
+            for start, end in there(self._file.fileno(), len(self.written)):
+                self.came(start, end - start)
         return _Resolver(self, space)
 
     @property
@@ -228,7 +229,8 @@ class Bound:
             self.lost([(low, high)])  # a successor does not know what was emptied
             if self._clock.total <= enough:
                 return
-        if length > self.room and not self._warned and self.write_back is None:
+        written = self.noted > self.limit // 2  # else the window is large, or the last blocks are spared
+        if length > self.room and written and not self._warned and self.write_back is None:
             self._warned = True
             log.warning(
                 "max_resident is %d, and %d bytes are there: most of them were written, and stay",
@@ -300,6 +302,20 @@ def losing(space: _Space, start: int, end: int) -> Iterator[None]:
     yield
     if bound is not None:
         bound.lost((run.offset, run.offset + run.end - run.start) for run in shown)
+
+
+def _huge_pages(space: _Space, file: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield what of a hugetlb memfd may be there: SEEK_DATA takes all of it for data.
+
+    CONTINUE maps a page that the file has, write-protected, and is EFAULT where it has none.
+    """
+    size = space.page_size
+    if os.fstat(file).st_blocks:
+        for shown in space.mappings.addresses(0, length):
+            for at in range(shown.start, shown.end, size):
+                if space.uffd.try_continue(at, size, abi.CONTINUE_MODE_WP) != -errno.EFAULT:
+                    offset = shown.offset + at - shown.start
+                    yield offset, offset + size
 
 
 def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -87,7 +87,9 @@ class Pagemap(OwnedDescriptor):
             return
         has_begun = False
         try:
-            for found in self._scan(address, length, anyof=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED):
+            # Huge pages are not swapped. One that was dropped leaves its protection as an entry that counts as swapped.
+            swapped = abi.PAGE_IS_SWAPPED if page_size == mmap.PAGESIZE else 0
+            for found in self._scan(address, length, anyof=abi.PAGE_IS_PRESENT | swapped):
                 has_begun = True
                 yield from found
         except OSError as error:

@@ -251,7 +251,7 @@ class FileSource:
 
     def _populate(self, low: int, high: int) -> None:
         try:
-            for start, end in self._extents(low, high) if self.sparse else ((low, high),):
+            for start, end in self._extents(low, high) if self.sparse or self.writable else ((low, high),):
                 libc.madvise(self._address + start, end - start, libc.MADV_POPULATE_READ)
                 # One call, a third as fast: each of many calls would wait for the GIL, which the loop has.
                 firsts = libc.peek(range(self._address + start, self._address + end, _PEEK_BLOCK))

@@ -25,6 +25,7 @@ from scenario import eventually, play, replaced
 
 import aiouffd
 from aiouffd.errors import BusyError, PopulatedError, SourceError, WriteBackError
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 PAGES = 256
 SIZE = PAGES * PAGE - 100
@@ -275,12 +276,17 @@ def test_one_writer(tmp_path: Path) -> None:
 
 
 def one_after_the_other(path: str) -> None:
-    """Scenario: a file is written by one Monitor, and then by another."""
+    """Scenario: a file is written by one Monitor, and then by another; the pager lives on meanwhile."""
     gc.disable()
     for _ in range(2):
         with served("in_thread", file_of(path)) as monitor:
             monitor.region[0] = 1
         del monitor
+    with aiouffd.map(path):
+        for page in range(40):
+            with aiouffd.open(aiouffd.FileSource(path, writable=True), write_back=True) as region:
+                region[page * PAGE] = 1
+            del region
 
 
 async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
@@ -299,6 +305,11 @@ async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not writable"):
         await aiouffd.FileSource(path).write(0, b"y")
     await source.aclose()
+    with OwnedDescriptor(os.memfd_create("tmpfs")) as file:  # a look at a hole would fill it with memory
+        os.truncate(file.fileno(), 8 * PAGE)
+        sparse = aiouffd.FileSource(f"/proc/self/fd/{file.fileno()}", writable=True)
+        sparse._populate(0, 8 * PAGE)
+        assert os.fstat(file.fileno()).st_blocks == 0
 
 
 def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.ahead.fill import bring_early, complete, prefetch
@@ -13,7 +14,7 @@ from aiouffd.kernel.memory import unshare_memory
 from aiouffd.pager.process.serialization import Pickles, is_pickle
 from aiouffd.pager.process.served import Served, close_all
 from aiouffd.pager.process.state import SpaceState
-from aiouffd.pager.process.tenancy import config_of
+from aiouffd.pager.process.tenancy import RELEASE, config_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -187,12 +188,22 @@ class Answers:
         self._served.protection.done(message["start"])
 
     async def _close(self, message: dict[str, Any], _: list[int]) -> None:
-        """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay."""
+        """Serve a space no longer; what threads wait for is poisoned, if asked. Its children stay.
+
+        A file that was written is closed then, unless that takes long: another may ask for its lock.
+        """
         space, tenancy = await self._served.wanted(message["token"])
         tenancy.announced = False
         if message["poison"]:
             space.poison({page for flight in space.flights for page in flight.wanted})
+        origin = tenancy.origin
         self._served.dispatcher.drop(space)
+        waits = origin.options.write_back and origin.identity not in self._served.origins
+        gone = origin.gone
+        del space, tenancy, origin  # it is closed with the last reference
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RELEASE if waits else 0.0):
+                await gone.wait()
 
     async def _begin(self, message: dict[str, Any], _: list[int]) -> None:
         """Begin to bring what a space misses, which is not registered yet, perhaps: a `release` will follow."""

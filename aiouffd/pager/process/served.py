@@ -27,7 +27,7 @@ from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
-from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Origin, Tenancy, build, make_origin
+from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Origin, Tenancy, build, let_go, make_origin
 
 if TYPE_CHECKING:
     import asyncio
@@ -224,8 +224,7 @@ class Served:
         if self.origins.pop(origin.identity, None) is None:
             return
         self.journal.append((Kind.RETIRED, origin.identity, b""))  # a successor must not look for its descriptors
-        close_foreign([origin.record["config"], *origin.record["fds"]])  # a file's may wait for its file system
-        self.spawn(origin.backend.aclose())
+        self.spawn(let_go(origin))
 
     def spawn(self, work: Any) -> None:
         """Have a coroutine run to its end."""

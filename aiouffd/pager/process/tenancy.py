@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
+import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +22,7 @@ from aiouffd.engine.serve.common import Common, Shelf, is_far
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.errors import PagerStartError, SourceError
-from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.serialization import described, is_pickle, modules, unpack
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILD_TIMEOUT",
+    "RELEASE",
     "Arrivals",
     "Commons",
     "FailedSource",
@@ -38,11 +42,15 @@ __all__ = [
     "Tenancy",
     "build",
     "config_of",
+    "let_go",
     "make_origin",
 ]
 
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
+
+RELEASE = 1.0
+"""Seconds for a file that was written to be closed, when its memory is left."""
 
 _IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
@@ -65,6 +73,8 @@ class Origin:
         self.service = service
         self.backend = backend
         self.options: Options = _options_of(record)
+        self.gone: asyncio.Event = asyncio.Event()
+        """Set when a file that was written has been closed, for which `let_go` was called."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -249,3 +259,22 @@ def _options_of(record: dict[str, Any]) -> Options:
     """Rebuild the options from JSON."""
     values = dict(record["options"])
     return Options(**{**values, "limits": Limits(**values["limits"])})
+
+
+async def let_go(origin: Origin) -> None:
+    """Close what serves nobody any more. Of a file that was written, wait until it is closed: then its lock is free."""
+    fds, gone, backend = [origin.record["config"], *origin.record["fds"]], origin.gone, origin.backend
+    if not origin.options.write_back:
+        close_foreign(fds)  # a file's may wait for its file system
+        await backend.aclose()
+        return
+    await backend.aclose()
+    loop, collected = asyncio.get_running_loop(), asyncio.Event()
+    source = weakref.ref(origin.service.origin, lambda _: loop.call_soon_threadsafe(collected.set))
+    del origin, backend
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RELEASE):
+            await in_own_thread(lambda: deque(map(os.close, fds), 0))
+            if source() is not None:
+                await collected.wait()
+    gone.set()
