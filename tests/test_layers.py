@@ -78,6 +78,8 @@ ORDER = {
             "clock",
             "bound",
             "write_back",
+            "capture",
+            "moment",
             "plain",
             "space",
             "messages",
@@ -133,6 +135,7 @@ ORDER = {
             "scan",
             "image",
             "writer",
+            "live",
             "transfer",
             "collect",
             "__init__",
@@ -190,7 +193,7 @@ ORDER = {
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),
-        *("recording", "reporting", "progress", "watching", "entered", "monitor", "map", "open"),
+        *("recording", "reporting", "progress", "watching", "entered", "capturing", "monitor", "map", "open"),
     ],
     "report": ["words", "timeline", "run", "advice", "charts", "page", "output", "__init__"],
     "formats": [

@@ -117,7 +117,8 @@ def _serve_present(space: Space, page: int, flags: int, thread: int) -> None:
     words = space.counters.words
     if flags & FaultFlag.WP:
         words[Counter.WRITE_FAULTS] += 1
-        space.backend.written(space, page, flags, thread)
+        if space.capture is None or not space.capture.keeps(space, page, flags, thread):
+            space.backend.written(space, page, flags, thread)
         return
     words[Counter.MINOR_FAULTS] += 1
     start, end, first = space.mappings.locate(page)
@@ -126,7 +127,7 @@ def _serve_present(space: Space, page: int, flags: int, thread: int) -> None:
     length = min(block - (first + page - start) % block, end - page) if first >= 0 else 0
     if length > space.page_size:
         words[Counter.CONTINUES] += 1  # first: its toucher may kill this process before it goes on
-    came = space.uffd.try_continue(page, length, space.resolver.mode) if length > space.page_size else 0
+    came = space.uffd.try_continue(page, length, space.resolver.minor_mode) if length > space.page_size else 0
     if came <= 0:
         space.resolve([space.run(Op.CONTINUE, page)])
     elif space.bound is not None:
@@ -162,6 +163,8 @@ def apply_layout_event(space: Space, message: bytes) -> None:
     space.counters.words[COUNTER_OF_EVENT[code]] += 1
     if code == abi.EVENT_FORK:
         child = space.forked(*abi.FORK_MESSAGE.unpack(message))
+        if space.capture is not None:
+            space.capture.forked(child)
         if space.on_child is not None:
             space.on_child(space, child)
     elif code == abi.EVENT_REMAP:

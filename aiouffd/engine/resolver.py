@@ -64,10 +64,11 @@ class Resolver:
         mode: further mode bits of COPY and CONTINUE (2: write-protected from the start).
 
     Attributes:
+        minor_mode: those of CONTINUE.
         gone: how many pages no mapping covered, or their file had no longer.
     """
 
-    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "mode")
+    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "minor_mode", "mode")
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
@@ -76,11 +77,7 @@ class Resolver:
         self._counters = counters
         self._words = counters.words
         self.mode: int = mode
-        silent, lift = abi.WRITEPROTECT_MODE_DONTWAKE, abi.WRITEPROTECT_MODE_WP
-        self._modes = (  # by `wake` and operation; PROTECT wakes nobody
-            (DONTWAKE | mode, DONTWAKE, DONTWAKE | mode, DONTWAKE, silent, lift),
-            (mode, 0, mode, 0, 0, lift),
-        )
+        self._set_modes(mode)
         self._tries = (
             uffd.try_zeropage,  # COPY has a source, and is called by name
             uffd.try_zeropage,
@@ -89,6 +86,18 @@ class Resolver:
             uffd.try_writeprotect,
             uffd.try_writeprotect,
         )
+
+    def _set_modes(self, minor: int) -> None:
+        mode, silent, lift = self.mode, abi.WRITEPROTECT_MODE_DONTWAKE, abi.WRITEPROTECT_MODE_WP
+        self.minor_mode: int = minor
+        self._modes = (  # by `wake` and operation; PROTECT wakes nobody
+            (DONTWAKE | mode, DONTWAKE, DONTWAKE | minor, DONTWAKE, silent, lift),
+            (mode, 0, minor, 0, 0, lift),
+        )
+
+    def protect_minor(self) -> None:
+        """From now on, what the file has comes write-protected: a page may be protected that is not mapped."""
+        self._set_modes(self.mode | abi.COPY_MODE_WP)
 
     def resolve(self, run: Run, *, wake: bool) -> int:
         """Work a run off until it is resolved or cannot go on now.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.allowance import Allowance
     from aiouffd.engine.bound import Bound
+    from aiouffd.engine.capture import Capture
     from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.plain import PlainFaults, PlainSource
@@ -156,6 +157,7 @@ class Space:
         self.deferred: Deferred = Deferred()
         self.remainders: Remainders = Remainders(page_size)
         self.bound: Bound | None = backend.bound
+        self.capture: Capture | None = None  # since the first snapshot
         mode = abi.COPY_MODE_WP if write_protect else 0
         self.resolver: Resolver = self.bound.enter(self) if self.bound else Resolver(uffd, page_size, counters, mode)
         self.replayed = 0  # pages of a trace that have been brought

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import mmap
 import os
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiouffd.kernel import files, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAP_NORESERVE",
+    "ProcessMemory",
     "SealedMemory",
     "address_of",
     "map_file",
@@ -167,6 +169,45 @@ def map_file(fd: int, length: int, access: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, length, flags=place | mmap.MAP_ANONYMOUS | MAP_NORESERVE, prot=protection)
     libc.mmap_fixed(address_of(mapping), length, protection, kind, fd)
     return mapping
+
+
+class ProcessMemory(OwnedDescriptor):
+    """The memory of a process, read through a descriptor: a page that is missing is told, and causes no fault.
+
+    Args:
+        fd: belongs to this object. Of /proc/self/mem, which its process has opened: the kernel checks then who may read
+            it, and not later. Or of the memfd that it maps.
+        start: where the memfd is mapped from its beginning on; None: it is /proc/self/mem.
+    """
+
+    def __init__(self, fd: int, start: int | None = None) -> None:
+        super().__init__(fd)
+        self._skew = start or 0
+        self.file: int = -1 if start is None else fd
+
+    @classmethod
+    def own(cls) -> Self:
+        """Open that of this process. Raises OSError where there is no /proc."""
+        return cls(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC))
+
+    def read_into(self, view: memoryview, address: int) -> list[int]:
+        """Fill a buffer with the bytes from an address on, both page-aligned; return the pages that are missing.
+
+        From any thread. A hole of a memfd reads as zeros.
+        """
+        done, missing = 0, []
+        while done < len(view):
+            try:
+                got = os.preadv(self._fd, [view[done:]], address + done - self._skew)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                got = 0
+            if not got:
+                missing.append(address + done)
+                got = mmap.PAGESIZE
+            done += got
+        return missing
 
 
 class SealedMemory:

@@ -58,6 +58,13 @@ class Pagemap(OwnedDescriptor):
         except OSError:
             return cls.__new__(cls)
 
+    @classmethod
+    def of(cls, fd: int) -> Self:
+        """Use the descriptor of another process, which it has opened for itself; it belongs to this object."""
+        self = cls.__new__(cls)
+        self._own(fd)
+        return self
+
     def missing(self, address: int, length: int, fd: int = -1, page_size: int = mmap.PAGESIZE) -> list[Range]:
         """Return the ranges of addresses of [address, address + length) whose pages are missing.
 

@@ -77,16 +77,14 @@ class Region(mmap.mmap):
 
     - **Locked memory.** mlockall(MCL_FUTURE) fills each new mapping with zeros. A region is made without that, and is
       locked page by page as its pages come (MLOCK_ONFAULT, Linux 4.4). What mlock or mlockall(MCL_CURRENT) has filled
-      before the first Monitor is entered is dropped again; where it cannot be dropped, since others share it, entering
-      raises PopulatedError.
+      before the first Monitor is entered is dropped again; entering raises PopulatedError where others share it.
     - **Another mapping of shared memory.** A process that maps a shared region's memfd without a Monitor of its own,
       and touches a missing page of it, makes the kernel put a page of zeros into the file: for all processes, for good.
       userfaultfd cannot prevent this. Let each process that maps the memfd have a Monitor (`from_fd`), or touch only
       pages that are present. A Monitor logs a warning if it finds such a mapping in its own process;
       `Statistics.continues` counts the pages that were in the file before they were touched in the region.
 
-    Missing pages are missing for debuggers as well: gdb and /proc/PID/mem get EIO, and a core dump leaves them out.
-    process_vm_readv(2) waits for them like a touch.
+    For gdb, /proc/PID/mem (EIO) and core dumps missing pages are missing, too; process_vm_readv(2) waits like a touch.
 
     Raises:
         LimitError: a limit of the process or machine; the error names it.
@@ -296,8 +294,8 @@ class Region(mmap.mmap):
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`. MADV_DONTNEED and MADV_REMOVE empty pages: they read as zeros, not as the source's data.
 
-        A RuntimeWarning says so where a Monitor shows data in the region. After a Monitor was left, a touch of an
-        emptied page is SIGBUS, as of any that is missing.
+        They wait for the end of a snapshot, as `resize` does. A RuntimeWarning tells, where a Monitor shows data. After
+        it was left, a touch of an emptied page is SIGBUS, as of any that is missing.
         """
         length = len(self) - start if length is None else length
         if option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
@@ -305,6 +303,7 @@ class Region(mmap.mmap):
             return
         if self.monitor is not None and self.monitor.shows_data:
             warnings.warn("emptied pages read as zeros, and not as the source's data", RuntimeWarning, stacklevel=2)
+        _wait_for_snapshot(self.monitor)
         if self._adopted:  # it has been private, and is emptied as it would be
             option, length = mmap.MADV_REMOVE, align_up(length, self.page_size)
         if self._listener is None:
@@ -336,6 +335,7 @@ class Region(mmap.mmap):
         """
         if not self._may_use_descriptor():
             raise ClosedError("this process has closed the region's descriptor")
+        _wait_for_snapshot(self.monitor)
         if newsize > len(self):
             self._clear_tail()
         if self._listener is None:
@@ -345,8 +345,8 @@ class Region(mmap.mmap):
         self.refuse_views()
 
         def move(change: LayoutChange) -> None:
-            # Without EVENT_REMAP the kernel unregisters memory that moves, and missing pages would read as zeros until
-            # it is registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
+            # Without EVENT_REMAP memory that moves is unregistered: missing pages would read as zeros until it is
+            # registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
             if newsize > len(self):  # else nothing moves
                 libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
             try:
@@ -460,6 +460,11 @@ class Region(mmap.mmap):
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} bytes at {self.address:#x}"
         return f"<Region {state}, pages of {self.page_size}{', shared' if self.fd >= 0 else ''}>"
+
+
+def _wait_for_snapshot(monitor: Any) -> None:
+    if monitor is not None:
+        monitor.wait_for_snapshot()
 
 
 def _check(length: int, page_size: int) -> None:

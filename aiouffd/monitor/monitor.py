@@ -31,10 +31,10 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.beginnings import beginnings
+from aiouffd.monitor.capturing import Capturing
 from aiouffd.monitor.crashes import CrashNotes, caller, enable_tracebacks
 from aiouffd.monitor.engines.pager import default as default_pager
 from aiouffd.monitor.engines.protocol import Assignment, Terms
-from aiouffd.monitor.entered import Entered
 from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.held import Held
 from aiouffd.monitor.lookout import Lookout
@@ -116,7 +116,7 @@ class AllOptions(ServingOptions, MemoryOptions, total=False):
     """The options of a Monitor that chooses how it is served."""
 
 
-class Monitor(Entered):
+class Monitor(Capturing):
     """Serves the page faults of a region, from entering the `with` block until leaving it.
 
     A thread that touches a missing page with the GIL held stops its whole interpreter, and a loop in it. So the loop

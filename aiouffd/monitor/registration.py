@@ -76,8 +76,8 @@ class Registration:
         self.written: WrittenPages | None = None
         if writes:
             self.modes |= RegisterMode.WP
-            more = Feature.PAGEFAULT_FLAG_WP | (Feature.WP_HUGETLBFS_SHMEM & available)
-            features |= WRITE_TRACKING if writes == "tracked" else more
+            features |= WRITE_TRACKING if writes == "tracked" else Feature.PAGEFAULT_FLAG_WP
+        features |= (Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM) & available  # for snapshots
         pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
         drop_populated_zeros(region, pagemap)
         if shared and writes in ("noted", "saved") and region.fd < 0:

@@ -73,6 +73,7 @@ def _table() -> ctypes.CDLL:
     for name, *arguments in (
         ("add", ctypes.POINTER(_Options), ctypes.POINTER(ctypes.c_int)),
         ("loop", slot, ctypes.c_int),
+        ("tell_writes", slot),
         ("close", slot),
         ("open", slot),
         ("show", slot, number, number, ctypes.c_void_p, number),
@@ -85,7 +86,7 @@ def _table() -> ctypes.CDLL:
         ("finalizing",),
     ):
         getattr(table, f"aiouffd_{name}").argtypes = arguments
-    for name in ("loop", "open", "remove", "refuse", "counters", "finalizing"):
+    for name in ("loop", "tell_writes", "open", "remove", "refuse", "counters", "finalizing"):
         getattr(table, f"aiouffd_{name}").restype = None
     table.aiouffd_below.restype = table.aiouffd_handler.restype = number
     return table
@@ -191,6 +192,11 @@ class Served:
     def close(self) -> bool:
         """Keep handlers out: new ones wait. False if one that was inside has not left in 5 s."""
         return not self.here or self._table.aiouffd_close(self._slot) == 0
+
+    def tell_writes(self) -> None:
+        """Have the loop asked about writes to pages that are there, which may be protected; while it is closed."""
+        if self.here:
+            self._table.aiouffd_tell_writes(self._slot)
 
     def open(self) -> None:
         """Let handlers in again."""

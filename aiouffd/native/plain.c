@@ -101,7 +101,8 @@ static struct stream *choose(struct region *r, uint64_t page, uint64_t *low, uin
 /* Map a page that the file has already: another process may have brought it. COPY says EEXIST then, and maps nothing. */
 static int mapped_from_file(struct region *r, uint64_t page, enum outcome *how)
 {
-    struct range_argument minor = {page, r->is.page, MODE_DONTWAKE | r->is.mode, 0};
+    uint32_t mode = r->is.mode | (r->is.asks_to_write ? MODE_WP : 0); /* it may be protected, and is mapped nowhere */
+    struct range_argument minor = {page, r->is.page, MODE_DONTWAKE | mode, 0};
     int64_t done = resolve(r, IOC_CONTINUE, &minor, &minor.done, r->is.page);
     if (done == -EFAULT) /* the file does not have it */
         return 0;

@@ -41,7 +41,7 @@ static int serve_in(struct region *r, uint64_t address, void *context, uint64_t 
 {
     uint64_t page = address & -r->is.page;
     enum outcome how = place(r, page);
-    if (how == ASKED)
+    if (how == ASKED || (how == PRESENT && r->is.asks_to_write)) /* it is protected, perhaps */
         return ask(r, page, address, context);
     uint64_t spent = now_ns() - began;
     int bits = spent ? 64 - __builtin_clzll(spent) : 0;

@@ -109,6 +109,12 @@ EXPORT void aiouffd_loop(int slot, int thread)
     atomic_store(&regions[slot].loop, thread);
 }
 
+/* From now on the loop is asked what to do about a write to a page that is there: to a closed region. */
+EXPORT void aiouffd_tell_writes(int slot)
+{
+    regions[slot].is.asks_to_write = 1;
+}
+
 /* Keep handlers out of a region: new ones wait. 0, or -ETIMEDOUT if one that was inside did not leave. */
 EXPORT int aiouffd_close(int slot)
 {

@@ -9,6 +9,7 @@ Layout:
 - `filesystem`: fsspec's way to the cache.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
+- `live`: a snapshot of memory in use.
 - `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files, which
   `cache_files` opens and locks.
 - `cached_source` serves from it: `fetches` brings chunks, `chunk_names` names them, `view` maps them.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aiouffd.store.collect import gc, gc_sync
     from aiouffd.store.folder import Entry
+    from aiouffd.store.live import Captured, LiveOptions
     from aiouffd.store.manifest import Manifest
     from aiouffd.store.scan import diff, diff_sync, extract, extract_sync, verify, verify_sync
     from aiouffd.store.snapshot import Snapshot, open_snapshot
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from aiouffd.store.writer import create, create_sync
 
 __all__ = [
+    "Captured",
     "Entry",
+    "LiveOptions",
     "Manifest",
     "Snapshot",
     "SnapshotSource",
@@ -55,6 +59,7 @@ __all__ = [
 _HOMES = {
     "collect": "gc gc_sync",
     "folder": "Entry",
+    "live": "Captured LiveOptions",
     "manifest": "Manifest",
     "scan": "diff diff_sync extract extract_sync verify verify_sync",
     "snapshot": "Snapshot open_snapshot",

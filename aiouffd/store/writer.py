@@ -17,7 +17,7 @@ from aiouffd.store.image import Changed, open_diff, open_image
 from aiouffd.store.layer import Layer, in_order
 from aiouffd.store.manifest import LARGEST_MANIFEST, Link, Manifest, checked_chunk_size
 from aiouffd.store.place import split
-from aiouffd.store.snapshot import open_snapshot, open_store, trace_path
+from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store, trace_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from aiouffd.store.folder import Folder
     from aiouffd.store.image import Image
     from aiouffd.store.index import Index, Record
-    from aiouffd.store.snapshot import Snapshot
 
-__all__ = ["CHUNK_SIZE", "CreateOptions", "create", "create_sync", "publish", "target", "threads"]
+__all__ = ["CHUNK_SIZE", "CreateOptions", "create", "create_sync", "publish", "target", "threads", "write_image"]
 
 CHUNK_SIZE: Final = 64 << 10
 _SEGMENT: Final = 1 << 20  # bytes that a thread reads and hashes in one go
@@ -107,6 +106,11 @@ def create_sync(source: Any, destination: str | os.PathLike[str], **options: Unp
         options = {**options, "changed": changed}
     else:
         image = open_image(source, stored)
+    return write_image(store, name, image, **options)
+
+
+def write_image(store: Folder | Bucket, name: str, image: Image, *, replace: bool = False, **options: Any) -> Manifest:
+    """Write the snapshot of an image, which is closed; otherwise as `create_sync`. `base` may be an opened snapshot."""
     with contextlib.closing(image):  # raises if it has changed
         manifest = _written(store, name, image, **options)
     publish(store, name, manifest, replace=replace)
@@ -118,7 +122,7 @@ def _written(
     name: str,
     image: Image,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: Snapshot | str | os.PathLike[str] | None = None,
     changed: Iterable[Range] | None = None,
     codec: str = "zstd",
     level: int = LEVEL,
@@ -212,9 +216,12 @@ def _exists(store: Folder | Bucket, name: str) -> StoreError:
 
 
 def _base(
-    store: Folder | Bucket, base: str | os.PathLike[str], chunk_size: int | None, options: Mapping[str, Any] | None
+    store: Folder | Bucket,
+    base: Snapshot | str | os.PathLike[str],
+    chunk_size: int | None,
+    options: Mapping[str, Any] | None,
 ) -> Snapshot:
-    below = open_snapshot(base, options)
+    below = base if isinstance(base, Snapshot) else open_snapshot(base, options)
     name = below.store.name(below.name)
     if not store.is_same(below.store):
         raise StoreError(name, 0, 0, "a base must be in the store of its layer: copy it there first")

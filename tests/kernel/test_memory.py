@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import mmap
+import os
 import resource
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import SealedMemory, address_of, map_file, mapped, unreadable, zeros
+from aiouffd.kernel.memory import ProcessMemory, SealedMemory, address_of, map_file, mapped, unreadable, zeros
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
@@ -136,3 +137,23 @@ def test_a_buffer_that_cannot_be_sealed_leaves_no_descriptor(monkeypatch: pytest
     with pytest.raises(OSError, match="no seals"):
         SealedMemory.from_buffer(b"abc")
     assert open_descriptors() == before
+
+
+def test_memory_is_read_without_a_fault() -> None:
+    """Of a process, whose missing pages are told, and of a memfd."""
+    region = aiouffd.Region(4 * PAGE)
+    region[0], region[2 * PAGE] = 1, 3
+    data = bytearray(4 * PAGE)
+    with aiouffd.Userfaultfd() as uffd, ProcessMemory.own() as own:
+        uffd.register(region.address, 4 * PAGE, aiouffd.RegisterMode.MISSING)
+        assert own.file == -1
+        assert own.read_into(memoryview(data), region.address) == [region.address + PAGE, region.address + 3 * PAGE]
+        uffd.unregister(region.address, 4 * PAGE)
+    assert data[::PAGE] == bytes([1, 0, 3, 0])
+    fd = os.memfd_create("memory")
+    os.ftruncate(fd, 2 * PAGE)
+    os.pwrite(fd, b"file", PAGE)
+    with ProcessMemory(fd, 1 << 20) as file:
+        assert file.file == fd
+        assert file.read_into(memoryview(data)[:PAGE], (1 << 20) + PAGE) == []
+    assert data[:4] == b"file"

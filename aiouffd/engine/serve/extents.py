@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.runs import Op, Run
@@ -11,7 +12,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.memory import address_of, zero_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.runs import Purpose
@@ -73,6 +74,14 @@ class Extents:
             return "data", length
         whole = (self.size - offset) & -page
         return ("data", whole) if whole else ("tail", page)
+
+    def data(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what may not be zeros of [offset, end), in order; in whole pages."""
+        while offset < end:
+            kind, length = self.split(offset, end - offset, mmap.PAGESIZE)
+            if kind != "zeros":
+                yield offset, offset + length
+            offset += length
 
     def add_at_hand(
         self, space: Space, address: int, offset: int, length: int, runs: list[Run], purpose: Purpose

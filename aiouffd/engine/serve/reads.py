@@ -127,6 +127,12 @@ class Reads:
         """Count a further try."""
         self._words[Counter.SOURCE_RETRIES] += 1
 
+    async def fetch(self, offset: int, length: int) -> Any:
+        """As `read`, for what nobody waits for; what is behind the end of the source is zeros."""
+        there = max(min(length, self._source.size - offset), 0)
+        data = await self.read(offset, there, urgent=False) if there else b""
+        return data if there == length else bytes(data) + bytes(length - there)
+
     def _refuse(self, view: memoryview, offset: int, length: int) -> NoReturn:
         """Raise what is wrong with an answer."""
         if not view.c_contiguous:

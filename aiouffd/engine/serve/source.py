@@ -24,7 +24,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
@@ -76,6 +76,8 @@ class SourceBackend:
         self._precedence = precedence or Precedence()
         self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand)
+        self.fetch: Callable[[int, int], Awaitable[Any]] = self._reads.fetch
+        self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._is_plain = self._extents.may_be_plain and on_touch is None and bound is None
         self._on_touch = on_touch

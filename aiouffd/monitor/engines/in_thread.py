@@ -40,10 +40,12 @@ from aiouffd.native.faults import Served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.monitor.engines.layout import Layout
     from aiouffd.monitor.engines.protocol import Assignment, Terms
+    from aiouffd.store.live import Order
 
 __all__ = ["InThread", "InThreadEngine"]
 
@@ -211,6 +213,10 @@ class InThreadEngine(LocalEngine):
         self._loop.call_later(self._period, self._beat)
 
     # Other threads' side
+
+    def snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        """Have the memory of one moment written; from now on the handlers ask the loop about writes."""
+        return self._local.snapshot(order, self._served.tell_writes)
 
     def statistics(self) -> Statistics:
         """Read the counters: the loop's, and those of the handlers."""

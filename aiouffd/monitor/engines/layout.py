@@ -84,6 +84,10 @@ class Layout:
         """Whether this thread may wait for a missing page: it does not run the loop."""
         return threading.get_ident() != self.thread
 
+    def quiet(self) -> AbstractContextManager[object]:
+        """Keep away others that place pages, beside the loop, inside the block."""
+        return self._quiet(self)
+
     def change(self, work: Callable[[LayoutChange], T]) -> T:
         """Call `work`, which changes the region's layout and says how, at a moment when nothing is placed.
 

@@ -11,7 +11,10 @@ import sys
 import threading
 from concurrent.futures import InvalidStateError
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
 
 from aiouffd.engine.ahead.fill import bring_ahead, prefetch
 from aiouffd.engine.assembly import make_backend, make_readahead
@@ -21,7 +24,9 @@ from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.monitor.engines.protocol import Assignment
+    from aiouffd.store.live import Order, Snapshots
 
 __all__ = ["Local", "LocalEngine"]
 
@@ -74,9 +80,11 @@ class Local:
         self._loop = loop
         self._closed = self._ended = False
         self._asked: set[Future[Any]] = set()
+        self._snapshots: Snapshots | None = None
+        self._modes = options.modes
         bound = None
+        self._file = file = OwnedDescriptor(os.dup(assignment.file)) if assignment.file >= 0 else None
         if assignment.written is not None:
-            file = OwnedDescriptor(os.dup(assignment.file)) if assignment.file >= 0 else None
             bound = Bound(assignment.written, assignment.page_size, options.max_resident, counters, file)
         self.backend: SourceBackend | HandlerBackend = make_backend(service, counters, options, bound)
         self.space: Space = Space(
@@ -121,6 +129,24 @@ class Local:
         """Write what was written of these offsets to the source. From any thread. Raises as `prefetch`."""
         return self._ask(lambda: self._flush(offset, length))
 
+    def snapshot(self, order: Order, first: Callable[[], None] = lambda: None) -> Future[dict[str, Any]]:
+        """Have the memory of one moment written. From any thread. Raises as `prefetch`.
+
+        Args:
+            order: what is to be written.
+            first: called while nobody places pages.
+        """
+        return self._ask(lambda: self._snapshot(order, first))
+
+    def cancel_snapshot(self) -> None:
+        """Have the snapshot end that is under way; its future is done when it has. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._cancel_snapshot)
+
+    def _cancel_snapshot(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.cancel(self.space)
+
     def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         try:
             asked = start_in_loop(self._loop, lambda: None if self._closed else work())
@@ -158,6 +184,17 @@ class Local:
         if self.backend.bound is not None:
             await self.backend.bound.flush(offset, offset + length)
 
+    async def _snapshot(self, order: Order, first: Callable[[], None]) -> dict[str, Any]:
+        if self._snapshots is None:
+            module = await asyncio.to_thread(import_module, "aiouffd.store.live")
+            self._snapshots = module.Snapshots()
+        with self.layout.quiet():
+            first()
+        file = self._file
+        memory = ProcessMemory.own() if file is None else ProcessMemory(os.dup(file.fileno()), order.start)
+        quiet, modes = self.layout.quiet, self._modes
+        return attrs.asdict(await self._snapshots.take([self.space], order, memory, Pagemap(), modes, quiet))
+
     def give_up(self, offset: int, length: int) -> None:
         """Ask no longer for what fails in these offsets. From any thread."""
         if self.space.retrying is not None:
@@ -177,6 +214,8 @@ class Local:
         """Serve no longer. What was written is saved before: nobody else has private memory."""
         self._closed = True
         self._stop_bringing()
+        if self._snapshots is not None:
+            await self._snapshots.aclose()
         if self.backend.bound is not None:
             await self.backend.bound.aclose()
         self._dispatcher.close()
@@ -199,6 +238,14 @@ class LocalEngine:
     def flush(self, offset: int, length: int) -> Future[None]:
         """Write what was written of these offsets to the source."""
         return self._local.flush(offset, length)
+
+    def snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        """Have the memory of one moment written."""
+        return self._local.snapshot(order)
+
+    def cancel_snapshot(self) -> None:
+        """Have the snapshot end that is under way."""
+        self._local.cancel_snapshot()
 
     def give_up(self, offset: int, length: int) -> None:
         """Ask no longer for what fails in these offsets."""

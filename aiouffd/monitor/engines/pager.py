@@ -12,6 +12,8 @@ import attrs
 from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.memory import ProcessMemory
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.protocol import Assignment, Terms
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.store.live import Order
 
 __all__ = ["Pager", "PagerEngine", "default"]
 
@@ -154,6 +157,7 @@ class PagerEngine:
 
     def start(self, assignment: Assignment) -> None:
         """Have a pager serve the region."""
+        self._file = assignment.file
         memory = () if assignment.written is None else (assignment.written.fileno(), assignment.file)
         options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us)
         self._pack = Pack(assignment.service, options, memory, assignment.page_size)
@@ -201,6 +205,25 @@ class PagerEngine:
     def flush(self, offset: int, length: int) -> Future[None]:
         """Write what was written of these offsets to the source."""
         return self._client.request("flush", self._tenant, offset=offset, length=length)
+
+    def snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        """Have the memory of one moment written: the pager reads it through descriptors of this process."""
+        shared = self._file >= 0
+        memory = ProcessMemory(os.dup(self._file), order.start) if shared else ProcessMemory.own()
+        with contextlib.ExitStack() as undo:
+            pagemap = undo.enter_context(Pagemap())
+            undo.enter_context(memory)
+            fds = [memory.fileno(), pagemap.fileno()]
+            asked = {"order": attrs.asdict(order), "shared": shared, "worker": self.pids[1]}
+            future = self._client.request("snapshot", self._tenant, fds=fds, **asked)
+            kept = undo.pop_all()
+            future.add_done_callback(lambda _: kept.close())
+        return future
+
+    def cancel_snapshot(self) -> None:
+        """Have the snapshot end that is under way; its future is done when it has."""
+        with contextlib.suppress(UffdError):  # it was left just now
+            self._client.request("cancel_snapshot", self._tenant)
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

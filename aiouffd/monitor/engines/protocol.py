@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.abi import Feature
     from aiouffd.kernel.region import LayoutListener
     from aiouffd.kernel.userfaultfd import Userfaultfd
+    from aiouffd.store.live import Order
 
 __all__ = ["Assignment", "Engine", "EngineChoice", "Terms", "positive_or_none"]
 
@@ -106,6 +107,16 @@ class Engine(Protocol):
 
     def flush(self, offset: int, length: int) -> Future[None]:
         """Write what was written of offsets [offset, offset + length) to the source, until it is durable."""
+
+    def snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        """Write the memory of one moment; the result is what `Captured` is made of.
+
+        Raises:
+            ValueError: such an engine cannot.
+        """
+
+    def cancel_snapshot(self) -> None:
+        """Have the snapshot end that is under way; its future is done when it has. Does not wait."""
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError where this thread runs the engine's loop, and so cannot wait for a page."""

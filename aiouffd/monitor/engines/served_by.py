@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from aiouffd.monitor.engines.protocol import Assignment, Terms
     from aiouffd.rpc import Request
+    from aiouffd.store.live import Order
 
 __all__ = ["ServedBy", "ServedByEngine"]
 
@@ -173,6 +174,15 @@ class ServedByEngine:
     def flush(self, offset: int, length: int) -> Future[None]:
         """As `evict`."""
         raise NotImplementedError
+
+    def snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        """Raise: a server writes nothing where a client says."""
+        raise ValueError(
+            f"engine=ServedBy() takes no snapshots, and {order.destination!r} would be the server's to write"
+        )
+
+    def cancel_snapshot(self) -> None:
+        """Do nothing: there is none."""
 
     def check_may_wait(self) -> None:
         """Do nothing: the loop runs in another process."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from aiouffd.engine.ahead.fill import bring_early, complete, prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.errors import ClosedError, PagerStartError
+from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
-from aiouffd.kernel.memory import unshare_memory
+from aiouffd.kernel.memory import ProcessMemory, unshare_memory
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.serialization import Pickles, is_pickle
 from aiouffd.pager.process.served import Served, close_all
 from aiouffd.pager.process.state import SpaceState
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.space import Space
     from aiouffd.pager.process.handover import Handover
     from aiouffd.pager.process.tenancy import Origin
+    from aiouffd.store.live import Snapshots
 
 __all__ = ["Answers"]
 
@@ -48,6 +54,7 @@ class Answers:
         self._handover = handover
         self._pickles = pickles
         self._prepared = False
+        self._snapshots: Snapshots | None = None
         self._opening: dict[str, asyncio.Lock] = {}  # by the token of the source: it is opened once
         self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[Any]]] = {
             "open": self._open,
@@ -57,6 +64,8 @@ class Answers:
             "prefetch": self._prefetch,
             "evict": self._evict,
             "flush": self._flush,
+            "snapshot": self._snapshot,
+            "cancel_snapshot": self._cancel_snapshot,
             "refuse": self._refuse,
             "give_up": self._give_up,
             "close": self._close,
@@ -169,6 +178,27 @@ class Answers:
         bound = tenancy.origin.backend.bound
         if bound is not None:
             await bound.flush(message["offset"], message["offset"] + message["length"])
+
+    async def _snapshot(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        """Write what a space has at one moment; descriptors are its memory and its pagemap, opened by its process."""
+        order, shared = message["order"], message["shared"]
+        memory, pagemap = ProcessMemory(fds[0], order["start"] if shared else None), Pagemap.of(fds[1])
+        with memory, pagemap:
+            if message["worker"] != os.getpid():  # sent again: nobody knows any more what was protected
+                raise PagerDiedError("the pager's worker died while it took a snapshot: take another")
+            if self._snapshots is None:
+                await asyncio.to_thread(import_module, "aiouffd.store.live")
+                self._snapshots = import_module("aiouffd.store.live").Snapshots()
+            space, tenancy = await self._served.wanted(message["token"])
+            others = [each for each in self._served.family_of(message["token"]) if shared and each is not space]
+            order, modes = import_module("aiouffd.store.live").Order(**order), tenancy.origin.options.modes
+            return attrs.asdict(await self._snapshots.take([space, *others], order, memory, pagemap, modes))
+
+    async def _cancel_snapshot(self, message: dict[str, Any], _: list[int]) -> None:
+        """Have the snapshot of a space end, which is answered when it has."""
+        space = self._served.find(message["token"])
+        if self._snapshots is not None and space is not None:
+            self._snapshots.cancel(space)
 
     async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""

@@ -1,0 +1,459 @@
+"""The memory of one moment, while its threads write on: which pages are read when.
+
+In this order:
+
+1. The loop write-protects what the base does not have: what was written or has come since. A first write to a
+   protected page is let go at once, and that page is protected again later.
+2. From now on such writes are held back. What was written in step 1 is protected. The last turn of the loop looks at
+   what has come meanwhile, and protects that: this is the moment. The writes go on.
+3. At the first write to a page that is still to be read, the loop keeps the bytes of the page, and lifts the protection
+   then. Where too many bytes are kept, the write waits.
+4. Threads read the memory (`moment`), and ask the loop behind each read: it has the bytes of pages that were written
+   in between, and takes note of what was read. Missing pages are read from the source: it has their bytes.
+5. In the end the protection is lifted; or it stays, and tells what was written since.
+
+From the moment on, a page that is to be read is protected, or its bytes are kept. All of this is on one loop. It is
+lost with the process of that loop: whoever serves then lifts a protection when a thread wants to write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import errno
+import mmap
+import os
+import re
+from itertools import pairwise
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from aiouffd.errors import BusyError, ClosedError, LayoutChangingError, UnsupportedError
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.resolver import Resolver
+    from aiouffd.kernel.memory import ProcessMemory
+    from aiouffd.kernel.pagemap import Pagemap
+
+__all__ = ["Capture", "Phase"]
+
+_LOOSE, _PROTECTED, _DUE, _KEPT, _EMPTIED = range(5)
+"""Of a page: it is missing or may be written; it is protected, and as in the base or read already; it is protected, and
+to be read; it may be written, and its bytes are kept; it was emptied since the base."""
+_OPEN = re.compile(b"[\0\4]+")
+_TO_READ = re.compile(b"[\2\3]+")
+_NOT_READ = bytes([_LOOSE, _PROTECTED, _LOOSE, _LOOSE, _EMPTIED]) + bytes(251)
+_STILL_PROTECTED = re.compile(b"[\1\2]+")
+_NEW = re.compile(b"[\2\4]+")
+_WITH_BASE = bytes([_LOOSE, _DUE, _DUE, _KEPT, _LOOSE]) + bytes(251)
+_READ = bytes([_LOOSE, _PROTECTED, _PROTECTED, _LOOSE, _EMPTIED]) + bytes(251)
+_READ_AND_LIFTED = bytes([_LOOSE, _LOOSE, _LOOSE, _LOOSE, _EMPTIED]) + bytes(251)
+_PIECE = 8 << 20  # bytes that are protected in one turn
+_LIFTED = 64 << 20  # bytes that are lifted in one turn
+_MOST_KEPT = 64 << 20
+_RETRY = 0.001  # seconds
+
+
+class Phase(enum.Enum):
+    """What is done at the moment."""
+
+    IDLE = 0
+    PROTECTING = 1
+    HOLDING = 2
+    READING = 3
+    LIFTING = 4
+
+
+class _Space(Protocol):
+    """What is needed of a space."""
+
+    uffd: Any
+    page_size: int
+    mappings: Mappings
+    backend: Any
+    resolver: Resolver
+    closing: bool
+    is_gone: bool
+    write_protect: bool
+    on_changed: set[Callable[[int, int], None]]
+    capture: Any
+
+
+class Capture:
+    """Snapshots of one region, one after the other, and what was written between them. Used on one loop.
+
+    Args:
+        spaces: the region's; and those of forked children that share its memory, at the same addresses.
+        start: where the region lies.
+        length: of it, in whole pages.
+        modes: of its registration.
+        quiet: keeps away others that place pages beside the loop, inside the block.
+
+    Attributes:
+        pages_kept: pages whose bytes were kept before a write, for this snapshot.
+        pause_ns: for so long writes to protected pages were held back until the moment.
+    """
+
+    def __init__(
+        self,
+        spaces: Sequence[_Space],
+        start: int,
+        length: int,
+        modes: int,
+        quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.spaces: list[_Space] = list(spaces)
+        self.start: int = start
+        self.length: int = length
+        self.page: int = spaces[0].page_size
+        self.phase: Phase = Phase.IDLE
+        self.pause_ns: int = 0
+        self.pages_kept: int = 0
+        self.base: str | None = None  # names the snapshot since which `_states` tells what was written
+        self.failure: BaseException | None = None
+        self.shared: bool = False  # forked children have the same memory
+        self._modes = modes
+        self._quiet = quiet
+        self._states = bytearray(length // self.page)
+        self._registered = False
+        self._again: list[int] = []
+        self._held: list[tuple[_Space, int, int, int]] = []
+        self._kept: dict[int, bytes] = {}
+        self._memory: ProcessMemory
+        self._pagemap: Pagemap
+        self._shown: Mappings
+        self._layout_changed = False
+
+    @classmethod
+    def of(
+        cls,
+        spaces: Sequence[_Space],
+        start: int,
+        length: int,
+        modes: int,
+        quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> Self:
+        """Return that of a region, which is known since an earlier snapshot; or another, if the region has moved."""
+        known: Self | None = spaces[0].capture
+        if known is None or (known.phase is Phase.IDLE and (known.start, known.length) != (start, length)):
+            known = cls(spaces, start, length, modes, quiet)
+        for space in spaces:
+            space.capture = known
+        return known
+
+    def forked(self, child: _Space) -> None:
+        """Take note of a forked child, whose pages are protected as its parent's: it writes to shared memory, too."""
+        if self.shared:
+            child.capture = self
+            child.resolver.protect_minor()
+            child.on_changed.add(self._changed)
+            self.spaces.append(child)
+
+    # Until the moment
+
+    async def begin(
+        self, memory: ProcessMemory, pagemap: Pagemap, base: str | None, granule: int
+    ) -> list[Range] | None:
+        """Protect what is there, and let a moment be; `end` must follow, unless this raises.
+
+        Args:
+            memory: reads it; open until `end`.
+            pagemap: tells what is there; open until this returns.
+            base: names a snapshot. What was written since is known if it was the last one.
+            granule: bytes that are read together: whole pages.
+
+        Returns:
+            What may differ from the base, in offsets of the region; None: nothing is known.
+
+        Raises:
+            BusyError: another snapshot is under way.
+            UnsupportedError: the kernel cannot protect this memory.
+        """
+        if self.phase is not Phase.IDLE:
+            raise BusyError("a snapshot", self.start, self.length, errno.EBUSY)
+        self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
+        self.pause_ns = self.pages_kept = 0
+        self._memory, self._pagemap, self.shared = memory, pagemap, memory.file >= 0
+        self.spaces = [space for space in self.spaces if not space.closing and not space.is_gone] or self.spaces[:1]
+        try:
+            self._register()
+            known = base is not None and base in (self.base, self._base_of_source())
+            if base is None or base != self.base:
+                self._states[:] = bytes(len(self._states))
+            self.base = None
+            await self._protect(self._unprotected())
+            self.phase, began = Phase.HOLDING, perf_counter_ns()
+            await self._protect(self._written_again())
+            while not self._is_moment():
+                await asyncio.sleep(_RETRY)
+                self.check()
+            changes = self._changes(granule) if known else None
+            if changes is None:
+                self._states = self._states.translate(_WITH_BASE)
+            self._let_go()
+            self.pause_ns = perf_counter_ns() - began
+            return changes  # noqa: TRY300 - the way of each snapshot
+        except BaseException:
+            await self.end(None)
+            raise
+
+    def _register(self) -> None:
+        """Have writes to protected pages be told of, from the first snapshot on."""
+        if self._registered:
+            return
+        needed = Feature.PAGEFAULT_FLAG_WP
+        if self.shared or self.page > mmap.PAGESIZE:
+            needed |= Feature.WP_HUGETLBFS_SHMEM
+        for space in self.spaces:
+            if missing := needed & ~space.uffd.features:
+                raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
+            for start, end in self._runs(space):
+                space.uffd.register(start, end - start, RegisterMode(self._modes) | RegisterMode.WP)
+            space.resolver.protect_minor()
+            space.on_changed.add(self._changed)
+        self._registered = True
+
+    def _runs(self, space: _Space) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of what is mapped of the region, joined."""
+        low = high = self.start
+        for run in space.mappings.runs(self.start, self.start + self.length):
+            if run.start != high:
+                if low < high:
+                    yield low, high
+                low = run.start
+            high = run.end
+        if low < high:
+            yield low, high
+
+    def _base_of_source(self) -> str | None:
+        """Return the snapshot that the missing pages show, if that is known of each."""
+        kind, name = getattr(self.spaces[0].backend.source, "identity", None) or ("", None)
+        shown = list(self.spaces[0].mappings)
+        whole = len(shown) == 1 and shown[0].offset == 0 and shown[0].start == self.start
+        return str(name) if kind == "snapshot" and whole else None
+
+    def _unprotected(self) -> list[tuple[int, int]]:
+        """Return (start, end) of the pages that are there and may be written."""
+        found: list[tuple[int, int]] = []
+        for low, high in self._pagemap.spans(self.start, self.length, self._memory.file, self.page):
+            for shown in self.spaces[0].mappings.runs(low, high):
+                first, last = (shown.start - self.start) // self.page, (shown.end - self.start) // self.page
+                runs = _OPEN.finditer(self._states, first, last)
+                found += ((self._at(run.start()), self._at(run.end())) for run in runs)
+        return found
+
+    def _at(self, index: int) -> int:
+        return self.start + index * self.page
+
+    def _written_again(self) -> list[tuple[int, int]]:
+        """Return (start, end) of the pages that were let go in step 1."""
+        pages, self._again = sorted(set(self._again)), []
+        cuts = [0, *(at for at, (one, other) in enumerate(pairwise(pages), 1) if other - one > 1), len(pages)]
+        return [(self._at(pages[low]), self._at(pages[high - 1] + 1)) for low, high in pairwise(cuts) if low < high]
+
+    async def _protect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        for start, end in ranges:
+            for at, size in pieces(start, end, self.page, _PIECE):
+                while not self._protect_now(at, at + size):
+                    await asyncio.sleep(_RETRY)
+                    self.check()
+                if size == _PIECE:
+                    await asyncio.sleep(0)  # faults go first
+        self.check()
+
+    def _protect_now(self, start: int, end: int) -> bool:
+        """Protect pages that are there; False: the layout is changing."""
+        for space in self.spaces:
+            result = space.uffd.try_writeprotect(start, end - start, abi.WRITEPROTECT_MODE_WP)
+            if result in (-errno.EAGAIN, 0):
+                return False
+            if result < 0 and result not in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
+                raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
+        first, last = (start - self.start) // self.page, (end - self.start) // self.page
+        self._states[first:last] = bytes([_DUE]) * (last - first)
+        return True
+
+    def _is_moment(self) -> bool:
+        """Protect what has come meanwhile; False: the layout is changing."""
+        with self._quiet():
+            if not all(self._protect_now(*run) for run in self._unprotected()):
+                return False
+            self._shown = self.spaces[0].mappings.copy()
+            self.phase = Phase.READING
+        return True
+
+    def _changes(self, granule: int) -> list[Range]:
+        """Return what may differ from the base: whole granules, all of whose pages are to be read."""
+        step = max(granule // self.page, 1)
+        found: list[tuple[int, int]] = []
+        for run in _NEW.finditer(self._states):
+            low, high = align_down(run.start(), step), min(align_up(run.end(), step), len(self._states))
+            if found and found[-1][1] >= low:
+                low = found.pop()[0]
+            found.append((low, high))
+        for low, high in found:
+            self._states[low:high] = self._states[low:high].translate(_WITH_BASE)
+        return [Range(low * self.page, (high - low) * self.page) for low, high in found]
+
+    # Writes
+
+    def keeps(self, space: _Space, page: int, flags: int, thread: int) -> bool:
+        """Take note of a write to a protected page; True: it is held back, and is let go later."""
+        index = (page - self.start) // self.page
+        if not 0 <= index < len(self._states):
+            return False
+        if self.phase is Phase.HOLDING:
+            self._held.append((space, page, flags, thread))
+            return True
+        if self.phase is Phase.READING and self._states[index] == _DUE:
+            if (len(self._kept) + 1) * self.page > max(_MOST_KEPT, self.page):
+                self._held.append((space, page, flags, thread))
+                return True
+            self._keep(index, page)
+        elif self._states[index] in (_PROTECTED, _DUE):
+            self._states[index] = _LOOSE
+            if self.phase is Phase.PROTECTING:
+                self._again.append(index)
+        return False
+
+    def _keep(self, index: int, page: int) -> None:
+        data = bytearray(self.page)
+        if self._memory.read_into(memoryview(data), page):
+            self.fail(LayoutChangingError("a snapshot", page, self.page, errno.EAGAIN))
+            return
+        self._kept[index] = bytes(data)
+        self._states[index] = _KEPT
+        self.pages_kept += 1
+
+    def _let_go(self) -> None:
+        """Let the writes go on that were held back, as far as there is room for what they overwrite."""
+        held, self._held = self._held, []
+        for space, page, flags, thread in held:
+            if not space.closing and not space.is_gone and not self.keeps(space, page, flags, thread):
+                space.backend.written(space, page, flags, thread)
+
+    # Reading
+
+    def check(self) -> None:
+        """Raise why this snapshot cannot be: it is of no moment any more.
+
+        Raises:
+            LayoutChangingError: pages were unmapped, moved or emptied before they were read.
+            ClosedError: the memory is served no longer, or its process is gone.
+        """
+        if self.spaces[0].closing or self.spaces[0].is_gone:
+            self.fail(ClosedError("it is served no longer"))
+        if self.failure is not None:
+            raise self.failure
+
+    def fail(self, error: BaseException) -> None:
+        """Have the snapshot end with an error."""
+        self.failure = self.failure or error
+
+    def _changed(self, start: int, end: int) -> None:
+        """Take note that the layout of the addresses [start, end) has changed."""
+        first = max((start - self.start) // self.page, 0)
+        last = min((align_up(end, self.page) - self.start) // self.page, len(self._states))
+        if first >= last:
+            return
+        if self.phase is Phase.READING:
+            self._layout_changed = True
+            if _DUE in self._states[first:last]:
+                self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
+        else:
+            self._states[first:last] = bytes([_EMPTIED]) * (last - first)
+
+    def to_read(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the pages (start, end) of [first, last) that are read from memory. From any thread."""
+        return [run.span() for run in _TO_READ.finditer(self._states, first, last)]
+
+    def extents(self) -> list[Range]:
+        """Return what may not be zeros, in offsets of the region."""
+        found = RangeSet(
+            Range.between(low * self.page, high * self.page) for low, high in self.to_read(0, len(self._states))
+        )
+        data = self.spaces[0].backend.data
+        for run in self._shown.runs(self.start, self.start + self.length):
+            if run.offset >= 0:
+                skew = run.start - self.start - run.offset
+                for low, high in data(run.offset, run.offset + run.end - run.start):
+                    found.add(align_down(low + skew, self.page), align_up(high + skew, self.page))
+        return list(found)
+
+    async def read(self, first: int, last: int, lost: list[int], *, lifts: bool) -> list[tuple[int, Any]]:
+        """Take note that the pages [first, last) were read; return (offset, bytes) of what was not in memory.
+
+        Args:
+            first: index of the first page.
+            last: index behind the last one.
+            lost: indexes of pages that could not be read.
+            lifts: they may be written from now on, and nobody wants to know.
+
+        Raises:
+            LayoutChangingError, ClosedError: as `check`.
+            SourceError: missing pages could not be read from the source.
+        """
+        self.check()
+        there = RangeSet(Range.between(*span) for span in self.to_read(first, last))
+        for index in lost:
+            there.remove(index, index + 1)
+        found = [(index * self.page, self._kept.pop(index)) for index in range(first, last) if index in self._kept]
+        states = self._states[first:last]
+        self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
+        if lifts:
+            for run in _STILL_PROTECTED.finditer(states):
+                self._lift_now(self._at(first + run.start()), self._at(first + run.end()))
+        if found:
+            self._let_go()
+        for gap in there.gaps(first, last):
+            for shown in self._shown.runs(self._at(gap.start), self._at(gap.end)):
+                if shown.offset >= 0:
+                    data = await self.spaces[0].backend.fetch(shown.offset, shown.end - shown.start)
+                    found.append((shown.start - self.start, data))
+        return found
+
+    # The end
+
+    async def end(self, name: str | None) -> None:
+        """Be done with a snapshot.
+
+        Args:
+            name: of the snapshot, since which it is to be known what was written: the protection stays. None: nothing
+                is protected any more when this returns.
+        """
+        self.base = None if self._layout_changed else name
+        self.phase = Phase.LIFTING
+        self._kept.clear()
+        self._again.clear()
+        self._let_go()
+        try:
+            if self.base is None:
+                self._states = bytearray(len(self._states))
+                await self._lift()
+            self._states = self._states.translate(_NOT_READ)
+        finally:
+            self.phase = Phase.IDLE
+
+    async def _lift(self) -> None:
+        for space in self.spaces:
+            if space.write_protect:  # others want to know of writes, too
+                continue
+            for low, high in list(self._runs(space)):
+                for at, size in pieces(low, high, self.page, _LIFTED):
+                    while not (space.closing or space.is_gone or self._lift_now(at, at + size)):  # noqa: ASYNC110 - no event
+                        await asyncio.sleep(_RETRY)
+                    await asyncio.sleep(0)
+
+    def _lift_now(self, start: int, end: int) -> bool:
+        results = [
+            space.uffd.try_writeprotect(start, end - start, 0) for space in self.spaces if not space.write_protect
+        ]
+        return -errno.EAGAIN not in results

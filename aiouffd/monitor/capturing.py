@@ -1,0 +1,148 @@
+"""Snapshots of a region that is in use: what a Monitor offers, and checks."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any, Unpack
+
+from aiouffd.errors import BusyError
+from aiouffd.lifetime import uninterrupted
+from aiouffd.monitor.entered import Entered
+from aiouffd.sources.base import ZeroSource
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from aiouffd.store.live import Captured, LiveOptions
+
+__all__ = ["Capturing"]
+
+_LARGEST_PAGE = 8 << 20  # of a chunk
+
+
+class Capturing(Entered):
+    """What can be asked of a `Monitor` that is entered, and writes snapshots."""
+
+    origin: Any
+    _pending: Future[dict[str, Any]] | None = None
+
+    async def snapshot(
+        self,
+        destination: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        **options: Unpack[LiveOptions],
+    ) -> Captured:
+        """Write the bytes that the region has at one moment, while all threads write on.
+
+        Threads that write to a page which is still to be read wait until its bytes have been kept; that takes 20 us,
+        and longer while 64 MiB are kept. Pages that nobody has touched are read from the source, and stay missing.
+        `aiouffd.open(destination)` of a snapshot shows the memory as it was then, in any process.
+
+        With `Pager()` any thread may write meanwhile, with the GIL held or not. With `InThread()` a system call that
+        writes to such a page (read(2) into the region, for example) fails with EFAULT. What is not seen: writes by a
+        device (DMA) into pinned memory, by write(2) to the memfd of a shared region, and through a mapping of it that
+        no Monitor serves. Private memory of forked children is theirs, and in no snapshot.
+
+        Canceling is safe: there is no snapshot then, and nothing is protected any more.
+
+        Args:
+            destination: path or URL of a snapshot, which ends with `.snap`; or path of a plain file, which appears
+                when it is whole, and is replaced.
+            base: a snapshot in the same store, of which chunks that did not change are used. If it is the last that
+                this Monitor has written, or the one that the region shows, only what was written since then is read;
+                else all of it. After a snapshot, until the Monitor is left, the first write to each page takes 15 us,
+                so that it is known; not after a plain file.
+            **options: see `aiouffd.store.LiveOptions`.
+
+        Returns:
+            What it has taken.
+
+        Raises:
+            LayoutChangingError: pages were unmapped, moved or emptied before they were read, and not through the
+                `Region`: its own methods wait for the snapshot.
+            BusyError: another snapshot is under way.
+            StoreError: it cannot be written, or is there already.
+            SourceError: missing pages could not be read.
+            PagerDiedError: the pager's worker died meanwhile. Nothing else is lost: take another.
+            UnsupportedError: the kernel cannot protect this memory (Linux 5.7; shared and huge pages: 5.19).
+            ValueError: an option cannot be, or goes not with those of the Monitor.
+        """
+        import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
+
+        asked = self._begin_snapshot(destination, base, options)
+        try:
+            return _captured(await asyncio.shield(asyncio.wrap_future(asked)))
+        except asyncio.CancelledError:
+            self._running().cancel_snapshot()
+            await uninterrupted(asked.exception)
+            raise
+
+    def snapshot_sync(
+        self,
+        destination: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        **options: Unpack[LiveOptions],
+    ) -> Captured:
+        """As `snapshot`, for programs without a loop."""
+        self._running().check_may_wait()
+        return _captured(self._begin_snapshot(destination, base, options).result())
+
+    def _begin_snapshot(
+        self, destination: str | os.PathLike[str], base: str | os.PathLike[str] | None, options: LiveOptions
+    ) -> Future[dict[str, Any]]:
+        from aiouffd.store.live import Order  # noqa: PLC0415 - few programs take snapshots
+
+        self._check_capturable()
+        region, rate = self.region, options.pop("rate", None)
+        if rate is not None and not rate > 0:
+            raise ValueError(f"rate= is bytes in a second, above 0, not {rate!r}")
+        place, below = _absolute(destination), None if base is None else _absolute(base)
+        order = Order(place, below, region.address, len(region), rate, dict(options))
+        if order.is_file and (base is not None or options or "://" in place):
+            raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
+        self._pending = self._running().snapshot(order)
+        return self._pending
+
+    def wait_for_snapshot(self) -> None:
+        """Wait until the snapshot that is under way has ended: the layout is about to be changed.
+
+        Raises:
+            BusyError: this thread runs the loop that takes it.
+        """
+        if self._pending is None or self._pending.done() or not self.serves_here:
+            return
+        try:
+            self._running().check_may_wait()
+        except RuntimeError as error:
+            raise BusyError("a snapshot", self.region.address, len(self.region), errno.EBUSY) from error
+        wait([self._pending])
+
+    def _check_capturable(self) -> None:
+        region = self.region
+        reason = ""
+        if self._writes == "tracked":
+            reason = "with track_writes=True the kernel lets all writes go on: a snapshot must hold them back"
+        elif not (isinstance(self.origin, ZeroSource) or callable(getattr(self.origin, "read", None))):
+            reason = "missing pages of a Handler cannot be had without touching them: a snapshot needs a Source"
+        elif self._options.bounded:
+            reason = "with max_resident and write_back pages go that a snapshot has still to read"
+        elif region.page_size > _LARGEST_PAGE:
+            reason = f"a snapshot has chunks of at most {_LARGEST_PAGE} bytes, and a page of the region is larger"
+        elif region.fd >= 0 and region.page_size > mmap.PAGESIZE:
+            reason = "of shared huge pages nobody knows which are in the file: a snapshot needs private ones"
+        if reason:
+            raise ValueError(reason)
+
+
+def _captured(values: dict[str, Any]) -> Captured:
+    from aiouffd.store.live import Captured  # noqa: PLC0415 - as above
+
+    return Captured(**values)
+
+
+def _absolute(place: str | os.PathLike[str]) -> str:
+    text = os.fspath(place)
+    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links

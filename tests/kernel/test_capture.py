@@ -1,0 +1,224 @@
+"""`engine.capture`: a snapshot is the memory of one moment, whatever its threads write meanwhile.
+
+Threads write sequences of stamps to pages that a seed chooses. So the highest stamp that a snapshot has of a sequence
+says what each page has to hold: the last stamp up to that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
+
+import pytest
+from kinds import poke
+from pattern import PAGE, content, word
+from scenario import play, until
+
+import aiouffd
+from aiouffd.engine.capture import Capture, Phase
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.ranges import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGES = 512
+SIZE = PAGES * PAGE
+SEED = int(os.environ.get("AIOUFFD_TEST_SEED", "1"))
+ROUNDS = int(os.environ.get("AIOUFFD_TEST_SNAPSHOTS", "6"))
+ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
+
+
+class Sequence:
+    """Stamps 1, 2, 3 and so on, each in a page of one half of the region that the seed chooses.
+
+    Args:
+        region: where they go.
+        half: 0 or 1: the even or the odd pages.
+    """
+
+    def __init__(self, region: aiouffd.Region, half: int) -> None:
+        self.region, self.half = region, half
+        self.lock = threading.Lock()
+        self.stamps = itertools.count(1)
+        self.pages = self.chosen()
+        self.emptied = set[int]()
+
+    def chosen(self) -> Iterator[int]:
+        """Yield the page of each stamp."""
+        chance = random.Random(f"{SEED}-{self.half}")
+        while True:
+            yield chance.randrange(PAGES // 2) * 2 + self.half
+
+    def step(self, *, holds_gil: bool) -> None:
+        """Write the next stamp: the next is not taken before this is written."""
+        with self.lock:
+            data, at = next(self.stamps).to_bytes(8, "little"), next(self.pages) * PAGE
+            if holds_gil:
+                self.region[at + 16 : at + 24] = data
+            else:
+                poke(self.region.address + at + 16, data)
+
+    def check(self, image: Any) -> int:
+        """Compare an image with what it must be if it is of one moment; return the last stamp."""
+        mine = range(self.half, PAGES, 2)
+        found = {page: int.from_bytes(image[page * PAGE + 16 : page * PAGE + 24], "little") for page in mine}
+        first = {page: int.from_bytes(content(page * PAGE + 16, 8), "little") for page in mine}
+        last = max((stamp for page, stamp in found.items() if stamp != first[page]), default=0)
+        model = first | dict(zip(itertools.islice(self.chosen(), last), itertools.count(1), strict=False))
+        assert found == model, {page: (found[page], model[page]) for page in mine if found[page] != model[page]}
+        return last
+
+
+@contextlib.contextmanager
+def writing(sequences: list[Sequence]) -> Iterator[None]:
+    """Have three threads write inside the block: two of them with the GIL released, which share a sequence."""
+    ends, failures = threading.Event(), list[BaseException]()
+
+    def write(sequence: Sequence, *, holds_gil: bool) -> None:
+        try:
+            while not ends.is_set():
+                sequence.step(holds_gil=holds_gil)
+                time.sleep(0)
+        except BaseException as error:  # noqa: BLE001 - told by the main thread
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=write, args=(sequences[half],), kwargs={"holds_gil": bool(half)}) for half in (0, 0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
+
+
+def of_one_moment(engine: str, shared: bool, folder: str) -> None:
+    """Scenario: snapshots one after the other, each compared with its sequences, and with the bytes nobody writes."""
+    region = aiouffd.Region(SIZE, shared=shared)
+    source = aiouffd.BufferSource(content(0, SIZE))
+    place = Path(folder)
+    with aiouffd.Monitor(region, source, engine=ENGINES[engine](), readahead=4 * PAGE) as monitor:
+        saved, base, sequences = 0, None, [Sequence(region, 0), Sequence(region, 1)]
+        for number in range(ROUNDS):
+            name = place / (f"{number}.snap" if number % 3 else "plain")
+            base = base if number % 3 else None
+            with writing(sequences):
+                saved += monitor.snapshot_sync(name, base).pages_saved
+            base = name if number % 3 else None
+            with aiouffd.open(name) as found:
+                image = found[:]
+            stamps = [sequence.check(image) for sequence in sequences]
+            assert all(image[at : at + 8] == word(at // PAGE) for at in range(0, SIZE, PAGE))
+        last = asyncio.run(monitor.snapshot(place / "last.snap", base=place / f"{ROUNDS - 1}.snap"))
+        assert last.pages_saved == 0
+        with aiouffd.open(place / "last.snap") as found:
+            assert found[:] == region[:]
+        assert saved, "no page was written between the moment and its reading"
+        assert monitor.statistics().write_faults >= saved
+        print(saved, stamps)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_snapshot_is_of_one_moment(engine: str, shared: bool, tmp_path: Path) -> None:
+    """Threads with and without the GIL write on; files, layers and their bases are of one moment each."""
+    play(of_one_moment, engine, shared, str(tmp_path))
+
+
+class FakeMemory:
+    """Of a process without memory: what is read is told."""
+
+    file = -1
+
+    def __init__(self) -> None:
+        self.read = list[int]()
+
+    def read_into(self, view: memoryview, address: int) -> list[int]:
+        """Fill a page."""
+        self.read.append(address)
+        view[:4] = b"kept"
+        return []
+
+
+class FakeUffd:
+    """Refuses its second and its fourth call, and notes what is protected and lifted."""
+
+    features = aiouffd.Feature.PAGEFAULT_FLAG_WP
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.calls = list[tuple[int, int, int]]()
+
+    def register(self, start: int, length: int, modes: int) -> None:
+        """Take note of nothing."""
+
+    def try_writeprotect(self, start: int, length: int, mode: int) -> int:
+        """Protect or lift."""
+        self.count += 1
+        if self.count in (2, 4):
+            return -errno.EAGAIN
+        self.calls.append((start, length, mode))
+        return length
+
+
+async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that they are let go; behind it as soon as their bytes are kept, as far as there is room."""
+    monkeypatch.setattr("aiouffd.engine.capture._MOST_KEPT", 2 * PAGE)
+    start, there, written = 1 << 20, [(2 << 19, 258 << 12), (258 << 12, 260 << 12)], list[int]()
+    backend = SimpleNamespace(written=lambda _space, page, _flags, _thread: written.append((page - start) // PAGE))
+    uffd, memory = FakeUffd(), cast("Any", FakeMemory())
+    space: Any = SimpleNamespace(
+        uffd=uffd,
+        page_size=PAGE,
+        mappings=Mappings([Mapping(start, start + 8 * PAGE, 0)]),
+        backend=SimpleNamespace(written=backend.written, source=None),
+        resolver=Mock(),
+        closing=False,
+        is_gone=False,
+        write_protect=False,
+        on_changed=set(),
+        capture=None,
+    )
+    pagemap: Any = SimpleNamespace(spans=lambda *_: there)
+    capture = Capture.of([space], start, 8 * PAGE, 1)
+
+    def write(page: int) -> bool:
+        return not capture.keeps(space, start + page * PAGE, 0, 0)
+
+    task = asyncio.create_task(capture.begin(memory, pagemap, None, PAGE))
+    await until(lambda: uffd.count >= 2)
+    phases = [capture.phase]
+    assert write(1)
+    await until(lambda: uffd.count >= 4)
+    assert [*phases, capture.phase] == [Phase.PROTECTING, Phase.HOLDING]
+    assert not write(1)
+    assert not write(2)
+    assert await task is None
+    assert written == [1, 2]
+    assert memory.read == [start + PAGE, start + 2 * PAGE]
+    assert not write(3)  # there is no room for it
+    assert capture.to_read(0, 8) == [(0, 4)]
+    assert [at // PAGE for at, _ in await capture.read(0, 2, [], lifts=False)] == [1]
+    assert written == [1, 2, 3]
+    assert (capture.pages_kept, capture.pause_ns > 0) == (3, True)
+    await capture.end("base")
+    assert write(0)  # it is known from now on
+    assert not any(mode == 0 for *_, mode in uffd.calls)
+    assert await capture.begin(memory, pagemap, "base", PAGE) == [Range(0, 4 * PAGE)]
+    await capture.end(None)
+    assert uffd.calls[-1] == (start, 8 * PAGE, 0)

@@ -1,0 +1,130 @@
+"""`store.live`: snapshots of memory in use, and what becomes of those that do not come to an end."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kinds import poke
+from pattern import PAGE, content
+from processes import kill
+from scenario import play, replaced
+
+import aiouffd
+from aiouffd.kernel import libc
+
+PAGES = 256
+SIZE = PAGES * PAGE
+
+
+def served(*, shared: bool = False, **options: Any) -> aiouffd.Monitor:
+    """Return a Monitor of pages that can be told, all of which were written."""
+    return aiouffd.Monitor(aiouffd.Region(SIZE, shared=shared), aiouffd.BufferSource(content(0, SIZE)), **options)
+
+
+def protected(monitor: aiouffd.Monitor) -> int:
+    """Write to each page, and return to how many of them that was told of."""
+    before = monitor.statistics().write_faults
+    for at in range(0, SIZE, PAGE):
+        poke(monitor.region.address + at + 32, b"w")
+    return monitor.statistics().write_faults - before
+
+
+def slow(monitor: aiouffd.Monitor, place: Path) -> asyncio.Task[Any]:
+    """Begin a snapshot that takes minutes."""
+    return asyncio.get_running_loop().create_task(monitor.snapshot(place, rate=SIZE / 100))
+
+
+async def begun(monitor: aiouffd.Monitor) -> None:
+    """Wait until a snapshot is under way: a write is told of."""
+    before = monitor.statistics().write_faults
+    while monitor.statistics().write_faults == before:
+        await asyncio.to_thread(poke, monitor.region.address + SIZE - 100, b"x")
+        await asyncio.sleep(0.001)
+
+
+async def ended(engine: str, folder: str) -> None:
+    """Scenario: snapshots that are canceled, refused, or overtaken by the end."""
+    place = Path(folder)
+    choice: Any = getattr(aiouffd, engine)()
+    monitor = await asyncio.to_thread(served, engine=choice)
+    async with monitor:
+        await monitor.prefetch(0, SIZE)
+        for name in ("x.snap", "plain"):
+            task = slow(monitor, place / name)
+            await begun(monitor)
+            with pytest.raises(aiouffd.BusyError, match="a snapshot"):
+                await monitor.snapshot(place / "other.snap")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not await asyncio.to_thread(protected, monitor)
+            assert not list(place.glob("*.snap"))
+            assert not list(place.glob("plain*"))
+        await monitor.snapshot(place / "first.snap")
+        assert await asyncio.to_thread(protected, monitor) == PAGES
+        with pytest.raises(aiouffd.StoreError, match="of that name already"):
+            await monitor.snapshot(place / "first.snap")
+        with pytest.raises(aiouffd.StoreError, match="in the store of its layer"):
+            await monitor.snapshot(place / "other" / "x.snap", base=place / "first.snap")
+        assert not await asyncio.to_thread(protected, monitor)  # what has failed protects nothing
+        task = slow(monitor, place / "left.snap")
+        await begun(monitor)
+    with pytest.raises(aiouffd.ClosedError):
+        await task
+    assert [path.name for path in place.glob("*.snap")] == ["first.snap"]
+
+
+@pytest.mark.parametrize("engine", ["Pager", "InThread"])
+def test_a_snapshot_that_does_not_come_to_its_end(engine: str, tmp_path: Path) -> None:
+    """It leaves neither a file nor a protection; each reason is an error of its own."""
+    play(ended, engine, str(tmp_path))
+
+
+async def overtaken(engine: str, folder: str) -> None:
+    """Scenario: the layout changes during a snapshot, through the region and without its knowledge."""
+    place = Path(folder)
+    choice: Any = getattr(aiouffd, engine)()
+    async with await asyncio.to_thread(served, engine=choice) as monitor:
+        region = monitor.region
+        await monitor.prefetch(0, SIZE)
+        task = asyncio.create_task(monitor.snapshot(place / "plain", rate=4 * SIZE))
+        await begun(monitor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            await asyncio.to_thread(region.madvise, mmap.MADV_DONTNEED, 0, 8 * PAGE)
+        assert (await task).bytes
+        assert (place / "plain").read_bytes()[: SIZE - PAGE] == content(0, SIZE - PAGE)
+        assert region[: 8 * PAGE] == bytes(8 * PAGE)
+        if engine == "InThread":  # without the kernel's events nobody hears of what follows
+            return
+        task = slow(monitor, place / "x.snap")
+        await begun(monitor)
+        await asyncio.to_thread(libc.madvise, region.address + 16 * PAGE, PAGE, mmap.MADV_DONTNEED)
+        with pytest.raises(aiouffd.LayoutChangingError, match="a snapshot"):
+            await task
+        assert not await asyncio.to_thread(protected, monitor)
+        for victims in (1, 0), (1,), (0,), (0, 1):
+            task = slow(monitor, place / "x.snap")
+            await begun(monitor)
+            pids = [monitor.pids[at] for at in victims]
+            for pid in pids:
+                kill(pid)
+            await asyncio.to_thread(protected, monitor)  # nobody hangs
+            with pytest.raises(aiouffd.PagerDiedError, match="while it took a snapshot"):
+                await task
+            await asyncio.to_thread(replaced, monitor, *pids)
+        assert not list(place.glob("*.snap"))
+        await monitor.snapshot(place / "x.snap")
+        with aiouffd.open(place / "x.snap") as found:
+            assert found[:] == region[:]
+
+
+@pytest.mark.parametrize("engine", ["Pager", "InThread"])
+def test_a_snapshot_that_is_overtaken(engine: str, tmp_path: Path) -> None:
+    """The region's own methods wait for it; what is emptied behind its back, or kills the pager, ends it by name."""
+    play(overtaken, engine, str(tmp_path))
