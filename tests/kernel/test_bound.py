@@ -145,6 +145,7 @@ def at_random(engine: str, seed: int) -> None:
         assert monitor.statistics().pages_evicted > PAGES
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_limit_holds(engine: str) -> None:
     """Whatever is touched, and by whom; no byte is wrong."""
@@ -186,6 +187,7 @@ def killed() -> None:
         assert region[:] == model
 
 
+@pytest.mark.unmeasured
 def test_no_written_page_is_lost_by_kills() -> None:
     """What was written is known to each successor, and the limit holds on."""
     play(killed)

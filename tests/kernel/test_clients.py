@@ -67,6 +67,7 @@ def greedy(path: str) -> None:
         play(client, path, MIB)
 
 
+@pytest.mark.unmeasured
 def test_a_greedy_client(image: Path, tmp_path: Path) -> None:
     """What it asks for is bounded by what it has; it costs the others nothing, and is forgotten when it has gone."""
     with Serve(tmp_path, image) as serve:

@@ -184,6 +184,7 @@ def test_a_signal_before_anybody_has_come(tmp_path: Path) -> None:
         daemon.ends_by(signal.SIGTERM, "SIGTERM: no process has come")
 
 
+@pytest.mark.unmeasured
 def test_while_the_worker_is_killed(tmp_path: Path) -> None:
     """Page by page, with kills in between: no wrong word."""
     with criu_rig.Checkpoint(tmp_path) as checkpoint:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
 from scenario import ended, eventually, next_error, play, until
+from web import nginx
 
 import aiouffd
 from examples.page_server import serving
@@ -75,14 +76,18 @@ def test_256_mib_in_random_order_from_four_threads_with_the_gil(
     play(four_threads_hold_the_gil, kind, measured=False)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(400)
 def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:
-    """The same, from a page server."""
-    with (tmp_path / "input.bin").open("wb") as file:
+    """The same, from a web server."""
+    files, work = tmp_path / "files", tmp_path / "work"
+    files.mkdir()
+    work.mkdir()
+    with (files / "input.bin").open("wb") as file:
         for page in range((256 << 20) // PAGE):
             file.write(word(page) * (PAGE // 8))
-    with serving(tmp_path) as url:
-        play(four_threads_hold_the_gil, f"{url}/input.bin", deadline=300, measured=False)
+    with nginx(files, work) as url:
+        play(four_threads_hold_the_gil, f"{url}/strong/input.bin", deadline=300, measured=False)
 
 
 async def own_loop_thread_touches() -> None:
@@ -316,6 +321,7 @@ def nothing_is_left() -> None:
             os.kill(pid, 0)
 
 
+@pytest.mark.unmeasured
 def test_nothing_leaks() -> None:
     """Descriptors, threads, mappings and processes are as before."""
     play(nothing_is_left)

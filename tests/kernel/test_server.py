@@ -221,6 +221,7 @@ def comes_and_ends(path: str) -> None:
     assert region[7 * PAGE] == 8
 
 
+@pytest.mark.unmeasured
 def test_clients_that_come_and_go_leave_nothing_behind(image: Path, tmp_path: Path) -> None:
     """Neither descriptors nor memory, in the listener as in the pager; also where each is the only one."""
     with Serve(tmp_path, image) as serve:

@@ -120,6 +120,7 @@ def at_random(engine: str, path: str, seed: int) -> None:
         assert data[page * PAGE + 8 : (page + 1) * PAGE] == content(page * PAGE, PAGE)[8:]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("engine", ENGINES)
 def test_more_is_written_than_may_be_there(engine: str, tmp_path: Path) -> None:
     """It is saved, dropped and brought again; a thread waits for room, and the limit holds."""
@@ -160,6 +161,7 @@ def killed(path: str) -> None:
     assert Path(path).read_bytes() == model
 
 
+@pytest.mark.unmeasured
 def test_no_kill_loses_a_written_page(tmp_path: Path) -> None:
     """Of the worker, of the keeper, of both; in the middle of writes to memory and to the file."""
     play(killed, str(tmp_path / "file"))
