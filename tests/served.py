@@ -51,7 +51,7 @@ class Serve:
         command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), *listening]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stderr=log, env={**os.environ, **environment}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
             )
         if wait:
             eventually(self.says_or_ends("listening"), expected=True)
@@ -96,6 +96,48 @@ class Serve:
         """Have it end, and return its status."""
         self.process.send_signal(number)
         return self.process.wait(10)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process, whichever thread has made them."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+class Servers:
+    """One server after the other, at the same paths, with what the one before has left."""
+
+    def __init__(self, directory: str, *arguments: object, socket: str = "uffd.sock") -> None:
+        self.directory = Path(directory)
+        self.arguments = arguments
+        self.path = self.directory / socket
+        self.socket = socket and str(self.path)
+        self.hold = self.directory / "hold.sock"
+        self.last: Serve
+
+    def start(self, name: str, *more: object, wait: bool = True) -> Serve:
+        """Start the next."""
+        (self.directory / name).mkdir()
+        options = (*self.arguments, "--hold", self.hold, *more)
+        self.last = Serve(self.directory / name, *options, socket=self.socket, wait=wait)
+        return self.last
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Those of the last: the holder is the keeper's first child, and the worker its last."""
+        server = self.last.process.pid
+        (keeper,) = children_of(server)
+        eventually(lambda: len(children_of(keeper)), expected=2)
+        holder, worker = children_of(keeper)
+        return {"server": server, "keeper": keeper, "worker": worker, "holder": holder}
+
+    def lose(self) -> None:
+        """Kill all but the holder, at once."""
+        pids = [pid for name, pid in self.pids.items() if name != "holder"]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, number)
+        self.last.process.wait()
 
 
 def free_port() -> int:

@@ -48,7 +48,6 @@ def test_requests_while_others_take_over() -> None:
     client = PagerClient(on_error=lambda *_: None)
     journal = Journal.create()
     opened = Future[object]()
-    client._reopen = lambda *_: opened  # type: ignore[method-assign]
     client._takeover._reopen = lambda *_: opened
     client._requests.held = True
     tenant = cast("Tenant", FakeTenant())

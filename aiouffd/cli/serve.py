@@ -47,8 +47,14 @@ _ON_FAILURE = (
 )
 _ON_TERM = (
     "What SIGTERM, SIGINT and SIGHUP do for clients: serve them until they leave, or first fill all their missing"
-    " pages. A second signal leaves them to the pager, which goes on without this process."
+    " pages; or leave them to the next server, with --hold. A second signal leaves them to the pager, which goes on"
+    " without this process."
 )
+_HOLD = (
+    "Clients, sockets and sessions outlive this server and its pager, however they end: a process holds them, and gives"
+    " them to the next server that is started with this path."
+)
+_TAKEOVER = "Take them over also from a server that lives: it ends when this one serves."
 _CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
 _CLIENT_BYTES = "The most bytes per second that are placed for one client, filling included. [default: no limit]"
 _DIFF = (
@@ -60,7 +66,7 @@ _RECENT = (
     " source."
 )
 _CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
-_OF_SERVER = {"folder", "cache_size", "recent", "metrics", "control", "on_term"}
+_OF_SERVER = {"folder", "cache_size", "recent", "metrics", "control", "on_term", "hold", "takeover"}
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -93,9 +99,11 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--client-bytes", type=parameters.Size(1 << 20), help=_CLIENT_BYTES)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
 @_option("--control", type=click.Path(), metavar="PATH", help=_CONTROL)
+@_option("--hold", type=click.Path(), metavar="PATH", help=_HOLD)
+@_option("--takeover", is_flag=True, help=_TAKEOVER)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_FAILURE)
-@_option("--on-term", type=click.Choice(["keep", "fill"]), default="keep", help=_ON_TERM)
+@_option("--on-term", type=click.Choice(["keep", "fill", "leave"]), default="keep", help=_ON_TERM)
 def command(
     *,
     source: str | None,
@@ -145,9 +153,8 @@ def command(
     where = "sockets of sessions" if alone else path or "systemd's socket"
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            fill = on_term == "fill"
             return runner.run(
-                _serve(server, console, metrics=metrics, control=control, cache=cache, fill=fill, where=where)
+                _serve(server, console, metrics=metrics, control=control, cache=cache, on_term=on_term, where=where)
             )
         except OSError as error:
             if error.filename not in places:
@@ -161,6 +168,8 @@ def _check(source: str | None, source_for: str | None, options: dict[str, Any], 
         raise click.UsageError("give either SOURCE or --source-for; or --control, and create sessions")
     if options["record"] and options["replay"]:
         raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
+    if options["takeover"] and options["hold"] is None:
+        raise click.UsageError("--takeover: needs --hold, where the server is asked that is to be taken over from")
     context = click.get_current_context()
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if alone and (lost := set(given) - _OF_SERVER):
@@ -211,7 +220,7 @@ async def _endpoint(server: Server, address: tuple[str, int] | None) -> AsyncIte
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics(server.statistics, lambda: server.rejected, server.counted)
         try:
-            endpoint = await stack.enter_async_context(Endpoint(metrics, *address))
+            endpoint = await stack.enter_async_context(Endpoint(metrics, *address, shared=server.holds))
         except OSError as error:
             number = error.errno or 0  # negative: of getaddrinfo; else asyncio's text repeats the address
             reason = os.strerror(number) if number > 0 else error.strerror
@@ -239,12 +248,10 @@ async def _serve(
     metrics: tuple[str, int] | None,
     control: str | None,
     cache: ChunkCache | None,
-    fill: bool,
+    on_term: str,
     where: str,
 ) -> int:
-    """Serve until a signal; then take no new clients, and fill or keep those that are there.
-
-    A second signal ends this process at once; the pager goes on serving by itself.
+    """Serve until a signal; then take no new clients, and fill or keep those that are there, until a second one.
 
     Args:
         server: not entered yet.
@@ -252,7 +259,8 @@ async def _serve(
         metrics: host and port for Prometheus; None: no metrics.
         control: the socket for those who manage sessions; None: nobody does.
         cache: for sources of sessions.
-        fill: fill all missing pages of the clients at the end, and release them; else wait until they leave.
+        on_term: what becomes of the clients at the end: "fill" brings all their missing pages, and releases them;
+            "keep" waits until they leave; "leave" leaves them to the next server.
         where: the address, for the log.
 
     Raises:
@@ -269,31 +277,42 @@ async def _serve(
         log.info("listening on %s; pager %s", where, server.pids[0])
         daemon.notify("READY=1")
         told, dead = loop.create_task(signals.get()), loop.create_task(server.wait_dead())
+        taken = loop.create_task(server.wait_taken())
         try:
-            await daemon.first(told, dead)
+            await daemon.first(told, dead, taken)
+            _leave_if(taken=taken.done(), left=on_term == "leave")
             server.stop_listening()
             if endpoint is not None:  # a new process takes over these addresses, too
                 endpoint.close()
             if managed is not None:
                 managed.close()
             daemon.notify("STOPPING=1")
-            doing = "filling" if fill else "serving on until they leave:"
-            log.info("%s: no new clients; %s %d", told.result().name, doing, len(server.clients))
+            ending = loop.create_task(_end(server, told.result().name, fill=on_term == "fill"))
             told = loop.create_task(signals.get())
-            ending = loop.create_task(_end(server, fill=fill))
             await daemon.first(ending, told, dead)
             ending.cancel()
             if server.clients:
                 alone = "%s: the pager (%d) serves %d clients on by itself"
                 log.warning(alone, told.result().name, server.pids[0], len(server.clients))
         finally:
-            told.cancel()
-            dead.cancel()
+            for task in (told, dead, taken):
+                task.cancel()
     log.info("ended")
     return 0
 
 
-async def _end(server: Server, *, fill: bool) -> None:
+def _leave_if(*, taken: bool, left: bool) -> None:
+    """End at once, if it is so: whatever is closed in order is closed for whoever has it next, too."""
+    if taken or left:
+        log.info("ended: %s", "another server has taken over" if taken else "left to the next server")
+        daemon.notify("STOPPING=1")
+        logging.shutdown()
+        os._exit(0)
+
+
+async def _end(server: Server, signal: str, *, fill: bool) -> None:
+    doing = "filling" if fill else "serving on until they leave:"
+    log.info("%s: no new clients; %s %d", signal, doing, len(server.clients))
     if fill:
         await server.fill()
     await server.wait_clients()

@@ -22,9 +22,11 @@ from aiouffd.ranges import RangeSet
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MOST_RANGES", "VERSION", "Lines", "line", "ranges_of"]
+__all__ = ["AGAIN", "MOST_RANGES", "VERSION", "Lines", "line", "ranges_of"]
 
 VERSION: Final = 1
+AGAIN: Final = "again"
+"""What a client is told when another process answers from now on: it says so too, and asks again what is unanswered."""
 MOST_RANGES: Final = 1000
 """Of one prefetch."""
 
@@ -53,10 +55,16 @@ def ranges_of(message: dict[str, Any], end: int) -> list[tuple[int, int]]:
 
 
 class Lines:
-    """Splits what arrives into messages."""
+    """Splits what arrives into messages.
 
-    def __init__(self) -> None:
+    Args:
+        after: the `op` of a message before which everything is dropped; empty: nothing is. Who reads on where another
+            process has read may begin in the middle of a line, and has not seen what that process left unanswered.
+    """
+
+    def __init__(self, after: str = "") -> None:
         self._rest = b""
+        self._after = after
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """Yield the messages that are complete now.
@@ -72,6 +80,10 @@ class Lines:
                 message = json.loads(item)
             except (ValueError, RecursionError):
                 message = None
+            if self._after:
+                if isinstance(message, dict) and message.get("op") == self._after:
+                    self._after = ""
+                continue
             if not isinstance(message, dict):
                 raise ValueError(f"{item[:50]!r} is not a JSON object")  # noqa: TRY004 - no argument has a wrong type
             yield message

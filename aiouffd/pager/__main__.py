@@ -1,4 +1,4 @@
-"""`python -m aiouffd.pager FD PICKLES`: the pager. Started by `aiouffd.pager.client.pair`, not by hand."""
+"""`python -m aiouffd.pager FD PICKLES [LISTENER CHANNEL]`: the pager. `aiouffd.pager.client.pair` starts it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from aiouffd.pager.process.serialization import Pickles
 
 
 def main() -> int:
-    """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: `serialization.Pickles`."""
+    """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: `serialization.Pickles`.
+
+    LISTENER, CHANNEL: descriptors for the holder, where there is to be one.
+    """
     inherited.reset_signals()
     inherited.open_standard_descriptors()
     inherited.raise_limits()
@@ -38,7 +41,8 @@ def main() -> int:
         return 1
     gc.freeze()
     gc.enable()
-    return keeper.run(journal, vault, connection, Pickles(sys.argv[2]))
+    hold = [socket.socket(fileno=int(item)) for item in sys.argv[3:]]
+    return keeper.run(journal, vault, connection, Pickles(sys.argv[2]), (hold[0], hold[1]) if hold else None)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import attrs
 
 from aiouffd.engine.flight import spawn
 from aiouffd.errors import HandoffError, UffdError, encode_error
-from aiouffd.handoff.json_lines import Lines, line
+from aiouffd.handoff.json_lines import AGAIN, Lines, line
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
 from aiouffd.pager.client.tenant import Tenant, root_of
@@ -35,12 +35,10 @@ class Handed(Tenant):
     """Memory that was handed over.
 
     Attributes:
-        peer: who has done so.
-        payer: the name of those that share what they may have in a second; empty: it is all that the peer hands over.
+        peer: who has done so. Where it has no payer, it shares with all that the peer hands over.
     """
 
     peer: Peer = attrs.field(kw_only=True)
-    payer: str = ""
 
     def record(self, mappings: list[Mapping]) -> dict[str, Any]:
         """Return what a pager is told of it."""
@@ -106,15 +104,18 @@ class Conversation:
         self._unsent = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> None:
+    async def run(self, *, again: bool = False) -> None:
         """Answer requests until the client leaves. They are carried out concurrently.
 
         Canceling is safe: requests that are being carried out are canceled as well.
 
+        Args:
+            again: another process has answered before, or this one until it was canceled.
+
         Raises:
             HandoffError, ValueError, OSError: the client sends what is no request, or its connection is broken.
         """
-        lines = Lines()
+        lines = Lines(AGAIN if again else "")
         places = asyncio.Semaphore(_MAX_REQUESTS)
         try:
             while data := (await receive(self._connection, 64 << 10, sender=self._peer))[0]:

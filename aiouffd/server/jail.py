@@ -22,6 +22,7 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.server.listener import BOUND, SocketFile
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
 __all__ = ["JailedSocket", "open_beneath"]
@@ -63,6 +64,7 @@ class JailedSocket(SocketFile):
         mode: of the file, whatever the umask.
         owner: user and group of the file; -1 for one leaves it as it is.
         backlog: the most connections that wait to be accepted.
+        made: as for `SocketFile`.
 
     Raises:
         OSError: as for `SocketFile`. ELOOP: a part of the path is a symbolic link. EXDEV: it leads out of the jail.
@@ -76,11 +78,12 @@ class JailedSocket(SocketFile):
         mode: int = 0o600,
         owner: tuple[int, int] = (-1, -1),
         backlog: int = 128,
+        made: socket.socket | None = None,
     ) -> None:
         self._root = Path(root)
         self._inside = PurePath(os.fspath(path).lstrip("/"))
         self._directory = -1
-        super().__init__(self._root / self._inside, mode=mode, owner=owner, backlog=backlog)
+        super().__init__(self._root / self._inside, mode=mode, owner=owner, backlog=backlog, made=made)
 
     def close(self) -> None:
         """Stop listening, and remove the file, if it is still the one that was made."""

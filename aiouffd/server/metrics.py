@@ -134,6 +134,7 @@ class Endpoint:
         metrics: what is answered.
         host: where to listen.
         port: 0: any free one.
+        shared: others of this user that share it may listen there, too: the server that this one takes over from.
 
     Attributes:
         port: where it listens.
@@ -142,17 +143,19 @@ class Endpoint:
         OSError: the address cannot be used.
     """
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(self, metrics: Metrics, host: str, port: int, *, shared: bool = False) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(metrics)
-        self._host = host
+        self._host, self._shared = host, shared
         self.port: int = port
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
 
     async def __aenter__(self) -> Self:
         """Listen."""
-        self._server = await asyncio.start_server(self._connected, self._host, self.port, limit=_MAX_HEAD)
+        self._server = await asyncio.start_server(
+            self._connected, self._host, self.port, limit=_MAX_HEAD, reuse_port=self._shared
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -10,10 +10,12 @@ import contextlib
 import functools
 import logging
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
+from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters, told
@@ -25,6 +27,7 @@ from aiouffd.server.clients import Client
 from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.session import Session, Settings
+from aiouffd.server.successor import SOCKET, Left, Successor
 
 if TYPE_CHECKING:
     import os
@@ -79,11 +82,14 @@ class Server:
         recent: bytes of what was read last from sources that are far, of all sessions together, which are kept in
             memory for other clients of the same source. What two clients want at once is read once in any case.
         handoff_timeout: seconds that a client has to send its handoff.
+        hold: a path. Clients, sockets and sessions outlive this process and its pager, however they end: the next
+            server with this path has them. None: they do not.
+        takeover: take them over from a server that lives, too. It ends when this one serves.
 
     Raises on entering:
         OSError: the socket cannot be made (EADDRINUSE: another server listens there), or `record` cannot be written.
         TraceError: `replay` is not a recording.
-        PagerStartError: the pager did not start.
+        PagerStartError: the pager did not start, or cannot take over; who was to be taken over from serves on.
     """
 
     def __init__(
@@ -109,6 +115,8 @@ class Server:
         client_bytes: float | None = None,
         recent: int = 128 << 20,
         handoff_timeout: float = 5.0,
+        hold: str | os.PathLike[str] | None = None,
+        takeover: bool = False,
     ) -> None:
         _check_place(origin, path, listener)
         self._pager = PagerClient(
@@ -117,12 +125,10 @@ class Server:
             pickles=Pickles.ALWAYS,
         )
         self.sessions: dict[str, Session] = {}
-        self._listen: Callable[[], socket.socket | SocketFile]
-        self._listen = (lambda: listener) if listener is not None else lambda: SocketFile(path or "", mode=mode)
+        self._successor = None if hold is None else Successor(hold, self._pager, over=takeover)
+        self._path, self._mode, self._listener = path and str(Path(path).absolute()), mode, listener
         limits = Limits(
-            *(concurrent_reads, bytes_in_flight, timeout, retries),
-            client_events=client_events,
-            client_bytes=client_bytes,
+            concurrent_reads, bytes_in_flight, timeout, retries, client_events=client_events, client_bytes=client_bytes
         )
         options = Options(
             readahead if record is None else 0,
@@ -135,39 +141,81 @@ class Server:
         self._recent = recent
         self._ended = Counters().words.tolist()  # of sessions that are no more
         self._rejected = 0  # by these
-        self._started = False
-        self._ending = False
+        self._started = self._ending = False
         self.happenings: Happenings = Happenings()
         self._changed = asyncio.Event()
         self._dead = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._yielding: set[asyncio.Task[None]] = set()
         self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
         if origin is not None:
-            self._add("", origin, settings)
+            self._add("", origin, settings, {"path": self._path})
 
     # Life
 
     async def __aenter__(self) -> Self:
         """Listen, and start the pager."""
         self._loop = asyncio.get_running_loop()
-        sessions = list(self.sessions.values())
+        successor = self._successor
         try:
-            for session in sessions:
-                await uninterrupted(functools.partial(session.prepare, self._listen))
+            if successor is not None:
+                await uninterrupted(successor.begin)
             await uninterrupted(self._pager.start)
+            if successor is not None:
+                await uninterrupted(successor.succeed)
+            for session in self.sessions.values():
+                await uninterrupted(functools.partial(session.prepare, self._listen))
         except BaseException:
             self.stop_listening()
             await uninterrupted(self._pager.stop)
+            if successor is not None:
+                successor.close()
             raise
         self._started = True
-        for session in sessions:
-            session.open()
+        for session in self.sessions.values():
+            session.open(self.left.pop(session.name, None))
+        if successor is not None:
+            holding = self._pager.holding
+            holding.on_yield = lambda: self._soon(self._yield)
+            holding.on_kept = lambda: self._soon(self._go_on)
+            holding.on_taken = lambda: self._soon(self._taken.set)
+            holding.listen()
         return self
+
+    def _listen(self) -> socket.socket | SocketFile:
+        """Return the socket of the session without a name: that of a server before this one, if it is at its path."""
+        if self._listener is not None:
+            return self._listener
+        left = self.left.get("")
+        made = left.listener if left is not None and left.text.get("path") == self._path else None
+        return SocketFile(self._path or "", mode=self._mode, made=made)
+
+    def hand_on(self, name: str, listener: socket.socket) -> None:
+        """Give a listening socket to the server after this one, as long as this one has it."""
+        self._pager.holding.keep(SOCKET + name, {}, [listener.fileno()])
+
+    def handed(self, name: str) -> socket.socket | None:
+        """Return the socket that the server before this one has handed on by this name."""
+        return self._successor.sockets.pop(name, None) if self._successor is not None else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether another server may take the place of this one, or this one has taken another's."""
+        return self._successor is not None
+
+    @property
+    def left(self) -> dict[str, Left]:
+        """The sessions of a server before this one that nobody has created again; `create` does."""
+        return self._successor.left if self._successor is not None else {}
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take no new clients; the pager goes on serving those that are there."""
+        if self._taken.is_set():  # all of it is another process's
+            await asyncio.to_thread(self._pager.stop, leave=True)
+            return
         self.stop_listening()
         served = bool(self.clients)
         why = "goes on being served by the pager alone" if self._death is None else "is served no longer"
@@ -175,6 +223,8 @@ class Server:
 
         def end() -> None:
             self._pager.stop(leave=served)
+            if self._successor is not None and not served:
+                self._successor.close()
             for session in sessions:
                 session.complete()
 
@@ -189,10 +239,42 @@ class Server:
         for session in self.sessions.values():
             session.stop_listening()
 
+    # A successor
+
+    def _yield(self) -> None:
+        """Another server is about to take over: take no client, and answer none."""
+        log.info("another server takes over")
+        self._ending = True
+        spawn(self._yielding, self._pause())
+
+    async def _pause(self) -> None:
+        await asyncio.gather(*(session.pause() for session in self.sessions.values() if session.taking))
+        self._pager.holding.yielded()
+
+    def _go_on(self) -> None:
+        """It has failed."""
+        log.warning("the other server has not taken over: serving on")
+        for task in self._yielding:
+            task.cancel()
+        self._ending = False
+        for session in self.sessions.values():
+            if session.taking:
+                session.go_on()
+
+    async def wait_taken(self) -> None:
+        """Wait until another server has taken over: this process has nothing left to do. Canceling is safe."""
+        await self._taken.wait()
+
     # Sessions
 
     async def create(
-        self, name: str, origin: Any, settings: Settings, listen: Callable[[], socket.socket | SocketFile]
+        self,
+        name: str,
+        origin: Any,
+        settings: Settings,
+        listen: Callable[[], socket.socket | SocketFile],
+        *,
+        note: dict[str, Any] | None = None,
     ) -> Session:
         """Have clients served on another socket, until `remove`.
 
@@ -203,6 +285,7 @@ class Server:
             origin: as for the server.
             settings: how its clients are taken and served.
             listen: makes the socket; it may block.
+            note: what `left` is to say of it in a server after this one: plain values.
 
         Raises:
             SessionError: there is a session of this name, or the server is about to end.
@@ -212,14 +295,14 @@ class Server:
             raise SessionError(name, "cannot be created: the server is about to end")
         if name in self.sessions:
             raise SessionError(name, "is there already")
-        session = self._add(name, origin, settings)
+        session = self._add(name, origin, settings, note)
         try:
             await uninterrupted(functools.partial(session.prepare, listen))
         except BaseException:
             del self.sessions[name]
             session.stop_listening()
             raise
-        session.open()
+        session.open(self.left.pop(name, None))
         log.info("session %s is created", name)
         return session
 
@@ -240,9 +323,10 @@ class Server:
         log.info("session %s has ended: %s", session.name, counted)
         self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
-    def _add(self, name: str, origin: Any, settings: Settings) -> Session:
+    def _add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
         settings = settings.keeping(self._recent)
-        session = Session(origin, settings, self._pager, name=name, tell=functools.partial(self._tell, name))
+        tell = functools.partial(self._tell, name)
+        session = Session(origin, settings, self._pager, name=name, note=note, tell=tell)
         self.sessions[name] = session
         return session
 

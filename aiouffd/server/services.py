@@ -90,6 +90,11 @@ class Services:
         origin, size = await self._open(handoff, number, name)
         return await asyncio.to_thread(self._share, origin, size, handoff)
 
+    def adopt(self, pack: Pack) -> None:
+        """Count a client that is served from a pack of a server before this one; `release` it."""
+        with self._lock:
+            self._uses[pack.token] += 1
+
     def release(self, pack: Pack) -> None:
         """Let a pack go; it is closed with its last client."""
         with self._lock:

@@ -23,13 +23,14 @@ from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Counters, told
 from aiouffd.errors import ClosedError, HandlerError, HandoffError, SourceError, UffdError
-from aiouffd.handoff.json_lines import VERSION, ranges_of
+from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
-from aiouffd.server.rejection import Policy, kill
+from aiouffd.server.rejection import Policy, kill, peer_pidfd
 from aiouffd.server.services import Services
+from aiouffd.server.successor import forget_session, keep_client, keep_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.server.listener import SocketFile
+    from aiouffd.server.successor import Left
 
 __all__ = ["Session", "Settings"]
 
@@ -80,6 +82,7 @@ class Session:
         settings: how they are taken and served.
         pager: serves them. It stays the caller's.
         name: of the session, for the log; empty: it is the only one.
+        note: what whoever makes it again needs: plain values.
         tell: called with what happens, and its details.
 
     Attributes:
@@ -96,8 +99,10 @@ class Session:
         pager: PagerClient,
         *,
         name: str = "",
+        note: dict[str, Any] | None = None,
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
+        self._note = note or {}
         self.name = name
         self.settings = settings
         self._pager = pager
@@ -117,7 +122,7 @@ class Session:
         self._numbers = 0
         self.clients: dict[str, Client] = {}
         self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # conversations
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self.taking: bool = False
@@ -138,17 +143,42 @@ class Session:
         self._file, self._listener = (None, made) if isinstance(made, socket.socket) else (made, made.listener)
         self._listener.setblocking(False)
 
-    def open(self) -> None:
-        """Begin to take clients."""
+    def open(self, left: Left | None = None) -> None:
+        """Begin to take clients.
+
+        Args:
+            left: of such a session of a server before this one, whose pager is this one's now.
+        """
         assert self._listener is not None
         self._loop = asyncio.get_running_loop()
-        self._slot = self._pager.take_slot()
+        if left is not None and left.text:
+            self._slot = left.text["slot"]
+            self._counted = self._pager.journal.counters_of(self._slot).words.tolist()
+        else:
+            self._slot = self._pager.take_slot()
+        for client, ours in left.clients if left is not None else ():
+            self._adopt(client, ours=ours)
+        keep_session(self._pager, self.name, self._listener, {**self._note, "slot": self._slot})
         self._reception.open(self._listener)
         self.taking = True
         self._tell("session.created")
 
+    async def pause(self) -> None:
+        """Take no client and answer none, until `go_on`; what has begun is done when this returns."""
+        self._reception.close()
+        await self._reception.settled()
+        await self._hush()
+
+    def go_on(self) -> None:
+        """End a pause."""
+        assert self._listener is not None
+        self._reception.open(self._listener)
+        for client in self.clients.values():
+            self._talk(client, again=True)
+
     def stop_listening(self) -> None:
         """Take no new clients; those that are served stay."""
+        forget_session(self._pager, self.name)
         if self.taking:
             self.taking = False
             self._tell("session.draining", clients=len(self.clients))
@@ -166,13 +196,17 @@ class Session:
         """
         self.stop_listening()
         await self._reception.aclose()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hush()
         for client in list(self.clients.values()):
             self._forget(client, why)
         self._pager.slots.give_back(self._slot)
         self._slot = 0
+
+    async def _hush(self) -> None:
+        """End all conversations."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def complete(self) -> None:
         """Complete the recording, if there is one. Blocks."""
@@ -273,7 +307,7 @@ class Session:
             tenant.payer = f"session {self.name}" if self.name else ""
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
             if regions.extra is not None:
-                client.conversation = Conversation(connection, functools.partial(self._answer, client))
+                client.conversation = self._conversation(client)
             self.clients[tenant.token] = client
             await self._open(client)
         except BaseException:
@@ -282,8 +316,20 @@ class Session:
         count, page_size = len(tenant.mappings), tenant.page_size
         log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
         self._tell("client.served", client=number, pid=peer.pid, uid=peer.uid, size=client.length)
-        if client.conversation is not None:
-            spawn(self._tasks, self._converse(client, client.conversation))
+        self._talk(client)
+
+    def _adopt(self, client: Client, *, ours: bool) -> None:
+        """Go on with a client that another server has taken."""
+        self._services.adopt(client.tenant.pack)
+        self._numbers = max(self._numbers, client.number)
+        self._of_process[client.peer.pid] += 1
+        self.clients[client.tenant.token] = client
+        client.connection.setblocking(False)
+        if ours:
+            client.conversation = self._conversation(client)
+        self._watch(client)
+        self._talk(client, again=True)
+        log.info("%s is served on", client)
 
     async def _examine(self, handoff: Handoff) -> None:
         """Say if a client's memory was filled with zeros before it was handed over."""
@@ -294,6 +340,7 @@ class Session:
                 log.warning(how, handoff.peer, filled)
 
     async def _open(self, client: Client) -> None:
+        keep_client(self._pager, client)
         opening = asyncio.wrap_future(self._pager.open(client.tenant))
         try:
             try:
@@ -311,17 +358,27 @@ class Session:
             raise
         if client.tenant.token not in self.clients:  # it has ended meanwhile
             return
+        self._watch(client)
+
+    def _watch(self, client: Client) -> None:
         with contextlib.suppress(OSError):  # its process has ended, or is in another namespace: the pager finds out
-            client.pidfd = os.pidfd_open(client.peer.pid)
+            client.pidfd = peer_pidfd(client.connection, client.peer)
             self._loop.add_reader(client.pidfd, self._exited, client)
 
     # Clients speak
 
-    async def _converse(self, client: Client, conversation: Conversation) -> None:
+    def _conversation(self, client: Client) -> Conversation:
+        return Conversation(client.connection, functools.partial(self._answer, client))
+
+    def _talk(self, client: Client, *, again: bool = False) -> None:
+        if client.conversation is not None:
+            spawn(self._tasks, self._converse(client, client.conversation, again=again))
+
+    async def _converse(self, client: Client, conversation: Conversation, *, again: bool) -> None:
         """Answer one of our own clients until it leaves."""
         try:
-            await conversation.tell({"id": 0, "ok": {"number": client.number}})
-            await conversation.run()
+            await conversation.tell({"id": 0, "ok": {"number": client.number, **({AGAIN: True} if again else {})}})
+            await conversation.run(again=again)
         except (UffdError, OSError, ValueError) as error:
             log.warning("%s: %s", client, error)
         if client.tenant.token in self.clients:
@@ -399,8 +456,6 @@ class Session:
         self._changed.set()
         self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
         log.info("%s %s; %d left", client, why, len(self.clients))
-
-    # Helpers
 
 
 def _name_asked_for(handoff: Handoff) -> str:

@@ -63,9 +63,9 @@ def test_what_a_dead_worker_has_left_is_closed() -> None:
     """Descriptors of which no journal speaks do not pile up."""
     with running() as pager:
         keeper = pager.pair.keeper.pid
-        # The worker has closed the pidfd that it has sent; it may be ready before the keeper has opened its own.
+        # The worker's own pidfd, and the keeper's of it; the worker may be ready before the keeper has opened that.
         assert pager.ask("resume", counters=[])["ok"] is None
-        eventually(lambda: list(descriptors(keeper).values()).count("anon_inode:[pidfd]"), 1)
+        eventually(lambda: list(descriptors(keeper).values()).count("anon_inode:[pidfd]"), 2)
         before = len(descriptors(keeper))
         for _ in range(3):
             kill(pager.pair.worker_pid)

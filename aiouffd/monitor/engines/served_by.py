@@ -24,7 +24,7 @@ from aiouffd.errors import (
     UffdError,
 )
 from aiouffd.handoff.firecracker import encode
-from aiouffd.handoff.json_lines import MOST_RANGES, VERSION, Lines, line
+from aiouffd.handoff.json_lines import AGAIN, MOST_RANGES, VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
@@ -285,7 +285,16 @@ class ServedByEngine:
             return
         if message["id"] == 0 and "ok" in message:  # here, since the server may end before `start` goes on
             self._served = True
+            if isinstance(message["ok"], dict) and AGAIN in message["ok"]:
+                self._ask_again()
         self._requests.answer(message)
+
+    def _ask_again(self) -> None:
+        """Another process answers from now on."""
+        with self._requests.lock, contextlib.suppress(OSError):  # it has gone: that is noticed elsewhere
+            self._connection.sendall(line({"op": AGAIN}))
+            for request in self._requests.pending:
+                self._connection.sendall(line(request.message))
 
     def _end(self) -> None:
         self._closing = True

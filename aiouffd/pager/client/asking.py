@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Asking"]
 
-_FIRST = ("takeover", "resume", "open")  # sent before the requests that speak of what these bring
+_FIRST = ("takeover", "resume", "keep", "open")  # sent before the requests that speak of what these bring
 
 
 def _rank(request: Request) -> int:

@@ -24,6 +24,7 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.pager.client.abandoned import poison_what_is_touched
 from aiouffd.pager.client.asking import Asking
+from aiouffd.pager.client.holding import Holding
 from aiouffd.pager.client.pair import Pair
 from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.client.tenant import Slots, Tenant, root_of
@@ -33,7 +34,7 @@ from aiouffd.pager.process.deaths import Deaths
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.serialization import Pickles
-from aiouffd.rpc import LAST_REQUEST, Request, all_of
+from aiouffd.rpc import LAST_REQUEST, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.launch import Launched
     from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.process.journal import Journal
-    from aiouffd.pager.process.state import State
 
 __all__ = ["PagerClient"]
 
@@ -76,6 +76,7 @@ class PagerClient:
         lives: tells whether keeper or worker is there, whether it answers or not.
         resume: has them go on, if they were stopped.
         slots: where tenants are counted: `take_slot`.
+        holding: what outlives the pager.
     """
 
     def __init__(
@@ -94,13 +95,14 @@ class PagerClient:
         self._requests = Asking(self._waiter)
         self.lives: Callable[[], bool] = self._requests.may_be_heard
         self.resume: Callable[[], None] = self._requests.resume
-        self._start_pair = partial(Pair.start, self._waiter, pickles)
+        self.holding: Holding = Holding(self._requests, self._waiter, self._tenants, self._open)
+        self._start_pair = partial(Pair.start, self._waiter, pickles, listener=self.holding.listen_at)
         self._takeover = Takeover(
             self._requests,
             self._start_pair,
             self._waiter,
-            reopen=self._reopen,
-            taken=self._requests.release,
+            reopen=self.holding.reopen,
+            taken=self.holding.succeeded,
             hear=self._event,
         )
         self._worker_pid = 0
@@ -136,12 +138,16 @@ class PagerClient:
 
         Its exception is a PagerStartError where the source or handler could not be rebuilt in the pager.
         """
+        self.add(tenant)
+        return self._open(tenant, tenant.mappings, tenant.counts)
+
+    def add(self, tenant: Tenant) -> None:
+        """Have a tenant that is opened otherwise: `Holding.restore`."""
         with self._requests.lock:
             self._tenants[tenant.token] = tenant
             tenant.restarts = self.journal.counters.words[Counter.RESTARTS]
             self._waiter.watch.add(tenant.watch)
             tenant.watch.over(*self._ends)
-        return self._open(tenant, tenant.mappings, tenant.counts)
 
     def prepare(self, pack: Pack) -> Future[Any]:
         """Have a source made ready that will serve a tenant soon, so that the tenant need not wait for that."""
@@ -153,6 +159,7 @@ class PagerClient:
             self._tenants.pop(tenant.token, None)
             self.slots.give_back(tenant.slot)
             tenant.slot = 0
+        self.holding.forget(tenant.token)
         self._waiter.watch.remove(tenant.watch)
 
     def request(self, op: str, tenant: Tenant, **arguments: Any) -> Future[Any]:
@@ -269,7 +276,7 @@ class PagerClient:
             self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
         self._waiter.close()
 
-    def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int]) -> Future[Any]:
+    def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int], *, again: bool = False) -> Future[Any]:
         pidfd = OwnedDescriptor(open_pidfd(os.getpid()))
         try:
             future = self._requests(
@@ -280,6 +287,7 @@ class PagerClient:
                 counts=counts,
                 space=tenant.record(mappings),
                 own=len(tenant.fds),
+                again=again,
             )
         except BaseException:
             pidfd.close()
@@ -321,6 +329,8 @@ class PagerClient:
         hears = True
         poller.register(pair.keeper_fd, select.POLLIN)
         poller.register(self._waiter, select.POLLIN)
+        if pair.channel is not None:
+            poller.register(pair.channel, select.POLLIN)
         while not self._waiter.stopped:
             if hears:
                 poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
@@ -334,6 +344,8 @@ class PagerClient:
                 self._later.run()
                 continue
             self._takeover.continue_if_due()
+            if pair.channel is not None and pair.channel.fileno() in ready and not self.holding.hear(pair):
+                poller.unregister(pair.channel)
             if self._waiter.fileno() in ready:
                 self._waiter.drain()
             if events and not self._exchange(pair, events):
@@ -430,6 +442,7 @@ class PagerClient:
         """
         self._waiter.check(*(each for tenant in self.tenants for each in tenant.descriptors))
         self._waiter.watch.alive()
+        self.holding.outcome(pair)
         status = pair.keeper.wait()
         self._progress += pair.journal.progress()  # of this pair alone, whatever was opened anew in it
         if self._deaths.add(status, self._progress):
@@ -444,19 +457,3 @@ class PagerClient:
         with self._requests.lock:
             self._requests.pair = successor
         self._takeover.begin()
-
-    def _reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> Future[Any]:
-        """Open all tenants and their forked children anew, as a journal says that they are; the future: they are."""
-        with self._requests.lock:
-            tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
-            asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
-        opened = [self._requests("resume", token=None, counters=journal.counters.words.tolist())]
-        counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
-        anew = [tenant for tenant in tenants if tenant.token not in asked]
-        opened += [self._open(tenant, tenant.shown(state), counts[tenant.slot]) for tenant in anew]
-        for child in [child for tenant in tenants for child in tenant.children(state, children)]:
-            opened.append(self._open(child, child.mappings, counts[child.slot]))
-            opened[-1].add_done_callback(lambda _, child=child: child.uffd.close())  # type: ignore[misc]
-        for fd in children.values():  # of memory that has been left meanwhile
-            os.close(fd)
-        return all_of(opened)

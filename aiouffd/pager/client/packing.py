@@ -6,28 +6,40 @@ import fcntl
 import itertools
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.serialization import is_pickle, pack
+from aiouffd.pager.process.tenancy import config_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiouffd.engine.options import Options, Service
+    from aiouffd.sources.base import Descriptor
 
 __all__ = ["Pack", "next_token"]
 
-_tokens = itertools.count()
+_tokens = itertools.count(time.monotonic_ns())  # a successor of this process may have its pid, and its clients
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def next_token() -> str:
     """Return a name that no other thing has that this process has a pager serve."""
     return f"{os.getpid()}-{next(_tokens)}"
+
+
+class _Arrived(OwnedDescriptor):
+    """As a `Descriptor`, which is a source's."""
+
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+        return self.fileno()
 
 
 class Pack:
@@ -42,6 +54,7 @@ class Pack:
 
     Attributes:
         is_pickle: it is code of the application's own that serves.
+        record: what a pager is told of it.
 
     Raises:
         PagerStartError: it cannot travel.
@@ -52,7 +65,7 @@ class Pack:
             data, descriptors = pack(service)
         except OSError as error:
             raise explained(f"{service.origin!r} cannot travel to the pager", error) from error
-        self.service = service
+        self.service: Any = service
         self.token: str = next_token()  # a request that is sent twice opens once
         self.options: dict[str, Any] = attrs.asdict(options)
         # Sealed: a forked child has this descriptor, too, and a worker that starts again reads it again.
@@ -63,21 +76,31 @@ class Pack:
             file.write(data)
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
         self.is_pickle: bool = is_pickle(data)
-        self._path = [entry for entry in sys.path if entry] if self.is_pickle else []
-        self._descriptors = descriptors
-        self._memory, self._page_size = memory, page_size
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a pager is told of it."""
-        return {
+        self._descriptors: Sequence[Descriptor | _Arrived] = descriptors
+        self._memory = memory
+        self.record: dict[str, Any] = {
             "token": self.token,
             "options": self.options,
-            "path": self._path,
+            "path": [entry for entry in sys.path if entry] if self.is_pickle else [],
             "slot": 0,
-            "memory": len(self._memory),
-            "page_size": self._page_size,
+            "memory": len(memory),
+            "page_size": page_size,
         }
+
+    @classmethod
+    def arrived(cls, record: dict[str, Any]) -> Self:
+        """Return one that another process has made, from the record of the pager that has served from it.
+
+        Its descriptors belong to the pack from now on.
+        """
+        pack = cls.__new__(cls)
+        pack.token, pack.options = record["token"], record["options"]
+        pack.config = OwnedDescriptor(record["config"])
+        pack.is_pickle = is_pickle(config_of(record))
+        pack.service = pack._descriptors = [_Arrived(fd) for fd in record["fds"]]  # noqa: SLF001 - its own
+        pack._memory = ()  # noqa: SLF001
+        pack.record = {name: value for name, value in record.items() if name not in ("config", "fds")}
+        return pack
 
     @property
     def fds(self) -> list[int]:

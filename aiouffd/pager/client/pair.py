@@ -23,6 +23,7 @@ from aiouffd.pager.process.journal import Journal
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
     from typing import Self
 
     from aiouffd.kernel.owned_descriptor import OwnedSocket
@@ -46,6 +47,7 @@ class Pair:
         connection: to the pager; this object's from now on.
         journal: the pager's.
         vault: the pager's; this object's from now on.
+        channel: to the pager's holder; this object's from now on. None: there is no holder.
 
     Attributes:
         keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.
@@ -55,7 +57,12 @@ class Pair:
     """
 
     def __init__(
-        self, keeper: subprocess.Popen[bytes], connection: OwnedSocket, journal: Journal, vault: Vault
+        self,
+        keeper: subprocess.Popen[bytes],
+        connection: OwnedSocket,
+        journal: Journal,
+        vault: Vault,
+        channel: OwnedSocket | None = None,
     ) -> None:
         self.keeper = keeper
         self.keeper_fd: OwnedDescriptor = OwnedDescriptor(open_pidfd(keeper.pid))
@@ -63,25 +70,34 @@ class Pair:
         self.outbox: control.Outbox = control.Outbox(connection)
         self.journal = journal
         self.vault = vault
+        self.channel = channel
         self.worker_pid: int = 0
         self.worker_fd: OwnedDescriptor = OwnedDescriptor()
 
     @classmethod
-    def start(cls, waiter: Waiter, pickles: Pickles, launched: Launched | None = None) -> Self:
+    def start(
+        cls,
+        waiter: Waiter,
+        pickles: Pickles,
+        launched: Launched | None = None,
+        *,
+        listener: Callable[[], socket.socket | None] = lambda: None,
+    ) -> Self:
         """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
 
         Args:
             waiter: of the client, which may be stopped meanwhile.
             pickles: as for `Launched`.
             launched: the keeper, where it was started before; the pair's from now on.
+            listener: returns that of the holder, as for `Launched`.
 
         Raises:
             PagerStartError: it did not start.
             StoppedError: the client is being stopped.
         """
-        launched = launched or Launched(pickles)
+        launched = launched or Launched(pickles, listener())
         try:
-            return cls(launched.keeper, launched.connection, *_hello(launched.connection, waiter))
+            return cls(launched.keeper, launched.connection, *_hello(launched.connection, waiter), launched.channel)
         except BaseException as error:
             status = launched.abandon()
             if isinstance(error, control.Closed | OSError | ValueError):
@@ -125,6 +141,20 @@ class Pair:
         with contextlib.suppress(PermissionError):  # privileges were dropped
             self.keeper.send_signal(signal.SIGCONT)
 
+    def tell_holder(self, op: str) -> None:
+        """Send the holder a message, if there is one."""
+        if self.channel is not None:
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(self.channel, {"op": op}, wait=False)
+
+    def hear_holder(self) -> str:
+        """Return what the holder says; "lost": it has ended, or says what nobody understands."""
+        assert self.channel is not None
+        try:
+            return str(control.receive(self.channel)[0].get("event"))
+        except (control.Closed, OSError, ValueError):
+            return "lost"
+
     def end(self, *, leave: bool, silent: bool = False, wait: bool = True) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
 
@@ -157,7 +187,7 @@ class Pair:
                 if self.worker_fd.intact and not _readable(self.worker_fd, 1000):
                     self.kill_worker()
             self._reap(patience)
-        self.close()
+        self.close(leave=leave)
 
     def _await_end(self, seconds: float) -> bool:
         """Wait until the keeper has ended, or is about to: it closes the connection then. Tell whether it is so."""
@@ -187,8 +217,12 @@ class Pair:
         else:
             threading.Thread(target=self.keeper.wait, name="aiouffd-reaper", daemon=True).start()
 
-    def close(self) -> None:
-        """Close the descriptors."""
+    def close(self, *, leave: bool = False) -> None:
+        """Close the descriptors, and have the holder end; `leave`: it holds on."""
+        if not leave:
+            self.tell_holder("end")
+        if self.channel is not None:
+            self.channel.close()
         self.connection.close()
         self.vault.close()
         self.worker_fd.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
 from aiouffd.engine.statistics import Counter
+from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.packing import next_token
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
     from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.process.journal import Journal
-    from aiouffd.pager.process.state import State
+    from aiouffd.pager.process.state import SpaceState, State
+
 
 __all__ = ["Slots", "Tenant", "root_of"]
 
@@ -55,6 +57,11 @@ class Slots:
             self._next.append(slot)  # forked children of a tenant that has left are counted there
         return 0
 
+    def reserve(self, slot: int) -> None:
+        """Have one that is in use already: it was a predecessor's."""
+        if slot in self._next:
+            self._next.remove(slot)
+
     def give_back(self, slot: int) -> None:
         """Use it no longer."""
         if slot:
@@ -82,6 +89,7 @@ class Tenant:
         restarts: how many workers had died before it came.
         leaving: its owner is about to settle it.
         silent: a last request was not answered: something blocks the worker's loop.
+        payer: the name of those that share what they may have in a second.
         token: names it.
     """
 
@@ -99,7 +107,26 @@ class Tenant:
     restarts: int = 0
     leaving: bool = False
     silent: bool = False
+    payer: str = ""
     token: str = attrs.field(factory=next_token)
+
+    @classmethod
+    def left(cls, space: SpaceState, pack: Pack, state: State, **further: Any) -> Self:
+        """Return what another process's pager has served, as its state says; the descriptors are taken.
+
+        A forked child, as `children` returns them.
+        """
+        return cls(
+            pack,
+            Userfaultfd.from_fd(space.fd, Feature(space.features)),
+            list(space.mappings),
+            space.page_size,
+            space.tether,
+            state.origins[space.origin]["slot"],
+            payer=space.payer,
+            token=f"{space.token}/{space.identity}" if space.is_child else space.token,
+            **further,
+        )
 
     @property
     def fds(self) -> list[int]:
@@ -118,6 +145,7 @@ class Tenant:
             "page_size": self.page_size,
             "features": int(self.uffd.features),
             "own": self.protect is not None,
+            "payer": self.payer,
             "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
         }
 

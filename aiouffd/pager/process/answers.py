@@ -18,7 +18,7 @@ from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.serialization import Pickles, is_pickle
 from aiouffd.pager.process.served import Served, close_all
-from aiouffd.pager.process.state import SpaceState
+from aiouffd.pager.process.state import Note, SpaceState
 from aiouffd.pager.process.tenancy import RELEASE, config_of
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Answers:
             "begin": self._begin,
             "release": self._release,
             "protected": self._protected,
+            "keep": self._keep,
+            "forget": self._forget,
             "handover": lambda _, fds: self._handover.give(*fds),
             "takeover": lambda _, fds: self._handover.take(*fds),
         }
@@ -98,7 +100,7 @@ class Answers:
         try:
             async with lock:
                 try:
-                    origin = await self._origin_of(service, message["counts"])
+                    origin = await self._origin_of(service, message["counts"], again=message.get("again", False))
                 except BaseException:
                     close_foreign(own)
                     raise
@@ -127,13 +129,13 @@ class Answers:
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 
-    async def _origin_of(self, service: dict[str, Any], counts: list[int]) -> Origin:
+    async def _origin_of(self, service: dict[str, Any], counts: list[int], *, again: bool = False) -> Origin:
         try:
             self._check_pickles(service)
         except PagerStartError:
             close_all((service["config"], *service["fds"]))
             raise
-        return await self._served.open_origin(service, counts)
+        return await self._served.open_origin(service, counts, again=again)
 
     def _check_pickles(self, service: dict[str, Any]) -> None:
         """Raise PagerStartError where a source or handler would have to be unpickled, and this pager does not do so."""
@@ -148,6 +150,8 @@ class Answers:
     async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
         """Go on counting where a pager before this one has stopped."""
         self._served.journal.resume(message["counters"])
+        for slot, counts in message.get("slots", ()):
+            self._served.journal.use_slot(slot, counts)
 
     async def _prepare(self, message: dict[str, Any], fds: list[int]) -> None:
         """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand.
@@ -212,6 +216,14 @@ class Answers:
         for space in self._served.family_of(message["token"]):
             if space.retrying is not None:
                 space.retrying.give_up(message["offset"], message["length"])
+
+    async def _keep(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Keep a note for whoever owns these clients next."""
+        self._served.notes.keep(Note(message["name"], message["text"], fds))
+
+    async def _forget(self, message: dict[str, Any], _: list[int]) -> None:
+        """Keep a note no longer."""
+        self._served.notes.forget(message["name"])
 
     async def _protected(self, message: dict[str, Any], _: list[int]) -> None:
         """A page that could not be had is inaccessible now."""

@@ -167,12 +167,6 @@ async def _asked(connection: socket.socket, received: list[int], *, built: bool)
     received += fds
     journal = Journal(fds[0])
     state = survey(journal) or State()
-    number_of = dict(zip(message["numbers"], fds[1:], strict=True))
-    state.meta.owner = number_of.get(state.meta.owner, -1)
-    for record in state.origins.values():
-        record.update(config=number_of[record["config"]], fds=[number_of[fd] for fd in record["fds"]])
-    for space in state.spaces.values():
-        space.fd = number_of[space.fd]
-        space.tether = number_of.get(space.tether, -1)
+    state.renumber(dict(zip(message["numbers"], fds[1:], strict=True)))
     os.close(received.pop(-len(fds)))  # the journal's
     return state, journal

@@ -5,6 +5,7 @@ So messages land in this memory by the read itself, and a worker that dies right
 
 The content, in a memfd:
 
+- the version of all this, and which of the pager's descriptors are whose (`Whose`).
 - one commit word. It names the active landing and the active log, and the log's length. A single aligned 64-bit store
   changes all three at once, so that there is no moment in between for a kill to hit.
 - two landings: where read(2) puts messages. Layout events are first appended to the log; then the other landing is
@@ -22,6 +23,7 @@ more, nothing is read any further (`Rewriting.on_full`): the kernel keeps what w
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import mmap
 import os
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from aiouffd.engine.statistics import SIZE as COUNTERS_SIZE
 from aiouffd.engine.statistics import Counter, Counters
+from aiouffd.errors import PagerStartError
 from aiouffd.kernel import abi
 from aiouffd.kernel.events import MESSAGES
 from aiouffd.kernel.memory import map_file
@@ -42,8 +45,12 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-__all__ = ["SLOTS", "Content", "Journal", "JournalFullError", "Mirror"]
+__all__ = ["SLOTS", "VERSION", "Content", "Journal", "JournalFullError", "Mirror", "Whose"]
 
+VERSION: Final = 1
+"""Of the format. The one before, 0, has neither notes nor a version; both are read."""
+
+_VERSION: Final = 1  # its word; the commit word is 0
 _LANDING: Final = 4096
 _LANDING_STRIDE: Final = 4096
 _LANDING_MESSAGES: Final = 64  # behind the identity of the space that is being read
@@ -56,9 +63,17 @@ _KEPT_FREE: Final = 33 * MESSAGES * EVENT_SIZE  # for what is read until the dis
 
 _LAYOUT: Final = frozenset((abi.EVENT_FORK, abi.EVENT_REMAP, abi.EVENT_REMOVE, abi.EVENT_UNMAP))
 _GAUGES: Final = (Counter.IN_FLIGHT, Counter.BYTES_IN_FLIGHT, Counter.SPACES)
-_ENDS: Final = (Kind.CLOSED, Kind.RETIRED)
+_ENDS: Final = (Kind.CLOSED, Kind.RETIRED, Kind.FORGOTTEN)
 _F_SEAL_FUTURE_WRITE: Final = 0x10  # Linux 5.1: the mappings that are there already can be written on
 _SEALS: Final = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Whose(enum.IntEnum):
+    """Words that hold the number of a descriptor in the pager's table, plus one; 0: there is none."""
+
+    WORKER = 2  # the worker's pidfd
+    GUEST = 3  # the connection of whoever asks the holder
+    SUCCESSOR = 4  # the same, while all is being given: no worker of this pager may serve
 
 
 class JournalFullError(Exception):
@@ -96,6 +111,9 @@ class Journal:
         fd: the memfd of one made by `create`. It stays the caller's, who may close it: the mapping keeps the memory.
         access: mmap.ACCESS_WRITE for its maker; it is sealed for all others.
 
+    Raises:
+        PagerStartError: it is of a version that this one does not read.
+
     Attributes:
         counters: the pager's own, in this memory.
         mirror: told of what is appended, before it counts, while the log is being written anew.
@@ -112,6 +130,10 @@ class Journal:
         self._bytes = memoryview(self._map)
         self._size = (size - _LOGS) // 2
         self._words = self._bytes[:_LANDING].cast("Q")
+        if self._words[_VERSION] > VERSION:
+            raise PagerStartError(
+                f"a journal of version {self._words[_VERSION]} cannot be read: this aiouffd ({VERSION}) is older"
+            )
         self._identities = [self._bytes[at : at + 8].cast("q") for at in map(_landing, (0, 1))]
         self._landings = [
             self._bytes[at + _LANDING_MESSAGES : at + _LANDING_MESSAGES + MESSAGES * abi.MESSAGE_SIZE]
@@ -136,10 +158,19 @@ class Journal:
         try:
             os.ftruncate(fd, _LOGS + 2 * _LOG_SIZE)
             journal = cls(fd, mmap.ACCESS_WRITE)
+            journal._words[_VERSION] = VERSION
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
             raise explained(f"no journal of {2 * _LOG_SIZE >> 20} MiB", error) from error
         return journal
+
+    def descriptor(self, whose: Whose) -> int:
+        """Return the number of a descriptor in the pager's table; -1: there is none."""
+        return self._words[whose] - 1
+
+    def note_descriptor(self, whose: Whose, fd: int) -> None:
+        """Note such a number; -1: there is none."""
+        self._words[whose] = fd + 1
 
     # Counters
 

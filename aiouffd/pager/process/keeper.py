@@ -29,8 +29,10 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.deaths import Deaths
-from aiouffd.pager.process.handles import explained
+from aiouffd.pager.process.handles import explained, open_pidfd
+from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
+from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
 from aiouffd.pager.process.serialization import modules
@@ -102,15 +104,31 @@ def _clone() -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles) -> int:
-    """Keep a worker alive until it has nothing left to serve; return the exit status."""
+def run(
+    journal: Journal,
+    vault: Vault,
+    connection: socket.socket,
+    pickles: Pickles,
+    hold: tuple[socket.socket, socket.socket] | None = None,
+) -> int:
+    """Keep a worker alive until it has nothing left to serve; return the exit status.
+
+    Args:
+        journal: what is served.
+        vault: for the descriptors of forked children.
+        connection: to the client.
+        pickles: how often a worker unpickles.
+        hold: where successors ask the holder, and its channel to the client; None: there is no holder.
+    """
     worker.prepare()
+    if hold is not None:
+        _start_holder(Holder(journal, connection, *hold, open_pidfd(os.getpid())))
     own = {fd for fd in _open_descriptors() if _is_open(fd)}  # the list has its own number, which a worker's may get
     deaths = Deaths()
     died = ""
     while True:
         state = survey(journal) or State()
-        slow = _close_strays(own | state.numbers)
+        slow = _close_strays(own | state.numbers | {journal.descriptor(Whose.GUEST)})
         import_for(state)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -131,6 +149,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
             log.warning("%s and is replaced", died)
         began, faults = time.monotonic(), journal.total(Counter.FAULTS)
         status = _wait(pid, pidfd, journal)
+        journal.note_descriptor(Whose.WORKER, -1)
         calm = journal.total(Counter.FAULTS) == faults and time.monotonic() - began > CALM
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
@@ -142,6 +161,19 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
             log.warning(died)
             return _give_up(journal, connection, deaths.count, reason)
         time.sleep(deaths.pause)
+
+
+def _start_holder(holder: Holder) -> None:
+    """Make the holder: it has the table of descriptors for as long as anybody needs it."""
+    pid, pidfd = _clone()
+    if pid == 0:
+        try:
+            holder.run()
+        except BaseException:
+            log.exception("the holder failed")
+        finally:
+            os._exit(1)
+    os.close(pidfd)
 
 
 def import_for(state: State) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from aiouffd.kernel import abi
-from aiouffd.pager.process.state import Kind, Meta, Record, SpaceState, State
+from aiouffd.pager.process.state import Kind, Meta, Note, Record, SpaceState, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,6 +53,11 @@ class Replay:
                 state.spaces[identity] = SpaceState(**json.loads(record.content))
             case Kind.CLOSED:
                 state.spaces.pop(identity, None)
+            case Kind.NOTE:
+                note = Note(**json.loads(record.content))
+                state.notes[note.name] = note
+            case Kind.FORGOTTEN:
+                state.notes.pop(record.content.decode(), None)
             case _ if identity in state.spaces:
                 self._change(state.spaces[identity], record)
         state.meta.next = max(state.meta.next, identity + 1, record.child + 1)

@@ -36,7 +36,7 @@ _SLICE_NS: Final = 1_000_000
 _PAUSE: Final = 0.004  # seconds between two slices
 _WHOLE: Final = 1 << 62
 _ACROSS: Final = (abi.EVENT_REMAP, abi.EVENT_FORK)
-_COMMON: Final = (Kind.META, Kind.ORIGIN, Kind.RETIRED)
+_COMMON: Final = (Kind.META, Kind.ORIGIN, Kind.RETIRED, Kind.NOTE, Kind.FORGOTTEN)
 
 
 class Rewriting:

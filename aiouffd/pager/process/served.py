@@ -25,6 +25,7 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
 from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
+from aiouffd.pager.process.notes import Notes
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
 from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Origin, Tenancy, build, let_go, make_origin
@@ -76,6 +77,7 @@ class Served:
         protection: has pages made inaccessible that cannot be had, on old kernels.
         waiting: spaces whose source is being opened again, by identity.
         arrivals: of spaces whose source is being opened, for the first time or again.
+        notes: what the pager's owner has to know.
         tasks: that end by themselves.
     """
 
@@ -104,6 +106,7 @@ class Served:
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}
+        self.notes: Notes = Notes(self._write)
         self.arrivals: Arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
         self.dispatcher: Dispatcher = Dispatcher(
@@ -117,9 +120,8 @@ class Served:
 
     def state(self) -> State:
         """Return all that a successor needs; the mappings are not copied."""
-        identities = [*self.waiting, *self.tenancies]
-        spaces = {identity: state for identity in identities if (state := self._space_state(identity)) is not None}
-        return State(attrs.evolve(self.meta), self._records(), spaces)
+        spaces = {at: state for at in (*self.waiting, *self.tenancies) if (state := self._space_state(at)) is not None}
+        return State(attrs.evolve(self.meta), self._records(), spaces, dict(self.notes.kept))
 
     def _records(self) -> dict[int, dict[str, Any]]:
         return self._restoring | {identity: origin.record for identity, origin in self.origins.items()}
@@ -190,12 +192,13 @@ class Served:
 
     # Origins
 
-    async def open_origin(self, record: dict[str, Any], counts: list[int]) -> Origin:
+    async def open_origin(self, record: dict[str, Any], counts: list[int], *, again: bool = False) -> Origin:
         """Open a source or handler, or return the one that this is already; the descriptors are taken either way.
 
         Args:
             record: how it came here.
             counts: where the counters in its slot begin, unless another origin counts there already.
+            again: it has served before; where it cannot be rebuilt now, what fails each page serves.
 
         Raises:
             PagerStartError: it could not be rebuilt.
@@ -207,7 +210,7 @@ class Served:
         try:
             if all(other["slot"] != record["slot"] for other in self._records().values()):
                 self.journal.use_slot(record["slot"], counts)
-            origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record, self._commons)
+            origin = await self.rebuilt(self.take_identity(), record, again=again)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
         except Exception as error:
             close_foreign((record["config"], *record["fds"]))
@@ -314,12 +317,9 @@ class Served:
         """Tell the successor before the descriptor's number can mean something else."""
         self.journal.append((Kind.CLOSED, space.identity, b""))
         tenancy = self.tenancies.pop(space.identity)
-        if tenancy.ahead is not None:
-            tenancy.ahead.cancel()
-        if tenancy.early is not None:
-            tenancy.early[0].cancel()
-        if tenancy.tether >= 0:
-            close_foreign([tenancy.tether])
+        tenancy.end()
+        if not tenancy.is_child:
+            self.notes.forget(tenancy.token)
         if tenancy.announced:
             self._tell({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
@@ -407,6 +407,7 @@ class Served:
             for message in end.fresh:
                 counters.words[COUNTER_OF_EVENT[message[0]]] += 1
         self.meta = attrs.evolve(state.meta, awaits=-1)
+        self.notes.kept = state.notes
         self.dispatcher.spin_us = self.meta.spin_us
         if self.meta.owner >= 0:
             self.own(self.meta.owner)
@@ -435,11 +436,13 @@ class Served:
     ) -> None:
         self._restore_spaces(await self.rebuilt(number, record), spaces, told)
 
-    async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
-        """Return what serves, made anew; where that fails, what fails each page."""
+    async def rebuilt(self, number: int, record: dict[str, Any], *, again: bool = True) -> Origin:
+        """Return what serves; where that fails, and it has served before, what fails each page."""
         try:
             return await build(self.journal.counters_of(record["slot"]), number, record, self._commons)
-        except Exception as error:  # noqa: BLE001 - it costs those whom it serves, and nobody else
+        except Exception as error:
+            if not again:
+                raise
             log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
             return make_origin(self.journal.counters_of(record["slot"]), number, record, Service(FailedSource(error)))
 

@@ -16,9 +16,9 @@ import attrs
 from aiouffd.engine.mappings import Mappings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["EVENT_SIZE", "Kind", "Meta", "Record", "SpaceState", "State", "encode", "records"]
+__all__ = ["EVENT_SIZE", "Kind", "Meta", "Note", "Record", "SpaceState", "State", "encode", "records"]
 
 _HEADER: Final = struct.Struct("=IIqq")
 EVENT_SIZE: Final = _HEADER.size + 32
@@ -36,6 +36,8 @@ class Kind(enum.IntEnum):
     EVENT = 6  # a layout event, as the kernel has told it; a fork's `child` is the identity of the child
     CLOSED = 7  # the space is served no longer
     AHEAD = 8  # two numbers: how much was replayed, and filled
+    NOTE = 9  # JSON of a `Note`, in place of the last of its name
+    FORGOTTEN = 10  # the name of a note that is kept no longer
 
 
 class Record(NamedTuple):
@@ -81,6 +83,26 @@ class Meta:
     def encode(self) -> bytes:
         """Return the record."""
         return encode(Kind.META, 0, _json(attrs.asdict(self)))
+
+
+@attrs.define
+class Note:
+    """What the pager's owner has kept for whoever owns these clients after it.
+
+    Attributes:
+        name: by which it is replaced and forgotten. One of a space's token is forgotten with the space.
+        text: plain values, which the pager does not read.
+        fds: descriptors to hold open as long as it is kept.
+    """
+
+    name: str
+    text: dict[str, Any]
+    fds: list[int] = attrs.field(factory=list)
+
+    @property
+    def content(self) -> bytes:
+        """As it is in a record."""
+        return _json(attrs.asdict(self))
 
 
 @attrs.define(eq=False, repr=False)
@@ -144,11 +166,13 @@ class State:
         meta: what is known besides.
         origins: by identity: how each source or handler came here.
         spaces: by identity.
+        notes: by name.
     """
 
     meta: Meta = attrs.field(factory=Meta)
     origins: dict[int, dict[str, Any]] = attrs.field(factory=dict)
     spaces: dict[int, SpaceState] = attrs.field(factory=dict)
+    notes: dict[str, Note] = attrs.field(factory=dict)
 
     def encode(self) -> bytes:
         """Return the records of all of it."""
@@ -156,6 +180,7 @@ class State:
             (
                 self.meta.encode(),
                 *(encode(Kind.ORIGIN, identity, _json(record)) for identity, record in self.origins.items()),
+                *(encode(Kind.NOTE, 0, note.content) for note in self.notes.values()),
                 *(space.encode_all() for space in self.spaces.values()),
             )
         )
@@ -164,9 +189,21 @@ class State:
     def numbers(self) -> set[int]:
         """The descriptors that it speaks of."""
         known = {fd for space in self.spaces.values() for fd in (space.fd, space.tether)}
+        known.update(fd for note in self.notes.values() for fd in note.fds)
         for origin in self.origins.values():
             known.update((origin["config"], *origin["fds"]))
         return {fd for fd in (*known, self.meta.owner, self.meta.awaits) if fd >= 0}
+
+    def renumber(self, number_of: Mapping[int, int]) -> None:
+        """Give the descriptors the numbers that they have in another process; of those without one, -1."""
+        self.meta.owner = number_of.get(self.meta.owner, -1)
+        for record in self.origins.values():
+            record.update(config=number_of[record["config"]], fds=[number_of[fd] for fd in record["fds"]])
+        for note in self.notes.values():
+            note.fds = [number_of[fd] for fd in note.fds]
+        for space in self.spaces.values():
+            space.fd = number_of[space.fd]
+            space.tether = number_of.get(space.tether, -1)
 
 
 def _json(value: Any) -> bytes:

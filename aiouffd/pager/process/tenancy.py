@@ -103,6 +103,15 @@ class Tenancy:
     space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
+    def end(self) -> None:
+        """Bring nothing more, and close what was held open: the space is served no longer."""
+        if self.ahead is not None:
+            self.ahead.cancel()
+        if self.early is not None:
+            self.early[0].cancel()
+        if self.tether >= 0:
+            close_foreign([self.tether])
+
 
 class Arrivals:
     """Spaces that are about to be served, by token: whoever wants one waits."""

@@ -23,6 +23,7 @@ from aiouffd.pager.process.blocked import Blocked
 from aiouffd.pager.process.handles import open_pidfd
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
+from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.replay import replay
 from aiouffd.pager.process.served import Served, close_all
 
@@ -60,6 +61,10 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
+    pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
+    journal.note_descriptor(Whose.WORKER, pidfd)
+    if journal.descriptor(Whose.SUCCESSOR) >= 0:
+        return  # another server is being given what was to be served here
     libc.keep_freed_memory(_KEPT)
     gc.freeze()  # what the keeper made lives as long as the worker does
     os.register_at_fork(after_in_child=connection.close)  # a source may fork: its child would be taken for the worker
@@ -116,7 +121,7 @@ class _Worker:
         if self.served.tasks:  # who waits for a page comes first; a source that does not answer holds up nobody
             await asyncio.wait(self.served.tasks, timeout=_FIRST)
         self.loop.add_reader(self.connection.fileno(), self.receive)
-        pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
+        pidfd = os.dup(self.journal.descriptor(Whose.WORKER))
         self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
         await self.done.wait()
         writes = any(origin.options.write_back for origin in self.served.origins.values())

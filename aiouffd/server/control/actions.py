@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
+import logging
 import os
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import msgspec
 
-from aiouffd.errors import SessionError, SourceError
+from aiouffd.errors import SessionError, SourceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
-from aiouffd.server.control.values import Completed, Drain, NewSession, Prefetch, ServerView, SessionView
+from aiouffd.server.control.values import Completed, Drain, NewSession, Prefetch, ServerView, SessionView, decode
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
 from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
+    import socket
+
     from aiouffd.server.server import Server
     from aiouffd.server.session import Session
     from aiouffd.sources.base import Source
@@ -56,6 +61,9 @@ class Action:
     body_needed: bool = True
 
 
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+_CREATED = "created"  # in the note of a session: what it was created with
 _SESSION = "/v1/sessions/{name}"
 
 ACTIONS: Final = (
@@ -113,8 +121,20 @@ class Actions:
         """Tell of one."""
         return self._view(self._find(name))
 
+    async def restore(self) -> None:
+        """Create again what the server before this one had. What cannot be is served on, and takes no client."""
+        for name, left in list(self._server.left.items()):
+            if _CREATED in left.text:
+                try:
+                    await self._make(decode(json.dumps(left.text[_CREATED]).encode(), NewSession), left.listener)
+                except (UffdError, OSError, ValueError) as error:
+                    log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
+
     async def create(self, new: NewSession) -> SessionView:
         """Create one. Its source is opened, so that a wrong one is refused now, and not by the first client."""
+        return self._view(await self._make(new))
+
+    async def _make(self, new: NewSession, made: socket.socket | None = None) -> Session:
         settings = new.settings()
         if new.name in self._server.sessions:
             raise SessionError(new.name, "is there already")
@@ -128,10 +148,11 @@ class Actions:
             raise SourceError(error.filename or str(new.source), 0, 0, error.strerror or str(error)) from error
         owner = (-1, -1) if new.owner is None else (new.owner.uid, -1 if new.owner.gid is None else new.owner.gid)
         kind = SocketFile if new.jail is None else functools.partial(JailedSocket, new.jail)
-        listen = functools.partial(kind, new.socket, mode=int(new.mode, 8), owner=owner)
-        session = await self._server.create(new.name, origin, settings, listen)
+        listen = functools.partial(kind, new.socket, mode=int(new.mode, 8), owner=owner, made=made)
+        note = {_CREATED: msgspec.to_builtins(new)}
+        session = await self._server.create(new.name, origin, settings, listen, note=note)
         self._created[session] = new
-        return self._view(session)
+        return session
 
     async def prefetch(self, name: str, wanted: Prefetch) -> SessionView:
         """Bring a range."""

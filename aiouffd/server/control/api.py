@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
@@ -57,6 +58,7 @@ class Control:
     ) -> None:
         self._server = server
         self._path = path
+        self._name = f"control {Path(path).absolute()}"
         self._actions = Actions(server, cache, version=version)
         self._document = msgspec.json.encode(document(version))
         self._file: SocketFile | None = None
@@ -73,6 +75,8 @@ class Control:
         try:
             await uninterrupted(self._listen)
             assert self._file is not None
+            self._server.hand_on(self._name, self._file.listener)
+            await self._actions.restore()
             await web.SockSite(self._runner, self._file.listener).start()
         except BaseException:
             self.close()
@@ -81,7 +85,7 @@ class Control:
         return self
 
     def _listen(self) -> None:
-        self._file = SocketFile(self._path)
+        self._file = SocketFile(self._path, made=self._server.handed(self._name))
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening, and end all connections."""

@@ -1,0 +1,193 @@
+"""What outlives a pager: opened anew in the next one, with the notes that its owner keeps, and told to its holder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aiouffd.errors import UffdError
+from aiouffd.pager.client.tenant import Tenant
+from aiouffd.pager.client.waiting import StoppedError
+from aiouffd.rpc import all_of
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from aiouffd.pager.client.asking import Asking
+    from aiouffd.pager.client.packing import Pack
+    from aiouffd.pager.client.pair import Pair
+    from aiouffd.pager.client.waiting import Waiter
+    from aiouffd.pager.process.journal import Journal
+    from aiouffd.pager.process.state import State
+
+__all__ = ["Holding"]
+
+
+class Holding:
+    """Of one pager's client. Thread-safe, but for what its thread calls: `hear`, `outcome`, `reopen`.
+
+    Args:
+        requests: of the client.
+        waiter: of its thread.
+        tenants: of the client, by token.
+        open_: asks for a tenant to be served, with what it shows and where its counters begin, `again`: whatever
+            becomes of its source.
+
+    Attributes:
+        listener: where successors ask the holder; None: there is no holder, and no note is kept.
+        on_yield: called from the client's thread: a successor has come. No client may be taken from then on, and once
+            none is about to be, `yielded` is to be called.
+        on_kept: called from there when the successor has failed: all is served here as before.
+        on_taken: called from there when the successor serves: nothing of it may be touched any more.
+    """
+
+    def __init__(
+        self,
+        requests: Asking,
+        waiter: Waiter,
+        tenants: dict[str, Tenant],
+        open_: Callable[..., Future[Any]],
+    ) -> None:
+        self._requests = requests
+        self._waiter = waiter
+        self._tenants = tenants
+        self._open = partial(open_, again=True)
+        self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
+        self._listens = False
+        self._yielding = False
+        self.listener: socket.socket | None = None
+        self.on_yield: Callable[[], None] = _nothing
+        self.on_kept: Callable[[], None] = _nothing
+        self.on_taken: Callable[[], None] = _nothing
+
+    # Notes
+
+    def keep(self, name: str, text: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Keep a note for a successor, in place of the last of its name.
+
+        Args:
+            name: a tenant's token, and it is forgotten with the tenant; or anything else.
+            text: plain values.
+            fds: descriptors that the successor needs. They stay the caller's, and open until `forget`.
+        """
+        if self.listener is not None:
+            with self._requests.lock:
+                self._notes[name] = text, fds
+                self._keep(name)
+
+    def forget(self, name: str) -> None:
+        """Keep a note no longer, if there is one."""
+        with self._requests.lock:
+            if self._notes.pop(name, None) is not None:
+                with contextlib.suppress(UffdError):  # nobody can be asked any more
+                    self._requests("forget", token=None, name=name)
+
+    def _keep(self, name: str) -> Future[Any]:
+        text, fds = self._notes[name]
+        return self._requests("keep", fds, token=None, name=name, text=text)
+
+    # The holder
+
+    def listen(self) -> None:
+        """Have successors answered: what there is to be taken is known to the pager."""
+        self._listens = True
+        if self._requests.pair is not None:
+            self._requests.pair.tell_holder("listen")
+
+    def yielded(self) -> None:
+        """Say that no client is about to be taken: all is the successor's from now on."""
+        if self._requests.pair is not None:
+            self._requests.pair.tell_holder("yielded")
+
+    def listen_at(self) -> socket.socket | None:
+        """Return `listener`."""
+        return self.listener
+
+    def succeeded(self, counts: Future[Any]) -> None:
+        """The newest pair has taken over, or is asked to open all; when that is done, its holder listens."""
+        self._requests.release(counts)
+        if self._listens:
+            counts.add_done_callback(lambda _: self.listen())
+
+    def hear(self, pair: Pair) -> bool:
+        """Take a message of the holder; tell whether there may be more."""
+        event = pair.hear_holder()
+        if event == "yield":
+            self._yielding = True
+            self.on_yield()
+        elif event == "kept":
+            self._yielding = False
+            self.on_kept()
+        elif event == "taken":
+            self._yielding = False
+            self._waiter.stop()
+            self.on_taken()
+        return event != "lost"
+
+    def outcome(self, pair: Pair) -> None:
+        """Wait until it is known whether a successor has taken all, where one was about to.
+
+        Raises:
+            StoppedError: it has; or the client is being stopped.
+        """
+        while self._yielding and pair.channel is not None:
+            if self._waiter.wait(1.0, pair.channel.fileno()) and not self.hear(pair):
+                self._yielding = False
+                self.on_kept()
+        if self._waiter.stopped:
+            raise StoppedError
+
+    # Another pager
+
+    def reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> Future[Any]:
+        """Open all tenants and their forked children anew, as a journal says that they are; the future: they are."""
+        with self._requests.lock:
+            tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
+            asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
+            opened = [self._resume(journal, {tenant.slot for tenant in tenants}), *map(self._keep, self._notes)]
+        counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
+        anew = [tenant for tenant in tenants if tenant.token not in asked]
+        opened += [self._open(tenant, tenant.shown(state), counts[tenant.slot]) for tenant in anew]
+        for child in [child for tenant in tenants for child in tenant.children(state, children)]:
+            opened.append(self._open_child(child, counts[child.slot]))
+        for fd in children.values():  # of memory that has been left meanwhile
+            os.close(fd)
+        return all_of(opened)
+
+    def restore(self, journal: Journal, state: State, packs: dict[int, Pack]) -> Future[Any]:
+        """Open all that another server's pager has served, and that is not among the tenants: those it has no note of.
+
+        Args:
+            journal: that pager's.
+            state: what it amounts to; the descriptors are this process's.
+            packs: by the identity of the origin.
+        """
+        slots = {record["slot"] for record in state.origins.values()}
+        slots |= {note.text["slot"] for note in state.notes.values() if "slot" in note.text}
+        opened = [self._resume(journal, slots)]
+        for space in state.spaces.values():
+            counts = journal.counters_of(state.origins[space.origin]["slot"]).words.tolist()
+            if not space.is_child and space.token in self._tenants:
+                tenant = self._tenants[space.token]
+                opened.append(self._open(tenant, tenant.mappings, counts))
+            else:
+                opened.append(self._open_child(Tenant.left(space, packs[space.origin], state), counts))
+        return all_of(opened)
+
+    def _resume(self, journal: Journal, slots: set[int]) -> Future[Any]:
+        counts = [(slot, journal.counters_of(slot).words.tolist()) for slot in slots]
+        return self._requests("resume", token=None, counters=journal.counters.words.tolist(), slots=counts)
+
+    def _open_child(self, tenant: Tenant, counts: list[int]) -> Future[Any]:
+        """Have memory served that is nobody's here: its descriptor is closed when the pager has it."""
+        opened = self._open(tenant, tenant.mappings, counts)
+        opened.add_done_callback(lambda _: tenant.uffd.close())
+        return opened
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,0 +1,221 @@
+"""The holder: a third process of a pager, for the case that all others are killed, its owner's included.
+
+It is made as the worker is, with clone(CLONE_FILES): it shares the keeper's table of descriptors, and the journal,
+which says what they are. So there is no moment at which a descriptor is the worker's and not the holder's: that of a
+forked child is in the holder's table when the kernel has told of the fork. The holder does nothing else.
+
+Whoever is to serve next asks at the holder's socket. A *look* tells what is served, while it is served. To *take* it
+is to end keeper and worker, which loses nothing, and to be given the journal as it is then. So an upgrade and a total
+loss are the same to the successor. Where the pager's owner lives, it is asked to yield first. It hears what became of
+that: all was taken, or the successor has failed, and the owner starts another pair, as after any other death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from aiouffd.kernel.userfaultfd import Userfaultfd
+from aiouffd.pager.process import control
+from aiouffd.pager.process.journal import Whose
+from aiouffd.pager.process.replay import survey
+from aiouffd.pager.process.state import State
+
+if TYPE_CHECKING:
+    from aiouffd.pager.process.journal import Journal
+
+__all__ = ["Holder"]
+
+log: logging.Logger = logging.getLogger("aiouffd.holder")
+
+_LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
+_YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
+_DEATH: Final = 10.0  # seconds for a process that was killed to end
+_CREDENTIALS: Final = struct.Struct("=iII")
+
+
+class _RefusedError(Exception):
+    """Nothing is given; the text says why."""
+
+
+class Holder:
+    """Holds, and gives.
+
+    Args:
+        journal: the pager's.
+        connection: the pager's, to its owner: closed when keeper and worker have ended, since that tells the owner.
+        listener: where successors ask. The owner says when.
+        channel: to the owner.
+        keeper: the keeper's pidfd.
+    """
+
+    def __init__(
+        self, journal: Journal, connection: socket.socket, listener: socket.socket, channel: socket.socket, keeper: int
+    ) -> None:
+        self._journal = journal
+        self._connection = connection
+        self._listener = listener
+        self._channel: socket.socket | None = channel
+        self._keeper = keeper
+        self._guest: socket.socket | None = None
+        self._listens = False
+
+    def run(self) -> NoReturn:
+        """Hold until nothing is left, the owner has others that do, or all was taken."""
+        while True:
+            poller = select.poll()
+            for source in (self._channel, self._guest, self._listener if self._listens and not self._guest else None):
+                if source is not None:
+                    poller.register(source, select.POLLIN)
+            if not _ended(self._keeper):
+                poller.register(self._keeper, select.POLLIN)
+            elif not _ended(self._worker):
+                poller.register(self._worker, select.POLLIN)
+            ready = dict(poller.poll(_LOOK * 1000))
+            if self._channel is not None and self._channel.fileno() in ready:
+                self._hear()
+            self._look()
+            if self._guest is not None and self._guest.fileno() in ready:
+                self._answer(self._guest)
+            elif self._listener.fileno() in ready:
+                self._welcome()
+
+    @property
+    def _worker(self) -> int:
+        return self._journal.descriptor(Whose.WORKER)
+
+    def _hear(self) -> dict[str, Any]:
+        """Take a message of the owner."""
+        assert self._channel is not None
+        try:
+            message, _ = control.receive(self._channel)
+        except (control.Closed, OSError):
+            self._channel.close()
+            self._channel = None  # the owner has ended, without a word
+            return {}
+        if message["op"] == "end":
+            os._exit(0)
+        self._listens |= message["op"] == "listen"
+        return message
+
+    def _look(self) -> None:
+        """Tell the owner that nobody serves; end where nothing is left."""
+        if not (_ended(self._keeper) and _ended(self._worker)):
+            return
+        self._connection.close()
+        if self._channel is None and not any(map(_lives, self._state().spaces.values())):
+            os._exit(0)
+
+    def _state(self) -> State:
+        return survey(self._journal) or State()
+
+    # A successor
+
+    def _welcome(self) -> None:
+        with contextlib.suppress(OSError):
+            guest, _ = self._listener.accept()
+            self._journal.note_descriptor(Whose.GUEST, guest.fileno())
+            self._guest = guest
+            found = guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(found)[1] not in (0, os.geteuid()):
+                self._leave()
+
+    def _leave(self) -> None:
+        """Be done with whoever has asked."""
+        if self._guest is not None:
+            self._journal.note_descriptor(Whose.GUEST, -1)
+            self._guest.close()
+            self._guest = None
+
+    def _answer(self, guest: socket.socket) -> None:
+        try:
+            message, _ = control.receive(guest)
+            if message["op"] == "look":
+                self._tell(guest)
+            elif message["op"] == "take":
+                if self._channel is not None and not message["over"]:
+                    raise _RefusedError("another server serves there, and lives")  # noqa: TRY301
+                self._give(guest)
+        except _RefusedError as error:
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(guest, {"refused": str(error)}, wait=False)
+            self._leave()
+        except (control.Closed, OSError, ValueError, KeyError):
+            self._leave()
+
+    def _tell(self, guest: socket.socket) -> None:
+        """Send what is served, and the descriptors."""
+        along = sorted(self._state().numbers)
+        owned = self._channel is not None
+        control.send(guest, {"numbers": along, "owned": owned}, [self._journal.fd, *along])
+
+    def _give(self, guest: socket.socket) -> None:
+        """Have keeper and worker end, and give all; hold on where the successor does not come to serve."""
+        self._await_yield()
+        self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
+        for process in (self._keeper, self._worker):  # a keeper would make another worker
+            _kill(process)
+        taken = False
+        try:
+            self._tell(guest)
+            taken = control.receive(guest)[0]["op"] == "serving"
+        finally:
+            if taken:
+                self._say("taken")
+                os._exit(0)
+            self._journal.note_descriptor(Whose.SUCCESSOR, -1)
+            self._say("kept")
+            log.error("the successor has failed, and what it was given is held on")
+
+    def _await_yield(self) -> None:
+        """Ask the owner to take no client; one that has ended is not waited for."""
+        self._say("yield")
+        until = time.monotonic() + _YIELD
+        while self._channel is not None:
+            poller = select.poll()
+            poller.register(self._channel, select.POLLIN)
+            if not poller.poll(max(0.0, until - time.monotonic()) * 1000):
+                self._say("kept")
+                raise _RefusedError(f"the server that serves there does not yield within {_YIELD:g} s")
+            if self._hear().get("op") == "yielded":
+                return
+
+    def _say(self, event: str) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(self._channel, {"event": event}, wait=False)
+
+
+def _ended(pidfd: int) -> bool:
+    """Tell whether a process has ended; -1: there was none."""
+    poller = select.poll()
+    if pidfd >= 0:
+        poller.register(pidfd, select.POLLIN)
+    return pidfd < 0 or bool(poller.poll(0))
+
+
+def _kill(pidfd: int) -> None:
+    """Kill a process, and wait for its end."""
+    if pidfd < 0:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    if not poller.poll(_DEATH * 1000):
+        raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
+
+
+def _lives(space: Any) -> bool:
+    uffd = Userfaultfd.from_fd(space.fd)
+    try:
+        return not uffd.gone()
+    finally:
+        uffd.detach()

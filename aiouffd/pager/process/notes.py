@@ -1,0 +1,55 @@
+"""What the pager's owner has to know of its clients, kept where the owner's successor finds it: in the journal.
+
+The pager reads none of it. It holds the descriptors open, and gives all of it to whoever takes its clients over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiouffd.errors import PagerStartError
+from aiouffd.handoff.own_threads import close_foreign
+from aiouffd.pager.process.journal import JournalFullError
+from aiouffd.pager.process.state import Kind, Note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Notes"]
+
+
+class Notes:
+    """The notes of a pager.
+
+    Args:
+        write: appends a record to the journal; what ends something has room at any time.
+
+    Attributes:
+        kept: by name.
+    """
+
+    def __init__(self, write: Callable[[tuple[Kind, int, bytes]], None]) -> None:
+        self._write = write
+        self.kept: dict[str, Note] = {}
+
+    def keep(self, note: Note) -> None:
+        """Keep a note in place of the last of its name. Its descriptors are taken.
+
+        Raises:
+            PagerStartError: the journal has no room for it.
+        """
+        try:
+            self._write((Kind.NOTE, 0, note.content))
+        except JournalFullError:
+            close_foreign(note.fds)
+            raise PagerStartError("there is no room for another note: the pager's journal is full") from None
+        known, self.kept[note.name] = self.kept.get(note.name), note
+        if known is not None:
+            close_foreign(known.fds)
+
+    def forget(self, name: str) -> None:
+        """Keep a note no longer, if there is one."""
+        note = self.kept.pop(name, None)
+        if note is not None:
+            self._write((Kind.FORGOTTEN, 0, name.encode()))
+            close_foreign(note.fds)

@@ -1,0 +1,217 @@
+"""What a server before this one has left: its clients, sockets and sessions, which a holder gives.
+
+Both sides of it. A server keeps a note of each session and of each client in its pager, whose holder has it when all
+others are killed. The next server takes what there is, has its own pager serve the memory at once, and gives each
+session what was its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from aiouffd.errors import PagerStartError
+from aiouffd.handoff.receive import Peer
+from aiouffd.pager.client.packing import Pack
+from aiouffd.pager.client.succession import Estate, Predecessor
+from aiouffd.server.clients import Client, Handed
+from aiouffd.server.listener import SocketFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from concurrent.futures import Future
+
+    from aiouffd.pager.client.client import PagerClient
+
+__all__ = ["SOCKET", "Left", "Successor", "forget_session", "keep_client", "keep_session"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+_HOLDER = "holder"  # the note of the socket at which successors ask
+_SESSION = "session "  # notes of sessions are named so, and by the session
+SOCKET: Final = "socket "
+"""Notes of further sockets are named so, and by what listens there."""
+
+_TIMEOUT = 90.0  # seconds for sources to be opened
+
+
+def keep_session(pager: PagerClient, name: str, listener: socket.socket, text: dict[str, Any]) -> None:
+    """Keep a note of a session: its socket, and what whoever makes it again needs."""
+    pager.holding.keep(_SESSION + name, text, [listener.fileno()])
+
+
+def forget_session(pager: PagerClient, name: str) -> None:
+    """Keep that note no longer: nobody listens there any more."""
+    pager.holding.forget(_SESSION + name)
+
+
+def keep_client(pager: PagerClient, client: Client) -> None:
+    """Keep a note of a client."""
+    text = {
+        "session": client.session,
+        "number": client.number,
+        "peer": attrs.astuple(client.peer),
+        "ours": client.conversation is not None,
+        "length": client.length,
+        "since": client.since,
+    }
+    pager.holding.keep(client.tenant.token, text, [client.connection.fileno()])
+
+
+@attrs.define(eq=False)
+class Left:
+    """What is left of a session.
+
+    Attributes:
+        text: of its note.
+        listener: its socket; None: there was none.
+        clients: those that are served, and whether they are our own, which ask questions.
+    """
+
+    text: dict[str, Any] = attrs.field(factory=dict)
+    listener: socket.socket | None = None
+    clients: list[tuple[Client, bool]] = attrs.field(factory=list)
+
+
+class Successor:
+    """Takes over what there is at a path, and sees to it that there is something for the next. Blocks.
+
+    Args:
+        path: of the socket at which a holder is asked.
+        pager: of this server.
+        over: take over from a server that lives, too.
+
+    Attributes:
+        left: by name, the sessions that no session of this server goes on with yet.
+        sockets: by name, further ones.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], pager: PagerClient, *, over: bool) -> None:
+        self._path = path
+        self._pager = pager
+        self._over = over
+        self._predecessor: Predecessor | None = None
+        self._file: SocketFile | None = None
+        self._packs: dict[str, Pack] = {}  # by token, of sources that are open in the pager
+        self.left: dict[str, Left] = defaultdict(Left)
+        self.sockets: dict[str, socket.socket] = {}
+
+    def begin(self) -> None:
+        """See what there is, and give the pager's holder its socket. Before the pager is started.
+
+        Raises:
+            OSError: EADDRINUSE: a server lives there, and is not to be taken over from.
+            PagerStartError: what there is cannot be read.
+        """
+        self._predecessor = Predecessor.at(self._path)
+        made = None
+        if self._predecessor is not None:
+            estate = self._predecessor.look()
+            try:
+                if estate.owned and not self._over:
+                    reason = "another server serves there: --takeover takes its clients over"
+                    raise OSError(errno.EADDRINUSE, reason, os.fspath(self._path))
+                (fd,) = estate.state.notes[_HOLDER].fds
+                made = socket.socket(fileno=estate.take(fd))
+            finally:
+                estate.close()
+        self._file = SocketFile(self._path, kind=socket.SOCK_SEQPACKET, made=made)
+        self._pager.holding.listener = self._file.listener
+
+    def succeed(self) -> None:
+        """Take over. The pager runs.
+
+        Raises:
+            PagerStartError, OSError: nothing was taken: who has served before goes on.
+        """
+        assert self._file is not None
+        if self._predecessor is not None:
+            estate = self._predecessor.look()
+            if estate.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
+                self._prepare(estate)
+            else:
+                estate.close()
+            self._take(self._predecessor.take(over=self._over))
+            self._predecessor.serving()
+            self._predecessor.close()
+        self._pager.holding.keep(_HOLDER, {}, [self._file.listener.fileno()])
+
+    def close(self) -> None:
+        """Be done: the socket's file is removed."""
+        if self._predecessor is not None:
+            self._predecessor.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _prepare(self, estate: Estate) -> None:
+        opening = []
+        for record in estate.state.origins.values():
+            pack = self._packs[record["token"]] = self._arrived(estate, record)
+            opening.append(self._pager.prepare(pack))
+        estate.close()
+        _await(opening)
+
+    def _take(self, estate: Estate) -> None:
+        state, pager = estate.state, self._pager
+        packs: dict[int, Pack] = {}
+        for identity, record in state.origins.items():
+            known = self._packs.pop(record["token"], None)
+            packs[identity] = known if known is not None else self._arrived(estate, record)
+            pager.slots.reserve(record["slot"])
+        for note in state.notes.values():
+            for fd in note.fds:
+                estate.take(fd)
+            pager.holding.keep(note.name, note.text, note.fds)
+            if note.name.startswith(SOCKET):
+                self.sockets[note.name.removeprefix(SOCKET)] = socket.socket(fileno=note.fds[0])
+            elif note.name.startswith(_SESSION):
+                self._left_session(note.name.removeprefix(_SESSION), note.text, note.fds)
+        for space in state.spaces.values():
+            estate.take(space.fd)
+            if space.tether >= 0:
+                estate.take(space.tether)
+            its = state.notes.get(space.token)
+            if its is not None and not space.is_child:
+                tenant = Handed.left(space, packs[space.origin], state, peer=Peer(*its.text["peer"]))
+                pager.add(tenant)
+                self._left_client(tenant, its.text, its.fds)
+        _await([pager.holding.restore(estate.journal, state, packs)])
+        estate.close()
+        for pack in self._packs.values():
+            pack.close()
+
+    def _arrived(self, estate: Estate, record: dict[str, Any]) -> Pack:
+        for fd in (record["config"], *record["fds"]):
+            estate.take(fd)
+        return Pack.arrived(record)
+
+    def _left_session(self, name: str, text: dict[str, Any], fds: list[int]) -> None:
+        left = self.left[name]
+        left.text, left.listener = text, socket.socket(fileno=fds[0])
+        self._pager.slots.reserve(text["slot"])
+
+    def _left_client(self, tenant: Handed, text: dict[str, Any], fds: list[int]) -> None:
+        client = Client(
+            text["number"],
+            tenant.peer,
+            tenant,
+            text["length"],
+            socket.socket(fileno=fds[0]),
+            since=text["since"],
+            session=text["session"],
+        )
+        self.left[client.session].clients.append((client, text["ours"]))
+
+
+def _await(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        try:
+            future.result(_TIMEOUT)
+        except TimeoutError:
+            raise PagerStartError(f"the pager has not opened all sources within {_TIMEOUT:g} s") from None

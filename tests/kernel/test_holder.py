@@ -1,0 +1,120 @@
+"""`process.holder`: what a server's clients have when all of its processes are killed, and when another takes over."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from pattern import PAGE, Touchers, peek, word
+from scenario import ended, play
+from served import MIB, Servers, hand_over
+
+import aiouffd
+from aiouffd.engine.mappings import Mapping
+from aiouffd.handoff import firecracker
+from aiouffd.pager.client.succession import Predecessor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 8 * MIB
+
+
+def waits(go: int, address: int) -> None:
+    """Be the forked child: what it touches is served, once it is told to go on."""
+    right = False
+    try:
+        os.read(go, 1)
+        right = peek(address) == bytes(8) and all(peek(address + page * PAGE) == word(page) for page in (2, 300))
+    finally:
+        os._exit(0 if right else 1)
+
+
+def a_machine(directory: str, image: str) -> None:
+    """Scenario: a client that reads no socket, and its forked child."""
+    servers = Servers(directory, image, "--readahead", 0)
+    servers.start("first")
+    region = aiouffd.Region(SIZE)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_FORK | aiouffd.Feature.EVENT_REMOVE)
+    uffd.register(region.address, SIZE, aiouffd.RegisterMode.MISSING)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(servers.path))
+    shown = firecracker.encode([Mapping(region.address, region.address + SIZE, 0)], PAGE)
+    socket.send_fds(connection, [shown], [uffd.fileno()])
+    uffd.close()  # nobody but the servers has it
+    assert peek(region.address) == word(0)
+    region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+    go, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        waits(go, region.address)
+
+    def touched(pages: range) -> Touchers:
+        return Touchers(region.address, [pages[n::4] for n in range(4)])
+
+    servers.lose()
+    touchers = touched(range(1, 200))
+    servers.start("second")
+    touchers.join()
+    assert peek(region.address) == bytes(8)  # as the journal says
+    os.write(told, b".")
+    assert os.waitpid(child, 0)[1] == 0
+    second, holder = servers.last, servers.pids["holder"]
+    refused = servers.start("third", wait=False)
+    assert refused.process.wait(60) == 1
+    assert "--takeover" in refused.said
+    touchers = touched(range(200, 600))
+    third = servers.start("fourth", "--takeover")
+    touchers.join()
+    assert second.process.wait(60) == 0
+    assert ended(holder)
+    second.says("another server has taken over")
+    other, *_kept = hand_over(servers.path)  # a new client, at the same socket
+    assert peek(other.address) == word(0)
+    failing = Predecessor.at(servers.hold)
+    assert failing is not None
+    failing.take(over=True).close()  # nobody serves now
+    touchers = touched(range(600, SIZE // PAGE))
+    failing.close()
+    touchers.join()
+    third.says("serving on")
+    assert not touchers.wrong
+    assert peek(other.address + PAGE) == word(1)
+    print(json.dumps(servers.pids))
+
+
+def a_monitor(directory: str, image: str) -> None:
+    """Scenario: a client that asks questions: what was asked when all were killed is answered by the next server."""
+    servers = Servers(directory, image)
+    servers.start("first")
+    with aiouffd.Monitor(aiouffd.Region(SIZE), engine=aiouffd.ServedBy(str(servers.path))) as monitor:
+        monitor.prefetch_sync(0, MIB)
+        os.kill(servers.pids["worker"], signal.SIGSTOP)
+        asker = threading.Thread(target=monitor.prefetch_sync, args=(MIB, MIB))
+        asker.start()
+        servers.lose()
+        servers.start("second")
+        asker.join()
+        assert sum(each.length for each in monitor.residency()) == 2 * MIB
+        servers.start("third", "--takeover")
+        monitor.prefetch_sync(2 * MIB, MIB)
+        assert sum(each.length for each in monitor.residency()) == 3 * MIB
+        assert bytes(monitor.region[2 * MIB : 2 * MIB + 8]) == word(512)
+        assert monitor.statistics().pages_prefetch == 3 * MIB // PAGE  # counted on
+        monitor.check()
+    print(json.dumps(servers.pids))
+
+
+@pytest.mark.parametrize("client", [a_machine, a_monitor])
+def test_all_are_killed_and_another_takes_over(client: object, image: Path, tmp_path: Path) -> None:
+    """Threads that wait meanwhile go on, with the right bytes; at the end nothing is left."""
+    output, _ = play(client, str(tmp_path), str(image))  # type: ignore[arg-type]
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))
