@@ -13,8 +13,8 @@ A cache belongs to one user, and only damage has to be noticed there: a fingerpr
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.errors import StoreError
@@ -169,10 +169,9 @@ def _zstd(frame: Any, size: int) -> bytes:
     return data
 
 
-@cache  # to look it up takes 1 us each time
 def _library(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return sys.modules.get(name) or importlib.import_module(name)  # which takes 1 us each time
     except ImportError as error:
         library = name.partition(".")[0]
         raise StoreError(
