@@ -123,3 +123,23 @@ def test_chunks_behind_the_end() -> None:
     data = encoded_index(SIZE, PACKS, [*SOME, a_record(1301)])
     with pytest.raises(aiouffd.StoreError, match="its groups have 5 chunks, and its header 5"):
         Index(data, "x")
+
+
+def test_a_record_that_cannot_be_read() -> None:
+    """A disk that fails, and a copy that was cut: the error names the chunk; what is in memory is known."""
+
+    class Failing(bytes):
+        def __getitem__(self, where: Any) -> Any:
+            if where.start == RECORDS_AT:
+                raise OSError(5, "Input/output error")
+            return super().__getitem__(slice(where.start, where.stop - (where.start == RECORDS_AT + RECORD.size)))
+
+    index = Index(Failing(encoded_index(SIZE, PACKS, SOME)), "x")
+    for chunk, complaint in ((0, r"x, chunk 0 .*Input/output error"), (511, r"x, chunk 511 .*it was cut")):
+        with pytest.raises(aiouffd.StoreError, match=complaint):
+            index.find(chunk)
+        with pytest.raises(aiouffd.StoreError, match=complaint):
+            list(index.find_all(chunk))
+    assert index.find(512) == SOME[2]
+    assert list(index.present(0, 513)) == [0, 511, 512]
+    assert index.pack(1) == PACKS[1]

@@ -1,4 +1,4 @@
-"""The index of a snapshot: where each chunk of its image is. Little-endian, of fixed width, made to be mapped.
+"""The index of a snapshot: where each chunk of its image is. Little-endian, of fixed width.
 
 | at | what |
 | --- | --- |
@@ -21,9 +21,10 @@ frame's offset in it; u32: its length, and in the uppermost 8 bits the number of
 from __future__ import annotations
 
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aiouffd.errors import StoreError
+from aiouffd.errors import StoreError, read_failure
 from aiouffd.store.codecs import CHECK, HASH, codec_name, digest, expand
 from aiouffd.store.manifest import checked_chunk_size
 from aiouffd.store.pack import header_length
@@ -85,10 +86,10 @@ class Record(NamedTuple):
 
 
 class Index:
-    """An index in memory, or mapped.
+    """An index, whose records are read when they are asked for. The rest is in memory: 3 MiB for a TiB of image.
 
     Args:
-        data: the whole index, a buffer that stays as it is.
+        data: the whole index, which stays as it is: bytes, or what has a length and gives bytes for slices.
         name: of the object, for errors.
 
     Attributes:
@@ -103,11 +104,11 @@ class Index:
     """
 
     def __init__(self, data: Any, name: str) -> None:
-        self._data = view = memoryview(data)
+        self._data = data
         self.name = name
-        if len(view) < HEADER.size:
-            raise self._damaged(f"{len(view)} bytes are too few for an index")
-        magic, version, chunk_size, size, records, packs, rest = HEADER.unpack_from(view)
+        if len(data) < HEADER.size:
+            raise self._damaged(f"{len(data)} bytes are too few for an index")
+        magic, version, chunk_size, size, records, packs, rest = HEADER.unpack(data[: HEADER.size])
         self.size: int = size
         self.records: int = records
         self.packs: int = packs
@@ -124,14 +125,15 @@ class Index:
         self._groups = HEADER.size + self.packs * PACK.size
         self._records = self._groups + groups * GROUP.size
         expected = self._records + self.records * RECORD.size
-        if len(view) != expected or any(rest) or not self.size:
-            raise self._damaged(f"its header asks for {expected} bytes, and it has {len(view)}")
+        if len(data) != expected or any(rest) or not self.size:
+            raise self._damaged(f"its header asks for {expected} bytes, and it has {len(data)}")
+        self._head = bytes(data[: self._records])
         self._check_groups()
 
     def _check_groups(self) -> None:
         before = 0
         last = self.chunks % CHUNKS or CHUNKS
-        for first, bitmap in GROUP.iter_unpack(self._data[self._groups : self._records]):
+        for first, bitmap in GROUP.iter_unpack(memoryview(self._head)[self._groups :]):
             if first != before:
                 raise self._damaged(f"a group begins at record {first}, and not at {before}")
             bits = int.from_bytes(bitmap, "little")
@@ -167,32 +169,48 @@ class Index:
 
     def pack(self, number: int) -> PackName:
         """Return the name of a pack."""
-        return PackName(*PACK.unpack_from(self._data, HEADER.size + number * PACK.size))
+        return PackName(*PACK.unpack_from(self._head, HEADER.size + number * PACK.size))
 
     def _group(self, chunk: int) -> tuple[int, int]:
         """Return (records before the chunk's group, bits of its chunks)."""
-        first, bitmap = GROUP.unpack_from(self._data, self._groups + chunk // CHUNKS * GROUP.size)
+        first, bitmap = GROUP.unpack_from(self._head, self._groups + chunk // CHUNKS * GROUP.size)
         return first, int.from_bytes(bitmap, "little")
 
     def find(self, chunk: int) -> Record | None:
         """Return where a chunk is; None: it is zeros.
 
         Raises:
-            StoreError: its record is damaged.
+            StoreError: its record is damaged, or cannot be read.
         """
         place = chunk % CHUNKS
         first, bits = self._group(chunk)
-        return self._record(first + _set_below(bits, place), chunk) if bits >> place & 1 else None
+        if not bits >> place & 1:
+            return None
+        (record,) = self._records_of([chunk], first + _set_below(bits, place))
+        return record
 
     def find_all(self, low: int = 0, high: int | None = None) -> Iterator[Record]:
         """Yield where the chunks in [low, high) are that are not zeros, in order. Raises as `find`."""
         first, bits = self._group(low) if low < self.chunks else (0, 0)
-        before = first + _set_below(bits, low % CHUNKS)
-        for number, chunk in enumerate(self.present(low, self.chunks if high is None else high), before):
-            yield self._record(number, chunk)
+        number = first + _set_below(bits, low % CHUNKS)
+        present = self.present(low, self.chunks if high is None else high)
+        while chunks := list(islice(present, CHUNKS)):
+            yield from self._records_of(chunks, number)
+            number += len(chunks)
 
-    def _record(self, number: int, chunk: int) -> Record:
-        pack, offset, coded, hash_, check = RECORD.unpack_from(self._data, self._records + number * RECORD.size)
+    def _records_of(self, chunks: list[int], number: int) -> Iterator[Record]:
+        """Yield the records of chunks, which follow each other from `number` on."""
+        at, stop = (self._records + n * RECORD.size for n in (number, number + len(chunks)))
+        try:
+            data = self._data[at:stop]
+        except OSError as error:
+            raise self._damaged(read_failure(error), chunks[0]) from error
+        if len(data) < stop - at:
+            raise self._damaged("it was cut after it was opened", chunks[0])
+        for chunk, fields in zip(chunks, RECORD.iter_unpack(data), strict=True):
+            yield self._checked(chunk, *fields)
+
+    def _checked(self, chunk: int, pack: int, offset: int, coded: int, hash_: bytes, check: bytes) -> Record:
         length, codec = coded & 0xFFFFFF, coded >> 24
         if pack >= self.packs:
             raise self._damaged(f"its pack {pack} is none of {self.packs}", chunk)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import SourceError, StoreError
 from aiouffd.kernel import files
-from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.storage_options import check_options
 from aiouffd.store.codecs import digest_of
@@ -70,8 +68,7 @@ class Snapshot:
         store: where it is.
         name: of its manifest.
         manifest: what it is.
-        index: a descriptor of its index, which belongs to this object then. The index is mapped: what is not asked for
-            takes no memory.
+        index: a descriptor of its index, which belongs to this object then.
 
     Raises:
         StoreError: the index is damaged.
@@ -82,8 +79,7 @@ class Snapshot:
         self.name = name
         self.manifest = manifest
         self._held = OwnedDescriptor(index)
-        self._map = map_file(index, manifest.index.length, mmap.ACCESS_READ)
-        self.index: Index = Index(self._map, store.name(index_path(manifest.index)))
+        self.index: Index = Index(_Copy(self._held, manifest.index.length), store.name(index_path(manifest.index)))
         for what in ("size", "chunk_size"):
             if getattr(self.index, what) != getattr(manifest, what):
                 raise StoreError(store.name(name), 0, 0, f"it has another {what} than its index")
@@ -95,6 +91,26 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return f"Snapshot({self.store.name(self.name)!r})"
+
+
+class _Copy:
+    """The bytes of a file, read as they are needed. A mapping would fill up with pages, and be SIGBUS for a bad sector.
+
+    Args:
+        file: belongs to this object, too.
+        length: in bytes.
+    """
+
+    def __init__(self, file: OwnedDescriptor, length: int) -> None:
+        self._file = file
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop, _ = where.indices(self._length)
+        return os.pread(self._file.fileno(), stop - start, start)
 
 
 def read_manifest(store: Folder | Bucket, name: str) -> Manifest:
