@@ -160,8 +160,9 @@ class Holder:
         """Have keeper and worker end, and give all; hold on where the successor does not come to serve."""
         self._await_yield()
         self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
-        for process in (self._keeper, self._worker):  # a keeper would make another worker
+        for process in (self._keeper, self._worker):  # in this order: a keeper would make another worker
             _kill(process)
+        _await_end(self._worker)
         taken = False
         try:
             self._tell(guest)
@@ -202,14 +203,17 @@ def _ended(pidfd: int) -> bool:
 
 
 def _kill(pidfd: int) -> None:
-    """Kill a process, and wait for its end."""
-    if pidfd < 0:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    if pidfd >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _await_end(pidfd: int) -> None:
+    """Wait for the end of a process that was killed: until then it may be reading."""
     poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    if not poller.poll(_DEATH * 1000):
+    if pidfd >= 0:
+        poller.register(pidfd, select.POLLIN)
+    if pidfd >= 0 and not poller.poll(_DEATH * 1000):
         raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
 
 
