@@ -23,7 +23,15 @@ from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, ma
 from benchmarks.fairness import fairness_rows
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
-from benchmarks.rows_served import clients_row, fetched_row, program_rows, restore_rows, serve_rows, sessions_row
+from benchmarks.rows_served import (
+    clients_row,
+    fetched_row,
+    program_rows,
+    restore_rows,
+    serve_rows,
+    sessions_row,
+    upgrade_row,
+)
 from benchmarks.snapshots import snapshot_rows
 from benchmarks.tensors import tensor_rows
 
@@ -530,6 +538,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         replay_row,
         clients_row,
         sessions_row,
+        upgrade_row,
         fairness_rows,
         serve_rows,
         restore_rows,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.contestants import Arena
 
-__all__ = ["clients_row", "fetched_row", "program_rows", "restore_rows", "serve_rows", "sessions_row"]
+__all__ = ["clients_row", "fetched_row", "program_rows", "restore_rows", "serve_rows", "sessions_row", "upgrade_row"]
 
 
 def clients_row(*, quick: bool) -> Iterator[Row]:
@@ -48,6 +48,19 @@ def sessions_row(*, quick: bool) -> Iterator[Row]:
         {"aiouffd": lambda: served.creating(count), "5 ms": lambda: 5.0},
         (Bar("5 ms", 1.0),),
         setup="aiouffd serve --control",
+    )
+
+
+def upgrade_row(*, quick: bool) -> Iterator[Row]:
+    """The pause that a client sees while another version takes over."""
+    size, count = (16, 5) if quick else (64, 20)
+    yield Row(
+        "upgrade",
+        f"the longest touch of one of {count} clients, while another `aiouffd serve` takes over",
+        "ms",
+        {"aiouffd": lambda: served.upgrading(size * MIB, count), "50 ms": lambda: 50.0},
+        (Bar("50 ms", 1.0),),
+        setup="aiouffd serve --readahead 0 --hold PATH --takeover",
     )
 
 

@@ -19,12 +19,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import aiouffd
 from aiouffd.cli.unix_http import ControlClient
 from aiouffd.criu.images import read_task
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from benchmarks.contestants import PAGE, Arena, content
+from benchmarks.native import touch
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import criu_rig  # these are of the tests
@@ -47,6 +50,7 @@ __all__ = [
     "remembering",
     "restore_unavailable",
     "restoring",
+    "upgrading",
 ]
 
 MIB = 1 << 20
@@ -59,25 +63,66 @@ Daemon = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[bytes]
 
 
 @contextlib.contextmanager
-def clients(size: int, count: int, *options: str) -> Iterator[Arena]:
+def clients(size: int, count: int, *options: str, directory: Path | None = None) -> Iterator[Arena]:
     """Hand over `size` bytes in `count` parts, each with a descriptor of its own, to one server with such options."""
     region = aiouffd.Region(size)
     step = size // count & -PAGE
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        path = Path(directory) / "memory.bin"
-        path.write_bytes(content(size).map or b"")
-        listening = Path(directory) / "uffd.sock"
-        command = [sys.executable, "-m", "aiouffd", "serve", str(path), "--socket", str(listening), *options]
-        log = stack.enter_context((Path(directory) / "log").open("w+"))
-        server = stack.enter_context(subprocess.Popen(command, stderr=log))
-        stack.callback(server.kill)
-        criu_rig.until(lambda: "listening" in Path(log.name).read_text(), "server")
+    with contextlib.ExitStack() as stack:
+        place = directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (place / "memory.bin").write_bytes(content(size).map or b"")
+        server, log = stack.enter_context(_server(place, "log", *options))
         for number in range(count):
             start = region.address + number * step
             end = region.address + size if number == count - 1 else start + step
-            stack.enter_context(handed_over(listening, start, end - start, start - region.address))
-        criu_rig.until(lambda: Path(log.name).read_text().count("regions, pages of") == count, "handoffs")
+            stack.enter_context(handed_over(place / "uffd.sock", start, end - start, start - region.address))
+        criu_rig.until(lambda: log.read_text().count("regions, pages of") == count, "handoffs")
         yield Arena(region.address, server.pid)
+
+
+@contextlib.contextmanager
+def _server(place: Path, name: str, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Run a server of the file in a directory until the block is left; yield it, and its log of that name."""
+    command = [
+        sys.executable,
+        "-m",
+        "aiouffd",
+        "serve",
+        str(place / "memory.bin"),
+        "--socket",
+        str(place / "uffd.sock"),
+    ]
+    with (place / name).open("w") as log, subprocess.Popen([*command, *options], stderr=log) as server:
+        try:
+            criu_rig.until(lambda: "listening" in (place / name).read_text(), "server")
+            yield server, place / name
+        finally:
+            server.kill()
+
+
+def upgrading(size: int, count: int) -> float:
+    """Have another server take over so many clients; return the milliseconds that the longest touch of one took."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = ("--readahead", "0", "--hold", f"{directory}/hold")
+        waits = [0]
+        ended = threading.Event()
+
+        def touch_now_and_then() -> None:
+            latency = np.zeros(1, np.uint32)
+            for page in np.arange(size // PAGE, dtype=np.uint32):
+                if ended.is_set():
+                    return
+                touch(arena.address, np.array([page], np.uint32), latencies=latency)
+                waits.append(int(latency[0]))
+                time.sleep(0.002)
+
+        with clients(size, count, *options, directory=Path(directory)) as arena:
+            toucher = threading.Thread(target=touch_now_and_then)
+            toucher.start()
+            with _server(Path(directory), "next", *options, "--takeover"):
+                time.sleep(0.1)  # and what comes right after
+                ended.set()
+                toucher.join()
+        return max(waits) / 1e6
 
 
 @contextlib.contextmanager
