@@ -192,7 +192,9 @@ ORDER = {
         "happenings",
         "server",
         "control",
+        "dashboard",
     ],
+    "server/dashboard": ["__init__", "looks", "http"],
     "server/control": ["__init__", "values", "actions", "problems", "openapi", "api"],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [

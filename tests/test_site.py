@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from pattern import PAGE, content, peek
 from PIL import Image
 from reported import run_of
+from scenario import play
+from served import MIB, Serve, free_port, hand_over
 
+from aiouffd.cli.unix_http import ControlClient
 from aiouffd.report.page import page as page_of
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ pytestmark = pytest.mark.site
 
 ROOT = Path(__file__).parent.parent
 PHONE, DESK = 360, 1400
+SCHEMES: dict[Literal["light", "dark"], tuple[int, int, int]] = {"light": (31, 119, 180), "dark": (68, 147, 216)}
+"""The colour of what is there."""
 
 # What reaches over the window's edge, and in nothing that scrolls. The theme clips it: the page is never too wide.
 CUT = """
@@ -162,6 +168,56 @@ def test_a_report_is_shown(tmp_path: Path, scheme: Literal["light", "dark"]) -> 
         light, dark = "rgb(255, 255, 255)", "rgb(13, 17, 23)"
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (dark if scheme == "dark" else light)
     assert complaints == []
+
+
+def looked_at(path: str, other: str, url: str) -> None:
+    """Scenario: two clients, and a browser that looks at them, by day and by night, wide and narrow."""
+    one, two = (hand_over(each)[0] for each in (path, other))
+    for number in range(64):
+        peek(one.address + number * PAGE)
+    for scheme, bar in SCHEMES.items():
+        complaints: list[str] = []
+        with opened(complaints, scheme) as page:
+            page.goto(url)
+            page.wait_for_selector("#state[data-state=live]")
+            page.wait_for_selector("[data-session=one] canvas[aria-label^='25 %']")
+            page.wait_for_selector("[data-session=two] canvas")
+            counts = page.eval_on_selector_all("#latency meter", "all => all.map(one => one.value)")
+            assert sum(counts) >= 64
+            assert page.eval_on_selector_all("#happenings li", "all => all.length") >= 4
+            box = page.locator("[data-session=one] canvas").bounding_box()
+            assert box is not None
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            middle = int(box["y"] + box["height"] / 2)
+            there, missing = (picture.getpixel((int(box["x"] + box["width"] * at), middle)) for at in (0.1, 0.9))
+            assert there == bar != missing
+            page.fill("#wanted", "tw")
+            page.wait_for_selector("[data-session=one]", state="detached")
+            for number in range(3):
+                peek(two.address + (number + 8 * (scheme == "dark")) * PAGE)
+            share = 2.3 if scheme == "dark" else 1.2  # per cent
+            page.wait_for_selector(f"[data-session=two] canvas[aria-label^='{share} %']")
+            page.set_viewport_size({"width": PHONE, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+        assert complaints == []
+
+
+def test_a_server_is_shown_while_it_serves(tmp_path: Path) -> None:
+    """What its sessions do, and which memory is there, live; when it has ended, the page says so."""
+    image, port = tmp_path / "image", free_port()
+    image.write_bytes(content(0, MIB))
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    url = f"http://127.0.0.1:{port}/"
+    with Serve(tmp_path, "--control", tmp_path / "control", "--http", port, socket="") as serve:
+        for path in paths:
+            new = {"name": Path(path).name, "socket": path, "source": str(image), "readahead": 0}
+            ControlClient(tmp_path / "control").ask("POST", "/v1/sessions", new)
+        play(looked_at, *paths, url, deadline=120)
+        with opened([]) as page:
+            page.goto(url)
+            page.wait_for_selector("#state[data-state=live]")
+            serve.end()
+            page.wait_for_selector("#state[data-state=lost]")
 
 
 class Links(HTMLParser):

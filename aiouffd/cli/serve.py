@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import string
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,12 +26,12 @@ from aiouffd.store.cache import SMALLEST, ChunkCache
 from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-
-    from rich.console import Console
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from aiouffd.handoff.receive import Peer
     from aiouffd.server.control.api import Control
+    from aiouffd.server.dashboard.http import Dashboard
     from aiouffd.sources.base import Source
 
 __all__ = ["choose_by", "command"]
@@ -66,7 +67,12 @@ _RECENT = (
     " source."
 )
 _CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
-_OF_SERVER = {"folder", "cache_size", "recent", "metrics", "control", "on_term", "hold", "takeover"}
+_HTTP = "Show a browser there what the sessions do. Other machines need --http-token-file."
+_WHO_LOOKS = "A file with a token; who has it may look: http://HOST:PORT/?token=TOKEN"
+_OF_SERVER = {
+    *("folder", "cache_size", "recent", "metrics", "control", "http", "token_file"),
+    *("on_term", "hold", "takeover"),
+}
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
 
@@ -101,6 +107,8 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--control", type=click.Path(), metavar="PATH", help=_CONTROL)
 @_option("--hold", type=click.Path(), metavar="PATH", help=_HOLD)
 @_option("--takeover", is_flag=True, help=_TAKEOVER)
+@_option("--http", type=parameters.Address(), metavar="[HOST:]PORT", help=_HTTP)
+@_option("--http-token-file", "token_file", type=click.Path(), help=_WHO_LOOKS)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_FAILURE)
 @_option("--on-term", type=click.Choice(["keep", "fill", "leave"]), default="keep", help=_ON_TERM)
@@ -114,6 +122,8 @@ def command(
     path: str | None,
     metrics: tuple[str, int] | None,
     control: str | None,
+    http: tuple[str, int] | None,
+    token_file: str | None,
     on_term: str,
     **options: Any,
 ) -> int:
@@ -145,17 +155,18 @@ def command(
             raise OSError(f"{source}: has no bytes, so no client could be served")
     elif source_for is not None:
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
+    token = "" if token_file is None else Path(token_file).read_text().strip()
     server = Server(chosen, path, listener=listener, **options)
     console = daemon.terminal()
     daemon.log_to(console)
     named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
     places = {str(item): f"--{option} {item}" for option, item in named.items() if item is not None}
     where = "sockets of sessions" if alone else path or "systemd's socket"
+    outside = [_endpoint(server, metrics), _dashboard(server, http, token)]
+    inside = [_control(server, control, cache), daemon.shown(server, console)]
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            return runner.run(
-                _serve(server, console, metrics=metrics, control=control, cache=cache, on_term=on_term, where=where)
-            )
+            return runner.run(_serve(server, outside, inside, on_term=on_term, where=where))
         except OSError as error:
             if error.filename not in places:
                 raise
@@ -219,13 +230,38 @@ async def _endpoint(server: Server, address: tuple[str, int] | None) -> AsyncIte
         return
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics(server.statistics, lambda: server.rejected, server.counted)
-        try:
+        with _named(f"--metrics {address[0]}:{address[1]}"):
             endpoint = await stack.enter_async_context(Endpoint(metrics, *address, shared=server.holds))
-        except OSError as error:
-            number = error.errno or 0  # negative: of getaddrinfo; else asyncio's text repeats the address
-            reason = os.strerror(number) if number > 0 else error.strerror
-            raise OSError(number, reason, f"--metrics {address[0]}:{address[1]}") from None
         yield endpoint
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Have the error of an address that cannot be used say which option it was."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0  # negative: of getaddrinfo; else asyncio's text repeats the address
+        raise OSError(number, os.strerror(number) if number > 0 else error.strerror, option) from None
+
+
+@contextlib.asynccontextmanager
+async def _dashboard(server: Server, address: tuple[str, int] | None, token: str) -> AsyncIterator[Dashboard | None]:
+    """Show a browser what happens while the block runs, if there is an address."""
+    if address is None:
+        yield None
+        return
+    from aiouffd.server.dashboard.http import Dashboard  # noqa: PLC0415 - with aiohttp: 0.2 s
+
+    try:
+        dashboard = Dashboard(server, *address, token=token, version=__version__, shared=server.holds)
+    except ValueError as error:
+        raise OSError(f"--http: {error} (--http-token-file)") from None
+    async with contextlib.AsyncExitStack() as stack:
+        with _named(f"--http {address[0]}:{address[1]}"):
+            await stack.enter_async_context(dashboard)
+        log.info("a browser sees what happens at http://%s:%d/", address[0], dashboard.port)
+        yield dashboard
 
 
 @contextlib.asynccontextmanager
@@ -243,11 +279,9 @@ async def _control(server: Server, path: str | None, cache: ChunkCache | None) -
 
 async def _serve(
     server: Server,
-    console: Console | None,
+    outside: Sequence[AbstractAsyncContextManager[Any]],
+    inside: Sequence[AbstractAsyncContextManager[Any]],
     *,
-    metrics: tuple[str, int] | None,
-    control: str | None,
-    cache: ChunkCache | None,
     on_term: str,
     where: str,
 ) -> int:
@@ -255,10 +289,9 @@ async def _serve(
 
     Args:
         server: not entered yet.
-        console: for the status line; None: there is none.
-        metrics: host and port for Prometheus; None: no metrics.
-        control: the socket for those who manage sessions; None: nobody does.
-        cache: for sources of sessions.
+        outside: what is there before the server, and after it; what they yield has a `close`, so that a new process
+            can take over its address; or it is None.
+        inside: what is there while the server is.
         on_term: what becomes of the clients at the end: "fill" brings all their missing pages, and releases them;
             "keep" waits until they leave; "leave" leaves them to the next server.
         where: the address, for the log.
@@ -268,12 +301,10 @@ async def _serve(
     """
     loop = asyncio.get_running_loop()
     signals = daemon.end_signals()
-    async with (
-        _endpoint(server, metrics) as endpoint,
-        server,
-        _control(server, control, cache) as managed,
-        daemon.shown(server, console),
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        besides = [await stack.enter_async_context(item) for item in outside]
+        await stack.enter_async_context(server)
+        besides += [await stack.enter_async_context(item) for item in inside]
         log.info("listening on %s; pager %s", where, server.pids[0])
         daemon.notify("READY=1")
         told, dead = loop.create_task(signals.get()), loop.create_task(server.wait_dead())
@@ -282,10 +313,9 @@ async def _serve(
             await daemon.first(told, dead, taken)
             _leave_if(taken=taken.done(), left=on_term == "leave")
             server.stop_listening()
-            if endpoint is not None:  # a new process takes over these addresses, too
-                endpoint.close()
-            if managed is not None:
-                managed.close()
+            for beside in besides:
+                if beside is not None:
+                    beside.close()
             daemon.notify("STOPPING=1")
             ending = loop.create_task(_end(server, told.result().name, fill=on_term == "fill"))
             told = loop.create_task(signals.get())

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from aiouffd.handoff.firecracker import Regions
     from aiouffd.ranges import Range
 
-__all__ = ["zeros_before_handoff"]
+__all__ = ["PagemapOf", "zeros_before_handoff"]
 
 _MAX_LOOKS: Final = 64
 _MAX_REGIONS: Final = 64
 
 
-class _PagemapOf(Pagemap):
+class PagemapOf(Pagemap):
     """The pagemap of another process."""
 
     def __init__(self, pid: int) -> None:
@@ -44,7 +44,7 @@ def zeros_before_handoff(pid: int, regions: Regions) -> int:
     """
     if len(regions.mappings) > _MAX_REGIONS:  # a microVM has a few; thousands would take time from the other clients
         return 0
-    with _PagemapOf(pid) as pagemap:
+    with PagemapOf(pid) as pagemap:
         anyof = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
         present = [
             item
