@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.region import Region
     from aiouffd.kernel.userfaultfd import Capabilities, Event, Fork, Userfaultfd, probe
     from aiouffd.kernel.write_tracker import WriteTracker
+    from aiouffd.monitor.checkpointer import Checkpointer
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
@@ -77,6 +78,7 @@ __all__ = [
     "BufferSource",
     "BusyError",
     "Capabilities",
+    "Checkpointer",
     "ChunkCache",
     "ClosedError",
     "Event",
@@ -159,6 +161,7 @@ _HOMES = {
     "kernel.region": "Region",
     "kernel.userfaultfd": "Capabilities Event Fork Userfaultfd probe",
     "kernel.write_tracker": "WriteTracker",
+    "monitor.checkpointer": "Checkpointer",
     "monitor.engines.in_process": "InProcess",
     "monitor.engines.in_thread": "InThread",
     "monitor.engines.pager": "Pager",
@@ -185,7 +188,17 @@ _HOMES = {
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 _LATE = (
-    *("ChunkCache", "FileSource", "FsspecSource", "InProcess", "InThread", "LayeredSource", "ObjectSource", "ServedBy"),
+    *(
+        "Checkpointer",
+        "ChunkCache",
+        "FileSource",
+        "FsspecSource",
+        "InProcess",
+        "InThread",
+        "LayeredSource",
+        "ObjectSource",
+        "ServedBy",
+    ),
     *("Server", "SnapshotSource", "StorageOptions", "Progress", "Trace", "ZstdSeekableSource", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""

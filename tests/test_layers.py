@@ -199,7 +199,18 @@ ORDER = {
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),
-        *("recording", "reporting", "progress", "watching", "entered", "capturing", "monitor", "map", "open"),
+        *(
+            "recording",
+            "reporting",
+            "progress",
+            "watching",
+            "entered",
+            "capturing",
+            "checkpointer",
+            "monitor",
+            "map",
+            "open",
+        ),
     ],
     "report": ["words", "timeline", "run", "advice", "charts", "page", "output", "__init__"],
     "formats": [

@@ -29,7 +29,8 @@ from itertools import pairwise
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from aiouffd.errors import BusyError, ClosedError, LayoutChangingError, UnsupportedError
+from aiouffd.engine.statistics import Counter
+from aiouffd.errors import BusyError, ClosedError, LayoutChangingError, OperationError, UnsupportedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.resolver import Resolver
+    from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.memory import ProcessMemory
     from aiouffd.kernel.pagemap import Pagemap
 
@@ -56,6 +58,7 @@ _NEW = re.compile(b"[\2\4]+")
 _WITH_BASE = bytes([_LOOSE, _DUE, _DUE, _KEPT, _LOOSE]) + bytes(251)
 _READ = bytes([_LOOSE, _PROTECTED, _PROTECTED, _LOOSE, _EMPTIED]) + bytes(251)
 _READ_AND_LIFTED = bytes([_LOOSE, _LOOSE, _LOOSE, _LOOSE, _EMPTIED]) + bytes(251)
+_PLACING = Counter.COPIES, Counter.ZEROPAGES, Counter.CONTINUES
 _PIECE = 8 << 20  # bytes that are protected in one turn
 _LIFTED = 64 << 20  # bytes that are lifted in one turn
 _MOST_KEPT = 64 << 20
@@ -77,6 +80,7 @@ class _Space(Protocol):
 
     uffd: Any
     page_size: int
+    counters: Counters
     mappings: Mappings
     backend: Any
     resolver: Resolver
@@ -122,6 +126,8 @@ class Capture:
         self.shared: bool = False  # forked children have the same memory
         self._modes = modes
         self._quiet = quiet
+        self._alone = quiet is contextlib.nullcontext
+        self._seen: int | None = None
         self._states = bytearray(length // self.page)
         self._registered = False
         self._again: list[int] = []
@@ -182,14 +188,17 @@ class Capture:
         self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
         self.pause_ns = self.pages_kept = 0
         self._memory, self._pagemap, self.shared = memory, pagemap, memory.file >= 0
-        self.spaces = [space for space in self.spaces if not space.closing and not space.is_gone] or self.spaces[:1]
+        self.spaces[1:] = [
+            space for space in self.spaces[1:] if not (space.closing or space.is_gone or space.uffd.gone())
+        ]
         try:
             self._register()
             known = base is not None and base in (self.base, self._base_of_source())
             if base is None or base != self.base:
                 self._states[:] = bytes(len(self._states))
             self.base = None
-            await self._protect(self._unprotected())
+            self._seen = self._placed()
+            await self._protect(self._unprotected(await asyncio.to_thread(self._spans)))
             self.phase, began = Phase.HOLDING, perf_counter_ns()
             await self._protect(self._written_again())
             while not self._is_moment():
@@ -215,8 +224,12 @@ class Capture:
         for space in self.spaces:
             if missing := needed & ~space.uffd.features:
                 raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
-            for start, end in self._runs(space):
-                space.uffd.register(start, end - start, RegisterMode(self._modes) | RegisterMode.WP)
+            try:
+                for start, end in self._runs(space):
+                    space.uffd.register(start, end - start, RegisterMode(self._modes) | RegisterMode.WP)
+            except OperationError:
+                if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
+                    raise
             space.resolver.protect_minor()
             space.on_changed.add(self._changed)
         self._registered = True
@@ -240,10 +253,18 @@ class Capture:
         whole = len(shown) == 1 and shown[0].offset == 0 and shown[0].start == self.start
         return str(name) if kind == "snapshot" and whole else None
 
-    def _unprotected(self) -> list[tuple[int, int]]:
+    def _spans(self) -> list[tuple[int, int]]:
+        """Return (start, end) of what is there. From any thread: that takes 3 ms for a GiB, and 20 ms of a memfd."""
+        return list(self._pagemap.spans(self.start, self.length, self._memory.file, self.page))
+
+    def _placed(self) -> int | None:
+        """Return a number that changes with each page that comes; None: others place pages, and nobody knows."""
+        return sum(self.spaces[0].counters.words[at] for at in _PLACING) if self._alone else None
+
+    def _unprotected(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return (start, end) of the pages that are there and may be written."""
         found: list[tuple[int, int]] = []
-        for low, high in self._pagemap.spans(self.start, self.length, self._memory.file, self.page):
+        for low, high in spans:
             for shown in self.spaces[0].mappings.runs(low, high):
                 first, last = (shown.start - self.start) // self.page, (shown.end - self.start) // self.page
                 runs = _OPEN.finditer(self._states, first, last)
@@ -284,7 +305,9 @@ class Capture:
     def _is_moment(self) -> bool:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
-            if not all(self._protect_now(*run) for run in self._unprotected()):
+            nothing_came = self._alone and self._placed() == self._seen
+            came = [] if nothing_came else self._unprotected(self._spans())
+            if not all(self._protect_now(*run) for run in came):
                 return False
             self._shown = self.spaces[0].mappings.copy()
             self.phase = Phase.READING

@@ -27,6 +27,7 @@ from scenario import play, until
 import aiouffd
 from aiouffd.engine.capture import Capture, Phase
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.statistics import Counters
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     space: Any = SimpleNamespace(
         uffd=uffd,
         page_size=PAGE,
+        counters=Counters(),
         mappings=Mappings([Mapping(start, start + 8 * PAGE, 0)]),
         backend=SimpleNamespace(written=backend.written, source=None),
         resolver=Mock(),

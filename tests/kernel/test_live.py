@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import poke
+from kinds import HUGE, poke
 from pattern import PAGE, content
 from processes import kill
 from scenario import play, replaced
@@ -128,3 +130,53 @@ async def overtaken(engine: str, folder: str) -> None:
 def test_a_snapshot_that_is_overtaken(engine: str, tmp_path: Path) -> None:
     """The region's own methods wait for it; what is emptied behind its back, or kills the pager, ends it by name."""
     play(overtaken, engine, str(tmp_path))
+
+
+def of_kinds(folder: str) -> None:
+    """Scenario: huge pages, transparent ones, and memory that forked children write to as well."""
+    place, model = Path(folder), bytearray(content(0, 4 * HUGE))
+    source = aiouffd.BufferSource(bytes(model))
+    with contextlib.suppress(aiouffd.UnsupportedError):  # this machine has no huge pages
+        region = aiouffd.Region(4 * HUGE, page_size=HUGE)
+        with aiouffd.Monitor(region, source) as monitor:
+            for base in (None, place / "huge1.snap"):
+                region[HUGE + 5] = model[HUGE + 5] = region[HUGE + 5] ^ 1
+                result = monitor.snapshot_sync(place / f"huge{1 if base is None else 2}.snap", base)
+            assert result.bytes == HUGE
+            monitor.snapshot_sync(place / "huge")
+        region.close()
+        with aiouffd.open(place / "huge2.snap") as found:
+            assert found[:] == model == (place / "huge").read_bytes()
+    model = bytearray(4 * HUGE)
+    region = aiouffd.Region(4 * HUGE)
+    libc.madvise(region.address, 4 * HUGE, mmap.MADV_HUGEPAGE)
+    model[: 2 * HUGE] = region[: 2 * HUGE] = b"t" * 2 * HUGE
+    with aiouffd.Monitor(region) as monitor:
+        for name in ("one", "other"):
+            monitor.snapshot_sync(place / f"{name}.snap", None if name == "one" else place / "one.snap")
+            with aiouffd.open(place / f"{name}.snap") as found:
+                assert found[:] == model
+            region[HUGE + 5] = model[HUGE + 5] = 7
+    region = aiouffd.Region(SIZE, shared=True)
+    with aiouffd.Monitor(region, source, fork="serve") as monitor:
+        model = bytearray(content(0, SIZE))
+
+        def write(page: int, value: int) -> None:
+            """Write to a page in a forked child, at the end of which all of its faults were served."""
+            model[page * PAGE] = value
+            if (child := os.fork()) == 0:
+                poke(region.address + page * PAGE, bytes([value]))
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
+        for number, base in enumerate((None, place / "fork0.snap", place / "fork1.snap")):
+            write(number, number)
+            write(9, number)
+            monitor.snapshot_sync(place / f"fork{number}.snap", base)
+            with aiouffd.open(place / f"fork{number}.snap") as found:
+                assert found[:] == model
+
+
+def test_each_kind_of_memory(tmp_path: Path) -> None:
+    """What is written to huge pages, and by forked children to shared memory, is in the next layer."""
+    play(of_kinds, str(tmp_path))

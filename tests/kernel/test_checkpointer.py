@@ -1,0 +1,112 @@
+"""`monitor.checkpointer`: layer after layer, of which the old ones become fewer, and from which a program goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pattern import PAGE, content
+from scenario import eventually, play
+
+import aiouffd
+from aiouffd.monitor.checkpointer import thinned
+from aiouffd.store import verify_sync
+
+PAGES = 128
+SIZE = PAGES * PAGE
+
+
+@given(st.integers(2, 9), st.integers(1, 300))
+def test_old_layers_become_fewer(keep: int, count: int) -> None:
+    """The newest are all there, and of any age there is one that is at most four times as old."""
+    kept = list[int]()
+    for number in range(1, count + 1):
+        kept.append(number)
+        for old in thinned(kept, keep):
+            kept.remove(old)
+    assert kept[-keep:] == list(range(max(count - keep, 0) + 1, count + 1))
+    assert len(kept) <= 2 * keep + keep * count.bit_length()
+    for age in range(keep, count // 4):
+        assert any(age <= count - number <= 4 * age for number in kept), (age, kept)
+
+
+def written(folder: str) -> None:
+    """Scenario: layers of a region, by time and by hand; a program that goes on from the last."""
+    place = Path(folder) / "layers"
+    assert aiouffd.Checkpointer.last_of(place) is None
+    with aiouffd.Monitor(aiouffd.Region(SIZE), aiouffd.BufferSource(content(0, SIZE))) as monitor:
+        region = monitor.region
+        with aiouffd.Checkpointer(monitor, place, every=0.01, keep=2, grace=0) as layers:
+            region[5] = 1
+            eventually(lambda: int(Path(layers.last or "0").stem) >= 6, expected=True)
+        assert layers.error is None
+        with aiouffd.Checkpointer(monitor, place, keep=2, codec="lz4") as layers:
+            region[SIZE - 1] = 2
+            result = layers.take_sync()
+            assert result.bytes == 64 << 10  # one chunk, whoever has written the layer before
+            assert asyncio.run(layers.take()).bytes == 0
+            os.rename(layers.last or "", place / "other.snap")  # noqa: PTH104 - a text
+            with pytest.raises(aiouffd.StoreError, match="no such snapshot"):
+                layers.take_sync()
+            assert isinstance(layers.error, aiouffd.StoreError)
+            os.rename(place / "other.snap", layers.last or "")  # noqa: PTH104 - as above
+        last = layers.last
+    assert len(list(place.glob("*.snap"))) <= 7
+    assert not [error for path in place.glob("*.snap") for error in verify_sync(path)]
+    assert aiouffd.Checkpointer.last_of(place) == last
+    assert last is not None
+    with aiouffd.open(last) as region:
+        with aiouffd.Checkpointer(region.monitor, place) as layers:
+            assert region[5] == 1
+            region[7 * PAGE] = 3
+            assert layers.take_sync().bytes <= 2 * (64 << 10)  # of its source nothing is fetched
+        with aiouffd.open(layers.last or "") as other:
+            assert other[:] == region[:]
+
+
+def test_layers_are_written_and_gone_on_from(tmp_path: Path) -> None:
+    """Each is whole; the first of another program takes what has not changed from the last of this one."""
+    play(written, str(tmp_path))
+
+
+def killed(folder: str) -> None:
+    """Scenario: a program that adds to all numbers is killed without warning."""
+    with aiouffd.Monitor(aiouffd.Region(SIZE)) as monitor:
+        numbers = memoryview(monitor.region).cast("Q")
+        with aiouffd.Checkpointer(monitor, folder, every=0.01) as layers:
+            for step in range(1, 1 << 62):
+                for at in range(0, len(numbers), PAGE // 8):
+                    numbers[at] = step
+                if layers.last is not None and int(Path(layers.last).stem) >= 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_last_layer_of_a_program_that_was_killed(tmp_path: Path) -> None:
+    """It is of one moment: a step is done up to a page, and not done behind it."""
+    play(killed, str(tmp_path), status=-signal.SIGKILL)
+    last = aiouffd.Checkpointer.last_of(tmp_path)
+    assert last is not None
+    play(gone_on, last)
+
+
+def gone_on(last: str) -> None:
+    """Scenario: the layer is read."""
+    with aiouffd.open(last) as region, memoryview(region).cast("Q") as numbers:
+        steps = [numbers[at] for at in range(0, len(numbers), PAGE // 8)]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] - steps[-1] in (0, 1)
+    assert steps[0]
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    """Times and numbers that make no sense."""
+    monitor = aiouffd.Monitor(aiouffd.Region(PAGE))
+    with pytest.raises(ValueError, match="every="):
+        aiouffd.Checkpointer(monitor, tmp_path, every=0)
+    with pytest.raises(ValueError, match="keep="):
+        aiouffd.Checkpointer(monitor, tmp_path, keep=0)
