@@ -311,6 +311,25 @@ async def test_what_is_brought_ahead_comes_in_portions(
     assert len(world.uffd.pages) == length * len(starts)
 
 
+async def test_a_read_ahead_that_is_canceled_leaves_room() -> None:
+    """Also one that has not begun."""
+    source = Held()
+    world = World(0, source=source)
+    backend: Any = world.backend
+    for begins in (True, False):
+        task = asyncio.create_task(prefetch(world.space, [(0, PAGE)]))
+        await turns(20 if begins else 1)
+        assert backend._pace.under_way == 1
+        for flight in world.space.flights:
+            assert flight.done is not None
+            flight.done.cancel()
+        await turns()
+        assert backend._pace.under_way == 0
+        world.space.readahead.forget(0, SIZE)
+        task.cancel()
+        await turns()
+
+
 @pytest.mark.parametrize("how", ["error", "is_gone", "closing"])
 async def test_what_is_brought_ahead_ends_with_the_first_failure(how: str) -> None:
     """Or with the space: what was begun is waited for, nothing more is begun."""

@@ -40,6 +40,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _SEQUENTIAL = int(Counter.SEQUENTIAL)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
+_BEGUN_TOGETHER = 8  # reads, before the loop gets a turn
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
@@ -374,10 +375,11 @@ class SourceBackend:
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
                     await self._pace.room()
-                for task in self._pursue(self._approach(space, offset, length, runs, purpose)):
+                begun = self._pursue(self._approach(space, offset, length, runs, purpose))
+                for task in begun:
                     pending.add(task)
                     task.add_done_callback(pending.discard)
-                size += length
+                size += _MAX_READ // _BEGUN_TOGETHER if begun else length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
                 if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ:
@@ -401,11 +403,8 @@ class SourceBackend:
         for flight in flights:
             assert flight.done is not None
             self._pace.enter()
-            flight.done.add_done_callback(partial(self._landed, flight))
+            flight.done.add_done_callback(partial(self._pace.leave, flight))
         return [flight.done for flight in flights if flight.done is not None]
-
-    def _landed(self, flight: Flight, _: object) -> None:
-        self._pace.leave(flight.length, flight.began_ns)
 
     def _approach(self, space: Space, offset: int, length: int, runs: list[Run], purpose: Purpose) -> list[Flight]:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
