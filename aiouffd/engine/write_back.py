@@ -16,6 +16,7 @@ import contextlib
 import errno
 import logging
 import os
+from bisect import bisect_left, bisect_right
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -192,8 +193,7 @@ class WriteBack:
         for offset, length in batch:
             written.begin(offset, offset + length)
         try:
-            for offset, length in batch:
-                await self._protect(offset, offset + length)
+            await self._protect(batch)
             loop = asyncio.get_running_loop()
             results = await self._hand_over(await loop.run_in_executor(self._threads, self._peek, batch))
         except Exception as error:  # noqa: BLE001 - it is told
@@ -221,18 +221,27 @@ class WriteBack:
             results += await asyncio.gather(*(self._source.write(*part) for part in some), return_exceptions=True)
         return results
 
-    async def _protect(self, start: int, end: int) -> None:
-        """Have the next write to each page be noted. While the layout is changing, the kernel refuses that."""
-        tries = 0
-        for space, shown in self._bound.places(start, end):
-            while True:
-                size = shown.end - shown.start
-                result = space.uffd.try_writeprotect(shown.start, size, abi.WRITEPROTECT_MODE_WP)
-                if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
-                    break
-                tries += 1
-                if result != -errno.EAGAIN or tries > _PATIENCE:
-                    raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
-                await asyncio.sleep(_RETRY)
-                if space.closing:
-                    raise ClosedError("it is served no longer")
+    async def _protect(self, batch: list[tuple[int, int]]) -> None:
+        """Have the next write to each page of pieces be noted, wherever it is shown."""
+        starts = [offset for offset, _ in batch]
+        for space, shown in self._bound.places(starts[0], sum(batch[-1])):
+            skew, end = shown.start - shown.offset, shown.offset + shown.end - shown.start
+            first = max(bisect_right(starts, shown.offset) - 1, 0)
+            for offset, length in batch[first : bisect_left(starts, end)]:
+                low, high = max(offset, shown.offset), min(offset + length, end)
+                if low < high:
+                    await _arm(space, low + skew, high - low)
+
+
+async def _arm(space: Any, start: int, length: int) -> None:
+    """Protect addresses. While the layout is changing, the kernel refuses that."""
+    for _ in range(_PATIENCE):
+        result = space.uffd.try_writeprotect(start, length, abi.WRITEPROTECT_MODE_WP)
+        if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
+            return
+        if result != -errno.EAGAIN:
+            break
+        await asyncio.sleep(_RETRY)
+        if space.closing:
+            raise ClosedError("it is served no longer")
+    raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")

@@ -379,19 +379,7 @@ class FileSource:
             SourceError: the source is not writable, or the file has been cut.
             OSError: as pwrite(2): ENOSPC, for example.
         """
-        import asyncio  # noqa: PLC0415 - as in `read`
-
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._write, offset, data)
-
-    def _write(self, offset: int, data: Any) -> None:
-        with memoryview(data).cast("B") as view:
-            change = self._pin.changed()
-            if not self.writable or change is not None or offset + len(view) > self.size:
-                reason = change[1] if change is not None else "it is not writable, or shorter"
-                raise SourceError(repr(self), offset, len(view), reason)
-            done = 0
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+        await self.write_many([(offset, data)])
 
     async def write_many(self, parts: list[tuple[int, Any]]) -> None:
         """As `write`, for several (offset, data), in one thread."""
@@ -400,8 +388,15 @@ class FileSource:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._write_many, parts)
 
     def _write_many(self, parts: list[tuple[int, Any]]) -> None:
-        for part in parts:
-            self._write(*part)
+        change = self._pin.changed()
+        for offset, data in parts:
+            with memoryview(data).cast("B") as view:
+                length, done = len(view), 0
+                if not self.writable or change is not None or offset + length > self.size:
+                    reason = change[1] if change is not None else "it is not writable, or shorter"
+                    raise SourceError(repr(self), offset, length, reason)
+                while done < length:
+                    done += os.pwrite(self._fd, view[done:] if done else view, offset + done)
 
     async def sync(self) -> None:
         """Have what was written be on the disk (fsync(2))."""
