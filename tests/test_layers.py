@@ -108,7 +108,7 @@ ORDER = {
         ),
         *("source", "handler_backend"),
     ],
-    "engine/ahead": ["__init__", "trace", "fill"],
+    "engine/ahead": ["__init__", "trace", "merging", "fill"],
     "store": [
         *(
             "codecs",
@@ -212,7 +212,7 @@ ORDER = {
             "open",
         ),
     ],
-    "report": ["words", "timeline", "run", "advice", "charts", "page", "output", "__init__"],
+    "report": ["words", "timeline", "run", "advice", "charts", "heat", "page", "output", "__init__"],
     "formats": [
         *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),
         "__init__",
@@ -247,6 +247,7 @@ ORDER = {
         "unix_http",
         "ctl",
         "top",
+        "traces",
         "snapshot",
         "commands",
     ],

@@ -21,6 +21,7 @@ _COMMANDS = {
     "serve": ("aiouffd.cli.serve", "serve"),
     "snapshot": ("aiouffd.cli.snapshot", "cli"),
     "top": ("aiouffd.cli.top", "cli"),
+    "trace": ("aiouffd.cli.traces", "cli"),
 }
 """Name of a command -> the module whose `command` it is, and the extra that the module needs."""
 

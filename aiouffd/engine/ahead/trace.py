@@ -41,9 +41,9 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
+__all__ = ["Recorder", "Trace", "array_of", "differ", "fingerprint", "stored"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
@@ -135,6 +135,25 @@ class Trace:
                     merged.append((offset, page))
             yield min(at + _BATCH, len(self.offsets)), merged
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `load` reads, in place of one that is there.
+
+        Raises:
+            OSError: as `Recorder.create` and `Recorder.complete`.
+        """
+        recorder = Recorder.create(path, self.page_size, self.size, self.source)
+        for offset in self.offsets:
+            recorder.note(offset)
+        if recorder.is_full:
+            recorder.discard()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        recorder.complete()
+
+
+def array_of(offsets: Iterable[int]) -> array[int]:
+    """Return offsets as a trace has them."""
+    return array("Q", offsets)
+
 
 class Recorder(OwnedDescriptor):
     """Writes a recording through shared memory, so that it survives the process that writes.
@@ -177,6 +196,11 @@ class Recorder(OwnedDescriptor):
     @classmethod
     def _arrived(cls, descriptor: Descriptor) -> Self:
         return cls(descriptor.detach())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk had no room for all that was noted."""
+        return self._full
 
     def note(self, offset: int) -> None:
         """Append a page."""
