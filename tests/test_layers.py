@@ -171,6 +171,7 @@ ORDER = {
         "tenant",
         "takeover",
         "abandoned",
+        "fd_store",
         "holding",
         "succession",
         "client",

@@ -11,6 +11,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aiouffd.pager.client.fd_store import inherited
 from aiouffd.pager.loglines import SWITCH, Lines
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["activated", "end_signals", "first", "log_to", "notify", "shown", "terminal"]
 
-_FIRST_FD = 3  # SD_LISTEN_FDS_START
 _REFRESH = 0.25  # seconds between two states of the status line
 
 
@@ -39,13 +39,12 @@ def activated() -> socket.socket | None:
     Raises:
         OSError: systemd has passed something else.
     """
-    count = os.environ.get("LISTEN_FDS", "0")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count == "0":
+    given, _ = inherited()
+    if not given:
         return None
-    os.set_inheritable(_FIRST_FD, False)
-    listener = socket.socket(fileno=_FIRST_FD)
+    listener = socket.socket(fileno=given[0])
     listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if count != "1" or listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listens:
+    if len(given) != 1 or listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listens:
         raise OSError("systemd's socket unit must have exactly one ListenStream=, with a path")
     return listener
 

@@ -22,6 +22,7 @@ from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
+from aiouffd.server.successor import SYSTEMD
 from aiouffd.store.cache import SMALLEST, ChunkCache
 from aiouffd.store.resolve import as_layers
 
@@ -53,7 +54,7 @@ _ON_TERM = (
 )
 _HOLD = (
     "Clients, sockets and sessions outlive this server and its pager, however they end: a process holds them, and gives"
-    " them to the next server that is started with this path."
+    " them to the next server that is started with this path. `systemd`: its store of file descriptors does."
 )
 _TAKEOVER = "Take them over also from a server that lives: it ends when this one serves."
 _CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
@@ -181,6 +182,8 @@ def _check(source: str | None, source_for: str | None, options: dict[str, Any], 
         raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
     if options["takeover"] and options["hold"] is None:
         raise click.UsageError("--takeover: needs --hold, where the server is asked that is to be taken over from")
+    if options["takeover"] and options["hold"] == SYSTEMD:
+        raise click.UsageError("--takeover: needs --hold PATH; systemd starts a service when the one before has ended")
     context = click.get_current_context()
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if alone and (lost := set(given) - _OF_SERVER):

@@ -13,13 +13,16 @@ import attrs
 
 from aiouffd.errors import HandoffError
 from aiouffd.handoff.own_threads import close_foreign, kind_of
+from aiouffd.kernel import files
+from aiouffd.kernel.abi import Feature
 
-__all__ = ["MOST_FDS", "Peer", "is_userfaultfd", "receive", "require_userfaultfd"]
+__all__ = ["MOST_FDS", "Peer", "enabled_features", "is_userfaultfd", "receive", "require_userfaultfd"]
 
 MOST_FDS: Final = 253
 """What one message can carry (the kernel's SCM_MAX_FD)."""
 
 _CREDENTIALS = struct.Struct("=iII")
+_INITIALIZED: Final = 1 << 31  # the kernel's own note that UFFDIO_API was there
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
@@ -45,6 +48,12 @@ class Peer:
 
     def __str__(self) -> str:
         return f"process {self.pid} of user {self.uid}"
+
+
+def enabled_features(fd: int) -> Feature:
+    """Return the features of a userfaultfd that whoever has made it has enabled, as /proc tells them."""
+    told = files.read(f"/proc/self/fdinfo/{fd}").decode()
+    return Feature(int(told.partition("API:")[2].split(":")[1], 16) & ~_INITIALIZED)
 
 
 async def receive(

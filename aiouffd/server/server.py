@@ -83,7 +83,8 @@ class Server:
             memory for other clients of the same source. What two clients want at once is read once in any case.
         handoff_timeout: seconds that a client has to send its handoff.
         hold: a path. Clients, sockets and sessions outlive this process and its pager, however they end: the next
-            server with this path has them. None: they do not.
+            server with this path has them. "systemd": its store of file descriptors has them, until it starts the
+            service again; memory whose forks are told is refused then. None: they do not.
         takeover: take them over from a server that lives, too. It ends when this one serves.
 
     Raises on entering:

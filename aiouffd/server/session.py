@@ -25,6 +25,8 @@ from aiouffd.engine.statistics import Counters, told
 from aiouffd.errors import ClosedError, HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.handoff.receive import enabled_features
+from aiouffd.kernel.abi import Feature
 from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
@@ -293,6 +295,8 @@ class Session:
         """Have a handed-over memory served; where that fails, the handoff and the connection stay the caller's."""
         regions, peer = handoff.regions, handoff.peer
         name = _name_asked_for(handoff)
+        if self._pager.holding.store is not None and Feature.EVENT_FORK in enabled_features(handoff.uffd.fileno()):
+            raise HandoffError(str(peer), "has its forks told: systemd's store cannot keep a child; use --hold PATH")
         if peer.pid and self._of_process[peer.pid] >= _MAX_OF_PROCESS:
             raise HandoffError(str(peer), f"is served {_MAX_OF_PROCESS} times already")
         self._numbers += 1
@@ -340,9 +344,9 @@ class Session:
                 log.warning(how, handoff.peer, filled)
 
     async def _open(self, client: Client) -> None:
-        keep_client(self._pager, client)
-        opening = asyncio.wrap_future(self._pager.open(client.tenant))
         try:
+            keep_client(self._pager, client)
+            opening = asyncio.wrap_future(self._pager.open(client.tenant))
             try:
                 await asyncio.shield(opening)
             except asyncio.CancelledError:

@@ -18,6 +18,7 @@ import attrs
 
 from aiouffd.errors import PagerStartError
 from aiouffd.handoff.receive import Peer
+from aiouffd.pager.client.fd_store import FdStore
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.succession import Estate, Predecessor
 from aiouffd.server.clients import Client, Handed
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 
     from aiouffd.pager.client.client import PagerClient
 
-__all__ = ["SOCKET", "Left", "Successor", "forget_session", "keep_client", "keep_session"]
+__all__ = ["SOCKET", "SYSTEMD", "Left", "Successor", "forget_session", "keep_client", "keep_session"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
+
+SYSTEMD: Final = "systemd"
+"""In place of a path: systemd's store of file descriptors."""
 
 _HOLDER = "holder"  # the note of the socket at which successors ask
 _SESSION = "session "  # notes of sessions are named so, and by the session
@@ -83,7 +87,7 @@ class Successor:
     """Takes over what there is at a path, and sees to it that there is something for the next. Blocks.
 
     Args:
-        path: of the socket at which a holder is asked.
+        path: of the socket at which a holder is asked; `SYSTEMD`: systemd's store has what a holder would have.
         pager: of this server.
         over: take over from a server that lives, too.
 
@@ -94,6 +98,7 @@ class Successor:
 
     def __init__(self, path: str | os.PathLike[str], pager: PagerClient, *, over: bool) -> None:
         self._path = path
+        self._store: FdStore | None = None
         self._pager = pager
         self._over = over
         self._predecessor: Predecessor | None = None
@@ -109,6 +114,9 @@ class Successor:
             OSError: EADDRINUSE: a server lives there, and is not to be taken over from.
             PagerStartError: what there is cannot be read.
         """
+        if self._path == SYSTEMD:
+            self._store = self._pager.holding.store = FdStore.of_systemd()
+            return
         self._predecessor = Predecessor.at(self._path)
         made = None
         if self._predecessor is not None:
@@ -130,13 +138,19 @@ class Successor:
         Raises:
             PagerStartError, OSError: nothing was taken: who has served before goes on.
         """
+        if self._store is not None:
+            estate = Estate.stored(self._store)
+            if estate is not None:
+                self._take(estate)
+            self._store.forget_unknown()
+            return
         assert self._file is not None
         if self._predecessor is not None:
-            estate = self._predecessor.look()
-            if estate.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
-                self._prepare(estate)
+            there = self._predecessor.look()
+            if there.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
+                self._prepare(there)
             else:
-                estate.close()
+                there.close()
             self._take(self._predecessor.take(over=self._over))
             self._predecessor.serving()
             self._predecessor.close()

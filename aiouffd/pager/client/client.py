@@ -96,7 +96,7 @@ class PagerClient:
         self.lives: Callable[[], bool] = self._requests.may_be_heard
         self.resume: Callable[[], None] = self._requests.resume
         self.holding: Holding = Holding(self._requests, self._waiter, self._tenants, self._open)
-        self._start_pair = partial(Pair.start, self._waiter, pickles, listener=self.holding.listen_at)
+        self._start_pair = self.holding.starting(partial(Pair.start, self._waiter, pickles))
         self._takeover = Takeover(
             self._requests,
             self._start_pair,
@@ -143,6 +143,7 @@ class PagerClient:
 
     def add(self, tenant: Tenant) -> None:
         """Have a tenant that is opened otherwise: `Holding.restore`."""
+        self.holding.put(tenant)
         with self._requests.lock:
             self._tenants[tenant.token] = tenant
             tenant.restarts = self.journal.counters.words[Counter.RESTARTS]
@@ -159,7 +160,7 @@ class PagerClient:
             self._tenants.pop(tenant.token, None)
             self.slots.give_back(tenant.slot)
             tenant.slot = 0
-        self.holding.forget(tenant.token)
+        self.holding.remove(tenant)
         self._waiter.watch.remove(tenant.watch)
 
     def request(self, op: str, tenant: Tenant, **arguments: Any) -> Future[Any]:

@@ -7,7 +7,8 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.errors import UffdError
+from aiouffd.errors import PagerStartError, UffdError
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.client.waiting import StoppedError
 from aiouffd.rpc import all_of
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aiouffd.pager.client.asking import Asking
+    from aiouffd.pager.client.fd_store import FdStore
     from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
@@ -38,7 +40,8 @@ class Holding:
             becomes of its source.
 
     Attributes:
-        listener: where successors ask the holder; None: there is no holder, and no note is kept.
+        listener: where successors ask the holder; None: there is no holder.
+        store: systemd's, which keeps what a holder would have; None: it does not. Without either no note is kept.
         on_yield: called from the client's thread: a successor has come. No client may be taken from then on, and once
             none is about to be, `yielded` is to be called.
         on_kept: called from there when the successor has failed: all is served here as before.
@@ -59,7 +62,9 @@ class Holding:
         self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
         self._listens = False
         self._yielding = False
+        self._journal = OwnedDescriptor()  # of the newest pager
         self.listener: socket.socket | None = None
+        self.store: FdStore | None = None
         self.on_yield: Callable[[], None] = _nothing
         self.on_kept: Callable[[], None] = _nothing
         self.on_taken: Callable[[], None] = _nothing
@@ -74,17 +79,49 @@ class Holding:
             text: plain values.
             fds: descriptors that the successor needs. They stay the caller's, and open until `forget`.
         """
-        if self.listener is not None:
+        if self.listener is not None or self.store is not None:
             with self._requests.lock:
+                if self.store is not None:
+                    self.store.put_note(name, fds)
                 self._notes[name] = text, fds
                 self._keep(name)
 
     def forget(self, name: str) -> None:
         """Keep a note no longer, if there is one."""
         with self._requests.lock:
-            if self._notes.pop(name, None) is not None:
-                with contextlib.suppress(UffdError):  # nobody can be asked any more
-                    self._requests("forget", token=None, name=name)
+            note = self._notes.pop(name, None)
+            if note is None:
+                return
+            with contextlib.suppress(UffdError):  # nobody can be asked any more
+                self._requests("forget", token=None, name=name)
+                if self.store is not None:
+                    self.store.remove_note(name, note[1])
+
+    # systemd's store
+
+    def put(self, tenant: Tenant) -> None:
+        """Keep what a successor needs of a tenant that is about to be served.
+
+        Raises:
+            PagerStartError: systemd does not take it.
+        """
+        if self.store is not None:
+            self.store.put_tenant(tenant)
+
+    def remove(self, tenant: Tenant) -> None:
+        """Keep it no longer, and its note neither."""
+        self.forget(tenant.token)
+        if self.store is not None:
+            with contextlib.suppress(PagerStartError):
+                self.store.remove_tenant(tenant)
+
+    def began(self, journal: int) -> None:
+        """Take note of a pager that was started, and of the descriptor of its journal, which stays the caller's."""
+        if self.store is not None:
+            self._journal.close()
+            # Opened anew: systemd stores an open file once, whatever the names.
+            self._journal = OwnedDescriptor(os.open(f"/proc/self/fd/{journal}", os.O_RDONLY))
+            self.store.begin_journal(journal)
 
     def _keep(self, name: str) -> Future[Any]:
         text, fds = self._notes[name]
@@ -95,6 +132,8 @@ class Holding:
     def listen(self) -> None:
         """Have successors answered: what there is to be taken is known to the pager."""
         self._listens = True
+        if self.store is not None:
+            self.store.change_journal(self._journal.fileno())
         if self._requests.pair is not None:
             self._requests.pair.tell_holder("listen")
 
@@ -103,9 +142,9 @@ class Holding:
         if self._requests.pair is not None:
             self._requests.pair.tell_holder("yielded")
 
-    def listen_at(self) -> socket.socket | None:
-        """Return `listener`."""
-        return self.listener
+    def starting(self, start: Callable[..., Pair]) -> Callable[..., Pair]:
+        """Return a function that starts a pair, and has its holder and its journal be what they are to be."""
+        return partial(start, listener=lambda: self.listener, began=self.began)
 
     def succeeded(self, counts: Future[Any]) -> None:
         """The newest pair has taken over, or is asked to open all; when that is done, its holder listens."""

@@ -82,6 +82,7 @@ class Pair:
         launched: Launched | None = None,
         *,
         listener: Callable[[], socket.socket | None] = lambda: None,
+        began: Callable[[int], None] = lambda _: None,
     ) -> Self:
         """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
 
@@ -90,6 +91,7 @@ class Pair:
             pickles: as for `Launched`.
             launched: the keeper, where it was started before; the pair's from now on.
             listener: returns that of the holder, as for `Launched`.
+            began: called with the descriptor of the pager's journal, which is closed then.
 
         Raises:
             PagerStartError: it did not start.
@@ -97,7 +99,8 @@ class Pair:
         """
         launched = launched or Launched(pickles, listener())
         try:
-            return cls(launched.keeper, launched.connection, *_hello(launched.connection, waiter), launched.channel)
+            found = _hello(launched.connection, waiter, began)
+            return cls(launched.keeper, launched.connection, *found, launched.channel)
         except BaseException as error:
             status = launched.abandon()
             if isinstance(error, control.Closed | OSError | ValueError):
@@ -229,7 +232,7 @@ class Pair:
         self.keeper_fd.close()
 
 
-def _hello(connection: socket.socket, waiter: Waiter) -> tuple[Journal, Vault]:
+def _hello(connection: socket.socket, waiter: Waiter, began: Callable[[int], None]) -> tuple[Journal, Vault]:
     if not waiter.wait(START_TIMEOUT, connection.fileno()):
         raise TimeoutError("no hello")
     message, fds = control.receive(connection)
@@ -240,6 +243,7 @@ def _hello(connection: socket.socket, waiter: Waiter) -> tuple[Journal, Vault]:
     vaulted = Vault(vault)
     close_in_children(vaulted.outer)
     try:
+        began(journal)
         return Journal(journal), vaulted
     finally:
         os.close(journal)

@@ -16,6 +16,8 @@ from aiouffd.pager.process.state import State
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiouffd.pager.client.fd_store import FdStore
+
 __all__ = ["Estate", "Predecessor"]
 
 _TIMEOUT = 60.0  # seconds for an answer: the server that serves may have handoffs under way
@@ -48,6 +50,19 @@ class Estate:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def stored(cls, store: FdStore) -> Self | None:
+        """Return what systemd has passed to this start; None: nothing was served before. Raises as the class."""
+        journal = store.take_journal()
+        if journal is None:
+            return None
+        try:
+            state = survey(Journal(journal)) or State()
+        except PagerStartError:
+            os.close(journal)
+            raise
+        return cls(journal, store.numbers(state))
 
     def take(self, fd: int) -> int:
         """Return a descriptor, which is the caller's from now on."""

@@ -195,7 +195,13 @@ class State:
         return {fd for fd in (*known, self.meta.owner, self.meta.awaits) if fd >= 0}
 
     def renumber(self, number_of: Mapping[int, int]) -> None:
-        """Give the descriptors the numbers that they have in another process; of those without one, -1."""
+        """Give the descriptors the numbers that they have in another process. What lacks one of its own is left out."""
+        known = set(number_of)
+        self.origins = {at: its for at, its in self.origins.items() if {its["config"], *its["fds"]} <= known}
+        self.spaces = {
+            at: space for at, space in self.spaces.items() if space.fd in known and space.origin in self.origins
+        }
+        self.notes = {name: note for name, note in self.notes.items() if known.issuperset(note.fds)}
         self.meta.owner = number_of.get(self.meta.owner, -1)
         for record in self.origins.values():
             record.update(config=number_of[record["config"]], fds=[number_of[fd] for fd in record["fds"]])

@@ -1,0 +1,195 @@
+"""systemd's store of file descriptors: what a service has put in it, systemd passes to the service's next start.
+
+A store knows names and descriptors, and no pager. So all that a journal speaks of is put in it by a name that the
+journal has, too, and found by that name (sd_pid_notify_with_fds(3): FDSTORE=1; sd_listen_fds_with_names(3)).
+
+The descriptor of a forked child arrives in the worker's table, and would have to be sent from there: a kill in between
+would lose it. Only a holder is without such a moment, and so memory whose forks are told is refused.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import quote
+
+from aiouffd.errors import PagerStartError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.pager.process.state import State
+
+__all__ = ["FdStore", "inherited"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+_FIRST: Final = 3  # SD_LISTEN_FDS_START
+_OURS: Final = "aiouffd "
+_JOURNAL, _NEXT = "journal", "journal.next"
+_LONGEST: Final = 200  # of the 255 characters that a name may have
+
+
+def inherited() -> tuple[list[int], dict[str, int]]:
+    """Return the descriptors that systemd has passed: of its socket units, and by name what was stored."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return [], {}
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    given: list[int] = []
+    stored: dict[str, int] = {}
+    for at in range(count):
+        with contextlib.suppress(OSError):  # there is none, whatever was said
+            os.set_inheritable(_FIRST + at, False)
+        if at < len(names) and names[at].startswith(_OURS):
+            stored[names[at].removeprefix(_OURS)] = _FIRST + at
+        else:
+            given.append(_FIRST + at)
+    return given, stored
+
+
+class FdStore:
+    """The store of this service. Nothing blocks.
+
+    Args:
+        address: of the socket that takes notifications ($NOTIFY_SOCKET).
+        found: what was stored before this start, by name.
+
+    Attributes:
+        found: as given; whoever takes a descriptor out owns it.
+    """
+
+    def __init__(self, address: str, found: dict[str, int]) -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.found = found
+        self._uses: dict[str, set[str]] = {}  # tenants, by the token of their pack
+        self._fds: dict[str, list[int]] = {}  # of the pack
+        self._known: set[str] = set()  # names in `found` that a journal speaks of
+
+    @classmethod
+    def of_systemd(cls) -> Self:
+        """Return that of the service that this process is the main process of.
+
+        Raises:
+            PagerStartError: there is none.
+        """
+        address = os.environ.get("NOTIFY_SOCKET")
+        if not address:
+            raise PagerStartError("there is no systemd to keep descriptors ($NOTIFY_SOCKET is not set)")
+        return cls(address, inherited()[1])
+
+    def put(self, name: str, fd: int) -> None:
+        """Store a descriptor, which stays the caller's.
+
+        FDPOLL=0: else systemd drops a connection whose other end has closed, and a userfaultfd, which polls as broken
+        when its process has ended.
+
+        Raises:
+            PagerStartError: systemd does not take it.
+        """
+        self._send(f"FDSTORE=1\nFDNAME={_stored_as(name)}\nFDPOLL=0", [fd])
+
+    def remove(self, name: str) -> None:
+        """Store it no longer."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={_stored_as(name)}")
+
+    def _send(self, message: str, fds: list[int] | None = None) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            try:
+                notifier.sendmsg([message.encode()], ancillary, socket.MSG_DONTWAIT, self._address)
+            except OSError as error:
+                raise PagerStartError(f"systemd takes no descriptor: {error.strerror}") from error
+
+    # What a pager serves
+
+    def put_tenant(self, tenant: Tenant) -> None:
+        """Store what a journal says of a tenant, and of what serves it. Raises as `put`.
+
+        An open file that is stored already is not stored again, whatever the name.
+        """
+        token, fds = tenant.pack.token, tenant.pack.fds
+        if any(set(fds) & set(others) for other, others in self._fds.items() if other != token):
+            raise PagerStartError("systemd keeps a source for clients of one page size only: use --hold PATH")
+        self._uses.setdefault(token, set()).add(tenant.token)
+        self._fds[token] = fds
+        for at, fd in enumerate(fds):
+            self.put(f"pack {token} {at}", fd)
+        for at, fd in enumerate(tenant.fds):
+            self.put(f"space {tenant.token} {at}", fd)
+
+    def remove_tenant(self, tenant: Tenant) -> None:
+        """Store it no longer."""
+        for at in range(len(tenant.fds)):
+            self.remove(f"space {tenant.token} {at}")
+        token = tenant.pack.token
+        uses = self._uses.get(token, set())
+        uses.discard(tenant.token)
+        if not uses and self._uses.pop(token, None) is not None:
+            for at in range(len(self._fds.pop(token))):
+                self.remove(f"pack {token} {at}")
+
+    def put_note(self, name: str, fds: Sequence[int]) -> None:
+        """Store those of a note, in place of the last of its name. Raises as `put`."""
+        for at, fd in enumerate(fds):
+            self.remove(f"note {name} {at}")
+            self.put(f"note {name} {at}", fd)
+
+    def remove_note(self, name: str, fds: Sequence[int]) -> None:
+        """Store them no longer."""
+        for at in range(len(fds)):
+            self.remove(f"note {name} {at}")
+
+    def begin_journal(self, fd: int) -> None:
+        """Store that of a pager which does not speak of all yet."""
+        self.put(_NEXT, fd)
+
+    def change_journal(self, fd: int) -> None:
+        """It does now: it is the one that counts."""
+        self.remove(_JOURNAL)
+        self.put(_JOURNAL, fd)
+        self.remove(_NEXT)
+
+    def take_journal(self) -> int | None:
+        """Return the one that counted, which is the caller's from now on; None: nothing was served."""
+        name = _stored_as(_JOURNAL if self._stored(_JOURNAL) is not None else _NEXT).removeprefix(_OURS)
+        return self.found.pop(name, None)
+
+    def forget_unknown(self) -> None:
+        """Store no longer, and close, what was passed to this start and no journal speaks of."""
+        for name in self.found.keys() - self._known:
+            os.close(self.found.pop(name))
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={_OURS}{name}")
+
+    def numbers(self, state: State) -> dict[int, int]:
+        """Return the stored descriptors by the numbers that a journal has for them; what lacks one is not in it."""
+        number_of: dict[int, int] = {}
+        for record in state.origins.values():
+            number_of |= self._found(f"pack {record['token']}", [record["config"], *record["fds"]])
+        for space in state.spaces.values():
+            if not space.is_child:
+                number_of |= self._found(f"space {space.token}", [space.fd, space.tether])
+        for note in state.notes.values():
+            number_of |= self._found(f"note {note.name}", note.fds)
+        return number_of
+
+    def _found(self, name: str, numbers: list[int]) -> Mapping[int, int]:
+        stored = [self._stored(f"{name} {at}") for at in range(len(numbers))]
+        return {number: fd for number, fd in zip(numbers, stored, strict=True) if fd is not None and number >= 0}
+
+    def _stored(self, name: str) -> int | None:
+        stored_as = _stored_as(name).removeprefix(_OURS)
+        self._known.add(stored_as)
+        return self.found.get(stored_as)
+
+
+def _stored_as(name: str) -> str:
+    """Return the name in the store: some characters are not allowed in it, and its length is bounded."""
+    text = quote(name, safe=" /")
+    return _OURS + (text if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest())
