@@ -51,6 +51,7 @@ def modules_of(code: str, *arguments: str) -> set[str]:
 
 
 HEAVY = {"asyncio", "cloudpickle", "http.client", "numpy", "obstore", "pathlib", "pickle", "random", "shutil", "ssl"}
+HEAVY |= {"logging", "traceback"}
 """What most programs with a Monitor can do without, apart from what they import themselves."""
 
 ENGINE = {"engine", *(f"engine.{name}" for name in ("mappings", "options", "resolver", "runs", "statistics"))}
@@ -86,7 +87,7 @@ def test_an_application_imports_what_a_monitor_needs_until_its_pager_is_started(
 def test_a_pager_imports_what_its_worker_needs() -> None:
     """Nothing of its client's, nor what compiles, nor a source that it may not be asked for."""
     found = modules_of("import aiouffd, aiouffd.pager.__main__", "aiouffd.pager")
-    assert not (HEAVY - {"asyncio", "ssl"}) & found
+    assert not (HEAVY - {"asyncio", "logging", "ssl", "traceback"}) & found
     ours = {name.removeprefix("aiouffd.") for name in found if name.startswith("aiouffd.")}
     assert "pager.process.worker" in ours
     assert not ours & {"monitor", "pager.client", "sources.file"}

@@ -1,12 +1,16 @@
-"""`loglines`: each record of a log is one line, whatever is in it."""
+"""`loglines`: each record of a log is one line, whatever is in it, and is written whole."""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
+from typing import TYPE_CHECKING
 
-from aiouffd.pager.loglines import Lines
+from aiouffd.pager.loglines import Lines, NonBlockingHandler
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def line_of(message: str, *arguments: object, error: bool = False) -> str:
@@ -40,3 +44,10 @@ def test_a_traceback_is_in_the_same_line() -> None:
     assert "it failed\\nTraceback (most recent call last):" in line
     assert "ValueError: invalid literal" in line
     assert line.endswith('"')
+
+
+def test_the_handler_writes_whole_records(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also those that are longer than what a pipe takes at once."""
+    handler = NonBlockingHandler()
+    handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "y" * 10_000, (), None))
+    assert capfd.readouterr().err == "y" * 10_000 + "\n"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Service", "checked"]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Service:
     """What serves a region; it travels to where the engine runs.
 
@@ -31,7 +31,7 @@ class Service:
     trace: Trace | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Options:
     """How a region is served; the same in a pager and in one's own process.
 

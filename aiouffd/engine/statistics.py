@@ -77,7 +77,7 @@ WORDS = 128
 SIZE = WORDS * 8
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Statistics:
     """A snapshot of what has been counted since the Monitor was entered.
 
@@ -182,7 +182,7 @@ class Statistics:
     counts from the signal on, so there it is the whole wait of the faults that the C handler resolves.
     """
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Say what is not zero."""
         said = {name: getattr(self, name) for name in _NAMES}
         said |= {f"latency_ns({quantile})": self.latency_ns(quantile) for quantile in (0.5, 0.99)}

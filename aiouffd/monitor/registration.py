@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import mmap
 import threading
 from typing import TYPE_CHECKING
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from aiouffd.ranges import Range
 
 __all__ = ["Registration"]
-
-log: logging.Logger = logging.getLogger("aiouffd")
 
 
 class Registration:
@@ -160,7 +157,9 @@ class Registration:
             if mapping.start in self._warned:
                 continue
             self._warned.add(mapping.start)
-            log.warning(
+            import logging  # noqa: PLC0415 - 3 ms of a program's start, and few hear of this
+
+            logging.getLogger("aiouffd").warning(
                 "the memfd of %r is mapped at %#x without a Monitor. A missing page that was touched there is a page of"
                 " zeros now, for every process; %d pages were in the file before they were touched here. Give each"
                 " mapping a Monitor (Region.from_fd), or touch only pages that are present",

@@ -8,7 +8,6 @@ be any command, a cross compiler for example: `CC="python -m ziglang cc -target 
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import zlib
 from typing import TYPE_CHECKING
@@ -42,7 +41,8 @@ def fingerprint() -> int:
 
 def compiler() -> list[str]:
     """Return the command of the C compiler: that of CC, else the first of cc, gcc and clang that exists."""
-    import shutil  # noqa: PLC0415 - with its compressors; each program checks the build, and few make one
+    import shlex  # noqa: PLC0415 - each program checks the build, and few make one
+    import shutil  # noqa: PLC0415 - likewise; it brings compressors
 
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
@@ -61,12 +61,13 @@ def build(output: Path, *flags: str) -> None:
     """
     fresh = output.with_name(f".{output.name}.{os.getpid()}")
     command = [*compiler(), *FLAGS, *flags, f"-DAIOUFFD_FINGERPRINT={fingerprint()}u", "-o", str(fresh), *sources()]
+    line = " ".join(command)
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
         fresh.replace(output)
     except subprocess.CalledProcessError as error:
-        raise BuildError(f"{shlex.join(command)} failed:\n{error.stderr}") from error
+        raise BuildError(f"{line} failed:\n{error.stderr}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(command)} failed: {error}") from error
+        raise BuildError(f"{line} failed: {error}") from error
     finally:
         fresh.unlink(missing_ok=True)

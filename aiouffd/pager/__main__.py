@@ -12,7 +12,7 @@ if __name__ == "__main__":
     gc.disable()  # what is imported now stays: to look for garbage in it takes 5 ms
 
 from aiouffd.errors import encode_error
-from aiouffd.pager.loglines import SWITCH, Lines
+from aiouffd.pager.loglines import SWITCH, Lines, NonBlockingHandler
 from aiouffd.pager.process import control, inherited, keeper
 from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.journal import Journal
@@ -27,7 +27,7 @@ def main() -> int:
     inherited.reset_signals()
     inherited.open_standard_descriptors()
     inherited.raise_limits()
-    handler = inherited.NonBlockingHandler()
+    handler = NonBlockingHandler()
     handler.setFormatter(Lines() if SWITCH in os.environ else logging.Formatter("%(name)s[%(process)d]: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     connection = socket.socket(fileno=int(sys.argv[1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import itertools
-import logging
 import os
 import resource
 import signal
@@ -23,7 +22,6 @@ from scenario import TESTS, play
 
 import aiouffd
 from aiouffd.pager.client.interpreter import SWITCH
-from aiouffd.pager.process.inherited import NonBlockingHandler
 
 SIZE = 1 << 20
 FOR_THE_APPLICATION = [
@@ -185,13 +183,6 @@ def full_standard_error() -> None:
 def test_standard_error_that_nobody_reads() -> None:
     """The loop does not wait for it; how much was lost is said when there is room again."""
     play(full_standard_error)
-
-
-def test_the_handler_writes_whole_records(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also those that are longer than what a pipe takes at once."""
-    handler = NonBlockingHandler()
-    handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "y" * 10_000, (), None))
-    assert capfd.readouterr().err == "y" * 10_000 + "\n"
 
 
 def odd_surroundings(directory: str) -> None:

@@ -9,7 +9,7 @@ __all__ = ["Limits"]
 _above_zero = attrs.validators.optional(attrs.validators.gt(0))
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Limits:
     """Bounds of a backend.
 

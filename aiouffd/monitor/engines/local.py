@@ -30,7 +30,7 @@ from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
-from aiouffd.pager.process.inherited import NonBlockingHandler
+from aiouffd.pager.loglines import NonBlockingHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

@@ -17,7 +17,6 @@ from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
-from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.launch import START_TIMEOUT
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.shared import Pagers, place
@@ -166,7 +165,8 @@ class PagerEngine:
             pagers = self._choice.pagers_for(self._pack)
             self._client = pagers.take()
             undo.callback(pagers.give_back, self._client)
-            from aiouffd.pager.client.tenant import Tenant  # noqa: PLC0415 - imported while the pager started
+            from aiouffd.native.watchdog import Watch  # noqa: PLC0415 - imported while the pager started
+            from aiouffd.pager.client.tenant import Tenant  # noqa: PLC0415 - likewise
 
             self._tenant = Tenant(
                 self._pack,

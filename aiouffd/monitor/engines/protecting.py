@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.errors import OperationError
@@ -12,8 +11,6 @@ from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["ProtectingUserfaultfd"]
-
-log: logging.Logger = logging.getLogger("aiouffd")
 
 
 class ProtectingUserfaultfd(Userfaultfd):
@@ -27,7 +24,9 @@ class ProtectingUserfaultfd(Userfaultfd):
         try:
             libc.mprotect(start, length, libc.PROT_NONE)
             if not mode & DONTWAKE:
-                log.critical(
+                import logging  # noqa: PLC0415 - as `registration`
+
+                logging.getLogger("aiouffd").critical(
                     "the page at %#x cannot be had, and this kernel has no UFFDIO_POISON (Linux 6.6): it is made"
                     " inaccessible, and a touch is SIGSEGV",
                     start,

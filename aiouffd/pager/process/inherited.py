@@ -9,10 +9,8 @@ says ECHILD. Standard descriptors may be closed, and standard error may be a pip
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import resource
-import select
 import signal
 import sys
 from typing import TYPE_CHECKING, Final
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPT_BLOCKED_LOOP",
     "SAY_WHAT_BLOCKS",
-    "NonBlockingHandler",
     "open_standard_descriptors",
     "raise_limits",
     "reset_signals",
@@ -38,7 +35,6 @@ _ABORTING: Final = (signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS)
 _FAULTS: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _FATAL: Final = frozenset((signal.SIGKILL, signal.SIGSTOP, *_ABORTING, *_FAULTS))
 _DEFAULT: Final = frozenset((signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
-_PIPE_BUF: Final = 4096  # a pipe that is writable has room for so much
 
 
 def _meant_for_the_application() -> set[signal.Signals]:
@@ -101,38 +97,3 @@ def raise_limits() -> None:
         _, most = resource.getrlimit(what)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(what, (most, most))
-
-
-class NonBlockingHandler(logging.Handler):
-    """Writes records to standard error, as far as there is room at once.
-
-    A pipe that nobody reads would stop the loop otherwise, and with it all that is served. O_NONBLOCK is no way out: it
-    would be set for the application, too, which has the same pipe.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lost = 0
-        self._poller = select.poll()
-        self._poller.register(2, select.POLLOUT)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; it is lost where there is no room for it, and how many were lost is said later."""
-        text = self.format(record) + "\n"
-        if self._lost:
-            text = f"({self._lost} messages were lost: standard error was full)\n{text}"
-        data = text.encode(errors="backslashreplace")
-        if not self._write(data[:_PIPE_BUF]):
-            self._lost += 1
-            return
-        self._lost = 0
-        for at in range(_PIPE_BUF, len(data), _PIPE_BUF):
-            if not self._write(data[at : at + _PIPE_BUF]):
-                return
-
-    def _write(self, data: bytes) -> bool:
-        try:
-            ready = self._poller.poll(0)
-            return bool(ready and ready[0][1] & select.POLLOUT and os.write(2, data))
-        except OSError:
-            return False

@@ -64,7 +64,7 @@ def records(data: memoryview) -> Iterator[Record]:
         at += length + -length % 8
 
 
-@attrs.define
+@attrs.define(repr=False)
 class Meta:
     """What is known besides spaces and origins.
 
