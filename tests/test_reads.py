@@ -11,7 +11,7 @@ from engine_world import turns
 
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.common import Common
-from aiouffd.engine.serve.reads import Reads, _between
+from aiouffd.engine.serve.reads import Reads, Spent, _between
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 
@@ -115,6 +115,20 @@ async def test_what_nobody_waits_for_is_read_ahead() -> None:
     await reads.read(0, 4, urgent=True)
     await reads.read(0, 4, urgent=False)
     assert told == ["read", "ahead"]
+
+
+@pytest.mark.usefixtures("pauses")
+async def test_what_a_read_has_waited_for_is_told() -> None:
+    """For its turn, and for tries that have failed."""
+    reads = reading(Scripted(None, OSError("no"), b"1"), Counters(), Limits(concurrent_reads=1))
+    first, spent = asyncio.create_task(reads.read(0, 1, urgent=True)), Spent()
+    await turns()
+    second = asyncio.create_task(reads.read(0, 1, urgent=True, spent=spent))
+    await turns()
+    first.cancel()
+    await second
+    assert spent.queued_ns > 0
+    assert spent.tries == 1
 
 
 async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float]]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from time import perf_counter_ns
 from typing import Any
 
 import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Located, World, turns
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.runs import Op
+from aiouffd.engine.runs import FOR_FAULT, Op
+from aiouffd.engine.serve import source as module
+from aiouffd.engine.serve.reads import Spent
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
@@ -513,3 +517,27 @@ def test_what_the_kernel_refuses_is_an_error_of_the_source() -> None:
     other = backend.refusal(run, errno.ENOMEM)
     assert str(other) == str(SourceError(repr(backend.source), 4 * PAGE, PAGE, f"{run!r}: ENOMEM"))
     assert world.counters.snapshot().source_errors == 2
+
+
+def test_a_fault_that_took_long_is_told_with_its_cause() -> None:
+    """What took most of it. What no thread has waited for is not told, nor what was quick, nor where nobody listens."""
+    told: list[dict[str, Any]] = []
+    space: Any = object()
+
+    def tell(whose: Any, what: dict[str, Any]) -> None:
+        assert whose is space
+        told.append(what)
+
+    def landed(seconds: float, spent: Spent, *wanted: int) -> None:
+        flight = Flight(BASE, BASE + 4 * PAGE, 8 * PAGE, perf_counter_ns() - round(seconds * 1e9), FOR_FAULT)
+        flight.wanted.update(wanted)
+        module._tell_slow(tell, space, flight, spent)
+        module._tell_slow(None, space, flight, spent)
+
+    landed(0.001, Spent(), BASE)
+    landed(9.0, Spent())
+    landed(9.0, Spent(queued_ns=3_000_000_000, tries=2), BASE, BASE + PAGE)
+    landed(9.0, Spent(queued_ns=8_000_000_000), BASE)
+    assert [(what["cause"], what["pages"], what["tries"]) for what in told] == [("source", 2, 2), ("queue", 1, 0)]
+    assert (told[0]["offset"], told[0]["length"], told[0]["queued_ns"]) == (8 * PAGE, 4 * PAGE, 3_000_000_000)
+    assert told[0]["took_ns"] >= 9_000_000_000

@@ -123,6 +123,7 @@ class Server:
         self._pager = PagerClient(
             on_error=lambda tenant, error: self._soon(self._failed, tenant, error),
             on_gone=lambda tenant: self._soon(self._gone, tenant),
+            on_slow=lambda tenant, told: self._soon(self._slow, tenant, told),
             pickles=Pickles.ALWAYS,
         )
         self.sessions: dict[str, Session] = {}
@@ -396,6 +397,10 @@ class Server:
     def _gone(self, tenant: Tenant) -> None:
         for session in list(self.sessions.values()):
             session.gone(tenant)
+
+    def _slow(self, tenant: Tenant, told: dict[str, Any]) -> None:
+        for session in list(self.sessions.values()):
+            session.slow(tenant, told)
 
     def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
         if tenant is None:

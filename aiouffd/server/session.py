@@ -424,6 +424,12 @@ class Session:
         if client is not None:
             self._forget(client, "has ended")
 
+    def slow(self, tenant: Tenant, told: dict[str, Any]) -> None:
+        """Tell of a fault that took long; nothing happens if the tenant is another session's."""
+        client = self.clients.get(tenant.token)
+        if client is not None:
+            self._tell("client.slow", client=client.number, **told)
+
     def failed(self, tenant: Tenant | None, error: BaseException) -> None:
         """Tell an error to the client that it concerns, if it is one of this session's; None: to all of them."""
         for client in list(self.clients.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -155,6 +156,14 @@ async def of_one_source(directory: str) -> None:
             await session.prefetch(0, MIB)
         assert all(bytes(memory.region) == content(0, MIB) for memory in late)
         assert web.bytes_sent - before == 2 * MIB
+        web.latency = 0.2
+        os.kill(server.pids[1], signal.SIGKILL)
+        slow = await asyncio.to_thread(Memory, paths[1])
+        assert await asyncio.to_thread(slow.word, 9) == word(9)
+        async with contextlib.aclosing(server.happenings.follow(after=0)) as happenings, asyncio.timeout(30):
+            found = await anext(item async for item in happenings if item.kind == "client.slow")
+        assert (found.session, found.details["client"], found.details["cause"]) == ("second", 4, "source")
+        assert found.details["took_ns"] >= 200_000_000
 
 
 def test_equal_sources_are_fetched_once(tmp_path: Path, loop: str) -> None:

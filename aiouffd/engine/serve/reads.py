@@ -7,6 +7,8 @@ import os
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import attrs
+
 from aiouffd.engine.flight import canceled_from_outside
 from aiouffd.engine.serve.deadlines import Deadlines
 from aiouffd.engine.serve.gate import Gate
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.serve.precedence import Precedence
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Reads"]
+__all__ = ["Reads", "Spent"]
 
 _IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
 _BYTES_FETCHED, _BYTES_SHARED = int(Counter.BYTES_FETCHED), int(Counter.BYTES_SHARED)
@@ -33,6 +35,19 @@ _LONGEST_PAUSE = 2.0  # seconds between two tries
 def _between(low: float, high: float) -> float:
     """Return some number in [low, high]: enough to spread load. To import `random` would take 1 ms of each pager."""
     return low + (high - low) * os.urandom(1)[0] / 255
+
+
+@attrs.define(eq=False)
+class Spent:
+    """For what a read has waited.
+
+    Attributes:
+        queued_ns: nanoseconds until it was let in, of all its tries.
+        tries: that have failed.
+    """
+
+    queued_ns: int = 0
+    tries: int = 0
 
 
 class Reads:
@@ -67,6 +82,7 @@ class Reads:
         urgent: bool,
         retries: int | None = None,
         waits: Callable[[Callable[[], None]], None] = lambda _: None,
+        spent: Spent | None = None,
     ) -> Any:
         """Return the bytes. Canceling is safe: the place in the queue, or the read, is given up.
 
@@ -76,6 +92,7 @@ class Reads:
             urgent: a thread waits for them: it is let in before those that are read ahead.
             retries: in place of the usual ones.
             waits: called with a function that makes it urgent, if it has to wait and is not.
+            spent: what it has waited for is added to this.
 
         Raises:
             SourceError: the source failed, and went on failing.
@@ -84,7 +101,10 @@ class Reads:
         while True:
             # Each try takes a place of its own in the gate: the pauses between them keep nobody waiting.
             if not self._gate.try_enter(length, urgent=urgent):
+                began = perf_counter_ns()
                 urgent = await self._gate.enter(length, urgent=urgent, waits=waits)
+                if spent is not None:
+                    spent.queued_ns += perf_counter_ns() - began
             try:
                 with self._deadlines:
                     return await self._common.read(self, offset, length, urgent=urgent, alone=tries > 0)
@@ -93,6 +113,8 @@ class Reads:
             finally:
                 self._gate.leave(length, urgent=urgent)
             tries += 1
+            if spent is not None:
+                spent.tries = tries
             if tries > (self._retries if retries is None else retries):
                 raise failure
             self.count_retry()

@@ -18,7 +18,7 @@ from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
-from aiouffd.engine.serve.reads import Reads
+from aiouffd.engine.serve.reads import Reads, Spent
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
@@ -42,6 +42,7 @@ _SEQUENTIAL = int(Counter.SEQUENTIAL)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
 _BEGUN_TOGETHER = 8  # reads, before the loop gets a turn
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
+_SLOW_NS = 100_000_000  # a fault that takes so long is told
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
@@ -56,6 +57,9 @@ class SourceBackend:
         bound: drops pages again; None: they stay.
         common: has the source, where others read it, too.
         precedence: of other backends of this loop; None: there are none.
+
+    Attributes:
+        on_slow: called with the space of a fault that took long, and with what is told of it.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class SourceBackend:
         self.limits: Limits = limits
         self.bound: Bound | None = bound
         self._counters, self._words = counters, counters.words
+        self.on_slow: Callable[[Space, dict[str, Any]], None] | None = None
         self._precedence = precedence or Precedence()
         self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand)
@@ -259,7 +264,7 @@ class SourceBackend:
         Before that, the flight has landed, whatever came of it. Those for which a caller waits let the others pass.
         """
         length = min(flight.length, self._extents.size - flight.offset)
-        urgent = flight.purpose.errors is None
+        urgent, spent = flight.purpose.errors is None, Spent()
         try:
             data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries, waits=flight.waits)
             if not (urgent or flight.wanted):
@@ -276,6 +281,7 @@ class SourceBackend:
             return
         finally:
             space.flights.discard(flight)
+            _tell_slow(self.on_slow, space, flight, spent)
         space.readahead.forget(flight.offset, flight.offset + flight.length)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
@@ -432,10 +438,7 @@ class SourceBackend:
     def refusal(self, run: Run, number: int) -> SourceError:
         """Return the error that says why: EFAULT, of a truncated file behind a mapping; ENOMEM."""
         self._words[Counter.SOURCE_ERRORS] += 1
-        if number == errno.EFAULT:
-            reason = "its bytes are there no longer: was the file truncated?"
-            return ShortReadError(repr(self.source), run.offset, run.left, reason)
-        return SourceError(repr(self.source), run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
+        return _refused(repr(self.source), run, number)
 
     async def aclose(self) -> None:
         """Cancel what is under way and close the source."""
@@ -443,6 +446,24 @@ class SourceBackend:
         if self.bound is not None:
             await self.bound.aclose()
         await self._reads.aclose()
+
+
+def _refused(name: str, run: Run, number: int) -> SourceError:
+    if number == errno.EFAULT:
+        return ShortReadError(name, run.offset, run.left, "its bytes are there no longer: was the file truncated?")
+    return SourceError(name, run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
+
+
+def _tell_slow(
+    tell: Callable[[Space, dict[str, Any]], None] | None, space: Space, flight: Flight, spent: Spent
+) -> None:
+    """Tell of a flight that threads have waited for, if that took long, and what took most of it."""
+    took = perf_counter_ns() - flight.began_ns
+    if tell is None or took < _SLOW_NS or not flight.wanted:
+        return
+    cause = "queue" if 2 * spent.queued_ns > took else "source"
+    told = {"offset": flight.offset, "length": flight.length, "pages": len(flight.wanted), "cause": cause}
+    tell(space, {**told, "took_ns": took, "queued_ns": spent.queued_ns, "tries": spent.tries})
 
 
 def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:

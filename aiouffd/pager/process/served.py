@@ -28,7 +28,17 @@ from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.notes import Notes
 from aiouffd.pager.process.rewriting import Rewriting
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
-from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Origin, Tenancy, build, let_go, make_origin
+from aiouffd.pager.process.tenancy import (
+    Arrivals,
+    Commons,
+    FailedSource,
+    Origin,
+    SlowFaults,
+    Tenancy,
+    build,
+    let_go,
+    make_origin,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -102,7 +112,7 @@ class Served:
         self._on_owner_exit = on_owner_exit
         self.meta: Meta = Meta()
         self.origins: dict[int, Origin] = {}
-        self._commons = Commons()
+        self._commons = Commons(SlowFaults(lambda space: self.tenancies.get(space.identity), tell))
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
         self.waiting: dict[int, SpaceState] = {}

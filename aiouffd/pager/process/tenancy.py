@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import weakref
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -21,14 +23,16 @@ from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.common import Common, Shelf, is_far
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.serve.precedence import Precedence
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.serialization import described, is_pickle, modules, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiouffd.engine.serve.handler_backend import HandlerBackend
-    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
@@ -39,6 +43,7 @@ __all__ = [
     "Commons",
     "FailedSource",
     "Origin",
+    "SlowFaults",
     "Tenancy",
     "build",
     "config_of",
@@ -52,6 +57,7 @@ BUILD_TIMEOUT = 60.0
 RELEASE = 1.0
 """Seconds for a file that was written to be closed, when its memory is left."""
 
+_SLOW_AGAIN = 1.0  # seconds between two slow faults of a space that are told
 _IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
 
@@ -91,6 +97,7 @@ class Tenancy:
         own: as in `SpaceState`.
         announced: whether the client is told of its end.
         space: the space itself.
+        slow: when a slow fault was told of it, on the monotonic clock.
     """
 
     origin: Origin
@@ -101,6 +108,7 @@ class Tenancy:
     is_child: bool = False
     own: bool = False
     space: Space | None = None
+    slow: float = -math.inf
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
     def end(self) -> None:
@@ -138,17 +146,42 @@ class Arrivals:
             await self._expected[token][0].wait()
 
 
+class SlowFaults:
+    """Tells of faults that took long; of many of one space, those of one second are told by the first.
+
+    Args:
+        tenancy_of: returns what is known of a space; None: it has been dropped meanwhile.
+        tell: sends an event to the client.
+    """
+
+    def __init__(self, tenancy_of: Callable[[Space], Tenancy | None], tell: Callable[[dict[str, Any]], None]) -> None:
+        self._tenancy_of = tenancy_of
+        self._tell = tell
+
+    def __call__(self, space: Space, told: dict[str, Any]) -> None:
+        """Tell of one."""
+        tenancy, now = self._tenancy_of(space), monotonic()
+        if tenancy is not None and now - tenancy.slow >= _SLOW_AGAIN:
+            tenancy.slow = now
+            self._tell({"event": "slow", "token": tenancy.token, "slow": told})
+
+
 class Commons:
     """What the services of a worker have in common: sources, and whose turn it is.
 
     Sources that are far and the same are one, whoever serves from them. The same are those that were made in the same
     way, to be read with the same patience, and that say by their `identity` that their bytes are the same.
 
+    Args:
+        on_slow: called with faults that took long; None: nobody is told.
+
     Attributes:
+        on_slow: as given.
         precedence: among the backends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_slow: SlowFaults | None = None) -> None:
+        self.on_slow: SlowFaults | None = on_slow
         self.precedence: Precedence = Precedence()
         self._shelf = Shelf()
         self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()
@@ -233,7 +266,10 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
         common = await commons.of(service.origin, described(data), _options_of(record).limits)
     if common is not None:
         service = attrs.evolve(service, origin=common.source)
-    return make_origin(counters, identity, record, service, common, commons.precedence)
+    origin = make_origin(counters, identity, record, service, common, commons.precedence)
+    if isinstance(origin.backend, SourceBackend):
+        origin.backend.on_slow = commons.on_slow
+    return origin
 
 
 def make_origin(

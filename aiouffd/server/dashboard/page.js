@@ -126,11 +126,12 @@ function showLatency(buckets) {
 
 function showHappening(happening) {
     const item = document.createElement("li");
-    const details = Object.entries(happening.details).map(([name, value]) => `${name}=${value}`).join(" ");
+    const details = Object.entries(happening.details).map(([name, value]) => name.endsWith("_ns") ? `${name.slice(0, -3)}=${duration(value)}` : `${name}=${value}`).join(" ");
     const when = new Date(1000 * happening.time).toLocaleTimeString();
     item.textContent = `${when} ${happening.kind} ${happening.session} ${details}`;
     item.value = happening.number;
     if (/failed|rejected|died/.test(happening.kind)) item.className = "trouble";
+    if (/slow/.test(happening.kind)) item.className = "hint";
     at("happenings").prepend(item);
     while (at("happenings").childElementCount > 200) at("happenings").lastElementChild.remove();
     const troubles = at("happenings").querySelectorAll(".trouble").length;
