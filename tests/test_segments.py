@@ -166,3 +166,12 @@ def test_the_last_number(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no numbers are left") as caught:
         segments(tmp_path).append([data(1)])
     assert caught.value.errno == errno.EFBIG
+
+
+def test_a_clock_that_was_put_back(tmp_path: Path) -> None:
+    """What was used before that does not outlive what is used now."""
+    mine = segments(tmp_path)
+    mine.append([data(n) for n in range(40)])
+    os.utime(tmp_path / "00000002.segment", (1 << 32, 1 << 32))
+    assert mine.evict(2 * MIB) == 1
+    assert sorted(number for number, _ in mine.files()) == [1, 3]

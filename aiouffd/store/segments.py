@@ -275,7 +275,12 @@ class Segments:
         Returns:
             how many were removed.
         """
-        found = sorted(self.files(), key=lambda file: file[1].st_mtime_ns)
+        now = time.time_ns()  # a later time is of a clock that was put back since: not in use, or it had another
+
+        def last_used(file: tuple[int, os.stat_result]) -> int:
+            return file[1].st_mtime_ns if file[1].st_mtime_ns <= now else 0
+
+        found = sorted(self.files(), key=last_used)
         total = sum(file.st_size for _, file in found)
         removed = 0
         for number, file in found:
