@@ -68,6 +68,30 @@ async def test_neighbors_are_checked_by_a_thread(tmp_path: Path) -> None:
     await source.aclose()
 
 
+async def test_a_chunk_that_comes_otherwise_while_neighbors_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was found is not shown any more: nobody would notice when that goes."""
+    first, source = opened(tmp_path), opened(tmp_path)
+    await first.read(0, first.size)
+    await until(lambda: len(first._places) == 11)
+    address, *_ = source.memory()
+    real = source._peek_and_show
+
+    def late(numbers: list[int]) -> Any:
+        found = real(numbers)
+        assert libc.mincore(address + 2 * CHUNK, 4096)[0] & 1
+        source._places[2] = Place(None, 0, CHUNK)
+        return found
+
+    monkeypatch.setattr(source, "_peek_and_show", late)
+    await source.read(0, 10)
+    await until(lambda: len(source._places) == 11)
+    assert [libc.mincore(address + n * CHUNK, 4096)[0] & 1 for n in (1, 2, 4)] == [1, 0, 1]
+    await first.aclose()
+    await source.aclose()
+
+
 async def test_a_fault_finds_a_chunk_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a cache that is open, in a segment that is; a chunk or two, not more, and none that is on its way."""
     monkeypatch.setattr("aiouffd.store.cached_source._GROUP", 1)

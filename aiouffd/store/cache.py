@@ -55,6 +55,7 @@ SMALLEST: Final = 8 << 20
 """The least that a cache may be limited to."""
 _UNIT: Final = 4096  # of places in the index
 _TOGETHER: Final = 256 << 10  # bytes that are read at once to look at chunks: they stay in the processor's cache
+_rooms = threading.local()
 _PAUSE: Final = 30.0  # seconds without the cache after it has failed
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -159,7 +160,8 @@ class ChunkCache:
             if first.segment == ZEROS:
                 places[number] = Place(None, 0, first.length)
             elif (segment := opened.segments.at_hand(first.segment)) is not None:
-                data = segment.read_nowait(begin, _end(run[-1][1]) - begin)
+                room = _room(_end(run[-1][1]) - begin)
+                data = room[: segment.read_nowait(begin, room)]
                 for number, entry in run:
                     at = entry.page * _UNIT
                     if fingerprint(data[at - begin : at - begin + entry.length]) == entry.fingerprint:
@@ -364,6 +366,14 @@ class ChunkCache:
 def _is_zeros(data: Any) -> bool:
     view = memoryview(data).cast("B")
     return view == bytes(len(view))
+
+
+def _room(length: int) -> memoryview:
+    """Return memory of this thread, on a page: the kernel copies there in less time, and no page of it is new."""
+    view: memoryview | None = getattr(_rooms, "view", None)
+    if view is None or len(view) < length:
+        view = _rooms.view = memoryview(mmap.mmap(-1, max(length, _TOGETHER)))
+    return view[:length]
 
 
 def _end(entry: Entry) -> int:

@@ -222,8 +222,18 @@ class CachedSource:
         """Check the neighbors of a chunk, so that faults there need not wait for that."""
         numbers = range(group * _GROUP, (group + 1) * _GROUP)
         wanted = [number for number in numbers if self._is_missing(number) and self._names.length(number) > 0]
-        found = await self._aside(self._peek_all, wanted)
+        found = await self._aside(self._peek_and_show, wanted)
         self._came([(number, place) for number, place in found if self._is_missing(number)])
+        for number, place in found:
+            if self._places.get(number) != place:  # it has come in another way meanwhile, and may lie elsewhere
+                self._hide(number)
+
+    def _peek_and_show(self, numbers: Sequence[int]) -> list[tuple[int, Place]]:
+        """As `_peek_all`, and map them: that takes 5 us a chunk, which the loop need not spend. In a thread."""
+        found = self._peek_all(numbers)
+        if (view := self._view) is not None:
+            self._show(view, found)
+        return found
 
     def _is_missing(self, number: int) -> bool:
         return number not in self._places and not self._is_on_its_way(number)
@@ -300,8 +310,11 @@ class CachedSource:
         for number in numbers:
             self._places.pop(number, None)
             self._swept.discard(number // _GROUP)
-            if self._view is not None:
-                self._view.hide(number * self._names.chunk_size, self._names.length(number) & -mmap.PAGESIZE)
+            self._hide(number)
+
+    def _hide(self, number: int) -> None:
+        if self._view is not None:
+            self._view.hide(number * self._names.chunk_size, self._names.length(number) & -mmap.PAGESIZE)
 
     async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self._pool is None:

@@ -85,23 +85,17 @@ class Segment:
         return data[:done] if done < length else data
 
     def fill_nowait(self, offset: int, view: memoryview) -> bool:
-        """Read bytes that are in the page cache; tell whether they were. Does not wait."""
-        if self._nowait is None:
-            return False
-        try:
-            return os.preadv(self.fd, [view], offset, self._nowait) == len(view)
-        except OSError:
-            return False
+        """Read bytes that are in the page cache; tell whether all were. Does not wait."""
+        return self.read_nowait(offset, view) == len(view)
 
-    def read_nowait(self, offset: int, length: int) -> memoryview:
-        """Return bytes that are in the page cache; fewer where they are not all. Does not wait."""
-        view = memoryview(bytearray(length))
+    def read_nowait(self, offset: int, view: memoryview) -> int:
+        """Read bytes that are in the page cache; return how many were. Does not wait."""
         if self._nowait is None:
-            return view[:0]
+            return 0
         try:
-            return view[: os.preadv(self.fd, [view], offset, self._nowait)]
+            return os.preadv(self.fd, [view], offset, self._nowait)
         except OSError:
-            return view[:0]
+            return 0
 
     def touch(self) -> None:
         """Note that it is in use, at most once in 5 s."""
@@ -275,7 +269,7 @@ class Segments:
         Returns:
             how many were removed.
         """
-        now = time.time_ns()  # a later time is of a clock that was put back since: not in use, or it had another
+        now = time.time_ns()  # later is of a clock that was put back: what is in use has a new time within 5 s
 
         def last_used(file: tuple[int, os.stat_result]) -> int:
             return file[1].st_mtime_ns if file[1].st_mtime_ns <= now else 0

@@ -6,7 +6,9 @@ When its segment goes, the place is made unreadable again: a COPY from there fai
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import threading
 from typing import Final
 
 from aiouffd.kernel import libc
@@ -15,12 +17,12 @@ from aiouffd.kernel.memory import MAP_NORESERVE, address_of
 __all__ = ["View"]
 
 _MOST: Final = 16 << 10  # pieces that are mapped in a process: each may take two of its 65,530 mappings
-_MAP_POPULATE: Final = 0x8000
 _pieces = [0]  # of all views
+_lock = threading.Lock()  # of all views
 
 
 class View:
-    """For the thread of one event loop.
+    """Thread-safe.
 
     Args:
         size: of the source, in bytes.
@@ -38,6 +40,7 @@ class View:
         self._map = mmap.mmap(-1, self.length, flags=flags, prot=0)
         self.address: int = address_of(self._map)
         self._shown: set[int] = set()
+        self._closed = False
 
     def has(self, offset: int) -> bool:
         """Tell whether the piece that begins there is shown."""
@@ -54,25 +57,28 @@ class View:
             unit: bytes of a piece, if they are several, which can be hidden one by one; none of them is shown.
         """
         pieces = range(offset, offset + length, unit or length or 1)
-        if offset in self._shown or _pieces[0] + len(pieces) > _MOST or not length:
-            return
-        try:
-            libc.mmap_fixed(self.address + offset, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_POPULATE, fd, at)
-        except OSError:
-            return
-        self._shown.update(pieces)
-        _pieces[0] += len(pieces)
+        with contextlib.suppress(OSError):
+            with _lock:
+                if self._closed or offset in self._shown or _pieces[0] + len(pieces) > _MOST or not length:
+                    return
+                libc.mmap_fixed(self.address + offset, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, at)
+                self._shown.update(pieces)
+                _pieces[0] += len(pieces)
+            libc.madvise(self.address + offset, length, libc.MADV_POPULATE_READ)  # takes longer than all else
 
     def hide(self, offset: int, length: int) -> None:
         """Show nothing there any more."""
-        if offset in self._shown:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-            libc.mmap_fixed(self.address + offset, length, 0, flags)
-            self._shown.discard(offset)
-            _pieces[0] -= 1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        with _lock:
+            if offset in self._shown:
+                libc.mmap_fixed(self.address + offset, length, 0, flags)
+                self._shown.discard(offset)
+                _pieces[0] -= 1
 
     def close(self) -> None:
         """Give the addresses up."""
-        _pieces[0] -= len(self._shown)
-        self._shown.clear()
-        self._map.close()
+        with _lock:
+            self._closed = True
+            _pieces[0] -= len(self._shown)
+            self._shown.clear()
+            self._map.close()
