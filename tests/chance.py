@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-__all__ = ["bytes_by_chance", "cases"]
+__all__ = ["bytes_by_chance", "cases", "shortened"]
 
 T = TypeVar("T")
 
@@ -48,3 +48,23 @@ def bytes_by_chance(rng: random.Random, most: int, least: int = 0) -> bytes:
     """Draw bytes; half of the time all of them are at a bound of what a byte, or an ASCII letter, may be."""
     size = rng.randint(least, most)
     return rng.randbytes(size) if rng.random() < 0.5 else bytes(rng.choices(b"\x00\x01\x7f\x80\xff", k=size))
+
+
+def shortened(steps: list[T], check: Callable[[list[T]], object]) -> None:
+    """Check some steps; if that fails, raise what is said of the fewest that still fail, leaving out one by one."""
+    failure = None
+    at = -1  # first with all of them
+    while at < len(steps):
+        fewer = [*steps[:at], *steps[at + 1 :]] if at >= 0 else steps
+        try:
+            check(fewer)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            steps, failure = fewer, error
+            at = max(at, 0)
+        else:
+            if failure is None:
+                return
+            at += 1
+    assert failure is not None
+    failure.add_note(f"by these steps: {steps!r}")
+    raise failure

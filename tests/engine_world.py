@@ -8,7 +8,6 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any, cast
 
-from hypothesis import settings
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.assembly import make_backend, make_readahead
@@ -217,12 +216,6 @@ class Held:
             future.set_exception(error)
         else:
             future.set_result(content(offset, length))
-
-
-def examples(count: int) -> settings:
-    """Return settings for so many examples; for far fewer where the profile asks for less than usual."""
-    assert settings.default is not None
-    return settings(max_examples=count * settings.default.max_examples**2 // 100**2, deadline=None)
 
 
 async def turns(count: int = 10) -> None:

@@ -7,17 +7,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pytest
 from processes import unmeasured
 
 import aiouffd
 from aiouffd import native
 from aiouffd.cli import doctor
 from aiouffd.native import build
-
-if TYPE_CHECKING:
-    import pytest
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "/nonexistent/cc"
@@ -98,6 +95,7 @@ def test_an_install_without_a_compiler(tmp_path: Path) -> None:
     assert "native part          missing" in without(tmp_path / "target", report)
 
 
+@pytest.mark.long
 def test_an_editable_install(tmp_path: Path) -> None:
     """What is built lies in the source tree; a later install without a compiler takes it away again."""
     root = copied(tmp_path)

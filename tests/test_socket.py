@@ -328,6 +328,7 @@ async def survives(steps: list[bytes | str], place: Path) -> None:
     assert not descriptors() - before  # what other tests have left may be collected meanwhile
 
 
+@pytest.mark.long
 async def test_any_client_is_survived(place: Path) -> None:
     """5,000 of them."""
     for case in cases(5_000, client_by_chance):

@@ -98,6 +98,7 @@ def test_a_row_that_does_not_exist() -> None:
     assert "no such row: nonsense" in run("--rows", "nonsense", status=2).stderr
 
 
+@pytest.mark.long
 def test_pictures(tmp_path: Path) -> None:
     """Three PNGs that show something."""
     result = run("--plots", tmp_path)

@@ -145,6 +145,7 @@ def at_random(engine: str, seed: int) -> None:
         assert monitor.statistics().pages_evicted > PAGES
 
 
+@pytest.mark.long
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_limit_holds(engine: str) -> None:

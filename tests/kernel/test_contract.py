@@ -570,6 +570,7 @@ def held_together(examples: int, deadline: float, path: Path) -> None:
         raise
 
 
+@pytest.mark.long
 def test_random_operations_come_to_the_same(tmp_path: Path) -> None:
     """Results, errnos, messages, sleepers and pages, after each of some thousand operations."""
     held_together(250, HANG, tmp_path / "running")

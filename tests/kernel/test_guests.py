@@ -81,6 +81,7 @@ def test_a_guest_whose_memory_is_on_a_web_server(image: Path, tmp_path: Path) ->
         assert f"checksum {total(range(16 * MIB // PAGE))}," in run_vm(serve, "--memory", "16")
 
 
+@pytest.mark.long
 @needs_kvm
 @pytest.mark.parametrize("where", ["file", "web"])
 def test_a_guest_while_the_worker_is_killed(image: Path, tmp_path: Path, where: str) -> None:

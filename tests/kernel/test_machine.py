@@ -109,6 +109,7 @@ def stage() -> Iterator[Stage]:
         yield running
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_byte_is_what_a_plain_model_says(stage: Stage) -> None:
     """Thousands of random statements; a program that fails, or hangs, is printed, and as short as could be found."""

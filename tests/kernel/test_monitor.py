@@ -76,6 +76,7 @@ def test_256_mib_in_random_order_from_four_threads_with_the_gil(
     play(four_threads_hold_the_gil, kind, measured=False)
 
 
+@pytest.mark.long
 @pytest.mark.unmeasured
 @pytest.mark.timeout(400)
 def test_256_mib_in_random_order_over_http(tmp_path: Path) -> None:

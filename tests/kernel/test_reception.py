@@ -262,6 +262,7 @@ def survives(image: Path, directory: Path, examples: int) -> None:
         assert "is replaced" not in serve.said
 
 
+@pytest.mark.long
 @pytest.mark.unmeasured
 def test_malformed_handoffs(image: Path, tmp_path: Path) -> None:
     """5,000 of them, with the wrong descriptors and what not: the server still serves, and leaks nothing."""

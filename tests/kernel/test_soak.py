@@ -85,6 +85,7 @@ def soak(seconds: float, growth: float, path: str) -> None:
     assert last[2] <= first[2] * growth + 4096
 
 
+@pytest.mark.long
 def test_soak_20_s(tmp_path: Path) -> None:
     """Descriptors, threads, tasks and memory of the worker are flat; every byte is right."""
     play(

@@ -74,6 +74,7 @@ def kills_while_threads_touch(rng: random.Random) -> int:
     return landed
 
 
+@pytest.mark.long
 def test_200_kills_of_the_worker_while_16_threads_touch() -> None:
     """Every byte is right, and no toucher waits for ever. How long one waits is measured by the benchmarks."""
     output, _ = play(workers_die_while_threads_touch)
@@ -169,6 +170,7 @@ def kills_while_a_tree_changes(rng: random.Random) -> int:
     return landed
 
 
+@pytest.mark.long
 def test_200_kills_of_the_worker_while_a_process_tree_drops_moves_and_forks() -> None:
     """Dropped pages stay zeros, moved ones keep their bytes, forked children see what their parents saw."""
     output, _ = play(workers_die_while_a_tree_changes, deadline=110)

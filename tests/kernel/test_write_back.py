@@ -120,6 +120,7 @@ def at_random(engine: str, path: str, seed: int) -> None:
         assert data[page * PAGE + 8 : (page + 1) * PAGE] == content(page * PAGE, PAGE)[8:]
 
 
+@pytest.mark.long
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("engine", ENGINES)
 def test_more_is_written_than_may_be_there(engine: str, tmp_path: Path) -> None:
