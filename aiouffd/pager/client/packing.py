@@ -13,8 +13,7 @@ import attrs
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import explained, open_memfd
-from aiouffd.pager.process.serialization import is_pickle, pack
-from aiouffd.pager.process.tenancy import config_of
+from aiouffd.pager.process.serialization import config_of, is_pickle, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

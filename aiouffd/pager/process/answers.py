@@ -16,10 +16,10 @@ from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
-from aiouffd.pager.process.serialization import Pickles, is_pickle
+from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
 from aiouffd.pager.process.served import Served, close_all
 from aiouffd.pager.process.state import Note, SpaceState
-from aiouffd.pager.process.tenancy import RELEASE, config_of
+from aiouffd.pager.process.tenancy import RELEASE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -35,10 +35,9 @@ from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLO
 from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
-from aiouffd.pager.process.serialization import modules
+from aiouffd.pager.process.serialization import config_of, modules
 from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.state import State
-from aiouffd.pager.process.tenancy import config_of
 
 if TYPE_CHECKING:
     import socket

@@ -14,6 +14,7 @@ import base64
 import enum
 import io
 import json
+import os
 from array import array
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Pickles", "described", "is_pickle", "modules", "pack", "unpack"]
+__all__ = ["Pickles", "config_of", "described", "is_pickle", "modules", "pack", "unpack"]
 
 
 class Pickles(enum.StrEnum):
@@ -84,6 +85,11 @@ def pack(obj: Any) -> tuple[bytes, list[Descriptor]]:
         return json.dumps(_plain(obj, descriptors)).encode(), descriptors
     except (_NotPlainError, ValueError, RecursionError):
         return _pickled(obj)
+
+
+def config_of(record: dict[str, Any]) -> bytes:
+    """Return what `pack` has made of a service."""
+    return os.pread(record["config"], os.fstat(record["config"]).st_size, 0)
 
 
 def is_pickle(data: bytes) -> bool:

@@ -27,7 +27,7 @@ from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.pager.process.serialization import described, is_pickle, modules, unpack
+from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,6 @@ __all__ = [
     "SlowFaults",
     "Tenancy",
     "build",
-    "config_of",
     "let_go",
     "make_origin",
 ]
@@ -293,11 +292,6 @@ def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Boun
     written, file = map(os.dup, record["fds"][-2:])
     page = record["page_size"]
     return Bound(WrittenPages(written, page), page, options.max_resident, counters, OwnedDescriptor(file))
-
-
-def config_of(record: dict[str, Any]) -> bytes:
-    """Return what `pack` has made of a service."""
-    return os.pread(record["config"], os.fstat(record["config"]).st_size, 0)
 
 
 def _options_of(record: dict[str, Any]) -> Options:
