@@ -40,9 +40,17 @@ def library() -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_uint64),
     ]
     peers.touch.restype = ctypes.c_uint64
+    peers.write_pages.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64]
+    peers.write_pages.restype = ctypes.c_uint64
+    peers.keep_pages.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64]
     peers.serve_http.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     peers.receive_http.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_long, ctypes.c_long]
     return peers
+
+
+def write(address: int, pages: np.ndarray, interval_ns: int = 0) -> float:
+    """Write to pages (numbers, uint32) in this thread, without the GIL; return the seconds."""
+    return float(library().write_pages(address, pages.ctypes.data, len(pages), interval_ns)) / 1e9
 
 
 def touch(address: int, pages: np.ndarray, threads: int = 1, latencies: np.ndarray | None = None) -> float:

@@ -21,6 +21,7 @@ from benchmarks.bounded import bounded_rows
 from benchmarks.caches import cache_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.fairness import fairness_rows
+from benchmarks.live import live_rows
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, Serve, processor, shuffled, touching
 from benchmarks.rows_served import (
@@ -532,6 +533,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         far_rows,
         snapshot_rows,
         bounded_rows,
+        live_rows,
         tensor_rows,
         cache_rows,
         in_thread_rows,

@@ -190,6 +190,15 @@ class ProcessMemory(OwnedDescriptor):
         """Open that of this process. Raises OSError where there is no /proc."""
         return cls(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC))
 
+    def page(self, address: int, length: int) -> bytes:
+        """Return the bytes of one page; fewer where it is missing. From any thread."""
+        try:
+            return os.pread(self._fd, length, address - self._skew)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return b""
+
     def read_into(self, view: memoryview, address: int) -> list[int]:
         """Fill a buffer with the bytes from an address on, both page-aligned; return the pages that are missing.
 

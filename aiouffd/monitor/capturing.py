@@ -72,8 +72,10 @@ class Capturing(Entered):
         import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
         asked = self._begin_snapshot(destination, base, options)
+        answer = asyncio.wrap_future(asked)
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, if this is canceled
         try:
-            return _captured(await asyncio.shield(asyncio.wrap_future(asked)))
+            return _captured(await asyncio.shield(answer))
         except asyncio.CancelledError:
             self._running().cancel_snapshot()
             await uninterrupted(asked.exception)

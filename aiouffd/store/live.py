@@ -161,10 +161,10 @@ async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: 
     below = await asyncio.to_thread(_prepared, order)
     base = None if below is None or below.index.size != order.size else below.manifest.index.hash
     granule = state.page if order.is_file else _chunk_size(state, below)
-    changed = await state.begin(memory, pagemap, base, granule)
     name: str | None = None
     writing: asyncio.Future[str | None] | None = None
     try:
+        changed = await state.begin(memory, pagemap, base, granule)
         image = Moment(state, memory, order.size, order.rate, lifts=order.is_file)
         settings = {"base": below, "changed": changed, "chunk_size": granule, "page_size": state.page}
         writing = asyncio.ensure_future(asyncio.to_thread(_write, order, image, settings))
@@ -180,10 +180,12 @@ async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: 
 
 
 async def _ended(work: asyncio.Future[Any]) -> None:
-    """Wait until something has ended, however often this is canceled."""
+    """Wait until something has ended, whatever becomes of it, and however often this is canceled."""
     while not work.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([work])
+    if not work.cancelled():
+        work.exception()  # retrieved
 
 
 def _prepared(order: Order) -> Snapshot | None:

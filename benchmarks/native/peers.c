@@ -102,6 +102,37 @@ uint64_t touch(const char *base, const uint32_t *pages, uint32_t *latencies, siz
 	return now() - began;
 }
 
+/* Writes a byte to each page, in order; one each `interval` nanoseconds at most. Returns the nanoseconds that took. */
+uint64_t write_pages(char *base, const uint32_t *pages, size_t count, uint64_t interval)
+{
+	uint64_t began = now();
+
+	for (size_t i = 0; i < count; i++) {
+		while (interval && now() < began + i * interval)
+			;
+		((volatile char *)base)[pages[i] * PAGE + 8] += 1;
+	}
+	return now() - began;
+}
+
+/* Keeps each page before its first write goes on: reads in a loop and never sleeps, copies, lifts the protection. */
+void keep_pages(int fd, char *kept, uint64_t base)
+{
+	struct uffd_msg message;
+
+	for (;;) {
+		if (read(fd, &message, sizeof(message)) != sizeof(message)) {
+			if (errno == EAGAIN || errno == EINTR)
+				continue;
+			return;
+		}
+		uint64_t page = message.arg.pagefault.address & -PAGE;
+		struct uffdio_writeprotect lift = { .range = { page, PAGE } };
+		memcpy(kept + (page - base), (const void *)page, PAGE);
+		ioctl(fd, UFFDIO_WRITEPROTECT, &lift);
+	}
+}
+
 struct visit {
 	int connection, file;
 	long size, delay_us;

@@ -147,6 +147,8 @@ def test_memory_is_read_without_a_fault() -> None:
     with aiouffd.Userfaultfd() as uffd, ProcessMemory.own() as own:
         uffd.register(region.address, 4 * PAGE, aiouffd.RegisterMode.MISSING)
         assert own.file == -1
+        assert own.page(region.address, PAGE) == region[:PAGE]
+        assert own.page(region.address + PAGE, PAGE) == b""
         assert own.read_into(memoryview(data), region.address) == [region.address + PAGE, region.address + 3 * PAGE]
         uffd.unregister(region.address, 4 * PAGE)
     assert data[::PAGE] == bytes([1, 0, 3, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ __all__ = ["Answers"]
 
 _PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybody asks
 _PIECE = 4 << 20
+_SWITCH = 0.0002  # seconds, of 0.005
 
 
 async def _pong(_: dict[str, Any], fds: list[int]) -> None:
@@ -193,6 +195,7 @@ class Answers:
             if self._snapshots is None:
                 await asyncio.to_thread(import_module, "aiouffd.store.live")
                 self._snapshots = import_module("aiouffd.store.live").Snapshots()
+                sys.setswitchinterval(_SWITCH)  # threads that compute let the loop have its turn soon
             space, tenancy = await self._served.wanted(message["token"])
             others = [each for each in self._served.family_of(message["token"]) if shared and each is not space]
             order, modes = import_module("aiouffd.store.live").Order(**order), tenancy.origin.options.modes
