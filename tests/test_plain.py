@@ -535,3 +535,11 @@ def test_wake_ups_are_counted_one_by_one() -> None:
     source: PlainSource = (LOCATED.locate, SIZE, PAGE, 0, False, None, None)
     assert plain.serve_together(world.space, source, world.counters, [(BASE + 17 * PAGE, 0, 1)], 1 << 40) == []
     assert counted(world) == (3, 0, 3, 3, 3)
+
+
+def test_memory_with_a_limit_is_left_to_the_engine() -> None:
+    """It has as much to do for such a page as the fast path would save."""
+    path = FastPath({})
+    path.admit(3, 1, Counters())
+    path.open(3, START, START + 64 * PAGE, 0, (at(1 << 40), 1 << 20, PAGE, 0, False, None, None), bound=1)
+    assert SLOT.unpack_from(path.slots, 3 * SLOT.size) == (1, 0, 0, 0, 0)

@@ -327,6 +327,7 @@ def test_the_native_part_is_told_where_the_bytes_are(
                 "file": file,
                 "mapped": 0 if file < 0 else ADDRESS + offset,
                 "mtime_ns": 123,
+                "room": 0,
                 "words": address_of(counters.words),
             },
         ),

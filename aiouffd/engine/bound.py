@@ -215,6 +215,11 @@ class Bound:
         """Bytes that may come, and nothing is dropped for them."""
         return max((self.limit or 1 << 62) - self._clock.total, 0)
 
+    @property
+    def share(self) -> int:
+        """Pages that each space may be given, and nothing is dropped for them."""
+        return self.room // (self.page * max(len(self._spaces), 1))
+
     def make_room(self, start: int, length: int) -> None:
         """Drop what came longest ago, before [start, start + length) comes, where it would be too much else."""
         if length <= self.room:

@@ -92,7 +92,7 @@ def _window(readahead: Readahead, source: PlainSource, offset: int, low: int, hi
 class PlainFaults(Protocol):
     """Where a space opens and closes its fast path: the rules are those of `FastPath`."""
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Any = None) -> None:
         """See `FastPath`."""
 
     def close(self, fd: int) -> None:
@@ -131,9 +131,14 @@ class FastPath:
         SLOT.pack_into(self.slots, fd * SLOT.size, _NOBODY, 0, 0, 0, 0)
         self._words.pop(fd, None)
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
-        """From now on, serve the mapping [start, end), which shows the source from `offset` on, here."""
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Any = None) -> None:
+        """From now on, serve the mapping [start, end), which shows the source from `offset` on, here.
+
+        Not what is bounded: the engine has as much to do for its pages.
+        """
         self.close(fd)
+        if bound is not None:
+            return
         number = self._number(source)
         self._users[number] += 1
         SLOT.pack_into(self.slots, fd * SLOT.size, self._slot(fd)[0], number, start, end, offset)

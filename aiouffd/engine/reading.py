@@ -15,6 +15,7 @@ userfaultfd knows that flag since Linux 6.10; before, O_NONBLOCK is the only pro
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 from collections import deque
@@ -34,6 +35,7 @@ from aiouffd.native import reader as c
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -59,8 +61,11 @@ class Reader(Protocol):
     def dismiss(self, fd: int) -> None:
         """Read a descriptor no longer; it is about to be closed."""
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
-        """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`."""
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Bound | None = None) -> None:
+        """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`.
+
+        With `bound`, at most as many as there is room for; or none at all.
+        """
 
     def close(self, fd: int) -> None:
         """Leave each message of a descriptor to the engine: its layout has changed, or it is about to be left."""
@@ -219,12 +224,16 @@ class _Line:
         words: where its faults are counted.
         opened: start, end and offset of the mapping that is served, and its source; None: closed.
         served: whether the native part serves anything of it just now.
+        bound: is asked for room, and told what has come; None: there is no limit.
+        room: pages for which there is room.
     """
 
     identity: int
     words: memoryview
     opened: tuple[int, int, int, PlainSource] | None = None
     served: bool = False
+    bound: Bound | None = None
+    room: ctypes.c_uint64 = attrs.field(factory=ctypes.c_uint64)
 
 
 class NativeReader:
@@ -238,6 +247,7 @@ class NativeReader:
         self._reader = c.NativeReader(epoll.fileno(), _WORDS)
         self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
         self._lines: dict[int, _Line] = {}
+        self._bounded: dict[int, _Line] = {}  # those with a limit that are served
         self._spin_ns = 0
         self._landing: tuple[memoryview, memoryview] | None = None  # kept alive
         self.run: Callable[..., tuple[int, Any]] = self._reader.run
@@ -261,17 +271,37 @@ class NativeReader:
     def dismiss(self, fd: int) -> None:
         """Read it no longer."""
         if self._lines.pop(fd, None) is not None:
+            self._forget_bounded(fd)
             self._reader.describe(fd, identity=-1)
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource) -> None:
+    def _forget_bounded(self, fd: int) -> None:
+        if self._bounded.pop(fd, None) is not None and not self._bounded:
+            self.run = self._reader.run
+
+    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Bound | None = None) -> None:
         """Serve a mapping."""
         line = self._lines.get(fd)
         if line is None:  # it is not read just now
             return
+        line.bound = bound
         line.opened = (start, end, offset, source)
         readahead = source[4]
         if not readahead:
             self._describe(fd, line, near=0)
+
+    def _run_bounded(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+        """Run, with as much room as there is for memory with a limit, and say what has come there."""
+        for line in self._bounded.values():
+            if line.bound is not None:
+                line.room.value = line.bound.share
+        result = self._reader.run(turn_ns, came=came, once=once)
+        for fd, page in self._reader.came():
+            line = self._lines[fd]
+            assert line.bound is not None
+            assert line.opened is not None
+            start, _, offset, source = line.opened
+            line.bound.came(offset + page - start, source[2])
+        return result
 
     def close(self, fd: int) -> None:
         """Serve nothing of it."""
@@ -316,13 +346,18 @@ class NativeReader:
             file=file,
             mapped=address + offset if file >= 0 else 0,
             mtime_ns=mtime_ns,
+            room=ctypes.addressof(line.room) if line.bound is not None else 0,
             words=address_of(line.words),
         )
         line.served = True
+        if line.bound is not None:
+            self._bounded[fd] = line
+            self.run = self._run_bounded
 
     def _hide(self, fd: int, line: _Line) -> None:
         if line.served:
             line.served = False
+            self._forget_bounded(fd)
             self._reader.describe(fd, identity=line.identity)
 
     def only(self, fd: int) -> None:

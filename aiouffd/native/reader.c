@@ -113,7 +113,9 @@ static uint64_t locate(struct state *s, const struct line *line, uint64_t page)
 static int place(struct state *s, const struct line *line, int fd, uint64_t page)
 {
     const struct words *at = &s->is.words;
-    uint64_t *words = line->words;
+    uint64_t *words = line->words, *room = line->more != NULL ? line->more->room : NULL, *log = s->is.log;
+    if (room != NULL && (*room == 0 || *log == LOGGED))
+        return 0;
     struct copy_argument copy = {page, locate(s, line, page), line->page, line->mode, 0};
     if (copy.src == 0)
         return 0;
@@ -122,6 +124,11 @@ static int place(struct state *s, const struct line *line, int fd, uint64_t page
     if (ioctl(fd, IOC_COPY, &copy) == 0) {
         bump(words + at->copies, 1);
         bump(words + at->bytes_fetched, line->page);
+        if (room != NULL) {
+            --*room;
+            log[1 + 2 * *log] = (uint64_t)fd;
+            log[2 + 2 * (*log)++] = page;
+        }
         return 1;
     }
     bump(words + at->pages_fault, (uint64_t)-1);

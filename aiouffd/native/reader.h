@@ -9,6 +9,7 @@ enum {
     WATCHED = 32, /* positions of streams that Python watches */
     RECENT = 16,  /* faults in no stream, of which one may be the first of a stream */
     READY = 32,   /* descriptors of one epoll_wait */
+    LOGGED = 1024, /* pages of memory with a limit that come in one run */
 };
 
 /* What a descriptor shows: where the bytes of its mapping are. */
@@ -28,6 +29,7 @@ struct more {
     struct strangers strangers; /* with readahead: `near` is not 0 */
     uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start` */
     int64_t mtime_ns;           /* FILE_PAGES: when the file was written last; later writes are the engine's to report */
+    uint64_t *room;             /* how many pages may come; NULL: there is no limit, and nobody asks which have come */
 };
 
 /* One descriptor: one cache line, since a thousand descriptors take turns. */
@@ -55,6 +57,7 @@ struct reader {
     uint8_t *landing;  /* where messages are read to */
     int64_t *identity; /* where their reader is noted, before they are read */
     struct words words;
+    uint64_t *log; /* of memory with a limit: how many pages have come, and of each the descriptor and the address */
 };
 
 #endif

@@ -18,6 +18,9 @@ WORDS = (*("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES"
 """What is counted, by the names of `aiouffd.engine.statistics.Counter`."""
 
 
+_LOGGED = 1024
+
+
 class Outcome(enum.IntEnum):
     """Why `run` returned."""
 
@@ -46,6 +49,7 @@ class _Reader(ctypes.Structure):
         ("landing", ctypes.c_uint64),
         ("identity", ctypes.c_uint64),
         ("words", ctypes.c_uint64 * len(WORDS)),
+        ("log", ctypes.c_uint64),
     )
 
 
@@ -76,6 +80,7 @@ class _More(ctypes.Structure):
         ("high", ctypes.c_uint64 * 32),
         ("mapped", ctypes.c_uint64),
         ("mtime_ns", ctypes.c_int64),
+        ("room", ctypes.c_uint64),
     )
 
 
@@ -123,6 +128,15 @@ class NativeReader:
         if not self._state:
             raise MemoryError
         self._found = _Found()
+        self._log = (ctypes.c_uint64 * (1 + 2 * _LOGGED))()
+        self._is.log = ctypes.addressof(self._log)
+        self.configure()
+
+    def came(self) -> list[tuple[int, int]]:
+        """Return (descriptor, address) of the pages of memory with a limit that have come in the last run."""
+        count, self._log[0] = self._log[0], 0
+        words = self._log[1 : 1 + 2 * count]
+        return list(zip(words[::2], words[1::2], strict=True))
 
     def configure(self, **options: int) -> None:
         """Set `only`, `flags`, `limit`, `spin_ns`, `landing` or `identity`: see `struct reader`."""
@@ -130,9 +144,11 @@ class NativeReader:
             setattr(self._is, name, value)
         self._functions.aiouffd_reader_set(self._state, self._is)
 
-    def describe(self, fd: int, *, near: int = 0, mapped: int = 0, mtime_ns: int = 0, **line: int) -> None:
+    def describe(
+        self, fd: int, *, near: int = 0, mapped: int = 0, mtime_ns: int = 0, room: int = 0, **line: int
+    ) -> None:
         """Say what a descriptor shows: see `struct line` and `struct more`. `near` is above 0 where readahead is on."""
-        more = _More(near=near, mapped=mapped, mtime_ns=mtime_ns) if near or mapped else None
+        more = _More(near=near, mapped=mapped, mtime_ns=mtime_ns, room=room) if near or mapped or room else None
         if self._functions.aiouffd_reader_line(self._state, fd, _Line(**line), more):
             raise MemoryError
 

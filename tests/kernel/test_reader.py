@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pattern import PAGE
@@ -71,6 +72,31 @@ def mapped(path: str) -> None:
 def test_what_is_mapped_piece_by_piece(tmp_path: Path) -> None:
     """See the scenario."""
     play(mapped, str(tmp_path / "file"))
+
+
+def bounded() -> None:
+    """Scenario: there is room for three pages, and then for one more; the fast path is closed and opened between."""
+    rig, bound = Rig("native"), Mock(share=3)
+    rig.open(offset=PAGE, bound=bound)
+    for thread, page in enumerate((4, 5, 4, 9, 12)):
+        rig.world.touch(page, thread)
+    assert rig.left() == [12]
+    assert [call.args for call in bound.came.call_args_list] == [((page + 1) * PAGE, PAGE) for page in (4, 5, 9)]
+    bound.share = 1
+    rig.reader.close(rig.fd)
+    rig.world.touch(20, 20)
+    assert rig.left() == [20]
+    rig.open(offset=PAGE, bound=bound)
+    rig.world.touch(21, 21)
+    rig.world.touch(22, 22)
+    assert len(rig.left()) == 1
+    assert bound.came.call_count == 4
+    rig.counts(copies=4, pages_fault=4)
+
+
+def test_memory_with_a_limit() -> None:
+    """As many pages come as there is room for, and each is told."""
+    play(bounded)
 
 
 def storm() -> None:

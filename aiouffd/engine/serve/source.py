@@ -85,7 +85,7 @@ class SourceBackend:
         self.fetch: Callable[[int, int], Awaitable[Any]] = self._reads.fetch
         self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
-        self._is_plain = self._extents.may_be_plain and on_touch is None and bound is None
+        self._is_plain = self._extents.may_be_plain and on_touch is None
         self._on_touch = on_touch
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
         self._pace = Pace(limits.concurrent_reads // 2)
@@ -114,7 +114,7 @@ class SourceBackend:
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is in memory as one batch; begin flights for the rest."""
-        if self._is_plain and not (space.readahead.limit and space.is_bringing):
+        if self._is_plain and self.bound is None and not (space.readahead.limit and space.is_bringing):
             source = self._extents.plain_source(space)
             left = serve_together(space, source, self._counters, faults, began_ns)
             if not left:
@@ -433,7 +433,9 @@ class SourceBackend:
         space.resolve([space.run(Op.UNPROTECT, page)])
 
     def layout(self, space: Space, code: int, message: bytes, child: Space | None) -> None:
-        """Nothing: it was applied to the space already."""
+        """It was applied to the space already. The fast path of a bounded space is opened anew."""
+        if self.bound is not None:
+            self.opened(space)
 
     def refusal(self, run: Run, number: int) -> SourceError:
         """Return the error that says why: EFAULT, of a truncated file behind a mapping; ENOMEM."""
