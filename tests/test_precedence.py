@@ -105,7 +105,7 @@ async def test_reads_ahead_are_few_while_others_wait() -> None:
     busy.leave(PAGE)
     await turns()
     assert all(task.done() for task in waiting)
-    assert (busy.urgent, other.urgent, precedence._urgent, precedence._ahead) == (0, 0, 0, 8 * MIB)
+    assert (busy.urgent, other.urgent, precedence.urgent, precedence._ahead) == (0, 0, 0, 8 * MIB)
 
 
 async def test_who_gives_up_waiting_is_not_counted() -> None:
@@ -115,12 +115,12 @@ async def test_who_gives_up_waiting_is_not_counted() -> None:
     assert gate.try_enter(PAGE, urgent=False)
     tasks = [asyncio.create_task(gate.enter(PAGE, urgent=urgent)) for urgent in (True, False, True)]
     await turns()
-    assert precedence._urgent == 2
+    assert precedence.urgent == 2
     for task in tasks[:2]:
         task.cancel()
     await turns()
-    assert precedence._urgent == 1
+    assert precedence.urgent == 1
     gate.leave(PAGE, urgent=False)
     tasks[2].cancel()  # it was let in just now
     await turns()
-    assert (gate.reads, gate.urgent, precedence._urgent, precedence._ahead) == (0, 0, 0, 0)
+    assert (gate.reads, gate.urgent, precedence.urgent, precedence._ahead) == (0, 0, 0, 0)

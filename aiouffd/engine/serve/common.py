@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from aiouffd.engine.flight import Spans
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.sources.base import Source
 
@@ -33,8 +35,8 @@ def is_far(source: Any) -> bool:
 class Asker(Protocol):
     """One of those who have a source in common."""
 
-    async def ask(self, offset: int, length: int, *, urgent: bool) -> Any:
-        """Return bytes of the source itself, as many as that."""
+    def ask(self, offset: int, length: int, *, urgent: bool) -> Coroutine[Any, Any, Any]:
+        """Return what returns bytes of the source itself, as many as that."""
 
     def took(self, size: int) -> None:
         """Take note that so many bytes were had without asking."""
@@ -46,7 +48,7 @@ class Asker(Protocol):
 class _Piece:
     """Bytes of a source that were read together, or are on their way."""
 
-    __slots__ = ("common", "data", "end", "landed", "patient", "start")
+    __slots__ = ("_waiting", "common", "data", "end", "patient", "start")
 
     def __init__(self, common: Common, start: int, end: int, *, patient: bool) -> None:
         self.common: Common = common
@@ -54,7 +56,18 @@ class _Piece:
         self.end: int = end
         self.patient: bool = patient  # the source lets others go first
         self.data: memoryview | None = None
-        self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def landing(self) -> asyncio.Future[None]:
+        """Return what is done when it has come, or does not come."""
+        if self._waiting is None:
+            self._waiting = asyncio.get_running_loop().create_future()
+        return self._waiting
+
+    def land(self) -> None:
+        """Let those go on who wait for it."""
+        if self._waiting is not None:
+            self._waiting.set_result(None)
 
 
 class Shelf:
@@ -153,8 +166,10 @@ class Common:
             return None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def read(self, asker: Asker, offset: int, length: int, *, urgent: bool, alone: bool = False) -> Any:
-        """Return bytes: those of pieces, and for the rest what `asker.ask` returns. Canceling is safe.
+    def read(
+        self, asker: Asker, offset: int, length: int, *, urgent: bool, alone: bool = False
+    ) -> Coroutine[Any, Any, Any]:
+        """Return what returns bytes: those of pieces, and for the rest what `asker.ask` returns. Canceling it is safe.
 
         Args:
             asker: who wants them.
@@ -164,7 +179,20 @@ class Common:
             alone: ask for all of them, whatever there is: what others do has just failed.
         """
         if alone or not self._shares or (not self._shelf.room and len(self._askers) < 2):
-            return await asker.ask(offset, length, urgent=urgent)
+            return asker.ask(offset, length, urgent=urgent)
+        if self._pieces.touches(offset, offset + length):
+            return self._read(asker, offset, length, urgent=urgent)
+        return self._read_new(asker, offset, length, urgent=urgent)
+
+    async def _read_new(self, asker: Asker, offset: int, length: int, *, urgent: bool) -> Any:
+        piece = self._begin(offset, offset + length, urgent=urgent)
+        try:
+            return await self._bring(asker, piece, urgent=urgent)
+        finally:
+            if piece.data is None:
+                self._fail(piece)
+
+    async def _read(self, asker: Asker, offset: int, length: int, *, urgent: bool) -> Any:
         found = [part for part in self._pieces.within(offset, offset + length) if _serves(part[2], urgent=urgent)]
         parts = _parts(found, offset, offset + length)
         begun = [self._begin(low, high, urgent=urgent) for low, high, piece in parts if piece is None]
@@ -190,7 +218,7 @@ class Common:
     async def _bring(self, asker: Asker, piece: _Piece, *, urgent: bool) -> Any:
         data = await asker.ask(piece.start, piece.end - piece.start, urgent=urgent)
         piece.data = memoryview(data).cast("B")
-        piece.landed.set_result(None)
+        piece.land()
         if self._shelf.room and self.is_used:
             self._shelf.keep(piece)
         else:
@@ -199,11 +227,11 @@ class Common:
 
     def _fail(self, piece: _Piece) -> None:
         self.forget(piece)
-        piece.landed.set_result(None)
+        piece.land()
 
     async def _take(self, asker: Asker, piece: _Piece, low: int, high: int, *, urgent: bool) -> Any:
         if piece.data is None:
-            await asyncio.wait([piece.landed])  # and not the future itself: it would be canceled with who waits
+            await asyncio.wait([piece.landing()])  # and not the future itself: it would be canceled with who waits
         if piece.data is None:
             return await asker.ask(low, high - low, urgent=urgent)
         asker.took(high - low)

@@ -55,8 +55,9 @@ class Gate:
         """Enter if there is room and no other waits; tell whether that was so."""
         if self._urgent or self._patient or not self._fits(size):
             return False
-        if urgent:
-            self._precedence.hurries(self, 1)
+        if urgent:  # not `_hurries`: this is the way of each page
+            self.urgent += 1
+            self._precedence.urgent += 1
         elif not self._precedence.allows(self, size):
             return False
         self._let_in(size, urgent=urgent)
@@ -80,7 +81,7 @@ class Gate:
         waiting = _Waiting(asyncio.get_running_loop().create_future(), size, urgent)
         if urgent:
             self._urgent.append(waiting)
-            self._precedence.hurries(self, 1)
+            self._hurries(1)
         else:
             self._patient.append(waiting)
             waits(partial(self._hurry, waiting))
@@ -91,7 +92,7 @@ class Gate:
             if waiting.future.done() and not waiting.future.cancelled():
                 self.leave(size, urgent=waiting.urgent)
             elif waiting.urgent:
-                self._precedence.hurries(self, -1)
+                self._hurries(-1)
             raise
         return waiting.urgent
 
@@ -101,7 +102,7 @@ class Gate:
         self._patient.remove(waiting)
         waiting.urgent = True
         self._urgent.append(waiting)
-        self._precedence.hurries(self, 1)
+        self._hurries(1)
         self.admit()
 
     def leave(self, size: int, *, urgent: bool = True) -> None:
@@ -109,11 +110,17 @@ class Gate:
         self.reads -= 1
         self.size -= size
         if urgent:
-            self._precedence.hurries(self, -1)
+            self._hurries(-1)
         else:
             self._precedence.reads_ahead(-size)
         if self._urgent or self._patient:
             self.admit()
+
+    def _hurries(self, count: int) -> None:
+        self.urgent += count
+        self._precedence.urgent += count
+        if count < 0:
+            self._precedence.look()
 
     def _fits(self, size: int) -> bool:
         return self.reads < self._reads and (self.size + size <= self._size or self.size == 0)

@@ -27,12 +27,16 @@ class _Gate(Protocol):
 
 
 class Precedence:
-    """Whose turn it is, on one loop."""
+    """Whose turn it is, on one loop.
+
+    Attributes:
+        urgent: reads under way, or about to be, for which threads wait; of all gates, which count them.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._is_turning = False
-        self._urgent = 0  # reads under way, or about to be, for which threads wait
+        self.urgent: int = 0
         self._ahead = 0  # bytes under way of the others
         self._refused: dict[_Gate, None] = {}
 
@@ -62,25 +66,21 @@ class Precedence:
 
     def allows(self, gate: _Gate, size: int) -> bool:
         """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may."""
-        if self._urgent == gate.urgent or not self._ahead or self._ahead + size <= _BESIDE:
+        if self.urgent == gate.urgent or not self._ahead or self._ahead + size <= _BESIDE:
             return True
         self._refused[gate] = None
         return False
-
-    def hurries(self, gate: _Gate, count: int) -> None:
-        """Count reads of a gate for which threads wait, those that wait to be let in included."""
-        gate.urgent += count
-        self._urgent += count
-        if count < 0:
-            self._look()
 
     def reads_ahead(self, size: int) -> None:
         """Count bytes of reads ahead that are let in, or have left (negative)."""
         self._ahead += size
         if size < 0:
-            self._look()
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Have those look again that were not allowed: there are fewer reads for which threads wait, or ahead."""
+        if not self._refused:
+            return
         refused, self._refused = self._refused, {}
         for gate in refused:
             gate.admit()
