@@ -89,9 +89,8 @@ class PagerClient:
         on_lost: Callable[[], None] | None = None,
         pickles: Pickles = Pickles.ONCE,
     ) -> None:
-        self._on_error = on_error
+        self._on_error, self._on_lost = on_error, on_lost
         self._on_gone, self._on_slow = on_gone, on_slow
-        self._on_lost = on_lost
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
