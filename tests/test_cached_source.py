@@ -128,13 +128,21 @@ async def test_a_source_without_a_name_is_not_kept(tmp_path: Path, caplog: pytes
 
 
 async def test_without_a_cache_it_is_read_as_it_is(tmp_path: Path) -> None:
-    """Not more than was asked for."""
+    """Not more than was asked for; what one has that is full is read from there."""
     (tmp_path / "cache").mkdir(0o755)
     source = opened(tmp_path)
     for offset in (0, 8192):
         assert bytes(await source.read(offset, 4096)) == source.source.bytes_of(offset, 4096)
     assert source.source.asked[-1] == (8192, 4096)
     await source.aclose()
+    full = opened(tmp_path / "full")
+    await full.read(0, CHUNK)
+    await until(lambda: full._places)
+    full.cache._full_until = float("inf")
+    for offset in (0, CHUNK):
+        assert bytes(await full.read(offset, 10)) == full.source.bytes_of(offset, 10)
+    assert full.source.asked == [(0, CHUNK), (CHUNK, 10)]
+    await full.aclose()
 
 
 async def test_what_it_says_of_its_source(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from snapshots import CHUNK, an_image
 
-from aiouffd.store import create_sync
+from aiouffd.store import copy_sync, create_sync, flatten_sync
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,13 +63,16 @@ def chunk(store: Path, index: bytes, n: int, length: int) -> bytes:
 
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
 def test_another_reader(tmp_path: Path, codec: str) -> None:
-    """A first layer, and one upon it in which something has changed."""
+    """A first layer, one upon it in which something has changed, that written anew in larger chunks, and copied."""
     data = an_image(71, 20, 99)
     create_sync(data, tmp_path / "a.snap", codec="zstd")
     changed = b"changed" + data[7 : 5 * CHUNK] + bytes(CHUNK) + data[6 * CHUNK :]
     create_sync(changed, tmp_path / "b.snap", base=tmp_path / "a.snap", codec=codec)
     assert read(tmp_path, "a.snap") == data
     assert read(tmp_path, "b.snap") == changed
+    flatten_sync(tmp_path / "b.snap", tmp_path / "c.snap", chunk_size=4 * CHUNK)
+    copy_sync(tmp_path / "c.snap", tmp_path / "elsewhere" / "d.snap")
+    assert read(tmp_path / "elsewhere", "d.snap") == changed
 
 
 def test_what_a_pack_is_called(tmp_path: Path) -> None:

@@ -64,7 +64,6 @@ class CacheIndex:
     """The index of one cache. All of it blocks; errors are OSErrors. Whoever writes excludes other writers.
 
     Args:
-        folder: a descriptor of the folder that it is in; it stays the caller's.
         fd: of the file, which stays the caller's.
         buckets: how many it has.
 

@@ -254,13 +254,12 @@ class CachedSource:
 
     async def _read(self, offset: int, length: int, *, urgent: bool) -> Any:
         names = self._names
-        if not names.known or not self.cache.usable:
+        missing = [number for number in names.range(offset, length) if number not in self._places]
+        if not names.known or (missing and not self.cache.usable):
             return await self.source.read(offset, length)
         if self._fetches is None:
             self._fetches = Fetches(self.source, names, self.cache, self._aside, self._came)
-        found = await self._fetches.get(
-            [n for n in names.range(offset, length) if n not in self._places], urgent=urgent
-        )
+        found = await self._fetches.get(missing, urgent=urgent)
         data = bytearray(length)
         for number, start, stop in names.pieces(offset, length):
             piece = await self._piece(number, start, stop, found.get(number))

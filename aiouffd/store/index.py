@@ -1,21 +1,7 @@
-"""The index of a snapshot: where each chunk of its image is. Little-endian, of fixed width.
+"""The index of a snapshot: where each chunk of its image is.
 
-| at | what |
-| --- | --- |
-| 0 | 8 bytes: `aiouffdi` |
-| 8 | u32: the version, 1 |
-| 12 | u32: bytes of the image in a chunk |
-| 16 | u64: bytes of the image |
-| 24 | u64: the number of records |
-| 32 | u32: the number of packs |
-| 36 | 28 zeros |
-| 64 | the packs, 40 bytes each: identity (16 bytes), digest (16 bytes), u64: length of the object |
-| behind them | the groups, 72 bytes for each 512 chunks: u64: the records before it; 64 bytes: which chunks have one |
-| behind them | the records, 48 bytes each, in the order of their chunks |
-
-A chunk that has no record is zeros. Chunk n of a group is bit n % 8 of byte n // 8. A record is u32: the pack; u32: the
-frame's offset in it; u32: its length, and in the uppermost 8 bits the number of the codec; 20 bytes: the chunk's hash;
-16 bytes: the frame's hash.
+docs/reference/snapshot-format.md has the table of its bytes: a header, the packs, the groups of 512 chunks (the records
+before it, and a bit for each chunk: 0, it is zeros), and the records, of fixed width, in the order of their chunks.
 """
 
 from __future__ import annotations
@@ -49,7 +35,7 @@ class PackName(NamedTuple):
 
     Attributes:
         identity: see `pack.identity`.
-        digest: the first 16 bytes of the object's BLAKE3 hash.
+        digest: the hash of its header, which has the hashes of all frames.
         length: its bytes.
     """
 

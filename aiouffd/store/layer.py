@@ -46,21 +46,13 @@ class _New(NamedTuple):
         number: of its record.
         chunk: its number in the image.
         hash: of its bytes.
-        data: its bytes.
+        data: its bytes, until it is in a pack.
     """
 
     number: int
     chunk: int
     hash: bytes
     data: Any
-
-
-class _Place(NamedTuple):
-    """As `_New`, without the bytes."""
-
-    number: int
-    chunk: int
-    hash: bytes
 
 
 class _Pack(NamedTuple):
@@ -135,7 +127,7 @@ class Layer:
         self._of_base: dict[int, int] = {}  # number of a pack in the base -> in this index
         self._new: list[_New] = []
         self._bytes = 0
-        self._under_way: deque[tuple[int, list[_Place], Future[_Pack]]] = deque()
+        self._under_way: deque[tuple[int, list[_New], Future[_Pack]]] = deque()
         self._compressing = threading.Semaphore(_COMPRESSED)
         self.records: int = 0
         self.written: int = 0
@@ -177,7 +169,7 @@ class Layer:
     def _flush(self) -> None:
         """Have a pack made of the new chunks."""
         new, self._new, self._bytes = self._new, [], 0
-        places = [_Place(item.number, item.chunk, item.hash) for item in new]
+        places = [item._replace(data=None) for item in new]
         while len(self._under_way) >= _UPLOADS:
             self._settle()
         self._compressing.acquire()
@@ -190,10 +182,9 @@ class Layer:
         name, frames, written = made.result()
         self._packs[pack] = name
         self.written += written
-        for (number, chunk, hash_), frame, offset in zip(places, frames, offsets(frames), strict=False):
-            self._write_record(
-                number, Record(chunk, pack, offset, frame.length, frame.codec, hash_, frame.check)
-            )  # the last offset is the end
+        for place, frame, offset in zip(places, frames, offsets(frames), strict=False):  # the last offset is the end
+            record = Record(place.chunk, pack, offset, frame.length, frame.codec, place.hash, frame.check)
+            self._write_record(place.number, record)
 
     def _found(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]] | None:
         """Return a pack of these chunks that a writer has left, which was killed, or is at work."""

@@ -1,16 +1,7 @@
-"""A pack: an object of chunks that were written together. Little-endian.
+"""A pack: an object of chunks that were written together.
 
-| at | what |
-| --- | --- |
-| 0 | 8 bytes: `aiouffdp` |
-| 8 | u32: the version, 1 |
-| 12 | u32: the number of chunks |
-| 16 | 40 bytes for each: see below |
-| behind them | the frames, in the same order, without gaps |
-
-For each chunk, the header has u32: the frame's length, and the codec in the uppermost 8 bits; 20 bytes: the chunk's
-hash; 16 bytes: the frame's hash. A reader of a snapshot needs its index only. The header tells a writer that begins
-again what is in a pack already.
+docs/reference/snapshot-format.md has the table of its bytes: a header, which describes each frame, and the frames. A
+reader of a snapshot needs its index only. The header tells a writer that begins again what is in a pack already.
 
 A pack is named by two hashes: its identity, of what is in it, so that a writer that begins again finds it before it has
 compressed a byte; and the digest of its header, which has the hashes of all frames, so that two writers with different
