@@ -10,7 +10,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.allowance import allowed
-from aiouffd.engine.flight import Flight, end_of, spawn
+from aiouffd.engine.flight import Flight, end_of, spawn, tasks_of
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.common import Common
@@ -250,12 +250,13 @@ class SourceBackend:
         wanted: int | None,
         began_ns: int,
         purpose: Purpose,
+        retries: int | None = None,
     ) -> Flight:
         flight = Flight(address, address + length, offset, began_ns, purpose)
         if wanted is not None and address <= wanted < address + length:
             flight.wanted.add(wanted)
         space.take_off(flight)
-        flight.done = spawn(self._tasks, self._fly(space, flight))
+        flight.done = spawn(self._tasks, self._fly(space, flight, retries))
         return flight
 
     async def _fly(self, space: Space, flight: Flight, retries: int | None = None) -> None:
@@ -331,13 +332,10 @@ class SourceBackend:
             offset = flight.offset + address - flight.start
             if not space.valid(Run(Op.COPY, address, offset, page)):
                 continue  # its thread was woken then; a thread that waits for what is there now must not join this
-            single = Flight(address, address + page, offset, flight.began_ns, Purpose(flight.purpose.cause))
-            single.wanted.add(address)
-            space.take_off(single)
-            single.done = spawn(self._tasks, self._fly(space, single, retries))
-            singles.append(single.done)
+            purpose = Purpose(flight.purpose.cause)
+            singles.append(self._begin(space, address, offset, page, address, flight.began_ns, purpose, retries))
         if singles:
-            await asyncio.wait(singles)
+            await asyncio.wait(tasks_of(singles))
 
     def _fail(self, space: Space, address: int, offset: int, failure: SourceError) -> None:
         """A page cannot be had."""
