@@ -58,6 +58,38 @@ def test_what_was_recorded_is_replayed(kind: str, tmp_path: Path) -> None:
     play(record_and_replay, str(tmp_path), kind)
 
 
+def layout_changes_beside_a_prefetch(engine: str) -> None:
+    """Scenario."""
+    size = 16 << 20
+    data = content(0, size)
+    choice = {"pager": aiouffd.Pager, "thread": aiouffd.InThread}[engine]()
+    for seed in range(3):
+        region, began = aiouffd.Region(size), threading.Event()
+        pages = random.Random(seed).sample(range(0, size // PAGE, 8), 24)
+
+        def empty(region: aiouffd.Region = region, began: threading.Event = began, pages: list[int] = pages) -> None:
+            for page in pages:
+                region.madvise(mmap.MADV_DONTNEED, page * PAGE, 8 * PAGE)
+                began.set()
+
+        with aiouffd.Monitor(region, aiouffd.BufferSource(data), engine=choice) as monitor:
+            thread = threading.Thread(target=empty)
+            thread.start()
+            began.wait()
+            monitor.prefetch_sync(0, size)
+            thread.join()
+            expected = bytearray(data)
+            for page in pages:
+                expected[page * PAGE : (page + 8) * PAGE] = bytes(8 * PAGE)
+            assert [at for at in range(0, size, PAGE) if region[at : at + PAGE] != expected[at : at + PAGE]] == []
+
+
+@pytest.mark.parametrize("engine", ["pager", "thread"])
+def test_a_layout_that_changes_while_much_is_copied(engine: str) -> None:
+    """Two threads of the engine copy. What is emptied meanwhile is empty, all else is there, and nobody hangs."""
+    play(layout_changes_beside_a_prefetch, engine)
+
+
 def faults_pass_a_replay(directory: str) -> None:
     """Scenario."""
     path = Path(directory) / "trace"

@@ -13,6 +13,7 @@ from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, end_of, spawn, tasks_of
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
+from aiouffd.engine.serve.bulk import resolve_bulk
 from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
@@ -20,6 +21,7 @@ from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Reads, Spent
 from aiouffd.engine.statistics import Counter
+from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
 
@@ -369,7 +371,7 @@ class SourceBackend:
         def place() -> None:
             nonlocal runs, size
             if runs and not space.is_gone and not space.closing:
-                space.resolve(runs)
+                resolve_bulk(space, runs)
             runs, size = [], 0
 
         # Not undone by canceling: threads may have joined what is under way.
@@ -386,7 +388,7 @@ class SourceBackend:
                 size += _MAX_READ // _BEGUN_TOGETHER if begun else length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
-                if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ:
+                if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ * two_threads.count:
                     place()
                     await self._precedence.turn()
                     await allowed(space)

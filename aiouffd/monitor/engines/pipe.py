@@ -23,7 +23,7 @@ _SHORT = 64 << 10  # 20 us: to release the GIL for less costs more than it gives
 class PipeUserfaultfd(Userfaultfd):
     """Its messages come through a pipe from signal handlers, and WAKE wakes the futexes on which these wait.
 
-    It is used on one loop.
+    It is used on one loop. Other threads may `try_copy` with DONTWAKE.
     """
 
     _pipe: int

@@ -1,0 +1,158 @@
+"""`engine.two_threads`: who copies what, and what is left."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiouffd.engine import two_threads as module
+from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.two_threads import TwoThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGE = 4096
+PART = module._PART
+BASE, SOURCE = 0x7F0000000000, 0x10000000
+
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one processor")
+
+
+def run(at: int, parts: float) -> Run:
+    """Return a run of so many parts."""
+    return Run(Op.COPY, BASE + at * PART, at * PART, int(parts * PART), SOURCE + at * PART)
+
+
+class Kernel:
+    """Copies, and notes it. The first COPY of each of two threads waits for that of the other."""
+
+    def __init__(self, answer: Callable[[int, int], int] = lambda _, length: length) -> None:
+        self.calls: list[tuple[int, int, int, int]] = []
+        self.threads: set[int] = set()
+        self._answer = answer
+        self._both = threading.Barrier(2, timeout=20)
+
+    def copy(self, dst: int, src: int, length: int, mode: int) -> int:
+        """Copy as the answer says."""
+        if threading.get_ident() not in self.threads:
+            self.threads.add(threading.get_ident())
+            self._both.wait()
+        self.calls.append((dst, src, length, mode))
+        return self._answer(dst, length)
+
+
+def alone(calls: list[int]) -> Callable[[int, int, int, int], int]:
+    """Return a COPY that only this thread may call."""
+    here = threading.get_ident()
+
+    def copy(dst: int, _src: int, length: int, _mode: int) -> int:
+        assert threading.get_ident() == here
+        calls.append(dst)
+        return length
+
+    return copy
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_both_copy_and_each_part_once() -> None:
+    """At the same time; where it ends, all of it is done. The runs stay as they are."""
+    two, kernel = TwoThreads(), Kernel()
+    runs = [run(0, 3.5), run(8, 1)]
+    done = two.copy(kernel.copy, runs, 5, PAGE)
+    assert len(kernel.threads) == two.count == 2
+    wanted = [(BASE + at * PART, SOURCE + at * PART, PART, 5) for at in (0, 1, 2, 8)]
+    assert sorted(kernel.calls) == sorted([*wanted, (BASE + 3 * PART, SOURCE + 3 * PART, PART // 2, 5)])
+    assert [(part.dst - BASE, part.left, came) for part, came in done] == [
+        (PART, 0, PART),
+        (2 * PART, 0, PART),
+        (3 * PART, 0, PART),
+        (3 * PART + PART // 2, 0, PART // 2),
+        (9 * PART, 0, PART),
+    ]
+    assert [item.left for item in runs] == [3 * PART + PART // 2, PART]
+
+
+def test_it_ends_when_both_have_ended() -> None:
+    """Also where the other one takes longer: its descriptor and buffer are in use until then."""
+    late, here = threading.Event(), threading.get_ident()
+    kernel = Kernel(lambda _, length: length if threading.get_ident() == here or late.wait(20) else 0)
+    timer = threading.Timer(0.05, late.set)
+    timer.start()
+    assert all(came == PART for _, came in TwoThreads().copy(kernel.copy, [run(0, 3)], 0, PAGE))
+    timer.join()
+
+
+def test_what_the_kernel_refuses_is_left() -> None:
+    """All of a part, or the rest of it; the others come."""
+    answers = {BASE: -11, BASE + 2 * PART: PAGE}
+    done = TwoThreads().copy(Kernel(answers.get).copy, [run(0, 4)], 0, PAGE)
+    assert [(part.dst - BASE, part.src - SOURCE, part.left, came) for part, came in done] == [
+        (0, 0, PART, 0),
+        (2 * PART, 2 * PART, 0, PART),
+        (2 * PART + PAGE, 2 * PART + PAGE, PART - PAGE, PAGE),
+        (4 * PART, 4 * PART, 0, PART),
+    ]
+
+
+def test_parts_are_of_whole_pages() -> None:
+    """Also where a page is larger than a part."""
+    kernel = Kernel()
+    TwoThreads().copy(kernel.copy, [run(0, 16)], 0, 4 * PART)
+    assert sorted(call[0] - BASE for call in kernel.calls) == [0, 4 * PART, 8 * PART, 12 * PART]
+    assert {call[2] for call in kernel.calls} == {4 * PART}
+
+
+def test_where_the_other_does_not_begin_one_copies_all() -> None:
+    """It may have work of others, or no processor; what it finds later is done already."""
+    two, calls = TwoThreads(), list[int]()
+    two._runs = True
+    assert all(not part.left for part, _ in two.copy(alone(calls), [run(0, 4)], 0, PAGE))
+    assert len(calls) == 4
+    assert two.count == 1
+    two._offers.put(module._Work(alone(calls), 0, deque([run(9, 1)])))
+    two._offers.put(module._Work(lambda *_: 1 // 0, 0, deque([run(9, 1)])))
+    with pytest.raises(ZeroDivisionError):
+        two._help()  # here: the first offer is not accepted, the second is done, the third fails
+    assert calls[4:] == [BASE + 9 * PART]
+    assert not two._runs
+
+
+@pytest.mark.parametrize("why", ["one processor", "no thread", "one part"])
+def test_without_another_thread(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """None is started where it would gain nothing; where none can be, all is copied all the same."""
+
+    def start(_: object) -> None:
+        assert why == "no thread"
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    if why == "one processor":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    two, calls = TwoThreads(), list[int]()
+    two.copy(alone(calls), [run(0, 1 if why == "one part" else 3)], 0, PAGE)
+    assert len(calls) == (1 if why == "one part" else 3)
+    assert two.count == 1
+
+
+def test_the_thread_ends_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes again."""
+    monkeypatch.setattr(module, "_IDLE", 0.001)
+    two = TwoThreads()
+    for _ in range(2):
+        kernel = Kernel()
+        two.copy(kernel.copy, [run(0, 4)], 0, PAGE)
+        assert len(kernel.threads) == 2
+        until(lambda: not two._runs)
