@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
+from engine_world import turns
 
 import aiouffd
 from aiouffd.engine.options import Options, Service
@@ -96,10 +97,8 @@ class Far:
 async def test_far_sources_that_are_the_same_are_one() -> None:
     """By what they are made of, what they say they are, and how patiently they are read; the last user closes it."""
     commons, limits = Commons(), Limits(recent=PAGE)
-    assert await commons.of(aiouffd.BufferSource(bytes(PAGE)), "far", limits) is None  # at hand
     first = Far("a")
-    known = await commons.of(first, "far", limits)
-    assert known is not None
+    known = commons.of(first, "far", limits)
     users = [Reads(known, Counters(), limits)]
     others: list[tuple[str | None, str | None, Limits]] = [
         ("far", "b", limits),
@@ -109,19 +108,19 @@ async def test_far_sources_that_are_the_same_are_one() -> None:
     ]
     others += [("far", "a", Limits(retries=1)), ("far", None, limits)]
     for made_of, identity, its in others:
-        other = await commons.of(Far(identity), made_of, its)
-        assert other is not None
+        other = commons.of(Far(identity), made_of, its)
         assert other is not known
         other.enter(users[0], its)
     again = Far("a")
-    assert await commons.of(again, "far", limits) is known
+    assert commons.of(again, "far", limits) is known
+    await turns()
     assert again.closed
     users.append(Reads(known, Counters(), limits))
     await users[0].aclose()
     closed = [first.closed]
     await users[1].aclose()
     assert [*closed, first.closed] == [False, True]
-    assert await commons.of(Far("a"), "far", limits) is not known
+    assert commons.of(Far("a"), "far", limits) is not known
 
 
 async def test_what_could_not_be_opened_again_fails_page_by_page() -> None:

@@ -17,6 +17,7 @@ import attrs
 
 from aiouffd.engine.assembly import make_backend
 from aiouffd.engine.bound import Bound
+from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
@@ -56,6 +57,7 @@ BUILD_TIMEOUT = 60.0
 RELEASE = 1.0
 """Seconds for a file that was written to be closed, when its memory is left."""
 
+_QUICK = 256 << 10  # bytes of a service that are looked at on the loop
 _SLOW_AGAIN = 1.0  # seconds between two slow faults of a space that are told
 _IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
@@ -184,19 +186,18 @@ class Commons:
         self.precedence: Precedence = Precedence()
         self._shelf = Shelf()
         self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()
+        self._closing: set[asyncio.Task[None]] = set()
 
-    async def of(self, source: Any, made_of: str | None, limits: Limits) -> Common | None:
+    def of(self, source: Any, made_of: str | None, limits: Limits) -> Common:
         """Return what has a source that was just opened, or one that is the same: then the new one is closed.
 
-        Whoever gets it enters it before anything else happens. None: it is at hand, and has nothing to share.
+        Whoever gets it enters it before the loop turns.
 
         Args:
-            source: no handler.
+            source: no handler, and far.
             made_of: what `described` says of it.
             limits: of those who read it.
         """
-        if not is_far(source):
-            return None
         self._shelf.room = max(self._shelf.room, limits.recent)
         identity = getattr(source, "identity", None)
         if made_of is None or identity is None:
@@ -208,7 +209,7 @@ class Commons:
         else:
             close = getattr(source, "aclose", None)
             if close is not None:
-                await close()
+                spawn(self._closing, close())
         return known
 
 
@@ -261,9 +262,9 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
         except TimeoutError as error:
             raise PagerStartError(f"the source could not be opened in {BUILD_TIMEOUT:.0f} s") from error
     common = None
-    if not isinstance(service.origin, Handler):
-        common = await commons.of(service.origin, described(data), _options_of(record).limits)
-    if common is not None:
+    if not isinstance(service.origin, Handler) and is_far(service.origin):
+        made_of = described(data) if len(data) <= _QUICK else await in_own_thread(described, data)
+        common = commons.of(service.origin, made_of, _options_of(record).limits)
         service = attrs.evolve(service, origin=common.source)
     origin = make_origin(counters, identity, record, service, common, commons.precedence)
     if isinstance(origin.backend, SourceBackend):
