@@ -58,10 +58,13 @@ def installed(root: Path, target: Path, compiler: str, *options: str) -> list[st
     return [str(path.relative_to(target)) for path in target.rglob("*")]
 
 
-def without(target: Path, statement: str) -> str:
-    """Run a statement with the package that lies in `target`; return what it prints."""
+def without(target: Path, statement: str, errors: Path | None = None) -> str:
+    """Run a statement with the package that lies in `target`; return what it prints, and keep what it says."""
     script = f"import sys; sys.path.insert(0, {str(target)!r}); import aiouffd\n{statement}"
-    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    if errors is not None:
+        errors.write_text(done.stderr)
+    return done.stdout
 
 
 ASK = """
@@ -106,6 +109,9 @@ def test_an_editable_install(tmp_path: Path) -> None:
     with (root / "aiouffd" / "native" / "native.h").open("a") as file:
         file.write("\n")
     assert "other C files" in without(root, ASK)
+    monitored = "with aiouffd.open(b'x' * 4096) as region: print(region[0])"
+    assert without(root, monitored, errors := tmp_path / "errors") == "120\n"
+    assert "was built from other C files" in errors.read_text()  # also where all goes on without it
     installed(root, tmp_path / "again", NOWHERE, "--editable")
     assert not built.exists()
 

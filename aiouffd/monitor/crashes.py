@@ -20,16 +20,21 @@ __all__ = ["CrashNotes", "caller", "enable_tracebacks"]
 _PACKAGE = __file__.removesuffix("monitor/crashes.py")
 
 
-def enable_tracebacks() -> None:
+def enable_tracebacks(*, of_all: bool) -> None:
     """Enable faulthandler, so that a page that cannot be had ends with the line that touched it.
 
     Not where SIGBUS has a handler: that is kept. Call it before ours is installed, and in the caller's thread, which
     gets an alternate stack by that.
+
+    Args:
+        of_all: of all threads: where the loop runs here, whoever waits for whom is to be seen when the process is ended
+            since it hangs. CPython reads the frames of threads that run on meanwhile, and can end by SIGSEGV over that:
+            so elsewhere it is the thread with the signal alone.
     """
     free = signal.getsignal(signal.SIGBUS) is signal.SIG_DFL if reason() else faults.handler() == 0
     if free and not faulthandler.is_enabled() and sys.stderr is not None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):  # it has no descriptor: an IDE's, a notebook's
-            faulthandler.enable()
+            faulthandler.enable(all_threads=of_all)
 
 
 def caller() -> str:

@@ -292,7 +292,7 @@ class Monitor(Capturing):
 
         if not native.is_known():
             await asyncio.to_thread(native.reason)  # loads the native part, once a process: that reads files
-        enable_tracebacks()
+        enable_tracebacks(of_all=self._choice.loop_is_here)
         engine = self._choice.make(asyncio.get_running_loop())
         await uninterrupted(partial(self._start, engine), self._stop)
         return self
@@ -305,7 +305,7 @@ class Monitor(Capturing):
 
     def __enter__(self) -> Self:
         """Start to serve, in a program without a loop."""
-        enable_tracebacks()
+        enable_tracebacks(of_all=self._choice.loop_is_here)
         self._start(self._choice.make(None))
         return self
 

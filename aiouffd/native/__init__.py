@@ -46,11 +46,21 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         loaded = ctypes.CDLL(path)
         built = int(ctypes.c_uint32(loaded.aiouffd_fingerprint()).value)
     except (OSError, AttributeError) as error:
-        return None, f"the native part of aiouffd cannot be loaded ({error}): {_BUILD}"
+        return None, _told(f"the native part of aiouffd cannot be loaded ({error}): {_BUILD}")
     if built != build.fingerprint():
-        return None, f"the native part of aiouffd was built from other C files than those that are here: {_BUILD}"
+        return None, _told(
+            f"the native part of aiouffd was built from other C files than those that are here: {_BUILD}"
+        )
     _introduce(loaded)
     return loaded, ""
+
+
+def _told(why: str) -> str:
+    """Log, once a process, why what is there is of no use: with a pager all works without it, and nobody would know."""
+    import logging  # noqa: PLC0415 - each program asks for the library, and few have another one's
+
+    logging.getLogger("aiouffd").warning("%s. Until then Python does its work, slower", why)
+    return why
 
 
 def _introduce(loaded: ctypes.CDLL) -> None:

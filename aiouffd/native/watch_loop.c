@@ -80,7 +80,7 @@ static void end(const struct watch *watch)
     add_where(&text, watch, "has not run since.");
     add(&text, advice);
     add(&text, " The process is aborted.\n");
-    end_process(&text);
+    end_process(&text, watch->loop);
 }
 
 static int look(struct watch *watch)

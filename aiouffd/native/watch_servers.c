@@ -46,7 +46,7 @@ static void end(const struct message *message)
     } else
         add(&text, "A thread that changes the layout of the region waits for them");
     add(&text, ", with the GIL held. Nobody would ever bring the page, so the process is aborted.\n");
-    end_process(&text);
+    end_process(&text, message->event == EVENT_PAGEFAULT ? (int)message->thread : 0);
 }
 
 static int look(struct watch *watch)

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -148,11 +149,14 @@ void add_waited(struct watch *watch, uint64_t most_ms)
     watch->waited += passed < most ? passed : most;
 }
 
-void end_process(const struct text *text)
+void end_process(const struct text *text, int thread)
 {
     sigset_t aborts;
 
     say(text);
+    /* The signal interrupts a thread that waits for a page, but not within a system call: then the process ends here. */
+    if (thread > 0 && syscall(SYS_tgkill, getpid(), thread, SIGABRT) == 0)
+        sleep(1);
     /* Since glibc 2.41 abort() leaves a blocked SIGABRT blocked: its handler, which prints the tracebacks, would not run. */
     sigemptyset(&aborts);
     sigaddset(&aborts, SIGABRT);

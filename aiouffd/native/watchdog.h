@@ -57,7 +57,8 @@ void look_again(void);               /* something has changed. With `watches_loc
  * a frozen cgroup) could make no progress meanwhile. */
 void add_waited(struct watch *watch, uint64_t most_ms);
 
-/* Say it, and end the process by SIGABRT: faulthandler, where it is enabled, writes the traceback of each thread. */
-__attribute__((noreturn)) void end_process(const struct text *text);
+/* Say it, and end the process by SIGABRT in a thread: faulthandler, where it is enabled, writes its traceback, or that of
+ * each thread. 0: it is not known which. */
+__attribute__((noreturn)) void end_process(const struct text *text, int thread);
 
 #endif

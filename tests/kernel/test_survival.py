@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import random
@@ -280,6 +281,7 @@ def test_five_deaths_without_progress_end_the_waiting() -> None:
 
 def all_die_while_the_gil_is_held() -> None:
     """Scenario: both are killed when this thread, and with it all of Python, waits for a page."""
+    faulthandler.disable()  # a user's program has not enabled it
     size = 1 << 20
     region = aiouffd.Region(size)
     monitor = aiouffd.Monitor(region, Slow(size, 1000.0), engine=aiouffd.Pager(stuck_limit=0.5)).__enter__()

@@ -53,6 +53,7 @@ class InProcess:
     serves_children: ClassVar[bool] = False
     drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
+    loop_is_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = True
 
     def check(self, terms: Terms) -> None:

@@ -77,6 +77,7 @@ class InThread:
     serves_children: ClassVar[bool] = False
     drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
+    loop_is_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:

@@ -84,6 +84,7 @@ class Pager:
     serves_children: ClassVar[bool] = True
     drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
+    loop_is_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:

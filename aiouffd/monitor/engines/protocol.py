@@ -164,6 +164,10 @@ class EngineChoice(Protocol):
         """Whether `Engine.statistics` is of this region alone, and asks no other process."""
 
     @property
+    def loop_is_here(self) -> bool:
+        """Whether its loop runs in this process."""
+
+    @property
     def needs_loop(self) -> bool:
         """Whether it serves on the caller's loop."""
 

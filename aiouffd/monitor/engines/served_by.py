@@ -73,6 +73,7 @@ class ServedBy:
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
     drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = False
+    loop_is_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
 
     def check(self, terms: Terms) -> None:
