@@ -22,7 +22,7 @@ _Loan = ctypes.c_ubyte * _SIZE
 
 
 class Rooms:
-    """Lends buffers, and lends their memory again when nobody can read it any more.
+    """Lends buffers, and lends their memory again when nobody can read it any more. Thread-safe.
 
     A buffer comes back with the end of the last view of it, whoever has that and however that ends. So there is
     nothing to give back, and nobody sees the bytes of another answer.
@@ -41,13 +41,15 @@ class Rooms:
         return memoryview(loan).cast("B")[:length]
 
     def _unseen(self) -> mmap.mmap:
-        while self._free:
-            room = self._free.pop()
+        while True:
+            try:
+                room = self._free.pop()
+            except IndexError:  # also where another thread has taken it
+                return _new()
             # The last view may be garbage in a cycle, whose finalizers run after `_came_back`, and may keep it.
             with contextlib.suppress(BufferError):
                 room.resize(_SIZE)  # changes nothing
                 return room
-        return _new()
 
     def _came_back(self, room: mmap.mmap) -> None:
         if len(self._free) < _MOST_KEPT:

@@ -14,6 +14,7 @@ from aiouffd.ranges import Range, RangeSet
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.holes import next_data
 from aiouffd.sources.layered import LayeredSource
+from aiouffd.sources.rooms import Rooms
 from aiouffd.store.resolve import as_source
 from aiouffd.store.snapshot_source import SnapshotSource
 
@@ -75,6 +76,7 @@ class _FileImage:
         self._source = source
         self.size = source.size
         self._fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._rooms = Rooms()
 
     def extents(self) -> Iterator[tuple[int, int]]:
         at = 0
@@ -89,15 +91,15 @@ class _FileImage:
                 yield start, end
             at = end
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> memoryview:
+        data, done = self._rooms.lend(length), 0
         try:
-            data = os.pread(self._fd, length, offset)
-            while len(data) < length and (more := os.pread(self._fd, length - len(data), offset + len(data))):
-                data += more
+            while done < length and (got := os.preadv(self._fd, [data[done:]], offset + done)):
+                done += got
         except OSError as error:
             raise SourceError(repr(self._source), offset, length, read_failure(error)) from error
-        if len(data) < length:
-            raise ShortReadError(repr(self._source), offset, length, f"the file ended at {offset + len(data)}")
+        if done < length:
+            raise ShortReadError(repr(self._source), offset, length, f"the file ended at {offset + done}")
         return data
 
     def close(self) -> None:

@@ -209,7 +209,7 @@ class Layer:
             found = self._found(named, new)
             if found is not None:
                 return _Pack(*found, 0)
-            groups = [new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER)]
+            groups = (new[at : at + _TOGETHER] for at in range(0, len(new), _TOGETHER))  # no name keeps one
             made = list(chain.from_iterable(self._pool.map(self._compress, groups)))
         finally:
             new.clear()
