@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import random
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 PAGES = 512
 SIZE = PAGES * PAGE
 SEED = int(os.environ.get("AIOUFFD_TEST_SEED", "1"))
-ROUNDS = int(os.environ.get("AIOUFFD_TEST_SNAPSHOTS", "6"))
+SECONDS = float(os.environ.get("AIOUFFD_TEST_SECONDS", "600"))
 ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
 
 
@@ -46,18 +47,18 @@ class Sequence:
     Args:
         region: where they go.
         half: 0 or 1: the even or the odd pages.
+        seed: chooses the pages.
     """
 
-    def __init__(self, region: aiouffd.Region, half: int) -> None:
-        self.region, self.half = region, half
+    def __init__(self, region: aiouffd.Region, half: int, seed: int) -> None:
+        self.region, self.half, self.seed = region, half, seed
         self.lock = threading.Lock()
         self.stamps = itertools.count(1)
         self.pages = self.chosen()
-        self.emptied = set[int]()
 
     def chosen(self) -> Iterator[int]:
         """Yield the page of each stamp."""
-        chance = random.Random(f"{SEED}-{self.half}")
+        chance = random.Random(f"{self.seed}-{self.half}")
         while True:
             yield chance.randrange(PAGES // 2) * 2 + self.half
 
@@ -108,37 +109,49 @@ def writing(sequences: list[Sequence]) -> Iterator[None]:
     assert not failures, failures
 
 
-def of_one_moment(engine: str, shared: bool, folder: str) -> None:
+def of_one_moment(engine: str, shared: bool, folder: str, seed: int, rounds: int) -> None:
     """Scenario: snapshots one after the other, each compared with its sequences, and with the bytes nobody writes."""
     region = aiouffd.Region(SIZE, shared=shared)
     source = aiouffd.BufferSource(content(0, SIZE))
     place = Path(folder)
     with aiouffd.Monitor(region, source, engine=ENGINES[engine](), readahead=4 * PAGE) as monitor:
-        saved, base, sequences = 0, None, [Sequence(region, 0), Sequence(region, 1)]
-        for number in range(ROUNDS):
+        saved, base, sequences = 0, None, [Sequence(region, half, seed) for half in (0, 1)]
+        for number in range(rounds):
             name = place / (f"{number}.snap" if number % 3 else "plain")
             base = base if number % 3 else None
             with writing(sequences):
-                saved += monitor.snapshot_sync(name, base).pages_saved
+                saved += monitor.snapshot_sync(name, base, rate=20 * SIZE).pages_saved
             base = name if number % 3 else None
             with aiouffd.open(name) as found:
                 image = found[:]
             stamps = [sequence.check(image) for sequence in sequences]
             assert all(image[at : at + 8] == word(at // PAGE) for at in range(0, SIZE, PAGE))
-        last = asyncio.run(monitor.snapshot(place / "last.snap", base=place / f"{ROUNDS - 1}.snap"))
+        last = asyncio.run(monitor.snapshot(place / "last.snap", base=place / f"{rounds - 1}.snap"))
         assert last.pages_saved == 0
         with aiouffd.open(place / "last.snap") as found:
             assert found[:] == region[:]
         assert saved, "no page was written between the moment and its reading"
         assert monitor.statistics().write_faults >= saved
-        print(saved, stamps)
+        print(f"{engine}, shared={shared}, seed {seed}: {saved} pages were kept, of {sum(stamps)} steps")
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_snapshot_is_of_one_moment(engine: str, shared: bool, tmp_path: Path) -> None:
     """Threads with and without the GIL write on; files, layers and their bases are of one moment each."""
-    play(of_one_moment, engine, shared, str(tmp_path))
+    play(of_one_moment, engine, shared, str(tmp_path), SEED, 6)
+
+
+@pytest.mark.nightly
+def test_snapshots_are_of_one_moment_for_long(tmp_path: Path) -> None:
+    """Many programs, for ten minutes or AIOUFFD_TEST_SECONDS."""
+    end = time.monotonic() + SECONDS
+    for seed in itertools.count(SEED):
+        for engine, shared in itertools.product(ENGINES, (False, True)):
+            with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+                print(play(of_one_moment, engine, shared, folder, seed, 30)[0], end="")
+        if time.monotonic() > end:
+            break
 
 
 class FakeMemory:

@@ -134,6 +134,16 @@ def test_example_resume_simulation() -> None:
         assert 0 < written < read < (64 << 20) / 3
 
 
+@pytest.mark.parametrize("name", ["checkpoint_simulation.py", "checkpoint_training.py"])
+def test_example_checkpoints(name: str) -> None:
+    """A program that is killed while it writes checkpoints goes on to the same end."""
+    if "training" in name:
+        pytest.importorskip("torch")
+    output = example(name)
+    assert "killed: True" in output
+    assert re.search(r"goes on from \d+.snap, behind step \d+\nafter \d+ steps the last layer is right\n", output)
+
+
 def test_example_external_sort() -> None:
     """All numbers, in order, with less memory than they take."""
     output = example("external_sort.py")
