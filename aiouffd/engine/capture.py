@@ -36,7 +36,7 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from aiouffd.engine.mappings import Mappings
@@ -225,17 +225,12 @@ class Capture:
             space.on_changed.add(self._changed)
         self._registered = True
 
-    def _runs(self, space: _Space) -> Iterator[tuple[int, int]]:
-        """Yield (start, end) of what is mapped of the region, joined."""
-        low = high = self.start
-        for run in space.mappings.runs(self.start, self.start + self.length):
-            if run.start != high:
-                if low < high:
-                    yield low, high
-                low = run.start
-            high = run.end
-        if low < high:
-            yield low, high
+    def _runs(self, space: _Space) -> list[tuple[int, int]]:
+        """Return (start, end) of what is mapped of the region, joined; what it has grown by is in no mapping."""
+        end = self.start + self.length
+        mapped = RangeSet(Range.between(run.start, run.end) for run in space.mappings.runs(self.start, end))
+        runs = [(run.start, run.end) for run in mapped] or [(self.start, end)]
+        return [*runs[:-1], (runs[-1][0], end)]
 
     def _base_of_source(self) -> str | None:
         """Return the snapshot that the missing pages show, if that is known of each."""
@@ -255,9 +250,10 @@ class Capture:
     def _unprotected(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return (start, end) of the pages that are there and may be written."""
         found: list[tuple[int, int]] = []
-        for low, high in spans:
-            for shown in self.spaces[0].mappings.runs(low, high):
-                first, last = (shown.start - self.start) // self.page, (shown.end - self.start) // self.page
+        shown = self._runs(self.spaces[0])
+        for low, high in ((max(one, low), min(other, high)) for one, other in spans for low, high in shown):
+            if low < high:
+                first, last = (low - self.start) // self.page, (high - self.start) // self.page
                 runs = _OPEN.finditer(self._states, first, last)
                 found += ((self._at(run.start()), self._at(run.end())) for run in runs)
         return found
@@ -460,7 +456,7 @@ class Capture:
 
     async def _lift(self) -> None:
         for space in self.spaces:
-            for low, high in list(self._runs(space)):
+            for low, high in self._runs(space):
                 for at, size in pieces(low, high, self.page, _LIFTED):
                     while not (space.closing or space.is_gone or self._lift_now(at, at + size)):  # noqa: ASYNC110 - no event
                         await asyncio.sleep(_RETRY)

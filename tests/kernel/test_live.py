@@ -41,11 +41,11 @@ def slow(monitor: aiouffd.Monitor, place: Path) -> asyncio.Task[Any]:
     return asyncio.get_running_loop().create_task(monitor.snapshot(place, rate=SIZE / 100))
 
 
-async def begun(monitor: aiouffd.Monitor) -> None:
+async def begun(monitor: aiouffd.Monitor, at: int = SIZE - 100) -> None:
     """Wait until a snapshot is under way: a write is told of."""
     before = monitor.statistics().write_faults
     while monitor.statistics().write_faults == before:
-        await asyncio.to_thread(poke, monitor.region.address + SIZE - 100, b"x")
+        await asyncio.to_thread(poke, monitor.region.address + at, b"x")
         await asyncio.sleep(0.001)
 
 
@@ -180,3 +180,84 @@ def of_kinds(folder: str) -> None:
 def test_each_kind_of_memory(tmp_path: Path) -> None:
     """What is written to huge pages, and by forked children to shared memory, is in the next layer."""
     play(of_kinds, str(tmp_path))
+
+
+def laid_out_anew(engine: str, folder: str) -> None:
+    """Scenario: between layers the region is emptied, grows and shrinks; its source is shorter than it is."""
+    warnings.simplefilter("ignore", RuntimeWarning)
+    region, number = aiouffd.Region(SIZE + 123), 0
+    choice: Any = getattr(aiouffd, engine)()
+    with aiouffd.Monitor(region, aiouffd.BufferSource(content(0, SIZE - 77)), engine=choice, readahead=0) as monitor:
+
+        def check() -> None:
+            nonlocal number
+            place = Path(folder) / f"{number}.snap"
+            monitor.snapshot_sync(place, place.with_name(f"{number - 1}.snap") if number else None)
+            number += 1
+            with aiouffd.open(place) as found:
+                assert found[:] == region[:], number
+
+        region[5 * PAGE] = 1
+        check()
+        region.madvise(mmap.MADV_DONTNEED, 5 * PAGE, 40 * PAGE)
+        region[SIZE + 122] = 2
+        check()
+        region.resize(SIZE + 64 * PAGE)
+        region[SIZE + 3 * PAGE] = region[6 * PAGE] = 3
+        check()
+        region[SIZE + 4 * PAGE] = region[7 * PAGE] = 4
+        check()
+        region.resize(SIZE // 2 + 100)
+        check()
+        region[8 * PAGE] = 5
+        check()
+
+
+@pytest.mark.parametrize("engine", ["Pager", "InThread"])
+def test_layers_of_a_region_that_changes(engine: str, tmp_path: Path) -> None:
+    """Each shows what the region shows."""
+    play(laid_out_anew, engine, str(tmp_path))
+
+
+class Half:
+    """Has the first half of what it says that it has."""
+
+    size = SIZE
+    retries = 0
+
+    async def read(self, offset: int, length: int) -> Any:
+        """Return bytes of the first half."""
+        if offset + length > SIZE // 2:
+            raise aiouffd.SourceError("Half", offset, length, "half of it is gone")
+        return content(offset, length)
+
+
+async def on_this_loop(folder: str) -> None:
+    """Scenario: the caller's loop serves; the source fails, until what it lacks was written."""
+    warnings.simplefilter("ignore", RuntimeWarning)
+    place = Path(folder)
+    region = aiouffd.Region(SIZE)
+    async with aiouffd.Monitor(region, Half(), engine=aiouffd.InProcess(), readahead=0) as monitor:
+        with pytest.raises(aiouffd.SourceError, match="half of it is gone"):
+            await monitor.snapshot(place / "x.snap")
+        with pytest.raises(RuntimeError, match="await"):
+            monitor.snapshot_sync(place / "x.snap")
+        task = slow(monitor, place / "x.snap")
+        await begun(monitor, 100)
+        with pytest.raises(aiouffd.BusyError):
+            region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        region.madvise(mmap.MADV_DONTNEED, SIZE // 2, SIZE // 2)  # zeros, and not the source's
+        await monitor.snapshot(place / "x.snap")
+        await monitor.snapshot(place / "plain")
+    data = (place / "plain").read_bytes()
+    assert data == content(0, 100) + b"x" + content(101, SIZE // 2 - 101) + bytes(SIZE // 2)
+    with await asyncio.to_thread(aiouffd.open, place / "x.snap") as found:
+        assert await asyncio.to_thread(found.read, SIZE) == data
+
+
+def test_the_callers_loop_takes_a_snapshot(tmp_path: Path) -> None:
+    """Its own thread cannot wait for one; what the source does not give ends it by name."""
+    play(on_this_loop, str(tmp_path))
