@@ -188,18 +188,9 @@ _HOMES = {
 _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for name in names.split()}
 
 _LATE = (
-    *(
-        "Checkpointer",
-        "ChunkCache",
-        "FileSource",
-        "FsspecSource",
-        "InProcess",
-        "InThread",
-        "LayeredSource",
-        "ObjectSource",
-        "ServedBy",
-    ),
-    *("Server", "SnapshotSource", "StorageOptions", "Progress", "Trace", "ZstdSeekableSource", "map", "open"),
+    *("Batch", "Checkpointer", "ChunkCache", "Fault", "FileSource", "FsspecSource", "Handler", "InProcess"),
+    *("InThread", "LayeredSource", "ObjectSource", "Progress", "ServedBy", "Server", "SnapshotSource", "Statistics"),
+    *("StorageOptions", "Trace", "ZstdSeekableSource", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""
 

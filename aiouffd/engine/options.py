@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from aiouffd.engine.serve.bounds import Limits
-from aiouffd.engine.serve.handler import Handler
 from aiouffd.kernel.abi import RegisterMode
 
 if TYPE_CHECKING:
@@ -67,9 +66,15 @@ class Options:
 
 def checked(origin: Any) -> Any:
     """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
-    if isinstance(origin, type) or not (isinstance(origin, Handler) or callable(getattr(origin, "read", None))):
+    if isinstance(origin, type) or not (callable(getattr(origin, "read", None)) or _is_handler(origin)):
         raise TypeError(
             f"{origin!r:.200} is no Source and no Handler: give an instance of one, FileSource(path) or"
             " BufferSource(data)"
         )
     return origin
+
+
+def _is_handler(origin: Any) -> bool:
+    from aiouffd.engine.serve.handler import Handler  # noqa: PLC0415 - 4 ms, and few programs have one
+
+    return isinstance(origin, Handler)

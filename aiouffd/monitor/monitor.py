@@ -25,7 +25,6 @@ from aiouffd import native
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service, checked
 from aiouffd.engine.serve.bounds import Limits
-from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.errors import BusyError, ClosedError, UffdError
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.region import Region
@@ -470,13 +469,21 @@ def _writes(origin: Any, noted: str, *, tracked: bool) -> str:
     """Return which writes are told, as `Registration` takes it; ValueError where two want them."""
     if tracked and noted:
         raise ValueError("either the kernel tracks writes (track_writes=True), or max_resident and write_back do")
-    if tracked and wants_writes(origin):
+    if tracked and _wants_writes(origin):
         raise ValueError("either the kernel tracks writes (track_writes=True), or Handler.write is told of them")
     if noted and getattr(origin, "read", None) is None:
         raise ValueError("max_resident and write_back need a Source: a page of a handler cannot be had again, perhaps")
     if noted == "saved" and not (callable(getattr(origin, "write", None)) and getattr(origin, "writable", True)):
         raise ValueError(f"{origin!r:.200} takes nothing back; FileSource(path, writable=True) does, for one")
-    return "tracked" if tracked else noted or ("served" if wants_writes(origin) else "")
+    return "tracked" if tracked else noted or ("served" if _wants_writes(origin) else "")
+
+
+def _wants_writes(origin: Any) -> bool:
+    if not hasattr(origin, "pagefault"):  # no handler: its module takes 4 ms
+        return False
+    from aiouffd.engine.serve.handler import wants_writes  # noqa: PLC0415
+
+    return wants_writes(origin)
 
 
 def _check_bound(region: Region, max_resident: int | None, on_exit: OnExit) -> None:

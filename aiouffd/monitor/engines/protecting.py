@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.errors import OperationError
-from aiouffd.kernel import libc
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
 
@@ -23,7 +22,7 @@ class ProtectingUserfaultfd(Userfaultfd):
                 return -errno.EEXIST
         try:
             libc.mprotect(start, length, libc.PROT_NONE)
-            if not mode & DONTWAKE:
+            if not mode & abi.POISON_MODE_DONTWAKE:
                 import logging  # noqa: PLC0415 - as `registration`
 
                 logging.getLogger("aiouffd").critical(
