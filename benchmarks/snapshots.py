@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -286,12 +287,22 @@ def decompressed(size: int) -> float:
 
 
 def by_zstd_alone(size: int) -> float:
-    """The same frames by zstd alone; seconds of processor time."""
+    """The same frames by zstd's library alone; seconds of processor time."""
     context, frames = zstandard.ZstdDecompressor(), _frames(size)
     before = time.thread_time()
     for _, frame in frames:
         assert len(context.decompress(frame)) == _CHUNK
     return time.thread_time() - before
+
+
+def by_zstd_command(size: int) -> float:
+    """The same frames in one file by `zstd -d`, in one thread; seconds of processor time."""
+    path = place() / f"{size}.zst"
+    path.write_bytes(b"".join(frame for _, frame in _frames(size)))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(["zstd", "-q", "-d", "-c", "--single-thread", path], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # Memory
@@ -399,12 +410,16 @@ def snapshot_rows(*, quick: bool) -> Iterator[Row]:
         setup="readahead=0",
     )
     contestants = {"aiouffd": ms(decompressed, middle), "zstd alone": ms(by_zstd_alone, middle)}
+    bars = [Bar("zstd alone", 1.15)]
+    if shutil.which("zstd") is not None:
+        contestants["zstd -d"] = ms(by_zstd_command, middle)
+        bars.append(Bar("zstd -d", 1.15))
     yield Row(
         "snapshot-zstd",
         f"processor time: decompress and check {middle // MIB} MiB",
         "ms",
         contestants,
-        (Bar("zstd alone", 1.15),),
+        tuple(bars),
     )
     if not quick:
         contestants = {"aiouffd": lambda: resident(1 << 40), "1 GiB + 10 MiB": lambda: resident(1 << 30) + 10}
