@@ -55,7 +55,8 @@ nitpick_ignore = [
     for name in (
         *("array", "Buffer", "Future", "concurrent.futures._base.Future"),  # what modules import by these short names
         *("Settings", "SocketFile", "Session", "aiouffd.server.session.Session", "aiouffd.server.clients.Client"),
-    )  # and types of attributes that are no public names
+        *("Capturing", "aiouffd.server.successor.Left"),
+    )  # and bases and types of attributes that are no public names
 ]
 
 # llms.txt, and each page as Markdown with what autodoc has written into it.
