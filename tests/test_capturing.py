@@ -8,6 +8,8 @@ import pytest
 from kinds import HUGE
 
 import aiouffd
+from aiouffd.monitor.engines.served_by import ServedByEngine
+from aiouffd.store.live import Order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,14 @@ def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     for page, of, why in ((1 << 30, region, "8388608"), (HUGE, shared, "private")):
         monkeypatch.setattr(of, "page_size", page)
         assert why in refusal(of)
+
+
+def test_a_server_writes_nothing() -> None:
+    """Where a client of it says."""
+    engine = ServedByEngine(aiouffd.ServedBy("/run/uffd.sock"))
+    with pytest.raises(ValueError, match=r"ServedBy\(\) takes no snapshots"):
+        engine.snapshot(Order("/x.snap", None, 0, 4096))
+    engine.cancel_snapshot()
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:

@@ -149,6 +149,9 @@ class Capture:
         """Return that of a region, which is known since an earlier snapshot; or another, if the region has moved."""
         known: Self | None = spaces[0].capture
         if known is None or (known.phase is Phase.IDLE and (known.start, known.length) != (start, length)):
+            if known is not None:
+                for space in known.spaces:
+                    space.on_changed.discard(known._changed)  # noqa: SLF001 - its own
             known = cls(spaces, start, length, modes, quiet)
         for space in spaces:
             space.capture = known
@@ -413,6 +416,8 @@ class Capture:
             LayoutChangingError, ClosedError: as `check`.
             SourceError: missing pages could not be read from the source.
         """
+        if lost:
+            await asyncio.sleep(_RETRY)  # munmap(2) and mremap(2) are told of when the pages have gone
         self.check()
         there = RangeSet(Range.between(*span) for span in self.to_read(first, last))
         for index in lost:
@@ -423,7 +428,7 @@ class Capture:
         if lifts:
             for run in _STILL_PROTECTED.finditer(states):
                 self._lift_now(self._at(first + run.start()), self._at(first + run.end()))
-        if found:
+        if self._held:
             self._let_go()
         for gap in there.gaps(first, last):
             for shown in self._shown.runs(self._at(gap.start), self._at(gap.end)):

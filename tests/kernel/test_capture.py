@@ -237,3 +237,6 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert await capture.begin(memory, pagemap, "base", PAGE) == [Range(0, 4 * PAGE)]
     await capture.end(None)
     assert uffd.calls[-1] == (start, 8 * PAGE, 0)
+    space.uffd, space.capture = SimpleNamespace(features=aiouffd.Feature(0)), None
+    with pytest.raises(aiouffd.UnsupportedError, match="PAGEFAULT_FLAG_WP"):
+        await Capture.of([space], start, 8 * PAGE, 1).begin(memory, pagemap, None, PAGE)
