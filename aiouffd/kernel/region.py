@@ -10,7 +10,7 @@ import mmap
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, SupportsIndex
 
 from aiouffd.errors import BusyError, ClosedError, PopulatedError, UnsupportedError
 from aiouffd.kernel import libc
@@ -266,7 +266,8 @@ class Region(mmap.mmap):
         """Return True: a region can be passed where a binary file is read. Its position is one for all threads."""
         return True
 
-    seekable = writable = readable
+    seekable: ClassVar[Callable[[Region], bool]] = readable
+    writable: ClassVar[Callable[[Region], bool]] = readable
 
     def seek(self, pos: int, whence: Any = os.SEEK_SET) -> int:  # type: ignore[override]  # None until Python 3.13
         """As `mmap.seek`; return the position."""
@@ -323,8 +324,7 @@ class Region(mmap.mmap):
         gets SIGSEGV, as with any mmap. To avoid that, make the region as long as it may become: memory is used for
         pages that are touched, and what lies beyond the end of the source is zeros.
 
-        With `InProcess` and `InThread`, and after a Monitor was left, the same holds for each touch while a region
-        grows, whether it moves or not.
+        With `InProcess` and `InThread`, and once a Monitor was left, the same holds for any touch while a region grows.
 
         Raises:
             BufferError: views of the region exist.
