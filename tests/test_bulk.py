@@ -66,8 +66,8 @@ async def test_large_runs_are_divided_and_others_not() -> None:
     assert world.counters.snapshot().copies == 3
 
 
-@pytest.mark.parametrize("present", [[], [0], [3, 4, 9]])
-async def test_what_is_there_already_is_counted_once(present: list[int]) -> None:
+@pytest.mark.parametrize(("present", "partly"), [([], 0), ([0], 0), ([3, 4, 9], 2)])
+async def test_what_is_there_already_is_counted_once(present: list[int], partly: int) -> None:
     """A COPY ends before it; the rest comes, and the sleepers of all pages are woken."""
     world = World(0, located=True)
     for page in present:
@@ -77,7 +77,7 @@ async def test_what_is_there_already_is_counted_once(present: list[int]) -> None
     assert world.uffd.pages == world.model
     assert not world.uffd.asleep
     found = world.counters.snapshot()
-    assert (found.pages_prefetch, found.eexist) == (PAGES - len(present), len(present))
+    assert (found.pages_prefetch, found.eexist, found.partial) == (PAGES - len(present), len(present), partly)
 
 
 async def test_what_the_layout_does_not_allow_comes_later() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from aiouffd.engine import two_threads as module
 from aiouffd.engine.runs import Op, Run
-from aiouffd.engine.two_threads import TwoThreads
+from aiouffd.engine.two_threads import TwoThreads, two_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,7 +125,7 @@ def test_where_the_other_does_not_begin_one_copies_all() -> None:
     two._offers.put(module._Work(alone(calls), 0, deque([run(9, 1)])))
     two._offers.put(module._Work(lambda *_: 1 // 0, 0, deque([run(9, 1)])))
     with pytest.raises(ZeroDivisionError):
-        two._help()  # here: the first offer is not accepted, the second is done, the third fails
+        two._help(None)  # here: the first offer is not accepted, the second is done, the third fails
     assert calls[4:] == [BASE + 9 * PART]
     assert not two._runs
 
@@ -144,7 +144,7 @@ def test_without_another_thread(monkeypatch: pytest.MonkeyPatch, why: str) -> No
     two, calls = TwoThreads(), list[int]()
     two.copy(alone(calls), [run(0, 1 if why == "one part" else 3)], 0, PAGE)
     assert len(calls) == (1 if why == "one part" else 3)
-    assert two.count == 1
+    assert (two.count, two._runs) == (1, False)
 
 
 def test_the_thread_ends_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +156,14 @@ def test_the_thread_ends_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> Non
         two.copy(kernel.copy, [run(0, 4)], 0, PAGE)
         assert len(kernel.threads) == 2
         until(lambda: not two._runs)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_has_no_thread() -> None:
+    """It starts one of its own when it needs it: what is offered to none would be kept for ever."""
+    two_threads.copy(Kernel().copy, [run(0, 4)], 0, PAGE)
+    assert two_threads._runs
+    pid = os.fork()
+    if pid == 0:
+        os._exit(two_threads._runs)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

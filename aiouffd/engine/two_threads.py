@@ -65,6 +65,10 @@ class TwoThreads:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, as in a forked child, which does not have the thread."""
         self.count: int = 1
         self._offers: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._runs = False
@@ -84,8 +88,8 @@ class TwoThreads:
         parts = [run.part(at, min(size, run.left - at)) for run in runs for at in range(0, run.left, size)]
         lengths = [part.left for part in parts]
         work = _Work(copy, mode, deque(parts))
-        if len(parts) > 1 and (self._runs or self._start()):
-            self._offers.put(work)
+        if len(parts) > 1:
+            self._offer(work)
         work.work(work.parts.popleft)
         alone = work.accepted.acquire(blocking=False)
         if not alone:
@@ -93,26 +97,28 @@ class TwoThreads:
         self.count = 1 if alone else 2
         return [(part, length - part.left) for part, length in zip(parts, lengths, strict=True)]
 
-    def _start(self) -> bool:
-        """Have a thread run, if there is a processor for it; tell whether one does."""
-        if len(os.sched_getaffinity(0)) > 1:
-            try:
-                threading.Thread(target=self._help, name="aiouffd-copies", daemon=True).start()
-            except RuntimeError:  # the limit of threads
-                return False
+    def _offer(self, work: _Work) -> None:
+        """Have a thread take part, if there is a processor for it."""
+        if self._runs:
+            self._offers.put(work)
+        elif len(os.sched_getaffinity(0)) > 1:
+            thread = threading.Thread(target=self._help, args=(work,), name="aiouffd-copies", daemon=True)
             self._runs = True
-        return self._runs
+            try:
+                thread.start()
+            except RuntimeError:  # the limit of threads
+                self._runs = False
 
-    def _help(self) -> None:
+    def _help(self, work: _Work | None) -> None:
         try:
             while True:
-                work = self._offers.get(timeout=_IDLE)
-                if work.accepted.acquire(blocking=False):
+                if work is not None and work.accepted.acquire(blocking=False):
                     try:
                         work.work(work.parts.pop)
                     finally:
                         work.ended.put(None)
-                del work  # it has the descriptor and the buffers
+                work = None  # it has the descriptor and the buffers
+                work = self._offers.get(timeout=_IDLE)
         except queue.Empty:
             pass
         finally:
@@ -121,3 +127,4 @@ class TwoThreads:
 
 two_threads: Final = TwoThreads()
 """Of this process: whoever finds it at work copies alone."""
+os.register_at_fork(after_in_child=two_threads.reset)

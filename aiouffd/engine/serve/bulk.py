@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["resolve_bulk"]
 
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
-_COPIES = int(Counter.COPIES)
+_COPIES, _PARTIAL = int(Counter.COPIES), int(Counter.PARTIAL)
 
 
 def resolve_bulk(space: Space, runs: list[Run]) -> None:
@@ -31,8 +31,9 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
         space.resolve(others)
     parts = two_threads.copy(space.uffd.try_copy, large, space.resolver.mode | DONTWAKE, space.page_size)
     came = [(part.dst - done, part.dst) for part, done in parts if done]
-    space.counters.words[_COPIES] += len(came)
     left = [part for part, _ in parts if part.left]
+    space.counters.words[_COPIES] += len(came)
+    space.counters.words[_PARTIAL] += sum(done > 0 < part.left for part, done in parts)
     if came:
         space.wake(came, each=bool(left))
     if left:  # the kernel says again why
