@@ -11,6 +11,7 @@ import pytest
 import aiouffd
 from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.state import Meta, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,3 +108,16 @@ def test_where_no_orphan_lives_the_journal_says_what_is_shown() -> None:
     assert second.closed
     assert not takeover.orphans
     assert takeover.patience == float("inf")
+
+
+def test_a_successor_that_was_still_waiting_says_nothing() -> None:
+    """Its predecessor may have served on, and has the newer journal then; what both say is better than nothing."""
+    for waiting, newest in (((-1, 5), 0), ((-1, -1), 1), ((5, 5), 1)):
+        told: list[Any] = []
+        takeover = makes(lambda: None, told)
+        orphans: list[Any] = [Orphan(lives=False), Orphan(lives=False)]
+        for orphan, awaits in zip(orphans, waiting, strict=True):
+            orphan.journal.change(orphan.journal.write_anew(0, State(Meta(awaits=awaits)).encode()))
+        takeover.orphans += orphans
+        takeover.begin()
+        assert told[0][0] is orphans[newest].journal

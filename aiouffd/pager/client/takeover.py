@@ -148,9 +148,14 @@ class Takeover:
         log.warning("the worker without a keeper serves on (%s); tried again", error)
 
     def _begin_from_journal(self) -> None:
-        """All workers that have served are dead: the newest journal that was used says what is shown."""
+        """All workers that have served are dead: the newest journal that was used says what is shown.
+
+        Not that of a worker which was still waiting for the end of its predecessor: that may have served on since.
+        """
         states = [(survey(orphan.journal), orphan) for orphan in reversed(self.orphans)]
-        state, orphan = next((item for item in states if item[0] is not None), states[-1])
+        known = [item for item in states if item[0] is not None]
+        used = [item for item in known if item[0] is not None and item[0].meta.awaits < 0]
+        state, orphan = (used or known or states[-1:])[0]
         self._finish(self._reopen(orphan.journal, state, orphan.vault.take()))
 
     def _finish(self, counts: Future[Any]) -> None:
