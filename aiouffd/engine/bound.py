@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiouffd.engine.clock import Clock
 from aiouffd.engine.resolver import Resolver
-from aiouffd.engine.runs import Op
+from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, PagerError
 from aiouffd.kernel import abi, libc
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from aiouffd.engine.protect import WrittenPages
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.remainders import Remainders
-    from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
     from aiouffd.errors import UffdError
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -358,6 +357,8 @@ class _Resolver(Resolver):
 
     def resolve(self, run: Run, *, wake: bool) -> int:
         """As of any resolver."""
+        if run.op == Op.POISON:  # EEXIST where shared memory was protected before it was dropped: a marker is left
+            self.resolve(Run(Op.UNPROTECT, run.dst, -1, run.left), wake=False)
         if run.op == Op.UNPROTECT:
             self._bound.note(self._mappings, run.dst)
         if run.op > Op.CONTINUE or run.offset < 0:

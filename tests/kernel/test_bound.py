@@ -92,6 +92,35 @@ def test_evicted_pages_are_missing_again(engine: str) -> None:
     play(evicted, engine)
 
 
+class Vanishing:
+    """A source that has its first page once."""
+
+    def __init__(self) -> None:
+        self.size = SIZE
+        self.asked = False
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, the first time."""
+        if self.asked and not offset:
+            raise aiouffd.SourceError(repr(self), offset, length, "gone")
+        self.asked = True
+        return content(offset, length)
+
+
+def dropped_and_lost(engine: str) -> None:
+    """Scenario: what was dropped cannot be had again."""
+    with served(engine, Vanishing(), readahead=0, retries=0) as monitor:
+        assert peek(monitor.region.address) == word(0)
+        assert monitor.evict_sync(0, PAGE) == PAGE
+        peek(monitor.region.address)
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread-shared"])
+def test_what_was_dropped_and_cannot_be_had_is_sigbus(engine: str) -> None:
+    """Of protected shared memory that is dropped, the kernel keeps a marker, for which POISON fails with EEXIST."""
+    play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=20.0)
+
+
 async def evicted_in_process() -> None:
     """Scenario: the loop is the caller's."""
     region = aiouffd.Region(SIZE)
