@@ -73,6 +73,10 @@ def test_notes_outlive_a_pager() -> None:
         assert requests.asked == before
         done = holds.reopen(Journal.create(), None, {})
         holds.succeeded(done)
+        late = Future[Any]()
+        holds.succeeded(late)
+        requests.pair = SimpleNamespace(tell_holder=requests.asked.append)  # which is not told: it has nothing yet
+        late.set_result(None)
     assert requests.asked[len(before) :] == [("resume", None), ("keep", "session b"), ("holder", "listen")]
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
@@ -236,6 +236,46 @@ def keeper_dies() -> None:
 def test_kill_of_the_keeper() -> None:
     """The worker serves on, then hands over to another pair, forked children included; both at once come back too."""
     play(keeper_dies)
+
+
+def opened_and_not_heard() -> None:
+    """Scenario: a pager has opened all, and is killed with its keeper before this process hears the answer."""
+    region = aiouffd.Region(16 * PAGE)
+    read, write = os.pipe()
+    with aiouffd.Monitor(region, Pattern(16 * PAGE), readahead=0, fork="serve") as monitor:
+        child = os.fork()
+        if child == 0:
+            for page in (1, 2):
+                os.read(read, 1)
+                region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+            os._exit(region[: 4 * PAGE] != content(0, PAGE) + bytes(2 * PAGE) + content(3 * PAGE, PAGE))
+        client: Any = monitor._engine._client  # type: ignore[union-attr]
+        handle = client._handle
+
+        def deaf(message: dict[str, Any], fds: list[int]) -> None:
+            opening = {item.message["id"] for item in client._requests.pending if item.message["op"] == "open"}
+            if message.get("id") not in opening:
+                handle(message, fds)
+
+        os.write(write, b"x")
+        eventually(lambda: monitor.statistics().removes, 1)
+        for page, hears in ((4, deaf), (5, handle)):
+            client._handle = hears
+            pids = monitor.pids
+            for pid in pids:
+                kill(pid)
+            replaced(monitor, *pids)
+            assert peek(region.address + 8 * PAGE + page * PAGE) == word(8 + page)
+            region.madvise(mmap.MADV_DONTNEED, page * PAGE, PAGE)
+        os.write(write, b"x")
+        assert os.waitpid(child, 0)[1] == 0
+        assert region[: 8 * PAGE] == content(0, 4 * PAGE) + bytes(2 * PAGE) + content(6 * PAGE, 2 * PAGE)
+        eventually(lambda: client._requests.pending, [])
+
+
+def test_what_was_emptied_behind_an_answer_that_nobody_heard() -> None:
+    """The journal counts, not what was asked for: the memory is opened as it shows now, forked children included."""
+    play(opened_and_not_heard)
 
 
 def five_deaths() -> None:

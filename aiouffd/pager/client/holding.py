@@ -149,8 +149,9 @@ class Holding:
     def succeeded(self, counts: Future[Any]) -> None:
         """The newest pair has taken over, or is asked to open all; when that is done, its holder listens."""
         self._requests.release(counts)
-        if self._listens:
-            counts.add_done_callback(lambda _: self.listen())
+        pair = self._requests.pair
+        if self._listens:  # unless the pair has been succeeded itself meanwhile
+            counts.add_done_callback(lambda _: self.listen() if pair is self._requests.pair else None)
 
     def hear(self, pair: Pair) -> bool:
         """Take a message of the holder; tell whether there may be more."""
@@ -183,7 +184,15 @@ class Holding:
     # Another pager
 
     def reopen(self, journal: Journal, state: State | None, children: dict[int, int]) -> Future[Any]:
-        """Open all tenants and their forked children anew, as a journal says that they are; the future: they are."""
+        """Open all tenants and their forked children anew, as a journal says that they are; the future: they are.
+
+        Not what is still to be opened as it was asked for. What the journal knows was opened, and only the answer was
+        not heard: to ask for the same again would be to forget what was emptied or moved since.
+        """
+        known = {space.token for space in state.spaces.values()} if state is not None else set()
+        for request in self._requests.pending:
+            if request.message["op"] == "open" and request.message["token"] in known:
+                self._requests.answer({"id": request.message["id"], "ok": None})
         with self._requests.lock:
             tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
             asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}

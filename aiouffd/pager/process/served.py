@@ -257,6 +257,8 @@ class Served:
         rows, _ = state.mappings.pack(0, len(state.mappings))
         record = (state.identity, state.content)
         space = self._serve(state, origin)
+        if state.is_child:  # before the journal knows of it: whoever reads that looks for the descriptor
+            self._keep(state.identity, state.fd)
         try:
             self._write((Kind.SPACE, *record), (Kind.MAPPINGS, state.identity, rows))
             self.note_meta(spin_us=self.dispatcher.spin_us)
@@ -264,8 +266,6 @@ class Served:
             self.dispatcher.drop(space)
             reason = f"there is no room for {len(state.mappings)} more mappings: the pager's journal is full"
             raise PagerStartError(reason) from error
-        if state.is_child:
-            self._keep(state.identity, state.fd)
         return space
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
