@@ -303,6 +303,31 @@ def dies_while_it_is_given_its_tenants() -> None:
         print(started, flush=True)
 
 
+def keepers_die_and_the_worker_lives() -> None:
+    """Scenario: two deaths would be enough; the second keeper dies before its worker has taken anything over."""
+    deaths.DEATHS, deaths.KILLED = 2, 0.0  # type: ignore[misc]
+    with monitor_of() as monitor:
+        right(monitor, 0)
+        client = monitor._engine._client  # type: ignore[union-attr]
+        client._takeover.begin = lambda: None
+        for page in (1, 2):
+            keeper = monitor.pids[0]
+            os.kill(keeper, signal.SIGKILL)
+            replaced(monitor, keeper)
+            right(monitor, page)
+        del client._takeover.begin
+        client._takeover._due = 0.0
+        client._waiter.wake()
+        eventually(lambda: client._takeover.orphans, [])
+        right(monitor, 3)
+        monitor.check()
+
+
+def test_nothing_is_given_up_while_somebody_serves() -> None:
+    """A worker without a keeper, that is: those that are to succeed it may die as often as they like."""
+    play(keepers_die_and_the_worker_lives)
+
+
 def test_a_pager_that_dies_again_and_again_is_given_up() -> None:
     """After five deaths with no fault resolved, also where it has many tenants: to open them anew is no progress."""
     assert int(play(dies_while_it_is_given_its_tenants)[0]) <= 6

@@ -449,7 +449,7 @@ class PagerClient:
         self.holding.outcome(pair)
         status = pair.keeper.wait()
         self._progress += pair.journal.progress()  # of this pair alone, whatever was opened anew in it
-        if self._deaths.add(status, self._progress):
+        if self._deaths.add(status, self._progress) and not self._takeover.orphan_lives:  # else somebody serves
             count = self._deaths.count
             raise PagerDiedError(f"{count} pagers died with no fault resolved between them (status {status})")
         log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper.pid, status)
