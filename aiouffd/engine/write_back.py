@@ -236,12 +236,14 @@ class WriteBack:
 async def _arm(space: Any, start: int, length: int) -> None:
     """Protect addresses. While the layout is changing, the kernel refuses that."""
     for _ in range(_PATIENCE):
+        if space.is_gone:
+            return
+        if space.closing:
+            raise ClosedError("it is served no longer")
         result = space.uffd.try_writeprotect(start, length, abi.WRITEPROTECT_MODE_WP)
         if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
             return
         if result != -errno.EAGAIN:
             break
         await asyncio.sleep(_RETRY)
-        if space.closing:
-            raise ClosedError("it is served no longer")
     raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")

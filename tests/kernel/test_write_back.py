@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import mmap
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,8 @@ from processes import kill
 from scenario import eventually, play, replaced
 
 import aiouffd
-from aiouffd.errors import BusyError, PopulatedError, SourceError, WriteBackError
+from aiouffd.engine.write_back import _arm
+from aiouffd.errors import BusyError, ClosedError, PopulatedError, SourceError, WriteBackError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 PAGES = 256
@@ -326,6 +329,25 @@ def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:
         aiouffd.Monitor(region, source, write_back=True, track_writes=True)
     with aiouffd.Monitor(region, source) as monitor, pytest.raises(ValueError, match="write_back=True"):
         monitor.flush_sync()
+
+
+async def test_memory_that_is_left_while_it_is_protected() -> None:
+    """Nobody writes to that of a process which has ended; of any other, nothing may count as saved."""
+    uffd = SimpleNamespace(tried=0)
+
+    def changing(*_: int) -> int:
+        uffd.tried += 1
+        space.closing, space.is_gone = True, ended
+        return -errno.EAGAIN
+
+    uffd.try_writeprotect = changing
+    for ended in (True, False):
+        space = SimpleNamespace(uffd=uffd, closing=False, is_gone=False)
+        with contextlib.nullcontext() if ended else pytest.raises(ClosedError):
+            await _arm(space, 0, PAGE)
+        with contextlib.nullcontext() if ended else pytest.raises(ClosedError):
+            await _arm(space, 0, PAGE)  # it has been left before its turn comes
+    assert uffd.tried == 2
 
 
 def emptied(path: str) -> None:
