@@ -100,7 +100,7 @@ def test_a_holder_is_asked(tmp_path: Path) -> None:
             os.close(fd)
 
     giving = asked(tmp_path / "gives", gives)
-    estate = giving.take(over=True)
+    estate = giving.take(over=True, journal=0)
     assert estate.owned
     assert heard == [{"op": "take", "over": True}]
     estate.close()

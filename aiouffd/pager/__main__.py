@@ -1,4 +1,4 @@
-"""`python -m aiouffd.pager FD PICKLES [LISTENER CHANNEL]`: the pager. `aiouffd.pager.client.pair` starts it."""
+"""`python -m aiouffd.pager FD PICKLES [LISTENER CHANNEL [LIFELINE]]`: the pager. `client.launch` starts it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from aiouffd.pager.process.serialization import Pickles
 def main() -> int:
     """Run the keeper on the control socket that was inherited as descriptor FD; PICKLES: `serialization.Pickles`.
 
-    LISTENER, CHANNEL: descriptors for the holder, where there is to be one.
+    LISTENER, CHANNEL: descriptors for the holder, where there is to be one. LIFELINE: a connection to the holder before
+    it; what this pager serves is that one's still, until its owner says otherwise (`Journal.provisional`).
     """
     inherited.reset_signals()
     inherited.open_standard_descriptors()
@@ -41,8 +42,12 @@ def main() -> int:
         return 1
     gc.freeze()
     gc.enable()
-    hold = [socket.socket(fileno=int(item)) for item in sys.argv[3:]]
-    return keeper.run(journal, vault, connection, Pickles(sys.argv[2]), (hold[0], hold[1]) if hold else None)
+    if not sys.argv[3:]:
+        return keeper.run(journal, vault, connection, Pickles(sys.argv[2]))
+    listener, channel = (socket.socket(fileno=int(item)) for item in sys.argv[3:5])
+    journal.provisional = bool(sys.argv[5:])
+    keeper.run(journal, vault, connection, Pickles(sys.argv[2]), (listener, channel))
+    os._exit(0)  # nothing is finalized: whatever is closed here is closed for the holder, too
 
 
 if __name__ == "__main__":

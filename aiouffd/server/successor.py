@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +43,8 @@ _SESSION = "session "  # notes of sessions are named so, and by the session
 SOCKET: Final = "socket "
 """Notes of further sockets are named so, and by what listens there."""
 
+_ENDING = 15.0  # seconds for a holder to end
+_AGAIN = 0.05  # seconds between two tries to reach the next
 _TIMEOUT = 90.0  # seconds for sources to be opened
 
 
@@ -117,10 +120,9 @@ class Successor:
         if self._path == SYSTEMD:
             self._store = self._pager.holding.store = FdStore.of_systemd()
             return
-        self._predecessor = Predecessor.at(self._path)
         made = None
-        if self._predecessor is not None:
-            estate = self._predecessor.look()
+        self._predecessor, estate = self._meet()
+        if estate is not None:
             try:
                 if estate.owned and not self._over:
                     reason = "another server serves there: --takeover takes its clients over"
@@ -131,6 +133,21 @@ class Successor:
                 estate.close()
         self._file = SocketFile(self._path, kind=socket.SOCK_SEQPACKET, made=made)
         self._pager.holding.listener = self._file.listener
+        if self._predecessor is not None:
+            self._pager.holding.lifeline = self._predecessor.connection
+
+    def _meet(self) -> tuple[Predecessor, Estate] | tuple[None, None]:
+        """Return who holds there, and what; one that ends meanwhile, since there is nothing of use, holds nothing."""
+        until = time.monotonic() + _ENDING
+        while (found := Predecessor.at(self._path)) is not None:
+            try:
+                return found, found.look()
+            except PagerStartError:
+                found.close()
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN)
+        return None, None
 
     def succeed(self) -> None:
         """Take over. The pager runs.
@@ -151,7 +168,8 @@ class Successor:
                 self._prepare(there)
             else:
                 there.close()
-            self._take(self._predecessor.take(over=self._over))
+            self._take(self._predecessor.take(over=self._over, journal=self._pager.holding.journal))
+            _await([self._pager.holding.go()])
             self._predecessor.serving()
             self._predecessor.close()
         self._pager.holding.keep(_HOLDER, {}, [self._file.listener.fileno()])

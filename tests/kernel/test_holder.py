@@ -19,6 +19,7 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.pager.client.succession import Predecessor
+from aiouffd.pager.process.journal import Journal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +80,9 @@ def a_machine(directory: str, image: str) -> None:
     assert peek(other.address) == word(0)
     failing = Predecessor.at(servers.hold)
     assert failing is not None
-    failing.take(over=True).close()  # nobody serves now
+    journal = Journal.create()
+    journal.provisional = True  # as that of a pager that is not told to go
+    failing.take(over=True, journal=journal.fd).close()  # nobody serves now
     touchers = touched(range(600, SIZE // PAGE))
     failing.close()
     touchers.join()

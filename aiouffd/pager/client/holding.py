@@ -41,6 +41,7 @@ class Holding:
 
     Attributes:
         listener: where successors ask the holder; None: there is no holder.
+        lifeline: to the holder whose all is until `go`; None: there is none before this one.
         store: systemd's, which keeps what a holder would have; None: it does not. Without either no note is kept.
         on_yield: called from the client's thread: a successor has come. No client may be taken from then on, and once
             none is about to be, `yielded` is to be called.
@@ -64,6 +65,7 @@ class Holding:
         self._yielding = False
         self._journal = OwnedDescriptor()  # of the newest pager
         self.listener: socket.socket | None = None
+        self.lifeline: socket.socket | None = None
         self.store: FdStore | None = None
         self.on_yield: Callable[[], None] = _nothing
         self.on_kept: Callable[[], None] = _nothing
@@ -117,10 +119,11 @@ class Holding:
 
     def began(self, journal: int) -> None:
         """Take note of a pager that was started, and of the descriptor of its journal, which stays the caller's."""
-        if self.store is not None:
+        if self.store is not None or self.lifeline is not None:
             self._journal.close()
             # Opened anew: systemd stores an open file once, whatever the names.
             self._journal = OwnedDescriptor(os.open(f"/proc/self/fd/{journal}", os.O_RDONLY))
+        if self.store is not None:
             self.store.begin_journal(journal)
 
     def _keep(self, name: str) -> Future[Any]:
@@ -144,7 +147,7 @@ class Holding:
 
     def starting(self, start: Callable[..., Pair]) -> Callable[..., Pair]:
         """Return a function that starts a pair, and has its holder and its journal be what they are to be."""
-        return partial(start, listener=lambda: self.listener, began=self.began)
+        return partial(start, sockets=lambda: (self.listener, self.lifeline), began=self.began)
 
     def succeeded(self, counts: Future[Any]) -> None:
         """The newest pair has taken over, or is asked to open all; when that is done, its holder listens."""
@@ -205,6 +208,16 @@ class Holding:
         for fd in children.values():  # of memory that has been left meanwhile
             os.close(fd)
         return all_of(opened)
+
+    @property
+    def journal(self) -> int:
+        """The descriptor of the newest pager's journal."""
+        return self._journal.fileno()
+
+    def go(self) -> Future[Any]:
+        """Have all that was restored be this process's, and read."""
+        self.lifeline = None
+        return self._requests("go", token=None)
 
     def restore(self, journal: Journal, state: State, packs: dict[int, Pack]) -> Future[Any]:
         """Open all that another server's pager has served, and that is not among the tenants: those it has no note of.

@@ -30,6 +30,7 @@ class Launched:
     Args:
         pickles: what the pager unpickles; said on its command line, which nothing that is sent can change.
         listener: where successors of this process ask the pager's holder; None: there is none.
+        lifeline: a connection to the holder before it, whose all is until the pager is told to go; None: there is none.
 
     Attributes:
         arguments: its command line, as far as people need to know it.
@@ -41,13 +42,15 @@ class Launched:
         PagerStartError: it could not be started.
     """
 
-    def __init__(self, pickles: Pickles, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, pickles: Pickles, listener: socket.socket | None = None, lifeline: socket.socket | None = None
+    ) -> None:
         self.arguments: list[str] = [*command(), "-m", "aiouffd.pager"]
         self.keeper: subprocess.Popen[bytes]
         self.connection: OwnedSocket
         self.channel: OwnedSocket | None
         try:
-            self.keeper, self.connection, self.channel = _launch(self.arguments, pickles, listener)
+            self.keeper, self.connection, self.channel = _launch(self.arguments, pickles, listener, lifeline)
         except OSError as error:
             raise explained(f"{self.arguments[0]!r} could not be started", error) from error
 
@@ -61,7 +64,7 @@ class Launched:
 
 
 def _launch(
-    arguments: list[str], pickles: Pickles, listener: socket.socket | None
+    arguments: list[str], pickles: Pickles, listener: socket.socket | None, lifeline: socket.socket | None
 ) -> tuple[subprocess.Popen[bytes], OwnedSocket, OwnedSocket | None]:
     """Start the process; return it, and our ends of the connection and of the holder's channel."""
     with contextlib.ExitStack() as stack:
@@ -72,7 +75,9 @@ def _launch(
         if listener is not None:
             channel, its = map(close_in_children, OwnedSocket.pair(socket.SOCK_SEQPACKET))
             stack.callback(its.close)
-            further = [fcntl.fcntl(item.fileno(), fcntl.F_DUPFD_CLOEXEC, 3) for item in (listener, its)]
+            further = [
+                fcntl.fcntl(item.fileno(), fcntl.F_DUPFD_CLOEXEC, 3) for item in (listener, its, lifeline) if item
+            ]
             for fd in further:
                 stack.callback(os.close, fd)
         inherited.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the pager checks who has sent each message

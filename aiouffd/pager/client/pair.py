@@ -23,7 +23,7 @@ from aiouffd.pager.process.journal import Journal
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     from aiouffd.kernel.owned_descriptor import OwnedSocket
@@ -81,7 +81,7 @@ class Pair:
         pickles: Pickles,
         launched: Launched | None = None,
         *,
-        listener: Callable[[], socket.socket | None] = lambda: None,
+        sockets: Callable[[], Sequence[socket.socket | None]] = lambda: (),
         began: Callable[[int], None] = lambda _: None,
     ) -> Self:
         """Start a keeper and wait for its hello. Blocks for about a tenth of a second.
@@ -90,14 +90,14 @@ class Pair:
             waiter: of the client, which may be stopped meanwhile.
             pickles: as for `Launched`.
             launched: the keeper, where it was started before; the pair's from now on.
-            listener: returns that of the holder, as for `Launched`.
+            sockets: returns the listener of the holder and the lifeline, as for `Launched`.
             began: called with the descriptor of the pager's journal, which is closed then.
 
         Raises:
             PagerStartError: it did not start.
             StoppedError: the client is being stopped.
         """
-        launched = launched or Launched(pickles, listener())
+        launched = launched or Launched(pickles, *sockets())
         try:
             found = _hello(launched.connection, waiter, began)
             return cls(launched.keeper, launched.connection, *found, launched.channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -80,10 +81,13 @@ class Predecessor:
 
     Args:
         connection: to it; this object's from now on.
+
+    Attributes:
+        connection: the same.
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+        self.connection: socket.socket = connection
         connection.settimeout(_TIMEOUT)
 
     @classmethod
@@ -108,30 +112,32 @@ class Predecessor:
         """Return what there is; it is served by others meanwhile. Raises as `take`."""
         return self._ask({"op": "look"})
 
-    def take(self, *, over: bool) -> Estate:
+    def take(self, *, over: bool, journal: int) -> Estate:
         """Have all end that serve, and return what they have left: no page is brought until it is served here.
 
         Args:
-            over: also from a server that lives. It goes on, if this process ends before it calls `serving`.
+            over: also from a server that lives. It goes on, if this process ends before its pager was told to go.
+            journal: of that pager, whose `provisional` tells.
 
         Raises:
             PagerStartError: it is refused, or cannot be read.
             OSError: EADDRINUSE: a server lives, and is not to be taken over from.
         """
-        return self._ask({"op": "take", "over": over})
+        return self._ask({"op": "take", "over": over}, [journal])
 
     def serving(self) -> None:
-        """Say that all is served here: the predecessor ends for good."""
-        control.send(self._connection, {"op": "serving"})
+        """Have the predecessor look at once whether all is served here: it ends for good then."""
+        with contextlib.suppress(control.Closed, OSError):  # it has looked by itself
+            control.send(self.connection, {"op": "serving"})
 
     def close(self) -> None:
         """Hang up."""
-        self._connection.close()
+        self.connection.close()
 
-    def _ask(self, question: dict[str, Any]) -> Estate:
+    def _ask(self, question: dict[str, Any], along: list[int] | None = None) -> Estate:
         try:
-            control.send(self._connection, question)
-            message, fds = control.receive(self._connection)
+            control.send(self.connection, question, along)
+            message, fds = control.receive(self.connection)
         except (control.Closed, OSError, ValueError) as error:
             raise PagerStartError(f"the server before this one does not answer: {error!r}") from error
         if "refused" in message:

@@ -18,7 +18,7 @@ from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
-from aiouffd.pager.process.served import Served, close_all
+from aiouffd.pager.process.served import PROVISIONAL, Served, close_all
 from aiouffd.pager.process.state import Note, SpaceState
 from aiouffd.pager.process.tenancy import RELEASE
 
@@ -76,6 +76,7 @@ class Answers:
             "protected": self._protected,
             "keep": self._keep,
             "forget": self._forget,
+            "go": self._go,
             "handover": lambda _, fds: self._handover.give(*fds),
             "takeover": lambda _, fds: self._handover.take(*fds),
         }
@@ -227,6 +228,12 @@ class Answers:
     async def _forget(self, message: dict[str, Any], _: list[int]) -> None:
         """Keep a note no longer."""
         self._served.notes.forget(message["name"])
+
+    async def _go(self, _message: dict[str, Any], _: list[int]) -> None:
+        """All is this pager's from now on, and it reads: who has served before has ended."""
+        self._served.journal.provisional = False
+        for space in self._served.dispatcher.held(PROVISIONAL):
+            self._served.dispatcher.release(space, PROVISIONAL)
 
     async def _protected(self, message: dict[str, Any], _: list[int]) -> None:
         """A page that could not be had is inaccessible now."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
+from typing import Final
 
 from aiouffd.errors import PagerStartError
 
-__all__ = ["explained", "open_memfd", "open_pidfd"]
+__all__ = ["close_strays", "explained", "is_open", "open_descriptors", "open_memfd", "open_pidfd"]
+
+_MOST: Final = 1 << 16  # descriptors that are looked for, one by one
 
 
 def open_pidfd(pid: int) -> int:
@@ -50,3 +54,39 @@ def explained(call: str, error: OSError) -> PagerStartError:
     }
     cause = causes.get(error.errno or 0)
     return PagerStartError(f"{call}: {error.strerror}" + (f" ({cause})" if cause else ""))
+
+
+def open_descriptors() -> set[int]:
+    """Return the numbers of all that are open; that of the list itself may be among them."""
+    try:
+        return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
+    except OSError:  # the table is full, or there is no /proc
+        return {fd for fd in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST)) if is_open(fd)}
+
+
+def is_open(fd: int) -> bool:
+    """Tell whether a number is a descriptor's."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def close_strays(known: set[int]) -> list[int]:
+    """Close what a dead worker has left in the shared table: its loop's, half-received ones.
+
+    Returns:
+        What may take long to close: a file whose file system does not answer. The next worker has that closed.
+    """
+    slow = []
+    for fd in open_descriptors() - known:
+        try:
+            link = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+        except OSError:  # the list's own; or there is no /proc
+            link = ""
+        if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
+            os.close(fd)
+        elif is_open(fd):
+            slow.append(fd)
+    return slow

@@ -53,6 +53,7 @@ class Handover:
         if self._task is not None:
             await asyncio.wait([self._task])
         if self._served.is_empty:
+            os.close(fd)
             os._exit(0)
         with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
             successor.settimeout(_TIMEOUT)
@@ -68,6 +69,8 @@ class Handover:
                     control.send(successor, {"keep": True})
                     break
                 if "taken" in asked:
+                    self._served.journal.change(0)  # else a holder would give it once more
+                    successor.close()  # a holder has it, too, and the end of this process does not close it
                     os._exit(0)
         log.warning("the successor has not taken over: serving on")
 

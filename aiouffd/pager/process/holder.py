@@ -20,22 +20,22 @@ import signal
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
+from aiouffd.errors import UffdError
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
-from aiouffd.pager.process.journal import Whose
+from aiouffd.pager.process.handles import close_strays, open_descriptors
+from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import State
-
-if TYPE_CHECKING:
-    from aiouffd.pager.process.journal import Journal
 
 __all__ = ["Holder"]
 
 log: logging.Logger = logging.getLogger("aiouffd.holder")
 
 _LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
+_GLANCE: Final = 0.002  # seconds between two looks at the successor's journal
 _YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
 _DEATH: Final = 10.0  # seconds for a process that was killed to end
 _CREDENTIALS: Final = struct.Struct("=iII")
@@ -66,12 +66,14 @@ class Holder:
         self._keeper = keeper
         self._guest: socket.socket | None = None
         self._listens = False
+        self._others: set[int] | None = open_descriptors() - {connection.fileno()}
 
     def run(self) -> NoReturn:
         """Hold until nothing is left, the owner has others that do, or all was taken."""
         while True:
             poller = select.poll()
-            for source in (self._channel, self._guest, self._listener if self._listens and not self._guest else None):
+            listener = self._listener if self._may_give and self._guest is None else None
+            for source in (self._channel, self._guest, listener):
                 if source is not None:
                     poller.register(source, select.POLLIN)
             if not _ended(self._keeper):
@@ -88,6 +90,11 @@ class Holder:
                 self._welcome()
 
     @property
+    def _may_give(self) -> bool:
+        """Whether successors are answered: the owner has said so, or has ended, and there is something of use."""
+        return self._listens or (self._channel is None and bool(self._state().notes))
+
+    @property
     def _worker(self) -> int:
         return self._journal.descriptor(Whose.WORKER)
 
@@ -99,6 +106,8 @@ class Holder:
         except (control.Closed, OSError):
             self._channel.close()
             self._channel = None  # the owner has ended, without a word
+            if self._journal.provisional:  # what it was about to take over is another holder's
+                os._exit(0)
             return {}
         if message["op"] == "end":
             os._exit(0)
@@ -109,8 +118,13 @@ class Holder:
         """Tell the owner that nobody serves; end where nothing is left."""
         if not (_ended(self._keeper) and _ended(self._worker)):
             return
-        self._connection.close()
-        if self._channel is None and not any(map(_lives, self._state().spaces.values())):
+        state = self._state()
+        if self._others is not None:  # now, and once: the numbers are this process's alone from here on
+            self._connection.close()
+            _close_left(self._others | state.numbers | {self._worker, self._journal.descriptor(Whose.GUEST)})
+            self._others = None
+        kept = any(note.text for note in state.notes.values())  # one without a text is of use only with others
+        if self._channel is None and not kept and not any(map(_lives, state.spaces.values())):
             os._exit(0)
 
     def _state(self) -> State:
@@ -136,18 +150,20 @@ class Holder:
 
     def _answer(self, guest: socket.socket) -> None:
         try:
-            message, _ = control.receive(guest)
+            message, fds = control.receive(guest)
             if message["op"] == "look":
                 self._tell(guest)
             elif message["op"] == "take":
+                theirs = Journal(fds[0])
+                os.close(fds[0])
                 if self._channel is not None and not message["over"]:
                     raise _RefusedError("another server serves there, and lives")  # noqa: TRY301
-                self._give(guest)
+                self._give(guest, theirs)
         except _RefusedError as error:
             with contextlib.suppress(control.Closed, OSError):
                 control.send(guest, {"refused": str(error)}, wait=False)
             self._leave()
-        except (control.Closed, OSError, ValueError, KeyError):
+        except (control.Closed, OSError, ValueError, LookupError, UffdError):
             self._leave()
 
     def _tell(self, guest: socket.socket) -> None:
@@ -156,19 +172,26 @@ class Holder:
         owned = self._channel is not None
         control.send(guest, {"numbers": along, "owned": owned}, [self._journal.fd, *along])
 
-    def _give(self, guest: socket.socket) -> None:
-        """Have keeper and worker end, and give all; hold on where the successor does not come to serve."""
+    def _give(self, guest: socket.socket, theirs: Journal) -> None:
+        """Have keeper and worker end, and give all; hold on where the successor does not come to serve.
+
+        Whose all is, is a word in the successor's journal (`Journal.provisional`). The end of the connection tells that
+        the successor has ended, and its pager, which has it as well: that word changes no more.
+        """
         self._await_yield()
         self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
         for process in (self._keeper, self._worker):  # in this order: a keeper would make another worker
             _kill(process)
         _await_end(self._worker)
-        taken = False
+        poller = select.poll()
+        poller.register(guest, select.POLLIN)
         try:
             self._tell(guest)
-            taken = control.receive(guest)[0]["op"] == "serving"
+            while theirs.provisional:
+                if poller.poll(_GLANCE * 1000):
+                    control.receive(guest)
         finally:
-            if taken:
+            if not theirs.provisional:
                 self._say("taken")
                 os._exit(0)
             self._journal.note_descriptor(Whose.SUCCESSOR, -1)
@@ -192,6 +215,14 @@ class Holder:
         if self._channel is not None:
             with contextlib.suppress(control.Closed, OSError):
                 control.send(self._channel, {"event": event}, wait=False)
+
+
+def _close_left(known: set[int]) -> None:
+    """Close what dead processes have left in the table: who waits at the other end of a socket is told by that."""
+    for fd in close_strays(known):
+        with contextlib.suppress(OSError), socket.socket(fileno=fd) as left:
+            if left.family != socket.AF_UNIX:  # its close(2) may wait for what was not sent
+                left.detach()
 
 
 def _ended(pidfd: int) -> bool:

@@ -51,6 +51,7 @@ VERSION: Final = 1
 """Of the format. The one before, 0, has neither notes nor a version; both are read."""
 
 _VERSION: Final = 1  # its word; the commit word is 0
+_PROVISIONAL: Final = 5
 _LANDING: Final = 4096
 _LANDING_STRIDE: Final = 4096
 _LANDING_MESSAGES: Final = 64  # behind the identity of the space that is being read
@@ -171,6 +172,15 @@ class Journal:
     def note_descriptor(self, whose: Whose, fd: int) -> None:
         """Note such a number; -1: there is none."""
         self._words[whose] = fd + 1
+
+    @property
+    def provisional(self) -> bool:
+        """Whether nothing may be read yet: all is another pager's still. That it is not is one store, seen by both."""
+        return bool(self._words[_PROVISIONAL])
+
+    @provisional.setter
+    def provisional(self, value: bool) -> None:
+        self._words[_PROVISIONAL] = value
 
     # Counters
 

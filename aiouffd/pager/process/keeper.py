@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
-import resource
 import select
 import signal
 import sys
@@ -29,7 +27,7 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.deaths import Deaths
-from aiouffd.pager.process.handles import explained, open_pidfd
+from aiouffd.pager.process.handles import close_strays, explained, is_open, open_descriptors, open_pidfd
 from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
@@ -63,7 +61,6 @@ CALM = 60.0
 """A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
 
 _TICK = 1.0
-_MOST = 1 << 16  # descriptors that are looked for, one by one
 _CLONE_PAUSE = 0.5
 _LOOK = 0.5  # seconds between looks whether the processes are still there
 _CLONE_FILES = 0x400
@@ -122,12 +119,14 @@ def run(
     worker.prepare()
     if hold is not None:
         _start_holder(Holder(journal, connection, *hold, open_pidfd(os.getpid())))
-    own = {fd for fd in _open_descriptors() if _is_open(fd)}  # the list has its own number, which a worker's may get
+        for item in hold:  # the numbers are the holder's: closed here, they would be closed for it
+            item.detach()
+    own = {fd for fd in open_descriptors() if is_open(fd)}  # the list has its own number, which a worker's may get
     deaths = Deaths()
     died = ""
     while True:
         state = survey(journal) or State()
-        slow = _close_strays(own | state.numbers | {journal.descriptor(Whose.GUEST)})
+        slow = close_strays(own | state.numbers | {journal.descriptor(Whose.GUEST)})
         import_for(state)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -285,40 +284,6 @@ def _work(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pi
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _open_descriptors() -> set[int]:
-    try:
-        return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
-    except OSError:  # the table is full, or there is no /proc
-        return {fd for fd in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST)) if _is_open(fd)}
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
-
-
-def _close_strays(known: set[int]) -> list[int]:
-    """Close what a dead worker has left in the shared table: its loop's, half-received ones.
-
-    Returns:
-        What may take long to close: a file whose file system does not answer. The next worker has that closed.
-    """
-    slow = []
-    for fd in _open_descriptors() - known:
-        try:
-            link = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
-        except OSError:  # the list's own; or there is no /proc
-            link = ""
-        if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
-            os.close(fd)
-        elif _is_open(fd):
-            slow.append(fd)
-    return slow
 
 
 def _forsaken(journal: Journal) -> list[Forsaken]:

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
 
-__all__ = ["Served", "close_all"]
+__all__ = ["PROVISIONAL", "Served", "close_all"]
+
+PROVISIONAL = "provisional"
+"""Why a space is not read: it is another pager's still."""
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
 
@@ -269,8 +272,7 @@ class Served:
         return space
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
-        options = origin.options
-        limits = options.limits
+        options, limits = origin.options, origin.options.limits
         allowance = self._allowances.of(state.payer, limits.client_events, limits.client_bytes, origin.counters)
         space = Space(
             self.protection.userfaultfd(state, metered=allowance is not None),
@@ -293,6 +295,8 @@ class Served:
         tenancy = Tenancy(origin, state.token, state.tether, is_child=state.is_child, own=state.own, space=space)
         self.tenancies[space.identity] = tenancy
         self.dispatcher.add(space)
+        if self.journal.provisional:
+            self.dispatcher.hold(space, PROVISIONAL)
         if not tenancy.is_child:
             ahead = bring_ahead(
                 space, origin.backend, origin.service.trace, options.background, lambda: self._progress(space)
@@ -319,8 +323,7 @@ class Served:
             self._renew_vault()
 
     def _renew_vault(self) -> None:
-        states = self.state().spaces.values()
-        if not self._vault.renew((state.identity, state.fd) for state in states if state.is_child):
+        if not self._vault.renew((each.identity, each.fd) for each in self.state().spaces.values() if each.is_child):
             log.error("there are too many forked children: if the whole pager is killed, some of them read zeros")
 
     def _dropped(self, space: Space) -> None:

@@ -207,6 +207,8 @@ class _Worker:
 
     def leave(self) -> None:
         """The client is gone: end as soon as nothing is served."""
+        if self.journal.provisional:  # nothing is: all is another pager's, and stays so
+            os._exit(0)
         self.left = True
         self.idle()
 
