@@ -169,10 +169,12 @@ class Server:
             for session in self.sessions.values():
                 await uninterrupted(functools.partial(session.prepare, self._listen))
         except BaseException:
-            self.stop_listening()
-            await uninterrupted(self._pager.stop)
+            inherits = successor is not None and successor.inherits
+            if not inherits:  # else nothing is closed in order: it is another server's, before this one or after it
+                self.stop_listening()
+            await uninterrupted(functools.partial(self._pager.stop, leave=inherits))
             if successor is not None:
-                successor.close()
+                successor.close(leave=inherits)
             raise
         self._started = True
         for session in self.sessions.values():

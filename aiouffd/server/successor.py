@@ -95,6 +95,7 @@ class Successor:
         over: take over from a server that lives, too.
 
     Attributes:
+        inherits: what it has was, and perhaps still is, that of a server before.
         left: by name, the sessions that no session of this server goes on with yet.
         sockets: by name, further ones.
     """
@@ -106,6 +107,7 @@ class Successor:
         self._over = over
         self._predecessor: Predecessor | None = None
         self._file: SocketFile | None = None
+        self.inherits: bool = False
         self._packs: dict[str, Pack] = {}  # by token, of sources that are open in the pager
         self.left: dict[str, Left] = defaultdict(Left)
         self.sockets: dict[str, socket.socket] = {}
@@ -119,9 +121,11 @@ class Successor:
         """
         if self._path == SYSTEMD:
             self._store = self._pager.holding.store = FdStore.of_systemd()
+            self.inherits = True
             return
         made = None
         self._predecessor, estate = self._meet()
+        self.inherits = estate is not None
         if estate is not None:
             try:
                 if estate.owned and not self._over:
@@ -174,11 +178,11 @@ class Successor:
             self._predecessor.close()
         self._pager.holding.keep(_HOLDER, {}, [self._file.listener.fileno()])
 
-    def close(self) -> None:
-        """Be done: the socket's file is removed."""
+    def close(self, *, leave: bool = False) -> None:
+        """Be done: the socket's file is removed; `leave`: it stays, since others are asked there."""
         if self._predecessor is not None:
             self._predecessor.close()
-        if self._file is not None:
+        if self._file is not None and not leave:
             self._file.close()
 
     def _prepare(self, estate: Estate) -> None:

@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.errors import PagerStartError, UffdError
+from aiouffd.errors import PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.client.waiting import StoppedError
@@ -175,8 +175,12 @@ class Holding:
         """Wait until it is known whether a successor has taken all, where one was about to.
 
         Raises:
-            StoppedError: it has; or the client is being stopped.
+            StoppedError: it has; or the client is being stopped; or this process was about to take all itself. Whose it
+                is, is in the journal of the pager that has just died, so no other may be started.
         """
+        if self.lifeline is not None:
+            self._requests.close(PagerDiedError("the pager has died while it took over"))
+            raise StoppedError
         while self._yielding and pair.channel is not None:
             if self._waiter.wait(1.0, pair.channel.fileno()) and not self.hear(pair):
                 self._yielding = False
@@ -216,8 +220,13 @@ class Holding:
 
     def go(self) -> Future[Any]:
         """Have all that was restored be this process's, and read."""
-        self.lifeline = None
-        return self._requests("go", token=None)
+        going = self._requests("go", token=None)
+        going.add_done_callback(self._gone)
+        return going
+
+    def _gone(self, going: Future[Any]) -> None:
+        if going.exception() is None:
+            self.lifeline = None
 
     def restore(self, journal: Journal, state: State, packs: dict[int, Pack]) -> Future[Any]:
         """Open all that another server's pager has served, and that is not among the tenants: those it has no note of.

@@ -92,7 +92,9 @@ class Holder:
     @property
     def _may_give(self) -> bool:
         """Whether successors are answered: the owner has said so, or has ended, and there is something of use."""
-        return self._listens or (self._channel is None and bool(self._state().notes))
+        if self._listens:
+            return True
+        return self._channel is None and not self._journal.provisional and bool(self._state().notes)
 
     @property
     def _worker(self) -> int:
@@ -106,8 +108,6 @@ class Holder:
         except (control.Closed, OSError):
             self._channel.close()
             self._channel = None  # the owner has ended, without a word
-            if self._journal.provisional:  # what it was about to take over is another holder's
-                os._exit(0)
             return {}
         if message["op"] == "end":
             os._exit(0)
@@ -124,6 +124,8 @@ class Holder:
             _close_left(self._others | state.numbers | {self._worker, self._journal.descriptor(Whose.GUEST)})
             self._others = None
         kept = any(note.text for note in state.notes.values())  # one without a text is of use only with others
+        if self._journal.provisional:  # it is another holder's, and stays so: who could have said otherwise has ended
+            os._exit(0)
         if self._channel is None and not kept and not any(map(_lives, state.spaces.values())):
             os._exit(0)
 
