@@ -79,13 +79,16 @@ def test_a_successor_that_dies_has_a_successor(monkeypatch: pytest.MonkeyPatch) 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     journal = os.memfd_create("journal")
-    served: Any = SimpleNamespace(is_empty=False, state=State, journal=SimpleNamespace(fd=journal))
+    emptied: list[int] = []
+    served: Any = SimpleNamespace(
+        is_empty=False, state=State, journal=SimpleNamespace(fd=journal, change=emptied.append)
+    )
     for by, built in ((1, False), (2, False), (2, True), (3, False), (3, True)):
         control.send(ours, {"by": by, "built": built})
     control.send(ours, {"taken": True})
     with contextlib.suppress(SystemExit):
         asyncio.run(Handover(served).give(theirs.detach()))
-    assert ended == [0]
+    assert (ended, emptied) == ([0], [0])  # a holder would give once more what it says
     for by in (1, 2, 2, 3, 3):
         message, fds = control.receive(ours)
         assert message == {"to": by, "numbers": []}
@@ -114,7 +117,7 @@ async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
 
     async def give() -> None:
         with contextlib.suppress(SystemExit):
-            await handover.give(-1)
+            await handover.give(os.open(os.devnull, os.O_RDONLY))
 
     handover._task = asyncio.ensure_future(take())
     giving = asyncio.ensure_future(give())
