@@ -34,6 +34,7 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         journal, vault = Journal.create(), Vault.create()
+        journal.provisional = bool(sys.argv[5:])  # before anybody can look
         control.send(connection, {"event": "hello"}, [journal.fd, vault.outer.fileno()])
     except control.Closed:  # interrupted, the process that has started this has gone again
         return 0
@@ -45,7 +46,6 @@ def main() -> int:
     if not sys.argv[3:]:
         return keeper.run(journal, vault, connection, Pickles(sys.argv[2]))
     listener, channel = (socket.socket(fileno=int(item)) for item in sys.argv[3:5])
-    journal.provisional = bool(sys.argv[5:])
     keeper.run(journal, vault, connection, Pickles(sys.argv[2]), (listener, channel))
     os._exit(0)  # nothing is finalized: whatever is closed here is closed for the holder, too
 

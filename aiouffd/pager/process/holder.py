@@ -28,7 +28,7 @@ from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import close_strays, open_descriptors
 from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.replay import survey
-from aiouffd.pager.process.state import State
+from aiouffd.pager.process.state import LASTING, State
 
 __all__ = ["Holder"]
 
@@ -123,7 +123,7 @@ class Holder:
             self._connection.close()
             _close_left(self._others | state.numbers | {self._worker, self._journal.descriptor(Whose.GUEST)})
             self._others = None
-        kept = any(note.text for note in state.notes.values())  # one without a text is of use only with others
+        kept = any(note.text.get(LASTING) for note in state.notes.values())
         if self._journal.provisional:  # it is another holder's, and stays so: who could have said otherwise has ended
             os._exit(0)
         if self._channel is None and not kept and not any(map(_lives, state.spaces.values())):

@@ -18,8 +18,10 @@ from aiouffd.engine.mappings import Mappings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["EVENT_SIZE", "Kind", "Meta", "Note", "Record", "SpaceState", "State", "encode", "records"]
+__all__ = ["EVENT_SIZE", "LASTING", "Kind", "Meta", "Note", "Record", "SpaceState", "State", "encode", "records"]
 
+LASTING: Final = "lasting"
+"""In the text of a note that is of use without a client, too: nobody else knows of it."""
 _HEADER: Final = struct.Struct("=IIqq")
 EVENT_SIZE: Final = _HEADER.size + 32
 """Bytes of the record of a layout event."""

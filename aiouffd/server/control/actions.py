@@ -16,6 +16,7 @@ import msgspec
 
 from aiouffd.errors import SessionError, SourceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
+from aiouffd.pager.process.state import LASTING
 from aiouffd.server.control.values import Completed, Drain, NewSession, Prefetch, ServerView, SessionView, decode
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
@@ -149,7 +150,7 @@ class Actions:
         owner = (-1, -1) if new.owner is None else (new.owner.uid, -1 if new.owner.gid is None else new.owner.gid)
         kind = SocketFile if new.jail is None else functools.partial(JailedSocket, new.jail)
         listen = functools.partial(kind, new.socket, mode=int(new.mode, 8), owner=owner, made=made)
-        note = {_CREATED: msgspec.to_builtins(new)}
+        note = {_CREATED: msgspec.to_builtins(new), LASTING: True}
         session = await self._server.create(new.name, origin, settings, listen, note=note)
         self._created[session] = new
         return session
