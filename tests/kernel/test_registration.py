@@ -207,8 +207,8 @@ def grown_memory_is_given_back(engine: EngineName) -> None:
     """Scenario: pages are moved and grow, a child is forked and lives on, the Monitor is left, and the rest touched."""
     size = 64 * PAGE
     region = aiouffd.Region(size)
-    read, write = os.pipe()
     with Host(engine, region, Pattern(size), timeout=None, readahead=0, background=False):
+        read, write = os.pipe()  # not before: a server that is forked would keep it open
         grown = region.address
         if engine in {"pager", "served_by"}:
             grown = libc.mremap(region.address + 32 * PAGE, 32 * PAGE, 64 * PAGE, libc.MREMAP_MAYMOVE)
