@@ -38,7 +38,7 @@ def no_blocking() -> Iterator[None]:
         )
         watch.functions["io.FileIO.read"] = raw.activate()
         # It looks first whether there is room: to write so much to standard error blocks nothing then.
-        watch.functions["os.write"].can_block_in("aiouffd/pager/process/inherited.py", {"_write"})
+        watch.functions["os.write"].can_block_in("aiouffd/pager/loglines.py", {"_write"})
         for name in METADATA:
             watch.functions[name].deactivate()
         yield

@@ -45,7 +45,6 @@ MODULES = {
 } - {"serve"}  # the command
 """What the names of test files name."""
 PASSED = pytest.StashKey[bool]()
-MEASURING = {"COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"}
 FIRST = pytest.StashKey[bool]()
 """Whether a test is the first one of its function, whose others have other parameters."""
 
@@ -136,7 +135,8 @@ def _few_processes_are_measured(request: pytest.FixtureRequest) -> Iterator[None
     """
     measured = request.path.stem.removeprefix("test_") in MODULES and request.node.stash.get(FIRST, True)
     measured = measured and request.node.get_closest_marker("unmeasured") is None
-    kept = {} if measured else {name: os.environ.pop(name) for name in MEASURING & os.environ.keys()}
+    asked = [] if measured else [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]
+    kept = {name: os.environ.pop(name) for name in asked}
     yield
     os.environ.update(kept)
 

@@ -77,7 +77,7 @@ WORDS = 128
 SIZE = WORDS * 8
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(repr=False)
 class Statistics:
     """A snapshot of what has been counted since the Monitor was entered.
 

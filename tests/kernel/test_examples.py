@@ -15,24 +15,13 @@ from typing import TYPE_CHECKING
 import criu_rig
 import numpy as np
 import pytest
+from ran import EXAMPLES, example, goes_on
 from scenario import eventually
 
 from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-
-
-def example(name: str, *arguments: str | Path) -> str:
-    """Run an example; return its output."""
-    command = [sys.executable, *map(str, (EXAMPLES / name, *arguments))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert result.returncode == 0, (result.stdout, result.stderr)
-    assert "Warning" not in result.stderr
-    return result.stdout
-
 
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
@@ -134,14 +123,9 @@ def test_example_resume_simulation() -> None:
         assert 0 < written < read < (64 << 20) / 3
 
 
-@pytest.mark.parametrize("name", ["checkpoint_simulation.py", "checkpoint_training.py"])
-def test_example_checkpoints(name: str) -> None:
+def test_example_checkpoint_simulation() -> None:
     """A program that is killed while it writes checkpoints goes on to the same end."""
-    if "training" in name:
-        pytest.importorskip("torch")
-    output = example(name)
-    assert "killed: True" in output
-    assert re.search(r"goes on from \d+.snap, behind step \d+\nafter \d+ steps the last layer is right\n", output)
+    goes_on("checkpoint_simulation.py")
 
 
 def test_example_external_sort() -> None:
