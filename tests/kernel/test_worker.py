@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import select
+import signal
 import socket
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from scenario import play
 
 import aiouffd
 from aiouffd.errors import decode_error
+from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import State
@@ -41,6 +45,19 @@ def test_it_ends_when_nobody_is_left() -> None:
         worker = pager.pair.worker_pid
         pager.pair.connection.shutdown(socket.SHUT_WR)
         assert ended(worker)
+        assert pager.pair.keeper.wait(60) == 0
+
+
+def test_it_ends_when_its_client_was_killed_before_it_had_read() -> None:
+    """That is an error of the connection, behind which libuv watches it no longer."""
+    with running() as pager:
+        control.send(pager.pair.connection, {"id": 1, "op": "nonsense"})
+        assert select.select([pager.pair.connection], [], [], 60)[0]
+        os.kill(pager.pair.worker_pid, signal.SIGSTOP)
+        control.send(pager.pair.connection, {"id": 2, "op": "nonsense"})
+        with socket.socket(socket.AF_UNIX) as other:
+            os.dup2(other.fileno(), pager.pair.connection.fileno())
+        os.kill(pager.pair.worker_pid, signal.SIGCONT)
         assert pager.pair.keeper.wait(60) == 0
 
 

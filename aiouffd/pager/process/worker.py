@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,8 @@ class _Worker:
         self.loop = loop
         self.journal = journal
         self.connection = connection
+        # libuv watches nothing any more that has had an error, as a connection whose other end was closed unread.
+        self.readable = select.epoll()
         self.sender = control.Sender(connection)
         self.strangers = 0
         self.left = False  # the client has closed the connection, or has ended
@@ -120,7 +123,8 @@ class _Worker:
         await self.succeed()
         if self.served.tasks:  # who waits for a page comes first; a source that does not answer holds up nobody
             await asyncio.wait(self.served.tasks, timeout=_FIRST)
-        self.loop.add_reader(self.connection.fileno(), self.receive)
+        self.readable.register(self.connection, select.EPOLLIN)
+        self.loop.add_reader(self.readable.fileno(), self.receive)
         pidfd = os.dup(self.journal.descriptor(Whose.WORKER))
         self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
         await self.done.wait()
@@ -162,7 +166,7 @@ class _Worker:
             log.error("a message of the pager's owner cannot be understood and is dropped: %s", error)  # noqa: TRY400
             return
         except control.Closed:
-            self.loop.remove_reader(self.connection.fileno())
+            self.loop.remove_reader(self.readable.fileno())
             self.leave()
             return
         except control.DescriptorsLostError as error:
