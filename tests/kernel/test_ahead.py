@@ -62,7 +62,7 @@ def layout_changes_beside_a_prefetch(engine: str) -> None:
     """Scenario."""
     size = 16 << 20
     data = content(0, size)
-    choice = {"pager": aiouffd.Pager, "thread": aiouffd.InThread}[engine]()
+    choice = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}[engine]()
     for seed in range(3):
         region, began = aiouffd.Region(size), threading.Event()
         pages = random.Random(seed).sample(range(0, size // PAGE, 8), 24)
@@ -84,7 +84,7 @@ def layout_changes_beside_a_prefetch(engine: str) -> None:
             assert [at for at in range(0, size, PAGE) if region[at : at + PAGE] != expected[at : at + PAGE]] == []
 
 
-@pytest.mark.parametrize("engine", ["pager", "thread"])
+@pytest.mark.parametrize("engine", ["pager", "in_thread"])
 def test_a_layout_that_changes_while_much_is_copied(engine: str) -> None:
     """Two threads of the engine copy. What is emptied meanwhile is empty, all else is there, and nobody hangs."""
     play(layout_changes_beside_a_prefetch, engine)
