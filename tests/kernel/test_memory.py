@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import mmap
 import os
 import resource
@@ -61,6 +62,7 @@ def test_a_file_that_is_mapped(access: int, tmp_path: Path) -> None:
     """Without a descriptor; what is written goes to the file, or does not, or is refused."""
     path = tmp_path / "file"
     path.write_bytes(b"abc" + bytes(2 * PAGE))
+    gc.collect()  # other tests' descriptors
     before = open_descriptors()
     with path.open("r+b") as file:
         mapping = map_file(file.fileno(), 3 + PAGE, access)
