@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from processes import KEPT, adopt_orphans, command_line, default_dispositions, d
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Generator, Iterator
+
+    from aiouffd.pager.client.packing import Pack
 
 # What is compiled is kept: else each worker, and each process that tests start, would compile all tests again.
 sys.dont_write_bytecode = False
@@ -107,6 +110,19 @@ def pytest_runtest_makereport(
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run each async test on asyncio's loop, and on uvloop where it is installed."""
     return loop_factories()
+
+
+@pytest.fixture
+def pack() -> Iterator[Pack]:
+    """A packed source of ours; to close it twice does no harm."""
+    import aiouffd  # few tests need it
+    from aiouffd.engine.options import Options, Service
+    from aiouffd.pager.client import packing
+
+    made = packing.Pack(Service(aiouffd.ZeroSource(mmap.PAGESIZE)), Options())
+    yield made
+    made.close()
+    made.close()
 
 
 @pytest.fixture(params=loop_factories())

@@ -7,19 +7,11 @@ import os
 import pytest
 
 from aiouffd.errors import PagerStartError
+from aiouffd.pager.process.handles import is_open
 from aiouffd.pager.process.journal import Journal, JournalFullError
 from aiouffd.pager.process.notes import Notes
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import Meta, Note, State
-
-
-def is_open(fd: int) -> bool:
-    """Ask."""
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def test_notes() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 
@@ -12,15 +11,6 @@ from aiouffd.engine.options import Options, Service
 from aiouffd.pager.client.packing import Pack
 
 PAGE = 4096
-
-
-@pytest.fixture
-def pack() -> Any:
-    """A packed source of ours."""
-    pack = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
-    yield pack
-    pack.close()
-    pack.close()
 
 
 def test_what_is_packed_cannot_be_changed(pack: Pack) -> None:

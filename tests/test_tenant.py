@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pytest
-
-import aiouffd
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.options import Options, Service
 from aiouffd.engine.statistics import Counter
-from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.tenant import Slots, Tenant, root_of
 from aiouffd.pager.process.journal import SLOTS, Journal
 from aiouffd.pager.process.state import SpaceState, State
 from aiouffd.testing import FakeUffd
 
+if TYPE_CHECKING:
+    from aiouffd.pager.client.packing import Pack
+
 PAGE = 4096
-
-
-@pytest.fixture
-def pack() -> Any:
-    """A packed source of ours."""
-    pack = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
-    yield pack
-    pack.close()
-    pack.close()
 
 
 def test_memory_is_told_of_as_a_dead_pager_knew_it(pack: Pack) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
+from aiouffd.pager.process.handles import is_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,15 +27,6 @@ class Pipe(OwnedDescriptor):
     def fd(self) -> int:
         """The descriptor."""
         return self._fd
-
-
-def is_open(fd: int) -> bool:
-    """Tell whether a descriptor is open."""
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("how", ["close", "with", "last reference"])

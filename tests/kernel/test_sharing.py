@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pattern import PAGE, content
-from scenario import play
+from scenario import open_descriptors, play
 
 import aiouffd
 from aiouffd.errors import PopulatedError
@@ -86,7 +86,7 @@ def test_memory_that_is_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             sharing.share(region, pagemap)
         monkeypatch.undo()
         monkeypatch.setattr(libc, "mmap_fixed", lambda *_, **__: region.seek(-1))
-        opened = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, not paths
+        opened = open_descriptors()
         with pytest.raises(ValueError, match="seek"):
             sharing.share(region, pagemap)
-        assert (region.fd, len(os.listdir("/proc/self/fd"))) == (-1, opened)  # noqa: PTH208 - as above
+        assert (region.fd, open_descriptors()) == (-1, opened)
