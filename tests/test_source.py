@@ -541,3 +541,21 @@ def test_a_fault_that_took_long_is_told_with_its_cause() -> None:
     assert [(what["cause"], what["pages"], what["tries"]) for what in told] == [("source", 2, 2), ("queue", 1, 0)]
     assert (told[0]["offset"], told[0]["length"], told[0]["queued_ns"]) == (8 * PAGE, 4 * PAGE, 3_000_000_000)
     assert told[0]["took_ns"] >= 9_000_000_000
+
+
+async def test_a_fault_that_has_waited_for_its_turn_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue is its cause, and not the source, which has answered at once."""
+    monkeypatch.setattr(module, "_SLOW_NS", 0)
+    source, told = Held(), list[tuple[int, str]]()
+    world = World(0, source=source, limits=limits(concurrent_reads=1))
+    assert isinstance(world.backend, SourceBackend)
+    world.backend.on_slow = lambda _, what: told.append((what["offset"], what["cause"]))
+    for page in (4, 9):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns()
+    await asyncio.sleep(0.05)  # time that the second one spends in the queue
+    for _ in range(2):
+        source.answer()
+        await turns()
+    assert told == [(4 * PAGE, "source"), (9 * PAGE, "queue")]

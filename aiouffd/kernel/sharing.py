@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PopulatedError
-from aiouffd.kernel import libc
+from aiouffd.kernel import files, libc
 from aiouffd.kernel.locked import new_mappings_are_populated
 from aiouffd.kernel.memory import MAP_NORESERVE
 
@@ -45,8 +45,7 @@ def share(region: Region, pagemap: Pagemap) -> None:
         with memoryview(region) as view:
             for start, end in pagemap.spans(region.address, length, -1, region.page_size):
                 low, high = start - region.address, min(end - region.address, len(region))
-                while low < high:
-                    low += os.pwrite(fd, view[low:high], low)
+                files.write_at(fd, view[low:high], low)
         libc.mmap_fixed(region.address, length, flags=mmap.MAP_SHARED | MAP_NORESERVE, fd=fd)
     except BaseException:
         os.close(fd)

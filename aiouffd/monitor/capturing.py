@@ -8,9 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import BusyError
-from aiouffd.lifetime import uninterrupted
+from aiouffd.lifetime import until_done
 from aiouffd.monitor.entered import Entered
-from aiouffd.sources.base import ZeroSource
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from aiouffd.store.live import Captured, LiveOptions
 
 __all__ = ["Capturing"]
-
-_LARGEST_PAGE = 8 << 20  # of a chunk
 
 
 class Capturing(Entered):
@@ -71,15 +68,12 @@ class Capturing(Entered):
         """
         import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
-        asked = self._begin_snapshot(destination, base, options)
-        answer = asyncio.wrap_future(asked)
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, if this is canceled
-        try:
-            return _captured(await asyncio.shield(answer))
-        except asyncio.CancelledError:
-            self._running().cancel_snapshot()
-            await uninterrupted(asked.exception)
-            raise
+        answer = asyncio.wrap_future(self._begin_snapshot(destination, base, options))
+        canceled = await until_done(answer, self._running().cancel_snapshot)
+        if canceled is not None:
+            answer.exception()  # nobody else asks for it
+            raise canceled
+        return _captured(answer.result())
 
     def snapshot_sync(
         self,
@@ -104,8 +98,10 @@ class Capturing(Entered):
         order = Order(place, below, region.address, len(region), rate, dict(options))
         if order.is_file and (base is not None or options or "://" in place):
             raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
-        self._pending = self._running().snapshot(order)
-        return self._pending
+        asked = self._running().snapshot(order)
+        if self._pending is None or self._pending.done():  # else this one is refused, and that one goes on
+            self._pending = asked
+        return asked
 
     def wait_for_snapshot(self) -> None:
         """Wait until the snapshot that is under way has ended: the layout is about to be changed.
@@ -124,16 +120,18 @@ class Capturing(Entered):
         wait([self._pending])
 
     def _check_capturable(self) -> None:
+        from aiouffd.store.manifest import LARGEST_CHUNK  # noqa: PLC0415 - as above
+
         region = self.region
         reason = ""
         if self._writes == "tracked":
             reason = "with track_writes=True the kernel lets all writes go on: a snapshot must hold them back"
-        elif not (isinstance(self.origin, ZeroSource) or callable(getattr(self.origin, "read", None))):
+        elif not callable(getattr(self.origin, "read", None)):
             reason = "missing pages of a Handler cannot be had without touching them: a snapshot needs a Source"
         elif self._options.bounded:
             reason = "with max_resident and write_back pages go that a snapshot has still to read"
-        elif region.page_size > _LARGEST_PAGE:
-            reason = f"a snapshot has chunks of at most {_LARGEST_PAGE} bytes, and a page of the region is larger"
+        elif region.page_size > LARGEST_CHUNK:
+            reason = f"a snapshot has chunks of at most {LARGEST_CHUNK} bytes, and a page of the region is larger"
         elif region.fd >= 0 and region.page_size > mmap.PAGESIZE:
             reason = "of shared huge pages nobody knows which are in the file: a snapshot needs private ones"
         if reason:

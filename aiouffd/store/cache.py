@@ -153,7 +153,7 @@ class ChunkCache:
         """
         places: list[Place | None] = [None] * len(keys)
         opened = self._opened
-        if opened is None or opened.index.nowait is None:
+        if opened is None:
             return places
         for run in _runs([opened.index.find_nowait(key) for key in keys]):
             (number, first), begin = run[0], run[0][1].page * _UNIT

@@ -14,6 +14,7 @@ from aiouffd.engine.capture import Capture
 from aiouffd.engine.moment import Moment
 from aiouffd.errors import BusyError, ClosedError
 from aiouffd.kernel import files
+from aiouffd.lifetime import until_done
 from aiouffd.ranges import align_up
 from aiouffd.store.folder import Folder
 from aiouffd.store.place import SUFFIX
@@ -181,9 +182,7 @@ async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: 
 
 async def _ended(work: asyncio.Future[Any]) -> None:
     """Wait until something has ended, whatever becomes of it, and however often this is canceled."""
-    while not work.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([work])
+    await until_done(work)
     if not work.cancelled():
         work.exception()  # retrieved
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import attrs
 
-from aiouffd.engine.ahead.trace import Trace, array_of, differ
+from aiouffd.engine.ahead.trace import Trace, differ
 from aiouffd.errors import TraceError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def merged(
     if most is not None:
         pages = pages[: most // first.page_size]
     known = next((trace.source for trace in traces if trace.source[0]), first.source)
-    return attrs.evolve(first, offsets=array_of(pages), source=known)
+    return attrs.evolve(first, offsets=array("Q", pages), source=known)
 
 
 def _check(first: Trace, other: Trace, name: str) -> None:

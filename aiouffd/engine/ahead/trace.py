@@ -41,9 +41,9 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["Recorder", "Trace", "array_of", "differ", "fingerprint", "stored"]
+__all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
@@ -148,11 +148,6 @@ class Trace:
             recorder.discard()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         recorder.complete()
-
-
-def array_of(offsets: Iterable[int]) -> array[int]:
-    """Return offsets as a trace has them."""
-    return array("Q", offsets)
 
 
 class Recorder(OwnedDescriptor):

@@ -266,10 +266,10 @@ class SourceBackend:
 
         Before that, the flight has landed, whatever came of it. Those for which a caller waits let the others pass.
         """
-        length = min(flight.length, self._extents.size - flight.offset)
+        at, length = flight.offset, min(flight.length, self._extents.size - flight.offset)
         urgent, spent = flight.purpose.errors is None, Spent()
         try:
-            data = await self._reads.read(flight.offset, length, urgent=urgent, retries=retries, waits=flight.waits)
+            data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits, spent=spent)
             if not (urgent or flight.wanted):
                 await self._precedence.turn(flight.waits)
             if not space.is_gone and not space.closing:
@@ -460,8 +460,7 @@ def _tell_slow(
     tell: Callable[[Space, dict[str, Any]], None] | None, space: Space, flight: Flight, spent: Spent
 ) -> None:
     """Tell of a flight that threads have waited for, if that took long, and what took most of it."""
-    took = perf_counter_ns() - flight.began_ns
-    if tell is None or took < _SLOW_NS or not flight.wanted:
+    if tell is None or not flight.wanted or (took := perf_counter_ns() - flight.began_ns) < _SLOW_NS:
         return
     cause = "queue" if 2 * spent.queued_ns > took else "source"
     told = {"offset": flight.offset, "length": flight.length, "pages": len(flight.wanted), "cause": cause}
