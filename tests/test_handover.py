@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.handover import Handover
-from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.state import Meta, SpaceState, State
 
 

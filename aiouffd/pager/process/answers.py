@@ -17,8 +17,9 @@ from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
-from aiouffd.pager.process.served import PROVISIONAL, Served, close_all
+from aiouffd.pager.process.served import PROVISIONAL, Served
 from aiouffd.pager.process.state import Note, SpaceState
 from aiouffd.pager.process.tenancy import RELEASE
 
@@ -193,13 +194,13 @@ class Answers:
         with memory, pagemap:
             if message["worker"] != os.getpid():  # sent again: nobody knows any more what was protected
                 raise PagerDiedError("the pager's worker died while it took a snapshot: take another")
-            if self._snapshots is None:
-                await asyncio.to_thread(import_module, "aiouffd.store.live")
-                self._snapshots = import_module("aiouffd.store.live").Snapshots()
+            live = await asyncio.to_thread(import_module, "aiouffd.store.live")
+            if self._snapshots is None:  # asked behind the await: there is one for all
+                self._snapshots = live.Snapshots()
                 sys.setswitchinterval(_SWITCH)  # threads that compute let the loop have its turn soon
             space, tenancy = await self._served.wanted(message["token"])
             others = [each for each in self._served.family_of(message["token"]) if shared and each is not space]
-            order, modes = import_module("aiouffd.store.live").Order(**order), tenancy.origin.options.modes
+            order, modes = live.Order(**order), tenancy.origin.options.modes
             return attrs.asdict(await self._snapshots.take([space, *others], order, memory, pagemap, modes))
 
     async def _cancel_snapshot(self, message: dict[str, Any], _: list[int]) -> None:
@@ -250,11 +251,12 @@ class Answers:
             space.poison({page for flight in space.flights for page in flight.wanted})
         origin = tenancy.origin
         self._served.dispatcher.drop(space)
-        waits = origin.options.write_back and origin.identity not in self._served.origins
+        if not origin.options.write_back or origin.identity in self._served.origins:
+            return
         gone = origin.gone
         del space, tenancy, origin  # it is closed with the last reference
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RELEASE if waits else 0.0):
+            async with asyncio.timeout(RELEASE):
                 await gone.wait()
 
     async def _begin(self, message: dict[str, Any], _: list[int]) -> None:

@@ -20,7 +20,7 @@ import struct
 from collections import deque
 from typing import Any, Final
 
-from aiouffd.pager.process.handles import open_memfd
+from aiouffd.pager.process.handles import close_all, open_memfd
 
 __all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
 
@@ -126,10 +126,10 @@ def receive(connection: socket.socket, sender: Sender | None = None) -> tuple[di
     try:
         message, fds, complete = _unpack(data, fds)
     except BaseException:
-        _close(fds)
+        close_all(fds)
         raise
     if not complete:
-        _close(fds)
+        close_all(fds)
         raise DescriptorsLostError(message)
     return message, fds
 
@@ -148,11 +148,6 @@ def _unpack(data: bytes, fds: list[int]) -> tuple[dict[str, Any], list[int], boo
     if packing & _IN_PARCEL and len(fds) == 1:
         fds = _unparcel(fds.pop())
     return message, fds, len(fds) == count and text is not None
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[bytes, list[int]]:
@@ -175,7 +170,7 @@ def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[by
         if sender is not None:
             sender.check(pid, uid)
     except StrangerError:
-        _close(list(fds))
+        close_all(list(fds))
         raise
     return data, list(fds)
 

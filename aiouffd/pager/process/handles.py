@@ -6,11 +6,24 @@ import errno
 import fcntl
 import os
 import resource
-from typing import Final
+import select
+from typing import TYPE_CHECKING, Final
 
 from aiouffd.errors import PagerStartError
 
-__all__ = ["close_strays", "explained", "is_open", "open_descriptors", "open_memfd", "open_pidfd"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "close_all",
+    "close_strays",
+    "explained",
+    "has_ended",
+    "is_open",
+    "open_descriptors",
+    "open_memfd",
+    "open_pidfd",
+]
 
 _MOST: Final = 1 << 16  # descriptors that are looked for, one by one
 
@@ -54,6 +67,20 @@ def explained(call: str, error: OSError) -> PagerStartError:
     }
     cause = causes.get(error.errno or 0)
     return PagerStartError(f"{call}: {error.strerror}" + (f" ({cause})" if cause else ""))
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that are not needed."""
+    for fd in fds:
+        os.close(fd)
+
+
+def has_ended(pidfd: int, seconds: float = 0.0) -> bool:
+    """Tell whether a process has ended, or does within so many seconds; -1: there was none."""
+    poller = select.poll()
+    if pidfd >= 0:
+        poller.register(pidfd, select.POLLIN)
+    return pidfd < 0 or bool(poller.poll(seconds * 1000))
 
 
 def open_descriptors() -> set[int]:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.errors import ClosedError
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.replay import Replay, survey
-from aiouffd.pager.process.served import Served, close_all
 from aiouffd.pager.process.state import State
 from aiouffd.pager.process.tenancy import BUILD_TIMEOUT
 
 if TYPE_CHECKING:
+    from aiouffd.pager.process.served import Served
     from aiouffd.pager.process.tenancy import Origin
 
 __all__ = ["Handover"]

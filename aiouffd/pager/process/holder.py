@@ -18,14 +18,13 @@ import os
 import select
 import signal
 import socket
-import struct
 import time
 from typing import Any, Final, NoReturn
 
 from aiouffd.errors import UffdError
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
-from aiouffd.pager.process.handles import close_strays, open_descriptors
+from aiouffd.pager.process.handles import close_strays, has_ended, open_descriptors
 from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import LASTING, State
@@ -38,7 +37,6 @@ _LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
 _GLANCE: Final = 0.002  # seconds between two looks at the successor's journal
 _YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
 _DEATH: Final = 10.0  # seconds for a process that was killed to end
-_CREDENTIALS: Final = struct.Struct("=iII")
 
 
 class _RefusedError(Exception):
@@ -76,9 +74,9 @@ class Holder:
             for source in (self._channel, self._guest, listener):
                 if source is not None:
                     poller.register(source, select.POLLIN)
-            if not _ended(self._keeper):
+            if not has_ended(self._keeper):
                 poller.register(self._keeper, select.POLLIN)
-            elif not _ended(self._worker):
+            elif not has_ended(self._worker):
                 poller.register(self._worker, select.POLLIN)
             ready = dict(poller.poll(_LOOK * 1000))
             if self._channel is not None and self._channel.fileno() in ready:
@@ -116,7 +114,7 @@ class Holder:
 
     def _look(self) -> None:
         """Tell the owner that nobody serves; end where nothing is left."""
-        if not (_ended(self._keeper) and _ended(self._worker)):
+        if not (has_ended(self._keeper) and has_ended(self._worker)):
             return
         state = self._state()
         if self._others is not None:  # now, and once: the numbers are this process's alone from here on
@@ -139,8 +137,7 @@ class Holder:
             guest, _ = self._listener.accept()
             self._journal.note_descriptor(Whose.GUEST, guest.fileno())
             self._guest = guest
-            found = guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            if _CREDENTIALS.unpack(found)[1] not in (0, os.geteuid()):
+            if control.Sender(guest).uid not in (0, os.geteuid()):
                 self._leave()
 
     def _leave(self) -> None:
@@ -184,7 +181,8 @@ class Holder:
         self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
         for process in (self._keeper, self._worker):  # in this order: a keeper would make another worker
             _kill(process)
-        _await_end(self._worker)
+        if not has_ended(self._worker, _DEATH):  # until then it may be reading
+            raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
         poller = select.poll()
         poller.register(guest, select.POLLIN)
         try:
@@ -227,27 +225,10 @@ def _close_left(known: set[int]) -> None:
                 left.detach()
 
 
-def _ended(pidfd: int) -> bool:
-    """Tell whether a process has ended; -1: there was none."""
-    poller = select.poll()
-    if pidfd >= 0:
-        poller.register(pidfd, select.POLLIN)
-    return pidfd < 0 or bool(poller.poll(0))
-
-
 def _kill(pidfd: int) -> None:
     if pidfd >= 0:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def _await_end(pidfd: int) -> None:
-    """Wait for the end of a process that was killed: until then it may be reading."""
-    poller = select.poll()
-    if pidfd >= 0:
-        poller.register(pidfd, select.POLLIN)
-    if pidfd >= 0 and not poller.poll(_DEATH * 1000):
-        raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
 
 
 def _lives(space: Any) -> bool:

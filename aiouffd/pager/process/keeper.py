@@ -27,14 +27,21 @@ from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
 from aiouffd.pager.process.deaths import Deaths
-from aiouffd.pager.process.handles import close_strays, explained, is_open, open_descriptors, open_pidfd
+from aiouffd.pager.process.handles import (
+    close_all,
+    close_strays,
+    explained,
+    has_ended,
+    is_open,
+    open_descriptors,
+    open_pidfd,
+)
 from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
 from aiouffd.pager.process.serialization import config_of, modules
-from aiouffd.pager.process.served import close_all
 from aiouffd.pager.process.state import State
 
 if TYPE_CHECKING:
@@ -262,11 +269,7 @@ def _state_of(pid: int) -> str:
 def _orphaned(journal: Journal) -> bool:
     """Tell whether the process that has started the pager is gone."""
     meta = last_meta(journal.load().records)
-    if meta is None or meta.owner < 0:
-        return False
-    poller = select.poll()
-    poller.register(meta.owner, select.POLLIN)
-    return bool(poller.poll(0))
+    return meta is not None and meta.owner >= 0 and has_ended(meta.owner)
 
 
 def _work(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[int]) -> NoReturn:

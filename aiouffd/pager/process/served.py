@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -42,25 +41,19 @@ from aiouffd.pager.process.tenancy import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
 
-__all__ = ["PROVISIONAL", "Served", "close_all"]
+__all__ = ["PROVISIONAL", "Served"]
 
 PROVISIONAL = "provisional"
 """Why a space is not read: it is another pager's still."""
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that are not needed."""
-    for fd in fds:
-        os.close(fd)
 
 
 def _not_opened(error: Exception) -> PagerStartError:

@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import weakref
-from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -28,6 +27,7 @@ from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ async def let_go(origin: Origin) -> None:
     del origin, backend
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RELEASE):
-            await in_own_thread(lambda: deque(map(os.close, fds), 0))
+            await in_own_thread(close_all, fds)
             if source() is not None:
                 await collected.wait()
     gone.set()

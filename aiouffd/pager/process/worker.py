@@ -21,12 +21,12 @@ from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
-from aiouffd.pager.process.handles import open_pidfd
+from aiouffd.pager.process.handles import close_all, open_pidfd
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.replay import replay
-from aiouffd.pager.process.served import Served, close_all
+from aiouffd.pager.process.served import Served
 
 if TYPE_CHECKING:
     from aiouffd.errors import UffdError
