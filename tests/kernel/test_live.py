@@ -242,6 +242,7 @@ async def on_this_loop(folder: str) -> None:
             await monitor.snapshot(place / "x.snap")
         with pytest.raises(RuntimeError, match="await"):
             monitor.snapshot_sync(place / "x.snap")
+        await asyncio.to_thread(poke, region.address + late, b"x")  # what comes behind the moment is not protected
         task = slow(monitor, place / "x.snap")
         await begun(monitor, late)
         with pytest.raises(aiouffd.BusyError):
