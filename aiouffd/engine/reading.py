@@ -247,7 +247,7 @@ class NativeReader:
         self._reader = c.NativeReader(epoll.fileno(), _WORDS)
         self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
         self._lines: dict[int, _Line] = {}
-        self._bounded: dict[int, _Line] = {}  # those with a limit that are served
+        self._bounded: dict[int, tuple[_Line, Bound]] = {}  # those with a limit that are served
         self._spin_ns = 0
         self._landing: tuple[memoryview, memoryview] | None = None  # kept alive
         self.run: Callable[..., tuple[int, Any]] = self._reader.run
@@ -291,16 +291,14 @@ class NativeReader:
 
     def _run_bounded(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
         """Run, with as much room as there is for memory with a limit, and say what has come there."""
-        for line in self._bounded.values():
-            if line.bound is not None:
-                line.room.value = line.bound.share
+        for line, bound in self._bounded.values():
+            line.room.value = bound.share
         result = self._reader.run(turn_ns, came=came, once=once)
         for fd, page in self._reader.came():
-            line = self._lines[fd]
-            assert line.bound is not None
+            line, bound = self._bounded[fd]
             assert line.opened is not None
             start, _, offset, source = line.opened
-            line.bound.came(offset + page - start, source[2])
+            bound.came(offset + page - start, source[2])
         return result
 
     def close(self, fd: int) -> None:
@@ -351,7 +349,7 @@ class NativeReader:
         )
         line.served = True
         if line.bound is not None:
-            self._bounded[fd] = line
+            self._bounded[fd] = line, line.bound
             self.run = self._run_bounded
 
     def _hide(self, fd: int, line: _Line) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import BusyError
@@ -12,6 +11,7 @@ from aiouffd.lifetime import until_done
 from aiouffd.monitor.entered import Entered
 
 if TYPE_CHECKING:
+    import os
     from concurrent.futures import Future
 
     from aiouffd.store.live import Captured, LiveOptions
@@ -89,12 +89,13 @@ class Capturing(Entered):
         self, destination: str | os.PathLike[str], base: str | os.PathLike[str] | None, options: LiveOptions
     ) -> Future[dict[str, Any]]:
         from aiouffd.store.live import Order  # noqa: PLC0415 - few programs take snapshots
+        from aiouffd.store.place import absolute  # noqa: PLC0415 - as above
 
         self._check_capturable()
         region, rate = self.region, options.pop("rate", None)
         if rate is not None and not rate > 0:
             raise ValueError(f"rate= is bytes in a second, above 0, not {rate!r}")
-        place, below = _absolute(destination), None if base is None else _absolute(base)
+        place, below = absolute(destination), None if base is None else absolute(base)
         order = Order(place, below, region.address, len(region), rate, dict(options))
         if order.is_file and (base is not None or options or "://" in place):
             raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
@@ -142,8 +143,3 @@ def _captured(values: dict[str, Any]) -> Captured:
     from aiouffd.store.live import Captured  # noqa: PLC0415 - as above
 
     return Captured(**values)
-
-
-def _absolute(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links

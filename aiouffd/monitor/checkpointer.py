@@ -10,9 +10,9 @@ import time
 from typing import TYPE_CHECKING, Self, Unpack
 
 from aiouffd.errors import UffdError
-from aiouffd.lifetime import uninterrupted
+from aiouffd.lifetime import begun, uninterrupted
 from aiouffd.store.collect import GRACE, gc_sync
-from aiouffd.store.place import SUFFIX, without_scheme
+from aiouffd.store.place import SUFFIX, absolute, without_scheme
 from aiouffd.store.snapshot import open_store
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep= is one layer or more, not {keep!r}")
         self._monitor = monitor
-        self._place = _absolute(store)
+        self._place = absolute(without_scheme(os.fspath(store)))
         self._every, self._keep, self._grace = every, keep, grace
         self._options: LiveOptions = options
         self._store = open_store(self._place, options.get("storage_options"), make=True)
@@ -92,7 +92,7 @@ class Checkpointer:
         Raises:
             StoreError: the store cannot be read; a folder that is not there has no layer.
         """
-        place = _absolute(store)
+        place = absolute(without_scheme(os.fspath(store)))
         if "://" not in place and not os.path.isdir(place):  # noqa: PTH112 - a text
             return None
         numbers = _layers(open_store(place, storage_options))
@@ -105,7 +105,7 @@ class Checkpointer:
 
     async def take(self) -> Captured:
         """Write a layer now. Canceling gives up waiting: it is completed all the same. Raises as `Monitor.snapshot`."""
-        return await asyncio.shield(asyncio.to_thread(self.take_sync))
+        return await asyncio.shield(begun(self.take_sync))
 
     def take_sync(self) -> Captured:
         """As `take`, for programs without a loop."""
@@ -164,11 +164,6 @@ class Checkpointer:
     async def __aexit__(self, *_: object) -> None:
         """As `__exit__`. Canceling does not interrupt this."""
         await uninterrupted(self.__exit__)
-
-
-def _absolute(store: str | os.PathLike[str]) -> str:
-    text = without_scheme(os.fspath(store))
-    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
 
 
 def _name(place: str, number: int) -> str:

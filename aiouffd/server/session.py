@@ -15,7 +15,7 @@ import os
 import socket
 from array import array
 from collections import Counter as Tally
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -272,6 +272,11 @@ class Session:
     def told(self) -> dict[str, int]:
         """Return the same as plain values, without what is zero."""
         return {**told(self.counted), "clients": len(self.clients)}
+
+    @property
+    def state(self) -> Literal["listening", "draining"]:
+        """Whether clients may come, in a word."""
+        return "listening" if self.taking else "draining"
 
     @property
     def counted(self) -> list[int]:

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from aiouffd.errors import StoreError
 
-__all__ = ["SUFFIX", "is_snapshot", "names_with", "split", "without_scheme"]
+__all__ = ["SUFFIX", "absolute", "is_snapshot", "names_with", "split", "without_scheme"]
 
 SUFFIX = ".snap"
 
@@ -22,6 +22,12 @@ def names_with(place: Any, suffix: str) -> bool:
     """Tell whether a path, or the path of a URL, ends so."""
     text = os.fspath(place)
     return isinstance(text, str) and (urlsplit(text).path if "://" in text else text).endswith(suffix)
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """Return a URL as it is, and a path from the root, with its links."""
+    text = os.fspath(place)
+    return text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
 
 
 def without_scheme(place: str) -> str:

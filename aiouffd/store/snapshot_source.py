@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.sources.base import Descriptor
@@ -12,10 +11,11 @@ from aiouffd.store.chunks import Chunks
 from aiouffd.store.codecs import prepare
 from aiouffd.store.folder import Folder
 from aiouffd.store.manifest import Manifest
-from aiouffd.store.place import split
+from aiouffd.store.place import absolute, split
 from aiouffd.store.snapshot import Snapshot, open_snapshot, open_store, read_linked, trace_path
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from aiouffd.sources.storage_options import StorageOptions
@@ -60,8 +60,7 @@ class SnapshotSource:
         kept: int = _KEPT,
         **options: Unpack[StorageOptions],
     ) -> None:
-        text = os.fspath(url)
-        self.url: str = text if "://" in text else os.path.abspath(text)  # noqa: PTH100 - resolve() would follow links
+        self.url: str = absolute(url)
         self._given = timeout, retries
         self._kept = kept
         self._options = options

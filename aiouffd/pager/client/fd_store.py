@@ -93,11 +93,11 @@ class FdStore:
         Raises:
             PagerStartError: systemd does not take it.
         """
-        self._send(f"FDSTORE=1\nFDNAME={_stored_as(name)}\nFDPOLL=0", [fd])
+        self._send(f"FDSTORE=1\nFDNAME={_OURS}{_key(name)}\nFDPOLL=0", [fd])
 
     def remove(self, name: str) -> None:
         """Store it no longer."""
-        self._send(f"FDSTOREREMOVE=1\nFDNAME={_stored_as(name)}")
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={_OURS}{_key(name)}")
 
     def _send(self, message: str, fds: list[int] | None = None) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -158,8 +158,7 @@ class FdStore:
 
     def take_journal(self) -> int | None:
         """Return the one that counted, which is the caller's from now on; None: nothing was served."""
-        name = _stored_as(_JOURNAL if self._stored(_JOURNAL) is not None else _NEXT).removeprefix(_OURS)
-        return self.found.pop(name, None)
+        return self.found.pop(_key(_JOURNAL if self._stored(_JOURNAL) is not None else _NEXT), None)
 
     def forget_unknown(self) -> None:
         """Store no longer, and close, what was passed to this start and no journal speaks of."""
@@ -184,12 +183,12 @@ class FdStore:
         return {number: fd for number, fd in zip(numbers, stored, strict=True) if fd is not None and number >= 0}
 
     def _stored(self, name: str) -> int | None:
-        stored_as = _stored_as(name).removeprefix(_OURS)
-        self._known.add(stored_as)
-        return self.found.get(stored_as)
+        key = _key(name)
+        self._known.add(key)
+        return self.found.get(key)
 
 
-def _stored_as(name: str) -> str:
-    """Return the name in the store: some characters are not allowed in it, and its length is bounded."""
+def _key(name: str) -> str:
+    """Return the name in the store, behind `_OURS`: some characters are not allowed, and its length is bounded."""
     text = quote(name, safe=" /")
-    return _OURS + (text if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest())
+    return text if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()

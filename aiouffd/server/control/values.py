@@ -150,8 +150,7 @@ class SessionView:
     def of(cls, session: Session, created: NewSession | None, now: float) -> SessionView:
         """Return what is told of a session."""
         clients = [ClientView.of(client, now) for client in session.clients.values()]
-        state: Literal["listening", "draining"] = "listening" if session.taking else "draining"
-        return cls(session.name, state, clients, session.rejected, created, session.told())
+        return cls(session.name, session.state, clients, session.rejected, created, session.told())
 
 
 @attrs.frozen

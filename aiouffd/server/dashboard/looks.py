@@ -40,9 +40,8 @@ class SessionLook:
     def of(cls, session: Session) -> SessionLook:
         """Look at a session."""
         clients = session.clients.values()
-        state = "listening" if session.taking else "draining"
         length = sum(client.length for client in clients)
-        return cls(session.name, state, len(clients), length, session.rejected, session.told())
+        return cls(session.name, session.state, len(clients), length, session.rejected, session.told())
 
 
 @attrs.frozen
