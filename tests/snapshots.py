@@ -34,7 +34,7 @@ def encoded_index(size: int, packs: Sequence[PackName], records: Iterable[Record
     present = bitmap(size, CHUNK)
     for record in records:
         present[record.chunk >> 3] |= 1 << (record.chunk & 7)
-    return head(size, CHUNK, packs, present) + b"".join(map(encode_record, records))
+    return head(size, CHUNK, packs, present) + b"".join(encode_record(record, record.pack) for record in records)
 
 
 def a_pack(number: int, length: int = 10 << 20) -> PackName:

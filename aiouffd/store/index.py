@@ -237,9 +237,9 @@ def _set_below(bits: int, place: int) -> int:
     return (bits & ((1 << place) - 1)).bit_count()
 
 
-def encode_record(record: Record) -> bytes:
-    """Return the 48 bytes of a record."""
-    return RECORD.pack(record.pack, record.offset, record.length | record.codec << 24, record.hash, record.check)
+def encode_record(record: Record, pack: int) -> bytes:
+    """Return the 48 bytes of a record, in an index where its pack has another number."""
+    return RECORD.pack(pack, record.offset, record.length | record.codec << 24, record.hash, record.check)
 
 
 def head(size: int, chunk_size: int, packs: Iterable[PackName], present: bytes | bytearray) -> bytes:

@@ -139,7 +139,7 @@ class Layer:
         if pack is None:
             pack = self._of_base[record.pack] = len(self._packs)
             self._packs.append(self._base.pack(record.pack))
-        self._write_record(self._number(record.chunk), record._replace(pack=pack))
+        self._write_record(self._number(record.chunk), encode_record(record, pack))
 
     def add(self, chunk: int, hash_: bytes, data: Any) -> None:
         """Take a chunk that the base does not have: a buffer of its bytes."""
@@ -153,12 +153,12 @@ class Layer:
         self.records += 1
         return self.records - 1
 
-    def _write_record(self, number: int, record: Record) -> None:
+    def _write_record(self, number: int, record: bytes) -> None:
         at = number * RECORD.size
         if at != self._written_to + len(self._unwritten) or len(self._unwritten) >= _PIECE:
             self._write_records()
             self._written_to = at
-        self._unwritten += encode_record(record)
+        self._unwritten += record
 
     def _write_records(self) -> None:
         """Write the records that are in memory; they follow each other."""
@@ -184,7 +184,7 @@ class Layer:
         self.written += written
         for place, frame, offset in zip(places, frames, offsets(frames), strict=False):  # the last offset is the end
             record = Record(place.chunk, pack, offset, frame.length, frame.codec, place.hash, frame.check)
-            self._write_record(place.number, record)
+            self._write_record(place.number, encode_record(record, pack))
 
     def _found(self, named: bytes, new: list[_New]) -> tuple[PackName, list[Frame]] | None:
         """Return a pack of these chunks that a writer has left, which was killed, or is at work."""

@@ -248,12 +248,16 @@ def _fill(
         start, stop = segment
         data = memoryview(image.read(start, stop - start)).cast("B")
         seen = []
+        below = {}
+        if base is not None:
+            numbers = start // chunk_size, min(-(-stop // chunk_size), base.chunks)
+            below = {record.chunk: record for record in base.find_all(*numbers)}
         for at in range(start, stop, chunk_size):
             piece = data[at - start : at - start + chunk_size]
             found = digest(piece)
             if found != zeros[len(piece)]:
                 number = at // chunk_size
-                record = base.find(number) if base is not None and number < base.chunks else None
+                record = below.get(number)
                 if record is not None and record.hash != found:
                     record = None
                 seen.append(_Seen(number, found, record, b"" if record is not None else piece))

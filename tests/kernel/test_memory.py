@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pattern import PAGE
-from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.kernel import libc
@@ -125,15 +124,17 @@ def test_sealed_memory_is_closed_once() -> None:
 
 def test_a_buffer_that_cannot_be_sealed_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seal is refused: the error is raised, and the descriptor closed."""
+    refused = []
 
-    def refuse(*_: object) -> int:
+    def refuse(fd: int, *_: object) -> int:
+        refused.append(Path(f"/proc/self/fd/{fd}"))
+        assert "memfd" in str(refused[0].readlink())
         raise OSError("no seals")
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
-    before = open_descriptors()
     with pytest.raises(OSError, match="no seals"):
         SealedMemory.from_buffer(b"abc")
-    assert open_descriptors() == before
+    assert "memfd" not in str(refused[0].resolve())
 
 
 def test_memory_is_read_without_a_fault() -> None:
