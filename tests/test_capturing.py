@@ -47,7 +47,7 @@ def test_a_server_writes_nothing() -> None:
     """Where a client of it says."""
     engine = ServedByEngine(aiouffd.ServedBy("/run/uffd.sock"))
     with pytest.raises(ValueError, match=r"ServedBy\(\) takes no snapshots"):
-        engine.snapshot(Order("/x.snap", None, 0, 4096))
+        engine.snapshot(Order("/x.snap", None, [(0, 4096, 0)], 4096))
     engine.cancel_snapshot()
 
 

@@ -79,6 +79,7 @@ ORDER = {
             "clock",
             "bound",
             "write_back",
+            "places",
             "capture",
             "moment",
             "plain",

@@ -19,10 +19,9 @@ class FakeCapture:
     """Has pages 1 to 3 in memory, of which 2 was written since, and 3 is lost; the others are in the source."""
 
     page = PAGE
-    start = 1 << 20
     failure = None
 
-    def extents(self) -> list[Range]:
+    def extents(self, _size: int) -> list[Range]:
         """Say that all may be data, and more than there is."""
         return [Range(0, 6 * PAGE), Range(7 * PAGE, PAGE)]
 
@@ -45,12 +44,12 @@ class FakeCapture:
 class FakeMemory:
     """Each page says which it is; the one at index 3 is missing."""
 
-    def read_into(self, view: memoryview, address: int) -> list[int]:
+    def read_into(self, view: memoryview, offset: int) -> list[int]:
         """Fill a buffer."""
-        first = (address - FakeCapture.start) // PAGE
+        first = offset // PAGE
         for at in range(len(view) // PAGE):
             view[at * PAGE : (at + 1) * PAGE] = b"page %d" % (first + at) + bytes(PAGE - 6)
-        return [FakeCapture.start + 3 * PAGE] if first <= 3 < first + len(view) // PAGE else []
+        return [3 * PAGE] if first <= 3 < first + len(view) // PAGE else []
 
 
 async def test_what_is_read_is_patched() -> None:

@@ -14,6 +14,9 @@ In this order:
 
 From the moment on, a page that is to be read is protected, or its bytes are kept. All of this is on one loop. It is
 lost with the process of that loop: whoever serves then lifts a protection when a thread wants to write.
+
+Pages are known by their offset in the image: in the region, or in the memory file of a client, which may show parts of
+it at several addresses. What nothing shows is in the image as the source has it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, LayoutChangingError, OperationError, UnsupportedError
+from aiouffd.errors import ClosedError, LayoutChangingError, OperationError, UnsupportedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.places import Places
     from aiouffd.engine.resolver import Resolver
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.memory import ProcessMemory
@@ -91,13 +95,12 @@ class _Space(Protocol):
 
 
 class Capture:
-    """Snapshots of one region, one after the other, and what was written between them. Used on one loop.
+    """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
     Args:
-        spaces: the region's; and those of forked children that share its memory, at the same addresses.
-        start: where the region lies.
-        length: of it, in whole pages.
-        modes: of its registration.
+        spaces: the memory's; and those of forked children that share it, at the same addresses.
+        places: which address has which offset of the image, for good.
+        modes: of the registration, to which write protection is added; None: another process has registered that.
         quiet: keeps away others that place pages beside the loop, inside the block.
 
     Attributes:
@@ -108,14 +111,12 @@ class Capture:
     def __init__(
         self,
         spaces: Sequence[_Space],
-        start: int,
-        length: int,
-        modes: int,
+        places: Places,
+        modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         self.spaces: list[_Space] = list(spaces)
-        self.start: int = start
-        self.length: int = length
+        self._places = places
         self.page: int = spaces[0].page_size
         self.phase: Phase = Phase.IDLE
         self.pause_ns: int = 0
@@ -127,13 +128,13 @@ class Capture:
         self._quiet = quiet
         self._alone = quiet is contextlib.nullcontext
         self._seen: int | None = None
-        self._states = bytearray(length // self.page)
+        self._states = bytearray(places.end // self.page)
         self._registered = False
         self._again: list[int] = []
         self._held: list[tuple[_Space, int, int, int]] = []
         self._kept: dict[int, bytes] = {}
         self._memory: ProcessMemory
-        self._pagemap: Pagemap
+        self._pagemap: Pagemap | None
         self._shown: Mappings
         self._layout_changed = False
 
@@ -141,18 +142,17 @@ class Capture:
     def of(
         cls,
         spaces: Sequence[_Space],
-        start: int,
-        length: int,
-        modes: int,
+        places: Places,
+        modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> Self:
-        """Return that of a region, which is known since an earlier snapshot; or another, if the region has moved."""
+        """Return that of a memory, which is known since an earlier snapshot; or another, if it lies elsewhere now."""
         known: Self | None = spaces[0].capture
-        if known is None or (known.phase is Phase.IDLE and (known.start, known.length) != (start, length)):
+        if known is None or (known.phase is Phase.IDLE and known._places != places):  # noqa: SLF001
             if known is not None:
                 for space in known.spaces:
                     space.on_changed.discard(known._changed)  # noqa: SLF001 - its own
-            known = cls(spaces, start, length, modes, quiet)
+            known = cls(spaces, places, modes, quiet)
         for space in spaces:
             space.capture = known
         return known
@@ -168,21 +168,22 @@ class Capture:
     # Until the moment
 
     async def begin(
-        self, memory: ProcessMemory, pagemap: Pagemap, base: str | None, granule: int
+        self, memory: ProcessMemory, pagemap: Pagemap | None, base: str | None, granule: int
     ) -> list[Range] | None:
         """Protect what is there, and let a moment be; `end` must follow, whatever comes of this.
 
         Args:
-            memory: reads it; open until `end`.
-            pagemap: tells what is there; open until this returns.
+            memory: reads it, by offsets of the image; open until `end`.
+            pagemap: tells what is there of private memory; open until this returns. None: the memfd says it.
             base: names a snapshot. What was written since is known if it was the last one.
             granule: bytes that are read together: whole pages.
 
         Returns:
-            What may differ from the base, in offsets of the region; None: nothing is known.
+            What may differ from the base, in offsets of the image; None: nothing is known.
 
         Raises:
             UnsupportedError: the kernel cannot protect this memory.
+            RangeGoneError: another process has not registered it so.
         """
         assert self.phase is Phase.IDLE
         self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
@@ -193,9 +194,11 @@ class Capture:
         known = base is not None and base in (self.base, self._base_of_source())
         if base is None or base != self.base:
             self._states[:] = bytes(len(self._states))
+            for gap in self._places.changed(self.spaces[0].mappings):
+                self._set(gap.start, gap.end, _EMPTIED)
         self.base = None
         self._seen = self._placed()
-        await self._protect(self._unprotected(await asyncio.to_thread(self._spans)))
+        await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
         self.phase, began = Phase.HOLDING, perf_counter_ns()
         await self._protect(self._written_again())
         while not self._is_moment():
@@ -212,66 +215,60 @@ class Capture:
         """Have writes to protected pages be told of, from the first snapshot on."""
         if self._registered:
             return
-        needed = Feature.PAGEFAULT_FLAG_WP
-        if self.shared or self.page > mmap.PAGESIZE:
-            needed |= Feature.WP_HUGETLBFS_SHMEM
         for space in self.spaces:
-            if missing := needed & ~space.uffd.features:
-                raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
-            try:
-                for start, end in self._runs(space):
-                    space.uffd.register(start, end - start, RegisterMode(self._modes) | RegisterMode.WP)
-            except OperationError:
-                if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
-                    raise
+            if self._modes is not None:
+                self._register_space(space, RegisterMode(self._modes) | RegisterMode.WP)
             space.resolver.protect_minor()
             space.on_changed.add(self._changed)
         self._registered = True
 
-    def _runs(self, space: _Space) -> list[tuple[int, int]]:
-        """Return (start, end) of what is mapped of the region, joined; what it has grown by is in no mapping."""
-        end = self.start + self.length
-        mapped = RangeSet(Range.between(run.start, run.end) for run in space.mappings.runs(self.start, end))
-        runs = [(run.start, run.end) for run in mapped] or [(self.start, end)]
-        return [*runs[:-1], (runs[-1][0], end)]
+    def _register_space(self, space: _Space, modes: RegisterMode) -> None:
+        needed = Feature.PAGEFAULT_FLAG_WP
+        if self.shared or self.page > mmap.PAGESIZE:
+            needed |= Feature.WP_HUGETLBFS_SHMEM
+        if missing := needed & ~space.uffd.features:
+            raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
+        try:
+            for start, end in self._places.mapped(space.mappings):
+                space.uffd.register(start, end - start, modes)
+        except OperationError:
+            if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
+                raise
 
     def _base_of_source(self) -> str | None:
-        """Return the snapshot that the missing pages show, if that is known of each."""
+        """Return the snapshot that the missing pages show."""
         kind, name = getattr(self.spaces[0].backend.source, "identity", None) or ("", None)
-        shown = list(self.spaces[0].mappings)
-        whole = len(shown) == 1 and shown[0].offset == 0 and shown[0].start == self.start
-        return str(name) if kind == "snapshot" and whole else None
+        return str(name) if kind == "snapshot" else None
 
-    def _spans(self) -> list[tuple[int, int]]:
-        """Return (start, end) of what is there. From any thread: that takes 3 ms for a GiB, and 20 ms of a memfd."""
-        return list(self._pagemap.spans(self.start, self.length, self._memory.file, self.page))
+    def _there(self) -> list[tuple[int, int]]:
+        return self._places.there(self._memory, self._pagemap, self.page)
+
+    def _set(self, start: int, end: int, state: int) -> None:
+        """Note the state of the pages at some offsets."""
+        first, last = start // self.page, end // self.page
+        self._states[first:last] = bytes([state]) * (last - first)
 
     def _placed(self) -> int | None:
         """Return a number that changes with each page that comes; None: others place pages, and nobody knows."""
         return sum(self.spaces[0].counters.words[at] for at in _PLACING) if self._alone else None
 
     def _unprotected(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return (start, end) of the pages that are there and may be written."""
-        found: list[tuple[int, int]] = []
-        shown = self._runs(self.spaces[0])
-        for low, high in ((max(one, low), min(other, high)) for one, other in spans for low, high in shown):
-            if low < high:
-                first, last = (low - self.start) // self.page, (high - self.start) // self.page
-                runs = _OPEN.finditer(self._states, first, last)
-                found += ((self._at(run.start()), self._at(run.end())) for run in runs)
+        """Return the offsets of the pages that are there and may be written."""
+        page, found = self.page, list[tuple[int, int]]()
+        for low, high in self._places.mapped_of(spans, self.spaces[0].mappings):
+            runs = _OPEN.finditer(self._states, low // page, high // page)
+            found += ((run.start() * page, run.end() * page) for run in runs)
         return found
 
-    def _at(self, index: int) -> int:
-        return self.start + index * self.page
-
     def _written_again(self) -> list[tuple[int, int]]:
-        """Return (start, end) of the pages that were let go in step 1."""
+        """Return the offsets of the pages that were let go in step 1."""
         pages, self._again = sorted(set(self._again)), []
         cuts = [0, *(at for at, (one, other) in enumerate(pairwise(pages), 1) if other - one > 1), len(pages)]
-        return [(self._at(pages[low]), self._at(pages[high - 1] + 1)) for low, high in pairwise(cuts) if low < high]
+        page = self.page
+        return [(pages[low] * page, (pages[high - 1] + 1) * page) for low, high in pairwise(cuts) if low < high]
 
-    async def _protect(self, ranges: Iterable[tuple[int, int]]) -> None:
-        for start, end in ranges:
+    async def _protect(self, offsets: Iterable[tuple[int, int]]) -> None:
+        for start, end in offsets:
             for at, size in pieces(start, end, self.page, _PIECE):
                 while not self._protect_now(at, at + size):
                     await asyncio.sleep(_RETRY)
@@ -281,22 +278,26 @@ class Capture:
         self.check()
 
     def _protect_now(self, start: int, end: int) -> bool:
-        """Protect pages that are there; False: the layout is changing."""
+        """Protect the pages at some offsets, which are there; False: the layout is changing."""
         for space in self.spaces:
-            result = space.uffd.try_writeprotect(start, end - start, abi.WRITEPROTECT_MODE_WP)
-            if result in (-errno.EAGAIN, 0):
-                return False
-            if result < 0 and result not in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
-                raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
-        first, last = (start - self.start) // self.page, (end - self.start) // self.page
-        self._states[first:last] = bytes([_DUE]) * (last - first)
+            for place in self._places.addresses(start, end):
+                result = space.uffd.try_writeprotect(place.start, place.end - place.start, abi.WRITEPROTECT_MODE_WP)
+                if result in (-errno.EAGAIN, 0):
+                    return False
+                if result == -errno.ENOENT and self._modes is None and space is self.spaces[0]:
+                    self.fail(
+                        operation_error("UFFDIO_WRITEPROTECT", place.start, place.end - place.start, errno.ENOENT)
+                    )
+                elif result < 0 and result not in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now; a process is gone
+                    raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
+        self._set(start, end, _DUE)
         return True
 
     def _is_moment(self) -> bool:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
             nothing_came = self._alone and self._placed() == self._seen
-            came = [] if nothing_came else self._unprotected(self._spans())
+            came = [] if nothing_came else self._unprotected(self._there())
             if not all(self._protect_now(*run) for run in came):
                 return False
             self._shown = self.spaces[0].mappings.copy()
@@ -320,8 +321,8 @@ class Capture:
 
     def keeps(self, space: _Space, page: int, flags: int, thread: int) -> bool:
         """Take note of a write to a protected page; True: it goes on already, or is held back, and goes on later."""
-        index = (page - self.start) // self.page
-        if not 0 <= index < len(self._states):
+        index = self._places.offset(page) // self.page
+        if index < 0:
             return False
         if self.phase is Phase.HOLDING:
             self._held.append((space, page, flags, thread))
@@ -339,7 +340,7 @@ class Capture:
 
     def _keep(self, index: int, page: int, space: _Space) -> bool:
         """Keep the bytes of a page, and let its writer go; False: that is left to do."""
-        data = self._memory.page(page, self.page)
+        data = self._memory.page(index * self.page, self.page)
         if len(data) < self.page:
             self.fail(LayoutChangingError("a snapshot", page, self.page, errno.EAGAIN))
             return False
@@ -375,32 +376,27 @@ class Capture:
 
     def _changed(self, start: int, end: int) -> None:
         """Take note that the layout of the addresses [start, end) has changed."""
-        first = max((start - self.start) // self.page, 0)
-        last = min((align_up(end, self.page) - self.start) // self.page, len(self._states))
-        if first >= last:
-            return
-        if self.phase is Phase.READING:
+        for low, high in self._places.offsets(align_down(start, self.page), align_up(end, self.page)):
+            if self.phase is not Phase.READING:
+                self._set(low, high, _EMPTIED)
+                continue
             self._layout_changed = True
-            if _DUE in self._states[first:last]:
+            if _DUE in self._states[low // self.page : high // self.page]:
                 self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
-        else:
-            self._states[first:last] = bytes([_EMPTIED]) * (last - first)
 
     def to_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return the pages (start, end) of [first, last) that are read from memory. From any thread."""
         return [run.span() for run in _TO_READ.finditer(self._states, first, last)]
 
-    def extents(self) -> list[Range]:
-        """Return what may not be zeros, in offsets of the region."""
+    def extents(self, size: int) -> list[Range]:
+        """Return what may not be zeros, in offsets of the image, which has so many bytes."""
         found = RangeSet(
             Range.between(low * self.page, high * self.page) for low, high in self.to_read(0, len(self._states))
         )
         data = self.spaces[0].backend.data
-        for run in self._shown.runs(self.start, self.start + self.length):
-            if run.offset >= 0:
-                skew = run.start - self.start - run.offset
-                for low, high in data(run.offset, run.offset + run.end - run.start):
-                    found.add(align_down(low + skew, self.page), align_up(high + skew, self.page))
+        for offset, at, length in self._places.missing(self._shown, 0, size):
+            for low, high in data(at, at + length):
+                found.add(align_down(low + offset - at, self.page), align_up(high + offset - at, self.page))
         return list(found)
 
     async def read(self, first: int, last: int, lost: list[int], *, lifts: bool) -> list[tuple[int, Any]]:
@@ -427,14 +423,13 @@ class Capture:
         self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
         if lifts:
             for run in _STILL_PROTECTED.finditer(states):
-                self._lift_now(self._at(first + run.start()), self._at(first + run.end()))
+                for place in self._places.addresses((first + run.start()) * self.page, (first + run.end()) * self.page):
+                    self._lift_now(place.start, place.end)
         if self._held:
             self._let_go()
         for gap in there.gaps(first, last):
-            for shown in self._shown.runs(self._at(gap.start), self._at(gap.end)):
-                if shown.offset >= 0:
-                    data = await self.spaces[0].backend.fetch(shown.offset, shown.end - shown.start)
-                    found.append((shown.start - self.start, data))
+            for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
+                found.append((offset, await self.spaces[0].backend.fetch(at, length)))
         return found
 
     # The end
@@ -461,7 +456,7 @@ class Capture:
 
     async def _lift(self) -> None:
         for space in self.spaces:
-            for low, high in self._runs(space):
+            for low, high in self._places.mapped(space.mappings):
                 for at, size in pieces(low, high, self.page, _LIFTED):
                     while not (space.closing or space.is_gone or self._lift_now(at, at + size)):  # noqa: ASYNC110 - no event
                         await asyncio.sleep(_RETRY)

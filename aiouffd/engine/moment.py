@@ -39,7 +39,7 @@ class Moment:
         self._capture = capture
         self._memory = memory
         self._loop = asyncio.get_running_loop()
-        self._extents: list[Range] = capture.extents()
+        self._extents: list[Range] = capture.extents(size)
         self._rate = rate
         self._lock = threading.Lock()
         self._next = time.monotonic()
@@ -64,8 +64,7 @@ class Moment:
         lost: list[int] = []
         for low, high in capture.to_read(first, last):
             part = view[(low - first) * page : (high - first) * page]
-            missing = self._memory.read_into(part, capture.start + low * page)
-            lost += ((address - capture.start) // page for address in missing)
+            lost += (at // page for at in self._memory.read_into(part, low * page))
         for at, found in self._ask(capture.read(first, last, lost, lifts=self._lifts)):
             piece = memoryview(found).cast("B")
             view[at - first * page : at - first * page + len(piece)] = piece

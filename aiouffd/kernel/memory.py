@@ -177,43 +177,43 @@ class ProcessMemory(OwnedDescriptor):
     Args:
         fd: belongs to this object. Of /proc/self/mem, which its process has opened: the kernel checks then who may read
             it, and not later. Or of the memfd that it maps.
-        start: where the memfd is mapped from its beginning on; None: it is /proc/self/mem.
+        start: the address that offset 0 is at; None: it is a memfd, with offsets of its own.
     """
 
     def __init__(self, fd: int, start: int | None = None) -> None:
         super().__init__(fd)
-        self._skew = start or 0
-        self.file: int = -1 if start is None else fd
+        self.start: int = start or 0
+        self.file: int = fd if start is None else -1
 
     @classmethod
-    def own(cls) -> Self:
+    def own(cls, start: int) -> Self:
         """Open that of this process. Raises OSError where there is no /proc."""
-        return cls(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC))
+        return cls(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC), start)
 
-    def page(self, address: int, length: int) -> bytes:
+    def page(self, offset: int, length: int) -> bytes:
         """Return the bytes of one page; fewer where it is missing. From any thread."""
         try:
-            return os.pread(self._fd, length, address - self._skew)
+            return os.pread(self._fd, length, self.start + offset)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             return b""
 
-    def read_into(self, view: memoryview, address: int) -> list[int]:
-        """Fill a buffer with the bytes from an address on, both page-aligned; return the pages that are missing.
+    def read_into(self, view: memoryview, offset: int) -> list[int]:
+        """Fill a buffer with the bytes from an offset on, both page-aligned; return where pages are missing.
 
         From any thread. A hole of a memfd reads as zeros.
         """
         done, missing = 0, []
         while done < len(view):
             try:
-                got = os.preadv(self._fd, [view[done:]], address + done - self._skew)
+                got = os.preadv(self._fd, [view[done:]], self.start + offset + done)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
                 got = 0
             if not got:
-                missing.append(address + done)
+                missing.append(offset + done)
                 got = mmap.PAGESIZE
             done += got
         return missing

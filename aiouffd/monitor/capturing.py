@@ -96,7 +96,8 @@ class Capturing(Entered):
         if rate is not None and not rate > 0:
             raise ValueError(f"rate= is bytes in a second, above 0, not {rate!r}")
         place, below = absolute(destination), None if base is None else absolute(base)
-        order = Order(place, below, region.address, len(region), rate, dict(options))
+        places = [(region.address, region.address + region.mapped_length, 0)]
+        order = Order(place, below, places, len(region), rate, dict(options))
         if order.is_file and (base is not None or options or "://" in place):
             raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
         asked = self._running().snapshot(order)

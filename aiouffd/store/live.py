@@ -12,17 +12,17 @@ import attrs
 
 from aiouffd.engine.capture import Capture
 from aiouffd.engine.moment import Moment
+from aiouffd.engine.places import Places
 from aiouffd.errors import BusyError, ClosedError
 from aiouffd.kernel import files
 from aiouffd.lifetime import until_done
-from aiouffd.ranges import align_up
 from aiouffd.store.folder import Folder
 from aiouffd.store.place import SUFFIX
 from aiouffd.store.snapshot import Snapshot, open_snapshot
 from aiouffd.store.writer import CHUNK_SIZE, target, write_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from aiouffd.engine.space import Space
@@ -80,15 +80,15 @@ class Order:
     Attributes:
         destination: absolute, or a URL. The name of a snapshot ends with `.snap`; else it is a plain file.
         base: of a snapshot, in the same store; None: none.
-        start: where the region lies.
-        size: bytes of it.
+        places: which addresses [start, end) have which offset of the image on.
+        size: bytes of the image.
         rate: as of `LiveOptions`.
         options: the other ones.
     """
 
     destination: str
     base: str | None
-    start: int
+    places: Sequence[tuple[int, int, int]]
     size: int
     rate: float | None = None
     options: dict[str, Any] = attrs.field(factory=dict)
@@ -97,6 +97,11 @@ class Order:
     def is_file(self) -> bool:
         """Whether it is a plain file."""
         return not self.destination.endswith(SUFFIX)
+
+    @property
+    def start(self) -> int:
+        """The lowest address."""
+        return self.places[0][0]
 
 
 class Snapshots:
@@ -110,14 +115,14 @@ class Snapshots:
         spaces: list[Space],
         order: Order,
         memory: ProcessMemory,
-        pagemap: Pagemap,
-        modes: int,
+        pagemap: Pagemap | None,
+        modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> Captured:
         """Take one; both descriptors are closed. Raises as `capture`; ClosedError: it was canceled."""
-        with memory, pagemap:
+        with memory, pagemap or contextlib.nullcontext():
             space = spaces[0]
-            state = Capture.of(spaces, order.start, align_up(order.size, space.page_size), modes, quiet)
+            state = Capture.of(spaces, Places(order.places, ours=modes is not None), modes, quiet)
             if space in self._tasks:
                 raise BusyError("a snapshot", order.start, order.size, errno.EBUSY)
             task = asyncio.get_running_loop().create_task(capture(state, order, memory, pagemap))
@@ -146,7 +151,7 @@ class Snapshots:
             await _ended(task)
 
 
-async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: Pagemap) -> Captured:
+async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: Pagemap | None) -> Captured:
     """Write a snapshot. On the loop of the capture.
 
     Canceling is safe: no snapshot appears and nothing is protected any more, when this raises.

@@ -28,7 +28,9 @@ from scenario import play, until
 import aiouffd
 from aiouffd.engine.capture import Capture, Phase
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.places import Places
 from aiouffd.engine.statistics import Counters
+from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
@@ -189,25 +191,22 @@ class FakeUffd:
         return length
 
 
+def fake_space(mappings: Mappings, **attributes: Any) -> Any:
+    """Return what a capture needs of a space."""
+    known = {"page_size": PAGE, "counters": Counters(), "resolver": Mock(), "closing": False, "is_gone": False}
+    return SimpleNamespace(**known, mappings=mappings, on_changed=set(), capture=None, **attributes)
+
+
 async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before that they are let go; behind it as soon as their bytes are kept, as far as there is room."""
     monkeypatch.setattr("aiouffd.engine.capture._MOST_KEPT", 2 * PAGE)
     start, there = 1 << 20, [(2 << 19, 258 << 12), (258 << 12, 260 << 12)]
     uffd, memory = FakeUffd(), cast("Any", FakeMemory())
-    space: Any = SimpleNamespace(
-        uffd=uffd,
-        page_size=PAGE,
-        counters=Counters(),
-        mappings=Mappings([Mapping(start, start + 8 * PAGE, 0)]),
-        backend=SimpleNamespace(source=None),
-        resolver=Mock(),
-        closing=False,
-        is_gone=False,
-        on_changed=set(),
-        capture=None,
-    )
+    places = Places([(start, start + 8 * PAGE, 0)], ours=True)
+    mappings = Mappings([Mapping(start, start + 8 * PAGE, 0)])
+    space = fake_space(mappings, uffd=uffd, backend=SimpleNamespace(source=None))
     pagemap: Any = SimpleNamespace(spans=lambda *_: there)
-    capture = Capture.of([space], start, 8 * PAGE, 1)
+    capture = Capture.of([space], places, 1)
 
     def write(page: int) -> bool:
         return not capture.keeps(space, start + page * PAGE, 0, 0)
@@ -225,7 +224,7 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert not write(2)
     assert await task is None
     assert lifted() == [1, 2]
-    assert memory.read == [start + PAGE, start + 2 * PAGE]
+    assert memory.read == [PAGE, 2 * PAGE]
     assert not write(3)  # there is no room for it
     assert capture.to_read(0, 8) == [(0, 4)]
     assert [at // PAGE for at, _ in await capture.read(0, 2, [], lifts=False)] == [1]
@@ -239,4 +238,47 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert uffd.calls[-1] == (start, 8 * PAGE, 0)
     space.uffd, space.capture = SimpleNamespace(features=aiouffd.Feature(0)), None
     with pytest.raises(aiouffd.UnsupportedError, match="PAGEFAULT_FLAG_WP"):
-        await Capture.of([space], start, 8 * PAGE, 1).begin(memory, pagemap, None, PAGE)
+        await Capture.of([space], places, 1).begin(memory, pagemap, None, PAGE)
+
+
+async def test_parts_of_an_image() -> None:
+    """A client shows parts of its memory file at several addresses; the rest is as in the source."""
+    low, high = 1 << 20, 1 << 24
+    rows = [Mapping(low, low + 4 * PAGE, 8 * PAGE), Mapping(high, high + 4 * PAGE, 0)]
+    places = Places(rows, ours=False)
+    fetched = list[tuple[int, int]]()
+
+    async def fetch(offset: int, length: int) -> bytes:
+        fetched.append((offset // PAGE, length // PAGE))
+        return b"s" * length
+
+    source = SimpleNamespace(identity=("snapshot", "base"))
+    backend = SimpleNamespace(source=source, fetch=fetch, data=lambda start, end: [(start, end)])
+    uffd: Any = FakeUffd()
+    uffd.count = 9
+    space = fake_space(Mappings(rows), uffd=uffd, backend=backend)
+    space.mappings.remove(high + 2 * PAGE, high + 3 * PAGE)  # a balloon has it
+    file = os.memfd_create("memory")
+    os.ftruncate(file, 12 * PAGE)
+    for page in (1, 5, 9):
+        os.pwrite(file, b"m" * PAGE, page * PAGE)
+    with ProcessMemory(file) as memory:
+        capture = Capture.of([space], places, None)
+        changes = await capture.begin(memory, None, "base", PAGE)
+        assert changes == [Range(PAGE, 2 * PAGE), Range(9 * PAGE, PAGE)]
+        assert {call[:2] for call in uffd.calls} == {(high + PAGE, PAGE), (low + PAGE, PAGE)}
+        assert not capture.keeps(space, low - PAGE, 0, 0)
+        assert capture.keeps(space, low + PAGE, 0, 0)
+        os.pwrite(file, b"n" * PAGE, 9 * PAGE)
+        assert capture.to_read(0, 12) == [(1, 2), (9, 10)]
+        assert capture.extents(14 * PAGE) == [Range(0, 2 * PAGE), Range(3 * PAGE, 11 * PAGE)]
+        found = {at // PAGE: bytes(data[:1]) for at, data in await capture.read(0, 14, [], lifts=False)}
+        assert found == {0: b"s", 3: b"s", 4: b"s", 8: b"s", 9: b"m", 10: b"s", 12: b"s"}
+        assert sorted(fetched) == [(0, 1), (3, 1), (4, 4), (8, 1), (10, 2), (12, 2)]
+        capture._changed(low, low + 4 * PAGE)
+        capture.check()  # all of it was read
+        await capture.end("layer")
+        space.mappings = Mappings(rows)
+        uffd.try_writeprotect = lambda *_: -errno.ENOENT
+        with pytest.raises(aiouffd.RangeGoneError, match="UFFDIO_WRITEPROTECT"):
+            await capture.begin(memory, None, None, PAGE)

@@ -191,9 +191,9 @@ class Local:
         with self.layout.quiet():
             first()
         file = self._file
-        memory = ProcessMemory.own() if file is None else ProcessMemory(os.dup(file.fileno()), order.start)
-        quiet, modes = self.layout.quiet, self._modes
-        return attrs.asdict(await self._snapshots.take([self.space], order, memory, Pagemap(), modes, quiet))
+        memory = ProcessMemory.own(order.start) if file is None else ProcessMemory(os.dup(file.fileno()))
+        pagemap, quiet = Pagemap() if file is None else None, self.layout.quiet
+        return attrs.asdict(await self._snapshots.take([self.space], order, memory, pagemap, self._modes, quiet))
 
     def give_up(self, offset: int, length: int) -> None:
         """Ask no longer for what fails in these offsets. From any thread."""

@@ -210,12 +210,12 @@ class PagerEngine:
     def snapshot(self, order: Order) -> Future[dict[str, Any]]:
         """Have the memory of one moment written: the pager reads it through descriptors of this process."""
         shared = self._file >= 0
-        memory = ProcessMemory(os.dup(self._file), order.start) if shared else ProcessMemory.own()
+        memory = ProcessMemory(os.dup(self._file)) if shared else ProcessMemory.own(order.start)
         with contextlib.ExitStack() as undo:
-            pagemap = undo.enter_context(Pagemap())
-            undo.enter_context(memory)
-            fds = [memory.fileno(), pagemap.fileno()]
-            asked = {"order": attrs.asdict(order), "shared": shared, "worker": self.pids[1]}
+            fds = [undo.enter_context(memory).fileno()]
+            if not shared:
+                fds.append(undo.enter_context(Pagemap()).fileno())
+            asked = {"order": attrs.asdict(order), "worker": self.pids[1]}
             future = self._client.request("snapshot", self._tenant, fds=fds, **asked)
             kept = undo.pop_all()
             future.add_done_callback(lambda _: kept.close())

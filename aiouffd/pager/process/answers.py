@@ -188,10 +188,14 @@ class Answers:
             await bound.flush(message["offset"], message["offset"] + message["length"])
 
     async def _snapshot(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        """Write what a space has at one moment; descriptors are its memory and its pagemap, opened by its process."""
-        order, shared = message["order"], message["shared"]
-        memory, pagemap = ProcessMemory(fds[0], order["start"] if shared else None), Pagemap.of(fds[1])
-        with memory, pagemap:
+        """Write what a space has at one moment.
+
+        Descriptors are its memfd; or its memory and its pagemap, opened by its process.
+        """
+        shared, order = len(fds) == 1, message["order"]
+        memory = ProcessMemory(fds[0], None if shared else order["places"][0][0])
+        pagemap = None if shared else Pagemap.of(fds[1])
+        with memory, pagemap or contextlib.nullcontext():
             if message["worker"] != os.getpid():  # sent again: nobody knows any more what was protected
                 raise PagerDiedError("the pager's worker died while it took a snapshot: take another")
             live = await asyncio.to_thread(import_module, "aiouffd.store.live")
