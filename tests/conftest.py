@@ -158,6 +158,13 @@ def _few_processes_are_measured(request: pytest.FixtureRequest) -> Iterator[None
 
 
 @pytest.fixture(autouse=True)
+def _nothing_was_said_yet() -> None:
+    """Forget what other tests have had warned of."""
+    if (repeated := sys.modules.get("aiouffd.sources.repeated")) is not None:
+        repeated._times.clear()
+
+
+@pytest.fixture(autouse=True)
 def _no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave no process of a test: one that failed has its processes killed, one that passed must have ended them."""
     before = descendants(os.getpid())

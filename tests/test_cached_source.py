@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 import pickle
@@ -122,6 +123,9 @@ async def test_a_source_without_a_name_is_not_kept(tmp_path: Path, caplog: pytes
     assert source.page(0, 4096) is None
     assert source.memory() is None
     assert not (tmp_path / "cache").exists()
+    copy = pickle.loads(pickle.dumps(source))  # as the pager has it
+    assert copy.size == MIB
+    assert not copy.keeps
     assert len(caplog.records) == 1
     assert "is not cached" in caplog.text
     await source.aclose()
@@ -200,6 +204,28 @@ async def test_evicted_segments_are_let_go(tmp_path: Path) -> None:
         assert bytes(await source.read(offset, MIB)) == far.bytes_of(offset, MIB)
         files = await asyncio.to_thread(source.cache._opened.segments.files)
         assert sum(file.st_size for _, file in files) <= 8 * MIB
+    await source.aclose()
+
+
+async def test_what_the_native_part_copies_is_used(tmp_path: Path) -> None:
+    """So it is not evicted before what nobody has used for longer; without a view nobody has."""
+    source = opened(tmp_path)
+    await source.read(0, 2 * CHUNK)
+    await until(lambda: len(source._places) == 2)
+    await source._look()
+    *_, marks = source.memory()
+    segment = source._places[1].segment
+
+    async def noted(mark: int) -> bool:
+        segment._touched = 0
+        os.utime(segment.fd, (1, 1))
+        ctypes.memset(marks + mark, 1, 1)
+        await source._look()
+        return os.fstat(segment.fd).st_mtime > 1
+
+    assert [await noted(mark) for mark in (1, 9, 0)] == [True, False, True]
+    ctypes.memset(marks + 1, 1, 1)
+    assert list(source._view.used()) == [(CHUNK, CHUNK)]
     await source.aclose()
 
 

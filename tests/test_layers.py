@@ -48,6 +48,7 @@ ORDER = {
             "daemon_threads",
             "file_attributes",
             "holes",
+            "repeated",
             "http_answer",
             "store_errors",
             "storage_options",

@@ -330,7 +330,8 @@ class NativeReader:
             return
         address, length, file, mtime_ns = memory
         whole = min(length, size) & -page  # the last, partial page is the engine's
-        mapped = c.Shown.MEMORY if file == -1 else c.Shown.MAPPED
+        in_memory = c.Shown.MEMORY if file == -1 else c.Shown.MAPPED
+        used = mtime_ns if file < -1 else 0
         self._reader.describe(
             fd,
             near=near,
@@ -340,10 +341,11 @@ class NativeReader:
             source=address + offset if file < 0 else offset,
             page=page,
             mode=mode,
-            shown=mapped if file < 0 else c.Shown.FILE_PAGES,
+            shown=in_memory if file < 0 else c.Shown.FILE_PAGES,
             file=file,
-            mapped=address + offset if file >= 0 else 0,
-            mtime_ns=mtime_ns,
+            mapped=address + offset if file >= 0 else offset if used else 0,
+            mtime_ns=mtime_ns if file >= 0 else 0,
+            used=used,
             room=ctypes.addressof(line.room) if line.bound is not None else 0,
             words=address_of(line.words),
         )

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 enum outcome { IDLE, MESSAGES, DUE, FAILED }; /* of aiouffd_reader_run */
-enum { VAIN = 3, MOST_SKIPPED = 64 };
+enum { VAIN = 3, MOST_SKIPPED = 64, USED_SHIFT = 16 };
 
 /* A reader and what it must remember between two calls. Python writes the first part. */
 struct state {
@@ -124,6 +124,8 @@ static int place(struct state *s, const struct line *line, int fd, uint64_t page
     if (ioctl(fd, IOC_COPY, &copy) == 0) {
         bump(words + at->copies, 1);
         bump(words + at->bytes_fetched, line->page);
+        if (line->more != NULL && line->more->used != NULL)
+            line->more->used[(line->more->mapped + page - line->start) >> USED_SHIFT] = 1;
         if (room != NULL) {
             --*room;
             log[1 + 2 * *log] = (uint64_t)fd;

@@ -27,9 +27,11 @@ struct strangers {
 /* What only some descriptors need. */
 struct more {
     struct strangers strangers; /* with readahead: `near` is not 0 */
-    uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start` */
+    uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start`; MAPPED: what
+                                 * offset of the source that is */
     int64_t mtime_ns;           /* FILE_PAGES: when the file was written last; later writes are the engine's to report */
     uint64_t *room;             /* how many pages may come; NULL: there is no limit, and nobody asks which have come */
+    uint8_t *used;              /* MAPPED: a byte for each 64 KiB of the source, 1 where any was copied; NULL: unwanted */
 };
 
 /* One descriptor: one cache line, since a thousand descriptors take turns. */

@@ -81,6 +81,7 @@ class _More(ctypes.Structure):
         ("mapped", ctypes.c_uint64),
         ("mtime_ns", ctypes.c_int64),
         ("room", ctypes.c_uint64),
+        ("used", ctypes.c_uint64),
     )
 
 
@@ -145,10 +146,11 @@ class NativeReader:
         self._functions.aiouffd_reader_set(self._state, self._is)
 
     def describe(
-        self, fd: int, *, near: int = 0, mapped: int = 0, mtime_ns: int = 0, room: int = 0, **line: int
+        self, fd: int, *, near: int = 0, mapped: int = 0, mtime_ns: int = 0, room: int = 0, used: int = 0, **line: int
     ) -> None:
         """Say what a descriptor shows: see `struct line` and `struct more`. `near` is above 0 where readahead is on."""
-        more = _More(near=near, mapped=mapped, mtime_ns=mtime_ns, room=room) if near or mapped or room else None
+        wanted = near or mapped or room or used
+        more = _More(near=near, mapped=mapped, mtime_ns=mtime_ns, room=room, used=used) if wanted else None
         if self._functions.aiouffd_reader_line(self._state, fd, _Line(**line), more):
             raise MemoryError
 

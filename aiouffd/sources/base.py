@@ -27,7 +27,8 @@ class Source(Protocol):
       that has the bytes of the source from its beginning, and stays until `aclose`. `InThread` copies from there
       without a call. For a mapping of a file the descriptor is that of the file and mtime_ns its time of change: only
       pages in the page cache are copied, while the file has that time. Otherwise the descriptor is -1; or -2, if the
-      memory maps files that never change, or is unreadable where it does not: what is resident is copied.
+      memory maps files that never change, or is unreadable where it does not: what is resident is copied. The last
+      number is 0 then, or the address of a byte for each 64 KiB, which becomes 1 when some of them are copied.
     - `memories() -> Iterable[tuple[int, int, tuple[int, int, int, int]]]`: in place of `memory`, for a source in many
       pieces of memory: (start, end, what `memory` returns of one that has these bytes in the same place), in order.
     - `hole(offset, length) -> int`: how many bytes from `offset` on, at most `length`, are known to be zeros. Not

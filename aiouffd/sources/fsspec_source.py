@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import attrs
 
 from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.sources import repeated
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["FsspecSource"]
-
-log: logging.Logger = logging.getLogger("aiouffd")
 
 _THREADS: Final = 32
 _TAGS: Final = ("ETag", "etag", "md5Hash", "md5", "sha256", "checksum", "content_hash", "blob_id", "oid", "generation")
@@ -114,7 +112,7 @@ class FsspecSource:
             raise SourceError(repr(self), 0, 0, "it is no file, or its size is not known")
         self._pinned = _Version.of(info)
         if not self._pinned.rest:
-            log.warning("%r: its filesystem names no version: changes are not noticed", self)
+            repeated.warn(self, "is of a filesystem that names no version: changes are not noticed")
 
     @property
     def cache_identity(self) -> tuple[Any, ...] | None:

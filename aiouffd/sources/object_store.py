@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.sources import repeated
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
 from aiouffd.sources.plain_http import PlainHttp, first_byte
@@ -275,7 +276,7 @@ class ObjectSource:
         """Ask for the first byte: the answer has the size and the validators. Blocks."""
         found = self._look_directly() or self.ask(self._look)
         if found.size and not found.names_version:
-            log.warning("%r: no ETag and no Last-Modified: changes that keep the size may not be noticed", self)
+            repeated.warn(self, "has no ETag and no Last-Modified: changes that keep the size may not be noticed")
         return found
 
     def _look_directly(self) -> Validator | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import mmap
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from aiouffd.kernel.memory import address_of
+from aiouffd.sources import repeated
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.store.chunk_names import ChunkNames
 from aiouffd.store.fetches import Fetches
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from aiouffd.store.segments import Segment
 
 __all__ = ["CachedSource"]
-
-log: logging.Logger = logging.getLogger("aiouffd")
 
 _SCRATCH: Final = 64 << 10  # the most that `page` gives
 _THREADS: Final = 8
@@ -43,6 +42,7 @@ class CachedSource:
     Args:
         source: belongs to this object. See `ChunkNames` for what it must have; what has no names is not kept.
         cache: where chunks are kept.
+        is_told: whether it was logged already, where the source has no names.
     """
 
     plain = True
@@ -50,9 +50,10 @@ class CachedSource:
     local = False
     """What is not in the cache comes from far."""
 
-    def __init__(self, source: Any, cache: ChunkCache) -> None:
+    def __init__(self, source: Any, cache: ChunkCache, *, is_told: bool = False) -> None:
         self.source = source
         self.cache = cache
+        self._is_told = is_told
         self._named: ChunkNames | None = None
         self._places: dict[int, Place] = {}
         self._held: dict[Segment, list[int]] = {}  # the chunks in each segment
@@ -75,8 +76,8 @@ class CachedSource:
     def _names(self) -> ChunkNames:
         if self._named is None:
             self._named = ChunkNames(self.source)
-            if not self._named.known and self._named.size:
-                log.warning("%r is not cached: its server does not name its version (a strong ETag)", self.source)
+            if not (self._named.known or self._is_told) and self._named.size:
+                repeated.warn(self.source, "is not cached: its server does not name its version (a strong ETag)")
         return self._named
 
     @property
@@ -149,7 +150,7 @@ class CachedSource:
         if self._view is None and self._names.known:
             with contextlib.suppress(OSError, ValueError):
                 self._view = View(self.size)
-        return None if self._view is None else (self._view.address, self.size, -2, 0)
+        return None if self._view is None else (self._view.address, self.size, -2, self._view.marks)
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """Return the bytes, if all are resident."""
@@ -301,9 +302,18 @@ class CachedSource:
         for segment in await self._aside(lambda: [each for each in segments if each.gone]):
             numbers = self._held.pop(segment)
             self._forget([n for n in numbers if n in self._places and self._places[n].segment is segment])
+        await self._aside(self._note_used)
         await self._aside(self.cache.flush)
         if self._places:
             self._look_later()
+
+    def _note_used(self) -> None:
+        """Note which segments the native part has copied from: those that are not used are evicted first."""
+        for offset, length in self._view.used() if self._view is not None else ():
+            for number in self._names.range(offset, length):
+                place = self._places.get(number)
+                if place is not None and place.segment is not None:
+                    place.segment.touch()
 
     def _forget(self, numbers: list[int]) -> None:
         for number in numbers:
@@ -343,7 +353,7 @@ class CachedSource:
             await close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CachedSource, (self.source, self.cache)
+        return partial(CachedSource, is_told=self._named is not None), (self.source, self.cache)
 
     def __repr__(self) -> str:
         return f"CachedSource({self.source!r}, {self.cache!r})"

@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiouffd.kernel import libc
 from aiouffd.kernel.memory import MAP_NORESERVE, address_of
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["View"]
 
+_UNIT: Final = 64 << 10  # bytes of the source, for which the native part has one to mark
+_MARKS: Final = 64 << 10  # that are looked at together
 _MOST: Final = 16 << 10  # pieces that are mapped in a process: each may take two of its 65,530 mappings
 _pieces = [0]  # of all views
 _lock = threading.Lock()  # of all views
@@ -29,6 +34,7 @@ class View:
 
     Attributes:
         address: where the first byte of the source would be.
+        marks: the address of a byte for each 64 KiB of the source, which the native part sets to 1 when it copies.
 
     Raises:
         OSError: there are no addresses for it.
@@ -39,6 +45,8 @@ class View:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, self.length, flags=flags, prot=0)
         self.address: int = address_of(self._map)
+        self._used = mmap.mmap(-1, -(-size // _UNIT), flags=flags & ~MAP_NORESERVE)  # no memory before it is written
+        self.marks: int = address_of(self._used)
         self._shown: set[int] = set()
         self._closed = False
 
@@ -74,6 +82,16 @@ class View:
                 libc.mmap_fixed(self.address + offset, length, 0, flags)
                 self._shown.discard(offset)
                 _pieces[0] -= 1
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of what the native part has copied some of, since the last call."""
+        for start in range(0, len(self._used), _MARKS):
+            marks = self._used[start : start + _MARKS]
+            at = marks.find(1)
+            while at >= 0:
+                self._used[start + at] = 0
+                yield (start + at) * _UNIT, _UNIT
+                at = marks.find(1, at + 1)
 
     def close(self) -> None:
         """Give the addresses up."""

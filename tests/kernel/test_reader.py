@@ -46,27 +46,32 @@ def test_only_strangers_are_plain_with_readahead() -> None:
 
 
 def mapped(path: str) -> None:
-    """Scenario: of what is mapped piece by piece, the pages that are there now are plain."""
+    """Scenario: of what is mapped piece by piece, the pages that are there now are plain; they are marked."""
     Path(path).write_bytes(b"".join(map(first, range(PAGES))))
     fd = os.open(path, os.O_RDONLY)
     view = View(PAGES * PAGE)
     view.show(2 * PAGE, 4 * PAGE, fd, 2 * PAGE)
+    view.show(32 * PAGE, PAGE, fd, 32 * PAGE)
     rig = Rig("native")
     line = rig.reader._lines[rig.fd]
-    plain = (None, PAGES * PAGE, PAGE, 0, False, None, (view.address, PAGES * PAGE, -2, 0))
-    line.opened = (rig.world.at(0), rig.world.at(PAGES), 0, plain)
+    plain = (None, PAGES * PAGE, PAGE, 0, False, None, (view.address, PAGES * PAGE, -2, view.marks))
+    line.opened = (rig.world.at(0), rig.world.at(PAGES - 1), PAGE, plain)
     rig.reader._describe(rig.fd, line, near=0)
-    for thread, (page, is_plain) in enumerate([(3, True), (1, False), (5, True), (6, False)]):
+    for thread, (page, is_plain) in enumerate([(2, True), (0, False), (4, True), (5, False)]):
         rig.world.touch(page, thread)
         if is_plain:
             rig.run(Outcome.IDLE)
-            assert first(page).startswith(bytes(rig.world.got(thread)))  # type: ignore[arg-type]
+            assert first(page + 1).startswith(bytes(rig.world.got(thread)))  # type: ignore[arg-type]
         else:
             assert rig.left() == [page]
+    assert [list(view.used()), list(view.used())] == [[(0, 64 << 10)], []]
+    rig.world.touch(31, 8)
+    rig.run(Outcome.IDLE)
+    assert list(view.used()) == [(128 << 10, 64 << 10)]
     view.hide(2 * PAGE, 4 * PAGE)
-    rig.world.touch(4, 9)
-    assert rig.left() == [4]
-    rig.counts(faults=2, pages_fault=2, copies=2)
+    rig.world.touch(3, 9)
+    assert rig.left() == [3]
+    rig.counts(faults=3, pages_fault=3, copies=3)
 
 
 def test_what_is_mapped_piece_by_piece(tmp_path: Path) -> None:
