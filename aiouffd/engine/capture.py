@@ -365,7 +365,8 @@ class Capture:
             LayoutChangingError: pages were unmapped, moved or emptied before they were read.
             ClosedError: the memory is served no longer, or its process is gone.
         """
-        if self.spaces[0].closing or self.spaces[0].is_gone:
+        space = self.spaces[0]
+        if space.closing or space.uffd.gone():  # asked behind each read: the pages of a dead process read as missing
             self.fail(ClosedError("it is served no longer"))
         if self.failure is not None:
             raise self.failure

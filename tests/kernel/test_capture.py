@@ -178,6 +178,11 @@ class FakeUffd:
     def __init__(self) -> None:
         self.count = 0
         self.calls = list[tuple[int, int, int]]()
+        self.has_no_process = False
+
+    def gone(self) -> bool:
+        """Tell whether its process has ended."""
+        return self.has_no_process
 
     def register(self, start: int, length: int, modes: int) -> None:
         """Take note of nothing."""
@@ -234,6 +239,9 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert write(0)  # it is known from now on
     assert lifted() == [1, 2, 3]
     assert await capture.begin(memory, pagemap, "base", PAGE) == [Range(0, 4 * PAGE)]
+    uffd.has_no_process = True
+    with pytest.raises(aiouffd.ClosedError):
+        await capture.read(4, 8, [], lifts=False)
     await capture.end(None)
     assert uffd.calls[-1] == (start, 8 * PAGE, 0)
     space.uffd, space.capture = SimpleNamespace(features=aiouffd.Feature(0)), None
