@@ -120,6 +120,20 @@ def test_the_loop_goes_on_while_a_thread_holds_the_lock(running: asyncio.Abstrac
     assert future.result(5) == 42
 
 
+def test_what_was_answered_before_it_was_done(
+    running: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first answer counts, and nobody complains about the other."""
+    go_on = asyncio.Event()
+    future = start_in_loop(running, go_on.wait)
+    future.set_exception(BusyError("a prefetch", 0, 0, 16))
+    running.call_soon_threadsafe(go_on.set)
+    for _ in range(3):
+        call_in_loop(running, lambda: 1, 5.0)
+    assert isinstance(future.exception(5), BusyError)
+    assert not caplog.records
+
+
 def test_no_garbage_is_collected_in_a_block() -> None:
     """And it is again afterwards, if it was before."""
     assert gc.isenabled()

@@ -92,6 +92,8 @@ class _Outcome(Future[T]):
             loop.call_later(_RETRY, self.complete, loop, task)
             return
         try:
+            if self.done() and not self.cancelled():
+                return  # `Local.end` has answered
             if task.cancelled():
                 self.cancel()
             if not self.set_running_or_notify_cancel():
