@@ -64,6 +64,7 @@ class _Space(Protocol):
     is_gone: bool
     resolver: Resolver
     bound: Bound | None
+    capture: Any
     flights: Flights
     remainders: Remainders
     deferred: Deferred
@@ -124,6 +125,11 @@ class Bound:
             self.written.note(offset)
             if self.write_back is not None:
                 self.write_back.clean_if_due()
+
+    def shows(self, mappings: Mappings, page: int) -> bool:
+        """Tell whether the page at an address is there; what was emptied is not dropped."""
+        start, _, first = mappings.locate(page)
+        return first < 0 or self._is_there(first + page - start)
 
     def _is_there(self, offset: int) -> bool:
         """Tell whether a page is there: a predecessor may have brought it after this process has looked."""
@@ -267,12 +273,14 @@ class Bound:
             return 0
         dropped = 0
         for low, high in self._shown(spaces, item):
+            for space in spaces:
+                space.readahead.forget(low, high)
+                for shown in space.mappings.addresses(low, high) if space.capture is not None else ():
+                    space.capture.dropped(shown.start, shown.end)
             if self._file is not None:
                 libc.punch_hole(self._file.fileno(), low, high - low)
             else:
                 _empty(spaces, low, high)
-            for space in spaces:
-                space.readahead.forget(low, high)
             dropped += self._clock.gone(low, high)
         self._words[Counter.PAGES_EVICTED] += dropped // self.page
         self._words[Counter.RESIDENT] = self._clock.total

@@ -17,6 +17,11 @@ lost with the process of that loop: whoever serves then lifts a protection when 
 
 Pages are known by their offset in the image: in the region, or in the memory file of a client, which may show parts of
 it at several addresses. What nothing shows is in the image as the source has it.
+
+Where pages are dropped and written back (`bound`), the source changes after the moment, too. But each page comes
+protected there. So a missing page is as good as a protected one: the source has its bytes until its first write, and
+before that they are kept. What is dropped was saved, and is missing from then on. A protection is lifted by `bound`
+alone, which notes each write before.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
+    from aiouffd.engine.bound import Bound
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.places import Places
     from aiouffd.engine.resolver import Resolver
@@ -51,17 +57,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "Phase"]
 
-_LOOSE, _PROTECTED, _DUE, _KEPT, _EMPTIED = range(5)
+_LOOSE, _PROTECTED, _DUE, _KEPT, _EMPTIED, _ABSENT = range(6)
 """Of a page: it is missing or may be written; it is protected, and as in the base or read already; it is protected, and
-to be read; it may be written, and its bytes are kept; it was emptied since the base."""
+to be read; it may be written, and its bytes are kept; it was emptied since the base; it is missing, or has come since,
+and is to be read from the source.
+
+The last is only of pages that are dropped again. These are loose if they were written since the base, and else
+protected, there or not."""
 _OPEN = re.compile(b"[\0\4]+")
 _TO_READ = re.compile(b"[\2\3]+")
-_NOT_READ = bytes([_LOOSE, _PROTECTED, _LOOSE, _LOOSE, _EMPTIED]) + bytes(251)
+_NOT_READ = bytes([_LOOSE, _PROTECTED, _LOOSE, _LOOSE, _EMPTIED, _PROTECTED]) + bytes(250)
 _STILL_PROTECTED = re.compile(b"[\1\2]+")
 _NEW = re.compile(b"[\2\4]+")
+_NEW_OR_SAVED = re.compile(b"[\0\2\4]+")
 _WITH_BASE = bytes([_LOOSE, _DUE, _DUE, _KEPT, _LOOSE]) + bytes(251)
-_READ = bytes([_LOOSE, _PROTECTED, _PROTECTED, _LOOSE, _EMPTIED]) + bytes(251)
-_READ_AND_LIFTED = bytes([_LOOSE, _LOOSE, _LOOSE, _LOOSE, _EMPTIED]) + bytes(251)
+_MISSING = bytes([_ABSENT, _PROTECTED, _ABSENT, _KEPT, _ABSENT]) + bytes(251)
+_READ = bytes([_LOOSE, _PROTECTED, _PROTECTED, _LOOSE, _EMPTIED, _PROTECTED]) + bytes(250)
+_READ_AND_LIFTED = bytes([_LOOSE, _LOOSE, _LOOSE, _LOOSE, _EMPTIED, _LOOSE]) + bytes(250)
 _PLACING = Counter.COPIES, Counter.ZEROPAGES, Counter.CONTINUES
 _PIECE = 8 << 20  # bytes that are protected in one turn
 _LIFTED = 64 << 20  # bytes that are lifted in one turn
@@ -91,7 +103,14 @@ class _Space(Protocol):
     closing: bool
     is_gone: bool
     on_changed: set[Callable[[int, int], None]]
+    bound: Bound | None
     capture: Any
+
+
+def _snapshot_of(source: Any) -> str | None:
+    """Return the name of the snapshot that a source is."""
+    kind, *name = getattr(source, "identity", None) or [""]  # of a file there are more parts
+    return str(name[0]) if kind == "snapshot" else None
 
 
 class Capture:
@@ -127,12 +146,14 @@ class Capture:
         self._modes = modes
         self._quiet = quiet
         self._alone = quiet is contextlib.nullcontext
+        self._bound = spaces[0].bound
         self._seen: int | None = None
         self._states = bytearray(places.end // self.page)
         self._registered = False
         self._again: list[int] = []
         self._held: list[tuple[_Space, int, int, int]] = []
         self._kept: dict[int, bytes] = {}
+        self._came = RangeSet()
         self._memory: ProcessMemory
         self._pagemap: Pagemap | None
         self._shown: Mappings
@@ -191,9 +212,11 @@ class Capture:
         self._memory, self._pagemap, self.shared = memory, pagemap, memory.file >= 0
         self.spaces[1:] = [each for each in self.spaces[1:] if not (each.closing or each.is_gone or each.uffd.gone())]
         self._register()
-        known = base is not None and base in (self.base, self._base_of_source())
+        known = base is not None and base in (self.base, _snapshot_of(self.spaces[0].backend.source))
         if base is None or base != self.base:
             self._states[:] = bytes(len(self._states))
+            for run in self._bound.written.clean(0, self._places.end) if known and self._bound is not None else ():
+                self._set(run.start, run.end, _PROTECTED)
             for gap in self._places.changed(self.spaces[0].mappings):
                 self._set(gap.start, gap.end, _EMPTIED)
         self.base = None
@@ -207,6 +230,10 @@ class Capture:
         changes = self._changes(granule) if known else None
         if changes is None:
             self._states = self._states.translate(_WITH_BASE)
+        if self._bound is not None:
+            for gap in self._came.gaps(0, self._places.end):
+                missing = slice(gap.start // self.page, gap.end // self.page)
+                self._states[missing] = self._states[missing].translate(_MISSING)
         self._let_go()
         self.pause_ns = perf_counter_ns() - began
         return changes
@@ -234,11 +261,6 @@ class Capture:
         except OperationError:
             if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
                 raise
-
-    def _base_of_source(self) -> str | None:
-        """Return the snapshot that the missing pages show."""
-        kind, name = getattr(self.spaces[0].backend.source, "identity", None) or ("", None)
-        return str(name) if kind == "snapshot" else None
 
     def _there(self) -> list[tuple[int, int]]:
         return self._places.there(self._memory, self._pagemap, self.page)
@@ -296,10 +318,11 @@ class Capture:
     def _is_moment(self) -> bool:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
-            nothing_came = self._alone and self._placed() == self._seen
-            came = [] if nothing_came else self._unprotected(self._there())
-            if not all(self._protect_now(*run) for run in came):
+            nothing_came = self._alone and self._placed() == self._seen and self._bound is None
+            there = [] if nothing_came else self._there()
+            if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
+            self._came = RangeSet(Range.between(*span) for span in there)
             self._shown = self.spaces[0].mappings.copy()
             self.phase = Phase.READING
         return True
@@ -308,7 +331,7 @@ class Capture:
         """Return what may differ from the base: whole granules, all of whose pages are to be read."""
         step = max(granule // self.page, 1)
         found: list[tuple[int, int]] = []
-        for run in _NEW.finditer(self._states):
+        for run in (_NEW if self._bound is None else _NEW_OR_SAVED).finditer(self._states):
             low, high = align_down(run.start(), step), min(align_up(run.end(), step), len(self._states))
             if found and found[-1][1] >= low:
                 low = found.pop()[0]
@@ -327,7 +350,7 @@ class Capture:
         if self.phase is Phase.HOLDING:
             self._held.append((space, page, flags, thread))
             return True
-        if self.phase is Phase.READING and self._states[index] == _DUE:
+        if self.phase is Phase.READING and self._states[index] in (_DUE, _ABSENT):
             if (len(self._kept) + 1) * self.page > max(_MOST_KEPT, self.page):
                 self._held.append((space, page, flags, thread))
                 return True
@@ -340,6 +363,8 @@ class Capture:
 
     def _keep(self, index: int, page: int, space: _Space) -> bool:
         """Keep the bytes of a page, and let its writer go; False: that is left to do."""
+        if self._bound is not None and not self._bound.shows(space.mappings, page):
+            return False  # it was dropped just now: its writer faults again
         data = self._memory.page(index * self.page, self.page)
         if len(data) < self.page:
             self.fail(LayoutChangingError("a snapshot", page, self.page, errno.EAGAIN))
@@ -347,7 +372,8 @@ class Capture:
         self._kept[index] = data
         self._states[index] = _KEPT
         self.pages_kept += 1
-        return bool(space.uffd.try_writeprotect(page, self.page, 0) == self.page)  # the usual way takes 5 us more
+        # The usual way takes 5 us more.
+        return self._bound is None and bool(space.uffd.try_writeprotect(page, self.page, 0) == self.page)
 
     def _let_go(self) -> None:
         """Let the writes go on that were held back, as far as there is room for what they overwrite."""
@@ -384,6 +410,18 @@ class Capture:
             self._layout_changed = True
             if _DUE in self._states[low // self.page : high // self.page]:
                 self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
+            self._replace(low, high, _ABSENT, _LOOSE)  # no write there goes to the source any more
+
+    def dropped(self, start: int, end: int) -> None:
+        """Take note that the pages of addresses [start, end) are about to be dropped: the source has their bytes."""
+        if self.phase is Phase.READING:
+            for low, high in self._places.offsets(start, end):
+                self._replace(low, high, _DUE, _ABSENT)
+
+    def _replace(self, start: int, end: int, old: int, new: int) -> None:
+        """Note another state of the pages at some offsets that have one."""
+        part = slice(start // self.page, end // self.page)
+        self._states[part] = self._states[part].replace(bytes([old]), bytes([new]))
 
     def to_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return the pages (start, end) of [first, last) that are read from memory. From any thread."""
@@ -419,7 +457,12 @@ class Capture:
         there = RangeSet(Range.between(*span) for span in self.to_read(first, last))
         for index in lost:
             there.remove(index, index + 1)
-        found = [(index * self.page, self._kept.pop(index)) for index in range(first, last) if index in self._kept]
+        found: list[tuple[int, Any]] = []
+        for gap in there.gaps(first, last):
+            for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
+                found.append((offset, await self.spaces[0].backend.fetch(at, length)))
+        # Behind what was fetched: the source may have got a page already that was written meanwhile.
+        found += [(index * self.page, self._kept.pop(index)) for index in range(first, last) if index in self._kept]
         states = self._states[first:last]
         self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
         if lifts:
@@ -428,9 +471,6 @@ class Capture:
                     self._lift_now(place.start, place.end)
         if self._held:
             self._let_go()
-        for gap in there.gaps(first, last):
-            for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
-                found.append((offset, await self.spaces[0].backend.fetch(at, length)))
         return found
 
     # The end
@@ -464,4 +504,6 @@ class Capture:
                     await asyncio.sleep(0)
 
     def _lift_now(self, start: int, end: int) -> bool:
+        if self._bound is not None:
+            return True
         return -errno.EAGAIN not in [space.uffd.try_writeprotect(start, end - start, 0) for space in self.spaces]

@@ -130,8 +130,6 @@ class Capturing(Entered):
             reason = "with track_writes=True the kernel lets all writes go on: a snapshot must hold them back"
         elif not callable(getattr(self.origin, "read", None)):
             reason = "missing pages of a Handler cannot be had without touching them: a snapshot needs a Source"
-        elif self._options.bounded:
-            reason = "with max_resident and write_back pages go that a snapshot has still to read"
         elif region.page_size > LARGEST_CHUNK:
             reason = f"a snapshot has chunks of at most {LARGEST_CHUNK} bytes, and a page of the region is larger"
         elif region.fd >= 0 and region.page_size > mmap.PAGESIZE:

@@ -199,6 +199,7 @@ class FakeUffd:
 def fake_space(mappings: Mappings, **attributes: Any) -> Any:
     """Return what a capture needs of a space."""
     known = {"page_size": PAGE, "counters": Counters(), "resolver": Mock(), "closing": False, "is_gone": False}
+    attributes.setdefault("bound", None)
     return SimpleNamespace(**known, mappings=mappings, on_changed=set(), capture=None, **attributes)
 
 
@@ -290,3 +291,58 @@ async def test_parts_of_an_image() -> None:
         uffd.try_writeprotect = lambda *_: -errno.ENOENT
         with pytest.raises(aiouffd.RangeGoneError, match="UFFDIO_WRITEPROTECT"):
             await capture.begin(memory, None, None, PAGE)
+
+
+async def test_what_is_dropped_or_saved_meanwhile_is_as_it_was() -> None:
+    """The source has the bytes of what is missing until its first write, before which they are kept."""
+    start, there, clean = 1 << 20, [(2 << 19, 260 << 12)], [Range(2 * PAGE, 6 * PAGE)]
+    places = Places([(start, start + 8 * PAGE, 0)], ours=True)
+    uffd, dropped, fetched = FakeUffd(), {6}, list[tuple[int, int]]()
+    uffd.count = 4  # refuses nothing more
+
+    async def fetch(at: int, length: int) -> bytes:
+        assert write(7)  # and the source gets it at once
+        fetched.append((at // PAGE, length // PAGE))
+        return b"s" * length
+
+    space = fake_space(
+        Mappings([Mapping(start, start + 8 * PAGE, 0)]),
+        uffd=uffd,
+        backend=SimpleNamespace(source=SimpleNamespace(identity=("snapshot", "first")), fetch=fetch),
+        bound=SimpleNamespace(
+            written=SimpleNamespace(clean=lambda *_: clean),
+            shows=lambda _, page: (page - start) // PAGE not in dropped,
+        ),
+    )
+    capture = Capture.of([space], places, 1)
+
+    def write(page: int) -> bool:
+        return not capture.keeps(space, start + page * PAGE, 0, 0)  # the bound lifts the protection, and notes that
+
+    async def begin(base: str | None) -> list[Range] | None:
+        pagemap: Any = SimpleNamespace(spans=lambda *_: there)
+        return await capture.begin(cast("Any", FakeMemory()), pagemap, base, PAGE)
+
+    assert await begin(None) is None
+    assert capture.to_read(0, 8) == [(0, 4)]
+    assert all([write(5), write(6)])
+    assert capture.pages_kept == 1
+    capture.dropped(start + PAGE, start + 2 * PAGE)
+    assert capture.to_read(0, 8) == [(0, 1), (2, 4), (5, 6)]
+    found = await capture.read(0, 8, [], lifts=False)
+    assert fetched == [(1, 1), (4, 1), (6, 2)]
+    assert [(at // PAGE, bytes(data[:1])) for at, data in found] == [
+        *((1, b"s"), (4, b"s"), (6, b"s")),
+        *((5, b"\0"), (7, b"\0")),
+    ]
+    await capture.end("second")
+    there.clear()  # all of it was saved and dropped
+    assert write(2)
+    assert await begin("second") == [Range(at * PAGE, PAGE) for at in (2, 5, 7)]
+    assert capture.to_read(0, 8) == []
+    await capture.end(None)
+    there.append((2 << 19, 260 << 12))
+    assert await begin("first") == [Range(0, 2 * PAGE)]  # of the source's own snapshot differs what was written
+    await capture.read(0, 4, [], lifts=True)
+    await capture.end(None)
+    assert [mode for *_, mode in uffd.calls] == [1, 1]  # nothing was lifted
