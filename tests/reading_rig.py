@@ -8,7 +8,7 @@ import struct
 from typing import Any
 
 from pattern import PAGE, content
-from worlds import KernelWorld
+from worlds import FEATURES, KernelWorld
 
 import aiouffd
 from aiouffd.engine.reading import NativeReader, PythonReader
@@ -28,8 +28,8 @@ TURN = 10_000_000_000
 class Rig:
     """A reader, and memory whose faults it reads."""
 
-    def __init__(self, kind: str, source: Any = None) -> None:
-        self.world = KernelWorld(PAGES)
+    def __init__(self, kind: str, source: Any = None, features: aiouffd.Feature = FEATURES) -> None:
+        self.world = KernelWorld(PAGES, features)
         self.fd = self.world.uffd.fileno()
         os.set_blocking(self.fd, False)
         self.counters = Counters()

@@ -81,6 +81,7 @@ ORDER = {
             "bound",
             "write_back",
             "places",
+            "kept",
             "capture",
             "moment",
             "plain",

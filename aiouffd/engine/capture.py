@@ -6,8 +6,8 @@ In this order:
    protected page is let go at once, and that page is protected again later.
 2. From now on such writes are held back. What was written in step 1 is protected. The last turn of the loop looks at
    what has come meanwhile, and protects that: this is the moment. The writes go on.
-3. At the first write to a page that is still to be read, the loop keeps the bytes of the page, and lifts the protection
-   then. Where too many bytes are kept, the write waits.
+3. At the first write to a page that is still to be read, the bytes of the page are kept, and the protection is lifted
+   then: by the native reader, where it can (`kept`). Where too many bytes are kept, the write waits.
 4. Threads read the memory (`moment`), and ask the loop behind each read: it has the bytes of pages that were written
    in between, and takes note of what was read. Missing pages are read from the source: it has their bytes.
 5. In the end the protection is lifted; or it stays, and tells what was written since.
@@ -37,10 +37,12 @@ from itertools import pairwise
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from aiouffd.engine.kept import ABSENT, DUE, EMPTIED, KEPT, LOOSE, PROTECTED, Kept
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, OperationError, UnsupportedError, operation_error
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.native.reader import Keeps
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
 
 if TYPE_CHECKING:
@@ -57,23 +59,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "Phase"]
 
-_LOOSE, _PROTECTED, _DUE, _KEPT, _EMPTIED, _ABSENT = range(6)
-"""Of a page: it is missing or may be written; it is protected, and as in the base or read already; it is protected, and
-to be read; it may be written, and its bytes are kept; it was emptied since the base; it is missing, or has come since,
-and is to be read from the source.
-
-The last is only of pages that are dropped again. These are loose if they were written since the base, and else
-protected, there or not."""
 _OPEN = re.compile(b"[\0\4]+")
 _TO_READ = re.compile(b"[\2\3]+")
-_NOT_READ = bytes([_LOOSE, _PROTECTED, _LOOSE, _LOOSE, _EMPTIED, _PROTECTED]) + bytes(250)
+_NOT_READ = bytes([LOOSE, PROTECTED, LOOSE, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
 _STILL_PROTECTED = re.compile(b"[\1\2]+")
 _NEW = re.compile(b"[\2\4]+")
 _NEW_OR_SAVED = re.compile(b"[\0\2\4]+")
-_WITH_BASE = bytes([_LOOSE, _DUE, _DUE, _KEPT, _LOOSE]) + bytes(251)
-_MISSING = bytes([_ABSENT, _PROTECTED, _ABSENT, _KEPT, _ABSENT]) + bytes(251)
-_READ = bytes([_LOOSE, _PROTECTED, _PROTECTED, _LOOSE, _EMPTIED, _PROTECTED]) + bytes(250)
-_READ_AND_LIFTED = bytes([_LOOSE, _LOOSE, _LOOSE, _LOOSE, _EMPTIED, _LOOSE]) + bytes(250)
+_WITH_BASE = bytes([LOOSE, DUE, DUE, KEPT, LOOSE]) + bytes(251)
+_MISSING = bytes([ABSENT, PROTECTED, ABSENT, KEPT, ABSENT]) + bytes(251)
+_READ = bytes([LOOSE, PROTECTED, PROTECTED, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
+_READ_AND_LIFTED = bytes([LOOSE, LOOSE, LOOSE, LOOSE, EMPTIED, LOOSE]) + bytes(250)
 _PLACING = Counter.COPIES, Counter.ZEROPAGES, Counter.CONTINUES
 _PIECE = 8 << 20  # bytes that are protected in one turn
 _LIFTED = 64 << 20  # bytes that are lifted in one turn
@@ -91,6 +86,9 @@ class Phase(enum.Enum):
     LIFTING = 4
 
 
+_NATIVE = {Phase.IDLE: Keeps.NONE_DUE, Phase.READING: Keeps.DUE_KEPT}
+
+
 class _Space(Protocol):
     """What is needed of a space."""
 
@@ -104,6 +102,7 @@ class _Space(Protocol):
     is_gone: bool
     on_changed: set[Callable[[int, int], None]]
     bound: Bound | None
+    fast_path: Any
     capture: Any
 
 
@@ -123,7 +122,6 @@ class Capture:
         quiet: keeps away others that place pages beside the loop, inside the block.
 
     Attributes:
-        pages_kept: pages whose bytes were kept before a write, for this snapshot.
         pause_ns: for so long writes to protected pages were held back until the moment.
     """
 
@@ -137,9 +135,10 @@ class Capture:
         self.spaces: list[_Space] = list(spaces)
         self._places = places
         self.page: int = spaces[0].page_size
-        self.phase: Phase = Phase.IDLE
+        self._kept = Kept(places.largest, places.end // self.page, self.page, _MOST_KEPT, spaces[0].counters)
+        self._states = self._kept.states
+        self.phase = Phase.IDLE
         self.pause_ns: int = 0
-        self.pages_kept: int = 0
         self.base: str | None = None  # names the snapshot since which `_states` tells what was written
         self.failure: BaseException | None = None
         self.shared: bool = False  # forked children have the same memory
@@ -148,11 +147,9 @@ class Capture:
         self._alone = quiet is contextlib.nullcontext
         self._bound = spaces[0].bound
         self._seen: int | None = None
-        self._states = bytearray(places.end // self.page)
         self._registered = False
         self._again: list[int] = []
         self._held: list[tuple[_Space, int, int, int]] = []
-        self._kept: dict[int, bytes] = {}
         self._came = RangeSet()
         self._memory: ProcessMemory
         self._pagemap: Pagemap | None
@@ -177,6 +174,21 @@ class Capture:
         for space in spaces:
             space.capture = known
         return known
+
+    @property
+    def phase(self) -> Phase:
+        """What is done at the moment."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self._kept.allow(_NATIVE.get(phase, Keeps.ALL_ASKED))
+
+    @property
+    def pages_kept(self) -> int:
+        """Pages whose bytes were kept before a write, for this snapshot."""
+        return self._kept.pages
 
     def forked(self, child: _Space) -> None:
         """Take note of a forked child, whose pages are protected as its parent's: it writes to shared memory, too."""
@@ -208,17 +220,21 @@ class Capture:
         """
         assert self.phase is Phase.IDLE
         self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
-        self.pause_ns = self.pages_kept = 0
+        self.pause_ns = 0
+        self._kept.begin(memory)
         self._memory, self._pagemap, self.shared = memory, pagemap, memory.file >= 0
         self.spaces[1:] = [each for each in self.spaces[1:] if not (each.closing or each.is_gone or each.uffd.gone())]
         self._register()
+        for space in self.spaces:
+            if space.fast_path is not None and space.bound is None:
+                space.fast_path.keep(space.uffd.fileno(), self._kept)
         known = base is not None and base in (self.base, _snapshot_of(self.spaces[0].backend.source))
         if base is None or base != self.base:
             self._states[:] = bytes(len(self._states))
             for run in self._bound.written.clean(0, self._places.end) if known and self._bound is not None else ():
-                self._set(run.start, run.end, _PROTECTED)
+                self._set(run.start, run.end, PROTECTED)
             for gap in self._places.changed(self.spaces[0].mappings):
-                self._set(gap.start, gap.end, _EMPTIED)
+                self._set(gap.start, gap.end, EMPTIED)
         self.base = None
         self._seen = self._placed()
         await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
@@ -229,7 +245,7 @@ class Capture:
             self.check()
         changes = self._changes(granule) if known else None
         if changes is None:
-            self._states = self._states.translate(_WITH_BASE)
+            self._states[:] = self._states.translate(_WITH_BASE)
         if self._bound is not None:
             for gap in self._came.gaps(0, self._places.end):
                 missing = slice(gap.start // self.page, gap.end // self.page)
@@ -312,7 +328,7 @@ class Capture:
                     )
                 elif result < 0 and result not in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now; a process is gone
                     raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
-        self._set(start, end, _DUE)
+        self._set(start, end, DUE)
         return True
 
     def _is_moment(self) -> bool:
@@ -347,21 +363,19 @@ class Capture:
         index = self._places.offset(page) // self.page
         if index < 0:
             return False
-        if self.phase is Phase.HOLDING:
+        due = self.phase is Phase.READING and self._states[index] in (DUE, ABSENT)
+        if self.phase is Phase.HOLDING or (due and self._kept.is_full):
             self._held.append((space, page, flags, thread))
             return True
-        if self.phase is Phase.READING and self._states[index] in (_DUE, _ABSENT):
-            if (len(self._kept) + 1) * self.page > max(_MOST_KEPT, self.page):
-                self._held.append((space, page, flags, thread))
-                return True
-            return self._keep(index, page, space)
-        if self._states[index] in (_PROTECTED, _DUE):
-            self._states[index] = _LOOSE
+        if due:
+            return self._keep(index, space, page, flags, thread)
+        if self._states[index] in (PROTECTED, DUE):
+            self._states[index] = LOOSE
             if self.phase is Phase.PROTECTING:
                 self._again.append(index)
         return False
 
-    def _keep(self, index: int, page: int, space: _Space) -> bool:
+    def _keep(self, index: int, space: _Space, page: int, flags: int, thread: int) -> bool:
         """Keep the bytes of a page, and let its writer go; False: that is left to do."""
         if self._bound is not None and not self._bound.shows(space.mappings, page):
             return False  # it was dropped just now: its writer faults again
@@ -369,11 +383,14 @@ class Capture:
         if len(data) < self.page:
             self.fail(LayoutChangingError("a snapshot", page, self.page, errno.EAGAIN))
             return False
-        self._kept[index] = data
-        self._states[index] = _KEPT
-        self.pages_kept += 1
-        # The usual way takes 5 us more.
-        return self._bound is None and bool(space.uffd.try_writeprotect(page, self.page, 0) == self.page)
+        # The usual way takes 5 us more. Where pages are dropped, only that notes the write.
+        result = self.page if self._bound is not None else space.uffd.try_writeprotect(page, self.page, 0)
+        if result == self.page:
+            self._kept.keep(index, data)
+        elif result == -errno.EAGAIN:  # the layout is changing: what was read is of another page, perhaps
+            self._held.append((space, page, flags, thread))
+            asyncio.get_running_loop().call_later(_RETRY, self._let_go)
+        return self._bound is None and result in (self.page, -errno.EAGAIN)
 
     def _let_go(self) -> None:
         """Let the writes go on that were held back, as far as there is room for what they overwrite."""
@@ -405,18 +422,18 @@ class Capture:
         """Take note that the layout of the addresses [start, end) has changed."""
         for low, high in self._places.offsets(align_down(start, self.page), align_up(end, self.page)):
             if self.phase is not Phase.READING:
-                self._set(low, high, _EMPTIED)
+                self._set(low, high, EMPTIED)
                 continue
             self._layout_changed = True
-            if _DUE in self._states[low // self.page : high // self.page]:
+            if DUE in self._states[low // self.page : high // self.page]:
                 self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
-            self._replace(low, high, _ABSENT, _LOOSE)  # no write there goes to the source any more
+            self._replace(low, high, ABSENT, LOOSE)  # no write there goes to the source any more
 
     def dropped(self, start: int, end: int) -> None:
         """Take note that the pages of addresses [start, end) are about to be dropped: the source has their bytes."""
         if self.phase is Phase.READING:
             for low, high in self._places.offsets(start, end):
-                self._replace(low, high, _DUE, _ABSENT)
+                self._replace(low, high, DUE, ABSENT)
 
     def _replace(self, start: int, end: int, old: int, new: int) -> None:
         """Note another state of the pages at some offsets that have one."""
@@ -462,7 +479,7 @@ class Capture:
             for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
                 found.append((offset, await self.spaces[0].backend.fetch(at, length)))
         # Behind what was fetched: the source may have got a page already that was written meanwhile.
-        found += [(index * self.page, self._kept.pop(index)) for index in range(first, last) if index in self._kept]
+        found += [(index * self.page, data) for index, data in self._kept.take(first, last)]
         states = self._states[first:last]
         self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
         if lifts:
@@ -484,14 +501,14 @@ class Capture:
         """
         self.base = None if self._layout_changed else name
         self.phase = Phase.LIFTING
-        self._kept.clear()
+        self._kept.end()
         self._again.clear()
         self._let_go()
         try:
             if self.base is None:
-                self._states = bytearray(len(self._states))
+                self._states[:] = bytes(len(self._states))
                 await self._lift()
-            self._states = self._states.translate(_NOT_READ)
+            self._states[:] = self._states.translate(_NOT_READ)
         finally:
             self.phase = Phase.IDLE
 

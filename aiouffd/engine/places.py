@@ -41,6 +41,11 @@ class Places:
     def __hash__(self) -> int:
         return hash(tuple(self._rows))
 
+    @property
+    def largest(self) -> Mapping:
+        """The most addresses whose offsets follow each other."""
+        return max(self._rows, key=lambda row: row.end - row.start)
+
     def offset(self, address: int) -> int:
         """Return which offset an address has; negative: none."""
         start, _, first = self._rows.locate(address)

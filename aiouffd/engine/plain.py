@@ -98,6 +98,9 @@ class PlainFaults(Protocol):
     def close(self, fd: int) -> None:
         """See `FastPath`."""
 
+    def keep(self, fd: int, kept: Any) -> None:
+        """See `FastPath`."""
+
 
 class FastPath:
     """What is known of each descriptor, and the faults that this is enough for.
@@ -151,6 +154,9 @@ class FastPath:
             self._users[number] -= 1
             if not self._users[number]:
                 self._sources[number] = None  # nothing keeps it any more
+
+    def keep(self, fd: int, kept: Any) -> None:
+        """Leave writes to the engine."""
 
     def _number(self, source: PlainSource) -> int:
         if source in self._sources:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aiouffd.engine.bound import Bound
+    from aiouffd.engine.kept import Kept
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -68,7 +69,13 @@ class Reader(Protocol):
         """
 
     def close(self, fd: int) -> None:
-        """Leave each message of a descriptor to the engine: its layout has changed, or it is about to be left."""
+        """Leave the plain faults of a descriptor to the engine: its layout has changed, or it is about to be left."""
+
+    def keep(self, fd: int, kept: Kept) -> None:
+        """Have first writes to protected pages of a descriptor go on, by the rules of `engine.kept`, until `dismiss`.
+
+        A reader need not do that: what it leaves, the engine decides.
+        """
 
     def refresh(self, space: Space) -> None:
         """Take note of what the readahead of a space has just learned."""
@@ -226,6 +233,7 @@ class _Line:
         served: whether the native part serves anything of it just now.
         bound: is asked for room, and told what has come; None: there is no limit.
         room: pages for which there is room.
+        kept: of memory of which snapshots are taken.
     """
 
     identity: int
@@ -234,6 +242,7 @@ class _Line:
     served: bool = False
     bound: Bound | None = None
     room: ctypes.c_uint64 = attrs.field(factory=ctypes.c_uint64)
+    kept: Kept | None = None
 
 
 class NativeReader:
@@ -270,9 +279,12 @@ class NativeReader:
 
     def dismiss(self, fd: int) -> None:
         """Read it no longer."""
-        if self._lines.pop(fd, None) is not None:
+        line = self._lines.pop(fd, None)
+        if line is not None:
             self._forget_bounded(fd)
             self._reader.describe(fd, identity=-1)
+            if line.kept is not None:
+                self._reader.keep(fd, None)
 
     def _forget_bounded(self, fd: int) -> None:
         if self._bounded.pop(fd, None) is not None and not self._bounded:
@@ -307,6 +319,13 @@ class NativeReader:
         if line is not None:
             line.opened = None
             self._hide(fd, line)
+
+    def keep(self, fd: int, kept: Kept) -> None:
+        """Let first writes go on."""
+        line = self._lines.get(fd)
+        if line is not None:
+            line.kept = kept  # what is in use stays alive
+            self._reader.keep(fd, kept.native)
 
     def refresh(self, space: Space) -> None:
         """Serve strangers if the readahead has found that it is of no use to them."""

@@ -23,6 +23,8 @@ struct state {
     struct epoll_event events[READY];
     uint8_t *page; /* a page of a file, on its way */
     uint64_t page_length;
+    struct keeper **keepers; /* by descriptor */
+    int32_t keepable;        /* how many */
 };
 
 struct found {
@@ -143,12 +145,53 @@ static int place(struct state *s, const struct line *line, int fd, uint64_t page
     return ioctl(fd, IOC_WAKE, &wake) == 0;
 }
 
+/* --- Keeping a page --- */
+
+/* Let a first write to a protected page go on, once the bytes of the page are kept if a snapshot is to have them; 1: it
+ * goes on, 0: the engine must decide.
+ *
+ * Nothing is changed where the kernel does not lift the protection: the layout is changing then, and what was read may
+ * have been moved there just now. */
+static int keep(struct keeper *k, const struct words *at, int fd, uint64_t page)
+{
+    uint64_t index = (page - k->start) / k->page; /* of an address below them: very large */
+    if (index >= k->count || k->keeps == ALL_ASKED)
+        return 0;
+    index += k->first;
+    uint32_t slot = 0;
+    uint8_t before = k->states[index];
+    if (before == PAGE_DUE) {
+        if (k->keeps != DUE_KEPT || k->left == 0)
+            return 0;
+        slot = k->free[k->left - 1];
+        if (pread(k->memory, k->area + (uint64_t)slot * k->page, k->page, (off_t)(k->at + index * k->page)) !=
+            (ssize_t)k->page)
+            return 0;
+    } else if (before != PAGE_PROTECTED) {
+        return 0;
+    }
+    struct writeprotect_argument lift = {page, k->page, 0};
+    /* Counted first, as in `place`. */
+    bump(k->words + at->write_faults, 1);
+    if (ioctl(fd, IOC_WRITEPROTECT, &lift)) {
+        bump(k->words + at->write_faults, (uint64_t)-1);
+        return 0;
+    }
+    if (before == PAGE_DUE) {
+        k->left--;
+        k->kept++;
+        k->slots[index] = slot;
+    }
+    k->states[index] = before == PAGE_DUE ? PAGE_KEPT : PAGE_LOOSE;
+    return 1;
+}
+
 /* --- The messages of one read --- */
 
-static int all_missing(const struct message *messages, int count)
+static int all_faults(const struct message *messages, int count)
 {
     for (int i = 0; i < count; i++)
-        if (messages[i].event != EVENT_PAGEFAULT || messages[i].flags & ~(uint64_t)FAULT_WRITE)
+        if (messages[i].event != EVENT_PAGEFAULT)
             return 0;
     return 1;
 }
@@ -169,27 +212,31 @@ static int seen(const uint64_t *pages, int count, uint64_t page)
 static int32_t serve(struct state *s, const struct line *line, int fd, int32_t length)
 {
     struct message *messages = (struct message *)s->is.landing;
-    int count = length / (int)sizeof *messages, kept = 0, placed = 0;
-    uint64_t pages[64], began = now_ns();
-    if (line->shown == NOTHING || count > 64 || !all_missing(messages, count))
+    struct keeper *keeper = fd < s->keepable ? s->keepers[fd] : NULL;
+    int count = length / (int)sizeof *messages, left = 0, served = 0, placed = 0, plain = line->shown != NOTHING;
+    uint64_t pages[64], began = now_ns(), mask = -(uint64_t)(plain ? line->page : keeper != NULL ? keeper->page : 1);
+    if ((!plain && keeper == NULL) || count > 64 || !all_faults(messages, count))
         return length;
     for (int i = 0; i < count; i++) {
-        uint64_t page = messages[i].address & -(uint64_t)line->page;
-        if (seen(pages, placed, page))
+        uint64_t page = messages[i].address & mask, flags = messages[i].flags & ~(uint64_t)FAULT_WRITE;
+        if (seen(pages, served, page))
             continue;
-        if (page >= line->start && page + line->page <= line->end &&
-            (line->more == NULL || is_stranger(&line->more->strangers, page)) && place(s, line, fd, page)) {
-            pages[placed++] = page;
-            continue;
+        if (flags == FAULT_WP && keeper != NULL && keep(keeper, &s->is.words, fd, page)) {
+            pages[served++] = page;
+        } else if (flags == 0 && plain && page >= line->start && page + line->page <= line->end &&
+                   (line->more == NULL || is_stranger(&line->more->strangers, page)) && place(s, line, fd, page)) {
+            pages[served++] = page;
+            placed++;
+        } else {
+            messages[left++] = messages[i];
         }
-        messages[kept++] = messages[i];
     }
-    bump(line->words + s->is.words.faults, (uint64_t)(count - kept));
+    bump((plain ? line->words : keeper->words) + s->is.words.faults, (uint64_t)(count - left));
     if (placed) {
         uint64_t spent = now_ns() - began;
         bump(line->words + s->is.words.latency + (64 - (spent ? __builtin_clzll(spent) : 64)), (uint64_t)placed);
     }
-    return kept * (int32_t)sizeof *messages;
+    return left * (int32_t)sizeof *messages;
 }
 
 /* --- Looking for messages --- */
@@ -259,6 +306,7 @@ EXPORT void aiouffd_reader_free(struct state *s)
     for (int i = 0; i < s->count; i++)
         free(s->lines[i].more);
     free(s->lines);
+    free(s->keepers);
     free(s->page);
     free(s);
 }
@@ -293,6 +341,23 @@ EXPORT int aiouffd_reader_line(struct state *s, int fd, const struct line *line,
     }
     s->lines[fd] = *line;
     s->lines[fd].more = kept;
+    return 0;
+}
+
+/* Keep pages of a descriptor; NULL: none any more. The keeper stays the caller's. 0, or -ENOMEM. */
+EXPORT int aiouffd_reader_keep(struct state *s, int fd, struct keeper *keeper)
+{
+    if (fd >= s->keepable) {
+        if (keeper == NULL)
+            return 0;
+        struct keeper **keepers = realloc(s->keepers, (size_t)(fd + 64) * sizeof *keepers);
+        if (keepers == NULL)
+            return -ENOMEM;
+        memset(keepers + s->keepable, 0, (size_t)(fd + 64 - s->keepable) * sizeof *keepers);
+        s->keepers = keepers;
+        s->keepable = fd + 64;
+    }
+    s->keepers[fd] = keeper;
     return 0;
 }
 

@@ -1,4 +1,5 @@
-/* Reads the messages of many userfaultfds, and resolves the faults that take one COPY of bytes that are in memory. */
+/* Reads the messages of many userfaultfds, and resolves the faults that take one COPY of bytes that are in memory, and
+ * first writes to pages of a snapshot. */
 
 #ifndef AIOUFFD_READER_H
 #define AIOUFFD_READER_H
@@ -48,7 +49,28 @@ _Static_assert(sizeof(struct line) == 64, "a line of cache");
 
 /* What is counted: the place of each word. */
 struct words {
-    uint64_t faults, pages_fault, bytes_fetched, copies, eexist, wakes, latency;
+    uint64_t faults, pages_fault, bytes_fetched, copies, eexist, wakes, latency, write_faults;
+};
+
+/* Of a page, as `aiouffd.engine.kept` has them. */
+enum page_state { PAGE_LOOSE, PAGE_PROTECTED, PAGE_DUE, PAGE_KEPT, PAGE_EMPTIED, PAGE_ABSENT };
+
+/* What becomes of a first write to a protected page. */
+enum keeps { ALL_ASKED, NONE_DUE, DUE_KEPT };
+
+/* The pages of memory of which snapshots are taken. Its owner, Python, reads and changes all of it between two runs. */
+struct keeper {
+    uint64_t start, count; /* of addresses; how many pages lie there */
+    uint64_t first;        /* the number of the first of them */
+    uint64_t at;           /* where in `memory` page 0 is */
+    uint8_t *states;       /* of each page: enum page_state */
+    uint32_t *slots;       /* of each page that is kept: which slot has its bytes */
+    uint32_t *free;        /* the slots that are free */
+    uint8_t *area;         /* the slots, a page each */
+    uint64_t *words;       /* where to count */
+    uint64_t left, kept;   /* how many slots are free; how many pages were kept */
+    uint32_t page;         /* bytes */
+    int32_t memory, keeps; /* what the pages are read from; enum keeps */
 };
 
 struct reader {

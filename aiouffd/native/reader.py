@@ -1,4 +1,4 @@
-"""The reader of `reader.c`, typed: reads the messages of many descriptors, and serves those that one COPY resolves."""
+"""The reader of `reader.c`, typed: reads the messages of many descriptors, and serves those that one ioctl resolves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from aiouffd.native import library
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["WORDS", "NativeReader", "Outcome", "Shown", "declared"]
+__all__ = ["WORDS", "Keeper", "Keeps", "NativeReader", "Outcome", "Shown", "declared"]
 
-WORDS = (*("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES", "LATENCY"),)
+WORDS = (*("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES", "LATENCY", "WRITE_FAULTS"),)
 """What is counted, by the names of `aiouffd.engine.statistics.Counter`."""
 
 
@@ -37,6 +37,35 @@ class Shown(enum.IntEnum):
     MEMORY = 1
     FILE_PAGES = 2
     MAPPED = 3  # as MEMORY, where it is resident
+
+
+class Keeps(enum.IntEnum):
+    """What becomes of a first write to a protected page."""
+
+    ALL_ASKED = 0  # the engine decides
+    NONE_DUE = 1  # it goes on, unless the page is to be read
+    DUE_KEPT = 2  # it goes on; the bytes of a page that is to be read are kept before
+
+
+class Keeper(ctypes.Structure):
+    """`struct keeper`: the pages of memory of which snapshots are taken."""
+
+    _fields_ = (
+        ("start", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+        ("first", ctypes.c_uint64),
+        ("at", ctypes.c_uint64),
+        ("states", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("free", ctypes.c_uint64),
+        ("area", ctypes.c_uint64),
+        ("words", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
+        ("kept", ctypes.c_uint64),
+        ("page", ctypes.c_uint32),
+        ("memory", ctypes.c_int32),
+        ("keeps", ctypes.c_int32),
+    )
 
 
 class _Reader(ctypes.Structure):
@@ -104,6 +133,7 @@ def declared() -> ctypes.CDLL:
     functions.aiouffd_reader_set.argtypes = [state, ctypes.POINTER(_Reader)]
     functions.aiouffd_reader_free.argtypes = [state]
     functions.aiouffd_reader_line.argtypes = [state, ctypes.c_int, ctypes.POINTER(_Line), ctypes.POINTER(_More)]
+    functions.aiouffd_reader_keep.argtypes = [state, ctypes.c_int, ctypes.POINTER(Keeper)]
     functions.aiouffd_reader_watch.argtypes = [state, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     functions.aiouffd_reader_run.argtypes = [state, number, ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Found)]
     for name in ("set", "free", "watch"):
@@ -152,6 +182,11 @@ class NativeReader:
         wanted = near or mapped or room or used
         more = _More(near=near, mapped=mapped, mtime_ns=mtime_ns, room=room, used=used) if wanted else None
         if self._functions.aiouffd_reader_line(self._state, fd, _Line(**line), more):
+            raise MemoryError
+
+    def keep(self, fd: int, keeper: Keeper | None) -> None:
+        """Keep pages of a descriptor, which the caller keeps alive; None: none any more."""
+        if self._functions.aiouffd_reader_keep(self._state, fd, keeper):
             raise MemoryError
 
     def watch(self, fd: int, pairs: Sequence[int]) -> None:

@@ -17,6 +17,9 @@ struct range_argument { /* of ZEROPAGE and CONTINUE */
 struct wake_argument {
     uint64_t start, len;
 };
+struct writeprotect_argument {
+    uint64_t start, len, mode;
+};
 struct message { /* struct uffd_msg of a page fault */
     uint8_t event, padding[7];
     uint64_t flags, address;
@@ -31,6 +34,7 @@ _Static_assert(sizeof(struct scan_argument) == 96, "struct pm_scan_arg has 96 by
 #define IOC_WAKE _IOR(0xAA, 0x02, struct wake_argument)
 #define IOC_COPY _IOWR(0xAA, 0x03, struct copy_argument)
 #define IOC_ZEROPAGE _IOWR(0xAA, 0x04, struct range_argument)
+#define IOC_WRITEPROTECT _IOWR(0xAA, 0x06, struct writeprotect_argument)
 #define IOC_CONTINUE _IOWR(0xAA, 0x07, struct range_argument)
 #define IOC_PAGEMAP_SCAN _IOWR('f', 16, struct scan_argument)
 enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, FAULT_WP = 2, MODE_DONTWAKE = 1, MODE_WP = 2 };

@@ -160,6 +160,11 @@ class FakeMemory:
     """Of a process without memory: what is read is told."""
 
     file = -1
+    start = 0
+
+    def fileno(self) -> int:
+        """Say that there is no descriptor."""
+        return -1
 
     def __init__(self) -> None:
         self.read = list[int]()
@@ -199,8 +204,8 @@ class FakeUffd:
 def fake_space(mappings: Mappings, **attributes: Any) -> Any:
     """Return what a capture needs of a space."""
     known = {"page_size": PAGE, "counters": Counters(), "resolver": Mock(), "closing": False, "is_gone": False}
-    attributes.setdefault("bound", None)
-    return SimpleNamespace(**known, mappings=mappings, on_changed=set(), capture=None, **attributes)
+    attributes = {"capture": None, "bound": None, "fast_path": None} | attributes
+    return SimpleNamespace(**known, mappings=mappings, on_changed=set(), **attributes)
 
 
 async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +238,10 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert memory.read == [PAGE, 2 * PAGE]
     assert not write(3)  # there is no room for it
     assert capture.to_read(0, 8) == [(0, 4)]
+    uffd.count = 1  # the layout is changing
     assert [at // PAGE for at, _ in await capture.read(0, 2, [], lifts=False)] == [1]
-    assert lifted() == [1, 2, 3]
+    assert (lifted(), capture.pages_kept) == ([1, 2], 2)
+    await until(lambda: lifted() == [1, 2, 3])
     assert (capture.pages_kept, capture.pause_ns > 0) == (3, True)
     await capture.end("base")
     assert write(0)  # it is known from now on

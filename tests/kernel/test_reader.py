@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from kinds import poke
 from pattern import PAGE
 from reading_rig import PAGES, SOURCE, Rig, first
 from scenario import play
+from worlds import FEATURES
 
-from aiouffd.native.reader import WORDS, NativeReader, Outcome
+from aiouffd.engine.kept import DUE, KEPT, LOOSE, PROTECTED, Kept
+from aiouffd.engine.mappings import Mapping
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.memory import ProcessMemory
+from aiouffd.native.reader import WORDS, Keeps, NativeReader, Outcome
 from aiouffd.store.view import View
 
 
@@ -102,6 +110,96 @@ def bounded() -> None:
 def test_memory_with_a_limit() -> None:
     """As many pages come as there is room for, and each is told."""
     play(bounded)
+
+
+class Writers(Rig):
+    """Threads that write to protected pages, which nobody but the reader lets go."""
+
+    def __init__(self) -> None:
+        super().__init__("native", features=FEATURES | Feature.PAGEFAULT_FLAG_WP)
+        self.threads: dict[int, threading.Thread] = {}
+        self.world.uffd.register(self.world.at(0), PAGES * PAGE, RegisterMode.MISSING | RegisterMode.WP)
+        for page in range(12):
+            self.world.uffd.try_copy(self.world.at(page), self.source.locate(page * PAGE, PAGE), PAGE, 0)
+        self.protect(0, 12)
+        self.pages = Kept(Mapping(self.world.at(1), self.world.at(12), PAGE), PAGES, PAGE, 3 * PAGE, self.counters)
+        self.pages.states[:12] = bytes([DUE] * 6 + [PROTECTED] * 6)
+        self.reader.keep(self.fd, self.pages)
+
+    def protect(self, page: int, count: int, mode: int = abi.WRITEPROTECT_MODE_WP) -> None:
+        """Protect pages."""
+        self.world.uffd.try_writeprotect(self.world.at(page), count * PAGE, mode)
+
+    def write(self, page: int) -> None:
+        """Have a thread write to a page, and wait until that is told."""
+        self.threads[page] = threading.Thread(target=poke, args=(self.world.at(page), b"new"), daemon=True)
+        self.threads[page].start()
+        select.select([self.fd], [], [])
+
+    def goes(self, page: int) -> None:
+        """Find that a write goes on without the engine."""
+        self.write(page)
+        self.run(Outcome.IDLE)
+        self.threads[page].join()
+
+    def asked(self, page: int) -> None:
+        """Find that the engine is asked, and nothing has changed."""
+        before, room = bytes(self.pages.states), self.pages.native.left
+        self.write(page)
+        assert self.left() == [page]
+        assert (bytes(self.pages.states), self.pages.native.left) == (before, room)
+        self.protect(page, 1, 0)
+        self.threads[page].join()
+        self.protect(page, 1)
+
+    def taken(self) -> dict[int, bytes]:
+        """Return the bytes that were kept; their pages are read."""
+        found = dict(self.pages.take(0, PAGES))
+        self.pages.states[:] = self.pages.states.replace(bytes([KEPT]), bytes([LOOSE]))
+        return found
+
+
+def kept() -> None:
+    """Scenario: writes to pages that are to be read, or were, or lie elsewhere; before and within a snapshot."""
+    rig = Writers()
+    states = rig.pages.states
+    rig.asked(11)
+    rig.pages.allow(Keeps.NONE_DUE)
+    rig.goes(10)
+    rig.protect(10, 1)
+    rig.asked(10)  # protected by whoever else
+    with ProcessMemory.own(rig.world.at(0)) as memory:
+        rig.pages.begin(memory)
+        rig.asked(1)
+        rig.pages.allow(Keeps.DUE_KEPT)
+        rig.asked(0)
+        for page in (2, 3, 4, 9):
+            rig.goes(page)
+        assert bytes(states[:12]) == bytes([DUE] * 2 + [KEPT] * 3 + [DUE] + [PROTECTED] * 3 + [LOOSE] * 2 + [PROTECTED])
+        assert (rig.pages.pages, rig.pages.is_full) == (3, True)
+        rig.asked(5)  # there is no room
+        assert rig.taken() == {page: first(page) for page in (2, 3, 4)}
+        rig.open()
+        rig.world.touch(30, 0)
+        rig.goes(5)  # beside a plain fault, in one read
+        assert first(30).startswith(bytes(rig.world.got(0)))  # type: ignore[arg-type]
+        assert rig.taken() == {5: b"new" + first(5)[3:]}
+        states[6:8] = bytes([DUE] * 2)
+        rig.write(6)
+        rig.write(7)
+        rig.world.dontneed(40, 1)
+        rig.reader._reader.configure(limit=abi.MESSAGE_SIZE)  # the event is not read with the fault
+        assert rig.left() == [6]
+        assert (states[6], rig.pages.is_full, rig.pages.pages) == (DUE, False, 4)  # the layout is changing
+        rig.reader.dismiss(rig.fd)
+        rig.reader.admit(rig.fd, 7, rig.counters)
+        assert rig.left() == [7]
+    rig.counts(write_faults=6, faults=7, pages_fault=1)
+
+
+def test_writes_to_pages_of_a_snapshot() -> None:
+    """They go on once the bytes are kept; what is not plain is the engine's."""
+    play(kept)
 
 
 def storm() -> None:
