@@ -194,15 +194,19 @@ def touch_all(path: str, size: int) -> None:
         assert region[page * PAGE] == (page + 1) & 255
 
 
-def hand_over(path: str | Path, length: int = MIB) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
-    """Hand over a region as Firecracker does; keep all that is returned."""
-    region = aiouffd.Region(length)
-    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
-    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
+def hand_over(
+    path: str | Path, length: int = MIB, *, shared: bool = False
+) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
+    """Hand over a region as Firecracker does, `shared`: with the memfd that it maps. Keep all that is returned."""
+    region = aiouffd.Region(length, shared=shared)
+    minor = (aiouffd.Feature.MINOR_SHMEM, aiouffd.RegisterMode.MINOR) if shared else (0, 0)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE | minor[0])
+    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING | minor[1])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.fspath(path))
     mapping = Mapping(region.address, region.address + region.mapped_length, 0)
-    socket.send_fds(connection, [firecracker.encode([mapping], PAGE)], [uffd.fileno()])
+    fds = [uffd.fileno(), *([region.fd] if shared else [])]
+    socket.send_fds(connection, [firecracker.encode([mapping], PAGE)], fds)
     return region, connection, uffd
 
 

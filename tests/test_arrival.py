@@ -59,22 +59,26 @@ async def test_a_handoff_in_one_message() -> None:
 
 
 async def test_a_handoff_in_pieces_with_a_memfd() -> None:
-    """It is complete when it parses, wherever it is cut; what else comes along is closed."""
+    """It is complete when it parses, wherever it is cut; the memfd is kept with it, what else comes along is closed."""
     wire = Wire()
-    memfd = os.memfd_create("guest")
+    memfd, bitmap = os.memfd_create("guest"), os.memfd_create("bitmap")
+    os.ftruncate(memfd, (1 << 40) + (1 << 30))
     data = text({"x": "a ] in a string"}, {"base_host_virt_addr": 1 << 40, "offset": 1 << 40})
     taking = asyncio.create_task(wire.receive())
     with aiouffd.Userfaultfd() as uffd:
         before = open_descriptors()
-        socket.send_fds(wire.client, [data[:1]], [memfd, uffd.fileno()])
+        socket.send_fds(wire.client, [data[:1]], [memfd, uffd.fileno(), bitmap])
         for at in range(1, len(data), 37):
             await asyncio.sleep(0)
             wire.client.send(data[at : at + 37])
         handoff = await taking
         assert len(handoff.regions.mappings) == 2
-        assert open_descriptors() == before + 1
-    handoff.uffd.close()
+        assert open_descriptors() == before + 2
+        assert os.path.sameopenfile(handoff.memory.fileno(), memfd)
+        handoff.close()
+        assert open_descriptors() == before
     os.close(memfd)
+    os.close(bitmap)
     wire.close()
 
 

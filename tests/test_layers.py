@@ -146,7 +146,7 @@ ORDER = {
             "__init__",
         ),
     ],
-    "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "arrival"],
+    "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "memory_file", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
         *(

@@ -13,10 +13,12 @@ import attrs
 
 from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker
+from aiouffd.handoff.memory_file import memory_file
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread, kind_of
 from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.userfaultfd import NO_FEATURES, Userfaultfd
 
 if TYPE_CHECKING:
@@ -43,16 +45,20 @@ class Handoff:
         uffd: non-blocking. It is the receiver's.
         tether: the writing end of a pipe of one of our own clients, whose end tells the client that nobody serves it
             any more; -1 for others. It is the receiver's.
+        memory: the file that the regions map (a memfd), with the offsets of the regions; it may be written. Closed: the
+            client has sent none, or none that is of use. It is the receiver's.
     """
 
     peer: Peer
     regions: Regions
     uffd: Userfaultfd
     tether: int = -1
+    memory: OwnedDescriptor = attrs.field(factory=OwnedDescriptor)
 
     def close(self) -> None:
-        """Close both descriptors."""
+        """Close all descriptors."""
         self.uffd.close()
+        self.memory.close()
         if self.tether >= 0:
             os.close(self.tether)
 
@@ -85,7 +91,7 @@ class Arrival:
             async with asyncio.timeout(timeout):
                 regions = await self._gather()
                 uffd = await in_own_thread(_checked, self._userfaultfd(regions), regions)
-                return Handoff(self.peer, regions, uffd, self._tether(regions))
+                return Handoff(self.peer, regions, uffd, self._tether(regions), self._memory(regions))
         except TimeoutError:
             raise HandoffError(str(self.peer), f"sent no complete handoff within {timeout:g} s") from None
         except (ValueError, OSError) as error:
@@ -154,6 +160,14 @@ class Arrival:
             return -1
         self._fds.remove(pipes[0])
         return pipes[0]
+
+    def _memory(self, regions: Regions) -> OwnedDescriptor:
+        """Take the file behind the regions, where the client has sent it."""
+        found = memory_file(self._fds, regions, str(self.peer))
+        if found < 0:
+            return OwnedDescriptor()
+        self._fds.remove(found)
+        return OwnedDescriptor(found)
 
 
 def _checked(uffd: Userfaultfd, regions: Regions) -> Userfaultfd:

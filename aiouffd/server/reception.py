@@ -158,6 +158,7 @@ class Reception:
         else:
             uffd = handoff.uffd
             ranges = [Range(mapping.start, mapping.end - mapping.start) for mapping in handoff.regions.mappings]
+            handoff.memory.close()
             if handoff.tether >= 0:
                 os.close(handoff.tether)
         if arrival.wants_answers:

@@ -152,12 +152,15 @@ class Services:
     def _share(self, origin: Any, size: int, handoff: Handoff) -> Pack:
         identity = getattr(origin, "identity", None)
         key = (id(origin) if identity is None else identity, handoff.regions.page_size)
+        alone = not handoff.memory.closed and self._record is None  # there is one recording for all
         with self._lock:
-            pack = self._packs.get(key)
+            pack = None if alone else self._packs.get(key)
             if pack is None:
                 recorder = self._recording(key, handoff, origin, size)
-                pack = Pack(Service(origin, recorder, self._trace(handoff, origin)), self._options)
-                self._packs[key] = pack
+                service = Service(origin, recorder, self._trace(handoff, origin))
+                pack = Pack(service, self._options, [handoff.memory] if alone else (), handoff.regions.page_size)
+                if not alone:
+                    self._packs[key] = pack
             self._uses[pack.token] += 1
         return pack
 

@@ -52,6 +52,8 @@ def a_service(directory: str, image: str) -> None:
         region, connection, uffd = hand_over(path, SIZE)
         assert peek(region.address) == word(0)
         uffd.close()  # nobody but the service has it, and systemd
+        mine = hand_over(path, shared=True)  # with a memory file, and another description of the source's
+        assert peek(mine[0].address) == word(0)
         region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
         forking = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_FORK)
         refused = aiouffd.Region(PAGE)
@@ -80,6 +82,7 @@ def a_service(directory: str, image: str) -> None:
         third = start("third")
         touchers.join()
         assert not touchers.wrong
+        assert peek(mine[0].address + 9 * PAGE) == word(9)
         assert hand_over(path)[0][1] == 0
         connection.close()
         pids = tree(third.pid)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 from pathlib import Path
 
 from pattern import PAGE, peek, word
-from scenario import ended, play
+from scenario import ended, eventually, play
 from served import MIB, Servers, free_port, hand_over, metric
 
 from aiouffd.cli import main
+
+
+def memory_files(pid: int) -> int:
+    """Return how many descriptors of a region's memfd a process has."""
+    found = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += "aiouffd-region" in str(fd.readlink())
+    return found
+
+
+def told_of(name: str) -> list[bool]:
+    """Return whether each client of a session has handed over a memory file."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert main(["ctl", "show", name]) == 0
+    return [client["memory_file"] for client in json.loads(told.getvalue())["clients"]]
 
 
 def sessions(directory: str, image: str) -> None:
@@ -24,7 +42,7 @@ def sessions(directory: str, image: str) -> None:
     servers.start("first")
     for name, source in (("a", image), ("b", image), ("c", gone)):
         assert main(["ctl", "create", name, source, "--socket", f"{directory}/{name}", "--readahead", "0"]) == 0
-    kept = [hand_over(f"{directory}/{name}", MIB) for name in ("a", "c")]
+    kept = [hand_over(f"{directory}/{name}", MIB, shared=name == "a") for name in ("a", "c")]
     for region, *_ in kept:
         assert peek(region.address) == word(0)
     Path(gone).unlink()
@@ -37,9 +55,13 @@ def sessions(directory: str, image: str) -> None:
         assert peek(kept[-1][0].address + 2 * PAGE) == word(2)
         if turn == 1:
             servers.start("third", "--takeover")
+    pids = servers.pids
+    assert told_of("a") == [True, False, False]
+    assert memory_files(pids["worker"]) == 1
     assert metric(port, 'aiouffd_session_clients{session="a"}') == 3
     assert main(["ctl", "complete", "a"]) == main(["ctl", "delete", "a"]) == main(["ctl", "complete", "b"]) == 0
-    print(json.dumps(servers.pids))
+    eventually(lambda: [memory_files(pids[name]) for name in ("server", "worker")], expected=[0, 0])
+    print(json.dumps(pids))
 
 
 def test_sessions(image: Path, tmp_path: Path) -> None:

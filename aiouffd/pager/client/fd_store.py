@@ -95,6 +95,17 @@ class FdStore:
         """
         self._send(f"FDSTORE=1\nFDNAME={_OURS}{_key(name)}\nFDPOLL=0", [fd])
 
+    def _put_anew(self, name: str, fd: int) -> None:
+        """Store the file of a descriptor that is stored by another name."""
+        try:
+            anew = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PagerStartError(f"a source cannot be kept by systemd a second time: {error.strerror}") from error
+        try:
+            self.put(name, anew)
+        finally:
+            os.close(anew)
+
     def remove(self, name: str) -> None:
         """Store it no longer."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={_OURS}{_key(name)}")
@@ -112,15 +123,15 @@ class FdStore:
     def put_tenant(self, tenant: Tenant) -> None:
         """Store what a journal says of a tenant, and of what serves it. Raises as `put`.
 
-        An open file that is stored already is not stored again, whatever the name.
+        An open file that is stored already is not stored again, whatever the name: it is opened anew.
         """
         token, fds = tenant.pack.token, tenant.pack.fds
-        if any(set(fds) & set(others) for other, others in self._fds.items() if other != token):
-            raise PagerStartError("systemd keeps a source for clients of one page size only: use --hold PATH")
+        stored = {fd for other, others in self._fds.items() if other != token for fd in others}
         self._uses.setdefault(token, set()).add(tenant.token)
         self._fds[token] = fds
         for at, fd in enumerate(fds):
-            self.put(f"pack {token} {at}", fd)
+            put = self._put_anew if fd in stored else self.put
+            put(f"pack {token} {at}", fd)
         for at, fd in enumerate(tenant.fds):
             self.put(f"space {tenant.token} {at}", fd)
 

@@ -18,6 +18,8 @@ from aiouffd.pager.process.serialization import config_of, is_pickle, pack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from _typeshed import FileDescriptorLike
+
     from aiouffd.engine.options import Options, Service
     from aiouffd.sources.base import Descriptor
 
@@ -47,8 +49,8 @@ class Pack:
     Args:
         service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
         options: how.
-        memory: descriptors of what its pages are dropped by: the notes of what was written, and the memfd. They stay
-            the caller's, like those of the service.
+        memory: what its pages are dropped by: the notes of what was written, and the memfd that the memory maps; or the
+            memfd alone. They stay the caller's, like those of the service; the pack refers to them until it is closed.
         page_size: of that memory.
 
     Attributes:
@@ -59,7 +61,9 @@ class Pack:
         PagerStartError: it cannot travel.
     """
 
-    def __init__(self, service: Service, options: Options, memory: Sequence[int] = (), page_size: int = 0) -> None:
+    def __init__(
+        self, service: Service, options: Options, memory: Sequence[FileDescriptorLike] = (), page_size: int = 0
+    ) -> None:
         try:
             data, descriptors = pack(service)
         except OSError as error:
@@ -76,7 +80,7 @@ class Pack:
         fcntl.fcntl(self.config, fcntl.F_ADD_SEALS, _SEALS)
         self.is_pickle: bool = is_pickle(data)
         self._descriptors: Sequence[Descriptor | _Arrived] = descriptors
-        self._memory = memory
+        self._memory: Sequence[FileDescriptorLike] = memory
         self.record: dict[str, Any] = {
             "token": self.token,
             "options": self.options,
@@ -104,10 +108,16 @@ class Pack:
     @property
     def fds(self) -> list[int]:
         """What goes along with a request that opens a space."""
-        return [self.config.fileno(), *(item.fd for item in self._descriptors), *self._memory]
+        memory = (item if isinstance(item, int) else item.fileno() for item in self._memory)
+        return [self.config.fileno(), *(item.fd for item in self._descriptors), *memory]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the memfd that the memory maps goes along, from its beginning on."""
+        return bool(self.record["memory"])
 
     def close(self) -> None:
         """Forget it; what a pager has got of it stays the pager's."""
         if not self.config.closed:
             self.config.close()
-            del self.service, self._descriptors  # its files may be closed with them, here and now
+            del self.service, self._descriptors, self._memory  # its files may be closed with them, here and now

@@ -80,6 +80,8 @@ class Origin:
         self.service = service
         self.backend = backend
         self.options: Options = _options_of(record)
+        self.file: int = record["fds"][-1] if record["memory"] else -1
+        """The memfd that its memory maps, from its beginning on; -1: it is not known. It is the record's."""
         self.gone: asyncio.Event = asyncio.Event()
         """Set when a file that was written has been closed, for which `let_go` was called."""
 
@@ -282,7 +284,7 @@ def make_origin(
 ) -> Origin:
     """Return what serves from a source or handler; `common` and `precedence`: as for `make_backend`."""
     options = _options_of(record)
-    bound = _bound(record, options, counters) if record["memory"] else None
+    bound = _bound(record, options, counters) if record["memory"] > 1 else None
     return Origin(
         counters, identity, record, service, make_backend(service, counters, options, bound, common, precedence)
     )

@@ -128,11 +128,13 @@ class ClientView:
     uid: int
     bytes: int
     age: Annotated[float, Meta(description="Seconds since it was taken.")]
+    memory_file: Annotated[bool, Meta(description="It has handed over the file behind its memory (a memfd).")]
 
     @classmethod
     def of(cls, client: Client, now: float) -> ClientView:
         """Return what is told of a client; now: on the monotonic clock."""
-        return cls(client.number, client.peer.pid, client.peer.uid, client.length, round(now - client.since, 3))
+        age, has_memory = round(now - client.since, 3), client.tenant.pack.has_memory
+        return cls(client.number, client.peer.pid, client.peer.uid, client.length, age, has_memory)
 
 
 @attrs.frozen
