@@ -42,12 +42,12 @@ class Rig:
         self.reader.admit(self.fd, 7, self.counters)
         self.source = source or aiouffd.BufferSource(content(0, SOURCE * PAGE + PAGE // 2))
 
-    def open(self, *, offset: int = 0, bound: Any = None) -> None:
+    def open(self, *, offset: int = 0, bound: Any = None, note: Any = None) -> None:
         """Serve the memory out of the source, page by page."""
         source = self.source
         locate = getattr(source, "page", source.locate)
         plain = (locate, source.size, PAGE, 0, False, None, source.memory())
-        self.reader.open(self.fd, self.world.at(0), self.world.at(PAGES), offset, plain, bound)
+        self.reader.open(self.fd, self.world.at(0), self.world.at(PAGES), offset, plain, bound, note)
 
     def run(self, expected: Outcome) -> Any:
         """Run the reader once over what there is."""

@@ -47,7 +47,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"faults": 640, "pages_fault": 640, "readahead": 0, "stretches": 500}, NOTHING),
     (
         {"faults": 640, "pages_fault": 640, "readahead": 0, "stretches": 1, "records": True},
-        "good: record= serves page by page: the times are not those of a run without it.",
+        "good: record= without readahead serves page by page: the times are not those of a run without it.",
     ),
     (
         {"source_reads": 9, "bytes_fetched": 4 * MIB, "resident": 2 * MIB, "forks": 1, "pages_fault": 512},

@@ -23,8 +23,9 @@ class Recorder:
     def __init__(self) -> None:
         self.offsets: list[int] = []
 
-    def note(self, offset: int) -> None:
+    def note(self, offset: int, start: int, length: int) -> None:
         """Note it."""
+        assert (start, length) == (offset, PAGE)
         self.offsets.append(offset)
 
 
@@ -37,6 +38,7 @@ async def test_a_backend_for_what_serves(origin: Any, kind: type) -> None:
     assert type(backend) is kind
     world = World(0, source=origin)
     world.space.backend = backend
+    world.space.readahead = make_readahead(PAGE, Options(0), local=True, recorder=recorder)
     world.touch(3, 1)
     world.serve_all()
     await turns()

@@ -453,7 +453,8 @@ async def test_a_recording_sees_what_was_asked_for() -> None:
     """The offsets of faults, in order."""
     touched_: list[int] = []
     world = World(0, source=Handler())
-    backend = HandlerBackend(Handler(), world.counters, Limits(), on_touch=touched_.append)
+    world.space.readahead.note = lambda offset, *_: touched_.append(offset)
+    backend = HandlerBackend(Handler(), world.counters, Limits())
     assert backend.local is False
     world.space.backend = backend
     await touched(world, 5, 2)

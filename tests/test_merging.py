@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 from pattern import PAGE
 
@@ -46,6 +47,18 @@ def test_what_comes_first(order: Order, found: list[int]) -> None:
     assert pages(merged(RUNS, order, most=3 * PAGE + 1)) == found[:3]
     assert pages(merged(RUNS, order, at_least=2)) == [page for page in found if page in (1, 3)]
     assert pages(merged(RUNS, order, at_least=4)) == []
+
+
+def test_what_came_along_in_all_runs_is_marked_still() -> None:
+    """What one of them has touched is touched; the others can be left out."""
+    one, other = run_of(1, 2, 3), run_of(3, 2, 4)
+    runs = [
+        ("a", attrs.evolve(one, along=array("Q", [2 * PAGE, 3 * PAGE]))),
+        ("b", attrs.evolve(other, along=array("Q", [2 * PAGE, 4 * PAGE]))),
+    ]
+    assert [offset // PAGE for offset in merged(runs).along] == [2, 4]
+    assert pages(merged(runs, touched=True)) == [1, 3]
+    assert not merged(runs, touched=True).along
 
 
 def test_what_they_are_of() -> None:

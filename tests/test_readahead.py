@@ -15,17 +15,25 @@ END = 1 << 30
 
 
 def touch(readahead: Readahead, offsets: list[int], end: int = END) -> tuple[int, int]:
-    """Touch the offsets in order, faulting where a page is missing; return (faults, pages brought)."""
+    """Touch the offsets in order, faulting where a page is missing; return (faults, pages brought).
+
+    All that is chosen, and nothing else, is noted.
+    """
     present: set[int] = set()
     faults = 0
+    noted: list[tuple[int, int, int]] = []
+    readahead.note = lambda *chosen: noted.append(chosen)
     for offset in offsets:
         page = offset // PAGE
         if page in present:
             continue
         faults += 1
-        for start, length in readahead.windows(page * PAGE, 0, end):
+        noted.clear()
+        chosen = readahead.windows(page * PAGE, 0, end)
+        for start, length in chosen:
             present.update(range(start // PAGE, (start + length) // PAGE))
         assert page in present
+        assert noted == [(page * PAGE, *window) for window in chosen]
     return faults, len(present)
 
 
@@ -185,7 +193,12 @@ def test_the_window_behind_a_stream_at_full_speed() -> None:
             break
         assert policy.follow(at, 0, size) is None  # not at full speed yet
         at = start + length
+    noted: list[tuple[int, int, int]] = []
+    policy.note = lambda *chosen: noted.append(chosen)
     ahead = policy.follow(at, 0, size)
+    policy.touched(7 * PAGE)
+    assert noted == [(-1, at + 64 * PAGE, 64 * PAGE), (7 * PAGE, 7 * PAGE, 0)]
+    assert policy.fresh().note is policy.note
     assert ahead == ((at + 64 * PAGE, 64 * PAGE), (at + 128 * PAGE, 128 * PAGE))
     assert policy.follow(at, 0, size) is None  # it is in the first window still
     assert policy.follow(at + 63 * PAGE, 0, size) is None

@@ -389,8 +389,7 @@ def test_recording_sees_each_fault() -> None:
     """So nothing is served on the plain path while touches are recorded."""
     touched: list[int] = []
     world = World(0, located=True)
-    backend = SourceBackend(LOCATED, world.counters, limits(), on_touch=touched.append)
-    world.space.backend = backend
+    world.space.readahead.note = lambda offset, *_: touched.append(offset)
     for page in (3, 9, 9):
         world.touch(page, page)
         world.serve_all()

@@ -63,6 +63,23 @@ def test_a_successor_goes_on_where_its_predecessor_was_killed(tmp_path: Path) ->
     assert list(Trace.load(tmp_path / "trace", PAGE).offsets) == [PAGE, 2 * PAGE]
 
 
+def test_what_came_along_is_marked(tmp_path: Path) -> None:
+    """Until it is touched; each page is there once, in order, also behind a predecessor's; saved, it is the same."""
+    recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    recorder.note(2 * PAGE, PAGE, 3 * PAGE)
+    successor = Recorder(os.dup(recorder.fileno()))
+    successor.note(-1, 3 * PAGE, 3 * PAGE)
+    for touched in (3, 2, 5):
+        successor.note(touched * PAGE, 0, 0)
+    recorder.complete()
+    trace = Trace.load(tmp_path / "trace", PAGE)
+    assert [offset // PAGE for offset in trace.offsets] == [2, 1, 3, 4, 5]
+    assert [offset // PAGE for offset in trace.along] == [1, 4]
+    assert len((tmp_path / "trace").read_bytes()) == HEADER.size + 7 * 8
+    trace.save(tmp_path / "saved")
+    assert Trace.load(tmp_path / "saved") == trace
+
+
 def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: Path) -> None:
     """The name is given when all is there; nobody has its file open once the recorder is gone."""
     record(tmp_path / "trace", [PAGE])
@@ -80,7 +97,7 @@ def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: P
         (lambda data: data[:0], "0 bytes are too few"),
         (lambda data: data[:20], "20 bytes are too few"),
         (lambda data: b"AIOUFFD" + data[7:], "not a recording"),
-        (lambda data: data[:8] + struct.pack("<I", 3) + data[12:], "version is 3"),
+        (lambda data: data[:8] + struct.pack("<I", 4) + data[12:], "version is 4"),
         (lambda data: data[:8] + struct.pack("<I", 0) + data[12:], "version is 0"),
         (lambda data: data[:-8], "truncated"),
         (lambda data: data[:-3], "truncated"),
@@ -104,9 +121,9 @@ def test_a_recording_of_other_pages(tmp_path: Path) -> None:
     record(tmp_path / "trace", [PAGE])
     with pytest.raises(TraceError, match="pages of 4096 bytes, not 2097152"):
         Trace.load(tmp_path / "trace", 2 << 20)
-    for offset in (SIZE, 17):
+    for version, offset in ((3, SIZE), (3, 17), (3, 2), (2, PAGE + 1)):
         body = struct.pack("<Q", offset)
-        head = HEADER.pack(b"aiouffd\0", 2, PAGE, SIZE, 1, zlib.crc32(body), 1, bytes(32))
+        head = HEADER.pack(b"aiouffd\0", version, PAGE, SIZE, 1, zlib.crc32(body), 1, bytes(32))
         (tmp_path / "trace").write_bytes(head + body)
         with pytest.raises(TraceError, match="cannot exist"):
             Trace.load(tmp_path / "trace", PAGE)
@@ -118,7 +135,8 @@ def test_any_bytes_are_an_error_or_a_recording(tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.getbasetemp() / "fuzzed"
     numbers = (PAGE, SIZE, len(data) // 8, zlib.crc32(data), 1)
     head = HEADER.pack(b"aiouffd\0", 2, *numbers, bytes(32))
-    for content in (data, head + data, HEADER_1.pack(b"aiouffd\0", 1, *numbers) + data):
+    marked = head[:8] + struct.pack("<I", 3) + head[12:]
+    for content in (data, head + data, marked + data, HEADER_1.pack(b"aiouffd\0", 1, *numbers) + data):
         path.write_bytes(content)
         try:
             trace = Trace.load(path, PAGE)

@@ -69,6 +69,7 @@ def _facts(trace: Trace) -> dict[str, Any]:
         "share": percent(count * page, trace.size),
         "ranges": count - sum(offset + page in there for offset in there),
         "in_order": percent(in_order, count),
+        "came_along": percent(len(trace.along), count),
         "source": _KINDS.get(trace.source[0], "of a kind that this version does not know"),
     }
 
@@ -87,9 +88,11 @@ def _facts(trace: Trace) -> dict[str, Any]:
     "--at-least", type=click.IntRange(1), default=1, show_default=True, help="Only pages that so many touched."
 )
 @click.option("--limit", type=parameters.Size(), help="The most bytes of pages. [default: no limit]")
-def merge(*, files: tuple[str, ...], output: str, by: Order, at_least: int, limit: int | None) -> None:
+@click.option("--touched", is_flag=True, help="Only pages that were touched, and none that came along with others.")
+def merge(*, files: tuple[str, ...], output: str, by: Order, at_least: int, limit: int | None, touched: bool) -> None:
     """Make one recording of FILES, the oldest first, of the same source. OUTPUT may be one of them."""
-    trace = merged([(file, Trace.load(file)) for file in files], by, at_least=at_least, most=limit)
+    named = [(file, Trace.load(file)) for file in files]
+    trace = merged(named, by, at_least=at_least, most=limit, touched=touched)
     if not trace.offsets:
         raise click.ClickException("no page is left: use a smaller --at-least, or a larger --limit")
     trace.save(output)

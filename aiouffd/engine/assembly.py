@@ -11,6 +11,7 @@ from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.write_back import WriteBack
 
 if TYPE_CHECKING:
+    from aiouffd.engine.ahead.trace import Recorder
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.options import Options, Service
     from aiouffd.engine.serve.common import Common
@@ -39,17 +40,15 @@ def make_backend(
         precedence: of other backends of this loop; None: there are none.
     """
     origin = service.origin
-    on_touch = service.recorder.note if service.recorder is not None else None
     if isinstance(origin, Handler):
-        return HandlerBackend(origin, counters, options.limits, on_touch=on_touch)
+        return HandlerBackend(origin, counters, options.limits)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
         bound.write_back = WriteBack(origin, bound, counters)
-    return SourceBackend(
-        origin, counters, options.limits, on_touch=on_touch, bound=bound, common=common, precedence=precedence
-    )
+    return SourceBackend(origin, counters, options.limits, bound=bound, common=common, precedence=precedence)
 
 
-def make_readahead(page_size: int, options: Options, *, local: bool) -> Readahead:
+def make_readahead(page_size: int, options: Options, *, local: bool, recorder: Recorder | None = None) -> Readahead:
     """Return the readahead of a space: bytes in memory come in small neighbourhoods, remote ones in larger ones."""
+    note = None if recorder is None else recorder.note
     limit = options.readahead if options.max_resident is None else min(options.readahead, options.max_resident // 16)
-    return Readahead(page_size, limit, (16 << 10) if local else (64 << 10))
+    return Readahead(page_size, limit, (16 << 10) if local else (64 << 10), note)

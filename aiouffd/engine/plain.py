@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aiouffd.engine.mappings import Mappings
-    from aiouffd.engine.readahead import Readahead
+    from aiouffd.engine.readahead import Note, Readahead
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["SLOT", "FastPath", "PlainFaults", "PlainSource", "serve_together"]
@@ -92,7 +92,16 @@ def _window(readahead: Readahead, source: PlainSource, offset: int, low: int, hi
 class PlainFaults(Protocol):
     """Where a space opens and closes its fast path: the rules are those of `FastPath`."""
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Any = None) -> None:
+    def open(
+        self,
+        fd: int,
+        start: int,
+        end: int,
+        offset: int,
+        source: PlainSource,
+        bound: Any = None,
+        note: Note | None = None,
+    ) -> None:
         """See `FastPath`."""
 
     def close(self, fd: int) -> None:
@@ -134,7 +143,16 @@ class FastPath:
         SLOT.pack_into(self.slots, fd * SLOT.size, _NOBODY, 0, 0, 0, 0)
         self._words.pop(fd, None)
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Any = None) -> None:
+    def open(
+        self,
+        fd: int,
+        start: int,
+        end: int,
+        offset: int,
+        source: PlainSource,
+        bound: Any = None,
+        note: Note | None = None,
+    ) -> None:
         """From now on, serve the mapping [start, end), which shows the source from `offset` on, here.
 
         Not what is bounded: the engine has as much to do for its pages.

@@ -13,11 +13,15 @@ it. So such faults are looked up by their block and by order (`_Strangers`), and
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from typing import TypeAlias
 
 from aiouffd.engine.present import PresentPages
 
-__all__ = ["Readahead", "Window"]
+__all__ = ["Note", "Readahead", "Window"]
+
+Note: TypeAlias = Callable[[int, int, int], None]
+"""Called with the offset of a page that was touched (-1: none was), and start and length of what comes with it."""
 
 Window: TypeAlias = tuple[int, int]
 """Where it starts, and its length."""
@@ -138,9 +142,13 @@ class Readahead:
         page: page size in bytes.
         limit: the largest window in bytes; 0: the page alone.
         around: the neighbourhood of a fault that belongs to no stream, in bytes.
+
+    Attributes:
+        note: is told what was chosen; None: nobody asks.
     """
 
-    def __init__(self, page: int, limit: int, around: int = 64 << 10) -> None:
+    def __init__(self, page: int, limit: int, around: int = 64 << 10, note: Note | None = None) -> None:
+        self.note: Note | None = note
         self.page = page
         self._asked_around = around
         self.limit: int = limit & -page if limit >= page else 0
@@ -161,7 +169,7 @@ class Readahead:
 
     def fresh(self) -> Readahead:
         """Return one with the same settings that has seen nothing."""
-        return Readahead(self.page, self.limit, self._asked_around)
+        return Readahead(self.page, self.limit, self._asked_around, self.note)
 
     def windows(self, offset: int, low: int, high: int) -> list[Window]:
         """Return (start, length) of what to bring for a fault at `offset`: one of them holds the fault.
@@ -171,13 +179,21 @@ class Readahead:
         """
         self.follows = False
         if not self.limit:
+            if self.note is not None:
+                self.note(offset, offset, self.page)
             return [(offset, self.page)]
         if self._not_placed and (chosen := self._not_placed.pop(offset, None)) is not None:
             return [chosen]
         window = self.neighbours(offset, low, high)
         if window is not None:
             return [window]
-        stream = self._streams[-1]
+        windows = self._of_stream(self._streams[-1], offset, low, high)
+        if self.note is not None:
+            for start, length in windows:
+                self.note(offset, start, length)
+        return windows
+
+    def _of_stream(self, stream: _Stream, offset: int, low: int, high: int) -> list[Window]:
         self.follows = True
         self._in_a_row = 0
         self._neighbourhood = self._around
@@ -212,6 +228,8 @@ class Readahead:
         start = offset // size * size
         window = self._present.claim(offset, max(start, low), min(start + size, high))
         self._strangers.add(_Stream(offset, self._step, window, self.page))
+        if self.note is not None:
+            self.note(offset, *window)
         return window
 
     @property
@@ -223,6 +241,11 @@ class Readahead:
     def around(self) -> int:
         """Bytes: a fault so close to another one may belong to the same stream."""
         return self._around
+
+    def touched(self, offset: int) -> None:
+        """Take note that what came along is touched."""
+        if self.note is not None:
+            self.note(offset, offset, 0)
 
     def expected(self) -> list[tuple[int, int]]:
         """Return where known streams may go on, as (start, end) of offsets, the most recently seen stream first."""
@@ -271,10 +294,15 @@ class Readahead:
                 continue
             reach = max(self.limit, min(abs(offset - stream.began) // _SHARE_AHEAD, most))
             if stream.direction > 0 and stream.last <= offset < stream.expected:
-                return self._above(stream, high) if stream.expected - offset <= reach else None
+                return self._noted(self._above(stream, high)) if stream.expected - offset <= reach else None
             if stream.direction < 0 and stream.below < offset <= stream.last:
-                return self._below(stream, low) if offset - stream.below <= reach else None
+                return self._noted(self._below(stream, low)) if offset - stream.below <= reach else None
         return None
+
+    def _noted(self, windows: tuple[Window, Window] | None) -> tuple[Window, Window] | None:
+        if windows is not None and self.note is not None:
+            self.note(-1, *windows[0])
+        return windows
 
     def _above(self, stream: _Stream, high: int) -> tuple[Window, Window] | None:
         start, end = stream.expected, min(stream.expected + stream.window, high)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.kept import Kept
     from aiouffd.engine.plain import PlainSource
+    from aiouffd.engine.readahead import Note
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
@@ -46,6 +47,7 @@ __all__ = ["MakeReader", "NativeReader", "PythonReader", "Reader", "make_reader"
 _MAX_READY = 32  # descriptors in one look: epoll allocates room for so many
 _VAIN_LOOKS_UNTIL_RARER = 3
 _MAX_SKIPPED = 64
+_NO_LIMIT = 1 << 62  # pages
 _NOT_BLOCKING = os.RWF_NOWAIT
 _preadv = os.preadv
 _WORDS = [Counter[name] for name in c.WORDS]
@@ -62,7 +64,16 @@ class Reader(Protocol):
     def dismiss(self, fd: int) -> None:
         """Read a descriptor no longer; it is about to be closed."""
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Bound | None = None) -> None:
+    def open(
+        self,
+        fd: int,
+        start: int,
+        end: int,
+        offset: int,
+        source: PlainSource,
+        bound: Bound | None = None,
+        note: Note | None = None,
+    ) -> None:
         """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`.
 
         With `bound`, at most as many as there is room for; or none at all.
@@ -232,6 +243,7 @@ class _Line:
         opened: start, end and offset of the mapping that is served, and its source; None: closed.
         served: whether the native part serves anything of it just now.
         bound: is asked for room, and told what has come; None: there is no limit.
+        note: called with what has come; None: nobody records it.
         room: pages for which there is room.
         kept: of memory of which snapshots are taken.
     """
@@ -241,6 +253,7 @@ class _Line:
     opened: tuple[int, int, int, PlainSource] | None = None
     served: bool = False
     bound: Bound | None = None
+    note: Note | None = None
     room: ctypes.c_uint64 = attrs.field(factory=ctypes.c_uint64)
     kept: Kept | None = None
 
@@ -256,7 +269,7 @@ class NativeReader:
         self._reader = c.NativeReader(epoll.fileno(), _WORDS)
         self._reader.configure(flags=_NOT_BLOCKING, limit=MESSAGES * abi.MESSAGE_SIZE)
         self._lines: dict[int, _Line] = {}
-        self._bounded: dict[int, tuple[_Line, Bound]] = {}  # those with a limit that are served
+        self._logged: dict[int, _Line] = {}  # those that are served, and of which somebody asks what has come
         self._spin_ns = 0
         self._landing: tuple[memoryview, memoryview] | None = None  # kept alive
         self.run: Callable[..., tuple[int, Any]] = self._reader.run
@@ -281,36 +294,49 @@ class NativeReader:
         """Read it no longer."""
         line = self._lines.pop(fd, None)
         if line is not None:
-            self._forget_bounded(fd)
+            self._forget_logged(fd)
             self._reader.describe(fd, identity=-1)
             if line.kept is not None:
                 self._reader.keep(fd, None)
 
-    def _forget_bounded(self, fd: int) -> None:
-        if self._bounded.pop(fd, None) is not None and not self._bounded:
+    def _forget_logged(self, fd: int) -> None:
+        if self._logged.pop(fd, None) is not None and not self._logged:
             self.run = self._reader.run
 
-    def open(self, fd: int, start: int, end: int, offset: int, source: PlainSource, bound: Bound | None = None) -> None:
+    def open(
+        self,
+        fd: int,
+        start: int,
+        end: int,
+        offset: int,
+        source: PlainSource,
+        bound: Bound | None = None,
+        note: Note | None = None,
+    ) -> None:
         """Serve a mapping."""
         line = self._lines.get(fd)
         if line is None:  # it is not read just now
             return
-        line.bound = bound
+        line.bound, line.note = bound, note
         line.opened = (start, end, offset, source)
         readahead = source[4]
         if not readahead:
             self._describe(fd, line, near=0)
 
-    def _run_bounded(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
-        """Run, with as much room as there is for memory with a limit, and say what has come there."""
-        for line, bound in self._bounded.values():
-            line.room.value = bound.share
+    def _run_logged(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+        """Run, with as much room as there is for memory with a limit, and say what has come."""
+        for line in self._logged.values():
+            line.room.value = _NO_LIMIT if line.bound is None else line.bound.share
         result = self._reader.run(turn_ns, came=came, once=once)
         for fd, page in self._reader.came():
-            line, bound = self._bounded[fd]
+            line = self._logged[fd]
             assert line.opened is not None
             start, _, offset, source = line.opened
-            bound.came(offset + page - start, source[2])
+            at = offset + page - start
+            if line.bound is not None:
+                line.bound.came(at, source[2])
+            if line.note is not None:
+                line.note(at, at, source[2])
         return result
 
     def close(self, fd: int) -> None:
@@ -351,6 +377,7 @@ class NativeReader:
         whole = min(length, size) & -page  # the last, partial page is the engine's
         in_memory = c.Shown.MEMORY if file == -1 else c.Shown.MAPPED
         used = mtime_ns if file < -1 else 0
+        is_logged = line.bound is not None or line.note is not None
         self._reader.describe(
             fd,
             near=near,
@@ -365,18 +392,18 @@ class NativeReader:
             mapped=address + offset if file >= 0 else offset if used else 0,
             mtime_ns=mtime_ns if file >= 0 else 0,
             used=used,
-            room=ctypes.addressof(line.room) if line.bound is not None else 0,
+            room=ctypes.addressof(line.room) if is_logged else 0,
             words=address_of(line.words),
         )
         line.served = True
-        if line.bound is not None:
-            self._bounded[fd] = line, line.bound
-            self.run = self._run_bounded
+        if is_logged:
+            self._logged[fd] = line
+            self.run = self._run_logged
 
     def _hide(self, fd: int, line: _Line) -> None:
         if line.served:
             line.served = False
-            self._forget_bounded(fd)
+            self._forget_logged(fd)
             self._reader.describe(fd, identity=line.identity)
 
     def only(self, fd: int) -> None:

@@ -214,7 +214,7 @@ class Space:
     def open_fast_path(self, source: PlainSource, start: int, end: int, offset: int) -> None:
         """From now on, plain faults of [start, end) are served by the fast path, until the layout changes."""
         if self.fast_path is not None:
-            self.fast_path.open(self.uffd.fileno(), start, end, offset, source, self.bound)
+            self.fast_path.open(self.uffd.fileno(), start, end, offset, source, self.bound, self.readahead.note)
 
     def close_fast_path(self) -> None:
         """From now on, no fault is."""
@@ -289,6 +289,7 @@ class Space:
         run = self.remainders.take(page)
         if run is None:
             return False
+        self.readahead.touched(run.offset)
         self.counters.asked_for()
         self.counters.words[Counter.SEQUENTIAL] += 1  # only streams have windows that come in pieces
         self._resolve(run, wake=True)

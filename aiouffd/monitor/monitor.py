@@ -143,8 +143,8 @@ class Monitor(Capturing):
             as two thirds of the timeout allow.
         concurrent_reads: the most source reads, or handlers, under way at once (128).
         bytes_in_flight: the most bytes of source reads under way at once (128 MiB).
-        record: a file to write the order of first touches to, complete when the block is left. Pages are served one by
-            one then, whatever `readahead` says: a page that comes along with another is not seen to be touched.
+        record: a file to write the order of first touches to, complete when the block is left. What comes along with a
+            touched page is marked, since nobody sees whether it is touched; `readahead=0` records touches only.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
         report: a file to write what the run was like to, when the block is left, also if it raises: `.html`, a page for
             a browser, or `.json`, for `aiouffd report` and other programs. Without it, the environment variable
@@ -269,7 +269,7 @@ class Monitor(Capturing):
         self._user_mode_only = user_mode_only
         self._recording = _recording(record, replay, source_or_handler)
         self._options = Options(
-            readahead if record is None else 0,
+            readahead,
             background=math.inf if background is True else float(background),
             write_protect=bool(self._writes),
             limits=Limits(concurrent_reads, bytes_in_flight, timeout, retries),

@@ -93,8 +93,10 @@ def _order(run: Run) -> Iterator[Advice]:
     """Yield what the order of the faults says of readahead."""
     facts, seen = run.facts, run.statistics
     faults = max(seen.faults - seen.joined, 0)
-    if facts.records:
-        yield Advice("good", "record= serves page by page: the times are not those of a run without it.")
+    if facts.records and not facts.readahead:
+        yield Advice(
+            "good", "record= without readahead serves page by page: the times are not those of a run without it."
+        )
         return
     if facts.is_handler or faults < _FEW:
         return

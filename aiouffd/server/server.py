@@ -133,7 +133,7 @@ class Server:
             concurrent_reads, bytes_in_flight, timeout, retries, client_events=client_events, client_bytes=client_bytes
         )
         options = Options(
-            readahead if record is None else 0,
+            readahead,
             spin_us,
             background=background,
             limits=limits,

@@ -35,7 +35,7 @@ def record_and_replay(directory: str, kind: str) -> None:
     path = Path(directory) / "trace"
     pages = order()
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, source, record=path) as monitor:
+    with aiouffd.Monitor(region, source, record=path, readahead=0) as monitor:
         for number, page in enumerate(pages):
             assert region[page * PAGE] == content(page * PAGE, 1)[0]
             if number == 300:  # what was noted survives
@@ -56,6 +56,34 @@ def record_and_replay(directory: str, kind: str) -> None:
 def test_what_was_recorded_is_replayed(kind: str, tmp_path: Path) -> None:
     """All of it comes with no fault, and nothing else does; a worker's death while recording loses nothing."""
     play(record_and_replay, str(tmp_path), kind)
+
+
+def recorded_with_readahead(directory: str) -> None:
+    """Scenario: first a stream, then pages at random, which the native part serves; a worker dies between."""
+    path = Path(directory) / "trace"
+    pages = [*range(300), *order()]
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, aiouffd.BufferSource(content(0, SIZE)), record=path) as monitor:
+        for number, page in enumerate(pages):
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+            if number == 600:
+                os.kill(monitor.pids[1], signal.SIGKILL)
+        faults, came = monitor.statistics().faults, monitor.statistics().pages
+    trace = aiouffd.Trace.load(path, PAGE)
+    touched = len(trace.offsets) - len(trace.along)
+    assert faults - 32 <= touched <= faults, (faults, touched)  # what was on its way when the worker died
+    assert came - 64 <= len(trace.offsets) <= came, (came, len(trace.offsets))
+    assert [offset // PAGE for offset in trace.offsets[:300]] == list(range(300))
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Slow(SIZE), replay=path) as monitor:
+        eventually(lambda: monitor.statistics().pages_replay, len(trace.offsets))
+        assert all(region[page * PAGE] == content(page * PAGE, 1)[0] for page in pages)
+        assert monitor.statistics().faults <= 32
+
+
+def test_what_was_recorded_with_readahead_is_replayed(tmp_path: Path) -> None:
+    """All that came, and the touches are told from what came along."""
+    play(recorded_with_readahead, str(tmp_path))
 
 
 def layout_changes_beside_a_prefetch(engine: str) -> None:
@@ -94,7 +122,7 @@ def faults_pass_a_replay(directory: str) -> None:
     """Scenario."""
     path = Path(directory) / "trace"
     size = 4000 * PAGE
-    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path):
+    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path, readahead=0):
         for page in range(0, 4000, 2):
             assert region[page * PAGE] == content(page * PAGE, 1)[0]
     region = aiouffd.Region(size)
@@ -114,7 +142,7 @@ def a_replay_goes_on(directory: str) -> None:
     """Scenario."""
     path = Path(directory) / "trace"
     size = 20_000 * PAGE
-    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path):
+    with aiouffd.Monitor(region := aiouffd.Region(size), Pattern(size), record=path, readahead=0):
         for page in range(0, 20_000, 2):
             assert region[page * PAGE] == content(page * PAGE, 1)[0]
     region = aiouffd.Region(size)
@@ -210,7 +238,7 @@ async def in_process(directory: str) -> None:
     path = Path(directory) / "trace"
 
     region = aiouffd.Region(SIZE)
-    async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), record=path):
+    async with aiouffd.Monitor(region, Pattern(SIZE), engine=aiouffd.InProcess(), record=path, readahead=0):
         for page in (5, 3, 900):
             await asyncio.to_thread(peek, region.address + page * PAGE)
     assert list(aiouffd.Trace.load(path, PAGE).offsets) == [5 * PAGE, 3 * PAGE, 900 * PAGE]

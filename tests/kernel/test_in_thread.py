@@ -302,7 +302,7 @@ def recorded(path: str) -> None:
     """Scenario: touches that the handler could resolve are recorded as well, and replayed."""
     order = [7, 3, 900, 5, 6, 1]
     region = aiouffd.Region(SIZE)
-    with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), record=path):
+    with aiouffd.Monitor(region, at_hand("buffer", ""), engine=aiouffd.InThread(), record=path, readahead=0):
         assert not pages(region, order)
     assert [offset // PAGE for offset in aiouffd.Trace.load(path, PAGE).offsets] == order
     region = aiouffd.Region(SIZE)

@@ -89,12 +89,13 @@ def test_what_is_mapped_piece_by_piece(tmp_path: Path) -> None:
 
 def bounded() -> None:
     """Scenario: there is room for three pages, and then for one more; the fast path is closed and opened between."""
-    rig, bound = Rig("native"), Mock(share=3)
-    rig.open(offset=PAGE, bound=bound)
+    rig, bound, note = Rig("native"), Mock(share=3), Mock()
+    rig.open(offset=PAGE, bound=bound, note=note)
     for thread, page in enumerate((4, 5, 4, 9, 12)):
         rig.world.touch(page, thread)
     assert rig.left() == [12]
     assert [call.args for call in bound.came.call_args_list] == [((page + 1) * PAGE, PAGE) for page in (4, 5, 9)]
+    assert [call.args for call in note.call_args_list] == [((page + 1) * PAGE,) * 2 + (PAGE,) for page in (4, 5, 9)]
     bound.share = 1
     rig.reader.close(rig.fd)
     rig.world.touch(20, 20)
@@ -104,11 +105,18 @@ def bounded() -> None:
     rig.world.touch(22, 22)
     assert len(rig.left()) == 1
     assert bound.came.call_count == 4
-    rig.counts(copies=4, pages_fault=4)
+    assert note.call_count == 3
+    rig.reader.close(rig.fd)
+    rig.open(note=note)  # without a limit
+    for page in range(23, 27):
+        rig.world.touch(page, page)
+    rig.run(Outcome.IDLE)
+    assert note.call_count == 7
+    rig.counts(copies=8, pages_fault=8)
 
 
 def test_memory_with_a_limit() -> None:
-    """As many pages come as there is room for, and each is told."""
+    """As many pages come as there is room for, and each is told; a recording is told as well."""
     play(bounded)
 
 

@@ -105,7 +105,7 @@ def working_set(path: str, kind: str) -> None:
 def test_record_and_replay(image: Path, tmp_path: Path) -> None:
     """What one client has touched is brought ahead for the next."""
     trace = tmp_path / "trace"
-    with Serve(tmp_path, image, "--record", trace) as serve:
+    with Serve(tmp_path, image, "--record", trace, "--readahead", "0") as serve:
         play(working_set, str(serve.path), "record")
         assert serve.end() == 0
     assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [page * PAGE for page in range(0, 4000, 20)]
@@ -150,7 +150,7 @@ def test_a_recording_is_of_one_source(image: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.mem").write_bytes(image.read_bytes()[:MIB])
     trace = tmp_path / "trace"
-    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--record", trace) as serve:
+    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--record", trace, "--readahead", "0") as serve:
         play(another_source, str(serve.path))
         assert serve.end() == 0
     assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [5 * PAGE]

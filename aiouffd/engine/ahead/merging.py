@@ -21,7 +21,12 @@ Order: TypeAlias = Literal["union", "frequency", "last"]
 
 
 def merged(
-    named: Sequence[tuple[str, Trace]], order: Order = "union", *, at_least: int = 1, most: int | None = None
+    named: Sequence[tuple[str, Trace]],
+    order: Order = "union",
+    *,
+    at_least: int = 1,
+    most: int | None = None,
+    touched: bool = False,
 ) -> Trace:
     """Return one recording made of several.
 
@@ -33,6 +38,7 @@ def merged(
         order: of the pages.
         at_least: leave out the pages that fewer runs touched.
         most: bytes of pages, at most; the last ones are left out. None: no bound.
+        touched: leave out the pages that only came along with others.
 
     Raises:
         TraceError: they are of different sources, sizes or pages.
@@ -61,10 +67,14 @@ def merged(
     if order == "last":
         pages = list(dict.fromkeys([*traces[-1].offsets, *pages]))
     pages = [offset for offset in pages if runs[offset] >= at_least]
+    along = set(runs).difference(*(set(trace.offsets).difference(trace.along) for trace in traces))
+    if touched:
+        pages = [offset for offset in pages if offset not in along]
     if most is not None:
         pages = pages[: most // first.page_size]
     known = next((trace.source for trace in traces if trace.source[0]), first.source)
-    return attrs.evolve(first, offsets=array("Q", pages), source=known)
+    still = array("Q", [offset for offset in pages if offset in along])
+    return attrs.evolve(first, offsets=array("Q", pages), source=known, along=still)
 
 
 def _check(first: Trace, other: Trace, name: str) -> None:

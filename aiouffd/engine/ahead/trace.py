@@ -5,16 +5,16 @@ The file, in little-endian order:
 | at | what |
 | --- | --- |
 | 0 | 8 bytes: `aiouffd` and a zero |
-| 8 | u32: the version, 2 |
+| 8 | u32: the version, 3 |
 | 12 | u32: the page size |
 | 16 | u64: the length of what was served |
 | 24 | u64: the number of pages that follow |
 | 32 | u32: CRC-32 of them; 0 while the recording goes on |
-| 36 | u32: bit 0: the recording is complete; bit 1: it lacks its end, for which the disk had no room |
+| 36 | u32: bit 0: the recording is complete; bit 1: it lacks its end, for which there was no room |
 | 40 | 32 bytes: the fingerprint of the source (see `fingerprint`), or zeros |
-| 72 | u64 each: the offset of a page |
+| 72 | u64 each: the offset of a page; plus 1 where it came along with another, and nobody was seen to touch it |
 
-Version 1 had no fingerprint: its pages begin at 40. It is still read.
+In version 2 no page came along. Version 1 had no fingerprint either: its pages begin at 40. Both are still read.
 
 It is written as `PATH.part` and renamed once it is complete.
 """
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
+from aiouffd.engine.present import PresentPages
 from aiouffd.errors import SourceError, TraceError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
@@ -48,13 +49,14 @@ __all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
-VERSION: Final = 2
+VERSION: Final = 3
 HEADER: Final = struct.Struct("<8sIIQQII32s")
 HEADER_1: Final = struct.Struct("<8sIIQQII")
 _COUNT_AT: Final = 24
 _STATE_AT: Final = 36
 _COMPLETE: Final = 1
 _CUT: Final = 2
+_ALONG: Final = 1
 _SAMPLES: Final = 16
 _SAMPLE: Final = 4096
 _STEP: Final = 1 << 20  # the file grows by so much
@@ -68,14 +70,16 @@ class Trace:
     Attributes:
         page_size: bytes.
         size: bytes of what was served.
-        offsets: of the pages, in the order of their first touch, each once.
+        offsets: of the pages, in the order in which they came first, each once.
         source: the fingerprint of the source; zeros: unknown.
+        along: offsets of those among them that came along with others, and were not seen to be touched.
     """
 
     page_size: int
     size: int
     offsets: array[int]
     source: bytes = bytes(32)
+    along: array[int] = attrs.field(factory=lambda: array("Q"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], page_size: int | None = None, *, source: bytes = bytes(32)) -> Self:
@@ -102,7 +106,7 @@ class Trace:
             raise TraceError(name, "it is not a recording of page faults")
         if not 1 <= version <= VERSION:
             raise TraceError(name, f"its version is {version}; this library reads versions up to {VERSION}")
-        header = HEADER if version == VERSION else HEADER_1
+        header = HEADER_1 if version == 1 else HEADER
         recorded = data[HEADER_1.size : header.size].ljust(32, b"\0")
         body = memoryview(data)[header.size :]
         if not state & _COMPLETE:
@@ -115,10 +119,13 @@ class Trace:
             raise TraceError(name, f"it was recorded with pages of {page} bytes, not {page_size}")
         if differ(recorded, source):
             raise TraceError(name, "it was recorded from another source, or from another version of it")
-        offsets = array("Q", bytes(body))
-        if page < mmap.PAGESIZE or any(offset % page or offset >= size for offset in offsets):
+        entries = array("Q", bytes(body))
+        touched = frozenset(entry for entry in entries if not entry & _ALONG)
+        offsets = array("Q", dict.fromkeys(entry & ~_ALONG for entry in entries))
+        marked = version == VERSION or len(touched) == len(offsets)
+        if page < mmap.PAGESIZE or not marked or any(offset % page or offset >= size for offset in offsets):
             raise TraceError(name, "it names pages that cannot exist")
-        return cls(page, size, array("Q", dict.fromkeys(offsets)), recorded)
+        return cls(page, size, offsets, recorded, array("Q", (at for at in offsets if at not in touched)))
 
     def ranges(self, begin: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Yield (index behind it, merged (offset, length) of it) for each batch of pages from index `begin` on.
@@ -142,8 +149,8 @@ class Trace:
             OSError: as `Recorder.create` and `Recorder.complete`.
         """
         recorder = Recorder.create(path, self.page_size, self.size, self.source)
-        for offset in self.offsets:
-            recorder.note(offset)
+        along = set(self.along)
+        recorder.append(array("Q", [offset | (offset in along) for offset in self.offsets]))
         if recorder.is_full:
             recorder.discard()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -165,6 +172,7 @@ class Recorder(OwnedDescriptor):
         self._count = 0
         self._room = 0
         self._full = False
+        self._touched = self._come = PresentPages(mmap.PAGESIZE)  # until the file is looked at
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], page_size: int, size: int, source: bytes = bytes(32)) -> Self:
@@ -197,22 +205,46 @@ class Recorder(OwnedDescriptor):
         """Whether the disk had no room for all that was noted."""
         return self._full
 
-    def note(self, offset: int) -> None:
-        """Append a page."""
-        if self._count >= self._room and not self._grow():
+    def note(self, offset: int, start: int = 0, length: int = 0) -> None:
+        """Append a page that was touched, and what came with it, each once; a `Note` of `Readahead`."""
+        if self._map is None and not self._grow(0):
             return
-        words, count = self._words, self._count
-        words[HEADER.size // 8 + count] = offset
-        self._count = count + 1
-        words[_COUNT_AT // 8] = count + 1  # last: what it counts is there
+        touched, come, page = self._touched, self._come, self._page
+        if offset >= 0 and offset not in touched:
+            touched.add(offset, offset + page)
+            come.add(offset, offset + page)
+            self.append(array("Q", (offset,)))
+        if length > page or offset < 0:
+            for low, size in come.missing(start, start + length):
+                come.add(low, low + size)
+                self.append(array("Q", range(low | _ALONG, low + size, page)))
 
-    def _grow(self) -> bool:
-        """Make room for more; tell whether there is any."""
+    def append(self, entries: array[int]) -> None:
+        """Append entries as they are in the file."""
+        if self._count + len(entries) > self._room and not self._grow(len(entries)):
+            return
+        words, count, behind = self._words, self._count, self._count + len(entries)
+        words[HEADER.size // 8 + count : HEADER.size // 8 + behind] = entries
+        self._count = behind
+        words[_COUNT_AT // 8] = behind  # last: what it counts is there
+
+    def _go_on(self) -> None:
+        """Begin, or go on behind what a predecessor has noted."""
+        _, _, self._page, _, self._count, *_ = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
+        self._touched, self._come = PresentPages(self._page), PresentPages(self._page)
+        for entry in array("Q", os.pread(self._fd, 8 * self._count, HEADER.size)):
+            at = entry & ~_ALONG
+            self._come.add(at, at + self._page)
+            if at == entry:
+                self._touched.add(at, at + self._page)
+
+    def _grow(self, count: int) -> bool:
+        """Make room for so many more entries; tell whether there is any."""
         if self._full:
             return False
-        if self._map is None:  # what a predecessor has noted is kept
-            self._count = struct.unpack("<Q", os.pread(self._fd, 8, _COUNT_AT))[0]
-        used = HEADER.size + 8 * self._count
+        if self._map is None:
+            self._go_on()
+        used = HEADER.size + 8 * (self._count + count)
         length = (used // _STEP + 1) * _STEP
         try:
             # Not ftruncate: storing into a hole for which the disk has no room left is SIGBUS.

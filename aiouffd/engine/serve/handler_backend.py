@@ -22,7 +22,7 @@ from aiouffd.kernel.userfaultfd import Fork
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.serve.bounds import Limits
@@ -56,20 +56,16 @@ class HandlerBackend:
         handler: the application's.
         counters: where to count.
         limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
-        on_touch: told of each page that was asked for by a fault, in order: its offset.
     """
 
     bound: Bound | None = None
 
-    def __init__(
-        self, handler: Handler, counters: Counters, limits: Limits, *, on_touch: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, handler: Handler, counters: Counters, limits: Limits) -> None:
         self.handler = handler
         self._words = counters.words
         self._counters = counters
         self._bound = asyncio.Semaphore(limits.concurrent_reads)
         self._deadlines = Deadlines(limits.timeout)
-        self._on_touch = on_touch
         self._tasks: set[asyncio.Task[None]] = set()
         self._overridden = {
             code: getattr(handler, name)
@@ -101,8 +97,8 @@ class HandlerBackend:
             if has_come(space, page, offset, thread):
                 outdated.append(page)
                 continue
-            if self._on_touch is not None:
-                self._on_touch(offset)
+            if space.readahead.note is not None:
+                space.readahead.note(offset, offset, space.page_size)
             fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
             self._begin(space, fault, began_ns, FOR_FAULT).wanted.add(page)
         if zeros:

@@ -55,7 +55,6 @@ class SourceBackend:
         source: see `aiouffd.sources.base.Source`.
         counters: where to count.
         limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
-        on_touch: called with the offset of each page that was asked for by a fault, in order.
         bound: drops pages again; None: they stay.
         common: has the source, where others read it, too.
         precedence: of other backends of this loop; None: there are none.
@@ -70,7 +69,6 @@ class SourceBackend:
         counters: Counters,
         limits: Limits,
         *,
-        on_touch: Callable[[int], None] | None = None,
         bound: Bound | None = None,
         common: Common | None = None,
         precedence: Precedence | None = None,
@@ -87,8 +85,7 @@ class SourceBackend:
         self.fetch: Callable[[int, int], Awaitable[Any]] = self._reads.fetch
         self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
-        self._is_plain = self._extents.may_be_plain and on_touch is None
-        self._on_touch = on_touch
+        self._may_be_plain = self._extents.may_be_plain
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
         self._pace = Pace(limits.concurrent_reads // 2)
         self._reach = 0 if self._extents.local else limits.bytes_in_flight // 4
@@ -108,15 +105,19 @@ class SourceBackend:
 
     def opened(self, space: Space) -> None:
         """Serve plain faults on the fast path, from the first fault on."""
-        if self._is_plain:
+        if self._is_plain(space):
             largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
             if largest is not None and largest.offset >= 0:
                 source = self._extents.plain_source(space)
                 space.open_fast_path(source, largest.start, largest.end, largest.offset)
 
+    def _is_plain(self, space: Space) -> bool:
+        """Tell whether plain faults need not come here: a recording without readahead is told of each before."""
+        return self._may_be_plain and (space.readahead.note is None or space.readahead.limit > 0)
+
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve what is in memory as one batch; begin flights for the rest."""
-        if self._is_plain and self.bound is None and not (space.readahead.limit and space.is_bringing):
+        if self._is_plain(space) and self.bound is None and not (space.readahead.limit and space.is_bringing):
             source = self._extents.plain_source(space)
             left = serve_together(space, source, self._counters, faults, began_ns)
             if not left:
@@ -143,8 +144,6 @@ class SourceBackend:
             if has_come(space, page, offset, thread):
                 outdated.append(page)
                 continue
-            if self._on_touch is not None:
-                self._on_touch(offset)
             for low, length in self._windows(space, offset, first, first + end - start):
                 address = start + low - first
                 asked.append((address, address + length))

@@ -93,7 +93,9 @@ class Local:
             page_size=assignment.page_size,
             backend=self.backend,
             counters=counters,
-            readahead=make_readahead(assignment.page_size, options, local=self.backend.local),
+            readahead=make_readahead(
+                assignment.page_size, options, local=self.backend.local, recorder=service.recorder
+            ),
             write_protect=options.write_protect,
             on_error=partial(_report, on_error),
             retries=options.on_error == "retry",

@@ -12,7 +12,6 @@ import attrs
 
 from aiouffd.engine.ahead.fill import bring_ahead
 from aiouffd.engine.allowance import Allowances
-from aiouffd.engine.assembly import make_readahead
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.messages import COUNTER_OF_EVENT
@@ -273,7 +272,7 @@ class Served:
             page_size=state.page_size,
             backend=origin.backend,
             counters=origin.counters,
-            readahead=make_readahead(state.page_size, options, local=origin.backend.local),
+            readahead=origin.readahead(state.page_size),
             identity=state.identity,
             # A server's options are for all clients; one that tracks its writes says so by the feature.
             write_protect=options.write_protect or bool(state.features & Feature.WP_ASYNC),

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import attrs
 
-from aiouffd.engine.assembly import make_backend
+from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options, Service
@@ -33,6 +33,7 @@ from aiouffd.pager.process.serialization import config_of, described, is_pickle,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.serve.handler_backend import HandlerBackend
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -84,6 +85,10 @@ class Origin:
         """The memfd that its memory maps, from its beginning on; -1: it is not known. It is the record's."""
         self.gone: asyncio.Event = asyncio.Event()
         """Set when a file that was written has been closed, for which `let_go` was called."""
+
+    def readahead(self, page_size: int) -> Readahead:
+        """Return that of a space with such pages."""
+        return make_readahead(page_size, self.options, local=self.backend.local, recorder=self.service.recorder)
 
 
 @attrs.define(eq=False, repr=False)

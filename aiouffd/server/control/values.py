@@ -108,7 +108,7 @@ class NewSession:
         )
         background = math.inf if self.background == "max" else self.background
         options = Options(
-            self.readahead if self.record is None else 0,
+            self.readahead,
             self.spin_us,
             background=background,
             limits=limits,
