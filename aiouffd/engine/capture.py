@@ -112,6 +112,23 @@ def _snapshot_of(source: Any) -> str | None:
     return str(name[0]) if kind == "snapshot" else None
 
 
+def _register(space: _Space, places: Places, modes: int, *, shared: bool) -> None:
+    needed = Feature.PAGEFAULT_FLAG_WP
+    if shared or space.page_size > mmap.PAGESIZE:
+        needed |= Feature.WP_HUGETLBFS_SHMEM
+    if missing := needed & ~space.uffd.features:
+        raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
+    for start, end in places.mapped(space.mappings):
+        space.uffd.register(start, end - start, RegisterMode(modes) | RegisterMode.WP)
+
+
+def _joined(pages: Iterable[int], page: int) -> list[tuple[int, int]]:
+    """Return the offsets (start, end) of runs of pages."""
+    found = sorted(set(pages))
+    cuts = [0, *(at for at, (one, other) in enumerate(pairwise(found), 1) if other - one > 1), len(found)]
+    return [(found[low] * page, (found[high - 1] + 1) * page) for low, high in pairwise(cuts) if low < high]
+
+
 class Capture:
     """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
@@ -239,7 +256,8 @@ class Capture:
         self._seen = self._placed()
         await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
         self.phase, began = Phase.HOLDING, perf_counter_ns()
-        await self._protect(self._written_again())
+        again, self._again = self._again, []
+        await self._protect(_joined(again, self.page))
         while not self._is_moment():
             await asyncio.sleep(_RETRY)
             self.check()
@@ -260,23 +278,14 @@ class Capture:
             return
         for space in self.spaces:
             if self._modes is not None:
-                self._register_space(space, RegisterMode(self._modes) | RegisterMode.WP)
+                try:
+                    _register(space, self._places, self._modes, shared=self.shared)
+                except OperationError:
+                    if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
+                        raise
             space.resolver.protect_minor()
             space.on_changed.add(self._changed)
         self._registered = True
-
-    def _register_space(self, space: _Space, modes: RegisterMode) -> None:
-        needed = Feature.PAGEFAULT_FLAG_WP
-        if self.shared or self.page > mmap.PAGESIZE:
-            needed |= Feature.WP_HUGETLBFS_SHMEM
-        if missing := needed & ~space.uffd.features:
-            raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
-        try:
-            for start, end in self._places.mapped(space.mappings):
-                space.uffd.register(start, end - start, modes)
-        except OperationError:
-            if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
-                raise
 
     def _there(self) -> list[tuple[int, int]]:
         return self._places.there(self._memory, self._pagemap, self.page)
@@ -297,13 +306,6 @@ class Capture:
             runs = _OPEN.finditer(self._states, low // page, high // page)
             found += ((run.start() * page, run.end() * page) for run in runs)
         return found
-
-    def _written_again(self) -> list[tuple[int, int]]:
-        """Return the offsets of the pages that were let go in step 1."""
-        pages, self._again = sorted(set(self._again)), []
-        cuts = [0, *(at for at, (one, other) in enumerate(pairwise(pages), 1) if other - one > 1), len(pages)]
-        page = self.page
-        return [(pages[low] * page, (pages[high - 1] + 1) * page) for low, high in pairwise(cuts) if low < high]
 
     async def _protect(self, offsets: Iterable[tuple[int, int]]) -> None:
         for start, end in offsets:
