@@ -98,6 +98,8 @@ def test_what_is_not_on_the_region(file: Any) -> None:
             file.prefetch_tensor_sync(array)
     with pytest.raises(KeyError):
         file.prefetch_tensor_sync("tables")
+    with pytest.raises(TypeError, match=r"Npy takes a region: Npy\(aiouffd\.map\('x\.npy'\)\)"):
+        Npy("x.npy")  # type: ignore[arg-type]
     assert not file.region.monitor.requests
 
 

@@ -173,6 +173,7 @@ def test_other_archives() -> None:
     with zipfile.ZipFile(file, "w") as target:
         target.writestr("a", b"")
     refused(file.getvalue(), "0 members")
+    refused(pickle.dumps({}), "since torch 1.6; torch.load")
 
 
 def test_containers() -> None:

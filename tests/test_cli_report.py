@@ -58,7 +58,7 @@ def test_a_program_that_reports_nothing(
 ) -> None:
     """Is told so: no page is written."""
     assert report("--", sys.executable, "-c", code) == status
-    assert "the program has left no Monitor that reports" in capfd.readouterr().err
+    assert "no Monitor that reports; one with a report= of its own is not" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,6 +84,8 @@ async def watched() -> None:
         seen.clear()
         await monitor.prefetch(0, SIZE // 2, progress=look)
         assert seen[-1].resident == seen[-1].total == SIZE // 2
+        with pytest.raises(TypeError, match=r"a range is an aiouffd.Range\(start, length\), not \(0, 1\)"):
+            monitor.ask_for([(0, 1)])  # type: ignore[list-item]
         with pytest.raises(SourceError, match="the last page is lost"):
             await monitor.prefetch(SIZE - PAGE, PAGE, progress=look)
         assert seen[-1].resident == 0

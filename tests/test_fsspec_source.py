@@ -194,6 +194,18 @@ def test_it_travels(memory: Any, tmp_path: Path) -> None:
         assert bytes(asyncio.run(again.read(7, 9))) == DATA[7:16]
 
 
+def test_memory_of_another_process(memory: Any) -> None:
+    """Files that are not there, where a source arrives, are said to be elsewhere."""
+    sources = [aiouffd.FsspecSource(memory, "/file"), aiouffd.FsspecSource("memory://file")]
+    assert [source.size for source in sources] == [len(DATA)] * 2
+    arriving = [pickle.dumps(source) for source in sources]
+    memory.rm("/file")
+    for data in arriving:
+        with pytest.raises(aiouffd.SourceError, match="those of one process"):
+            pickle.loads(data)
+    memory.pipe("/file", DATA)
+
+
 def test_names_of_a_version(server: odd_http.Odd, memory: Any) -> None:
     """A strong ETag is one, for a cache as well; a time is none. Secrets are not in it."""
     one, other = aiouffd.FsspecSource(server.url), aiouffd.FsspecSource(server.url, headers={"X": "secret"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ def test_a_compressed_file() -> None:
     assert list(file) == list(ARRAYS)
     with pytest.raises(aiouffd.FormatError, match=r"'a\.npy' is compressed"):
         file["a"]
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as target:
+        target.writestr("a/data.pkl", b"")
+    with pytest.raises(aiouffd.FormatError, match="none of its 1 members is"):
+        Npz(region_of(content.getvalue()))
 
 
 @given(DAMAGES, st.integers(0, 40))

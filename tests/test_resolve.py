@@ -48,6 +48,8 @@ def test_a_cache_is_of_what_is_far(tmp_path: Path) -> None:
         assert type(source.source) is type(as_source(far))
     for here in (tmp_path / "file", b"data", aiouffd.ZeroSource(5)):
         assert not isinstance(as_source(here, cache=cache), CachedSource)
+        with pytest.raises(TypeError, match="cache= takes a ChunkCache"):
+            as_source(here, cache=str(tmp_path))  # type: ignore[arg-type]
     (tmp_path / "cache").chmod(0o755)
     with pytest.raises(PermissionError, match="others may enter"):
         as_source("https://host/x", cache=cache)

@@ -307,3 +307,5 @@ def test_it_is_pickled_as_its_path(cache: ChunkCache) -> None:
     again = pickle.loads(pickle.dumps(cache))
     assert (again.path, again.max_bytes) == (cache.path, cache.max_bytes)
     assert again.find(next(iter(DATA))) is not None
+    with pytest.raises(TypeError, match="max_bytes= takes a whole number of bytes"):
+        ChunkCache(cache.path, "50G")  # type: ignore[arg-type]

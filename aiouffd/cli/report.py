@@ -62,7 +62,8 @@ def command(ctx: click.Context, records: tuple[str, ...], output: str) -> int:
         status = _run(program, folder) if program else 0
         runs = list(_runs([folder] if program else records))
     if not runs:
-        text = "the program has left no Monitor that reports" if program else "there are no records of runs"
+        nothing = "the program has left no Monitor that reports; one with a report= of its own is not in this page"
+        text = nothing if program else "there are no records of runs"
         click.echo(f"aiouffd: {text}", err=True)
         return status or 1
     write(target, page(runs))

@@ -68,8 +68,8 @@ def checked(origin: Any) -> Any:
     """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
     if isinstance(origin, type) or not (callable(getattr(origin, "read", None)) or _is_handler(origin)):
         raise TypeError(
-            f"{origin!r:.200} is no Source and no Handler: give an instance of one, FileSource(path) or"
-            " BufferSource(data)"
+            f"{origin!r:.120} is no Source and no Handler: give an instance of one, as FileSource(path),"
+            " ObjectSource(url) or BufferSource(data); aiouffd.open chooses one"
         )
     return origin
 

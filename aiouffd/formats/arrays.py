@@ -14,12 +14,11 @@ import attrs
 from aiouffd.formats.dtypes import numpy_dtype, torch_dtype
 from aiouffd.formats.header import Header
 from aiouffd.formats.spans import place_of, spans
+from aiouffd.kernel.region import Region
 from aiouffd.ranges import RangeSet, align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from aiouffd.kernel.region import Region
 
 __all__ = ["ArrayEntry", "ArrayFile"]
 
@@ -62,9 +61,14 @@ class ArrayFile(Mapping[str, Any]):
         FormatError: the file is not what the format demands; it names the file and the offset.
         SourceError: the header could not be had.
         RuntimeError: this thread runs the engine's loop.
+        TypeError: `region` is a path or a URL, for example.
     """
 
     def __init__(self, region: Region) -> None:
+        if not isinstance(region, Region):
+            raise TypeError(
+                f"{type(self).__name__} takes a region: {type(self).__name__}(aiouffd.map({region!r:.80})), for example"
+            )
         self.region = region
         self._header = Header(region)
         self._entries: dict[str, ArrayEntry] = {}

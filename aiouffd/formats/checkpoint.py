@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
@@ -59,6 +59,10 @@ class Checkpoint(ZippedArrays):
     `optimizer.state.0.exp_avg`. Tensors that share a storage share memory. Files with other objects than tensors, plain
     containers, numbers and texts are refused, as by `torch.load(weights_only=True)`; so is TorchScript.
     """
+
+    _no_zip: ClassVar[str] = (
+        "it is no zip file, as torch.save writes since torch 1.6; torch.load(region.as_file()) copies an older file"
+    )
 
     def __init__(self, region: Region) -> None:
         super().__init__(region)

@@ -25,6 +25,8 @@ class Npz(ZippedArrays):
     def __init__(self, region: Region) -> None:
         super().__init__(region)
         self._members = {name.removesuffix(_SUFFIX): name for name in self._infos if name.endswith(_SUFFIX)}
+        if self._infos and not self._members:
+            raise self._header.wrong(0, f"none of its {len(self._infos)} members is an .npy: no file of numpy.savez")
 
     def _read(self, name: str, start: int, end: int) -> ArrayEntry:
         return npy_entry(self._header, name, start, end)

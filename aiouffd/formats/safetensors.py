@@ -34,7 +34,7 @@ class Safetensors(ArrayFile):
         super().__init__(region)
         (length,) = struct.unpack("<Q", self._header.take(0, 8, "the length of the header"))
         if length > _MOST:
-            raise self._header.wrong(0, f"a header of {length} bytes; {_MOST} are the most")
+            raise self._header.wrong(0, f"no safetensors file: a header of {length} bytes; {_MOST} are the most")
         described = self._parsed(self._header.take(8, length, "the header"))
         self.metadata: dict[str, str] = described.pop("__metadata__", {})
         if not isinstance(self.metadata, dict):

@@ -7,7 +7,7 @@ import struct
 import zipfile
 from abc import abstractmethod
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from aiouffd.errors import FormatError, UffdError
 from aiouffd.formats.arrays import ArrayFile
@@ -36,6 +36,8 @@ class ZippedArrays(ArrayFile):
     looked at: that would touch each byte.
     """
 
+    _no_zip: ClassVar[str] = "it is no zip file"
+
     def __init__(self, region: Region) -> None:
         super().__init__(region)
         self._members: dict[str, str] = {}  # array -> its member
@@ -45,7 +47,7 @@ class ZippedArrays(ArrayFile):
         except UffdError:
             raise
         except Exception as error:  # zipfile raises many kinds for what is damaged
-            raise self._header.wrong(0, f"it is no zip file: {type(error).__name__}: {error!s:.200}") from error
+            raise self._header.wrong(0, f"{self._no_zip}: {type(error).__name__}: {error!s:.200}") from error
         self._infos = {info.filename: info for info in infos}
         if len(self._infos) != len(infos):
             raise self._header.wrong(end, "a name occurs twice in the directory")

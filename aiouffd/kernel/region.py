@@ -452,8 +452,8 @@ class Region(mmap.mmap):
     def __reduce__(self) -> tuple[Callable[..., Region], tuple[Any, ...]]:
         if self.reopens is None:
             raise TypeError(
-                "a Region is pickled as what it shows, which aiouffd.map and aiouffd.open tell it (not with"
-                " engine=InProcess()), and nobody has told this one: pass its source, or a copy of its bytes"
+                "only regions of aiouffd.map and aiouffd.open can be pickled, as what they show, and not with"
+                " engine=InProcess(): pass the source of this one, or a copy of its bytes"
             )
         return self.reopens
 

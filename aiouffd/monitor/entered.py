@@ -128,7 +128,7 @@ class Entered:
         if (length is None) is isinstance(start, SupportsIndex):
             raise TypeError("an offset needs a length; ranges have theirs")
         size, page, pages = len(self.region), self.region.page_size, RangeSet()
-        pairs = [(given, length)] if length is not None else [(each.start, each.length) for each in given]
+        pairs = [(given, length)] if length is not None else list(map(_pair, given))
         for pair in sorted(pairs):  # to add what is behind all others costs least
             at, count = map(operator.index, pair)
             self._check_within(at, count)
@@ -220,7 +220,9 @@ class Entered:
     def _ask_to_evict(self, start: int, length: int) -> Future[int]:
         self._check_within(start, length)
         if not self._options.bounded:
-            raise ValueError("nobody knows which pages were written: Monitor(..., max_resident=...) or write_back=True")
+            raise ValueError(
+                "evict needs max_resident= or write_back=True: else it is not known which pages were written"
+            )
         return self._running().evict(start, length)
 
     def residency(self) -> list[Range]:
@@ -334,6 +336,12 @@ class Entered:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
+
+
+def _pair(wanted: Any) -> tuple[int, int]:
+    if not isinstance(wanted, Range):
+        raise TypeError(f"a range is an aiouffd.Range(start, length), not {wanted!r:.80}")
+    return wanted.start, wanted.length
 
 
 def _named(asked: Sequence[tuple[int, int]]) -> str:

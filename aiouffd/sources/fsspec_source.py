@@ -230,4 +230,9 @@ def _call(filesystem: Any, method: str, path: str, arguments: dict[str, int]) ->
 def _arrived(what: Any, path: str | None, options: dict[str, Any], pinned: _Version | None) -> FsspecSource:
     source = FsspecSource(what, path, **options)
     source._pinned = pinned  # noqa: SLF001 - its own
+    if repr(source).startswith(("FsspecSource('memory:", "FsspecSource(MemoryFileSystem")):
+        filesystem, place = source._found()  # noqa: SLF001 - as above
+        if not filesystem.exists(place):
+            reason = "the files of memory:// are those of one process: use engine=InThread(), or pass their bytes"
+            raise SourceError(repr(source), 0, 0, reason)
     return source

@@ -87,9 +87,12 @@ class ChunkCache:
 
     Raises:
         ValueError: `max_bytes` is too small.
+        TypeError: it is no whole number.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_bytes: int) -> None:
+        if not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes= takes a whole number of bytes, 50 << 30 for example, not {max_bytes!r:.80}")
         if max_bytes < SMALLEST:
             raise ValueError(f"a cache has at least {SMALLEST} bytes, not {max_bytes}")
         self.path: str = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links

@@ -46,8 +46,10 @@ def as_source(
     Raises:
         SourceError: it names nothing that can be read.
         PermissionError: the cache's folder is another user's, or others may enter it.
-        TypeError: it is none of these.
+        TypeError: it is none of these, or `cache` is something else.
     """
+    if cache is not None and not hasattr(cache, "check"):
+        raise TypeError(f"cache= takes a ChunkCache(path, max_bytes=...), not {cache!r:.80}")
     if is_snapshot(thing):
         from aiouffd.store.snapshot_source import SnapshotSource  # noqa: PLC0415 - most programs do without
 

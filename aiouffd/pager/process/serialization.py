@@ -226,8 +226,9 @@ def _pickled(obj: Any) -> tuple[bytes, list[Descriptor]]:
     try:
         Pickler(file).dump(obj)
     except Exception as error:
+        name = repr(getattr(obj, "origin", obj))  # of a service, what the user has given
         raise PagerStartError(
-            f"{obj!r} cannot travel to the pager process: {error}. Leave out what cannot be pickled (open files,"
+            f"{name} cannot travel to the pager process: {error}. Leave out what cannot be pickled (open files,"
             " locks, running loops) and make it in the pager on first use, or run it in this process: engine=InThread()"
             " serves your own threads, engine=InProcess() memory that only others touch"
         ) from error
