@@ -16,6 +16,7 @@ from scenario import until
 from snapshots import CHUNK, a_record, damage, packs_of
 
 import aiouffd
+from aiouffd.sources import steps
 from aiouffd.store import chunks as module
 from aiouffd.store import create_sync
 from aiouffd.store.chunks import Chunks, runs_of, span
@@ -97,9 +98,12 @@ def whole(low: int, high: int) -> list[bytes]:
 
 
 async def test_a_local_store(snapshot: Snapshot) -> None:
-    """Chunks come, and are kept."""
-    chunks = Chunks(snapshot, 1 << 30, lambda _: None)
+    """Chunks come, and are kept; what that took is noted for those who wait."""
+    chunks, noted = Chunks(snapshot, 1 << 30, lambda _: None), steps.begin()
     assert await chunks.get(3, 17, urgent=True) == whole(3, 17)
+    assert {name for name, *_ in noted} == {"chunk", "decompress"}
+    for name in ("chunk", "decompress"):
+        assert sum(details["count"] for each, *_, details in noted if each == name) == 14
     assert chunks.at_hand(3) == whole(3, 4)[0]
     assert chunks.at_hand(2) is None
     await chunks.aclose()

@@ -18,6 +18,7 @@ from aiouffd.cli.commands import group
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FEATURE_SINCE, Feature, Ioctl
+from aiouffd.report.measures import MEASURES
 from aiouffd.report.page import page
 from aiouffd.report.run import Run
 from aiouffd.server.metrics import Metrics
@@ -175,10 +176,14 @@ def test_each_option_of_a_command_exists(document: Path) -> None:
 
 
 def test_each_public_name_that_is_used_exists() -> None:
-    """`aiouffd.Name` and `aiouffd.module`."""
+    """`aiouffd.Name` and `aiouffd.module`; and spans, steps and metrics of OpenTelemetry."""
+    code = "".join(path.read_text() for path in (ROOT / "aiouffd").rglob("*.py"))
+    told = {*re.findall(r'"aiouffd\.(\w+)"', code), *re.findall(r'noted\("(\w+)"', code)}
+    told |= {word for each in MEASURES for word in (each.path.partition(".")[0], each.label)}
     for document in DOCUMENTS:
         for name in re.findall(r"(?<!/)aiouffd\.([A-Za-z_]+)", document.read_text()):
-            assert hasattr(aiouffd, name) or importlib.util.find_spec(f"aiouffd.{name}"), name
+            there = name in told or hasattr(aiouffd, name) or importlib.util.find_spec(f"aiouffd.{name}")
+            assert there, name
 
 
 def test_each_public_name_is_in_the_reference() -> None:

@@ -18,7 +18,20 @@ PACKAGE = Path(aiouffd.__file__).parent
 ORDER = {
     "": [
         *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
-        *("report", "store", "handoff", "pager", "server", "criu", "monitor", "formats", "__init__", "cli", "__main__"),
+        *(
+            "report",
+            "store",
+            "handoff",
+            "pager",
+            "server",
+            "criu",
+            "monitor",
+            "formats",
+            "__init__",
+            "otel",
+            "cli",
+            "__main__",
+        ),
     ],
     "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
     "kernel": [
@@ -45,6 +58,7 @@ ORDER = {
     "sources": [
         *(
             "__init__",
+            "steps",
             "daemon_threads",
             "file_attributes",
             "holes",
@@ -74,6 +88,7 @@ ORDER = {
             "retrying",
             "deferred",
             "remainders",
+            "landing",
         ),
         *(
             "protect",
@@ -218,7 +233,11 @@ ORDER = {
             "open",
         ),
     ],
-    "report": ["words", "timeline", "run", "advice", "charts", "heat", "page", "output", "__init__"],
+    "report": [
+        *("words", "measures", "observers", "timeline", "run", "advice", "charts", "heat", "page", "output"),
+        "__init__",
+    ],
+    "otel": ["instruments", "tracing", "instrumentor", "sdk", "__init__"],
     "formats": [
         *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),
         "__init__",

@@ -16,6 +16,7 @@ from stored import DATA, SIZE, travelled
 
 import aiouffd
 from aiouffd.errors import decode_error, encode_error
+from aiouffd.sources import steps
 from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.plain_http import PlainHttp
 from examples.page_server import serving
@@ -240,6 +241,7 @@ async def test_retries(retries: int | None, failures: int, tries: int, caplog: p
         source.begin(20.0, retries, lambda: counted.append(1))
         server.failures, server.requests = failures, []
         try:
+            noted = steps.begin()
             assert bytes(await source.read(0, 10)) == odd_http.DATA[:10]
         except aiouffd.SourceError as error:
             assert tries <= failures
@@ -250,6 +252,7 @@ async def test_retries(retries: int | None, failures: int, tries: int, caplog: p
             await source.aclose()
         assert len(server.requests) == tries
         assert len(counted) == tries - 1
+        assert [name for name, *_ in noted] == ["retry"] * (tries - 1)
     told = [record.message for record in caplog.records if "ObjectSource" in record.message]
     assert sum("trying again" in text for text in told) == (1 if tries > 1 else 0)
     assert sum("answers again" in text for text in told) == (1 if tries > 1 and tries > failures else 0)

@@ -11,9 +11,10 @@ from engine_world import turns
 
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.common import Common
-from aiouffd.engine.serve.reads import Reads, Spent, _between
+from aiouffd.engine.serve.reads import Reads, _between
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.sources import steps
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -121,14 +122,19 @@ async def test_what_nobody_waits_for_is_read_ahead() -> None:
 async def test_what_a_read_has_waited_for_is_told() -> None:
     """For its turn, and for tries that have failed."""
     reads = reading(Scripted(None, OSError("no"), b"1"), Counters(), Limits(concurrent_reads=1))
-    first, spent = asyncio.create_task(reads.read(0, 1, urgent=True)), Spent()
+    first = asyncio.create_task(reads.read(0, 1, urgent=True))
     await turns()
-    second = asyncio.create_task(reads.read(0, 1, urgent=True, spent=spent))
+    noted = steps.begin()
+    second = asyncio.create_task(reads.read(0, 1, urgent=True))
     await turns()
     first.cancel()
     await second
-    assert spent.queued_ns > 0
-    assert spent.tries == 1
+    assert [(name, details.get("error")) for name, *_, details in noted] == [
+        ("queue", None), ("read", "OSError"), ("retry", None), ("read", "")
+    ]  # fmt: skip
+    ends = [time for _, began, ended, _ in noted for time in (began, ended)]
+    assert ends == sorted(ends)
+    assert steps.spent(noted, "queue") > 0
 
 
 async def test_tries_are_spread_and_become_rarer(pauses: list[tuple[float, float]]) -> None:

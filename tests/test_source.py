@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import errno
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Located, World, turns
 from pattern import PAGE, Pattern, content
 
-from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.engine.runs import FOR_FAULT, Op
-from aiouffd.engine.serve import source as module
-from aiouffd.engine.serve.reads import Spent
+from aiouffd.engine.runs import Op
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.sources.steps import cause_of
 from aiouffd.testing import POISONED
+
+if TYPE_CHECKING:
+    from aiouffd.engine.flight import Flight
+    from aiouffd.sources.steps import Steps
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -518,37 +520,17 @@ def test_what_the_kernel_refuses_is_an_error_of_the_source() -> None:
     assert world.counters.snapshot().source_errors == 2
 
 
-def test_a_fault_that_took_long_is_told_with_its_cause() -> None:
-    """What took most of it. What no thread has waited for is not told, nor what was quick, nor where nobody listens."""
-    told: list[dict[str, Any]] = []
-    space: Any = object()
-
-    def tell(whose: Any, what: dict[str, Any]) -> None:
-        assert whose is space
-        told.append(what)
-
-    def landed(seconds: float, spent: Spent, *wanted: int) -> None:
-        flight = Flight(BASE, BASE + 4 * PAGE, 8 * PAGE, perf_counter_ns() - round(seconds * 1e9), FOR_FAULT)
-        flight.wanted.update(wanted)
-        module._tell_slow(tell, space, flight, spent)
-        module._tell_slow(None, space, flight, spent)
-
-    landed(0.001, Spent(), BASE)
-    landed(9.0, Spent())
-    landed(9.0, Spent(queued_ns=3_000_000_000, tries=2), BASE, BASE + PAGE)
-    landed(9.0, Spent(queued_ns=8_000_000_000), BASE)
-    assert [(what["cause"], what["pages"], what["tries"]) for what in told] == [("source", 2, 2), ("queue", 1, 0)]
-    assert (told[0]["offset"], told[0]["length"], told[0]["queued_ns"]) == (8 * PAGE, 4 * PAGE, 3_000_000_000)
-    assert told[0]["took_ns"] >= 9_000_000_000
-
-
-async def test_a_fault_that_has_waited_for_its_turn_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_that_has_waited_for_its_turn_is_told_so() -> None:
     """The queue is its cause, and not the source, which has answered at once."""
-    monkeypatch.setattr(module, "_SLOW_NS", 0)
     source, told = Held(), list[tuple[int, str]]()
     world = World(0, source=source, limits=limits(concurrent_reads=1))
     assert isinstance(world.backend, SourceBackend)
-    world.backend.on_slow = lambda _, what: told.append((what["offset"], what["cause"]))
+
+    def landed(space: Any, flight: Flight, noted: Steps, failure: BaseException | None) -> None:
+        assert (space, failure) == (world.space, None)
+        told.append((flight.offset, cause_of(noted, flight.waited_ns, perf_counter_ns())))
+
+    world.backend.on_landed = landed
     for page in (4, 9):
         world.touch(page, page)
     world.deliver(64)

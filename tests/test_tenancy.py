@@ -17,7 +17,7 @@ from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.process import tenancy
-from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, SlowFaults, Tenancy, build
+from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Tenancy, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,21 +59,6 @@ async def test_a_source_in_memory_is_rebuilt_without_a_thread(tmp_path: Path, mo
         assert len(apart) == threads
         await origin.backend.aclose()
         pack.close()
-
-
-def test_slow_faults_are_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each space; of one that was dropped meanwhile, nothing."""
-    told: list[Any] = []
-    origin: Any = object()
-    known: dict[Any, Tenancy] = {name: Tenancy(origin, name) for name in ("a", "b")}
-    faults = SlowFaults(lambda space: known.get(space), told.append)  # noqa: PLW0108 - the type's get has overloads
-    for now, name in ((5.0, "a"), (5.9, "a"), (5.9, "b"), (6.1, "a"), (6.2, "gone")):
-        monkeypatch.setattr(tenancy, "monotonic", lambda now=now: now)
-        space: Any = name
-        faults(space, {"at": now})
-    assert [(item["event"], item["token"], item["slow"]["at"]) for item in told] == [
-        ("slow", "a", 5.0), ("slow", "b", 5.9), ("slow", "a", 6.1)
-    ]  # fmt: skip
 
 
 class Far:

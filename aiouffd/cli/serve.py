@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from aiouffd.handoff.receive import Peer
+    from aiouffd.otel.sdk import Telemetry
     from aiouffd.server.control.api import Control
     from aiouffd.server.dashboard.http import Dashboard
     from aiouffd.sources.base import Source
@@ -69,10 +70,11 @@ _RECENT = (
 )
 _CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
 _HTTP = "Show a browser there what the sessions do. Other machines need --http-token-file."
+_OTEL = "Send traces and metrics by OpenTelemetry, as the environment variables OTEL_* say. Needs the extra `otel`."
 _WHO_LOOKS = "A file with a token; who has it may look: http://HOST:PORT/?token=TOKEN"
 _OF_SERVER = {
     *("folder", "cache_size", "recent", "metrics", "control", "http", "token_file"),
-    *("on_term", "hold", "takeover"),
+    *("on_term", "hold", "takeover", "otel"),
 }
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
@@ -110,6 +112,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--takeover", is_flag=True, help=_TAKEOVER)
 @_option("--http", type=parameters.Address(), metavar="[HOST:]PORT", help=_HTTP)
 @_option("--http-token-file", "token_file", type=click.Path(), help=_WHO_LOOKS)
+@_option("--otel", is_flag=True, help=_OTEL)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_FAILURE)
 @_option("--on-term", type=click.Choice(["keep", "fill", "leave"]), default="keep", help=_ON_TERM)
@@ -125,6 +128,7 @@ def command(
     control: str | None,
     http: tuple[str, int] | None,
     token_file: str | None,
+    otel: bool,
     on_term: str,
     **options: Any,
 ) -> int:
@@ -140,9 +144,7 @@ def command(
     """  # noqa: D301 - a backspace is click's mark for lines that are kept
     alone = control is not None and source is None and source_for is None
     _check(source, source_for, options, alone=alone)
-    # A client takes some descriptors. The soft limit of 1024 is there for users of select(2).
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _raise_limit()
     listener = None
     if path is None and not alone:
         listener = daemon.activated()
@@ -157,6 +159,7 @@ def command(
     elif source_for is not None:
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     token = "" if token_file is None else Path(token_file).read_text().strip()
+    telemetry = _telemetry() if otel else None
     server = Server(chosen, path, listener=listener, **options)
     console = daemon.terminal()
     daemon.log_to(console)
@@ -165,13 +168,27 @@ def command(
     where = "sockets of sessions" if alone else path or "systemd's socket"
     outside = [_endpoint(server, metrics), _dashboard(server, http, token)]
     inside = [_control(server, control, cache), daemon.shown(server, console)]
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with telemetry or contextlib.nullcontext(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            return runner.run(_serve(server, outside, inside, on_term=on_term, where=where))
+            return runner.run(_serve(server, outside, inside, telemetry, on_term=on_term, where=where))
         except OSError as error:
             if error.filename not in places:
                 raise
             raise OSError(error.errno, error.strerror, places[error.filename]) from error
+
+
+def _raise_limit() -> None:
+    """A client takes some descriptors. The soft limit of 1024 is there for users of select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _telemetry() -> Telemetry:
+    try:
+        from aiouffd.otel.sdk import Telemetry  # noqa: PLC0415 - 0.3 s, for few servers
+    except ImportError as error:
+        raise click.ClickException(f"{error}. `--otel` needs an extra: pip install 'aiouffd[otel]'") from None
+    return Telemetry()
 
 
 def _check(source: str | None, source_for: str | None, options: dict[str, Any], *, alone: bool) -> None:
@@ -284,6 +301,7 @@ async def _serve(
     server: Server,
     outside: Sequence[AbstractAsyncContextManager[Any]],
     inside: Sequence[AbstractAsyncContextManager[Any]],
+    telemetry: Telemetry | None,
     *,
     on_term: str,
     where: str,
@@ -295,6 +313,7 @@ async def _serve(
         outside: what is there before the server, and after it; what they yield has a `close`, so that a new process
             can take over its address; or it is None.
         inside: what is there while the server is.
+        telemetry: is told of it; None: nobody is.
         on_term: what becomes of the clients at the end: "fill" brings all their missing pages, and releases them;
             "keep" waits until they leave; "leave" leaves them to the next server.
         where: the address, for the log.
@@ -314,7 +333,7 @@ async def _serve(
         taken = loop.create_task(server.wait_taken())
         try:
             await daemon.first(told, dead, taken)
-            _leave_if(taken=taken.done(), left=on_term == "leave")
+            _leave_if(telemetry, taken=taken.done(), left=on_term == "leave")
             server.stop_listening()
             for beside in besides:
                 if beside is not None:
@@ -334,11 +353,13 @@ async def _serve(
     return 0
 
 
-def _leave_if(*, taken: bool, left: bool) -> None:
+def _leave_if(telemetry: Telemetry | None, *, taken: bool, left: bool) -> None:
     """End at once, if it is so: whatever is closed in order is closed for whoever has it next, too."""
     if taken or left:
         log.info("ended: %s", "another server has taken over" if taken else "left to the next server")
         daemon.notify("STOPPING=1")
+        if telemetry is not None:
+            telemetry.leave()
         logging.shutdown()
         os._exit(0)
 

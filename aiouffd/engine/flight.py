@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left, bisect_right
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from aiouffd.ranges import Range, RangeSet
@@ -33,12 +34,16 @@ class Flight:
         offset: what `start` showed when the flight began.
         wanted: addresses of the pages that threads wait for: see `want`.
         began_ns: when the first of these faults was read.
+        waited_ns: since when a thread waits.
         purpose: what it is for.
         done: the task that flies it.
         generation: of the mappings, when it was entered in its space.
     """
 
-    __slots__ = ("_hurry", "began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "wanted")
+    __slots__ = (
+        *("_hurry", "began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "waited_ns"),
+        "wanted",
+    )
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
         self.start: int = start
@@ -47,6 +52,7 @@ class Flight:
         self.offset: int = offset
         self.wanted: set[int] = set()
         self.began_ns: int = began_ns
+        self.waited_ns: int = began_ns
         self.purpose: Purpose = purpose
         self.done: asyncio.Task[None] | None = None
         self.generation: int = -1
@@ -54,6 +60,8 @@ class Flight:
 
     def want(self, page: int) -> None:
         """Take note that a thread waits for a page."""
+        if not self.wanted:
+            self.waited_ns = perf_counter_ns()
         self.wanted.add(page)
         if self._hurry is not None:
             hurry, self._hurry = self._hurry, None

@@ -45,6 +45,7 @@ class Options:
         max_resident: bytes that are there at most; pages that were not written are dropped. None: as many as come.
         write_back: pages that were written go to the source.
         bounded: pages may be dropped, and come write-protected.
+        traces: somebody is told of each read and its steps.
     """
 
     readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
@@ -57,11 +58,12 @@ class Options:
     max_resident: int | None = None
     bounded: bool = False
     write_back: bool = False
+    traces: bool = False
 
     def of(self, modes: RegisterMode) -> Options:
         """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""
         others = self.write_protect, self.limits, self.on_error, self.max_resident, self.bounded
-        return Options(self.readahead, self.spin_us, self.background, int(modes), *others, self.write_back)
+        return Options(self.readahead, self.spin_us, self.background, int(modes), *others, self.write_back, self.traces)
 
 
 def checked(origin: Any) -> Any:

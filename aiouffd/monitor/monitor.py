@@ -38,6 +38,7 @@ from aiouffd.monitor.error_queue import ErrorQueue
 from aiouffd.monitor.held import Held
 from aiouffd.monitor.lookout import Lookout
 from aiouffd.monitor.registration import Registration
+from aiouffd.report.observers import NOBODY, installed
 from aiouffd.sources.base import ZeroSource
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.recording import Recording
     from aiouffd.monitor.reporting import Reporting
     from aiouffd.monitor.watching import Watching
+    from aiouffd.report.observers import MonitorWatch
     from aiouffd.sources.base import Source
 
 __all__ = [
@@ -194,6 +196,7 @@ class Monitor(Capturing):
     _registration: Registration | None = None
     _lookout: Lookout | None = None
     _watching: Watching | None = None
+    _observation: MonitorWatch = NOBODY
 
     @overload
     def __init__(
@@ -353,10 +356,12 @@ class Monitor(Capturing):
                         ),  # the engine is part of cycles, and the region is not to wait for their end
                         file=region.fd,
                         written=registration.written,
+                        on_flight=self._observed(service),
                     )
                 )
                 registration.is_served()
             except BaseException as error:
+                self._observation.end(type(error))
                 if self._recording is not None:
                     self._recording.end(complete=False)
                 self._registration = None
@@ -375,12 +380,23 @@ class Monitor(Capturing):
 
     def _watch(self, engine: Engine, service: Service) -> None:
         """Begin to look at the region for people, while it is served."""
+        if self._choice.counts_here:
+            self._observation.begin(engine.statistics)
         if self._reporting is not None:
             self._reporting.begin(self._held, engine, service, repr(self._choice), self._options)
         if self._progress:
             from aiouffd.monitor.watching import Watching  # noqa: PLC0415 - 2 ms, for few programs
 
             self._watching = Watching(self._held, self._progress, service.trace)
+
+    def _observed(self, service: Service) -> Callable[[dict[str, Any]], None] | None:
+        """Tell who is installed, if somebody is; return what is called with each flight, if that is wanted."""
+        observer = installed()
+        if observer is not None:
+            facts = {"source": repr(service.origin)[:1000], "engine": repr(self._choice)}
+            sizes = {"region.size": len(self.region), "page_size": self.region.page_size}
+            self._observation = observer.monitor({**facts, **sizes})
+        return self._observation.flight if self._observation.traces else None
 
     def _report_to(self, engine: Engine) -> Callable[[BaseException], None]:
         put = self._errors.put if self._reporting is None else self._reporting.noting(self._errors.put)
@@ -414,6 +430,7 @@ class Monitor(Capturing):
                 engine.prefetch([(0, len(self.region))]).result()
                 self._sigbus = False
         finally:
+            self._observation.leaving()
             if self._reporting is not None:
                 self._reporting.end(raised)
             if self._sigbus:
@@ -433,6 +450,7 @@ class Monitor(Capturing):
                 # In this order: to another thread, one that is entered nowhere is that of a forked child's parent.
                 self.region.monitor = self._engine = self._registration = None
                 self._errors.wake()
+                self._observation.end(raised)
                 try:
                     if self._recording is not None:
                         self._recording.end(complete=True)

@@ -8,11 +8,13 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Final, Self
 
+import attrs
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from aiouffd.engine.statistics import Counter
+from aiouffd.engine.statistics import told
+from aiouffd.report.measures import LATENCY, MEASURES, MOST_SESSIONS, SESSION_CLIENTS, buckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,22 +22,14 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.report.measures import Measure
 
 __all__ = ["Endpoint", "Metrics"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
-_BITS: Final = range(10, 34)  # buckets from 1 us to 8.6 s
 _MAX_CONNECTIONS: Final = 32
 _MAX_HEAD: Final = 16 << 10  # bytes of a request line and its headers
-_MAX_SESSIONS: Final = 1000
-_OF_SESSIONS: Final = (
-    ("faults", "Page faults read", [Counter.FAULTS]),
-    ("pages", "Pages resolved", list(range(Counter.PAGES_FAULT, Counter.PAGES_BACKGROUND + 1))),
-    ("poisoned_pages", "Pages that could not be fetched", [Counter.PAGES_POISONED]),
-    ("fetched_bytes", "Bytes read from sources", [Counter.BYTES_FETCHED]),
-    ("source_errors", "Reads of a source that failed for good", [Counter.SOURCE_ERRORS]),
-)
 _TIMEOUT: Final = 10.0  # seconds for one request and its answer
 
 
@@ -62,65 +56,37 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics."""
         now = self._statistics()
-        yield _counter("faults", "Page faults read", now.faults)
-        yield _counter("sequential_faults", "Page faults that readahead has followed", now.sequential)
-        pages = CounterMetricFamily("aiouffd_pages", "Pages resolved, by cause", labels=["cause"])
-        for cause in ("fault", "readahead", "prefetch", "replay", "background"):
-            pages.add_metric([cause], getattr(now, f"pages_{cause}"))
-        yield pages
-        yield _counter("zero_pages", "Pages filled with zeros, of all causes", now.pages_zero)
-        yield _counter("poisoned_pages", "Pages that could not be fetched", now.pages_poisoned)
-        yield _counter("fetched_bytes", "Bytes read from sources", now.bytes_fetched)
-        yield _counter("shared_bytes", "Bytes that others had read of the same source", now.bytes_shared)
-        answers = CounterMetricFamily("aiouffd_answers", "Refusals and partial results of ioctls", labels=["answer"])
-        for answer in ("eagain", "eexist", "enoent", "partial"):
-            answers.add_metric([answer], getattr(now, answer))
-        yield answers
-        events = CounterMetricFamily("aiouffd_events", "Layout events read", labels=["event"])
-        for event in ("forks", "remaps", "removes", "unmaps"):
-            events.add_metric([event.removesuffix("s")], getattr(now, event))
-        yield events
-        yield _counter("source_reads", "Reads of a source that had to be waited for", now.source_reads)
-        yield _counter("source_seconds", "Seconds that these took together", now.source_ns / 1e9)
-        yield _counter("source_retries", "Repeated reads of a source", now.source_retries)
-        yield _counter("source_errors", "Reads of a source that failed for good", now.source_errors)
-        yield _counter("worker_restarts", "Workers that died and were replaced", now.restarts)
-        yield _counter("rejected_clients", "Clients that were turned away", self._rejected())
-        yield _counter("slowed", "Times that a client exceeded its events or bytes a second, and waited", now.slowed)
-        yield GaugeMetricFamily("aiouffd_clients", "Clients being served", now.clients)
-        yield GaugeMetricFamily("aiouffd_address_spaces", "Address spaces served, forked ones too", now.spaces)
-        yield GaugeMetricFamily("aiouffd_in_flight", "Source reads under way", now.in_flight)
-        yield GaugeMetricFamily("aiouffd_in_flight_bytes", "Bytes of source reads under way", now.bytes_in_flight)
+        counted = {**attrs.asdict(now), "rejected": self._rejected()}
+        for measure in MEASURES:
+            family = _family(measure, f"aiouffd_{measure.name}", f", by {measure.label}", measure.label)
+            for label, value in measure.values(counted):
+                family.add_metric([label] if measure.label else [], value)
+            yield family
         yield _latency(now.latency)
         yield from self._of_sessions()
 
     def _of_sessions(self) -> Iterator[Metric]:
-        clients = GaugeMetricFamily("aiouffd_session_clients", "Clients being served, by session", labels=["session"])
-        counters = [
-            (CounterMetricFamily(f"aiouffd_session_{name}", f"{text}, by session", labels=["session"]), words)
-            for name, text, words in _OF_SESSIONS
-        ]
-        for session, count, counted in itertools.islice(self._sessions(), _MAX_SESSIONS):
-            clients.add_metric([session], count)
-            for family, words in counters:
-                family.add_metric([session], sum(counted[word] for word in words))
-        yield clients
-        yield from (family for family, _ in counters)
+        measures = [SESSION_CLIENTS, *(measure for measure in MEASURES if measure.of_sessions)]
+        families = [_family(each, f"aiouffd_session_{each.name}", ", by session", "session") for each in measures]
+        for session, clients, words in itertools.islice(self._sessions(), MOST_SESSIONS):
+            counted = {**told(words), "clients": clients}
+            for family, measure in zip(families, measures, strict=True):
+                family.add_metric([session], measure.total(counted))
+        yield from families
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"aiouffd_{name}", text, value)
+def _family(measure: Measure, name: str, by: str, label: str) -> CounterMetricFamily | GaugeMetricFamily:
+    make = GaugeMetricFamily if measure.is_gauge else CounterMetricFamily
+    return make(name, measure.text + (by if label else ""), labels=[label] if label else [])
 
 
 def _latency(counts: tuple[int, ...]) -> Metric:
     """Return the histogram; bucket n of ours ends at 2**n nanoseconds, and the sum is that of the buckets' ends."""
-    buckets = [(str(2**bits / 1e9), sum(counts[: bits + 1])) for bits in _BITS]
-    total = sum(count * 2**bits / 1e9 for bits, count in enumerate(counts))
     return HistogramMetricFamily(
-        "aiouffd_fault_latency_seconds",
-        "From reading a fault to resolving it; the sum is an upper bound",
-        buckets=[*buckets, ("+Inf", sum(counts))],
-        sum_value=total,
+        f"aiouffd_{LATENCY.name}",
+        LATENCY.text,
+        buckets=list(buckets(counts)),
+        sum_value=sum(count * 2**bits / 1e9 for bits, count in enumerate(counts)),
     )
 
 

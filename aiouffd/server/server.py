@@ -23,6 +23,7 @@ from aiouffd.errors import SessionError
 from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.serialization import Pickles
+from aiouffd.report.observers import NOBODY, installed
 from aiouffd.server.clients import Client
 from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.pager.client.tenant import Tenant
+    from aiouffd.report.observers import ServerWatch
     from aiouffd.server.rejection import Policy
 
 __all__ = ["Client", "Server"]
@@ -93,6 +95,8 @@ class Server:
         PagerStartError: the pager did not start, or cannot take over; who was to be taken over from serves on.
     """
 
+    _watch: ServerWatch = NOBODY
+
     def __init__(
         self,
         origin: Any = None,
@@ -123,7 +127,7 @@ class Server:
         self._pager = PagerClient(
             on_error=lambda tenant, error: self._soon(self._failed, tenant, error),
             on_gone=lambda tenant: self._soon(self._gone, tenant),
-            on_slow=lambda tenant, told: self._soon(self._slow, tenant, told),
+            on_flight=lambda tenant, told: self._soon(self._landed, tenant, told),
             pickles=Pickles.ALWAYS,
         )
         self.sessions: dict[str, Session] = {}
@@ -177,6 +181,8 @@ class Server:
                 successor.close(leave=inherits)
             raise
         self._started = True
+        if (observer := installed()) is not None:
+            self._watch = observer.server(self)
         for session in self.sessions.values():
             session.open(self.left.pop(session.name, None))
         if successor is not None:
@@ -217,6 +223,7 @@ class Server:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take no new clients; the pager goes on serving those that are there."""
+        self._watch.end()
         if self._taken.is_set():  # all of it is another process's
             await asyncio.to_thread(self._pager.stop, leave=True)
             return
@@ -328,7 +335,7 @@ class Server:
         self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
     def _add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
-        settings = settings.keeping(self._recent)
+        settings = settings.keeping(self._recent, traces=installed() is not None)
         tell = functools.partial(self._tell, name)
         session = Session(origin, settings, self._pager, name=name, note=note, tell=tell)
         self.sessions[name] = session
@@ -337,6 +344,7 @@ class Server:
     def _tell(self, session: str, kind: str, **details: Any) -> None:
         self._changed.set()
         self.happenings.tell(kind, session, **details)
+        self._watch.happened(session, kind, details)
 
     # All of them
 
@@ -383,7 +391,7 @@ class Server:
 
     def counted(self) -> list[tuple[str, int, list[int]]]:
         """Return the name of each session that has one, how many clients it has, and the words of its counters."""
-        named = [session for session in self.sessions.values() if session.name]
+        named = [session for session in list(self.sessions.values()) if session.name]
         return [(session.name, len(session.clients), session.counted) for session in named]
 
     @property
@@ -400,9 +408,11 @@ class Server:
         for session in list(self.sessions.values()):
             session.gone(tenant)
 
-    def _slow(self, tenant: Tenant, told: dict[str, Any]) -> None:
+    def _landed(self, tenant: Tenant, told: dict[str, Any]) -> None:
         for session in list(self.sessions.values()):
-            session.slow(tenant, told)
+            client = session.landed(tenant, told)
+            if client is not None:
+                self._watch.flight(session.name, client, told)
 
     def _failed(self, tenant: Tenant | None, error: BaseException) -> None:
         if tenant is None:

@@ -70,10 +70,10 @@ class Settings:
         if self.record is not None and self.replay is not None:
             raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
 
-    def keeping(self, recent: int) -> Settings:
-        """Return the same of a server that keeps so many bytes of what was read last."""
+    def keeping(self, recent: int, *, traces: bool) -> Settings:
+        """Return the same of a server that keeps so many bytes of what was read last; traces: it is told of flights."""
         limits = attrs.evolve(self.options.limits, recent=recent)
-        return attrs.evolve(self, options=attrs.evolve(self.options, limits=limits))
+        return attrs.evolve(self, options=attrs.evolve(self.options, limits=limits, traces=traces))
 
 
 class Session:
@@ -429,11 +429,12 @@ class Session:
         if client is not None:
             self._forget(client, "has ended")
 
-    def slow(self, tenant: Tenant, told: dict[str, Any]) -> None:
-        """Tell of a fault that took long; nothing happens if the tenant is another session's."""
+    def landed(self, tenant: Tenant, told: dict[str, Any]) -> Client | None:
+        """Tell of a fault that took long; return whose flight it was, or None: of another session."""
         client = self.clients.get(tenant.token)
-        if client is not None:
-            self._tell("client.slow", client=client.number, **told)
+        if client is not None and "slow" in told:
+            self._tell("client.slow", client=client.number, **told["slow"])
+        return client
 
     def failed(self, tenant: Tenant | None, error: BaseException) -> None:
         """Tell an error to the client that it concerns, if it is one of this session's; None: to all of them."""

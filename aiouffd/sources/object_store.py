@@ -17,6 +17,7 @@ from aiouffd.sources import repeated
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
 from aiouffd.sources.plain_http import PlainHttp, first_byte
+from aiouffd.sources.steps import noted
 from aiouffd.sources.storage_options import check_options
 from aiouffd.sources.store_client import StoreClient, is_lost
 from aiouffd.sources.store_errors import CHANGED, Failure, RequestError
@@ -198,7 +199,9 @@ class ObjectSource:
                     raise self._error(failure, start, stop - start) from error
                 self._retry(failure)
                 tries += 1
+                waits = time.perf_counter_ns()
                 await asyncio.sleep(pause)
+                noted("retry", waits)
             else:
                 self._succeeded()
                 return answer

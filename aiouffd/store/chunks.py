@@ -6,17 +6,20 @@ import asyncio
 import os
 from collections import OrderedDict
 from functools import lru_cache, partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
 from aiouffd.engine.flight import spawn
 from aiouffd.errors import SourceError, SourceTimeoutError, StoreError
+from aiouffd.sources.steps import current, noted
 from aiouffd.store.workers import Job, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from aiouffd.sources.steps import Steps
     from aiouffd.store.index import Index, Record
     from aiouffd.store.seek_table import SeekTable
 
@@ -231,14 +234,17 @@ class Chunks:
         """Fetch and decompress a run; return those that are damaged, unless this is their last try."""
         start, stop = span(run)
         path = self._index.path(run[0])
+        began = perf_counter_ns()
         data = None if self._store.is_local else memoryview(await self._part(path).read(start, stop - start))
         alone = data is not None and len(run) == 1 and len(self._flights) == 1
         if alone and self._index.length_of(run[0].chunk) <= _AT_ONCE:
-            return self._landed(run, self._expand(run, path, data, start), last=last)
+            outcomes = self._expand(run, path, data, start, current())
+            noted("chunk", began, first=run[0].chunk, count=1)
+            return self._landed(run, outcomes, last=last)
         jobs = []
         for batch in self._batches(run):
             flights = [self._flights[record.chunk] for record in batch]
-            call = partial(self._expand, batch, path, data, start)
+            call = partial(self._expand, batch, path, data, start, current())
             job = self._workers.submit(call, urgent=any(flight.urgent for flight in flights))
             for flight in flights:
                 flight.job = job
@@ -246,6 +252,7 @@ class Chunks:
         damaged = []
         for batch, job in jobs:
             damaged += self._landed(batch, await job.result(), last=last)
+        noted("chunk", began, first=run[0].chunk, count=len(run))
         return damaged
 
     def _landed(self, batch: list[Record], outcomes: list[Outcome], *, last: bool) -> list[Record]:
@@ -270,7 +277,9 @@ class Chunks:
             room -= length
         return batches
 
-    def _expand(self, batch: list[Record], path: str, data: memoryview | None, start: int) -> list[Outcome]:
+    def _expand(
+        self, batch: list[Record], path: str, data: memoryview | None, start: int, steps: Steps | None
+    ) -> list[Outcome]:
         """Return the outcomes of some chunks of a pack; in a thread.
 
         Args:
@@ -278,17 +287,20 @@ class Chunks:
             path: of the pack.
             data: bytes of the pack; None: they are read from a local store.
             start: where these begin in the pack.
+            steps: of those who wait for them.
         """
         if data is None:
             start, stop = span(batch)
             data = memoryview(self._store.read(path, start, stop))
-        name = self._store.name(path)
+        name, began = self._store.name(path), perf_counter_ns()
         outcomes = []
         for record in batch:
             frame = data[record.offset - start : record.offset - start + record.length]
             outcome = expanded(self._index, record, frame, name)
             # A view of what was fetched for many chunks would keep all of that.
             outcomes.append(bytes(outcome) if isinstance(outcome, memoryview) else outcome)
+        if steps is not None:
+            noted("decompress", began, steps, count=len(batch))
         return outcomes
 
     def _failure(self, record: Record, error: BaseException) -> BaseException:

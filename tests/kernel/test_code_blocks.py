@@ -48,6 +48,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "CRIU": lambda: False,
     "Firecracker": lambda: False,
     "a checkout": lambda: False,
+    "a receiver": lambda: False,
 }
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, canceled_from_outside, end_of, spawn
+from aiouffd.engine.landing import OnLanded, untold
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.deadlines import Deadlines
 from aiouffd.engine.serve.handler import Batch, Fault, Handler, wants_writes
@@ -20,6 +21,7 @@ from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import Remap, Remove, Unmap
 from aiouffd.kernel.userfaultfd import Fork
 from aiouffd.ranges import Range
+from aiouffd.sources import steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -56,6 +58,9 @@ class HandlerBackend:
         handler: the application's.
         counters: where to count.
         limits: `concurrent_reads` bounds the handlers under way, `timeout` the time that one may take.
+
+    Attributes:
+        on_landed: as that of `SourceBackend`.
     """
 
     bound: Bound | None = None
@@ -73,6 +78,7 @@ class HandlerBackend:
             if getattr(type(handler), name, None) is not getattr(Handler, name)
         }
         self._events: asyncio.Queue[Any] | None = None
+        self.on_landed: OnLanded = untold
 
     @property
     def local(self) -> bool:
@@ -117,9 +123,13 @@ class HandlerBackend:
 
     async def _fly(self, space: Space, flight: Flight, fault: Fault, batch: Batch) -> None:
         reason = ""
+        noted = steps.begin()
         self._words[Counter.IN_FLIGHT] += 1
         try:
+            began, waits = perf_counter_ns(), self._bound.locked()
             async with self._bound:
+                if waits:
+                    steps.noted("queue", began)
                 await self._call(fault, batch)
             if space.is_gone or space.closing:
                 return
@@ -140,8 +150,10 @@ class HandlerBackend:
             self._words[Counter.IN_FLIGHT] -= 1
             space.on_changed.discard(batch.changed)
             space.flights.discard(flight)
-        if reason and not space.is_gone and not space.closing:
-            self._fail(space, flight, HandlerError(repr(self.handler), str(fault), reason))
+            failure = HandlerError(repr(self.handler), str(fault), reason) if reason else None
+            self.on_landed(space, flight, noted, failure)
+        if failure is not None and not space.is_gone and not space.closing:
+            self._fail(space, flight, failure)
 
     async def _call(self, fault: Fault, batch: Batch) -> None:
         self._words[Counter.SOURCE_READS] += 1
@@ -151,6 +163,7 @@ class HandlerBackend:
                 await self.handler.pagefault(fault, batch)
         finally:
             self._words[Counter.SOURCE_NS] += perf_counter_ns() - began
+            steps.noted("handler", began)
 
     def _fail(self, space: Space, flight: Flight, failure: HandlerError) -> None:
         """A page cannot be had: a caller that prefetches gets the error, threads that wait for it get SIGBUS."""

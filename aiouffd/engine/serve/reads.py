@@ -7,13 +7,12 @@ import os
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import attrs
-
 from aiouffd.engine.flight import canceled_from_outside
 from aiouffd.engine.serve.deadlines import Deadlines
 from aiouffd.engine.serve.gate import Gate
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError, read_failure
+from aiouffd.sources.steps import noted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.serve.precedence import Precedence
     from aiouffd.engine.statistics import Counters
 
-__all__ = ["Reads", "Spent"]
+__all__ = ["Reads"]
 
 _IN_FLIGHT, _BYTES_IN_FLIGHT = int(Counter.IN_FLIGHT), int(Counter.BYTES_IN_FLIGHT)
 _BYTES_FETCHED, _BYTES_SHARED = int(Counter.BYTES_FETCHED), int(Counter.BYTES_SHARED)
@@ -35,19 +34,6 @@ _LONGEST_PAUSE = 2.0  # seconds between two tries
 def _between(low: float, high: float) -> float:
     """Return some number in [low, high]: enough to spread load. To import `random` would take 1 ms of each pager."""
     return low + (high - low) * os.urandom(1)[0] / 255
-
-
-@attrs.define(eq=False)
-class Spent:
-    """For what a read has waited.
-
-    Attributes:
-        queued_ns: nanoseconds until it was let in, of all its tries.
-        tries: that have failed.
-    """
-
-    queued_ns: int = 0
-    tries: int = 0
 
 
 class Reads:
@@ -82,9 +68,10 @@ class Reads:
         urgent: bool,
         retries: int | None = None,
         waits: Callable[[Callable[[], None]], None] = lambda _: None,
-        spent: Spent | None = None,
     ) -> Any:
         """Return the bytes. Canceling is safe: the place in the queue, or the read, is given up.
+
+        Its waits and tries are noted as steps, if this task notes any.
 
         Args:
             offset: where they begin.
@@ -92,7 +79,6 @@ class Reads:
             urgent: a thread waits for them: it is let in before those that are read ahead.
             retries: in place of the usual ones.
             waits: called with a function that makes it urgent, if it has to wait and is not.
-            spent: what it has waited for is added to this.
 
         Raises:
             SourceError: the source failed, and went on failing.
@@ -103,24 +89,25 @@ class Reads:
             if not self._gate.try_enter(length, urgent=urgent):
                 began = perf_counter_ns()
                 urgent = await self._gate.enter(length, urgent=urgent, waits=waits)
-                if spent is not None:
-                    spent.queued_ns += perf_counter_ns() - began
+                noted("queue", began)
+            began, outcome = perf_counter_ns(), ""
             try:
                 with self._deadlines:
                     return await self._common.read(self, offset, length, urgent=urgent, alone=tries > 0)
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001 - `_failure` raises some
+                outcome = type(error).__name__
                 failure = self._failure(error, offset, length)
             finally:
+                noted("read", began, error=outcome)
                 self._gate.leave(length, urgent=urgent)
             tries += 1
-            if spent is not None:
-                spent.tries = tries
             if tries > (self._retries if retries is None else retries):
                 raise failure
             self.count_retry()
             # Full jitter: clients that failed together do not come back together.
-            pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10))
+            pause, began = min(_LONGEST_PAUSE, self._backoff * 2 ** min(tries - 1, 10)), perf_counter_ns()
             await asyncio.sleep(_between(pause / 2, pause))
+            noted("retry", began)
 
     async def ask(self, offset: int, length: int, *, urgent: bool) -> Any:
         """Return bytes of the source itself: one try, which is counted. Raises what the source does."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.allowance import allowed
 from aiouffd.engine.flight import Flight, end_of, spawn, tasks_of
+from aiouffd.engine.landing import OnLanded, untold
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.serve.bulk import resolve_bulk
@@ -19,11 +20,12 @@ from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
-from aiouffd.engine.serve.reads import Reads, Spent
+from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
 from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.ranges import pieces
+from aiouffd.sources import steps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -44,7 +46,6 @@ _SEQUENTIAL = int(Counter.SEQUENTIAL)
 _MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
 _BEGUN_TOGETHER = 8  # reads, before the loop gets a turn
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
-_SLOW_NS = 100_000_000  # a fault that takes so long is told
 _MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
@@ -60,7 +61,7 @@ class SourceBackend:
         precedence: of other backends of this loop; None: there are none.
 
     Attributes:
-        on_slow: called with the space of a fault that took long, and with what is told of it.
+        on_landed: called with each flight when it has landed, its space, its steps, and why it failed, if it has.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class SourceBackend:
         self.limits: Limits = limits
         self.bound: Bound | None = bound
         self._counters, self._words = counters, counters.words
-        self.on_slow: Callable[[Space, dict[str, Any]], None] | None = None
+        self.on_landed: OnLanded = untold
         self._precedence = precedence or Precedence()
         self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand)
@@ -266,9 +267,10 @@ class SourceBackend:
         Before that, the flight has landed, whatever came of it. Those for which a caller waits let the others pass.
         """
         at, length = flight.offset, min(flight.length, self._extents.size - flight.offset)
-        urgent, spent = flight.purpose.errors is None, Spent()
+        urgent, noted = flight.purpose.errors is None, steps.begin()
+        failure: SourceError | None = None
         try:
-            data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits, spent=spent)
+            data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits)
             if not (urgent or flight.wanted):
                 await self._precedence.turn(flight.waits)
             if not space.is_gone and not space.closing:
@@ -277,13 +279,12 @@ class SourceBackend:
             failure = error
         except Exception as error:
             log.exception("%r could not be placed", flight)
-            reason = f"{type(error).__name__}: {error}"
-            failure = SourceError(repr(self.source), flight.offset, flight.length, reason)
-        else:
-            return
+            failure = SourceError(repr(self.source), at, flight.length, f"{type(error).__name__}: {error}")
         finally:
             space.flights.discard(flight)
-            _tell_slow(self.on_slow, space, flight, spent)
+            self.on_landed(space, flight, noted, failure)
+        if failure is None:
+            return
         space.readahead.forget(flight.offset, flight.offset + flight.length)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
@@ -453,17 +454,6 @@ def _refused(name: str, run: Run, number: int) -> SourceError:
     if number == errno.EFAULT:
         return ShortReadError(name, run.offset, run.left, "its bytes are there no longer: was the file truncated?")
     return SourceError(name, run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
-
-
-def _tell_slow(
-    tell: Callable[[Space, dict[str, Any]], None] | None, space: Space, flight: Flight, spent: Spent
-) -> None:
-    """Tell of a flight that threads have waited for, if that took long, and what took most of it."""
-    if tell is None or not flight.wanted or (took := perf_counter_ns() - flight.began_ns) < _SLOW_NS:
-        return
-    cause = "queue" if 2 * spent.queued_ns > took else "source"
-    told = {"offset": flight.offset, "length": flight.length, "pages": len(flight.wanted), "cause": cause}
-    tell(space, {**told, "took_ns": took, "queued_ns": spent.queued_ns, "tries": spent.tries})
 
 
 def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:

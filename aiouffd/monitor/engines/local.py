@@ -20,6 +20,7 @@ from aiouffd.engine.ahead.fill import bring_ahead, prefetch
 from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.dispatcher import Dispatcher
+from aiouffd.engine.landing import Landings
 from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
@@ -87,6 +88,9 @@ class Local:
         if assignment.written is not None:
             bound = Bound(assignment.written, assignment.page_size, options.max_resident, counters, file)
         self.backend: SourceBackend | HandlerBackend = make_backend(service, counters, options, bound)
+        on_flight = assignment.on_flight
+        if on_flight is not None:
+            self.backend.on_landed = Landings(lambda _, told: on_flight(told), traces=True)
         self.space: Space = Space(
             close_in_children(uffd),
             Mappings([mapping]),

@@ -159,7 +159,8 @@ class PagerEngine:
         """Have a pager serve the region."""
         self._file = assignment.file
         memory = () if assignment.written is None else (assignment.written.fileno(), assignment.file)
-        options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us)
+        traces = assignment.on_flight is not None
+        options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us, traces=traces)
         self._pack = Pack(assignment.service, options, memory, assignment.page_size)
         with contextlib.ExitStack() as undo:
             undo.callback(self._pack.close)
@@ -179,6 +180,7 @@ class PagerEngine:
                 protect=self._protect,
                 report=assignment.on_error,
                 lost=assignment.on_lost,
+                flight=assignment.on_flight,
             )
             undo.callback(self._client.close, self._tenant)
             try:

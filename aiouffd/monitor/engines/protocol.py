@@ -68,6 +68,7 @@ class Assignment(NamedTuple):
         on_lost: called from any thread when nobody serves the region any more, and nobody can.
         file: the memfd of shared memory; -1: it is private. It stays the region's.
         written: where the pages are noted that were written, if pages are dropped. It stays the Monitor's.
+        on_flight: called from any thread with what is told of each flight: see `Landings`; None: nobody wants that.
     """
 
     uffd: Userfaultfd
@@ -80,6 +81,7 @@ class Assignment(NamedTuple):
     on_lost: Callable[[], None]
     file: int = -1
     written: WrittenPages | None = None
+    on_flight: Callable[[dict[str, Any]], None] | None = None
 
 
 class Engine(Protocol):

@@ -68,7 +68,7 @@ class PagerClient:
         on_error: called from the client's thread with each error that the pager reports, and whose it is; None: all
             tenants', since the pager is given up.
         on_gone: called from there with each tenant whose process has ended.
-        on_slow: called from there with a tenant and what is told of a fault of it that took long.
+        on_flight: called from there with a tenant and what is told of a flight of it: see `Landings`.
         on_lost: called from there when no process of ours serves any more, and all that waited have been let go; the
             owners of the memory settle it then. None: the thread stays, and poisons what is touched.
         pickles: how often the pager unpickles a source or handler that this process sends.
@@ -85,12 +85,12 @@ class PagerClient:
         *,
         on_error: Callable[[Tenant | None, BaseException], None],
         on_gone: Callable[[Tenant], None] = lambda _: None,
-        on_slow: Callable[[Tenant, dict[str, Any]], None] = lambda *_: None,
+        on_flight: Callable[[Tenant, dict[str, Any]], None] = lambda *_: None,
         on_lost: Callable[[], None] | None = None,
         pickles: Pickles = Pickles.ONCE,
     ) -> None:
         self._on_error, self._on_lost = on_error, on_lost
-        self._on_gone, self._on_slow = on_gone, on_slow
+        self._on_gone, self._on_flight = on_gone, on_flight
         self._tenants: dict[str, Tenant] = {}
         self._waiter = Waiter(Watches())
         self._requests = Asking(self._waiter)
@@ -412,8 +412,8 @@ class PagerClient:
             self._on_gone(tenant)
         elif event == "error" and tenant is not None:
             self._on_error(tenant, self._requests.error(message.get("error")))
-        elif event == "slow" and tenant is not None:
-            self._on_slow(tenant, message["slow"])
+        elif event == "flight" and tenant is not None:
+            self._on_flight(tenant, message)
         elif event == "protect" and tenant is not None and tenant.protect is not None:
             tenant.protect(message["start"], message["length"])
             self.request("protected", tenant, start=message["start"])

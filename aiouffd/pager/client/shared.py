@@ -51,6 +51,11 @@ def place() -> Hashable:
     )
 
 
+def _told(tenant: Tenant, message: dict[str, Any]) -> None:
+    if tenant.flight is not None:
+        tenant.flight(message)
+
+
 class Pagers:
     """The pagers that some Monitors share: one for each `key`. Thread-safe.
 
@@ -99,7 +104,7 @@ class Pagers:
             with _loading:
                 from aiouffd.pager.client.client import PagerClient  # noqa: PLC0415 - while the pager's Python starts
 
-            client = PagerClient(on_error=report, on_lost=lost, pickles=self._pickles)
+            client = PagerClient(on_error=report, on_flight=_told, on_lost=lost, pickles=self._pickles)
         except BaseException:
             launched.abandon()
             raise

@@ -86,6 +86,7 @@ class Tenant:
             has no UFFDIO_POISON: it makes the page inaccessible. None: it is memory of other processes.
         report: called from there with each error of its own, and when the pager is given up.
         lost: called from there when nobody serves it any more.
+        flight: called from there with what is told of a flight of its own: see `Landings`; None: nobody wants that.
         restarts: how many workers had died before it came.
         leaving: its owner is about to settle it.
         silent: a last request was not answered: something blocks the worker's loop.
@@ -104,6 +105,7 @@ class Tenant:
     protect: Callable[[int, int], None] | None = None
     report: Callable[[BaseException], None] = lambda _: None
     lost: Callable[[], None] = lambda: None
+    flight: Callable[[dict[str, Any]], None] | None = None
     restarts: int = 0
     leaving: bool = False
     silent: bool = False

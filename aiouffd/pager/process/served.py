@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -31,11 +32,11 @@ from aiouffd.pager.process.tenancy import (
     Commons,
     FailedSource,
     Origin,
-    SlowFaults,
     Tenancy,
     build,
     let_go,
     make_origin,
+    tell_flight,
 )
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ class Served:
         self._on_owner_exit = on_owner_exit
         self.meta: Meta = Meta()
         self.origins: dict[int, Origin] = {}
-        self._commons = Commons(SlowFaults(lambda space: self.tenancies.get(space.identity), tell))
         self._restoring: dict[int, dict[str, Any]] = {}  # records of origins that are being opened again
         self.tenancies: dict[int, Tenancy] = {}
+        self._commons = Commons(partial(tell_flight, self.tenancies, tell))
         self.waiting: dict[int, SpaceState] = {}
         self.notes: Notes = Notes(self._write)
         self.arrivals: Arrivals = Arrivals()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import sys
 import weakref
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -17,13 +15,13 @@ import attrs
 from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import spawn
+from aiouffd.engine.landing import Landings
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.common import Common, Shelf, is_far
 from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.serve.precedence import Precedence
-from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -31,10 +29,11 @@ from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.serve.handler_backend import HandlerBackend
+    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
@@ -45,11 +44,11 @@ __all__ = [
     "Commons",
     "FailedSource",
     "Origin",
-    "SlowFaults",
     "Tenancy",
     "build",
     "let_go",
     "make_origin",
+    "tell_flight",
 ]
 
 BUILD_TIMEOUT = 60.0
@@ -59,7 +58,6 @@ RELEASE = 1.0
 """Seconds for a file that was written to be closed, when its memory is left."""
 
 _QUICK = 256 << 10  # bytes of a service that are looked at on the loop
-_SLOW_AGAIN = 1.0  # seconds between two slow faults of a space that are told
 _IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
 
@@ -105,7 +103,6 @@ class Tenancy:
         own: as in `SpaceState`.
         announced: whether the client is told of its end.
         space: the space itself.
-        slow: when a slow fault was told of it, on the monotonic clock.
     """
 
     origin: Origin
@@ -116,7 +113,6 @@ class Tenancy:
     is_child: bool = False
     own: bool = False
     space: Space | None = None
-    slow: float = -math.inf
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
 
     def end(self) -> None:
@@ -154,24 +150,13 @@ class Arrivals:
             await self._expected[token][0].wait()
 
 
-class SlowFaults:
-    """Tells of faults that took long; of many of one space, those of one second are told by the first.
-
-    Args:
-        tenancy_of: returns what is known of a space; None: it has been dropped meanwhile.
-        tell: sends an event to the client.
-    """
-
-    def __init__(self, tenancy_of: Callable[[Space], Tenancy | None], tell: Callable[[dict[str, Any]], None]) -> None:
-        self._tenancy_of = tenancy_of
-        self._tell = tell
-
-    def __call__(self, space: Space, told: dict[str, Any]) -> None:
-        """Tell of one."""
-        tenancy, now = self._tenancy_of(space), monotonic()
-        if tenancy is not None and now - tenancy.slow >= _SLOW_AGAIN:
-            tenancy.slow = now
-            self._tell({"event": "slow", "token": tenancy.token, "slow": told})
+def tell_flight(
+    tenancies: Mapping[int, Tenancy], tell: Callable[[dict[str, Any]], None], space: Space, told: dict[str, Any]
+) -> None:
+    """Tell the client of a flight, unless its space was dropped meanwhile."""
+    tenancy = tenancies.get(space.identity)
+    if tenancy is not None:
+        tell({"event": "flight", "token": tenancy.token, **told})
 
 
 class Commons:
@@ -181,15 +166,15 @@ class Commons:
     way, to be read with the same patience, and that say by their `identity` that their bytes are the same.
 
     Args:
-        on_slow: called with faults that took long; None: nobody is told.
+        tell: called with a space, and what is told of a flight of it: see `Landings`. None: nobody is told.
 
     Attributes:
-        on_slow: as given.
+        tell: as given.
         precedence: among the backends.
     """
 
-    def __init__(self, on_slow: SlowFaults | None = None) -> None:
-        self.on_slow: SlowFaults | None = on_slow
+    def __init__(self, tell: Callable[[Space, dict[str, Any]], None] | None = None) -> None:
+        self.tell: Callable[[Space, dict[str, Any]], None] | None = tell
         self.precedence: Precedence = Precedence()
         self._shelf = Shelf()
         self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()
@@ -274,8 +259,8 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
         common = commons.of(service.origin, made_of, _options_of(record).limits)
         service = attrs.evolve(service, origin=common.source)
     origin = make_origin(counters, identity, record, service, common, commons.precedence)
-    if isinstance(origin.backend, SourceBackend):
-        origin.backend.on_slow = commons.on_slow
+    if commons.tell is not None:
+        origin.backend.on_landed = Landings(commons.tell, traces=origin.options.traces)
     return origin
 
 
