@@ -195,13 +195,25 @@ def touch_all(path: str, size: int) -> None:
 
 
 def hand_over(
-    path: str | Path, length: int = MIB, *, shared: bool = False
+    path: str | Path, length: int = MIB, *, shared: bool = False, protected: bool = False
 ) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
-    """Hand over a region as Firecracker does, `shared`: with the memfd that it maps. Keep all that is returned."""
+    """Hand over a region as Firecracker does; keep all that is returned.
+
+    Args:
+        path: of the server's socket.
+        length: of the region.
+        shared: with the memfd that it maps.
+        protected: the region is registered for write protection, too.
+    """
     region = aiouffd.Region(length, shared=shared)
-    minor = (aiouffd.Feature.MINOR_SHMEM, aiouffd.RegisterMode.MINOR) if shared else (0, 0)
-    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE | minor[0])
-    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING | minor[1])
+    features, modes = aiouffd.Feature.EVENT_REMOVE, aiouffd.RegisterMode.MISSING
+    if shared:
+        features, modes = features | aiouffd.Feature.MINOR_SHMEM, modes | aiouffd.RegisterMode.MINOR
+    if protected:
+        features |= aiouffd.Feature.PAGEFAULT_FLAG_WP | aiouffd.Feature.WP_HUGETLBFS_SHMEM
+        modes |= aiouffd.RegisterMode.WP
+    uffd = aiouffd.Userfaultfd(features)
+    uffd.register(region.address, region.mapped_length, modes)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.fspath(path))
     mapping = Mapping(region.address, region.address + region.mapped_length, 0)

@@ -208,6 +208,7 @@ ORDER = {
         "reception",
         "services",
         "clients",
+        "snapshots",
         "successor",
         "session",
         "happenings",

@@ -6,19 +6,22 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from aiouffd.cli import parameters
 from aiouffd.cli.unix_http import ControlClient
+from aiouffd.store.place import absolute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["command", "control_option"]
 
@@ -153,6 +156,65 @@ def prefetch(control: ControlClient, /, name: str, offset: int, length: int | No
     wanted = {"offset": offset} | ({} if length is None else {"length": length})
     answer = control.ask("POST", f"{_place(name)}/prefetch", wanted)
     _say(answer, f"{name}: brought to {len(answer['clients'])} clients", as_json=as_json)
+
+
+@command.command()
+@_NAME
+@click.argument("destination")
+@click.option("--base", help="A snapshot in the same store. [default: what the session serves, if it is one there]")
+@click.option("--whole", is_flag=True, help="Of no base.")
+@click.option("--client", type=click.IntRange(1), help="Its number, where the session has several.")
+@click.option("--rate", type=parameters.Rate(), help="Bytes per second to read at most.")
+@click.option("--codec", type=click.Choice(["zstd", "lz4", "none"]), help="[default: zstd]")
+@click.option("--level", type=int, help="Of zstd. [default: 3]")
+@click.option("--replace", is_flag=True, help="Replace a snapshot of that name.")
+@_AS_JSON
+@click.pass_obj
+def snapshot(control: ControlClient, /, name: str, destination: str, *, as_json: bool, **options: Any) -> None:
+    """Write the memory of a client at one moment, while it runs: to DESTINATION, a .snap, or a plain file.
+
+    The client must have given its memory file, and be registered for write protection. Control-C cancels it.
+    """
+    wanted = {key: value for key, value in options.items() if value not in (None, False, float("inf"))}
+    wanted |= {key: absolute(value) for key, value in wanted.items() if key == "base"}
+    with _progress(control, name):
+        answer = control.ask("POST", f"{_place(name)}/snapshot", {"destination": absolute(destination), **wanted})
+    figures = f"{answer['pause_ns'] / 1e6:.1f} ms pause, {answer['bytes']:,} bytes read, {answer['changed']:.1%}"
+    _say(answer, f"{name}: written to {answer['destination']} ({figures})", as_json=as_json)
+
+
+@contextlib.contextmanager
+def _progress(control: ControlClient, name: str) -> Iterator[None]:
+    """Show how far a snapshot is, on a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+
+    def show() -> None:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(name, total=None)
+            while not ended.wait(0.2):
+                with contextlib.suppress(click.ClickException):
+                    found = control.ask("GET", f"{_place(name)}/snapshot")
+                    progress.update(task, completed=found["bytes"], total=found["total"] or None)
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@command.command()
+@_NAME
+@click.pass_obj
+def cancel(control: ControlClient, /, name: str) -> None:
+    """Have the snapshot of a session end that is being written."""
+    control.ask("DELETE", f"{_place(name)}/snapshot")
+    click.echo(f"{name}: canceled")
 
 
 @command.command()

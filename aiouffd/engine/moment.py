@@ -28,18 +28,30 @@ class Moment:
         size: bytes of the image, which ends within the last page perhaps.
         rate: bytes in a second that are read at most; None: as fast as it goes.
         lifts: the pages that were read may be written unnoticed.
+        changed: what alone is read; None: all that may not be zeros.
 
     Attributes:
         bytes_read: how many bytes were read.
+        total: how many are to be read, or some more.
     """
 
-    def __init__(self, capture: Capture, memory: ProcessMemory, size: int, rate: float | None, *, lifts: bool) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        memory: ProcessMemory,
+        size: int,
+        rate: float | None,
+        *,
+        lifts: bool,
+        changed: list[Range] | None = None,
+    ) -> None:
         self.size = size
         self.bytes_read: int = 0
         self._capture = capture
         self._memory = memory
         self._loop = asyncio.get_running_loop()
         self._extents: list[Range] = capture.extents(size)
+        self.total: int = sum(item.length for item in (self._extents if changed is None else changed))
         self._rate = rate
         self._lock = threading.Lock()
         self._next = time.monotonic()

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.flight import spawn
-from aiouffd.errors import HandoffError, UffdError, encode_error
+from aiouffd.errors import HandoffError, SessionError, UffdError, encode_error
 from aiouffd.handoff.json_lines import AGAIN, Lines, line
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
 from aiouffd.pager.client.tenant import Tenant, root_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from aiouffd.engine.mappings import Mapping
 
-__all__ = ["Client", "Conversation", "Handed"]
+__all__ = ["Client", "Conversation", "Handed", "only"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
@@ -60,6 +60,7 @@ class Client:
         since: when it was taken, on the monotonic clock.
         pidfd: of the peer; -1: its process cannot be seen.
         session: the name of the session that it came to.
+        places: which addresses [start, end) have which offset of the source, as it was handed over.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Client:
     since: float = attrs.field(factory=monotonic)
     pidfd: int = -1
     session: str = ""
+    places: list[Mapping] = attrs.field(factory=list)
 
     def __str__(self) -> str:
         return f"{self.session and f'session {self.session}, '}client {self.number} ({self.peer})"
@@ -84,6 +86,20 @@ class Client:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""
         if self.connection.fileno() >= 0:
             close_foreign([self.connection.detach()])
+
+
+def only(clients: Iterable[Client], number: int | None, session: str) -> Client:
+    """Return the client of a number; None: the only one there is.
+
+    Raises:
+        SessionError: there is none, or several.
+    """
+    known = list(clients)
+    found = [client for client in known if number in (None, client.number)]
+    if len(found) != 1:
+        numbers = ", ".join(str(client.number) for client in known) or "none"
+        raise SessionError(session, f"has these clients, of which one must be named: {numbers}")
+    return found[0]
 
 
 class Conversation:

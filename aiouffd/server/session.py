@@ -32,6 +32,7 @@ from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
 from aiouffd.server.rejection import Policy, kill, peer_pidfd
 from aiouffd.server.services import Services
+from aiouffd.server.snapshots import Snapshots
 from aiouffd.server.successor import forget_session, keep_client, keep_session
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Session:
         name: of the session.
         settings: as they were given.
         clients: those that are served, by the token of their memory.
+        snapshots: of their memory.
         taking: whether clients may come.
     """
 
@@ -117,6 +119,7 @@ class Session:
             on_rejected=lambda peer, error: tell("client.rejected", pid=peer.pid, uid=peer.uid, reason=str(error)),
         )
         self._services = Services(origin, settings.options, record=settings.record, replay=settings.replay)
+        self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self._file: SocketFile | None = None
         self._listener: socket.socket | None = None
         self._slot = 0
@@ -315,6 +318,7 @@ class Session:
             tenant.slot, tenant.counts = self._slot, self._counted
             tenant.payer = f"session {self.name}" if self.name else ""
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
+            client.places += regions.mappings
             if regions.extra is not None:
                 client.conversation = self._conversation(client)
             self.clients[tenant.token] = client

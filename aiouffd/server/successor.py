@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from aiouffd.engine.mappings import Mapping
 from aiouffd.errors import PagerStartError
 from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.fd_store import FdStore
@@ -67,6 +68,7 @@ def keep_client(pager: PagerClient, client: Client) -> None:
         "ours": client.conversation is not None,
         "length": client.length,
         "since": client.since,
+        "places": client.places,
     }
     pager.holding.keep(client.tenant.token, text, [client.connection.fileno()])
 
@@ -241,6 +243,7 @@ class Successor:
             socket.socket(fileno=fds[0]),
             since=text["since"],
             session=text["session"],
+            places=[Mapping(*place) for place in text.get("places", tenant.mappings)],
         )
         self.left[client.session].clients.append((client, text["ours"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -109,6 +110,7 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._tasks: dict[Space, asyncio.Task[Captured]] = {}
+        self._images: dict[Space, Moment] = {}
 
     async def take(
         self,
@@ -125,7 +127,8 @@ class Snapshots:
             state = Capture.of(spaces, Places(order.places, ours=modes is not None), modes, quiet)
             if space in self._tasks:
                 raise BusyError("a snapshot", order.start, order.size, errno.EBUSY)
-            task = asyncio.get_running_loop().create_task(capture(state, order, memory, pagemap))
+            begun = functools.partial(self._images.__setitem__, space)
+            task = asyncio.get_running_loop().create_task(capture(state, order, memory, pagemap, begun))
             self._tasks[space] = task
             try:
                 await asyncio.wait([task])
@@ -133,6 +136,7 @@ class Snapshots:
                 del self._tasks[space]
                 task.cancel()
                 await _ended(task)
+                self._images.pop(space, None)
             if task.cancelled():
                 raise ClosedError("the snapshot was canceled")
             return task.result()
@@ -141,6 +145,11 @@ class Snapshots:
         """Have the snapshot of a space end, if one is under way; `take` raises when it has."""
         if space in self._tasks:
             self._tasks[space].cancel()
+
+    def progress(self, space: Space) -> tuple[int, int] | None:
+        """Return how many bytes are read of the snapshot of a space, and of how many; None before its moment."""
+        image = self._images.get(space)
+        return None if image is None else (image.bytes_read, image.total)
 
     async def aclose(self) -> None:
         """Cancel all of them, and wait until they have ended."""
@@ -151,10 +160,17 @@ class Snapshots:
             await _ended(task)
 
 
-async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: Pagemap | None) -> Captured:
+async def capture(
+    state: Capture,
+    order: Order,
+    memory: ProcessMemory,
+    pagemap: Pagemap | None,
+    begun: Callable[[Moment], None] = lambda _: None,
+) -> Captured:
     """Write a snapshot. On the loop of the capture.
 
-    Canceling is safe: no snapshot appears and nothing is protected any more, when this raises.
+    Canceling is safe: no snapshot appears and nothing is protected any more, when this raises. `begun` is called at the
+    moment.
 
     Raises:
         LayoutChangingError: pages were unmapped, moved or emptied before they were read.
@@ -171,7 +187,8 @@ async def capture(state: Capture, order: Order, memory: ProcessMemory, pagemap: 
     writing: asyncio.Future[str | None] | None = None
     try:
         changed = await state.begin(memory, pagemap, base, granule)
-        image = Moment(state, memory, order.size, order.rate, lifts=order.is_file)
+        image = Moment(state, memory, order.size, order.rate, lifts=order.is_file, changed=changed)
+        begun(image)
         settings = {"base": below, "changed": changed, "chunk_size": granule, "page_size": state.page}
         writing = asyncio.ensure_future(asyncio.to_thread(_write, order, image, settings))
         name = await asyncio.shield(writing)

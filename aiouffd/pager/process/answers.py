@@ -7,13 +7,13 @@ import contextlib
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
 from aiouffd.engine.ahead.fill import bring_early, complete, prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
-from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError
+from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
@@ -21,14 +21,15 @@ from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
 from aiouffd.pager.process.served import PROVISIONAL, Served
 from aiouffd.pager.process.state import Note, SpaceState
-from aiouffd.pager.process.tenancy import RELEASE
+from aiouffd.pager.process.tenancy import RELEASE, FailedSource
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiouffd.engine.space import Space
     from aiouffd.pager.process.handover import Handover
-    from aiouffd.pager.process.tenancy import Origin
+    from aiouffd.pager.process.tenancy import Origin, Tenancy
+    from aiouffd.sources.base import Source
     from aiouffd.store.live import Snapshots
 
 __all__ = ["Answers"]
@@ -69,6 +70,7 @@ class Answers:
             "flush": self._flush,
             "snapshot": self._snapshot,
             "cancel_snapshot": self._cancel_snapshot,
+            "snapshot_progress": self._snapshot_progress,
             "refuse": self._refuse,
             "give_up": self._give_up,
             "close": self._close,
@@ -190,12 +192,11 @@ class Answers:
     async def _snapshot(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         """Write what a space has at one moment.
 
-        Descriptors are its memfd; or its memory and its pagemap, opened by its process.
+        Descriptors are its memfd; or its memory and its pagemap, opened by its process; or none: a client's is known.
         """
-        shared, order = len(fds) == 1, message["order"]
-        memory = ProcessMemory(fds[0], None if shared else order["places"][0][0])
-        pagemap = None if shared else Pagemap.of(fds[1])
-        with memory, pagemap or contextlib.nullcontext():
+        order, pagemap = message["order"], Pagemap.of(fds[1]) if fds[1:] else None
+        memory = ProcessMemory(fds[0], None if pagemap is None else order["places"][0][0]) if fds else None
+        with memory or contextlib.nullcontext(), pagemap or contextlib.nullcontext():
             if message["worker"] != os.getpid():  # sent again: nobody knows any more what was protected
                 raise PagerDiedError("the pager's worker died while it took a snapshot: take another")
             live = await asyncio.to_thread(import_module, "aiouffd.store.live")
@@ -203,8 +204,14 @@ class Answers:
                 self._snapshots = live.Snapshots()
                 sys.setswitchinterval(_SWITCH)  # threads that compute let the loop have its turn soon
             space, tenancy = await self._served.wanted(message["token"])
-            others = [each for each in self._served.family_of(message["token"]) if shared and each is not space]
-            order, modes = live.Order(**order), tenancy.origin.options.modes
+            others = [
+                each for each in self._served.family_of(message["token"]) if pagemap is None and each is not space
+            ]
+            if not order["size"]:  # a client's memory file is as long as the source, whatever of it is shown
+                order["size"] = max(_source_of(tenancy).size, *(end - start + at for start, end, at in order["places"]))
+            modes = tenancy.origin.options.modes if tenancy.own else None
+            memory = memory or ProcessMemory(os.dup(tenancy.origin.file))
+            order = live.Order(**order)
             return attrs.asdict(await self._snapshots.take([space, *others], order, memory, pagemap, modes))
 
     async def _cancel_snapshot(self, message: dict[str, Any], _: list[int]) -> None:
@@ -212,6 +219,11 @@ class Answers:
         space = self._served.find(message["token"])
         if self._snapshots is not None and space is not None:
             self._snapshots.cancel(space)
+
+    async def _snapshot_progress(self, message: dict[str, Any], _: list[int]) -> tuple[int, int] | None:
+        """Tell how far the snapshot of a space is: bytes that are read, and of how many; None before its moment."""
+        space, _tenancy = await self._served.wanted(message["token"])
+        return None if self._snapshots is None else self._snapshots.progress(space)
 
     async def _refuse(self, message: dict[str, Any], _: list[int]) -> None:
         """Bring nothing more to a space, which its owner is about to settle: a touch is SIGBUS until `close`."""
@@ -306,3 +318,12 @@ class Answers:
         except BaseException:
             tenancy.announced = announced  # it is served on, and its end is to be told
             raise
+
+
+def _source_of(tenancy: Tenancy) -> Source:
+    """Return the source of a space. Raises SourceError where nobody can read what its missing pages show."""
+    source = getattr(tenancy.origin.backend, "source", None)
+    if source is None or isinstance(source, FailedSource):
+        reason = "missing pages cannot be had without touching them: a snapshot needs a source"
+        raise SourceError(repr(tenancy.origin.service.origin), 0, 0, reason)
+    return cast("Source", source)

@@ -17,7 +17,20 @@ import msgspec
 from aiouffd.errors import SessionError, SourceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.process.state import LASTING
-from aiouffd.server.control.values import Completed, Drain, NewSession, Prefetch, ServerView, SessionView, decode
+from aiouffd.server.clients import only
+from aiouffd.server.control.values import (
+    Completed,
+    Drain,
+    NewSession,
+    NewSnapshot,
+    Prefetch,
+    ServerView,
+    SessionView,
+    SnapshotProgress,
+    Taken,
+    check_path,
+    decode,
+)
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
 from aiouffd.store.resolve import as_layers
@@ -50,6 +63,7 @@ class Action:
         answer: the type of what goes; None: nothing does.
         status: where it was done.
         body_needed: whether a body must come; else it has its defaults.
+        ends: it is canceled when who has asked for it goes away.
     """
 
     name: str
@@ -60,6 +74,7 @@ class Action:
     answer: Any = None
     status: int = 200
     body_needed: bool = True
+    ends: bool = False
 
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
@@ -85,6 +100,13 @@ ACTIONS: Final = (
         *(Drain, SessionView, 202, False),
     ),
     Action("delete", "DELETE", _SESSION, "Delete a session that has no clients.", status=204),
+    Action(
+        *("snapshot", "POST", f"{_SESSION}/snapshot", "Write the memory of a client at one moment, while it runs."),
+        *(NewSnapshot, Taken),
+        ends=True,
+    ),
+    Action("snapshotting", "GET", f"{_SESSION}/snapshot", "Tell how far the snapshot is.", answer=SnapshotProgress),
+    Action("cancel", "DELETE", f"{_SESSION}/snapshot", "Have the snapshot end that is being written.", status=202),
 )
 
 
@@ -186,6 +208,25 @@ class Actions:
         await self._server.remove(session)
         self._created.pop(session, None)
 
+    async def snapshot(self, name: str, wanted: NewSnapshot) -> Taken:
+        """Take a snapshot of a client. Canceling is safe: there is none then."""
+        session, began = self._find(name), monotonic()
+        created = self._created.get(session)
+        order = wanted.order([] if created is None else created.sources)
+        client = only(session.clients.values(), wanted.client, name)
+        taken = attrs.asdict(await session.snapshots.take(client, order))
+        return Taken(client.number, order.destination, order.base, **taken, seconds=round(monotonic() - began, 3))
+
+    async def snapshotting(self, name: str) -> SnapshotProgress:
+        """Tell of the one that is being written."""
+        running, read = await self._find(name).snapshots.progress()
+        seconds, known = round(monotonic() - running.since, 3), read is not None
+        return SnapshotProgress(running.client.number, running.order.destination, known, *(read or (0, 0)), seconds)
+
+    async def cancel(self, name: str) -> None:
+        """Cancel it: the answer to who waits for it says so."""
+        self._find(name).snapshots.cancel()
+
     async def _delete_drained(self, session: Session) -> None:
         await session.drained()
         if self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
@@ -215,7 +256,5 @@ def _check_paths(new: NewSession) -> None:
     if new.jail is None:
         paths["socket"] = new.socket
     for field, path in paths.items():
-        if path is not None and not path.startswith("/"):
-            raise ValueError(f"{path!r} is no absolute path - at `$.{field}`")
-        if path is not None and "\0" in path:
-            raise ValueError(f"{path!r} has a NUL - at `$.{field}`")
+        if path is not None:
+            check_path(field, path)

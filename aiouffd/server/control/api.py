@@ -26,6 +26,8 @@ from aiouffd.server.control.values import Problem, decode
 from aiouffd.server.listener import SocketFile
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from aiohttp.typedefs import Handler
 
     from aiouffd.server.server import Server
@@ -37,7 +39,20 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_BODY: Final = 64 << 10  # bytes
 _BEAT: Final = 15.0  # seconds between two comments in a stream of events: they find out whether somebody reads
+_LOOK: Final = 0.1  # seconds between two looks whether somebody waits for the answer
 _ENDING: Final = 2.0  # seconds for the last answers
+
+
+async def _while_connected(request: web.Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns; cancel it when the connection ends."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK))[0]:
+            if request.transport is None or request.transport.is_closing():
+                task.cancel()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Control:
@@ -107,7 +122,8 @@ class Control:
             if action.body is not None:
                 body = await request.read()
                 arguments.append(decode(body if body or action.body_needed else b"{}", action.body))
-            answer = await do(*arguments)
+            work = do(*arguments)
+            answer = await (_while_connected(request, work) if action.ends else work)
             if action.answer is None:
                 return web.Response(status=action.status)
             return web.Response(body=msgspec.json.encode(answer), status=action.status, content_type="application/json")

@@ -15,6 +15,8 @@ from msgspec import Meta
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.server.session import Settings
+from aiouffd.store.live import Order
+from aiouffd.store.place import is_snapshot, split
 
 if TYPE_CHECKING:
     from aiouffd.server.clients import Client
@@ -26,11 +28,15 @@ __all__ = [
     "Completed",
     "Drain",
     "NewSession",
+    "NewSnapshot",
     "Owner",
     "Prefetch",
     "Problem",
     "ServerView",
     "SessionView",
+    "SnapshotProgress",
+    "Taken",
+    "check_path",
     "decode",
 ]
 
@@ -197,6 +203,76 @@ class Completed:
     clients: Annotated[int, Meta(description="That are served still.")]
 
 
+@attrs.frozen(kw_only=True)
+class NewSnapshot:
+    """A snapshot of the memory of a client, as it is at one moment while the client runs."""
+
+    destination: Annotated[
+        _Path, Meta(description="An absolute path or a URL that ends with .snap; or a path of a plain file.")
+    ]
+    base: Annotated[
+        _Path | None,
+        Meta(description="A snapshot in the same store. By default what the session serves, if it is one there."),
+    ] = None
+    whole: Annotated[bool, Meta(description="Of no base.")] = False
+    client: Annotated[int | None, Meta(description="Its number; needed where there are several.")] = None
+    rate: Annotated[_Rate | None, Meta(description="Bytes a second that are read at most.")] = None
+    codec: Literal["zstd", "lz4", "none"] = "zstd"
+    level: Annotated[int, Meta(ge=-7, le=22, description="Of zstd.")] = 3
+    replace: Annotated[bool, Meta(description="Whether a snapshot of that name may be replaced.")] = False
+    metadata: Annotated[dict[str, Any] | None, Meta(description="Any JSON, which is kept with it.")] = None
+
+    def order(self, served: list[str]) -> Order:
+        """Return what is to be written; ValueError for what excludes each other.
+
+        Args:
+            served: the sources of the session.
+        """
+        for field, path in (("destination", self.destination), ("base", self.base)):
+            if path is not None and "://" not in path:
+                check_path(field, path)
+        base = self.base
+        if base is None and len(served) == 1 and is_snapshot(served[0]) and is_snapshot(self.destination):
+            base = served[0] if split(served[0])[0] == split(self.destination)[0] else None
+        if self.whole:
+            if self.base is not None:
+                raise ValueError("a snapshot of a base is not whole - at `$.whole`")
+            base = None
+        options = {"codec": self.codec, "level": self.level, "replace": self.replace, "metadata": self.metadata}
+        order = Order(self.destination, base, [], 0, self.rate, options)
+        if not order.is_file:
+            return order
+        if base is not None or self.metadata is not None or "://" in self.destination:
+            raise ValueError("a plain file has no base and no metadata, and no URL: name it .snap - at `$.destination`")
+        return attrs.evolve(order, options={})
+
+
+@attrs.frozen
+class SnapshotProgress:
+    """How far a snapshot is."""
+
+    client: int
+    destination: str
+    captured: Annotated[bool, Meta(description="Its moment has been: what is written now is not in it.")]
+    bytes: Annotated[int, Meta(description="That are read.")]
+    total: Annotated[int, Meta(description="That are to be read, or some more.")]
+    seconds: Annotated[float, Meta(description="Since it was asked for.")]
+
+
+@attrs.frozen
+class Taken:
+    """A snapshot that was written."""
+
+    client: int
+    destination: str
+    base: str | None
+    pause_ns: Annotated[int, Meta(description="Nanoseconds for which writes were held back, the longest of them.")]
+    bytes: Annotated[int, Meta(description="That were read, of memory and of the source.")]
+    pages_saved: Annotated[int, Meta(description="That were written before they were read: their bytes were kept.")]
+    changed: Annotated[float, Meta(description="Which part of the image was read, from 0 to 1.")]
+    seconds: float
+
+
 @attrs.frozen
 class Problem:
     """Why a request was refused (RFC 9457)."""
@@ -207,6 +283,14 @@ class Problem:
     detail: Annotated[str, Meta(description="What is wrong, and with what.")]
     advice: Annotated[str, Meta(description="What to do.")] = ""
     field: Annotated[str, Meta(description="The field of the request that it is about: $.owner.uid")] = ""
+
+
+def check_path(field: str, path: str) -> None:
+    """Refuse a relative path: it would be relative to where the server was started."""
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is no absolute path - at `$.{field}`")
+    if "\0" in path:
+        raise ValueError(f"{path!r} has a NUL - at `$.{field}`")
 
 
 def decode(data: bytes, kind: type[_Value]) -> _Value:
