@@ -22,7 +22,7 @@ STEP = 1 << 13  # numbers of a piece that are looked at together
 
 def opened(path: Path, memory: int) -> contextlib.AbstractContextManager[aiouffd.Region]:
     """Map a file, of which so many bytes are in memory at most."""
-    return aiouffd.open(aiouffd.FileSource(path, writable=True), max_resident=memory, write_back=True)
+    return aiouffd.open(path, max_resident=memory, write_back=True)
 
 
 def merge(pieces: list[np.ndarray], result: np.ndarray) -> None:

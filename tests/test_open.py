@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aiouffd
-from aiouffd.monitor import open as module
+from aiouffd.monitor import map as module
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ def test_options_reach_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
     found = {"what": "s3://bucket/key", "options": {"region": "eu-west-1"}, "timeout": 5, "retries": 2}
-    assert asked == {**found, "cache": None}
+    assert asked == {**found, "cache": None, "writable": False}
     cache = aiouffd.ChunkCache("cache", 8 << 20)
     with pytest.raises(aiouffd.SourceError, match="asked"), aiouffd.open("s3://bucket/key", cache=cache):
         pass

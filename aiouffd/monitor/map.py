@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.cache import ChunkCache
 
-__all__ = ["MappedRegion", "map", "monitor_of", "only_known"]
+__all__ = ["MappedRegion", "map", "monitor_of", "only_known", "source_of"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
@@ -162,8 +162,7 @@ def map(  # noqa: A001 - it is called aiouffd.map
     only_known("map", options, what, storage_options, without="on_exit")
     if getattr(engine, "needs_loop", False):
         raise TypeError(f"engine={engine!r} serves on the caller's event loop: use `async with aiouffd.open(...)`")
-    timeout, retries = options.get("timeout"), options.get("retries")
-    source = as_source(what, timeout=timeout, retries=retries, options=storage_options, cache=cache)
+    source = source_of(what, storage_options, cache, options)
     return _enter(monitor_of(MappedRegion, source, engine, fork, options))
 
 
@@ -191,6 +190,23 @@ def only_known(
         if name not in known:
             raise unknown_name(f"{function}()", name, known)
     check_options(what, storage_options)
+
+
+def source_of(
+    what: str | os.PathLike[str] | Source | Buffer,
+    storage_options: StorageOptions | None,
+    cache: ChunkCache | None,
+    options: AllOptions | MapOptions,
+) -> Source:
+    """Return the source that a Monitor with these options is to have; errors as for `as_source`."""
+    return as_source(
+        what,
+        timeout=options.get("timeout"),
+        retries=options.get("retries"),
+        options=storage_options,
+        cache=cache,
+        writable=options.get("write_back", False),
+    )
 
 
 def monitor_of(

@@ -169,8 +169,9 @@ class Monitor(Capturing):
             what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` a private region
             becomes shared memory when the block is entered, with the bytes that it has; huge pages must be shared.
             Forked children get such a region only with fork="serve", and what they write is seen by all.
-        write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`):
-            before they are dropped, at `flush`, and when the block is left. What lies behind the source's end does not.
+        write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`, or
+            what `open` and `map` make of a path): before they are dropped, at `flush`, and when the block is left.
+            What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises:
@@ -449,6 +450,7 @@ class Monitor(Capturing):
                     self._crashes.close()
                 # In this order: to another thread, one that is entered nowhere is that of a forked child's parent.
                 self.region.monitor = self._engine = self._registration = None
+                self.region.reopens = None  # it has the source, and so the lock of a file that is written to
                 self._errors.wake()
                 self._observation.end(raised)
                 try:

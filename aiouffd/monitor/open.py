@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn, Unpack
 
 from aiouffd.kernel.region import Region
-from aiouffd.monitor.map import monitor_of, only_known
-from aiouffd.store.resolve import as_source
+from aiouffd.monitor.map import monitor_of, only_known, source_of
 
 if TYPE_CHECKING:
     import os
@@ -49,8 +48,7 @@ class Opened:
         self._monitor: Monitor | None = None
 
     def _source(self) -> Source:
-        timeout, retries = self._options.get("timeout"), self._options.get("retries")
-        return as_source(self._what, timeout=timeout, retries=retries, options=self._storage_options, cache=self._cache)
+        return source_of(self._what, self._storage_options, self._cache, self._options)
 
     def _prepare(self) -> Monitor:
         source, self._found = self._found or self._source(), None
@@ -68,8 +66,9 @@ class Opened:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the Monitor."""
-        assert self._monitor is not None
-        await self._monitor.__aexit__(kind, value, trace)
+        monitor, self._monitor = self._monitor, None
+        assert monitor is not None
+        await monitor.__aexit__(kind, value, trace)
 
     def __enter__(self) -> Region:
         """Find the source, map a region of its size, and serve it."""
@@ -81,8 +80,9 @@ class Opened:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the Monitor."""
-        assert self._monitor is not None
-        self._monitor.__exit__(kind, value, trace)
+        monitor, self._monitor = self._monitor, None
+        assert monitor is not None
+        monitor.__exit__(kind, value, trace)
 
     def __len__(self) -> int:
         self._found = self._found or self._source()

@@ -9,7 +9,7 @@ from aiouffd.errors import SourceError
 from aiouffd.sources.base import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
-from aiouffd.store.place import is_snapshot, names_with
+from aiouffd.store.place import is_snapshot, names_with, without_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_layers", "as_source"]
 
+_COMPRESSED = ".zst"
 _STORES = frozenset(("http", "https", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"))
 
 
@@ -28,6 +29,7 @@ def as_source(
     retries: int | None = None,
     options: Mapping[str, Any] | None = None,
     cache: ChunkCache | None = None,
+    writable: bool = False,
 ) -> Source:
     """Return a source for a path, a URL, a buffer, or a source itself.
 
@@ -42,14 +44,18 @@ def as_source(
         retries: as `timeout`.
         options: for the store of such a source.
         cache: keeps the chunks of such a source. What is a local file, a buffer or a source is read as it is.
+        writable: a path is to take back what is written; nothing else is changed by that.
 
     Raises:
+        BusyError: another has the file for writing.
         SourceError: it names nothing that can be read.
         PermissionError: the cache's folder is another user's, or others may enter it.
         TypeError: it is none of these, or `cache` is something else.
     """
     if cache is not None and not hasattr(cache, "check"):
         raise TypeError(f"cache= takes a ChunkCache(path, max_bytes=...), not {cache!r:.80}")
+    if isinstance(thing, str):
+        thing = without_scheme(thing)
     if is_snapshot(thing):
         from aiouffd.store.snapshot_source import SnapshotSource  # noqa: PLC0415 - most programs do without
 
@@ -57,7 +63,7 @@ def as_source(
     if isinstance(thing, str) and "://" in thing:
         return _cached(_decompressed(thing, _of_url(thing, timeout, retries, options or {})), cache)
     if isinstance(thing, str | os.PathLike):
-        return _decompressed(thing, FileSource(thing))
+        return _decompressed(thing, FileSource(thing, writable=writable and not names_with(thing, _COMPRESSED)))
     if isinstance(thing, Source) and not isinstance(thing, type):
         return thing
     try:
@@ -83,11 +89,9 @@ def as_layers(names: Sequence[str], **options: Any) -> Source:
 
 
 def _of_url(url: str, timeout: float | None, retries: int | None, options: Mapping[str, Any]) -> Source:
-    from urllib.parse import unquote, urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
+    from urllib.parse import urlsplit  # noqa: PLC0415 - 2 ms, that those with paths need not spend
 
     scheme = urlsplit(url).scheme
-    if scheme == "file":
-        return FileSource(unquote(urlsplit(url).path))
     if scheme not in _STORES or "::" in url:
         return _by_fsspec(url, scheme, options)
     from aiouffd.sources.object_store import ObjectSource  # noqa: PLC0415 - http.client and more: 20 ms
@@ -113,7 +117,7 @@ def _by_fsspec(url: str, scheme: str, options: Mapping[str, Any]) -> Source:
 
 def _decompressed(place: str | os.PathLike[str], source: Source) -> Source:
     """Return the source of what a file holds, if its name says that it is compressed."""
-    if not names_with(place, ".zst"):
+    if not names_with(place, _COMPRESSED):
         return source
     from aiouffd.store.zstd_seekable import ZstdSeekableSource  # noqa: PLC0415 - as above
 

@@ -318,6 +318,25 @@ async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
         assert os.fstat(file.fileno()).st_blocks == 0
 
 
+def test_a_path_is_written_to_as_long_as_it_is_served(tmp_path: Path) -> None:
+    """By one at a time, by `open` and by `map`; its lock goes when the block is left, though the region is kept."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * PAGE))
+    with aiouffd.open(path, write_back=True) as opened:
+        opened[0] = 1
+        with pytest.raises(aiouffd.BusyError):
+            aiouffd.map(path, write_back=True)
+    with aiouffd.map(path.as_uri(), write_back=True) as mapped:
+        mapped[PAGE] = mapped[0] + 1
+    assert path.read_bytes()[::PAGE] == b"\1\2\0\0"
+    with aiouffd.open(path, write_back=True) as again:
+        assert (again[PAGE], opened.monitor, mapped.closed) == (2, None, True)
+    (tmp_path / "x.zst").write_bytes(b"")
+    for other in (b"x", str(tmp_path / "x.zst")):
+        with pytest.raises((ValueError, SourceError)), aiouffd.open(other, write_back=True):
+            pass
+
+
 def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:
     """When the Monitor is made, or asked."""
     region, source = aiouffd.Region(SIZE, shared=True), file_of(str(tmp_path / "file"))
