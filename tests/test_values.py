@@ -21,7 +21,7 @@ def test_settings() -> None:
             "on_reject": "kill", "on_failure": "hold", "readahead": 5, "spin_us": 6, "background": "max",
             "replay": "/r", "timeout": 9,
             "retries": 10, "concurrent_reads": 11, "bytes_in_flight": 1 << 21, "events_per_second": 12,
-            "bytes_per_second": 13, "handoff_timeout": 14,
+            "bytes_per_second": 13, "handoff_timeout": 14, "max_resident": 1 << 22,
         },
         NewSession,
     )  # fmt: skip
@@ -34,6 +34,9 @@ def test_settings() -> None:
     assert (limits.timeout, limits.retries, limits.concurrent_reads, limits.bytes_in_flight) == (9, 10, 11, 1 << 21)
     assert (settings.on_failure, options.on_error) == ("hold", "retry")
     assert (limits.client_events, limits.client_bytes) == (12, 13)
+    assert (options.max_resident, options.bounded, plain.settings().options.bounded) == (1 << 22, True, False)
+    with pytest.raises(ValueError, match="not with max_resident"):
+        NewSession(name="a", socket="/s", source="/x", record="/r", max_resident=1 << 22).settings()
 
 
 def test_a_recording_sees_what_is_touched() -> None:

@@ -29,6 +29,8 @@ _DEFAULT = "/run/aiouffd/control.sock"
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what the server answers.")
 _WIDE = 10_000
 _NAME = click.argument("name")
+_OFFSET = click.option("--offset", type=parameters.Size(), default="0", help="Where to begin in the source.")
+_LENGTH = click.option("--length", type=parameters.Size(), help="[default: to its end]")
 
 
 class _Owner(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.3
@@ -96,6 +98,7 @@ def command(ctx: click.Context, control: str) -> None:
 @click.option("--bytes-in-flight", type=parameters.Size(1 << 20), help="The most bytes of these. [default: 128M]")
 @click.option("--events-per-second", type=click.IntRange(1), help="The most faults and layout events, of all clients.")
 @click.option("--bytes-per-second", type=parameters.Size(1), help="The most bytes that are placed for all clients.")
+@click.option("--max-resident", type=parameters.Size(1 << 20), help="The most bytes that are there, of one client.")
 @_AS_JSON
 @click.pass_obj
 def create(control: ControlClient, /, name: str, source: Sequence[str], *, as_json: bool, **options: Any) -> None:
@@ -147,8 +150,8 @@ def server(control: ControlClient, /) -> None:
 
 @command.command()
 @_NAME
-@click.option("--offset", type=parameters.Size(), default="0", help="Where to begin in the source.")
-@click.option("--length", type=parameters.Size(), help="[default: to its end]")
+@_OFFSET
+@_LENGTH
 @_AS_JSON
 @click.pass_obj
 def prefetch(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
@@ -156,6 +159,19 @@ def prefetch(control: ControlClient, /, name: str, offset: int, length: int | No
     wanted = {"offset": offset} | ({} if length is None else {"length": length})
     answer = control.ask("POST", f"{_place(name)}/prefetch", wanted)
     _say(answer, f"{name}: brought to {len(answer['clients'])} clients", as_json=as_json)
+
+
+@command.command()
+@_NAME
+@_OFFSET
+@_LENGTH
+@_AS_JSON
+@click.pass_obj
+def evict(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
+    """Drop a range of a session with --max-resident, as far as it was not written. A touch brings it again."""
+    wanted = {"offset": offset} | ({} if length is None else {"length": length})
+    answer = control.ask("POST", f"{_place(name)}/evict", wanted)
+    _say(answer, f"{name}: {answer['bytes']:,} bytes dropped", as_json=as_json)
 
 
 @command.command()

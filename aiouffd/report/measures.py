@@ -71,6 +71,7 @@ MEASURES: Final = (
         *("poisoned_pages", "pages.poisoned", "{page}", "Pages that could not be fetched", "pages_poisoned"),
         of_sessions=True,
     ),
+    _one("evicted_pages", "pages.evicted", "{page}", "Pages dropped again (max_resident, evict)", "pages_evicted"),
     _one("fetched_bytes", "fetched", "By", "Bytes read from sources", "bytes_fetched", of_sessions=True),
     _one("shared_bytes", "shared", "By", "Bytes that others had read of the same source", "bytes_shared"),
     Measure("answers", "answers", "{answer}", "Refusals and partial results of ioctls", _ANSWERS, "answer"),
@@ -94,6 +95,11 @@ MEASURES: Final = (
         *("address_spaces", "address_space.count", "{address_space}", "Address spaces served, forked ones too"),
         "spaces",
         is_gauge=True,
+    ),
+    _one(
+        *("resident_bytes", "resident", "By", "Bytes that are there, of clients with max_resident", "resident"),
+        is_gauge=True,
+        of_sessions=True,
     ),
     _one("in_flight", "source.active_reads", "{read}", "Source reads under way", "in_flight", is_gauge=True),
     _one(

@@ -15,10 +15,13 @@ from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
 from aiouffd.handoff.own_threads import detach, in_own_thread
 from aiouffd.pager.client.packing import Pack
+from aiouffd.server.residence import notes_for
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+
+    from _typeshed import FileDescriptorLike
 
     from aiouffd.engine.options import Options
     from aiouffd.handoff.arrival import Handoff
@@ -150,15 +153,20 @@ class Services:
             log.warning("the source %r could not be opened: %s", name, opening.exception())
 
     def _share(self, origin: Any, size: int, handoff: Handoff) -> Pack:
+        bounded = self._options.bounded
+        notes = [notes_for(handoff)] if bounded else []
+        memory: list[FileDescriptorLike] = [] if handoff.memory.closed else [*notes, handoff.memory]
         identity = getattr(origin, "identity", None)
         key = (id(origin) if identity is None else identity, handoff.regions.page_size)
-        alone = not handoff.memory.closed and self._record is None  # there is one recording for all
+        alone = bool(memory) and self._record is None  # there is one recording for all
         with self._lock:
+            if bounded and self._uses:
+                raise HandoffError(str(handoff.peer), "cannot share max_resident: it is for one client at a time")
             pack = None if alone else self._packs.get(key)
             if pack is None:
                 recorder = self._recording(key, handoff, origin, size)
                 service = Service(origin, recorder, self._trace(handoff, origin))
-                pack = Pack(service, self._options, [handoff.memory] if alone else (), handoff.regions.page_size)
+                pack = Pack(service, self._options, memory if alone else (), handoff.regions.page_size)
                 if not alone:
                     self._packs[key] = pack
             self._uses[pack.token] += 1

@@ -21,8 +21,8 @@ import attrs
 
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.options import Options
-from aiouffd.engine.statistics import Counters, told
-from aiouffd.errors import ClosedError, HandlerError, HandoffError, SourceError, UffdError
+from aiouffd.engine.statistics import Counter, Counters, told
+from aiouffd.errors import HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.handoff.receive import enabled_features
@@ -31,6 +31,7 @@ from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.prefilled import zeros_before_handoff
 from aiouffd.server.reception import Reception
 from aiouffd.server.rejection import Policy, kill, peer_pidfd
+from aiouffd.server.residence import evict, prefetch
 from aiouffd.server.services import Services
 from aiouffd.server.snapshots import Snapshots
 from aiouffd.server.successor import forget_session, keep_client, keep_session
@@ -131,6 +132,10 @@ class Session:
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self.taking: bool = False
+
+    @property
+    def _limit(self) -> int | None:
+        return self.settings.options.max_resident
 
     # Life
 
@@ -242,6 +247,8 @@ class Session:
         return {client.number: why for client, why in zip(clients, whys, strict=True) if why}
 
     async def _fill(self, client: Client) -> str:
+        if self._limit is not None and client.length > self._limit:
+            return f"it has {client.length} bytes, and max_resident is {self._limit}"
         try:
             await asyncio.wrap_future(self._pager.request("release", client.tenant))
         except UffdError as error:
@@ -253,20 +260,12 @@ class Session:
         return ""
 
     async def prefetch(self, offset: int, length: int) -> None:
-        """Bring a range of the source to each client that shows it, as far as it is missing there. Canceling is safe.
+        """Bring a range of the source to each client. Canceling is safe. Raises as `residence.prefetch`."""
+        await prefetch(self._pager, list(self.clients.values()), offset, length, self._limit)
 
-        Args:
-            offset: where it begins in the source.
-            length: bytes.
-
-        Raises:
-            SourceError: it cannot be read.
-        """
-        for client in list(self.clients.values()):
-            end = client.end
-            ranges = [(min(offset, end), min(length, end - min(offset, end)))]
-            with contextlib.suppress(ClosedError):  # it has ended meanwhile
-                await asyncio.wrap_future(self._pager.request("prefetch", client.tenant, ranges=ranges))
+    async def evict(self, offset: int, length: int) -> int:
+        """Drop what was not written of it, of each client; return how many bytes. Raises as `residence.evict`."""
+        return await evict(self._pager, list(self.clients.values()), offset, length, self._limit, self.name)
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""
@@ -456,6 +455,7 @@ class Session:
             return
         if self._slot and not self.clients:
             self._counted = self._pager.journal.counters_of(self._slot).words.tolist()
+            self._counted[Counter.RESIDENT] = 0
         client.tenant.slot = 0  # it is the session's
         self._pager.forget(client.tenant)
         if client.pidfd >= 0:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import attrs
 
 from aiouffd.errors import ClosedError, RangeGoneError, SessionError, UffdError
-from aiouffd.handoff.receive import enabled_features
-from aiouffd.kernel.abi import Feature
 from aiouffd.lifetime import until_done
+from aiouffd.server.residence import PROTECTED, lacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
     from aiouffd.server.clients import Client
     from aiouffd.store.live import Captured, Order
 
-__all__ = ["Running", "Snapshots", "require_memory"]
-
-_HOW = "register it with UFFDIO_REGISTER_MODE_WP as well (shared memory: Linux 5.19)"
+__all__ = ["Running", "Snapshots"]
 
 
 @attrs.frozen
@@ -74,7 +70,9 @@ class Snapshots:
             StoreError, SourceError: it cannot be written; what is missing cannot be read.
             PagerDiedError: the pager's worker died meanwhile.
         """
-        require_memory(client, self._session)
+        reason = lacking(client.tenant.uffd, client.tenant.page_size, has_file=client.tenant.pack.has_memory)
+        if reason:
+            raise SessionError(self._session, f"cannot capture {client}: {reason}")
         if self.running is not None:
             raise SessionError(self._session, "has a snapshot under way: wait until it is written, or cancel it")
         order = attrs.evolve(order, places=[(at.start, at.end, at.offset) for at in client.places], size=0)
@@ -102,7 +100,7 @@ class Snapshots:
         try:
             return Captured(**answer.result())
         except RangeGoneError as error:
-            reason = f"cannot capture {client}: its memory is not protected against writes ({error}): {_HOW}"
+            reason = f"cannot capture {client}: its memory is not protected against writes ({error}): {PROTECTED}"
             raise SessionError(self._session, reason) from error
 
     def cancel(self) -> None:
@@ -128,20 +126,3 @@ class Snapshots:
             return running, await asyncio.wrap_future(self._pager.request("snapshot_progress", running.client.tenant))
         except ClosedError:
             raise SessionError(self._session, "has no snapshot under way any more") from None
-
-
-def require_memory(client: Client, session: str) -> None:
-    """Check that the memory of a client can be read and protected.
-
-    Raises:
-        SessionError: what is missing, and how the client gives it.
-    """
-    reason = ""
-    if not client.tenant.pack.has_memory:
-        reason = "it has given no memory file: send the memfd with the userfaultfd, and map it shared"
-    elif client.tenant.page_size > mmap.PAGESIZE:
-        reason = "of shared huge pages nobody knows which are in the file: use pages of the base size"
-    elif Feature.WP_ASYNC in enabled_features(client.tenant.uffd.fileno()):
-        reason = "with UFFD_FEATURE_WP_ASYNC the kernel lets all writes go on: do not enable it"
-    if reason:
-        raise SessionError(session, f"cannot do this for {client}: {reason}")

@@ -21,6 +21,8 @@ from aiouffd.server.clients import only
 from aiouffd.server.control.values import (
     Completed,
     Drain,
+    Evict,
+    Evicted,
     NewSession,
     NewSnapshot,
     Prefetch,
@@ -90,6 +92,10 @@ ACTIONS: Final = (
     Action(
         *("prefetch", "POST", f"{_SESSION}/prefetch", "Bring a range of the source to all its clients, and wait."),
         *(Prefetch, SessionView, 200, False),
+    ),
+    Action(
+        *("evict", "POST", f"{_SESSION}/evict", "Drop a range, as far as it was not written: a touch brings it again."),
+        *(Evict, Evicted, 200, False),
     ),
     Action(
         *("complete", "POST", f"{_SESSION}/complete", "Bring all that its clients miss, and serve them no longer."),
@@ -182,6 +188,10 @@ class Actions:
         session = self._find(name)
         await session.prefetch(wanted.offset, wanted.length)
         return self._view(session)
+
+    async def evict(self, name: str, wanted: Evict) -> Evicted:
+        """Drop a range."""
+        return Evicted(await self._find(name).evict(wanted.offset, wanted.length))
 
     async def complete(self, name: str) -> Completed:
         """Bring all."""

@@ -27,6 +27,8 @@ __all__ = [
     "ClientView",
     "Completed",
     "Drain",
+    "Evict",
+    "Evicted",
     "NewSession",
     "NewSnapshot",
     "Owner",
@@ -99,6 +101,10 @@ class NewSession:
         _Rate | None, Meta(description="The most bytes a second that are placed for all its clients together.")
     ] = None
     handoff_timeout: Annotated[_Rate, Meta(description="Seconds that a client has to send its handoff.")] = 5.0
+    max_resident: Annotated[
+        Annotated[int, Meta(ge=1 << 20, le=1 << 62)] | None,
+        Meta(description="The most bytes that are there at once, of one client that hands over its memory file."),
+    ] = None
 
     @property
     def sources(self) -> list[str]:
@@ -107,6 +113,8 @@ class NewSession:
 
     def settings(self) -> Settings:
         """Return how the session takes and serves its clients; ValueError for what excludes each other."""
+        if self.max_resident is not None and self.record is not None:
+            raise ValueError("a recording is of what comes once: not with max_resident - at `$.record`")
         limits = Limits(
             *(self.concurrent_reads, self.bytes_in_flight, self.timeout, self.retries),
             client_events=self.events_per_second,
@@ -119,6 +127,8 @@ class NewSession:
             background=background,
             limits=limits,
             on_error="sigbus" if self.on_failure == "poison" else "retry",
+            max_resident=self.max_resident,
+            bounded=self.max_resident is not None,
         )
         uids = {*self.allow_uids} | ({self.owner.uid} if self.owner is not None else set())
         policies = self.on_reject, self.on_failure
@@ -186,6 +196,21 @@ class Prefetch:
 
     offset: Annotated[_Count, Meta(description="In bytes.")] = 0
     length: Annotated[_Count, Meta(description="In bytes; what is behind the end is left out.")] = 1 << 62
+
+
+@attrs.frozen
+class Evict:
+    """A range of the source of which is dropped what was not written."""
+
+    offset: Annotated[_Count, Meta(description="In bytes.")] = 0
+    length: Annotated[_Count, Meta(description="In bytes; what is behind the end is left out.")] = 1 << 62
+
+
+@attrs.frozen
+class Evicted:
+    """What was dropped."""
+
+    bytes: Annotated[int, Meta(description="That were there, and are missing now.")]
 
 
 @attrs.frozen

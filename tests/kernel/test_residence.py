@@ -1,0 +1,111 @@
+"""`server.residence`: what is there of a client's memory file is bounded, and can be dropped by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from kinds import poke
+from pattern import PAGE, content, peek, word
+from scenario import ended, eventually, play
+from served import MIB, Servers, hand_over
+
+from aiouffd.cli import main
+from aiouffd.cli.unix_http import ControlClient
+from aiouffd.store import create_sync
+from examples.microvm import MicroVM
+
+SIZE = 8 * MIB
+LIMIT = 2 * MIB
+
+
+def resident(region: Any) -> int:
+    """Return how many bytes the memory file has, as the kernel counts."""
+    return os.fstat(region.fd).st_blocks * 512
+
+
+def bounded(folder: str) -> None:
+    """Scenario: see the test."""
+    place, path = Path(folder), str(Path(folder, "vm.sock"))
+    control, at = ControlClient(place / "control.sock"), "/v1/sessions/vm"
+    os.chdir(place)
+    os.environ["AIOUFFD_CONTROL"] = str(place / "control.sock")
+    servers = Servers(folder, "--control", place / "control.sock", socket="")
+    servers.start("first")
+    assert main(["ctl", "create", "vm", "base.snap", "--socket", path, "--max-resident", "2M"]) == 0
+    region, *_kept = hand_over(path, SIZE, shared=True, protected=True)
+
+    def touch(count: int = SIZE // PAGE) -> int:
+        """Read each page; return how many bytes were there at most."""
+        most = 0
+        for page in range(count):
+            assert peek(region.address + page * PAGE + 8) == word(page)
+            most = max(most, resident(region)) if page % 64 == 0 else most
+        return most
+
+    most = touch()
+    poke(region.address + 5 * PAGE, b"written!")
+    most = max(most, touch())
+    eventually(lambda: control.ask("GET", at)["statistics"]["resident"], resident(region))
+    os.kill(servers.pids["worker"], signal.SIGKILL)
+    most = max(most, touch())
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        with MicroVM((region.address, SIZE)) as vm:
+            assert vm.run() == sum(peek(region.address + page * PAGE)[0] for page in range(SIZE // PAGE))
+    print(f"at most {most} bytes of {SIZE} were there, with a limit of {LIMIT}")
+    assert most <= LIMIT + MIB // 4  # and a window
+    assert control.ask("POST", f"{at}/evict")["bytes"] > LIMIT // 2
+    assert resident(region) == PAGE
+    assert peek(region.address + 5 * PAGE) == b"written!"
+    taken = control.ask("POST", f"{at}/snapshot", {"destination": str(place / "layer.snap")})
+    assert taken["bytes"] == 64 << 10  # of one chunk it is known that it was written
+    servers.lose()
+    servers.start("second")
+    touch(64)
+    assert main(["ctl", "evict", "vm", "--length", "16K"]) == 0
+    assert peek(region.address + 5 * PAGE) == b"written!"
+    touch(64)
+    is_refused(control, at, place)
+    print(json.dumps(servers.pids))
+
+
+def is_refused(control: ControlClient, at: str, place: Path) -> None:
+    """Ask for what cannot be."""
+    new = {"source": str(place / "base.snap")}
+    for name, limit in (("other", None), ("private", LIMIT), ("open", LIMIT)):
+        path = str(place / f"{name}.sock")
+        control.ask("POST", "/v1/sessions", {"name": name, "socket": path, "max_resident": limit, **new})
+    for what, why in (
+        (f"{at}/prefetch", rf"length: {SIZE} bytes cannot all be there: max_resident is {LIMIT}"),
+        ("/v1/sessions/other/evict", "create it with max_resident"),
+    ):
+        with pytest.raises(click.ClickException, match=why):
+            control.ask("POST", what)
+    assert control.ask("POST", f"{at}/complete")["failed"] == {"1": f"it has {SIZE} bytes, and max_resident is {LIMIT}"}
+    for session, kind, why in (
+        ("private", {}, "has handed over no memory file"),
+        ("open", {"shared": True}, "UFFDIO_REGISTER_MODE_WP"),
+        ("vm", {"shared": True, "protected": True}, "one client at a time"),
+    ):
+        _, connection, uffd = hand_over(place / f"{session}.sock", MIB, **kind)
+        told = next(
+            each for each in control.events(0) if each["kind"] == "client.rejected" and each["session"] == session
+        )
+        assert why in told["details"]["reason"]
+        connection.close()
+        uffd.close()
+
+
+def test_the_memory_of_a_client_is_bounded(tmp_path: Path) -> None:
+    """Pages that were written stay, others are missing again; after a kill, and a loss of all; refused by name."""
+    create_sync(content(0, SIZE), tmp_path / "base.snap")
+    output, _ = play(bounded, str(tmp_path))
+    print(output)
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))
