@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 __all__ = [
     "AccessError",
@@ -490,3 +490,10 @@ def unknown_name(whose: str, name: str, known: Iterable[str]) -> TypeError:
     near = difflib.get_close_matches(name, sorted(known), 1)
     takes = f"the nearest that it takes is {near[0]!r}" if near else f"it takes {', '.join(sorted(known))}"
     return TypeError(f"{whose} got an unexpected keyword argument {name!r}; {takes}")
+
+
+def refuse_unknown(whose: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise the TypeError of the first option that nobody knows."""
+    for name in names:
+        if name not in known:
+            raise unknown_name(whose, name, known)

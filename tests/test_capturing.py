@@ -62,3 +62,5 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
             monitor._begin_snapshot(tmp_path / "x", base, options)
     with pytest.raises(ValueError, match=r"is a plain file"):
         monitor._begin_snapshot("http://host/x", None, {})
+    with pytest.raises(TypeError, match="'replaces'; the nearest that it takes is 'replace'"):
+        monitor._begin_snapshot("x.snap", None, {"replaces": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_as_source(tmp_path: Path) -> None:
+def test_as_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths, URLs, buffers and sources; an unknown scheme is said so."""
     path = tmp_path / "data.bin"
     path.write_bytes(b"data")
@@ -25,8 +26,11 @@ def test_as_source(tmp_path: Path) -> None:
     assert isinstance(as_source("s3://bucket/key"), aiouffd.ObjectSource)
     zeros = aiouffd.ZeroSource(5)
     assert as_source(zeros) is zeros
-    with pytest.raises(aiouffd.SourceError, match="gopher"):
+    with pytest.raises(aiouffd.SourceError, match=r"gopher.*or what fsspec knows$"):
         as_source("gopher://x/y")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(aiouffd.SourceError, match=r"not installed: pip install 'aiouffd\[fsspec\]'"):
+        as_source("hf://x/y")
 
 
 @pytest.mark.parametrize("thing", [5, None, aiouffd.Handler(), aiouffd.ZeroSource])

@@ -7,7 +7,7 @@ import pickle
 import random
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from snapshots import CHUNK, an_image, damage, read_all
@@ -128,6 +128,9 @@ def test_who_repeats_a_failed_read(made: Path) -> None:
     """The engine, of a local one; the source itself, behind a URL."""
     assert not hasattr(aiouffd.SnapshotSource(made / "x.snap"), "retries")
     assert aiouffd.SnapshotSource("http://host/x.snap").retries == 0
+    options: dict[str, Any] = {"regions": "x"}
+    with pytest.raises(TypeError, match="the store behind s3:// got an unexpected keyword argument 'regions'"):
+        aiouffd.SnapshotSource("s3://bucket/x.snap", **options)
 
 
 def test_a_missing_library_is_told_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

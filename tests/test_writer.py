@@ -262,6 +262,7 @@ def refused(tmp_path: Path, source: Any = b"abc", **options: Any) -> Manifest:
         ({"source": "/nowhere"}, aiouffd.SourceError, "/nowhere"),
         ({"source": 5}, TypeError, "is no path"),
         ({"codec": "gzip"}, ValueError, "gzip"),
+        ({"codecs": "zstd"}, TypeError, "the nearest that it takes is 'codec'"),
         ({"level": 99}, ValueError, "level"),
         ({"chunk_size": 5000}, ValueError, "chunk_size"),
         ({"chunk_size": 16 << 20}, ValueError, "chunk_size"),

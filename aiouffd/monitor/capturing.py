@@ -6,7 +6,7 @@ import errno
 import mmap
 from typing import TYPE_CHECKING, Any, Unpack
 
-from aiouffd.errors import BusyError
+from aiouffd.errors import BusyError, refuse_unknown
 from aiouffd.lifetime import until_done
 from aiouffd.monitor.entered import Entered
 
@@ -88,9 +88,10 @@ class Capturing(Entered):
     def _begin_snapshot(
         self, destination: str | os.PathLike[str], base: str | os.PathLike[str] | None, options: LiveOptions
     ) -> Future[dict[str, Any]]:
-        from aiouffd.store.live import Order  # noqa: PLC0415 - few programs take snapshots
+        from aiouffd.store.live import LiveOptions, Order  # noqa: PLC0415 - few programs take snapshots
         from aiouffd.store.place import absolute  # noqa: PLC0415 - as above
 
+        refuse_unknown("snapshot()", options, LiveOptions.__optional_keys__)
         self._check_capturable()
         region, rate = self.region, options.pop("rate", None)
         if rate is not None and not rate > 0:

@@ -9,9 +9,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self, Unpack
 
-from aiouffd.errors import UffdError
+from aiouffd.errors import UffdError, refuse_unknown
 from aiouffd.lifetime import begun, uninterrupted
 from aiouffd.store.collect import GRACE, gc_sync
+from aiouffd.store.live import LiveOptions
 from aiouffd.store.place import SUFFIX, absolute, without_scheme
 from aiouffd.store.snapshot import open_store
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from aiouffd.sources.storage_options import StorageOptions
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Folder
-    from aiouffd.store.live import Captured, LiveOptions
+    from aiouffd.store.live import Captured
 
 __all__ = ["Checkpointer", "thinned"]
 
@@ -57,6 +58,7 @@ class Checkpointer:
     Raises:
         ValueError: `every` or `keep` is too small.
         StoreError: the store cannot be read.
+        TypeError: there is no such option.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Checkpointer:
         grace: float = GRACE,
         **options: Unpack[LiveOptions],
     ) -> None:
+        refuse_unknown("Checkpointer()", options, LiveOptions.__optional_keys__)
         if every is not None and not every > 0:
             raise ValueError(f"every= is a number of seconds, above 0, not {every!r}")
         if keep < 1:

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from aiouffd.errors import SourceError, unknown_name
+from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
 from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor
@@ -186,9 +186,7 @@ def only_known(
 ) -> None:
     """Raise TypeError for an option that no Monitor or no store has, before anybody is asked for anything."""
     known = {"storage_options", "cache", *(Monitor.__init__.__kwdefaults__ or ())} - {without}
-    for name in options:
-        if name not in known:
-            raise unknown_name(f"{function}()", name, known)
+    refuse_unknown(f"{function}()", options, known)
     check_options(what, storage_options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
-from aiouffd.errors import unknown_name
+from aiouffd.errors import refuse_unknown, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -166,6 +166,4 @@ def check_options(what: object, options: Mapping[str, Any] | None) -> None:
             raise TypeError(f"{name!r} is no option of a store; {{'client_options': {{{meant[0]!r}: ...}}}} is one")
         if _PREFIX.sub("", name.lower()) not in known:
             raise unknown_name(f"the store behind {scheme}://" if scheme else "a store", name, known)
-    for name in options.get("client_options", ()):
-        if name not in ClientOptions.__optional_keys__:
-            raise unknown_name("client_options", name, ClientOptions.__optional_keys__)
+    refuse_unknown("client_options", options.get("client_options", ()), ClientOptions.__optional_keys__)

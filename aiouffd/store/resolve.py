@@ -104,12 +104,12 @@ def _by_fsspec(url: str, scheme: str, options: Mapping[str, Any]) -> Source:
     try:
         from fsspec import available_protocols  # noqa: PLC0415 - an extra
     except ImportError:
-        known = False
+        known, others = False, "what fsspec knows, which is not installed: pip install 'aiouffd[fsspec]'"
     else:
-        known = scheme in available_protocols()
+        known, others = scheme in available_protocols(), "what fsspec knows"
     if not known:
-        reason = f"the scheme {scheme!r} is unknown: use a path, one of {sorted(_STORES)}, or what fsspec knows"
-        raise SourceError(url, 0, 0, f"{reason} (aiouffd[fsspec])")
+        reason = f"the scheme {scheme!r} is unknown: use a path, one of {sorted(_STORES)}, or {others}"
+        raise SourceError(url, 0, 0, reason)
     from aiouffd.sources.fsspec_source import FsspecSource  # noqa: PLC0415 - as above
 
     return FsspecSource(url, **options)

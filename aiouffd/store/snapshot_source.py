@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.sources.base import Descriptor
+from aiouffd.sources.storage_options import check_options
 from aiouffd.sources.store_errors import hide_secrets
 from aiouffd.store.chunks import Chunks
 from aiouffd.store.codecs import prepare
@@ -44,6 +45,7 @@ class SnapshotSource:
 
     Raises:
         StoreError: the URL does not name a snapshot.
+        TypeError: no store of this kind has such an option.
     """
 
     local = False
@@ -61,6 +63,7 @@ class SnapshotSource:
         **options: Unpack[StorageOptions],
     ) -> None:
         self.url: str = absolute(url)
+        check_options(self.url, options)
         self._given = timeout, retries
         self._kept = kept
         self._options = options

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, Unpack
 
 from aiouffd.engine.ahead.trace import Trace
-from aiouffd.errors import StoreError, TraceError
+from aiouffd.errors import StoreError, TraceError, refuse_unknown
 from aiouffd.store.aside import aside
 from aiouffd.store.codecs import LEVEL, digest, digest_of
 from aiouffd.store.image import Changed, open_diff, open_image
@@ -98,7 +98,9 @@ def create_sync(source: Any, destination: str | os.PathLike[str], **options: Unp
         SourceError: the source cannot be read, or has changed.
         StoreError: the snapshot cannot be written, or is there already.
         ValueError: an option cannot be.
+        TypeError: there is no such option.
     """
+    refuse_unknown("create()", options, CreateOptions.__optional_keys__)
     stored, replace = options.get("storage_options"), options.get("replace", False)
     store, name = target(destination, stored, replace=replace)
     if options.get("diff"):

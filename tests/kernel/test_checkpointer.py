@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -113,3 +114,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         aiouffd.Checkpointer(monitor, tmp_path, every=0)
     with pytest.raises(ValueError, match="keep="):
         aiouffd.Checkpointer(monitor, tmp_path, keep=0)
+    options: dict[str, Any] = {"evry": 1}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'evry'; it takes codec, level"):
+        aiouffd.Checkpointer(monitor, tmp_path, **options)
