@@ -107,6 +107,7 @@ class Bound:
         """Takes written pages to the source; None: they stay."""
         self.noted: int = 0
         """Bytes of pages that were written, as far as that is counted."""
+        self.shared: bool = file is not None
         self._words = counters.words
         self._file = file
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
@@ -152,26 +153,29 @@ class Bound:
         """Count anew what was written: some of it has been saved."""
         self.noted = sum(run.length for run in self.written.ranges(0, len(self.written)))
 
+    def _served(self) -> list[_Space]:
+        return [space for space in self._spaces if not space.closing and not space.is_gone]
+
     def places(self, start: int, end: int) -> list[tuple[_Space, Mapping]]:
         """Return where the offsets [start, end) are shown."""
-        spaces = [space for space in self._spaces if not space.closing and not space.is_gone]
-        return [(space, shown) for space in spaces for shown in space.mappings.addresses(start, end)]
+        return [(space, shown) for space in self._served() for shown in space.mappings.addresses(start, end)]
 
     def peek(self, start: int, length: int) -> bytes:
-        """Return the bytes of pages that were written. From any thread.
+        """Return the bytes of pages that were written; of those that were emptied meanwhile, zeros.
+
+        Of shared memory from any thread. Private memory may move whenever the loop turns: on the loop.
 
         Raises:
-            ClosedError: the memory is private, and shown no more.
+            ClosedError: the memory is private, and served no longer.
         """
         if self._file is not None:
             return os.pread(self._file.fileno(), length, start)
-        data, found = bytearray(length), 0
+        if not self._served():
+            raise ClosedError("it is served no longer")
+        data = bytearray(length)
         for _, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
             ctypes.memmove(address_of(data) + shown.offset - start, shown.start, size)  # without the GIL
-            found += size
-        if found < length:
-            raise ClosedError("it is served no longer")
         return bytes(data)
 
     def order(self) -> list[tuple[int, int]]:
@@ -268,7 +272,7 @@ class Bound:
         self._words[Counter.RESIDENT] = self._clock.total
 
     def _drop(self, item: Range) -> int:
-        spaces = [space for space in self._spaces if not space.closing and not space.is_gone]
+        spaces = self._served()
         if not spaces:
             return 0
         dropped = 0

@@ -194,8 +194,7 @@ class WriteBack:
             written.begin(offset, offset + length)
         try:
             await self._protect(batch)
-            loop = asyncio.get_running_loop()
-            results = await self._hand_over(await loop.run_in_executor(self._threads, self._peek, batch))
+            results = await self._hand_over(await self._peeked(batch))
         except Exception as error:  # noqa: BLE001 - it is told
             results = [error] * len(batch)
         finally:
@@ -204,6 +203,15 @@ class WriteBack:
                 self._words[Counter.PAGES_WRITTEN_BACK] += (result is None) * length // self._page
         pairs = zip(batch, results, strict=True)
         return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+
+    async def _peeked(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        if self._bound.shared:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._peek, batch)
+        parts: list[tuple[int, bytes]] = []
+        for piece in batch:
+            parts += self._peek([piece])
+            await asyncio.sleep(0)  # faults go first
+        return parts
 
     def _peek(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         size = self._source.size

@@ -26,7 +26,8 @@ from processes import kill
 from scenario import eventually, play, replaced
 
 import aiouffd
-from aiouffd.engine.write_back import _arm
+from aiouffd.engine.statistics import Counters
+from aiouffd.engine.write_back import WriteBack, _arm
 from aiouffd.errors import BusyError, ClosedError, PopulatedError, SourceError, WriteBackError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
@@ -386,3 +387,17 @@ def emptied(path: str) -> None:
 def test_what_was_emptied_is_not_saved(tmp_path: Path) -> None:
     """Nor what is unmapped: it shows the source no more."""
     play(emptied, str(tmp_path / "file"))
+
+
+async def test_private_memory_is_read_on_the_loop() -> None:
+    """Its region may move while any other thread runs."""
+    threads = list[int]()
+
+    def peek(offset: int, length: int) -> bytes:
+        threads.append(threading.get_ident())
+        return content(offset, length)
+
+    bound: Any = SimpleNamespace(page=PAGE, shared=False, peek=peek)
+    back = WriteBack(SimpleNamespace(size=2 * PAGE - 8), bound, Counters())
+    assert await back._peeked([(0, PAGE), (PAGE, PAGE)]) == [(0, content(0, PAGE)), (PAGE, content(PAGE, PAGE - 8))]
+    assert threads == 2 * [threading.get_ident()]
