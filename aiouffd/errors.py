@@ -452,18 +452,31 @@ def operation_error(operation: str, start: int, length: int, errno: int) -> Oper
 
 
 def encode_error(error: BaseException, *, private: bool = True) -> dict[str, Any]:
-    """Return an exception as JSON: the name of its type and its arguments; if `private`, its trace and its causes."""
+    """Return an exception as JSON: the name of its type and its arguments; if `private`, its trace and its causes.
+
+    An error that is among its own causes (`raise first from None`, where the second was raised from it) is told once.
+    """
+    causes = [error]
+    while private and (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    encoded: dict[str, Any] | None = None
+    for each in reversed(causes):
+        encoded = _encode(each, encoded, private=private)
+    assert encoded is not None
+    return encoded
+
+
+def _encode(error: BaseException, cause: dict[str, Any] | None, *, private: bool) -> dict[str, Any]:
     import traceback  # noqa: PLC0415 - 2 ms, and most programs have no error to send
 
     reduced = error.__reduce__() if isinstance(error, UffdError) else (type(error), error.args)
     arguments = [item if isinstance(item, str | int | float | None) else repr(item) for item in reduced[1]]
-    cause = error.__cause__ or error.__context__
     return {
         "type": type(error).__name__,
         "args": arguments,
         "text": "".join(traceback.format_exception_only(error)).strip(),
         "trace": "".join(traceback.format_exception(error, chain=False)) if private else "",
-        "cause": encode_error(cause) if cause is not None and private else None,
+        "cause": cause,
     }
 
 

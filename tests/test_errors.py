@@ -85,3 +85,14 @@ def test_why_a_source_could_not_be_read(error: Exception, text: str) -> None:
     found = errors.read_failure(error)
     assert found.startswith(f"{type(error).__name__}: {error}")
     assert text in found
+
+
+def test_an_error_that_is_its_own_cause_is_told_once() -> None:
+    """It was, without end: and the request that it answers was never answered."""
+    first = ValueError("first")
+    second = errors.UffdError("second")
+    first.__context__, second.__cause__ = second, first
+    found = errors.decode_error(errors.encode_error(first))
+    assert (str(found), str(found.__cause__)) == ("first", "second")
+    assert found.__cause__ is not None
+    assert found.__cause__.__cause__ is None

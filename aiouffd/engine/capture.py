@@ -129,6 +129,11 @@ def _joined(pages: Iterable[int], page: int) -> list[tuple[int, int]]:
     return [(found[low] * page, (found[high - 1] + 1) * page) for low, high in pairwise(cuts) if low < high]
 
 
+def _served(spaces: Iterable[_Space]) -> list[_Space]:
+    """Return the spaces that are served still: a forked child may have ended."""
+    return [space for space in spaces if not space.closing]
+
+
 class Capture:
     """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
@@ -319,7 +324,7 @@ class Capture:
 
     def _protect_now(self, start: int, end: int) -> bool:
         """Protect the pages at some offsets, which are there; False: the layout is changing."""
-        for space in self.spaces:
+        for space in _served(self.spaces):
             for place in self._places.addresses(start, end):
                 result = space.uffd.try_writeprotect(place.start, place.end - place.start, abi.WRITEPROTECT_MODE_WP)
                 if result in (-errno.EAGAIN, 0):
@@ -525,4 +530,6 @@ class Capture:
     def _lift_now(self, start: int, end: int) -> bool:
         if self._bound is not None:
             return True
-        return -errno.EAGAIN not in [space.uffd.try_writeprotect(start, end - start, 0) for space in self.spaces]
+        return -errno.EAGAIN not in [
+            space.uffd.try_writeprotect(start, end - start, 0) for space in _served(self.spaces)
+        ]

@@ -24,6 +24,7 @@ from aiouffd.ranges import RangeSet, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from aiouffd.native.crash_notes import Note
 
@@ -304,18 +305,18 @@ class Region(mmap.mmap):
             return
         if self.monitor is not None and self.monitor.shows_data:
             warnings.warn("emptied pages read as zeros, and not as the source's data", RuntimeWarning, stacklevel=2)
-        _wait_for_snapshot(self.monitor)
-        if self._adopted:  # it has been private, and is emptied as it would be
-            option, length = mmap.MADV_REMOVE, align_up(length, self.page_size)
-        if self._listener is None:
-            super().madvise(option, start, length)
-            return
+        with _no_snapshot(self.monitor):
+            if self._adopted:  # it has been private, and is emptied as it would be
+                option, length = mmap.MADV_REMOVE, align_up(length, self.page_size)
+            if self._listener is None:
+                super().madvise(option, start, length)
+                return
 
-        def empty(change: LayoutChange) -> None:
-            super(Region, self).madvise(option, start, length)
-            change.removed(start, length)
+            def empty(change: LayoutChange) -> None:
+                super(Region, self).madvise(option, start, length)
+                change.removed(start, length)
 
-        self._listener.change(empty)
+            self._listener.change(empty)
 
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; a mapping that grows may move. What is added reads as zeros.
@@ -335,30 +336,30 @@ class Region(mmap.mmap):
         """
         if not self._may_use_descriptor():
             raise ClosedError("this process has closed the region's descriptor")
-        _wait_for_snapshot(self.monitor)
-        if newsize > len(self):
-            self._clear_tail()
-        if self._listener is None:
-            super().resize(newsize)
-            self._find()
-            return
-        self.refuse_views()
+        with _no_snapshot(self.monitor):
+            if newsize > len(self):
+                self._clear_tail()
+            if self._listener is None:
+                super().resize(newsize)
+                self._find()
+                return
+            self.refuse_views()
 
-        def move(change: LayoutChange) -> None:
-            # Without EVENT_REMAP memory that moves is unregistered: missing pages would read as zeros until it is
-            # registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
-            if newsize > len(self):  # else nothing moves
-                libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
-            try:
-                super(Region, self).resize(newsize)
-            except BaseException:
+            def move(change: LayoutChange) -> None:
+                # Without EVENT_REMAP memory that moves is unregistered: missing pages would read as zeros until it is
+                # registered again. For that moment nobody can touch it: SIGSEGV, and no wrong bytes.
+                if newsize > len(self):  # else nothing moves
+                    libc.mprotect(self.address, self.mapped_length, libc.PROT_NONE)
+                try:
+                    super(Region, self).resize(newsize)
+                except BaseException:
+                    libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
+                    raise
+                self._find()
+                change.moved(self.address, newsize)
                 libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
-                raise
-            self._find()
-            change.moved(self.address, newsize)
-            libc.mprotect(self.address, self.mapped_length, mmap.PROT_READ | mmap.PROT_WRITE)
 
-        self._listener.change(move)
+            self._listener.change(move)
 
     def refuse_views(self) -> None:
         """Raise BufferError where views exist, which are not to lose their memory."""
@@ -462,9 +463,8 @@ class Region(mmap.mmap):
         return f"<Region {state}, pages of {self.page_size}{', shared' if self.fd >= 0 else ''}>"
 
 
-def _wait_for_snapshot(monitor: Any) -> None:
-    if monitor is not None:
-        monitor.wait_for_snapshot()
+def _no_snapshot(monitor: Any) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if monitor is None else monitor.no_snapshot()
 
 
 def _check(length: int, page_size: int) -> None:

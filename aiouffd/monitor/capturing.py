@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 from typing import TYPE_CHECKING, Any, Unpack
@@ -12,9 +13,11 @@ from aiouffd.monitor.entered import Entered
 
 if TYPE_CHECKING:
     import os
+    import threading
+    from collections.abc import Iterator
     from concurrent.futures import Future
 
-    from aiouffd.store.live import Captured, LiveOptions
+    from aiouffd.store.live import Captured, LiveOptions, Order
 
 __all__ = ["Capturing"]
 
@@ -23,6 +26,7 @@ class Capturing(Entered):
     """What can be asked of a `Monitor` that is entered, and writes snapshots."""
 
     origin: Any
+    _layout: threading.RLock  # held while it changes, or a snapshot is asked for
     _pending: Future[dict[str, Any]] | None = None
 
     async def snapshot(
@@ -59,7 +63,7 @@ class Capturing(Entered):
         Raises:
             LayoutChangingError: pages were unmapped, moved or emptied before they were read, and not through the
                 `Region`: its own methods wait for the snapshot.
-            BusyError: another snapshot is under way.
+            BusyError: another snapshot is under way, or a change of the layout.
             StoreError: it cannot be written, or is there already.
             SourceError: missing pages could not be read.
             PagerDiedError: the pager's worker died meanwhile. Nothing else is lost: take another.
@@ -93,12 +97,24 @@ class Capturing(Entered):
 
         refuse_unknown("snapshot()", options, LiveOptions.__optional_keys__)
         self._check_capturable()
-        region, rate = self.region, options.pop("rate", None)
+        rate = options.pop("rate", None)
         if rate is not None and not rate > 0:
             raise ValueError(f"rate= is bytes in a second, above 0, not {rate!r}")
         place, below = absolute(destination), None if base is None else absolute(base)
-        places = [(region.address, region.address + region.mapped_length, 0)]
-        order = Order(place, below, places, len(region), rate, dict(options))
+        if not self._layout.acquire(blocking=False):
+            raise self._busy()
+        try:
+            region = self.region
+            places = [(region.address, region.address + region.mapped_length, 0)]
+            return self._ask_for_snapshot(Order(place, below, places, len(region), rate, dict(options)))
+        finally:
+            self._layout.release()
+
+    def _busy(self) -> BusyError:
+        return BusyError("a snapshot", self.region.address, len(self.region), errno.EBUSY)
+
+    def _ask_for_snapshot(self, order: Order) -> Future[dict[str, Any]]:
+        base, options, place = order.base, order.options, order.destination
         if order.is_file and (base is not None or options or "://" in place):
             raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
         asked = self._running().snapshot(order)
@@ -106,21 +122,36 @@ class Capturing(Entered):
             self._pending = asked
         return asked
 
-    def wait_for_snapshot(self) -> None:
-        """Wait until the snapshot that is under way has ended: the layout is about to be changed.
+    @contextlib.contextmanager
+    def no_snapshot(self) -> Iterator[None]:
+        """Within the block none is under way, and none begins: the layout changes.
 
         Raises:
-            BusyError: this thread runs the loop that takes it.
+            BusyError: one is, and this thread runs the loop that takes it.
         """
-        if self._pending is None or self._pending.done() or not self.serves_here:
+        if not self.serves_here:
+            yield
             return
+        may_wait = self._may_wait()
+        if not self._layout.acquire(blocking=may_wait):
+            raise self._busy()
+        try:
+            if self._pending is not None and not self._pending.done():
+                if not may_wait:
+                    raise self._busy()
+                from concurrent.futures import wait  # noqa: PLC0415 - 3 ms, with logging, and few take snapshots
+
+                wait([self._pending])
+            yield
+        finally:
+            self._layout.release()
+
+    def _may_wait(self) -> bool:
         try:
             self._running().check_may_wait()
-        except RuntimeError as error:
-            raise BusyError("a snapshot", self.region.address, len(self.region), errno.EBUSY) from error
-        from concurrent.futures import wait  # noqa: PLC0415 - 3 ms, with logging, and few take snapshots
-
-        wait([self._pending])
+        except RuntimeError:
+            return False
+        return True
 
     def _check_capturable(self) -> None:
         from aiouffd.store.manifest import LARGEST_CHUNK  # noqa: PLC0415 - as above

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import threading
 import weakref
 from functools import partial
 from typing import (
@@ -261,7 +262,7 @@ class Monitor(Capturing):
         if not callable(on_error):
             _check_choice("on_error", on_error, "sigbus", "retry")
         _check_choice("fork", fork, None, "dontfork", "serve")
-        self._held = Held(region)
+        self._held, self._layout = Held(region), threading.RLock()
         self.shows_data: bool = source_or_handler is not None and not isinstance(source_or_handler, ZeroSource)
         self.origin: Any = ZeroSource(len(region)) if source_or_handler is None else checked(source_or_handler)
         noted = "saved" if write_back else "noted" if max_resident is not None else ""

@@ -193,9 +193,12 @@ async def capture(
         writing = asyncio.ensure_future(asyncio.to_thread(_write, order, image, settings))
         name = await asyncio.shield(writing)
     except BaseException as error:
+        reason = state.failure if isinstance(error, Exception) else None
         state.fail(error if isinstance(error, Exception) else ClosedError("the snapshot was canceled"))
         if writing is not None:
             await _ended(writing)
+        if reason is not None:  # what writes a file takes it for an error of the file's
+            raise reason from None
         raise
     finally:
         await _ended(asyncio.ensure_future(state.end(name)))

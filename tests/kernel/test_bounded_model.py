@@ -32,6 +32,7 @@ from processes import kill
 from scenario import play, replaced
 
 import aiouffd
+from aiouffd.errors import BusyError
 from aiouffd.kernel import libc
 from aiouffd.store import extract_sync
 
@@ -192,7 +193,7 @@ class Photographer:
         rate = None if self._number % 3 else 20 * SIZE
         try:
             self.monitor.snapshot_sync(place, self._last if place.suffix else None, rate=rate)
-        except (aiouffd.LayoutChangingError, aiouffd.PagerDiedError):
+        except (aiouffd.LayoutChangingError, aiouffd.PagerDiedError, BusyError):
             return None
         self._last = place if place.suffix else None
         if place.suffix:

@@ -204,8 +204,8 @@ class FakeUffd:
 def fake_space(mappings: Mappings, **attributes: Any) -> Any:
     """Return what a capture needs of a space."""
     known = {"page_size": PAGE, "counters": Counters(), "resolver": Mock(), "closing": False, "is_gone": False}
-    attributes = {"capture": None, "bound": None, "fast_path": None} | attributes
-    return SimpleNamespace(**known, mappings=mappings, on_changed=set(), **attributes)
+    known |= {"capture": None, "bound": None, "fast_path": None} | attributes
+    return SimpleNamespace(mappings=mappings, on_changed=set(), **known)
 
 
 async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +247,7 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert write(0)  # it is known from now on
     assert lifted() == [1, 2, 3]
     assert await capture.begin(memory, pagemap, "base", PAGE) == [Range(0, 4 * PAGE)]
+    capture.spaces.append(fake_space(mappings, uffd=None, closing=True))  # a forked child that has ended
     uffd.has_no_process = True
     with pytest.raises(aiouffd.ClosedError):
         await capture.read(4, 8, [], lifts=False)

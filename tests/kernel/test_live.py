@@ -7,6 +7,7 @@ import contextlib
 import mmap
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ async def ended(engine: str, folder: str) -> None:
             assert not list(place.glob("plain*"))
         await monitor.snapshot(place / "first.snap")
         assert await asyncio.to_thread(protected, monitor) == PAGES
+
+        def take_while_it_changes() -> None:
+            with monitor.no_snapshot(), ThreadPoolExecutor(1) as other, pytest.raises(aiouffd.BusyError):
+                other.submit(monitor.snapshot_sync, place / "second.snap").result()
+
+        await asyncio.to_thread(take_while_it_changes)
         with pytest.raises(aiouffd.StoreError, match="of that name already"):
             await monitor.snapshot(place / "first.snap")
         with pytest.raises(aiouffd.StoreError, match="in the store of its layer"):
@@ -104,11 +111,13 @@ async def overtaken(engine: str, folder: str) -> None:
         assert region[: 8 * PAGE] == bytes(8 * PAGE)
         if engine == "InThread":  # without the kernel's events nobody hears of what follows
             return
-        task = slow(monitor, place / "x.snap")
-        await begun(monitor)
-        await asyncio.to_thread(libc.madvise, region.address + 16 * PAGE, PAGE, mmap.MADV_DONTNEED)
-        with pytest.raises(aiouffd.LayoutChangingError, match="a snapshot"):
-            await task
+        for name in "x.snap", "other":
+            task = slow(monitor, place / name)
+            await begun(monitor)
+            await asyncio.to_thread(libc.madvise, region.address + 16 * PAGE, PAGE, mmap.MADV_DONTNEED)
+            with pytest.raises(aiouffd.LayoutChangingError, match="a snapshot"):
+                await task
+            await asyncio.to_thread(poke, region.address + 16 * PAGE, b"there again")
         assert not await asyncio.to_thread(protected, monitor)
         for victims in (1, 0), (1,), (0,), (0, 1):
             task = slow(monitor, place / "x.snap")

@@ -177,12 +177,12 @@ class _Worker:
         self.served.spawn(self.answer(message, fds))
 
     async def answer(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Do what a message asks for, and say so: whoever asked waits until then."""
         try:
-            answer = await self.answers.answer(message, fds)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
-            self.send({"id": message["id"], "error": encode_error(error)})
-        else:
-            self.send({"id": message["id"], "ok": answer})
+            answer = {"ok": await self.answers.answer(message, fds)}
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever it is, it belongs to whoever asked
+            answer = {"error": encode_error(error)}
+        self.send({"id": message["id"], **answer})
 
     def error(self, token: str, error: UffdError) -> None:
         # A storm of them, while nobody reads, is told by its beginning.
