@@ -214,6 +214,7 @@ ORDER = {
         "session",
         "happenings",
         "server",
+        "restarts",
         "control",
         "dashboard",
     ],

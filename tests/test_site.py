@@ -27,6 +27,7 @@ from served import MIB, Serve, free_port, hand_over
 
 from aiouffd.cli.unix_http import ControlClient
 from aiouffd.report.page import page as page_of
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,9 +171,9 @@ def test_a_report_is_shown(tmp_path: Path, scheme: Literal["light", "dark"]) -> 
     assert complaints == []
 
 
-def looked_at(path: str, other: str, url: str) -> None:
-    """Scenario: two clients, and a browser that looks at them, by day and by night, wide and narrow."""
-    one, two = (hand_over(each)[0] for each in (path, other))
+def looked_at(path: str, other: str, slow: str, url: str) -> None:
+    """Scenario: three clients, and a browser that looks at them, by day and by night, wide and narrow."""
+    one, two, three = (hand_over(each)[0] for each in (path, other, slow))
     for number in range(64):
         peek(one.address + number * PAGE)
     for scheme, bar in SCHEMES.items():
@@ -182,6 +183,11 @@ def looked_at(path: str, other: str, url: str) -> None:
             page.wait_for_selector("#state[data-state=live]")
             page.wait_for_selector("[data-session=one] canvas[aria-label^='25 %']")
             page.wait_for_selector("[data-session=two] canvas")
+            peek(three.address + PAGE * (scheme == "dark"))
+            page.wait_for_selector("[data-session=slow] .hint:text-matches('slow: waited [3-9].. ms for its source')")
+            assert page.get_attribute("#sessions tr:first-child", "data-session") == "slow"
+            assert "ObjectSource('http://" in page.inner_text("[data-session=slow] small")
+            assert page.eval_on_selector_all("#restarts li", "all => all.length") == 1
             counts = page.eval_on_selector_all("#latency meter", "all => all.map(one => one.value)")
             assert sum(counts) >= 64
             assert page.eval_on_selector_all("#happenings li", "all => all.length") >= 4
@@ -206,11 +212,14 @@ def test_a_server_is_shown_while_it_serves(tmp_path: Path) -> None:
     """What its sessions do, and which memory is there, live; when it has ended, the page says so."""
     image, port = tmp_path / "image", free_port()
     image.write_bytes(content(0, MIB))
-    paths = [str(tmp_path / name) for name in ("one", "two")]
+    paths = [str(tmp_path / name) for name in ("one", "two", "slow")]
     url = f"http://127.0.0.1:{port}/"
-    with Serve(tmp_path, "--control", tmp_path / "control", "--http", port, socket="") as serve:
-        for path in paths:
-            new = {"name": Path(path).name, "socket": path, "source": str(image), "readahead": 0}
+    with (
+        serving(tmp_path, "--latency-ms", "300") as far,
+        Serve(tmp_path, "--control", tmp_path / "control", "--http", port, socket="") as serve,
+    ):
+        for path, source in zip(paths, (str(image), str(image), f"{far}/image"), strict=True):
+            new = {"name": Path(path).name, "socket": path, "source": source, "readahead": 0}
             ControlClient(tmp_path / "control").ask("POST", "/v1/sessions", new)
         play(looked_at, *paths, url, deadline=120)
         with opened([]) as page:

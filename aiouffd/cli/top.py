@@ -7,9 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from aiouffd.cli import ctl, parameters
 from aiouffd.cli.unix_http import ControlClient
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["command", "table"]
 
 _MIB = 1 << 20
+_RECENT = 10.0  # seconds for which a fault that took long is told
 
 
 @click.command("top")
@@ -29,15 +31,15 @@ _MIB = 1 << 20
 )
 @click.option("--once", is_flag=True, help="Print one table, of one interval, and end.")
 def command(*, control: str, interval: float, once: bool) -> None:
-    """Show what the sessions of `aiouffd serve --control PATH` do, the busiest first, until Ctrl-C."""
+    """Show what the sessions of `aiouffd serve --control PATH` do, those in trouble first, until Ctrl-C."""
     client = ControlClient(control)
     console = Console(width=None if sys.stdout.isatty() else 200)
     before = _look(client)
     with Live(console=console, screen=console.is_terminal and not once, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
-            now = _look(client)
-            live.update(table(before, now, interval), refresh=True)
+            now, server = _look(client), client.ask("GET", "/v1/server")
+            live.update(Group(about(server), table(before, now, interval)), refresh=True)
             if once:
                 return
             before = now
@@ -45,6 +47,35 @@ def command(*, control: str, interval: float, once: bool) -> None:
 
 def _look(client: ControlClient) -> dict[str, Any]:
     return {session["name"]: session for session in client.ask("GET", "/v1/sessions")}
+
+
+def about(server: Mapping[str, Any]) -> Text:
+    """Return what is said of the server: who serves, and what may be restarted."""
+    counted = server["statistics"]
+    replaced = f", its worker was replaced {counted['restarts']} times" if counted.get("restarts") else ""
+    pager = " ".join(map(str, server["pager"]))
+    return Text("\n".join([f"aiouffd {server['version']}, pager {pager}{replaced}", *server["restarts"]]) + "\n")
+
+
+def _why(session: Mapping[str, Any], old: Mapping[str, Any], now: float) -> tuple[int, str]:
+    """Return how bad it is (0: the worst), and in words what a session waits for, or what is wrong with it."""
+
+    def grew(name: str) -> bool:
+        return bool(session["statistics"].get(name, 0) > old["statistics"].get(name, 0))
+
+    reads = session["statistics"].get("in_flight", 0) and old["statistics"].get("in_flight", 0)
+    slow = session["slow"]
+    if grew("source_errors"):
+        return 0, "its source fails"
+    if grew("source_retries"):
+        return 0, "its source is asked again"
+    if reads and not (grew("bytes_fetched") or grew("source_reads")):
+        return 0, "its source does not answer"
+    if grew("slowed"):
+        return 1, "slowed by its limits"
+    if slow and slow["time"] > now - _RECENT:
+        return 1, f"slow: waited {slow['took_ns'] / 1e6:,.0f} ms ({slow['cause']})"
+    return 2, session["state"]
 
 
 def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> Table:
@@ -61,22 +92,27 @@ def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> 
         "poisoned",
         "slowed",
         "rejected",
+        "source",
     ):
-        shown.add_column(name, justify="left" if name in {"session", "state"} else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name in {"session", "state", "source"} else "right", no_wrap=True)
 
     def rate(session: Any, name: str) -> float:
         new: int = session["statistics"].get(name, 0)
         old: int = before.get(session["name"], session)["statistics"].get(name, 0)
         return max(new - old, 0) / seconds
 
-    for session in sorted(now.values(), key=lambda session: rate(session, "faults"), reverse=True):
+    moment = time.time()
+    whys = {name: _why(session, before.get(name, session), moment) for name, session in now.items()}
+    order = sorted(now.values(), key=lambda session: (whys[session["name"]][0], -rate(session, "faults")))
+    for session in order:
         counted = session["statistics"]
         shown.add_row(
-            *(session["name"], session["state"], str(len(session["clients"]))),
+            *(session["name"], whys[session["name"]][1], str(len(session["clients"]))),
             *(f"{rate(session, name):,.0f}" for name in ("faults", "pages")),
             f"{rate(session, 'bytes_fetched') / _MIB:,.1f}",
             f"{counted['latency_p99_ns'] / 1e6:,.2f} ms",
             *(f"{counted.get(name, 0):,}" for name in ("pages_poisoned", "slowed")),
             f"{session['rejected']:,}",
+            session["source"],
         )
     return shown

@@ -87,7 +87,9 @@ def _slow(flight: Flight, steps: Steps, ended: int) -> dict[str, Any]:
         "cause": cause_of(steps, since, ended),
         "took_ns": ended - since,
         "queued_ns": spent(steps, "queue", since),
-        "tries": sum(bool(details.get("error")) for *_, details in steps),
+        "tries": max(
+            sum(bool(details.get("error")) for *_, details in steps), [step[0] for step in steps].count("retry")
+        ),
     }
 
 

@@ -68,6 +68,9 @@ class Services:
         self._recorder: Recorder | None = None
         self._recorded: Any = None  # source and page size
 
+    def __str__(self) -> str:
+        return "a source for each client" if self._fixed is None else repr(self._fixed)
+
     def check(self) -> None:
         """Check `record` and `replay` before a client comes. Blocks.
 

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import socket
+import time
 from array import array
 from collections import Counter as Tally
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,6 +96,8 @@ class Session:
         clients: those that are served, by the token of their memory.
         snapshots: of their memory.
         taking: whether clients may come.
+        source: what brings the pages, for people.
+        slow: the last fault that took long: `time`, seconds since 1970, and what is told of it; empty: there was none.
     """
 
     def __init__(
@@ -121,17 +124,18 @@ class Session:
         )
         self._services = Services(origin, settings.options, record=settings.record, replay=settings.replay)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
+        self.source: str = str(self._services)
         self._file: SocketFile | None = None
         self._listener: socket.socket | None = None
-        self._slot = 0
+        self._slot = self._numbers = 0
         self._counted = Counters().words.tolist()  # when the last client had left
-        self._numbers = 0
         self.clients: dict[str, Client] = {}
         self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
         self._tasks: set[asyncio.Task[None]] = set()  # conversations
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self.taking: bool = False
+        self.slow: dict[str, Any] = {}
 
     @property
     def _limit(self) -> int | None:
@@ -311,7 +315,7 @@ class Session:
         self._of_process[peer.pid] += 1
         try:
             if regions.extra is None:  # a Monitor sees to that itself
-                await self._examine(handoff)
+                await _examine(handoff)
             pack = await self._services.take(handoff, number, name)
             tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
             tenant.slot, tenant.counts = self._slot, self._counted
@@ -342,14 +346,6 @@ class Session:
         self._watch(client)
         self._talk(client, again=True)
         log.info("%s is served on", client)
-
-    async def _examine(self, handoff: Handoff) -> None:
-        """Say if a client's memory was filled with zeros before it was handed over."""
-        with contextlib.suppress(OSError):
-            filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
-            if filled:
-                how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
-                log.warning(how, handoff.peer, filled)
 
     async def _open(self, client: Client) -> None:
         try:
@@ -436,6 +432,7 @@ class Session:
         """Tell of a fault that took long; return whose flight it was, or None: of another session."""
         client = self.clients.get(tenant.token)
         if client is not None and "slow" in told:
+            self.slow = {"time": time.time(), **told["slow"]}
             self._tell("client.slow", client=client.number, **told["slow"])
         return client
 
@@ -476,6 +473,15 @@ class Session:
         self._changed.set()
         self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
         log.info("%s %s; %d left", client, why, len(self.clients))
+
+
+async def _examine(handoff: Handoff) -> None:
+    """Say if a client's memory was filled with zeros before it was handed over."""
+    with contextlib.suppress(OSError):
+        filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
+        if filled:
+            how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
+            log.warning(how, handoff.peer, filled)
 
 
 def _name_asked_for(handoff: Handoff) -> str:

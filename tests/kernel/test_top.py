@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,17 @@ def session(name: str, **counted: int) -> dict[str, Any]:
     """Return a session as the server tells of it."""
     return {
         "name": name, "state": "listening", "clients": [{}, {}], "rejected": 3,
+        "source": f"source of {name}", "slow": {},
         "statistics": {"latency_p99_ns": 1 << 20, **counted},
     }  # fmt: skip
 
 
 def test_rates() -> None:
-    """The busiest first; one that is new, or has begun anew, has none yet."""
+    """Who is in trouble comes first, then the busiest; one that is new, or has begun anew, has no rate yet."""
     before = {"a": session("a", faults=10), "b": session("b", faults=100, pages=10), "c": session("c", faults=9)}
     now = {
         "a": session("a", faults=30, pages=400, bytes_fetched=4 << 20),
-        "b": session("b", faults=2100, pages=10, pages_poisoned=7, slowed=8, source_errors=6),
+        "b": session("b", faults=2100, pages=10, pages_poisoned=7),
         "c": session("c", faults=1),
         "d": session("d", faults=5),
     }
@@ -41,9 +43,39 @@ def test_rates() -> None:
     with console.capture() as capture:
         console.print(table(before, now, 2.0))
     rows = [line.split() for line in capture.get().splitlines()[1:]]
-    assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "8", "3"]
-    assert rows[1] == ["a", "listening", "2", "10", "200", "2.0", "1.05", "ms", "0", "0", "3"]
+    assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "0", "3", "source", "of", "b"]
+    assert rows[1][:11] == ["a", "listening", "2", "10", "200", "2.0", "1.05", "ms", "0", "0", "3"]
     assert [(row[0], row[3]) for row in rows[2:]] == [("c", "0"), ("d", "0")]
+
+
+def test_why_a_session_waits() -> None:
+    """Its source, its limits, or what its last slow fault has waited for; who is worst off is first."""
+    before = {name: session(name, in_flight=1) for name in ("fails", "again", "silent", "limited", "slow", "was slow")}
+    now = {
+        "slow": session("slow", in_flight=1, source_reads=1) | {"slow": slow(1.0)},
+        "was slow": session("was slow", faults=9) | {"slow": slow(60.0)},
+        "limited": session("limited", slowed=1),
+        "silent": session("silent", in_flight=2),
+        "again": session("again", in_flight=1, source_retries=1),
+        "fails": session("fails", source_errors=1, source_retries=1),
+    }
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table(before, now, 2.0))
+    lines = capture.get().splitlines()[1:]
+    whys = {line[: line.index("  ")].strip(): line[10:45].partition("   ")[0].strip() for line in lines}
+    assert whys == {
+        "silent": "its source does not answer", "again": "its source is asked again", "fails": "its source fails",
+        "slow": "slow: waited 404 ms (queue)", "limited": "slowed by its limits", "was slow": "listening",
+    }  # fmt: skip
+    assert [sorted(list(whys)[part]) for part in (slice(3), slice(3, 5), slice(5, 6))] == [
+        ["again", "fails", "silent"], ["limited", "slow"], ["was slow"]
+    ]  # fmt: skip
+
+
+def slow(ago: float) -> dict[str, Any]:
+    """Return what is told of a fault that took long."""
+    return {"time": time.time() - ago, "took_ns": 404_000_000, "cause": "queue"}
 
 
 def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +87,10 @@ def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ControlClient(control).ask("POST", "/v1/sessions", new)
         play(client, str(tmp_path / "a"), MIB)
         assert main(["top", "--control", str(control), "--once", "--interval", "0.1"]) == 0
-        assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        said, _, shown = capsys.readouterr().out.partition("\n\n")
+        assert "pager" in said
+        assert said.endswith("Nobody is served by a, b: they may be deleted.")
+        assert [line.split()[:3] for line in shown.splitlines()[1:]] == [
             ["a", "listening", "0"], ["b", "listening", "0"]
         ]  # fmt: skip
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.server.restarts import restarts
 from aiouffd.server.session import Settings
 from aiouffd.store.live import Order
 from aiouffd.store.place import is_snapshot, split
@@ -162,13 +163,18 @@ class SessionView:
     clients: list[ClientView]
     rejected: int
     settings: Annotated[NewSession | None, Meta(description="As it was created; missing: by the command line.")]
+    source: Annotated[str, Meta(description="What brings the pages, for people.")]
+    slow: Annotated[
+        dict[str, Any], Meta(description="The last fault that took long, as in events, and its `time`; empty: none.")
+    ]
     statistics: Annotated[dict[str, int], Meta(description="What was counted: aiouffd.Statistics.")]
 
     @classmethod
     def of(cls, session: Session, created: NewSession | None, now: float) -> SessionView:
         """Return what is told of a session."""
         clients = [ClientView.of(client, now) for client in session.clients.values()]
-        return cls(session.name, session.state, clients, session.rejected, created, session.told())
+        about = (session.source, session.slow, session.told())
+        return cls(session.name, session.state, clients, session.rejected, created, *about)
 
 
 @attrs.frozen
@@ -181,13 +187,14 @@ class ServerView:
     sessions: int
     clients: int
     rejected: int
+    restarts: Annotated[list[str], Meta(description="What may be restarted: sentences for people.")]
     statistics: dict[str, int]
 
     @classmethod
     def of(cls, server: Server, version: str, pid: int) -> ServerView:
         """Return what is told of the server."""
         counts = (len(server.sessions), len(server.clients), server.rejected)
-        return cls(version, pid, list(server.pids), *counts, server.told())
+        return cls(version, pid, list(server.pids), *counts, restarts(server), server.told())
 
 
 @attrs.frozen

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from aiouffd.kernel import abi
 from aiouffd.server.prefilled import PagemapOf
+from aiouffd.server.restarts import restarts
 
 if TYPE_CHECKING:
     from aiouffd.server.server import Server
@@ -20,6 +21,7 @@ __all__ = ["CELLS", "Look", "Residency", "SessionLook", "residency"]
 CELLS: Final = 256
 """Parts of a session's memory, of which each is told how much of it is there."""
 _MOST: Final = 1000  # sessions of a look
+_TEXT: Final = 300  # characters of a source
 _CLIENTS: Final = 16  # of a session, whose memory is looked at
 _MAPPINGS: Final = 256  # of a client
 _THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
@@ -34,6 +36,8 @@ class SessionLook:
     clients: int
     bytes: int
     rejected: int
+    source: str
+    slow: dict[str, Any]
     statistics: dict[str, int]
 
     @classmethod
@@ -41,7 +45,8 @@ class SessionLook:
         """Look at a session."""
         clients = session.clients.values()
         length = sum(client.length for client in clients)
-        return cls(session.name, session.state, len(clients), length, session.rejected, session.told())
+        counts = (len(clients), length, session.rejected)
+        return cls(session.name, session.state, *counts, session.source[:_TEXT], session.slow, session.told())
 
 
 @attrs.frozen
@@ -56,6 +61,7 @@ class Look:
     latency: list[int]
     sessions: list[SessionLook]
     left_out: int
+    restarts: list[str]
 
     @classmethod
     def of(cls, server: Server, version: str) -> Look:
@@ -63,7 +69,7 @@ class Look:
         sessions = [SessionLook.of(session) for session in islice(server.sessions.values(), _MOST)]
         left_out = len(server.sessions) - len(sessions)
         told = (server.rejected, server.told(), list(server.statistics().latency))
-        return cls(time.time(), version, list(server.pids), *told, sessions, left_out)
+        return cls(time.time(), version, list(server.pids), *told, sessions, left_out, restarts(server))
 
 
 @attrs.frozen

@@ -7,7 +7,10 @@ const MIB = 1 << 20;
 const history = { faults: [], bytes_fetched: [], bytes_shared: [], in_flight: [] };
 const maps = new Map(); // session -> what /residency said
 let before = null;
-let stuck = new Map(); // session -> looks without an answer of its source
+const stuck = new Map(); // session -> looks without an answer of its source
+const RECENT = 10; // seconds for which a fault that took long is told
+const CAUSES = { source: "its source", queue: "its turn", retry: "another try of its source", decompress: "decompressing", handler: "its handler" };
+const RANKS = ["trouble", "hint", ""];
 
 const at = (id) => document.getElementById(id);
 const counted = (told, name) => told.statistics[name] ?? 0;
@@ -55,7 +58,7 @@ function showRates(look, seconds) {
     at("in_flight").value = number(history.in_flight.at(-1));
 }
 
-function trouble(session, old) {
+function trouble(session, old, now) {
     // Why it is slow, or what is wrong, in words.
     const waits = counted(session, "in_flight") > 0 && old && counted(session, "bytes_fetched") === counted(old, "bytes_fetched");
     const looks = waits ? (stuck.get(session.name) ?? 0) + 1 : 0;
@@ -64,14 +67,14 @@ function trouble(session, old) {
     if (old && counted(session, "source_retries") > counted(old, "source_retries")) return ["trouble", "its source is asked again"];
     if (looks >= 3) return ["trouble", "its source does not answer"];
     if (old && counted(session, "slowed") > counted(old, "slowed")) return ["hint", "slowed by its limits"];
+    if (session.slow.time > now - RECENT) return ["hint", `slow: waited ${duration(session.slow.took_ns)} for ${CAUSES[session.slow.cause] ?? session.slow.cause}`];
     if (session.state === "draining") return ["hint", "draining"];
     return ["", session.state];
 }
 
-function row(session, old, seconds) {
+function row(session, old, seconds, [kind, state]) {
     const line = document.createElement("tr");
     line.dataset.session = session.name;
-    const [kind, state] = trouble(session, old);
     const map = maps.get(session.name);
     const cells = [
         session.name || "(command line)", state, session.clients, null,
@@ -80,6 +83,8 @@ function row(session, old, seconds) {
         counted(session, "in_flight"), counted(session, "pages_poisoned"), counted(session, "slowed"), session.rejected,
     ];
     for (const value of cells) line.insertCell().textContent = value ?? "";
+    const source = line.cells[0].appendChild(document.createElement("small"));
+    source.textContent = source.title = session.source;
     line.cells[1].className = kind;
     if (counted(session, "pages_poisoned")) line.cells[9].className = "trouble";
     if (session.clients && map && map.clients) {
@@ -97,12 +102,15 @@ function row(session, old, seconds) {
 function showSessions(look, seconds) {
     const known = new Map((before?.sessions ?? []).map((session) => [session.name, session]));
     const wanted = at("wanted").value;
+    const states = new Map(look.sessions.map((session) => [session, trouble(session, known.get(session.name), look.time)]));
+    const rank = (session) => RANKS.indexOf(states.get(session)[0]);
     const busy = (session) => rate(session, known.get(session.name), "faults", seconds);
     const shown = look.sessions.filter((session) => session.name.includes(wanted));
-    shown.sort((one, other) => busy(other) - busy(one));
-    at("sessions").replaceChildren(...shown.slice(0, ROWS).map((session) => row(session, known.get(session.name), seconds)));
+    shown.sort((one, other) => rank(one) - rank(other) || busy(other) - busy(one));
+    const rows = shown.slice(0, ROWS).map((session) => row(session, known.get(session.name), seconds, states.get(session)));
+    at("sessions").replaceChildren(...rows);
     const all = look.sessions.length + look.left_out;
-    at("count").textContent = shown.length > ROWS ? `${ROWS} of ${all}, the busiest first` : `${all}`;
+    at("count").textContent = shown.length > ROWS ? `${ROWS} of ${all}, those in trouble first, then the busiest` : `${all}`;
     return shown.slice(0, ROWS).filter((session) => session.clients).map((session) => session.name);
 }
 
@@ -122,6 +130,15 @@ function showLatency(buckets) {
         lines.push(line);
     }
     at("latency").replaceChildren(...lines);
+}
+
+function showRestarts(look) {
+    const lines = look.restarts.map((text) => {
+        const line = document.createElement("li");
+        line.textContent = text;
+        return line;
+    });
+    at("restarts").replaceChildren(...lines);
 }
 
 function showHappening(happening) {
@@ -149,9 +166,12 @@ let isLooking = false;
 
 function showLook(look) {
     const seconds = before ? Math.max(look.time - before.time, 0.1) : 1;
-    at("version").textContent = `${look.version}, pager ${look.pager.join(" ")}`;
+    const restarted = counted(look, "restarts");
+    const replaced = restarted ? `, its worker was replaced ${restarted} times` : "";
+    at("version").textContent = `${look.version}, pager ${look.pager.join(" ")}${replaced}`;
     showRates(look, seconds);
     const names = showSessions(look, seconds);
+    showRestarts(look);
     showLatency(look.latency);
     before = look;
     if (!isLooking) {
