@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,26 @@ class Gated(Slow):
         while not Path(self.gate).exists():  # noqa: ASYNC110 - a file is no event
             await asyncio.sleep(self.latency)
         return await super().read(offset, length)
+
+
+PAGES = 2048
+"""Of `diffs`."""
+
+
+def diffs(folder: str) -> tuple[list[str], bytes]:
+    """Write a base and two layers over it; return their paths, and what is to be seen."""
+    paths = [str(Path(folder) / name) for name in ("base", "monday", "tuesday")]
+    model = bytearray(PAGES * PAGE)
+    for number, path in enumerate(paths):
+        with Path(path).open("wb") as file:
+            file.truncate(PAGES * PAGE)
+            for page in range(number, PAGES, (1, 3, 70)[number]):
+                if page % 16 == 9:  # a hole in all
+                    continue
+                fill = bytes(PAGE) if page % 5 == 3 and number else bytes([1 + number * 50 + page % 50]) * PAGE
+                os.pwrite(file.fileno(), fill, page * PAGE)
+                model[page * PAGE : (page + 1) * PAGE] = fill
+    return paths, bytes(model)
 
 
 def peek(address: int, length: int = 8) -> bytes:

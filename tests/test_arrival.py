@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import mmap
 import os
 import socket
@@ -56,6 +57,41 @@ async def test_a_handoff_in_one_message() -> None:
     assert not os.get_blocking(handoff.uffd.fileno())
     handoff.uffd.close()
     wire.close()
+
+
+async def test_objects_of_nydus() -> None:
+    """A request for the size, answered at once, and a handshake behind it; then what is none, and too many requests."""
+    region = {"base_host_virt_addr": 1 << 40, "size": 4 * PAGE, "offset": 0, "page_size": 16 * PAGE}
+    handshake = json.dumps({"type": 0, "regions": [region], "policy": 1, "note": "}"}).encode()
+    stat = json.dumps({"type": 2}).encode()
+
+    async def stated(_: Peer) -> bytes:
+        return b"stated"
+
+    wire = Wire()
+    with aiouffd.Userfaultfd() as uffd:
+        socket.send_fds(wire.client, [stat + handshake[:-20]], [uffd.fileno()])
+        arrival = Arrival(wire.server, stated)
+        receiving = asyncio.create_task(arrival.receive(5.0))
+        await asyncio.sleep(0)
+        wire.client.send(handshake[-20:])
+        handoff = await receiving
+        arrival.close()
+    assert wire.client.recv(100) == b"stated"
+    assert (handoff.regions.page_size, handoff.nydus and handoff.nydus.window) == (PAGE, 16 * PAGE)
+    handoff.uffd.close()
+    wire.close()
+    for sent, reason in (
+        (b'{"regions": }', "not JSON"),
+        (b"{}", "no array"),
+        (stat * 17, "too often"),
+        (stat, "often"),
+    ):
+        wire = Wire()
+        wire.client.send(sent)
+        with pytest.raises(HandoffError, match=reason):
+            await Arrival(wire.server, None if sent == stat else stated).receive(5.0)
+        wire.close()
 
 
 async def test_a_handoff_in_pieces_with_a_memfd() -> None:

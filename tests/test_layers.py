@@ -161,7 +161,7 @@ ORDER = {
             "__init__",
         ),
     ],
-    "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "memory_file", "arrival"],
+    "handoff": ["__init__", "json_lines", "own_threads", "receive", "firecracker", "nydus", "memory_file", "arrival"],
     "pager": ["__init__", "loglines", "process", "client", "__main__"],
     "pager/process": [
         *(
@@ -210,6 +210,7 @@ ORDER = {
         "residence",
         "services",
         "snapshots",
+        "mapped",
         "successor",
         "session",
         "happenings",

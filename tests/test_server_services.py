@@ -18,7 +18,7 @@ from aiouffd.handoff.arrival import Handoff
 from aiouffd.handoff.firecracker import Regions
 from aiouffd.handoff.receive import Peer
 from aiouffd.server import services
-from aiouffd.server.services import Services
+from aiouffd.server.services import Services, Settings
 from aiouffd.sources.buffer import BufferSource
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def handoff(pages: int = 1, page_size: int = PAGE) -> Handoff:
 def made(origin: Any, timeout: float | None = 0.05) -> Services:
     """Return services with a short timeout."""
     options = Options(limits=Limits(128, 1 << 20, timeout, 0))
-    return Services(origin, options, record=None, replay=None)
+    return Services(origin, Settings(options=options))
 
 
 async def test_openings_that_hang_are_bounded_for_each_name() -> None:

@@ -97,6 +97,7 @@ def command(ctx: click.Context, control: str) -> None:
 @click.option("--concurrent-reads", type=click.IntRange(1), help="The most reads at once. [default: 128]")
 @click.option("--bytes-in-flight", type=parameters.Size(1 << 20), help="The most bytes of these. [default: 128M]")
 @click.option("--events-per-second", type=click.IntRange(1), help="The most faults and layout events, of all clients.")
+@click.option("--nydus-answers", type=click.Choice(["length", "bare"]), help="[default: length]")
 @click.option("--bytes-per-second", type=parameters.Size(1), help="The most bytes that are placed for all clients.")
 @click.option("--max-resident", type=parameters.Size(1 << 20), help="The most bytes that are there, of one client.")
 @_AS_JSON

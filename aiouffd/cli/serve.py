@@ -57,6 +57,7 @@ _HOLD = (
     "Clients, sockets and sessions outlive this server and its pager, however they end: a process holds them, and gives"
     " them to the next server that is started with this path. `systemd`: its store of file descriptors does."
 )
+_NYDUS_ANSWERS = "What precedes each answer to a client of nydus: its length (u32, little-endian), or nothing."
 _TAKEOVER = "Take them over also from a server that lives: it ends when this one serves."
 _CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
 _CLIENT_BYTES = "The most bytes per second that are placed for one client, filling included. [default: no limit]"
@@ -96,6 +97,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--record", type=click.Path(), help="Write the order of first touches to this file.")
 @_option("--replay", type=click.Path(), help="Prefetch the pages of a recorded file for each client.")
 @_option("--handoff-timeout", type=_SECONDS, default=5.0, help="Seconds that a client has to send its handoff.")
+@_option("--nydus-answers", type=click.Choice(["length", "bare"]), default="length", help=_NYDUS_ANSWERS)
 @parameters.readahead
 @_option("--spin-us", type=click.IntRange(0), default=50, help="Microseconds to poll for faults before sleeping.")
 @_option("--background", type=parameters.Rate(), default="0", help="Bytes per second to fill without a fault, or max.")

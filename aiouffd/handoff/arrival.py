@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from aiouffd.errors import HandoffError
-from aiouffd.handoff import firecracker
+from aiouffd.handoff import firecracker, nydus
 from aiouffd.handoff.memory_file import memory_file
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread, kind_of
 from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
@@ -23,6 +23,7 @@ from aiouffd.kernel.userfaultfd import NO_FEATURES, Userfaultfd
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Awaitable, Callable
 
     from aiouffd.handoff.firecracker import Regions
     from aiouffd.ranges import Range
@@ -33,6 +34,7 @@ _MAX_BYTES: Final = 1 << 20
 _MAX_FDS: Final = 16
 _MAX_BLANKS: Final = 256  # that may follow the end of the array
 _MAX_ENDS: Final = 16  # so often an array may seem to end within a message
+_MAX_STATS: Final = 16  # requests for the size before a handshake
 
 
 @attrs.frozen
@@ -47,6 +49,7 @@ class Handoff:
             any more; -1 for others. It is the receiver's.
         memory: the file that the regions map (a memfd), with the offsets of the regions; it may be written. Closed: the
             client has sent none, or none that is of use. It is the receiver's.
+        nydus: what one of nydus' clients wants; None: it is another one.
     """
 
     peer: Peer
@@ -54,6 +57,7 @@ class Handoff:
     uffd: Userfaultfd
     tether: int = -1
     memory: OwnedDescriptor = attrs.field(factory=OwnedDescriptor)
+    nydus: nydus.Handshake | None = None
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -68,15 +72,18 @@ class Arrival:
 
     Args:
         connection: just accepted, non-blocking. It stays the caller's.
+        stated: answers nydus' request for the size. None: that is refused.
 
     Attributes:
         peer: who is at its other end.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, stated: Callable[[Peer], Awaitable[bytes]] | None = None) -> None:
         self.peer: Peer = Peer.of(connection)
         self._connection = connection
+        self._stated = stated
         self._data = bytearray()
+        self._stats = 0
         self._fds: list[int] = []
 
     async def receive(self, timeout: float) -> Handoff:  # noqa: ASYNC109 - of the whole exchange
@@ -89,8 +96,11 @@ class Arrival:
         """
         try:
             async with asyncio.timeout(timeout):
-                regions = await self._gather()
-                uffd = await in_own_thread(_checked, self._userfaultfd(regions), regions)
+                found = await self._gather()
+                if isinstance(found, nydus.Handshake):
+                    uffd, regions = await in_own_thread(_checked, self._userfaultfd(found.regions[0]), *found.regions)
+                    return Handoff(self.peer, regions, uffd, nydus=found)
+                uffd, regions = await in_own_thread(_checked, self._userfaultfd(found), found)
                 return Handoff(self.peer, regions, uffd, self._tether(regions), self._memory(regions))
         except TimeoutError:
             raise HandoffError(str(self.peer), f"sent no complete handoff within {timeout:g} s") from None
@@ -118,8 +128,8 @@ class Arrival:
         fds, self._fds = self._fds, []
         close_foreign(fds)
 
-    async def _gather(self) -> Regions:
-        """Receive until the array is complete."""
+    async def _gather(self) -> Regions | nydus.Handshake:
+        """Receive until the array, or nydus' handshake, is complete."""
         data, ends = self._data, 0
         while True:
             piece, more = await receive(self._connection, 64 << 10, _MAX_FDS)
@@ -131,15 +141,38 @@ class Arrival:
             data += piece
             if len(data) > _MAX_BYTES:
                 raise ValueError(f"a handoff of more than {_MAX_BYTES} bytes")
-            # An array that comes byte by byte is not parsed, or copied, for each of them.
-            if not data[-_MAX_BLANKS:].rstrip().endswith(b"]"):
+            # What comes byte by byte is not parsed, or copied, for each of them.
+            if not data[-_MAX_BLANKS:].rstrip().endswith((b"]", b"}")):
                 continue
-            try:
-                return firecracker.parse(data)
-            except ValueError:
-                ends += 1
-                if ends > _MAX_ENDS or firecracker.is_whole(data):
-                    raise
+            if nydus.is_object(data):
+                found = await self._objects()
+                if found is not None:
+                    return found
+            else:
+                try:
+                    return firecracker.parse(data)
+                except ValueError:
+                    if ends >= _MAX_ENDS or firecracker.is_whole(data):
+                        raise
+            ends += 1
+            if ends > _MAX_ENDS + _MAX_STATS:
+                raise ValueError("no JSON, however often it seemed to end")
+
+    async def _objects(self) -> nydus.Handshake | None:
+        """Answer what asks for the size; return the handshake, if it is complete."""
+        while nydus.is_object(self._data):
+            whole = bytes(self._data)  # of a handshake that is refused, `claimed` reads the addresses
+            message = nydus.taken(self._data)
+            if message is None:
+                break
+            if not nydus.is_stat(message):
+                self._data[:] = whole
+                return nydus.Handshake.of(message)
+            self._stats += 1
+            if self._stated is None or self._stats > _MAX_STATS:
+                raise ValueError("asks for the size too often")
+            self._connection.send(await self._stated(self.peer))
+        return None
 
     def _userfaultfd(self, regions: Regions) -> Userfaultfd:
         """Return a duplicate of the userfaultfd that has arrived, with the feature that matters to who serves it.
@@ -170,19 +203,26 @@ class Arrival:
         return OwnedDescriptor(found)
 
 
-def _checked(uffd: Userfaultfd, regions: Regions) -> Userfaultfd:
-    """Return a userfaultfd that can be used for these regions. Waits for the lock of its owner's address space.
+def _checked(uffd: Userfaultfd, *choices: Regions) -> tuple[Userfaultfd, Regions]:
+    """Return a userfaultfd that can be used, and for which of these regions, which differ in the size of their pages.
+
+    Waits for the lock of its owner's address space.
 
     Raises:
         ValueError: what is wrong with it. It is closed.
     """
+    wrong = ""
     try:
         _check_descriptor(uffd)
-        _check_pages(uffd, regions)
+        for regions in choices:
+            wrong = _wrong_pages(uffd, regions)
+            if not wrong:
+                return uffd, regions
     except BaseException:
         uffd.close()
         raise
-    return uffd
+    uffd.close()
+    raise ValueError(wrong)
 
 
 def _check_descriptor(uffd: Userfaultfd) -> None:
@@ -195,14 +235,11 @@ def _check_descriptor(uffd: Userfaultfd) -> None:
         raise ValueError("the process that owns the memory has ended")
 
 
-def _check_pages(uffd: Userfaultfd, regions: Regions) -> None:
-    """Check that the memory has pages of the size that the array says, as far as it is registered.
+def _wrong_pages(uffd: Userfaultfd, regions: Regions) -> str:
+    """Return why the memory has not the pages that the regions say, as far as it is registered; else "".
 
     A COPY of larger pages would meet some that are present, again and again. Huge pages take no COPY of smaller ones:
     the kernel looks at that before it reads the source of the copy, so that an unreadable source tells which it is.
-
-    Raises:
-        ValueError: it has others.
     """
     nowhere, size = address_of(unreadable()), regions.page_size
     for mapping in regions.mappings:
@@ -213,4 +250,5 @@ def _check_pages(uffd: Userfaultfd, regions: Regions) -> None:
             result = uffd.try_copy(mapping.start, nowhere, mmap.PAGESIZE, 0)
             kind = "smaller" if result in (-errno.EFAULT, -errno.EEXIST) else ""
         if kind:
-            raise ValueError(f"the memory at {mapping.start:#x} has {kind} pages than {size} bytes")
+            return f"the memory at {mapping.start:#x} has {kind} pages than {size} bytes"
+    return ""

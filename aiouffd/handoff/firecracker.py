@@ -22,8 +22,9 @@ import attrs
 from aiouffd.engine.mappings import Mapping
 from aiouffd.ranges import Range, align_up
 
-__all__ = ["MAX_REGIONS", "Regions", "check_size", "claimed", "encode", "is_whole", "parse"]
+__all__ = ["HUGE", "MAX_REGIONS", "Regions", "check_size", "checked", "claimed", "encode", "is_whole", "parse"]
 
+HUGE: Final = 2 << 20
 MAX_REGIONS: Final = 4096
 _MAX_ADDRESS: Final = 1 << 57  # what a process can map at most, on any 64-bit architecture of today
 _PAGE_BITS: Final = range(12, 22)  # 4 KiB to 2 MiB: one COPY of 1 GiB would stop the other clients for seconds
@@ -83,6 +84,15 @@ def parse(data: bytes | bytearray) -> Regions:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise ValueError("not a JSON array of at least one region")
+    return checked(items)
+
+
+def checked(items: list[dict[str, Any]]) -> Regions:
+    """Check regions that are JSON, at least one.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
     if len(items) > MAX_REGIONS:
         raise ValueError(f"{len(items)} regions, more than {MAX_REGIONS}")
     sizes = {_page_size(item) for item in items}
@@ -134,13 +144,18 @@ def _mapping(item: dict[str, Any], page: int) -> Mapping:
     return Mapping(start, start + size, offset)
 
 
-def check_size(regions: Regions, size: int) -> None:
+def check_size(regions: Regions, size: int, unit: int = 0) -> None:
     """Check that all offsets lie in a source of `size` bytes. Its last page may be a part of one: the rest is zeros.
+
+    Args:
+        regions: of a client.
+        size: of the source.
+        unit: in place of a page, if it is larger.
 
     Raises:
         ValueError: a region reaches further.
     """
-    if regions.end > align_up(size, regions.page_size):
+    if regions.end > align_up(size, max(unit, regions.page_size)):
         raise ValueError(f"a region reaches to offset {regions.end:#x} of a source of {size:#x} bytes")
 
 
@@ -150,6 +165,8 @@ def claimed(data: bytes | bytearray) -> list[Range]:
         items = json.loads(data)
     except (ValueError, RecursionError):
         return []
+    if isinstance(items, dict):  # nydus' handshake
+        items = items.get("regions")
     found = []
     for item in items[:MAX_REGIONS] if isinstance(items, list) else ():
         try:

@@ -82,6 +82,11 @@ class Client:
         """How far into its source the memory shows, in bytes."""
         return max(mapping.offset + mapping.end - mapping.start for mapping in self.tenant.mappings)
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether it has handed over the file behind its memory."""
+        return self.tenant.pack.has_memory
+
     def disconnect(self) -> None:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""
         if self.connection.fileno() >= 0:

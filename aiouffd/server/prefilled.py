@@ -6,17 +6,23 @@ in place of its snapshot. A server cannot mend that: private pages of another pr
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING, Final
 
+from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.kernel import abi
 from aiouffd.kernel.pagemap import Pagemap
 
 if TYPE_CHECKING:
+    from aiouffd.handoff.arrival import Handoff
     from aiouffd.handoff.firecracker import Regions
     from aiouffd.ranges import Range
 
-__all__ = ["PagemapOf", "zeros_before_handoff"]
+__all__ = ["PagemapOf", "warn_of_zeros", "zeros_before_handoff"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_LOOKS: Final = 64
 _MAX_REGIONS: Final = 64
@@ -53,6 +59,15 @@ def zeros_before_handoff(pid: int, regions: Regions) -> int:
         ]
     total = sum(item.length for item in present)
     return total if total and not any(_content(pid, present, regions.page_size)) else 0
+
+
+async def warn_of_zeros(handoff: Handoff) -> None:
+    """Say if a client's memory was filled with zeros before it was handed over."""
+    with contextlib.suppress(OSError):
+        filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
+        if filled:
+            how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
+            log.warning(how, handoff.peer, filled)
 
 
 def _content(pid: int, present: list[Range], page_size: int) -> bytes:

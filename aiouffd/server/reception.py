@@ -40,6 +40,7 @@ class Reception:
         timeout: seconds that a client has to send its handoff.
         on_reject: what becomes of a client that is turned away; see `Server`.
         on_rejected: called with who was turned away, and why.
+        stated: answers nydus' request for the size.
 
     Attributes:
         rejected: how many were turned away.
@@ -53,9 +54,11 @@ class Reception:
         timeout: float,
         on_reject: Policy,
         on_rejected: Callable[[Peer, BaseException], None] = lambda *_: None,
+        stated: Callable[[Peer], Awaitable[bytes]] | None = None,
     ) -> None:
         self._serve = serve
         self._on_rejected = on_rejected
+        self._stated = stated
         self._uids = uids
         self._timeout = timeout
         self._rejections = Rejections(on_reject)
@@ -111,7 +114,7 @@ class Reception:
 
     async def _admit(self, connection: socket.socket) -> None:
         """Receive a handoff and have it served; else turn the client away. The connection is taken in any case."""
-        arrival, handoff = Arrival(connection), None
+        arrival, handoff = Arrival(connection, self._stated), None
         try:
             handoff = await self._receive(arrival)
             await self._serve(handoff, connection)

@@ -11,7 +11,7 @@ import functools
 import logging
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
@@ -27,7 +27,8 @@ from aiouffd.report.observers import NOBODY, installed
 from aiouffd.server.clients import Client
 from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
-from aiouffd.server.session import Session, Settings
+from aiouffd.server.services import Settings
+from aiouffd.server.session import Session
 from aiouffd.server.successor import SOCKET, Left, Successor
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiouffd.engine.statistics import Statistics
+    from aiouffd.handoff.nydus import Answers
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.report.observers import ServerWatch
     from aiouffd.server.rejection import Policy
@@ -84,6 +86,7 @@ class Server:
         recent: bytes of what was read last from sources that are far, of all sessions together, which are kept in
             memory for other clients of the same source. What two clients want at once is read once in any case.
         handoff_timeout: seconds that a client has to send its handoff.
+        nydus_answers: what precedes each answer to a client of nydus: its length, or nothing (`bare`).
         hold: a path. Clients, sockets and sessions outlive this process and its pager, however they end: the next
             server with this path has them. "systemd": its store of file descriptors has them, until it starts the
             service again; memory whose forks are told is refused then. None: they do not.
@@ -120,6 +123,7 @@ class Server:
         client_bytes: float | None = None,
         recent: int = 128 << 20,
         handoff_timeout: float = 5.0,
+        nydus_answers: Answers = "length",
         hold: str | os.PathLike[str] | None = None,
         takeover: bool = False,
     ) -> None:
@@ -136,14 +140,11 @@ class Server:
         limits = Limits(
             concurrent_reads, bytes_in_flight, timeout, retries, client_events=client_events, client_bytes=client_bytes
         )
-        options = Options(
-            readahead,
-            spin_us,
-            background=background,
-            limits=limits,
-            on_error="sigbus" if on_failure == "poison" else "retry",
+        on_error: Literal["sigbus", "retry"] = "sigbus" if on_failure == "poison" else "retry"
+        options = Options(readahead, spin_us, background=background, limits=limits, on_error=on_error)
+        settings = Settings(
+            frozenset(uids), on_reject, on_failure, options, record, replay, handoff_timeout, nydus_answers
         )
-        settings = Settings(frozenset(uids), on_reject, on_failure, options, record, replay, handoff_timeout)
         self._recent = recent
         self._ended = Counters().words.tolist()  # of sessions that are no more
         self._rejected = 0  # by these
@@ -324,7 +325,7 @@ class Server:
             SessionError: it has clients.
         """
         if not session.is_idle:
-            raise SessionError(session.name, f"serves {len(session.clients)} clients, or is just taking one")
+            raise SessionError(session.name, f"serves {session.served} clients, or is just taking one")
         del self.sessions[session.name]
         counted = session.statistics()
         self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
@@ -353,9 +354,14 @@ class Server:
         """The clients of all sessions, by the token of their memory."""
         return {token: client for session in self.sessions.values() for token, client in session.clients.items()}
 
+    @property
+    def served(self) -> int:
+        """How many clients there are, with those that map files."""
+        return sum(session.served for session in self.sessions.values())
+
     async def wait_clients(self, most: int = 0) -> None:
         """Wait until at most so many clients are left. Canceling is safe."""
-        while len(self.clients) > most:
+        while self.served > most:
             self._changed.clear()
             await self._changed.wait()
 
@@ -375,11 +381,11 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted, for all clients."""
-        return attrs.evolve(Counters(array("Q", self._words)).snapshot(), clients=len(self.clients))
+        return attrs.evolve(Counters(array("Q", self._words)).snapshot(), clients=self.served)
 
     def told(self) -> dict[str, int]:
         """Return the same as plain values, without what is zero."""
-        return {**told(self._words), "clients": len(self.clients)}
+        return {**told(self._words), "clients": self.served}
 
     @property
     def _words(self) -> list[int]:
@@ -392,7 +398,7 @@ class Server:
     def counted(self) -> list[tuple[str, int, list[int]]]:
         """Return the name of each session that has one, how many clients it has, and the words of its counters."""
         named = [session for session in list(self.sessions.values()) if session.name]
-        return [(session.name, len(session.clients), session.counted) for session in named]
+        return [(session.name, session.served, session.counted) for session in named]
 
     @property
     def rejected(self) -> int:

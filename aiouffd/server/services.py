@@ -8,8 +8,10 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
-from aiouffd.engine.options import Service, checked
+from aiouffd.engine.options import Options, Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
 
     from _typeshed import FileDescriptorLike
 
-    from aiouffd.engine.options import Options
     from aiouffd.handoff.arrival import Handoff
+    from aiouffd.handoff.nydus import Answers
     from aiouffd.handoff.receive import Peer
+    from aiouffd.server.rejection import Policy
 
-__all__ = ["Services"]
+__all__ = ["Services", "Settings"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
@@ -35,32 +38,54 @@ _MAX_HANGING = 8  # openings of one name that hang at once: each has a thread
 _MAX_HANGING_OF_PROCESS = 32  # and of one process, whatever it asks for
 
 
+@attrs.frozen
+class Settings:
+    """How a session takes clients, and serves them; `Server` says what each means."""
+
+    uids: frozenset[int] = frozenset()
+    on_reject: Policy = "poison"
+    on_failure: Policy = "poison"
+    options: Options = attrs.field(factory=Options)
+    record: str | os.PathLike[str] | None = None
+    replay: str | os.PathLike[str] | None = None
+    handoff_timeout: float = 5.0
+    nydus_answers: Answers = "length"
+
+    def __attrs_post_init__(self) -> None:
+        """Check what excludes each other."""
+        if self.record is not None and self.replay is not None:
+            raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
+
+    @property
+    def unmappable(self) -> str:
+        """Why no client may map files; "": clients may."""
+        limits = self.options.limits
+        bounds = limits.client_events, limits.client_bytes, self.options.max_resident
+        if any(bound is not None for bound in bounds):
+            return "clients are limited here, and what is mapped is not counted"
+        return "touches are recorded here, and those of what is mapped are not seen" if self.record is not None else ""
+
+    def keeping(self, recent: int, *, traces: bool) -> Settings:
+        """Return the same of a server that keeps so many bytes of what was read last; traces: it is told of flights."""
+        limits = attrs.evolve(self.options.limits, recent=recent)
+        return attrs.evolve(self, options=attrs.evolve(self.options, limits=limits, traces=traces))
+
+
 class Services:
     """Finds what serves a client, and shares it among the clients of the same source and page size.
 
     Args:
         origin: a source, a handler, or a function of (peer, number, name) that returns one.
-        options: how it serves.
-        record: a file to record first touches in; None: none.
-        replay: a recording to replay for each client; None: none.
+        settings: how it serves.
     """
 
-    def __init__(
-        self,
-        origin: Any,
-        options: Options,
-        *,
-        record: str | os.PathLike[str] | None,
-        replay: str | os.PathLike[str] | None,
-    ) -> None:
+    def __init__(self, origin: Any, settings: Settings) -> None:
         if wants_writes(origin):
             raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
         chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
         self._fixed = None if chooses else checked(origin)
         self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
-        self._options = options
-        self._record = record
-        self._replay = replay
+        self._options, self._record, self._replay = settings.options, settings.record, settings.replay
         self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
         self._uses: Counter[str] = Counter()  # clients, by the token of their pack
         self._lock = threading.Lock()  # over both
@@ -93,8 +118,19 @@ class Services:
         Raises:
             HandoffError, SourceError, OSError: it cannot be served; the reason is for the client, too.
         """
-        origin, size = await self._open(handoff, number, name)
+        origin, size = await self._open(handoff.peer, number, name, handoff)
         return await asyncio.to_thread(self._share, origin, size, handoff)
+
+    async def origin(self, handoff: Handoff, number: int) -> Any:
+        """Return the source for a client, which is the caller's alone. Canceling is safe; raises as `take`."""
+        return (await self._open(handoff.peer, number, "", handoff))[0]
+
+    async def size(self, peer: Peer, number: int) -> int:
+        """Return how many bytes a client of this process would be served. Canceling is safe; raises as `take`."""
+        size = (await self._open(peer, number, "", None))[1]
+        if not size:
+            raise HandoffError(str(peer), "asks for the size, which what serves it does not know")
+        return size
 
     def adopt(self, pack: Pack) -> None:
         """Count a client that is served from a pack of a server before this one; `release` it."""
@@ -115,14 +151,14 @@ class Services:
         if self._recorder is not None:
             self._recorder.complete()
 
-    async def _open(self, handoff: Handoff, number: int, name: str) -> tuple[Any, int]:
+    async def _open(self, peer: Peer, number: int, name: str, handoff: Handoff | None) -> tuple[Any, int]:
         """Return what the client asks for, and its size. Opening it may hang: that costs this client only."""
-        peer, timeout = handoff.peer, self._options.limits.timeout
+        timeout = self._options.limits.timeout
         if self._hanging[name] >= _MAX_HANGING:
             raise HandoffError(str(peer), f"its source {name!r} does not answer: {_MAX_HANGING} openings of it hang")
         if self._hanging[peer] >= _MAX_HANGING_OF_PROCESS:
             raise HandoffError(str(peer), f"{_MAX_HANGING_OF_PROCESS} sources that it has asked for do not answer")
-        opening = asyncio.get_running_loop().create_task(in_own_thread(self._find, handoff, number, name))
+        opening = asyncio.get_running_loop().create_task(in_own_thread(self._find, peer, number, name, handoff))
         if not (await asyncio.wait([opening], timeout=timeout))[0]:
             self._hanging.update((name, peer))
             opening.add_done_callback(lambda opening: self._opened_late(name, peer, opening))
@@ -137,16 +173,15 @@ class Services:
             log.exception("the function that finds a client's source failed")
             raise HandoffError(str(peer), f"no source could be found for it: {error!r}") from error
 
-    def _find(self, handoff: Handoff, number: int, name: str) -> tuple[Any, int]:
+    def _find(self, peer: Peer, number: int, name: str, handoff: Handoff | None) -> tuple[Any, int]:
         """Return what the client asks for, and its size; a handler has that of the memory. In a thread of its own."""
         if name and self._fixed is not None:
-            raise HandoffError(
-                str(handoff.peer), f"asks for the source {name!r:.100}: this server has one, without a name"
-            )
-        origin = checked(self._choose(handoff.peer, number, name))
+            raise HandoffError(str(peer), f"asks for the source {name!r:.100}: this server has one, without a name")
+        origin = checked(self._choose(peer, number, name))
         if isinstance(origin, Handler):
-            return origin, handoff.regions.end
-        firecracker.check_size(handoff.regions, origin.size)
+            return origin, 0 if handoff is None else handoff.regions.end
+        if handoff is not None:
+            firecracker.check_size(handoff.regions, origin.size, handoff.nydus.window if handoff.nydus else 0)
         return origin, origin.size
 
     def _opened_late(self, name: str, peer: Peer, opening: asyncio.Task[Any]) -> None:

@@ -21,19 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from aiouffd.engine.flight import spawn
-from aiouffd.engine.options import Options
 from aiouffd.engine.statistics import Counter, Counters, told
 from aiouffd.errors import HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
-from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel.abi import Feature
 from aiouffd.server.clients import Client, Conversation, Handed
-from aiouffd.server.prefilled import zeros_before_handoff
+from aiouffd.server.mapped import MappedClients
+from aiouffd.server.prefilled import warn_of_zeros
 from aiouffd.server.reception import Reception
-from aiouffd.server.rejection import Policy, kill, peer_pidfd
+from aiouffd.server.rejection import kill, peer_pidfd
 from aiouffd.server.residence import evict, prefetch
-from aiouffd.server.services import Services
+from aiouffd.server.services import Services, Settings
 from aiouffd.server.snapshots import Snapshots
 from aiouffd.server.successor import forget_session, keep_client, keep_session
 
@@ -47,36 +46,13 @@ if TYPE_CHECKING:
     from aiouffd.server.listener import SocketFile
     from aiouffd.server.successor import Left
 
-__all__ = ["Session", "Settings"]
+__all__ = ["Session"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_OF_PROCESS = 1024  # clients of one process
 _LOST = (SourceError, HandlerError)  # a page cannot be had
 _LAST_ANSWER = 2.0  # seconds for the pager to say whether a client is served, when the server is left
-
-
-@attrs.frozen
-class Settings:
-    """How a session takes clients, and serves them; `Server` says what each means."""
-
-    uids: frozenset[int] = frozenset()
-    on_reject: Policy = "poison"
-    on_failure: Policy = "poison"
-    options: Options = attrs.field(factory=Options)
-    record: str | os.PathLike[str] | None = None
-    replay: str | os.PathLike[str] | None = None
-    handoff_timeout: float = 5.0
-
-    def __attrs_post_init__(self) -> None:
-        """Check what excludes each other."""
-        if self.record is not None and self.replay is not None:
-            raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
-
-    def keeping(self, recent: int, *, traces: bool) -> Settings:
-        """Return the same of a server that keeps so many bytes of what was read last; traces: it is told of flights."""
-        limits = attrs.evolve(self.options.limits, recent=recent)
-        return attrs.evolve(self, options=attrs.evolve(self.options, limits=limits, traces=traces))
 
 
 class Session:
@@ -91,10 +67,9 @@ class Session:
         tell: called with what happens, and its details.
 
     Attributes:
-        name: of the session.
-        settings: as they were given.
-        clients: those that are served, by the token of their memory.
-        snapshots: of their memory.
+        name, settings: as they were given.
+        clients, snapshots: those that are served, by the token of their memory; of that memory.
+        mapped: those that map files, in place of being served their pages.
         taking: whether clients may come.
         source: what brings the pages, for people.
         slow: the last fault that took long: `time`, seconds since 1970, and what is told of it; empty: there was none.
@@ -111,25 +86,25 @@ class Session:
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         self._note = note or {}
-        self.name = name
-        self.settings = settings
-        self._pager = pager
-        self._tell = tell
+        self.name, self.settings = name, settings
+        self._pager, self._tell = pager, tell
         self._reception = Reception(
             self._serve,
             uids={0, os.geteuid(), *settings.uids},
             timeout=settings.handoff_timeout,
             on_reject=settings.on_reject,
             on_rejected=lambda peer, error: tell("client.rejected", pid=peer.pid, uid=peer.uid, reason=str(error)),
+            stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
         )
-        self._services = Services(origin, settings.options, record=settings.record, replay=settings.replay)
+        self.clients: dict[str, Client] = {}
+        self._services = Services(origin, settings)
+        self.mapped = MappedClients(settings, self._services, self.clients, lambda one: keep_client(pager, one), tell)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self.source: str = str(self._services)
         self._file: SocketFile | None = None
         self._listener: socket.socket | None = None
         self._slot = self._numbers = 0
         self._counted = Counters().words.tolist()  # when the last client had left
-        self.clients: dict[str, Client] = {}
         self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
         self._tasks: set[asyncio.Task[None]] = set()  # conversations
         self._changed = asyncio.Event()
@@ -210,6 +185,7 @@ class Session:
         """
         self.stop_listening()
         await self._reception.aclose()
+        await self.mapped.aclose()
         await self._hush()
         for client in list(self.clients.values()):
             self._forget(client, why)
@@ -231,6 +207,8 @@ class Session:
         while len(self.clients) > most:
             self._changed.clear()
             await self._changed.wait()
+        if not most:
+            await self.mapped.wait()
 
     async def drained(self) -> None:
         """Wait until it serves nobody, and nobody is about to be served. Canceling is safe."""
@@ -273,11 +251,16 @@ class Session:
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""
-        return attrs.evolve(Counters(array("Q", self.counted)).snapshot(), clients=len(self.clients))
+        return attrs.evolve(Counters(array("Q", self.counted)).snapshot(), clients=self.served)
 
     def told(self) -> dict[str, int]:
         """Return the same as plain values, without what is zero."""
-        return {**told(self.counted), "clients": len(self.clients)}
+        return {**told(self.counted), "clients": self.served}
+
+    @property
+    def served(self) -> int:
+        """How many clients there are, with those that map files."""
+        return len(self.clients) + len(self.mapped)
 
     @property
     def state(self) -> Literal["listening", "draining"]:
@@ -293,7 +276,7 @@ class Session:
     @property
     def is_idle(self) -> bool:
         """Whether it serves nobody, and nobody is about to be served."""
-        return not self.clients and not self._reception.admitting
+        return not self.served and not self._reception.admitting
 
     @property
     def rejected(self) -> int:
@@ -306,16 +289,14 @@ class Session:
         """Have a handed-over memory served; where that fails, the handoff and the connection stay the caller's."""
         regions, peer = handoff.regions, handoff.peer
         name = _name_asked_for(handoff)
-        if self._pager.holding.store is not None and Feature.EVENT_FORK in enabled_features(handoff.uffd.fileno()):
-            raise HandoffError(str(peer), "has its forks told: systemd's store cannot keep a child; use --hold PATH")
-        if peer.pid and self._of_process[peer.pid] >= _MAX_OF_PROCESS:
-            raise HandoffError(str(peer), f"is served {_MAX_OF_PROCESS} times already")
-        self._numbers += 1
-        number = self._numbers
+        _check(handoff, self._of_process[peer.pid], stored=self._pager.holding.store is not None)
+        self._numbers = number = self._numbers + 1
+        if handoff.nydus is not None and await self.mapped.takes(handoff, connection, number):
+            return
         self._of_process[peer.pid] += 1
         try:
             if regions.extra is None:  # a Monitor sees to that itself
-                await _examine(handoff)
+                await warn_of_zeros(handoff)
             pack = await self._services.take(handoff, number, name)
             tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
             tenant.slot, tenant.counts = self._slot, self._counted
@@ -329,10 +310,11 @@ class Session:
         except BaseException:
             self._of_process[peer.pid] -= 1
             raise
-        count, page_size = len(tenant.mappings), tenant.page_size
-        log.info("%s: %d bytes in %d regions, pages of %d", client, client.length, count, page_size)
+        log.info(
+            "%s: %d bytes in %d regions, pages of %d", client, client.length, len(tenant.mappings), tenant.page_size
+        )
         self._tell("client.served", client=number, pid=peer.pid, uid=peer.uid, size=client.length)
-        self._talk(client)
+        self._talk(client) if handoff.nydus is None else self.mapped.listen(client)
 
     def _adopt(self, client: Client, *, ours: bool) -> None:
         """Go on with a client that another server has taken."""
@@ -475,13 +457,13 @@ class Session:
         log.info("%s %s; %d left", client, why, len(self.clients))
 
 
-async def _examine(handoff: Handoff) -> None:
-    """Say if a client's memory was filled with zeros before it was handed over."""
-    with contextlib.suppress(OSError):
-        filled = await in_own_thread(zeros_before_handoff, handoff.peer.pid, handoff.regions)
-        if filled:
-            how = "%s: %d bytes of its memory are zeros already, and are never fetched (mlockall? MAP_POPULATE?)"
-            log.warning(how, handoff.peer, filled)
+def _check(handoff: Handoff, served: int, *, stored: bool) -> None:
+    """Refuse what cannot be kept by systemd, where that is to be so, and too many clients of one process."""
+    peer = str(handoff.peer)
+    if stored and Feature.EVENT_FORK in enabled_features(handoff.uffd.fileno()):
+        raise HandoffError(peer, "has its forks told: systemd's store cannot keep a child; use --hold PATH")
+    if handoff.peer.pid and served >= _MAX_OF_PROCESS:
+        raise HandoffError(peer, f"is served {_MAX_OF_PROCESS} times already")
 
 
 def _name_asked_for(handoff: Handoff) -> str:

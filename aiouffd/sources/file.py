@@ -331,6 +331,18 @@ class FileSource:
             raise SourceError(repr(self), 0, 0, "its file system does not tell where its holes are: copy it to a disk")
         return found
 
+    def mappable(self, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
+        """Return (start, end, descriptor, place in its file) of the files that have [start, end); None: it is written.
+
+        Raises:
+            SourceError: the file has changed.
+        """
+        if self.writable:
+            return None
+        if not self._pin.holds_nowait():
+            raise SourceError(repr(self), start, end - start, "the file has changed since it was opened")
+        return [(start, end, self._fd, start)]
+
     def sample(self, offset: int, length: int) -> bytes:
         """Return some bytes, to tell this file from others. Blocks."""
         return os.pread(self._fd, length, offset)

@@ -7,6 +7,7 @@ layers cost what two do.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,19 @@ class LayeredSource:
         if begin is not None:
             begin(timeout, retries, on_retry)
             self._take_limits()
+
+    def mappable(self, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
+        """As of a file: what is missing in between is zeros. None: not all of it is whole pages of files."""
+        found: list[tuple[int, int, int, int]] = []
+        for number, low, high in self._overlay.pieces(start, end):
+            if low % mmap.PAGESIZE or (high % mmap.PAGESIZE and high != self.size):
+                return None
+            mappable = None if number == NOBODY else getattr(self.layers[number], "mappable", lambda *_: None)
+            parts = [] if mappable is None else mappable(low, high)
+            if parts is None:
+                return None
+            found += parts
+        return found
 
     # What is in memory
 

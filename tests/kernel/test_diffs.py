@@ -7,29 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern import PAGE
+from pattern import PAGE, PAGES, diffs
 from scenario import eventually, play
 from served import Serve, hand_over
 
 import aiouffd
-
-PAGES = 2048
-
-
-def diffs(folder: str) -> tuple[list[str], bytes]:
-    """Write a base and two layers over it; return their paths, and what is to be seen."""
-    paths = [str(Path(folder) / name) for name in ("base", "monday", "tuesday")]
-    model = bytearray(PAGES * PAGE)
-    for number, path in enumerate(paths):
-        with Path(path).open("wb") as file:
-            file.truncate(PAGES * PAGE)
-            for page in range(number, PAGES, (1, 3, 70)[number]):
-                if page % 16 == 9:  # a hole in all
-                    continue
-                fill = bytes(PAGE) if page % 5 == 3 and number else bytes([1 + number * 50 + page % 50]) * PAGE
-                os.pwrite(file.fileno(), fill, page * PAGE)
-                model[page * PAGE : (page + 1) * PAGE] = fill
-    return paths, bytes(model)
 
 
 def served(engine: str, readahead: int, folder: str) -> None:

@@ -26,7 +26,7 @@ from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.handoff.receive import Peer
 from aiouffd.server import services
-from aiouffd.server.services import Services
+from aiouffd.server.services import Services, Settings
 
 
 def test_a_source_that_is_unplugged(image: Path, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ async def test_openings_that_hang_are_bounded_for_each_name_and_each_process(mon
             answer.wait()
         raise FileNotFoundError(name)
 
-    taken = Services(find, Options(limits=Limits(timeout=0.05)), record=None, replay=None)
+    taken = Services(find, Settings(options=Options(limits=Limits(timeout=0.05))))
 
     async def asked(pid: int, name: str) -> str:
         handoff: Any = SimpleNamespace(peer=Peer(pid, 0, 0))

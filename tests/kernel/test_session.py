@@ -8,7 +8,7 @@ import functools
 import os
 import signal
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from pattern import PAGE, Pattern, content, peek, word
@@ -18,9 +18,12 @@ from served import MIB, hand_over
 import aiouffd
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.server import Server
-from aiouffd.server.session import Session, Settings
+from aiouffd.server.services import Settings
 from aiouffd.sources.object_store import ObjectSource
 from examples.page_server import PageServer
+
+if TYPE_CHECKING:
+    from aiouffd.server.session import Session
 
 SHIFTED = 1000
 """So many pages the second source is shifted."""

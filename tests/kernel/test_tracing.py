@@ -23,7 +23,7 @@ import aiouffd
 from aiouffd.otel import AiouffdInstrumentor
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.server import Server
-from aiouffd.server.session import Settings
+from aiouffd.server.services import Settings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

@@ -15,12 +15,13 @@ from msgspec import Meta
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.server.restarts import restarts
-from aiouffd.server.session import Settings
+from aiouffd.server.services import Settings
 from aiouffd.store.live import Order
 from aiouffd.store.place import is_snapshot, split
 
 if TYPE_CHECKING:
     from aiouffd.server.clients import Client
+    from aiouffd.server.mapped import MappedClient
     from aiouffd.server.server import Server
     from aiouffd.server.session import Session
 
@@ -106,6 +107,9 @@ class NewSession:
         Annotated[int, Meta(ge=1 << 20, le=1 << 62)] | None,
         Meta(description="The most bytes that are there at once, of one client that hands over its memory file."),
     ] = None
+    nydus_answers: Annotated[
+        Literal["length", "bare"], Meta(description="What precedes each answer to a client of nydus.")
+    ] = "length"
 
     @property
     def sources(self) -> list[str]:
@@ -133,7 +137,9 @@ class NewSession:
         )
         uids = {*self.allow_uids} | ({self.owner.uid} if self.owner is not None else set())
         policies = self.on_reject, self.on_failure
-        return Settings(frozenset(uids), *policies, options, self.record, self.replay, self.handoff_timeout)
+        return Settings(
+            frozenset(uids), *policies, options, self.record, self.replay, self.handoff_timeout, self.nydus_answers
+        )
 
 
 @attrs.frozen
@@ -148,9 +154,9 @@ class ClientView:
     memory_file: Annotated[bool, Meta(description="It has handed over the file behind its memory (a memfd).")]
 
     @classmethod
-    def of(cls, client: Client, now: float) -> ClientView:
+    def of(cls, client: Client | MappedClient, now: float) -> ClientView:
         """Return what is told of a client; now: on the monotonic clock."""
-        age, has_memory = round(now - client.since, 3), client.tenant.pack.has_memory
+        age, has_memory = round(now - client.since, 3), client.has_memory
         return cls(client.number, client.peer.pid, client.peer.uid, client.length, age, has_memory)
 
 
@@ -172,7 +178,7 @@ class SessionView:
     @classmethod
     def of(cls, session: Session, created: NewSession | None, now: float) -> SessionView:
         """Return what is told of a session."""
-        clients = [ClientView.of(client, now) for client in session.clients.values()]
+        clients = [ClientView.of(client, now) for client in (*session.clients.values(), *session.mapped)]
         about = (session.source, session.slow, session.told())
         return cls(session.name, session.state, clients, session.rejected, created, *about)
 
@@ -193,7 +199,7 @@ class ServerView:
     @classmethod
     def of(cls, server: Server, version: str, pid: int) -> ServerView:
         """Return what is told of the server."""
-        counts = (len(server.sessions), len(server.clients), server.rejected)
+        counts = (len(server.sessions), server.served, server.rejected)
         return cls(version, pid, list(server.pids), *counts, restarts(server), server.told())
 
 

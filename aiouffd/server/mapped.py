@@ -1,0 +1,441 @@
+"""Clients of nydus' policy `zerocopy`: a fault is answered with descriptors of files, which the client maps.
+
+The server does this itself. Nothing of it must survive: such a client connects again when its connection ends, hands
+its memory over again, and each thread that waits then faults again.
+
+A part of memory that the client has mapped is not registered any more, and no fault on it is told. The client may have
+written to it. So no window is answered twice on a connection, unless the client has left a fault on it for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import functools
+import logging
+import mmap
+import socket
+import sys
+import termios
+from array import array
+from bisect import bisect_right
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from aiouffd.engine.flight import spawn
+from aiouffd.errors import HandoffError, SourceError, UffdError
+from aiouffd.handoff import nydus
+from aiouffd.handoff.own_threads import close_foreign, in_own_thread
+from aiouffd.handoff.receive import enabled_features, receive
+from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.events import PageFault, Remove
+from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.kernel.owned_descriptor import inode
+from aiouffd.ranges import RangeSet, align_down, align_up
+from aiouffd.server.rejection import kill
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from aiouffd.engine.mappings import Mapping
+    from aiouffd.handoff.arrival import Handoff
+    from aiouffd.handoff.receive import Peer
+    from aiouffd.server.clients import Client
+    from aiouffd.server.services import Services, Settings
+
+__all__ = ["MappedClient", "MappedClients", "answer_sizes"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+_AGAIN: Final = 0.5  # seconds after which a fault is looked at again
+_LAYOUT: Final = 0.001  # seconds after which the kernel is asked again that has refused for now
+_MAX_OBJECT: Final = 64 << 10
+_UNKNOWN: Final = Feature.EVENT_FORK | Feature.EVENT_REMAP  # such memory would have to be followed
+
+
+async def answer_sizes(connection: socket.socket, stated: Callable[[], Awaitable[bytes]]) -> None:
+    """Answer each request for the size until the client ends the connection. Canceling is safe.
+
+    Args:
+        connection: non-blocking.
+        stated: returns the answer.
+
+    Raises:
+        ValueError, UffdError, OSError: it sends something else, or the connection is broken.
+    """
+    data = bytearray()
+    while piece := (await receive(connection, _MAX_OBJECT))[0]:
+        data += piece
+        if len(data) > _MAX_OBJECT:
+            raise ValueError(f"an object of more than {_MAX_OBJECT} bytes")
+        while data.strip():
+            message = nydus.taken(data)
+            if message is None:
+                break
+            if not nydus.is_stat(message):
+                raise ValueError(f"sent {message!r:.80} after its handshake")
+            await _send(connection, await stated(), [])
+
+
+async def _send(connection: socket.socket, data: bytes, fds: list[int]) -> None:
+    """Send bytes, and descriptors with the first of them. A client that does not read is waited for."""
+    loop = asyncio.get_running_loop()
+    while data:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        try:
+            sent = connection.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            ready = loop.create_future()
+            loop.add_writer(connection, lambda ready=ready: ready.done() or ready.set_result(None))  # type: ignore[misc]
+            try:
+                await ready
+            finally:
+                loop.remove_writer(connection)
+            continue
+        data, fds = data[sent:], []
+
+
+class MappedClient:
+    """One client. It takes the handoff, and the connection.
+
+    Args:
+        handoff: with a handshake of policy zerocopy.
+        connection: non-blocking.
+        origin: a source with `mappable`.
+        answers: what precedes them.
+        failed: called with why a page cannot be had.
+
+    Attributes:
+        number: of the client in its session.
+        peer: who it is.
+        identity: of its userfaultfd.
+        since: when it was taken, on the monotonic clock.
+        has_memory: whether it has handed over the file behind its memory, which would be of no use.
+    """
+
+    has_memory: Final = False
+
+    def __init__(
+        self,
+        handoff: Handoff,
+        connection: socket.socket,
+        origin: Any,
+        number: int,
+        answers: nydus.Answers,
+        failed: Callable[[MappedClient, SourceError], bool],
+    ) -> None:
+        assert handoff.nydus is not None
+        self.number, self.peer = number, handoff.peer
+        self.identity = inode(handoff.uffd.fileno())
+        self.since = monotonic()
+        self._uffd, self._regions, self._connection = handoff.uffd, handoff.regions, connection
+        self._starts = [mapping.start for mapping in self._regions.mappings]
+        self._window = max(handoff.nydus.window, self._regions.page_size)
+        self._prefault = handoff.nydus.prefault
+        self._origin, self._answers, self._failed = origin, answers, failed
+        self._end = align_up(origin.size, mmap.PAGESIZE)  # of what a file has: behind it are zeros
+        self._answered = RangeSet()  # offsets
+        self._zeros = RangeSet()  # offsets that the client has given back
+        self._outgoing: asyncio.Queue[list[nydus.Part]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._timers: set[asyncio.TimerHandle] = set()
+
+    def __str__(self) -> str:
+        return f"client {self.number} ({self.peer}), which maps files"
+
+    @property
+    def length(self) -> int:
+        """Bytes of its memory."""
+        return self._regions.length
+
+    async def run(self) -> str:
+        """Answer until the client leaves, and return why it has ended. Canceling is safe.
+
+        Raises:
+            ValueError, UffdError, OSError: what is wrong with what it sends.
+        """
+        sending = self._loop.create_task(self._send_all())
+        self._loop.add_reader(self._uffd.fileno(), self._read)
+        try:
+            if self._prefault:
+                for mapping in self._regions.mappings:
+                    self._answer(mapping.offset, min(mapping.offset + mapping.end - mapping.start, self._end))
+            for mapping in self._regions.mappings:  # of a server before this one, it may wait for answers
+                self._uffd.try_wake(mapping.start, mapping.end - mapping.start)
+            await answer_sizes(self._connection, self._stated)
+        finally:
+            self._loop.remove_reader(self._uffd.fileno())
+            for timer in self._timers:
+                timer.cancel()
+            sending.cancel()
+            await asyncio.wait([sending])
+            self._uffd.close()
+            close_foreign([self._connection.detach()])
+        return "has ended, or its connection has"
+
+    async def _stated(self) -> bytes:
+        return nydus.stated(self._origin.size, self._answers)
+
+    def leave(self) -> None:
+        """Have `run` return: nothing that the client sends is read any more."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RD)
+
+    # Faults
+
+    def _read(self) -> None:
+        try:
+            events = self._uffd.read()
+        except (UffdError, OSError) as error:
+            log.warning("%s: %s", self, error)
+            self.leave()
+            return
+        for event in events:  # faults come first, although what was given back before them reads as zeros
+            if isinstance(event, Remove):
+                for mapping, start, end in self._shown(event.start, event.end):
+                    self._zeros.add(mapping.offset + start - mapping.start, mapping.offset + end - mapping.start)
+        for event in events:
+            if isinstance(event, PageFault):
+                self._fault(event.address)
+
+    def _shown(self, start: int, end: int) -> Iterator[tuple[Mapping, int, int]]:
+        for mapping in self._regions.mappings:
+            if mapping.start < end and start < mapping.end:
+                yield mapping, max(start, mapping.start), min(end, mapping.end)
+
+    def _fault(self, address: int) -> None:
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address >= self._regions.mappings[index].end:
+            log.warning("%s: a fault at %#x, which it has not handed over", self, address)
+            return
+        mapping, page = self._regions.mappings[index], align_down(address, self._regions.page_size)
+        offset = mapping.offset + page - mapping.start
+        if offset in self._zeros or offset >= self._end:
+            self._zero(page, page + self._regions.page_size)
+            return
+        low = max(align_down(offset, self._window), mapping.offset)
+        high = min(align_down(offset, self._window) + self._window, mapping.offset + mapping.end - mapping.start)
+        if offset in self._answered:
+            self._later(_AGAIN, self._again, page, offset, low, high)
+        else:
+            self._try_answer(page, low, high)
+
+    def _try_answer(self, page: int, low: int, high: int) -> None:
+        try:
+            self._answer(low, min(high, self._end))
+        except SourceError as error:
+            self._lost(page, error)
+
+    def _answer(self, low: int, high: int) -> None:
+        """Have the client map what files have of [low, high), but for what it has given back; the rest is zeros."""
+        parts = []
+        for gap in self._zeros.gaps(low, high):
+            at = gap.start
+            for start, end, fd, place in self._origin.mappable(gap.start, min(gap.end, self._origin.size)) or ():
+                self._zero_offsets(at, start)
+                at = align_up(end, mmap.PAGESIZE)
+                parts.append(nydus.Part(start, at - start, fd, place))
+            self._zero_offsets(at, gap.end)
+        self._answered.add(low, high)
+        for first in range(0, len(parts), nydus.MOST_RANGES):
+            self._outgoing.put_nowait(parts[first : first + nydus.MOST_RANGES])
+
+    def _again(self, page: int, offset: int, low: int, high: int) -> None:
+        """Look at a fault on a window that was answered: it has come before the client had mapped it, or ever since.
+
+        What is missing around it is given once more. The rest of the window may be written.
+        """
+        size = self._regions.page_size
+        unread = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
+        if self._outgoing.qsize() or int.from_bytes(unread, sys.byteorder):
+            self._later(_AGAIN, self._again, page, offset, low, high)
+        elif not self._is_missing(page):  # it is mapped, or present
+            self._uffd.try_wake(page, size)
+        else:
+            start, end = offset, offset + size
+            while start > low and self._is_missing(page - offset + start - size):
+                start -= size
+            while end < high and self._is_missing(page - offset + end):
+                end += size
+            self._try_answer(page, start, end)
+
+    def _is_missing(self, page: int) -> bool:
+        return self._uffd.try_copy(page, address_of(unreadable()), self._regions.page_size, 0) == -errno.EFAULT
+
+    def _zero_offsets(self, low: int, high: int) -> None:
+        for mapping in self._regions.mappings if low < high else ():
+            start = max(low, mapping.offset)
+            end = min(high, mapping.offset + mapping.end - mapping.start)
+            if start < end:
+                self._zero(start - mapping.offset + mapping.start, end - mapping.offset + mapping.start)
+
+    def _zero(self, start: int, end: int) -> None:
+        while start < end:
+            done = self._uffd.try_zeropage(start, end - start, 0)
+            if done == -errno.EAGAIN:
+                self._later(_LAYOUT, self._zero, start, end)
+                return
+            if done == -errno.EEXIST:
+                self._uffd.try_wake(start, self._regions.page_size)
+            elif done < 0:  # mapped by now, or gone
+                return
+            start += done if done > 0 else self._regions.page_size
+
+    def _lost(self, page: int, error: SourceError) -> None:
+        if not self._failed(self, error):
+            self._later(1.0, self._fault, page)
+        elif self._uffd.try_poison(page, self._regions.page_size, 0) < 0:
+            self._uffd.try_wake(page, self._regions.page_size)
+            log.error("%s: its page at %#x waits for ever (no UFFDIO_POISON before Linux 6.6)", self, page)
+
+    def _later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            function(*arguments)
+
+        timer = self._loop.call_later(seconds, run)
+        self._timers.add(timer)
+
+    async def _send_all(self) -> None:
+        try:
+            while True:
+                parts = await self._outgoing.get()
+                await _send(self._connection, nydus.ranges(parts, self._answers), [part.fd for part in parts])
+        except OSError:  # it has gone; that is seen by who reads
+            self.leave()
+
+
+class MappedClients:
+    """The clients of a session that map files, and what others of nydus' clients ask for.
+
+    Args:
+        settings: of the session.
+        services: finds the source of a client.
+        clients: of the session that are served their pages.
+        keep: notes one of these again, whose connection is another one.
+        tell: called with what happens, and its details.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        services: Services,
+        clients: dict[str, Client],
+        keep: Callable[[Client], None],
+        tell: Callable[..., None],
+    ) -> None:
+        self._settings, self._services, self._copied = settings, services, clients
+        self._keep, self._tell = keep, tell
+        self._clients: dict[MappedClient, socket.socket] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[MappedClient]:
+        return iter(list(self._clients))
+
+    async def stated(self, peer: Peer, number: int) -> bytes:
+        """Return the answer to a process that asks how much it would be served, as the client of this number."""
+        return nydus.stated(await self._services.size(peer, number), self._settings.nydus_answers)
+
+    async def takes(self, handoff: Handoff, connection: socket.socket, number: int) -> bool:
+        """Take a handoff and its connection, and return whether that is so; or raise, and leave both.
+
+        False: the client wants its pages copied, and is not known.
+
+        Raises:
+            UffdError, OSError: it cannot be served, and why.
+        """
+        assert handoff.nydus is not None
+        if not handoff.nydus.zerocopy:
+            return self._connected_again(handoff, connection)
+        origin = await self._services.origin(handoff, number)
+        why = self._settings.unmappable
+        if not why and enabled_features(handoff.uffd.fileno()) & _UNKNOWN:
+            why = "its forks or moves are told, and memory that files are mapped into cannot be followed"
+        if not why and await in_own_thread(_files_of, origin) is None:
+            why = f"{origin!r:.200} is no file, or not in whole pages"
+        if why:
+            raise HandoffError(str(handoff.peer), f"wants to map files (policy 0): {why}; policy 1 copies")
+        client = MappedClient(handoff, connection, origin, number, self._settings.nydus_answers, self._failed)
+        for other in self._clients:
+            if other.identity == client.identity:
+                other.leave()
+        self._clients[client] = connection
+        log.info("%s: %d bytes", client, client.length)
+        self._tell("client.served", client=number, pid=client.peer.pid, uid=client.peer.uid, size=client.length)
+        spawn(self._tasks, self._run(client))
+        return True
+
+    def _connected_again(self, handoff: Handoff, connection: socket.socket) -> bool:
+        """Go on with a client that has lost its connection, and is served: what it has given back stays known."""
+        identity, mappings = inode(handoff.uffd.fileno()), list(handoff.regions.mappings)
+        for client in self._copied.values():
+            tenant = client.tenant
+            if inode(tenant.uffd.fileno()) == identity and tenant.mappings == mappings and client.conversation is None:
+                client.disconnect()
+                client.connection = connection
+                self._keep(client)
+                self.listen(client)
+                for mapping in mappings:
+                    handoff.uffd.try_wake(mapping.start, mapping.end - mapping.start)
+                handoff.close()
+                log.info("%s has connected again", client)
+                return True
+        return False
+
+    def listen(self, client: Client) -> None:
+        """Answer a client whose pages are copied when it asks for the size, as long as it has its connection."""
+        spawn(self._tasks, self._listen(client.connection.dup(), client))
+
+    async def _listen(self, connection: socket.socket, client: Client) -> None:
+        try:  # the connection's end says nothing: the client may live, and connect again
+            await answer_sizes(connection, functools.partial(self.stated, client.peer, client.number))
+        except (UffdError, OSError, ValueError) as error:
+            log.warning("%s: %s", client, error)
+        finally:
+            close_foreign([connection.detach()])
+
+    async def aclose(self) -> None:
+        """End all connections: the clients connect again, to the next server."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait(self) -> None:
+        """Wait until none is left. Canceling is safe."""
+        while self._clients:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _run(self, client: MappedClient) -> None:
+        why = "is left to the next server"
+        try:
+            why = await client.run()
+        except (UffdError, OSError, ValueError) as error:
+            why = str(error)
+        finally:
+            del self._clients[client]
+            self._changed.set()
+            log.info("%s: %s", client, why)
+            self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
+
+    def _failed(self, client: MappedClient, error: SourceError) -> bool:
+        """Note that a page cannot be had; return whether it is given up."""
+        log.error("%s: %s", client, error)
+        self._tell("client.failed", client=client.number, reason=str(error))
+        if self._settings.on_failure == "kill":
+            kill(self._clients[client], client.peer, "a page cannot be had")
+        return self._settings.on_failure != "hold"
+
+
+def _files_of(origin: Any) -> Any:
+    mappable = getattr(origin, "mappable", None)
+    try:
+        return None if mappable is None else mappable(0, origin.size)
+    except SourceError:
+        return None
