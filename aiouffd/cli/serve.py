@@ -20,6 +20,7 @@ from aiouffd import __version__
 from aiouffd.cli import daemon, parameters
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
+from aiouffd.report.perfetto import FaultLog
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
 from aiouffd.server.successor import SYSTEMD
@@ -72,10 +73,11 @@ _RECENT = (
 _CONTROL = "Answer `aiouffd ctl` on this socket, which has sessions created and deleted; SOURCE may be left out then."
 _HTTP = "Show a browser there what the sessions do. Other machines need --http-token-file."
 _OTEL = "Send traces and metrics by OpenTelemetry, as the environment variables OTEL_* say. Needs the extra `otel`."
+_PERFETTO = "Write the faults that wait for a read to this file, by time and with their cause, for ui.perfetto.dev."
 _WHO_LOOKS = "A file with a token; who has it may look: http://HOST:PORT/?token=TOKEN"
 _OF_SERVER = {
     *("folder", "cache_size", "recent", "metrics", "control", "http", "token_file"),
-    *("on_term", "hold", "takeover", "otel"),
+    *("on_term", "hold", "takeover", "otel", "perfetto"),
 }
 _FIELDS = {"pid", "uid", "number", "name"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:=@+~-]{0,199}")  # one part of a path or URL, with nothing to escape
@@ -115,6 +117,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--http", type=parameters.Address(), metavar="[HOST:]PORT", help=_HTTP)
 @_option("--http-token-file", "token_file", type=click.Path(), help=_WHO_LOOKS)
 @_option("--otel", is_flag=True, help=_OTEL)
+@_option("--perfetto", type=click.Path(dir_okay=False), help=_PERFETTO)
 @_option("--on-reject", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_REJECT)
 @_option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), default="poison", help=_ON_FAILURE)
 @_option("--on-term", type=click.Choice(["keep", "fill", "leave"]), default="keep", help=_ON_TERM)
@@ -131,6 +134,7 @@ def command(
     http: tuple[str, int] | None,
     token_file: str | None,
     otel: bool,
+    perfetto: str | None,
     on_term: str,
     **options: Any,
 ) -> int:
@@ -161,7 +165,7 @@ def command(
     elif source_for is not None:
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     token = "" if token_file is None else Path(token_file).read_text().strip()
-    telemetry = _telemetry() if otel else None
+    told = _told(perfetto, otel=otel)
     server = Server(chosen, path, listener=listener, **options)
     console = daemon.terminal()
     daemon.log_to(console)
@@ -170,9 +174,9 @@ def command(
     where = "sockets of sessions" if alone else path or "systemd's socket"
     outside = [_endpoint(server, metrics), _dashboard(server, http, token)]
     inside = [_control(server, control, cache), daemon.shown(server, console)]
-    with telemetry or contextlib.nullcontext(), asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with told, asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            return runner.run(_serve(server, outside, inside, telemetry, on_term=on_term, where=where))
+            return runner.run(_serve(server, outside, inside, told.leave, on_term=on_term, where=where))
         except OSError as error:
             if error.filename not in places:
                 raise
@@ -185,7 +189,21 @@ def _raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _telemetry() -> Telemetry:
+class _Nobody(contextlib.nullcontext[None]):
+    """Is told nothing."""
+
+    def leave(self) -> None:
+        """Nothing is left."""
+
+
+def _told(perfetto: str | None, *, otel: bool) -> FaultLog | Telemetry | _Nobody:
+    """Return who is told of the server, from now on."""
+    if perfetto is not None and otel:
+        raise click.UsageError("give either --otel or --perfetto")
+    if perfetto is not None:
+        return FaultLog(perfetto)
+    if not otel:
+        return _Nobody()
     try:
         from aiouffd.otel.sdk import Telemetry  # noqa: PLC0415 - 0.3 s, for few servers
     except ImportError as error:
@@ -303,7 +321,7 @@ async def _serve(
     server: Server,
     outside: Sequence[AbstractAsyncContextManager[Any]],
     inside: Sequence[AbstractAsyncContextManager[Any]],
-    telemetry: Telemetry | None,
+    leave: Callable[[], None],
     *,
     on_term: str,
     where: str,
@@ -315,7 +333,7 @@ async def _serve(
         outside: what is there before the server, and after it; what they yield has a `close`, so that a new process
             can take over its address; or it is None.
         inside: what is there while the server is.
-        telemetry: is told of it; None: nobody is.
+        leave: called before this process ends without being finalized.
         on_term: what becomes of the clients at the end: "fill" brings all their missing pages, and releases them;
             "keep" waits until they leave; "leave" leaves them to the next server.
         where: the address, for the log.
@@ -335,7 +353,7 @@ async def _serve(
         taken = loop.create_task(server.wait_taken())
         try:
             await daemon.first(told, dead, taken)
-            _leave_if(telemetry, taken=taken.done(), left=on_term == "leave")
+            _leave_if(leave, taken=taken.done(), left=on_term == "leave")
             server.stop_listening()
             for beside in besides:
                 if beside is not None:
@@ -355,13 +373,12 @@ async def _serve(
     return 0
 
 
-def _leave_if(telemetry: Telemetry | None, *, taken: bool, left: bool) -> None:
+def _leave_if(leave: Callable[[], None], *, taken: bool, left: bool) -> None:
     """End at once, if it is so: whatever is closed in order is closed for whoever has it next, too."""
     if taken or left:
         log.info("ended: %s", "another server has taken over" if taken else "left to the next server")
         daemon.notify("STOPPING=1")
-        if telemetry is not None:
-            telemetry.leave()
+        leave()
         logging.shutdown()
         os._exit(0)
 

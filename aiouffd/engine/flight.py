@@ -35,14 +35,15 @@ class Flight:
         wanted: addresses of the pages that threads wait for: see `want`.
         began_ns: when the first of these faults was read.
         waited_ns: since when a thread waits.
+        faults: those that wait: address of the page, id of the thread (0: unknown), flags, since when.
         purpose: what it is for.
         done: the task that flies it.
         generation: of the mappings, when it was entered in its space.
     """
 
     __slots__ = (
-        *("_hurry", "began_ns", "done", "end", "generation", "length", "offset", "purpose", "start", "waited_ns"),
-        "wanted",
+        *("_hurry", "began_ns", "done", "end", "faults", "generation", "length", "offset", "purpose", "start"),
+        *("waited_ns", "wanted"),
     )
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
@@ -53,16 +54,19 @@ class Flight:
         self.wanted: set[int] = set()
         self.began_ns: int = began_ns
         self.waited_ns: int = began_ns
+        self.faults: list[tuple[int, int, int, int]] = []
         self.purpose: Purpose = purpose
         self.done: asyncio.Task[None] | None = None
         self.generation: int = -1
         self._hurry: Callable[[], None] | None = None
 
-    def want(self, page: int) -> None:
+    def want(self, page: int, flags: int = 0, thread: int = 0) -> None:
         """Take note that a thread waits for a page."""
+        now = perf_counter_ns()
         if not self.wanted:
-            self.waited_ns = perf_counter_ns()
+            self.waited_ns = now
         self.wanted.add(page)
+        self.faults.append((page, thread, flags, now))
         if self._hurry is not None:
             hurry, self._hurry = self._hurry, None
             hurry()

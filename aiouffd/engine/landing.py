@@ -24,7 +24,7 @@ SLOW_NS: Final = 100_000_000
 """A fault that takes so long is told."""
 _SLOW_AGAIN: Final = 1.0  # seconds between two slow faults of a space that are told
 _TRACED: Final = 500.0  # flights a second that are told where somebody traces
-_STEPS: Final = 200  # of a flight that are told
+_STEPS: Final = 200  # of a flight that are told, and faults
 
 
 def untold(_space: Any, _flight: Flight, _steps: Steps, _failure: BaseException | None) -> None:
@@ -104,6 +104,7 @@ def _traced(flight: Flight, steps: Steps, ended: int, failure: BaseException | N
         "waited_ns": flight.waited_ns,
         "ended_ns": ended,
         "steps": steps[:_STEPS],
+        "faults": flight.faults[:_STEPS],
         "error": "" if failure is None else type(failure).__name__,
         "reason": "" if failure is None else str(failure)[:1000],
     }

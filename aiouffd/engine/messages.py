@@ -85,7 +85,7 @@ def _is_under_way(space: Space, page: int, flags: int, thread: int, began_ns: in
     flights = space.flights
     if flights and (flight := flights.get(page)) is not None:
         space.counters.words[_JOINED] += 1
-        flight.want(page)
+        flight.want(page, flags, thread)
         space.backend.follow(space, page)
         return True
     if flags & _PAGE_IS_THERE:

@@ -106,7 +106,7 @@ class HandlerBackend:
             if space.readahead.note is not None:
                 space.readahead.note(offset, offset, space.page_size)
             fault = Fault(page, FaultFlag(flags), thread, Range(page, space.page_size), offset)
-            self._begin(space, fault, began_ns, FOR_FAULT).wanted.add(page)
+            self._begin(space, fault, began_ns, FOR_FAULT).want(page, flags, thread)
         if zeros:
             self._words[Counter.PAGES_ZERO] += len(zeros)
             self._words[Counter.PAGES_FAULT] += len(zeros)

@@ -132,7 +132,7 @@ class SourceBackend:
         zeros = 0
         outdated: list[int] = []
         asked: list[tuple[int, int]] = []  # the windows of this wake-up, so that its faults do not bring one page twice
-        for page, _flags, thread in faults:
+        for page, _, thread in faults:
             asked = [window for window in asked if window[1] > page]  # faults come in order of address
             if asked and any(low <= page for low, _ in asked):
                 continue
@@ -151,25 +151,26 @@ class SourceBackend:
                 wanted = page if low <= offset < low + length else None
                 self._bring(space, address, low, length, runs, wanted, began_ns, FOR_FAULT)
             self._follow(space, start - first, offset, first, first + end - start, began_ns)
-        self._finish(space, [page for page, *_ in faults if page not in outdated], runs, zeros, began_ns)
+        self._finish(space, [fault for fault in faults if fault[0] not in outdated], runs, zeros, began_ns)
         look_again(space, outdated, began_ns)
 
-    def _finish(self, space: Space, pages: list[int], runs: list[Run], zeros: int, began_ns: int) -> None:
+    def _finish(
+        self, space: Space, faults: list[tuple[int, int, int]], runs: list[Run], zeros: int, began_ns: int
+    ) -> None:
         """Count the faults of one wake-up, join those that wait for flights, and resolve the runs of the others."""
         waiting = 0
-        for page in pages:
-            flight = space.flights.get(page)
-            if flight is not None:
-                flight.want(page)
+        for fault in faults:
+            if (flight := space.flights.get(fault[0])) is not None:
+                flight.want(*fault)
                 waiting += 1
-        served = len(pages) - waiting
+        served = len(faults) - waiting
         # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
         self._words[_PAGES_FAULT] += served
         self._words[_PAGES_READAHEAD] -= served - zeros  # they were counted with their windows
-        if runs and space.filling and len(pages) == 1:  # in pieces it takes twice as long
+        if runs and space.filling and len(faults) == 1:  # in pieces it takes twice as long
             space.resolve(runs)
         elif runs:
-            space.resolve_windows(runs, pages)
+            space.resolve_windows(runs, [page for page, *_ in faults])
         if served:
             space.record_latency(began_ns, served)
 
