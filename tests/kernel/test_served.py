@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fuse
@@ -25,7 +26,6 @@ from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 SIZE = 64 * PAGE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,6 +53,41 @@ def test_leaving_while_a_read_hangs(tmp_path: Path) -> None:
     """It does not wait for the read, and nothing is said of a loop that does not turn."""
     _, errors = play(leaves_while_a_read_hangs, str(tmp_path))
     assert errors == ""
+
+
+class FailsOnce(Pattern):
+    """Says where it lies when it is asked, but for once, if there is a file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(SIZE)
+        self.path = path
+
+    def locate(self, _offset: int, _length: int) -> int | None:
+        """Say nowhere."""
+        return None
+
+    def memory(self) -> None:
+        """Fail if there is the file, and remove it."""
+        if os.path.exists(self.path):  # noqa: PTH110
+            os.unlink(self.path)  # noqa: PTH108
+            raise RuntimeError(self.path)
+
+
+def cannot_take_over(path: str) -> None:
+    """Scenario: the first worker behind one that was killed fails to serve what that has served."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, FailsOnce(path), engine=aiouffd.Pager(), on_exit="zeros") as monitor:
+        assert peek(region.address) == word(0)
+        Path(path).touch()
+        os.kill(monitor.pids[1], signal.SIGKILL)
+        monitor.prefetch_sync(0, 8 * PAGE)
+        assert peek(region.address + 9 * PAGE) == word(9)
+        assert not Path(path).exists()
+
+
+def test_a_worker_that_cannot_take_over_is_replaced(tmp_path: Path) -> None:
+    """It would leave threads and requests waiting for ever; the next one may do better."""
+    assert "could not be taken over" in play(cannot_take_over, str(tmp_path / "file"))[1]
 
 
 def one_file_system_is_silent(directory: str, near: str, path: str) -> None:

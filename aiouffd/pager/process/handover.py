@@ -23,6 +23,7 @@ from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.replay import Replay, survey
+from aiouffd.pager.process.served import or_end
 from aiouffd.pager.process.state import State
 from aiouffd.pager.process.tenancy import BUILD_TIMEOUT
 
@@ -112,8 +113,9 @@ class Handover:
             served.journal.take_counters(journal)
             if not await self.is_left_to_us(connection, state):
                 raise ClosedError("the predecessor serves on")
-            served.restore(Replay(state), -1, built)
-            served.note_meta()
+            with or_end():
+                served.restore(Replay(state), -1, built)
+                served.note_meta()
 
     async def _build(self, state: State) -> dict[int, Origin]:
         """Open all sources at the same time: one that does not answer delays the others, but no page of theirs."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import struct
 from collections import defaultdict
 from functools import partial
@@ -41,14 +43,14 @@ from aiouffd.pager.process.tenancy import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.replay import Replay
 
-__all__ = ["PROVISIONAL", "Served"]
+__all__ = ["PROVISIONAL", "Served", "or_end"]
 
 PROVISIONAL = "provisional"
 """Why a space is not read: it is another pager's still."""
@@ -63,6 +65,19 @@ def _not_opened(error: Exception) -> PagerStartError:
     what = "the source or handler arrived, but could not be rebuilt"
     limit = limit_error(what, getattr(error, "errno", None) or 0)
     return PagerStartError(str(limit or f"{what}: {error}"))
+
+
+@contextlib.contextmanager
+def or_end() -> Iterator[None]:
+    """End this worker where the block fails, which serves what another has served.
+
+    Threads and requests would wait for it for ever. The journal has it, and the next worker may do better.
+    """
+    try:
+        yield
+    except Exception:
+        log.exception("what another worker has served could not be taken over: this one ends")
+        os._exit(1)
 
 
 class Served:
@@ -437,10 +452,9 @@ class Served:
             else:
                 self.spawn(self._restore_origin(number, record, used[number], told))
 
-    async def _restore_origin(
-        self, number: int, record: dict[str, Any], spaces: list[SpaceState], told: list[tuple[int, bytes, int]]
-    ) -> None:
-        self._restore_spaces(await self.rebuilt(number, record), spaces, told)
+    async def _restore_origin(self, number: int, record: dict[str, Any], *served: Any) -> None:
+        with or_end():
+            self._restore_spaces(await self.rebuilt(number, record), *served)
 
     async def rebuilt(self, number: int, record: dict[str, Any], *, again: bool = True) -> Origin:
         """Return what serves; where that fails, and it has served before, what fails each page."""
