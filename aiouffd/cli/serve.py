@@ -223,6 +223,8 @@ def _check(source: str | None, source_for: str | None, options: dict[str, Any], 
         raise click.UsageError("--takeover: needs --hold PATH; systemd starts a service when the one before has ended")
     context = click.get_current_context()
     given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if "cache_size" in given and "folder" not in given:
+        raise click.UsageError("--cache-size: needs --cache, the folder that may have this size")
     if alone and (lost := set(given) - _OF_SERVER):
         names = ", ".join(sorted(item.opts[0] for item in context.command.params if item.name in lost))
         raise click.UsageError(f"{names}: needs SOURCE or --source-for; sessions have their own when they are created")

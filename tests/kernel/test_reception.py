@@ -43,7 +43,7 @@ def no_server(path: str) -> None:
     assert region.monitor is None
     with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)):
         assert region[0] == 1
-    with pytest.raises(ValueError, match="takes no a source or handler"):
+    with pytest.raises(ValueError, match="takes no source or handler: these are"):
         aiouffd.Monitor(region, Pattern(MIB), engine=aiouffd.ServedBy(path))  # type: ignore[call-overload]
 
 

@@ -221,6 +221,7 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         ([str(image), "--socket", "s", "--replay", str(tmp_path / "no")], f"--replay {tmp_path}/no: No such file"),
         ([str(image), "--socket", "s", "--metrics", "no.host.invalid:1"], "--metrics no.host.invalid:1: "),
         ([str(image), "--socket", "s", "--bytes-in-flight", "0"], "is too little"),
+        ([str(image), "--socket", "s", "--cache-size", "1G"], "--cache-size: needs --cache"),
         ([str(image), "--socket", "s", "--metrics", str(port)], f"--metrics 127.0.0.1:{port}: Address already in use"),
         ([str(image), "--socket", "s", "--timeout", "nan"], "is not a number of seconds"),
         (["--source-for", "{", "--socket", "s"], "write for example"),

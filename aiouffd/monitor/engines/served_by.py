@@ -82,7 +82,7 @@ class ServedBy:
         refused = [
             name
             for name, is_asked in {
-                "a source or handler": terms.origin is not None,
+                "source or handler": terms.origin is not None,
                 "record": terms.records,
                 "replay": terms.replays,
                 "report (its statistics are those of all its clients)": terms.reports,
