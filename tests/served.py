@@ -195,7 +195,7 @@ def touch_all(path: str, size: int) -> None:
 
 
 def hand_over(
-    path: str | Path, length: int = MIB, *, shared: bool = False, protected: bool = False
+    path: str | Path, length: int = MIB, *, shared: bool = False, protected: bool = False, first: bytes = b""
 ) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
     """Hand over a region as Firecracker does; keep all that is returned.
 
@@ -204,8 +204,10 @@ def hand_over(
         length: of the region.
         shared: with the memfd that it maps.
         protected: the region is registered for write protection, too.
+        first: what is there already, at its beginning.
     """
     region = aiouffd.Region(length, shared=shared)
+    region[: len(first)] = first
     features, modes = aiouffd.Feature.EVENT_REMOVE, aiouffd.RegisterMode.MISSING
     if shared:
         features, modes = features | aiouffd.Feature.MINOR_SHMEM, modes | aiouffd.RegisterMode.MINOR

@@ -40,8 +40,8 @@ def test_settings() -> None:
 
 
 def test_a_recording_sees_what_is_touched() -> None:
-    """So it is served page by page; and it does not go with a replay."""
-    recorded = NewSession(name="a", socket="/s", source="/x", record="/r", owner=Owner(3))
-    assert recorded.settings().options.readahead == 0
+    """With readahead as without a recording; and it does not go with a replay."""
+    recorded = NewSession(name="a", socket="/s", source="/x", record="/r", owner=Owner(3)).settings()
+    assert (recorded.record, recorded.options.readahead) == ("/r", 2 << 20)
     with pytest.raises(ValueError, match="either record or replay"):
         NewSession(name="a", socket="/s", source="/x", record="/r", replay="/r").settings()

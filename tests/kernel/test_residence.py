@@ -15,8 +15,10 @@ from pattern import PAGE, content, peek, word
 from scenario import ended, eventually, play
 from served import MIB, Servers, hand_over
 
+from aiouffd import Feature, Userfaultfd
 from aiouffd.cli import main
 from aiouffd.cli.unix_http import ControlClient
+from aiouffd.server.residence import lacking
 from aiouffd.store import create_sync
 from examples.microvm import MicroVM
 
@@ -38,12 +40,13 @@ def bounded(folder: str) -> None:
     servers = Servers(folder, "--control", place / "control.sock", socket="")
     servers.start("first")
     assert main(["ctl", "create", "vm", "base.snap", "--socket", path, "--max-resident", "2M"]) == 0
-    region, *_kept = hand_over(path, SIZE, shared=True, protected=True)
+    region, *_kept = hand_over(path, SIZE, shared=True, protected=True, first=b"there: w")
 
     def touch(count: int = SIZE // PAGE) -> int:
         """Read each page; return how many bytes were there at most."""
         most = 0
-        for page in range(count):
+        assert peek(region.address) == b"there: w"
+        for page in range(1, count):
             assert peek(region.address + page * PAGE + 8) == word(page)
             most = max(most, resident(region)) if page % 64 == 0 else most
         return most
@@ -60,14 +63,16 @@ def bounded(folder: str) -> None:
     print(f"at most {most} bytes of {SIZE} were there, with a limit of {LIMIT}")
     assert most <= LIMIT + MIB // 4  # and a window
     assert control.ask("POST", f"{at}/evict")["bytes"] > LIMIT // 2
-    assert resident(region) == PAGE
+    assert resident(region) == 2 * PAGE  # what was there at the handoff, and what was written
     assert peek(region.address + 5 * PAGE) == b"written!"
     taken = control.ask("POST", f"{at}/snapshot", {"destination": str(place / "layer.snap")})
     assert taken["bytes"] == 64 << 10  # of one chunk it is known that it was written
     servers.lose()
     servers.start("second")
     touch(64)
-    assert main(["ctl", "evict", "vm", "--length", "16K"]) == 0
+    before = resident(region)
+    assert main(["ctl", "evict", "vm", "--offset", "64K", "--length", "16K"]) == 0
+    assert before - resident(region) == 16 << 10
     assert peek(region.address + 5 * PAGE) == b"written!"
     touch(64)
     is_refused(control, at, place)
@@ -109,3 +114,16 @@ def test_the_memory_of_a_client_is_bounded(tmp_path: Path) -> None:
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))
+
+
+def test_what_a_client_lacks() -> None:
+    """One reason at a time, with what to do."""
+    with Userfaultfd(Feature.PAGEFAULT_FLAG_WP) as plain, Userfaultfd(Feature.WP_ASYNC) as tracked:
+        for uffd, size, has_file, why in (
+            (plain, PAGE, False, "no memory file: send the memfd"),
+            (plain, 2 * MIB, True, "use small ones"),
+            (tracked, PAGE, True, "UFFD_FEATURE_WP_ASYNC"),
+            (plain, PAGE, True, ""),
+        ):
+            assert why in lacking(uffd, size, has_file=has_file)
+        assert not lacking(plain, PAGE, has_file=True)
