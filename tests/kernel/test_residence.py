@@ -92,12 +92,12 @@ def is_refused(control: ControlClient, at: str, place: Path) -> None:
         with pytest.raises(click.ClickException, match=why):
             control.ask("POST", what)
     assert control.ask("POST", f"{at}/complete")["failed"] == {"1": f"it has {SIZE} bytes, and max_resident is {LIMIT}"}
-    for session, kind, why in (
-        ("private", {}, "has handed over no memory file"),
-        ("open", {"shared": True}, "UFFDIO_REGISTER_MODE_WP"),
-        ("vm", {"shared": True, "protected": True}, "one client at a time"),
+    for session, shared, protected, why in (
+        ("private", False, False, "has handed over no memory file"),
+        ("open", True, False, "UFFDIO_REGISTER_MODE_WP"),
+        ("vm", True, True, "one client at a time"),
     ):
-        _, connection, uffd = hand_over(place / f"{session}.sock", MIB, **kind)
+        _, connection, uffd = hand_over(place / f"{session}.sock", MIB, shared=shared, protected=protected)
         told = next(
             each for each in control.events(0) if each["kind"] == "client.rejected" and each["session"] == session
         )

@@ -259,10 +259,10 @@ def ends(control: ControlClient, at: str, place: Path) -> None:
 def is_refused(control: ControlClient, at: str, place: Path) -> None:
     """Have snapshots refused by name."""
     new = {"source": str(place / "base.snap")}
-    for name, options in (("none", {}), ("open", {"shared": True})):
+    for name, shared in (("none", False), ("open", True)):
         path = str(place / f"{name}.sock")
         control.ask("POST", "/v1/sessions", {"name": name, "socket": path, **new})
-        kept = hand_over(path, FILE, **options)
+        kept = hand_over(path, FILE, shared=shared)
         assert kept[0][0] == 1
         other = f"/v1/sessions/{name}/snapshot"
         with pytest.raises(click.ClickException, match={"none": "no memory file", "open": "REGISTER_MODE_WP"}[name]):
