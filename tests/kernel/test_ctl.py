@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from pattern import PAGE, peek
 from scenario import eventually, play
 from served import Serve, client, hand_over
 
-from aiouffd.cli import main
+from aiouffd.cli import ctl, main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,3 +101,21 @@ def test_events(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             serve.end()
             assert process.wait(60) == 0
             assert "session.draining b clients=0" in process.stdout.read()
+
+
+def test_how_far_a_snapshot_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal only; before its moment, and when it has ended just now, nothing is known."""
+    asked = threading.Event()
+
+    def ask(method: str, path: str) -> dict[str, int]:
+        asked.set()
+        assert (method, path) == ("GET", "/v1/sessions/vm/snapshot")
+        return {"bytes": 1, "total": 0}
+
+    control: Any = SimpleNamespace(ask=ask)
+    with ctl._progress(control, "vm"):
+        assert not asked.is_set()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with ctl._progress(control, "vm"):
+        assert asked.wait(60)
+    assert "vm" in capsys.readouterr().err
