@@ -143,10 +143,10 @@ def saved(size: int) -> float:
 
 def by_pwrite(size: int) -> float:
     """Write as many pages to the same places by pwrite(2), and fsync; milliseconds."""
-    data, path = os.urandom(PAGE - 8), file_of(size)
+    data, path, places = os.urandom(PAGE - 8), file_of(size), some_pages(size)
     with path.open("r+b", buffering=0) as file:
         began = time.perf_counter()
-        for at in some_pages(size):
+        for at in places:
             os.pwrite(file.fileno(), (at // PAGE + 1).to_bytes(8, "little") + data, at)
         os.fsync(file.fileno())
         return (time.perf_counter() - began) * 1e3

@@ -36,6 +36,7 @@ __all__ = ["WriteBack"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
+_WP = abi.WRITEPROTECT_MODE_WP
 _PIECE = 2 << 20
 _BATCH = 8 << 20  # bytes, or so many pieces, that are protected, read and written together
 _AT_ONCE = 128
@@ -230,14 +231,23 @@ class WriteBack:
         return results
 
     async def _protect(self, batch: list[tuple[int, int]]) -> None:
-        """Have the next write to each page of pieces be noted, wherever it is shown."""
+        """Have the next write to each page of pieces be noted, wherever it is shown.
+
+        While the kernel refuses that, since the layout is changing, pages may move, and children be forked.
+        """
+        places: list[Any] = []
+        while (now := self._bound.places(batch[0][0], sum(batch[-1]))) != places:
+            places = now
+            await self._protect_at(places, batch)
+
+    async def _protect_at(self, places: list[tuple[Any, Any]], batch: list[tuple[int, int]]) -> None:
         starts = [offset for offset, _ in batch]
-        for space, shown in self._bound.places(starts[0], sum(batch[-1])):
+        for space, shown in places:
             skew, end = shown.start - shown.offset, shown.offset + shown.end - shown.start
             first = max(bisect_right(starts, shown.offset) - 1, 0)
             for offset, length in batch[first : bisect_left(starts, end)]:
                 low, high = max(offset, shown.offset), min(offset + length, end)
-                if low < high:
+                if low < high and (space.closing or space.uffd.try_writeprotect(low + skew, high - low, _WP) <= 0):
                     await _arm(space, low + skew, high - low)
 
 
@@ -248,7 +258,7 @@ async def _arm(space: Any, start: int, length: int) -> None:
             return
         if space.closing:
             raise ClosedError("it is served no longer")
-        result = space.uffd.try_writeprotect(start, length, abi.WRITEPROTECT_MODE_WP)
+        result = space.uffd.try_writeprotect(start, length, _WP)
         if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
             return
         if result != -errno.EAGAIN:

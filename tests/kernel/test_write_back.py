@@ -26,6 +26,7 @@ from processes import kill
 from scenario import eventually, play, replaced
 
 import aiouffd
+from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.statistics import Counters
 from aiouffd.engine.write_back import WriteBack, _arm
 from aiouffd.errors import BusyError, ClosedError, PopulatedError, SourceError, WriteBackError
@@ -401,3 +402,23 @@ async def test_private_memory_is_read_on_the_loop() -> None:
     back = WriteBack(SimpleNamespace(size=2 * PAGE - 8), bound, Counters())
     assert await back._peeked([(0, PAGE), (PAGE, PAGE)]) == [(0, content(0, PAGE)), (PAGE, content(PAGE, PAGE - 8))]
     assert threads == 2 * [threading.get_ident()]
+
+
+async def test_memory_that_moves_while_it_is_protected() -> None:
+    """It is protected again where it is then: the kernel says of its old place that nothing is there."""
+    moved, protected = Mappings([Mapping(64 * PAGE, 65 * PAGE, 0)]), list[int]()
+
+    def protect(start: int, length: int, _: int) -> int:
+        if space.mappings is not moved:
+            space.mappings = moved
+            return -errno.ENOENT
+        protected.append(start)
+        return length
+
+    uffd = SimpleNamespace(try_writeprotect=protect)
+    space = SimpleNamespace(uffd=uffd, closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 2 * PAGE, 0)]))
+    bound: Any = SimpleNamespace(
+        page=PAGE, places=lambda *at: [(space, shown) for shown in space.mappings.addresses(*at)]
+    )
+    await WriteBack(SimpleNamespace(size=PAGE), bound, Counters())._protect([(0, PAGE)])
+    assert 64 * PAGE in protected
