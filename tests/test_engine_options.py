@@ -35,6 +35,24 @@ def test_a_large_buffer_is_named_by_its_beginning() -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_a_handler_that_does_nothing_of_its_own() -> None:
+    """Whose author has mistyped a name: it would give zeros."""
+
+    class Mistyped(Handler):
+        async def pagefalt(self, fault: Any, batch: Any) -> None:
+            """Nobody calls it."""
+
+    class Right(Mistyped):
+        async def remove(self, event: Any) -> None:
+            """Zeros are what it wants."""
+
+    with pytest.raises(
+        TypeError, match="Mistyped overrides none of pagefault, write, fork, remap, remove, unmap, aclose"
+    ):
+        checked(Mistyped())
+    assert checked(right := Right()) is right
+
+
 def test_options() -> None:
     """Defaults, and what is refused."""
     options = Options()

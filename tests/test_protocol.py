@@ -59,7 +59,7 @@ class Writes(aiouffd.Handler):
     [
         (aiouffd.InThread(), Terms(None, "serve", Options()), r"InThread.*fork=\"serve\""),
         (aiouffd.InThread(), Terms(Writes(), "dontfork", Options()), r"InThread.*Handler\.write"),
-        (aiouffd.ServedBy("x"), Terms(aiouffd.ZeroSource(1), "dontfork", Options()), r"ServedBy.*a source or handler"),
+        (aiouffd.ServedBy("x"), Terms(aiouffd.ZeroSource(1), "dontfork", Options()), r"ServedBy.*no source or handler"),
         (aiouffd.ServedBy("x"), Terms(None, "dontfork", Options(), records=True), r"ServedBy.*record"),
         (aiouffd.ServedBy("x"), Terms(None, "dontfork", Options(), replays=True), r"ServedBy.*replay"),
         (aiouffd.ServedBy("x"), Terms(None, "dontfork", Options(background=1.0)), r"ServedBy.*background"),

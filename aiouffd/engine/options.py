@@ -67,7 +67,10 @@ class Options:
 
 
 def checked(origin: Any) -> Any:
-    """Return a source or handler; TypeError for what is neither. Its size is not asked for: that may take time."""
+    """Return a source or handler; TypeError for what is neither, and for a subclass of Handler that is as Handler is.
+
+    Its size is not asked for: that may take time.
+    """
     if isinstance(origin, type) or not (callable(getattr(origin, "read", None)) or _is_handler(origin)):
         raise TypeError(
             f"{origin!r:.120} is no Source and no Handler: give an instance of one, as FileSource(path),"
@@ -79,4 +82,10 @@ def checked(origin: Any) -> Any:
 def _is_handler(origin: Any) -> bool:
     from aiouffd.engine.serve.handler import Handler  # noqa: PLC0415 - 4 ms, and few programs have one
 
-    return isinstance(origin, Handler)
+    if not isinstance(origin, Handler):
+        return False
+    kind = type(origin)
+    hooks = [name for name in vars(Handler) if not name.startswith("_")]
+    if kind is not Handler and all(getattr(kind, name) is getattr(Handler, name) for name in hooks):
+        raise TypeError(f"{kind.__name__} overrides none of {', '.join(hooks)}: all of its pages would be zeros")
+    return True
