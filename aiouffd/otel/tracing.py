@@ -118,8 +118,9 @@ class _Server:
                 "aiouffd.session", context=trace.set_span_in_context(trace.INVALID_SPAN), attributes=_named(session)
             )
         elif kind == "client.served":
-            clients = self._server.sessions[session].clients.values()
-            self._span_of(session, next(each for each in clients if each.number == details["client"]))
+            for each in self._server.sessions[session].clients.values():  # it may have ended meanwhile
+                if each.number == details["client"]:
+                    self._span_of(session, each)
         elif kind == "client.gone" and client in self._clients:
             span = self._clients.pop(client)
             span.set_attribute("aiouffd.client.end", str(details["reason"]))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -21,6 +22,8 @@ from test_instruments import read
 
 import aiouffd
 from aiouffd.otel import AiouffdInstrumentor
+from aiouffd.otel.instruments import Instruments
+from aiouffd.otel.tracing import Spans, end_all
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.server import Server
 from aiouffd.server.services import Settings
@@ -145,6 +148,34 @@ async def of_a_server(path: str) -> None:
     )  # fmt: skip
     check_slow(spans, within(spans, client)[0])
     assert (await asyncio.to_thread(read, reader))["aiouffd.faults"] == {(): 1}
+
+
+def test_what_happens_to_clients() -> None:
+    """One that fails, one that has ended before it is told, and one that is turned away; what is left ends with it."""
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    client: Any = attrs.make_class("Client", ["number", "peer", "length", "since"])(
+        1, attrs.make_class("Peer", ["pid", "uid"])(7, 0), SIZE, time.monotonic()
+    )
+    session = attrs.make_class("Session", ["clients"])({"token": client})
+    counts: dict[str, Any] = {"statistics": lambda: None, "rejected": 0, "counted": list}
+    server = attrs.make_class("Server", ["sessions", *counts])({"vm1": session}, *counts.values())
+    watch = Spans(provider.get_tracer("x"), Instruments(MeterProvider().get_meter("x"))).server(server)
+    watch.happened("vm1", "session.created", {})
+    watch.happened("vm1", "client.served", {"client": 1})
+    watch.happened("vm1", "client.gone", {"client": 2, "reason": "has ended"})
+    watch.happened("vm1", "client.served", {"client": 2})
+    watch.happened("vm1", "client.failed", {"client": 1, "reason": "a page cannot be had"})
+    watch.happened("vm1", "client.rejected", {"pid": 8, "uid": 0, "reason": "nonsense"})
+    end_all()
+    end_all()
+    failed, root = spans.get_finished_spans()
+    assert (failed.name, failed.status.description, failed.status.is_ok) == (
+        "aiouffd.client", "a page cannot be had", False
+    )  # fmt: skip
+    (event,) = [event for event in root.events if event.name == "client.rejected"]
+    assert dict(event.attributes or {})["aiouffd.client.reason"] == "nonsense"
 
 
 def test_a_server(tmp_path: Path) -> None:
