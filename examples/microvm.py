@@ -33,6 +33,7 @@ import aiouffd
 KVM_CREATE_VM, KVM_GET_VCPU_MMAP_SIZE, KVM_CREATE_VCPU = 0xAE01, 0xAE04, 0xAE41
 KVM_SET_TSS_ADDR, KVM_SET_USER_MEMORY_REGION, KVM_RUN = 0xAE47, 0x4020AE46, 0xAE80
 KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS = 0x4090AE82, 0x8138AE83, 0x4138AE84
+MAP_NORESERVE = 0x4000  # mmap.MAP_NORESERVE has it from Python 3.13 on
 EXIT_IO, EXIT_HLT, EXIT_MMIO = 2, 5, 6
 
 PAGE, HUGE, GIB = 4096, 2 << 20, 1 << 30
@@ -136,18 +137,40 @@ class MicroVM:
         self.close()
 
 
-def hand_over(path: str, region: aiouffd.Region) -> tuple[socket.socket, aiouffd.Userfaultfd]:
-    """Have the pager at `path` serve a region from the start of its file. Keep both results while it is used."""
-    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_REMOVE)
-    uffd.register(region.address, region.mapped_length, aiouffd.RegisterMode.MISSING)
-    mapping = {"base_host_virt_addr": region.address, "size": region.mapped_length, "offset": 0}
+def connect(path: str) -> socket.socket:
+    """Return a connection to the pager at `path`."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
     except OSError as error:
         sys.exit(f"microvm: {path}: {error.strerror}; is `aiouffd serve` running there?")
-    socket.send_fds(connection, [json.dumps([mapping | {"page_size": region.page_size}]).encode()], [uffd.fileno()])
-    return connection, uffd
+    return connection
+
+
+def map_one_copy(connection: socket.socket) -> tuple[mmap.mmap, int]:
+    """Map the memory that a pager with --one-copy sends first: privately, so that writes are the guest's own."""
+    line, (fd,), *_ = socket.recv_fds(connection, 4096, 1)
+    sent = json.loads(line)["memory"]
+    # Else the kernel sets huge pages aside for all that the guest may write.
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+    memory = mmap.mmap(fd, sent["size"], flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    os.close(fd)
+    return memory, sent["page_size"]
+
+
+def hand_over(
+    connection: socket.socket, memory: tuple[int, int], page_size: int, *, one_copy: bool = False
+) -> aiouffd.Userfaultfd:
+    """Have the pager serve memory (address, length) from the start of its file. Keep both while it is used."""
+    features, modes = aiouffd.Feature.EVENT_REMOVE, aiouffd.RegisterMode.MISSING
+    if one_copy:  # what another guest has touched is there, but not mapped here
+        features |= aiouffd.Feature.MINOR_SHMEM if page_size == PAGE else aiouffd.Feature.MINOR_HUGETLBFS
+        modes |= aiouffd.RegisterMode.MINOR
+    uffd = aiouffd.Userfaultfd(features)
+    uffd.register(*memory, modes)
+    mapping = {"base_host_virt_addr": memory[0], "size": memory[1], "offset": 0, "page_size": page_size}
+    socket.send_fds(connection, [json.dumps([mapping]).encode()], [uffd.fileno()])
+    return uffd
 
 
 @contextlib.contextmanager
@@ -168,18 +191,22 @@ def sample_server(length: int) -> Iterator[str]:
                 server.kill()  # its pager goes on until this process, its client, has ended
 
 
-def run(path: str, length: int, page_size: int, balloon: int, rounds: int) -> None:
+def run(path: str, length: int, page_size: int, balloon: int, rounds: int, *, one_copy: bool) -> None:
     """Run a guest with `length` bytes of memory, which the pager at `path` serves."""
-    region = aiouffd.Region(length, page_size=page_size)
-    connection, uffd = hand_over(path, region)
-    with connection, uffd, MicroVM((region.address, region.mapped_length), region.page_size) as vm:
+    connection = connect(path)
+    if one_copy:
+        shared, page_size = map_one_copy(connection)
+        memory = ctypes.addressof(ctypes.c_char.from_buffer(shared)), length
+    else:
+        region = aiouffd.Region(length, page_size=page_size)
+        memory = region.address, region.mapped_length
+    uffd = hand_over(connection, memory, page_size, one_copy=one_copy)
+    with connection, uffd, MicroVM(memory, page_size) as vm:
         if balloon:  # memory that is given back is zeros from now on
-            check(
-                libc.madvise(region.address, balloon, mmap.MADV_DONTNEED)
-            )  # returns when the pager has read the event
+            check(libc.madvise(memory[0], balloon, mmap.MADV_DONTNEED))  # returns when the pager has read the event
         for _ in range(rounds):
             began = time.perf_counter()
-            print(f"checksum {vm.run()}, {region.mapped_length // region.page_size} pages,", end=" ")
+            print(f"checksum {vm.run()}, {memory[1] // page_size} pages,", end=" ")
             print(f"{time.perf_counter() - began:.4f} seconds")
 
 
@@ -189,6 +216,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=64, metavar="MIB", help="the guest's memory (%(default)s)")
     parser.add_argument("--page-size", type=int, default=PAGE, choices=(PAGE, HUGE), help="of the host's memory")
     parser.add_argument("--balloon", type=int, default=0, metavar="MIB", help="first give back this much of its start")
+    parser.add_argument("--one-copy", action="store_true", help="map what a pager with --one-copy sends")
     parser.add_argument("--rounds", type=int, default=1, help="how often the guest runs (%(default)s)")
     arguments = parser.parse_args()
     length, balloon = arguments.memory << 20, arguments.balloon << 20
@@ -196,7 +224,7 @@ def main() -> int:
         parser.error("--memory must be positive, and --balloon at most as large and a multiple of the page size")
     with contextlib.ExitStack() as stack:
         path = arguments.socket or stack.enter_context(sample_server(length))
-        run(path, length, arguments.page_size, balloon, arguments.rounds)
+        run(path, length, arguments.page_size, balloon, arguments.rounds, one_copy=arguments.one_copy)
     return 0
 
 

@@ -88,6 +88,7 @@ ORDER = {
             "retrying",
             "deferred",
             "remainders",
+            "one_copy",
             "landing",
         ),
         *(

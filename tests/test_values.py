@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import attrs
 import msgspec
 import pytest
 
@@ -37,6 +38,10 @@ def test_settings() -> None:
     assert (options.max_resident, options.bounded, plain.settings().options.bounded) == (1 << 22, True, False)
     with pytest.raises(ValueError, match="not with max_resident"):
         NewSession(name="a", socket="/s", source="/x", record="/r", max_resident=1 << 22).settings()
+    clones = NewSession(name="a", socket="/s", source="/x", one_copy="huge")
+    assert (options.one_copy, clones.settings().options.one_copy) == (0, 2 << 20)
+    with pytest.raises(ValueError, match="not with max_resident"):
+        attrs.evolve(clones, max_resident=1 << 22).settings()
 
 
 def test_a_recording_sees_what_is_touched() -> None:

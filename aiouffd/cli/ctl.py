@@ -96,6 +96,7 @@ def command(ctx: click.Context, control: str) -> None:
 @click.option("--retries", type=click.IntRange(0), help="Of a failed read.")
 @click.option("--concurrent-reads", type=click.IntRange(1), help="The most reads at once. [default: 128]")
 @click.option("--bytes-in-flight", type=parameters.Size(1 << 20), help="The most bytes of these. [default: 128M]")
+@click.option("--one-copy", type=click.Choice(["small", "huge"]), help="Send clients memory to map privately.")
 @click.option("--events-per-second", type=click.IntRange(1), help="The most faults and layout events, of all clients.")
 @click.option("--nydus-answers", type=click.Choice(["length", "bare"]), help="[default: length]")
 @click.option("--bytes-per-second", type=parameters.Size(1), help="The most bytes that are placed for all clients.")

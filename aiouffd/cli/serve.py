@@ -59,6 +59,10 @@ _HOLD = (
     " them to the next server that is started with this path. `systemd`: its store of file descriptors does."
 )
 _NYDUS_ANSWERS = "What precedes each answer to a client of nydus: its length (u32, little-endian), or nothing."
+_ONE_COPY = (
+    "Send each client a file of memory to map privately, with pages of 4 KiB or of 2 MiB: what they read is there once"
+    " for all of them."
+)
 _TAKEOVER = "Take them over also from a server that lives: it ends when this one serves."
 _CLIENT_EVENTS = "The most events per second (faults, layout events) of one client. [default: no limit]"
 _CLIENT_BYTES = "The most bytes per second that are placed for one client, filling included. [default: no limit]"
@@ -110,6 +114,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--recent", type=parameters.Size(), default="128M", help=_RECENT)
 @_option("--client-events", type=click.IntRange(1), help=_CLIENT_EVENTS)
 @_option("--client-bytes", type=parameters.Size(1 << 20), help=_CLIENT_BYTES)
+@_option("--one-copy", type=click.Choice(["small", "huge"]), help=_ONE_COPY)
 @_option("--metrics", type=parameters.Address(), metavar="[HOST:]PORT", help="Answer Prometheus there, at /metrics.")
 @_option("--control", type=click.Path(), metavar="PATH", help=_CONTROL)
 @_option("--hold", type=click.Path(), metavar="PATH", help=_HOLD)
@@ -217,6 +222,8 @@ def _check(source: str | None, source_for: str | None, options: dict[str, Any], 
         raise click.UsageError("give either SOURCE or --source-for; or --control, and create sessions")
     if options["record"] and options["replay"]:
         raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
+    if options["one_copy"] and source is None and not alone:
+        raise click.UsageError("--one-copy: needs SOURCE, which all clients show")
     if options["takeover"] and options["hold"] is None:
         raise click.UsageError("--takeover: needs --hold, where the server is asked that is to be taken over from")
     if options["takeover"] and options["hold"] == SYSTEMD:

@@ -13,6 +13,7 @@ from aiouffd.engine.write_back import WriteBack
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.trace import Recorder
     from aiouffd.engine.bound import Bound
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.options import Options, Service
     from aiouffd.engine.serve.common import Common
     from aiouffd.engine.serve.precedence import Precedence
@@ -28,6 +29,7 @@ def make_backend(
     bound: Bound | None = None,
     common: Common | None = None,
     precedence: Precedence | None = None,
+    one_copy: OneCopy | None = None,
 ) -> SourceBackend | HandlerBackend:
     """Return what brings the pages for a service.
 
@@ -38,13 +40,16 @@ def make_backend(
         bound: drops the pages of a source again; None: they stay.
         common: has the source, where others read it, too.
         precedence: of other backends of this loop; None: there are none.
+        one_copy: the file that all that is served of a source maps privately; None: it maps none in common.
     """
     origin = service.origin
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
         bound.write_back = WriteBack(origin, bound, counters)
-    return SourceBackend(origin, counters, options.limits, bound=bound, common=common, precedence=precedence)
+    return SourceBackend(
+        *(origin, counters, options.limits), bound=bound, one_copy=one_copy, common=common, precedence=precedence
+    )
 
 
 def make_readahead(page_size: int, options: Options, *, local: bool, recorder: Recorder | None = None) -> Readahead:

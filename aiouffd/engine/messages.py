@@ -36,6 +36,7 @@ _FAULT = abi.EVENT_PAGEFAULT
 _by_address = operator.itemgetter(2)
 _FAULTS, _JOINED = int(Counter.FAULTS), int(Counter.JOINED)
 _PAGE_IS_THERE = int(FaultFlag.WP | FaultFlag.MINOR)
+_IS_PROTECTED = int(FaultFlag.WP)  # of a file that all map privately, a page may be there that is not to be shown
 _MINOR_AROUND = 64 << 10
 COUNTER_OF_EVENT = {
     abi.EVENT_FORK: int(Counter.FORKS),
@@ -88,7 +89,7 @@ def _is_under_way(space: Space, page: int, flags: int, thread: int, began_ns: in
         flight.want(page, flags, thread)
         space.backend.follow(space, page)
         return True
-    if flags & _PAGE_IS_THERE:
+    if flags & (_PAGE_IS_THERE if space.backend.one_copy is None else _IS_PROTECTED):
         _serve_present(space, page, flags, thread)
         return True
     if space.deferred and space.deferred.fills(page):  # as with a flight: another try would be put off, too

@@ -46,6 +46,7 @@ class Options:
         write_back: pages that were written go to the source.
         bounded: pages may be dropped, and come write-protected.
         traces: somebody is told of each read and its steps.
+        one_copy: page size of the file of memory that all maps privately what is served, in bytes; 0: none does.
     """
 
     readahead: int = attrs.field(default=2 << 20, validator=attrs.validators.ge(0))
@@ -59,6 +60,7 @@ class Options:
     bounded: bool = False
     write_back: bool = False
     traces: bool = False
+    one_copy: int = 0
 
     def of(self, modes: RegisterMode) -> Options:
         """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.capture import Capture
     from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.plain import PlainFaults, PlainSource
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.statistics import Counters
@@ -64,6 +65,10 @@ class Backend(Protocol):
     @property
     def bound(self) -> Bound | None:
         """What drops pages again, which come write-protected then; None: they stay."""
+
+    @property
+    def one_copy(self) -> OneCopy | None:
+        """The file that all its spaces map privately; None: they map none in common."""
 
     @property
     def local(self) -> bool:
@@ -159,7 +164,8 @@ class Space:
         self.bound: Bound | None = backend.bound
         self.capture: Capture | None = None  # since the first snapshot
         mode = abi.COPY_MODE_WP if write_protect else 0
-        self.resolver: Resolver = self.bound.enter(self) if self.bound else Resolver(uffd, page_size, counters, mode)
+        by = self.bound or backend.one_copy
+        self.resolver: Resolver = by.enter(self) if by else Resolver(uffd, page_size, counters, mode)
         self.replayed = 0  # pages of a trace that have been brought
         self.filled = 0  # bytes of the background fill that have been brought
         self._words = counters.words

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "allocate",
+    "copy_memory",
     "keep_freed_memory",
     "lock_on_fault",
     "madvise",
@@ -26,6 +28,7 @@ __all__ = [
     "peek",
     "punch_hole",
     "syscall",
+    "write_memory",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these calls may sleep, so ctypes releases the GIL
@@ -42,6 +45,10 @@ _libc.process_vm_readv.restype = ctypes.c_ssize_t
 _libc.process_vm_readv.argtypes = [
     *(ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong)
 ]
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+_libc.process_vm_writev.argtypes = _libc.process_vm_readv.argtypes
+_libc.pwrite.restype = ctypes.c_ssize_t
+_libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
@@ -131,6 +138,26 @@ def lock_on_fault(address: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Remove the pages [offset, offset + length) of a memfd, for every process that maps it."""
     _check(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length))
+
+
+def allocate(fd: int, offset: int, length: int) -> None:
+    """Give a file in memory pages at [offset, offset + length): those that it has not are zeros (fallocate(2))."""
+    _check(_libc.fallocate(fd, 0, offset, length))
+
+
+def write_memory(fd: int, address: int, length: int, offset: int) -> None:
+    """Write bytes of this process to a place in a file. A bad address is EFAULT, and raises no signal."""
+    while length:
+        done = _check(_libc.pwrite(fd, address, length, offset))
+        address, length, offset = address + done, length - done, offset + done
+
+
+def copy_memory(target: int, source: int, length: int) -> None:
+    """Copy bytes within this process. A bad address is EFAULT, and raises no signal (process_vm_writev, Linux 3.2)."""
+    while length:
+        local, remote = struct.pack("=QQ", source, length), struct.pack("=QQ", target, length)
+        done = _check(_libc.process_vm_writev(os.getpid(), local, 1, remote, 1, 0))
+        target, source, length = target + done, source + done, length - done
 
 
 def keep_freed_memory(size: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from socket import send_fds
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Reception:
         uids: the users that may connect.
         timeout: seconds that a client has to send its handoff.
         on_reject: what becomes of a client that is turned away; see `Server`.
+        greeting: returns what each client is sent first, and a descriptor; None: nothing is.
         on_rejected: called with who was turned away, and why.
         stated: answers nydus' request for the size.
 
@@ -53,10 +55,12 @@ class Reception:
         uids: Collection[int],
         timeout: float,
         on_reject: Policy,
+        greeting: Callable[[], tuple[bytes, int] | None] = lambda: None,
         on_rejected: Callable[[Peer, BaseException], None] = lambda *_: None,
         stated: Callable[[Peer], Awaitable[bytes]] | None = None,
     ) -> None:
         self._serve = serve
+        self._greeting = greeting
         self._on_rejected = on_rejected
         self._stated = stated
         self._uids = uids
@@ -116,7 +120,7 @@ class Reception:
         """Receive a handoff and have it served; else turn the client away. The connection is taken in any case."""
         arrival, handoff = Arrival(connection, self._stated), None
         try:
-            handoff = await self._receive(arrival)
+            handoff = await self._receive(arrival, connection)
             await self._serve(handoff, connection)
         except Exception as error:
             self.rejected += 1
@@ -134,10 +138,13 @@ class Reception:
         finally:
             arrival.close()
 
-    async def _receive(self, arrival: Arrival) -> Handoff:
+    async def _receive(self, arrival: Arrival, connection: socket.socket) -> Handoff:
         """Receive a handoff. In general they arrive whole; so where many are incomplete, the oldest is turned away."""
         if arrival.peer.uid not in self._uids:
             raise HandoffError(str(arrival.peer), "may not use this server")
+        if (greeting := self._greeting()) is not None:
+            with contextlib.suppress(OSError):  # it has sent all, and closed the connection
+                send_fds(connection, [greeting[0]], [greeting[1]])
         try:
             async with asyncio.timeout(None) as limit:
                 self._incomplete[limit] = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import attrs
 
 from aiouffd.engine.flight import spawn
+from aiouffd.engine.one_copy import page_size_of
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters, told
@@ -87,6 +88,9 @@ class Server:
             memory for other clients of the same source. What two clients want at once is read once in any case.
         handoff_timeout: seconds that a client has to send its handoff.
         nydus_answers: what precedes each answer to a client of nydus: its length, or nothing (`bare`).
+        one_copy: "small" or "huge" (pages of 2 MiB): each client is sent a file of memory (a memfd) as it connects. It
+            maps that privately, and registers it for missing pages and minor faults: what is read is there once for
+            all of them. None: no file is sent. Other clients are served as well.
         hold: a path. Clients, sockets and sessions outlive this process and its pager, however they end: the next
             server with this path has them. "systemd": its store of file descriptors has them, until it starts the
             service again; memory whose forks are told is refused then. None: they do not.
@@ -124,6 +128,7 @@ class Server:
         recent: int = 128 << 20,
         handoff_timeout: float = 5.0,
         nydus_answers: Answers = "length",
+        one_copy: Literal["small", "huge"] | None = None,
         hold: str | os.PathLike[str] | None = None,
         takeover: bool = False,
     ) -> None:
@@ -142,6 +147,7 @@ class Server:
         )
         on_error: Literal["sigbus", "retry"] = "sigbus" if on_failure == "poison" else "retry"
         options = Options(readahead, spin_us, background=background, limits=limits, on_error=on_error)
+        options = attrs.evolve(options, one_copy=page_size_of(one_copy))
         settings = Settings(
             frozenset(uids), on_reject, on_failure, options, record, replay, handoff_timeout, nydus_answers
         )
@@ -150,9 +156,7 @@ class Server:
         self._rejected = 0  # by these
         self._started = self._ending = False
         self.happenings: Happenings = Happenings()
-        self._changed = asyncio.Event()
-        self._dead = asyncio.Event()
-        self._taken = asyncio.Event()
+        self._changed, self._dead, self._taken = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._yielding: set[asyncio.Task[None]] = set()
         self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
+from aiouffd.engine.one_copy import OneCopy
 from aiouffd.engine.options import Options, Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
 from aiouffd.errors import HandoffError, TraceError, UffdError
 from aiouffd.handoff import firecracker
+from aiouffd.handoff.json_lines import line
 from aiouffd.handoff.own_threads import detach, in_own_thread
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
 from aiouffd.server.residence import notes_for
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from _typeshed import FileDescriptorLike
@@ -82,6 +85,8 @@ class Services:
     def __init__(self, origin: Any, settings: Settings) -> None:
         if wants_writes(origin):
             raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
+        if settings.options.one_copy and not hasattr(origin, "read"):
+            raise ValueError("one copy for all clients needs one source for all, and no handler")
         chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
         self._fixed = None if chooses else checked(origin)
         self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
@@ -92,20 +97,36 @@ class Services:
         self._hanging: Counter[str | Peer] = Counter()  # openings, by the name that was asked for, and by who asked
         self._recorder: Recorder | None = None
         self._recorded: Any = None  # source and page size
+        self._memory: tuple[OwnedDescriptor, ...] = ()  # that all clients map: the notes, and the file
+        self._greeting: tuple[bytes, OwnedDescriptor] | None = None
 
     def __str__(self) -> str:
         return "a source for each client" if self._fixed is None else repr(self._fixed)
 
     def check(self) -> None:
-        """Check `record` and `replay` before a client comes. Blocks.
+        """Check `record` and `replay` before a client comes, and make the file that all are to map. Blocks.
 
         Raises:
-            OSError, TraceError: one of them cannot be used.
+            OSError, TraceError: one of them cannot be used, or be made.
         """
+        if self._options.one_copy:
+            self._make_memory(self._options.one_copy)
         if self._replay is not None:
             Trace.load(self._replay, source=bytes(32) if self._fixed is None else fingerprint(self._fixed))
         if self._record is not None:
             Recorder.create(self._record, 0, 0).discard()
+
+    @property
+    def greeting(self) -> tuple[bytes, int] | None:
+        """What each client is sent first, and a descriptor; None: nothing."""
+        return None if self._greeting is None else (self._greeting[0], self._greeting[1].fileno())
+
+    def _make_memory(self, page: int) -> None:
+        assert self._fixed is not None
+        self._memory = OneCopy.create(self._fixed.size, page)
+        file = self._memory[-1].fileno()
+        shown = OwnedDescriptor(os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC))
+        self._greeting = line({"memory": {"size": os.fstat(file).st_size, "page_size": page}}), shown
 
     async def take(self, handoff: Handoff, number: int, name: str) -> Pack:
         """Return what serves a client; `release` it. Canceling is safe.
@@ -147,7 +168,9 @@ class Services:
                 detach(pack.close)  # it may be the last to hold an open file
 
     def complete(self) -> None:
-        """Complete the recording, if there is one. Blocks."""
+        """Complete the recording, if there is one, and let the clients' file go. Blocks."""
+        for item in (*self._memory, *(self._greeting or ())[1:]):
+            item.close()
         if self._recorder is not None:
             self._recorder.complete()
 
@@ -204,7 +227,9 @@ class Services:
             if pack is None:
                 recorder = self._recording(key, handoff, origin, size)
                 service = Service(origin, recorder, self._trace(handoff, origin))
-                pack = Pack(service, self._options, memory if alone else (), handoff.regions.page_size)
+                common = () if alone or handoff.regions.page_size != self._options.one_copy else self._memory
+                options = attrs.evolve(self._options, one_copy=handoff.regions.page_size if common else 0)
+                pack = Pack(service, options, memory if alone else common, handoff.regions.page_size)
                 if not alone:
                     self._packs[key] = pack
             self._uses[pack.token] += 1

@@ -93,6 +93,7 @@ class Session:
             uids={0, os.geteuid(), *settings.uids},
             timeout=settings.handoff_timeout,
             on_reject=settings.on_reject,
+            greeting=lambda: self._services.greeting,
             on_rejected=lambda peer, error: tell("client.rejected", pid=peer.pid, uid=peer.uid, reason=str(error)),
             stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
         )
@@ -111,10 +112,6 @@ class Session:
         self._loop: asyncio.AbstractEventLoop
         self.taking: bool = False
         self.slow: dict[str, Any] = {}
-
-    @property
-    def _limit(self) -> int | None:
-        return self.settings.options.max_resident
 
     # Life
 
@@ -229,8 +226,9 @@ class Session:
         return {client.number: why for client, why in zip(clients, whys, strict=True) if why}
 
     async def _fill(self, client: Client) -> str:
-        if self._limit is not None and client.length > self._limit:
-            return f"it has {client.length} bytes, and max_resident is {self._limit}"
+        limit = self.settings.options.max_resident
+        if limit is not None and client.length > limit:
+            return f"it has {client.length} bytes, and max_resident is {limit}"
         try:
             await asyncio.wrap_future(self._pager.request("release", client.tenant))
         except UffdError as error:
@@ -243,11 +241,12 @@ class Session:
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range of the source to each client. Canceling is safe. Raises as `residence.prefetch`."""
-        await prefetch(self._pager, list(self.clients.values()), offset, length, self._limit)
+        await prefetch(self._pager, list(self.clients.values()), offset, length, self.settings.options.max_resident)
 
     async def evict(self, offset: int, length: int) -> int:
         """Drop what was not written of it, of each client; return how many bytes. Raises as `residence.evict`."""
-        return await evict(self._pager, list(self.clients.values()), offset, length, self._limit, self.name)
+        limit = self.settings.options.max_resident
+        return await evict(self._pager, list(self.clients.values()), offset, length, limit, self.name)
 
     def statistics(self) -> Statistics:
         """Return what the pager has counted for the clients of this session, those that have gone included."""

@@ -51,6 +51,23 @@ def test_what_the_kernel_refuses_is_an_oserror(place: int, call: str) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
+def test_bytes_are_copied_to_a_file_and_within_memory(place: int) -> None:
+    """All of them; a bad address is EFAULT, and a file grows by zeros."""
+    ctypes.memset(place, 7, 2 * PAGE)
+    with os.fdopen(os.memfd_create("x"), "r+b") as file:
+        libc.write_memory(file.fileno(), place, PAGE, PAGE)
+        libc.allocate(file.fileno(), 3 * PAGE, PAGE)
+        assert os.fstat(file.fileno()).st_size == 4 * PAGE
+        assert os.pread(file.fileno(), 3 * PAGE, 0) == bytes(PAGE) + b"\7" * PAGE + bytes(PAGE)
+        libc.copy_memory(place + 4 * PAGE, place, 2 * PAGE)
+        assert ctypes.string_at(place + 4 * PAGE, 2 * PAGE) == b"\7" * 2 * PAGE
+        libc.mprotect(place + 7 * PAGE, PAGE, 0)
+        with pytest.raises(OSError, match="Bad address"):
+            libc.write_memory(file.fileno(), place + 7 * PAGE, PAGE, 0)
+        with pytest.raises(OSError, match="Bad address"):
+            libc.copy_memory(place, place + 7 * PAGE, PAGE)
+
+
 def test_mincore_has_a_byte_for_each_page(place: int) -> None:
     """Of the machine's page size, a last partial page included; bit 0 says that it is in memory."""
     assert len(libc.mincore(place, 8 * PAGE)) == 8

@@ -23,7 +23,8 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
     """Resolve runs as `Space.resolve` does. Those of them that are large are of memory that is not the loop's own."""
     runs = merge(runs)
     large = [run for run in runs if run.op == Op.COPY and run.left >= _LARGE]
-    if not large or space.bound is not None or space.allowance is not None:  # those count and make room before
+    alone = space.bound is None and space.allowance is None and space.backend.one_copy is None
+    if not large or not alone:  # those count, make room or write to a file before
         space.resolve(runs)
         return
     others = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]

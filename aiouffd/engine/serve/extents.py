@@ -14,6 +14,7 @@ from aiouffd.kernel.memory import address_of, zero_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.runs import Purpose
     from aiouffd.engine.space import Space
@@ -30,9 +31,17 @@ class Extents:
         source: its size is taken now.
         counters: where to count.
         kept: returns bytes that were read for others, if they are kept still.
+        one_copy: the file that all spaces map, which may have the bytes.
     """
 
-    def __init__(self, source: Source, counters: Counters, kept: Callable[[int, int], Any] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        counters: Counters,
+        kept: Callable[[int, int], Any] = lambda *_: None,
+        one_copy: OneCopy | None = None,
+    ) -> None:
+        self._one_copy = one_copy
         self.size: int = source.size
         self._words = counters.words
         self.locate: Callable[[int, int], int | None] | None = getattr(source, "locate", None)
@@ -52,7 +61,7 @@ class Extents:
     @property
     def may_be_plain(self) -> bool:
         """Whether faults may be served as `engine.plain` does."""
-        return self._page is not None and self._holes_are_told
+        return self._page is not None and self._holes_are_told and self._one_copy is None
 
     def plain_source(self, space: Space) -> PlainSource:
         """Return what `engine.plain` needs to serve the faults of a space; the same tuple for spaces alike."""
@@ -66,6 +75,10 @@ class Extents:
 
     def split(self, offset: int, length: int, page: int) -> tuple[str, int]:
         """Split a window where it changes: ("zeros", "data" or "tail": the source's last, partial page; bytes)."""
+        kind, part = self._split(offset, length, page)
+        return (kind, part) if self._one_copy is None else self._one_copy.split(kind, offset, part)
+
+    def _split(self, offset: int, length: int, page: int) -> tuple[str, int]:
         if offset >= self.size:
             return "zeros", length
         if self._hole is not None and (hole := self._hole(offset, min(length, self.size - offset)) & -page):
@@ -87,6 +100,9 @@ class Extents:
         self, space: Space, address: int, offset: int, length: int, runs: list[Run], purpose: Purpose
     ) -> bool:
         """Add runs for bytes that need no waiting; False: they must be waited for, and nothing was added."""
+        if self._one_copy is not None and self._one_copy.has(offset):
+            runs.append(Run(Op.CONTINUE, address, offset, length, purpose=purpose))
+            return True
         available = min(length, self.size - offset)
         source: int | None = None
         if available == length and self.locate is not None:

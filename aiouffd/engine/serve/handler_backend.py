@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -64,6 +65,7 @@ class HandlerBackend:
     """
 
     bound: Bound | None = None
+    one_copy: OneCopy | None = None
 
     def __init__(self, handler: Handler, counters: Counters, limits: Limits) -> None:
         self.handler = handler

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from aiouffd.engine.bound import Bound
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
@@ -57,6 +58,7 @@ class SourceBackend:
         counters: where to count.
         limits: see `Limits`; a source's own attributes `timeout` and `retries` come first.
         bound: drops pages again; None: they stay.
+        one_copy: the file that all spaces map privately; None: they map none in common.
         common: has the source, where others read it, too.
         precedence: of other backends of this loop; None: there are none.
 
@@ -71,6 +73,7 @@ class SourceBackend:
         limits: Limits,
         *,
         bound: Bound | None = None,
+        one_copy: OneCopy | None = None,
         common: Common | None = None,
         precedence: Precedence | None = None,
     ) -> None:
@@ -78,11 +81,12 @@ class SourceBackend:
         self.source: Source = source
         self.limits: Limits = limits
         self.bound: Bound | None = bound
+        self.one_copy: OneCopy | None = one_copy
         self._counters, self._words = counters, counters.words
         self.on_landed: OnLanded = untold
         self._precedence = precedence or Precedence()
         self._reads = Reads(common, counters, limits, self._precedence)
-        self._extents = Extents(source, counters, common.at_hand)
+        self._extents = Extents(source, counters, common.at_hand, one_copy)
         self.fetch: Callable[[int, int], Awaitable[Any]] = self._reads.fetch
         self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
@@ -328,7 +332,7 @@ class SourceBackend:
         retries = 0 if isinstance(error, SourceTimeoutError) else None
         if flight.length == page:
             if flight.wanted:
-                self._fail(space, flight.start, flight.offset, error)
+                _fail(space, flight.start, flight.offset, error)
             return
         singles = []
         for address in sorted(flight.wanted):
@@ -339,13 +343,6 @@ class SourceBackend:
             singles.append(self._begin(space, address, offset, page, address, flight.began_ns, purpose, retries))
         if singles:
             await asyncio.wait(tasks_of(singles))
-
-    def _fail(self, space: Space, address: int, offset: int, failure: SourceError) -> None:
-        """A page cannot be had."""
-        if space.is_gone or space.closing:
-            return
-        self._words[Counter.SOURCE_ERRORS] += 1
-        space.give_up([piece.dst for piece in space.valid(Run(Op.POISON, address, offset, space.page_size))], failure)
 
     # Ahead of faults
 
@@ -449,6 +446,13 @@ class SourceBackend:
         if self.bound is not None:
             await self.bound.aclose()
         await self._reads.aclose()
+
+
+def _fail(space: Space, address: int, offset: int, failure: SourceError) -> None:
+    """A page cannot be had."""
+    if not space.is_gone and not space.closing:
+        space.counters.words[Counter.SOURCE_ERRORS] += 1
+        space.give_up([piece.dst for piece in space.valid(Run(Op.POISON, address, offset, space.page_size))], failure)
 
 
 def _refused(name: str, run: Run, number: int) -> SourceError:

@@ -281,8 +281,9 @@ class ServedByEngine:
             raise HandoffError(f"the server at {self._path}", f"cannot be understood: {error}") from error
 
     def _handle(self, message: dict[str, Any]) -> None:
-        if "id" not in message:
-            self._on_error(self._requests.error(message.get("error")))
+        if "id" not in message:  # else it is the memory that other clients map
+            if "error" in message:
+                self._on_error(self._requests.error(message["error"]))
             return
         if message["id"] == 0 and "ok" in message:  # here, since the server may end before `start` goes on
             self._served = True

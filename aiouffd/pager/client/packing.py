@@ -113,8 +113,8 @@ class Pack:
 
     @property
     def has_memory(self) -> bool:
-        """Whether the memfd that the memory maps goes along, from its beginning on."""
-        return bool(self.record["memory"])
+        """Whether the memfd that the memory maps goes along, and is that memory's alone."""
+        return bool(self.record["memory"]) and not self.options.get("one_copy")
 
     def close(self) -> None:
         """Forget it; what a pager has got of it stays the pager's."""

@@ -16,6 +16,7 @@ from aiouffd.engine.assembly import make_backend, make_readahead
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.landing import Landings
+from aiouffd.engine.one_copy import OneCopy
 from aiouffd.engine.options import Options, Service
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.serve.bounds import Limits
@@ -274,10 +275,11 @@ def make_origin(
 ) -> Origin:
     """Return what serves from a source or handler; `common` and `precedence`: as for `make_backend`."""
     options = _options_of(record)
-    bound = _bound(record, options, counters) if record["memory"] > 1 else None
-    return Origin(
-        counters, identity, record, service, make_backend(service, counters, options, bound, common, precedence)
-    )
+    noted = record["fds"][-2:] if record["memory"] > 1 else None  # the notes, and the file that they are about
+    bound = _bound(record, options, counters) if noted and not options.one_copy else None
+    one_copy = OneCopy.of(noted, record["page_size"]) if noted and options.one_copy else None
+    backend = make_backend(service, counters, options, bound, common, precedence, one_copy)
+    return Origin(counters, identity, record, service, backend)
 
 
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:

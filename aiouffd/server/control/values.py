@@ -12,6 +12,7 @@ import attrs
 import msgspec
 from msgspec import Meta
 
+from aiouffd.engine.one_copy import page_size_of
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.server.restarts import restarts
@@ -110,6 +111,10 @@ class NewSession:
     nydus_answers: Annotated[
         Literal["length", "bare"], Meta(description="What precedes each answer to a client of nydus.")
     ] = "length"
+    one_copy: Annotated[
+        Literal["small", "huge"] | None,
+        Meta(description="Pages of the file of memory that clients are sent, to map it privately: one copy for all."),
+    ] = None
 
     @property
     def sources(self) -> list[str]:
@@ -120,6 +125,8 @@ class NewSession:
         """Return how the session takes and serves its clients; ValueError for what excludes each other."""
         if self.max_resident is not None and self.record is not None:
             raise ValueError("a recording is of what comes once: not with max_resident - at `$.record`")
+        if self.max_resident is not None and self.one_copy is not None:
+            raise ValueError("the file that all clients map is not dropped: not with max_resident - at `$.one_copy`")
         limits = Limits(
             *(self.concurrent_reads, self.bytes_in_flight, self.timeout, self.retries),
             client_events=self.events_per_second,
@@ -134,6 +141,7 @@ class NewSession:
             on_error="sigbus" if self.on_failure == "poison" else "retry",
             max_resident=self.max_resident,
             bounded=self.max_resident is not None,
+            one_copy=page_size_of(self.one_copy),
         )
         uids = {*self.allow_uids} | ({self.owner.uid} if self.owner is not None else set())
         policies = self.on_reject, self.on_failure
