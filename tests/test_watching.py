@@ -85,7 +85,7 @@ def background(path: str, how: str) -> None:
     seen: list[Progress] = []
     source: Any = Slow(SIZE, 30.0) if how == "left" else Pattern(SIZE)
     if how == "replay":
-        with aiouffd.open(source, engine=aiouffd.InThread(), record=path) as region:
+        with aiouffd.open(source, engine=aiouffd.InThread(), readahead=0, record=path) as region:
             assert [region[at * PAGE] for at in (9, 2)] == [10, 3]
     options: Any = {"replay": path} if how == "replay" else {"background": True}
     region = aiouffd.map(source, engine=aiouffd.InThread(), progress=seen.append, **options)
