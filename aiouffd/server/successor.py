@@ -68,7 +68,7 @@ def keep_client(pager: PagerClient, client: Client) -> None:
         "ours": client.conversation is not None,
         "length": client.length,
         "since": client.since,
-        "places": client.places,
+        "places": client.places if client.tenant.pack.has_memory else [],
     }
     pager.holding.keep(client.tenant.token, text, [client.connection.fileno()])
 
@@ -243,7 +243,7 @@ class Successor:
             socket.socket(fileno=fds[0]),
             since=text["since"],
             session=text["session"],
-            places=[Mapping(*place) for place in text.get("places", tenant.mappings)],
+            places=[Mapping(*place) for place in text.get("places", [])],
         )
         self.left[client.session].clients.append((client, text["ours"]))
 
