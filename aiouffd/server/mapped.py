@@ -127,9 +127,10 @@ class MappedClient:
         failed: Callable[[MappedClient, SourceError], bool],
     ) -> None:
         assert handoff.nydus is not None
-        self.number, self.peer = number, handoff.peer
-        self.identity = inode(handoff.uffd.fileno())
-        self.since = monotonic()
+        self.number: int = number
+        self.peer: Peer = handoff.peer
+        self.identity: tuple[int, int] | None = inode(handoff.uffd.fileno())
+        self.since: float = monotonic()
         self._uffd, self._regions, self._connection = handoff.uffd, handoff.regions, connection
         self._starts = [mapping.start for mapping in self._regions.mappings]
         self._window = max(handoff.nydus.window, self._regions.page_size)

@@ -86,7 +86,8 @@ class Session:
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         self._note = note or {}
-        self.name, self.settings = name, settings
+        self.name: str = name
+        self.settings: Settings = settings
         self._pager, self._tell = pager, tell
         self._reception = Reception(
             self._serve,
@@ -99,7 +100,9 @@ class Session:
         )
         self.clients: dict[str, Client] = {}
         self._services = Services(origin, settings)
-        self.mapped = MappedClients(settings, self._services, self.clients, lambda one: keep_client(pager, one), tell)
+        self.mapped: MappedClients = MappedClients(
+            settings, self._services, self.clients, lambda one: keep_client(pager, one), tell
+        )
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self.source: str = str(self._services)
         self._file: SocketFile | None = None
