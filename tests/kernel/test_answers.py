@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pairs import running
@@ -13,6 +15,10 @@ import aiouffd
 from aiouffd.engine.options import Options, Service
 from aiouffd.errors import decode_error
 from aiouffd.pager.client.packing import Pack
+from aiouffd.pager.process.answers import Answers
+from aiouffd.pager.process.serialization import Pickles
+from aiouffd.pager.process.state import Meta
+from aiouffd.pager.process.tenancy import Arrivals
 
 
 @pytest.mark.parametrize(
@@ -60,3 +66,32 @@ def test_what_is_pickled_is_refused_by_a_pager_that_unpickles_nothing() -> None:
         assert "takes no source or handler" in str(error)
         assert len(os.listdir(table)) == before  # noqa: PTH208 - as above
     pack.close()
+
+
+async def test_one_source_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where forked children ask for it, when the first has it already: two would write to one file."""
+    monkeypatch.setattr(Answers, "_check_pickles", Mock())
+    monkeypatch.setattr(Answers, "_state", Mock())
+    opening = most = 0
+
+    async def open_origin(*_: Any, **_again: bool) -> Any:
+        nonlocal opening, most
+        opening += 1
+        most = max(most, opening)
+        for _turn in range(5):
+            await asyncio.sleep(0)
+        opening -= 1
+
+    served = Mock(meta=Meta(owner=0), arrivals=Arrivals(), find=lambda _: None, open_origin=open_origin)
+    answers = Answers(served, Mock(), Pickles.ALWAYS)
+
+    def asks(token: str) -> asyncio.Task[Any]:
+        message = {"op": "open", "token": token, "own": 0, "service": {"token": "s"}, "counts": [], "again": True}
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+        return asyncio.create_task(answers.answer(message | {"space": {}}, fds))
+
+    tasks = [asks("a"), asks("a/1")]
+    await tasks[0]
+    await asyncio.gather(*tasks, asks("a/2"))
+    assert most == 1
+    assert served.open.call_count == 3

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 import attrs
 
@@ -59,7 +60,8 @@ class Answers:
         self._pickles = pickles
         self._prepared = False
         self._snapshots: Snapshots | None = None
-        self._opening: dict[str, asyncio.Lock] = {}  # by the token of the source: it is opened once
+        # By the token of the source, which is opened once; as long as somebody opens it.
+        self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[Any]]] = {
             "open": self._open,
             "resume": self._resume,
@@ -113,8 +115,6 @@ class Answers:
                 space = self._served.open(self._state(message["space"], own, origin), origin)
         finally:
             self._served.arrivals.done(token)
-            if not lock.locked():
-                self._opening.pop(service["token"], None)
         space.wake_all()
 
     def _is_served(self, token: str) -> bool:
