@@ -69,7 +69,7 @@ class ForkServer:
 
 def perform(request: Request) -> None:
     """Call the function in this process."""
-    faulthandler.enable(all_threads=False)  # the dump of a thread that runs meanwhile can end by SIGSEGV
+    faulthandler.enable()
     faulthandler.dump_traceback_later(request["deadline"] - 1, exit=True)
     module = _module(request)
     result = getattr(module, request["function"])(*ast.literal_eval(request["arguments"]))

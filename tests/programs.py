@@ -374,7 +374,7 @@ def _act(program: str, deadline: float, said: int) -> NoReturn:
     os.dup2(said, 2)
     status = 1
     try:
-        faulthandler.enable(all_threads=False)
+        faulthandler.enable()
         faulthandler.dump_traceback_later(deadline, exit=True)
         exec(compile(program, "<program>", "exec"), {"__name__": "program"})
         status = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import faulthandler
 import gc
 import mmap
 import os
@@ -109,6 +110,7 @@ class Vanishing:
 
 def dropped_and_lost(engine: str) -> None:
     """Scenario: what was dropped cannot be had again."""
+    faulthandler.enable(all_threads=False)  # the dump of a thread that runs meanwhile can end by SIGSEGV
     with served(engine, Vanishing(), readahead=0, retries=0) as monitor:
         assert peek(monitor.region.address) == word(0)
         assert monitor.evict_sync(0, PAGE) == PAGE
