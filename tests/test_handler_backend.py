@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, ELSEWHERE, SIZE, World, turns
@@ -63,8 +63,11 @@ async def test_a_batch_may_fill_more_than_was_asked_for() -> None:
         batch.copy(at(4, 3), content(4 * PAGE, 3 * PAGE))
         batch.zeropage(at(9, 2))
 
-    world = World(0, source=Does(work))
+    world, told = World(0, source=Does(work)), list[Any]()
+    world.backend.on_landed = lambda *landed: told.append(landed)
     await touched(world, 5)
+    ((_, flight, steps, failure),) = told
+    assert ([step[0] for step in steps], failure, flight.wanted) == (["handler"], None, {at(5).start})
     assert sorted(world.uffd.pages) == [at(page).start for page in (4, 5, 6, 9, 10)]
     assert world.uffd.pages[at(9).start] == bytes(PAGE)
     found = world.counters.snapshot()

@@ -61,7 +61,10 @@ def test_a_thread_that_joins_a_long_flight_has_not_waited_for_all_of_it() -> Non
     told: list[Any] = []
     ahead = flight(30.0)
     ahead.want(BASE)
-    ahead.want(BASE + PAGE)
+    since = ahead.waited_ns
+    ahead.want(BASE + PAGE, 1, 7)
+    assert ahead.waited_ns == since  # of the first one that waits
+    assert [fault[:3] for fault in ahead.faults] == [(BASE, 0, 0), (BASE + PAGE, 7, 1)]
     Landings(lambda _, what: told.append(what))(Space(), ahead, [], None)
     assert not told
     assert perf_counter_ns() - ahead.waited_ns < 20 * SECOND < perf_counter_ns() - ahead.began_ns

@@ -522,21 +522,24 @@ def test_what_the_kernel_refuses_is_an_error_of_the_source() -> None:
 
 async def test_a_fault_that_has_waited_for_its_turn_is_told_so() -> None:
     """The queue is its cause, and not the source, which has answered at once."""
-    source, told = Held(), list[tuple[int, str]]()
+    source, told = Held(), list[tuple[int, str, list[int]]]()
     world = World(0, source=source, limits=limits(concurrent_reads=1))
     assert isinstance(world.backend, SourceBackend)
 
     def landed(space: Any, flight: Flight, noted: Steps, failure: BaseException | None) -> None:
         assert (space, failure) == (world.space, None)
-        told.append((flight.offset, cause_of(noted, flight.waited_ns, perf_counter_ns())))
+        cause = cause_of(noted, flight.waited_ns, perf_counter_ns())
+        told.append((flight.offset, cause, [thread for _, thread, *_ in flight.faults]))
 
     world.backend.on_landed = landed
     for page in (4, 9):
         world.touch(page, page)
     world.deliver(64)
     await turns()
+    world.touch(4, 44)  # joins
+    world.deliver(64)
     await asyncio.sleep(0.05)  # time that the second one spends in the queue
     for _ in range(2):
         source.answer()
         await turns()
-    assert told == [(4 * PAGE, "source"), (9 * PAGE, "queue")]
+    assert told == [(4 * PAGE, "source", [4, 44]), (9 * PAGE, "queue", [9])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def of_a_monitor(path: str) -> None:
             toucher.start()
             toucher.join()
         assert log is not None
-    faults = [event for event in json.loads(Path(path).read_text()) if event["name"] == "fault"]
+    found = json.loads(Path(path).read_text())
+    assert [event["pid"] for event in found if event["name"] == "process_name"] == [os.getpid()]
+    faults = [event for event in found if event["name"] == "fault"]
     assert [(event["tid"], event["args"]["address"]) for event in faults] == [
         (threads[0], hex(address + 9 * PAGE)), (threads[1], hex(address + 4 * PAGE))
     ]  # fmt: skip

@@ -167,6 +167,7 @@ async def of_one_source(directory: str) -> None:
             found = await anext(item async for item in happenings if item.kind == "client.slow")
         assert (found.session, found.details["client"], found.details["cause"]) == ("second", 4, "source")
         assert found.details["took_ns"] >= 200_000_000
+        assert server.sessions["second"].slow["cause"] == "source"
 
 
 def test_equal_sources_are_fetched_once(tmp_path: Path, loop: str) -> None:

@@ -168,9 +168,14 @@ def test_what_happens_to_clients() -> None:
     watch.happened("vm1", "client.served", {"client": 2})
     watch.happened("vm1", "client.failed", {"client": 1, "reason": "a page cannot be had"})
     watch.happened("vm1", "client.rejected", {"pid": 8, "uid": 0, "reason": "nonsense"})
+    now = time.perf_counter_ns()
+    times = {"began_ns": now, "waited_ns": now, "ended_ns": now + 50_000_000}
+    flight = {"offset": 0, "length": PAGE, "pages": 1, "cause": "source", "for": "fault", "omitted": 2, "steps": []}
+    watch.flight("vm1", client, {"flight": {**flight, **times, "error": "", "reason": ""}})
     end_all()
     end_all()
-    failed, root = spans.get_finished_spans()
+    fetch, failed, root = spans.get_finished_spans()  # and no fault: none was slow
+    assert (fetch.name, dict(fetch.attributes or {})["aiouffd.omitted"]) == ("aiouffd.fetch", 2)
     assert (failed.name, failed.status.description, failed.status.is_ok) == (
         "aiouffd.client", "a page cannot be had", False
     )  # fmt: skip
