@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import socket
 import time
 from array import array
 from collections import Counter as Tally
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -85,10 +85,9 @@ class Session:
         note: dict[str, Any] | None = None,
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        self._note = note or {}
+        self._note, self._pager, self._tell = note or {}, pager, tell
         self.name: str = name
         self.settings: Settings = settings
-        self._pager, self._tell = pager, tell
         self._reception = Reception(
             self._serve,
             uids={0, os.geteuid(), *settings.uids},
@@ -100,9 +99,8 @@ class Session:
         )
         self.clients: dict[str, Client] = {}
         self._services = Services(origin, settings)
-        self.mapped: MappedClients = MappedClients(
-            settings, self._services, self.clients, lambda one: keep_client(pager, one), tell
-        )
+        noted = partial(keep_client, pager)
+        self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, noted, tell)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self.source: str = str(self._services)
         self._file: SocketFile | None = None
@@ -360,7 +358,7 @@ class Session:
     # Clients speak
 
     def _conversation(self, client: Client) -> Conversation:
-        return Conversation(client.connection, functools.partial(self._answer, client))
+        return Conversation(client.connection, partial(self._answer, client))
 
     def _talk(self, client: Client, *, again: bool = False) -> None:
         if client.conversation is not None:
