@@ -90,8 +90,8 @@ def command(ctx: click.Context, control: str) -> None:
 @click.option("--on-failure", type=click.Choice(["poison", "kill", "hold"]), help="[default: poison]")
 @click.option("--readahead", type=parameters.Size(), metavar="BYTES", help="[default: 2M]")
 @click.option("--background", type=parameters.Rate(), help="Bytes per second to fill without a fault, or max.")
-@click.option("--record", help="Write the order of first touches to this file.")
-@click.option("--replay", help="Prefetch the pages of a recorded file for each client.")
+@click.option("--record", help="Write the order of first touches to this file, or to files in this directory.")
+@click.option("--replay", help="Prefetch the pages of such a file, or of those in a directory, for each client.")
 @click.option("--timeout", type=parameters.Seconds(0, min_open=True), help="Of the source. [default: 30]")
 @click.option("--retries", type=click.IntRange(0), help="Of a failed read.")
 @click.option("--concurrent-reads", type=click.IntRange(1), help="The most reads at once. [default: 128]")
@@ -233,6 +233,42 @@ def cancel(control: ControlClient, /, name: str) -> None:
     """Have the snapshot of a session end that is being written."""
     control.ask("DELETE", f"{_place(name)}/snapshot")
     click.echo(f"{name}: canceled")
+
+
+@command.command()
+@_NAME
+@click.argument("path", required=False)
+@click.option("--stop", is_flag=True, help="Complete what is recorded.")
+@click.option("--merge", type=click.Choice(["union", "frequency", "last"]), help="With a recording that is at PATH.")
+@click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages in one file. [default: 16G]")
+@_AS_JSON
+@click.pass_obj
+def record(
+    control: ControlClient,
+    /,
+    name: str,
+    path: str | None,
+    merge: str | None,
+    limit: int | None,
+    *,
+    stop: bool,
+    as_json: bool,
+) -> None:
+    """Record which pages the clients of a session touch, to PATH: a file, or a directory for one for each source.
+
+    Then --stop has it written. What comes along with touched pages is marked in it: see `aiouffd trace`.
+    """
+    place = f"{_place(name)}/recording"
+    if stop != (path is None) or (stop and (merge or limit)):
+        raise click.UsageError("give either PATH, and how it is recorded, or --stop")
+    if path is None:
+        recorded = control.ask("DELETE", place)
+        lines = [f"{each['path']}: {each['pages']:,} pages, {each['touched']:,} touched" for each in recorded]
+        _say(recorded, "\n".join(lines) or f"{name}: no client has come", as_json=as_json)
+        return
+    wanted = {"path": absolute(path), "merge": merge, "most": limit}
+    answer = control.ask("POST", place, {key: value for key, value in wanted.items() if value is not None})
+    _say(answer, f"{name}: recording to {answer['recording']}", as_json=as_json)
 
 
 @command.command()

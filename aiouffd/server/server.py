@@ -73,9 +73,9 @@ class Server:
         readahead: the largest window that one fault brings, in bytes; 0 serves page by page.
         spin_us: microseconds to poll for further faults before sleeping, while faults keep coming.
         background: bytes per second to fill without a fault; 0: none.
-        record: a file for the order of first touches of all clients together. It is complete when the server is left.
-            Pages are served one by one then, to clients of one source and one page size.
-        replay: a recorded file, whose pages are prefetched for each client.
+        record: a file for the order of first touches of all clients together, of the first one's source and page size;
+            or a directory, in which each source and page size has a file. They are complete when the server is left.
+        replay: such a file or directory, whose pages are prefetched for each client.
         timeout: seconds for opening a source, and for each read of it; None: no limit.
         retries: further tries after a failed read. None: 4, and for URLs as many as two thirds of the timeout allow.
         concurrent_reads: the most reads of sources at once.
@@ -176,7 +176,8 @@ class Server:
             if successor is not None:
                 await uninterrupted(successor.succeed)
             for session in self.sessions.values():
-                await uninterrupted(functools.partial(session.prepare, self._listen))
+                left = self.left.get(session.name)
+                await uninterrupted(functools.partial(session.prepare, self._listen, left))
         except BaseException:
             inherits = successor is not None and successor.inherits
             if not inherits:  # else nothing is closed in order: it is another server's, before this one or after it
@@ -241,8 +242,6 @@ class Server:
             self._pager.stop(leave=served)
             if self._successor is not None and not served:
                 self._successor.close()
-            for session in sessions:
-                session.complete()
 
         try:
             await asyncio.gather(*(session.aclose(why) for session in sessions))
@@ -313,7 +312,7 @@ class Server:
             raise SessionError(name, "is there already")
         session = self._add(name, origin, settings, note)
         try:
-            await uninterrupted(functools.partial(session.prepare, listen))
+            await uninterrupted(functools.partial(session.prepare, listen, self.left.get(name)))
         except BaseException:
             del self.sessions[name]
             session.stop_listening()
@@ -335,7 +334,6 @@ class Server:
         self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
         self._rejected += session.rejected
         await session.aclose("is served no longer")
-        await asyncio.to_thread(session.complete)
         log.info("session %s has ended: %s", session.name, counted)
         self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 

@@ -7,11 +7,12 @@ import logging
 import os
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
+from aiouffd.engine.ahead.trace import Trace, fingerprint, stored
 from aiouffd.engine.one_copy import OneCopy
 from aiouffd.engine.options import Options, Service, checked
 from aiouffd.engine.serve.handler import Handler, wants_writes
@@ -21,6 +22,7 @@ from aiouffd.handoff.json_lines import line
 from aiouffd.handoff.own_threads import detach, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
+from aiouffd.server.recordings import recording_of
 from aiouffd.server.residence import notes_for
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from aiouffd.handoff.arrival import Handoff
     from aiouffd.handoff.nydus import Answers
     from aiouffd.handoff.receive import Peer
+    from aiouffd.server.recordings import Recordings
     from aiouffd.server.rejection import Policy
 
 __all__ = ["Services", "Settings"]
@@ -80,9 +83,10 @@ class Services:
     Args:
         origin: a source, a handler, or a function of (peer, number, name) that returns one.
         settings: how it serves.
+        recordings: are told of each source; None: nothing is recorded.
     """
 
-    def __init__(self, origin: Any, settings: Settings) -> None:
+    def __init__(self, origin: Any, settings: Settings, recordings: Recordings | None = None) -> None:
         if wants_writes(origin):
             raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
         if settings.options.one_copy and not hasattr(origin, "read"):
@@ -90,13 +94,11 @@ class Services:
         chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
         self._fixed = None if chooses else checked(origin)
         self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
-        self._options, self._record, self._replay = settings.options, settings.record, settings.replay
+        self._options, self._replay, self._recordings = settings.options, settings.replay, recordings
         self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
         self._uses: Counter[str] = Counter()  # clients, by the token of their pack
         self._lock = threading.Lock()  # over both
         self._hanging: Counter[str | Peer] = Counter()  # openings, by the name that was asked for, and by who asked
-        self._recorder: Recorder | None = None
-        self._recorded: Any = None  # source and page size
         self._memory: tuple[OwnedDescriptor, ...] = ()  # that all clients map: the notes, and the file
         self._greeting: tuple[bytes, OwnedDescriptor] | None = None
 
@@ -104,17 +106,15 @@ class Services:
         return "a source for each client" if self._fixed is None else repr(self._fixed)
 
     def check(self) -> None:
-        """Check `record` and `replay` before a client comes, and make the file that all are to map. Blocks.
+        """Check `replay` before a client comes, and make the file that all are to map. Blocks.
 
         Raises:
-            OSError, TraceError: one of them cannot be used, or be made.
+            OSError, TraceError: it cannot be used, or that be made.
         """
         if self._options.one_copy:
             self._make_memory(self._options.one_copy)
-        if self._replay is not None:
+        if self._replay is not None and not Path(self._replay).is_dir():
             Trace.load(self._replay, source=bytes(32) if self._fixed is None else fingerprint(self._fixed))
-        if self._record is not None:
-            Recorder.create(self._record, 0, 0).discard()
 
     @property
     def greeting(self) -> tuple[bytes, int] | None:
@@ -164,15 +164,15 @@ class Services:
             self._uses[pack.token] -= 1
             if not self._uses[pack.token]:
                 del self._uses[pack.token]
+                if self._recordings is not None:
+                    self._recordings.uncover(pack)
                 self._packs = {key: other for key, other in self._packs.items() if other is not pack}
                 detach(pack.close)  # it may be the last to hold an open file
 
-    def complete(self) -> None:
-        """Complete the recording, if there is one, and let the clients' file go. Blocks."""
+    def close(self) -> None:
+        """Let the clients' file go: it is theirs."""
         for item in (*self._memory, *(self._greeting or ())[1:]):
             item.close()
-        if self._recorder is not None:
-            self._recorder.complete()
 
     async def _open(self, peer: Peer, number: int, name: str, handoff: Handoff | None) -> tuple[Any, int]:
         """Return what the client asks for, and its size. Opening it may hang: that costs this client only."""
@@ -218,39 +218,32 @@ class Services:
         notes = [notes_for(handoff)] if bounded else []
         memory: list[FileDescriptorLike] = [] if handoff.memory.closed else [*notes, handoff.memory]
         identity = getattr(origin, "identity", None)
-        key = (id(origin) if identity is None else identity, handoff.regions.page_size)
-        alone = bool(memory) and self._record is None  # there is one recording for all
+        page_size = handoff.regions.page_size
+        key = (id(origin) if identity is None else identity, page_size)
         with self._lock:
             if bounded and self._uses:
                 raise HandoffError(str(handoff.peer), "cannot share max_resident: it is for one client at a time")
-            pack = None if alone else self._packs.get(key)
+            pack = None if memory else self._packs.get(key)
             if pack is None:
-                recorder = self._recording(key, handoff, origin, size)
-                service = Service(origin, recorder, self._trace(handoff, origin))
-                common = () if alone or handoff.regions.page_size != self._options.one_copy else self._memory
-                options = attrs.evolve(self._options, one_copy=handoff.regions.page_size if common else 0)
-                pack = Pack(service, options, memory if alone else common, handoff.regions.page_size)
-                if not alone:
+                service = Service(origin, trace=self._trace(handoff, origin))
+                common = () if memory or page_size != self._options.one_copy else self._memory
+                options = attrs.evolve(self._options, one_copy=page_size if common else 0)
+                pack = Pack(service, options, memory or common, page_size)
+                if not memory:
                     self._packs[key] = pack
             self._uses[pack.token] += 1
+        if self._recordings is not None:
+            self._recordings.cover(pack, origin, size, page_size)
         return pack
 
     def _trace(self, handoff: Handoff, origin: Any) -> Trace | None:
+        page_size = handoff.regions.page_size
         if self._replay is None:
-            return None if self._record is not None else stored(origin, handoff.regions.page_size)
+            is_recorded = self._recordings is not None and self._recordings.terms is not None
+            return None if is_recorded else stored(origin, page_size)
         try:
-            return Trace.load(self._replay, handoff.regions.page_size, source=fingerprint(origin))
+            source = fingerprint(origin)
+            return Trace.load(recording_of(self._replay, source, page_size), page_size, source=source)
         except (TraceError, OSError) as error:
             log.warning("%s: nothing is replayed: %s", handoff.peer, error)
             return None
-
-    def _recording(self, key: Any, handoff: Handoff, origin: Any, size: int) -> Recorder | None:
-        if self._record is None:
-            return None
-        if self._recorder is None:
-            page_size = handoff.regions.page_size
-            self._recorder = Recorder.create(self._record, page_size, size, fingerprint(origin))
-            self._recorded = key
-        if self._recorded != key:
-            raise HandoffError(str(handoff.peer), "a recording is of one source and one page size; this is another")
-        return self._recorder

@@ -30,6 +30,7 @@ from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.mapped import MappedClients
 from aiouffd.server.prefilled import warn_of_zeros
 from aiouffd.server.reception import Reception
+from aiouffd.server.recordings import Recordings
 from aiouffd.server.rejection import kill, peer_pidfd
 from aiouffd.server.residence import evict, prefetch
 from aiouffd.server.services import Services, Settings
@@ -70,7 +71,7 @@ class Session:
         name, settings: as they were given.
         clients, snapshots: those that are served, by the token of their memory; of that memory.
         mapped: those that map files, in place of being served their pages.
-        taking: whether clients may come.
+        taking, recordings: whether clients may come; what is recorded.
         source: what brings the pages, for people.
         slow: the last fault that took long: `time`, seconds since 1970, and what is told of it; empty: there was none.
     """
@@ -98,7 +99,8 @@ class Session:
             stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
         )
         self.clients: dict[str, Client] = {}
-        self._services = Services(origin, settings)
+        self.recordings: Recordings = Recordings(pager, name, settings.replay, tell)
+        self._services = Services(origin, settings, self.recordings)
         noted = partial(keep_client, pager)
         self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, noted, tell)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
@@ -116,16 +118,18 @@ class Session:
 
     # Life
 
-    def prepare(self, listen: Callable[[], socket.socket | SocketFile]) -> None:
+    def prepare(self, listen: Callable[[], socket.socket | SocketFile], left: Left | None = None) -> None:
         """Check what clients will need, before one comes, and make the socket. Blocks.
 
         Args:
             listen: makes it. It is the session's.
+            left: of such a session of a server before this one: what it records goes on.
 
         Raises:
             OSError, TraceError: the socket cannot be made, a recording cannot be written, or none be replayed.
         """
         self._services.check()
+        self.recordings.prepare(self.settings.record, left)
         made = listen()
         self._file, self._listener = (None, made) if isinstance(made, socket.socket) else (made, made.listener)
         self._listener.setblocking(False)
@@ -176,11 +180,7 @@ class Session:
             self._listener.close()
 
     async def aclose(self, why: str) -> None:
-        """Take no new clients, and let go those that are there: the pager goes on serving them.
-
-        Args:
-            why: what becomes of them, for the log.
-        """
+        """Take no new clients, and let go those that are there, whom the pager serves on; why: for the log."""
         self.stop_listening()
         await self._reception.aclose()
         await self.mapped.aclose()
@@ -189,16 +189,14 @@ class Session:
             self._forget(client, why)
         self._pager.slots.give_back(self._slot)
         self._slot = 0
+        self._services.close()
+        await self.recordings.stop()
 
     async def _hush(self) -> None:
         """End all conversations."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def complete(self) -> None:
-        """Complete the recording, if there is one. Blocks."""
-        self._services.complete()
 
     async def wait_clients(self, most: int = 0) -> None:
         """Wait until at most so many clients are left. Canceling is safe."""

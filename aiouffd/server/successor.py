@@ -23,6 +23,7 @@ from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.fd_store import FdStore
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.succession import Estate, Predecessor
+from aiouffd.pager.process.state import RECORDING
 from aiouffd.server.clients import Client, Handed
 from aiouffd.server.listener import SocketFile
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.process.state import Note
 
 __all__ = ["SOCKET", "SYSTEMD", "Left", "Successor", "forget_session", "keep_client", "keep_session"]
 
@@ -81,11 +83,13 @@ class Left:
         text: of its note.
         listener: its socket; None: there was none.
         clients: those that are served, and whether they are our own, which ask questions.
+        recordings: notes of what it records.
     """
 
     text: dict[str, Any] = attrs.field(factory=dict)
     listener: socket.socket | None = None
     clients: list[tuple[Client, bool]] = attrs.field(factory=list)
+    recordings: list[Note] = attrs.field(factory=list)
 
 
 class Successor:
@@ -210,6 +214,8 @@ class Successor:
                 self.sockets[note.name.removeprefix(SOCKET)] = socket.socket(fileno=note.fds[0])
             elif note.name.startswith(_SESSION):
                 self._left_session(note.name.removeprefix(_SESSION), note.text, note.fds)
+            elif note.name.startswith(RECORDING):
+                self.left[note.text["session"]].recordings.append(note)
         for space in state.spaces.values():
             estate.take(space.fd)
             if space.tether >= 0:

@@ -70,6 +70,13 @@ def test_the_commands(
         assert json.loads(run(capsys, "list", "--json"))[0]["statistics"]["faults"] > 0
         assert json.loads(run(capsys, "server"))["sessions"] == 1
         assert run(capsys, "prefetch", "vm-1", "--length", "1M") == "vm-1: brought to 0 clients\n"
+        assert run(capsys, "record", "vm-1", "t", "--limit", "1G") == f"vm-1: recording to {image.parent}/t\n"
+        play(client, path, 2 << 20)  # it prefetches what is not touched then
+        assert f"{image.parent}/t: 128 pages, 128 touched\n" in run(capsys, "record", "vm-1", "--stop")
+        assert "vm-1: recording" in run(capsys, "record", "vm-1", "t", "--merge", "union")
+        assert run(capsys, "record", "vm-1", "--stop") == "vm-1: no client has come\n"
+        for wrong in ((), ("t", "--stop"), ("--stop", "--merge", "last")):
+            assert "either PATH" in run(capsys, "record", "vm-1", *wrong, status=2)
         assert run(capsys, "complete", "vm-1") == "vm-1: complete\n"
         assert "'no/no' is not there" in run(capsys, "show", "no/no", status=1)
         play(waits, path, serve.worker)

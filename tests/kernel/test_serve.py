@@ -217,7 +217,7 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
             [str(image), "--socket", "s", "--record", str(tmp_path / "no" / "r")],
             f"--record {tmp_path}/no/r: No such file",
         ),
-        ([str(image), "--socket", "s", "--record", str(tmp_path)], f"--record {tmp_path}: "),
+        ([str(image), "--socket", "s", "--record", "/dev/null"], "--record /dev/null: is not a regular file"),
         ([str(image), "--socket", "s", "--replay", str(tmp_path / "no")], f"--replay {tmp_path}/no: No such file"),
         ([str(image), "--socket", "s", "--metrics", "no.host.invalid:1"], "--metrics no.host.invalid:1: "),
         ([str(image), "--socket", "s", "--bytes-in-flight", "0"], "is too little"),

@@ -132,28 +132,40 @@ def test_a_recording_for_which_there_is_no_room(image: Path, tmp_path: Path) -> 
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def another_source(path: str) -> None:
-    """Scenario: the first client says what is recorded."""
-    for name in ("a", "b"):
-        region = aiouffd.Region(MIB)
-        monitor = aiouffd.Monitor(region, engine=aiouffd.ServedBy(path, source=name))
-        if name == "a":
-            with monitor:
-                assert region[5 * PAGE] == 6
-        else:
-            with pytest.raises(aiouffd.HandoffError, match="a recording is of one source"):
-                monitor.__enter__()
+def two_sources(path: str) -> None:
+    """Scenario: each client touches a page of a source of its own."""
+    for page, name in ((5, "a"), (7, "b")):
+        with aiouffd.Monitor(region := aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source=name)):
+            assert region[page * PAGE] == page + 1
 
 
-def test_a_recording_is_of_one_source(image: Path, tmp_path: Path) -> None:
-    """Offsets of two files in one recording would mean nothing."""
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.mem").write_bytes(image.read_bytes()[:MIB])
-    trace = tmp_path / "trace"
-    with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--record", trace, "--readahead", "0") as serve:
-        play(another_source, str(serve.path))
-        assert serve.end() == 0
-    assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [5 * PAGE]
+def test_each_source_has_a_recording(image: Path, tmp_path: Path) -> None:
+    """In a directory; a file has that of the first one's, and the others are served, and not recorded."""
+    for at, name in enumerate("ab"):  # not alike: a copy of a file is the same source
+        (tmp_path / f"{name}.mem").write_bytes(image.read_bytes()[: MIB - 1] + bytes([at]))
+    file, folder = tmp_path / "trace", tmp_path / "traces"
+    folder.mkdir()
+    for place in (file, folder):
+        arguments = ("--source-for", f"{tmp_path}/{{name}}.mem", "--readahead", "0")
+        with Serve(tmp_path, *arguments, "--record", place) as serve:
+            play(two_sources, str(serve.path))
+            assert ("is of another source or page size" in serve.said) == (place == file)
+            assert serve.end() == 0
+    assert list(aiouffd.Trace.load(file, PAGE).offsets) == [5 * PAGE]
+    found = {str(path.name): list(aiouffd.Trace.load(path, PAGE).offsets) for path in folder.iterdir()}
+    assert sorted(found.values()) == [[5 * PAGE], [7 * PAGE]]
+    assert all(name.endswith(f"-{PAGE}.trace") for name in found)
+    with Serve(tmp_path, *arguments, "--replay", folder) as serve:
+        play(replays, str(serve.path))
+        assert "nothing is replayed" not in serve.said
+
+
+def replays(path: str) -> None:
+    """Scenario: what was recorded of its source comes to a client."""
+    with aiouffd.Monitor(region := aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source="b")) as monitor:
+        eventually(lambda: monitor.statistics().pages_replay, 1)
+        assert region[7 * PAGE] == 8
+        assert monitor.statistics().faults == 0
 
 
 def replayed(path: str) -> None:

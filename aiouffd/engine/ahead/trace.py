@@ -162,10 +162,16 @@ class Recorder(OwnedDescriptor):
 
     One process creates and completes it; it travels to the process that notes the pages. Closed before, it stays
     incomplete.
+
+    Args:
+        fd: of the file, which begins as `create` has left it; it is the recorder's from now on.
+        path: what it is to be called once it is complete.
+        most: bytes of pages that are noted at most; None: no bound.
     """
 
-    def __init__(self, fd: int, path: Path | None = None) -> None:
+    def __init__(self, fd: int, path: Path | None = None, most: int | None = None) -> None:
         super().__init__(fd)
+        self._most = most  # bytes of pages
         self._path = path  # in the process that made it
         self._map: mmap.mmap | None = None
         self._words = memoryview(bytearray(8)).cast("Q")
@@ -199,6 +205,12 @@ class Recorder(OwnedDescriptor):
     @classmethod
     def _arrived(cls, descriptor: Descriptor) -> Self:
         return cls(descriptor.detach())
+
+    @property
+    def about(self) -> tuple[int, int, bytes]:
+        """What it was created with: page size, size and fingerprint."""
+        _, _, page, size, *_, source = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
+        return page, size, source
 
     @property
     def is_full(self) -> bool:
@@ -244,24 +256,29 @@ class Recorder(OwnedDescriptor):
             return False
         if self._map is None:
             self._go_on()
+        if self._most is not None and (self._count + count) * self._page > self._most:
+            return self._end("it has as many pages as it may have")
         used = HEADER.size + 8 * (self._count + count)
         length = (used // _STEP + 1) * _STEP
         try:
             # Not ftruncate: storing into a hole for which the disk has no room left is SIGBUS.
             os.posix_fallocate(self._fd, 0, length)
         except OSError as error:
-            self._full = True
-            with contextlib.suppress(
-                OSError
-            ):  # the block is there, but a file system that copies on write wants another
-                os.pwrite(self._fd, struct.pack("<I", _CUT), _STATE_AT)
-            log.error("first touches are no longer recorded: %s", error.strerror)  # noqa: TRY400 - it is served on
-            return False
+            return self._end(error.strerror or str(error))
         self._words.release()
         self._map = mmap.mmap(self._fd, length)
         self._words = memoryview(self._map).cast("Q")
         self._room = (length - HEADER.size) // 8
+        if self._most is not None:
+            self._room = min(self._room, self._most // self._page)
         return True
+
+    def _end(self, why: str) -> bool:
+        self._full = True
+        with contextlib.suppress(OSError):  # the block is there, but a file system that copies on write wants another
+            os.pwrite(self._fd, struct.pack("<I", _CUT), _STATE_AT)
+        log.error("first touches are no longer recorded: %s", why)
+        return False
 
     def complete(self) -> None:
         """Make it a recording that can be read. Nothing may be noted any more.

@@ -73,31 +73,39 @@ class Holding:
 
     # Notes
 
-    def keep(self, name: str, text: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def keep(
+        self, name: str, text: dict[str, Any], fds: Sequence[int] = (), *, pager: bool = False
+    ) -> Future[Any] | None:
         """Keep a note for a successor, in place of the last of its name.
 
         Args:
             name: a tenant's token, and it is forgotten with the tenant; or anything else.
             text: plain values.
             fds: descriptors that the successor needs. They stay the caller's, and open until `forget`.
+            pager: the pager itself needs it, also where there will be no successor.
+
+        Returns:
+            Done when the pager has it; None: nobody needs it.
         """
-        if self.listener is not None or self.store is not None:
+        if pager or self.listener is not None or self.store is not None:
             with self._requests.lock:
                 if self.store is not None:
                     self.store.put_note(name, fds)
                 self._notes[name] = text, fds
-                self._keep(name)
+                return self._keep(name)
+        return None
 
-    def forget(self, name: str) -> None:
-        """Keep a note no longer, if there is one."""
+    def forget(self, name: str) -> Future[Any] | None:
+        """Keep a note no longer; the future: the pager does not either. None: there is none, or nobody can be asked."""
         with self._requests.lock:
             note = self._notes.pop(name, None)
-            if note is None:
-                return
-            with contextlib.suppress(UffdError):  # nobody can be asked any more
-                self._requests("forget", token=None, name=name)
-                if self.store is not None:
-                    self.store.remove_note(name, note[1])
+            forgotten = None
+            if note is not None:
+                with contextlib.suppress(UffdError):
+                    forgotten = self._requests("forget", token=None, name=name)
+                    if self.store is not None:
+                        self.store.remove_note(name, note[1])
+            return forgotten
 
     # systemd's store
 

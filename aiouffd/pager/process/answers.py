@@ -21,7 +21,7 @@ from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
 from aiouffd.pager.process.served import PROVISIONAL, Served
-from aiouffd.pager.process.state import Note, SpaceState
+from aiouffd.pager.process.state import RECORDING, Note, SpaceState
 from aiouffd.pager.process.tenancy import RELEASE, FailedSource
 
 if TYPE_CHECKING:
@@ -241,10 +241,18 @@ class Answers:
     async def _keep(self, message: dict[str, Any], fds: list[int]) -> None:
         """Keep a note for whoever owns these clients next."""
         self._served.notes.keep(Note(message["name"], message["text"], fds))
+        self._record(message["name"])
 
     async def _forget(self, message: dict[str, Any], _: list[int]) -> None:
         """Keep a note no longer."""
         self._served.notes.forget(message["name"])
+        self._record(message["name"])
+
+    def _record(self, name: str) -> None:
+        """Where a note was about a recording, have what is served be recorded so from now on."""
+        for tenancy in list(self._served.tenancies.values()) if name.startswith(RECORDING) else ():
+            if RECORDING + tenancy.origin.record["token"] == name:
+                tenancy.record(self._served.notes)
 
     async def _go(self, _message: dict[str, Any], _: list[int]) -> None:
         """All is this pager's from now on, and it reads: who has served before has ended."""

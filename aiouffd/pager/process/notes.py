@@ -1,16 +1,20 @@
 """What the pager's owner has to know of its clients, kept where the owner's successor finds it: in the journal.
 
-The pager reads none of it. It holds the descriptors open, and gives all of it to whoever takes its clients over.
+The pager reads none of it, but for recordings of what it serves. It holds the descriptors open, and gives all of it to
+whoever takes its clients over.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
+from aiouffd.engine.ahead.trace import Recorder
 from aiouffd.errors import PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.pager.process.journal import JournalFullError
-from aiouffd.pager.process.state import Kind, Note
+from aiouffd.pager.process.state import RECORDING, Kind, Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +35,7 @@ class Notes:
     def __init__(self, write: Callable[[tuple[Kind, int, bytes]], None]) -> None:
         self._write = write
         self.kept: dict[str, Note] = {}
+        self._recorders: WeakValueDictionary[tuple[int, int], Recorder] = WeakValueDictionary()  # by file
 
     def keep(self, note: Note) -> None:
         """Keep a note in place of the last of its name. Its descriptors are taken.
@@ -53,3 +58,15 @@ class Notes:
         if note is not None:
             self._write((Kind.FORGOTTEN, 0, name.encode()))
             close_foreign(note.fds)
+
+    def recorder(self, token: str) -> Recorder | None:
+        """Return what notes the touches of all that is served from a source, by the token of that; None: nothing."""
+        note = self.kept.get(RECORDING + token)
+        if note is None:
+            return None
+        file = os.fstat(note.fds[0])
+        recorder = self._recorders.get((file.st_dev, file.st_ino))
+        if recorder is None:
+            recorder = Recorder(os.dup(note.fds[0]), most=note.text["most"])
+            self._recorders[file.st_dev, file.st_ino] = recorder
+        return recorder

@@ -288,7 +288,7 @@ class Served:
             page_size=state.page_size,
             backend=origin.backend,
             counters=origin.counters,
-            readahead=origin.readahead(state.page_size),
+            readahead=origin.readahead(state.page_size, self.notes),
             identity=state.identity,
             # A server's options are for all clients; one that tracks its writes says so by the feature.
             write_protect=options.write_protect or bool(state.features & Feature.WP_ASYNC),

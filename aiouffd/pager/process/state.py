@@ -18,7 +18,22 @@ from aiouffd.engine.mappings import Mappings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["EVENT_SIZE", "LASTING", "Kind", "Meta", "Note", "Record", "SpaceState", "State", "encode", "records"]
+__all__ = [
+    "EVENT_SIZE",
+    "LASTING",
+    "RECORDING",
+    "Kind",
+    "Meta",
+    "Note",
+    "Record",
+    "SpaceState",
+    "State",
+    "encode",
+    "records",
+]
+
+RECORDING: Final = "recording "
+"""Notes of recordings are named so, and by the token of what serves; their descriptor is that of a `Recorder`."""
 
 LASTING: Final = "lasting"
 """In the text of a note that is of use without a client, too: nobody else knows of it."""
@@ -93,7 +108,7 @@ class Note:
 
     Attributes:
         name: by which it is replaced and forgotten. One of a space's token is forgotten with the space.
-        text: plain values, which the pager does not read.
+        text: plain values, which the pager does not read, but for a recording's bound.
         fds: descriptors to hold open as long as it is kept.
     """
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
+    from aiouffd.pager.process.notes import Notes
 
 __all__ = [
     "BUILD_TIMEOUT",
@@ -85,9 +86,10 @@ class Origin:
         self.gone: asyncio.Event = asyncio.Event()
         """Set when a file that was written has been closed, for which `let_go` was called."""
 
-    def readahead(self, page_size: int) -> Readahead:
-        """Return that of a space with such pages."""
-        return make_readahead(page_size, self.options, local=self.backend.local, recorder=self.service.recorder)
+    def readahead(self, page_size: int, notes: Notes) -> Readahead:
+        """Return that of a space with such pages; it is recorded, if the service or a note says so."""
+        recorder = self.service.recorder or notes.recorder(self.record["token"])
+        return make_readahead(page_size, self.options, local=self.backend.local, recorder=recorder)
 
 
 @attrs.define(eq=False, repr=False)
@@ -115,6 +117,14 @@ class Tenancy:
     own: bool = False
     space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
+
+    def record(self, notes: Notes) -> None:
+        """Have it recorded as the notes say now."""
+        recorder, space = notes.recorder(self.origin.record["token"]), self.space
+        if space is not None:
+            space.close_fast_path()  # which is told when it is opened
+            space.readahead.note = None if recorder is None else recorder.note
+            space.backend.opened(space)
 
     def end(self) -> None:
         """Bring nothing more, and close what was held open: the space is served no longer."""

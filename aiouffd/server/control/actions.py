@@ -26,6 +26,7 @@ from aiouffd.server.control.values import (
     NewSession,
     NewSnapshot,
     Prefetch,
+    Record,
     ServerView,
     SessionView,
     SnapshotProgress,
@@ -35,6 +36,7 @@ from aiouffd.server.control.values import (
 )
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
+from aiouffd.server.recordings import Recorded, Terms
 from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ ACTIONS: Final = (
         *("complete", "POST", f"{_SESSION}/complete", "Bring all that its clients miss, and serve them no longer."),
         *(None, Completed),
     ),
+    Action("record", "POST", f"{_SESSION}/recording", "Record first touches.", Record, SessionView, 201),
+    Action("stop", "DELETE", f"{_SESSION}/recording", "Complete what is recorded.", answer=list[Recorded]),
     Action(
         *("drain", "POST", f"{_SESSION}/drain", "Take no new clients; the session is deleted when the last has left."),
         *(Drain, SessionView, 202, False),
@@ -198,6 +202,20 @@ class Actions:
         session = self._find(name)
         failed = await session.fill()
         return Completed({str(number): why for number, why in failed.items()}, len(session.clients))
+
+    async def record(self, name: str, what: Record) -> SessionView:
+        """Begin to record."""
+        session = self._find(name)
+        check_path("path", what.path)
+        await session.recordings.begin(Terms(what.path, what.merge, what.most))
+        return self._view(session)
+
+    async def stop(self, name: str) -> list[Recorded]:
+        """Stop it."""
+        session = self._find(name)
+        if session.recordings.terms is None:
+            raise SessionError(name, "records nothing")
+        return await session.recordings.stop()
 
     async def drain(self, name: str, how: Drain) -> SessionView:
         """Take no new clients. Who drains twice waits twice."""

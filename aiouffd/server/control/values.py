@@ -15,6 +15,7 @@ from msgspec import Meta
 from aiouffd.engine.one_copy import page_size_of
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.server.recordings import MOST
 from aiouffd.server.restarts import restarts
 from aiouffd.server.services import Settings
 from aiouffd.store.live import Order
@@ -37,6 +38,7 @@ __all__ = [
     "Owner",
     "Prefetch",
     "Problem",
+    "Record",
     "ServerView",
     "SessionView",
     "SnapshotProgress",
@@ -89,8 +91,8 @@ class NewSession:
         Annotated[float, Meta(ge=0)] | Literal["max"],
         Meta(description="Bytes a second to fill without a fault; 0: none."),
     ] = 0.0
-    record: Annotated[_Path | None, Meta(description="A file for the order of first touches.")] = None
-    replay: Annotated[_Path | None, Meta(description="A recorded file, whose pages each client gets.")] = None
+    record: Annotated[_Path | None, Meta(description="A file for the order of first touches, or a directory.")] = None
+    replay: Annotated[_Path | None, Meta(description="What was recorded, whose pages each client gets.")] = None
     timeout: Annotated[_Rate, Meta(description="Seconds for opening the source, and for each read of it.")] = 30.0
     retries: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="Further tries after a failed read.")] = None
     concurrent_reads: Annotated[int, Meta(ge=1, le=1 << 20, description="The most reads of the source at once.")] = 128
@@ -176,6 +178,7 @@ class SessionView:
     state: Literal["listening", "draining"]
     clients: list[ClientView]
     rejected: int
+    recording: Annotated[str | None, Meta(description="Where it records first touches; missing: it does not.")]
     settings: Annotated[NewSession | None, Meta(description="As it was created; missing: by the command line.")]
     source: Annotated[str, Meta(description="What brings the pages, for people.")]
     slow: Annotated[
@@ -188,7 +191,8 @@ class SessionView:
         """Return what is told of a session."""
         clients = [ClientView.of(client, now) for client in (*session.clients.values(), *session.mapped)]
         about = (session.source, session.slow, session.told())
-        return cls(session.name, session.state, clients, session.rejected, created, *about)
+        recording = None if session.recordings.terms is None else session.recordings.terms.path
+        return cls(session.name, session.state, clients, session.rejected, recording, created, *about)
 
 
 @attrs.frozen
@@ -232,6 +236,18 @@ class Evicted:
     """What was dropped."""
 
     bytes: Annotated[int, Meta(description="That were there, and are missing now.")]
+
+
+@attrs.frozen
+class Record:
+    """What a session is to record."""
+
+    path: Annotated[_Path, Meta(description="A file, or an existing directory: a file for each source.")]
+    merge: Annotated[
+        Literal["union", "frequency", "last"] | None,
+        Meta(description="How it is merged with a recording that is there; missing: in its place."),
+    ] = None
+    most: Annotated[int, Meta(ge=4096, le=1 << 40, description="The most bytes of pages in one file.")] = MOST
 
 
 @attrs.frozen

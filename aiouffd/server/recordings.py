@@ -1,0 +1,285 @@
+"""What a session records: which pages its clients touch, in a file for each source and page size.
+
+The pager writes the file, through the descriptor in a note of its journal: so it goes on whoever is killed, and in a
+server that takes over. It gets its name when the recording is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from aiouffd.engine.ahead.merging import Order, merged
+from aiouffd.engine.ahead.trace import Recorder, Trace, differ, fingerprint
+from aiouffd.errors import SessionError, TraceError, UffdError
+from aiouffd.pager.process.state import RECORDING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.client.packing import Pack
+    from aiouffd.pager.process.state import Note
+    from aiouffd.server.successor import Left
+
+__all__ = ["MOST", "Recorded", "Recordings", "Terms", "recording_of"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
+
+MOST: Final = 16 << 30
+"""Bytes of pages in one recording, if nothing else is said: a file of 32 MiB."""
+
+_TERMS: Final = f"{RECORDING}of "  # notes of sessions that record are named so, and by the session
+_PATIENCE: Final = 10.0  # seconds for the pager to let go of a recording
+
+
+@attrs.frozen
+class Terms:
+    """How a session records.
+
+    Attributes:
+        path: of the file; or an existing directory, in which each source has a file that its bytes name.
+        merge: how what is recorded is merged with a recording that is there; None: it takes its place.
+        most: bytes of pages in one file, at most.
+    """
+
+    path: str
+    merge: Order | None = None
+    most: int = MOST
+
+
+@attrs.frozen
+class Recorded:
+    """A recording that is complete.
+
+    Attributes:
+        path: of its file.
+        pages: that it has.
+        touched: how many of them were touched; the others came along.
+    """
+
+    path: str
+    pages: int
+    touched: int
+
+
+@attrs.frozen(eq=False)
+class _Open:
+    """A recording that goes on."""
+
+    recorder: Recorder
+    page_size: int
+    size: int
+    source: bytes
+
+
+def recording_of(path: str | os.PathLike[str], source: bytes, page_size: int) -> Path:
+    """Return where the recording of a source is: at a path, or in a directory; source: its fingerprint."""
+    place = Path(path)
+    return place / f"{source[:12].hex()}-{page_size}.trace" if place.is_dir() else place
+
+
+class Recordings:
+    """The recordings of one session. Thread-safe.
+
+    Args:
+        pager: serves its clients.
+        session: its name.
+        replay: what it replays: nothing is recorded then.
+        tell: called with what happens, and its details.
+
+    Attributes:
+        terms: of what is recorded; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        pager: PagerClient,
+        session: str,
+        replay: str | os.PathLike[str] | None = None,
+        tell: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        self._tell = tell
+        self._replays = replay is not None
+        self._made: dict[str, tuple[Pack, Any, int, int]] = {}  # by token: what is served
+        self.terms: Terms | None = None
+        self._pager = pager
+        self._session = session
+        self._lock = threading.Lock()
+        self._open: dict[str, _Open] = {}  # by path
+        self._covered: dict[str, str] = {}  # paths, by the token of a pack
+        self._letting_go: set[Future[Any]] = set()
+
+    def prepare(self, path: str | os.PathLike[str] | None, left: Left | None) -> None:
+        """Record to a path from now on, or to none; or go on with what a server before this one has left. Blocks.
+
+        Raises:
+            OSError: as `start`.
+        """
+        if left is not None and left.text:
+            self._adopt(left.recordings)
+        elif path is not None:
+            self.start(Terms(os.fspath(path)))
+
+    async def begin(self, terms: Terms) -> None:
+        """As `start`, also what is served already."""
+        await asyncio.to_thread(self.start, terms)
+        asked = [asyncio.wrap_future(future) for future in await asyncio.to_thread(self._record_all)]
+        await asyncio.wait([asyncio.gather(*asked, return_exceptions=True)], timeout=_PATIENCE)
+        self._tell("session.recording", path=terms.path)
+
+    def start(self, terms: Terms) -> None:
+        """Record what `cover` names from now on. Blocks.
+
+        Raises:
+            SessionError: it records already, or replays.
+            OSError: there can be no file at the path.
+        """
+        if self._replays:
+            why = "replays a recording: the pages that this brings are not seen to be touched"
+            raise SessionError(self._session, why)
+        if self.terms is not None:
+            raise SessionError(self._session, f"records already, to {self.terms.path}")
+        place = Path(terms.path)
+        Recorder.create(place / ".trace" if place.is_dir() else place, 0, 0).discard()
+        self.terms = terms
+        text = {**attrs.asdict(terms), "path": _absolute(terms.path), "session": self._session}
+        self._pager.holding.keep(_TERMS + self._session, text)
+
+    def cover(self, pack: Pack, origin: Any, size: int, page_size: int) -> None:
+        """Record what is served from a pack, if that can be; else the log says why. Blocks.
+
+        Args:
+            pack: about to serve, or serving.
+            origin: what it was made of.
+            size: bytes of that.
+            page_size: of the memory.
+        """
+        self._made[pack.token] = pack, origin, size, page_size
+        self._record(pack, origin, size, page_size)
+
+    def _record_all(self) -> list[Future[Any]]:
+        asked = [self._record(*made) for made in list(self._made.values())]
+        return [future for future in asked if future is not None]
+
+    def _record(self, pack: Pack, origin: Any, size: int, page_size: int) -> Future[Any] | None:
+        terms = self.terms
+        if terms is None or pack.token in self._covered:
+            return None
+        source = fingerprint(origin)
+        path = str(recording_of(terms.path, source, page_size))
+        with self._lock:
+            if self.terms is not terms:  # stopped meanwhile
+                return None
+            try:
+                known = self._open.get(path)
+                if known is None:
+                    created = Recorder.create(path, page_size, size, source)
+                    known = self._open[path] = _Open(created, page_size, size, source)
+                if (known.page_size, known.size) != (page_size, size) or differ(known.source, source):
+                    log.warning("%r is not recorded: %s is of another source or page size", origin, path)
+                    return None
+                text = {"most": terms.most, "session": self._session, "file": _absolute(path)}
+                self._covered[pack.token] = path
+                return self._pager.holding.keep(RECORDING + pack.token, text, [known.recorder.fileno()], pager=True)
+            except (OSError, UffdError) as error:
+                log.warning("%r is not recorded: %s", origin, error)
+                return None
+
+    def uncover(self, pack: Pack) -> None:
+        """Nothing is served from a pack any more; what it is recorded in goes on."""
+        self._made.pop(pack.token, None)
+        if self._covered.pop(pack.token, None) is not None:
+            self._let_go(pack.token)
+
+    def _let_go(self, token: str) -> None:
+        """Have the pager write no more of what is served from a pack."""
+        future = self._pager.holding.forget(RECORDING + token)
+        if future is not None:
+            self._letting_go.add(future)
+            future.add_done_callback(self._letting_go.discard)
+
+    def _adopt(self, notes: list[Note]) -> None:
+        for note in notes:
+            if not note.fds:
+                self.terms = Terms(note.text["path"], note.text["merge"], note.text["most"])
+                continue
+            path = note.text["file"]
+            self._covered[note.name.removeprefix(RECORDING)] = path
+            if path not in self._open:
+                recorder = Recorder(note.fds[0], Path(path))
+                self._open[path] = _Open(recorder, *recorder.about)
+
+    async def stop(self) -> list[Recorded]:
+        """Complete what is recorded, if anything is. Canceling is safe: nothing is recorded then, and no file appears.
+
+        Raises:
+            OSError: a file cannot be written; the others are complete.
+            SessionError: the pager does not let go of them; they are lost.
+        """
+        terms, self.terms = self.terms, None
+        if terms is None:
+            return []
+        self._pager.holding.forget(_TERMS + self._session)
+        with self._lock:
+            recordings, self._open = self._open, {}
+            covered, self._covered = self._covered, {}
+        for token in covered:
+            self._let_go(token)
+        waiting = [asyncio.wrap_future(future) for future in list(self._letting_go)]
+        answered = asyncio.gather(*waiting, return_exceptions=True)  # where the pager has died, nobody writes
+        if not (await asyncio.wait([answered], timeout=_PATIENCE))[0]:
+            for recording in recordings.values():  # and not completed: it may be written to
+                recording.recorder.discard()
+            raise SessionError(self._session, "has lost its recording: the pager does not answer")
+        done = await asyncio.to_thread(_complete, recordings, terms)
+        for recorded in done:
+            log.info("%s: %d pages are recorded, %d of them touched", *attrs.astuple(recorded))
+            self._tell("session.recorded", **attrs.asdict(recorded))
+        return done
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - links are followed when it is used
+
+
+def _complete(recordings: dict[str, _Open], terms: Terms) -> list[Recorded]:
+    done, problem = list[Recorded](), None
+    for path, recording in recordings.items():
+        try:
+            done.append(_completed(path, recording.recorder, terms))
+        except OSError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return done
+
+
+def _completed(path: str, recorder: Recorder, terms: Terms) -> Recorded:
+    before = _known(path) if terms.merge is not None else None
+    recorder.complete()
+    trace = Trace.load(path)
+    if before is not None and terms.merge is not None:
+        try:
+            trace = merged([("the one before", before), (path, trace)], terms.merge, most=terms.most)
+            trace.save(path)
+        except TraceError as error:
+            log.warning("the recording takes the place of the one before: %s", error)
+    return Recorded(path, len(trace.offsets), len(trace.offsets) - len(trace.along))
+
+
+def _known(path: str) -> Trace | None:
+    try:
+        return Trace.load(path)
+    except FileNotFoundError:
+        return None
+    except TraceError as error:
+        log.warning("%s", error)
+        return None

@@ -1,0 +1,119 @@
+"""`server.recordings`: a session records at run time, whoever is killed, and goes on in the server after it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import click
+import pytest
+from pattern import PAGE
+from processes import kill
+from scenario import play
+from served import MIB, Serve, Servers
+
+import aiouffd
+from aiouffd.cli.unix_http import ControlClient
+from aiouffd.engine.ahead.trace import Trace
+
+PLACE = "/v1/sessions/vm/recording"
+
+
+def touched(path: Path) -> set[int]:
+    """Return the pages that a recording has as touched."""
+    trace = Trace.load(path, PAGE)
+    return {offset // PAGE for offset in set(trace.offsets).difference(trace.along)}
+
+
+def pages_of(trace: Path) -> list[int]:
+    """Return the pages of a recording, in order."""
+    return [offset // PAGE for offset in Trace.load(trace).offsets]
+
+
+def records(directory: str, worker: int) -> None:
+    """Scenario: a client is there before the recording begins, and after it ends; a worker dies between."""
+    control, trace = ControlClient(f"{directory}/control.sock"), Path(directory) / "trace"
+    before, after = (100, 171, 310, 224, 352, 133), (500, 740, 611, 555, 860, 790)  # no streams
+
+    def touch(*pages: int) -> None:
+        for page in pages:
+            assert region[page * PAGE] == (page + 1) & 255
+
+    with aiouffd.Monitor(region := aiouffd.Region(4 * MIB), engine=aiouffd.ServedBy(f"{directory}/vm.sock")) as monitor:
+        touch(1000)
+        assert control.ask("POST", PLACE, {"path": str(trace)})["recording"] == str(trace)
+        touch(*before)
+        monitor.prefetch_sync(900 * PAGE, PAGE)  # answered: what has come before is noted
+        kill(worker)
+        touch(*after)
+        monitor.prefetch_sync(901 * PAGE, PAGE)
+        with aiouffd.Monitor(other := aiouffd.Region(4 * MIB), engine=aiouffd.ServedBy(f"{directory}/vm.sock")):
+            assert other[1010 * PAGE] == 1011 & 255
+            assert other[500 * PAGE] == 501 & 255
+        (recorded,) = control.ask("DELETE", PLACE)
+        assert touched(trace) == {*before, *after, 1010}
+        assert recorded == {"path": str(trace), "pages": len(Trace.load(trace).offsets), "touched": 13}
+        assert recorded["pages"] > 13
+        touch(950)  # not recorded; and the file that has been completed is not written to
+
+        control.ask("POST", PLACE, {"path": str(trace), "merge": "last", "most": 2 * PAGE})
+        for again in (960, 961, 820, 840):
+            touch(again)
+        monitor.prefetch_sync(902 * PAGE, PAGE)
+        control.ask("DELETE", PLACE)
+        assert touched(trace) <= {960, 961, 820}
+        assert len(pages_of(trace)) == 2
+        assert pages_of(trace)[0] == 960
+
+
+def test_a_session_records_at_run_time(image: Path, tmp_path: Path) -> None:
+    """See the scenario; and what is refused says why."""
+    with Serve(tmp_path, "--control", tmp_path / "control.sock", socket="") as serve:
+        control = ControlClient(tmp_path / "control.sock")
+        new = {"name": "vm", "socket": f"{tmp_path}/vm.sock", "source": str(image)}
+        control.ask("POST", "/v1/sessions", new)
+        play(records, str(tmp_path), serve.worker)
+        refused = [
+            ("DELETE", None, "'vm' records nothing"),
+            ("POST", {"path": "x"}, "'x' is no absolute path"),
+            ("POST", {"path": str(tmp_path / "no" / "x")}, "No such file"),
+            ("POST", {"path": "/dev/null"}, "is not a regular file"),
+            ("POST", {"path": "/x", "merge": "all"}, "merge"),
+            ("POST", {"path": "/x", "most": 1}, "most"),
+        ]
+        for method, body, why in refused:
+            with pytest.raises(click.ClickException, match=why):
+                control.ask(method, PLACE, body)
+        control.ask("POST", PLACE, {"path": str(tmp_path)})
+        with pytest.raises(click.ClickException, match="records already, to "):
+            control.ask("POST", PLACE, {"path": str(tmp_path)})
+        assert control.ask("DELETE", PLACE) == []
+        told = (event["kind"] for event in control.events(0))
+        kinds = list(itertools.islice((kind for kind in told if kind.startswith("session.record")), 5))
+        assert kinds == ["session.recording", "session.recorded"] * 2 + ["session.recording"]
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def goes_on(directory: str, image: str) -> None:
+    """Scenario: all of a server's processes but the holder are killed at once."""
+    trace, control = Path(directory) / "trace", f"{directory}/control.sock"
+    servers = Servers(directory, "--control", control, socket="")
+    servers.start("first")
+    new = {"name": "vm", "socket": f"{directory}/vm.sock", "source": image, "record": str(trace), "readahead": 0}
+    asked = ControlClient(control)
+    asked.ask("POST", "/v1/sessions", new)
+    with aiouffd.Monitor(region := aiouffd.Region(MIB), engine=aiouffd.ServedBy(f"{directory}/vm.sock")):
+        assert region[5 * PAGE] == 6
+        servers.lose()
+        servers.start("second")
+        assert region[40 * PAGE] == 41
+        assert asked.ask("GET", "/v1/sessions/vm")["recording"] == str(trace)
+        (recorded,) = asked.ask("DELETE", PLACE)
+    assert servers.last.end() == 0
+    assert recorded["touched"] == 2
+    assert [offset // PAGE for offset in Trace.load(trace).offsets] == [5, 40]
+
+
+def test_a_recording_goes_on_in_the_server_after_it(image: Path, tmp_path: Path) -> None:
+    """What was recorded before all were killed is in it, and what comes after."""
+    play(goes_on, str(tmp_path), str(image))
