@@ -102,8 +102,9 @@ def only(clients: Iterable[Client], number: int | None, session: str) -> Client:
     known = list(clients)
     found = [client for client in known if number in (None, client.number)]
     if len(found) != 1:
-        numbers = ", ".join(str(client.number) for client in known) or "none"
-        raise SessionError(session, f"has these clients, of which one must be named: {numbers}")
+        numbers = ", ".join(str(client.number) for client in known)
+        reason = f"has these clients, of which one must be named: {numbers}" if known else "has no client"
+        raise SessionError(session, reason)
     return found[0]
 
 

@@ -262,6 +262,8 @@ def is_refused(control: ControlClient, at: str, place: Path) -> None:
     for name, shared in (("none", False), ("open", True)):
         path = str(place / f"{name}.sock")
         control.ask("POST", "/v1/sessions", {"name": name, "socket": path, **new})
+        with pytest.raises(click.ClickException, match="has no client"):
+            control.ask("POST", f"/v1/sessions/{name}/snapshot", {"destination": str(place / "x.snap")})
         kept = hand_over(path, FILE, shared=shared)
         assert kept[0][0] == 1
         other = f"/v1/sessions/{name}/snapshot"
