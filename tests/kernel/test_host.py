@@ -1,0 +1,218 @@
+"""A host of guests: sessions of one compressed snapshot in layers behind the cache, an upgrade, and the loss of all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pattern import PAGE
+from scenario import ended, eventually, play
+from served import MIB, Servers
+
+import aiouffd
+from aiouffd.cli.unix_http import ControlClient
+from aiouffd.ranges import RangeSet
+from aiouffd.store import create_sync
+from examples.microvm import GuestError, MicroVM, hand_over
+from examples.page_server import PageServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing")
+SIZE = 4 * MIB
+CHUNK = 64 << 10
+LIMITED = SIZE // 2  # bytes of the guest whose session has a limit
+RATE = LIMITED // 8  # bytes a second: its limit
+
+
+def right(size: int) -> int:
+    """Return the sum of a guest with so many bytes."""
+    return sum((page + 1) & 255 for page in range(size // PAGE))
+
+
+class Bucket(PageServer):
+    """Serves snapshots. It answers so many requests for packs, and holds the others back.
+
+    Attributes:
+        allowed: how many are answered.
+        begun: how many have been.
+        waiting: how many are held back, of those that are still wanted.
+        answered: the bytes of each pack that were.
+        twice: how many of these were answered again.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.allowed = self.waiting = self.twice = self.begun = 0
+        self.answered: dict[str, RangeSet] = {}
+        self._readers: dict[Any, asyncio.StreamReader] = {}
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        self._readers[writer] = reader
+        return await super()._exchange(reader, writer)
+
+    async def _answer(self, request: Any, writer: asyncio.StreamWriter) -> None:
+        if "range" in request.headers and "packs" in request.path:
+            self.waiting += 1
+            try:
+                while self.begun >= self.allowed:
+                    await asyncio.sleep(0.002)
+                    if self._readers[writer].at_eof():  # who has asked is dead
+                        raise ConnectionAbortedError
+            finally:
+                self.waiting -= 1
+            self.begun += 1
+            first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+            seen = self.answered.setdefault(request.path, RangeSet())
+            new = sum(gap.length for gap in seen.gaps(int(first), int(last) + 1))
+            self.twice += int(last) + 1 - int(first) - new
+            seen.add(int(first), int(last) + 1)
+        await super()._answer(request, writer)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[str]:
+        """Serve from a thread; yield the address."""
+        address: Queue[Any] = Queue()
+
+        async def main() -> None:
+            stop, loop = asyncio.Event(), asyncio.get_running_loop()
+            async with await self.serve("127.0.0.1", 0) as listener:
+                address.put((listener.sockets[0].getsockname()[1], lambda: loop.call_soon_threadsafe(stop.set)))
+                await stop.wait()
+
+        thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+        thread.start()
+        port, end = address.get()
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            end()
+            thread.join()
+
+
+def write_snapshot(directory: Path) -> str:
+    """Write three layers, each of which compresses to half; return the name of the upper one."""
+    noise, data, above = random.Random(4), bytearray(), None
+    for page in range(SIZE // PAGE):
+        data += bytes([(page + 1) & 255]) + noise.randbytes(PAGE // 2) + bytes(PAGE - PAGE // 2 - 1)
+    for number, end in enumerate((SIZE // 4, SIZE // 2, SIZE)):
+        place = directory / f"{number}.snap"
+        create_sync(bytes(data[:end]) + bytes(SIZE - end), place, base=above, chunk_size=CHUNK)
+        above = place
+    return place.name
+
+
+class Guest:
+    """A machine of one session, which adds up its memory in a thread of its own.
+
+    Attributes:
+        outcome: the sum, or the error.
+        seconds: how long that took.
+    """
+
+    def __init__(self, path: Path, size: int = SIZE) -> None:
+        self.region = aiouffd.Region(size)
+        self._kept = hand_over(str(path), self.region)
+        self.outcome: int | GuestError | None = None
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        begun = time.monotonic()
+        with MicroVM((self.region.address, len(self.region))) as vm:
+            try:
+                self.outcome = vm.run()
+            except GuestError as error:
+                self.outcome = error
+        self.seconds = time.monotonic() - begun
+
+    def join(self) -> None:
+        """Wait until it is done; then its memory may go."""
+        self._thread.join()
+        for kept in self._kept:
+            kept.close()
+
+
+class Machines:
+    """A host: its servers, one after the other, and sessions that all have the same source."""
+
+    def __init__(self, directory: str, url: str) -> None:
+        self.directory, self.url = Path(directory), url
+        control = self.directory / "control.sock"
+        cache = ("--cache", self.directory / "cache", "--cache-size", "1G")
+        self.servers = Servers(directory, "--control", control, *cache, socket="")
+        self._control = ControlClient(control)
+
+    def create(self, name: str, **settings: Any) -> None:
+        """Create a session."""
+        new = {"name": name, "source": self.url, "socket": str(self.path(name)), "readahead": CHUNK, **settings}
+        self._control.ask("POST", "/v1/sessions", new)
+
+    def path(self, name: str) -> Path:
+        """Return the socket of a session."""
+        return self.directory / f"{name}.sock"
+
+    def counted(self, name: str) -> dict[str, int]:
+        """Return what a session has counted."""
+        counted: dict[str, int] = self._control.ask("GET", f"/v1/sessions/{name}")["statistics"]
+        return counted
+
+
+def twenty_guests(directory: str) -> None:
+    """Scenario: no guest can be done before all was upgraded once, and lost once."""
+    snapshots = Path(directory) / "snapshots"
+    bucket = Bucket(snapshots)
+    upper = write_snapshot(snapshots)
+    broken = Path(directory) / "broken.bin"
+    broken.write_bytes(b"".join(bytes([1]) * PAGE for _ in range(SIZE // PAGE)))
+    with bucket.serving() as url:
+        host = Machines(directory, f"{url}/{upper}")
+        host.servers.start("first")
+        names = [f"vm{number}" for number in range(18)]
+        for name in names:
+            host.create(name)
+        host.create("limited", bytes_per_second=RATE)
+        host.create("broken", source=str(broken), retries=0)
+        os.truncate(broken, SIZE // 2)
+        guests = {name: Guest(host.path(name)) for name in (*names, "broken")}
+        guests["limited"] = Guest(host.path("limited"), LIMITED)
+        total = SIZE // CHUNK
+        bucket.allowed = total // 3
+        eventually(lambda: bucket.waiting > 0, expected=True)
+        host.servers.start("second", "--takeover")
+        bucket.allowed = total // 3 * 2
+        eventually(lambda: bucket.begun >= bucket.allowed and bucket.waiting > 0, expected=True)
+        assert all(guests[name].outcome is None for name in names)
+        host.servers.lose()
+        host.servers.start("third")
+        bucket.allowed = 1 << 30
+        for guest in guests.values():
+            guest.join()
+        assert [guests[name].outcome for name in names] == [right(SIZE)] * len(names)
+        assert guests["limited"].outcome == right(LIMITED)
+        assert guests["limited"].seconds >= (LIMITED - 3 * RATE) / RATE  # a second's worth at once, of each server
+        assert host.counted("limited")["slowed"] > 0
+        assert isinstance(guests["broken"].outcome, GuestError)
+        assert host.counted("broken")["pages_poisoned"] == 1
+        assert (bucket.begun, bucket.twice) == (total, 0)
+        os.kill(host.servers.last.process.pid, signal.SIGTERM)
+        print(json.dumps(host.servers.pids))
+
+
+@needs_kvm
+def test_twenty_guests(tmp_path: Path) -> None:
+    """Right sums, the limit held, the broken source costs only its own guest, and each byte is fetched once."""
+    output, _ = play(twenty_guests, str(tmp_path))
+    assert all(map(ended, json.loads(output).values()))
