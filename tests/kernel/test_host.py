@@ -7,9 +7,13 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import socket
+import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
@@ -101,14 +105,20 @@ class Bucket(PageServer):
             thread.join()
 
 
-def write_snapshot(directory: Path) -> str:
-    """Write three layers, each of which compresses to half; return the name of the upper one."""
-    noise, data, above = random.Random(4), bytearray(), None
+def image() -> bytes:
+    """Return the memory of a guest, which compresses to half."""
+    noise, data = random.Random(4), bytearray()
     for page in range(SIZE // PAGE):
         data += bytes([(page + 1) & 255]) + noise.randbytes(PAGE // 2) + bytes(PAGE - PAGE // 2 - 1)
+    return bytes(data)
+
+
+def write_snapshot(directory: Path) -> str:
+    """Write three layers, each of which compresses to half; return the name of the upper one."""
+    data, above = image(), None
     for number, end in enumerate((SIZE // 4, SIZE // 2, SIZE)):
         place = directory / f"{number}.snap"
-        create_sync(bytes(data[:end]) + bytes(SIZE - end), place, base=above, chunk_size=CHUNK)
+        create_sync(data[:end] + bytes(SIZE - end), place, base=above, chunk_size=CHUNK)
         above = place
     return place.name
 
@@ -118,25 +128,44 @@ class Guest:
 
     Attributes:
         outcome: the sum, or the error.
-        seconds: how long that took.
+        begun: when, on the monotonic clock.
+        seconds: how long it took.
     """
 
     def __init__(self, path: Path, size: int = SIZE) -> None:
         self.region = aiouffd.Region(size)
-        self._kept = hand_over(str(path), self.region)
+        self._path = str(path)
+        self._kept = hand_over(self._path, self.region)
         self.outcome: int | GuestError | None = None
-        self.seconds = 0.0
+        self.begun, self.seconds = time.monotonic(), 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        begun = time.monotonic()
         with MicroVM((self.region.address, len(self.region))) as vm:
             try:
                 self.outcome = vm.run()
             except GuestError as error:
                 self.outcome = error
-        self.seconds = time.monotonic() - begun
+        self.seconds = time.monotonic() - self.begun
+
+    def again(self) -> bool:
+        """Hand the memory over again, if that has got lost: the connection has ended; tell whether it was so."""
+        connection, uffd = self._kept
+        try:
+            lost = not connection.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            lost = True
+        if lost:
+            connection.close()
+            other = socket.socket(socket.AF_UNIX)
+            other.connect(self._path)
+            self._kept = other, uffd
+            mapping = {"base_host_virt_addr": self.region.address, "size": len(self.region), "offset": 0}
+            socket.send_fds(other, [json.dumps([mapping | {"page_size": PAGE}]).encode()], [uffd.fileno()])
+        return lost
 
     def join(self) -> None:
         """Wait until it is done; then its memory may go."""
@@ -215,4 +244,117 @@ def twenty_guests(directory: str) -> None:
 def test_twenty_guests(tmp_path: Path) -> None:
     """Right sums, the limit held, the broken source costs only its own guest, and each byte is fetched once."""
     output, _ = play(twenty_guests, str(tmp_path))
+    assert all(map(ended, json.loads(output).values()))
+
+
+class Soak:
+    """Guests that come and go, while processes are killed by chance.
+
+    Args:
+        directory: of the host.
+        url: of its snapshot.
+        data: what that has.
+        seed: of what happens.
+    """
+
+    def __init__(self, directory: str, url: str, bucket: Bucket, data: bytes, seed: int) -> None:
+        self.host, self.bucket, self.data = Machines(directory, url), bucket, data
+        self.chance = random.Random(seed)
+        self.guests: list[Guest] = []
+        self.done: Counter[str] = Counter()
+        self._starts = 0
+        self.start()
+        for number in range(6):
+            self.host.create(f"vm{number}", **({"bytes_per_second": 8 * MIB} if number == 5 else {}))
+
+    def start(self, *options: str) -> None:
+        """Start the next server."""
+        self._starts += 1
+        self.host.servers.start(f"server-{self._starts}", *options)
+
+    def upgrade(self) -> None:
+        """Have the next server take over."""
+        before = self.host.servers.last
+        self.start("--takeover")
+        assert before.process.wait(60) == 0, before.said
+
+    def lose(self) -> None:
+        """Kill all but the holder, and start the next server, perhaps a little later."""
+        self.host.servers.lose()
+        time.sleep(self.chance.choice([0.0, 0.3]))
+        self.start()
+
+    def kill(self, *names: str) -> None:
+        """Kill some processes of the server at once."""
+        pids = self.host.servers.pids
+        for name in names:
+            os.kill(pids[name], signal.SIGKILL)
+
+    def starve(self) -> None:
+        """Have no answer of the bucket for a while."""
+        self.bucket.allowed = 0
+        time.sleep(self.chance.uniform(0.1, 1.0))
+        self.bucket.allowed = 1 << 30
+
+    def happen(self) -> None:
+        """Have something happen, by chance."""
+        what = self.chance.choices(
+            ["worker", "keeper", "both", "upgrade", "lose", "starve", "evict"], [4, 4, 2, 2, 2, 1, 1]
+        )[0]
+        self.done[what] += 1
+        if what in {"worker", "keeper"}:
+            self.kill(what)
+        elif what == "both":
+            self.kill("worker", "keeper")
+        elif what == "evict":
+            shutil.rmtree(self.host.directory / "cache", ignore_errors=True)
+        else:
+            getattr(self, what)()
+
+    def look(self, most: int = 8) -> None:
+        """Check the guests that are done, and have others in their place; help those whose handoff was lost."""
+        for guest in list(self.guests):
+            if guest.outcome is not None:
+                guest.join()
+                assert guest.outcome == right(SIZE), guest.outcome
+                assert bytes(guest.region) == self.data
+                self.guests.remove(guest)
+                self.done["guests"] += 1
+            else:
+                self.done["handed over again"] += guest.again()
+                assert time.monotonic() - guest.begun < 90, "a guest hangs"
+        while len(self.guests) < most:
+            self.guests.append(Guest(self.host.path(f"vm{self.chance.randrange(6)}")))
+
+
+def soak(directory: str, seconds: float, seed: int) -> None:
+    """Scenario."""
+    snapshots = Path(directory) / "snapshots"
+    upper = write_snapshot(snapshots)
+    bucket = Bucket(snapshots)
+    bucket.allowed = 1 << 30
+    with bucket.serving() as url:
+        test = Soak(directory, f"{url}/{upper}", bucket, image(), seed)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            test.look()
+            if test.chance.random() < 0.2:
+                test.happen()
+            time.sleep(0.1)
+        while test.guests:
+            time.sleep(0.1)
+            test.look(0)
+        print(dict(test.done), file=sys.stderr)
+        pids = test.host.servers.pids
+        os.kill(pids["server"], signal.SIGTERM)
+        print(json.dumps(pids))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2100)
+@needs_kvm
+def test_soak_30_min(tmp_path: Path) -> None:
+    """Half an hour: no guest has a wrong byte, and none waits for ever."""
+    output, errors = play(soak, str(tmp_path), 1800.0, random.randrange(1000), deadline=2000)
+    print(errors)
     assert all(map(ended, json.loads(output).values()))
