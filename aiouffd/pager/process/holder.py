@@ -109,7 +109,9 @@ class Holder:
             return {}
         if message["op"] == "end":
             os._exit(0)
-        self._listens |= message["op"] == "listen"
+        self._listens = message["op"] == "listen" or (self._listens and message["op"] != "hush")
+        if message["op"] == "hush":  # another pair is given all that this one has
+            self._leave()
         return message
 
     def _look(self) -> None:
