@@ -25,6 +25,8 @@ from served import MIB, Servers
 
 import aiouffd
 from aiouffd.cli.unix_http import ControlClient
+from aiouffd.engine.mappings import Mapping
+from aiouffd.handoff import firecracker
 from aiouffd.ranges import RangeSet
 from aiouffd.store import create_sync
 from examples.microvm import GuestError, MicroVM, hand_over
@@ -135,7 +137,8 @@ class Guest:
     def __init__(self, path: Path, size: int = SIZE) -> None:
         self.region = aiouffd.Region(size)
         self._path = str(path)
-        self._kept = hand_over(self._path, self.region)
+        self._connection = self._connect()
+        self._uffd = hand_over(self._connection, (self.region.address, size), PAGE)
         self.outcome: int | GuestError | None = None
         self.begun, self.seconds = time.monotonic(), 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -151,27 +154,29 @@ class Guest:
 
     def again(self) -> bool:
         """Hand the memory over again, if that has got lost: the connection has ended; tell whether it was so."""
-        connection, uffd = self._kept
         try:
-            lost = not connection.recv(1, socket.MSG_DONTWAIT)
+            lost = not self._connection.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except ConnectionError:
             lost = True
         if lost:
-            connection.close()
-            other = socket.socket(socket.AF_UNIX)
-            other.connect(self._path)
-            self._kept = other, uffd
-            mapping = {"base_host_virt_addr": self.region.address, "size": len(self.region), "offset": 0}
-            socket.send_fds(other, [json.dumps([mapping | {"page_size": PAGE}]).encode()], [uffd.fileno()])
+            self._connection.close()
+            self._connection = self._connect()
+            mapping = Mapping(self.region.address, self.region.address + len(self.region), 0)
+            socket.send_fds(self._connection, [firecracker.encode([mapping], PAGE)], [self._uffd.fileno()])
         return lost
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self._path)
+        return connection
 
     def join(self) -> None:
         """Wait until it is done; then its memory may go."""
         self._thread.join()
-        for kept in self._kept:
-            kept.close()
+        self._connection.close()
+        self._uffd.close()
 
 
 class Machines:
