@@ -28,7 +28,7 @@ from aiouffd.testing import POISONED, FakeUffd
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ELSEWHERE", "FEATURES", "FakeWorld", "KernelWorld", "World", "world_of"]
+__all__ = ["ELSEWHERE", "FEATURES", "FakeWorld", "KernelWorld", "Sleeper", "World", "world_of"]
 
 FEATURES = abi.LAYOUT_EVENTS | Feature.THREAD_ID
 ELSEWHERE = 1000
@@ -184,7 +184,7 @@ class FakeWorld(_Base):
         self.uffd.close()
 
 
-class _Sleeper(threading.Thread):
+class Sleeper(threading.Thread):
     """A thread in a system call that may sleep in the kernel's userfaultfd code."""
 
     def __init__(self, call: Callable[[], None]) -> None:
@@ -255,9 +255,9 @@ class KernelWorld(_Base):
         libc.madvise(self.base, PAGE, mmap.MADV_DONTNEED)
         self.uffd = Userfaultfd(features)
         self.uffd.register(self.base, pages * PAGE, RegisterMode.MISSING)
-        self._touchers: dict[int, _Sleeper] = {}
+        self._touchers: dict[int, Sleeper] = {}
         self._found: dict[int, Found] = {}
-        self._layout: list[_Sleeper] = []
+        self._layout: list[Sleeper] = []
         self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 
     def threads(self) -> dict[int, int]:
@@ -278,7 +278,7 @@ class KernelWorld(_Base):
             os.close(read)
             os.close(write)
 
-        self._touchers[thread] = _Sleeper(call)
+        self._touchers[thread] = Sleeper(call)
         self._touchers[thread].settle()
 
     def asleep(self, thread: int) -> bool:
@@ -291,7 +291,7 @@ class KernelWorld(_Base):
         return self._found[thread]
 
     def _change(self, call: Callable[[], None]) -> None:
-        thread = _Sleeper(call)
+        thread = Sleeper(call)
         thread.settle()
         if thread.is_alive():
             self._layout.append(thread)

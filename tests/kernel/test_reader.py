@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import select
-import threading
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,7 +13,7 @@ from kinds import poke
 from pattern import PAGE
 from reading_rig import PAGES, SOURCE, Rig, first
 from scenario import play
-from worlds import FEATURES
+from worlds import FEATURES, Sleeper
 
 from aiouffd.engine.kept import DUE, KEPT, LOOSE, PROTECTED, Kept
 from aiouffd.engine.mappings import Mapping
@@ -125,7 +125,7 @@ class Writers(Rig):
 
     def __init__(self) -> None:
         super().__init__("native", features=FEATURES | Feature.PAGEFAULT_FLAG_WP)
-        self.threads: dict[int, threading.Thread] = {}
+        self.threads: dict[int, Sleeper] = {}
         self.world.uffd.register(self.world.at(0), PAGES * PAGE, RegisterMode.MISSING | RegisterMode.WP)
         for page in range(12):
             self.world.uffd.try_copy(self.world.at(page), self.source.locate(page * PAGE, PAGE), PAGE, 0)
@@ -140,9 +140,8 @@ class Writers(Rig):
 
     def write(self, page: int) -> None:
         """Have a thread write to a page, and wait until that is told."""
-        self.threads[page] = threading.Thread(target=poke, args=(self.world.at(page), b"new"), daemon=True)
-        self.threads[page].start()
-        select.select([self.fd], [], [])
+        self.threads[page] = Sleeper(partial(poke, self.world.at(page), b"new"))
+        self.threads[page].settle()
 
     def goes(self, page: int) -> None:
         """Find that a write goes on without the engine."""
