@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 import zstandard
@@ -10,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiouffd
+from aiouffd.store import codecs
 from aiouffd.store.codecs import CODECS, compressor, digest, digest_of, expand
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FRAME = compressor("zstd")(bytes(1000))[1]
 
@@ -86,3 +94,20 @@ def test_a_missing_library_is_named(name: str, library: str, monkeypatch: pytest
         compressor(name)
     with pytest.raises(aiouffd.StoreError, match="needs the library"):
         expand(CODECS[name], FRAME, 1000)
+
+
+def test_a_library_that_another_thread_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is in sys.modules: it is waited for."""
+    begun, go = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "its_gate", types.SimpleNamespace(begun=begun, go=go))
+    (tmp_path / "slow_library.py").write_text("import its_gate\nits_gate.begun.set()\nits_gate.go.wait()\nvalue = 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(codecs._library, "slow_library")
+        begun.wait()
+        second = pool.submit(lambda: codecs._library("slow_library").value)
+        while not (second.running() or second.done()):
+            pass
+        threading.Timer(0.05, go.set).start()
+        assert (first.result().value, second.result()) == (5, 5)
+    del sys.modules["slow_library"]

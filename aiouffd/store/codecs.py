@@ -48,6 +48,7 @@ LEVEL: Final = 3  # of zstd
 _NAMES: Final = {number: name for name, number in CODECS.items()}
 _LIBRARIES: Final = {"none": (), "zstd": ("zstandard",), "lz4": ("lz4.block",)}
 _UNKNOWN: Final = -1  # a frame of zstd that announces no size
+_imported: set[str] = set()  # libraries, as a whole
 _contexts = threading.local()  # zstd's are for one thread each
 
 
@@ -170,10 +171,14 @@ def _zstd(frame: Any, size: int) -> bytes:
 
 
 def _library(name: str) -> Any:
+    # import_module takes 1 us each time. While another thread imports a module, a part of it is in sys.modules.
+    found = sys.modules.get(name) if name in _imported else None
     try:
-        return sys.modules.get(name) or importlib.import_module(name)  # which takes 1 us each time
+        found = found or importlib.import_module(name)
     except ImportError as error:
         library = name.partition(".")[0]
         raise StoreError(
             "aiouffd.store", 0, 0, f"needs the library {library}: install it with `pip install 'aiouffd[store]'`"
         ) from error
+    _imported.add(name)
+    return found
