@@ -7,15 +7,13 @@ import mmap
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
-from scenario import ended, eventually, play
-from served import MIB, Servers, children_of, hand_over
+from scenario import ended, play
+from served import MIB, Servers, hand_over
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -123,51 +121,3 @@ def test_all_are_killed_and_another_takes_over(client: object, image: Path, tmp_
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))
-
-
-LOSES = """
-import os, sys
-from pathlib import Path
-from aiouffd.cli import main
-from aiouffd.pager.client.holding import Holding
-do = Holding.succeeded
-def then_lose_all(self, counts):
-    do(self, counts)
-    pair = self._requests.pair
-    children = Path(f"/proc/{pair.keeper.pid}/task/{pair.keeper.pid}/children").read_text().split()
-    for pid in (pair.keeper.pid, *map(int, children[1:]), os.getpid()):
-        os.kill(pid, 9)
-Holding.succeeded = then_lose_all
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def lost_while_replaced(directory: str, image: str) -> None:
-    """Scenario: keeper and worker are killed, and the server with the next ones, before these have opened anything."""
-    servers = Servers(directory, image, "--readahead", 0)
-    options = ("serve", image, "--socket", str(servers.path), "--hold", str(servers.hold), "--readahead", "0")
-    with (servers.directory / "first.log").open("w") as log:
-        first = subprocess.Popen([sys.executable, "-c", LOSES, *options], stderr=log)
-    eventually(lambda: "listening" in (servers.directory / "first.log").read_text(), expected=True)
-    clients = [hand_over(servers.path) for _ in range(5)]
-    for region, *_ in clients:
-        assert peek(region.address) == word(0)
-        region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
-    (keeper,) = children_of(first.pid)
-    for pid in (keeper, children_of(keeper)[1]):
-        os.kill(pid, signal.SIGKILL)
-    assert first.wait(60) == -signal.SIGKILL
-    touchers = [Touchers(region.address, [[1, 5]]) for region, *_ in clients]
-    servers.start("second")
-    for each, (region, *_) in zip(touchers, clients, strict=True):
-        each.join()
-        assert not each.wrong
-        assert peek(region.address) == bytes(8)  # as the journal of the first pair says
-    os.kill(servers.last.process.pid, signal.SIGTERM)
-    print(json.dumps(servers.pids))
-
-
-def test_all_is_lost_while_a_pair_is_replaced(image: Path, tmp_path: Path) -> None:
-    """The holder of the first pair has all until the second has opened all."""
-    output, _ = play(lost_while_replaced, str(tmp_path), str(image))
-    assert all(map(ended, json.loads(output).values()))

@@ -99,7 +99,9 @@ class PagerClient:
         self.holding: Holding = Holding(self._requests, self._waiter, self._tenants, self._open)
         self._start_pair = self.holding.starting(partial(Pair.start, self._waiter, pickles))
         self._takeover = Takeover(
-            *(self._requests, self._start_pair, self._waiter),
+            self._requests,
+            self._start_pair,
+            self._waiter,
             reopen=self.holding.reopen,
             taken=self.holding.succeeded,
             hear=self._event,
@@ -268,13 +270,12 @@ class PagerClient:
         self._requests.close(ClosedError(_LEFT))
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
-        pairs = filter(None, (*self._takeover.orphans, self._requests.pair))
-        states = [state for pair in pairs if (state := survey(pair.journal)) is not None]
+        pairs = [*self._takeover.orphans, *([self._requests.pair] if self._requests.pair is not None else [])]
+        states = filter(None, (survey(pair.journal) for pair in pairs))
         leave = leave or any(space.is_child for state in states for space in state.spaces.values())
         self._takeover.close(kill=not leave)
         if self._requests.pair is not None:
             self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
-        self.holding.end_before(leave=leave)
         self._waiter.close()
 
     def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int], *, again: bool = False) -> Future[Any]:

@@ -11,7 +11,6 @@ from aiouffd.errors import PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.client.waiting import StoppedError
-from aiouffd.pager.process import control
 from aiouffd.rpc import all_of
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from aiouffd.kernel.owned_descriptor import OwnedSocket
     from aiouffd.pager.client.asking import Asking
     from aiouffd.pager.client.fd_store import FdStore
     from aiouffd.pager.client.packing import Pack
@@ -65,7 +63,6 @@ class Holding:
         self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
         self._listens = False
         self._yielding = False
-        self._before: OwnedSocket | None = None  # to the holder that has all, while another pair is given all
         self._journal = OwnedDescriptor()  # of the newest pager
         self.listener: socket.socket | None = None
         self.lifeline: socket.socket | None = None
@@ -158,49 +155,14 @@ class Holding:
 
     def starting(self, start: Callable[..., Pair]) -> Callable[..., Pair]:
         """Return a function that starts a pair, and has its holder and its journal be what they are to be."""
-        return partial(start, sockets=self._sockets, began=self.began)
-
-    def _sockets(self) -> tuple[socket.socket | None, socket.socket | None]:
-        """Return the listener and the lifeline of a pair that is about to be started.
-
-        Of one that succeeds another: the holder of that one has all until the new one has. It is asked by nobody
-        meanwhile, unless this process ends.
-        """
-        dead = self._requests.pair
-        if self._listens and self._before is None and dead is not None and dead.channel is not None:
-            dead.tell_holder("hush")
-            self._before, dead.channel = dead.channel, None
-        return self.listener, self._before if self.lifeline is None else self.lifeline
+        return partial(start, sockets=lambda: (self.listener, self.lifeline), began=self.began)
 
     def succeeded(self, counts: Future[Any]) -> None:
-        """The newest pair has taken over, or is asked to open all; when that is done, its holder has all, and listens.
-
-        Not if the pair has been succeeded itself meanwhile.
-        """
+        """The newest pair has taken over, or is asked to open all; when that is done, its holder listens."""
         self._requests.release(counts)
         pair = self._requests.pair
-
-        def complete(_: Future[Any]) -> None:
-            if pair is self._requests.pair and self._before is not None:
-                self._requests("go", token=None).add_done_callback(gone)
-            elif pair is self._requests.pair and self._listens:
-                self.listen()
-
-        def gone(going: Future[Any]) -> None:
-            if pair is self._requests.pair and going.exception() is None:
-                self.end_before()
-                self.listen()
-
-        counts.add_done_callback(complete)
-
-    def end_before(self, *, leave: bool = False) -> None:
-        """Have the holder end that had all before the newest pair; `leave`: it holds on."""
-        before, self._before = self._before, None
-        if before is not None:
-            if not leave:
-                with contextlib.suppress(control.Closed, OSError):
-                    control.send(before, {"op": "end"}, wait=False)
-            before.close()
+        if self._listens:  # unless the pair has been succeeded itself meanwhile
+            counts.add_done_callback(lambda _: self.listen() if pair is self._requests.pair else None)
 
     def hear(self, pair: Pair) -> bool:
         """Take a message of the holder; tell whether there may be more."""

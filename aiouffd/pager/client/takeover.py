@@ -86,7 +86,7 @@ class Takeover:
             StoppedError: the client is being stopped.
         """
         self.orphans.append(dead)
-        self._requests.forget([item for item in self._requests.pending if item.message["op"] in {"takeover", "go"}])
+        self._requests.forget([item for item in self._requests.pending if item.message["op"] == "takeover"])
         self._due, self._failures = math.inf, 0
         try:
             for attempt in itertools.count():

@@ -111,10 +111,7 @@ class Handover:
                 close_all(received)
                 raise
             served.journal.take_counters(journal)
-            provisional = served.journal.provisional
-            served.journal.provisional = False  # when the predecessor ends, nobody else has all
             if not await self.is_left_to_us(connection, state):
-                served.journal.provisional = provisional
                 raise ClosedError("the predecessor serves on")
             with or_end():
                 served.restore(Replay(state), -1, built)

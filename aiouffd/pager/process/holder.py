@@ -109,9 +109,7 @@ class Holder:
             return {}
         if message["op"] == "end":
             os._exit(0)
-        self._listens = message["op"] == "listen" or (self._listens and message["op"] != "hush")
-        if message["op"] == "hush":  # another pair is given all that this one has
-            self._leave()
+        self._listens |= message["op"] == "listen"
         return message
 
     def _look(self) -> None:
