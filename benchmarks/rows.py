@@ -19,6 +19,7 @@ import aiouffd
 from benchmarks import clock, far, fuse, guest, in_thread, monitors, page_cache, trouble
 from benchmarks.bounded import bounded_rows
 from benchmarks.caches import cache_rows
+from benchmarks.clones import clones_rows
 from benchmarks.contestants import PAGE, Arena, bare, buffer, c_poll, c_spin, many, monitored, warm
 from benchmarks.fairness import fairness_rows
 from benchmarks.live import live_rows
@@ -541,6 +542,7 @@ def rows(*, quick: bool) -> Iterator[Row]:
         clients_row,
         sessions_row,
         upgrade_row,
+        clones_rows,
         fairness_rows,
         serve_rows,
         restore_rows,
