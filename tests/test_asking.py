@@ -35,6 +35,11 @@ class FakePair:
         if self._error is not None:
             raise self._error
         self.sent.append(message["op"])
+        self._number = message["id"]
+
+    def flush(self) -> list[tuple[dict[str, Any], OSError]]:
+        """As an Outbox does: the last cannot be sent."""
+        return [({"op": self.sent[-1], "id": self._number}, OSError(9, "no such descriptor"))]
 
 
 @pytest.fixture
@@ -76,6 +81,16 @@ def test_what_a_dead_pager_was_asked_for_waits_for_its_successor(waiter: Waiter)
     requests.pair = cast("Pair", successor)
     requests.resend()
     assert (successor.sent, waits.done()) == (["open"], False)
+
+
+def test_what_cannot_be_sent_later_fails_alone(waiter: Waiter) -> None:
+    """The others are waited for."""
+    pair = FakePair(full=True)
+    requests = asking(waiter, pair)
+    waits, fails = (requests(op, token="a") for op in ("prefetch", "open"))
+    requests.flush(cast("Pair", pair))
+    assert isinstance(fails.exception(0), PagerStartError)
+    assert (waits.done(), [request.message["op"] for request in requests.pending]) == (False, ["prefetch"])
 
 
 def test_the_thread_is_woken_to_send_what_there_was_no_room_for(waiter: Waiter) -> None:

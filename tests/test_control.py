@@ -57,6 +57,47 @@ def test_the_end_is_told_on_both_sides() -> None:
             control.send(left, {})
 
 
+def test_what_is_kept_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its descriptors, which their owner has closed meanwhile; one that cannot be sent keeps no other back."""
+    sent = control.send
+
+    def send(connection: socket.socket, message: dict[str, object], *rest: object, **wait: bool) -> None:
+        if message["op"] == "bad":
+            raise OSError(9, "no such descriptor")
+        sent(connection, message, *rest, **wait)  # type: ignore[arg-type]
+
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        outbox, count = control.Outbox(left), 0
+        before = open_descriptors()
+        while not outbox:
+            outbox.put({"op": "fills"})
+            count += 1
+        fd = os.memfd_create("a")
+        inode = os.fstat(fd).st_ino
+        outbox.put({"op": "bad"})
+        outbox.put({"op": "good"}, [fd])
+        os.close(fd)
+        monkeypatch.setattr(control, "send", send)
+        assert outbox.flush() == []
+        assert [control.receive(right)[0]["op"] for _ in range(count - 1)] == ["fills"] * (count - 1)
+        [(message, error)] = outbox.flush()
+        assert (message["op"], error.errno, bool(outbox)) == ("bad", 9, False)
+        assert control.receive(right)[0]["op"] == "fills"
+        message, [received] = control.receive(right)
+        assert (message["op"], os.fstat(received).st_ino) == ("good", inode)
+        os.close(received)
+        while not outbox:
+            outbox.put({"op": "fills"}, [right.fileno()])
+        right.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(control.Closed):
+            outbox.flush()
+        assert not outbox
+        assert control.receive(right)[1]
+    del left, right, outbox
+    assert open_descriptors() <= before
+
+
 def test_errors_keep_type_data_and_cause() -> None:
     """What the worker raises is raised in the application: same type, same attributes, same cause."""
     error = errors.ShortReadError("FileSource('x')", 4096, 8192, "gave 1 byte")

@@ -70,11 +70,21 @@ class Asking(Requests):
         except control.Closed:
             return  # the pager is gone: sent again to its successor
         except OSError as error:
-            self.forget([request])
-            request.fail(PagerStartError(f"{request.message['op']} cannot be sent to the pager: {error}"))
+            self._fail(request.message, error)
             return
         if self.pair.outbox:
             self._waiter.wake()
+
+    def flush(self, pair: Pair) -> None:
+        """Send what there was no room for. Raises control.Closed: the pager is gone."""
+        with self.lock:
+            for message, error in pair.outbox.flush():
+                self._fail(message, error)
+
+    def _fail(self, message: dict[str, Any], error: OSError) -> None:
+        """Have one request fail; the others are sent."""
+        reason = PagerStartError(f"{message['op']} cannot be sent to the pager: {error}")
+        self.fail([request for request in self.pending if request.message["id"] == message["id"]], reason)
 
     def may_be_heard(self) -> bool:
         """Tell whether somebody holds the other end of the connection."""

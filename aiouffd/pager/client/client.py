@@ -366,8 +366,7 @@ class PagerClient:
         """Send and receive what is possible now; tell whether the connection is there still."""
         try:
             if events & select.POLLOUT:
-                with self._requests.lock:
-                    pair.outbox.flush()
+                self._requests.flush(pair)
             if events & ~select.POLLOUT:
                 self._handle(*control.receive(pair.connection))
         except control.DescriptorsLostError as error:

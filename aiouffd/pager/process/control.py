@@ -20,6 +20,7 @@ import struct
 from collections import deque
 from typing import Any, Final
 
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import close_all, open_memfd
 
 __all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
@@ -219,14 +220,14 @@ class Outbox:
     def __init__(self, connection: socket.socket, most: int = 1000) -> None:
         self._connection = connection
         self._most = most
-        self._kept: deque[tuple[dict[str, Any], list[int]]] = deque()
+        self._kept: deque[tuple[dict[str, Any], list[OwnedDescriptor]]] = deque()
 
     def __bool__(self) -> bool:
         """Whether anything is kept: `flush` when the connection is writable."""
         return bool(self._kept)
 
     def put(self, message: dict[str, Any], fds: list[int] | None = None, *, may_be_lost: bool = False) -> None:
-        """Send a message now, or keep it; its descriptors stay open as long as it is kept, which is the caller's care.
+        """Send a message now, or keep it; its descriptors stay the caller's, who may close them.
 
         Raises:
             Closed: nobody will read it.
@@ -234,22 +235,35 @@ class Outbox:
         """
         if self._kept:
             if not may_be_lost or len(self._kept) < self._most:
-                self._kept.append((message, fds or []))
+                self._keep(message, fds or [])
             return
         try:
             send(self._connection, message, fds, wait=False)
         except BlockingIOError:
-            self._kept.append((message, fds or []))
+            self._keep(message, fds or [])
 
-    def flush(self) -> None:
-        """Send what is kept, as far as there is room. Raises as `put`; what cannot be sent at all is dropped."""
+    def _keep(self, message: dict[str, Any], fds: list[int]) -> None:
+        self._kept.append((message, [OwnedDescriptor(os.dup(fd)) for fd in fds]))
+
+    def flush(self) -> list[tuple[dict[str, Any], OSError]]:
+        """Send what is kept, as far as there is room; return what cannot be sent at all, which is dropped, and why.
+
+        Raises:
+            Closed: nobody will read it. Nothing is kept any more.
+        """
+        failed: list[tuple[dict[str, Any], OSError]] = []
         while self._kept:
             message, fds = self._kept[0]
             try:
-                send(self._connection, message, fds, wait=False)
+                send(self._connection, message, [fd.fileno() for fd in fds], wait=False)
             except BlockingIOError:
-                return
-            except BaseException:
-                self._kept.popleft()
+                break
+            except Closed:
+                self._kept.clear()
                 raise
+            except OSError as error:
+                failed.append((message, error))
             self._kept.popleft()
+            for fd in fds:
+                fd.close()
+        return failed

@@ -196,13 +196,14 @@ class _Worker:
             log.debug("nobody is there to be told: %s", error)
         if self.outbox:
             self.loop.add_writer(self.connection.fileno(), self.flush)
-        elif fds:
+        if fds:
             close_all(fds)
 
     def flush(self) -> None:
         try:
-            self.outbox.flush()
-        except (control.Closed, OSError) as error:
+            for _, error in self.outbox.flush():
+                log.debug("the client is not told: %s", error)
+        except control.Closed as error:
             log.debug("nobody is there to be told: %s", error)
         if not self.outbox:
             self.loop.remove_writer(self.connection.fileno())
