@@ -7,6 +7,7 @@ import mmap
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,32 @@ def test_a_service_that_systemd_restarts(image: Path, tmp_path: Path) -> None:
     """Memory whose forks are told is refused by name; what is stored is what is served, and no more."""
     output, _ = play(a_service, str(tmp_path), str(image))
     assert all(ended(int(pid)) for pid in output.split()[-3:])
+
+
+def test_a_systemd_that_is_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it has no room for is sent when it has."""
+    address, count = str(tmp_path / "notify"), 40
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        notified.settimeout(10.0)
+        store, sent, room = (
+            FdStore.of_systemd(),
+            list[int](),
+            int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()),
+        )
+
+        def send() -> None:
+            for at in range(count):
+                sent.append(at)
+                store.remove(str(at))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        eventually(lambda: len(sent) > room, expected=True)
+        found = [notified.recv(100) for _ in range(count)]
+        thread.join()
+    assert found == [b"FDSTOREREMOVE=1\nFDNAME=aiouffd %d" % at for at in range(count)]
 
 
 def test_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import quote
 
@@ -33,6 +34,7 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 _FIRST: Final = 3  # SD_LISTEN_FDS_START
 _OURS: Final = "aiouffd "
 _JOURNAL, _NEXT = "journal", "journal.next"
+_PATIENCE: Final = struct.pack("ll", 2, 0)  # seconds, and microseconds, until there is room
 _LONGEST: Final = 200  # of the 255 characters that a name may have
 
 
@@ -113,8 +115,10 @@ class FdStore:
     def _send(self, message: str, fds: list[int] | None = None) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            # Its queue has 10 messages by default (net.unix.max_dgram_qlen). poll(2) does not wait for room in it.
+            notifier.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _PATIENCE)
             try:
-                notifier.sendmsg([message.encode()], ancillary, socket.MSG_DONTWAIT, self._address)
+                notifier.sendmsg([message.encode()], ancillary, 0, self._address)
             except OSError as error:
                 raise PagerStartError(f"systemd takes no descriptor: {error.strerror}") from error
 
