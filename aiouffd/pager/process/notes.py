@@ -10,7 +10,6 @@ import os
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from aiouffd.engine.ahead.trace import Recorder
 from aiouffd.errors import PagerStartError
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.pager.process.journal import JournalFullError
@@ -18,6 +17,8 @@ from aiouffd.pager.process.state import RECORDING, Kind, Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiouffd.engine.ahead.trace import Recorder
 
 __all__ = ["Notes"]
 
@@ -67,6 +68,8 @@ class Notes:
         file = os.fstat(note.fds[0])
         recorder = self._recorders.get((file.st_dev, file.st_ino))
         if recorder is None:
+            from aiouffd.engine.ahead.trace import Recorder  # noqa: PLC0415 - few pagers record
+
             recorder = Recorder(os.dup(note.fds[0]), most=note.text["most"])
             self._recorders[file.st_dev, file.st_ino] = recorder
         return recorder
