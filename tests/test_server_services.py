@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import pytest
 from pattern import PAGE
@@ -62,6 +63,23 @@ async def test_openings_that_hang_are_bounded_for_each_name() -> None:
     found.release(await found.take(handoff(), 11, "far"))
 
 
+async def test_a_client_that_holds_the_lock_of_its_memory_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is turned away after the timeout; what was to serve it is let go when the look ends."""
+    go, found = threading.Event(), made(BufferSource(bytes(PAGE)), timeout=None)
+    share = found._share
+    monkeypatch.setattr(found, "_share", lambda *asked: share(*asked) if go.wait(60) else None)
+    opened = await found._open(PEER, 1, "", handoff())
+    monkeypatch.setattr(found, "_open", AsyncMock(return_value=opened))
+    found._options = made(BufferSource(bytes(PAGE)))._options
+    with pytest.raises(HandoffError, match=r"could not be looked at within 0.05 s"):
+        await found.take(handoff(), 1, "")
+    assert found._hanging == {PEER: 1}
+    go.set()
+    while found._hanging:  # noqa: ASYNC110 - a thread ends
+        await asyncio.sleep(0.01)
+    assert not found._uses
+
+
 def fail(error: Exception) -> Callable[..., Any]:
     """Return a function that raises."""
 
@@ -91,7 +109,7 @@ async def test_what_cannot_be_served(origin: Any, kind: type[Exception], words: 
 async def test_what_is_shared() -> None:
     """Clients of the same source and page size; it is let go with the last of them."""
     source = BufferSource(bytes(4 << 20))
-    found = made(source)
+    found = made(source, timeout=None)
     one, two = await asyncio.gather(found.take(handoff(), 1, ""), found.take(handoff(), 2, ""))
     other = await found.take(handoff(page_size=2 << 20), 3, "")
     assert one is two

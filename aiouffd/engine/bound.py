@@ -112,7 +112,7 @@ class Bound:
         self._file = file
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
         self._clock = Clock(page, limit or 1 << 62)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def note(self, mappings: Mappings, page: int) -> None:
         """Note that the page at an address is about to be written.
@@ -244,12 +244,14 @@ class Bound:
             if self._clock.total <= enough:
                 return
         written = self.noted > self.limit // 2  # else the window is large, or the last blocks are spared
-        if length > self.room and written and not self._warned and self.write_back is None:
-            self._warned = True
-            log.warning(
-                "max_resident is %d, and %d bytes are there: most of them were written, and stay",
-                *(self.limit, self._clock.total),
-            )
+        if length > self.room and written and self.write_back is None:
+            text = "max_resident is %d, and %d bytes are there: most of them were written, and stay"
+            self._warn(text, self.limit, self._clock.total)
+
+    def _warn(self, text: str, *details: object) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning(text, *details)
 
     def lost(self, offsets: Iterable[tuple[int, int]]) -> None:
         """Take note that memory does not show these offsets (start, end) any more: it was emptied or unmapped."""
@@ -282,7 +284,11 @@ class Bound:
                 for shown in space.mappings.addresses(low, high) if space.capture is not None else ():
                     space.capture.dropped(shown.start, shown.end)
             if self._file is not None:
-                libc.punch_hole(self._file.fileno(), low, high - low)
+                try:
+                    libc.punch_hole(self._file.fileno(), low, high - low)
+                except OSError as error:  # a client has sealed its file (EPERM): the pages stay
+                    self._warn("nothing can be dropped of a memory file: %s", error.strerror)
+                    continue
             else:
                 _empty(spaces, low, high)
             dropped += self._clock.gone(low, high)

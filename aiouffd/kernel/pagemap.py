@@ -171,11 +171,11 @@ def data_ranges(fd: int, length: int, at: int = 0) -> Iterator[tuple[int, int]]:
     while at < length:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
+            at = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end; or it was truncated in between
                 return
             raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
         if start < length:
             yield start, min(at, length)
 

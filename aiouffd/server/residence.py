@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import mmap
+import os
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.protect import WrittenPages
@@ -17,6 +18,7 @@ from aiouffd.errors import ClosedError, HandoffError, SessionError
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import data_ranges
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ def notes_for(handoff: Handoff) -> WrittenPages:
     if reason:
         raise HandoffError(str(handoff.peer), f"cannot have max_resident: {reason}")
     written = WrittenPages.create(regions.end, regions.page_size)
-    for start, end in data_ranges(file.fileno(), regions.end):
-        written.note(start, end - start)
+    with OwnedDescriptor(os.dup(file.fileno())) as kept:  # this may wait until after `handoff` is closed
+        for start, end in data_ranges(kept.fileno(), regions.end):
+            written.note(start, end - start)
     return written

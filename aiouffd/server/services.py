@@ -140,7 +140,17 @@ class Services:
             HandoffError, SourceError, OSError: it cannot be served; the reason is for the client, too.
         """
         origin, size = await self._open(handoff.peer, number, name, handoff)
-        return await asyncio.to_thread(self._share, origin, size, handoff)
+        peer, timeout, done = handoff.peer, self._options.limits.timeout, set[asyncio.Task[Pack]]()
+        sharing = asyncio.get_running_loop().create_task(in_own_thread(self._share, origin, size, handoff))
+        try:
+            done = (await asyncio.wait([sharing], timeout=timeout))[0]
+        finally:
+            if not done:  # canceled, or the client holds the lock of its memory file
+                self._hanging[peer] += 1
+                sharing.add_done_callback(lambda sharing: self._shared_late(peer, sharing))
+        if not done:
+            raise HandoffError(str(peer), f"what it has handed over could not be looked at within {timeout:g} s")
+        return sharing.result()
 
     async def origin(self, handoff: Handoff, number: int) -> Any:
         """Return the source for a client, which is the caller's alone. Canceling is safe; raises as `take`."""
@@ -212,6 +222,12 @@ class Services:
         self._hanging = +self._hanging  # without those of which none hangs any more
         if not opening.cancelled() and opening.exception() is not None:
             log.warning("the source %r could not be opened: %s", name, opening.exception())
+
+    def _shared_late(self, peer: Peer, sharing: asyncio.Task[Pack]) -> None:
+        self._hanging.subtract((peer,))
+        self._hanging = +self._hanging
+        if not sharing.cancelled() and sharing.exception() is None:
+            self.release(sharing.result())
 
     def _share(self, origin: Any, size: int, handoff: Handoff) -> Pack:
         bounded = self._options.bounded

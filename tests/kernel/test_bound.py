@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import gc
 import mmap
 import os
@@ -253,6 +254,26 @@ def test_what_one_instruction_needs_stays() -> None:
             bound.came(page * PAGE, PAGE)
         assert bound.evict(16 * PAGE, 20 * PAGE) == 4 * PAGE
         assert bound.resident == 8 * PAGE
+
+
+def test_a_file_that_is_sealed_meanwhile_keeps_its_pages(caplog: pytest.LogCaptureFixture) -> None:
+    """As they came from the source; it is said once, and who makes room goes on without."""
+    file = os.memfd_create("shared", os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, 32 * PAGE)
+    under_way = {"flights": Flights(), "remainders": [], "deferred": []}
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]), **under_way)
+    with WrittenPages.create(32 * PAGE, PAGE) as written, OwnedDescriptor(file):
+        bound = Bound(written, PAGE, 8 * PAGE, Counters(), OwnedDescriptor(os.dup(file)))
+        bound.enter(space)
+        bound.came(0, 8 * PAGE)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        for page in (20, 21):
+            bound.make_room(page * PAGE, PAGE)
+            bound.came(page * PAGE, PAGE)
+        assert (bound.evict(0, 32 * PAGE), bound.resident) == (0, 10 * PAGE)
+    assert [record.getMessage() for record in caplog.records] == [
+        "nothing can be dropped of a memory file: Operation not permitted"
+    ]
 
 
 def test_what_is_on_its_way_stays() -> None:

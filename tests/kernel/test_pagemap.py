@@ -89,8 +89,8 @@ def test_other_errors_are_not_taken_for_an_old_kernel(monkeypatch: pytest.Monkey
         opened.missing(0x10000, PAGE)
 
 
-def test_data_ranges_end_at_the_length() -> None:
-    """Of a file with a hole, and of one that is longer than what is asked for."""
+def test_data_ranges_end_at_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with a hole, of one that is longer than what is asked for, and of one that is truncated meanwhile."""
     fd = os.memfd_create("data")
     try:
         os.ftruncate(fd, 10 * PAGE)
@@ -100,5 +100,14 @@ def test_data_ranges_end_at_the_length() -> None:
         assert list(data_ranges(fd, 10 * PAGE)) == [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]
         assert list(data_ranges(fd, 3 * PAGE)) == [(2 * PAGE, 3 * PAGE)]
         assert list(data_ranges(fd, PAGE)) == []
+        seek = os.lseek
+
+        def truncate(fd: int, at: int, whence: int) -> int:
+            if whence == os.SEEK_HOLE and at == 9 * PAGE:
+                os.ftruncate(fd, 9 * PAGE)
+            return seek(fd, at, whence)
+
+        monkeypatch.setattr(os, "lseek", truncate)
+        assert list(data_ranges(fd, 10 * PAGE)) == [(2 * PAGE, 5 * PAGE)]
     finally:
         os.close(fd)
