@@ -122,6 +122,22 @@ def test_a_systemd_that_is_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert found == [b"FDSTOREREMOVE=1\nFDNAME=aiouffd %d" % at for at in range(count)]
 
 
+def test_a_file_of_two_notes(tmp_path: Path) -> None:
+    """Both are stored, and can be written to: systemd takes no open file twice."""
+    file = os.open(tmp_path / "recording", os.O_RDWR | os.O_CREAT)
+    with SystemdDouble(tmp_path) as systemd:
+        store = FdStore(str(tmp_path / "notify"), {})
+        for name in ("one", "two", "two"):
+            store.put_note(name, [file])
+        store.remove_note("one", [file])
+        store.put_note("three", [file])
+        names = ["aiouffd note three 0", "aiouffd note two 0"]
+        eventually(lambda: [name for name, _ in systemd.stored], expected=names)
+        for _, fd in systemd.stored:
+            assert os.pwrite(fd, b"x", 0) == 1
+    os.close(file)
+
+
 def test_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is said what is missing; and a systemd that has gone takes nothing."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import socket
+import stat
 import struct
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import quote
@@ -72,6 +74,7 @@ class FdStore:
         self.found = found
         self._uses: dict[str, set[str]] = {}  # tenants, by the token of their pack
         self._fds: dict[str, list[int]] = {}  # of the pack
+        self._notes: dict[str, Sequence[int]] = {}  # the descriptors of each
         self._known: set[str] = set()  # names in `found` that a journal speaks of
 
     @classmethod
@@ -100,9 +103,10 @@ class FdStore:
     def _put_anew(self, name: str, fd: int) -> None:
         """Store the file of a descriptor that is stored by another name."""
         try:
-            anew = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE  # a recording is written to
+            anew = os.open(f"/proc/self/fd/{fd}", mode | os.O_CLOEXEC)
         except OSError as error:
-            raise PagerStartError(f"a source cannot be kept by systemd a second time: {error.strerror}") from error
+            raise PagerStartError(f"a file cannot be kept by systemd a second time: {error.strerror}") from error
         try:
             self.put(name, anew)
         finally:
@@ -151,13 +155,17 @@ class FdStore:
                 self.remove(f"pack {token} {at}")
 
     def put_note(self, name: str, fds: Sequence[int]) -> None:
-        """Store those of a note, in place of the last of its name. Raises as `put`."""
+        """Store those of a note, in place of the last of its name. Raises as `put_tenant`, and stores as that."""
+        stored = {fd for other, others in self._notes.items() if other != name for fd in others}
         for at, fd in enumerate(fds):
             self.remove(f"note {name} {at}")
-            self.put(f"note {name} {at}", fd)
+            put = self._put_anew if fd in stored else self.put
+            put(f"note {name} {at}", fd)
+        self._notes[name] = [fd for fd in fds if stat.S_ISREG(os.fstat(fd).st_mode)]  # no socket: none opens anew
 
     def remove_note(self, name: str, fds: Sequence[int]) -> None:
         """Store them no longer."""
+        self._notes.pop(name, None)
         for at in range(len(fds)):
             self.remove(f"note {name} {at}")
 
