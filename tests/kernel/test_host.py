@@ -236,7 +236,8 @@ def twenty_guests(directory: str) -> None:
             guest.join()
         assert [guests[name].outcome for name in names] == [right(SIZE)] * len(names)
         assert guests["limited"].outcome == right(LIMITED)
-        assert guests["limited"].seconds >= (LIMITED - 3 * RATE) / RATE  # a second's worth at once, of each server
+        # Of each server a second's worth at once, and what a read that was begun has more than was left.
+        assert guests["limited"].seconds >= (LIMITED - 5 * RATE) / RATE  # 2 s without the limit
         assert host.counted("limited")["slowed"] > 0
         assert isinstance(guests["broken"].outcome, GuestError)
         assert host.counted("broken")["pages_poisoned"] == 1
