@@ -134,6 +134,11 @@ def _served(spaces: Iterable[_Space]) -> list[_Space]:
     return [space for space in spaces if not space.closing]
 
 
+def _placed(space: _Space) -> int:
+    """Return a number that changes with each page that comes, where nobody else places any."""
+    return sum(space.counters.words[at] for at in _PLACING)
+
+
 class Capture:
     """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
@@ -144,6 +149,7 @@ class Capture:
         quiet: keeps away others that place pages beside the loop, inside the block.
 
     Attributes:
+        shared: whether forked children have the same memory; to be said before any is forked.
         pause_ns: for so long writes to protected pages were held back until the moment.
     """
 
@@ -163,13 +169,13 @@ class Capture:
         self.pause_ns: int = 0
         self.base: str | None = None  # names the snapshot since which `_states` tells what was written
         self.failure: BaseException | None = None
-        self.shared: bool = False  # forked children have the same memory
+        self.shared: bool = False
         self._modes = modes
         self._quiet = quiet
         self._alone = quiet is contextlib.nullcontext
         self._bound = spaces[0].bound
-        self._seen: int | None = None
-        self._registered = False
+        self._seen = 0
+        self._registered: list[_Space] = []
         self._again: list[int] = []
         self._held: list[tuple[_Space, int, int, int]] = []
         self._came = RangeSet()
@@ -193,6 +199,7 @@ class Capture:
                 for space in known.spaces:
                     space.on_changed.discard(known._changed)  # noqa: SLF001 - its own
             known = cls(spaces, places, modes, quiet)
+        known.spaces += [each for each in spaces if each not in known.spaces]  # children that were forked meanwhile
         for space in spaces:
             space.capture = known
         return known
@@ -216,9 +223,9 @@ class Capture:
         """Take note of a forked child, whose pages are protected as its parent's: it writes to shared memory, too."""
         if self.shared:
             child.capture = self
-            child.resolver.protect_minor()
-            child.on_changed.add(self._changed)
             self.spaces.append(child)
+            if self.spaces[0] in self._registered:  # so is the child
+                self._tell(child)
 
     # Until the moment
 
@@ -244,8 +251,9 @@ class Capture:
         self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
         self.pause_ns = 0
         self._kept.begin(memory)
-        self._memory, self._pagemap, self.shared = memory, pagemap, memory.file >= 0
+        self._memory, self._pagemap = memory, pagemap
         self.spaces[1:] = [each for each in self.spaces[1:] if not (each.closing or each.is_gone or each.uffd.gone())]
+        self._registered = [each for each in self._registered if each in self.spaces]
         self._register()
         for space in self.spaces:
             if space.fast_path is not None and space.bound is None:
@@ -258,7 +266,7 @@ class Capture:
             for gap in self._places.changed(self.spaces[0].mappings):
                 self._set(gap.start, gap.end, EMPTIED)
         self.base = None
-        self._seen = self._placed()
+        self._seen = _placed(self.spaces[0])
         await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
         self.phase, began = Phase.HOLDING, perf_counter_ns()
         again, self._again = self._again, []
@@ -279,18 +287,19 @@ class Capture:
 
     def _register(self) -> None:
         """Have writes to protected pages be told of, from the first snapshot on."""
-        if self._registered:
-            return
-        for space in self.spaces:
+        for space in (each for each in self.spaces if each not in self._registered):
             if self._modes is not None:
                 try:
                     _register(space, self._places, self._modes, shared=self.shared)
                 except OperationError:
                     if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
                         raise
-            space.resolver.protect_minor()
-            space.on_changed.add(self._changed)
-        self._registered = True
+            self._tell(space)
+
+    def _tell(self, space: _Space) -> None:
+        space.resolver.protect_minor()
+        space.on_changed.add(self._changed)
+        self._registered.append(space)
 
     def _there(self) -> list[tuple[int, int]]:
         return self._places.there(self._memory, self._pagemap, self.page)
@@ -299,10 +308,6 @@ class Capture:
         """Note the state of the pages at some offsets."""
         first, last = start // self.page, end // self.page
         self._states[first:last] = bytes([state]) * (last - first)
-
-    def _placed(self) -> int | None:
-        """Return a number that changes with each page that comes; None: others place pages, and nobody knows."""
-        return sum(self.spaces[0].counters.words[at] for at in _PLACING) if self._alone else None
 
     def _unprotected(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return the offsets of the pages that are there and may be written."""
@@ -341,7 +346,7 @@ class Capture:
     def _is_moment(self) -> bool:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
-            nothing_came = self._alone and self._placed() == self._seen and self._bound is None
+            nothing_came = self._alone and _placed(self.spaces[0]) == self._seen and self._bound is None
             there = [] if nothing_came else self._there()
             if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
@@ -370,13 +375,14 @@ class Capture:
         index = self._places.offset(page) // self.page
         if index < 0:
             return False
-        due = self.phase is Phase.READING and self._states[index] in (DUE, ABSENT)
+        saves = self._bound is not None and self._bound.write_back is not None  # else the source has it for good
+        due = self.phase is Phase.READING and self._states[index] in ((DUE, ABSENT) if saves else (DUE,))
         if self.phase is Phase.HOLDING or (due and self._kept.is_full):
             self._held.append((space, page, flags, thread))
             return True
         if due:
             return self._keep(index, space, page, flags, thread)
-        if self._states[index] in (PROTECTED, DUE):
+        if self._states[index] in (PROTECTED, DUE, ABSENT):
             self._states[index] = LOOSE
             if self.phase is Phase.PROTECTING:
                 self._again.append(index)
@@ -530,6 +536,5 @@ class Capture:
     def _lift_now(self, start: int, end: int) -> bool:
         if self._bound is not None:
             return True
-        return -errno.EAGAIN not in [
-            space.uffd.try_writeprotect(start, end - start, 0) for space in _served(self.spaces)
-        ]
+        served = _served(self.spaces)
+        return -errno.EAGAIN not in [space.uffd.try_writeprotect(start, end - start, 0) for space in served]

@@ -137,6 +137,8 @@ class Successor:
                 if estate.owned and not self._over:
                     reason = "another server serves there: --takeover takes its clients over"
                     raise OSError(errno.EADDRINUSE, reason, os.fspath(self._path))
+                if _HOLDER not in estate.state.notes:
+                    raise PagerStartError(f"what is held at {self._path} is not complete: its server has died early")
                 (fd,) = estate.state.notes[_HOLDER].fds
                 made = socket.socket(fileno=estate.take(fd))
             finally:

@@ -124,9 +124,10 @@ class Snapshots:
         """Take one; both descriptors are closed. Raises as `capture`; ClosedError: it was canceled."""
         with memory, pagemap or contextlib.nullcontext():
             space = spaces[0]
-            state = Capture.of(spaces, Places(order.places, ours=modes is not None), modes, quiet)
             if space in self._tasks:
                 raise BusyError("a snapshot", order.start, order.size, errno.EBUSY)
+            state = Capture.of(spaces, Places(order.places, ours=modes is not None), modes, quiet)
+            state.shared = memory.file >= 0
             begun = functools.partial(self._images.__setitem__, space)
             task = asyncio.get_running_loop().create_task(capture(state, order, memory, pagemap, begun))
             self._tasks[space] = task

@@ -247,7 +247,13 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     assert write(0)  # it is known from now on
     assert lifted() == [1, 2, 3]
     assert await capture.begin(memory, pagemap, "base", PAGE) == [Range(0, 4 * PAGE)]
-    capture.spaces.append(fake_space(mappings, uffd=None, closing=True))  # a forked child that has ended
+    await capture.end("base")
+    child = fake_space(mappings, uffd=FakeUffd(), backend=space.backend)
+    ended = fake_space(mappings, uffd=None, closing=True)  # another child, which has ended
+    assert Capture.of([space, child, ended], places, 1) is capture  # they were forked meanwhile
+    await capture.begin(memory, pagemap, "base", PAGE)
+    assert (capture.spaces, child.capture, len(child.on_changed)) == ([space, child], capture, 1)
+    capture.spaces[1:] = [ended]
     uffd.has_no_process = True
     with pytest.raises(aiouffd.ClosedError):
         await capture.read(4, 8, [], lifts=False)
@@ -318,6 +324,7 @@ async def test_what_is_dropped_or_saved_meanwhile_is_as_it_was() -> None:
         uffd=uffd,
         backend=SimpleNamespace(source=SimpleNamespace(identity=("snapshot", "first")), fetch=fetch),
         bound=SimpleNamespace(
+            write_back=True,
             written=SimpleNamespace(clean=lambda *_: clean),
             shows=lambda _, page: (page - start) // PAGE not in dropped,
         ),
