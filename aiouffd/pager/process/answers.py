@@ -37,6 +37,7 @@ __all__ = ["Answers"]
 
 _PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybody asks
 _PIECE = 4 << 20
+_DROPPED = 64 << 20  # bytes in one turn of the loop
 _SWITCH = 0.0002  # seconds, of 0.005
 
 
@@ -178,9 +179,18 @@ class Answers:
 
     async def _evict(self, message: dict[str, Any], _: list[int]) -> int:
         """Drop what was not written, of a space and its forked children; answer how many bytes."""
-        _space, tenancy = await self._served.wanted(message["token"])
+        space, tenancy = await self._served.wanted(message["token"])
         bound = tenancy.origin.backend.bound
-        return bound.evict(message["offset"], message["offset"] + message["length"]) if bound is not None else 0
+        if bound is None:
+            return 0
+        dropped, at, step = 0, message["offset"], max(_DROPPED, bound.page)
+        end = min(at + message["length"], len(bound.written))
+        while at < end and not space.closing and not space.is_gone:
+            upper = min(at - at % step + step, end)  # whole pages
+            dropped += bound.evict(at, upper)
+            at = upper
+            await asyncio.sleep(0)  # faults are served in between
+        return dropped
 
     async def _flush(self, message: dict[str, Any], _: list[int]) -> None:
         """Write what was written to the source, and return when that is durable."""
