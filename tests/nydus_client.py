@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -135,6 +136,7 @@ class NydusClient:
         assert answer["type"] == 1
         assert len(answer["ranges"]) == len(fds) <= 16
         for each, fd in zip(answer["ranges"], fds, strict=True):
+            assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK  # as the source has opened it: for all clients
             address, length = self.region.address + each["block_offset"], each["len"]
             prot, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
             assert _libc.mmap(address, length, prot, flags, fd, each["blob_offset"]) == address, ctypes.get_errno()

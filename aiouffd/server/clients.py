@@ -60,6 +60,7 @@ class Client:
         since: when it was taken, on the monotonic clock.
         pidfd: of the peer; -1: its process cannot be seen.
         session: the name of the session that it came to.
+        nydus: it may ask for the size, as nydus' clients do.
         places: which addresses [start, end) have which offset of the source, as it was handed over.
     """
 
@@ -72,6 +73,7 @@ class Client:
     since: float = attrs.field(factory=monotonic)
     pidfd: int = -1
     session: str = ""
+    nydus: bool = False
     places: list[Mapping] = attrs.field(factory=list)
 
     def __str__(self) -> str:

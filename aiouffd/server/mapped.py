@@ -4,7 +4,8 @@ The server does this itself. Nothing of it must survive: such a client connects 
 its memory over again, and each thread that waits then faults again.
 
 A part of memory that the client has mapped is not registered any more, and no fault on it is told. The client may have
-written to it. So no window is answered twice on a connection, unless the client has left a fault on it for a while.
+written to it, on this connection or one before it. So an answer gives only what is still registered, and nothing twice
+on a connection, unless the client has left a fault on it for a while.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import fcntl
 import functools
 import logging
 import mmap
+import os
 import socket
 import sys
 import termios
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +34,7 @@ from aiouffd.handoff.receive import enabled_features, receive
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.events import PageFault, Remove
 from aiouffd.kernel.memory import address_of, unreadable
-from aiouffd.kernel.owned_descriptor import inode
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor, inode
 from aiouffd.ranges import RangeSet, align_down, align_up
 from aiouffd.server.rejection import kill
 
@@ -104,6 +106,7 @@ class MappedClient:
         handoff: with a handshake of policy zerocopy.
         connection: non-blocking.
         origin: a source with `mappable`.
+        files: for each descriptor of it, another one that is opened anew, and may be shown.
         answers: what precedes them.
         failed: called with why a page cannot be had.
 
@@ -122,6 +125,7 @@ class MappedClient:
         handoff: Handoff,
         connection: socket.socket,
         origin: Any,
+        files: dict[int, OwnedDescriptor],
         number: int,
         answers: nydus.Answers,
         failed: Callable[[MappedClient, SourceError], bool],
@@ -135,7 +139,8 @@ class MappedClient:
         self._starts = [mapping.start for mapping in self._regions.mappings]
         self._window = max(handoff.nydus.window, self._regions.page_size)
         self._prefault = handoff.nydus.prefault
-        self._origin, self._answers, self._failed = origin, answers, failed
+        self._origin, self._files, self._answers, self._failed = origin, files, answers, failed
+        self._unreadable = unreadable()
         self._end = align_up(origin.size, mmap.PAGESIZE)  # of what a file has: behind it are zeros
         self._answered = RangeSet()  # offsets
         self._zeros = RangeSet()  # offsets that the client has given back
@@ -162,7 +167,8 @@ class MappedClient:
         try:
             if self._prefault:
                 for mapping in self._regions.mappings:
-                    self._answer(mapping.offset, min(mapping.offset + mapping.end - mapping.start, self._end))
+                    if self._is_registered(mapping.start, mapping.end):  # else it was mapped before, and may be written
+                        self._answer(mapping.offset, min(mapping.offset + mapping.end - mapping.start, self._end))
             for mapping in self._regions.mappings:  # of a server before this one, it may wait for answers
                 self._uffd.try_wake(mapping.start, mapping.end - mapping.start)
             await answer_sizes(self._connection, self._stated)
@@ -173,6 +179,8 @@ class MappedClient:
             sending.cancel()
             await asyncio.wait([sending])
             self._uffd.close()
+            for file in self._files.values():
+                file.close()
             close_foreign([self._connection.detach()])
         return "has ended, or its connection has"
 
@@ -221,7 +229,19 @@ class MappedClient:
         if offset in self._answered:
             self._later(_AGAIN, self._again, page, offset, low, high)
         else:
-            self._try_answer(page, low, high)
+            gap = next(gap for gap in self._answered.gaps(low, high) if offset < gap.end)
+            self._give(page, offset, gap.start, gap.end)
+
+    def _give(self, page: int, offset: int, low: int, high: int) -> None:
+        """Answer a fault with what is registered around it within [low, high)."""
+        size = self._regions.page_size
+        if not self._is_registered(page, page + size):  # it is mapped, or the kernel refuses for now
+            self._uffd.try_wake(page, size)
+            return
+        before, after = range(1, (offset - low) // size + 1), range(2, (high - offset) // size + 1)
+        below = bisect_left(before, True, key=lambda pages: not self._is_registered(page - pages * size, page))
+        above = bisect_left(after, True, key=lambda pages: not self._is_registered(page, page + pages * size))
+        self._try_answer(page, offset - below * size, offset + (above + 1) * size)
 
     def _try_answer(self, page: int, low: int, high: int) -> None:
         try:
@@ -237,7 +257,7 @@ class MappedClient:
             for start, end, fd, place in self._origin.mappable(gap.start, min(gap.end, self._origin.size)) or ():
                 self._zero_offsets(at, start)
                 at = align_up(end, mmap.PAGESIZE)
-                parts.append(nydus.Part(start, at - start, fd, place))
+                parts.append(nydus.Part(start, at - start, self._files[fd].fileno(), place))
             self._zero_offsets(at, gap.end)
         self._answered.add(low, high)
         for first in range(0, len(parts), nydus.MOST_RANGES):
@@ -246,24 +266,17 @@ class MappedClient:
     def _again(self, page: int, offset: int, low: int, high: int) -> None:
         """Look at a fault on a window that was answered: it has come before the client had mapped it, or ever since.
 
-        What is missing around it is given once more. The rest of the window may be written.
+        What is registered around it is given once more. The rest of the window may be written.
         """
-        size = self._regions.page_size
         unread = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
         if self._outgoing.qsize() or int.from_bytes(unread, sys.byteorder):
             self._later(_AGAIN, self._again, page, offset, low, high)
-        elif not self._is_missing(page):  # it is mapped, or present
-            self._uffd.try_wake(page, size)
         else:
-            start, end = offset, offset + size
-            while start > low and self._is_missing(page - offset + start - size):
-                start -= size
-            while end < high and self._is_missing(page - offset + end):
-                end += size
-            self._try_answer(page, start, end)
+            self._give(page, offset, low, high)
 
-    def _is_missing(self, page: int) -> bool:
-        return self._uffd.try_copy(page, address_of(unreadable()), self._regions.page_size, 0) == -errno.EFAULT
+    def _is_registered(self, start: int, end: int) -> bool:
+        """Tell whether all of it is in one registered mapping: the kernel checks that before it reads the source."""
+        return self._uffd.try_copy(start, address_of(self._unreadable), end - start, 0) == -errno.EFAULT
 
     def _zero_offsets(self, low: int, high: int) -> None:
         for mapping in self._regions.mappings if low < high else ():
@@ -331,6 +344,7 @@ class MappedClients:
         self._keep, self._tell = keep, tell
         self._clients: dict[MappedClient, socket.socket] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listening: dict[Client, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -338,6 +352,10 @@ class MappedClients:
 
     def __iter__(self) -> Iterator[MappedClient]:
         return iter(list(self._clients))
+
+    def of_process(self, pid: int) -> int:
+        """Return how many of them a process has."""
+        return sum(client.peer.pid == pid for client in self._clients)
 
     async def stated(self, peer: Peer, number: int) -> bytes:
         """Return the answer to a process that asks how much it would be served, as the client of this number."""
@@ -358,11 +376,12 @@ class MappedClients:
         why = self._settings.unmappable
         if not why and enabled_features(handoff.uffd.fileno()) & _UNKNOWN:
             why = "its forks or moves are told, and memory that files are mapped into cannot be followed"
-        if not why and await in_own_thread(_files_of, origin) is None:
+        files = None if why else await in_own_thread(_files_of, origin)
+        if not why and files is None:
             why = f"{origin!r:.200} is no file, or not in whole pages"
-        if why:
+        if why or files is None:
             raise HandoffError(str(handoff.peer), f"wants to map files (policy 0): {why}; policy 1 copies")
-        client = MappedClient(handoff, connection, origin, number, self._settings.nydus_answers, self._failed)
+        client = MappedClient(handoff, connection, origin, files, number, self._settings.nydus_answers, self._failed)
         for other in self._clients:
             if other.identity == client.identity:
                 other.leave()
@@ -374,15 +393,15 @@ class MappedClients:
 
     def _connected_again(self, handoff: Handoff, connection: socket.socket) -> bool:
         """Go on with a client that has lost its connection, and is served: what it has given back stays known."""
-        identity, mappings = inode(handoff.uffd.fileno()), list(handoff.regions.mappings)
+        identity = inode(handoff.uffd.fileno())
         for client in self._copied.values():
             tenant = client.tenant
-            if inode(tenant.uffd.fileno()) == identity and tenant.mappings == mappings and client.conversation is None:
+            if inode(tenant.uffd.fileno()) == identity and client.conversation is None:
                 client.disconnect()
-                client.connection = connection
+                client.connection, client.nydus = connection, True
                 self._keep(client)
                 self.listen(client)
-                for mapping in mappings:
+                for mapping in handoff.regions.mappings:
                     handoff.uffd.try_wake(mapping.start, mapping.end - mapping.start)
                 handoff.close()
                 log.info("%s has connected again", client)
@@ -391,15 +410,23 @@ class MappedClients:
 
     def listen(self, client: Client) -> None:
         """Answer a client whose pages are copied when it asks for the size, as long as it has its connection."""
-        spawn(self._tasks, self._listen(client.connection.dup(), client))
+        before = self._listening.get(client)
+        if before is not None:
+            before.cancel()
+        self._listening[client] = spawn(self._tasks, self._listen(client))
 
-    async def _listen(self, connection: socket.socket, client: Client) -> None:
+    async def _listen(self, client: Client) -> None:
+        if client.connection.fileno() < 0:
+            return
+        connection = client.connection.dup()
         try:  # the connection's end says nothing: the client may live, and connect again
             await answer_sizes(connection, functools.partial(self.stated, client.peer, client.number))
         except (UffdError, OSError, ValueError) as error:
             log.warning("%s: %s", client, error)
         finally:
             close_foreign([connection.detach()])
+            if self._listening.get(client) is asyncio.current_task():
+                del self._listening[client]
 
     async def aclose(self) -> None:
         """End all connections: the clients connect again, to the next server."""
@@ -434,9 +461,14 @@ class MappedClients:
         return self._settings.on_failure != "hold"
 
 
-def _files_of(origin: Any) -> Any:
+def _files_of(origin: Any) -> dict[int, OwnedDescriptor] | None:
+    """Open the files of a source anew: a client that has an open file could lock it, or change its flags, for all."""
     mappable = getattr(origin, "mappable", None)
     try:
-        return None if mappable is None else mappable(0, origin.size)
+        parts = None if mappable is None else mappable(0, origin.size)
     except SourceError:
         return None
+    if parts is None:
+        return None
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    return {fd: OwnedDescriptor(os.open(f"/proc/self/fd/{fd}", flags)) for fd in {fd for _, _, fd, _ in parts}}

@@ -287,7 +287,8 @@ class Session:
         """Have a handed-over memory served; where that fails, the handoff and the connection stay the caller's."""
         regions, peer = handoff.regions, handoff.peer
         name = _name_asked_for(handoff)
-        _check(handoff, self._of_process[peer.pid], stored=self._pager.holding.store is not None)
+        served = self._of_process[peer.pid] + self.mapped.of_process(peer.pid)
+        _check(handoff, served, stored=self._pager.holding.store is not None)
         self._numbers = number = self._numbers + 1
         if handoff.nydus is not None and await self.mapped.takes(handoff, connection, number):
             return
@@ -300,7 +301,7 @@ class Session:
             tenant.slot, tenant.counts = self._slot, self._counted
             tenant.payer = f"session {self.name}" if self.name else ""
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
-            client.places += regions.mappings
+            client.places, client.nydus = list(regions.mappings), handoff.nydus is not None
             if regions.extra is not None:
                 client.conversation = self._conversation(client)
             self.clients[tenant.token] = client
@@ -324,7 +325,7 @@ class Session:
         if ours:
             client.conversation = self._conversation(client)
         self._watch(client)
-        self._talk(client, again=True)
+        self.mapped.listen(client) if client.nydus else self._talk(client, again=True)
         log.info("%s is served on", client)
 
     async def _open(self, client: Client) -> None:

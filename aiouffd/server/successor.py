@@ -70,6 +70,7 @@ def keep_client(pager: PagerClient, client: Client) -> None:
         "ours": client.conversation is not None,
         "length": client.length,
         "since": client.since,
+        "nydus": client.nydus,
         "places": client.places if client.tenant.pack.has_memory else [],
     }
     pager.holding.keep(client.tenant.token, text, [client.connection.fileno()])
@@ -251,6 +252,7 @@ class Successor:
             socket.socket(fileno=fds[0]),
             since=text["since"],
             session=text["session"],
+            nydus=text.get("nydus", False),
             places=[Mapping(*place) for place in text.get("places", [])],
         )
         self.left[client.session].clients.append((client, text["ours"]))

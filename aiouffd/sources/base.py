@@ -38,7 +38,8 @@ class Source(Protocol):
       `locate` has just found. Those blocks are mapped and not copied. Must be quick if there are none.
     - `mappable(start, end) -> list[tuple[int, int, int, int]] | None`: (start, end, descriptor, place in its file) of
       the files that have these bytes, in whole pages and in order; what is between them is zeros. Other processes may
-      map them. None: there are no files for all of it. Raises a `SourceError` where a file has changed.
+      map them. None: there are no files for all of it. The descriptors are always the same. Raises a `SourceError`
+      where a file has changed.
     - `recording() -> bytes | None`: the content of a file that `record=` has written, of an earlier use of these bytes.
       It is replayed unless the Monitor is given another one, or records. May block.
     - `read_ahead(offset, length)`: in place of `read`, for bytes that no thread waits for. Others may go first.

@@ -18,6 +18,7 @@ from served import MIB, Serve, Servers, on_the_web
 import aiouffd
 
 WINDOW = 16 * PAGE
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
 
 
 def touched(client: NydusClient, first: int, end: int) -> None:
@@ -55,8 +56,7 @@ def clients_map(path: str, image: str) -> None:
     # What it has lost and registered again is given once more.
     offset, length = client.mapped[0]
     given = len(client.mapped)
-    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
-    _libc.mmap(where + offset, length, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
+    _libc.mmap(where + offset, length, mmap.PROT_READ | mmap.PROT_WRITE, _ANONYMOUS, -1, 0)
     client.uffd.register(where + offset, length, aiouffd.RegisterMode.MISSING)
     assert peek(where + offset) == word(offset // PAGE)
     assert client.mapped[given:] == [(offset, length)]  # and nothing else
@@ -82,20 +82,37 @@ def clients_connect_again(directory: str, image: str) -> None:
     assert peek(copied.region.address) == bytes(8)
     copied.hang_up()
     servers.last.says("has connected again")
+    # A page that it has lost, beside one that it has written, is all that the next connection gives of their window.
+    address = mapping.region.address + 4006 * PAGE
+    assert peek(address) == word(4006)
+    mapping.region[4005 * PAGE : 4005 * PAGE + 2] = b"ab"
+    _libc.mmap(address, PAGE, mmap.PROT_READ | mmap.PROT_WRITE, _ANONYMOUS, -1, 0)
+    mapping.uffd.register(address, PAGE, aiouffd.RegisterMode.MISSING)
+    mapping.hang_up()
+    eventually(lambda: mapping.connections, 2)
+    assert peek(address) == word(4006)
+    assert mapping.mapped[-1] == (4006 * PAGE, PAGE)
+    assert mapping.region[4005 * PAGE : 4005 * PAGE + 2] == b"ab"
     for number in range(3):
         touchers = [
             Touchers(each.region.address, [range(number * 1000 + 1, number * 1000 + 1000)] * 2)
             for each in (mapping, copied)
         ]
         if number:
-            copied.hang_up()
+            if number == 2:
+                copied.hang_up()
             servers.lose()
             servers.start(f"next-{number}")
+            if number == 1:  # on the connection that the server before it has left
+                copied.ask()
+                eventually(lambda: len(copied.stated), 2)
         for each in touchers:
             each.join()
             assert not each.wrong
         assert mapping.problem is copied.problem is None
     assert mapping.connections >= 3
+    copied.hang_up()
+    servers.last.says("has connected again")
     assert peek(copied.region.address) == bytes(8)  # what was given back is not the source's
     os.kill(servers.last.process.pid, signal.SIGTERM)
     print(json.dumps(servers.pids))
@@ -115,11 +132,16 @@ def clients_want_all(path: str, folder: str) -> None:
     assert len(client.mapped) > 16
     assert peek(client.region.address, client.size) == model
     assert client.problem is None
+    client.region[:2], given = b"ab", len(client.mapped)
+    client.hang_up()
     copied = NydusClient(path, client.size + PAGE, COPY, window=16 * MIB, prefault=True, bare=True)
     assert peek(copied.region.address, client.size + PAGE) == model + bytes(PAGE)
     assert not copied.mapped
     copied.ask()
     eventually(lambda: [each["size"] for each in copied.stated], [client.size] * 2)
+    assert client.connections == 2
+    assert len(client.mapped) == given  # it may have written to all that it has mapped
+    assert client.region[:2] == b"ab"
 
 
 def test_a_client_that_wants_all_at_once(tmp_path: Path) -> None:
