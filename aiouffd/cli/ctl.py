@@ -150,6 +150,12 @@ def server(control: ControlClient, /) -> None:
     click.echo(json.dumps(control.ask("GET", "/v1/server"), indent=2))
 
 
+def _ask_range(control: ControlClient, name: str, verb: str, offset: int, length: int | None) -> Any:
+    """Ask for something to be done with a range of a session; no length: to its end."""
+    wanted = {"offset": offset} | ({} if length is None else {"length": length})
+    return control.ask("POST", f"{_place(name)}/{verb}", wanted)
+
+
 @command.command()
 @_NAME
 @_OFFSET
@@ -158,8 +164,7 @@ def server(control: ControlClient, /) -> None:
 @click.pass_obj
 def prefetch(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
     """Bring a range of the source to all clients of a session, and wait until it is there."""
-    wanted = {"offset": offset} | ({} if length is None else {"length": length})
-    answer = control.ask("POST", f"{_place(name)}/prefetch", wanted)
+    answer = _ask_range(control, name, "prefetch", offset, length)
     _say(answer, f"{name}: brought to {len(answer['clients'])} clients", as_json=as_json)
 
 
@@ -171,8 +176,7 @@ def prefetch(control: ControlClient, /, name: str, offset: int, length: int | No
 @click.pass_obj
 def evict(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
     """Drop a range of a session with --max-resident, as far as it was not written. A touch brings it again."""
-    wanted = {"offset": offset} | ({} if length is None else {"length": length})
-    answer = control.ask("POST", f"{_place(name)}/evict", wanted)
+    answer = _ask_range(control, name, "evict", offset, length)
     _say(answer, f"{name}: {answer['bytes']:,} bytes dropped", as_json=as_json)
 
 

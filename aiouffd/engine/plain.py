@@ -90,7 +90,7 @@ def _window(readahead: Readahead, source: PlainSource, offset: int, low: int, hi
 
 
 class PlainFaults(Protocol):
-    """Where a space opens and closes its fast path: the rules are those of `FastPath`."""
+    """Where a space has its plain faults served."""
 
     def open(
         self,
@@ -102,13 +102,19 @@ class PlainFaults(Protocol):
         bound: Any = None,
         note: Note | None = None,
     ) -> None:
-        """See `FastPath`."""
+        """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`.
+
+        With `bound`, at most as many as there is room for; or none at all.
+        """
 
     def close(self, fd: int) -> None:
-        """See `FastPath`."""
+        """Leave the plain faults of a descriptor to the engine: its layout has changed, or it is about to be left."""
 
     def keep(self, fd: int, kept: Any) -> None:
-        """See `FastPath`."""
+        """Have first writes to protected pages of a descriptor go on, by the rules of `engine.kept`, until `dismiss`.
+
+        A reader need not do that: what it leaves, the engine decides.
+        """
 
 
 class FastPath:

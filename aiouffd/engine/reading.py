@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import attrs
 
 from aiouffd import native
-from aiouffd.engine.plain import SLOT, FastPath
+from aiouffd.engine.plain import SLOT, FastPath, PlainFaults
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 from aiouffd.kernel.events import MESSAGES
@@ -53,7 +53,7 @@ _preadv = os.preadv
 _WORDS = [Counter[name] for name in c.WORDS]
 
 
-class Reader(Protocol):
+class Reader(PlainFaults, Protocol):
     """Reads descriptors that were admitted, and serves the plain faults of those that are open."""
 
     spin_ns: int
@@ -63,30 +63,6 @@ class Reader(Protocol):
 
     def dismiss(self, fd: int) -> None:
         """Read a descriptor no longer; it is about to be closed."""
-
-    def open(
-        self,
-        fd: int,
-        start: int,
-        end: int,
-        offset: int,
-        source: PlainSource,
-        bound: Bound | None = None,
-        note: Note | None = None,
-    ) -> None:
-        """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`.
-
-        With `bound`, at most as many as there is room for; or none at all.
-        """
-
-    def close(self, fd: int) -> None:
-        """Leave the plain faults of a descriptor to the engine: its layout has changed, or it is about to be left."""
-
-    def keep(self, fd: int, kept: Kept) -> None:
-        """Have first writes to protected pages of a descriptor go on, by the rules of `engine.kept`, until `dismiss`.
-
-        A reader need not do that: what it leaves, the engine decides.
-        """
 
     def refresh(self, space: Space) -> None:
         """Take note of what the readahead of a space has just learned."""
