@@ -204,6 +204,7 @@ ORDER = {
         "listener",
         "jail",
         "metrics",
+        "clashes",
         "prefilled",
         "rejection",
         "reception",

@@ -36,11 +36,11 @@ def test_settings() -> None:
     assert (settings.on_failure, options.on_error) == ("hold", "retry")
     assert (limits.client_events, limits.client_bytes) == (12, 13)
     assert (options.max_resident, options.bounded, plain.settings().options.bounded) == (1 << 22, True, False)
-    with pytest.raises(ValueError, match="not with max_resident"):
+    with pytest.raises(ValueError, match="either record or max_resident"):
         NewSession(name="a", socket="/s", source="/x", record="/r", max_resident=1 << 22).settings()
     clones = NewSession(name="a", socket="/s", source="/x", one_copy="huge")
     assert (options.one_copy, clones.settings().options.one_copy) == (0, 2 << 20)
-    with pytest.raises(ValueError, match="not with max_resident"):
+    with pytest.raises(ValueError, match="either one_copy or max_resident"):
         attrs.evolve(clones, max_resident=1 << 22).settings()
 
 

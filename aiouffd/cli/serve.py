@@ -21,6 +21,7 @@ from aiouffd.cli import daemon, parameters
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.report.perfetto import FaultLog
+from aiouffd.server.clashes import CHOSEN, ClashError, check
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
 from aiouffd.server.successor import SYSTEMD
@@ -220,19 +221,22 @@ def _check(source: str | None, source_for: str | None, options: dict[str, Any], 
     """Refuse options that do not go together; `alone`: there are only the sessions that --control creates."""
     if not alone and (source is None) == (source_for is None):
         raise click.UsageError("give either SOURCE or --source-for; or --control, and create sessions")
-    if options["record"] and options["replay"]:
-        raise click.UsageError("give either --record or --replay: a recording does not see pages that a replay brings")
-    if options["one_copy"] and source is None and not alone:
-        raise click.UsageError("--one-copy: needs SOURCE, which all clients show")
+    given = {name for name, value in options.items() if value} | ({CHOSEN} if source_for is not None else set())
+    try:
+        check(given)
+    except ClashError as error:
+        raise click.UsageError(
+            error.said(lambda name: "--source-for" if name == CHOSEN else f"--{name.replace('_', '-')}")
+        ) from None
     if options["takeover"] and options["hold"] is None:
         raise click.UsageError("--takeover: needs --hold, where the server is asked that is to be taken over from")
     if options["takeover"] and options["hold"] == SYSTEMD:
         raise click.UsageError("--takeover: needs --hold PATH; systemd starts a service when the one before has ended")
     context = click.get_current_context()
-    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if "cache_size" in given and "folder" not in given:
+    said = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if "cache_size" in said and "folder" not in said:
         raise click.UsageError("--cache-size: needs --cache, the folder that may have this size")
-    if alone and (lost := set(given) - _OF_SERVER):
+    if alone and (lost := set(said) - _OF_SERVER):
         names = ", ".join(sorted(item.opts[0] for item in context.command.params if item.name in lost))
         raise click.UsageError(f"{names}: needs SOURCE or --source-for; sessions have their own when they are created")
 

@@ -373,10 +373,10 @@ class MappedClients:
         if not handoff.nydus.zerocopy:
             return self._connected_again(handoff, connection)
         origin = await self._services.origin(handoff, number)
-        why = self._settings.unmappable
+        files = await in_own_thread(_files_of, origin)
+        why = self._services.unmappable  # behind what was awaited: a recording may have begun
         if not why and enabled_features(handoff.uffd.fileno()) & _UNKNOWN:
             why = "its forks or moves are told, and memory that files are mapped into cannot be followed"
-        files = None if why else await in_own_thread(_files_of, origin)
         if not why and files is None:
             why = f"{origin!r:.200} is no file, or not in whole pages"
         if why or files is None:

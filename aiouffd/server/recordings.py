@@ -19,14 +19,14 @@ from aiouffd.engine.ahead.merging import Order, merged
 from aiouffd.engine.ahead.trace import Recorder, Trace, differ, fingerprint
 from aiouffd.errors import SessionError, TraceError, UffdError
 from aiouffd.pager.process.state import RECORDING
+from aiouffd.server.clashes import check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from concurrent.futures import Future
 
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.packing import Pack
-    from aiouffd.pager.process.state import Note
     from aiouffd.server.successor import Left
 
 __all__ = ["MOST", "Recorded", "Recordings", "Terms", "recording_of"]
@@ -92,7 +92,7 @@ class Recordings:
     Args:
         pager: serves its clients.
         session: its name.
-        replay: what it replays: nothing is recorded then.
+        given: what may exclude a recording: see `clashes`.
         tell: called with what happens, and its details.
 
     Attributes:
@@ -103,12 +103,13 @@ class Recordings:
         self,
         pager: PagerClient,
         session: str,
-        replay: str | os.PathLike[str] | None = None,
+        given: Collection[str] = (),
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         self._tell = tell
-        self._replays = replay is not None
-        self._made: dict[str, tuple[Pack, Any, int, int]] = {}  # by token: what is served
+        self._given = given
+        # By token: what is served; no origin: a server before this one has made it.
+        self._made: dict[str, tuple[Pack, Any, int, int]] = {}
         self.terms: Terms | None = None
         self._pager = pager
         self._session = session
@@ -118,15 +119,23 @@ class Recordings:
         self._letting_go: set[Future[Any]] = set()
 
     def prepare(self, path: str | os.PathLike[str] | None, left: Left | None) -> None:
-        """Record to a path from now on, or to none; or go on with what a server before this one has left. Blocks.
+        """Record to a path from now on, or to none; and go on with what a server before this one has left. Blocks.
 
         Raises:
             OSError: as `start`.
         """
+        wanted = None if path is None else os.fspath(path)
         if left is not None and left.text:
-            self._adopt(left.recordings)
-        elif path is not None:
-            self.start(Terms(os.fspath(path)))
+            self._adopt(left)
+            if left.text.get("record", wanted if self._session else None) == wanted:
+                return  # what was asked for then goes on, or was stopped since
+        if wanted is None:
+            return
+        if self.terms is None:
+            self.start(Terms(wanted))
+            self._record_all()
+        else:
+            log.warning("touches are recorded to %s still, and not to %s: stop that first", self.terms.path, wanted)
 
     async def begin(self, terms: Terms) -> None:
         """As `start`, also what is served already."""
@@ -139,12 +148,11 @@ class Recordings:
         """Record what `cover` names from now on. Blocks.
 
         Raises:
-            SessionError: it records already, or replays.
+            SessionError: it records already.
+            ClashError: its settings exclude that.
             OSError: there can be no file at the path.
         """
-        if self._replays:
-            why = "replays a recording: the pages that this brings are not seen to be touched"
-            raise SessionError(self._session, why)
+        check({*self._given, "record"})
         if self.terms is not None:
             raise SessionError(self._session, f"records already, to {self.terms.path}")
         place = Path(terms.path)
@@ -173,7 +181,9 @@ class Recordings:
         terms = self.terms
         if terms is None or pack.token in self._covered:
             return None
-        source = fingerprint(origin)
+        if origin is None and (origin := _opened(pack)) is None:
+            return None
+        size, source = getattr(origin, "size", size), fingerprint(origin)  # a handler has no size
         path = str(recording_of(terms.path, source, page_size))
         with self._lock:
             if self.terms is not terms:  # stopped meanwhile
@@ -206,8 +216,10 @@ class Recordings:
             self._letting_go.add(future)
             future.add_done_callback(self._letting_go.discard)
 
-    def _adopt(self, notes: list[Note]) -> None:
-        for note in notes:
+    def _adopt(self, left: Left) -> None:
+        for client, _ in left.clients:
+            self._made[client.tenant.pack.token] = client.tenant.pack, None, client.end, client.tenant.page_size
+        for note in left.recordings:
             if not note.fds:
                 self.terms = Terms(note.text["path"], note.text["merge"], note.text["most"])
                 continue
@@ -244,6 +256,15 @@ class Recordings:
             log.info("%s: %d pages are recorded, %d of them touched", *attrs.astuple(recorded))
             self._tell("session.recorded", **attrs.asdict(recorded))
         return done
+
+
+def _opened(pack: Pack) -> Any:
+    """Return the source or handler of a server before this one; None: it cannot be had."""
+    try:
+        return pack.opened().origin
+    except Exception as error:  # noqa: BLE001 - of code of the user's own
+        log.warning("what a server before this one has served is not recorded: %s", error)
+        return None
 
 
 def _absolute(path: str) -> str:

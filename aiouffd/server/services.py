@@ -22,6 +22,7 @@ from aiouffd.handoff.json_lines import line
 from aiouffd.handoff.own_threads import detach, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
+from aiouffd.server.clashes import CHOSEN, MAPPING, check, why_not
 from aiouffd.server.recordings import recording_of
 from aiouffd.server.residence import notes_for
 
@@ -59,17 +60,20 @@ class Settings:
 
     def __attrs_post_init__(self) -> None:
         """Check what excludes each other."""
-        if self.record is not None and self.replay is not None:
-            raise ValueError("give either record or replay: a recording does not see pages that a replay brings")
+        check(self.given(recorded=self.record is not None))
 
-    @property
-    def unmappable(self) -> str:
-        """Why no client may map files; "": clients may."""
-        limits = self.options.limits
-        bounds = limits.client_events, limits.client_bytes, self.options.max_resident
-        if any(bound is not None for bound in bounds):
-            return "clients are limited here, and what is mapped is not counted"
-        return "touches are recorded here, and those of what is mapped are not seen" if self.record is not None else ""
+    def given(self, *, recorded: bool) -> set[str]:
+        """Return the names of what may exclude other things; recorded: touches are, from the beginning on or not."""
+        limits, options = self.options.limits, self.options
+        found = {
+            "record": recorded or None,
+            "replay": self.replay,
+            "one_copy": options.one_copy or None,
+            "max_resident": options.max_resident,
+            "client_events": limits.client_events,
+            "client_bytes": limits.client_bytes,
+        }
+        return {name for name, value in found.items() if value is not None}
 
     def keeping(self, recent: int, *, traces: bool) -> Settings:
         """Return the same of a server that keeps so many bytes of what was read last; traces: it is told of flights."""
@@ -89,12 +93,13 @@ class Services:
     def __init__(self, origin: Any, settings: Settings, recordings: Recordings | None = None) -> None:
         if wants_writes(origin):
             raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
-        if settings.options.one_copy and not hasattr(origin, "read"):
-            raise ValueError("one copy for all clients needs one source for all, and no handler")
+        if not hasattr(origin, "read"):
+            check({*settings.given(recorded=False), CHOSEN})
         chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
         self._fixed = None if chooses else checked(origin)
         self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
-        self._options, self._replay, self._recordings = settings.options, settings.replay, recordings
+        self._settings, self._options, self._replay = settings, settings.options, settings.replay
+        self._recordings = recordings
         self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
         self._uses: Counter[str] = Counter()  # clients, by the token of their pack
         self._lock = threading.Lock()  # over both
@@ -162,6 +167,12 @@ class Services:
         if not size:
             raise HandoffError(str(peer), "asks for the size, which what serves it does not know")
         return size
+
+    @property
+    def unmappable(self) -> str:
+        """Why no client may map files, as it is now; "": clients may."""
+        recorded = self._recordings is not None and self._recordings.terms is not None
+        return why_not(self._settings.given(recorded=recorded), MAPPING)
 
     def adopt(self, pack: Pack) -> None:
         """Count a client that is served from a pack of a server before this one; `release` it."""

@@ -99,7 +99,7 @@ class Session:
             stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
         )
         self.clients: dict[str, Client] = {}
-        self.recordings: Recordings = Recordings(pager, name, settings.replay, tell)
+        self.recordings: Recordings = Recordings(pager, name, settings.given(recorded=False), tell)
         self._services = Services(origin, settings, self.recordings)
         noted = partial(keep_client, pager)
         self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, noted, tell)
@@ -149,7 +149,8 @@ class Session:
             self._slot = self._pager.take_slot()
         for client, ours in left.clients if left is not None else ():
             self._adopt(client, ours=ours)
-        keep_session(self._pager, self.name, self._listener, {**self._note, "slot": self._slot})
+        record = None if self.settings.record is None else os.fspath(self.settings.record)
+        keep_session(self._pager, self.name, self._listener, {**self._note, "slot": self._slot, "record": record})
         self._reception.open(self._listener)
         self.taking = True
         self._tell("session.created")

@@ -95,7 +95,7 @@ def test_a_session_records_at_run_time(image: Path, tmp_path: Path) -> None:
 
 
 def goes_on(directory: str, image: str) -> None:
-    """Scenario: all of a server's processes but the holder are killed at once."""
+    """Scenario: all of a server's processes but the holder are killed at once; what it has left is recorded again."""
     trace, control = Path(directory) / "trace", f"{directory}/control.sock"
     servers = Servers(directory, "--control", control, socket="")
     servers.start("first")
@@ -109,11 +109,41 @@ def goes_on(directory: str, image: str) -> None:
         assert region[40 * PAGE] == 41
         assert asked.ask("GET", "/v1/sessions/vm")["recording"] == str(trace)
         (recorded,) = asked.ask("DELETE", PLACE)
+        assert recorded["touched"] == 2
+        assert pages_of(trace) == [5, 40]
+        servers.lose()
+        servers.start("third")
+        assert asked.ask("GET", "/v1/sessions/vm").get("recording") is None  # it was stopped
+        asked.ask("POST", PLACE, {"path": f"{trace}.again"})
+        assert region[90 * PAGE] == 91
+        (recorded,) = asked.ask("DELETE", PLACE)
+        assert recorded["touched"] == 1
+        assert pages_of(Path(f"{trace}.again")) == [90]
     assert servers.last.end() == 0
-    assert recorded["touched"] == 2
-    assert [offset // PAGE for offset in Trace.load(trace).offsets] == [5, 40]
 
 
 def test_a_recording_goes_on_in_the_server_after_it(image: Path, tmp_path: Path) -> None:
     """What was recorded before all were killed is in it, and what comes after."""
     play(goes_on, str(tmp_path), str(image))
+
+
+def is_begun(directory: str, image: str) -> None:
+    """Scenario: the command line of the second server says `--record`, and that of the third another file."""
+    trace = Path(directory) / "trace"
+    servers = Servers(directory, image, "--readahead", "0")
+    servers.start("first")
+    with aiouffd.Monitor(region := aiouffd.Region(MIB), engine=aiouffd.ServedBy(servers.socket)) as monitor:
+        assert region[5 * PAGE] == 6
+        servers.start("second", "--takeover", "--record", trace)
+        assert region[40 * PAGE] == 41
+        servers.start("third", "--takeover", "--record", f"{trace}.other")
+        servers.last.says(f"touches are recorded to {trace} still, and not to {trace}.other")
+        assert region[50 * PAGE] == 51
+        monitor.prefetch_sync(60 * PAGE, PAGE)  # answered: what has come before is noted
+    assert servers.last.end() == 0
+    assert sorted(touched(trace)) == [40, 50]
+
+
+def test_a_recording_begins_with_what_another_server_has_left(image: Path, tmp_path: Path) -> None:
+    """`--record` that is added at a takeover is of the clients that are taken over."""
+    play(is_begun, str(tmp_path), str(image))

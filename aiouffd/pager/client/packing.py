@@ -13,7 +13,7 @@ import attrs
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import explained, open_memfd
-from aiouffd.pager.process.serialization import config_of, is_pickle, pack
+from aiouffd.pager.process.serialization import config_of, is_pickle, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,6 +110,12 @@ class Pack:
         """What goes along with a request that opens a space."""
         memory = (item if isinstance(item, int) else item.fileno() for item in self._memory)
         return [self.config.fileno(), *(item.fd for item in self._descriptors), *memory]
+
+    def opened(self) -> Service:
+        """Return the service, made anew from what travels. May block; a pickle runs code."""
+        fds = self.fds[1 : len(self.fds) - self.record["memory"]]
+        found: Service = unpack(config_of({"config": self.config.fileno()}), [os.dup(fd) for fd in fds])
+        return found
 
     @property
     def has_memory(self) -> bool:

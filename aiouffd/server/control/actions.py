@@ -17,6 +17,7 @@ import msgspec
 from aiouffd.errors import SessionError, SourceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.process.state import LASTING
+from aiouffd.server.clashes import MAPPING, why_not
 from aiouffd.server.clients import only
 from aiouffd.server.control.values import (
     Completed,
@@ -207,6 +208,8 @@ class Actions:
         """Begin to record."""
         session = self._find(name)
         check_path("path", what.path)
+        if session.mapped:
+            raise SessionError(name, f"has clients that map files: {why_not({'record'}, MAPPING)}")
         await session.recordings.begin(Terms(what.path, what.merge, what.most))
         return self._view(session)
 

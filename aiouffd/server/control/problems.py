@@ -9,6 +9,7 @@ import attrs
 import msgspec
 
 from aiouffd.errors import PagerError, SessionError, SourceError, UffdError
+from aiouffd.server.clashes import ClashError
 from aiouffd.server.control.actions import UnknownSessionError
 from aiouffd.server.control.values import Problem
 
@@ -49,5 +50,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     place, name = _PLACE.search(text), _FIELD.search(text)
+    if isinstance(error, ClashError):
+        return Problem(f"urn:aiouffd:{kind.name}", kind.title, kind.status, text, kind.advice, f"$.{error.one}")
     field = (place[1] if place else "$") + (f".{name[1]}" if name else "") if place or name else ""
     return Problem(f"urn:aiouffd:{kind.name}", kind.title, kind.status, _PLACE.sub("", text), kind.advice, field)

@@ -125,10 +125,6 @@ class NewSession:
 
     def settings(self) -> Settings:
         """Return how the session takes and serves its clients; ValueError for what excludes each other."""
-        if self.max_resident is not None and self.record is not None:
-            raise ValueError("a recording is of what comes once: not with max_resident - at `$.record`")
-        if self.max_resident is not None and self.one_copy is not None:
-            raise ValueError("the file that all clients map is not dropped: not with max_resident - at `$.one_copy`")
         limits = Limits(
             *(self.concurrent_reads, self.bytes_in_flight, self.timeout, self.retries),
             client_events=self.events_per_second,
