@@ -75,6 +75,8 @@ def test_what_is_kept_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
             count += 1
         fd = os.memfd_create("a")
         inode = os.fstat(fd).st_ino
+        assert [outbox.put({"op": "many"}, most=most) for most in (1, 0)] == [False, False]
+        assert outbox.lost == 2
         outbox.put({"op": "bad"})
         outbox.put({"op": "good"}, [fd])
         os.close(fd)

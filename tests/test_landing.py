@@ -85,6 +85,16 @@ def test_all_are_told_where_somebody_traces(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(what["for"], what["error"], what["omitted"]) for what in told] == [
         ("background", "SourceError", 0), *[("fault", "", 0)] * 3, ("readahead", "", 2)
     ]  # fmt: skip
+    dropped: list[dict[str, Any]] = []
+
+    def full(_: object, what: dict[str, Any]) -> bool:
+        dropped.append(what["flight"])
+        return False
+
+    landings = Landings(full, traces=True)
+    for _ in range(3):
+        landings(Space(), flight(0.0), [], None)
+    assert [what["omitted"] for what in dropped] == [0, 1, 2]  # what there was no room for is counted, too
     assert "is lost" in told[0]["reason"]
     assert len(told[0]["steps"]) == landing._STEPS
     assert told[1]["began_ns"] == told[1]["waited_ns"] <= told[1]["ended_ns"]

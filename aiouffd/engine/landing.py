@@ -36,14 +36,14 @@ class Landings:
 
     `tell` gets plain values. `slow`: of a flight that threads have waited for, and that took 100 ms or longer; of many
     of one space, those of one second are told by the first. `flight`: of each flight where somebody traces, up to 500 a
-    second; it says how many were left out.
+    second, and as far as there is room; it says how many were left out.
 
     Args:
-        tell: called with the space, and what is told.
+        tell: called with the space, and what is told; it returns False where there is no room for that.
         traces: somebody traces.
     """
 
-    def __init__(self, tell: Callable[[Any, dict[str, Any]], None], *, traces: bool = False) -> None:
+    def __init__(self, tell: Callable[[Any, dict[str, Any]], bool | None], *, traces: bool = False) -> None:
         self._tell = tell
         self._slow: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when one was told
         self._bucket = Bucket(_TRACED, monotonic()) if traces else None
@@ -58,8 +58,8 @@ class Landings:
         if self._bucket is not None and self._is_traced(self._bucket):
             told["flight"] = _traced(flight, steps, ended, failure) | {"omitted": self._omitted}
             self._omitted = 0
-        if told:
-            self._tell(space, told)
+        if told and self._tell(space, told) is False and "flight" in told:
+            self._omitted = told["flight"]["omitted"] + 1
 
     def _is_due(self, space: Any) -> bool:
         now = monotonic()

@@ -6,9 +6,11 @@ killed can be read, too. Times are those of CLOCK_MONOTONIC, in microseconds.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import stat
 import threading
 from itertools import count
 from pathlib import Path
@@ -75,6 +77,25 @@ def _span(
     yield {"ph": "e", "name": name, **common, "ts": ended / 1000}
 
 
+def _begin(path: Path) -> int:
+    """Return a descriptor of the empty file, which is locked: so another process sees that it is written."""
+    while True:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a pipe, a terminal
+            return fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            before = path.rename(path.with_stem(f"{path.stem}.before"))
+            log.warning("another process writes %s still: its file is %s from now on", path, before)
+            continue
+        except OSError as error:
+            log.debug("%s: no locks: %s", path, error)  # of this file system
+        os.ftruncate(fd, 0)
+        return fd
+
+
 class FaultLog:
     """Writes the faults of what is entered in its block: those that had to wait for a read, with their cause.
 
@@ -82,7 +103,8 @@ class FaultLog:
     Of each source, up to 500 reads a second. What is in memory is placed in microseconds, and only counted.
 
     Args:
-        path: of the file, which is replaced. It grows up to 256 MiB.
+        path: of the file, which is replaced. It grows up to 256 MiB. One that another process writes still, as a server
+            that is taken over from, goes on by the name NAME.before.SUFFIX.
 
     Raises:
         OSError: it cannot be written.
@@ -98,7 +120,8 @@ class FaultLog:
         self._pid = os.getpid()
         self._left = _MOST
         # Each line is written at once: nothing is left to be written a second time by a forked child.
-        self._file = Path(path).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by `leave`
+        self._file = os.fdopen(_begin(Path(path)), "w", buffering=1, encoding="utf-8")
+        self._path = path
         self._file.write("[\n")
         install(self)
 
@@ -143,7 +166,7 @@ class FaultLog:
             self._file.write(text)
             self._left -= len(text)
             if self._left <= 0:
-                log.warning("%s: faults are written no longer: it has %d MiB", self._file.name, _MOST >> 20)
+                log.warning("%s: faults are written no longer: it has %d MiB", self._path, _MOST >> 20)
 
 
 class _Watch:

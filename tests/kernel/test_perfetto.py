@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from pattern import PAGE, content, peek, word
 from scenario import play
-from served import MIB, Serve, hand_over
+from served import MIB, Serve, Servers, hand_over
 
 import aiouffd
 from aiouffd.report.observers import install
@@ -133,3 +134,42 @@ def test_one_at_a_time_and_no_more_than_fits(tmp_path: Path, monkeypatch: pytest
     found = json.loads(path.read_text())
     assert [event["name"] for event in found if event["ph"] in "XM"] == ["process_name", "fault", "end"]
     assert not (tmp_path / "other").exists()
+
+
+def restarted(directory: str, image: str) -> None:
+    """Scenario: a server is taken over from with the same options, its file included, and serves on until then."""
+    log = Path(directory) / "faults.json"
+    servers = Servers(directory, image, "--perfetto", log)
+    servers.start("first")
+    region, _connection, _uffd = hand_over(servers.path)
+    assert peek(region.address + 5 * PAGE) == word(5)
+    before = servers.last
+    servers.start("second", "--takeover")
+    assert before.process.wait(30) == 0
+    assert peek(region.address + 200 * PAGE) == word(200)
+    servers.last.process.terminate()
+    servers.last.says("no new clients")
+    assert servers.last.end() == 0
+
+
+def test_a_server_that_takes_over(image: Path, tmp_path: Path) -> None:
+    """Each has a file of its own, and both are whole."""
+    with serving(image.parent) as far:
+        play(restarted, str(tmp_path), f"{far}/{image.name}")
+    for name, page in (("faults.before.json", 5), ("faults.json", 200)):
+        found = json.loads((tmp_path / name).read_text())
+        faults = [event for event in found if event["name"] == "fault" and event["ph"] in "Xb"]
+        (told,) = (fault["args"] for fault in faults)
+        assert 0 <= page * PAGE - int(told["offset"], 16) < told["length"]
+
+
+def test_where_it_is_written(tmp_path: Path) -> None:
+    """What is no file is written to, and not moved; a file that nobody writes any more is replaced."""
+    with FaultLog("/dev/null"), Path("/dev/null").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path = tmp_path / "faults"
+    path.write_text("x" * 1000)
+    with FaultLog(path):
+        pass
+    assert json.loads(path.read_text())
+    assert list(tmp_path.iterdir()) == [path]

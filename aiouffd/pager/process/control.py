@@ -214,33 +214,46 @@ class Outbox:
 
     Args:
         connection: stays the caller's.
-        most: so many messages that may be lost are kept; a newer one is dropped then.
+
+    Attributes:
+        lost: how many messages were dropped since it was set to 0.
     """
 
-    def __init__(self, connection: socket.socket, most: int = 1000) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._most = most
+        self.lost: int = 0
         self._kept: deque[tuple[dict[str, Any], list[OwnedDescriptor]]] = deque()
 
     def __bool__(self) -> bool:
         """Whether anything is kept: `flush` when the connection is writable."""
         return bool(self._kept)
 
-    def put(self, message: dict[str, Any], fds: list[int] | None = None, *, may_be_lost: bool = False) -> None:
+    def put(self, message: dict[str, Any], fds: list[int] | None = None, *, most: int | None = None) -> bool:
         """Send a message now, or keep it; its descriptors stay the caller's, who may close them.
+
+        Args:
+            message: what is sent.
+            fds: go along.
+            most: it is dropped where so many are kept already; None: it is never.
+
+        Returns:
+            Whether it was not dropped.
 
         Raises:
             Closed: nobody will read it.
             OSError: it cannot be sent at all.
         """
         if self._kept:
-            if not may_be_lost or len(self._kept) < self._most:
-                self._keep(message, fds or [])
-            return
+            if most is not None and len(self._kept) >= most:
+                self.lost += 1
+                return False
+            self._keep(message, fds or [])
+            return True
         try:
             send(self._connection, message, fds, wait=False)
         except BlockingIOError:
             self._keep(message, fds or [])
+        return True
 
     def _keep(self, message: dict[str, Any], fds: list[int]) -> None:
         self._kept.append((message, [OwnedDescriptor(os.dup(fd)) for fd in fds]))

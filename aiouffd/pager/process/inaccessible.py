@@ -64,7 +64,7 @@ class Protection:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, tell: Callable[[dict[str, Any]], None], owner: Callable[[], int]
+        self, loop: asyncio.AbstractEventLoop, tell: Callable[[dict[str, Any]], object], owner: Callable[[], int]
     ) -> None:
         self._loop = loop
         self._tell = tell

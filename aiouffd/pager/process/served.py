@@ -88,7 +88,7 @@ class Served:
         journal: where a successor finds all of this.
         vault: where descriptors of forked children are kept.
         on_error: called with a space's token and its error.
-        tell: sends an event to the client.
+        tell: sends an event to the client, as `Outbox.put`.
         on_idle: called when nothing is left to be served.
         on_owner_exit: called when the process that has started this pager has ended.
 
@@ -109,7 +109,7 @@ class Served:
         vault: Vault,
         *,
         on_error: Callable[[str, UffdError], None],
-        tell: Callable[[dict[str, Any]], None],
+        tell: Callable[..., bool],
         on_idle: Callable[[], None],
         on_owner_exit: Callable[[], None],
     ) -> None:

@@ -59,6 +59,7 @@ BUILD_TIMEOUT = 60.0
 RELEASE = 1.0
 """Seconds for a file that was written to be closed, when its memory is left."""
 
+_MOST_FLIGHTS = 500  # that wait to be told; errors have room for more
 _QUICK = 256 << 10  # bytes of a service that are looked at on the loop
 _IN_MEMORY = {"aiouffd.engine.options", "aiouffd.sources.base", "aiouffd.sources.buffer"}
 """Modules whose classes open no file: to start a thread takes longer than to rebuild those."""
@@ -162,12 +163,11 @@ class Arrivals:
 
 
 def tell_flight(
-    tenancies: Mapping[int, Tenancy], tell: Callable[[dict[str, Any]], None], space: Space, told: dict[str, Any]
-) -> None:
-    """Tell the client of a flight, unless its space was dropped meanwhile."""
+    tenancies: Mapping[int, Tenancy], tell: Callable[..., bool], space: Space, told: dict[str, Any]
+) -> bool:
+    """Tell the client of a flight, unless its space was dropped meanwhile; False: there is no room for it."""
     tenancy = tenancies.get(space.identity)
-    if tenancy is not None:
-        tell({"event": "flight", "token": tenancy.token, **told})
+    return tenancy is None or tell({"event": "flight", "token": tenancy.token, **told}, most=_MOST_FLIGHTS)
 
 
 class Commons:
@@ -184,8 +184,8 @@ class Commons:
         precedence: among the backends.
     """
 
-    def __init__(self, tell: Callable[[Space, dict[str, Any]], None] | None = None) -> None:
-        self.tell: Callable[[Space, dict[str, Any]], None] | None = tell
+    def __init__(self, tell: Callable[[Space, dict[str, Any]], bool] | None = None) -> None:
+        self.tell: Callable[[Space, dict[str, Any]], bool] | None = tell
         self.precedence: Precedence = Precedence()
         self._shelf = Shelf()
         self._known: WeakValueDictionary[Any, Common] = WeakValueDictionary()

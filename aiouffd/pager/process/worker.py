@@ -42,6 +42,7 @@ _WRITING = 60.0  # seconds for what an application has written, which was killed
 _FAREWELL = 0.5  # seconds for the last messages to be sent
 _FIRST = 0.01  # seconds for sources to be opened again, before requests are read
 _KEPT = 64 << 20  # bytes: the answers of the reads that are under way at once, and their parts
+_MOST_ERRORS = 1000  # that are kept while nobody reads
 _LATER = 0.1  # seconds until descriptors that may block are closed
 
 
@@ -186,18 +187,22 @@ class _Worker:
 
     def error(self, token: str, error: UffdError) -> None:
         # A storm of them, while nobody reads, is told by its beginning.
-        self.send({"event": "error", "token": token, "error": encode_error(error)}, may_be_lost=True)
+        self.send({"event": "error", "token": token, "error": encode_error(error)}, most=_MOST_ERRORS)
 
-    def send(self, message: dict[str, Any], fds: list[int] | None = None, *, may_be_lost: bool = False) -> None:
-        """Tell the client; what it does not read now is kept. The descriptors are taken."""
+    def send(self, message: dict[str, Any], fds: list[int] | None = None, *, most: int | None = None) -> bool:
+        """Tell the client; what it does not read now is kept. The descriptors are taken; as `Outbox.put`."""
+        kept = True
         try:
-            self.outbox.put(message, fds, may_be_lost=may_be_lost)
+            kept = self.outbox.put(message, fds, most=most)
+            if not kept and self.outbox.lost == 1:
+                log.warning("the pager's owner reads nothing: of what is told of faults and errors, more is dropped")
         except (control.Closed, OSError) as error:
             log.debug("nobody is there to be told: %s", error)
         if self.outbox:
             self.loop.add_writer(self.connection.fileno(), self.flush)
         if fds:
             close_all(fds)
+        return kept
 
     def flush(self) -> None:
         try:
@@ -207,6 +212,9 @@ class _Worker:
             log.debug("nobody is there to be told: %s", error)
         if not self.outbox:
             self.loop.remove_writer(self.connection.fileno())
+            if self.outbox.lost:
+                log.warning("%d messages of faults and errors were dropped: nobody read them", self.outbox.lost)
+                self.outbox.lost = 0
 
     # The end
 
