@@ -181,6 +181,8 @@ static int keep(struct keeper *k, const struct words *at, int fd, uint64_t page)
         k->left--;
         k->kept++;
         k->slots[index] = slot;
+        if (k->left != 0) /* the next slot is memory then, while the writer wakes up: it may take 2 us and more */
+            k->area[(uint64_t)k->free[k->left - 1] * k->page] = 0;
     }
     k->states[index] = before == PAGE_DUE ? PAGE_KEPT : PAGE_LOOSE;
     return 1;

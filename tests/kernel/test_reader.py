@@ -17,7 +17,7 @@ from worlds import FEATURES, Sleeper
 
 from aiouffd.engine.kept import DUE, KEPT, LOOSE, PROTECTED, Kept
 from aiouffd.engine.mappings import Mapping
-from aiouffd.kernel import abi
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.native.reader import WORDS, Keeps, NativeReader, Outcome
@@ -159,6 +159,10 @@ class Writers(Rig):
         self.threads[page].join()
         self.protect(page, 1)
 
+    def slots(self) -> list[int]:
+        """Return which slots are memory."""
+        return list(libc.mincore(self.pages.native.area, 3 * PAGE))
+
     def taken(self) -> dict[int, bytes]:
         """Return the bytes that were kept; their pages are read."""
         found = dict(self.pages.take(0, PAGES))
@@ -180,7 +184,9 @@ def kept() -> None:
         rig.asked(1)
         rig.pages.allow(Keeps.DUE_KEPT)
         rig.asked(0)
-        for page in (2, 3, 4, 9):
+        rig.goes(2)
+        assert rig.slots() == [1, 1, 0]  # the next one is memory already
+        for page in (3, 4, 9):
             rig.goes(page)
         assert bytes(states[:12]) == bytes([DUE] * 2 + [KEPT] * 3 + [DUE] + [PROTECTED] * 3 + [LOOSE] * 2 + [PROTECTED])
         assert (rig.pages.pages, rig.pages.is_full) == (3, True)
