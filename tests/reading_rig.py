@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import select
 import struct
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from pattern import PAGE, content
 from worlds import FEATURES, KernelWorld
 
 import aiouffd
+from aiouffd.engine.one_copy import OneCopy
 from aiouffd.engine.reading import NativeReader, PythonReader
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi
 from aiouffd.kernel.events import MESSAGES
 from aiouffd.native.reader import Outcome
 
-__all__ = ["PAGES", "SOURCE", "TURN", "Rig", "first"]
+if TYPE_CHECKING:
+    from aiouffd.engine.plain import PlainSource
+
+__all__ = ["PAGES", "SOURCE", "TURN", "Rig", "Sharing", "first"]
 
 PAGES = 64
 SOURCE = 40
 """Pages that the source has, and half a page more."""
 TURN = 10_000_000_000
+_MAP_FIXED = 0x10
+_libc = ctypes.CDLL(None)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 
 
 class Rig:
@@ -68,6 +79,34 @@ class Rig:
         """Assert what was counted."""
         found = self.counters.snapshot()
         assert {name: getattr(found, name) for name in expected} == expected
+
+
+class Sharing(Rig):
+    """A reader, and memory that maps a file which others map, too."""
+
+    def __init__(self, kind: str, offset: int = 0) -> None:
+        super().__init__(kind, features=FEATURES | aiouffd.Feature.MINOR_SHMEM)
+        fds = OneCopy.create(self.source.size, PAGE)
+        self.file = OneCopy(*fds, PAGE)
+        start, length = self.world.at(0), PAGES * PAGE
+        self.world.uffd.unregister(start, length)
+        memory = _libc.mmap(start, length, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, fds[1].fileno(), offset)
+        assert memory == start
+        modes = aiouffd.RegisterMode.MISSING | aiouffd.RegisterMode.MINOR
+        self.world.uffd.register(start, length, modes)
+        self.offset = offset
+
+    def put(self, *pages: int) -> None:
+        """Put pages of the source in the file."""
+        for page in pages:
+            assert self.file.put(page * PAGE, self.source.locate(page * PAGE, PAGE) or 0, PAGE) == 0
+
+    def share(self, *, around: int = 0, note: Any = None) -> None:
+        """Serve what is in the file, with so many bytes of readahead."""
+        plain: PlainSource = (None, self.source.size, PAGE, 0, around > 0, None, self.file)
+        self.reader.open(self.fd, self.world.at(0), self.world.at(PAGES), self.offset, plain, None, note)
+        readahead = SimpleNamespace(limit=around, is_at_random=False, around=around, expected=list)
+        self.reader.refresh(SimpleNamespace(uffd=self.world.uffd, readahead=readahead))
 
 
 def first(page: int) -> bytes:

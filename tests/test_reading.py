@@ -369,7 +369,7 @@ def test_strangers_are_served_while_readahead_is_of_no_use(told: tuple[NativeRea
     reader.refresh(space)
     reader.refresh(space)
     assert [line.get("near") for _, line in native.lines] == [None, 4 * PAGE]
-    assert native.watched == [(5, [START + 4 * PAGE, START + 12 * PAGE])] * 2
+    assert native.watched == [(5, [START + 4 * PAGE, START + 12 * PAGE])]
     readahead.limit = 0
     readahead.is_at_random = False
     reader.refresh(space)
@@ -377,7 +377,13 @@ def test_strangers_are_served_while_readahead_is_of_no_use(told: tuple[NativeRea
     readahead.limit = 64 * PAGE
     reader.refresh(space)
     assert native.lines[2:] == [(5, {"identity": 77})]
-    assert len(native.watched) == 2
+    assert len(native.watched) == 1
+    readahead.is_at_random, readahead.expected = True, list
+    reader.refresh(space)  # it is told anew, and knows of no stream then
+    assert len(native.watched) == 1
+    readahead.expected = lambda: [(4 * PAGE, 5 * PAGE)]
+    reader.refresh(space)
+    assert native.watched[1:] == [(5, [START, START + PAGE])]
 
 
 def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, Told]) -> None:

@@ -109,6 +109,31 @@ class OneCopy:
         """Tell whether the page at an offset is in the file."""
         return self._notes[offset // self._page] == _IN_FILE
 
+    def around(self, offset: int, low: int, high: int, block: int) -> tuple[int, int] | None:
+        """Return (start, length) of what is to be mapped for a touch of the page at an offset; None: it is not there.
+
+        That are its neighbours as well, as far as they are in the file: to map them takes no memory.
+
+        Args:
+            offset: of a page.
+            low: where that begins which is shown at its address.
+            high: where it ends.
+            block: bytes; the neighbours are those in the aligned block of this size.
+        """
+        if not self.has(offset):
+            return None
+        notes, page, start = self._notes, self._page, offset - offset % max(block, self._page)
+        first = last = offset // page
+        while first > max(low, start) // page and notes[first - 1] == _IN_FILE:
+            first -= 1
+        while last + 1 < min(high, start + block) // page and notes[last + 1] == _IN_FILE:
+            last += 1
+        return first * page, (last + 1 - first) * page
+
+    def note_of(self, offset: int) -> int:
+        """Return where in this process the note of the page at an offset is."""
+        return address_of(self._notes) + offset // self._page
+
     def address(self, offset: int) -> int:
         """Return where in this process the page at an offset is."""
         return self._address + offset

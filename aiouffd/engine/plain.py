@@ -19,6 +19,7 @@ from collections.abc import Callable
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from aiouffd.engine.one_copy import OneCopy
 from aiouffd.engine.remainders import FIRST_PIECE
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.statistics import Counter
@@ -42,28 +43,29 @@ SLOT = struct.Struct("=2i3q")
 _NOBODY = -1
 _FAULTS, _COPIES, _LATENCY = int(Counter.FAULTS), int(Counter.COPIES), int(Counter.LATENCY)
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
-_BYTES_FETCHED = int(Counter.BYTES_FETCHED)
+_BYTES_FETCHED, _CONTINUES = int(Counter.BYTES_FETCHED), int(Counter.CONTINUES)
 _BLOCK = FIRST_PIECE  # what is looked at for zeros at once: larger than any window that is placed here
 
 
 PlainSource: TypeAlias = tuple[
-    Callable[[int, int], int | None],
+    Callable[[int, int], int | None] | None,
     int,
     int,
     int,
     bool,
     Callable[[int, int, int], list[int]] | None,
-    tuple[int, int, int, int] | None,
+    "tuple[int, int, int, int] | OneCopy | None",
 ]
 """How the pages of a source come into some spaces: a plain tuple, which is unpacked soonest, of
 
-- where (offset, length) of the source lies, until the next call; None: it must be waited for;
+- where (offset, length) of the source lies, until the next call; None: it must be waited for. Or, in place of this
+  function, None: nothing is copied, and plain is what is in the file which all spaces map, the last of these;
 - bytes of the source;
 - bytes of a page;
 - bits of UFFDIO_COPY;
 - whether neighbours come along (readahead);
 - which blocks of (offset, length, block size) are zeros, where these are mapped and not copied; or None;
-- where all of it lies, for the native part: what `Source.memory` returns; or None.
+- where all of it lies, for the native part: what `Source.memory` returns; or None. Or the file that all spaces map.
 """
 
 
@@ -208,7 +210,11 @@ class FastPath:
         _, flags, address, _ = _MESSAGE(message)
         page = address & -page_size
         offset = first + page - start
-        if flags & 6 or not start <= page < end or offset + page_size > size:
+        if not start <= page < end or offset + page_size > size:
+            return False
+        if locate is None:
+            return not (flags & 2 or readahead) and self._map(fd, source, page, offset, began)
+        if flags & 6:
             return False
         low, length, along = offset, page_size, 0
         try:
@@ -255,6 +261,26 @@ class FastPath:
             return True
         return False
 
+    def _map(self, fd: int, source: PlainSource, page: int, offset: int, began_ns: int) -> bool:
+        """Map a page from the file that all map, if it is there; tell whether it is done."""
+        _, _, page_size, mode, _, _, file = source
+        if not isinstance(file, OneCopy) or not file.has(offset):
+            return False
+        words, argument = self._words[fd], self._argument
+        words[_FAULTS] += 1  # these first, as above
+        words[_PAGES_FAULT] += 1
+        words[_CONTINUES] += 1
+        abi.ZEROPAGE_ARGUMENT.pack_into(argument, 0, page, page_size, mode, 0)
+        try:
+            _ioctl(fd, abi.UFFDIO_CONTINUE, argument)
+        except OSError:
+            words[_FAULTS] -= 1
+            words[_PAGES_FAULT] -= 1
+            words[_CONTINUES] -= 1
+            return False
+        words[_LATENCY + (perf_counter_ns() - began_ns).bit_length()] += 1
+        return True
+
 
 def _count_part(
     readahead: Readahead, words: memoryview, offset: int, page_size: int, window: tuple[int, int], done: int
@@ -288,11 +314,12 @@ def serve_together(
     order of address, read at `began_ns`. If the source has readahead, the space must not bring anything already.
     """
     locate, size, page_size, mode, readahead, *_ = source
+    if locate is None:
+        return faults
     last, find, copy, words = faults[-1][0], space.mappings.locate, space.uffd.try_copy, counters.words
     left: list[tuple[int, int, int]] = []
     asleep: list[tuple[int, int]] = []  # start and end of each window whose touchers are asleep still
-    start = stop = first = covered = copied = copies = 0
-    placed = False
+    start = stop = first = covered = copied = copies = placed = 0
     for fault in faults:
         page = fault[0]
         if page < covered:  # in the window of the one before

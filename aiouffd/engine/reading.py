@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.kept import Kept
+    from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.readahead import Note
     from aiouffd.engine.space import Space
@@ -222,6 +223,7 @@ class _Line:
         note: called with what has come; None: nobody records it.
         room: pages for which there is room.
         kept: of memory of which snapshots are taken.
+        expected: where streams are expected, as the native part knows it.
     """
 
     identity: int
@@ -232,13 +234,15 @@ class _Line:
     note: Note | None = None
     room: ctypes.c_uint64 = attrs.field(factory=ctypes.c_uint64)
     kept: Kept | None = None
+    expected: list[int] = attrs.field(factory=list)
 
 
 class NativeReader:
     """The reader of the native part.
 
     With readahead, it serves only faults that belong to no stream, one page each, and only once the readahead has found
-    that neighbours are of no use. Faults near a known stream, or near one of the last faults, go to the engine.
+    that neighbours are of no use. Faults near a known stream, or near one of the last faults, go to the engine. What is
+    in a file that all map takes no memory, so neighbours are always of use there.
     """
 
     def __init__(self, epoll: select.epoll) -> None:
@@ -293,8 +297,12 @@ class NativeReader:
         line = self._lines.get(fd)
         if line is None:  # it is not read just now
             return
-        line.bound, line.note = bound, note
-        line.opened = (start, end, offset, source)
+        opened = start, end, offset, source
+        if line.served:
+            if (line.opened, line.bound, line.note) == (opened, bound, note):
+                return
+            self._hide(fd, line)  # it lies elsewhere
+        line.bound, line.note, line.opened = bound, note, opened
         readahead = source[4]
         if not readahead:
             self._describe(fd, line, near=0)
@@ -336,23 +344,25 @@ class NativeReader:
         if line is None or line.opened is None or not space.readahead.limit:
             return
         readahead = space.readahead
-        if not readahead.is_at_random:
+        if not (readahead.is_at_random or line.opened[3][0] is None):
             self._hide(fd, line)
             return
         if not line.served:
             self._describe(fd, line, near=readahead.around)
+            line.expected = []
         start, _, offset, _ = line.opened
-        self._reader.watch(fd, [end + start - offset for pair in readahead.expected() for end in pair])
+        expected = [end + start - offset for pair in readahead.expected() for end in pair]
+        if expected != line.expected:
+            line.expected = expected
+            self._reader.watch(fd, expected)
 
     def _describe(self, fd: int, line: _Line, *, near: int) -> None:
         assert line.opened is not None
         start, end, offset, (_, size, page, mode, _, _, memory) = line.opened
         if memory is None:
             return
-        address, length, file, mtime_ns = memory
-        whole = min(length, size) & -page  # the last, partial page is the engine's
-        in_memory = c.Shown.MEMORY if file == -1 else c.Shown.MAPPED
-        used = mtime_ns if file < -1 else 0
+        # The last, partial page is the engine's.
+        whole = min(memory[1] if isinstance(memory, tuple) else size, size) & -page
         is_logged = line.bound is not None or line.note is not None
         self._reader.describe(
             fd,
@@ -360,14 +370,9 @@ class NativeReader:
             identity=line.identity,
             start=start,
             end=max(start, min(end, start + whole - offset)),
-            source=address + offset if file < 0 else offset,
             page=page,
             mode=mode,
-            shown=in_memory if file < 0 else c.Shown.FILE_PAGES,
-            file=file,
-            mapped=address + offset if file >= 0 else offset if used else 0,
-            mtime_ns=mtime_ns if file >= 0 else 0,
-            used=used,
+            **_where(memory, offset),
             room=ctypes.addressof(line.room) if is_logged else 0,
             words=address_of(line.words),
         )
@@ -398,3 +403,19 @@ class NativeReader:
     def end(self) -> None:
         """Free it."""
         self._reader.close()
+
+
+def _where(memory: tuple[int, int, int, int] | OneCopy, offset: int) -> dict[str, int]:
+    """Return what the native part is told of where the bytes at an offset of the source are: see `struct line`."""
+    nowhere = {"file": -1, "mapped": 0, "mtime_ns": 0, "used": 0}
+    if not isinstance(memory, tuple):
+        return {**nowhere, "shown": c.Shown.ONE_COPY, "source": memory.note_of(offset), "mapped": offset}
+    address, _, file, number = memory
+    nowhere["file"] = file
+    if file >= 0:
+        where = {"shown": c.Shown.FILE_PAGES, "source": offset, "mapped": address + offset, "mtime_ns": number}
+    elif file == -1:
+        where = {"shown": c.Shown.MEMORY, "source": address + offset}
+    else:
+        where = {"shown": c.Shown.MAPPED, "source": address + offset, "mapped": offset if number else 0, "used": number}
+    return {**nowhere, **where}

@@ -111,12 +111,84 @@ static uint64_t locate(struct state *s, const struct line *line, uint64_t page)
     return got < 0 && errno == EOPNOTSUPP && resident(line, mapped) ? mapped : 0;
 }
 
+/* Take note that a page of memory with a limit, or of which somebody asks what has come, has come. */
+static void note(struct state *s, const struct line *line, int fd, uint64_t page)
+{
+    uint64_t *log = s->is.log;
+    --*line->more->room;
+    log[1 + 2 * *log] = (uint64_t)fd;
+    log[2 + 2 * (*log)++] = page;
+}
+
+/* Wake the threads of a page that is there. EEXIST wakes nobody. */
+static int wake(const struct words *at, uint64_t *words, const struct line *line, int fd, uint64_t page)
+{
+    struct wake_argument wake = {page, line->page};
+    bump(words + at->eexist, 1);
+    bump(words + at->wakes, 1);
+    return ioctl(fd, IOC_WAKE, &wake) == 0;
+}
+
+/* CONTINUE; returns the bytes that are mapped now, or a negated errno. */
+static int64_t map(const struct line *line, int fd, uint64_t start, uint64_t end)
+{
+    struct range_argument minor = {start, end - start, line->mode, 0};
+    if (ioctl(fd, IOC_CONTINUE, &minor) == 0)
+        return (int64_t)minor.len;
+    return errno == EAGAIN && minor.done > 0 ? minor.done : -errno;
+}
+
+/* Map a page from the file that all map, if it is there; 1: its threads are awake, 0: the engine must decide.
+ *
+ * With readahead, its neighbours are mapped as well, as far as they are there: that takes no memory. They are those of
+ * `OneCopy.around`. */
+static int map_from_file(struct state *s, const struct line *line, int fd, uint64_t page)
+{
+    const struct words *at = &s->is.words;
+    const uint8_t *notes = (const uint8_t *)line->source;
+    uint64_t *words = line->words, size = line->page, first = page, end = page + size;
+    int is_logged = line->more != NULL && line->more->room != NULL;
+    if (notes[(page - line->start) / size] != IN_FILE || (is_logged && *s->is.log == LOGGED))
+        return 0;
+    if (line->more != NULL && !is_logged && line->more->strangers.near > size) {
+        uint64_t in_block = (line->more->mapped + page - line->start) % line->more->strangers.near;
+        uint64_t low = page - line->start > in_block ? page - in_block : line->start;
+        uint64_t high = page - in_block + line->more->strangers.near;
+        while (first > low && notes[(first - line->start) / size - 1] == IN_FILE)
+            first -= size;
+        while (end < high && end < line->end && notes[(end - line->start) / size] == IN_FILE)
+            end += size;
+    }
+    /* Counted first, as in `place`. */
+    bump(words + at->pages_fault, 1);
+    bump(words + at->continues, 1);
+    int64_t done = map(line, fd, first, end), before = 0;
+    if (first < page && done <= (int64_t)(page - first)) { /* one in front is mapped already, or in another mapping */
+        before = done > 0 ? done : 0;
+        done = map(line, fd, page, end);
+    }
+    if (done == -ENOENT && end - page > size) /* one behind is in another mapping */
+        done = map(line, fd, page, page + size);
+    if (done > 0) {
+        bump(words + at->readahead, (uint64_t)(before + done) / size - 1);
+        if (is_logged)
+            note(s, line, fd, page);
+        return 1;
+    }
+    bump(words + at->readahead, (uint64_t)before / size);
+    bump(words + at->pages_fault, (uint64_t)-1);
+    bump(words + at->continues, (uint64_t)-1);
+    return done == -EEXIST && wake(at, words, line, fd, page);
+}
+
 /* COPY a page; 1: it is there and its threads are awake, 0: the engine must decide. */
 static int place(struct state *s, const struct line *line, int fd, uint64_t page)
 {
+    if (line->shown == ONE_COPY)
+        return map_from_file(s, line, fd, page);
     const struct words *at = &s->is.words;
-    uint64_t *words = line->words, *room = line->more != NULL ? line->more->room : NULL, *log = s->is.log;
-    if (room != NULL && (*room == 0 || *log == LOGGED))
+    uint64_t *words = line->words, *room = line->more != NULL ? line->more->room : NULL;
+    if (room != NULL && (*room == 0 || *s->is.log == LOGGED))
         return 0;
     struct copy_argument copy = {page, locate(s, line, page), line->page, line->mode, 0};
     if (copy.src == 0)
@@ -128,21 +200,12 @@ static int place(struct state *s, const struct line *line, int fd, uint64_t page
         bump(words + at->bytes_fetched, line->page);
         if (line->more != NULL && line->more->used != NULL)
             line->more->used[(line->more->mapped + page - line->start) >> USED_SHIFT] = 1;
-        if (room != NULL) {
-            --*room;
-            log[1 + 2 * *log] = (uint64_t)fd;
-            log[2 + 2 * (*log)++] = page;
-        }
+        if (room != NULL)
+            note(s, line, fd, page);
         return 1;
     }
     bump(words + at->pages_fault, (uint64_t)-1);
-    if (errno != EEXIST)
-        return 0;
-    /* EEXIST wakes nobody. */
-    struct wake_argument wake = {page, line->page};
-    bump(words + at->eexist, 1);
-    bump(words + at->wakes, 1);
-    return ioctl(fd, IOC_WAKE, &wake) == 0;
+    return errno == EEXIST && wake(at, words, line, fd, page);
 }
 
 /* --- Keeping a page --- */
@@ -221,6 +284,8 @@ static int32_t serve(struct state *s, const struct line *line, int fd, int32_t l
         return length;
     for (int i = 0; i < count; i++) {
         uint64_t page = messages[i].address & mask, flags = messages[i].flags & ~(uint64_t)FAULT_WRITE;
+        if (line->shown == ONE_COPY) /* of a page that another has put in the file */
+            flags &= ~(uint64_t)FAULT_MINOR;
         if (seen(pages, served, page))
             continue;
         if (flags == FAULT_WP && keeper != NULL && keep(keeper, &s->is.words, fd, page)) {

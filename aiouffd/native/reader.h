@@ -14,7 +14,10 @@ enum {
 };
 
 /* What a descriptor shows: where the bytes of its mapping are. */
-enum shown { NOTHING, MEMORY, FILE_PAGES, MAPPED };
+enum shown { NOTHING, MEMORY, FILE_PAGES, MAPPED, ONE_COPY };
+
+/* What `aiouffd.engine.one_copy` has noted of a page that is in the file which all map. */
+enum { IN_FILE = 1 };
 
 /* Knows where a fault may belong to a stream. With readahead, only faults that belong to none are plain. */
 struct strangers {
@@ -28,8 +31,8 @@ struct strangers {
 /* What only some descriptors need. */
 struct more {
     struct strangers strangers; /* with readahead: `near` is not 0 */
-    uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start`; MAPPED: what
-                                 * offset of the source that is */
+    uint64_t mapped;            /* FILE_PAGES: where in a mapping of the file lies what is shown at `start`; MAPPED and
+                                 * ONE_COPY: what offset of the source that is */
     int64_t mtime_ns;           /* FILE_PAGES: when the file was written last; later writes are the engine's to report */
     uint64_t *room;             /* how many pages may come; NULL: there is no limit, and nobody asks which have come */
     uint8_t *used;              /* MAPPED: a byte for each 64 KiB of the source, 1 where any was copied; NULL: unwanted */
@@ -39,7 +42,8 @@ struct more {
 struct line {
     int64_t identity; /* below 0: nobody's */
     uint64_t start, end;
-    uint64_t source; /* MEMORY, MAPPED: the address of what is shown at `start`; FILE_PAGES: its offset in the file */
+    uint64_t source; /* MEMORY, MAPPED: the address of what is shown at `start`; FILE_PAGES: its offset in the file;
+                      * ONE_COPY: the address of the note of the page at `start` */
     uint32_t page, mode;
     int32_t shown, file;
     struct more *more; /* NULL: memory without readahead */
@@ -49,7 +53,7 @@ _Static_assert(sizeof(struct line) == 64, "a line of cache");
 
 /* What is counted: the place of each word. */
 struct words {
-    uint64_t faults, pages_fault, bytes_fetched, copies, eexist, wakes, latency, write_faults;
+    uint64_t faults, pages_fault, bytes_fetched, copies, eexist, wakes, latency, write_faults, continues, readahead;
 };
 
 /* Of a page, as `aiouffd.engine.kept` has them. */

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["WORDS", "Keeper", "Keeps", "NativeReader", "Outcome", "Shown", "declared"]
 
-WORDS = (*("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES", "LATENCY", "WRITE_FAULTS"),)
+WORDS = (
+    *("FAULTS", "PAGES_FAULT", "BYTES_FETCHED", "COPIES", "EEXIST", "WAKES", "LATENCY", "WRITE_FAULTS"),
+    *("CONTINUES", "PAGES_READAHEAD"),
+)
 """What is counted, by the names of `aiouffd.engine.statistics.Counter`."""
 
 
@@ -37,6 +40,7 @@ class Shown(enum.IntEnum):
     MEMORY = 1
     FILE_PAGES = 2
     MAPPED = 3  # as MEMORY, where it is resident
+    ONE_COPY = 4  # in the file that is mapped there, where a note says so
 
 
 class Keeps(enum.IntEnum):

@@ -37,7 +37,7 @@ _Static_assert(sizeof(struct scan_argument) == 96, "struct pm_scan_arg has 96 by
 #define IOC_WRITEPROTECT _IOWR(0xAA, 0x06, struct writeprotect_argument)
 #define IOC_CONTINUE _IOWR(0xAA, 0x07, struct range_argument)
 #define IOC_PAGEMAP_SCAN _IOWR('f', 16, struct scan_argument)
-enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, FAULT_WP = 2, MODE_DONTWAKE = 1, MODE_WP = 2 };
+enum { EVENT_PAGEFAULT = 0x12, FAULT_WRITE = 1, FAULT_WP = 2, FAULT_MINOR = 4, MODE_DONTWAKE = 1, MODE_WP = 2 };
 enum { PAGE_IS_WRITTEN = 2, PAGE_IS_PRESENT = 8, PAGE_IS_SWAPPED = 16 };
 
 #endif

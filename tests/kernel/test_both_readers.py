@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, content
-from reading_rig import PAGES, SOURCE, TURN, Rig, first
+from reading_rig import PAGES, SOURCE, TURN, Rig, Sharing, first
 from scenario import play
 
 import aiouffd
@@ -110,8 +110,42 @@ def written(kind: str) -> None:
             assert rig.left() == [4]
 
 
+def shares(kind: str) -> None:
+    """Scenario: pages of a file that others map, too: what is there is mapped, the rest is the engine's."""
+    rig = Sharing(kind, offset=PAGE)
+    rig.put(3, 4, 6, SOURCE - 1)
+    rig.file.put_zeros(7 * PAGE, PAGE)
+    rig.world.touch(2, 0)
+    assert rig.left() == [2]  # before it is open
+    rig.share()
+    for thread, page in ((1, 3), (2, SOURCE - 2)):
+        rig.world.touch(page, thread)
+        rig.run(Outcome.IDLE)
+    assert first(4).startswith(bytes(rig.world.got(1)))  # type: ignore[arg-type]
+    assert first(SOURCE - 1).startswith(bytes(rig.world.got(2)))  # type: ignore[arg-type]
+    os.pwrite(rig.file._file.fileno(), b"half of it", 12 * PAGE)
+    for thread, page in enumerate((4, 6, SOURCE - 1, 11), 10):  # missing; zeros; the last, partial page; not complete
+        rig.world.touch(page, thread)
+        assert rig.left() == [page]
+    rig.counts(faults=2, pages_fault=2, continues=2, pages_readahead=0, copies=0, bytes_fetched=0)
+    rig.world.touch(5, 3)
+    assert rig.world.uffd.try_continue(rig.world.at(5), PAGE, abi.CONTINUE_MODE_DONTWAKE) == PAGE
+    if kind == "native":
+        rig.run(Outcome.IDLE)
+        assert first(6).startswith(bytes(rig.world.got(3)))  # type: ignore[arg-type]
+        rig.counts(faults=3, pages_fault=2, continues=2, eexist=1, wakes=1)
+    else:
+        assert rig.left() == [5]
+    rig.put(9, 10)
+    rig.world.touch(8, 4)
+    rig.world.dontneed(9, 1)
+    rig.run(Outcome.MESSAGES)  # nothing is plain beside a layout event
+    assert rig.world.asleep(4)
+    rig.counts(continues=2)
+
+
 @pytest.mark.parametrize("kind", READERS)
-@pytest.mark.parametrize("scenario", [serves, leaves, bounds, layout_first, present, written])
+@pytest.mark.parametrize("scenario", [serves, leaves, bounds, layout_first, present, written, shares])
 def test_both_readers_keep_the_same_rules(scenario: Callable[[str], None], kind: str) -> None:
     """See the scenarios."""
     play(scenario, kind)

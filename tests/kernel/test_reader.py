@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
 from kinds import poke
 from pattern import PAGE
-from reading_rig import PAGES, SOURCE, Rig, first
+from reading_rig import PAGES, SOURCE, Rig, Sharing, first
 from scenario import play
 from worlds import FEATURES, Sleeper
 
@@ -22,6 +25,9 @@ from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.native.reader import WORDS, Keeps, NativeReader, Outcome
 from aiouffd.store.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def strangers() -> None:
@@ -118,6 +124,84 @@ def bounded() -> None:
 def test_memory_with_a_limit() -> None:
     """As many pages come as there is room for, and each is told; a recording is told as well."""
     play(bounded)
+
+
+def neighbours(offset: int) -> None:
+    """Scenario: of a file that others map, too, with readahead: what lies around a page, as `OneCopy.around` says."""
+    chance, around = random.Random(7), 8 * PAGE
+    rig, length = Sharing("native", offset), SOURCE * PAGE
+    rig.put(*chance.sample(range(SOURCE), SOURCE * 3 // 4))
+    came = set[int]()
+    for page in chance.sample(range(SOURCE - offset // PAGE), 30):
+        window = rig.file.around(page * PAGE + offset, offset, length, around)
+        if page in came or window is None:
+            continue
+        pages = {(at - offset) // PAGE for at in range(window[0], sum(window), PAGE)}
+        rig.reader.close(rig.fd)  # and opened anew: what is near a fault is the engine's for a while
+        rig.share(around=around)
+        rig.world.touch(page, page)
+        rig.run(Outcome.IDLE)
+        assert first(page + offset // PAGE).startswith(bytes(rig.world.got(page)))  # type: ignore[arg-type]
+        came |= pages
+        assert set(rig.world.pages()) == came
+        rig.counts(pages_readahead=len(came) - rig.counters.snapshot().pages_fault, eexist=0)
+    assert rig.counters.snapshot().continues > 3
+
+
+def behind(page: int) -> None:
+    """Scenario: neighbours that are there already, in front of a page or behind it."""
+    rig = Sharing("native")
+    rig.put(*range(8))
+    assert rig.world.uffd.try_continue(rig.world.at(page), PAGE, 0) == PAGE
+    rig.share(around=8 * PAGE)
+    rig.world.touch(4, 0)
+    rig.run(Outcome.IDLE)
+    assert first(4).startswith(bytes(rig.world.got(0)))  # type: ignore[arg-type]
+    assert set(rig.world.pages()) == {0: {0, 4, 5, 6, 7}, 2: {0, 1, 2, 4, 5, 6, 7}, 6: set(range(7))}[page]
+
+
+def noted() -> None:
+    """Scenario: a recording has what was touched, and so nothing else comes."""
+    told: list[tuple[int, int, int]] = []
+    rig = Sharing("native")
+    rig.put(*range(SOURCE))
+    rig.share(around=8 * PAGE, note=lambda *what: told.append(what))
+    for page in (3, 20):
+        rig.world.touch(page, page)
+        rig.run(Outcome.IDLE)
+    assert told == [(page * PAGE, page * PAGE, PAGE) for page in (3, 20)]
+    assert set(rig.world.pages()) == {3, 20}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "arguments"),
+    [(noted, ()), *((behind, (page,)) for page in (0, 2, 6)), *((neighbours, (at * PAGE,)) for at in (0, 5))],
+)
+def test_what_others_have_brought(scenario: Callable[..., None], arguments: tuple[int, ...]) -> None:
+    """See the scenarios."""
+    play(scenario, *arguments)
+
+
+def moved() -> None:
+    """Scenario: a recorded space that shows the source in two places; first the one is served, and then the other."""
+    noted: list[int] = []
+    rig = Rig("native")
+    for offset in (0, 8 * PAGE):
+        plain = (rig.source.locate, rig.source.size, PAGE, 0, True, None, rig.source.memory())
+        start = rig.world.at(offset // PAGE * 4)
+        rig.reader.open(rig.fd, start, start + 8 * PAGE, offset, plain, None, lambda at, *_: noted.append(at))
+        readahead = SimpleNamespace(limit=8 * PAGE, is_at_random=True, around=PAGE, expected=list)
+        rig.reader.refresh(SimpleNamespace(uffd=rig.world.uffd, readahead=readahead))
+    rig.world.touch(3, 0)
+    assert rig.left() == [3]
+    rig.world.touch(34, 1)
+    rig.run(Outcome.IDLE)
+    assert noted == [10 * PAGE]
+
+
+def test_what_is_served_is_what_was_opened_last() -> None:
+    """Else what has come of another mapping is noted by a wrong offset."""
+    play(moved)
 
 
 class Writers(Rig):

@@ -54,6 +54,8 @@ class Extents:
         if not getattr(source, "sparse", True):
             self._hole = None
         self._holes_are_told = self._hole is None or getattr(source, "plain", False)
+        # Of the file that all map a page is plain once it is there, whatever has brought it.
+        self._locate_plain = self._page if one_copy is None else None
         self._plain: dict[tuple[int, int, bool, bool], PlainSource] = {}
         self.local: bool = not is_far(source)
         self._kept = kept
@@ -61,16 +63,16 @@ class Extents:
     @property
     def may_be_plain(self) -> bool:
         """Whether faults may be served as `engine.plain` does."""
-        return self._page is not None and self._holes_are_told and self._one_copy is None
+        return self._one_copy is not None or (self._page is not None and self._holes_are_told)
 
     def plain_source(self, space: Space) -> PlainSource:
         """Return what `engine.plain` needs to serve the faults of a space; the same tuple for spaces alike."""
         key = space.page_size, space.resolver.mode, space.readahead.limit > 0, space.maps_zeros
         known = self._plain.get(key)
         if known is None:
-            assert self._page is not None
             blank = self._blank if space.maps_zeros else None
-            known = self._plain[key] = (self._page, self.size, *key[:3], blank, self._memory())
+            where = self._memory() if self._one_copy is None else self._one_copy
+            known = self._plain[key] = (self._locate_plain, self.size, *key[:3], blank, where)
         return known
 
     def split(self, offset: int, length: int, page: int) -> tuple[str, int]:

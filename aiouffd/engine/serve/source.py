@@ -125,9 +125,11 @@ class SourceBackend:
         if self._is_plain(space) and self.bound is None and not (space.readahead.limit and space.is_bringing):
             source = self._extents.plain_source(space)
             left = serve_together(space, source, self._counters, faults, began_ns)
+            if len(faults) == 1 and space.fast_path is not None and (self.one_copy is not None or not left):
+                shown = space.mappings.locate(faults[0][0])
+                if shown[2] >= 0:
+                    space.open_fast_path(source, *shown)
             if not left:
-                if len(faults) == 1 and space.fast_path is not None:
-                    space.open_fast_path(source, *space.mappings.locate(faults[0][0]))
                 return
             faults = left
         if self.bound is not None and self.bound.keeps_waiting(space, faults):
@@ -187,6 +189,11 @@ class SourceBackend:
                 return [(start, length)]
         windows = space.readahead.windows(offset, low, high)
         self._words[_SEQUENTIAL] += space.readahead.follows
+        if self.one_copy is not None and space.readahead.limit and not space.readahead.follows:
+            there = self.one_copy.around(offset, low, min(high, self._extents.size), space.readahead.around)
+            if there is not None and all(there[0] <= start and start + size <= sum(there) for start, size in windows):
+                space.readahead.brought(*there)
+                return [there]
         return windows
 
     def follow(self, space: Space, page: int) -> None:
