@@ -379,6 +379,8 @@ async def _serve(
             if server.clients:
                 alone = "%s: the pager (%d) serves %d clients on by itself"
                 log.warning(alone, told.result().name, server.pids[0], len(server.clients))
+            if mapping := server.served - len(server.clients):
+                log.warning("%d clients that map files wait until a server listens again", mapping)
         finally:
             for task in (told, dead, taken):
                 task.cancel()
@@ -398,7 +400,7 @@ def _leave_if(leave: Callable[[], None], *, taken: bool, left: bool) -> None:
 
 async def _end(server: Server, signal: str, *, fill: bool) -> None:
     doing = "filling" if fill else "serving on until they leave:"
-    log.info("%s: no new clients; %s %d", signal, doing, len(server.clients))
+    log.info("%s: no new clients; %s %d", signal, doing, len(server.clients) if fill else server.served)
     if fill:
         await server.fill()
     await server.wait_clients()

@@ -6,6 +6,9 @@ its memory over again, and each thread that waits then faults again.
 A part of memory that the client has mapped is not registered any more, and no fault on it is told. The client may have
 written to it, on this connection or one before it. So an answer gives only what is still registered, and nothing twice
 on a connection, unless the client has left a fault on it for a while.
+
+What a client has given back is registered, and may be written since. It is known as long as this server is there, also
+for the connection after it. A client that another server may have known is given no page but those that it touches.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from aiouffd.errors import HandoffError, SourceError, UffdError
 from aiouffd.handoff import nydus
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.handoff.receive import enabled_features, receive
+from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.events import PageFault, Remove
 from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, inode
 from aiouffd.ranges import RangeSet, align_down, align_up
+from aiouffd.server.prefilled import PagemapOf
 from aiouffd.server.rejection import kill
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.mappings import Mapping
     from aiouffd.handoff.arrival import Handoff
     from aiouffd.handoff.receive import Peer
+    from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.server.clients import Client
     from aiouffd.server.services import Services, Settings
 
@@ -54,6 +60,8 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 _AGAIN: Final = 0.5  # seconds after which a fault is looked at again
 _LAYOUT: Final = 0.001  # seconds after which the kernel is asked again that has refused for now
 _MAX_OBJECT: Final = 64 << 10
+_MOST_LEFT: Final = 1024  # clients that have gone, and may connect again
+_UNREADABLE: Final = unreadable()
 _UNKNOWN: Final = Feature.EVENT_FORK | Feature.EVENT_REMAP  # such memory would have to be followed
 
 
@@ -109,12 +117,17 @@ class MappedClient:
         files: for each descriptor of it, another one that is opened anew, and may be shown.
         answers: what precedes them.
         failed: called with why a page cannot be had.
+        zeros: offsets that it has given back before, as far as that is known; they are noted there.
+        is_known: it has given back no others.
+        session: the name of the session that it came to.
 
     Attributes:
         number: of the client in its session.
         peer: who it is.
         identity: of its userfaultfd.
         since: when it was taken, on the monotonic clock.
+        zeros: as given.
+        has_lost: a page of it could not be had, and is poisoned.
         has_memory: whether it has handed over the file behind its memory, which would be of no use.
     """
 
@@ -129,6 +142,10 @@ class MappedClient:
         number: int,
         answers: nydus.Answers,
         failed: Callable[[MappedClient, SourceError], bool],
+        *,
+        zeros: RangeSet,
+        is_known: bool,
+        session: str,
     ) -> None:
         assert handoff.nydus is not None
         self.number: int = number
@@ -140,16 +157,17 @@ class MappedClient:
         self._window = max(handoff.nydus.window, self._regions.page_size)
         self._prefault = handoff.nydus.prefault
         self._origin, self._files, self._answers, self._failed = origin, files, answers, failed
-        self._unreadable = unreadable()
         self._end = align_up(origin.size, mmap.PAGESIZE)  # of what a file has: behind it are zeros
         self._answered = RangeSet()  # offsets
-        self._zeros = RangeSet()  # offsets that the client has given back
+        self.zeros: RangeSet = zeros
+        self.has_lost: bool = False
+        self._is_known, self._session = is_known, session
         self._outgoing: asyncio.Queue[list[nydus.Part]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
 
     def __str__(self) -> str:
-        return f"client {self.number} ({self.peer}), which maps files"
+        return f"{self._session and f'session {self._session}, '}client {self.number} ({self.peer}), which maps files"
 
     @property
     def length(self) -> int:
@@ -165,7 +183,7 @@ class MappedClient:
         sending = self._loop.create_task(self._send_all())
         self._loop.add_reader(self._uffd.fileno(), self._read)
         try:
-            if self._prefault:
+            if self._prefault and self._is_known:
                 for mapping in self._regions.mappings:
                     if self._is_registered(mapping.start, mapping.end):  # else it was mapped before, and may be written
                         self._answer(mapping.offset, min(mapping.offset + mapping.end - mapping.start, self._end))
@@ -192,6 +210,11 @@ class MappedClient:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RD)
 
+    def replace(self) -> None:
+        """As `leave`, at once: another connection of it is there, which reads its faults from now on."""
+        self._loop.remove_reader(self._uffd.fileno())
+        self.leave()
+
     # Faults
 
     def _read(self) -> None:
@@ -204,7 +227,7 @@ class MappedClient:
         for event in events:  # faults come first, although what was given back before them reads as zeros
             if isinstance(event, Remove):
                 for mapping, start, end in self._shown(event.start, event.end):
-                    self._zeros.add(mapping.offset + start - mapping.start, mapping.offset + end - mapping.start)
+                    self.zeros.add(mapping.offset + start - mapping.start, mapping.offset + end - mapping.start)
         for event in events:
             if isinstance(event, PageFault):
                 self._fault(event.address)
@@ -221,11 +244,12 @@ class MappedClient:
             return
         mapping, page = self._regions.mappings[index], align_down(address, self._regions.page_size)
         offset = mapping.offset + page - mapping.start
-        if offset in self._zeros or offset >= self._end:
+        if offset in self.zeros or offset >= self._end:
             self._zero(page, page + self._regions.page_size)
             return
-        low = max(align_down(offset, self._window), mapping.offset)
-        high = min(align_down(offset, self._window) + self._window, mapping.offset + mapping.end - mapping.start)
+        window = self._window if self._is_known else self._regions.page_size
+        low = max(align_down(offset, window), mapping.offset)
+        high = min(align_down(offset, window) + window, mapping.offset + mapping.end - mapping.start)
         if offset in self._answered:
             self._later(_AGAIN, self._again, page, offset, low, high)
         else:
@@ -252,7 +276,7 @@ class MappedClient:
     def _answer(self, low: int, high: int) -> None:
         """Have the client map what files have of [low, high), but for what it has given back; the rest is zeros."""
         parts = []
-        for gap in self._zeros.gaps(low, high):
+        for gap in self.zeros.gaps(low, high):
             at = gap.start
             for start, end, fd, place in self._origin.mappable(gap.start, min(gap.end, self._origin.size)) or ():
                 self._zero_offsets(at, start)
@@ -276,7 +300,7 @@ class MappedClient:
 
     def _is_registered(self, start: int, end: int) -> bool:
         """Tell whether all of it is in one registered mapping: the kernel checks that before it reads the source."""
-        return self._uffd.try_copy(start, address_of(self._unreadable), end - start, 0) == -errno.EFAULT
+        return _is_registered(self._uffd, start, end) is True
 
     def _zero_offsets(self, low: int, high: int) -> None:
         for mapping in self._regions.mappings if low < high else ():
@@ -300,7 +324,9 @@ class MappedClient:
     def _lost(self, page: int, error: SourceError) -> None:
         if not self._failed(self, error):
             self._later(1.0, self._fault, page)
-        elif self._uffd.try_poison(page, self._regions.page_size, 0) < 0:
+            return
+        self.has_lost = True
+        if self._uffd.try_poison(page, self._regions.page_size, 0) < 0:
             self._uffd.try_wake(page, self._regions.page_size)
             log.error("%s: its page at %#x waits for ever (no UFFDIO_POISON before Linux 6.6)", self, page)
 
@@ -328,6 +354,7 @@ class MappedClients:
         settings: of the session.
         services: finds the source of a client.
         clients: of the session that are served their pages.
+        session: its name.
         keep: notes one of these again, whose connection is another one.
         tell: called with what happens, and its details.
     """
@@ -337,11 +364,13 @@ class MappedClients:
         settings: Settings,
         services: Services,
         clients: dict[str, Client],
+        session: str,
         keep: Callable[[Client], None],
         tell: Callable[..., None],
     ) -> None:
         self._settings, self._services, self._copied = settings, services, clients
-        self._keep, self._tell = keep, tell
+        self._session, self._keep, self._tell = session, keep, tell
+        self._left: dict[tuple[int, int], RangeSet] = {}  # what was given back, by the identity of who connects again
         self._clients: dict[MappedClient, socket.socket] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listening: dict[Client, asyncio.Task[None]] = {}
@@ -349,6 +378,11 @@ class MappedClients:
 
     def __len__(self) -> int:
         return len(self._clients)
+
+    @property
+    def have_lost(self) -> bool:
+        """Whether one that is there has a page that could not be had."""
+        return any(client.has_lost for client in self._clients)
 
     def __iter__(self) -> Iterator[MappedClient]:
         return iter(list(self._clients))
@@ -381,10 +415,18 @@ class MappedClients:
             why = f"{origin!r:.200} is no file, or not in whole pages"
         if why or files is None:
             raise HandoffError(str(handoff.peer), f"wants to map files (policy 0): {why}; policy 1 copies")
-        client = MappedClient(handoff, connection, origin, files, number, self._settings.nydus_answers, self._failed)
-        for other in self._clients:
-            if other.identity == client.identity:
-                other.leave()
+        is_known = await _is_new(handoff)
+        identity = inode(handoff.uffd.fileno())
+        before = [other for other in self._clients if identity is not None and other.identity == identity]
+        zeros = before[0].zeros if before else self._left.pop(identity, None) if identity is not None else None
+        client = MappedClient(
+            *(handoff, connection, origin, files, number, self._settings.nydus_answers, self._failed),
+            zeros=RangeSet() if zeros is None else zeros,
+            is_known=is_known or zeros is not None,
+            session=self._session,
+        )
+        for other in before:
+            other.replace()
         self._clients[client] = connection
         log.info("%s: %d bytes", client, client.length)
         self._tell("client.served", client=number, pid=client.peer.pid, uid=client.peer.uid, size=client.length)
@@ -448,8 +490,12 @@ class MappedClients:
             why = str(error)
         finally:
             del self._clients[client]
+            if client.identity is not None and all(other.identity != client.identity for other in self._clients):
+                self._left[client.identity] = client.zeros
+                while len(self._left) > _MOST_LEFT:
+                    del self._left[next(iter(self._left))]
             self._changed.set()
-            log.info("%s: %s", client, why)
+            log.info("%s: %s; %d left", client, why, len(self._clients) + len(self._copied))
             self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
 
     def _failed(self, client: MappedClient, error: SourceError) -> bool:
@@ -459,6 +505,33 @@ class MappedClients:
         if self._settings.on_failure == "kill":
             kill(self._clients[client], client.peer, "a page cannot be had")
         return self._settings.on_failure != "hold"
+
+
+def _is_registered(uffd: Userfaultfd, start: int, end: int) -> bool | None:
+    """Tell whether all of it is in one registered mapping; None: the kernel does not say, since the layout changes."""
+    result = uffd.try_copy(start, address_of(_UNREADABLE), end - start, 0)
+    return None if result == -errno.EAGAIN else result == -errno.EFAULT
+
+
+async def _is_new(handoff: Handoff) -> bool:
+    """Tell whether a client has given back no page, or none that would be told: no server has known it."""
+    uffd, mappings = handoff.uffd, handoff.regions.mappings
+    if Feature.EVENT_REMOVE not in enabled_features(uffd.fileno()):
+        return True
+    registered = {_is_registered(uffd, mapping.start, mapping.end) for mapping in mappings}
+    has_pages = await in_own_thread(_has_pages, handoff)
+    return False not in registered and (None not in registered if has_pages is None else not has_pages)
+
+
+def _has_pages(handoff: Handoff) -> bool | None:
+    """Tell whether a page of a client is there; what was given back is, if it was touched since. None: unknown."""
+    anyof = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
+    try:
+        with PagemapOf(handoff.peer.pid) as pagemap:
+            found = (pagemap.scan(each.start, each.end - each.start, anyof=anyof) for each in handoff.regions.mappings)
+            return any(map(any, found))
+    except OSError:  # its process may not be looked at, or the kernel has no PAGEMAP_SCAN (before Linux 6.7)
+        return None
 
 
 def _files_of(origin: Any) -> dict[int, OwnedDescriptor] | None:

@@ -97,6 +97,7 @@ class Recordings:
 
     Attributes:
         terms: of what is recorded; None: nothing is.
+        wanted: what the session was to record from its beginning on; None: nothing.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Recordings:
         # By token: what is served; no origin: a server before this one has made it.
         self._made: dict[str, tuple[Pack, Any, int, int]] = {}
         self.terms: Terms | None = None
+        self.wanted: str | None = None
         self._pager = pager
         self._session = session
         self._lock = threading.Lock()
@@ -124,7 +126,7 @@ class Recordings:
         Raises:
             OSError: as `start`.
         """
-        wanted = None if path is None else os.fspath(path)
+        wanted = self.wanted = None if path is None else os.fspath(path)
         if left is not None and left.text:
             self._adopt(left)
             if left.text.get("record", wanted if self._session else None) == wanted:

@@ -18,17 +18,21 @@ _NAMED: Final = 10  # sessions in one sentence
 
 def restarts(server: Server) -> list[str]:
     """Return the sentences: of the server first, then of its sessions."""
-    clients = len(server.clients)
+    clients, mapping = len(server.clients), server.served - len(server.clients)
     if server.holds:
         said = ["This server may be restarted or upgraded: what it serves is held."]
     elif clients:
         rest = "its pager would serve them on alone, since nobody holds them for the next server (--hold)."
         said = [f"This server has {clients} clients: if it is restarted, {rest}"]
+    elif mapping:
+        said = ["This server may be restarted at the same socket."]
     else:
         said = ["This server may be restarted: it serves nobody."]
+    if mapping:
+        said.append(f"{mapping} clients map files: they wait for a server, and connect to the next one by themselves.")
     lost, idle = [], []
     for session in server.sessions.values():
-        if session.counted[Counter.PAGES_POISONED] and session.clients:
+        if (session.counted[Counter.PAGES_POISONED] and session.clients) or session.mapped.have_lost:
             lost.append(session.name or "(command line)")
         if session.is_idle and session.name:
             idle.append(session.name)

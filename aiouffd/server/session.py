@@ -102,7 +102,7 @@ class Session:
         self.recordings: Recordings = Recordings(pager, name, settings.given(recorded=False), tell)
         self._services = Services(origin, settings, self.recordings)
         noted = partial(keep_client, pager)
-        self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, noted, tell)
+        self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, name, noted, tell)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self.source: str = str(self._services)
         self._file: SocketFile | None = None
@@ -110,7 +110,7 @@ class Session:
         self._slot = self._numbers = 0
         self._counted = Counters().words.tolist()  # when the last client had left
         self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
-        self._tasks: set[asyncio.Task[None]] = set()  # conversations
+        self._tasks: set[asyncio.Task[None]] = set()  # conversations, and last questions
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self.taking: bool = False
@@ -149,8 +149,8 @@ class Session:
             self._slot = self._pager.take_slot()
         for client, ours in left.clients if left is not None else ():
             self._adopt(client, ours=ours)
-        record = None if self.settings.record is None else os.fspath(self.settings.record)
-        keep_session(self._pager, self.name, self._listener, {**self._note, "slot": self._slot, "record": record})
+        kept = {"slot": self._slot, "record": self.recordings.wanted}
+        keep_session(self._pager, self.name, self._listener, self._note | kept)
         self._reception.open(self._listener)
         self.taking = True
         self._tell("session.created")
@@ -173,7 +173,7 @@ class Session:
         forget_session(self._pager, self.name)
         if self.taking:
             self.taking = False
-            self._tell("session.draining", clients=len(self.clients))
+            self._tell("session.draining", clients=self.served)
         self._reception.close()
         if self._file is not None:
             self._file.close()
@@ -199,19 +199,14 @@ class Session:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def wait_clients(self, most: int = 0) -> None:
-        """Wait until at most so many clients are left. Canceling is safe."""
-        while len(self.clients) > most:
-            self._changed.clear()
-            await self._changed.wait()
-        if not most:
-            await self.mapped.wait()
-
     async def drained(self) -> None:
         """Wait until it serves nobody, and nobody is about to be served. Canceling is safe."""
         while not self.is_idle:
             await self._reception.settled()
-            await self.wait_clients()
+            while self.clients:
+                self._changed.clear()
+                await self._changed.wait()
+            await self.mapped.wait()
 
     async def fill(self) -> dict[int, str]:
         """Fill all missing pages of the clients, and release each client that has all: it needs no pager any more.
@@ -304,7 +299,7 @@ class Session:
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
             client.places, client.nydus = list(regions.mappings), handoff.nydus is not None
             if regions.extra is not None:
-                client.conversation = self._conversation(client)
+                client.conversation = Conversation(client.connection, partial(self._answer, client))
             self.clients[tenant.token] = client
             await self._open(client)
         except BaseException:
@@ -324,7 +319,7 @@ class Session:
         self.clients[client.tenant.token] = client
         client.connection.setblocking(False)
         if ours:
-            client.conversation = self._conversation(client)
+            client.conversation = Conversation(client.connection, partial(self._answer, client))
         self._watch(client)
         self.mapped.listen(client) if client.nydus else self._talk(client, again=True)
         log.info("%s is served on", client)
@@ -356,9 +351,6 @@ class Session:
             self._loop.add_reader(client.pidfd, self._exited, client)
 
     # Clients speak
-
-    def _conversation(self, client: Client) -> Conversation:
-        return Conversation(client.connection, partial(self._answer, client))
 
     def _talk(self, client: Client, *, again: bool = False) -> None:
         if client.conversation is not None:
@@ -402,7 +394,14 @@ class Session:
         """Its process has ended; the pager finds out whether another process still has the memory."""
         self._loop.remove_reader(client.pidfd)
         if client.tenant.uffd.gone():
-            self._forget(client, "has ended")
+            spawn(self._tasks, self._ended(client))
+
+    async def _ended(self, client: Client) -> None:
+        """Forget a client that has ended, once the pager has said what it has to say of it: why, perhaps."""
+        with contextlib.suppress(UffdError, TimeoutError):
+            async with asyncio.timeout(_LAST_ANSWER):
+                await asyncio.wrap_future(self._pager.ping())
+        self._forget(client, "has ended")
 
     def gone(self, tenant: Tenant) -> None:
         """Take note that a tenant's memory is gone; nothing happens if it is another session's."""
@@ -454,7 +453,7 @@ class Session:
                 client.connection.shutdown(socket.SHUT_RD)  # the conversation ends, which reads from it
         self._changed.set()
         self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
-        log.info("%s %s; %d left", client, why, len(self.clients))
+        log.info("%s %s; %d left", client, why, self.served)
 
 
 def _check(handoff: Handoff, served: int, *, stored: bool) -> None:

@@ -61,6 +61,17 @@ def clients_map(path: str, image: str) -> None:
     assert peek(where + offset) == word(offset // PAGE)
     assert client.mapped[given:] == [(offset, length)]  # and nothing else
     touched(client, 1024, tail)
+    # What was given back is known to the next connection, too: a neighbour's answer leaves it alone, written or not.
+    written, untouched, asked = (1000 + page for page in (1, 2, 3))
+    given = len(client.mapped)
+    client.region.madvise(mmap.MADV_DONTNEED, written * PAGE, 2 * PAGE)
+    client.region[written * PAGE : written * PAGE + 2] = b"ab"
+    client.hang_up()
+    eventually(lambda: client.connections, 2)
+    assert peek(where + asked * PAGE) == word(asked)
+    assert peek(where + written * PAGE)[:2] == b"ab"
+    assert peek(where + untouched * PAGE) == bytes(8)
+    assert client.mapped[given:] == [(992 * PAGE, 9 * PAGE), (asked * PAGE, 5 * PAGE)]
 
 
 def test_a_client_maps(image: Path, tmp_path: Path) -> None:
@@ -77,6 +88,11 @@ def clients_connect_again(directory: str, image: str) -> None:
     servers = Servers(directory, image)
     servers.start("first")
     mapping = NydusClient(servers.path)
+    giving = NydusClient(servers.path, features=aiouffd.Feature.EVENT_REMOVE)
+    giving.region.madvise(mmap.MADV_DONTNEED, 17 * PAGE, PAGE)
+    giving.region[17 * PAGE : 17 * PAGE + 2] = b"ab"
+    assert peek(giving.region.address) == word(0)
+    assert giving.mapped == [(0, WINDOW)]
     copied = NydusClient(servers.path, policy=COPY, features=aiouffd.Feature.EVENT_REMOVE)
     copied.region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
     assert peek(copied.region.address) == bytes(8)
@@ -103,6 +119,9 @@ def clients_connect_again(directory: str, image: str) -> None:
                 copied.hang_up()
             servers.lose()
             servers.start(f"next-{number}")
+            assert peek(giving.region.address + (17 + number) * PAGE) == word(17 + number)
+            assert giving.mapped[number:] == [((17 + number) * PAGE, PAGE)]  # who knows what else it has given back
+            assert giving.region[17 * PAGE : 17 * PAGE + 2] == b"ab"
             if number == 1:  # on the connection that the server before it has left
                 copied.ask()
                 eventually(lambda: len(copied.stated), 2)

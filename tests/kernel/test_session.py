@@ -7,8 +7,9 @@ import contextlib
 import functools
 import os
 import signal
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from pattern import PAGE, Pattern, content, peek, word
@@ -23,6 +24,7 @@ from aiouffd.sources.object_store import ObjectSource
 from examples.page_server import PageServer
 
 if TYPE_CHECKING:
+    from aiouffd.server.clients import Client
     from aiouffd.server.session import Session
 
 SHIFTED = 1000
@@ -164,7 +166,9 @@ async def of_one_source(directory: str) -> None:
         slow = await asyncio.to_thread(Memory, paths[1])
         assert await asyncio.to_thread(slow.word, 9) == word(9)
         async with contextlib.aclosing(server.happenings.follow(after=0)) as happenings, asyncio.timeout(30):
-            found = await anext(item async for item in happenings if item.kind == "client.slow")
+            found = await anext(
+                item async for item in happenings if item.kind == "client.slow" and item.details["client"] == 4
+            )
         assert (found.session, found.details["client"], found.details["cause"]) == ("second", 4, "source")
         assert found.details["took_ns"] >= 200_000_000
         assert server.sessions["second"].slow["cause"] == "source"
@@ -216,6 +220,33 @@ async def failing(directory: str, policy: Literal["poison", "kill", "hold"], sta
         gate.touch()
         await client
         await told.aclose()
+
+
+async def ends_first(directory: str) -> None:
+    """Scenario: the server sees that a client has ended before it hears why."""
+    path, seen = Path(directory) / "socket", threading.Event()
+    async with Server(Fails(f"{directory}/gate"), path, retries=0) as server:
+        (session,) = server.sessions.values()
+        exited, on_error = session._exited, server._pager._on_error
+
+        def exits(client: Client) -> None:
+            exited(client)
+            seen.set()
+
+        def hears(*told: Any) -> None:
+            assert seen.wait(30)
+            on_error(*told)
+
+        session._exited, server._pager._on_error = exits, hears  # type: ignore[method-assign]
+        await asyncio.to_thread(play, touches, str(path), status=-signal.SIGBUS)
+        async with contextlib.aclosing(server.happenings.follow(0)) as told:
+            kinds = [(await anext(told)).kind for _ in range(4)]
+        assert kinds == ["session.created", "client.served", "client.failed", "client.gone"]
+
+
+def test_why_a_client_has_ended_is_told_first(tmp_path: Path) -> None:
+    """Also where its end is seen before."""
+    play(ends_first, str(tmp_path))
 
 
 @pytest.mark.parametrize(("policy", "status"), [("poison", -signal.SIGBUS), ("kill", -signal.SIGKILL), ("hold", 0)])

@@ -202,7 +202,7 @@ class Actions:
         """Bring all."""
         session = self._find(name)
         failed = await session.fill()
-        return Completed({str(number): why for number, why in failed.items()}, len(session.clients))
+        return Completed({str(number): why for number, why in failed.items()}, session.served)
 
     async def record(self, name: str, what: Record) -> SessionView:
         """Begin to record."""
