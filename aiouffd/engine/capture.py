@@ -3,9 +3,10 @@
 In this order:
 
 1. The loop write-protects what the base does not have: what was written or has come since. A first write to a
-   protected page is let go at once, and that page is protected again later.
-2. From now on such writes are held back. What was written in step 1 is protected. The last turn of the loop looks at
-   what has come meanwhile, and protects that: this is the moment. The writes go on.
+   protected page is let go at once, and that page is protected again later, until few were written meanwhile.
+2. From now on such writes are held back. Those few pages are protected. The last turn of the loop looks at what has
+   come meanwhile, and protects that: this is the moment. The writes go on. How long this takes depends on what was
+   written and has come in step 1 alone.
 3. At the first write to a page that is still to be read, the bytes of the page are kept, and the protection is lifted
    then: by the native reader, where it can (`kept`). Where too many bytes are kept, the write waits.
 4. Threads read the memory (`moment`), and ask the loop behind each read: it has the bytes of pages that were written
@@ -32,12 +33,11 @@ import enum
 import errno
 import mmap
 import os
-import re
 from itertools import pairwise
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from aiouffd.engine.kept import ABSENT, DUE, EMPTIED, KEPT, LOOSE, PROTECTED, Kept
+from aiouffd.engine.kept import ABSENT, DUE, EMPTIED, KEPT, LOOSE, PROTECTED, Granules, Kept, among, blocks, runs
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, OperationError, UnsupportedError, operation_error
 from aiouffd.kernel import abi
@@ -46,7 +46,7 @@ from aiouffd.native.reader import Keeps
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from aiouffd.engine.bound import Bound
@@ -59,18 +59,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "Phase"]
 
-_OPEN = re.compile(b"[\0\4]+")
-_TO_READ = re.compile(b"[\2\3]+")
+_Item = TypeVar("_Item")
+
+_OPEN = among(LOOSE, EMPTIED)
+_TO_READ = among(DUE, KEPT)
 _NOT_READ = bytes([LOOSE, PROTECTED, LOOSE, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
-_STILL_PROTECTED = re.compile(b"[\1\2]+")
-_NEW = re.compile(b"[\2\4]+")
-_NEW_OR_SAVED = re.compile(b"[\0\2\4]+")
+_STILL_PROTECTED = among(PROTECTED, DUE)
+_NEW = among(EMPTIED)
 _WITH_BASE = bytes([LOOSE, DUE, DUE, KEPT, LOOSE]) + bytes(251)
+_HELD = bytes([LOOSE, PROTECTED, DUE, KEPT, LOOSE]) + bytes(251)
 _MISSING = bytes([ABSENT, PROTECTED, ABSENT, KEPT, ABSENT]) + bytes(251)
 _READ = bytes([LOOSE, PROTECTED, PROTECTED, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
 _READ_AND_LIFTED = bytes([LOOSE, LOOSE, LOOSE, LOOSE, EMPTIED, LOOSE]) + bytes(250)
 _PLACING = Counter.COPIES, Counter.ZEROPAGES, Counter.CONTINUES
-_PIECE = 8 << 20  # bytes that are protected in one turn
+_PIECE = 8 << 20  # bytes that are protected at once
+_BLOCK = 1 << 20  # bytes that are looked at together for what has come
+_TURN_NS = 500_000  # after so long the loop gets a turn
+_FEW, _TRIES = 16, 8  # pages that are protected while writes are held back; how often it is tried to have no more
 _LIFTED = 64 << 20  # bytes that are lifted in one turn
 _MOST_KEPT = 64 << 20
 _RETRY = 0.001  # seconds
@@ -87,6 +92,20 @@ class Phase(enum.Enum):
 
 
 _NATIVE = {Phase.IDLE: Keeps.NONE_DUE, Phase.READING: Keeps.DUE_KEPT}
+
+
+class _Turns:
+    """Of the loop, in the midst of long work on it: faults go first."""
+
+    def __init__(self) -> None:
+        self._until = perf_counter_ns() + _TURN_NS
+
+    async def before(self, item: _Item) -> _Item:
+        """Return an item of work; if a turn is due, the loop has it before."""
+        if perf_counter_ns() > self._until:
+            await asyncio.sleep(0)
+            self._until = perf_counter_ns() + _TURN_NS
+        return item
 
 
 class _Space(Protocol):
@@ -177,6 +196,7 @@ class Capture:
         self._seen = 0
         self._registered: list[_Space] = []
         self._again: list[int] = []
+        self._granules: Granules | None = None  # before a moment, where what differs from the base is known
         self._held: list[tuple[_Space, int, int, int]] = []
         self._came = RangeSet()
         self._memory: ProcessMemory
@@ -266,24 +286,30 @@ class Capture:
             for gap in self._places.changed(self.spaces[0].mappings):
                 self._set(gap.start, gap.end, EMPTIED)
         self.base = None
+        turns, differing = _Turns(), Granules(self._states, self.page, granule)
+        self._granules = differing if known else None
+        for pages in runs(self._states, _NEW if self._bound is None else _OPEN) if known else ():
+            differing.add(*await turns.before(pages))
         self._seen = _placed(self.spaces[0])
         await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
+        for _ in range(_TRIES):
+            if len(self._again) > _FEW:
+                await self._protect_again()
         self.phase, began = Phase.HOLDING, perf_counter_ns()
-        again, self._again = self._again, []
-        await self._protect(_joined(again, self.page))
+        await self._protect_again()
         while not self._is_moment():
             await asyncio.sleep(_RETRY)
             self.check()
-        changes = self._changes(granule) if known else None
-        if changes is None:
-            self._states[:] = self._states.translate(_WITH_BASE)
+        if not known or EMPTIED in self._states:
+            self._states[:] = self._states.translate(_HELD if known else _WITH_BASE)
         if self._bound is not None:
             for gap in self._came.gaps(0, self._places.end):
                 missing = slice(gap.start // self.page, gap.end // self.page)
                 self._states[missing] = self._states[missing].translate(_MISSING)
+        self._granules = None
         self._let_go()
         self.pause_ns = perf_counter_ns() - began
-        return changes
+        return [await turns.before(item) for item in differing.found] if known else None
 
     def _register(self) -> None:
         """Have writes to protected pages be told of, from the first snapshot on."""
@@ -301,31 +327,36 @@ class Capture:
         space.on_changed.add(self._changed)
         self._registered.append(space)
 
-    def _there(self) -> list[tuple[int, int]]:
-        return self._places.there(self._memory, self._pagemap, self.page)
+    def _there(self, parts: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+        offsets = None if parts is None else ((first * self.page, last * self.page) for first, last in parts)
+        return self._places.there(self._memory, self._pagemap, self.page, offsets)
 
     def _set(self, start: int, end: int, state: int) -> None:
         """Note the state of the pages at some offsets."""
         first, last = start // self.page, end // self.page
         self._states[first:last] = bytes([state]) * (last - first)
+        if self._granules is not None and state != PROTECTED:
+            self._granules.add(first, last)
 
-    def _unprotected(self, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the offsets of the pages that are there and may be written."""
-        page, found = self.page, list[tuple[int, int]]()
+    def _unprotected(self, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yield the offsets of the pages that are there and may be written."""
         for low, high in self._places.mapped_of(spans, self.spaces[0].mappings):
-            runs = _OPEN.finditer(self._states, low // page, high // page)
-            found += ((run.start() * page, run.end() * page) for run in runs)
-        return found
+            for first, last in runs(self._states, _OPEN, low // self.page, high // self.page):
+                yield first * self.page, last * self.page
 
     async def _protect(self, offsets: Iterable[tuple[int, int]]) -> None:
-        for start, end in offsets:
-            for at, size in pieces(start, end, self.page, _PIECE):
-                while not self._protect_now(at, at + size):
-                    await asyncio.sleep(_RETRY)
-                    self.check()
-                if size == _PIECE:
-                    await asyncio.sleep(0)  # faults go first
+        turns = _Turns()
+        for piece in (piece for start, end in offsets for piece in pieces(start, end, self.page, _PIECE)):
+            at, size = await turns.before(piece)
+            while not self._protect_now(at, at + size):
+                await asyncio.sleep(_RETRY)
+                self.check()
         self.check()
+
+    async def _protect_again(self) -> None:
+        """Protect what was written meanwhile."""
+        again, self._again = self._again, []
+        await self._protect(_joined(again, self.page))
 
     def _protect_now(self, start: int, end: int) -> bool:
         """Protect the pages at some offsets, which are there; False: the layout is changing."""
@@ -347,26 +378,14 @@ class Capture:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
             nothing_came = self._alone and _placed(self.spaces[0]) == self._seen and self._bound is None
-            there = [] if nothing_came else self._there()
+            parts = None if self._bound is not None else blocks(self._states, _OPEN, max(_BLOCK // self.page, 1))
+            there = [] if nothing_came else self._there(parts)
             if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
             self._came = RangeSet(Range.between(*span) for span in there)
             self._shown = self.spaces[0].mappings.copy()
             self.phase = Phase.READING
         return True
-
-    def _changes(self, granule: int) -> list[Range]:
-        """Return what may differ from the base: whole granules, all of whose pages are to be read."""
-        step = max(granule // self.page, 1)
-        found: list[tuple[int, int]] = []
-        for run in (_NEW if self._bound is None else _NEW_OR_SAVED).finditer(self._states):
-            low, high = align_down(run.start(), step), min(align_up(run.end(), step), len(self._states))
-            if found and found[-1][1] >= low:
-                low = found.pop()[0]
-            found.append((low, high))
-        for low, high in found:
-            self._states[low:high] = self._states[low:high].translate(_WITH_BASE)
-        return [Range(low * self.page, (high - low) * self.page) for low, high in found]
 
     # Writes
 
@@ -455,7 +474,7 @@ class Capture:
 
     def to_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return the pages (start, end) of [first, last) that are read from memory. From any thread."""
-        return [run.span() for run in _TO_READ.finditer(self._states, first, last)]
+        return list(runs(self._states, _TO_READ, first, last))
 
     def extents(self, size: int) -> list[Range]:
         """Return what may not be zeros, in offsets of the image, which has so many bytes."""
@@ -496,8 +515,8 @@ class Capture:
         states = self._states[first:last]
         self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
         if lifts:
-            for run in _STILL_PROTECTED.finditer(states):
-                for place in self._places.addresses((first + run.start()) * self.page, (first + run.end()) * self.page):
+            for low, high in runs(states, _STILL_PROTECTED):
+                for place in self._places.addresses((first + low) * self.page, (first + high) * self.page):
                     self._lift_now(place.start, place.end)
         if self._held:
             self._let_go()
@@ -512,7 +531,7 @@ class Capture:
             name: of the snapshot, since which it is to be known what was written: the protection stays. None: nothing
                 is protected any more when this returns.
         """
-        self.base = None if self._layout_changed else name
+        self.base, self._granules = None if self._layout_changed else name, None
         self.phase = Phase.LIFTING
         self._kept.end()
         self._again.clear()

@@ -7,18 +7,20 @@ are used in turns by one thread, the loop's; other threads only look at the stat
 from __future__ import annotations
 
 import mmap
-import re
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.kernel.memory import address_of
 from aiouffd.native.reader import Keeper, Keeps
+from aiouffd.ranges import RangeSet, align_down, align_up
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.memory import ProcessMemory
 
-__all__ = ["ABSENT", "DUE", "EMPTIED", "KEPT", "LOOSE", "PROTECTED", "Kept"]
+__all__ = ["ABSENT", "DUE", "EMPTIED", "KEPT", "LOOSE", "PROTECTED", "Granules", "Kept", "among", "blocks", "runs"]
 
 LOOSE, PROTECTED, DUE, KEPT, EMPTIED, ABSENT = range(6)
 """Of a page: it is missing or may be written; it is protected, and as in the base or read already; it is protected, and
@@ -27,7 +29,71 @@ and is to be read from the source.
 
 The last is only of pages that are dropped again. These are loose if they were written since the base, and else
 protected, there or not."""
-_ARE_KEPT: Final = re.compile(b"\3+")
+_COPIED: Final = 1 << 18  # pages
+
+
+def among(*states: int) -> bytes:
+    """Return a table for `bytes.translate`, of 1 for these states."""
+    return bytes(value in states for value in range(256))
+
+
+def runs(
+    states: bytes | bytearray, wanted: bytes, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield the pages (start, end) of [first, last) whose states are among those wanted, in order; long runs in parts.
+
+    A regular expression takes 30 times as long. States may change meanwhile: a copy is looked at, of a GiB at a time.
+    """
+    last = len(states) if last is None else last
+    for low in range(first, last, _COPIED):
+        marks = states[low : min(low + _COPIED, last)].translate(wanted)
+        start = marks.find(1)
+        while start >= 0:
+            end = marks.find(0, start)
+            end = len(marks) if end < 0 else end
+            yield low + start, low + end
+            start = marks.find(1, end)
+
+
+def blocks(states: bytes | bytearray, wanted: bytes, step: int) -> Iterator[tuple[int, int]]:
+    """Yield the blocks (start, end) of `step` pages, joined, that have a page whose state is among those wanted."""
+    marks, at = states.translate(wanted), 0
+    while (found := marks.find(1, at)) >= 0:
+        start = align_down(found, step)
+        at = start + step
+        while marks.find(1, at, at + step) >= 0:
+            at += step
+        yield start, min(at, len(states))
+
+
+_ARE_KEPT: Final = among(KEPT)
+_READ_TOGETHER: Final = bytes([LOOSE, DUE, DUE, KEPT, EMPTIED]) + bytes(251)
+
+
+class Granules:
+    """What differs from the base: whole granules, all of whose pages are to be read.
+
+    Args:
+        states: of the pages.
+        page: bytes of one.
+        granule: bytes, a power of two.
+
+    Attributes:
+        found: offsets of the image.
+    """
+
+    def __init__(self, states: bytearray, page: int, granule: int) -> None:
+        self.found = RangeSet()
+        self._states = states
+        self._page = page
+        self._step = max(granule // page, 1)
+
+    def add(self, first: int, last: int) -> None:
+        """Take note that the pages [first, last) may differ: what is protected in the same granules is due."""
+        low, high = align_down(first, self._step), min(align_up(last, self._step), len(self._states))
+        self.found.add(low * self._page, high * self._page)
+        if low < first or last < high:
+            self._states[low:high] = self._states[low:high].translate(_READ_TOGETHER)
 
 
 class Kept:
@@ -101,8 +167,8 @@ class Kept:
         found: list[tuple[int, bytes]] = []
         if self._area is None:
             return found
-        for run in _ARE_KEPT.finditer(self.states, first, last):
-            for index in range(*run.span()):
+        for run in runs(self.states, _ARE_KEPT, first, last):
+            for index in range(*run):
                 slot = self._slot_of[index]
                 found.append((index, self._area[slot * self._page : (slot + 1) * self._page]))
                 self._let_go(slot)

@@ -68,18 +68,26 @@ class Places:
         (row,) = self._rows
         return [*found[:-1], (found[-1][0] if found else row.start, row.end)]
 
-    def there(self, memory: ProcessMemory, pagemap: Pagemap | None, page: int) -> list[tuple[int, int]]:
+    def there(
+        self,
+        memory: ProcessMemory,
+        pagemap: Pagemap | None,
+        page: int,
+        parts: Iterable[tuple[int, int]] | None = None,
+    ) -> list[tuple[int, int]]:
         """Return the offsets of what is in memory. From any thread: 3 ms for a GiB, and 20 ms of a memfd.
 
         Args:
             memory: of the process.
             pagemap: of private memory; None: the memfd says it.
             page: bytes of a page.
+            parts: the offsets that are looked at; None: all.
         """
+        parts = [(0, self.end)] if parts is None else parts
         if pagemap is None:
-            return list(data_ranges(memory.file, self.end))
+            return [span for low, high in parts for span in data_ranges(memory.file, high, low)]
         (row,) = self._rows
-        spans = pagemap.spans(row.start, self.end, -1, page)
+        spans = (span for low, high in parts for span in pagemap.spans(row.start + low, high - low, -1, page))
         return [(start - row.start, end - row.start) for start, end in spans]
 
     def mapped_of(self, spans: list[tuple[int, int]], mappings: Mappings) -> Iterable[tuple[int, int]]:

@@ -29,7 +29,7 @@ import aiouffd
 from aiouffd.engine.capture import Capture, Phase
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.places import Places
-from aiouffd.engine.statistics import Counters
+from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.ranges import Range
 
@@ -262,6 +262,39 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     space.uffd, space.capture = SimpleNamespace(features=aiouffd.Feature(0)), None
     with pytest.raises(aiouffd.UnsupportedError, match="PAGEFAULT_FLAG_WP"):
         await Capture.of([space], places, 1).begin(memory, pagemap, None, PAGE)
+
+
+async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small its runs are, writes go on while most is protected; then only what may be open is looked at."""
+    for name, value in {"_TURN_NS": 0, "_FEW": 2, "_BLOCK": 16 * PAGE}.items():
+        monkeypatch.setattr(f"aiouffd.engine.capture.{name}", value)
+    start, holes, looked_at, phases = 1 << 20, set(range(33, 48, 2)), list[tuple[int, int]](), list[Phase]()
+    space = fake_space(Mappings([Mapping(start, start + 80 * PAGE, 0)]), backend=SimpleNamespace(source=None))
+
+    def spans(address: int, length: int, *_: object) -> list[tuple[int, int]]:
+        looked_at.append(((address - start) // PAGE, length // PAGE))
+        return [(at, at + PAGE) for at in range(address, address + length, PAGE) if (at - start) // PAGE not in holes]
+
+    def protect(_start: int, length: int, _mode: int) -> int:
+        phases.append(capture.phase)
+        return length
+
+    space.uffd = SimpleNamespace(features=FakeUffd.features, register=Mock(), gone=lambda: False)
+    space.uffd.try_writeprotect = protect
+    capture = Capture.of([space], Places([(start, start + 80 * PAGE, 0)], ours=True), 1)
+    pagemap: Any = SimpleNamespace(spans=spans)
+    task = asyncio.create_task(capture.begin(cast("Any", FakeMemory()), pagemap, None, PAGE))
+    to_write = list(range(0, 32, 2))
+    while not task.done():
+        await asyncio.sleep(0)
+        if capture.phase is Phase.PROTECTING and phases and to_write:
+            assert not capture.keeps(space, start + to_write.pop() * PAGE, 0, 0)  # it goes on
+            if len(to_write) == 8:
+                holes.remove(37)
+                space.counters.words[Counter.COPIES] += 1
+    assert (await task, to_write, looked_at) == (None, [], [(0, 80), (32, 16)])
+    assert capture.to_read(0, 80) == [(0, 33), (34, 35), (36, 39), *((at, at + 1) for at in range(40, 48, 2)), (48, 80)]
+    assert 1 <= phases.count(Phase.HOLDING) <= 1 + 2
 
 
 async def test_parts_of_an_image() -> None:
