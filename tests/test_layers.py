@@ -84,6 +84,7 @@ ORDER = {
             "runs",
             "two_threads",
             "flight",
+            "moving",
             "resolver",
             "retrying",
             "deferred",

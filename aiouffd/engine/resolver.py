@@ -27,6 +27,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
+    from aiouffd.engine.moving import Moving
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
 
@@ -66,12 +67,14 @@ class Resolver:
     Attributes:
         minor_mode: those of CONTINUE.
         gone: how many pages no mapping covered, or their file had no longer.
+        moving: does COPYs; None: the descriptor does.
     """
 
-    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "minor_mode", "mode")
+    __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "minor_mode", "mode", "moving")
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
+        self.moving: Moving | None = None
         self._page = page_size
         self.gone: int = 0
         self._counters = counters
@@ -113,7 +116,7 @@ class Resolver:
             chunk = min(chunk, run.left)
             words[_OP_COUNTER[run.op]] += 1
             if run.op == Op.COPY:
-                result = self._uffd.try_copy(run.dst, run.src, chunk, mode)
+                result = (self.moving or self._uffd).try_copy(run.dst, run.src, chunk, mode)
             else:
                 result = self._tries[run.op](run.dst, chunk, mode)
                 if result == _EFAULT and run.op == Op.CONTINUE:

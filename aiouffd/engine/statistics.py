@@ -70,6 +70,7 @@ class Counter(enum.IntEnum):
     RESIDENT = 94  # bytes
     PAGES_WRITTEN_BACK = 95
     BYTES_SHARED = 96
+    MOVES = 97
 
 
 LATENCY_BUCKETS = 48
@@ -128,6 +129,7 @@ class Statistics:
         resident: bytes that are there now, where pages are dropped (`max_resident`).
         pages_written_back: pages that were written and have gone to the source (`write_back`).
         bytes_shared: bytes that were not taken from the source: what others read of it had them already.
+        moves: UFFDIO_MOVE, each for a huge page, in place of a COPY.
     """
 
     faults: int
@@ -175,6 +177,7 @@ class Statistics:
     resident: int
     pages_written_back: int
     bytes_shared: int
+    moves: int
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 

@@ -87,7 +87,7 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 def zero_blocks(view: memoryview, block: int) -> list[int]:
     """Return the offsets of the blocks of a buffer that hold nothing but zeros. The last block may be shorter.
 
-    A block whose first byte is not zero costs nothing more.
+    A block whose first or last byte is not zero costs nothing more: the last one has the exponent of a number.
 
     Args:
         view: contiguous bytes.
@@ -95,6 +95,10 @@ def zero_blocks(view: memoryview, block: int) -> list[int]:
     """
     found: list[int] = []
     firsts = view[::block].tobytes()
+    if firsts.find(0) < 0:
+        return found
+    lasts = int.from_bytes(view[block - 1 :: block].tobytes(), "little")
+    firsts = (int.from_bytes(firsts, "little") | lasts).to_bytes(len(firsts), "little")
     index = firsts.find(0)
     if index < 0:
         return found

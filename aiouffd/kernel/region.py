@@ -32,6 +32,7 @@ __all__ = ["Region"]
 
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
+_HUGE_PAGE: Final = 2 << 20
 
 _IN_MEMORY: Final = 1  # bit of mincore(2)
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
@@ -159,16 +160,16 @@ class Region(mmap.mmap):
                 os.ftruncate(fd, align_up(length, page_size))
             locked = (new or fd < 0) and page_size == mmap.PAGESIZE and new_mappings_are_populated()
             # In a process that locks its memory, one page is mapped, unlocked, and grown then: that fills nothing.
-            first = mmap.PAGESIZE if locked else length
+            first = mmap.PAGESIZE if locked else _length_at_first(length, page_size, fd)
             self = super().__new__(cls, fd, first, flags=_flags(fd, page_size), prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError as error:
+        except BaseException as error:
             if fd >= 0:
                 os.close(fd)
-            raise _refusal(error, length, page_size) from error
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
+            if isinstance(error, OSError):
+                raise _refusal(error, length, page_size) from error
             raise
+        if first > length:
+            mmap.mmap.resize(self, length)
         self.page_size = page_size
         self.fd = fd
         self._owned = OwnedDescriptor(fd)
@@ -475,6 +476,11 @@ def _check(length: int, page_size: int) -> None:
         raise ValueError(f"a region has at least one byte, not {length}")
     if page_size < mmap.PAGESIZE or page_size & (page_size - 1):
         raise ValueError(f"page_size is a power of two of at least {mmap.PAGESIZE}, not {page_size}")
+
+
+def _length_at_first(length: int, page_size: int, fd: int) -> int:
+    """Return how much is mapped, to be cut then: only a mapping of whole huge pages begins at one (Linux 6.7)."""
+    return align_up(length, _HUGE_PAGE) if fd < 0 and length > _HUGE_PAGE and page_size == mmap.PAGESIZE else length
 
 
 def _flags(fd: int, page_size: int) -> int:

@@ -334,8 +334,7 @@ class Userfaultfd(OwnedDescriptor):
             RangeGoneError: a hole in the source, unless `allow_src_holes`.
         """
         mode = (0 if wake else abi.MOVE_MODE_DONTWAKE) | (abi.MOVE_MODE_ALLOW_SRC_HOLES if allow_src_holes else 0)
-        argument = bytearray(_pack_copy(dst, src, len, mode, 0))
-        return self._done("UFFDIO_MOVE", dst, len, self._attempt(abi.UFFDIO_MOVE, argument, len, 32))
+        return self._done("UFFDIO_MOVE", dst, len, self.try_move(dst, src, len, mode))
 
     # The same for the engine: bytes done, or a negated errno if nothing was done.
 
@@ -347,6 +346,10 @@ class Userfaultfd(OwnedDescriptor):
         except OSError as error:
             return _partial(argument, 32, error)
         return length
+
+    def try_move(self, dst: int, src: int, length: int, mode: int) -> int:
+        """UFFDIO_MOVE."""
+        return self._attempt(abi.UFFDIO_MOVE, bytearray(_pack_copy(dst, src, length, mode, 0)), length, 32)
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""

@@ -23,13 +23,13 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
     """Resolve runs as `Space.resolve` does. Those of them that are large are of memory that is not the loop's own."""
     runs = merge(runs)
     large = [run for run in runs if run.op == Op.COPY and run.left >= _LARGE]
-    alone = space.bound is None and space.allowance is None and space.backend.one_copy is None
-    if not large or not alone:  # those count, make room or write to a file before
+    others = space.bound or space.allowance or space.backend.one_copy or space.resolver.moving
+    if not large or others is not None:  # those make room, count, write to a file, or fill huge pages before
         space.resolve(runs)
         return
-    others = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]
-    if others:
-        space.resolve(others)
+    small = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]
+    if small:
+        space.resolve(small)
     parts = two_threads.copy(space.uffd.try_copy, large, space.resolver.mode | DONTWAKE, space.page_size)
     came = [(part.dst - done, part.dst) for part, done in parts if done]
     left = [part for part, _ in parts if part.left]

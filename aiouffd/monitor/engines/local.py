@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures.thread  # noqa: F401 - asyncio.to_thread imports it when it is first called
 import contextlib
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -22,12 +23,14 @@ from aiouffd.engine.bound import Bound
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.landing import Landings
 from aiouffd.engine.mappings import Mappings
+from aiouffd.engine.moving import Moving
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
-from aiouffd.kernel.abi import RegisterMode
+from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap
+from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
@@ -104,6 +107,8 @@ class Local:
             on_error=partial(_report, on_error),
             retries=options.on_error == "retry",
         )
+        if bound is None and _may_move(assignment):
+            self.space.resolver.moving = Moving(uffd, Pagemap.open_if_possible(), counters)
         self.layout: Layout = Layout(
             self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout
         )
@@ -261,6 +266,12 @@ class LocalEngine:
     def layout(self) -> Layout:
         """Told by the region."""
         return self._local.layout
+
+
+def _may_move(assignment: Assignment) -> bool:
+    """Tell whether huge pages can be moved to a region: it is private, of small pages, and not write-protected."""
+    small = assignment.file < 0 and assignment.page_size == mmap.PAGESIZE
+    return small and not assignment.options.write_protect and Feature.MOVE in kernel_features()
 
 
 def _report(on_error: Callable[[BaseException], None], _space: Space, error: BaseException) -> None:

@@ -68,6 +68,10 @@ class PipeUserfaultfd(Userfaultfd):
             result = super().try_copy(dst, src, length, mode | DONTWAKE)
         return self._woken(dst, result, mode)
 
+    def try_move(self, dst: int, src: int, length: int, mode: int) -> int:
+        """UFFDIO_MOVE."""
+        return self._woken(dst, super().try_move(dst, src, length, mode | DONTWAKE), mode)
+
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""
         return self._woken(start, super().try_zeropage(start, length, mode | DONTWAKE), mode)
