@@ -50,8 +50,8 @@ def begun(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
     return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
 
 
-async def uninterrupted(work: Callable[[], object], undo: Callable[[], object] | None = None) -> None:
-    """Have a thread do work that blocks. Canceling waits for its end, however often it is done.
+async def uninterrupted(work: Callable[[], _Result], undo: Callable[[], object] | None = None) -> _Result:
+    """Have a thread do work that blocks; return its result. Canceling waits for its end, however often it is done.
 
     Args:
         work: what is done. What it raises is raised, also by what was canceled.
@@ -59,11 +59,12 @@ async def uninterrupted(work: Callable[[], object], undo: Callable[[], object] |
     """
     running = begun(work)
     canceled = await until_done(running)
-    running.result()
+    result = running.result()
     if canceled is not None:
         if undo is not None:
             await uninterrupted(undo)
         raise canceled
+    return result
 
 
 async def until_done(

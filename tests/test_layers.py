@@ -99,6 +99,7 @@ ORDER = {
             "write_back",
             "places",
             "kept",
+            "arming",
             "capture",
             "moment",
             "plain",

@@ -11,7 +11,8 @@ In this order:
    then: by the native reader, where it can (`kept`). Where too many bytes are kept, the write waits.
 4. Threads read the memory (`moment`), and ask the loop behind each read: it has the bytes of pages that were written
    in between, and takes note of what was read. Missing pages are read from the source: it has their bytes.
-5. In the end the protection is lifted; or it stays, and tells what was written since.
+5. In the end the protection is lifted; or it stays, and tells what was written since: also since the base of one that
+   has failed.
 
 From the moment on, a page that is to be read is protected, or its bytes are kept. All of this is on one loop. It is
 lost with the process of that loop: whoever serves then lifts a protection when a thread wants to write.
@@ -31,17 +32,28 @@ import asyncio
 import contextlib
 import enum
 import errno
-import mmap
-import os
 from itertools import pairwise
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from aiouffd.engine.kept import ABSENT, DUE, EMPTIED, KEPT, LOOSE, PROTECTED, Granules, Kept, among, blocks, runs
+from aiouffd.engine.arming import NEITHER, Arming
+from aiouffd.engine.kept import (
+    ABSENT,
+    DUE,
+    EMPTIED,
+    KEPT,
+    LOOSE,
+    PROTECTED,
+    Granules,
+    Kept,
+    among,
+    becoming,
+    blocks,
+    runs,
+)
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, LayoutChangingError, OperationError, UnsupportedError, operation_error
-from aiouffd.kernel import abi
-from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.errors import ClosedError, LayoutChangingError
+from aiouffd.lifetime import uninterrupted
 from aiouffd.native.reader import Keeps
 from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
 
@@ -63,14 +75,12 @@ _Item = TypeVar("_Item")
 
 _OPEN = among(LOOSE, EMPTIED)
 _TO_READ = among(DUE, KEPT)
-_NOT_READ = bytes([LOOSE, PROTECTED, LOOSE, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
-_STILL_PROTECTED = among(PROTECTED, DUE)
 _NEW = among(EMPTIED)
-_WITH_BASE = bytes([LOOSE, DUE, DUE, KEPT, LOOSE]) + bytes(251)
-_HELD = bytes([LOOSE, PROTECTED, DUE, KEPT, LOOSE]) + bytes(251)
-_MISSING = bytes([ABSENT, PROTECTED, ABSENT, KEPT, ABSENT]) + bytes(251)
-_READ = bytes([LOOSE, PROTECTED, PROTECTED, LOOSE, EMPTIED, PROTECTED]) + bytes(250)
-_READ_AND_LIFTED = bytes([LOOSE, LOOSE, LOOSE, LOOSE, EMPTIED, LOOSE]) + bytes(250)
+_WITH_BASE = becoming({PROTECTED: DUE, EMPTIED: LOOSE})
+_HELD = becoming({EMPTIED: LOOSE})
+_MISSING = becoming(dict.fromkeys((LOOSE, DUE, EMPTIED), ABSENT))
+_READ = becoming({DUE: PROTECTED, KEPT: LOOSE, ABSENT: PROTECTED})
+_NOT_WRITTEN = becoming(dict.fromkeys((DUE, KEPT, ABSENT), EMPTIED))  # what differs from the base still
 _PLACING = Counter.COPIES, Counter.ZEROPAGES, Counter.CONTINUES
 _PIECE = 8 << 20  # bytes that are protected at once
 _BLOCK = 1 << 20  # bytes that are looked at together for what has come
@@ -88,10 +98,10 @@ class Phase(enum.Enum):
     PROTECTING = 1
     HOLDING = 2
     READING = 3
-    LIFTING = 4
+    LIFTING = 4  # no page is read any more
 
 
-_NATIVE = {Phase.IDLE: Keeps.NONE_DUE, Phase.READING: Keeps.DUE_KEPT}
+_NATIVE = {Phase.IDLE: Keeps.NONE_DUE, Phase.READING: Keeps.DUE_KEPT, Phase.LIFTING: Keeps.NONE_DUE}
 
 
 class _Turns:
@@ -131,26 +141,11 @@ def _snapshot_of(source: Any) -> str | None:
     return str(name[0]) if kind == "snapshot" else None
 
 
-def _register(space: _Space, places: Places, modes: int, *, shared: bool) -> None:
-    needed = Feature.PAGEFAULT_FLAG_WP
-    if shared or space.page_size > mmap.PAGESIZE:
-        needed |= Feature.WP_HUGETLBFS_SHMEM
-    if missing := needed & ~space.uffd.features:
-        raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
-    for start, end in places.mapped(space.mappings):
-        space.uffd.register(start, end - start, RegisterMode(modes) | RegisterMode.WP)
-
-
 def _joined(pages: Iterable[int], page: int) -> list[tuple[int, int]]:
     """Return the offsets (start, end) of runs of pages."""
     found = sorted(set(pages))
     cuts = [0, *(at for at, (one, other) in enumerate(pairwise(found), 1) if other - one > 1), len(found)]
     return [(found[low] * page, (found[high - 1] + 1) * page) for low, high in pairwise(cuts) if low < high]
-
-
-def _served(spaces: Iterable[_Space]) -> list[_Space]:
-    """Return the spaces that are served still: a forked child may have ended."""
-    return [space for space in spaces if not space.closing]
 
 
 def _placed(space: _Space) -> int:
@@ -168,7 +163,7 @@ class Capture:
         quiet: keeps away others that place pages beside the loop, inside the block.
 
     Attributes:
-        shared: whether forked children have the same memory; to be said before any is forked.
+        arming: of the memory.
         pause_ns: for so long writes to protected pages were held back until the moment.
     """
 
@@ -179,7 +174,7 @@ class Capture:
         modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self.spaces: list[_Space] = list(spaces)
+        self.arming = Arming(spaces, places, modes, self._changed)
         self._places = places
         self.page: int = spaces[0].page_size
         self._kept = Kept(places.largest, places.end // self.page, self.page, _MOST_KEPT, spaces[0].counters)
@@ -188,13 +183,10 @@ class Capture:
         self.pause_ns: int = 0
         self.base: str | None = None  # names the snapshot since which `_states` tells what was written
         self.failure: BaseException | None = None
-        self.shared: bool = False
-        self._modes = modes
         self._quiet = quiet
         self._alone = quiet is contextlib.nullcontext
         self._bound = spaces[0].bound
         self._seen = 0
-        self._registered: list[_Space] = []
         self._again: list[int] = []
         self._granules: Granules | None = None  # before a moment, where what differs from the base is known
         self._held: list[tuple[_Space, int, int, int]] = []
@@ -202,7 +194,10 @@ class Capture:
         self._memory: ProcessMemory
         self._pagemap: Pagemap | None
         self._shown: Mappings
-        self._layout_changed = False
+        self._followed: str | None = None  # `base` until now, if it is that of this snapshot
+        self._differing = RangeSet()
+        self._laid_out = list[tuple[int, int]]()
+        """Offsets whose layout has changed: before the moment, and then since."""
 
     @classmethod
     def of(
@@ -216,10 +211,10 @@ class Capture:
         known: Self | None = spaces[0].capture
         if known is None or (known.phase is Phase.IDLE and known._places != places):  # noqa: SLF001
             if known is not None:
-                for space in known.spaces:
-                    space.on_changed.discard(known._changed)  # noqa: SLF001 - its own
+                known.arming.leave()
             known = cls(spaces, places, modes, quiet)
-        known.spaces += [each for each in spaces if each not in known.spaces]  # children that were forked meanwhile
+        there = known.arming.spaces
+        there += [each for each in spaces if each not in there]  # children that were forked meanwhile
         for space in spaces:
             space.capture = known
         return known
@@ -241,11 +236,14 @@ class Capture:
 
     def forked(self, child: _Space) -> None:
         """Take note of a forked child, whose pages are protected as its parent's: it writes to shared memory, too."""
-        if self.shared:
+        if self.arming.shared:
             child.capture = self
-            self.spaces.append(child)
-            if self.spaces[0] in self._registered:  # so is the child
-                self._tell(child)
+            self.arming.forked(child)
+
+    @property
+    def _space(self) -> _Space:
+        space: _Space = self.arming.spaces[0]
+        return space
 
     # Until the moment
 
@@ -268,30 +266,29 @@ class Capture:
             RangeGoneError: another process has not registered it so.
         """
         assert self.phase is Phase.IDLE
-        self.phase, self.failure, self._layout_changed = Phase.PROTECTING, None, False
-        self.pause_ns = 0
+        self.phase, self.failure, self.pause_ns = Phase.PROTECTING, None, 0
+        self._followed, self.base = self.base if base == self.base else None, None
+        self._laid_out.clear()
         self._kept.begin(memory)
         self._memory, self._pagemap = memory, pagemap
-        self.spaces[1:] = [each for each in self.spaces[1:] if not (each.closing or each.is_gone or each.uffd.gone())]
-        self._registered = [each for each in self._registered if each in self.spaces]
-        self._register()
-        for space in self.spaces:
+        self.arming.register()
+        for space in self.arming.spaces:
             if space.fast_path is not None and space.bound is None:
                 space.fast_path.keep(space.uffd.fileno(), self._kept)
-        known = base is not None and base in (self.base, _snapshot_of(self.spaces[0].backend.source))
-        if base is None or base != self.base:
+        known = base is not None and base in (self._followed, _snapshot_of(self._space.backend.source))
+        if self._followed is None:
             self._states[:] = bytes(len(self._states))
             for run in self._bound.written.clean(0, self._places.end) if known and self._bound is not None else ():
                 self._set(run.start, run.end, PROTECTED)
-            for gap in self._places.changed(self.spaces[0].mappings):
+            for gap in self._places.changed(self._space.mappings):
                 self._set(gap.start, gap.end, EMPTIED)
-        self.base = None
         turns, differing = _Turns(), Granules(self._states, self.page, granule)
+        self._differing = differing.found
         self._granules = differing if known else None
         for pages in runs(self._states, _NEW if self._bound is None else _OPEN) if known else ():
             differing.add(*await turns.before(pages))
-        self._seen = _placed(self.spaces[0])
-        await self._protect(self._unprotected(await asyncio.to_thread(self._there)))
+        self._seen = _placed(self._space)
+        await self._protect(self._unprotected(await uninterrupted(self._there)))  # a thread uses the descriptors
         for _ in range(_TRIES):
             if len(self._again) > _FEW:
                 await self._protect_again()
@@ -311,22 +308,6 @@ class Capture:
         self.pause_ns = perf_counter_ns() - began
         return [await turns.before(item) for item in differing.found] if known else None
 
-    def _register(self) -> None:
-        """Have writes to protected pages be told of, from the first snapshot on."""
-        for space in (each for each in self.spaces if each not in self._registered):
-            if self._modes is not None:
-                try:
-                    _register(space, self._places, self._modes, shared=self.shared)
-                except OperationError:
-                    if space is self.spaces[0] or not space.uffd.gone():  # else a child has just ended
-                        raise
-            self._tell(space)
-
-    def _tell(self, space: _Space) -> None:
-        space.resolver.protect_minor()
-        space.on_changed.add(self._changed)
-        self._registered.append(space)
-
     def _there(self, parts: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
         offsets = None if parts is None else ((first * self.page, last * self.page) for first, last in parts)
         return self._places.there(self._memory, self._pagemap, self.page, offsets)
@@ -340,7 +321,7 @@ class Capture:
 
     def _unprotected(self, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Yield the offsets of the pages that are there and may be written."""
-        for low, high in self._places.mapped_of(spans, self.spaces[0].mappings):
+        for low, high in self._places.mapped_of(spans, self._space.mappings):
             for first, last in runs(self._states, _OPEN, low // self.page, high // self.page):
                 yield first * self.page, last * self.page
 
@@ -359,31 +340,24 @@ class Capture:
         await self._protect(_joined(again, self.page))
 
     def _protect_now(self, start: int, end: int) -> bool:
-        """Protect the pages at some offsets, which are there; False: the layout is changing."""
-        for space in _served(self.spaces):
-            for place in self._places.addresses(start, end):
-                result = space.uffd.try_writeprotect(place.start, place.end - place.start, abi.WRITEPROTECT_MODE_WP)
-                if result in (-errno.EAGAIN, 0):
-                    return False
-                if result == -errno.ENOENT and self._modes is None and space is self.spaces[0]:
-                    self.fail(
-                        operation_error("UFFDIO_WRITEPROTECT", place.start, place.end - place.start, errno.ENOENT)
-                    )
-                elif result < 0 and result not in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now; a process is gone
-                    raise OSError(-result, os.strerror(-result), "UFFDIO_WRITEPROTECT")
+        if not self.arming.protect(start, end):
+            return False
         self._set(start, end, DUE)
         return True
 
     def _is_moment(self) -> bool:
         """Protect what has come meanwhile; False: the layout is changing."""
         with self._quiet():
-            nothing_came = self._alone and _placed(self.spaces[0]) == self._seen and self._bound is None
+            for low, high in self._laid_out:  # and missing since, perhaps, though it was protected behind that
+                self._set(low, high, EMPTIED)
+            nothing_came = self._alone and _placed(self._space) == self._seen and not self._laid_out
             parts = None if self._bound is not None else blocks(self._states, _OPEN, max(_BLOCK // self.page, 1))
-            there = [] if nothing_came else self._there(parts)
+            there = [] if nothing_came and self._bound is None else self._there(parts)
             if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
+            self._laid_out.clear()
             self._came = RangeSet(Range.between(*span) for span in there)
-            self._shown = self.spaces[0].mappings.copy()
+            self._shown = self._space.mappings.copy()
             self.phase = Phase.READING
         return True
 
@@ -394,8 +368,7 @@ class Capture:
         index = self._places.offset(page) // self.page
         if index < 0:
             return False
-        saves = self._bound is not None and self._bound.write_back is not None  # else the source has it for good
-        due = self.phase is Phase.READING and self._states[index] in ((DUE, ABSENT) if saves else (DUE,))
+        due = self.phase is Phase.READING and self._states[index] in ((DUE, ABSENT) if self._saves else (DUE,))
         if self.phase is Phase.HOLDING or (due and self._kept.is_full):
             self._held.append((space, page, flags, thread))
             return True
@@ -415,14 +388,16 @@ class Capture:
         if len(data) < self.page:
             self.fail(LayoutChangingError("a snapshot", page, self.page, errno.EAGAIN))
             return False
-        # The usual way takes 5 us more. Where pages are dropped, only that notes the write.
-        result = self.page if self._bound is not None else space.uffd.try_writeprotect(page, self.page, 0)
-        if result == self.page:
-            self._kept.keep(index, data)
-        elif result == -errno.EAGAIN:  # the layout is changing: what was read is of another page, perhaps
+        # The usual way takes 5 us more. Where pages are dropped, only that notes the write: it is left to do.
+        mode, lifted = (0, self.page) if self._bound is None else (NEITHER, -errno.EINVAL)
+        result = space.uffd.try_writeprotect(page, self.page, mode)
+        if result == -errno.EAGAIN:  # the layout is changing: what was read is of another page, perhaps
             self._held.append((space, page, flags, thread))
             asyncio.get_running_loop().call_later(_RETRY, self._let_go)
-        return self._bound is None and result in (self.page, -errno.EAGAIN)
+            return True
+        if result == lifted:
+            self._kept.keep(index, data)
+        return bool(result == self.page)
 
     def _let_go(self) -> None:
         """Let the writes go on that were held back, as far as there is room for what they overwrite."""
@@ -440,26 +415,41 @@ class Capture:
             LayoutChangingError: pages were unmapped, moved or emptied before they were read.
             ClosedError: the memory is served no longer, or its process is gone.
         """
-        space = self.spaces[0]
+        space = self._space
         if space.closing or space.uffd.gone():  # asked behind each read: the pages of a dead process read as missing
             self.fail(ClosedError("it is served no longer"))
         if self.failure is not None:
             raise self.failure
 
     def fail(self, error: BaseException) -> None:
-        """Have the snapshot end with an error."""
+        """Have the snapshot end with an error. From now on no write waits for it, whatever its readers wait for."""
         self.failure = self.failure or error
+        if self.phase in (Phase.HOLDING, Phase.READING):
+            self.phase = Phase.LIFTING
+            asyncio.get_running_loop().call_soon(self._let_go)
 
     def _changed(self, start: int, end: int) -> None:
         """Take note that the layout of the addresses [start, end) has changed."""
         for low, high in self._places.offsets(align_down(start, self.page), align_up(end, self.page)):
+            if self.phase is not Phase.IDLE:
+                self._laid_out.append((low, high))
             if self.phase is not Phase.READING:
                 self._set(low, high, EMPTIED)
                 continue
-            self._layout_changed = True
-            if DUE in self._states[low // self.page : high // self.page]:
+            part = self._states[low // self.page : high // self.page]
+            if DUE in part or (ABSENT in part and self._is_saved(low, high)):
                 self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
             self._replace(low, high, ABSENT, LOOSE)  # no write there goes to the source any more
+
+    @property
+    def _saves(self) -> bool:
+        """Whether what is written goes to the source, which has its bytes for good else."""
+        return self._bound is not None and self._bound.write_back is not None
+
+    def _is_saved(self, low: int, high: int) -> bool:
+        """Tell whether memory shows still what it had at some offsets: it was moved, and its writes are saved."""
+        shown = self._places.missing(self._shown, low, high) if self._saves else ()
+        return any(bool(self._bound.places(at, at + length)) for _, at, length in shown)  # type: ignore[union-attr]
 
     def dropped(self, start: int, end: int) -> None:
         """Take note that the pages of addresses [start, end) are about to be dropped: the source has their bytes."""
@@ -481,7 +471,7 @@ class Capture:
         found = RangeSet(
             Range.between(low * self.page, high * self.page) for low, high in self.to_read(0, len(self._states))
         )
-        data = self.spaces[0].backend.data
+        data = self._space.backend.data
         for offset, at, length in self._places.missing(self._shown, 0, size):
             for low, high in data(at, at + length):
                 found.add(align_down(low + offset - at, self.page), align_up(high + offset - at, self.page))
@@ -500,8 +490,8 @@ class Capture:
             LayoutChangingError, ClosedError: as `check`.
             SourceError: missing pages could not be read from the source.
         """
-        if lost:
-            await asyncio.sleep(_RETRY)  # munmap(2) and mremap(2) are told of when the pages have gone
+        while lost and self.failure is None and self.arming.is_changing:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(_RETRY)  # pages have gone: munmap(2) tells of that when it has unmapped all of them
         self.check()
         there = RangeSet(Range.between(*span) for span in self.to_read(first, last))
         for index in lost:
@@ -509,15 +499,15 @@ class Capture:
         found: list[tuple[int, Any]] = []
         for gap in there.gaps(first, last):
             for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
-                found.append((offset, await self.spaces[0].backend.fetch(at, length)))
+                found.append((offset, await self._space.backend.fetch(at, length)))
+        self.check()
         # Behind what was fetched: the source may have got a page already that was written meanwhile.
         found += [(index * self.page, data) for index, data in self._kept.take(first, last)]
-        states = self._states[first:last]
-        self._states[first:last] = states.translate(_READ_AND_LIFTED if lifts else _READ)
-        if lifts:
-            for low, high in runs(states, _STILL_PROTECTED):
-                for place in self._places.addresses((first + low) * self.page, (first + high) * self.page):
-                    self._lift_now(place.start, place.end)
+        self._states[first:last] = self._states[first:last].translate(_READ)
+        if lifts and self._bound is None:
+            self._replace(first * self.page, last * self.page, PROTECTED, LOOSE)
+            for place in self._places.addresses(first * self.page, last * self.page):
+                self.arming.lift(place.start, place.end)
         if self._held:
             self._let_go()
         return found
@@ -528,10 +518,11 @@ class Capture:
         """Be done with a snapshot.
 
         Args:
-            name: of the snapshot, since which it is to be known what was written: the protection stays. None: nothing
+            name: of the snapshot, since which it is to be known what was written: the protection stays. None: there is
+                none. If it is known what was written since another, which was its base, that stays known; else nothing
                 is protected any more when this returns.
         """
-        self.base, self._granules = None if self._layout_changed else name, None
+        self.base, self._granules = name or self._followed, None
         self.phase = Phase.LIFTING
         self._kept.end()
         self._again.clear()
@@ -540,20 +531,18 @@ class Capture:
             if self.base is None:
                 self._states[:] = bytes(len(self._states))
                 await self._lift()
-            self._states[:] = self._states.translate(_NOT_READ)
+                return
+            self._states[:] = self._states.translate(_READ if name else _NOT_WRITTEN)
+            found = [] if name else [(run.start, run.end) for run in self._differing]
+            for low, high in found + self._laid_out:
+                self._set(low, high, EMPTIED)
         finally:
             self.phase = Phase.IDLE
 
     async def _lift(self) -> None:
-        for space in self.spaces:
+        for space in self.arming.spaces if self._bound is None else ():
             for low, high in self._places.mapped(space.mappings):
                 for at, size in pieces(low, high, self.page, _LIFTED):
-                    while not (space.closing or space.is_gone or self._lift_now(at, at + size)):  # noqa: ASYNC110 - no event
+                    while not (space.closing or space.is_gone or self.arming.lift(at, at + size)):  # noqa: ASYNC110 - no event
                         await asyncio.sleep(_RETRY)
                     await asyncio.sleep(0)
-
-    def _lift_now(self, start: int, end: int) -> bool:
-        if self._bound is not None:
-            return True
-        served = _served(self.spaces)
-        return -errno.EAGAIN not in [space.uffd.try_writeprotect(start, end - start, 0) for space in served]

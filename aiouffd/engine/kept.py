@@ -20,7 +20,20 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.memory import ProcessMemory
 
-__all__ = ["ABSENT", "DUE", "EMPTIED", "KEPT", "LOOSE", "PROTECTED", "Granules", "Kept", "among", "blocks", "runs"]
+__all__ = [
+    "ABSENT",
+    "DUE",
+    "EMPTIED",
+    "KEPT",
+    "LOOSE",
+    "PROTECTED",
+    "Granules",
+    "Kept",
+    "among",
+    "becoming",
+    "blocks",
+    "runs",
+]
 
 LOOSE, PROTECTED, DUE, KEPT, EMPTIED, ABSENT = range(6)
 """Of a page: it is missing or may be written; it is protected, and as in the base or read already; it is protected, and
@@ -35,6 +48,11 @@ _COPIED: Final = 1 << 18  # pages
 def among(*states: int) -> bytes:
     """Return a table for `bytes.translate`, of 1 for these states."""
     return bytes(value in states for value in range(256))
+
+
+def becoming(changes: dict[int, int]) -> bytes:
+    """Return a table for `bytes.translate`, of what becomes of each state: those that are not named stay."""
+    return bytes(changes.get(value, value) for value in range(256))
 
 
 def runs(
@@ -67,7 +85,7 @@ def blocks(states: bytes | bytearray, wanted: bytes, step: int) -> Iterator[tupl
 
 
 _ARE_KEPT: Final = among(KEPT)
-_READ_TOGETHER: Final = bytes([LOOSE, DUE, DUE, KEPT, EMPTIED]) + bytes(251)
+_READ_TOGETHER: Final = becoming({PROTECTED: DUE})
 
 
 class Granules:

@@ -46,7 +46,7 @@ class Capturing(Entered):
         device (DMA) into pinned memory, by write(2) to the memfd of a shared region, and through a mapping of it that
         no Monitor serves. Private memory of forked children is theirs, and in no snapshot.
 
-        Canceling is safe: there is no snapshot then, and nothing is protected any more.
+        Canceling is safe: there is no snapshot then. What was written since its base stays known, as after any failure.
 
         Args:
             destination: path or URL of a snapshot, which ends with `.snap`; or path of a plain file, which appears

@@ -127,7 +127,7 @@ class Snapshots:
             if space in self._tasks:
                 raise BusyError("a snapshot", order.start, order.size, errno.EBUSY)
             state = Capture.of(spaces, Places(order.places, ours=modes is not None), modes, quiet)
-            state.shared = memory.file >= 0
+            state.arming.shared = memory.file >= 0
             begun = functools.partial(self._images.__setitem__, space)
             task = asyncio.get_running_loop().create_task(capture(state, order, memory, pagemap, begun))
             self._tasks[space] = task
@@ -170,8 +170,8 @@ async def capture(
 ) -> Captured:
     """Write a snapshot. On the loop of the capture.
 
-    Canceling is safe: no snapshot appears and nothing is protected any more, when this raises. `begun` is called at the
-    moment.
+    Canceling is safe: no snapshot appears, and what is known of writes since its base stays known; else nothing is
+    protected any more, when this raises. `begun` is called at the moment.
 
     Raises:
         LayoutChangingError: pages were unmapped, moved or emptied before they were read.
@@ -236,15 +236,15 @@ def _write(order: Order, image: Moment, settings: dict[str, Any]) -> str | None:
     """Write an image; return the hash of its index, which names it; None: it is a file."""
     if order.is_file:
         above, name = os.path.split(order.destination)
-        Folder(above).fill(name, lambda fd: _fill(fd, image))
+        Folder(above).fill(name, lambda fd: _fill(fd, image, max(_PIECE, settings["page_size"])))
         return None
     store, name = target(order.destination, order.options.get("storage_options"), replace=True)
     return write_image(store, name, image, **settings, **order.options).index.hash
 
 
-def _fill(fd: int, image: Moment) -> None:
+def _fill(fd: int, image: Moment, piece: int) -> None:
     os.ftruncate(fd, image.size)
     for low, high in image.extents():
-        for at in range(low, high, _PIECE):
-            files.write_at(fd, image.read(at, min(_PIECE, high - at)), at)
+        for at in range(low, high, piece):  # whole pages: each is read once
+            files.write_at(fd, image.read(at, min(piece, high - at)), at)
     image.close()

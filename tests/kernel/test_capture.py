@@ -26,9 +26,11 @@ from pattern import PAGE, content, word
 from scenario import play, until
 
 import aiouffd
+from aiouffd.engine.arming import NEITHER
 from aiouffd.engine.capture import Capture, Phase
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.places import Places
+from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.ranges import Range
@@ -181,7 +183,8 @@ class FakeUffd:
     features = aiouffd.Feature.PAGEFAULT_FLAG_WP
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.asked = 0
+        self.is_changing = self.nothing = False
         self.calls = list[tuple[int, int, int]]()
         self.has_no_process = False
 
@@ -189,12 +192,19 @@ class FakeUffd:
         """Tell whether its process has ended."""
         return self.has_no_process
 
-    def register(self, start: int, length: int, modes: int) -> None:
+    def register(self, *_: int) -> None:
         """Take note of nothing."""
+
+    try_wake = try_copy = try_zeropage = try_continue = try_poison = register
 
     def try_writeprotect(self, start: int, length: int, mode: int) -> int:
         """Protect or lift."""
+        if mode == NEITHER:
+            self.asked += 1
+            return -errno.EAGAIN if self.is_changing else -errno.EINVAL
         self.count += 1
+        if self.nothing:
+            return -errno.ENOENT
         if self.count in (2, 4):
             return -errno.EAGAIN
         self.calls.append((start, length, mode))
@@ -203,8 +213,15 @@ class FakeUffd:
 
 def fake_space(mappings: Mappings, **attributes: Any) -> Any:
     """Return what a capture needs of a space."""
-    known = {"page_size": PAGE, "counters": Counters(), "resolver": Mock(), "closing": False, "is_gone": False}
-    known |= {"capture": None, "bound": None, "fast_path": None} | attributes
+    known: dict[str, Any] = {
+        "page_size": PAGE,
+        "counters": Counters(),
+        "closing": False,
+        "is_gone": False,
+        "capture": None,
+    }
+    known |= {"bound": None, "fast_path": None} | attributes
+    known["resolver"] = Resolver(known["uffd"] or Mock(), PAGE, Counters())
     return SimpleNamespace(mappings=mappings, on_changed=set(), **known)
 
 
@@ -252,16 +269,195 @@ async def test_writes_are_held_back_until_the_moment(monkeypatch: pytest.MonkeyP
     ended = fake_space(mappings, uffd=None, closing=True)  # another child, which has ended
     assert Capture.of([space, child, ended], places, 1) is capture  # they were forked meanwhile
     await capture.begin(memory, pagemap, "base", PAGE)
-    assert (capture.spaces, child.capture, len(child.on_changed)) == ([space, child], capture, 1)
-    capture.spaces[1:] = [ended]
+    assert (capture.arming.spaces, child.capture, len(child.on_changed)) == ([space, child], capture, 1)
+    capture.arming.spaces[1:] = [ended]
     uffd.has_no_process = True
     with pytest.raises(aiouffd.ClosedError):
         await capture.read(4, 8, [], lifts=False)
     await capture.end(None)
-    assert uffd.calls[-1] == (start, 8 * PAGE, 0)
+    assert capture.base == "base"  # what was written since stays known
     space.uffd, space.capture = SimpleNamespace(features=aiouffd.Feature(0)), None
     with pytest.raises(aiouffd.UnsupportedError, match="PAGEFAULT_FLAG_WP"):
         await Capture.of([space], places, 1).begin(memory, pagemap, None, PAGE)
+
+
+class Memory:
+    """Eight pages of a region, four of which are there; and a capture of it."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.start, self.there, self.uffd = 1 << 20, list(range(4)), FakeUffd()
+        self.uffd.count = 4  # refuses nothing
+        self.written, self.memory = list[int](), cast("Any", FakeMemory())
+        places = Places([(self.start, self.start + 8 * PAGE, 0)], ours=True)
+        self.mappings = Mappings([Mapping(self.start, self.start + 8 * PAGE, 0)])
+        backend = SimpleNamespace(source=None, written=self.write_on, fetch=self.fetch)
+        self.space = fake_space(self.mappings, uffd=self.uffd, backend=backend, **attributes)
+        self.capture = Capture.of([self.space], places, 1)
+
+    def write_on(self, _space: Any, address: int, *_: int) -> None:
+        """Let a writer go."""
+        self.written.append((address - self.start) // PAGE)
+
+    async def fetch(self, _at: int, length: int) -> bytes:
+        """Read the source."""
+        return b"s" * length
+
+    def spans(self, *_: int) -> list[tuple[int, int]]:
+        """Tell which pages are there."""
+        return [(self.start + page * PAGE, self.start + (page + 1) * PAGE) for page in self.there]
+
+    async def begin(self, base: str | None = None) -> list[int] | None:
+        """Let a moment be; return the pages that differ from the base."""
+        changes = await self.capture.begin(self.memory, cast("Any", self), base, PAGE)
+        return None if changes is None else [at // PAGE for run in changes for at in range(run.start, run.end, PAGE)]
+
+    def write(self, page: int) -> bool:
+        """Write to a protected page; tell whether it is let go by the usual way."""
+        return not self.capture.keeps(self.space, self.start + page * PAGE, 0, 0)
+
+    def change(self, page: int) -> None:
+        """Have a page be emptied behind the region's back."""
+        self.mappings.remove(self.start + page * PAGE, self.start + (page + 1) * PAGE)
+        self.capture._changed(self.start + page * PAGE, self.start + (page + 1) * PAGE)
+
+
+async def test_what_fails_keeps_its_base() -> None:
+    """What was written since an earlier snapshot stays known, whenever the next one fails; also over a new layout."""
+    memory = Memory()
+    assert await memory.begin() is None
+    await memory.capture.end("base")
+    assert all([memory.write(1), memory.write(3)])
+    assert await memory.begin("base") == [1, 3]
+    assert await memory.capture.read(1, 2, [], lifts=False) == []
+    assert not memory.write(3)
+    assert memory.capture.pages_kept == 1
+    memory.capture.fail(aiouffd.ClosedError("it was canceled"))
+    await memory.capture.end(None)
+    memory.uffd.count = 0  # one is taken, and the next refused: the layout is changing
+    task = asyncio.create_task(memory.begin("base"))
+    await until(lambda: memory.uffd.count > 1)
+    assert memory.write(0)  # before its moment
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await memory.capture.end(None)
+    memory.uffd.count = 4
+    assert await memory.begin("base") == [0, 1, 3]
+    for page in (0, 1, 3):
+        await memory.capture.read(page, page + 1, [], lifts=False)
+    memory.change(2)
+    await memory.capture.end("next")
+    assert await memory.begin("next") == [2]
+    memory.change(4)
+    await memory.capture.end(None)
+    assert await memory.begin("next") == [2, 4]
+    await memory.capture.end(None)
+    assert [mode for *_, mode in memory.uffd.calls if not mode] == [0]  # nothing else was lifted but a write
+    assert await memory.begin("another") is None
+    await memory.capture.end(None)
+    assert memory.capture.base is None
+    assert memory.uffd.calls[-1] == (memory.start, 8 * PAGE, 0)
+
+
+async def test_a_failure_lets_writers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, though those that read may wait for something still."""
+    monkeypatch.setattr("aiouffd.engine.capture._MOST_KEPT", PAGE)
+    memory = Memory()
+    await memory.begin()
+    assert not any([memory.write(0), memory.write(1)])
+    await asyncio.sleep(0)
+    assert memory.written == []
+    memory.capture.fail(aiouffd.ClosedError("it was canceled"))
+    await asyncio.sleep(0)
+    assert memory.written == [1]
+    assert memory.write(2)
+    with pytest.raises(aiouffd.ClosedError):
+        await memory.capture.read(0, 4, [], lifts=False)
+
+
+async def test_a_layout_that_is_changing_is_waited_for() -> None:
+    """munmap(2) tells of what it does when all pages have gone: what is lost meanwhile is not the source's."""
+    memory = Memory()
+    await memory.begin()
+    memory.uffd.is_changing = True
+    task = asyncio.create_task(memory.capture.read(0, 4, [2], lifts=False))
+    await until(lambda: memory.uffd.asked > 4 or task.done())
+    assert not task.done()
+    memory.change(2)
+    memory.uffd.is_changing = False
+    with pytest.raises(aiouffd.LayoutChangingError):
+        await task
+    memory.uffd.is_changing = True
+    with pytest.raises(aiouffd.LayoutChangingError):  # and it waits no longer than needed
+        await memory.capture.read(0, 4, [3], lifts=False)
+
+
+async def test_what_is_emptied_while_it_is_protected() -> None:
+    """It is missing at the moment: a page that comes later is not protected, and not in the image."""
+    memory = Memory()
+    memory.uffd.count = 1  # the next is refused
+    task = asyncio.create_task(memory.begin())
+    await until(lambda: memory.uffd.count > 1)
+    memory.there.remove(2)
+    memory.change(2)
+    memory.change(3)  # another page was moved there
+    await task
+    assert memory.capture.to_read(0, 8) == [(0, 2), (3, 4)]
+    assert await memory.capture.read(2, 3, [], lifts=False) == []  # zeros
+
+
+async def test_a_canceled_look_is_waited_for() -> None:
+    """Its thread uses descriptors, which are closed when this has returned."""
+    memory, looks, goes_on = Memory(), threading.Event(), threading.Event()
+
+    def spans(*_: int) -> list[tuple[int, int]]:
+        looks.set()
+        goes_on.wait()
+        return []
+
+    memory.spans = spans  # type: ignore[method-assign]
+    task = asyncio.create_task(memory.begin())
+    await asyncio.to_thread(looks.wait)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.001)
+    done = task.done()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not done
+
+
+def bounded(shown: list[Any], write_back: object) -> Any:
+    """Return what a capture needs of a bound whose pages show the source still where `shown` says it."""
+    clean = SimpleNamespace(clean=lambda *_: [])
+    return SimpleNamespace(written=clean, shows=lambda *_: True, places=lambda *_: shown, write_back=write_back)
+
+
+async def test_a_write_while_the_layout_is_changing_waits() -> None:
+    """Also where pages are dropped: what was read was moved there just now, perhaps."""
+    memory = Memory(bound=bounded([], None))
+    await memory.begin()
+    memory.uffd.is_changing = True
+    assert not memory.write(0)
+    await until(lambda: memory.uffd.asked > 3)
+    assert (memory.capture.pages_kept, memory.written) == (0, [])
+    memory.uffd.is_changing = False
+    await until(lambda: memory.written)
+    assert (memory.capture.pages_kept, memory.written) == (1, [0])
+
+
+@pytest.mark.parametrize("write_back", [None, "saves"])
+@pytest.mark.parametrize("moved", [False, True])
+async def test_missing_pages_that_are_moved(write_back: str | None, *, moved: bool) -> None:
+    """What is written to them goes to the source still, which has not been read yet: then the snapshot ends."""
+    shown = list[Any]()
+    memory = Memory(bound=bounded(shown, write_back))
+    await memory.begin()
+    shown += ["elsewhere"] * moved
+    memory.change(5)
+    with pytest.raises(aiouffd.LayoutChangingError) if moved and write_back else contextlib.nullcontext():
+        memory.capture.check()
 
 
 async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +465,6 @@ async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: p
     for name, value in {"_TURN_NS": 0, "_FEW": 2, "_BLOCK": 16 * PAGE}.items():
         monkeypatch.setattr(f"aiouffd.engine.capture.{name}", value)
     start, holes, looked_at, phases = 1 << 20, set(range(33, 48, 2)), list[tuple[int, int]](), list[Phase]()
-    space = fake_space(Mappings([Mapping(start, start + 80 * PAGE, 0)]), backend=SimpleNamespace(source=None))
 
     def spans(address: int, length: int, *_: object) -> list[tuple[int, int]]:
         looked_at.append(((address - start) // PAGE, length // PAGE))
@@ -279,8 +474,10 @@ async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: p
         phases.append(capture.phase)
         return length
 
-    space.uffd = SimpleNamespace(features=FakeUffd.features, register=Mock(), gone=lambda: False)
-    space.uffd.try_writeprotect = protect
+    uffd: Any = FakeUffd()
+    uffd.try_writeprotect = protect
+    backend = SimpleNamespace(source=None)
+    space = fake_space(Mappings([Mapping(start, start + 80 * PAGE, 0)]), uffd=uffd, backend=backend)
     capture = Capture.of([space], Places([(start, start + 80 * PAGE, 0)], ours=True), 1)
     pagemap: Any = SimpleNamespace(spans=spans)
     task = asyncio.create_task(capture.begin(cast("Any", FakeMemory()), pagemap, None, PAGE))
@@ -335,7 +532,7 @@ async def test_parts_of_an_image() -> None:
         capture.check()  # all of it was read
         await capture.end("layer")
         space.mappings = Mappings(rows)
-        uffd.try_writeprotect = lambda *_: -errno.ENOENT
+        uffd.nothing = True
         with pytest.raises(aiouffd.RangeGoneError, match="UFFDIO_WRITEPROTECT"):
             await capture.begin(memory, None, None, PAGE)
 

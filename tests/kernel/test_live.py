@@ -80,7 +80,13 @@ async def ended(engine: str, folder: str) -> None:
             await monitor.snapshot(place / "first.snap")
         with pytest.raises(aiouffd.StoreError, match="in the store of its layer"):
             await monitor.snapshot(place / "other" / "x.snap", base=place / "first.snap")
-        assert not await asyncio.to_thread(protected, monitor)  # what has failed protects nothing
+        assert await asyncio.to_thread(protected, monitor) == PAGES  # what was written since the base stays known
+        task = slow(monitor, place / "plain")
+        await begun(monitor)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not await asyncio.to_thread(protected, monitor)  # else what has failed protects nothing
         task = slow(monitor, place / "left.snap")
         await begun(monitor)
     with pytest.raises(aiouffd.ClosedError):
