@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aiouffd.engine.ahead.pages import Recording
     from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.serve.handler import Batch, Fault, Handler
     from aiouffd.engine.statistics import Statistics
@@ -114,6 +115,7 @@ __all__ = [
     "Progress",
     "Range",
     "RangeGoneError",
+    "Recording",
     "Region",
     "RegisterMode",
     "Remap",
@@ -147,6 +149,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "engine.ahead.pages": "Recording",
     "engine.ahead.trace": "Trace",
     "engine.serve.handler": "Batch Fault Handler",
     "engine.statistics": "Statistics",
@@ -189,7 +192,17 @@ _HOME_OF = {name: f"aiouffd.{module}" for module, names in _HOMES.items() for na
 
 _LATE = (
     *("Batch", "Checkpointer", "ChunkCache", "Fault", "FileSource", "FsspecSource", "Handler", "InProcess"),
-    *("InThread", "LayeredSource", "ObjectSource", "Progress", "ServedBy", "Server", "SnapshotSource", "Statistics"),
+    *(
+        "InThread",
+        "LayeredSource",
+        "ObjectSource",
+        "Progress",
+        "Recording",
+        "ServedBy",
+        "Server",
+        "SnapshotSource",
+        "Statistics",
+    ),
     *("StorageOptions", "Trace", "ZstdSeekableSource", "map", "open"),
 )
 """Imported when they are first taken: a Monitor with a pager does without, and they bring many modules."""

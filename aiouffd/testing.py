@@ -37,6 +37,7 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable, Iterator
 
 __all__ = ["POISONED", "FakeUffd"]
@@ -223,6 +224,12 @@ class FakeUffd(OwnedDescriptor):
             heals=True,
             refused=abi.COPY_MODE_WP,
         )
+
+    def try_copies(self, copies: array[int], mode: int) -> int:
+        """As `Userfaultfd.try_copies`."""
+        each = zip(copies[::3], copies[1::3], copies[2::3], strict=True)
+        done = (self.try_copy(*copy, mode | _DONTWAKE) == copy[2] for copy in each)
+        return sum(itertools.takewhile(bool, done))
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_zeropage`."""

@@ -33,10 +33,10 @@ Spent = tuple[float, float]
 
 
 @contextlib.contextmanager
-def served(file: int, size: int, delay: float = 0.0) -> Iterator[int]:
-    """Serve a file by HTTP, from a process of its own, each answer after some seconds; yield the port."""
+def served(file: int, size: int, delay: float = 0.0, port: int = 0) -> Iterator[int]:
+    """Serve a file by HTTP, from a process of its own, each answer after some seconds; yield the port (0: any)."""
     with (
-        socket.create_server(("127.0.0.1", 0), backlog=256) as listening,
+        socket.create_server(("127.0.0.1", port), backlog=256) as listening,
         child(lambda: library().serve_http(listening.fileno(), file, size, round(delay * 1e6))),
     ):
         yield listening.getsockname()[1]

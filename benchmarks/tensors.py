@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import struct
 import tempfile
 import time
@@ -159,12 +160,21 @@ def _chosen(size: int) -> np.ndarray:
     return np.random.default_rng(1).choice(size // (4 * _WIDTH), _ROWS, replace=False)
 
 
-def _rows(size: int, replay: Path | None = None, record: Path | None = None) -> float:
+@functools.cache
+def _port() -> int:
+    """Return a port that nobody listens at: a recording carries bytes of one URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _rows(size: int, replay: Path | None = None, record: aiouffd.Recording | None = None) -> float:
     """Ours: a prefetch of the rows, or touches that a replay of the last run comes before, from opening the URL on."""
     fd, rows = _table(size), _chosen(size)
-    with served(fd, os.fstat(fd).st_size, delay=_DELAY) as port, _a_pager(port):
+    with served(fd, os.fstat(fd).st_size, delay=_DELAY, port=_port()) as port, _a_pager(port):
         before = time.perf_counter()
         with aiouffd.open(f"http://127.0.0.1:{port}/file", readahead=0, replay=replay, record=record) as region:
+            if record is not None:
+                assert region[0] == 0x93  # the header is prefetched, and recorded are touches
             file = formats.Npy(region)
             if replay is None and record is None:
                 file.prefetch_rows_sync("array", rows)
@@ -174,7 +184,7 @@ def _rows(size: int, replay: Path | None = None, record: Path | None = None) -> 
 
 def _ms(size: int, replay: Path | None = None) -> float:
     if replay is not None and not replay.exists():
-        _rows(size, record=replay)
+        _rows(size, record=aiouffd.Recording(replay, pages=True))
     return _rows(size, replay) * 1e3
 
 
@@ -243,7 +253,13 @@ def tensor_rows(*, quick: bool) -> Iterator[Row]:
         peer = f"obstore, {_AT_ONCE} at once"
         for name, words, setup, replay, bar in (
             ("rows", "", "formats.Npy, prefetch_rows, readahead=0", None, 1.2),
-            ("rows-replay", ", replayed from a recording", "readahead=0, replay=", trace, 0.2),
+            (
+                "rows-replay",
+                ", replayed from a recording",
+                "readahead=0, record=Recording(pages=True), replay=",
+                trace,
+                0.2,
+            ),
         ):
             yield Row(
                 name,

@@ -6,14 +6,14 @@ import asyncio
 import errno
 
 import pytest
-from engine_world import BASE, LOCATED, PAGES, SIZE, World
+from engine_world import BASE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, content
 
 from aiouffd.engine import two_threads
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.runs import Op, Purpose, Run
 from aiouffd.engine.serve import bulk
-from aiouffd.engine.serve.bulk import resolve_bulk
+from aiouffd.engine.serve.bulk import place_at_hand, resolve_bulk
 from aiouffd.engine.statistics import Counter
 
 pytestmark = pytest.mark.timeout(30)
@@ -120,3 +120,47 @@ def test_what_is_counted_before_it_comes_is_not_divided(monkeypatch: pytest.Monk
     monkeypatch.setattr(world.space, "resolve", asked.append)
     resolve_bulk(world.space, [copy_of(0, 8)])
     assert [run.left for (run,) in asked] == [8 * PAGE]
+
+
+def parts(*pages: int, count: int = 2) -> list[tuple[int, int, int]]:
+    """Return parts of two pages each, and where their bytes lie."""
+    return [(page * PAGE, count * PAGE, LOCATED.address + page * PAGE) for page in pages]
+
+
+async def test_small_parts_are_placed_without_a_run_for_each() -> None:
+    """Whoever waits for some of them goes on, though its page is on its way; what is there already is left."""
+    world = World(0, source=Held())
+    for page in (9, 21):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns()
+    world.uffd.copy(BASE + 5 * PAGE, content(5 * PAGE, PAGE))
+    assert place_at_hand(world.space, parts(20, 4, 8, 12), Counter.PAGES_REPLAY) == [(4 * PAGE, 2 * PAGE)]
+    assert {at: world.uffd.pages[BASE + at * PAGE] for at in (20, 21, 8, 9, 12, 13)} == {
+        at: content(at * PAGE, PAGE) for at in (20, 21, 8, 9, 12, 13)
+    }
+    assert not world.uffd.asleep
+    found = world.counters.snapshot()
+    assert (found.pages_replay, found.bytes_shared, found.copies) == (6, 6 * PAGE, 3)
+    assert world.space.readahead.missing(20 * PAGE, 22 * PAGE) == []
+    assert world.space.readahead.missing(12 * PAGE, 14 * PAGE) == []
+    await world.backend.aclose()
+
+
+async def test_what_is_not_that_simple_is_left() -> None:
+    """Where the layout is another one, is changing, or there is nobody any more."""
+    world = World(0, located=True)
+    wanted = parts(1, 20)
+    everything = [(offset, length) for offset, length, _ in wanted]
+    world.space.mappings.unmap(BASE + 10 * PAGE, BASE + 11 * PAGE)
+    assert place_at_hand(world.space, wanted, Counter.PAGES_REPLAY) == everything
+    world = World(0, located=True)
+    world.space.mappings.add(BASE + 4 * SIZE, BASE + 5 * SIZE, 0)  # each page is shown twice
+    assert place_at_hand(world.space, wanted, Counter.PAGES_REPLAY) == everything
+    world = World(0, located=True)
+    world.remove(30, 1)  # its event is not read: EAGAIN
+    assert place_at_hand(world.space, wanted, Counter.PAGES_REPLAY) == everything
+    world.deliver(64)
+    assert place_at_hand(world.space, wanted, Counter.PAGES_REPLAY) == []
+    world.space.gone()
+    assert place_at_hand(world.space, parts(24), Counter.PAGES_REPLAY) == [(24 * PAGE, 2 * PAGE)]

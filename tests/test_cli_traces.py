@@ -6,6 +6,7 @@ import json
 from array import array
 from typing import TYPE_CHECKING
 
+from carried import carried, made
 from pattern import PAGE
 
 from aiouffd.cli import main
@@ -48,3 +49,14 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "smaller --at-least" in run(capsys, "merge", paths[1], "-o", paths[3], "--at-least", "2", status=1)
     assert "not a recording" in run(capsys, "show", str(picture), status=1)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a", "a.svg", "b", "other", "out"]
+
+
+def test_bytes_that_recordings_carry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are counted, and what is merged has them, up to a limit."""
+    path, merged = made(tmp_path, [3, 4])[0], tmp_path / "merged"
+    assert "carried      2\n" in run(capsys, "show", str(path))
+    assert run(capsys, "merge", str(path), "-o", str(merged)).endswith("2 pages of 1 recordings, the bytes of 2\n")
+    assert set(carried(merged)) == {3, 4}
+    assert run(capsys, "merge", str(path), "-o", str(merged), "--pages", "4K").endswith("the bytes of 1\n")
+    assert run(capsys, "merge", str(merged), "-o", str(merged), "--pages", "0").endswith("1 recordings\n")
+    assert Trace.load(merged).pages is None

@@ -6,24 +6,32 @@ import asyncio
 import errno
 import logging
 import math
+import os
 import time
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 from engine_world import BASE, ELSEWHERE, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, Pattern, content
 
 from aiouffd.engine.ahead import fill as module
 from aiouffd.engine.ahead.fill import bring_ahead, bring_early, complete, fill
+from aiouffd.engine.ahead.keeping import keep_pages
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.engine.runs import FOR_FAULT
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.sources.file import FileSource
 from aiouffd.testing import FakeUffd
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -69,6 +77,61 @@ async def test_a_successor_goes_on_where_its_predecessor_was(monkeypatch: pytest
     asked = noted(world)
     await bring_ahead(world.space, world.backend, Trace(PAGE, SIZE, array("Q", [0, PAGE, 5 * PAGE])), math.inf)
     assert asked == [([(5, 1)], Counter.PAGES_REPLAY), ([(20, 12)], Counter.PAGES_BACKGROUND)]
+
+
+def carrying(folder: Path, *pages: int) -> Trace:
+    """Return a recording of these pages that carries their bytes."""
+    image, path = folder / "image", folder / "trace"
+    image.write_bytes(content(0, SIZE))
+    Trace(PAGE, SIZE, array("Q", [page * PAGE for page in pages])).save(path)
+    keep_pages(path, FileSource(image), 1 << 20, Limits())
+    return Trace.load(path)
+
+
+def damage(folder: Path, unit: int) -> None:
+    """Change a byte of the last units of two pages each, counted from the end."""
+    with (folder / "trace").open("r+b") as file:
+        file.seek(-1 - 2 * PAGE * unit, os.SEEK_END)
+        file.write(b"?")
+
+
+async def test_bytes_that_a_recording_carries_come_whatever_the_layout_is(tmp_path: Path) -> None:
+    """They are not fetched, where they cannot be placed by one call."""
+    trace = await asyncio.to_thread(carrying, tmp_path, 9, 8, 3, 20)
+    world = World(0, source=(source := Held()))
+    world.unmap(15, 1)
+    world.deliver(64)
+    await bring_ahead(world.space, world.backend, trace, 0)
+    assert source.reads == []
+    assert set(world.uffd.pages) == {BASE + page * PAGE for page in (9, 8, 3, 20)}
+    assert world.counters.snapshot().bytes_shared == 4 * PAGE
+    await world.backend.aclose()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_bytes_that_a_recording_carries_are_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, damaged: bool
+) -> None:
+    """Those of a unit that is damaged are, and the pages that it does not carry."""
+    monkeypatch.setattr("aiouffd.engine.ahead.pages._UNIT", 2 * PAGE)
+    trace = await asyncio.to_thread(carrying, tmp_path, 9, 8, 3, 20, 21, 30)
+    if damaged:
+        await asyncio.to_thread(damage, tmp_path, 1)
+    world = World(0, source=(source := Held()))
+    whole = attrs.evolve(trace, offsets=array("Q", [*trace.offsets, PAGE]))
+    replaying = asyncio.create_task(bring_ahead(world.space, world.backend, whole, 0))
+    wanted = [(1, 1), (9, 1), (20, 1)] if damaged else [(1, 1)]
+    while len(source.reads) < len(wanted) and not replaying.done():  # noqa: ASYNC110 - a thread reads the file
+        await asyncio.sleep(0.001)
+    assert [(offset // PAGE, length // PAGE) for offset, length, _ in source.reads] == wanted
+    for index in range(len(wanted)):
+        source.answer(index)
+    await replaying
+    assert set(world.uffd.pages) == {BASE + page * PAGE for page in (9, 8, 3, 20, 21, 30, 1)}
+    assert all(data == world.model[at] for at, data in world.uffd.pages.items())
+    assert world.counters.snapshot().pages_replay == 7
+    assert ("damaged" in caplog.text) == damaged
+    await world.backend.aclose()
 
 
 async def test_pieces_from_far_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ ORDER = {
         ),
         *("source", "handler_backend"),
     ],
-    "engine/ahead": ["__init__", "trace", "merging", "fill"],
+    "engine/ahead": ["__init__", "pages", "trace", "merging", "keeping", "fill"],
     "store": [
         *(
             "codecs",

@@ -245,6 +245,7 @@ def cancel(control: ControlClient, /, name: str) -> None:
 @click.option("--stop", is_flag=True, help="Complete what is recorded.")
 @click.option("--merge", type=click.Choice(["union", "frequency", "last"]), help="With a recording that is at PATH.")
 @click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages in one file. [default: 16G]")
+@click.option("--pages", type=parameters.Size(4096), help="Also keep so many bytes of pages in it. [default: none]")
 @_AS_JSON
 @click.pass_obj
 def record(
@@ -254,23 +255,29 @@ def record(
     path: str | None,
     merge: str | None,
     limit: int | None,
+    pages: int | None,
     *,
     stop: bool,
     as_json: bool,
 ) -> None:
     """Record which pages the clients of a session touch, to PATH: a file, or a directory for one for each source.
 
-    Then --stop has it written. What comes along with touched pages is marked in it: see `aiouffd trace`.
+    Then --stop has it written. What comes along with touched pages is marked in it: see `aiouffd trace`. With --pages
+    it carries the bytes of the first pages, which a replay need not fetch, and only the server's user may read it.
     """
     place = f"{_place(name)}/recording"
-    if stop != (path is None) or (stop and (merge or limit)):
+    if stop != (path is None) or (stop and (merge or limit or pages)):
         raise click.UsageError("give either PATH, and how it is recorded, or --stop")
     if path is None:
         recorded = control.ask("DELETE", place)
-        lines = [f"{each['path']}: {each['pages']:,} pages, {each['touched']:,} touched" for each in recorded]
+        lines = [
+            f"{each['path']}: {each['pages']:,} pages, {each['touched']:,} touched"
+            + (f", the bytes of {each['carried']:,}" if each["carried"] else "")
+            for each in recorded
+        ]
         _say(recorded, "\n".join(lines) or f"{name}: no client has come", as_json=as_json)
         return
-    wanted = {"path": absolute(path), "merge": merge, "most": limit}
+    wanted = {"path": absolute(path), "merge": merge, "most": limit, "pages": pages}
     answer = control.ask("POST", place, {key: value for key, value in wanted.items() if value is not None})
     _say(answer, f"{name}: recording to {answer['recording']}", as_json=as_json)
 

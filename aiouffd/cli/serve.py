@@ -18,6 +18,7 @@ from click.core import ParameterSource
 
 from aiouffd import __version__
 from aiouffd.cli import daemon, parameters
+from aiouffd.engine.ahead.pages import Recording
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
 from aiouffd.report.perfetto import FaultLog
@@ -102,6 +103,7 @@ _SECONDS = parameters.Seconds(0, min_open=True)
 @_option("--mode", type=parameters.FileMode(), default="600", help="Of the socket's file.")
 @_option("--allow-uid", "uids", type=int, multiple=True, help="A further user that may connect; repeatable.")
 @_option("--record", type=click.Path(), help="Write the order of first touches to this file or directory.")
+@_option("--record-pages", type=parameters.Size(4096), help="Also keep so many bytes of pages in it. [default: none]")
 @_option("--replay", type=click.Path(), help="Prefetch what was recorded there, for each client.")
 @_option("--handoff-timeout", type=_SECONDS, default=5.0, help="Seconds that a client has to send its handoff.")
 @_option("--nydus-answers", type=click.Choice(["length", "bare"]), default="length", help=_NYDUS_ANSWERS)
@@ -172,10 +174,10 @@ def command(
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
     token = "" if token_file is None else Path(token_file).read_text().strip()
     told = _told(perfetto, otel=otel)
-    server = Server(chosen, path, listener=listener, **options)
+    named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
+    server = Server(chosen, path, listener=listener, record=_recording(options), **options)
     console = daemon.terminal()
     daemon.log_to(console)
-    named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
     places = {str(item): f"--{option} {item}" for option, item in named.items() if item is not None}
     where = "sockets of sessions" if alone else path or "systemd's socket"
     outside = [_endpoint(server, metrics), _dashboard(server, http, token)]
@@ -217,10 +219,18 @@ def _told(perfetto: str | None, *, otel: bool) -> FaultLog | Telemetry | _Nobody
     return Telemetry()
 
 
+def _recording(options: dict[str, Any]) -> Recording | None:
+    """Return what is recorded, and leave it out of the options."""
+    path, pages = options.pop("record"), options.pop("record_pages")
+    return None if path is None else Recording(path, pages=pages or 0)
+
+
 def _check(source: str | None, source_for: str | None, options: dict[str, Any], *, alone: bool) -> None:
     """Refuse options that do not go together; `alone`: there are only the sessions that --control creates."""
     if not alone and (source is None) == (source_for is None):
         raise click.UsageError("give either SOURCE or --source-for; or --control, and create sessions")
+    if options["record_pages"] and not options["record"]:
+        raise click.UsageError("--record-pages: needs --record, the file or directory that is to have them")
     given = {name for name, value in options.items() if value} | ({CHOSEN} if source_for is not None else set())
     try:
         check(given)

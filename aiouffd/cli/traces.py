@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aiouffd.cli import parameters
+from aiouffd.engine.ahead.keeping import save_with_pages
 from aiouffd.engine.ahead.merging import merged
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.report.heat import heat_map
@@ -70,6 +71,7 @@ def _facts(trace: Trace) -> dict[str, Any]:
         "ranges": count - sum(offset + page in there for offset in there),
         "in_order": percent(in_order, count),
         "came_along": percent(len(trace.along), count),
+        "carried": 0 if trace.pages is None else len(trace.pages.offsets),
         "source": _KINDS.get(trace.source[0], "of a kind that this version does not know"),
     }
 
@@ -89,11 +91,18 @@ def _facts(trace: Trace) -> dict[str, Any]:
 )
 @click.option("--limit", type=parameters.Size(), help="The most bytes of pages. [default: no limit]")
 @click.option("--touched", is_flag=True, help="Only pages that were touched, and none that came along with others.")
-def merge(*, files: tuple[str, ...], output: str, by: Order, at_least: int, limit: int | None, touched: bool) -> None:
-    """Make one recording of FILES, the oldest first, of the same source. OUTPUT may be one of them."""
+@click.option("--pages", type=parameters.Size(), default="1G", show_default=True, help="Most bytes of pages; 0: none.")
+def merge(
+    *, files: tuple[str, ...], output: str, by: Order, at_least: int, limit: int | None, touched: bool, pages: int
+) -> None:
+    """Make one recording of FILES, the oldest first, of the same source. OUTPUT may be one of them.
+
+    It carries the bytes of those of its pages that FILES carry, of the version of the source that the last one has.
+    """
     named = [(file, Trace.load(file)) for file in files]
     trace = merged(named, by, at_least=at_least, most=limit, touched=touched)
     if not trace.offsets:
         raise click.ClickException("no page is left: use a smaller --at-least, or a larger --limit")
-    trace.save(output)
-    click.echo(f"{output}: {len(trace.offsets):,} pages of {len(files)} recordings")
+    carried = save_with_pages(trace, output, [trace for _, trace in named], pages)
+    of_bytes = f", the bytes of {carried:,}" if carried else ""
+    click.echo(f"{output}: {len(trace.offsets):,} pages of {len(files)} recordings{of_bytes}")

@@ -128,7 +128,8 @@ class Statistics:
         pages_evicted: pages that were dropped, to be brought again when they are touched.
         resident: bytes that are there now, where pages are dropped (`max_resident`).
         pages_written_back: pages that were written and have gone to the source (`write_back`).
-        bytes_shared: bytes that were not taken from the source: what others read of it had them already.
+        bytes_shared: bytes that were not taken from the source: what others read of it had them already, or a
+            recording carries them.
         moves: UFFDIO_MOVE, each for a huge page, in place of a COPY.
     """
 

@@ -17,8 +17,10 @@ Some facts about these ioctls:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 from functools import cache
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Self
 
 import attrs
 
+from aiouffd import native
 from aiouffd.errors import AccessError, ClosedError, UnsupportedError, operation_error
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
@@ -35,6 +38,7 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
     from typing import Any
 
@@ -350,6 +354,20 @@ class Userfaultfd(OwnedDescriptor):
     def try_move(self, dst: int, src: int, length: int, mode: int) -> int:
         """UFFDIO_MOVE."""
         return self._attempt(abi.UFFDIO_MOVE, bytearray(_pack_copy(dst, src, length, mode, 0)), length, 32)
+
+    def try_copies(self, copies: array[int], mode: int) -> int:
+        """Several UFFDIO_COPY that wake nobody; return how many were done, before the first that was not or not all.
+
+        Args:
+            copies: target, source and length of each.
+            mode: of all of them.
+        """
+        if native.reason():
+            each = zip(copies[::3], copies[1::3], copies[2::3], strict=True)
+            done = (self.try_copy(*copy, mode | abi.COPY_MODE_DONTWAKE) == copy[2] for copy in each)
+            return sum(itertools.takewhile(bool, done))
+        address, _ = copies.buffer_info()
+        return int(native.library().aiouffd_copies(self._fd, ctypes.c_void_p(address), len(copies) // 3, mode))
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""

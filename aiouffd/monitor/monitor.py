@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from aiouffd.engine.ahead.pages import Recording
     from aiouffd.engine.serve.handler import Handler
     from aiouffd.monitor.deciding import Choice
     from aiouffd.monitor.engines.in_process import InProcess
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.protocol import Engine, EngineChoice
     from aiouffd.monitor.engines.served_by import ServedBy
     from aiouffd.monitor.progress import Show
-    from aiouffd.monitor.recording import Recording
+    from aiouffd.monitor.recording import Tracing
     from aiouffd.monitor.reporting import Reporting
     from aiouffd.monitor.watching import Watching
     from aiouffd.report.observers import MonitorWatch
@@ -102,7 +103,7 @@ class ServingOptions(TypedDict, total=False):
     retries: int | None
     concurrent_reads: int
     bytes_in_flight: int
-    record: str | os.PathLike[str] | None
+    record: str | os.PathLike[str] | Recording | None
     replay: str | os.PathLike[str] | None
     report: str | os.PathLike[str] | None
     background: bool | float
@@ -148,7 +149,9 @@ class Monitor(Capturing):
         bytes_in_flight: the most bytes of source reads under way at once (128 MiB).
         record: a file to write the order of first touches to, complete when the block is left. What comes along with a
             touched page is marked, since nobody sees whether it is touched; `readahead=0` records touches only.
-        replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first.
+            With `Recording(path, pages=True)` it also carries the bytes of the pages, which are read again at the end.
+        replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first. Bytes
+            of pages that it carries are not fetched, if the source has the same version still.
         report: a file to write what the run was like to, when the block is left, also if it raises: `.html`, a page for
             a browser, or `.json`, for `aiouffd report` and other programs. Without it, the environment variable
             AIOUFFD_REPORT may name a folder: each Monitor writes a `.json` there.
@@ -240,7 +243,7 @@ class Monitor(Capturing):
         retries: int | None = None,
         concurrent_reads: int = 128,
         bytes_in_flight: int = 128 << 20,
-        record: str | os.PathLike[str] | None = None,
+        record: str | os.PathLike[str] | Recording | None = None,
         replay: str | os.PathLike[str] | None = None,
         report: str | os.PathLike[str] | None = None,
         background: bool | float = False,
@@ -272,7 +275,6 @@ class Monitor(Capturing):
         self._on_exit, self._on_error, self._progress = on_exit, on_error, progress
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._user_mode_only = user_mode_only
-        self._recording = _recording(record, replay, source_or_handler)
         self._options = Options(
             readahead,
             background=math.inf if background is True else float(background),
@@ -283,6 +285,7 @@ class Monitor(Capturing):
             write_back=write_back,
             on_error="retry" if callable(on_error) else on_error,
         )
+        self._recording = _recording(record, replay, source_or_handler, self._options.limits)
         terms = source_or_handler, fork, self._options, record is not None, replay is not None, region.fd >= 0
         self._choice.check(Terms(*terms, region.page_size, reports=report is not None))
         self._reporting = _reporting(report, self._choice)
@@ -526,13 +529,16 @@ def _checked_engine(engine: EngineChoice | None) -> EngineChoice:
 
 
 def _recording(
-    record: str | os.PathLike[str] | None, replay: str | os.PathLike[str] | None, origin: object
-) -> Recording | None:
+    record: str | os.PathLike[str] | Recording | None,
+    replay: str | os.PathLike[str] | None,
+    origin: object,
+    limits: Limits,
+) -> Tracing | None:
     if record is None and replay is None and not hasattr(origin, "recording"):
         return None
-    from aiouffd.monitor.recording import Recording  # noqa: PLC0415 - 5 ms, and few Monitors record or replay
+    from aiouffd.monitor.recording import Tracing  # noqa: PLC0415 - 5 ms, and few Monitors record or replay
 
-    return Recording(record, replay)
+    return Tracing(record, replay, limits)
 
 
 def _reporting(report: str | os.PathLike[str] | None, choice: EngineChoice) -> Reporting | None:

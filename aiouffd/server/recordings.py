@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from aiouffd.engine.ahead.keeping import keep_pages, save_with_pages
 from aiouffd.engine.ahead.merging import Order, merged
+from aiouffd.engine.ahead.pages import Recording, unkept, version_of
 from aiouffd.engine.ahead.trace import Recorder, Trace, differ, fingerprint
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import SessionError, TraceError, UffdError
+from aiouffd.pager.client.packing import copied
 from aiouffd.pager.process.state import RECORDING
 from aiouffd.server.clashes import check
 
@@ -48,11 +52,13 @@ class Terms:
         path: of the file; or an existing directory, in which each source has a file that its bytes name.
         merge: how what is recorded is merged with a recording that is there; None: it takes its place.
         most: bytes of pages in one file, at most.
+        pages: bytes of pages that a file carries, at most.
     """
 
     path: str
     merge: Order | None = None
     most: int = MOST
+    pages: int = 0
 
 
 @attrs.frozen
@@ -63,21 +69,24 @@ class Recorded:
         path: of its file.
         pages: that it has.
         touched: how many of them were touched; the others came along.
+        carried: how many of them it carries the bytes of.
     """
 
     path: str
     pages: int
     touched: int
+    carried: int = 0
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Open:
-    """A recording that goes on."""
+    """A recording that goes on; `copy` of its source, if the file is to carry bytes."""
 
     recorder: Recorder
     page_size: int
     size: int
     source: bytes
+    copy: Any = None
 
 
 def recording_of(path: str | os.PathLike[str], source: bytes, page_size: int) -> Path:
@@ -94,6 +103,7 @@ class Recordings:
         session: its name.
         given: what may exclude a recording: see `clashes`.
         tell: called with what happens, and its details.
+        limits: of the reads of pages whose bytes a file is to carry.
 
     Attributes:
         terms: of what is recorded; None: nothing is.
@@ -106,7 +116,9 @@ class Recordings:
         session: str,
         given: Collection[str] = (),
         tell: Callable[..., None] = lambda *_, **__: None,
+        limits: Limits | None = None,
     ) -> None:
+        self._limits = limits or Limits()
         self._tell = tell
         self._given = given
         # By token: what is served; no origin: a server before this one has made it.
@@ -120,21 +132,21 @@ class Recordings:
         self._covered: dict[str, str] = {}  # paths, by the token of a pack
         self._letting_go: set[Future[Any]] = set()
 
-    def prepare(self, path: str | os.PathLike[str] | None, left: Left | None) -> None:
+    def prepare(self, record: str | os.PathLike[str] | Recording | None, left: Left | None) -> None:
         """Record to a path from now on, or to none; and go on with what a server before this one has left. Blocks.
 
         Raises:
             OSError: as `start`.
         """
-        wanted = self.wanted = None if path is None else os.fspath(path)
+        wanted = self.wanted = None if record is None else os.fspath(record)
         if left is not None and left.text:
             self._adopt(left)
             if left.text.get("record", wanted if self._session else None) == wanted:
                 return  # what was asked for then goes on, or was stopped since
-        if wanted is None:
+        if record is None or wanted is None:
             return
         if self.terms is None:
-            self.start(Terms(wanted))
+            self.start(Terms(wanted, pages=Recording.of(record).most))
             self._record_all()
         else:
             log.warning("touches are recorded to %s still, and not to %s: stop that first", self.terms.path, wanted)
@@ -198,6 +210,8 @@ class Recordings:
                 if (known.page_size, known.size) != (page_size, size) or differ(known.source, source):
                     log.warning("%r is not recorded: %s is of another source or page size", origin, path)
                     return None
+                if terms.pages and known.copy is None:
+                    known.copy = _copy_of(origin)
                 text = {"most": terms.most, "session": self._session, "file": _absolute(path)}
                 self._covered[pack.token] = path
                 return self._pager.holding.keep(RECORDING + pack.token, text, [known.recorder.fileno()], pager=True)
@@ -223,13 +237,17 @@ class Recordings:
             self._made[client.tenant.pack.token] = client.tenant.pack, None, client.end, client.tenant.page_size
         for note in left.recordings:
             if not note.fds:
-                self.terms = Terms(note.text["path"], note.text["merge"], note.text["most"])
+                most, pages = note.text["most"], note.text.get("pages", 0)  # a server before this one knew no pages
+                self.terms = Terms(note.text["path"], note.text["merge"], most, pages)
                 continue
             path = note.text["file"]
             self._covered[note.name.removeprefix(RECORDING)] = path
             if path not in self._open:
                 recorder = Recorder(note.fds[0], Path(path))
                 self._open[path] = _Open(recorder, *recorder.about)
+        for token, path in self._covered.items() if self.terms is not None and self.terms.pages else ():
+            if token in self._made and self._open[path].copy is None:
+                self._open[path].copy = _copy_of(_opened(self._made[token][0]))
 
     async def stop(self) -> list[Recorded]:
         """Complete what is recorded, if anything is. Canceling is safe: nothing is recorded then, and no file appears.
@@ -253,9 +271,9 @@ class Recordings:
             for recording in recordings.values():  # and not completed: it may be written to
                 recording.recorder.discard()
             raise SessionError(self._session, "has lost its recording: the pager does not answer")
-        done = await asyncio.to_thread(_complete, recordings, terms)
+        done = await asyncio.to_thread(_complete, recordings, terms, self._limits)
         for recorded in done:
-            log.info("%s: %d pages are recorded, %d of them touched", *attrs.astuple(recorded))
+            log.info("%s: %d pages are recorded, %d of them touched, the bytes of %d", *attrs.astuple(recorded))
             self._tell("session.recorded", **attrs.asdict(recorded))
         return done
 
@@ -273,11 +291,19 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - links are followed when it is used
 
 
-def _complete(recordings: dict[str, _Open], terms: Terms) -> list[Recorded]:
+def _copy_of(origin: Any) -> Any:
+    """Return a copy of a source, to read pages of when its recording is complete; None: they cannot be carried."""
+    if any(version_of(origin)):
+        return copied(origin)
+    log.warning("%s", unkept(origin))
+    return None
+
+
+def _complete(recordings: dict[str, _Open], terms: Terms, limits: Limits) -> list[Recorded]:
     done, problem = list[Recorded](), None
     for path, recording in recordings.items():
         try:
-            done.append(_completed(path, recording.recorder, terms))
+            done.append(_completed(path, recording, terms, limits))
         except OSError as error:
             problem = error
     if problem is not None:
@@ -285,17 +311,24 @@ def _complete(recordings: dict[str, _Open], terms: Terms) -> list[Recorded]:
     return done
 
 
-def _completed(path: str, recorder: Recorder, terms: Terms) -> Recorded:
+def _completed(path: str, recording: _Open, terms: Terms, limits: Limits) -> Recorded:
     before = _known(path) if terms.merge is not None else None
-    recorder.complete()
-    trace = Trace.load(path)
+    recording.recorder.complete()
+    trace, known = Trace.load(path), [] if before is None else [before]
     if before is not None and terms.merge is not None:
         try:
             trace = merged([("the one before", before), (path, trace)], terms.merge, most=terms.most)
-            trace.save(path)
+            save_with_pages(trace, path, known, 0 if recording.copy else MOST)
         except TraceError as error:
             log.warning("the recording takes the place of the one before: %s", error)
-    return Recorded(path, len(trace.offsets), len(trace.offsets) - len(trace.along))
+    if recording.copy is not None:
+        try:
+            keep_pages(path, recording.copy, terms.pages, limits, known)
+        except (UffdError, OSError) as error:
+            log.warning("%s: it carries no bytes of its pages: %s", path, error)
+    trace = Trace.load(path)
+    carried = 0 if trace.pages is None else len(trace.pages.offsets)
+    return Recorded(path, len(trace.offsets), len(trace.offsets) - len(trace.along), carried)
 
 
 def _known(path: str) -> Trace | None:

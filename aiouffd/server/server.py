@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from types import TracebackType
 
+    from aiouffd.engine.ahead.pages import Recording
     from aiouffd.engine.statistics import Statistics
     from aiouffd.handoff.nydus import Answers
     from aiouffd.pager.client.tenant import Tenant
@@ -75,6 +76,7 @@ class Server:
         background: bytes per second to fill without a fault; 0: none.
         record: a file for the order of first touches of all clients together, of the first one's source and page size;
             or a directory, in which each source and page size has a file. They are complete when the server is left.
+            With `Recording(path, pages=True)` they also carry the bytes of the pages, which are read again at the end.
         replay: such a file or directory, whose pages are prefetched for each client.
         timeout: seconds for opening a source, and for each read of it; None: no limit.
         retries: further tries after a failed read. None: 4, and for URLs as many as two thirds of the timeout allow.
@@ -117,7 +119,7 @@ class Server:
         readahead: int = 2 << 20,
         spin_us: int = 50,
         background: float = 0.0,
-        record: str | os.PathLike[str] | None = None,
+        record: str | os.PathLike[str] | Recording | None = None,
         replay: str | os.PathLike[str] | None = None,
         timeout: float | None = 30.0,
         retries: int | None = None,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from _typeshed import FileDescriptorLike
 
+    from aiouffd.engine.ahead.pages import Recording
     from aiouffd.handoff.arrival import Handoff
     from aiouffd.handoff.nydus import Answers
     from aiouffd.handoff.receive import Peer
@@ -53,7 +54,7 @@ class Settings:
     on_reject: Policy = "poison"
     on_failure: Policy = "poison"
     options: Options = attrs.field(factory=Options)
-    record: str | os.PathLike[str] | None = None
+    record: str | os.PathLike[str] | Recording | None = None
     replay: str | os.PathLike[str] | None = None
     handoff_timeout: float = 5.0
     nydus_answers: Answers = "length"
@@ -270,7 +271,7 @@ class Services:
             return None if is_recorded else stored(origin, page_size)
         try:
             source = fingerprint(origin)
-            return Trace.load(recording_of(self._replay, source, page_size), page_size, source=source)
+            return Trace.replayed(recording_of(self._replay, source, page_size), page_size, origin, source)
         except (TraceError, OSError) as error:
             log.warning("%s: nothing is replayed: %s", handoff.peer, error)
             return None

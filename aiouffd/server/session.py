@@ -99,7 +99,8 @@ class Session:
             stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
         )
         self.clients: dict[str, Client] = {}
-        self.recordings: Recordings = Recordings(pager, name, settings.given(recorded=False), tell)
+        limits = settings.options.limits
+        self.recordings: Recordings = Recordings(pager, name, settings.given(recorded=False), tell, limits)
         self._services = Services(origin, settings, self.recordings)
         noted = partial(keep_client, pager)
         self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, name, noted, tell)

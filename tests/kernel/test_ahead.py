@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,73 @@ def record_and_replay(directory: str, kind: str) -> None:
 def test_what_was_recorded_is_replayed(kind: str, tmp_path: Path) -> None:
     """All of it comes with no fault, and nothing else does; a worker's death while recording loses nothing."""
     play(record_and_replay, str(tmp_path), kind)
+
+
+class Counted(Slow):
+    """Far away, with a version; notes what is read of it."""
+
+    identity = ("counted", 1)
+
+    def __init__(self, size: int, log: str) -> None:
+        super().__init__(size)
+        self.log = log
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes, later."""
+        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, b"%d %d\n" % (offset, length))
+        os.close(file)
+        return await super().read(offset, length)
+
+
+def replayed(monitor: aiouffd.Monitor, least: int) -> bool:
+    """Tell whether a replay has brought more pages than that."""
+    return monitor.statistics().pages_replay > least
+
+
+def bytes_are_replayed(directory: str, engine: str) -> None:
+    """Scenario: some pages are written to, which the recording must not have; a replay is cut short by a death."""
+    choice = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}[engine]
+    size, path, log = SIZE - 100, Path(directory) / "trace", Path(directory) / "log"
+    source = Counted(size, str(log))
+    recording = aiouffd.Recording(path, pages=True)
+    pages = order() if engine == "pager" else order()[:50]
+    with aiouffd.Monitor(region := aiouffd.Region(size), source, record=recording, readahead=0, engine=choice()):
+        for page in [*pages, 2047]:
+            assert region[page * PAGE] == content(page * PAGE, 1)[0]
+        region[pages[0] * PAGE] = 255
+    log.unlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+    for kills in (False, True) if engine == "pager" else (False,):
+        with aiouffd.Monitor(region := aiouffd.Region(size), source, replay=path, engine=choice()) as monitor:
+            if kills:
+                os.kill(monitor.pids[1], signal.SIGKILL)
+            for page in [*pages, 2047]:
+                data = content(page * PAGE, min(PAGE, size - page * PAGE))
+                assert region[page * PAGE : page * PAGE + len(data)] == data
+            if not kills:
+                eventually(partial(replayed, monitor, len(pages) - 50), expected=True)
+                brought = len(log.read_text().splitlines()) if log.exists() else 0
+                assert brought < 50, brought  # those of faults that came before the file was read
+                assert monitor.statistics().bytes_shared > (len(pages) - 50) * PAGE
+
+    source.identity = ("counted", 2)
+    log.unlink(missing_ok=True)
+    with aiouffd.Monitor(region := aiouffd.Region(size), source, replay=path, engine=choice()) as monitor:
+        assert region[pages[0] * PAGE] == content(pages[0] * PAGE, 1)[0]
+        eventually(lambda: monitor.statistics().pages_replay + monitor.statistics().pages_fault > 40, expected=True)
+        assert monitor.statistics().bytes_shared == 0
+    for record, unfit in ((recording, aiouffd.ZeroSource(size)), (recording, Pattern(size))):
+        monitor = aiouffd.Monitor(aiouffd.Region(size), unfit, record=record, engine=choice())
+        with pytest.raises(ValueError, match="carries no bytes of"), monitor:
+            pass
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread"])
+def test_bytes_that_a_recording_carries_are_replayed(engine: str, tmp_path: Path) -> None:
+    """They are the source's, and are not asked of it again while it has the same version."""
+    play(bytes_are_replayed, str(tmp_path), engine)
 
 
 def recorded_with_readahead(directory: str) -> None:

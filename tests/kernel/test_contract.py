@@ -8,6 +8,7 @@ import os
 import platform
 import select
 import socket
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +215,27 @@ def enoent_outside_and_over_an_end(world: World) -> None:
     assert world.uffd.copy(world.at(3), A * 3) == 3 * PAGE
 
 
+def copies_until_one_fails(world: World) -> None:
+    """Several by one call wake nobody, and end before the first that is not done, or not all of it."""
+    data = A * 3
+    source = address_of(data)
+    for page in (0, 5):
+        world.touch(page, thread=page + 1)
+    world.read()
+    world.uffd.copy(world.at(3), B)
+    wanted = [(5, 1), (0, 1), (2, 2), (7, 1)]
+    copies = array("Q", [word for page, count in wanted for word in (world.at(page), source, count * PAGE)])
+    assert world.uffd.try_copies(copies, 0) == 2
+    assert world.uffd.try_copies(copies[9:], 0) == 1
+    assert world.uffd.try_copies(copies[:3], 0) == 0
+    assert world.uffd.try_copies(copies[:0], 0) == 0
+    assert sorted(world.pages()) == [0, 2, 3, 5, 7]
+    assert world.asleep(1)
+    assert world.asleep(6)
+    world.uffd.wake(world.at(0), 8 * PAGE)
+    assert (world.got(1), world.got(6)) == (A[:8], A[:8])
+
+
 def einval(world: World) -> None:
     """Unaligned, empty, no addresses at all, unknown or unfit modes."""
     at = world.at(0)
@@ -373,6 +395,7 @@ CASES: dict[Callable[[World], None], Feature] = {
     faults_are_read_before_older_events: FEATURES,
     copy_heals_what_is_poisoned: FEATURES,
     enoent_outside_and_over_an_end: FEATURES,
+    copies_until_one_fails: FEATURES,
     einval: FEATURES,
     unregistering_lets_sleepers_read_zeros: FEATURES,
     a_move_is_remap_and_then_unmap: FEATURES,

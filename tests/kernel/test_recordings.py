@@ -52,15 +52,20 @@ def records(directory: str, worker: int) -> None:
             assert other[500 * PAGE] == 501 & 255
         (recorded,) = control.ask("DELETE", PLACE)
         assert touched(trace) == {*before, *after, 1010}
-        assert recorded == {"path": str(trace), "pages": len(Trace.load(trace).offsets), "touched": 13}
+        about = {"path": str(trace), "pages": len(Trace.load(trace).offsets), "touched": 13, "carried": 0}
+        assert recorded == about
         assert recorded["pages"] > 13
         touch(950)  # not recorded; and the file that has been completed is not written to
 
-        control.ask("POST", PLACE, {"path": str(trace), "merge": "last", "most": 2 * PAGE})
+        control.ask("POST", PLACE, {"path": str(trace), "merge": "last", "most": 2 * PAGE, "pages": PAGE})
         for again in (960, 961, 820, 840):
             touch(again)
         monitor.prefetch_sync(902 * PAGE, PAGE)
-        control.ask("DELETE", PLACE)
+        (recorded,) = control.ask("DELETE", PLACE)
+        assert (recorded["pages"], recorded["carried"]) == (2, 1)
+        carried = Trace.load(trace, PAGE).pages
+        assert carried is not None
+        assert list(carried.offsets) == [960 * PAGE]
         assert touched(trace) <= {960, 961, 820}
         assert len(pages_of(trace)) == 2
         assert pages_of(trace)[0] == 960
@@ -114,10 +119,12 @@ def goes_on(directory: str, image: str) -> None:
         servers.lose()
         servers.start("third")
         assert asked.ask("GET", "/v1/sessions/vm").get("recording") is None  # it was stopped
-        asked.ask("POST", PLACE, {"path": f"{trace}.again"})
+        asked.ask("POST", PLACE, {"path": f"{trace}.again", "pages": MIB})
         assert region[90 * PAGE] == 91
+        servers.lose()
+        servers.start("fourth")
         (recorded,) = asked.ask("DELETE", PLACE)
-        assert recorded["touched"] == 1
+        assert (recorded["touched"], recorded["carried"]) == (1, 1)
         assert pages_of(Path(f"{trace}.again")) == [90]
     assert servers.last.end() == 0
 

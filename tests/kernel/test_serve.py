@@ -207,6 +207,7 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
         ([str(image), "--source-for", "x"], "either SOURCE or --source-for"),
         ([str(tmp_path / "none"), "--socket", "s"], "No such file"),
         ([str(image), "--socket", "s", "--record", "r", "--replay", "r"], "either --record or --replay"),
+        ([str(image), "--socket", "s", "--record-pages", "1M"], "--record-pages: needs --record"),
         ([str(image), "--socket", "s", "--replay", str(image)], "is not a recording"),
         ([str(image), "--socket", "s", "--mode", "888"], "is not a file mode"),
         ([str(image), "--socket", "s", "--metrics", "x"], "is not an address"),

@@ -100,12 +100,13 @@ def working_set(path: str, kind: str) -> None:
             assert region[page * PAGE] == (page + 1) & 255
         if kind == "replay":
             assert monitor.statistics().faults == 0
+            assert monitor.statistics().bytes_shared == 200 * PAGE  # the recording carries them
 
 
 def test_record_and_replay(image: Path, tmp_path: Path) -> None:
     """What one client has touched is brought ahead for the next."""
     trace = tmp_path / "trace"
-    with Serve(tmp_path, image, "--record", trace, "--readahead", "0") as serve:
+    with Serve(tmp_path, image, "--record", trace, "--record-pages", "16M", "--readahead", "0") as serve:
         play(working_set, str(serve.path), "record")
         assert serve.end() == 0
     assert list(aiouffd.Trace.load(trace, PAGE).offsets) == [page * PAGE for page in range(0, 4000, 20)]

@@ -15,6 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.flight import end_of
+from aiouffd.engine.serve.bulk import place_at_hand
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.memory import address_of, unreadable
@@ -23,6 +25,7 @@ from aiouffd.ranges import Range, RangeSet, pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
+    from aiouffd.engine.ahead.pages import RecordedPages
     from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.space import Backend, Space
 
@@ -35,6 +38,7 @@ _HURRY = 2 << 20  # the same where a caller waits for all of it
 _FAR = 8 << 20  # and if it must be waited for
 _ASKED = 2 << 20  # what a caller asks for is known to be there in pieces of this size
 _SAVED = 64 << 20  # bytes between two reports of progress, from which a successor goes on
+_TOGETHER = 64  # small parts whose bytes are in memory, before the loop gets a turn
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
 _PATIENCE = 0.05  # seconds that it waits for that at most
 _SMALL = 1 << 20  # a mapping that is brought before larger ones
@@ -79,6 +83,13 @@ async def bring_ahead(
 
 
 async def _replay(space: Space, backend: Backend, trace: Trace, on_progress: Callable[[], None]) -> None:
+    if (
+        trace.pages is not None
+        and not space.replayed
+        and isinstance(backend, SourceBackend)
+        and not await _replay_pages(space, backend, trace.pages)
+    ):
+        return
     for index, ranges in trace.ranges(space.replayed):
         fitting = _fitting(space, ranges)
         await backend.bring(space, fitting, Counter.PAGES_REPLAY)
@@ -86,6 +97,36 @@ async def _replay(space: Space, backend: Backend, trace: Trace, on_progress: Cal
             return
         space.replayed = index
         on_progress()
+
+
+async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPages) -> bool:
+    """Bring the pages whose bytes a recording carries; tell whether there was room for all. What fails is left out.
+
+    The next unit is read while one is placed. Faults find bytes at hand that have been read.
+    """
+    loop = asyncio.get_running_loop()
+    loading = loop.run_in_executor(None, pages.load, 0)
+    try:
+        for number in range(len(pages)):
+            unit = await loading
+            if number + 1 < len(pages):
+                loading = loop.run_in_executor(None, pages.load, number + 1)
+            if unit is None:
+                log.warning("bytes of pages that a recording carries are damaged: the pages come from the source")
+                continue
+            with backend.has(unit.at_hand):
+                left = list[tuple[int, int]]()
+                for at in range(0, len(unit.parts), _TOGETHER):
+                    left += place_at_hand(space, unit.parts[at : at + _TOGETHER], Counter.PAGES_REPLAY)
+                    await asyncio.sleep(0)
+                fitting = _fitting(space, left)
+                if fitting:
+                    await backend.bring(space, fitting, Counter.PAGES_REPLAY)
+            if len(fitting) < len(left):
+                return False
+    finally:
+        await asyncio.wait([loading])
+    return True
 
 
 async def fill(

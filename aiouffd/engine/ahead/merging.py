@@ -28,7 +28,7 @@ def merged(
     most: int | None = None,
     touched: bool = False,
 ) -> Trace:
-    """Return one recording made of several.
+    """Return one recording made of several, which carries no bytes of pages.
 
     How early a page was touched is its place in a run, as a share of that run's length: runs of different lengths have
     the same weight.
@@ -74,7 +74,7 @@ def merged(
         pages = pages[: most // first.page_size]
     known = next((trace.source for trace in traces if trace.source[0]), first.source)
     still = array("Q", [offset for offset in pages if offset in along])
-    return attrs.evolve(first, offsets=array("Q", pages), source=known, along=still)
+    return attrs.evolve(first, offsets=array("Q", pages), source=known, along=still, pages=None)
 
 
 def _check(first: Trace, other: Trace, name: str) -> None:

@@ -16,6 +16,18 @@ The file, in little-endian order:
 
 In version 2 no page came along. Version 1 had no fingerprint either: its pages begin at 40. Both are still read.
 
+Version 4 carries bytes of pages. An offset plus 2 is that of a page whose bytes follow; behind the offsets come
+
+| bytes | what |
+| --- | --- |
+| 32 | what only this version of the source has (see `pages.version_of`) |
+| 4 | u32: which hash: 1: XXH3, 2: BLAKE2b, of 16 bytes each |
+| 4 | u32: the bytes of a unit: 1 MiB, or a page that is larger |
+| 16 | the hash of all before and of the hashes that follow |
+| 16 each | the hashes of the units |
+| | zeros up to a multiple of 4,096 |
+| | the bytes, in units, of which the last may be shorter: of each 4,096 offsets in the order of the offsets |
+
 It is written as `PATH.part` and renamed once it is complete.
 """
 
@@ -36,6 +48,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
+from aiouffd.engine.ahead.pages import RecordedPages
 from aiouffd.engine.present import PresentPages
 from aiouffd.errors import SourceError, TraceError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
@@ -44,19 +57,22 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Recorder", "Trace", "differ", "fingerprint", "stored"]
+__all__ = ["Recorder", "Trace", "begin", "differ", "fingerprint", "part_of", "stored"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
 VERSION: Final = 3
+VERSION_WITH_PAGES: Final = 4
 HEADER: Final = struct.Struct("<8sIIQQII32s")
 HEADER_1: Final = struct.Struct("<8sIIQQII")
+_ABOUT: Final = struct.Struct("<8xIIQQ")
 _COUNT_AT: Final = 24
 _STATE_AT: Final = 36
 _COMPLETE: Final = 1
 _CUT: Final = 2
 _ALONG: Final = 1
+_KEPT: Final = 2
 _SAMPLES: Final = 16
 _SAMPLE: Final = 4096
 _STEP: Final = 1 << 20  # the file grows by so much
@@ -73,6 +89,7 @@ class Trace:
         offsets: of the pages, in the order in which they came first, each once.
         source: the fingerprint of the source; zeros: unknown.
         along: offsets of those among them that came along with others, and were not seen to be touched.
+        pages: the bytes of some of them; None: of none.
     """
 
     page_size: int
@@ -80,6 +97,7 @@ class Trace:
     offsets: array[int]
     source: bytes = bytes(32)
     along: array[int] = attrs.field(factory=lambda: array("Q"))
+    pages: RecordedPages | None = attrs.field(default=None, eq=False, repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], page_size: int | None = None, *, source: bytes = bytes(32)) -> Self:
@@ -94,21 +112,39 @@ class Trace:
             TraceError: it is not such a file, not complete, damaged, of another page size, or of another source.
             OSError: it cannot be read.
         """
-        return cls.parse(Path(path).read_bytes(), str(path), page_size, source=source)
+        with Path(path).open("rb") as file:
+            head = file.read(HEADER.size)
+            version, *_, count = _ABOUT.unpack_from(head.ljust(HEADER.size, b"\0"))
+            if head[: len(MAGIC)] != MAGIC or version != VERSION_WITH_PAGES:
+                return cls.parse(head + file.read(), str(path), page_size, source=source)
+            head += file.read(min(count * 8, os.fstat(file.fileno()).st_size))
+            trace, kept = cls._parsed(head, str(path), page_size, source)
+            try:
+                pages = RecordedPages.read(file.fileno(), head, trace.page_size, trace.size, trace.offsets, kept)
+            except TraceError as error:
+                log.warning("%s: the bytes of its pages are not used: %s", path, error.reason)
+                return trace
+        return attrs.evolve(trace, pages=pages)
 
     @classmethod
     def parse(cls, data: bytes, name: str, page_size: int | None = None, *, source: bytes = bytes(32)) -> Self:
-        """As `load`, for bytes; name: of what they were read from, for errors."""
+        """As `load`, for bytes, without those of pages; name: of what they were read from, for errors."""
+        return cls._parsed(data, name, page_size, source)[0]
+
+    @classmethod
+    def _parsed(cls, data: bytes, name: str, page_size: int | None, source: bytes) -> tuple[Self, frozenset[int]]:
+        """Return a recording, and the offsets of the pages whose bytes the file carries."""
         if len(data) < HEADER_1.size:
             raise TraceError(name, f"{len(data)} bytes are too few for a recording")
         magic, version, page, size, count, checksum, state = HEADER_1.unpack_from(data)
         if magic != MAGIC:
             raise TraceError(name, "it is not a recording of page faults")
-        if not 1 <= version <= VERSION:
-            raise TraceError(name, f"its version is {version}; this library reads versions up to {VERSION}")
+        if not 1 <= version <= VERSION_WITH_PAGES:
+            raise TraceError(name, f"its version is {version}; this library reads versions up to {VERSION_WITH_PAGES}")
         header = HEADER_1 if version == 1 else HEADER
         recorded = data[HEADER_1.size : header.size].ljust(32, b"\0")
-        body = memoryview(data)[header.size :]
+        carries = version == VERSION_WITH_PAGES
+        body = memoryview(data)[header.size :][: count * 8 if carries else None]
         if not state & _COMPLETE:
             raise TraceError(name, "the recording was not completed: the process that recorded ended too early")
         if len(body) != count * 8:
@@ -120,12 +156,42 @@ class Trace:
         if differ(recorded, source):
             raise TraceError(name, "it was recorded from another source, or from another version of it")
         entries = array("Q", bytes(body))
-        touched = frozenset(entry for entry in entries if not entry & _ALONG)
-        offsets = array("Q", dict.fromkeys(entry & ~_ALONG for entry in entries))
-        marked = version == VERSION or len(touched) == len(offsets)
+        marks = _ALONG | _KEPT if carries else _ALONG
+        touched = frozenset(entry & ~marks for entry in entries if not entry & _ALONG)
+        offsets = array("Q", dict.fromkeys(entry & ~marks for entry in entries))
+        marked = version >= VERSION or len(touched) == len(offsets)
         if page < mmap.PAGESIZE or not marked or any(offset % page or offset >= size for offset in offsets):
             raise TraceError(name, "it names pages that cannot exist")
-        return cls(page, size, offsets, recorded, array("Q", (at for at in offsets if at not in touched)))
+        along = array("Q", (at for at in offsets if at not in touched))
+        kept = frozenset(entry & ~marks for entry in entries if carries and entry & _KEPT)
+        return cls(page, size, offsets, recorded, along), kept
+
+    @classmethod
+    def replayed(cls, path: str | os.PathLike[str], page_size: int, origin: Any, source: bytes) -> Self:
+        """Return the recording at a path as it is replayed from a source, with the bytes of pages that may be shown.
+
+        Args:
+            path: of the file.
+            page_size: of the memory.
+            origin: the source, or a handler.
+            source: its fingerprint.
+
+        Raises:
+            TraceError, OSError: as `load`.
+        """
+        trace = cls.load(path, page_size, source=source)
+        reason = "" if trace.pages is None else trace.pages.refusal(origin)
+        if not reason:
+            return trace
+        log.warning("%s: the pages come from the source: the bytes that it carries are not used: %s", path, reason)
+        return attrs.evolve(trace, pages=None)
+
+    def head(self, kept: frozenset[int]) -> bytes:
+        """Return what a file begins with that carries the bytes of some of its pages."""
+        along = frozenset(self.along)
+        body = array("Q", [at | (at in along) * _ALONG | (at in kept) * _KEPT for at in self.offsets]).tobytes()
+        about = self.page_size, self.size, len(self.offsets), zlib.crc32(body), _COMPLETE, self.source
+        return HEADER.pack(MAGIC, VERSION_WITH_PAGES, *about) + body
 
     def ranges(self, begin: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Yield (index behind it, merged (offset, length) of it) for each batch of pages from index `begin` on.
@@ -190,7 +256,7 @@ class Recorder(OwnedDescriptor):
         """
         final = Path(os.path.realpath(path))  # a link stays, and its target is replaced
         try:
-            fd = _begin(final)
+            fd = begin(final)
             os.write(fd, HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0, source))
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another process records there", str(path)) from None
@@ -302,25 +368,25 @@ class Recorder(OwnedDescriptor):
         state |= _COMPLETE
         os.pwrite(self._fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
         os.fsync(self._fd)
-        _part(self._path).rename(self._path)
+        part_of(self._path).rename(self._path)
         self.close()
 
     def discard(self) -> None:
         """Remove it."""
         assert self._path is not None
-        _part(self._path).unlink(missing_ok=True)
+        part_of(self._path).unlink(missing_ok=True)
         self.close()
 
 
-def _begin(final: Path) -> int:
+def begin(final: Path, mode: int = 0o666) -> int:
     """Return a descriptor of the empty file that will be renamed to `final`; raise what keeps it from that."""
     if final.exists() and not final.is_file():
         raise OSError(errno.EINVAL, "is not a regular file")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(_part(final), flags, 0o666)
+    fd = os.open(part_of(final), flags, mode)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, f"{_part(final).name} is not a regular file")  # noqa: TRY301 - closed below
+            raise OSError(errno.EINVAL, f"{part_of(final).name} is not a regular file")  # noqa: TRY301 - closed below
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
         os.ftruncate(fd, 0)
     except BaseException:
@@ -329,7 +395,8 @@ def _begin(final: Path) -> int:
     return fd
 
 
-def _part(path: Path) -> Path:
+def part_of(path: Path) -> Path:
+    """Return where a file is written before it has its name."""
     return path.with_name(path.name + ".part")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.resolver import DONTWAKE
@@ -10,10 +11,12 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.engine.two_threads import two_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiouffd.engine.runs import Run
     from aiouffd.engine.space import Space
 
-__all__ = ["resolve_bulk"]
+__all__ = ["place_at_hand", "resolve_bulk"]
 
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
 _COPIES, _PARTIAL = int(Counter.COPIES), int(Counter.PARTIAL)
@@ -23,8 +26,7 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
     """Resolve runs as `Space.resolve` does. Those of them that are large are of memory that is not the loop's own."""
     runs = merge(runs)
     large = [run for run in runs if run.op == Op.COPY and run.left >= _LARGE]
-    others = space.bound or space.allowance or space.backend.one_copy or space.resolver.moving
-    if not large or others is not None:  # those make room, count, write to a file, or fill huge pages before
+    if not large or not _is_simple(space):
         space.resolve(runs)
         return
     small = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]
@@ -39,3 +41,41 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
         space.wake(came, each=bool(left))
     if left:  # the kernel says again why
         space.resolve(left)
+
+
+def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Counter) -> list[tuple[int, int]]:
+    """COPY whole pages to where they are shown; return (offset, length) of what is left: it is not that simple.
+
+    No run is made of them: there are many, and small ones. What is on its way for a thread comes now.
+
+    Args:
+        space: where to.
+        parts: offset, length and address of each.
+        cause: what they count as.
+    """
+    low, high = min(offset for offset, *_ in parts), max(offset + length for offset, length, _ in parts)
+    shown = space.mappings.addresses(low, high) if _is_simple(space) and not (space.is_gone or space.closing) else []
+    if len(shown) != 1 or shown[0].offset != low or shown[0].end - shown[0].start != high - low:
+        return [(offset, length) for offset, length, _ in parts]
+    skew, left = shown[0].start - low, list[tuple[int, int]]()
+    came, at = list[tuple[int, int]](), 0
+    while at < len(parts):
+        copies = array("Q", [word for offset, length, source in parts[at:] for word in (offset + skew, source, length)])
+        count = space.uffd.try_copies(copies, space.resolver.mode)
+        came += [(offset, length) for offset, length, _ in parts[at : at + count]]
+        left += [(offset, length) for offset, length, _ in parts[at + count :][:1]]
+        at += count + 1
+    for offset, length in came:
+        space.readahead.brought(offset, length)
+    words, size = space.counters.words, sum(length for _, length in came)
+    words[_COPIES] += len(came)
+    words[cause] += size // space.page_size
+    words[Counter.BYTES_SHARED] += size
+    if came:
+        space.wake(sorted((offset + skew, offset + skew + length) for offset, length in came), each=False)
+    return left
+
+
+def _is_simple(space: Space) -> bool:
+    """Tell whether nothing makes room for what comes, counts it, writes it to a file, or fills huge pages before."""
+    return (space.bound or space.allowance or space.backend.one_copy or space.resolver.moving) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,16 @@ class Extents:
         self._locate_plain = self._page if one_copy is None else None
         self._plain: dict[tuple[int, int, bool, bool], PlainSource] = {}
         self.local: bool = not is_far(source)
-        self._kept = kept
+        self._kept: list[Callable[[int, int], Any]] = [kept]
+
+    @contextlib.contextmanager
+    def has(self, kept: Callable[[int, int], Any]) -> Iterator[None]:
+        """Within the block, also take bytes that this returns for (offset, length); None: it has not all of them."""
+        self._kept.append(kept)
+        try:
+            yield
+        finally:
+            self._kept.remove(kept)
 
     @property
     def may_be_plain(self) -> bool:
@@ -118,7 +128,8 @@ class Extents:
         if self._read_nowait is not None:
             data = self._read_nowait(offset, available)
         if data is None:
-            data, counter = self._kept(offset, available), Counter.BYTES_SHARED
+            found = (kept(offset, available) for kept in self._kept)
+            data, counter = next((data for data in found if data is not None), None), Counter.BYTES_SHARED
         if data is None or not _holds(data, available):  # too little: `read` is asked, whose errors are reported
             return False
         self.add_data(space, Run(Op.COPY, address, offset, length, purpose=purpose), data, runs)

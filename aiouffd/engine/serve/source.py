@@ -29,6 +29,7 @@ from aiouffd.sources import steps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.one_copy import OneCopy
@@ -87,6 +88,7 @@ class SourceBackend:
         self._precedence = precedence or Precedence()
         self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand, one_copy)
+        self.has: Callable[[Callable[[int, int], Any]], AbstractContextManager[None]] = self._extents.has
         self.fetch: Callable[[int, int], Awaitable[Any]] = self._reads.fetch
         self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)

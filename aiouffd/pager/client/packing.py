@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.options import Options, Service
     from aiouffd.sources.base import Descriptor
 
-__all__ = ["Pack", "next_token"]
+__all__ = ["Pack", "copied", "next_token"]
 
 _tokens = itertools.count(time.monotonic_ns())  # a successor of this process may have its pid, and its clients
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -32,6 +32,16 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 def next_token() -> str:
     """Return a name that no other thing has that this process has a pager serve."""
     return f"{os.getpid()}-{next(_tokens)}"
+
+
+def copied(source: Any) -> Any:
+    """Return a source of the same bytes that has a use of its own, by the way that it would take to a pager. May block.
+
+    Raises:
+        PagerStartError: it cannot travel.
+    """
+    data, descriptors = pack(source)
+    return unpack(data, [os.dup(descriptor.fd) for descriptor in descriptors])
 
 
 class _Arrived(OwnedDescriptor):

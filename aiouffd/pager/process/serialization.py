@@ -44,6 +44,7 @@ class Pickles(enum.StrEnum):
 _MAKERS: Final = frozenset(
     (
         "aiouffd.criu.relay:RelaySource",
+        "aiouffd.engine.ahead.pages:RecordedPages._arrived",
         "aiouffd.engine.ahead.trace:Recorder._arrived",
         "aiouffd.engine.ahead.trace:Trace",
         "aiouffd.engine.options:Service",

@@ -210,7 +210,7 @@ class Actions:
         check_path("path", what.path)
         if session.mapped:
             raise SessionError(name, f"has clients that map files: {why_not({'record'}, MAPPING)}")
-        await session.recordings.begin(Terms(what.path, what.merge, what.most))
+        await session.recordings.begin(Terms(what.path, what.merge, what.most, what.pages))
         return self._view(session)
 
     async def stop(self, name: str) -> list[Recorded]:

@@ -244,6 +244,7 @@ class Record:
         Meta(description="How it is merged with a recording that is there; missing: in its place."),
     ] = None
     most: Annotated[int, Meta(ge=4096, le=1 << 40, description="The most bytes of pages in one file.")] = MOST
+    pages: Annotated[int, Meta(ge=0, le=1 << 40, description="The most bytes of pages that one file carries.")] = 0
 
 
 @attrs.frozen
