@@ -25,9 +25,9 @@ from aiouffd.engine.clock import Clock
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, PagerError
+from aiouffd.errors import ClosedError, LayoutChangingError, PagerError
 from aiouffd.kernel import abi, libc
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import ProcessMemory, address_of
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
 
@@ -110,6 +110,7 @@ class Bound:
         self.shared: bool = file is not None
         self._words = counters.words
         self._file = file
+        self._memory = _own_memory() if file is None else None
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
         self._clock = Clock(page, limit or 1 << 62)
         self._warned: set[str] = set()
@@ -160,23 +161,29 @@ class Bound:
         """Return where the offsets [start, end) are shown."""
         return [(space, shown) for space in self._served() for shown in space.mappings.addresses(start, end)]
 
-    def peek(self, start: int, length: int) -> bytes:
-        """Return the bytes of pages that were written; of those that were emptied meanwhile, zeros.
+    def peek(self, start: int, length: int) -> list[tuple[int, bytes]]:
+        """Return (offset, bytes) of what is shown of some pages that were written. What was emptied may be zeros.
 
         Of shared memory from any thread. Private memory may move whenever the loop turns: on the loop.
 
         Raises:
             ClosedError: the memory is private, and served no longer.
+            LayoutChangingError: it was unmapped or moved just now, and nobody has told that yet.
         """
         if self._file is not None:
-            return os.pread(self._file.fileno(), length, start)
+            return [(start, os.pread(self._file.fileno(), length, start))]
         if not self._served():
             raise ClosedError("it is served no longer")
-        data = bytearray(length)
+        found: list[tuple[int, bytes]] = []
         for _, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
-            ctypes.memmove(address_of(data) + shown.offset - start, shown.start, size)  # without the GIL
-        return bytes(data)
+            data = bytearray(size)
+            if self._memory is None:
+                ctypes.memmove(address_of(data), shown.start, size)  # without the GIL
+            elif self._memory.read_into(memoryview(data), shown.start):  # memmove(3) would end the process
+                raise LayoutChangingError("a write back", shown.start, size, errno.EAGAIN)
+            found.append((shown.offset, bytes(data)))
+        return found
 
     def order(self) -> list[tuple[int, int]]:
         """Return the blocks that are there, as (start, end), what is to go first first."""
@@ -314,6 +321,14 @@ class Bound:
             for gap in here.gaps(item.start, item.end):
                 shown.remove(gap.start, gap.end)
         return [(part.start, part.end) for part in shown]
+
+
+def _own_memory() -> ProcessMemory | None:
+    """Open the memory of this process, by addresses; None: there is no /proc."""
+    try:
+        return ProcessMemory.own(0)
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ from bisect import bisect_left, bisect_right
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from aiouffd.engine.mappings import ZEROS
+from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, UffdError, WriteBackError, read_failure
-from aiouffd.kernel import abi
-from aiouffd.ranges import pieces
+from aiouffd.errors import ClosedError, LayoutChangingError, UffdError, WriteBackError, read_failure
+from aiouffd.ranges import align_up, pieces
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = ["WriteBack"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
-_WP = abi.WRITEPROTECT_MODE_WP
 _PIECE = 2 << 20
 _BATCH = 8 << 20  # bytes, or so many pieces, that are protected, read and written together
 _AT_ONCE = 128
@@ -189,34 +189,51 @@ class WriteBack:
 
     async def _save(self, batch: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
         """Save some pieces (offset, length); return those that the source has not taken, and why."""
-        written = self._bound.written
-        results: list[BaseException | None] = [ClosedError("it is served no longer")] * len(batch)
+        written, parts, results = self._bound.written, batch, list[BaseException | None]()
         for offset, length in batch:
             written.begin(offset, offset + length)
         try:
             await self._protect(batch)
-            results = await self._hand_over(await self._peeked(batch))
+            data = self._still_written(await self._peeked(batch))
+            parts = [(offset, align_up(len(some), self._page)) for offset, some in data]
+            results = await self._hand_over(data)
         except Exception as error:  # noqa: BLE001 - it is told
-            results = [error] * len(batch)
+            results = [error] * len(parts)
         finally:
-            for (offset, length), result in zip(batch, results, strict=True):
+            results = results or [ClosedError("it is served no longer")] * len(parts)
+            for (offset, length), result in zip(parts, results, strict=True):
                 written.end(offset, offset + length, saved=result is None)
                 self._words[Counter.PAGES_WRITTEN_BACK] += (result is None) * length // self._page
-        pairs = zip(batch, results, strict=True)
+        pairs = zip(parts, results, strict=True)
         return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+
+    def _still_written(self, parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Return what is left of parts (offset, bytes): what was emptied or unmapped meanwhile is not saved.
+
+        The kernel tells that before the pages of a file go, and the loop has taken note of it.
+        """
+        return [
+            (run.start, data[run.start - offset : run.end - offset])
+            for offset, data in parts
+            for run in self._bound.written.ranges(offset, offset + len(data))
+        ]
 
     async def _peeked(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         if self._bound.shared:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._peek, batch)
         parts: list[tuple[int, bytes]] = []
         for piece in batch:
-            parts += self._peek([piece])
+            try:
+                parts += self._peek([piece])
+            except LayoutChangingError:
+                await self._protect([piece])  # until the kernel has told what has changed
+                parts += self._peek([piece])
             await asyncio.sleep(0)  # faults go first
         return parts
 
     def _peek(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         size = self._source.size
-        return [(offset, self._bound.peek(offset, min(length, size - offset))) for offset, length in batch]
+        return [part for offset, length in batch for part in self._bound.peek(offset, min(length, size - offset))]
 
     async def _hand_over(self, parts: list[tuple[int, bytes]]) -> list[BaseException | None]:
         """Give parts (offset, bytes) to the source; return why it has not taken them, for each."""
@@ -247,7 +264,7 @@ class WriteBack:
             first = max(bisect_right(starts, shown.offset) - 1, 0)
             for offset, length in batch[first : bisect_left(starts, end)]:
                 low, high = max(offset, shown.offset), min(offset + length, end)
-                if low < high and (space.closing or space.uffd.try_writeprotect(low + skew, high - low, _WP) <= 0):
+                if low < high:
                     await _arm(space, low + skew, high - low)
 
 
@@ -258,8 +275,8 @@ async def _arm(space: Any, start: int, length: int) -> None:
             return
         if space.closing:
             raise ClosedError("it is served no longer")
-        result = space.uffd.try_writeprotect(start, length, _WP)
-        if result > 0 or result in (-errno.ENOENT, -errno.ESRCH):  # unmapped just now, or its process is gone
+        result = space.resolver.resolve(Run(Op.PROTECT, start, ZEROS, length), wake=False)
+        if result in (0, -errno.ESRCH):  # or its process is gone
             return
         if result != -errno.EAGAIN:
             break

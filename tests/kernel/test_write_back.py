@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from kinds import poke
@@ -27,9 +28,12 @@ from scenario import eventually, play, replaced
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.protect import WrittenPages
+from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.statistics import Counters
 from aiouffd.engine.write_back import WriteBack, _arm
-from aiouffd.errors import BusyError, ClosedError, PopulatedError, SourceError, WriteBackError
+from aiouffd.errors import BusyError, ClosedError, LayoutChangingError, PopulatedError, SourceError, WriteBackError
+from aiouffd.kernel import libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 PAGES = 256
@@ -352,23 +356,29 @@ def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:
         monitor.flush_sync()
 
 
+def protecting(protect: Any, *mappings: Mapping) -> Any:
+    """Return a space of which pages are protected so."""
+    uffd = Mock(try_writeprotect=protect)
+    resolver = Resolver(uffd, PAGE, Counters())
+    return SimpleNamespace(uffd=uffd, resolver=resolver, closing=False, is_gone=False, mappings=Mappings(mappings))
+
+
 async def test_memory_that_is_left_while_it_is_protected() -> None:
     """Nobody writes to that of a process which has ended; of any other, nothing may count as saved."""
-    uffd = SimpleNamespace(tried=0)
+    tried = list[int]()
 
-    def changing(*_: int) -> int:
-        uffd.tried += 1
+    def changing(start: int, *_: int) -> int:
+        tried.append(start)
         space.closing, space.is_gone = True, ended
         return -errno.EAGAIN
 
-    uffd.try_writeprotect = changing
     for ended in (True, False):
-        space = SimpleNamespace(uffd=uffd, closing=False, is_gone=False)
+        space = protecting(changing)
         with contextlib.nullcontext() if ended else pytest.raises(ClosedError):
             await _arm(space, 0, PAGE)
         with contextlib.nullcontext() if ended else pytest.raises(ClosedError):
             await _arm(space, 0, PAGE)  # it has been left before its turn comes
-    assert uffd.tried == 2
+    assert len(tried) == 2
 
 
 def emptied(path: str) -> None:
@@ -391,17 +401,31 @@ def test_what_was_emptied_is_not_saved(tmp_path: Path) -> None:
 
 
 async def test_private_memory_is_read_on_the_loop() -> None:
-    """Its region may move while any other thread runs."""
-    threads = list[int]()
+    """Its region may move while any other thread runs; what is moving just now is read when that has been told."""
+    threads, protected, moves = list[int](), list[list[tuple[int, int]]](), [PAGE]
 
-    def peek(offset: int, length: int) -> bytes:
+    def peek(offset: int, length: int) -> list[tuple[int, bytes]]:
         threads.append(threading.get_ident())
-        return content(offset, length)
+        if offset in moves:
+            moves.remove(offset)
+            raise LayoutChangingError("a write back", offset, length, errno.EAGAIN)
+        return [(offset, content(offset, length))]
+
+    async def protect(batch: list[tuple[int, int]]) -> None:
+        protected.append(batch)
 
     bound: Any = SimpleNamespace(page=PAGE, shared=False, peek=peek)
-    back = WriteBack(SimpleNamespace(size=2 * PAGE - 8), bound, Counters())
+    back: Any = WriteBack(SimpleNamespace(size=2 * PAGE - 8), bound, Counters())
+    back._protect = protect
     assert await back._peeked([(0, PAGE), (PAGE, PAGE)]) == [(0, content(0, PAGE)), (PAGE, content(PAGE, PAGE - 8))]
-    assert threads == 2 * [threading.get_ident()]
+    assert threads == 3 * [threading.get_ident()]
+    assert protected == [[(PAGE, PAGE)]]
+
+
+def written_to(space: Any, **attributes: Any) -> Any:
+    """Return what is needed of a bound."""
+    places = {"places": lambda *at: [(space, shown) for shown in space.mappings.addresses(*at)]}
+    return SimpleNamespace(page=PAGE, **places, **attributes)
 
 
 async def test_memory_that_moves_while_it_is_protected() -> None:
@@ -415,10 +439,63 @@ async def test_memory_that_moves_while_it_is_protected() -> None:
         protected.append(start)
         return length
 
-    uffd = SimpleNamespace(try_writeprotect=protect)
-    space = SimpleNamespace(uffd=uffd, closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 2 * PAGE, 0)]))
-    bound: Any = SimpleNamespace(
-        page=PAGE, places=lambda *at: [(space, shown) for shown in space.mappings.addresses(*at)]
-    )
-    await WriteBack(SimpleNamespace(size=PAGE), bound, Counters())._protect([(0, PAGE)])
+    space = protecting(protect, Mapping(PAGE, 2 * PAGE, 0))
+    await WriteBack(SimpleNamespace(size=PAGE), written_to(space), Counters())._protect([(0, PAGE)])
     assert 64 * PAGE in protected
+
+
+async def test_memory_of_several_mappings_is_protected() -> None:
+    """Before Linux 6.3 the kernel takes each of them alone; a page that is in none is written no more."""
+    mappings, protected = (range(64, 67), range(68, 80)), set[int]()
+
+    def protect(start: int, length: int, _: int) -> int:
+        pages = range(start // PAGE, (start + length) // PAGE)
+        if not any(pages[0] in mapping and pages[-1] in mapping for mapping in mappings):
+            return -errno.ENOENT
+        protected.update(pages)
+        return length
+
+    space = protecting(protect, Mapping(64 * PAGE, 80 * PAGE, 0))
+    await WriteBack(SimpleNamespace(size=16 * PAGE), written_to(space), Counters())._protect([(0, 16 * PAGE)])
+    assert protected == {*mappings[0], *mappings[1]}
+
+
+async def test_what_is_emptied_while_it_is_saved() -> None:
+    """It shows the source no more: neither its zeros nor a page of them go there. The rest is saved."""
+    space, taken = protecting(lambda _, length, __: length, Mapping(64 * PAGE, 80 * PAGE, 0)), dict[int, bytes]()
+
+    async def write(offset: int, data: bytes) -> None:
+        taken[offset] = data
+
+    def peek(offset: int, length: int) -> list[tuple[int, bytes]]:
+        written.forget(2 * PAGE, 3 * PAGE)
+        return [(offset, content(offset, length))]
+
+    with WrittenPages.create(16 * PAGE, PAGE) as written:
+        written.note(PAGE, 4 * PAGE)
+        source = SimpleNamespace(size=5 * PAGE - 8, write=write)
+        attributes = {"written": written, "peek": peek, "shared": True, "count_noted": lambda: None}
+        back = WriteBack(source, written_to(space, **attributes), Counters())
+        await back.flush(0, 16 * PAGE)
+        assert taken == {PAGE: content(PAGE, PAGE), 3 * PAGE: content(3 * PAGE, 2 * PAGE - 8)}
+        assert not list(written.ranges(0, 16 * PAGE))
+        await back.flush(0, 16 * PAGE)
+
+
+def unmapped(path: str) -> None:
+    """Scenario: a written page is unmapped behind the region's back, which nobody tells."""
+    source = file_of(path)
+    with served("in_thread", source) as monitor:
+        region = monitor.region
+        region[PAGE] = region[5 * PAGE] = region[8 * PAGE] = 5
+        libc.munmap(region.address + 5 * PAGE, PAGE)
+        with pytest.raises(WriteBackError, match="a write back"):
+            monitor.flush_sync(4 * PAGE, 2 * PAGE)
+        monitor.flush_sync(0, 4 * PAGE)
+        assert Path(path).read_bytes()[: 8 * PAGE] == content(0, PAGE) + b"\5" + content(PAGE + 1, 7 * PAGE - 1)
+        os._exit(0)  # as any program may: it has a hole in its region
+
+
+def test_a_page_that_was_unmapped_is_told(tmp_path: Path) -> None:
+    """It ends no process, and is not saved as zeros."""
+    play(unmapped, str(tmp_path / "file"))
