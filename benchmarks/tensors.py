@@ -100,13 +100,9 @@ def _through_fsspec(port: int, size: int) -> int:
         return fetched
 
 
-def _all_lazily(port: int, _: int) -> int:
-    with aiouffd.open(f"http://127.0.0.1:{port}/file") as region:
-        file = formats.Safetensors(region)
-        file.prefetch_tensor_sync(*file)
-        _check_all({name: file.tensor(name) for name in file})
-        fetched: int = region.monitor.statistics().bytes_fetched
-        return fetched
+def _all(port: int, size: int) -> int:
+    _check_all(formats.load_file(f"http://127.0.0.1:{port}/file"))
+    return size
 
 
 def _all_downloaded(port: int, size: int) -> int:
@@ -241,12 +237,12 @@ def tensor_rows(*, quick: bool) -> Iterator[Row]:
         f"all tensors of a safetensors file of {size // MIB} MiB behind HTTP, as torch has them",
         "ms",
         {
-            "aiouffd": functools.partial(_one, _all_lazily, size, 0),
+            "aiouffd": functools.partial(_one, _all, size, 0),
             "download, load_file": functools.partial(_one, _all_downloaded, size, 0),
         },
         (Bar("download, load_file", 0.8),),
         left_out=_left_out("aiouffd", "torch") | _left_out("download, load_file", "safetensors"),
-        setup="formats.Safetensors, prefetch_tensor of all",
+        setup="formats.load_file",
     )
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace")

@@ -260,7 +260,19 @@ ORDER = {
     ],
     "otel": ["instruments", "tracing", "instrumentor", "sdk", "__init__"],
     "formats": [
-        *("dtypes", "header", "spans", "arrays", "npy", "safetensors", "gguf", "stored_zip", "npz", "checkpoint"),
+        *(
+            "dtypes",
+            "header",
+            "spans",
+            "arrays",
+            "npy",
+            "safetensors",
+            "gguf",
+            "stored_zip",
+            "npz",
+            "checkpoint",
+            "whole",
+        ),
         "__init__",
     ],
     "monitor/engines": [
