@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
@@ -12,6 +13,7 @@ from aiouffd.engine.runs import Op, Run
 from aiouffd.errors import OperationError, RangeGoneError, UnsupportedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +27,10 @@ __all__ = ["NEITHER", "Arming"]
 NEITHER = abi.WRITEPROTECT_MODE_WP | abi.WRITEPROTECT_MODE_DONTWAKE
 """A mode of WRITEPROTECT that asks only whether the layout is changing. The kernel says so (EAGAIN) before it refuses
 what cannot be: to protect wakes nobody (EINVAL). That takes no lock."""
+
+
+_LIFTED = 64 << 20  # bytes that are lifted in one turn
+_RETRY = 0.001  # seconds
 
 
 class _Space(Protocol):
@@ -138,3 +144,12 @@ class Arming:
         """Lift the protection of addresses; False: the layout is changing."""
         runs = [(space.resolver, Run(Op.UNPROTECT, start, ZEROS, end - start)) for space in self.served]
         return -errno.EAGAIN not in [resolver.resolve(run, wake=True) for resolver, run in runs]
+
+    async def disarm(self) -> None:
+        """Lift the protection of all of it."""
+        for space in self.spaces:
+            for low, high in self._places.mapped(space.mappings):
+                for at, size in pieces(low, high, space.page_size, _LIFTED):
+                    while not (space.closing or space.is_gone or self.lift(at, at + size)):  # noqa: ASYNC110 - no event
+                        await asyncio.sleep(_RETRY)
+                    await asyncio.sleep(0)

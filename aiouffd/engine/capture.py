@@ -86,7 +86,6 @@ _PIECE = 8 << 20  # bytes that are protected at once
 _BLOCK = 1 << 20  # bytes that are looked at together for what has come
 _TURN_NS = 500_000  # after so long the loop gets a turn
 _FEW, _TRIES = 16, 8  # pages that are protected while writes are held back; how often it is tried to have no more
-_LIFTED = 64 << 20  # bytes that are lifted in one turn
 _MOST_KEPT = 64 << 20
 _RETRY = 0.001  # seconds
 
@@ -191,6 +190,7 @@ class Capture:
         self._granules: Granules | None = None  # before a moment, where what differs from the base is known
         self._held: list[tuple[_Space, int, int, int]] = []
         self._came = RangeSet()
+        self._fetching = set[asyncio.Task[Any] | None]()
         self._memory: ProcessMemory
         self._pagemap: Pagemap | None
         self._shown: Mappings
@@ -422,11 +422,13 @@ class Capture:
             raise self.failure
 
     def fail(self, error: BaseException) -> None:
-        """Have the snapshot end with an error. From now on no write waits for it, whatever its readers wait for."""
+        """Have the snapshot end with an error. From now on no write waits for it, and it waits for no source."""
         self.failure = self.failure or error
         if self.phase in (Phase.HOLDING, Phase.READING):
             self.phase = Phase.LIFTING
             asyncio.get_running_loop().call_soon(self._let_go)
+            for task in filter(None, self._fetching):
+                task.cancel()
 
     def _changed(self, start: int, end: int) -> None:
         """Take note that the layout of the addresses [start, end) has changed."""
@@ -499,7 +501,7 @@ class Capture:
         found: list[tuple[int, Any]] = []
         for gap in there.gaps(first, last):
             for offset, at, length in self._places.missing(self._shown, gap.start * self.page, gap.end * self.page):
-                found.append((offset, await self._space.backend.fetch(at, length)))
+                found.append((offset, await self._fetched(at, length)))
         self.check()
         # Behind what was fetched: the source may have got a page already that was written meanwhile.
         found += [(index * self.page, data) for index, data in self._kept.take(first, last)]
@@ -511,6 +513,17 @@ class Capture:
         if self._held:
             self._let_go()
         return found
+
+    async def _fetched(self, at: int, length: int) -> Any:
+        """Return bytes of the source, or raise why they are of no use any more: the source may never answer."""
+        self._fetching.add(task := asyncio.current_task())
+        try:
+            return await self._space.backend.fetch(at, length)
+        except asyncio.CancelledError:
+            self.check()  # `fail` has canceled it
+            raise
+        finally:
+            self._fetching.discard(task)
 
     # The end
 
@@ -530,7 +543,8 @@ class Capture:
         try:
             if self.base is None:
                 self._states[:] = bytes(len(self._states))
-                await self._lift()
+                if self._bound is None:
+                    await self.arming.disarm()
                 return
             self._states[:] = self._states.translate(_READ if name else _NOT_WRITTEN)
             found = [] if name else [(run.start, run.end) for run in self._differing]
@@ -538,11 +552,3 @@ class Capture:
                 self._set(low, high, EMPTIED)
         finally:
             self.phase = Phase.IDLE
-
-    async def _lift(self) -> None:
-        for space in self.arming.spaces if self._bound is None else ():
-            for low, high in self._places.mapped(space.mappings):
-                for at, size in pieces(low, high, self.page, _LIFTED):
-                    while not (space.closing or space.is_gone or self.arming.lift(at, at + size)):  # noqa: ASYNC110 - no event
-                        await asyncio.sleep(_RETRY)
-                    await asyncio.sleep(0)

@@ -375,6 +375,24 @@ async def test_a_failure_lets_writers_go(monkeypatch: pytest.MonkeyPatch) -> Non
         await memory.capture.read(0, 4, [], lifts=False)
 
 
+async def test_a_source_that_never_answers_is_given_up() -> None:
+    """When the snapshot has failed: as when it is canceled."""
+    memory, asked = Memory(), asyncio.Event()
+
+    async def fetch(*_: int) -> bytes:
+        asked.set()
+        await asyncio.get_running_loop().create_future()
+        return b""
+
+    memory.space.backend.fetch = fetch
+    await memory.begin()
+    reads = asyncio.create_task(memory.capture.read(4, 8, [], lifts=False))
+    await asked.wait()
+    memory.capture.fail(aiouffd.ClosedError("it was canceled"))
+    with pytest.raises(aiouffd.ClosedError, match="it was canceled"):
+        await reads
+
+
 async def test_a_layout_that_is_changing_is_waited_for() -> None:
     """munmap(2) tells of what it does when all pages have gone: what is lost meanwhile is not the source's."""
     memory = Memory()
