@@ -93,11 +93,12 @@ ORDER = {
             "landing",
         ),
         *(
+            "apart",
+            "places",
             "protect",
             "clock",
             "bound",
             "write_back",
-            "places",
             "kept",
             "arming",
             "capture",

@@ -42,7 +42,7 @@ def test_parts_of_a_memory_file() -> None:
     with ProcessMemory(os.memfd_create("memory")) as memory:
         os.ftruncate(memory.file, 12 * PAGE)
         os.pwrite(memory.file, b"x", 9 * PAGE)
-        assert places.there(memory, None, PAGE) == [(9 * PAGE, 10 * PAGE)]
+        assert places.there(memory, None, PAGE, 1.0) == [(9 * PAGE, 10 * PAGE)]
 
 
 def test_a_region_of_this_process() -> None:
@@ -50,7 +50,7 @@ def test_a_region_of_this_process() -> None:
     places, memory = Places([(LOW, LOW + 4 * PAGE, 0)], ours=True), SimpleNamespace(file=-1)
     mappings, spans = Mappings([Mapping(LOW, LOW + 3 * PAGE, 0)]), [(PAGE, 2 * PAGE)]
     pagemap: Any = SimpleNamespace(spans=lambda start, *_: [(start + low, start + high) for low, high in spans])
-    assert places.there(memory, pagemap, PAGE) == spans  # type: ignore[arg-type]
+    assert places.there(memory, pagemap, PAGE, 1.0) == spans  # type: ignore[arg-type]
     assert places.mapped(mappings) == [(LOW, LOW + 4 * PAGE)]
     assert places.mapped_of(spans, mappings) is spans
     assert places.mapped(Mappings()) == [(LOW, LOW + 4 * PAGE)]

@@ -10,6 +10,7 @@ descriptor, for all processes that map it; no event tells of that.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -19,20 +20,22 @@ import os
 import weakref
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
+from aiouffd.engine.places import locked
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
-from aiouffd.errors import ClosedError, LayoutChangingError, PagerError
+from aiouffd.errors import ClosedError, LayoutChangingError, PagerError, SourceError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import ProcessMemory, address_of
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.deferred import Deferred
     from aiouffd.engine.flight import Flights
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 __all__ = ["Bound", "losing"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
+
+T = TypeVar("T")
 
 # An instruction may need four pages at once, and would fault for ever without one of them.
 _NEWEST = 3  # blocks that stay
@@ -68,8 +73,12 @@ class _Space(Protocol):
     flights: Flights
     remainders: Remainders
     deferred: Deferred
+    retrying: Any
+    on_file: Any
 
     def report(self, error: UffdError) -> None: ...
+    def refuse(self) -> None: ...
+    def wake_all(self) -> None: ...
 
 
 class _WriteBack(Protocol):
@@ -90,6 +99,15 @@ class Bound:
         limit: bytes that are to be resident at most; None: as many as come.
         counters: where to count.
         file: the memfd of shared memory, from its beginning on; None: private memory of this process.
+        foreign: the file is a stranger's, who may hold its lock. All that is done to it is done apart: see `Apart`.
+            While that takes longer than a moment, the spaces are not read, and nothing is resolved; other spaces are.
+        patience: seconds until that is given up; None: it is not.
+
+    Attributes:
+        is_lost: the lock was held for so long that the spaces were given up.
+
+    Raises:
+        RuntimeError: no thread can be started.
     """
 
     def __init__(
@@ -99,6 +117,9 @@ class Bound:
         limit: int | None,
         counters: Counters,
         file: OwnedDescriptor | None = None,
+        *,
+        foreign: bool = False,
+        patience: float | None = None,
     ) -> None:
         self.written = written
         self.page = page
@@ -111,34 +132,98 @@ class Bound:
         self._words = counters.words
         self._file = file
         self._memory = _own_memory() if file is None else None
+        self._apart = Apart(self._waits, self._stuck, patience) if foreign else None
+        self._settled = asyncio.Event()
+        self._entered: list[_Space] = []  # whose look is still to come
+        self.is_lost: bool = False
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
         self._clock = Clock(page, limit or 1 << 62)
         self._warned: set[str] = set()
+        self._evicted = 0  # bytes
 
-    def note(self, mappings: Mappings, page: int) -> None:
-        """Note that the page at an address is about to be written.
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is done to the file just now: nothing may be resolved until that has ended."""
+        return self._apart is not None and self._apart.is_waiting and not self.is_lost
+
+    async def settled(self) -> None:
+        """Wait until that has ended. Canceling is safe."""
+        while self.is_waiting:
+            self._settled.clear()
+            await self._settled.wait()
+
+    def _call(self, function: Callable[[], T], then: Callable[[T], None]) -> None:
+        if self._apart is None:
+            then(function())
+        elif not self._apart.is_waiting:
+            self._apart.call(function, then)
+
+    def _waits(self, waits: bool) -> None:  # noqa: FBT001 - of a callback
+        while self._entered and not self.is_waiting:
+            self._look(self._entered.pop())
+        for space in [space for space in self._spaces if not space.is_gone]:
+            if waits == self.is_waiting and not self.is_lost:  # else what waited has begun another call
+                _wait_for_file(space, waits)
+        if not self.is_waiting:
+            self._settled.set()
+
+    def _stuck(self) -> None:
+        """Give up: threads get SIGBUS, or the owner decides; where they are to wait, they do."""
+        reason = "its lock is held: a write(2) to it, or a fallocate(2), does not return"
+        spaces = [space for space in self._spaces if not space.is_gone and not space.closing]
+        self.is_lost = all(space.retrying is None for space in spaces)
+        for space in spaces:
+            space.report(SourceError("the memory file of a client", 0, 0, reason))
+            if self.is_lost:
+                _wait_for_file(space, False)
+                space.refuse()
+                space.deferred.clear()
+                space.remainders.clear()
+                space.wake_all()  # who waits for what was put off faults again, and is poisoned
+        if self.is_lost:
+            self._settled.set()
+
+    def note(self, mappings: Mappings, page: int) -> bool:
+        """Note that the page at an address is about to be written; False: that is not known now, and is to be asked.
 
         Not where it is missing: it was dropped while the thread that writes was on its way, which faults again.
         """
         start, _, first = mappings.locate(page)
         offset = first + page - start
-        if first >= 0 and self._is_there(offset):
+        there = first >= 0 and self._is_there(offset)
+        if there:
             self.noted += self.page * (offset not in self.written)
             self.written.note(offset)
             if self.write_back is not None:
                 self.write_back.clean_if_due()
+        return there is not None
 
-    def shows(self, mappings: Mappings, page: int) -> bool:
-        """Tell whether the page at an address is there; what was emptied is not dropped."""
-        start, _, first = mappings.locate(page)
-        return first < 0 or self._is_there(first + page - start)
+    def shows(self, space: Any, page: int) -> bool:
+        """Tell whether the page at an address is there; what was emptied is not dropped. No snapshot waits for that."""
+        start, _, first = space.mappings.locate(page)
+        there = first < 0 or self._is_there(first + page - start)
+        if there is None:
+            space.capture.fail(locked(page, self.page))
+        return there is True
 
-    def _is_there(self, offset: int) -> bool:
-        """Tell whether a page is there: a predecessor may have brought it after this process has looked."""
+    def _is_there(self, offset: int) -> bool | None:
+        """Tell whether a page is there: a predecessor may have brought it since the first look. None: not known yet."""
         if not self._clock.holds(offset) and self._file is not None and self.page == mmap.PAGESIZE:
-            for start, end in data_ranges(self._file.fileno(), offset + self.page, offset):
-                self.came(start, end - start)
+            file = self._file.fileno()
+            self._call(lambda: list(data_ranges(file, offset + self.page, offset)), self._found)
+            if self.is_waiting:
+                return None
         return self._clock.holds(offset)
+
+    def _found(self, ranges: Iterable[tuple[int, int]]) -> None:
+        for start, end in ranges:
+            self.came(start, end - start)
+
+    def _look(self, space: _Space) -> None:
+        assert self._file is not None
+        file, length = self._file.fileno(), len(self.written)
+        there = data_ranges if self.page == mmap.PAGESIZE else partial(_huge_pages, space)
+        self._call(lambda: list(there(file, length)), self._found)
 
     def keeps_waiting(self, space: _Space, faults: list[tuple[int, int, int]]) -> bool:
         """Tell whether there is no room for the pages of faults until some were saved; their threads are woken then."""
@@ -149,6 +234,8 @@ class Bound:
         if self.write_back is not None:
             await self.write_back.aclose()
             self.write_back = None  # a cycle would keep the source, and with it the lock of its file
+        if self._apart is not None and self._file is not None:
+            self._apart.close(self._file)
 
     def count_noted(self) -> None:
         """Count anew what was written: some of it has been saved."""
@@ -205,10 +292,10 @@ class Bound:
         """
         self._spaces.add(space)
         self.count_noted()
-        if self._file is not None:
-            there = data_ranges if self.page == mmap.PAGESIZE else partial(_huge_pages, space)
-            for start, end in there(self._file.fileno(), len(self.written)):
-                self.came(start, end - start)
+        if self._file is not None and self.is_waiting:
+            self._entered.append(space)
+        elif self._file is not None:
+            self._look(space)
         return _Resolver(self, space)
 
     @property
@@ -224,7 +311,17 @@ class Bound:
 
     def evict(self, start: int, end: int) -> int:
         """Drop what was not written of the offsets [start, end), whole pages; return how many bytes were there."""
-        return sum(self._drop(item) for item in self.written.clean(start, end))
+        return sum(self._drop(item) for item in self.written.clean(start, end) if not self.is_waiting)
+
+    async def evict_all(self, start: int, end: int) -> int:
+        """As `evict`, also where that takes longer than a moment."""
+        before = self._evicted
+        await self.settled()
+        self.evict(start, end)
+        while self.is_waiting:
+            await self.settled()
+            self.evict(start, end)
+        return self._evicted - before
 
     @property
     def room(self) -> int:
@@ -248,7 +345,7 @@ class Bound:
         for low, high in chain.from_iterable(turns):
             self.evict(low, high)
             self.lost([(low, high)])  # a successor does not know what was emptied
-            if self._clock.total <= enough:
+            if self._clock.total <= enough or self.is_waiting:
                 return
         written = self.noted > self.limit // 2  # else the window is large, or the last blocks are spared
         if length > self.room and written and self.write_back is None:
@@ -284,24 +381,29 @@ class Bound:
         spaces = self._served()
         if not spaces:
             return 0
-        dropped = 0
+        before = self._evicted
         for low, high in self._shown(spaces, item):
             for space in spaces:
                 space.readahead.forget(low, high)
                 for shown in space.mappings.addresses(low, high) if space.capture is not None else ():
                     space.capture.dropped(shown.start, shown.end)
             if self._file is not None:
-                try:
-                    libc.punch_hole(self._file.fileno(), low, high - low)
-                except OSError as error:  # a client has sealed its file (EPERM): the pages stay
-                    self._warn("nothing can be dropped of a memory file: %s", error.strerror)
-                    continue
+                self._call(partial(_punched, self._file.fileno(), low, high), partial(self._dropped, low, high))
+                if self.is_waiting:
+                    break
             else:
                 _empty(spaces, low, high)
-            dropped += self._clock.gone(low, high)
+                self._dropped(low, high, None)
+        return self._evicted - before
+
+    def _dropped(self, low: int, high: int, error: OSError | None) -> None:
+        if error is not None:  # a client has sealed its file (EPERM): the pages stay
+            self._warn("nothing can be dropped of a memory file: %s", error.strerror)
+            return
+        dropped = self._clock.gone(low, high)
+        self._evicted += dropped
         self._words[Counter.PAGES_EVICTED] += dropped // self.page
         self._words[Counter.RESIDENT] = self._clock.total
-        return dropped
 
     @staticmethod
     def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
@@ -364,6 +466,19 @@ def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]
             yield low, high
 
 
+def _wait_for_file(space: _Space, waits: bool) -> None:  # noqa: FBT001 - of a callback
+    if space.on_file is not None:
+        space.on_file(space, waits)
+
+
+def _punched(file: int, low: int, high: int) -> OSError | None:
+    try:
+        libc.punch_hole(file, low, high - low)
+    except OSError as error:
+        return error
+    return None
+
+
 def _empty(spaces: Iterable[_Space], start: int, end: int) -> None:
     for space in spaces:
         for shown in space.mappings.addresses(start, end):
@@ -390,14 +505,23 @@ class _Resolver(Resolver):
 
     def resolve(self, run: Run, *, wake: bool) -> int:
         """As of any resolver."""
+        bound = self._bound
+        if bound.is_waiting:
+            return -errno.EAGAIN
+        if bound.is_lost:
+            if run.op == Op.POISON:
+                super().resolve(Run(Op.UNPROTECT, run.dst, -1, run.left), wake=False)
+            return super().resolve(run, wake=wake)
         if run.op == Op.POISON:  # EEXIST where shared memory was protected before it was dropped: a marker is left
             self.resolve(Run(Op.UNPROTECT, run.dst, -1, run.left), wake=False)
-        if run.op == Op.UNPROTECT:
-            self._bound.note(self._mappings, run.dst)
+        if run.op == Op.UNPROTECT and not bound.note(self._mappings, run.dst):
+            return -errno.EAGAIN
         if run.op > Op.CONTINUE or run.offset < 0:
             return super().resolve(run, wake=wake)
         start, left = run.offset, run.left
-        self._bound.make_room(start, left)
+        bound.make_room(start, left)
+        if self._bound.is_waiting:
+            return -errno.EAGAIN
         result = super().resolve(run, wake=wake)
-        self._bound.came(start, left - run.left)
+        bound.came(start, left - run.left)
         return result

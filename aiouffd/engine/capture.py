@@ -88,6 +88,8 @@ _TURN_NS = 500_000  # after so long the loop gets a turn
 _FEW, _TRIES = 16, 8  # pages that are protected while writes are held back; how often it is tried to have no more
 _MOST_KEPT = 64 << 20
 _RETRY = 0.001  # seconds
+_PATIENCE = 2.0  # seconds until a memory file is given up whose lock is held
+_MOMENT = 0.1  # the same, where all wait for that
 
 
 class Phase(enum.Enum):
@@ -308,9 +310,11 @@ class Capture:
         self.pause_ns = perf_counter_ns() - began
         return [await turns.before(item) for item in differing.found] if known else None
 
-    def _there(self, parts: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+    def _there(
+        self, parts: Iterable[tuple[int, int]] | None = None, patience: float = _PATIENCE
+    ) -> list[tuple[int, int]]:
         offsets = None if parts is None else ((first * self.page, last * self.page) for first, last in parts)
-        return self._places.there(self._memory, self._pagemap, self.page, offsets)
+        return self._places.there(self._memory, self._pagemap, self.page, patience, offsets)
 
     def _set(self, start: int, end: int, state: int) -> None:
         """Note the state of the pages at some offsets."""
@@ -352,7 +356,7 @@ class Capture:
                 self._set(low, high, EMPTIED)
             nothing_came = self._alone and _placed(self._space) == self._seen and not self._laid_out
             parts = None if self._bound is not None else blocks(self._states, _OPEN, max(_BLOCK // self.page, 1))
-            there = [] if nothing_came and self._bound is None else self._there(parts)
+            there = [] if nothing_came and self._bound is None else self._there(parts, _MOMENT)
             if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
             self._laid_out.clear()
@@ -382,7 +386,7 @@ class Capture:
 
     def _keep(self, index: int, space: _Space, page: int, flags: int, thread: int) -> bool:
         """Keep the bytes of a page, and let its writer go; False: that is left to do."""
-        if self._bound is not None and not self._bound.shows(space.mappings, page):
+        if self._bound is not None and not self._bound.shows(space, page):
             return False  # it was dropped just now: its writer faults again
         data = self._memory.page(index * self.page, self.page)
         if len(data) < self.page:

@@ -43,6 +43,7 @@ _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
 _LOGGED_AGAIN_NS = 5_000_000_000
+_FILE = "file"  # why a space is held: something is done to the file of its memory
 _MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descriptor is dropped
 
 
@@ -145,9 +146,12 @@ class Dispatcher:
         self._look_at_only()
         space.on_deferred = self._deferred
         space.on_remainders = self._behind.append
+        space.on_file = self._wait_for_file
         self._epoll.register(fd, select.EPOLLIN)
         if space.allowance is not None:
             space.allowance.enter(space, self)
+        if space.bound is not None and space.bound.is_waiting:
+            self.hold(space, _FILE)
 
     def drop(self, space: Space) -> None:
         """Serve a space no longer, and close it; nothing if that was done before."""
@@ -165,7 +169,7 @@ class Dispatcher:
             space.allowance.leave(space)
         if self._on_drop is not None:
             self._on_drop(space)
-        space.fast_path = None
+        space.fast_path = space.on_file = None
         self._reader.dismiss(fd)
         space.close()
         space.counters.words[Counter.SPACES] -= 1
@@ -194,6 +198,13 @@ class Dispatcher:
             self._reader.admit(fd, space.identity, space.counters)
             self._look_at_only()
             self._listen_again(space)
+
+    def _wait_for_file(self, space: Space, waits: bool) -> None:  # noqa: FBT001 - of a callback
+        if waits:
+            self.hold(space, _FILE)
+            return
+        self.release(space, _FILE)
+        self._retry(space)
 
     def held(self, why: str) -> list[Space]:
         """Return the spaces that are not read for this reason."""
@@ -299,7 +310,7 @@ class Dispatcher:
             self.drop(space)
 
     def _listen_again(self, space: Space) -> None:
-        fd = space.uffd.fileno() if not space.closing else -1
+        fd = space.uffd.fileno() if not space.uffd.closed else -1  # a space that is closing is still read
         if not self._closed and fd not in self._held and self.spaces.get(fd) is space:
             with contextlib.suppress(FileExistsError):
                 self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
@@ -308,7 +319,8 @@ class Dispatcher:
 
     def _retry(self, space: Space) -> None:
         """Try deferred runs again now, and later on a timer: there may be no further message."""
-        space.retry()
+        if space.bound is None or not space.bound.is_waiting:
+            space.retry()
         if space.deferred:
             self._schedule()
 

@@ -46,6 +46,7 @@ class Options:
         write_back: pages that were written go to the source.
         bounded: pages may be dropped, and come write-protected.
         traces: somebody is told of each read and its steps.
+        foreign: the memory's file is of a process that is not trusted.
         one_copy: page size of the file of memory that all maps privately what is served, in bytes; 0: none does.
     """
 
@@ -61,6 +62,7 @@ class Options:
     write_back: bool = False
     traces: bool = False
     one_copy: int = 0
+    foreign: bool = False
 
     def of(self, modes: RegisterMode) -> Options:
         """Return the same of memory that is registered so; `attrs.evolve` takes 5 us."""

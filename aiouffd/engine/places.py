@@ -1,10 +1,14 @@
-"""Where an image lies in the memory of a process: which address has which offset of it. Pure data."""
+"""Where an image lies in the memory of a process: which address has which offset of it."""
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING
 
+from aiouffd.engine.apart import StuckError, at_once
 from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.errors import BusyError
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
 
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
     from aiouffd.kernel.memory import ProcessMemory
     from aiouffd.kernel.pagemap import Pagemap
 
-__all__ = ["Places"]
+__all__ = ["Places", "locked"]
 
 
 class Places:
@@ -73,6 +77,7 @@ class Places:
         memory: ProcessMemory,
         pagemap: Pagemap | None,
         page: int,
+        patience: float,
         parts: Iterable[tuple[int, int]] | None = None,
     ) -> list[tuple[int, int]]:
         """Return the offsets of what is in memory. From any thread: 3 ms for a GiB, and 20 ms of a memfd.
@@ -81,14 +86,36 @@ class Places:
             memory: of the process.
             pagemap: of private memory; None: the memfd says it.
             page: bytes of a page.
+            patience: seconds for which the lock of another process's memfd may be held.
             parts: the offsets that are looked at; None: all.
+
+        Raises:
+            BusyError: it is held for longer.
         """
         parts = [(0, self.end)] if parts is None else parts
         if pagemap is None:
+            if not self._ours:
+                return self._there_apart(memory, patience, list(parts))
             return [span for low, high in parts for span in data_ranges(memory.file, high, low)]
         (row,) = self._rows
         spans = (span for low, high in parts for span in pagemap.spans(row.start + low, high - low, -1, page))
         return [(start - row.start, end - row.start) for start, end in spans]
+
+    def _there_apart(
+        self, memory: ProcessMemory, patience: float, parts: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        file = os.dup(memory.file)  # the number stays its own, if the call is left alone
+
+        def look() -> list[tuple[int, int]]:
+            try:
+                return [span for low, high in parts for span in data_ranges(file, high, low)]
+            finally:
+                os.close(file)
+
+        try:
+            return at_once(look, patience)
+        except StuckError:
+            raise locked(self.largest.start, self.end) from None
 
     def mapped_of(self, spans: list[tuple[int, int]], mappings: Mappings) -> Iterable[tuple[int, int]]:
         """Return the parts of some offsets that are mapped."""
@@ -119,6 +146,11 @@ class Places:
                 if run.offset >= 0:
                     yield row.offset + run.start - row.start, run.offset, run.end - run.start
         yield from ((gap.start, gap.start, gap.length) for gap in rest)
+
+
+def locked(start: int, length: int) -> BusyError:
+    """Return the error that says that somebody holds the lock of a memory file."""
+    return BusyError("lseek of the memory file, whose lock is held,", start, length, errno.EBUSY)
 
 
 def _common(spans: Iterable[tuple[int, int]], shown: RangeSet) -> Iterator[tuple[int, int]]:

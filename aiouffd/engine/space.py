@@ -152,6 +152,7 @@ class Space:
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
+        self.on_file: Callable[[Space, bool], None] | None = None  # the dispatcher's, which does not read meanwhile
         self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
         self.filling = 0
@@ -166,8 +167,7 @@ class Space:
         mode = abi.COPY_MODE_WP if write_protect else 0
         by = self.bound or backend.one_copy
         self.resolver: Resolver = by.enter(self) if by else Resolver(uffd, page_size, counters, mode)
-        self.replayed = 0  # pages of a trace that have been brought
-        self.filled = 0  # bytes of the background fill that have been brought
+        self.replayed = self.filled = 0  # pages of a trace, and bytes of the background fill, that have been brought
         self._words = counters.words
 
     def forked(self, fd: int) -> Space:

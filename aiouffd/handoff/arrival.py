@@ -14,7 +14,7 @@ import attrs
 from aiouffd.errors import HandoffError
 from aiouffd.handoff import firecracker, nydus
 from aiouffd.handoff.memory_file import memory_file
-from aiouffd.handoff.own_threads import close_foreign, in_own_thread, kind_of
+from aiouffd.handoff.own_threads import close_apart, close_foreign, in_own_thread, kind_of
 from aiouffd.handoff.receive import Peer, is_userfaultfd, receive
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import address_of, unreadable
@@ -62,7 +62,7 @@ class Handoff:
     def close(self) -> None:
         """Close all descriptors."""
         self.uffd.close()
-        self.memory.close()
+        close_apart(self.memory)
         if self.tether >= 0:
             os.close(self.tether)
 

@@ -13,12 +13,15 @@ import fcntl
 import logging
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["close_foreign", "detach", "in_own_thread", "kind_of"]
+    from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+
+__all__ = ["close_apart", "close_foreign", "detach", "in_own_thread", "kind_of"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
@@ -82,6 +85,16 @@ def close_foreign(fds: Iterable[int]) -> None:
             detach(_close_all, slow)
         except RuntimeError as error:
             log.error("%d descriptors stay open: %s", len(slow), error)  # noqa: TRY400 - no traceback helps here
+
+
+def close_apart(file: OwnedDescriptor) -> None:
+    """Close the memory of a stranger, if it is open. Does not block: to free many pages takes long."""
+    if file.closed:
+        return
+    try:
+        (file.close if _closes_at_once(file.fileno()) else partial(detach, file.close))()
+    except RuntimeError:  # no thread can be started
+        file.close()
 
 
 def kind_of(fd: int) -> str:

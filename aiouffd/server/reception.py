@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.arrival import Arrival
 from aiouffd.handoff.json_lines import line
-from aiouffd.handoff.own_threads import close_foreign
+from aiouffd.handoff.own_threads import close_apart, close_foreign
 from aiouffd.ranges import Range
 from aiouffd.server.rejection import Policy, Rejections
 
@@ -168,7 +168,7 @@ class Reception:
         else:
             uffd = handoff.uffd
             ranges = [Range(mapping.start, mapping.end - mapping.start) for mapping in handoff.regions.mappings]
-            handoff.memory.close()
+            close_apart(handoff.memory)
             if handoff.tether >= 0:
                 os.close(handoff.tether)
         if arrival.wants_answers:

@@ -255,7 +255,7 @@ class Services:
             if pack is None:
                 service = Service(origin, trace=self._trace(handoff, origin))
                 common = () if memory or page_size != self._options.one_copy else self._memory
-                options = attrs.evolve(self._options, one_copy=page_size if common else 0)
+                options = attrs.evolve(self._options, one_copy=page_size if common else 0, foreign=bool(memory))
                 pack = Pack(service, options, memory or common, page_size)
                 if not memory:
                     self._packs[key] = pack

@@ -187,7 +187,7 @@ class Answers:
         end = min(at + message["length"], len(bound.written))
         while at < end and not space.closing and not space.is_gone:
             upper = min(at - at % step + step, end)  # whole pages
-            dropped += bound.evict(at, upper)
+            dropped += await bound.evict_all(at, upper)
             at = upper
             await asyncio.sleep(0)  # faults are served in between
         return dropped

@@ -7,9 +7,11 @@ import fcntl
 import os
 import resource
 import select
+import time
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.errors import PagerStartError
+from aiouffd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,8 +25,10 @@ __all__ = [
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
+    "runs_nothing",
 ]
 
+_GLANCE: Final = 0.02  # seconds
 _MOST: Final = 1 << 16  # descriptors that are looked for, one by one
 
 
@@ -81,6 +85,36 @@ def has_ended(pidfd: int, seconds: float = 0.0) -> bool:
     if pidfd >= 0:
         poller.register(pidfd, select.POLLIN)
     return pidfd < 0 or bool(poller.poll(seconds * 1000))
+
+
+def runs_nothing(pidfd: int, seconds: float = 0.0) -> bool:
+    """As `has_ended`; or all that is left of it is threads that wait uninterruptibly, and end with that."""
+    until = time.monotonic() + seconds
+    while not has_ended(pidfd, min(_GLANCE, seconds)):
+        states = _states(pidfd)
+        if states[:1] == "Z" and not set(states) - set("ZXD"):
+            return True
+        if time.monotonic() >= until:
+            return False
+    return True
+
+
+def _states(pidfd: int) -> str:
+    """Return a letter for the state of each thread, the first one's first; nothing where that cannot be seen."""
+    try:
+        lines = files.read(f"/proc/self/fdinfo/{pidfd}").splitlines()
+        pid = next(int(line.split()[1]) for line in lines if line.startswith(b"Pid:"))
+        tasks = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda task: task != pid)  # noqa: PTH208 - numbers
+        return "".join(_state(f"/proc/{pid}/task/{task}/stat") for task in tasks)
+    except (OSError, StopIteration):  # it has ended just now, or there is no /proc
+        return ""
+
+
+def _state(stat: str) -> str:
+    try:
+        return files.read(stat).decode(errors="replace").rpartition(")")[2].split()[0]
+    except FileNotFoundError:  # this thread has ended
+        return "X"
 
 
 def open_descriptors() -> set[int]:

@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 from aiouffd.errors import UffdError
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
-from aiouffd.pager.process.handles import close_strays, has_ended, open_descriptors
+from aiouffd.pager.process.handles import close_strays, has_ended, open_descriptors, runs_nothing
 from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import LASTING, State
@@ -76,7 +76,7 @@ class Holder:
                     poller.register(source, select.POLLIN)
             if not has_ended(self._keeper):
                 poller.register(self._keeper, select.POLLIN)
-            elif not has_ended(self._worker):
+            elif not runs_nothing(self._worker):
                 poller.register(self._worker, select.POLLIN)
             ready = dict(poller.poll(_LOOK * 1000))
             if self._channel is not None and self._channel.fileno() in ready:
@@ -114,7 +114,7 @@ class Holder:
 
     def _look(self) -> None:
         """Tell the owner that nobody serves; end where nothing is left."""
-        if not (has_ended(self._keeper) and has_ended(self._worker)):
+        if not (has_ended(self._keeper) and runs_nothing(self._worker)):
             return
         state = self._state()
         if self._others is not None:  # now, and once: the numbers are this process's alone from here on
@@ -181,7 +181,7 @@ class Holder:
         self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
         for process in (self._keeper, self._worker):  # in this order: a keeper would make another worker
             _kill(process)
-        if not has_ended(self._worker, _DEATH):  # until then it may be reading
+        if not runs_nothing(self._worker, _DEATH):  # until then it may be reading
             raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
         poller = select.poll()
         poller.register(guest, select.POLLIN)

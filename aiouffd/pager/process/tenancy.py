@@ -295,8 +295,9 @@ def make_origin(
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:
     """Return what drops pages. It is needed where a source cannot be opened, too: writes are noted there."""
     written, file = map(os.dup, record["fds"][-2:])
-    page = record["page_size"]
-    return Bound(WrittenPages(written, page), page, options.max_resident, counters, OwnedDescriptor(file))
+    page, limit = record["page_size"], options.max_resident
+    how = (WrittenPages(written, page), page, limit, counters, OwnedDescriptor(file))
+    return Bound(*how, foreign=options.foreign, patience=options.limits.timeout)
 
 
 def _options_of(record: dict[str, Any]) -> Options:
