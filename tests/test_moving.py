@@ -115,6 +115,25 @@ def test_a_part_that_was_moved_is_not_copied(kernel: Kernel) -> None:
     assert Page.made == 2
 
 
+def test_what_is_given_is_moved_itself(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is a huge page; else one is filled with its bytes."""
+    one, is_huge = copying(kernel), [True, False]
+    monkeypatch.setattr(moving, "_is_huge", lambda *_: is_huge.pop(0))
+
+    def try_move(dst: int, src: int, length: int, _: int) -> int:
+        kernel.moves.append((dst, src))
+        return length
+
+    monkeypatch.setattr(kernel, "try_move", try_move)
+    source = 7 * HUGE_PAGE
+    for _ in range(2):
+        assert one.try_copy(BASE, source, HUGE_PAGE, 0, given=True) == HUGE_PAGE
+    assert one.try_copy(BASE, source, HUGE_PAGE, 0) == HUGE_PAGE
+    assert one.try_copy(BASE, source + PAGE, HUGE_PAGE, 0, given=True) == HUGE_PAGE
+    assert kernel.moves == [(BASE, source)] + 3 * [(BASE, HUGE_PAGE)]
+    assert Page.made == 1
+
+
 def test_where_no_huge_page_comes_it_is_tried_less_and_less(kernel: Kernel) -> None:
     """After 1, 3, 7 huge pages that are copied, and so on; one that comes is followed by others at once."""
     one = copying(kernel)

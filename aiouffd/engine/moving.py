@@ -45,18 +45,25 @@ class _Page:
         self.address: int = address_of(self._memory)
 
     def comes(self, pagemap: Pagemap, source: int) -> bool:
-        """Have it come with the bytes at an address; tell whether it has come, and is huge."""
+        """Have it come with the bytes at an address; tell whether it is huge, and has them."""
         # The kernel fills the rest with zeros before what is touched. Touched at its end that takes 80 us, from the
         # first page to the last; touched at its beginning twice as long, from the last to the first (Linux 6.18).
         ctypes.memset(self.address + HUGE_PAGE - 1, 0, 1)  # without the GIL
+        if not _is_huge(pagemap, self.address):
+            return False
         try:
-            found = pagemap.scan(self.address, HUGE_PAGE, mask=abi.PAGE_IS_HUGE)
-            if [each.length for each in found] != [HUGE_PAGE]:
-                return False
-            copy_memory(self.address, source, HUGE_PAGE)  # a source's memory may be gone: no signal
-        except OSError:  # there is no /proc, or that
+            copy_memory(self.address, source, HUGE_PAGE)  # no signal, where a source's memory is gone
+        except OSError:
             return False
         return True
+
+
+def _is_huge(pagemap: Pagemap, address: int) -> bool:
+    try:
+        found = pagemap.scan(address, HUGE_PAGE, mask=abi.PAGE_IS_HUGE)
+    except OSError:  # there is no /proc
+        return False
+    return [each.length for each in found] == [HUGE_PAGE]
 
 
 class Moving:
@@ -77,15 +84,15 @@ class Moving:
         self._page: _Page | None = None
         self._pause = self._left = 0
 
-    def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
-        """As `Userfaultfd.try_copy`."""
+    def try_copy(self, dst: int, src: int, length: int, mode: int, *, given: bool = False) -> int:
+        """As `Userfaultfd.try_copy`; `given`: nobody else reads the source any more, which may be moved itself."""
         if mode & ~abi.COPY_MODE_DONTWAKE:  # no MOVE comes write-protected
             return self._uffd.try_copy(dst, src, length, mode)
         done = 0
         while done < length:
             at, left = dst + done, length - done
             size = min(left, HUGE_PAGE - at % HUGE_PAGE)
-            if size == HUGE_PAGE and (moved := self._move(at, src + done, mode)):
+            if size == HUGE_PAGE and (moved := self._move(at, src + done, mode, given=given)):
                 done += moved
                 continue
             if left - size < HUGE_PAGE:
@@ -98,17 +105,20 @@ class Moving:
                 break
         return done
 
-    def _move(self, dst: int, src: int, mode: int) -> int:
-        """Fill a huge page, and move it; return how many bytes were moved."""
+    def _move(self, dst: int, src: int, mode: int, *, given: bool) -> int:
+        """Move a huge page with the bytes, or fill one and move it; return how many bytes were moved."""
         if self._left:
             self._left -= 1
             return 0
         moved = 0
-        page, self._page = self._page or _Page(), None
-        if page.comes(self._pagemap, src):
-            moved = max(self._uffd.try_move(dst, page.address, HUGE_PAGE, mode), 0)
-        if moved == HUGE_PAGE:
-            self._words[Counter.MOVES] += 1
-            self._page = page  # else that is used no more: no huge page comes where single ones were moved away
+        if given and src % HUGE_PAGE == 0 and _is_huge(self._pagemap, src):
+            moved = max(self._uffd.try_move(dst, src, HUGE_PAGE, mode), 0)
+        else:
+            page, self._page = self._page or _Page(), None
+            if page.comes(self._pagemap, src):
+                moved = max(self._uffd.try_move(dst, page.address, HUGE_PAGE, mode), 0)
+            if moved == HUGE_PAGE:
+                self._page = page  # else that is used no more: no huge page comes where single ones were moved away
+        self._words[Counter.MOVES] += moved == HUGE_PAGE
         self._left = self._pause = 0 if moved else min(2 * self._pause + 1, _LONGEST_PAUSE)
         return moved

@@ -22,7 +22,7 @@ import errno
 import mmap
 from typing import TYPE_CHECKING, Protocol
 
-from aiouffd.engine.runs import Op
+from aiouffd.engine.runs import Given, Op
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 
@@ -116,7 +116,7 @@ class Resolver:
             chunk = min(chunk, run.left)
             words[_OP_COUNTER[run.op]] += 1
             if run.op == Op.COPY:
-                result = (self.moving or self._uffd).try_copy(run.dst, run.src, chunk, mode)
+                result = self._copy(run, chunk, mode)
             else:
                 result = self._tries[run.op](run.dst, chunk, mode)
                 if result == _EFAULT and run.op == Op.CONTINUE:
@@ -150,6 +150,11 @@ class Resolver:
             else:
                 return result
         return 0
+
+    def _copy(self, run: Run, chunk: int, mode: int) -> int:
+        if self.moving is None:
+            return self._uffd.try_copy(run.dst, run.src, chunk, mode)
+        return self.moving.try_copy(run.dst, run.src, chunk, mode, given=isinstance(run.owner, Given))
 
     def uncount(self, run: Run, length: int) -> None:
         """Count `length` bytes of a run as not brought after all: they were counted when it was made."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.mappings import Mappings
     from aiouffd.errors import UffdError
 
-__all__ = ["FOR_FAULT", "Op", "Purpose", "Run", "merge", "still_valid", "zero_runs"]
+__all__ = ["FOR_FAULT", "Given", "Op", "Purpose", "Run", "merge", "still_valid", "zero_runs"]
 
 _ZEROS_COPIED_AT_ONCE = 256 << 10
 
@@ -54,6 +54,15 @@ FOR_FAULT = Purpose(Counter.PAGES_READAHEAD)
 """Of a window: the page that faulted is counted as PAGES_FAULT in place of this, before the window is resolved."""
 
 
+class Given:
+    """Owns a buffer that nobody else reads any more: its memory may be moved away."""
+
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: object) -> None:
+        self.buffer: object = buffer
+
+
 class Run:
     """Contiguous pages that one operation fills. Moves forward as it is worked off.
 
@@ -64,7 +73,8 @@ class Run:
             on, the run is out of date.
         src: address of its bytes in this process (COPY only).
         left: bytes still to do, a multiple of the page size.
-        owner: kept alive as long as the run is: the buffer that `src` points into. None: memory of the source's own.
+        owner: kept alive as long as the run is: the buffer that `src` points into, or the same as `Given`. None: memory
+            of the source's own.
         purpose: what its pages were counted for; None: they were not counted.
     """
 

@@ -80,6 +80,8 @@ class ObjectSource:
 
     retries = 0
     """The engine does not repeat a failed read: this source has."""
+    gives = True
+    """Nobody else reads what `read` returns."""
 
     def __init__(
         self, url: str, *, timeout: float | None = None, retries: int | None = None, **options: Unpack[StorageOptions]

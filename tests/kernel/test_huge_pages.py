@@ -69,6 +69,42 @@ def test_a_prefetch_moves_whole_huge_pages(kind: str) -> None:
     play(prefetched, kind)
 
 
+class Giving:
+    """Answers with memory of huge pages."""
+
+    def __init__(self, size: int, *, gives: bool) -> None:
+        self.size, self.gives = size, gives
+        self.given: dict[int, mmap.mmap] = {}
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        """Return the bytes."""
+        memory = mmap.mmap(-1, HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory[:length] = content(offset, length)
+        self.given[offset] = memory
+        return memoryview(memory)[:length]
+
+
+def given(gives: bool) -> None:
+    """Scenario."""
+    region, source = aiouffd.Region(SIZE), Giving(SIZE, gives=gives)
+    with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0) as monitor:
+        monitor.prefetch_sync(0, 3 * PAGE)
+        assert source.given.popitem()[1][:PAGE] == content(0, PAGE)  # what is copied stays
+        monitor.prefetch_sync(0, SIZE)
+        assert came(region)
+        assert monitor.statistics().moves == huge(region) == 7
+        kept = [offset for offset, memory in source.given.items() if any(memory[:HUGE])]
+        assert kept == ([3 * PAGE, 8 * HUGE, 8 * HUGE + 5 * PAGE] if gives else list(source.given))
+
+
+@moves
+@pytest.mark.parametrize("gives", [True, False])
+def test_what_a_source_gives_away(gives: bool) -> None:
+    """Its huge pages are moved themselves; they have zeros then. What it does not give away stays its own."""
+    play(given, gives)
+
+
 async def on_the_callers_loop() -> None:
     """Scenario: without a thread, and in halves of huge pages."""
     region = aiouffd.Region(SIZE)

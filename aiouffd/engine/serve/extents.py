@@ -6,7 +6,7 @@ import contextlib
 import mmap
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.runs import Op, Run
+from aiouffd.engine.runs import Given, Op, Run
 from aiouffd.engine.serve.common import is_far
 from aiouffd.engine.serve.zeros import BLOCK, cut
 from aiouffd.engine.statistics import Counter
@@ -136,8 +136,8 @@ class Extents:
         self._words[counter] += available
         return True
 
-    def add_data(self, space: Space, run: Run, data: Any, runs: list[Run]) -> None:
-        """Add runs for the bytes of a buffer of ours: `run` says where they go."""
+    def add_data(self, space: Space, run: Run, data: Any, runs: list[Run], *, given: bool = False) -> None:
+        """Add runs for the bytes of a buffer of ours: `run` says where they go; `given`: nobody else reads it."""
         available = min(run.left, self.size - run.offset)
         zeros: list[int] = []
         if available < run.left:  # the tail of the last page is zeros
@@ -146,7 +146,7 @@ class Extents:
             data = whole
         elif space.maps_zeros:
             zeros = zero_blocks(memoryview(data).cast("B"), BLOCK)
-        run.owner, run.src = data, address_of(data)
+        run.owner, run.src = Given(data) if given else data, address_of(data)
         self._add(space, run, zeros, runs)
 
     def _add(self, space: Space, run: Run, zeros: list[int], runs: list[Run]) -> None:

@@ -78,6 +78,7 @@ class SourceBackend:
         common: Common | None = None,
         precedence: Precedence | None = None,
     ) -> None:
+        self._gives = common is None and getattr(source, "gives", False)  # else others may read it, too
         common = common or Common(source)
         self.source: Source = source
         self.limits: Limits = limits
@@ -309,7 +310,8 @@ class SourceBackend:
         """Resolve what has come, as far as its addresses still show it: the layout may have changed meanwhile."""
         runs: list[Run] = []
         self._extents.add_data(
-            space, Run(Op.COPY, flight.start, flight.offset, flight.length, purpose=flight.purpose), data, runs
+            *(space, Run(Op.COPY, flight.start, flight.offset, flight.length, purpose=flight.purpose), data, runs),
+            given=self._gives,
         )
         placed = flight.length
         wanted = flight.wanted
