@@ -39,6 +39,9 @@ MIB = 1 << 20
 HUGE = 2 * MIB
 
 
+_MARK = "AIOUFFD_TEST_SERVER"
+
+
 class Serve:
     """A running `aiouffd serve`; `socket`: where it listens, "": nowhere, before sessions are created."""
 
@@ -48,6 +51,7 @@ class Serve:
         self.path = directory / "uffd.sock" if socket is None else Path(socket)
         self.log = directory / "serve.log"
         listening = [] if socket == "" else ["--socket", str(self.path)]
+        environment[_MARK] = str(self.log)  # its pager's processes have it, too
         command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), *listening]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -124,12 +128,25 @@ class Servers:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Those of the last: the holder is the keeper's first child, and the worker its last."""
-        server = self.last.process.pid
-        (keeper,) = children_of(server)
-        eventually(lambda: len(children_of(keeper)), expected=2)
-        holder, worker = children_of(keeper)
-        return {"server": server, "keeper": keeper, "worker": worker, "holder": holder}
+        """Those of the last, once all are there: whoever has made them."""
+        found: list[tuple[str, int]] = []
+
+        def complete() -> bool:
+            found[:] = self._named()
+            return sorted(name for name, _ in found) == ["holder", "keeper", "worker"]
+
+        eventually(complete, expected=True)
+        return {"server": self.last.process.pid, **dict(found)}
+
+    def _named(self) -> list[tuple[str, int]]:
+        """Return the processes of the last one's pager, and what they are called."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                name, mark = (path / "comm").read_text().strip(), f"{_MARK}={self.last.log}\0"
+                if name.startswith("aiouffd-") and mark.encode() in (path / "environ").read_bytes():
+                    found.append((name.removeprefix("aiouffd-"), int(path.name)))
+        return found
 
     def lose(self) -> None:
         """Kill all but the holder, at once."""

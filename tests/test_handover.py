@@ -80,15 +80,15 @@ def test_a_successor_that_dies_has_a_successor(monkeypatch: pytest.MonkeyPatch) 
     ours.setblocking(False)
     journal = os.memfd_create("journal")
     emptied: list[int] = []
-    served: Any = SimpleNamespace(
-        is_empty=False, state=State, journal=SimpleNamespace(fd=journal, change=emptied.append)
-    )
+    words = SimpleNamespace(fd=journal, change=emptied.append, done=False)
+    served: Any = SimpleNamespace(is_empty=False, state=State, journal=words)
     for by, built in ((1, False), (2, False), (2, True), (3, False), (3, True)):
         control.send(ours, {"by": by, "built": built})
     control.send(ours, {"taken": True})
     with contextlib.suppress(SystemExit):
         asyncio.run(Handover(served).give(theirs.detach()))
     assert (ended, emptied) == ([0], [0])  # a holder would give once more what it says
+    assert words.done  # and make another keeper
     for by in (1, 2, 2, 3, 3):
         message, fds = control.receive(ours)
         assert message == {"to": by, "numbers": []}
@@ -108,7 +108,7 @@ async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
         raise SystemExit
 
     monkeypatch.setattr(os, "_exit", end)
-    served: Any = SimpleNamespace(is_empty=True)
+    served: Any = SimpleNamespace(is_empty=True, journal=SimpleNamespace(done=False))
     handover, gone = Handover(served), asyncio.Event()
 
     async def take() -> None:
@@ -126,5 +126,5 @@ async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
     assert not ended  # it may still take something over
     gone.set()
     await giving
-    assert ended == [0]
+    assert (ended, served.journal.done) == ([0], True)
     assert isinstance(handover._task.exception(), control.Closed)

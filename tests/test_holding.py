@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.holding import Holding
 from aiouffd.pager.client.waiting import StoppedError
+from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Requests:
@@ -37,20 +44,44 @@ class Requests:
 
 
 class Pair:
-    """A pair whose holder says what it is told to."""
+    """A pair whose holder says what it is told to, and is lost then.
+
+    Attributes:
+        successor: the other end of the connection that comes with "yield".
+        journal: the successor's.
+    """
 
     def __init__(self, *events: str) -> None:
-        self.events = list(events)
-        self.channel = SimpleNamespace(fileno=lambda: 3)
+        self.events = [*events, "lost"]
+        self.channel: Any = SimpleNamespace(fileno=lambda: -1)
+        self.journal = Journal.create()
+        self.journal.provisional = True
+        self.successor, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def hear_holder(self) -> str:
+    def hear_holder(self) -> tuple[str, list[OwnedDescriptor]]:
         """Return the next."""
-        return self.events.pop(0)
+        event = self.events.pop(0)
+        fds = [os.dup(self.journal.fd), os.dup(self._ours.fileno())] if event == "yield" else []
+        return event, [OwnedDescriptor(fd) for fd in fds]
+
+    def close_channel(self) -> None:
+        """Hear no more."""
+        self.channel = None
+
+    def close(self) -> None:
+        """Be done with it."""
+        os.close(self.journal.fd)
+        self.successor.close()
+        self._ours.close()
 
 
 def holding(requests: Requests) -> Holding:
     """Return one without tenants, and a waiter that has always something to hear."""
-    waiter: Any = SimpleNamespace(stopped=False, wait=lambda *_: True)
+
+    def wait(seconds: float, fd: int) -> bool:
+        return fd < 0 or bool(select.select([fd], [], [], seconds)[0])
+
+    waiter: Any = SimpleNamespace(stopped=False, wait=wait)
     waiter.stop = lambda: setattr(waiter, "stopped", True)
     found: Any = requests
     return Holding(found, waiter, {}, lambda *_, **__: Future())
@@ -81,21 +112,57 @@ def test_notes_outlive_a_pager() -> None:
 
 
 def test_the_holder_is_heard() -> None:
-    """Nobody is replaced before it is known what becomes of a takeover; a holder that is lost takes nothing."""
+    """Nobody is replaced before it is known what becomes of a takeover; without one, nobody waits for anything."""
     heard: list[str] = []
 
     def hears(*events: str) -> None:
-        holds = holding(Requests())
+        holds, pair = holding(Requests()), Pair(*events)
         for name in ("yield", "kept", "taken"):
             setattr(holds, f"on_{name}", lambda name=name: heard.append(name))
-        pair: Any = Pair(*events)
-        assert holds.hear(pair)
-        holds.outcome(pair)
+        with contextlib.closing(pair):
+            holds.outcome(cast("Any", pair))
         assert not pair.events
 
+    hears()
+    hears("kept")  # nobody was about to take anything
+    assert not heard
     hears("yield", "kept")
-    hears("yield", "lost")
-    assert heard == ["yield", "kept", "yield", "kept"]
+    assert heard == ["yield", "kept"]
     with pytest.raises(StoppedError):
         hears("yield", "taken")
-    assert heard[-1] == "taken"
+    assert heard[2:] == ["yield", "taken"]
+
+
+def test_a_holder_is_killed_while_it_gives() -> None:
+    """What it has looked at is looked at here: the successor's journal, and whether it lives."""
+    heard: list[str] = []
+
+    def hears(then: Callable[[Pair], None]) -> None:
+        holds, pair = holding(Requests()), Pair("yield")
+        for name in ("kept", "taken"):
+            setattr(holds, f"on_{name}", lambda name=name: heard.append(name))
+        holds.on_yield = lambda: then(pair)
+        with contextlib.closing(pair):
+            holds.outcome(cast("Any", pair))
+
+    def serves(pair: Pair) -> None:
+        control.send(pair.successor, {"op": "serving"})
+        pair.journal.provisional = False
+
+    hears(lambda pair: pair.successor.close())
+    assert heard == ["kept"]
+    with pytest.raises(StoppedError):
+        hears(serves)
+    assert heard == ["kept", "taken"]
+
+    def waits(pair: Pair) -> None:
+        """Be a successor that has been given nothing: it hears that, and ends."""
+
+        def end() -> None:
+            pair.successor.recv(1)
+            pair.successor.close()
+
+        threading.Thread(target=end).start()
+
+    hears(waits)
+    assert heard == ["kept", "taken", "kept"]

@@ -173,6 +173,7 @@ ORDER = {
             "handles",
             "inherited",
             "deaths",
+            "cloning",
             "control",
             "serialization",
             "child_descriptors",

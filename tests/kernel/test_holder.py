@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
-from scenario import ended, play
+from scenario import ended, eventually, play
 from served import MIB, Servers, hand_over
 
 import aiouffd
@@ -118,6 +118,81 @@ def a_monitor(directory: str, image: str) -> None:
 def test_all_are_killed_and_another_takes_over(client: object, image: Path, tmp_path: Path) -> None:
     """Threads that wait meanwhile go on, with the right bytes; at the end nothing is left."""
     output, _ = play(client, str(tmp_path), str(image))  # type: ignore[arg-type]
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))
+
+
+class Clients:
+    """Clients that touch a page each, now and then, and whose descriptors nobody but the servers has."""
+
+    def __init__(self, servers: Servers, count: int) -> None:
+        self._regions = []
+        for _ in range(count):
+            region, self._connection, uffd = hand_over(servers.path, SIZE)
+            assert peek(region.address) == word(0)
+            uffd.close()
+            self._regions.append((region, self._connection))
+        self._pages = iter(range(1, SIZE // PAGE))
+
+    def touch(self) -> list[Touchers]:
+        """Begin to touch the next page."""
+        page = next(self._pages)
+        return [Touchers(region.address, [[page]]) for region, _ in self._regions]
+
+    def check(self, touchers: list[Touchers] | None = None) -> None:
+        """See that each has the right bytes."""
+        for toucher in touchers or self.touch():
+            toucher.join()
+            assert not toucher.wrong
+
+
+def kill(pids: dict[str, int], *names: str) -> None:
+    """Kill some processes at once."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for name in names:
+            os.kill(pids[name], number)
+
+
+def each_is_killed(directory: str, image: str) -> None:
+    """Scenario: a takeover behind deaths of which the server hears nothing, and behind one that it sees to itself."""
+    servers = Servers(directory, image, "--readahead", 0)
+    serve = servers.start("first")
+    clients = Clients(servers, 3)
+    for names in (("holder",), ("keeper",), ("keeper", "worker"), ("worker", "holder"), ("holder",), ("keeper",)):
+        before = servers.pids
+        kill(before, *names)
+        clients.check()
+        eventually(lambda: [name for name in names if servers.pids[name] == before[name]], expected=[])  # noqa: B023
+    assert "is replaced" in serve.said
+    assert "the pager's keeper" not in serve.said
+    for killed in (("holder",), ("keeper", "holder"), ("keeper", "worker", "holder")):
+        kill(servers.pids, *killed)
+        after = servers.start("-".join(killed), "--takeover")
+        assert serve.process.wait(60) == 0
+        serve = after
+        clients.check()
+    print(json.dumps(servers.pids))
+
+
+def all_are_killed_twice(directory: str, image: str) -> None:
+    """Scenario: keeper and worker are killed, and the next ones with the server, before these serve anything."""
+    servers = Servers(directory, image, "--readahead", 0)
+    servers.start("first")
+    clients = Clients(servers, 20)
+    kill(servers.pids, "keeper", "worker")
+    touchers = clients.touch()
+    servers.lose()
+    servers.start("second")
+    clients.check(touchers)
+    clients.check()
+    print(json.dumps(servers.pids))
+
+
+@pytest.mark.parametrize("scenario", [each_is_killed, all_are_killed_twice])
+def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, tmp_path: Path) -> None:
+    """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""
+    output, _ = play(scenario, str(tmp_path), str(image))  # type: ignore[arg-type]
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))

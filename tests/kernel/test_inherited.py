@@ -266,9 +266,9 @@ NO_FORK = f"""#!{sys.executable}
 import os, runpy, sys
 sys.path.insert(0, {str(TESTS.parent)!r})
 from aiouffd.pager.process import keeper
-def refuse():
+def refuse(_):
     raise BlockingIOError(11, "Resource temporarily unavailable")
-keeper._clone = refuse
+keeper.clone = refuse
 sys.argv = ["aiouffd.pager", *sys.argv[-2:]]
 from aiouffd.pager import __main__
 sys.exit(__main__.main())

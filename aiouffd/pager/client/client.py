@@ -194,7 +194,7 @@ class PagerClient:
     @property
     def pids(self) -> tuple[int, int]:
         """Keeper and worker, as far as known; the worker of a dead keeper as long as no other one is."""
-        return (self._requests.pair.keeper.pid if self._requests.pair is not None else 0, self._worker_pid)
+        return (self._requests.pair.keeper_pid if self._requests.pair is not None else 0, self._worker_pid)
 
     def lose(self) -> None:
         """Have the owners of the memory settle it now, where the pager was given up. From any thread."""
@@ -326,19 +326,12 @@ class PagerClient:
             self._replace(self._requests.pair)
 
     def _listen(self, pair: Pair) -> None:
-        """Handle messages until the keeper ends, or the client is stopped."""
-        poller = select.poll()
+        """Handle messages until the keeper ends and nobody makes another, or the client is stopped."""
         hears = True
-        poller.register(pair.keeper_fd, select.POLLIN)
-        poller.register(self._waiter, select.POLLIN)
-        if pair.channel is not None:
-            poller.register(pair.channel, select.POLLIN)
         while not self._waiter.stopped:
-            if hears:
-                poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
             if not pair.worker_pid:
                 self._waiter.watch.alive()
-            ready = dict(poller.poll(self._patience(pair)))
+            ready = self._await(pair, hears=hears)
             events = ready.get(pair.connection.fileno(), 0) if hears else 0
             if not events:  # a message looks by itself, and what it finds is said below
                 self._waiter.check(*pair.descriptors)
@@ -346,16 +339,27 @@ class PagerClient:
                 self._later.run()
                 continue
             self._takeover.continue_if_due()
-            if pair.channel is not None and pair.channel.fileno() in ready and not self.holding.hear(pair):
-                poller.unregister(pair.channel)
+            told = pair.channel is not None and pair.channel.fileno() in ready
+            if told:
+                self.holding.hear(pair)
             if self._waiter.fileno() in ready:
                 self._waiter.drain()
             if events and not self._exchange(pair, events):
                 self._waiter.check(*pair.descriptors)
                 hears = False
-                poller.unregister(pair.connection)
-            if not events and pair.keeper_fd.fileno() in ready:
+            # Where nobody holds the other end, the pager has ended by itself, and its holder makes no keeper any more.
+            if not events and not told and pair.guard is not pair.keeper_fd and (not hears or pair.guard is None):
                 return
+
+    def _await(self, pair: Pair, *, hears: bool) -> dict[int, int]:
+        """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready."""
+        poller = select.poll()
+        for source in (pair.guard, self._waiter, pair.channel):
+            if source is not None:
+                poller.register(source, select.POLLIN)
+        if hears:
+            poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
+        return dict(poller.poll(self._patience(pair)))
 
     def _patience(self, pair: Pair) -> float:
         """Return for how many milliseconds to wait for messages."""
@@ -385,12 +389,10 @@ class PagerClient:
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         if message.get("event") == "ready":
             assert self._requests.pair is not None
-            # The first finds all that was sent in the socket. Any other is the successor of one that died with it.
-            again = bool(self._requests.pair.worker_pid)
             self._worker_pid = message["pid"]
             with self._requests.lock:
                 self._requests.pair.runs(self._worker_pid, fds[0] if fds else -1)
-                if again:
+                if message["again"]:  # a worker before it has died, with what it had read
                     self._requests.resend()
                 self._waiter.watch.over(*self._ends)
         elif "event" in message:
@@ -451,7 +453,7 @@ class PagerClient:
         if self._deaths.add(status, self._progress) and not self._takeover.orphan_lives:  # else somebody serves
             count = self._deaths.count
             raise PagerDiedError(f"{count} pagers died with no fault resolved between them (status {status})")
-        log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper.pid, status)
+        log.warning("the pager's keeper (pid %d) died (status %d) and is replaced", pair.keeper_pid, status)
         if self._deaths.pause:
             self._waiter.wait(self._deaths.pause)
         with self._requests.lock:

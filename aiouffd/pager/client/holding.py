@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from aiouffd.errors import PagerDiedError, PagerStartError, UffdError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.client.waiting import StoppedError
+from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.journal import Journal
 from aiouffd.rpc import all_of
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
@@ -23,10 +26,11 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
-    from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State
 
 __all__ = ["Holding"]
+
+_GLANCE = 0.002  # seconds between two looks at a successor's journal
 
 
 class Holding:
@@ -62,7 +66,8 @@ class Holding:
         self._open = partial(open_, again=True)
         self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
         self._listens = False
-        self._yielding = False
+        self._theirs: Journal | None = None  # of a successor that is about to take all
+        self._guest = OwnedDescriptor()  # its connection
         self._journal = OwnedDescriptor()  # of the newest pager
         self.listener: socket.socket | None = None
         self.lifeline: socket.socket | None = None
@@ -164,23 +169,37 @@ class Holding:
         if self._listens:  # unless the pair has been succeeded itself meanwhile
             counts.add_done_callback(lambda _: self.listen() if pair is self._requests.pair else None)
 
-    def hear(self, pair: Pair) -> bool:
-        """Take a message of the holder; tell whether there may be more."""
-        event = pair.hear_holder()
+    def hear(self, pair: Pair) -> None:
+        """Take a message of the holder."""
+        event, along = pair.hear_holder()
         if event == "yield":
-            self._yielding = True
+            journal, self._guest = along
+            self._theirs = Journal(journal.fileno())
+            journal.close()
             self.on_yield()
         elif event == "kept":
-            self._yielding = False
-            self.on_kept()
+            self._kept()
         elif event == "taken":
-            self._yielding = False
-            self._waiter.stop()
-            self.on_taken()
-        return event != "lost"
+            self._taken()
+        elif event == "lost":
+            pair.close_channel()
+
+    def _kept(self) -> None:
+        if self._theirs is not None:
+            self._theirs = None
+            self._guest.close()
+            self.on_kept()
+
+    def _taken(self) -> None:
+        self._theirs = None
+        self._guest.close()
+        self._waiter.stop()
+        self.on_taken()
 
     def outcome(self, pair: Pair) -> None:
         """Wait until it is known whether a successor has taken all, where one was about to.
+
+        The holder may have been killed. What it looks at then is looked at here.
 
         Raises:
             StoppedError: it has; or the client is being stopped; or this process was about to take all itself. Whose it
@@ -189,10 +208,15 @@ class Holding:
         if self.lifeline is not None:
             self._requests.close(PagerDiedError("the pager has died while it took over"))
             raise StoppedError
-        while self._yielding and pair.channel is not None:
-            if self._waiter.wait(1.0, pair.channel.fileno()) and not self.hear(pair):
-                self._yielding = False
-                self.on_kept()
+        while pair.channel is not None and self._waiter.wait(_GLANCE, pair.channel.fileno()):
+            self.hear(pair)
+        if self._theirs is not None:
+            _hang_up(self._guest)
+        while self._theirs is not None and not self._waiter.stopped:
+            if not self._theirs.provisional:
+                self._taken()
+            elif self._waiter.wait(_GLANCE, self._guest.fileno()) and not _speaks(self._guest):
+                self._kept()
         if self._waiter.stopped:
             raise StoppedError
 
@@ -265,6 +289,22 @@ class Holding:
         opened = self._open(tenant, tenant.mappings, counts)
         opened.add_done_callback(lambda _: tenant.uffd.close())
         return opened
+
+
+def _hang_up(guest: OwnedDescriptor) -> None:
+    """Have a successor not wait for what the holder has not given, and ends without; what was given arrives."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(guest.fileno())) as connection:
+        connection.shutdown(socket.SHUT_WR)
+
+
+def _speaks(guest: OwnedDescriptor) -> bool:
+    """Take a message of a successor; tell whether it lives."""
+    with socket.socket(fileno=os.dup(guest.fileno())) as connection:
+        try:
+            close_all(control.receive(connection)[1])
+        except (control.Closed, OSError):
+            return False
+    return True
 
 
 def _nothing() -> None:

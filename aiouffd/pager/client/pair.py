@@ -18,7 +18,7 @@ from aiouffd.lifetime import close_in_children
 from aiouffd.pager.client.launch import START_TIMEOUT, Launched
 from aiouffd.pager.process import control
 from aiouffd.pager.process.child_descriptors import Vault
-from aiouffd.pager.process.handles import open_pidfd
+from aiouffd.pager.process.handles import open_pidfd, pid_of, send_signal
 from aiouffd.pager.process.journal import Journal
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class Pair:
         channel: to the pager's holder; this object's from now on. None: there is no holder.
 
     Attributes:
-        keeper_fd: the keeper's pidfd. The worker holds the socket too, so only this tells of the keeper's death.
+        keeper_pid: that of the keeper, which a holder has made anew, perhaps.
+        keeper_fd: its pidfd. The worker holds the socket too, so only this tells of the keeper's death.
+        holder_fd: the holder's; closed: there is none.
         outbox: sends on the connection.
         worker_pid: 0 until the worker has said it.
         worker_fd: the worker's pidfd; closed until then. A pid might be another process's by the time that it is used.
@@ -65,6 +67,8 @@ class Pair:
         channel: OwnedSocket | None = None,
     ) -> None:
         self.keeper = keeper
+        self.keeper_pid: int = keeper.pid
+        self.holder_fd: OwnedDescriptor = OwnedDescriptor()
         self.keeper_fd: OwnedDescriptor = OwnedDescriptor(open_pidfd(keeper.pid))
         self.connection = connection
         self.outbox: control.Outbox = control.Outbox(connection)
@@ -119,7 +123,13 @@ class Pair:
     @property
     def descriptors(self) -> tuple[OwnedDescriptor | OwnedSocket, ...]:
         """What this process has open for the pair."""
-        return (self.connection, self.vault.outer, self.keeper_fd, self.worker_fd)
+        return (self.connection, self.vault.outer, self.keeper_fd, self.worker_fd, self.holder_fd)
+
+    @property
+    def guard(self) -> OwnedDescriptor | None:
+        """The pidfd of the keeper, or of the holder, which makes another keeper; None: both have ended."""
+        guards = (self.keeper_fd, self.holder_fd)
+        return next((each for each in guards if each.intact and not _readable(each, 0)), None)
 
     @property
     def worker_lives(self) -> bool:
@@ -133,16 +143,12 @@ class Pair:
 
     def kill_worker(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send the worker a signal, if it runs."""
-        if self.worker_fd.intact:
-            # PermissionError: this process has dropped its privileges. The worker ends with its keeper.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                signal.pidfd_send_signal(self.worker_fd.fileno(), number)
+        _signal(self.worker_fd, number)
 
     def resume(self) -> None:
-        """Have keeper and worker go on, if they were stopped (SIGSTOP)."""
-        self.kill_worker(signal.SIGCONT)
-        with contextlib.suppress(PermissionError):  # privileges were dropped
-            self.keeper.send_signal(signal.SIGCONT)
+        """Have the processes go on, if they were stopped (SIGSTOP)."""
+        for process in (self.worker_fd, self.keeper_fd, self.holder_fd):
+            _signal(process, signal.SIGCONT)
 
     def tell_holder(self, op: str) -> None:
         """Send the holder a message, if there is one."""
@@ -150,13 +156,26 @@ class Pair:
             with contextlib.suppress(control.Closed, OSError):
                 control.send(self.channel, {"op": op}, wait=False)
 
-    def hear_holder(self) -> str:
-        """Return what the holder says; "lost": it has ended, or says what nobody understands."""
+    def hear_holder(self) -> tuple[str, list[OwnedDescriptor]]:
+        """Return what the holder says, and what comes along; "lost": it has ended, or says what nobody understands."""
         assert self.channel is not None
         try:
-            return str(control.receive(self.channel)[0].get("event"))
+            message, fds = control.receive(self.channel)
         except (control.Closed, OSError, ValueError):
-            return "lost"
+            return "lost", []
+        event, along = str(message.get("event")), [OwnedDescriptor(fd) for fd in fds]
+        if event == "keeper":
+            self.keeper_fd, self.keeper_pid = along[0], pid_of(along[0].fileno())
+            self.keeper.poll()  # leave no zombie
+        elif event == "holder":
+            self.holder_fd = along[0]
+        return event, along
+
+    def close_channel(self) -> None:
+        """Hear no holder any more: it has ended, and keeper and worker, too."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
     def end(self, *, leave: bool, silent: bool = False, wait: bool = True) -> None:
         """Close the connection and wait for the processes to end; kill them where something blocks them.
@@ -184,8 +203,8 @@ class Pair:
             if not self._await_end(_END_TIMEOUT) or wait:
                 # The keeper reaps its worker. Killed before, it would leave a zombie to init, or to this process.
                 _readable(self.keeper_fd, _REAP_TIMEOUT)
-                with contextlib.suppress(PermissionError):  # privileges were dropped: it ends with the connection
-                    self.keeper.kill()
+                self.tell_holder("end")  # else it would make another keeper
+                _signal(self.keeper_fd, signal.SIGKILL)
                 # A worker whose keeper was killed, here or before, does not know that it is to end.
                 if self.worker_fd.intact and not _readable(self.worker_fd, 1000):
                     self.kill_worker()
@@ -224,12 +243,12 @@ class Pair:
         """Close the descriptors, and have the holder end; `leave`: it holds on."""
         if not leave:
             self.tell_holder("end")
-        if self.channel is not None:
-            self.channel.close()
+        self.close_channel()
         self.connection.close()
         self.vault.close()
         self.worker_fd.close()
         self.keeper_fd.close()
+        self.holder_fd.close()
 
 
 def _hello(connection: socket.socket, waiter: Waiter, began: Callable[[int], None]) -> tuple[Journal, Vault]:
@@ -247,6 +266,12 @@ def _hello(connection: socket.socket, waiter: Waiter, began: Callable[[int], Non
         return Journal(journal), vaulted
     finally:
         os.close(journal)
+
+
+def _signal(process: OwnedDescriptor, number: signal.Signals) -> None:
+    # PermissionError: this process has dropped its privileges. Without it, the pager ends with the connection.
+    with contextlib.suppress(PermissionError):
+        send_signal(process.fileno() if process.intact else -1, number)
 
 
 def _readable(fd: OwnedDescriptor, milliseconds: int) -> bool:

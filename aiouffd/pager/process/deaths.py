@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DEATHS", "KILLED", "Deaths"]
+__all__ = ["CALM", "DEATHS", "KILLED", "Deaths"]
 
 DEATHS: Final = 5
 """So many deaths with no fault resolved between them are enough."""
 
 KILLED: Final = 10.0
 """Seconds without a resolved fault, until deaths by SIGKILL are enough, too."""
+
+CALM: Final = 60.0
+"""A process that has lived for so many seconds, and was asked for nothing, has not died of what it was asked for."""
 
 _PAUSE: Final = 0.5
 

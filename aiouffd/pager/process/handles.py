@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import resource
 import select
+import signal
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -25,7 +27,9 @@ __all__ = [
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
+    "pid_of",
     "runs_nothing",
+    "send_signal",
 ]
 
 _GLANCE: Final = 0.02  # seconds
@@ -42,6 +46,22 @@ def open_pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError as error:
         raise explained("pidfd_open", error) from error
+
+
+def pid_of(pidfd: int) -> int:
+    """Return the process that a pidfd is of; 0: it has ended, and was waited for; or it is no pidfd."""
+    try:
+        lines = files.read(f"/proc/self/fdinfo/{pidfd}").splitlines()
+    except OSError:
+        return 0
+    return next((max(int(line.split()[1]), 0) for line in lines if line.startswith(b"Pid:")), 0)
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Send a process a signal, if it lives; -1: there is none."""
+    if pidfd >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
 
 
 def open_memfd(name: str, flags: int = os.MFD_CLOEXEC) -> int:
@@ -102,11 +122,10 @@ def runs_nothing(pidfd: int, seconds: float = 0.0) -> bool:
 def _states(pidfd: int) -> str:
     """Return a letter for the state of each thread, the first one's first; nothing where that cannot be seen."""
     try:
-        lines = files.read(f"/proc/self/fdinfo/{pidfd}").splitlines()
-        pid = next(int(line.split()[1]) for line in lines if line.startswith(b"Pid:"))
+        pid = pid_of(pidfd)
         tasks = sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda task: task != pid)  # noqa: PTH208 - numbers
         return "".join(_state(f"/proc/{pid}/task/{task}/stat") for task in tasks)
-    except (OSError, StopIteration):  # it has ended just now, or there is no /proc
+    except OSError:  # it has ended just now, or there is no /proc
         return ""
 
 
@@ -137,6 +156,8 @@ def is_open(fd: int) -> bool:
 def close_strays(known: set[int]) -> list[int]:
     """Close what a dead worker has left in the shared table: its loop's, half-received ones.
 
+    Not what a holder has just opened, and closes: by then, the number may be another's.
+
     Returns:
         What may take long to close: a file whose file system does not answer. The next worker has that closed.
     """
@@ -146,6 +167,8 @@ def close_strays(known: set[int]) -> list[int]:
             link = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
         except OSError:  # the list's own; or there is no /proc
             link = ""
+        if link.startswith("/memfd:aiouffd-journal") or (link.startswith("/proc/") and link.endswith("/fd")):
+            continue  # another process of the pager has it open for a moment
         if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
             os.close(fd)
         elif is_open(fd):

@@ -56,6 +56,7 @@ class Handover:
             await asyncio.wait([self._task])
         if self._served.is_empty:
             os.close(fd)
+            self._served.journal.done = True
             os._exit(0)
         with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
             successor.settimeout(_TIMEOUT)
@@ -72,6 +73,7 @@ class Handover:
                     break
                 if "taken" in asked:
                     self._served.journal.change(0)  # else a holder would give it once more
+                    self._served.journal.done = True
                     successor.close()  # a holder has it, too, and the end of this process does not close it
                     os._exit(0)
         log.warning("the successor has not taken over: serving on")

@@ -1,13 +1,14 @@
 """The holder: a third process of a pager, for the case that all others are killed, its owner's included.
 
-It is made as the worker is, with clone(CLONE_FILES): it shares the keeper's table of descriptors, and the journal,
-which says what they are. So there is no moment at which a descriptor is the worker's and not the holder's: that of a
-forked child is in the holder's table when the kernel has told of the fork. The holder does nothing else.
+It is made as the worker is: it shares the keeper's table of descriptors (`cloning`), and the journal, which says what
+they are. So there is no moment at which a descriptor is the worker's and not the holder's: that of a forked child is in
+the holder's table when the kernel has told of the fork. It serves nothing. Where the keeper is killed, it makes the
+next one, which goes on with the worker, or makes another; where the holder is killed, the keeper makes the next one.
 
 Whoever is to serve next asks at the holder's socket. A *look* tells what is served, while it is served. To *take* it
 is to end keeper and worker, which loses nothing, and to be given the journal as it is then. So an upgrade and a total
 loss are the same to the successor. Where the pager's owner lives, it is asked to yield first. It hears what became of
-that: all was taken, or the successor has failed, and the owner starts another pair, as after any other death.
+that: all was taken, or the successor has failed, and there is another keeper.
 """
 
 from __future__ import annotations
@@ -19,15 +20,26 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from aiouffd.errors import UffdError
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control
-from aiouffd.pager.process.handles import close_strays, has_ended, open_descriptors, runs_nothing
+from aiouffd.pager.process.deaths import CALM, Deaths
+from aiouffd.pager.process.handles import (
+    close_all,
+    close_strays,
+    has_ended,
+    open_descriptors,
+    runs_nothing,
+    send_signal,
+)
 from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import LASTING, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Holder"]
 
@@ -36,6 +48,7 @@ log: logging.Logger = logging.getLogger("aiouffd.holder")
 _LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
 _GLANCE: Final = 0.002  # seconds between two looks at the successor's journal
 _YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
+_PAUSE: Final = 0.5  # seconds until a keeper that could not be made is tried again
 _DEATH: Final = 10.0  # seconds for a process that was killed to end
 
 
@@ -51,24 +64,36 @@ class Holder:
         connection: the pager's, to its owner: closed when keeper and worker have ended, since that tells the owner.
         listener: where successors ask. The owner says when.
         channel: to the owner.
-        keeper: the keeper's pidfd.
+        own: the descriptors of the pager that no worker has opened.
+        make_keeper: makes a keeper, and returns its pid; its pidfd is noted in the journal. Raises OSError.
     """
 
     def __init__(
-        self, journal: Journal, connection: socket.socket, listener: socket.socket, channel: socket.socket, keeper: int
+        self,
+        journal: Journal,
+        connection: socket.socket,
+        listener: socket.socket,
+        channel: socket.socket,
+        own: set[int],
+        make_keeper: Callable[[], int],
     ) -> None:
         self._journal = journal
         self._connection = connection
         self._listener = listener
+        self._name = listener.getsockname()
         self._channel: socket.socket | None = channel
-        self._keeper = keeper
+        self._make_keeper = make_keeper
+        self._made = 0  # the keeper that this process has made
+        self._since = time.monotonic()  # it lives
+        self._deaths = Deaths()
         self._guest: socket.socket | None = None
-        self._listens = False
-        self._others: set[int] | None = open_descriptors() - {connection.fileno()}
+        self._others: set[int] | None = own - {connection.fileno()}
 
     def run(self) -> NoReturn:
         """Hold until nothing is left, the owner has others that do, or all was taken."""
+        self._begin()
         while True:
+            self._look()
             poller = select.poll()
             listener = self._listener if self._may_give and self._guest is None else None
             for source in (self._channel, self._guest, listener):
@@ -81,7 +106,6 @@ class Holder:
             ready = dict(poller.poll(_LOOK * 1000))
             if self._channel is not None and self._channel.fileno() in ready:
                 self._hear()
-            self._look()
             if self._guest is not None and self._guest.fileno() in ready:
                 self._answer(self._guest)
             elif self._listener.fileno() in ready:
@@ -90,13 +114,23 @@ class Holder:
     @property
     def _may_give(self) -> bool:
         """Whether successors are answered: the owner has said so, or has ended, and there is something of use."""
-        if self._listens:
+        if self._journal.listens:
             return True
         return self._channel is None and not self._journal.provisional and bool(self._state().notes)
 
     @property
+    def _keeper(self) -> int:
+        return self._journal.descriptor(Whose.KEEPER)
+
+    @property
     def _worker(self) -> int:
         return self._journal.descriptor(Whose.WORKER)
+
+    def say(self, event: str, *fds: int) -> None:
+        """Tell the owner something, if it lives. The keeper says so, too, what it has made."""
+        if self._channel is not None:
+            with contextlib.suppress(control.Closed, OSError):
+                control.send(self._channel, {"event": event}, list(fds), wait=False)
 
     def _hear(self) -> dict[str, Any]:
         """Take a message of the owner."""
@@ -104,28 +138,61 @@ class Holder:
         try:
             message, _ = control.receive(self._channel)
         except (control.Closed, OSError):
-            self._channel.close()
+            self._channel.detach()  # the number stays: the keeper may be about to say something
             self._channel = None  # the owner has ended, without a word
             return {}
         if message["op"] == "end":
-            os._exit(0)
-        self._listens |= message["op"] == "listen"
+            self._end()
+        self._journal.listens |= message["op"] == "listen"
         return message
 
+    def _end(self) -> NoReturn:
+        """Be done: the keeper makes no other."""
+        self._journal.note_descriptor(Whose.HOLDER, -1)
+        os._exit(0)
+
     def _look(self) -> None:
-        """Tell the owner that nobody serves; end where nothing is left."""
-        if not (has_ended(self._keeper) and runs_nothing(self._worker)):
+        """Make another keeper, or tell the owner that nobody serves; end where nothing is left."""
+        if not has_ended(self._keeper):
+            return
+        while self._channel is not None and _readable(self._channel):  # it may have said that this is the end
+            self._hear()
+        if not self._journal.done:
+            self._replace_keeper()
+            return
+        if not runs_nothing(self._worker):
             return
         state = self._state()
         if self._others is not None:  # now, and once: the numbers are this process's alone from here on
             self._connection.close()
-            _close_left(self._others | state.numbers | {self._worker, self._journal.descriptor(Whose.GUEST)})
+            _close_left(self._others | state.numbers | self._journal.descriptors)
             self._others = None
         kept = any(note.text.get(LASTING) for note in state.notes.values())
         if self._journal.provisional:  # it is another holder's, and stays so: who could have said otherwise has ended
-            os._exit(0)
+            self._end()
         if self._channel is None and not kept and not any(map(_lives, state.spaces.values())):
-            os._exit(0)
+            self._end()
+
+    def _replace_keeper(self) -> None:
+        """Make another keeper in place of one that was killed. Where all die at once, leave it to the owner."""
+        code = -signal.SIGKILL
+        if self._made:
+            with contextlib.suppress(ChildProcessError):
+                code = os.waitstatus_to_exitcode(os.waitpid(self._made, 0)[1])
+        self._made = 0
+        calm, self._since = time.monotonic() - self._since > CALM, time.monotonic()
+        if self._deaths.add(code, self._journal.progress(), calm=calm) and self._channel is not None:
+            log.error("%d keepers died with no fault resolved between them: the server goes on", self._deaths.count)
+            self._end()
+        time.sleep(self._deaths.pause)
+        log.warning("the keeper died and is replaced")
+        try:
+            self._made = self._make_keeper()
+        except OSError as error:
+            log.error("no keeper can be started (%s): tried again", error.strerror)  # noqa: TRY400
+            time.sleep(_PAUSE)
+            return
+        self.say("keeper", self._keeper)
 
     def _state(self) -> State:
         return survey(self._journal) or State()
@@ -134,36 +201,66 @@ class Holder:
 
     def _welcome(self) -> None:
         with contextlib.suppress(OSError):
-            guest, _ = self._listener.accept()
-            self._journal.note_descriptor(Whose.GUEST, guest.fileno())
-            self._guest = guest
-            if control.Sender(guest).uid not in (0, os.geteuid()):
+            self._guest, _ = self._listener.accept()
+            if control.Sender(self._guest).uid not in (0, os.geteuid()):
                 self._leave()
+
+    def is_guest(self, fd: int) -> bool:
+        """Tell whether a descriptor is the connection of whoever asks here: nobody else may close it."""
+        try:
+            found = socket.socket(fileno=fd)
+        except OSError:
+            return False
+        try:  # the listener has the name, too, and is in a note as well
+            listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            return bool(self._name) and found.getsockname() == self._name and not listens
+        except OSError:
+            return False
+        finally:
+            found.detach()
+
+    def _begin(self) -> None:
+        """Hang up on whoever a holder before this one has talked to: nobody knows what they were told."""
+        self._made = 0
+        if self._guest is not None:  # of the holder that has made the keeper that has made this one
+            self._guest.detach()
+            self._guest = None
+        for fd in filter(self.is_guest, open_descriptors()):
+            self._guest = socket.socket(fileno=fd)
+            self._leave()
+            self.say("kept")
 
     def _leave(self) -> None:
         """Be done with whoever has asked."""
         if self._guest is not None:
-            self._journal.note_descriptor(Whose.GUEST, -1)
+            with contextlib.suppress(OSError):
+                self._guest.shutdown(socket.SHUT_RDWR)  # the owner has it, too, perhaps
             self._guest.close()
             self._guest = None
 
     def _answer(self, guest: socket.socket) -> None:
+        fds: list[int] = []
         try:
             message, fds = control.receive(guest)
             if message["op"] == "look":
                 self._tell(guest)
             elif message["op"] == "take":
-                theirs = Journal(fds[0])
-                os.close(fds[0])
                 if self._channel is not None and not message["over"]:
                     raise _RefusedError("another server serves there, and lives")  # noqa: TRY301
-                self._give(guest, theirs)
+                if not Journal(fds[0]).provisional:
+                    raise _RefusedError("the successor's pager serves already")  # noqa: TRY301
+                self._give(guest, fds[0])
         except _RefusedError as error:
             with contextlib.suppress(control.Closed, OSError):
                 control.send(guest, {"refused": str(error)}, wait=False)
             self._leave()
-        except (control.Closed, OSError, ValueError, LookupError, UffdError):
+        except control.Closed:
             self._leave()
+        except (OSError, ValueError, LookupError, UffdError) as error:
+            log.warning("a successor cannot be answered: %r", error)
+            self._leave()
+        finally:
+            close_all(fds)
 
     def _tell(self, guest: socket.socket) -> None:
         """Send what is served, and the descriptors."""
@@ -171,50 +268,45 @@ class Holder:
         owned = self._channel is not None
         control.send(guest, {"numbers": along, "owned": owned}, [self._journal.fd, *along])
 
-    def _give(self, guest: socket.socket, theirs: Journal) -> None:
+    def _give(self, guest: socket.socket, journal: int) -> None:
         """Have keeper and worker end, and give all; hold on where the successor does not come to serve.
 
         Whose all is, is a word in the successor's journal (`Journal.provisional`). The end of the connection tells that
-        the successor has ended, and its pager, which has it as well: that word changes no more.
+        the successor has ended, and its pager, which has it as well: that word changes no more. The owner has both: it
+        looks by itself, where this process is killed meanwhile.
         """
-        self._await_yield()
-        self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
-        for process in (self._keeper, self._worker):  # in this order: a keeper would make another worker
-            _kill(process)
-        if not runs_nothing(self._worker, _DEATH):  # until then it may be reading
-            raise _RefusedError("the pager does not end: something waits for a file system that does not answer")
-        poller = select.poll()
+        theirs, poller = Journal(journal), select.poll()
         poller.register(guest, select.POLLIN)
         try:
+            self._await_yield(journal, guest.fileno())
+            self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
+            # In this order: a keeper would make another worker.
+            for whose, is_harmless in ((Whose.KEEPER, has_ended), (Whose.WORKER, runs_nothing)):
+                send_signal(self._journal.descriptor(whose), signal.SIGKILL)
+                if not is_harmless(self._journal.descriptor(whose), _DEATH):  # until then it may be reading
+                    raise _RefusedError("the pager does not end: a file system that it waits for does not answer")
             self._tell(guest)
             while theirs.provisional:
                 if poller.poll(_GLANCE * 1000):
                     control.receive(guest)
         finally:
             if not theirs.provisional:
-                self._say("taken")
-                os._exit(0)
+                self.say("taken")
+                self._end()
             self._journal.note_descriptor(Whose.SUCCESSOR, -1)
-            self._say("kept")
+            self._journal.done = self._others is None  # else whoever has ended was killed
+            self.say("kept")
             log.error("the successor has failed, and what it was given is held on")
 
-    def _await_yield(self) -> None:
+    def _await_yield(self, theirs: int, guest: int) -> None:
         """Ask the owner to take no client; one that has ended is not waited for."""
-        self._say("yield")
+        self.say("yield", theirs, guest)
         until = time.monotonic() + _YIELD
         while self._channel is not None:
-            poller = select.poll()
-            poller.register(self._channel, select.POLLIN)
-            if not poller.poll(max(0.0, until - time.monotonic()) * 1000):
-                self._say("kept")
+            if not _readable(self._channel, max(0.0, until - time.monotonic())):
                 raise _RefusedError(f"the server that serves there does not yield within {_YIELD:g} s")
             if self._hear().get("op") == "yielded":
                 return
-
-    def _say(self, event: str) -> None:
-        if self._channel is not None:
-            with contextlib.suppress(control.Closed, OSError):
-                control.send(self._channel, {"event": event}, wait=False)
 
 
 def _close_left(known: set[int]) -> None:
@@ -225,10 +317,10 @@ def _close_left(known: set[int]) -> None:
                 left.detach()
 
 
-def _kill(pidfd: int) -> None:
-    if pidfd >= 0:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+def _readable(source: socket.socket, seconds: float = 0.0) -> bool:
+    poller = select.poll()
+    poller.register(source, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
 
 
 def _lives(space: Any) -> bool:

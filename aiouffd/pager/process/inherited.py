@@ -9,6 +9,7 @@ says ECHILD. Standard descriptors may be closed, and standard error may be a pip
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPT_BLOCKED_LOOP",
     "SAY_WHAT_BLOCKS",
+    "called",
     "open_standard_descriptors",
     "raise_limits",
     "reset_signals",
@@ -31,6 +33,8 @@ SAY_WHAT_BLOCKS: Final = signal.SIGRTMIN + 9
 INTERRUPT_BLOCKED_LOOP: Final = signal.SIGRTMIN + 10
 """What the keeper sends to the worker: no signal that an administrator sends to a whole service."""
 
+_PR_SET_NAME: Final = 15
+_libc = ctypes.CDLL(None)
 _ABORTING: Final = (signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS)
 _FAULTS: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _FATAL: Final = frozenset((signal.SIGKILL, signal.SIGSTOP, *_ABORTING, *_FAULTS))
@@ -97,3 +101,8 @@ def raise_limits() -> None:
         _, most = resource.getrlimit(what)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(what, (most, most))
+
+
+def called(name: str) -> None:
+    """Be shown so by ps(1) and top(1): which of the pager's processes this one is."""
+    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)

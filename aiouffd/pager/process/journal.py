@@ -23,6 +23,7 @@ more, nothing is read any further (`Rewriting.on_full`): the kernel keeps what w
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import fcntl
 import mmap
@@ -52,6 +53,9 @@ VERSION: Final = 1
 
 _VERSION: Final = 1  # its word; the commit word is 0
 _PROVISIONAL: Final = 5
+_DONE: Final = 8
+_LISTENS: Final = 9
+_WORKERS: Final = 10
 _LANDING: Final = 4096
 _LANDING_STRIDE: Final = 4096
 _LANDING_MESSAGES: Final = 64  # behind the identity of the space that is being read
@@ -70,11 +74,12 @@ _SEALS: Final = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW |
 
 
 class Whose(enum.IntEnum):
-    """Words that hold the number of a descriptor in the pager's table, plus one; 0: there is none."""
+    """Words that hold the number of a descriptor in the pager's table; 0: there is none."""
 
-    WORKER = 2  # the worker's pidfd
-    GUEST = 3  # the connection of whoever asks the holder
-    SUCCESSOR = 4  # the same, while all is being given: no worker of this pager may serve
+    WORKER = 2  # pidfds: written by the clone that makes the process
+    KEEPER = 6
+    HOLDER = 7
+    SUCCESSOR = 4  # the connection of whoever is being given all: no worker of this pager may serve
 
 
 class JournalFullError(Exception):
@@ -131,6 +136,7 @@ class Journal:
         self._bytes = memoryview(self._map)
         self._size = (size - _LOGS) // 2
         self._words = self._bytes[:_LANDING].cast("Q")
+        self._numbers = self._bytes[:_LANDING].cast("i")  # a half of a word each
         if self._words[_VERSION] > VERSION:
             raise PagerStartError(
                 f"a journal of version {self._words[_VERSION]} cannot be read: this aiouffd ({VERSION}) is older"
@@ -167,11 +173,20 @@ class Journal:
 
     def descriptor(self, whose: Whose) -> int:
         """Return the number of a descriptor in the pager's table; -1: there is none."""
-        return self._words[whose] - 1
+        return self._numbers[2 * whose] or -1
 
     def note_descriptor(self, whose: Whose, fd: int) -> None:
         """Note such a number; -1: there is none."""
-        self._words[whose] = fd + 1
+        self._numbers[2 * whose] = max(fd, 0)
+
+    @property
+    def descriptors(self) -> set[int]:
+        """All such numbers."""
+        return {self.descriptor(whose) for whose in Whose} - {-1}
+
+    def place(self, whose: Whose) -> ctypes.c_int:
+        """Return where such a number is, for the kernel to write it. For who has made this journal."""
+        return ctypes.c_int.from_buffer(self._map, 8 * whose)
 
     @property
     def provisional(self) -> bool:
@@ -181,6 +196,33 @@ class Journal:
     @provisional.setter
     def provisional(self, value: bool) -> None:
         self._words[_PROVISIONAL] = value
+
+    @property
+    def done(self) -> bool:
+        """Whether the pager has ended by itself, or is about to: no process that has ended is made anew."""
+        return bool(self._words[_DONE])
+
+    @done.setter
+    def done(self, value: bool) -> None:
+        self._words[_DONE] = value
+
+    @property
+    def listens(self) -> bool:
+        """Whether the holder answers successors, as its owner has told it."""
+        return bool(self._words[_LISTENS])
+
+    @listens.setter
+    def listens(self, value: bool) -> None:
+        self._words[_LISTENS] = value
+
+    @property
+    def workers(self) -> int:
+        """How many workers have begun."""
+        return self._words[_WORKERS]
+
+    @workers.setter
+    def workers(self, value: int) -> None:
+        self._words[_WORKERS] = value
 
     # Counters
 

@@ -1,21 +1,22 @@
 """The keeper: forks the worker, and forks it again when it dies. It does nothing else, so that nothing can kill it.
 
 It imports what the worker needs, so that a fork is ready in some milliseconds, and starts no thread, so that it can
-fork at all. The worker is made with clone(CLONE_FILES): it shares the keeper's table of descriptors. The descriptor
-of a forked child of the application arrives in the table of whoever reads the event, and must outlive him: if it
-were closed, the child would read zeros.
+fork at all. The worker shares the keeper's table of descriptors (`cloning`).
+
+Where there is a holder, each of the two makes the other anew: the holder has a copy of all that the keeper has. So as
+long as one of them lives, journal and table stay what they are, whichever processes are killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
 import signal
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +27,8 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.process import control, worker
-from aiouffd.pager.process.deaths import Deaths
+from aiouffd.pager.process.cloning import clone
+from aiouffd.pager.process.deaths import CALM, Deaths
 from aiouffd.pager.process.handles import (
     close_all,
     close_strays,
@@ -35,9 +37,12 @@ from aiouffd.pager.process.handles import (
     is_open,
     open_descriptors,
     open_pidfd,
+    pid_of,
+    runs_nothing,
+    send_signal,
 )
 from aiouffd.pager.process.holder import Holder
-from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
+from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS, called
 from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
@@ -46,6 +51,7 @@ from aiouffd.pager.process.state import State
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
@@ -64,47 +70,10 @@ GRACE = 3.0
 ORPHANED = 1.0
 """Seconds without a turn until the worker is killed, where the process that started the pager is gone."""
 
-CALM = 60.0
-"""A worker that has lived for so long, and was asked for nothing, has not died of what it was asked for."""
-
 _TICK = 1.0
 _CLONE_PAUSE = 0.5
+_KEEPER, _HOLDER, _WORKER = "aiouffd-keeper", "aiouffd-holder", "aiouffd-worker"
 _LOOK = 0.5  # seconds between looks whether the processes are still there
-_CLONE_FILES = 0x400
-_CLONE_PIDFD = 0x1000
-_CLONE_CHILD_CLEARTID = 0x200000
-_CLONE_CHILD_SETTID = 0x1000000
-_PR_GET_TID_ADDRESS = 40
-_SYS_CLONE = {"x86_64": 56}.get(os.uname().machine, 220)
-
-_libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the GIL must be held across the clone
-_python = ctypes.pythonapi
-
-
-def _clone() -> tuple[int, int]:
-    """fork(2), but with the table of descriptors shared; return pid and pidfd. The caller is single-threaded.
-
-    Opened afterwards, the pidfd might find no room in the table, which the child is filling.
-    """
-    # glibc keeps the thread's id where set_tid_address points; its fork() has the kernel write the child's there.
-    tid = ctypes.c_void_p()
-    pidfd = ctypes.c_int(-1)
-    flags = _CLONE_FILES | _CLONE_PIDFD | signal.SIGCHLD
-    if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) == 0:
-        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
-    arguments: list[int | None] = [flags, None, ctypes.addressof(pidfd), tid.value, None]
-    if os.uname().machine != "x86_64":
-        arguments[3:] = [None, tid.value]  # the order of tls and child_tid is the architecture's
-    _python.PyOS_BeforeFork()
-    pid: int = _libc.syscall(ctypes.c_long(_SYS_CLONE), *(ctypes.c_void_p(item) for item in arguments))
-    if pid == 0:
-        _python.PyOS_AfterFork_Child()
-    else:
-        _python.PyOS_AfterFork_Parent()
-        if pid < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"clone(CLONE_FILES) was refused: {os.strerror(number)}")
-    return pid, pidfd.value
 
 
 def run(
@@ -123,62 +92,229 @@ def run(
         pickles: how often a worker unpickles.
         hold: where successors ask the holder, and its channel to the client; None: there is no holder.
     """
+    called(_KEEPER)
     worker.prepare()
+    keeper = _Keeper(journal, vault, connection, pickles)
     if hold is not None:
-        _start_holder(Holder(journal, connection, *hold, open_pidfd(os.getpid())))
-        for item in hold:  # the numbers are the holder's: closed here, they would be closed for it
-            item.detach()
-    own = {fd for fd in open_descriptors() if is_open(fd)}  # the list has its own number, which a worker's may get
-    deaths = Deaths()
-    died = ""
-    while True:
-        state = survey(journal) or State()
-        slow = close_strays(own | state.numbers | {journal.descriptor(Whose.GUEST)})
-        import_for(state)
+        keeper.hold(*hold)
+    return keeper.run()
+
+
+class _Keeper:
+    """What a keeper has, and the next one, which the holder makes of its own copy: all share one table of descriptors.
+
+    Attributes:
+        holder: what is run where there is to be one.
+    """
+
+    def __init__(self, journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles) -> None:
+        self._journal = journal
+        self._vault = vault
+        self._connection = connection
+        self._pickles = pickles
+        # The list has its own number, which a worker's may get.
+        self._own = {fd for fd in open_descriptors() if is_open(fd)}
+        self.holder: Holder | None = None
+        self._holder_pid = 0  # of the one that this process has made
+
+    def hold(self, listener: socket.socket, channel: socket.socket) -> None:
+        """Have a holder, which has the table of descriptors for as long as anybody needs it."""
+        self._journal.note_descriptor(Whose.KEEPER, open_pidfd(os.getpid()))
+        self.holder = Holder(self._journal, self._connection, listener, channel, self._own, self._make_keeper)
+        self._make_holder()
+
+    def _make(self, whose: Whose, be: Callable[[], NoReturn]) -> int:
+        """Make a process that shares the table; return its pid. There is no moment at which its pidfd is not noted.
+
+        Raises:
+            OSError: there is none.
+        """
+        before = self._journal.descriptor(whose)
         sys.stdout.flush()
         sys.stderr.flush()
         try:
-            pid, pidfd = _clone()
-        except OSError as error:
-            if not _has_served(journal):
-                return _refuse(connection, error)
-            # To give up would be to close the descriptors of forked children, who would read zeros then.
-            log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400 - no traceback helps
-            if not _anybody(journal) and _hung_up(connection):
-                return 1
-            time.sleep(_CLONE_PAUSE)
-            continue
+            pid = clone(self._journal.place(whose))
+        except OSError:
+            self._journal.note_descriptor(whose, before)
+            raise
         if pid == 0:
-            _work(journal, vault, connection, pickles, slow)
-        if died:
-            log.warning("%s and is replaced", died)
-        began, faults = time.monotonic(), journal.total(Counter.FAULTS)
-        status = _wait(pid, pidfd, journal)
-        journal.note_descriptor(Whose.WORKER, -1)
-        calm = journal.total(Counter.FAULTS) == faults and time.monotonic() - began > CALM
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            return 0
-        reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
-        died = f"the worker (pid {pid}) died ({reason})"
-        journal.counters.words[Counter.RESTARTS] += 1
-        if deaths.add(code, journal.progress(), calm=calm):
-            log.warning(died)
-            return _give_up(journal, connection, deaths.count, reason)
-        time.sleep(deaths.pause)
+            be()
+        if before >= 0:
+            os.close(before)
+        return pid
 
+    def _make_keeper(self) -> int:
+        """Be called by the holder, where the keeper was killed."""
+        return self._make(Whose.KEEPER, self._be_keeper)
 
-def _start_holder(holder: Holder) -> None:
-    """Make the holder: it has the table of descriptors for as long as anybody needs it."""
-    pid, pidfd = _clone()
-    if pid == 0:
+    def _be_keeper(self) -> NoReturn:
+        called(_KEEPER)
+        self._holder_pid = 0
         try:
-            holder.run()
+            self.run()
+        except BaseException:
+            log.exception("the keeper failed")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    def _make_holder(self) -> None:
+        assert self.holder is not None
+        self._holder_pid = self._make(Whose.HOLDER, self._be_holder)
+        # Before the first worker is made: the connection does not tell of the others' deaths as long as that lives.
+        self.holder.say("holder", self._journal.descriptor(Whose.HOLDER))
+
+    def _be_holder(self) -> NoReturn:
+        assert self.holder is not None
+        called(_HOLDER)
+        try:
+            self.holder.run()
         except BaseException:
             log.exception("the holder failed")
         finally:
             os._exit(1)
-    os.close(pidfd)
+
+    def _replace_holder(self) -> None:
+        """Make the holder anew, which was killed."""
+        code = _code_of(self._holder_pid) if self._holder_pid else -signal.SIGKILL
+        log.warning("the holder died and is replaced")
+        try:
+            if code != -signal.SIGKILL:
+                time.sleep(_CLONE_PAUSE)
+            self._make_holder()
+        except OSError as error:
+            log.error("no holder can be started (%s): tried again", error.strerror)  # noqa: TRY400 - no traceback helps
+            time.sleep(_CLONE_PAUSE)
+
+    def run(self) -> int:
+        """Keep a worker alive; return the exit status."""
+        status = self._keep()
+        self._journal.done = True
+        return status
+
+    def _keep(self) -> int:
+        journal, deaths, died = self._journal, Deaths(), ""
+        while True:
+            pid = self._left_worker()
+            if not pid:
+                try:
+                    pid = self._make_worker()
+                except OSError as error:
+                    if not _has_served(journal):
+                        return _refuse(self._connection, error)
+                    # To give up would be to close the descriptors of forked children, who would read zeros then.
+                    log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400
+                    if not _anybody(journal) and _hung_up(self._connection):
+                        return 1
+                    time.sleep(_CLONE_PAUSE)
+                    continue
+                if died:
+                    log.warning("%s and is replaced", died)
+            began, faults = time.monotonic(), journal.total(Counter.FAULTS)
+            code = self._wait(pid, journal.descriptor(Whose.WORKER))
+            self._forget_worker()
+            if code == 0:
+                return 0
+            calm = journal.total(Counter.FAULTS) == faults and time.monotonic() - began > CALM
+            reason = f"signal {_name(-code)}" if code < 0 else f"exit status {code}"
+            died = f"the worker (pid {pid}) died ({reason})"
+            journal.counters.words[Counter.RESTARTS] += 1
+            if deaths.add(code, journal.progress(), calm=calm):
+                log.warning(died)
+                return _give_up(journal, self._connection, deaths.count, reason)
+            time.sleep(deaths.pause)
+
+    def _left_worker(self) -> int:
+        """Return the pid of the worker that a keeper before this one has made, and that lives; 0: there is none."""
+        pidfd = self._journal.descriptor(Whose.WORKER)
+        if pidfd < 0:
+            return 0
+        pid = 0 if runs_nothing(pidfd) else pid_of(pidfd)
+        if not pid:
+            self._forget_worker()
+            if not self._journal.done:
+                self._journal.counters.words[Counter.RESTARTS] += 1
+        return pid
+
+    def _forget_worker(self) -> None:
+        pidfd = self._journal.descriptor(Whose.WORKER)
+        self._journal.note_descriptor(Whose.WORKER, -1)
+        with contextlib.suppress(OSError):  # a clone that has failed, in a keeper that was killed
+            os.close(pidfd)
+
+    def _make_worker(self) -> int:
+        state = survey(self._journal) or State()
+        slow = close_strays(self._own | state.numbers | self._journal.descriptors)
+        if self.holder is not None:
+            slow = [fd for fd in slow if not self.holder.is_guest(fd)]
+        import_for(state)
+        return self._make(Whose.WORKER, partial(self._work, slow))
+
+    def _work(self, slow: list[int]) -> NoReturn:
+        """Be the worker. Never returns into the keeper's frames; nothing is finalized: descriptors are shared."""
+        status = 1
+        called(_WORKER)
+        try:
+            worker.run(self._journal, self._vault, self._connection, self._pickles, slow)
+            status = 0
+        except BaseException as error:
+            log.exception("the worker failed")
+            reason = limit_error("the pager's worker", getattr(error, "errno", None) or 0) or error
+            with contextlib.suppress(Exception):
+                control.send(self._connection, {"event": "failing", "error": encode_error(reason)}, wait=False)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _wait(self, pid: int, pidfd: int) -> int:
+        """Wait for the worker's end; return its code. One whose loop does not turn is told to say where, and killed.
+
+        What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup,
+        a machine that was suspended) the worker has missed nothing.
+        """
+        words = self._journal.counters.words
+        beat, still, warned, interrupted = -1, 0.0, False, False
+        last = time.monotonic()
+        while not self._ends(pidfd):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * _TICK), now
+            if words[Counter.HEARTBEAT] != beat:
+                beat, still, warned, interrupted = words[Counter.HEARTBEAT], 0.0, False, False
+                continue
+            still += passed
+            state = _state_of(pid)
+            if state == "t":  # a debugger has it
+                continue
+            if state == "Z":
+                break
+            if still > BLOCKED and not warned:
+                warned = True
+                _say_blocked(pid, pidfd, still, state)
+            elif still > HOPELESS and not interrupted:
+                interrupted = True
+                send_signal(pidfd, INTERRUPT_BLOCKED_LOOP)
+            elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(self._journal)):
+                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
+                send_signal(pidfd, signal.SIGKILL)
+        code = _code_of(pid)
+        if code is not None:
+            return code
+        # Another keeper has made it. Or threads of it wait for a file system, whatever kills them; no code of it runs.
+        return 0 if self._journal.done else -signal.SIGKILL
+
+    def _ends(self, pidfd: int) -> bool:
+        """Wait for a moment, or the worker's end; tell whether it has ended. A holder that has is made anew."""
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        holder = self._journal.descriptor(Whose.HOLDER)
+        if holder >= 0:
+            poller.register(holder, select.POLLIN)
+        ready = dict(poller.poll(_TICK * 1000))
+        if holder in ready:
+            self._replace_holder()
+        return pidfd in ready
 
 
 def import_for(state: State) -> None:
@@ -196,57 +332,16 @@ def _name(number: int) -> str:
         return str(number)
 
 
-def _wait(pid: int, pidfd: int, journal: Journal) -> int:
-    """Wait for the worker's end; one whose loop does not turn is told to say where, to stop that, and killed.
-
-    What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup, a
-    machine that was suspended) the worker has missed nothing.
-    """
-    words = journal.counters.words
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    beat, still, warned, interrupted = -1, 0.0, False, False
-    last = time.monotonic()
+def _code_of(pid: int) -> int | None:
+    """Return the code of a child that has ended, as `Popen.returncode`; None: it has not quite, or is no child."""
     try:
-        while not poller.poll(_TICK * 1000):
-            now = time.monotonic()
-            passed, last = min(now - last, 2 * _TICK), now
-            if words[Counter.HEARTBEAT] != beat:
-                beat, still, warned, interrupted = words[Counter.HEARTBEAT], 0.0, False, False
-                continue
-            still += passed
-            state = _state_of(pid)
-            if state == "t":  # a debugger has it
-                continue
-            if state == "Z":
-                return _status_of_dying(pid, journal)
-            if still > BLOCKED and not warned:
-                warned = True
-                _say_blocked(pid, still, state)
-            elif still > HOPELESS and not interrupted:
-                interrupted = True
-                os.kill(pid, INTERRUPT_BLOCKED_LOOP)
-            elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(journal)):
-                log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
-                os.kill(pid, signal.SIGKILL)
-    finally:
-        os.close(pidfd)
-    return os.waitpid(pid, 0)[1]
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
-def _status_of_dying(pid: int, journal: Journal) -> int:
-    """Return the status of a worker that has ended, but for threads that wait for a file system, whatever kills them.
-
-    No code of it runs any more. Its status is not known yet: it has finished if it left nothing to be served.
-    """
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    if ended:
-        return status
-    state = survey(journal)
-    return signal.SIGKILL if state is not None and state.spaces else 0
-
-
-def _say_blocked(pid: int, still: float, state: str) -> None:
+def _say_blocked(pid: int, pidfd: int, still: float, state: str) -> None:
     if state == "T":
         log.error("the worker (pid %d) has been stopped for %.0f s (SIGSTOP), and pages wait for it", pid, still)
         return
@@ -255,11 +350,11 @@ def _say_blocked(pid: int, still: float, state: str) -> None:
         " waits without await. Where it is:",
         still,
     )
-    os.kill(pid, SAY_WHAT_BLOCKS)
+    send_signal(pidfd, SAY_WHAT_BLOCKS)
 
 
 def _state_of(pid: int) -> str:
-    """Return the state of a child that has not been waited for, as ps(1) shows it; nothing where there is no /proc."""
+    """Return the state of a process, as ps(1) shows it; nothing where it was waited for, or there is no /proc."""
     try:
         return files.read(f"/proc/{pid}/stat").decode().rpartition(")")[2].split()[0]
     except OSError:
@@ -270,23 +365,6 @@ def _orphaned(journal: Journal) -> bool:
     """Tell whether the process that has started the pager is gone."""
     meta = last_meta(journal.load().records)
     return meta is not None and meta.owner >= 0 and has_ended(meta.owner)
-
-
-def _work(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[int]) -> NoReturn:
-    """Be the worker. Never returns into the keeper's frames; nothing is finalized, since descriptors are shared."""
-    status = 1
-    try:
-        worker.run(journal, vault, connection, pickles, slow)
-        status = 0
-    except BaseException as error:
-        log.exception("the worker failed")
-        reason = limit_error("the pager's worker", getattr(error, "errno", None) or 0) or error
-        with contextlib.suppress(Exception):
-            control.send(connection, {"event": "failing", "error": encode_error(reason)}, wait=False)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def _forsaken(journal: Journal) -> list[Forsaken]:

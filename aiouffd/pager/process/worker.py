@@ -21,7 +21,7 @@ from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
-from aiouffd.pager.process.handles import close_all, open_pidfd
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
@@ -63,10 +63,9 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close.
     """
-    pidfd = open_pidfd(os.getpid())  # a number alone might be another process's by the time that it is used
-    journal.note_descriptor(Whose.WORKER, pidfd)
     if journal.descriptor(Whose.SUCCESSOR) >= 0:
         return  # another server is being given what was to be served here
+    journal.workers += 1
     libc.keep_freed_memory(_KEPT)
     gc.freeze()  # what the keeper made lives as long as the worker does
     os.register_at_fork(after_in_child=connection.close)  # a source may fork: its child would be taken for the worker
@@ -77,6 +76,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
     for fd in slow:  # later: each starts a thread, and who waits for a page comes first
         loop.call_later(_LATER, close_foreign, [fd])
     loop.run_until_complete(_Worker(loop, journal, vault, connection, pickles).main())
+    journal.done = True
     # The process that waits for the end of this one need not wait for threads that close files.
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -127,7 +127,8 @@ class _Worker:
         self.readable.register(self.connection, select.EPOLLIN)
         self.loop.add_reader(self.readable.fileno(), self.receive)
         pidfd = os.dup(self.journal.descriptor(Whose.WORKER))
-        self.send({"event": "ready", "pid": os.getpid()}, [pidfd])
+        # What a worker before this one was asked for, and has not answered, is asked again.
+        self.send({"event": "ready", "pid": os.getpid(), "again": self.journal.workers > 1}, [pidfd])
         await self.done.wait()
         writes = any(origin.options.write_back for origin in self.served.origins.values())
         for origin in list(self.served.origins.values()):
@@ -221,6 +222,7 @@ class _Worker:
     def leave(self) -> None:
         """The client is gone: end as soon as nothing is served."""
         if self.journal.provisional:  # nothing is: all is another pager's, and stays so
+            self.journal.done = True
             os._exit(0)
         self.left = True
         self.idle()
