@@ -114,3 +114,16 @@ def test_nothing_is_kept_for_an_empty_range() -> None:
     assert pages.missing(5 * PAGE, 5 * PAGE) == []
     assert 7 * PAGE not in pages
     assert not pages._chunks
+
+
+@given(st.lists(st.lists(st.integers(0, LAST), max_size=20), max_size=5))
+def test_single_pages_are_added_once(batches: list[list[int]]) -> None:
+    """Those that are new are told, in order."""
+    pages, model = PresentPages(PAGE), dict[int, None]()
+    pages.add(7 * PAGE, 9 * PAGE)
+    model.update({7: None, 8: None})
+    for batch in batches:
+        fresh = [page for page in dict.fromkeys(batch) if page not in model]
+        assert pages.add_pages(page * PAGE for page in batch) == [page * PAGE for page in fresh]
+        model.update(dict.fromkeys(fresh))
+    assert all((page * PAGE in pages) == (page in model) for page in range(LAST + 1))

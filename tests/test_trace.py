@@ -321,6 +321,23 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert 100_000 < len(Trace.load(tmp_path / "trace").offsets) < 139_999
 
 
+def test_many_pages_are_noted_together(tmp_path: Path) -> None:
+    """As if one by one: each once, in order, what came along too, and up to the last for which there is room."""
+    recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    fd = os.dup(recorder.fileno())
+    noting = Recorder(fd, most=6 * PAGE)
+    noting.note(2 * PAGE, PAGE, 3 * PAGE)
+    noting.note_pages([9 * PAGE, 2 * PAGE, 3 * PAGE, 9 * PAGE])
+    noting.note(-1, 9 * PAGE, PAGE)
+    noting.note_pages([5 * PAGE, 6 * PAGE])
+    noting.note_pages([7 * PAGE])
+    assert noting.is_full
+    recorder.complete()
+    trace = Trace.load(tmp_path / "trace")
+    assert [offset // PAGE for offset in trace.offsets] == [2, 1, 3, 9, 5]
+    assert list(trace.along) == [PAGE]
+
+
 def test_what_a_source_has_recorded_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is replayed if it fits; if not, or if it cannot be had, that is logged."""
 

@@ -54,6 +54,6 @@ def make_backend(
 
 def make_readahead(page_size: int, options: Options, *, local: bool, recorder: Recorder | None = None) -> Readahead:
     """Return the readahead of a space: bytes in memory come in small neighbourhoods, remote ones in larger ones."""
-    note = None if recorder is None else recorder.note
+    noting = (None, None) if recorder is None else (recorder.note, recorder.note_pages)
     limit = options.readahead if options.max_resident is None else min(options.readahead, options.max_resident // 16)
-    return Readahead(page_size, limit, (16 << 10) if local else (64 << 10), note)
+    return Readahead(page_size, limit, (16 << 10) if local else (64 << 10), *noting)

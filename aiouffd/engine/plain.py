@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aiouffd.engine.mappings import Mappings
-    from aiouffd.engine.readahead import Note, Readahead
+    from aiouffd.engine.readahead import NotePages, Readahead
     from aiouffd.engine.statistics import Counters
 
 __all__ = ["SLOT", "FastPath", "PlainFaults", "PlainSource", "serve_together"]
@@ -102,7 +102,7 @@ class PlainFaults(Protocol):
         offset: int,
         source: PlainSource,
         bound: Any = None,
-        note: Note | None = None,
+        note: NotePages | None = None,
     ) -> None:
         """Serve the plain faults of [start, end), which shows the source from `offset` on, until `close`.
 
@@ -159,7 +159,7 @@ class FastPath:
         offset: int,
         source: PlainSource,
         bound: Any = None,
-        note: Note | None = None,
+        note: NotePages | None = None,
     ) -> None:
         """From now on, serve the mapping [start, end), which shows the source from `offset` on, here.
 

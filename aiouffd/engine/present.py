@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 __all__ = ["PresentPages"]
 
 _CHUNK = 512  # pages that are kept together, a byte each
@@ -68,6 +73,17 @@ class PresentPages:
                 chunk = self._new(number)
             chunk[low:high] = _ONES[: high - low]
             first += high - low
+
+    def add_pages(self, offsets: Iterable[int]) -> list[int]:
+        """Note that single pages are present; return those of them that were not, in order."""
+        size, page, find, found = self._page * _CHUNK, self._page, self._chunks.get, list[int]()
+        for offset in offsets:
+            chunk = find(offset // size) or self._new(offset // size)
+            index = offset % size // page
+            if not chunk[index]:
+                chunk[index] = 1
+                found.append(offset)
+        return found
 
     def remove(self, start: int, end: int) -> None:
         """Note that [start, end) is missing."""

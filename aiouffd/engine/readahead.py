@@ -18,10 +18,13 @@ from typing import TypeAlias
 
 from aiouffd.engine.present import PresentPages
 
-__all__ = ["Note", "Readahead", "Window"]
+__all__ = ["Note", "NotePages", "Readahead", "Window"]
 
 Note: TypeAlias = Callable[[int, int, int], None]
 """Called with the offset of a page that was touched (-1: none was), and start and length of what comes with it."""
+
+NotePages: TypeAlias = "Callable[[list[int]], None]"
+"""Called with the offsets of pages that were touched, each of which came alone."""
 
 Window: TypeAlias = tuple[int, int]
 """Where it starts, and its length."""
@@ -145,10 +148,19 @@ class Readahead:
 
     Attributes:
         note: is told what was chosen; None: nobody asks.
+        note_pages: is told of pages that came without being chosen; None: nobody asks.
     """
 
-    def __init__(self, page: int, limit: int, around: int = 64 << 10, note: Note | None = None) -> None:
+    def __init__(
+        self,
+        page: int,
+        limit: int,
+        around: int = 64 << 10,
+        note: Note | None = None,
+        note_pages: NotePages | None = None,
+    ) -> None:
         self.note: Note | None = note
+        self.note_pages: NotePages | None = note_pages
         self.page = page
         self._asked_around = around
         self.limit: int = limit & -page if limit >= page else 0
@@ -169,7 +181,7 @@ class Readahead:
 
     def fresh(self) -> Readahead:
         """Return one with the same settings that has seen nothing."""
-        return Readahead(self.page, self.limit, self._asked_around, self.note)
+        return Readahead(self.page, self.limit, self._asked_around, self.note, self.note_pages)
 
     def windows(self, offset: int, low: int, high: int) -> list[Window]:
         """Return (start, length) of what to bring for a fault at `offset`: one of them holds the fault.

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.kept import Kept
     from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.plain import PlainSource
-    from aiouffd.engine.readahead import Note
+    from aiouffd.engine.readahead import NotePages
     from aiouffd.engine.space import Space
     from aiouffd.engine.statistics import Counters
 
@@ -231,7 +231,7 @@ class _Line:
     opened: tuple[int, int, int, PlainSource] | None = None
     served: bool = False
     bound: Bound | None = None
-    note: Note | None = None
+    note: NotePages | None = None
     room: ctypes.c_uint64 = attrs.field(factory=ctypes.c_uint64)
     kept: Kept | None = None
     expected: list[int] = attrs.field(factory=list)
@@ -291,7 +291,7 @@ class NativeReader:
         offset: int,
         source: PlainSource,
         bound: Bound | None = None,
-        note: Note | None = None,
+        note: NotePages | None = None,
     ) -> None:
         """Serve a mapping."""
         line = self._lines.get(fd)
@@ -312,15 +312,17 @@ class NativeReader:
         for line in self._logged.values():
             line.room.value = _NO_LIMIT if line.bound is None else line.bound.share
         result = self._reader.run(turn_ns, came=came, once=once)
-        for fd, page in self._reader.came():
+        for fd, pages in self._reader.came():
             line = self._logged[fd]
             assert line.opened is not None
             start, _, offset, source = line.opened
-            at = offset + page - start
+            skew = offset - start
+            offsets = [page + skew for page in pages]
             if line.bound is not None:
-                line.bound.came(at, source[2])
+                for at in offsets:
+                    line.bound.came(at, source[2])
             if line.note is not None:
-                line.note(at, at, source[2])
+                line.note(offsets)
         return result
 
     def close(self, fd: int) -> None:

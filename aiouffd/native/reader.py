@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiouffd.native import library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["WORDS", "Keeper", "Keeps", "NativeReader", "Outcome", "Shown", "declared"]
 
@@ -167,11 +167,19 @@ class NativeReader:
         self._is.log = ctypes.addressof(self._log)
         self.configure()
 
-    def came(self) -> list[tuple[int, int]]:
-        """Return (descriptor, address) of the pages of memory with a limit that have come in the last run."""
+    def came(self) -> Iterable[tuple[int, list[int]]]:
+        """Return the addresses of pages that have come in the last run and are logged, by descriptor, in order."""
         count, self._log[0] = self._log[0], 0
+        if not count:
+            return ()
         words = self._log[1 : 1 + 2 * count]
-        return list(zip(words[::2], words[1::2], strict=True))
+        fds, pages = words[::2], words[1::2]
+        if fds.count(fds[0]) == count:
+            return ((fds[0], pages),)
+        found: dict[int, list[int]] = {}
+        for fd, page in zip(fds, pages, strict=True):
+            found.setdefault(fd, []).append(page)
+        return found.items()
 
     def configure(self, **options: int) -> None:
         """Set `only`, `flags`, `limit`, `spin_ns`, `landing` or `identity`: see `struct reader`."""

@@ -148,7 +148,7 @@ def is_begun(directory: str, image: str) -> None:
         assert region[50 * PAGE] == 51
         monitor.prefetch_sync(60 * PAGE, PAGE)  # answered: what has come before is noted
     assert servers.last.end() == 0
-    assert sorted(touched(trace)) == [40, 50]
+    assert sorted(touched(trace)) == [40, 50], (sorted(touched(trace)), pages_of(trace))
 
 
 def test_a_recording_begins_with_what_another_server_has_left(image: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Recorder", "Trace", "begin", "differ", "fingerprint", "part_of", "stored"]
 
@@ -244,7 +244,7 @@ class Recorder(OwnedDescriptor):
         self._count = 0
         self._room = 0
         self._full = False
-        self._touched = self._come = PresentPages(mmap.PAGESIZE)  # until the file is looked at
+        self._touched = self._along = PresentPages(mmap.PAGESIZE)  # until the file is looked at
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], page_size: int, size: int, source: bytes = bytes(32)) -> Self:
@@ -287,20 +287,24 @@ class Recorder(OwnedDescriptor):
         """Append a page that was touched, and what came with it, each once; a `Note` of `Readahead`."""
         if self._map is None and not self._grow(0):
             return
-        touched, come, page = self._touched, self._come, self._page
-        if offset >= 0 and offset not in touched:
-            touched.add(offset, offset + page)
-            come.add(offset, offset + page)
-            self.append(array("Q", (offset,)))
+        page = self._page
+        if offset >= 0:
+            self.note_pages((offset,))
         if length > page or offset < 0:
-            for low, size in come.missing(start, start + length):
-                come.add(low, low + size)
-                self.append(array("Q", range(low | _ALONG, low + size, page)))
+            for begin, whole in self._touched.missing(start, start + length):
+                for low, size in self._along.missing(begin, begin + whole):
+                    self._along.add(low, low + size)
+                    self.append(array("Q", range(low | _ALONG, low + size, page)))
+
+    def note_pages(self, offsets: Iterable[int]) -> None:
+        """As `note`, of pages that came alone: many of them cost little more than one."""
+        if (self._map is not None or self._grow(0)) and (entries := self._touched.add_pages(offsets)):
+            self.append(array("Q", entries))
 
     def append(self, entries: array[int]) -> None:
-        """Append entries as they are in the file."""
+        """Append entries as they are in the file, as far as there is room."""
         if self._count + len(entries) > self._room and not self._grow(len(entries)):
-            return
+            entries = entries[: max(self._room - self._count, 0)]
         words, count, behind = self._words, self._count, self._count + len(entries)
         words[HEADER.size // 8 + count : HEADER.size // 8 + behind] = entries
         self._count = behind
@@ -309,12 +313,10 @@ class Recorder(OwnedDescriptor):
     def _go_on(self) -> None:
         """Begin, or go on behind what a predecessor has noted."""
         _, _, self._page, _, self._count, *_ = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
-        self._touched, self._come = PresentPages(self._page), PresentPages(self._page)
-        for entry in array("Q", os.pread(self._fd, 8 * self._count, HEADER.size)):
-            at = entry & ~_ALONG
-            self._come.add(at, at + self._page)
-            if at == entry:
-                self._touched.add(at, at + self._page)
+        self._touched, self._along = PresentPages(self._page), PresentPages(self._page)
+        entries = array("Q", os.pread(self._fd, 8 * self._count, HEADER.size))
+        self._touched.add_pages(entry for entry in entries if not entry & _ALONG)
+        self._along.add_pages(entry & ~_ALONG for entry in entries if entry & _ALONG)
 
     def _grow(self, count: int) -> bool:
         """Make room for so many more entries; tell whether there is any."""

@@ -125,6 +125,7 @@ class Tenancy:
         if space is not None:
             space.close_fast_path()  # which is told when it is opened
             space.readahead.note = None if recorder is None else recorder.note
+            space.readahead.note_pages = None if recorder is None else recorder.note_pages
             space.backend.opened(space)
 
     def end(self) -> None:
