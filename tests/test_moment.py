@@ -21,10 +21,6 @@ class FakeCapture:
     page = PAGE
     failure = None
 
-    def extents(self, _size: int) -> list[Range]:
-        """Say that all may be data, and more than there is."""
-        return [Range(0, 6 * PAGE), Range(7 * PAGE, PAGE)]
-
     def to_read(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return what is in memory."""
         return [(max(first, 1), min(last, 4))] if first < 4 and last > 1 else []
@@ -55,7 +51,9 @@ class FakeMemory:
 async def test_what_is_read_is_patched() -> None:
     """Bytes of memory, of what was kept, and of the source; the image ends within a page."""
     capture, memory = FakeCapture(), FakeMemory()
-    moment: Any = Moment(capture, memory, 6 * PAGE - 10, None, lifts=True)  # type: ignore[arg-type]
+    extents = [Range(0, 6 * PAGE), Range(7 * PAGE, PAGE)]  # all may be data, and more than there is
+    moment: Any = Moment(capture, memory, 6 * PAGE - 10, None, extents=extents, lifts=True)  # type: ignore[arg-type]
+    assert moment.total == 7 * PAGE
     assert list(moment.extents()) == [(0, 6 * PAGE - 10)]
     data = await asyncio.to_thread(moment.read, 0, 6 * PAGE - 10)
     assert len(data) == 6 * PAGE - 10
@@ -76,7 +74,7 @@ async def test_the_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         clock.now += seconds
 
     monkeypatch.setattr("aiouffd.engine.moment.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
-    moment: Any = Moment(FakeCapture(), FakeMemory(), 6 * PAGE, 10 * PAGE, lifts=True)  # type: ignore[arg-type]
+    moment: Any = Moment(FakeCapture(), FakeMemory(), 6 * PAGE, 10 * PAGE, extents=[], lifts=True)  # type: ignore[arg-type]
     for _ in range(3):
         await asyncio.to_thread(moment.read, PAGE, PAGE)
     assert clock.now == pytest.approx(0.3)

@@ -472,16 +472,16 @@ class Capture:
         """Return the pages (start, end) of [first, last) that are read from memory. From any thread."""
         return list(runs(self._states, _TO_READ, first, last))
 
-    def extents(self, size: int) -> list[Range]:
-        """Return what may not be zeros, in offsets of the image, which has so many bytes."""
-        found = RangeSet(
-            Range.between(low * self.page, high * self.page) for low, high in self.to_read(0, len(self._states))
-        )
-        data = self._space.backend.data
+    async def extents(self, size: int) -> list[Range]:
+        """Return what may not be zeros, in offsets of the image, which has so many bytes: before any of it is read."""
+        found, turns, data = RangeSet(), _Turns(), self._space.backend.data
+        for first, last in runs(self._states, _TO_READ):
+            found.add(*await turns.before((first * self.page, last * self.page)))
         for offset, at, length in self._places.missing(self._shown, 0, size):
             for low, high in data(at, at + length):
-                found.add(align_down(low + offset - at, self.page), align_up(high + offset - at, self.page))
-        return list(found)
+                part = align_down(low + offset - at, self.page), align_up(high + offset - at, self.page)
+                found.add(*await turns.before(part))
+        return [await turns.before(item) for item in found]
 
     async def read(self, first: int, last: int, lost: list[int], *, lifts: bool) -> list[tuple[int, Any]]:
         """Take note that the pages [first, last) were read; return (offset, bytes) of what was not in memory.

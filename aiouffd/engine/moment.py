@@ -27,6 +27,7 @@ class Moment:
         memory: reads it; stays the caller's.
         size: bytes of the image, which ends within the last page perhaps.
         rate: bytes in a second that are read at most; None: as fast as it goes.
+        extents: of the capture.
         lifts: the pages that were read may be written unnoticed.
         changed: what alone is read; None: all that may not be zeros.
 
@@ -42,6 +43,7 @@ class Moment:
         size: int,
         rate: float | None,
         *,
+        extents: list[Range],
         lifts: bool,
         changed: list[Range] | None = None,
     ) -> None:
@@ -50,8 +52,8 @@ class Moment:
         self._capture = capture
         self._memory = memory
         self._loop = asyncio.get_running_loop()
-        self._extents: list[Range] = capture.extents(size)
-        self.total: int = sum(item.length for item in (self._extents if changed is None else changed))
+        self._extents = extents
+        self.total: int = sum(item.length for item in (extents if changed is None else changed))
         self._rate = rate
         self._lock = threading.Lock()
         self._next = time.monotonic()

@@ -188,7 +188,8 @@ async def capture(
     writing: asyncio.Future[str | None] | None = None
     try:
         changed = await state.begin(memory, pagemap, base, granule)
-        image = Moment(state, memory, order.size, order.rate, lifts=order.is_file, changed=changed)
+        extents = await state.extents(order.size)
+        image = Moment(state, memory, order.size, order.rate, extents=extents, lifts=order.is_file, changed=changed)
         begun(image)
         settings = {"base": below, "changed": changed, "chunk_size": granule, "page_size": state.page}
         writing = asyncio.ensure_future(asyncio.to_thread(_write, order, image, settings))

@@ -542,7 +542,7 @@ async def test_parts_of_an_image() -> None:
         assert capture.keeps(space, low + PAGE, 0, 0)
         os.pwrite(file, b"n" * PAGE, 9 * PAGE)
         assert capture.to_read(0, 12) == [(1, 2), (9, 10)]
-        assert capture.extents(14 * PAGE) == [Range(0, 2 * PAGE), Range(3 * PAGE, 11 * PAGE)]
+        assert await capture.extents(14 * PAGE) == [Range(0, 2 * PAGE), Range(3 * PAGE, 11 * PAGE)]
         found = {at // PAGE: bytes(data[:1]) for at, data in await capture.read(0, 14, [], lifts=False)}
         assert found == {0: b"s", 3: b"s", 4: b"s", 8: b"s", 9: b"m", 10: b"s", 12: b"s"}
         assert sorted(fetched) == [(0, 1), (3, 1), (4, 4), (8, 1), (10, 2), (12, 2)]
