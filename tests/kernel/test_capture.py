@@ -46,7 +46,9 @@ ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread
 
 
 class Sequence:
-    """Stamps 1, 2, 3 and so on, each in a page of one half of the region that the seed chooses.
+    """Stamps one after the other, each in a page of one half of the region that the seed chooses.
+
+    They begin above what the source has, whose pages have their numbers: a stamp tells that it is one.
 
     Args:
         region: where they go.
@@ -57,7 +59,7 @@ class Sequence:
     def __init__(self, region: aiouffd.Region, half: int, seed: int) -> None:
         self.region, self.half, self.seed = region, half, seed
         self.lock = threading.Lock()
-        self.stamps = itertools.count(1)
+        self.stamps = itertools.count(PAGES + 1)
         self.pages = self.chosen()
 
     def chosen(self) -> Iterator[int]:
@@ -76,14 +78,14 @@ class Sequence:
                 poke(self.region.address + at + 16, data)
 
     def check(self, image: Any) -> int:
-        """Compare an image with what it must be if it is of one moment; return the last stamp."""
+        """Compare an image with what it must be if it is of one moment; return how many stamps it has."""
         mine = range(self.half, PAGES, 2)
         found = {page: int.from_bytes(image[page * PAGE + 16 : page * PAGE + 24], "little") for page in mine}
         first = {page: int.from_bytes(content(page * PAGE + 16, 8), "little") for page in mine}
-        last = max((stamp for page, stamp in found.items() if stamp != first[page]), default=0)
-        model = first | dict(zip(itertools.islice(self.chosen(), last), itertools.count(1), strict=False))
+        count = max(0, max(found.values()) - PAGES)
+        model = first | dict(zip(itertools.islice(self.chosen(), count), itertools.count(PAGES + 1), strict=False))
         assert found == model, {page: (found[page], model[page]) for page in mine if found[page] != model[page]}
-        return last
+        return count
 
 
 @contextlib.contextmanager
@@ -494,7 +496,7 @@ async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: p
 
     uffd: Any = FakeUffd()
     uffd.try_writeprotect = protect
-    backend = SimpleNamespace(source=None)
+    backend = SimpleNamespace(source=None, data=lambda *_: [])
     space = fake_space(Mappings([Mapping(start, start + 80 * PAGE, 0)]), uffd=uffd, backend=backend)
     capture = Capture.of([space], Places([(start, start + 80 * PAGE, 0)], ours=True), 1)
     pagemap: Any = SimpleNamespace(spans=spans)
@@ -510,6 +512,10 @@ async def test_few_pages_are_protected_while_writes_are_held_back(monkeypatch: p
     assert (await task, to_write, looked_at) == (None, [], [(0, 80), (32, 16)])
     assert capture.to_read(0, 80) == [(0, 33), (34, 35), (36, 39), *((at, at + 1) for at in range(40, 48, 2)), (48, 80)]
     assert 1 <= phases.count(Phase.HOLDING) <= 1 + 2
+    listing = asyncio.create_task(capture.extents(80 * PAGE))
+    await asyncio.sleep(0)
+    assert not listing.done()
+    assert [(item.start // PAGE, item.end // PAGE) for item in await listing] == capture.to_read(0, 80)
 
 
 async def test_parts_of_an_image() -> None:
