@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from kinds import poke
 from pattern import PAGE, content
 from reading_rig import PAGES, SOURCE, TURN, Rig, Sharing, first
 from scenario import play
+from worlds import FEATURES, Sleeper
 
 import aiouffd
+from aiouffd import Feature, RegisterMode
+from aiouffd.engine import capture as capture_module
+from aiouffd.engine.capture import Capture
+from aiouffd.engine.kept import ABSENT, DUE, EMPTIED, KEPT, LOOSE, PROTECTED
+from aiouffd.engine.mappings import Mapping, Mappings
+from aiouffd.engine.places import Places
+from aiouffd.engine.resolver import Resolver
 from aiouffd.kernel import abi
+from aiouffd.kernel.memory import ProcessMemory
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
@@ -144,8 +158,92 @@ def shares(kind: str) -> None:
     rig.counts(continues=2)
 
 
+STATES = bytes([LOOSE, PROTECTED, DUE, DUE, DUE, EMPTIED, ABSENT])
+
+
+class Writers(Rig):
+    """Threads that write to protected pages of a snapshot; what the reader leaves goes to `Capture.keeps`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, features=FEATURES | Feature.PAGEFAULT_FLAG_WP)
+        uffd = self.world.uffd
+        self.mapping = Mapping(self.world.at(0), self.world.at(len(STATES)), 0)
+        uffd.register(self.mapping.start, len(STATES) * PAGE, RegisterMode.MISSING | RegisterMode.WP)
+        for page in range(len(STATES)):
+            uffd.try_copy(self.world.at(page), self.source.locate(page * PAGE, PAGE), PAGE, 0)
+        self.engines = list[int]()
+        self.threads = dict[int, Sleeper]()
+        self.space: Any = SimpleNamespace(
+            uffd=uffd,
+            page_size=PAGE,
+            counters=self.counters,
+            mappings=Mappings([self.mapping]),
+            backend=SimpleNamespace(source=None, written=self.lift),
+            resolver=Resolver(uffd, PAGE, self.counters),
+            fast_path=self.reader if kind == "native" else None,
+            bound=None,
+            capture=None,
+            closing=False,
+            is_gone=False,
+            on_changed=set(),
+        )
+        self.capture = Capture.of([self.space], Places([self.mapping], ours=True), RegisterMode.MISSING)
+
+    def lift(self, _space: Any, page: int, *_: int) -> None:
+        """Let a writer go."""
+        assert self.world.uffd.try_writeprotect(page, PAGE, 0) == PAGE
+
+    def write_all(self) -> bytes:
+        """Have pages of each state be written; return their states then."""
+        states = self.capture._states
+        states[:] = STATES
+        self.world.uffd.try_writeprotect(self.mapping.start, len(STATES) * PAGE, abi.WRITEPROTECT_MODE_WP)
+        for page in range(len(STATES)):
+            thread = self.threads[page] = Sleeper(partial(poke, self.world.at(page), b"new"))
+            thread.settle()
+            assert thread.asleep
+            outcome, _ = self.reader.run(TURN, came=False, once=True)
+            if outcome == Outcome.MESSAGES:
+                self.engines.append(page)
+                if not self.capture.keeps(self.space, self.world.at(page), 0, 0):
+                    self.lift(self.space, self.world.at(page))
+        return bytes(states)
+
+
+def first_writes(kind: str) -> None:
+    """Scenario: first writes to pages of each state, while they are read, when there is no room, and after that."""
+
+    async def run() -> None:
+        capture_module._MOST_KEPT = 2 * PAGE
+        rig = Writers(kind)
+        capture = rig.capture
+        with ProcessMemory.own(rig.mapping.start) as memory, Pagemap() as pagemap:
+            await capture.begin(memory, pagemap, None, PAGE)
+            assert rig.write_all() == bytes([LOOSE, LOOSE, KEPT, KEPT, DUE, EMPTIED, LOOSE])
+            for page, thread in rig.threads.items():
+                if page != 4:  # there is no room for it
+                    thread.join()
+            assert rig.threads[4].asleep
+            found = await capture.read(2, 4, [], lifts=False)
+            assert [(at // PAGE, bytes(data)) for at, data in found] == [(page, first(page)) for page in (2, 3)]
+            rig.threads[4].join()
+            assert (capture._states[4], capture.pages_kept) == (KEPT, 3)
+            found = await capture.read(4, 5, [], lifts=False)
+            assert [bytes(data) for _, data in found] == [first(4)]
+            assert rig.engines == ([0, 4, 5, 6] if kind == "native" else [*range(7)])
+            await capture.end("base")
+            rig.engines.clear()
+            assert rig.write_all() == bytes([LOOSE] * 5 + [EMPTIED, LOOSE])
+            assert capture.pages_kept == 3
+            for thread in rig.threads.values():
+                thread.join()
+            assert rig.engines == ([0, 2, 3, 4, 5, 6] if kind == "native" else [*range(7)])
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("kind", READERS)
-@pytest.mark.parametrize("scenario", [serves, leaves, bounds, layout_first, present, written, shares])
+@pytest.mark.parametrize("scenario", [serves, leaves, bounds, layout_first, present, written, shares, first_writes])
 def test_both_readers_keep_the_same_rules(scenario: Callable[[str], None], kind: str) -> None:
     """See the scenarios."""
     play(scenario, kind)
