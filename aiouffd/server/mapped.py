@@ -21,6 +21,7 @@ import functools
 import logging
 import mmap
 import os
+import select
 import socket
 import sys
 import termios
@@ -59,6 +60,7 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _AGAIN: Final = 0.5  # seconds after which a fault is looked at again
 _LAYOUT: Final = 0.001  # seconds after which the kernel is asked again that has refused for now
+_ZEROS: Final = 8 << 20  # bytes of zeros that are placed in one turn of the loop
 _MAX_OBJECT: Final = 64 << 10
 _MOST_LEFT: Final = 1024  # clients that have gone, and may connect again
 _UNREADABLE: Final = unreadable()
@@ -150,7 +152,7 @@ class MappedClient:
         assert handoff.nydus is not None
         self.number: int = number
         self.peer: Peer = handoff.peer
-        self.identity: tuple[int, int] | None = inode(handoff.uffd.fileno())
+        self.identity: tuple[int, int] | None = _identity(handoff.uffd)
         self.since: float = monotonic()
         self._uffd, self._regions, self._connection = handoff.uffd, handoff.regions, connection
         self._starts = [mapping.start for mapping in self._regions.mappings]
@@ -165,6 +167,7 @@ class MappedClient:
         self._outgoing: asyncio.Queue[list[nydus.Part]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._timers: set[asyncio.TimerHandle] = set()
+        self._looked_at: set[int] = set()  # pages that are answered again, or found to be mapped, before long
 
     def __str__(self) -> str:
         return f"{self._session and f'session {self._session}, '}client {self.number} ({self.peer}), which maps files"
@@ -251,6 +254,9 @@ class MappedClient:
         low = max(align_down(offset, window), mapping.offset)
         high = min(align_down(offset, window) + window, mapping.offset + mapping.end - mapping.start)
         if offset in self._answered:
+            if page in self._looked_at:  # a thread that is woken again and again
+                return
+            self._looked_at.add(page)
             self._later(_AGAIN, self._again, page, offset, low, high)
         else:
             gap = next(gap for gap in self._answered.gaps(low, high) if offset < gap.end)
@@ -296,6 +302,7 @@ class MappedClient:
         if self._outgoing.qsize() or int.from_bytes(unread, sys.byteorder):
             self._later(_AGAIN, self._again, page, offset, low, high)
         else:
+            self._looked_at.discard(page)
             self._give(page, offset, low, high)
 
     def _is_registered(self, start: int, end: int) -> bool:
@@ -310,8 +317,12 @@ class MappedClient:
                 self._zero(start - mapping.offset + mapping.start, end - mapping.offset + mapping.start)
 
     def _zero(self, start: int, end: int) -> None:
+        until = start + _ZEROS
         while start < end:
-            done = self._uffd.try_zeropage(start, end - start, 0)
+            if start >= until:  # others have a turn
+                self._later(0.0, self._zero, start, end)
+                return
+            done = self._uffd.try_zeropage(start, min(end, until) - start, 0)
             if done == -errno.EAGAIN:
                 self._later(_LAYOUT, self._zero, start, end)
                 return
@@ -416,7 +427,7 @@ class MappedClients:
         if why or files is None:
             raise HandoffError(str(handoff.peer), f"wants to map files (policy 0): {why}; policy 1 copies")
         is_known = await _is_new(handoff)
-        identity = inode(handoff.uffd.fileno())
+        identity = _identity(handoff.uffd)
         before = [other for other in self._clients if identity is not None and other.identity == identity]
         zeros = before[0].zeros if before else self._left.pop(identity, None) if identity is not None else None
         client = MappedClient(
@@ -435,10 +446,10 @@ class MappedClients:
 
     def _connected_again(self, handoff: Handoff, connection: socket.socket) -> bool:
         """Go on with a client that has lost its connection, and is served: what it has given back stays known."""
-        identity = inode(handoff.uffd.fileno())
+        identity = _identity(handoff.uffd)
         for client in self._copied.values():
             tenant = client.tenant
-            if inode(tenant.uffd.fileno()) == identity and client.conversation is None:
+            if identity is not None and _identity(tenant.uffd) == identity and client.conversation is None:
                 client.disconnect()
                 client.connection, client.nydus = connection, True
                 self._keep(client)
@@ -458,15 +469,15 @@ class MappedClients:
         self._listening[client] = spawn(self._tasks, self._listen(client))
 
     async def _listen(self, client: Client) -> None:
-        if client.connection.fileno() < 0:
-            return
-        connection = client.connection.dup()
         try:  # the connection's end says nothing: the client may live, and connect again
-            await answer_sizes(connection, functools.partial(self.stated, client.peer, client.number))
+            connection = client.connection.dup()
+            try:
+                await answer_sizes(connection, functools.partial(self.stated, client.peer, client.number))
+            finally:
+                close_foreign([connection.detach()])
         except (UffdError, OSError, ValueError) as error:
             log.warning("%s: %s", client, error)
         finally:
-            close_foreign([connection.detach()])
             if self._listening.get(client) is asyncio.current_task():
                 del self._listening[client]
 
@@ -511,6 +522,13 @@ def _is_registered(uffd: Userfaultfd, start: int, end: int) -> bool | None:
     """Tell whether all of it is in one registered mapping; None: the kernel does not say, since the layout changes."""
     result = uffd.try_copy(start, address_of(_UNREADABLE), end - start, 0)
     return None if result == -errno.EAGAIN else result == -errno.EFAULT
+
+
+def _identity(uffd: Userfaultfd) -> tuple[int, int] | None:
+    """Return what tells a userfaultfd from others; None: nothing does. Before Linux 5.12 all have the same inode."""
+    found = inode(uffd.fileno())
+    with select.epoll() as other:
+        return None if found == inode(other.fileno()) else found
 
 
 async def _is_new(handoff: Handoff) -> bool:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -147,7 +148,7 @@ class Recordings:
             return
         if self.terms is None:
             self.start(Terms(wanted, pages=Recording.of(record).most))
-            self._record_all()
+            wait(self._record_all(), timeout=_PATIENCE)
         else:
             log.warning("touches are recorded to %s still, and not to %s: stop that first", self.terms.path, wanted)
 

@@ -246,9 +246,11 @@ class Server:
                 self._successor.close()
 
         try:
-            await asyncio.gather(*(session.aclose(why) for session in sessions))
+            results = await asyncio.gather(*(session.aclose(why) for session in sessions), return_exceptions=True)
         finally:
             await uninterrupted(end)
+        for error in filter(None, results):
+            raise error  # that of the first; the others are done all the same
 
     def stop_listening(self) -> None:
         """Take no new clients, and no new sessions; those that are served stay."""
@@ -335,9 +337,11 @@ class Server:
         counted = session.statistics()
         self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
         self._rejected += session.rejected
-        await session.aclose("is served no longer")
-        log.info("session %s has ended: %s", session.name, counted)
-        self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
+        try:
+            await session.aclose("is served no longer")
+        finally:
+            log.info("session %s has ended: %s", session.name, counted)
+            self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
     def _add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
         settings = settings.keeping(self._recent, traces=installed() is not None)

@@ -110,7 +110,7 @@ class Session:
         self._listener: socket.socket | None = None
         self._slot = self._numbers = 0
         self._counted = Counters().words.tolist()  # when the last client had left
-        self._of_process: Tally[int] = Tally()  # clients, by the pid of their peer
+        self._arriving: Tally[int] = Tally()  # handoffs that are being served, by the pid of their peer
         self._tasks: set[asyncio.Task[None]] = set()  # conversations, and last questions
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -284,12 +284,13 @@ class Session:
         """Have a handed-over memory served; where that fails, the handoff and the connection stay the caller's."""
         regions, peer = handoff.regions, handoff.peer
         name = _name_asked_for(handoff)
-        served = self._of_process[peer.pid] + self.mapped.of_process(peer.pid)
+        served = self._arriving[peer.pid] + self.mapped.of_process(peer.pid)
+        served += sum(client.peer.pid == peer.pid for client in self.clients.values())
         _check(handoff, served, stored=self._pager.holding.store is not None)
         self._numbers = number = self._numbers + 1
         if handoff.nydus is not None and await self.mapped.takes(handoff, connection, number):
             return
-        self._of_process[peer.pid] += 1
+        self._arriving[peer.pid] += 1
         try:
             if regions.extra is None:  # a Monitor sees to that itself
                 await warn_of_zeros(handoff)
@@ -303,9 +304,11 @@ class Session:
                 client.conversation = Conversation(client.connection, partial(self._answer, client))
             self.clients[tenant.token] = client
             await self._open(client)
-        except BaseException:
-            self._of_process[peer.pid] -= 1
-            raise
+        finally:
+            self._arriving = self._arriving - Tally((peer.pid,))  # without those of which none is left
+        if tenant.token not in self.clients:  # it has ended meanwhile
+            client.disconnect()
+            return
         log.info(
             "%s: %d bytes in %d regions, pages of %d", client, client.length, len(tenant.mappings), tenant.page_size
         )
@@ -316,7 +319,6 @@ class Session:
         """Go on with a client that another server has taken."""
         self._services.adopt(client.tenant.pack)
         self._numbers = max(self._numbers, client.number)
-        self._of_process[client.peer.pid] += 1
         self.clients[client.tenant.token] = client
         client.connection.setblocking(False)
         if ours:
@@ -339,12 +341,12 @@ class Session:
                 opening.result()
         except BaseException:
             if self.clients.pop(client.tenant.token, None) is not None:
+                client.tenant.slot = 0  # it is the session's
                 self._pager.forget(client.tenant)
                 self._services.release(client.tenant.pack)
             raise
-        if client.tenant.token not in self.clients:  # it has ended meanwhile
-            return
-        self._watch(client)
+        if client.tenant.token in self.clients:  # else it has ended meanwhile
+            self._watch(client)
 
     def _watch(self, client: Client) -> None:
         with contextlib.suppress(OSError):  # its process has ended, or is in another namespace: the pager finds out
@@ -444,9 +446,6 @@ class Session:
         if client.tenant.tether >= 0:
             os.close(client.tenant.tether)
         self._services.release(client.tenant.pack)
-        self._of_process[client.peer.pid] -= 1
-        if not self._of_process[client.peer.pid]:
-            del self._of_process[client.peer.pid]
         if client.conversation is None:
             client.disconnect()
         else:

@@ -405,7 +405,7 @@ async def at_most_two(directory: str) -> None:
         for _ in range(2):
             await asyncio.to_thread(play, three, path)
             await server.wait_clients()
-            assert not server.sessions[""]._of_process
+            assert not server.sessions[""]._arriving
 
 
 def test_the_clients_of_one_process_are_bounded(tmp_path: Path) -> None:

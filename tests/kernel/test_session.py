@@ -179,6 +179,47 @@ def test_equal_sources_are_fetched_once(tmp_path: Path, loop: str) -> None:
     play(of_one_source, str(tmp_path), loop=loop)
 
 
+async def refused_by_the_pager(directory: str) -> None:
+    """Scenario: the pager has no room for a second client; and one ends while it is opened."""
+    paths = [Path(directory) / name for name in ("a", "b")]
+    async with Server() as server:
+        first = await server.create("a", Pattern(MIB), settings(), functools.partial(SocketFile, paths[0]))
+        memory = await asyncio.to_thread(Memory, paths[0])
+        assert await asyncio.to_thread(memory.word, 3) == word(3)
+        open_ = server._pager.open
+
+        def full(_: Any) -> Any:
+            raise aiouffd.PagerStartError("there is no room")
+
+        def late(tenant: Any) -> Any:
+            opening = open_(tenant)
+            opening.add_done_callback(lambda _: server._soon(first.gone, tenant))
+            return opening
+
+        def came(number: int) -> bool:
+            return first._numbers == number and not first._reception.admitting
+
+        kept = []
+        for number, opens in enumerate((full, late), 2):
+            server._pager.open = opens  # type: ignore[assignment,method-assign]
+            kept.append(await asyncio.to_thread(Memory, paths[0]))
+            await until(functools.partial(came, number))
+            await until(lambda: len(first.clients) == 1)
+            assert not first._arriving
+        server._pager.open = open_  # type: ignore[method-assign]
+        second = await server.create("b", Pattern(MIB), settings(), functools.partial(SocketFile, paths[1]))
+        assert first._slot not in {second._slot, *server._pager.slots._next}
+        other = await asyncio.to_thread(Memory, paths[1])
+        assert await asyncio.to_thread(other.word, 4) == word(4)
+        await until(lambda: (first.statistics().pages, second.statistics().pages) == (1, 1))
+        assert len(kept) == 2
+
+
+def test_a_client_that_the_pager_does_not_take(tmp_path: Path) -> None:
+    """What counts for its session stays the session's."""
+    play(refused_by_the_pager, str(tmp_path))
+
+
 def test_settings_that_exclude_each_other() -> None:
     """A recording sees only what is touched."""
     with pytest.raises(ValueError, match="either record or replay"):

@@ -236,8 +236,11 @@ class Actions:
     async def delete(self, name: str) -> None:
         """Delete one."""
         session = self._find(name)
-        await self._server.remove(session)
-        self._created.pop(session, None)
+        try:
+            await self._server.remove(session)
+        finally:  # it is there still if it has clients
+            if self._server.sessions.get(name) is not session:
+                self._created.pop(session, None)
 
     async def snapshot(self, name: str, wanted: NewSnapshot) -> Taken:
         """Take a snapshot of a client. Canceling is safe: there is none then."""
@@ -260,9 +263,13 @@ class Actions:
 
     async def _delete_drained(self, session: Session) -> None:
         await session.drained()
-        if self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
-            await self._server.remove(session)
-        self._created.pop(session, None)
+        try:
+            if self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
+                await self._server.remove(session)
+        except (UffdError, OSError) as error:
+            log.error("session %s was drained: %s", session.name, error)  # noqa: TRY400 - nobody waits for it
+        finally:
+            self._created.pop(session, None)
 
     def _open(self, new: NewSession) -> Source:
         source = as_layers(new.sources, timeout=new.timeout, retries=new.retries, cache=self._cache)

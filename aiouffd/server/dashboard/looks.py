@@ -43,9 +43,8 @@ class SessionLook:
     @classmethod
     def of(cls, session: Session) -> SessionLook:
         """Look at a session."""
-        clients = session.clients.values()
-        length = sum(client.length for client in clients)
-        counts = (len(clients), length, session.rejected)
+        length = sum(client.length for client in (*session.clients.values(), *session.mapped))
+        counts = (session.served, length, session.rejected)
         return cls(session.name, session.state, *counts, session.source[:_TEXT], session.slow, session.told())
 
 
