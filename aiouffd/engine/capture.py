@@ -154,6 +154,11 @@ def _placed(space: _Space) -> int:
     return sum(space.counters.words[at] for at in _PLACING)
 
 
+def _is_shown(bound: Bound, was: Iterable[tuple[int, int, int]]) -> bool:
+    """Tell whether memory shows still what was at some offsets: it was moved, and writes to it are saved."""
+    return any(bool(bound.places(at, at + length)) for _, at, length in was)
+
+
 class Capture:
     """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
@@ -443,7 +448,8 @@ class Capture:
                 self._set(low, high, EMPTIED)
                 continue
             part = self._states[low // self.page : high // self.page]
-            if DUE in part or (ABSENT in part and self._is_saved(low, high)):
+            was = self._places.missing(self._shown, low, high) if self._saves and ABSENT in part else ()
+            if DUE in part or (self._bound is not None and _is_shown(self._bound, was)):
                 self.fail(LayoutChangingError("a snapshot", start, end - start, errno.EAGAIN))
             self._replace(low, high, ABSENT, LOOSE)  # no write there goes to the source any more
 
@@ -451,11 +457,6 @@ class Capture:
     def _saves(self) -> bool:
         """Whether what is written goes to the source, which has its bytes for good else."""
         return self._bound is not None and self._bound.write_back is not None
-
-    def _is_saved(self, low: int, high: int) -> bool:
-        """Tell whether memory shows still what it had at some offsets: it was moved, and its writes are saved."""
-        shown = self._places.missing(self._shown, low, high) if self._saves else ()
-        return any(bool(self._bound.places(at, at + length)) for _, at, length in shown)  # type: ignore[union-attr]
 
     def dropped(self, start: int, end: int) -> None:
         """Take note that the pages of addresses [start, end) are about to be dropped: the source has their bytes."""
