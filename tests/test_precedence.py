@@ -45,6 +45,21 @@ async def test_one_step_in_each_turn_of_the_loop() -> None:
     assert not precedence._is_turning
 
 
+async def test_small_steps_are_made_together() -> None:
+    """Eight pages in a turn of the loop, or what is as much together; none passes those that wait."""
+    precedence = Precedence()
+    for _ in range(2):
+        assert [precedence.may_step(PAGE) for _ in range(9)] == 8 * [True] + [False]
+        await asyncio.sleep(0)  # a turn
+    assert [precedence.may_step(32 << 10) for _ in range(3)] == [True, True, False]
+    await asyncio.sleep(0)
+    assert not precedence.may_step(2 * MIB)
+    waits = precedence.turn()
+    assert not precedence.may_step(PAGE)
+    await waits
+    assert precedence.may_step(PAGE)
+
+
 async def test_a_page_that_has_come_waits_for_nobody_if_it_is_touched() -> None:
     """What was read ahead is placed in its turn, or with the first fault that waits for it."""
     source = Held()

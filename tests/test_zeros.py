@@ -36,13 +36,17 @@ def test_what_is_cut_is_whole_and_alternates(blank: list[bool], short: int) -> N
     assert all(one[2] != other[2] for one, other in itertools.pairwise(pieces))
 
 
-@given(st.lists(st.sampled_from(["zeros", "data", "late"]), min_size=1, max_size=12), st.sampled_from([0, 4096]))
+@given(
+    st.lists(st.sampled_from(["zeros", "data", "within", "late"]), min_size=1, max_size=12), st.sampled_from([0, 4096])
+)
 def test_blocks_of_zeros_are_found(kinds: list[str], short: int) -> None:
     """Each of them, the last and shorter one too; none that begins with zeros and has something behind."""
     data = bytearray(len(kinds) * BLOCK - short)
     for index, kind in enumerate(kinds):
         if kind == "data":
             data[index * BLOCK] = 1
+        elif kind == "within":
+            data[index * BLOCK + 100] = 1
         elif kind == "late":
             data[min((index + 1) * BLOCK, len(data)) - 1] = 1
     expected = [index * BLOCK for index, kind in enumerate(kinds) if kind == "zeros"]

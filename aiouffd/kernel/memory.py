@@ -94,6 +94,8 @@ def zero_blocks(view: memoryview, block: int) -> list[int]:
         block: bytes.
     """
     found: list[int] = []
+    if len(view) < block and view and (view[0] or view[-1]):
+        return found
     firsts = view[::block].tobytes()
     if firsts.find(0) < 0:
         return found

@@ -1,8 +1,9 @@
 """Faults of all come before what is brought ahead for any of them: one set of rules for all backends of a loop.
 
-What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is. In between, faults are read. So
-a fault waits for one step, and not for one of each space that is being filled. Reads ahead are few bytes at once while
-threads of others wait for reads. Where nobody waits, there is no bound but each backend's own.
+What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones. In
+between, faults are read. So a fault waits for one step, and not for one of each space that is being filled. Reads ahead
+are few bytes at once while threads of others wait for reads. Where nobody waits, there is no bound but each backend's
+own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Precedence"]
 
+_STEP: Final = 64 << 10  # bytes that small steps of one turn place together
+_LEAST: Final = _STEP // 8  # so that these are few
 _BESIDE: Final = 4 << 20  # bytes of reads ahead under way, while threads of others wait
 
 
@@ -36,11 +39,24 @@ class Precedence:
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._is_turning = False
+        self._stepped = 0
         self.urgent: int = 0
         self._ahead = 0  # bytes under way of the others
         self._refused: dict[_Gate, None] = {}
 
     # Steps
+
+    def may_step(self, size: int) -> bool:
+        """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were."""
+        if self._waiting or self._stepped + size > _STEP:
+            return False
+        if not self._stepped:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._stepped += max(size, _LEAST)
+        return True
+
+    def _next_turn(self) -> None:
+        self._stepped = 0
 
     def turn(self, waits: Callable[[Callable[[], None]], None] = lambda _: None) -> asyncio.Future[None]:
         """Return what is done when the next step may be made; `waits`: called with a function that ends it at once."""

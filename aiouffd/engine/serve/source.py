@@ -286,7 +286,7 @@ class SourceBackend:
         failure: SourceError | None = None
         try:
             data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits)
-            if not (urgent or flight.wanted):
+            if not (urgent or flight.wanted or self._precedence.may_step(length)):
                 await self._precedence.turn(flight.waits)
             if not space.is_gone and not space.closing:
                 self._place(space, flight, data)
