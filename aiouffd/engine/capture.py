@@ -315,11 +315,9 @@ class Capture:
         self.pause_ns = perf_counter_ns() - began
         return [await turns.before(item) for item in differing.found] if known else None
 
-    def _there(
-        self, parts: Iterable[tuple[int, int]] | None = None, patience: float = _PATIENCE
-    ) -> list[tuple[int, int]]:
+    def _there(self, wait: float = _PATIENCE, parts: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
         offsets = None if parts is None else ((first * self.page, last * self.page) for first, last in parts)
-        return self._places.there(self._memory, self._pagemap, self.page, patience, offsets)
+        return self._places.there(self._memory, self._pagemap, self.page, wait, offsets)
 
     def _set(self, start: int, end: int, state: int) -> None:
         """Note the state of the pages at some offsets."""
@@ -361,7 +359,7 @@ class Capture:
                 self._set(low, high, EMPTIED)
             nothing_came = self._alone and _placed(self._space) == self._seen and not self._laid_out
             parts = None if self._bound is not None else blocks(self._states, _OPEN, max(_BLOCK // self.page, 1))
-            there = [] if nothing_came and self._bound is None else self._there(parts, _MOMENT)
+            there = [] if nothing_came and self._bound is None else self._there(_MOMENT, parts)
             if not all(self._protect_now(*run) for run in self._unprotected(there)):
                 return False
             self._laid_out.clear()
