@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from scenario import eventually
 
-from aiouffd.handoff.own_threads import close_foreign, detach, in_own_thread, kind_of
+from aiouffd.handoff.own_threads import Unneeded, close_foreign, detach, in_own_thread, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,3 +121,21 @@ def test_what_a_descriptor_is_of() -> None:
     assert kind_of(reading).startswith("pipe:[")
     os.close(reading)
     os.close(writing)
+
+
+async def test_what_is_not_needed_is_closed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon, in one thread for all; and again what comes then."""
+    begun: asyncio.Queue[list[int]] = asyncio.Queue()
+    monkeypatch.setattr("aiouffd.handoff.own_threads.detach", lambda _, fds: begun.put_nowait(fds))
+    unneeded = Unneeded(asyncio.get_running_loop())
+    files = [os.open(__file__, os.O_RDONLY) for _ in range(5)]
+    try:
+        unneeded.add(*files[:2])
+        unneeded.add(*files[2:4])
+        assert begun.empty()
+        assert await begun.get() == files[:4]
+        unneeded.add(files[4])
+        assert await begun.get() == files[4:]
+    finally:
+        for fd in files:
+            os.close(fd)

@@ -28,6 +28,7 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
+    from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
 
@@ -129,6 +130,16 @@ class OneCopy:
         while last + 1 < min(high, start + block) // page and notes[last + 1] == _IN_FILE:
             last += 1
         return first * page, (last + 1 - first) * page
+
+    def widened(
+        self, windows: list[tuple[int, int]], offset: int, low: int, high: int, readahead: Readahead
+    ) -> list[tuple[int, int]]:
+        """Return what to bring for a fault: what the readahead has chosen, or all that is there around it, if more."""
+        there = self.around(offset, low, high, readahead.around) if readahead.limit and not readahead.follows else None
+        if there is None or not all(there[0] <= start and start + size <= sum(there) for start, size in windows):
+            return windows
+        readahead.brought(*there)
+        return [there]
 
     def note_of(self, offset: int) -> int:
         """Return where in this process the note of the page at an offset is."""

@@ -210,13 +210,11 @@ class FastPath:
         _, flags, address, _ = _MESSAGE(message)
         page = address & -page_size
         offset = first + page - start
-        if not start <= page < end or offset + page_size > size:
+        if flags & (6 if locate else 2) or not start <= page < end or offset + page_size > size:
             return False
         if locate is None:
-            return not (flags & 2 or readahead) and self._map(fd, source, page, offset, began)
-        if flags & 6:
-            return False
-        low, length, along = offset, page_size, 0
+            return self._map(fd, source, page, offset, began)
+        low, length, along, done = offset, page_size, 0, 0
         try:
             if readahead:
                 space = self._spaces[fd]
@@ -253,8 +251,6 @@ class FastPath:
                 words[_BYTES_FETCHED] += length
                 words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
                 return True
-        else:
-            done = 0
         if readahead and _count_part(self._spaces[fd].readahead, words, offset, page_size, (low, length), done):
             words[_FAULTS] += 1
             words[_LATENCY + (perf_counter_ns() - began).bit_length()] += 1
@@ -263,8 +259,8 @@ class FastPath:
 
     def _map(self, fd: int, source: PlainSource, page: int, offset: int, began_ns: int) -> bool:
         """Map a page from the file that all map, if it is there; tell whether it is done."""
-        _, _, page_size, mode, _, _, file = source
-        if not isinstance(file, OneCopy) or not file.has(offset):
+        _, _, page_size, mode, readahead, _, file = source
+        if readahead or not isinstance(file, OneCopy) or not file.has(offset):
             return False
         words, argument = self._words[fd], self._argument
         words[_FAULTS] += 1  # these first, as above

@@ -129,9 +129,7 @@ class SourceBackend:
             source = self._extents.plain_source(space)
             left = serve_together(space, source, self._counters, faults, began_ns)
             if len(faults) == 1 and space.fast_path is not None and (self.one_copy is not None or not left):
-                shown = space.mappings.locate(faults[0][0])
-                if shown[2] >= 0:
-                    space.open_fast_path(source, *shown)
+                space.open_fast_path(source, *space.mappings.locate(faults[0][0]))
             if not left:
                 return
             faults = left
@@ -192,11 +190,8 @@ class SourceBackend:
                 return [(start, length)]
         windows = space.readahead.windows(offset, low, high)
         self._words[_SEQUENTIAL] += space.readahead.follows
-        if self.one_copy is not None and space.readahead.limit and not space.readahead.follows:
-            there = self.one_copy.around(offset, low, min(high, self._extents.size), space.readahead.around)
-            if there is not None and all(there[0] <= start and start + size <= sum(there) for start, size in windows):
-                space.readahead.brought(*there)
-                return [there]
+        if self.one_copy is not None:
+            return self.one_copy.widened(windows, offset, low, min(high, self._extents.size), space.readahead)
         return windows
 
     def follow(self, space: Space, page: int) -> None:

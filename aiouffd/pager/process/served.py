@@ -21,7 +21,7 @@ from aiouffd.engine.messages import COUNTER_OF_EVENT
 from aiouffd.engine.options import Service
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError, PagerError, PagerStartError
-from aiouffd.handoff.own_threads import close_foreign
+from aiouffd.handoff.own_threads import Unneeded, close_foreign
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
 from aiouffd.pager.process.inaccessible import Protection
@@ -130,6 +130,7 @@ class Served:
         self.notes: Notes = Notes(self._write)
         self.arrivals: Arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._twice = Unneeded(loop)
         self.dispatcher: Dispatcher = Dispatcher(
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
@@ -226,7 +227,7 @@ class Served:
         """
         for known in self.origins.values():
             if known.record["token"] == record["token"]:
-                close_foreign((record["config"], *record["fds"]))
+                self._twice.add(record["config"], *record["fds"])
                 return known
         try:
             if all(other["slot"] != record["slot"] for other in self._records().values()):
@@ -361,9 +362,9 @@ class Served:
 
     def find(self, token: str) -> Space | None:
         """Return the space of a token."""
-        own = [space for space in self.family_of(token) if self.tenancies[space.identity].token == token]
-        orphaned = "/" in token
-        return next((space for space in own if orphaned or not self.tenancies[space.identity].is_child), None)
+        orphaned, spaces = "/" in token, self.dispatcher.spaces.values()
+        its = ((space, self.tenancies[space.identity]) for space in spaces)
+        return next((space for space, at in its if at.token == token and (orphaned or not at.is_child)), None)
 
     async def wanted(self, token: str) -> tuple[Space, Tenancy]:
         """Return the space of a token, once its source has been opened.
