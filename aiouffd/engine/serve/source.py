@@ -115,9 +115,8 @@ class SourceBackend:
         """Serve plain faults on the fast path, from the first fault on."""
         if self._is_plain(space):
             largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
-            if largest is not None and largest.offset >= 0:
-                source = self._extents.plain_source(space)
-                space.open_fast_path(source, largest.start, largest.end, largest.offset)
+            if largest is not None:
+                space.open_fast_path(self._extents.plain_source(space), largest.start, largest.end, largest.offset)
 
     def _is_plain(self, space: Space) -> bool:
         """Tell whether plain faults need not come here: a recording without readahead is told of each before."""
