@@ -49,6 +49,10 @@ def test_the_commands(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run("info st/a.snap", capsys)
     assert "pages      16,384 bytes" in text
     assert f"recording  {(there / 'trace').stat().st_size} bytes" in text
+    assert "has a recording of 80 bytes" in run("attach st/b.snap trace", capsys)
+    assert "has a recording of 80 bytes" in run("attach st/b.snap trace --by replace --limit 4K", capsys)
+    assert "recording  80 bytes" in run("info st/b.snap", capsys)
+    assert "no such snapshot" in run("attach st/none.snap trace", capsys, status=1)
     assert run("verify st/a.snap", capsys) == "st/a.snap: all is well\n"
     assert run("diff st/a.snap st/b.snap", capsys, status=1) == f"0 {CHUNK}\n"
     assert run("diff st/a.snap st/a.snap", capsys) == ""

@@ -159,6 +159,7 @@ ORDER = {
             "scan",
             "image",
             "writer",
+            "attaching",
             "live",
             "transfer",
             "collect",

@@ -101,6 +101,30 @@ def create(source: str, destination: str, *, codec: str | None, **options: Any) 
 
 @command.command()
 @click.argument("place")
+@click.argument("trace", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--by",
+    type=click.Choice(["union", "frequency", "last", "replace"]),
+    default="union",
+    show_default=True,
+    help="How it is merged with the recording that PLACE has: as by `aiouffd trace merge`; or in its place.",
+)
+@click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages. [default: no limit]")
+def attach(place: str, trace: str, *, by: Any, limit: int | None) -> None:
+    """Keep the recording TRACE with the snapshot PLACE: its pages are brought when PLACE is opened from now on.
+
+    \b
+    aiouffd ctl record vm1 vm1.trace
+    aiouffd ctl record vm1 --stop
+    aiouffd snapshot attach snapshots/first.snap vm1.trace
+    """  # noqa: D301 - as above
+    manifest = store.attach_sync(place, trace, by=None if by == "replace" else by, most=limit)
+    assert manifest.trace is not None
+    click.echo(f"{place}: has a recording of {_size(manifest.trace.length)}")
+
+
+@command.command()
+@click.argument("place")
 def info(place: str) -> None:
     """Print what the snapshot PLACE is: its size, what of it is stored, and where."""
     snapshot = store.open_snapshot(place)

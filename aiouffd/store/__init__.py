@@ -9,6 +9,7 @@ Layout:
 - `filesystem`: fsspec's way to the cache.
 - `resolve`: from a path, a URL or a buffer to a source.
 - `writer`: writes a snapshot. `image` is what it reads, `layer` what it writes; `aside` runs it in a thread.
+- `attaching`: keeps a recording with a snapshot that is there.
 - `live`: a snapshot of memory in use.
 - `cache`: chunks that are kept on the host; `segments`, `cache_index` and `key_locks` are its files, which
   `cache_files` opens and locks.
@@ -22,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aiouffd.store.attaching import attach, attach_sync
     from aiouffd.store.collect import gc, gc_sync
     from aiouffd.store.folder import Entry
     from aiouffd.store.live import Captured, LiveOptions
@@ -39,6 +41,8 @@ __all__ = [
     "Manifest",
     "Snapshot",
     "SnapshotSource",
+    "attach",
+    "attach_sync",
     "copy",
     "copy_sync",
     "create",
@@ -65,6 +69,7 @@ _HOMES = {
     "snapshot": "Snapshot open_snapshot",
     "snapshot_source": "SnapshotSource",
     "transfer": "copy copy_sync flatten flatten_sync",
+    "attaching": "attach attach_sync",
     "writer": "create create_sync",
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}

@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict, Unpack
 
 from aiouffd.engine.ahead.trace import Trace
@@ -151,7 +150,7 @@ def _written(
         _fill(layer, looked_at, chunk_size, index, pool, progress, keeps=looked_at is not image)
         link = layer.finish()
     named = None if below is None else below.name
-    kept = _put_trace(store, recording)
+    kept = put_trace(store, recording)
     return Manifest(image.size, page_size, chunk_size, codec, link, named, kept, dict(metadata or {}))
 
 
@@ -301,12 +300,14 @@ def _recording(trace: str | os.PathLike[str] | None, size: int) -> bytes | None:
     """Return the bytes of a recording; raise TraceError if it is none, or of an image of another size."""
     if trace is None:
         return None
-    if Trace.load(trace).size != size:
+    loaded = Trace.load(trace)
+    if loaded.size != size:
         raise TraceError(str(trace), "it was recorded from another source: its size is another")
-    return Path(trace).read_bytes()
+    return loaded.encode()  # without bytes of pages, which the snapshot has itself
 
 
-def _put_trace(store: Folder | Bucket, recording: bytes | None) -> Link | None:
+def put_trace(store: Folder | Bucket, recording: bytes | None) -> Link | None:
+    """Write a recording; return what names it. Raises StoreError."""
     if recording is None:
         return None
     link = Link(digest_of([recording], 32).hex(), len(recording))

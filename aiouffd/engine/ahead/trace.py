@@ -186,12 +186,19 @@ class Trace:
         log.warning("%s: the pages come from the source: the bytes that it carries are not used: %s", path, reason)
         return attrs.evolve(trace, pages=None)
 
+    def encode(self) -> bytes:
+        """Return the content of a file without bytes of pages."""
+        return self._encoded(VERSION, frozenset())
+
     def head(self, kept: frozenset[int]) -> bytes:
         """Return what a file begins with that carries the bytes of some of its pages."""
+        return self._encoded(VERSION_WITH_PAGES, kept)
+
+    def _encoded(self, version: int, kept: frozenset[int]) -> bytes:
         along = frozenset(self.along)
         body = array("Q", [at | (at in along) * _ALONG | (at in kept) * _KEPT for at in self.offsets]).tobytes()
         about = self.page_size, self.size, len(self.offsets), zlib.crc32(body), _COMPLETE, self.source
-        return HEADER.pack(MAGIC, VERSION_WITH_PAGES, *about) + body
+        return HEADER.pack(MAGIC, version, *about) + body
 
     def ranges(self, begin: int = 0) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Yield (index behind it, merged (offset, length) of it) for each batch of pages from index `begin` on.
