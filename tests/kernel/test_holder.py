@@ -7,22 +7,21 @@ import mmap
 import os
 import signal
 import socket
+import sys
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
 from scenario import ended, eventually, play
-from served import MIB, Servers, hand_over
+from served import MIB, ROOT, Servers, hand_over
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.pager.client.interpreter import SWITCH
 from aiouffd.pager.client.succession import Predecessor
 from aiouffd.pager.process.journal import Journal
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SIZE = 8 * MIB
 
@@ -175,6 +174,39 @@ def each_is_killed(directory: str, image: str) -> None:
     print(json.dumps(servers.pids))
 
 
+FORKED = f"""#!{sys.executable}
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from aiouffd.pager.process import keeper
+make = keeper._Keeper._make
+def and_be_killed(self, whose, be):
+    if whose is not keeper.Whose.WORKER or os.path.exists(os.environ["KILLED"]):
+        return make(self, whose, be)
+    open(os.environ["KILLED"], "w").close()
+    make(self, whose, lambda: (time.sleep(0.3), be()))  # it has done nothing yet when it is looked for
+    os.kill(os.getpid(), 9)
+keeper._Keeper._make = and_be_killed
+sys.argv = ["aiouffd.pager", *sys.argv[sys.argv.index("aiouffd.pager") + 1 :]]
+from aiouffd.pager import __main__
+sys.exit(__main__.main())
+"""
+
+
+def killed_behind_the_fork(directory: str, image: str) -> None:
+    """Scenario: the next keeper goes on with the worker that the one before had just forked."""
+    wrapper = Path(directory) / "python"
+    wrapper.write_text(FORKED)
+    wrapper.chmod(0o755)
+    os.environ |= {SWITCH: str(wrapper), "KILLED": f"{directory}/killed"}
+    servers = Servers(directory, image)
+    serve = servers.start("first")
+    Clients(servers, 2).check()
+    assert os.path.exists(os.environ["KILLED"])  # noqa: PTH110 - a name of the environment
+    pids = servers.pids  # one of each
+    assert serve.said.count("is replaced") == 1
+    print(json.dumps(pids))
+
+
 def all_are_killed_twice(directory: str, image: str) -> None:
     """Scenario: keeper and worker are killed, and the next ones with the server, before these serve anything."""
     servers = Servers(directory, image, "--readahead", 0)
@@ -189,7 +221,7 @@ def all_are_killed_twice(directory: str, image: str) -> None:
     print(json.dumps(servers.pids))
 
 
-@pytest.mark.parametrize("scenario", [each_is_killed, all_are_killed_twice])
+@pytest.mark.parametrize("scenario", [each_is_killed, all_are_killed_twice, killed_behind_the_fork])
 def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, tmp_path: Path) -> None:
     """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""
     output, _ = play(scenario, str(tmp_path), str(image))  # type: ignore[arg-type]

@@ -174,14 +174,15 @@ class Holder:
             self._end()
 
     def _replace_keeper(self) -> None:
-        """Make another keeper in place of one that was killed. Where all die at once, leave it to the owner."""
+        """Make another keeper in place of one that was killed. Where all crash by themselves, leave it to the owner."""
         code = -signal.SIGKILL
         if self._made:
             with contextlib.suppress(ChildProcessError):
                 code = os.waitstatus_to_exitcode(os.waitpid(self._made, 0)[1])
         self._made = 0
         calm, self._since = time.monotonic() - self._since > CALM, time.monotonic()
-        if self._deaths.add(code, self._journal.progress(), calm=calm) and self._channel is not None:
+        hopeless = self._deaths.add(code, self._journal.progress(), calm=calm) and code != -signal.SIGKILL
+        if hopeless and self._channel is not None:
             log.error("%d keepers died with no fault resolved between them: the server goes on", self._deaths.count)
             self._end()
         time.sleep(self._deaths.pause)
