@@ -1,11 +1,10 @@
-"""`engine.two_threads`: who copies what, and what is left."""
+"""`engine.two_threads`: who does what, and what is left."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
@@ -95,6 +94,37 @@ def test_it_ends_when_both_have_ended() -> None:
     timer.join()
 
 
+def test_other_work_is_done_beside() -> None:
+    """While the loop does its own, which goes on when both are done."""
+    begun, late, done = threading.Event(), threading.Event(), list[int]()
+
+    def work() -> None:
+        begun.set()
+        assert late.wait(20)
+        done.append(threading.get_ident())
+
+    finish = TwoThreads().beside(work)
+    assert begun.wait(20)
+    timer = threading.Timer(0.05, late.set)
+    timer.start()
+    finish()
+    timer.join()
+    assert len(done) == 1
+    assert done != [threading.get_ident()]
+
+
+def test_the_loop_does_what_nobody_has_begun() -> None:
+    """Once; the other thread finds it done."""
+    two, done = TwoThreads(), list[int]()
+    two._runs = True  # it has work of others
+    two.beside(lambda: done.append(threading.get_ident()))()
+    assert done == [threading.get_ident()]
+    two._offers.put(module._Offer(lambda: done.append(1 // 0)))
+    with pytest.raises(ZeroDivisionError):
+        two._help(None)
+    assert done == [threading.get_ident()]
+
+
 def test_what_the_kernel_refuses_is_left() -> None:
     """All of a part, or the rest of it; the others come."""
     answers = {BASE: -11, BASE + 2 * PART: PAGE}
@@ -122,8 +152,8 @@ def test_where_the_other_does_not_begin_one_copies_all() -> None:
     assert all(not part.left for part, _ in two.copy(alone(calls), [run(0, 4)], 0, PAGE))
     assert len(calls) == 4
     assert two.count == 1
-    two._offers.put(module._Work(alone(calls), 0, deque([run(9, 1)])))
-    two._offers.put(module._Work(lambda *_: 1 // 0, 0, deque([run(9, 1)])))
+    two._offers.put(module._Offer(lambda: calls.append(BASE + 9 * PART)))
+    two._offers.put(module._Offer(lambda: calls.append(1 // 0)))
     with pytest.raises(ZeroDivisionError):
         two._help(None)  # here: the first offer is not accepted, the second is done, the third fails
     assert calls[4:] == [BASE + 9 * PART]

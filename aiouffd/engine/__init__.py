@@ -3,7 +3,7 @@
 Layout, the lowest first: `loops` (which library runs the loop), `statistics` (counters, in an array that may be shared
 memory), `allowance` (what a client may have in a second), `mappings` (which address shows which offset), `present` and
 `readahead` (what has been brought, and how much to bring with a fault), `runs`, `flight` (pages to fill, and pages on
-their way), `two_threads` (large COPYs), `moving` (huge pages that are moved in place of a COPY), `resolver` (ioctls
+their way), `two_threads` (large steps), `moving` (huge pages that are moved in place of a COPY), `resolver` (ioctls
 until a run is resolved), `retrying` (pages that could not be had, and are waited for), `apart` (calls that may never
 return), `protect` (which pages were written), `clock` and `bound` (what came longest ago is dropped, and missing
 again), `places` (which address has which offset of an image), `kept` (the bytes of pages that were written before a

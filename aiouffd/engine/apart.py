@@ -98,17 +98,25 @@ class Apart:
 
         What the function raises is raised here, or goes to the loop's exception handler.
         """
+        return self.begin(function, then)()
+
+    def begin(self, function: Callable[[], T], then: Callable[[T], None]) -> Callable[[], bool]:
+        """Begin what `call` does; return what the loop must call before it goes on."""
         assert not self.is_waiting
         loop, call = asyncio.get_running_loop(), _Call(function, then)
         self._calls.put(call)
-        if not call.is_late(lambda: _soon(loop, self._finish, call)):
-            call.finish()
-            return True
-        self.is_waiting = True
-        if self._patience is not None:
-            self._timer = loop.call_later(self._patience, self._on_stuck)
-        self._on_waiting(True)
-        return False
+
+        def finish() -> bool:
+            if not call.is_late(lambda: _soon(loop, self._finish, call)):
+                call.finish()
+                return True
+            self.is_waiting = True
+            if self._patience is not None:
+                self._timer = loop.call_later(self._patience, self._on_stuck)
+            self._on_waiting(True)
+            return False
+
+        return finish
 
     def _finish(self, call: _Call) -> None:
         self.is_waiting = False

@@ -1,8 +1,9 @@
 """Memory that is dropped again: pages that were not written become missing, and a touch brings them from the source.
 
 All of it happens in one turn of the loop that also places pages and lifts protections, so nothing can be written
-between the look and the drop: a write to a protected page waits for this loop. Nothing has to be remembered for a
-successor. Whether a page was dropped or not, its mapping shows the same offset as before.
+between the look and the drop: a write to a protected page waits for this loop. That holds where another thread drops
+while the loop copies other pages, since the loop does nothing else before both are done. Nothing has to be remembered
+for a successor. Whether a page was dropped or not, its mapping shows the same offset as before.
 
 Memory of this process is dropped by MADV_DONTNEED. Of a memfd the pages are punched out of the file, by whoever has its
 descriptor, for all processes that map it; no event tells of that.
@@ -20,7 +21,7 @@ import os
 import weakref
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
@@ -28,6 +29,7 @@ from aiouffd.engine.places import locked
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
+from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ClosedError, LayoutChangingError, PagerError, SourceError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import ProcessMemory, address_of
@@ -52,9 +54,11 @@ __all__ = ["Bound", "losing"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 T = TypeVar("T")
+_Part: TypeAlias = "tuple[int, int, list[tuple[int, int]]]"  # of offsets, and where they are shown
 
 # An instruction may need four pages at once, and would fault for ever without one of them.
 _NEWEST = 3  # blocks that stay
+_LARGE = 512 << 10  # bytes: while so much is copied, a block is dropped; to begin that takes a tenth of it
 
 
 class _Space(Protocol):
@@ -157,6 +161,13 @@ class Bound:
             then(function())
         elif not self._apart.is_waiting:
             self._apart.call(function, then)
+
+    def _begin(self, function: Callable[[], T], then: Callable[[T], None]) -> Callable[[], object]:
+        """Have a thread begin a call; return what the loop must call before it goes on, which calls `then`."""
+        if self._apart is not None:
+            return self._apart.begin(function, then)
+        finish = two_threads.beside(function)
+        return lambda: then(finish())
 
     def _waits(self, waits: bool) -> None:  # noqa: FBT001 - of a callback
         while self._entered and not self.is_waiting:
@@ -339,9 +350,8 @@ class Bound:
             return
         assert self.limit is not None
         enough = self.limit - length - self._clock.block
-        newest = _NEWEST if _NEWEST * self._clock.block + length <= self.limit else 0
         # What is spared in one turn goes in a later one: a turn is as short as one block.
-        turns = (self._clock.oldest(start, start + length, newest) for _ in range(_NEWEST + 2))
+        turns = (self._oldest(start, length) for _ in range(_NEWEST + 2))
         for low, high in chain.from_iterable(turns):
             self.evict(low, high)
             self.lost([(low, high)])  # a successor does not know what was emptied
@@ -351,6 +361,30 @@ class Bound:
         if length > self.room and written and self.write_back is None:
             text = "max_resident is %d, and %d bytes are there: most of them were written, and stay"
             self._warn(text, self.limit, self._clock.total)
+
+    def make_room_beside(self, start: int, length: int) -> Callable[[], None] | None:
+        """Have a block be dropped while [start, start + length) comes, for which there is room, and soon for no more.
+
+        Returns:
+            What the loop must call before it does anything else; None: nothing is dropped.
+        """
+        if length < _LARGE or self.room - length >= self._clock.block or self.room < length:
+            return None
+        low, high = next(self._oldest(start, length), (0, 0))
+        parts = [part for item in self.written.clean(low, high) for part in self._going(item)]
+        finish = self._begin(partial(_dropped, self._file, parts), self._gone)
+
+        def finished() -> None:
+            finish()
+            self.lost([(low, high)])
+
+        return finished
+
+    def _oldest(self, start: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield the blocks that are to go before [start, start + length) comes, as of a clock."""
+        assert self.limit is not None
+        newest = _NEWEST if _NEWEST * self._clock.block + length <= self.limit else 0
+        return self._clock.oldest(start, start + length, newest)
 
     def _warn(self, text: str, *details: object) -> None:
         if text not in self._warned:
@@ -378,31 +412,34 @@ class Bound:
         self._words[Counter.RESIDENT] = self._clock.total
 
     def _drop(self, item: Range) -> int:
-        spaces = self._served()
-        if not spaces:
-            return 0
         before = self._evicted
-        for low, high in self._shown(spaces, item):
-            for space in spaces:
-                space.readahead.forget(low, high)
-                for shown in space.mappings.addresses(low, high) if space.capture is not None else ():
-                    space.capture.dropped(shown.start, shown.end)
-            if self._file is not None:
-                self._call(partial(_punched, self._file.fileno(), low, high), partial(self._dropped, low, high))
-                if self.is_waiting:
-                    break
-            else:
-                _empty(spaces, low, high)
-                self._dropped(low, high, None)
+        for part in self._going(item):
+            self._call(partial(_dropped, self._file, [part]), self._gone)
+            if self.is_waiting:
+                break
         return self._evicted - before
 
-    def _dropped(self, low: int, high: int, error: OSError | None) -> None:
-        if error is not None:  # a client has sealed its file (EPERM): the pages stay
-            self._warn("nothing can be dropped of a memory file: %s", error.strerror)
-            return
-        dropped = self._clock.gone(low, high)
-        self._evicted += dropped
-        self._words[Counter.PAGES_EVICTED] += dropped // self.page
+    def _going(self, item: Range) -> Iterator[_Part]:
+        """Yield what may be dropped of some offsets; who must know that before is told."""
+        spaces = self._served()
+        for low, high in self._shown(spaces, item):
+            places = [(space, shown) for space in spaces for shown in space.mappings.addresses(low, high)]
+            for space in spaces:
+                space.readahead.forget(low, high)
+            for space, shown in places:
+                if space.capture is not None:
+                    space.capture.dropped(shown.start, shown.end)
+            yield low, high, [(shown.start, shown.end) for _, shown in places]
+
+    def _gone(self, outcomes: list[tuple[int, int, OSError | None]]) -> None:
+        for low, high, error in outcomes:
+            if error is None:
+                self._evicted += (dropped := self._clock.gone(low, high))
+                self._words[Counter.PAGES_EVICTED] += dropped // self.page
+            elif self.shared:  # a client has sealed its file (EPERM): the pages stay
+                self._warn("nothing can be dropped of a memory file: %s", error.strerror)
+            else:
+                raise error
         self._words[Counter.RESIDENT] = self._clock.total
 
     @staticmethod
@@ -412,7 +449,7 @@ class Bound:
         The rest was emptied, and is no copy of the source. What is there, and yet on its way, was written and saved
         after its bytes were read: they would be placed in the room that it leaves.
         """
-        shown = RangeSet([item])
+        shown = RangeSet([item] if spaces else ())
         for space in spaces:
             here = RangeSet()
             for mapping in space.mappings.addresses(item.start, item.end):
@@ -471,23 +508,30 @@ def _wait_for_file(space: _Space, waits: bool) -> None:  # noqa: FBT001 - of a c
         space.on_file(space, waits)
 
 
-def _punched(file: int, low: int, high: int) -> OSError | None:
+def _dropped(file: OwnedDescriptor | None, parts: Iterable[_Part]) -> list[tuple[int, int, OSError | None]]:
+    """Drop pages, in any thread while the loop waits; return the start and end of each part, and why it stays."""
+    outcomes: list[tuple[int, int, OSError | None]] = []
+    for low, high, places in parts:
+        failure = None
+        try:
+            if file is not None:
+                libc.punch_hole(file.fileno(), low, high - low)
+            else:
+                for start, end in places:
+                    _empty(start, end)
+        except OSError as error:
+            failure = error
+        outcomes.append((low, high, failure))
+    return outcomes
+
+
+def _empty(start: int, end: int) -> None:
     try:
-        libc.punch_hole(file, low, high - low)
+        libc.madvise(start, end - start, mmap.MADV_DONTNEED)
     except OSError as error:
-        return error
-    return None
-
-
-def _empty(spaces: Iterable[_Space], start: int, end: int) -> None:
-    for space in spaces:
-        for shown in space.mappings.addresses(start, end):
-            try:
-                libc.madvise(shown.start, shown.end - shown.start, mmap.MADV_DONTNEED)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                libc.madvise(shown.start, shown.end - shown.start, libc.MADV_DONTNEED_LOCKED)
+        if error.errno != errno.EINVAL:
+            raise
+        libc.madvise(start, end - start, libc.MADV_DONTNEED_LOCKED)
 
 
 class _Resolver(Resolver):
@@ -522,6 +566,10 @@ class _Resolver(Resolver):
         bound.make_room(start, left)
         if self._bound.is_waiting:
             return -errno.EAGAIN
-        result = super().resolve(run, wake=wake)
-        bound.came(start, left - run.left)
-        return result
+        finish = bound.make_room_beside(start, left)
+        try:
+            return super().resolve(run, wake=wake)
+        finally:
+            if finish is not None:
+                finish()
+            bound.came(start, left - run.left)

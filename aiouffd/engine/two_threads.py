@@ -1,6 +1,6 @@
-"""Large COPYs by two threads: the loop's own, and one that helps it.
+"""Large steps by two threads: the loop's own, and one that helps it. COPYs are divided; other work is done beside them.
 
-The loop does nothing else until all is copied. So no message is read, no layout changes, and no descriptor or buffer
+The loop does nothing else until both are done. So no message is read, no layout changes, and no descriptor or buffer
 goes while the other thread uses it, and a step that faults wait for takes no longer than one thread takes for half as
 much. Small COPYs, and those of bytes that the loop has just received, are not divided: the other processor would have
 to fetch them from this one's caches.
@@ -12,7 +12,8 @@ import os
 import queue
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
 
@@ -23,27 +24,47 @@ if TYPE_CHECKING:
 
 __all__ = ["TwoThreads", "two_threads"]
 
+T = TypeVar("T")
+
 _PART: Final = 512 << 10  # bytes: some 0.1 ms, for which the one that is done first may wait
 _IDLE = 1.0  # seconds without work, until the thread ends
 
 
 @attrs.define(eq=False)
-class _Work:
+class _Offer:
+    """Work that the helper may begin.
+
+    Attributes:
+        work: is called by the helper, without arguments.
+        accepted: held by the helper from when it begins, or by the loop, which needs none any more.
+        ended: what the helper has done is done.
+    """
+
+    work: Callable[[], None]
+    accepted: threading.Lock = attrs.field(factory=threading.Lock)
+    ended: queue.SimpleQueue[None] = attrs.field(factory=queue.SimpleQueue)
+
+    def has_helped(self) -> bool:
+        """Wait until the helper is done; False: it has not begun, and does nothing any more."""
+        if self.accepted.acquire(blocking=False):
+            return False
+        self.ended.get()
+        return True
+
+
+@attrs.define(eq=False)
+class _Copies:
     """Parts that the loop takes from the one end, and its helper from the other: two of one page table take longer.
 
     Attributes:
         copy: UFFDIO_COPY of (target, source, length, mode), as `Userfaultfd.try_copy`.
         mode: of the COPYs.
         parts: that nobody has taken.
-        accepted: held by the helper from when it begins, or by the loop, which needs none any more.
-        ended: what the helper has done is done.
     """
 
     copy: Callable[[int, int, int, int], int]
     mode: int
     parts: deque[Run]
-    accepted: threading.Lock = attrs.field(factory=threading.Lock)
-    ended: queue.SimpleQueue[None] = attrs.field(factory=queue.SimpleQueue)
 
     def work(self, take: Callable[[], Run]) -> None:
         """Copy part after part; what is not all copied keeps the rest."""
@@ -58,7 +79,7 @@ class _Work:
 
 
 class TwoThreads:
-    """Copies runs with a second thread, where there is a processor for it.
+    """Works with a second thread, where there is a processor for it.
 
     Attributes:
         count: how many threads have copied the last time.
@@ -70,7 +91,7 @@ class TwoThreads:
     def reset(self) -> None:
         """Begin anew, as in a forked child, which does not have the thread."""
         self.count: int = 1
-        self._offers: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self._offers: queue.SimpleQueue[_Offer] = queue.SimpleQueue()
         self._runs = False
 
     def copy(
@@ -87,38 +108,50 @@ class TwoThreads:
         size = max(_PART, page)
         parts = [run.part(at, min(size, run.left - at)) for run in runs for at in range(0, run.left, size)]
         lengths = [part.left for part in parts]
-        work = _Work(copy, mode, deque(parts))
+        copies = _Copies(copy, mode, deque(parts))
+        offer = _Offer(partial(copies.work, copies.parts.pop))
         if len(parts) > 1:
-            self._offer(work)
-        work.work(work.parts.popleft)
-        alone = work.accepted.acquire(blocking=False)
-        if not alone:
-            work.ended.get()
-        self.count = 1 if alone else 2
+            self._offer(offer)
+        copies.work(copies.parts.popleft)
+        self.count = 2 if offer.has_helped() else 1
         return [(part, length - part.left) for part, length in zip(parts, lengths, strict=True)]
 
-    def _offer(self, work: _Work) -> None:
+    def beside(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Have the other thread do some work, which raises nothing; return what the loop must call before it goes on.
+
+        That waits until the work is done, or does it where the other thread has not begun, and returns what came of it.
+        """
+        results: list[T] = []
+        offer = _Offer(lambda: results.append(work()))
+        self._offer(offer)
+
+        def finish() -> T:
+            return results[0] if offer.has_helped() else work()
+
+        return finish
+
+    def _offer(self, offer: _Offer) -> None:
         """Have a thread take part, if there is a processor for it."""
         if self._runs:
-            self._offers.put(work)
+            self._offers.put(offer)
         elif len(os.sched_getaffinity(0)) > 1:
-            thread = threading.Thread(target=self._help, args=(work,), name="aiouffd-copies", daemon=True)
+            thread = threading.Thread(target=self._help, args=(offer,), name="aiouffd-copies", daemon=True)
             self._runs = True
             try:
                 thread.start()
             except RuntimeError:  # the limit of threads
                 self._runs = False
 
-    def _help(self, work: _Work | None) -> None:
+    def _help(self, offer: _Offer | None) -> None:
         try:
             while True:
-                if work is not None and work.accepted.acquire(blocking=False):
+                if offer is not None and offer.accepted.acquire(blocking=False):
                     try:
-                        work.work(work.parts.pop)
+                        offer.work()
                     finally:
-                        work.ended.put(None)
-                work = None  # it has the descriptor and the buffers
-                work = self._offers.get(timeout=_IDLE)
+                        offer.ended.put(None)
+                offer = None  # it has the descriptor and the buffers
+                offer = self._offers.get(timeout=_IDLE)
         except queue.Empty:
             pass
         finally:
@@ -126,5 +159,5 @@ class TwoThreads:
 
 
 two_threads: Final = TwoThreads()
-"""Of this process: whoever finds it at work copies alone."""
+"""Of this process: whoever finds it at work works alone."""
 os.register_at_fork(after_in_child=two_threads.reset)

@@ -25,6 +25,7 @@ from processes import kill
 from scenario import eventually, play, replaced
 
 import aiouffd
+from aiouffd.engine import bound as module
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import Flight, Flights
 from aiouffd.engine.mappings import Mapping, Mappings
@@ -33,6 +34,7 @@ from aiouffd.engine.protect import WrittenPages
 from aiouffd.engine.runs import Op, Purpose, Run
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import ClosedError
+from aiouffd.kernel import libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.monitor.engines.protocol import Terms
 from aiouffd.ranges import Range
@@ -274,6 +276,67 @@ def test_a_file_that_is_sealed_meanwhile_keeps_its_pages(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [
         "nothing can be dropped of a memory file: Operation not permitted"
     ]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one processor")
+def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread. All is known of it when the loop goes on, whatever the kernel says; what was written stays."""
+    monkeypatch.setattr(module, "_LARGE", PAGE)
+    file, counters, punch = os.memfd_create("shared"), Counters(), libc.punch_hole
+    os.ftruncate(file, 32 * PAGE)
+    begun, copied = threading.Event(), threading.Event()
+    late = threading.Timer(0.05, copied.set)
+
+    def slowly(*arguments: int) -> None:
+        begun.set()
+        assert copied.wait(20)
+        punch(*arguments)
+
+    def copy(_at: int, _source: int, length: int, _mode: int) -> int:
+        assert begun.wait(20)
+        late.start()
+        return -errno.EFAULT if length == 2 * PAGE else length
+
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=Flights(), remainders=[], deferred=[], counters=counters, uffd=Mock(try_copy=copy))
+    with WrittenPages.create(32 * PAGE, PAGE) as written, OwnedDescriptor(file):
+        bound = Bound(written, PAGE, 8 * PAGE, counters, OwnedDescriptor(os.dup(file)))
+        resolver = bound.enter(space)
+        os.pwrite(file, bytes(6 * PAGE), 0)
+        bound.came(0, 6 * PAGE)
+        monkeypatch.setattr(libc, "punch_hole", slowly)
+        assert resolver.resolve(Run(Op.COPY, 11 * PAGE, 10 * PAGE, 2 * PAGE, 1), wake=True) == -errno.EFAULT
+        assert (bound.resident, os.fstat(file).st_blocks * 512) == (5 * PAGE, 5 * PAGE)
+        late.join()
+        # Of a block that was written nothing goes.
+        bound.came(10 * PAGE, 2 * PAGE)
+        written.note(PAGE)
+        space.uffd.try_copy = lambda _at, _source, length, _mode: length
+        for page, resident in ((12, 8), (20, 7)):
+            assert resolver.resolve(Run(Op.COPY, (page + 1) * PAGE, page * PAGE, PAGE, 1), wake=True) == 0
+            assert bound.resident == resident * PAGE
+    assert counters.words[Counter.PAGES_EVICTED] == 3
+
+
+def in_order(engine: str) -> None:
+    """Scenario: memory of three limits is read in order again and again, while some of its pages are written."""
+    length, limit, piece, rounds = 48 << 20, 16 << 20, 64 << 10, 2
+    region, make = aiouffd.Region(length, shared=ENGINES[engine][1]), ENGINES[engine][0]
+    model = bytearray(content(0, length))
+    with aiouffd.Monitor(region, aiouffd.BufferSource(bytes(model)), engine=make(), max_resident=limit) as monitor:
+        for turn in range(rounds):
+            for at in range(0, length, piece):
+                assert region[at : at + piece] == model[at : at + piece], at
+                if at % (1 << 20) == turn * piece:
+                    region[at : at + 8] = model[at : at + 8] = b"written "
+        assert monitor.statistics().pages_evicted >= (rounds * length - limit) // PAGE * 9 // 10
+        assert resident(monitor) <= limit
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread"])
+def test_what_is_read_in_order_is_right(engine: str) -> None:
+    """Large pieces come while blocks are dropped beside them; what was written meanwhile is there in the next round."""
+    play(in_order, engine)
 
 
 def test_what_is_on_its_way_stays() -> None:

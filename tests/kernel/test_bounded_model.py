@@ -32,6 +32,7 @@ from processes import kill
 from scenario import play, replaced
 
 import aiouffd
+from aiouffd.engine import bound
 from aiouffd.errors import BusyError
 from aiouffd.kernel import libc
 from aiouffd.store import extract_sync
@@ -240,6 +241,7 @@ def run(engine: str, path: str, seed: int, seconds: float) -> None:
     """Scenario: one program of a seed."""
     sys.setswitchinterval(0.0001)  # of seconds: or each call of the main thread waits for the writers' turns
     Path(path).write_bytes(content(0, SIZE))
+    bound._LARGE = 4 * PAGE  # so that they are dropped by another thread, too, where this process serves
     choice: Any = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}[engine]()
     region = aiouffd.Region(SIZE, shared=engine == "pager" and seed % 2 == 1)  # else it becomes shared
     source = aiouffd.FileSource(path, writable=True)
