@@ -284,6 +284,26 @@ def record(
 
 @command.command()
 @_NAME
+@click.argument("path")
+@click.option(
+    "--by",
+    type=click.Choice(["union", "frequency", "last", "replace"]),
+    default="union",
+    show_default=True,
+    help="How it is merged with the recording that the snapshot has; or in its place.",
+)
+@click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages. [default: 16G]")
+@_AS_JSON
+@click.pass_obj
+def attach(control: ControlClient, /, name: str, path: str, by: str, limit: int | None, *, as_json: bool) -> None:
+    """Keep the recording PATH with the snapshot that a session serves: what opens it from now on replays it."""
+    wanted = {"path": absolute(path), "by": by} | ({} if limit is None else {"most": limit})
+    answer = control.ask("POST", f"{_place(name)}/recording/attach", wanted)
+    _say(answer, f"{answer['snapshot']}: has a recording of {answer['bytes']:,} bytes", as_json=as_json)
+
+
+@command.command()
+@_NAME
 @_AS_JSON
 @click.pass_obj
 def complete(control: ControlClient, /, name: str, *, as_json: bool) -> int:

@@ -73,6 +73,7 @@ def test_the_commands(
         assert run(capsys, "record", "vm-1", "t", "--limit", "1G") == f"vm-1: recording to {image.parent}/t\n"
         play(client, path, 2 << 20)  # it prefetches what is not touched then
         assert f"{image.parent}/t: 128 pages, 128 touched\n" in run(capsys, "record", "vm-1", "--stop")
+        assert "does not serve a snapshot" in run(capsys, "attach", "vm-1", "t", "--limit", "1G", status=1)
         assert "vm-1: recording" in run(capsys, "record", "vm-1", "t", "--merge", "union")
         assert run(capsys, "record", "vm-1", "--stop") == "vm-1: no client has come\n"
         for wrong in ((), ("t", "--stop"), ("--stop", "--merge", "last")):

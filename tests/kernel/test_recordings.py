@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import click
 import pytest
 from pattern import PAGE
 from processes import kill
-from scenario import play
+from scenario import eventually, play
 from served import MIB, Serve, Servers
 
 import aiouffd
 from aiouffd.cli.unix_http import ControlClient
 from aiouffd.engine.ahead.trace import Trace
+from aiouffd.store import create_sync
 
 PLACE = "/v1/sessions/vm/recording"
 
@@ -78,6 +80,10 @@ def test_a_session_records_at_run_time(image: Path, tmp_path: Path) -> None:
         new = {"name": "vm", "socket": f"{tmp_path}/vm.sock", "source": str(image)}
         control.ask("POST", "/v1/sessions", new)
         play(records, str(tmp_path), serve.worker)
+        create_sync(image, tmp_path / "x.snap")
+        play(attached, str(tmp_path), str(tmp_path / "x.snap"))
+        with pytest.raises(click.ClickException, match="does not serve a snapshot"):
+            control.ask("POST", f"{PLACE}/attach", {"path": str(tmp_path / "trace")})
         refused = [
             ("DELETE", None, "'vm' records nothing"),
             ("POST", {"path": "x"}, "'x' is no absolute path"),
@@ -97,6 +103,34 @@ def test_a_session_records_at_run_time(image: Path, tmp_path: Path) -> None:
         kinds = list(itertools.islice((kind for kind in told if kind.startswith("session.record")), 5))
         assert kinds == ["session.recording", "session.recorded"] * 2 + ["session.recording"]
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def replayed(monitor: aiouffd.Monitor) -> int:
+    """Return how many pages a recording has brought."""
+    return monitor.statistics().pages_replay
+
+
+def attached(directory: str, served: str) -> None:
+    """Scenario: what the clients of a session touch comes to those of the next one."""
+    control, trace = ControlClient(f"{directory}/control.sock"), f"{directory}/of-snapshot"
+    for name in ("first", "next"):
+        new = {"name": name, "socket": f"{directory}/{name}.sock", "source": served, "readahead": 0}
+        control.ask("POST", "/v1/sessions", new)
+        with aiouffd.Monitor(
+            region := aiouffd.Region(4 * MIB), engine=aiouffd.ServedBy(f"{directory}/{name}.sock")
+        ) as monitor:
+            if name == "next":
+                eventually(partial(replayed, monitor), 2)
+                continue
+            control.ask("POST", "/v1/sessions/first/recording", {"path": trace})
+            assert (region[700 * PAGE], region[3 * PAGE]) == (701 & 255, 4)
+            monitor.prefetch_sync(900 * PAGE, PAGE)  # answered: what has come before is noted
+            control.ask("DELETE", "/v1/sessions/first/recording")
+        place = f"/v1/sessions/{name}/recording/attach"
+        assert control.ask("POST", place, {"path": trace}) == {"snapshot": served, "bytes": 72 + 2 * 8}
+        for path, why in ((served, "not a recording"), ("x", "no absolute path"), ("/none", "No such file")):
+            with pytest.raises(click.ClickException, match=why):
+                control.ask("POST", place, {"path": path})
 
 
 def goes_on(directory: str, image: str) -> None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import msgspec
 
-from aiouffd.errors import SessionError, SourceError, UffdError
+from aiouffd.errors import SessionError, SourceError, TraceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
 from aiouffd.pager.process.state import LASTING
 from aiouffd.server.clashes import MAPPING, why_not
 from aiouffd.server.clients import only
 from aiouffd.server.control.values import (
+    Attach,
+    Attached,
     Completed,
     Drain,
     Evict,
@@ -38,6 +40,8 @@ from aiouffd.server.control.values import (
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.recordings import Recorded, Terms
+from aiouffd.store.attaching import attach
+from aiouffd.store.place import is_snapshot
 from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
@@ -106,6 +110,15 @@ ACTIONS: Final = (
     ),
     Action("record", "POST", f"{_SESSION}/recording", "Record first touches.", Record, SessionView, 201),
     Action("stop", "DELETE", f"{_SESSION}/recording", "Complete what is recorded.", answer=list[Recorded]),
+    Action(
+        *(
+            "attach",
+            "POST",
+            f"{_SESSION}/recording/attach",
+            "Keep a recording with the snapshot that the session serves.",
+        ),
+        *(Attach, Attached),
+    ),
     Action(
         *("drain", "POST", f"{_SESSION}/drain", "Take no new clients; the session is deleted when the last has left."),
         *(Drain, SessionView, 202, False),
@@ -219,6 +232,21 @@ class Actions:
         if session.recordings.terms is None:
             raise SessionError(name, "records nothing")
         return await session.recordings.stop()
+
+    async def attach(self, name: str, what: Attach) -> Attached:
+        """Have a snapshot keep a recording; sessions that are created from now on replay it."""
+        created = self._created.get(self._find(name))
+        check_path("path", what.path)
+        sources = [] if created is None else created.sources
+        if len(sources) != 1 or not is_snapshot(sources[0]):
+            raise SessionError(name, "does not serve a snapshot of a store, with which a recording could be kept")
+        by = None if what.by == "replace" else what.by
+        try:
+            manifest = await attach(sources[0], what.path, by=by, most=what.most)
+        except (TraceError, FileNotFoundError) as error:
+            raise ValueError(f"{error} - at `$.path`") from error
+        assert manifest.trace is not None
+        return Attached(sources[0], manifest.trace.length)
 
     async def drain(self, name: str, how: Drain) -> SessionView:
         """Take no new clients. Who drains twice waits twice."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from aiouffd.server.session import Session
 
 __all__ = [
+    "Attach",
+    "Attached",
     "ClientView",
     "Completed",
     "Drain",
@@ -245,6 +247,26 @@ class Record:
     ] = None
     most: Annotated[int, Meta(ge=4096, le=1 << 40, description="The most bytes of pages in one file.")] = MOST
     pages: Annotated[int, Meta(ge=0, le=1 << 40, description="The most bytes of pages that one file carries.")] = 0
+
+
+@attrs.frozen
+class Attach:
+    """A recording that is to be kept with the snapshot that a session serves."""
+
+    path: Annotated[_Path, Meta(description="The file of the recording.")]
+    by: Annotated[
+        Literal["union", "frequency", "last", "replace"],
+        Meta(description="How it is merged with the recording that the snapshot has; or in its place."),
+    ] = "union"
+    most: Annotated[int, Meta(ge=4096, le=1 << 40, description="The most bytes of pages.")] = MOST
+
+
+@attrs.frozen
+class Attached:
+    """What has come of it."""
+
+    snapshot: Annotated[str, Meta(description="What the session serves.")]
+    bytes: Annotated[int, Meta(description="Of the recording that the snapshot has now.")]
 
 
 @attrs.frozen
