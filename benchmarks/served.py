@@ -50,6 +50,7 @@ __all__ = [
     "remembering",
     "restore_unavailable",
     "restoring",
+    "serving",
     "upgrading",
 ]
 
@@ -159,17 +160,25 @@ def remembering() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)
 
 
+@contextlib.contextmanager
+def serving(place: Path) -> Iterator[ControlClient]:
+    """Run a server without sessions until the block is left, with its socket in a directory; yield what asks it."""
+    control = place / "control"
+    command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+        try:
+            criu_rig.until(control.exists, "server")
+            yield ControlClient(control)
+        finally:
+            server.kill()
+
+
 def creating(count: int) -> float:
     """Have one server create so many sessions, one after the other; return the milliseconds for one."""
-    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-        image, control = Path(directory) / "image", Path(directory) / "control"
+    with tempfile.TemporaryDirectory() as directory, serving(Path(directory)) as client:
+        image = Path(directory) / "image"
         with image.open("wb") as file:
             file.truncate(64 << 20)
-        command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control)]
-        server = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        stack.callback(server.kill)
-        criu_rig.until(control.exists, "server")
-        client = ControlClient(control)
         began = time.perf_counter()
         for number in range(count):
             new = {"name": f"s{number}", "socket": f"{directory}/s{number}", "source": str(image)}
