@@ -10,7 +10,7 @@ import pytest
 import aiouffd
 from aiouffd.server.control import actions as module
 from aiouffd.server.control.actions import ACTIONS, Actions
-from aiouffd.server.control.values import NewSession
+from aiouffd.server.control.values import NewSession, Record
 from aiouffd.server.server import Server
 
 if TYPE_CHECKING:
@@ -36,3 +36,14 @@ async def test_a_source_that_does_not_answer(tmp_path: Path, monkeypatch: pytest
         await Actions(server).create(new)
     assert not server.sessions
     assert not (tmp_path / "s").exists()
+
+
+async def test_a_session_with_clients_that_map_files_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not see what they touch; the answer says so."""
+    server = Server(aiouffd.ZeroSource(4096), "/s")
+    (session,) = server.sessions.values()
+    server.sessions["a"] = session
+    monkeypatch.setattr(session, "mapped", [object()])
+    with pytest.raises(aiouffd.SessionError, match="clients that map files: touches are recorded here, and those of"):
+        await Actions(server).record("a", Record("/x"))
+    assert session.recordings.terms is None
