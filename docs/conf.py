@@ -55,7 +55,15 @@ nitpick_ignore = [
     for name in (
         *("array", "Buffer", "Future", "concurrent.futures._base.Future"),  # what modules import by these short names
         *("Settings", "SocketFile", "Session", "aiouffd.server.session.Session", "aiouffd.server.clients.Client"),
-        *("Capturing", "Answers", "RecordedPages", "aiouffd.server.successor.Left", "TracerProvider", "MeterProvider"),
+        *(
+            "Capturing",
+            "Answers",
+            "Order",
+            "RecordedPages",
+            "aiouffd.server.successor.Left",
+            "TracerProvider",
+            "MeterProvider",
+        ),
     )  # and bases and types of attributes that are no public names
 ]
 
