@@ -43,6 +43,7 @@ SYSTEMD: Final = "systemd"
 
 _HOLDER = "holder"  # the note of the socket at which successors ask
 _SESSION = "session "  # notes of sessions are named so, and by the session
+_PEER = "peer"  # in the text of a client's note, and of no other
 SOCKET: Final = "socket "
 """Notes of further sockets are named so, and by what listens there."""
 
@@ -66,7 +67,7 @@ def keep_client(pager: PagerClient, client: Client) -> None:
     text = {
         "session": client.session,
         "number": client.number,
-        "peer": attrs.astuple(client.peer),
+        _PEER: attrs.astuple(client.peer),
         "ours": client.conversation is not None,
         "length": client.length,
         "since": client.since,
@@ -209,7 +210,10 @@ class Successor:
             known = self._packs.pop(record["token"], None)
             packs[identity] = known if known is not None else self._arrived(estate, record)
             pager.slots.reserve(record["slot"])
+        served = {space.token for space in state.spaces.values() if not space.is_child}
         for note in state.notes.values():
+            if _PEER in note.text and note.name not in served:
+                continue  # its handoff was lost with who received it: it hears that, since its connection ends
             for fd in note.fds:
                 estate.take(fd)
             pager.holding.keep(note.name, note.text, note.fds)
@@ -225,7 +229,7 @@ class Successor:
                 estate.take(space.tether)
             its = state.notes.get(space.token)
             if its is not None and not space.is_child:
-                tenant = Handed.left(space, packs[space.origin], state, peer=Peer(*its.text["peer"]))
+                tenant = Handed.left(space, packs[space.origin], state, peer=Peer(*its.text[_PEER]))
                 pager.add(tenant)
                 self._left_client(tenant, its.text, its.fds)
         _await([pager.holding.restore(estate.journal, state, packs)])

@@ -7,13 +7,18 @@ import io
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
-from pattern import PAGE, peek, word
+from pattern import PAGE, Touchers, peek, word
 from scenario import ended, eventually, play
 from served import MIB, Servers, free_port, hand_over, metric
 
 from aiouffd.cli import main
+from aiouffd.engine.mappings import Mapping
+from aiouffd.handoff import firecracker
 
 
 def memory_files(pid: int) -> int:
@@ -67,6 +72,49 @@ def sessions(directory: str, image: str) -> None:
 def test_sessions(image: Path, tmp_path: Path) -> None:
     """They are counted on, and can be deleted; a source that is gone costs its own session its new clients only."""
     output, _ = play(sessions, str(tmp_path), str(image))
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))
+
+
+DIES = """
+import os, sys
+from aiouffd.cli import main
+from aiouffd.pager.client.client import PagerClient
+do = PagerClient.open
+PagerClient.open = lambda self, tenant: os.kill(os.getpid(), 9) if self.tenants else do(self, tenant)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def lost_handoff(directory: str, image: str) -> None:
+    """Scenario: a server is killed when its pager has a client's note, and has not been asked to serve the client."""
+    servers = Servers(directory, image, "--readahead", 0)
+    options = ("serve", image, "--socket", str(servers.path), "--hold", str(servers.hold))
+    with (servers.directory / "log").open("w") as log:
+        first = subprocess.Popen([sys.executable, "-c", DIES, *options], stderr=log)
+    eventually(lambda: "listening" in (servers.directory / "log").read_text(), expected=True)
+    served, *_kept = hand_over(servers.path)
+    assert peek(served.address) == word(0)
+    region, connection, uffd = hand_over(servers.path)
+    toucher = Touchers(region.address, [[1]])
+    assert first.wait(60) == -signal.SIGKILL
+    servers.start("second")
+    connection.settimeout(60)
+    assert connection.recv(1) == b""
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(servers.path))
+        shown = firecracker.encode([Mapping(region.address, region.address + MIB, 0)], PAGE)
+        socket.send_fds(other, [shown], [uffd.fileno()])
+        toucher.join()
+    assert not toucher.wrong
+    assert peek(served.address + PAGE) == word(1)
+    print(json.dumps(servers.pids))
+
+
+def test_a_handoff_that_was_lost(image: Path, tmp_path: Path) -> None:
+    """Its connection ends, so that the client hands over again."""
+    output, _ = play(lost_handoff, str(tmp_path), str(image))
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))
