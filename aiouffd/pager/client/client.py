@@ -61,6 +61,17 @@ def _with_reason(error: BaseException, reason: BaseException | None) -> BaseExce
     return told
 
 
+def _ready(pair: Pair, waiter: Waiter, milliseconds: float, *, hears: bool) -> dict[int, int]:
+    """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready."""
+    poller = select.poll()
+    for source in (pair.guard, waiter, pair.channel):
+        if source is not None:
+            poller.register(source, select.POLLIN)
+    if hears:
+        poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
+    return dict(poller.poll(milliseconds))
+
+
 class PagerClient:
     """One pager, for any number of tenants. Thread-safe.
 
@@ -330,7 +341,7 @@ class PagerClient:
         while not self._waiter.stopped:
             if not pair.worker_pid:
                 self._waiter.watch.alive()
-            ready = self._await(pair, hears=hears)
+            ready = _ready(pair, self._waiter, self._patience(pair), hears=hears)
             events = ready.get(pair.connection.fileno(), 0) if hears else 0
             if not events:  # a message looks by itself, and what it finds is said below
                 self._waiter.check(*pair.descriptors)
@@ -349,16 +360,6 @@ class PagerClient:
             # Where nobody holds the other end, the pager has ended by itself, and its holder makes no keeper any more.
             if not events and not told and pair.guard is not pair.keeper_fd and (not hears or pair.guard is None):
                 return
-
-    def _await(self, pair: Pair, *, hears: bool) -> dict[int, int]:
-        """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready."""
-        poller = select.poll()
-        for source in (pair.guard, self._waiter, pair.channel):
-            if source is not None:
-                poller.register(source, select.POLLIN)
-        if hears:
-            poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
-        return dict(poller.poll(self._patience(pair)))
 
     def _patience(self, pair: Pair) -> float:
         """Return for how many milliseconds to wait for messages."""
