@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import LOCATED, World, turns
@@ -16,6 +16,9 @@ from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counters
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class Recorder:
     """Notes offsets."""
@@ -27,6 +30,10 @@ class Recorder:
         """Note it."""
         assert (start, length) == (offset, PAGE)
         self.offsets.append(offset)
+
+    def note_pages(self, offsets: Iterable[int]) -> None:
+        """Note them."""
+        self.offsets.extend(offsets)
 
 
 @pytest.mark.parametrize(("origin", "kind"), [(LOCATED, SourceBackend), (Handler(), HandlerBackend)])

@@ -16,6 +16,7 @@ C_FILES = (
     "common",
     "gil",
     "uffd",
+    "copies",
     "table",
     "plain",
     "chain",

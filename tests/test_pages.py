@@ -106,7 +106,7 @@ def test_a_file_that_another_may_write_shows_nothing(tmp_path: Path, caplog: pyt
     path.chmod(0o600)
     os.chown(path, 12345, -1)
     assert Trace.replayed(path, PAGE, source, fingerprint(source)).pages is None
-    assert caplog.text.count("another user could have written them") == 2
+    assert caplog.text.count("another user could have written the bytes of its pages") == 2
 
 
 def test_what_is_written_to_has_no_version(tmp_path: Path) -> None:

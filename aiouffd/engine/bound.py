@@ -566,7 +566,9 @@ class _Resolver(Resolver):
         bound.make_room(start, left)
         if self._bound.is_waiting:
             return -errno.EAGAIN
-        finish = bound.make_room_beside(start, left)
+        # What comes for no fault has room, or stops: nothing that threads have touched goes for it.
+        faulted = run.purpose is not None and run.purpose.errors is None
+        finish = bound.make_room_beside(start, left) if faulted else None
         try:
             return super().resolve(run, wake=wake)
         finally:

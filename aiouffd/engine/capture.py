@@ -180,7 +180,7 @@ class Capture:
         modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self.arming = Arming(spaces, places, modes, self._changed)
+        self.arming: Arming = Arming(spaces, places, modes, self._changed)
         self._places = places
         self.page: int = spaces[0].page_size
         self._kept = Kept(places.largest, places.end // self.page, self.page, _MOST_KEPT, spaces[0].counters)

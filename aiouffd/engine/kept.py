@@ -101,7 +101,7 @@ class Granules:
     """
 
     def __init__(self, states: bytearray, page: int, granule: int) -> None:
-        self.found = RangeSet()
+        self.found: RangeSet = RangeSet()
         self._states = states
         self._page = page
         self._step = max(granule // page, 1)

@@ -36,7 +36,9 @@ class ClashError(ValueError):
 
     def __init__(self, one: str, other: str, why: str) -> None:
         super().__init__(one, other, why)
-        self.one, self.other, self.why = one, other, why
+        self.one: str = one
+        self.other: str = other
+        self.why: str = why
 
     def __str__(self) -> str:
         return self.said(str)

@@ -31,7 +31,7 @@ from aiouffd.engine.flight import Flight, Flights
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.options import Options
 from aiouffd.engine.protect import WrittenPages
-from aiouffd.engine.runs import Op, Purpose, Run
+from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import ClosedError
 from aiouffd.kernel import libc
@@ -306,7 +306,8 @@ def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None
         os.pwrite(file, bytes(6 * PAGE), 0)
         bound.came(0, 6 * PAGE)
         monkeypatch.setattr(libc, "punch_hole", slowly)
-        assert resolver.resolve(Run(Op.COPY, 11 * PAGE, 10 * PAGE, 2 * PAGE, 1), wake=True) == -errno.EFAULT
+        faulted = Run(Op.COPY, 11 * PAGE, 10 * PAGE, 2 * PAGE, 1, purpose=FOR_FAULT)
+        assert resolver.resolve(faulted, wake=True) == -errno.EFAULT
         assert (bound.resident, os.fstat(file).st_blocks * 512) == (5 * PAGE, 5 * PAGE)
         late.join()
         # Of a block that was written nothing goes.
@@ -314,7 +315,8 @@ def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None
         written.note(PAGE)
         space.uffd.try_copy = lambda _at, _source, length, _mode: length
         for page, resident in ((12, 8), (20, 7)):
-            assert resolver.resolve(Run(Op.COPY, (page + 1) * PAGE, page * PAGE, PAGE, 1), wake=True) == 0
+            run = Run(Op.COPY, (page + 1) * PAGE, page * PAGE, PAGE, 1, purpose=FOR_FAULT)
+            assert resolver.resolve(run, wake=True) == 0
             assert bound.resident == resident * PAGE
     assert counters.words[Counter.PAGES_EVICTED] == 3
 

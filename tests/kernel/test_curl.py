@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import jsonschema
 from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from scenario import eventually, play
 from served import MIB, Serve, hand_over
+
+import aiouffd
+from aiouffd.engine.ahead.trace import Trace, fingerprint
 
 _SIZE = MIB
 
@@ -151,6 +155,7 @@ def works(asker: Asker, place: Path) -> None:
     asker.ask("prefetch", "vm", {"length": 8192})
     asker.ask("stop", "vm")
     asker.ask("stop", "vm", wrong=409)
+    asker.ask("attach", "vm", {"path": recording["path"]}, wrong=409)  # it serves no snapshot
 
 
 def snapshots(asker: Asker, place: Path) -> None:
@@ -167,6 +172,11 @@ def snapshots(asker: Asker, place: Path) -> None:
         assert "canceled" in answer(process.communicate()[0]).body["detail"]
     for operation in ("snapshotting", "cancel"):
         asker.ask(operation, "vm", wrong=409)
+    asker.ask("create", body={"name": "copy", "socket": str(place / "copy.sock"), "source": str(place / "a.snap")})
+    source = aiouffd.SnapshotSource(place / "a.snap")
+    Trace(4096, source.size, array("Q", [4096, 0]), fingerprint(source)).save(place / "known.trace")
+    assert asker.ask("attach", "copy", {"path": str(place / "known.trace")})["snapshot"] == str(place / "a.snap")
+    asker.ask("delete", "copy")
 
 
 def is_refused(asker: Asker, new: dict[str, Any]) -> None:

@@ -80,21 +80,3 @@ def others(folder: str) -> None:
 def test_other_files(tmp_path: Path) -> None:
     """Each format by its reader; an error names the file, and leaves nothing behind."""
     play(others, str(tmp_path))
-
-
-def of_torch() -> None:
-    """Scenario."""
-    import torch
-    from safetensors.torch import load
-
-    found, expected = formats.load_file(FILE), load(FILE)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert found["w3"].dtype == torch.float32
-
-
-def test_tensors_of_torch() -> None:
-    """What the package safetensors returns of the same bytes."""
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    pytest.importorskip("safetensors", reason="the package safetensors is not installed")
-    play(of_torch)

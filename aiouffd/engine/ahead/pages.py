@@ -224,8 +224,11 @@ class RecordedPages(OwnedDescriptor):
             kept: those whose bytes it carries.
 
         Raises:
-            TraceError: it is damaged; no page of it can be shown.
+            TraceError: it is damaged, or another user could have written it; no page of it can be shown.
         """
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise TraceError("the recording", "another user could have written the bytes of its pages")
         section = os.pread(fd, _SECTION.size, len(head))
         page_bytes = _unit_of(page_size)
         if len(section) < _SECTION.size or (found := _SECTION.unpack(section))[2] != page_bytes:
@@ -244,9 +247,6 @@ class RecordedPages(OwnedDescriptor):
 
     def refusal(self, source: Any) -> str:
         """Say why none of them may be shown where a source is served; "": they may. May block."""
-        status = os.fstat(self._fd)
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return "another user could have written them"
         if not any(self.version) or self.version != version_of(source):
             return "they are of another source, or of another version of it"
         return ""

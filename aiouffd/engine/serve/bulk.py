@@ -68,7 +68,7 @@ def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Co
     for offset, length in came:
         space.readahead.brought(offset, length)
     words, size = space.counters.words, sum(length for _, length in came)
-    words[_COPIES] += len(came)
+    words[_COPIES] += len(came) + len(left)  # also what came in part: whoever looks whether something came sees that
     words[cause] += size // space.page_size
     words[Counter.BYTES_SHARED] += size
     if came:

@@ -115,7 +115,7 @@ class SourceBackend:
         """Serve plain faults on the fast path, from the first fault on."""
         if self._is_plain(space):
             largest = max(space.mappings, key=lambda mapping: mapping.end - mapping.start, default=None)
-            if largest is not None:
+            if largest is not None and largest.offset >= 0:
                 space.open_fast_path(self._extents.plain_source(space), largest.start, largest.end, largest.offset)
 
     def _is_plain(self, space: Space) -> bool:
