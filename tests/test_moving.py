@@ -7,10 +7,11 @@ import errno
 import pytest
 
 from aiouffd.engine import moving
-from aiouffd.engine.moving import HUGE_PAGE, Moving
+from aiouffd.engine.moving import Moving
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.pagemap import Pagemap
+from aiouffd.kernel.region import HUGE_PAGE
 
 PAGE = 4096
 BASE = 64 * HUGE_PAGE

@@ -285,13 +285,7 @@ def record(
 @command.command()
 @_NAME
 @click.argument("path")
-@click.option(
-    "--by",
-    type=click.Choice(["union", "frequency", "last", "replace"]),
-    default="union",
-    show_default=True,
-    help="How it is merged with the recording that the snapshot has; or in its place.",
-)
+@parameters.merged_by("How it is merged with the recording that the snapshot has; or in its place.")
 @click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages. [default: 16G]")
 @_AS_JSON
 @click.pass_obj

@@ -1,4 +1,4 @@
-"""Types of command-line options: sizes, rates, seconds, file modes, addresses."""
+"""Types of command-line options (sizes, rates, seconds, file modes, addresses), and options of several commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:  # generic since click 8.3
     _Whole = _HostAndPort = click.ParamType
 
-__all__ = ["Address", "FileMode", "Rate", "Seconds", "Size", "readahead"]
+__all__ = ["Address", "FileMode", "Rate", "Seconds", "Size", "merged_by", "readahead"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -109,3 +109,14 @@ def readahead(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="The largest window that one fault brings; 0 serves page by page.",
     )(command)
+
+
+def merged_by(how: str) -> Callable[[Any], Any]:
+    """Return the option `--by`, of what keeps a recording with a snapshot; how: its help."""
+    return click.option(
+        "--by",
+        type=click.Choice(["union", "frequency", "last", "replace"]),
+        default="union",
+        show_default=True,
+        help=how,
+    )

@@ -102,12 +102,8 @@ def create(source: str, destination: str, *, codec: str | None, **options: Any) 
 @command.command()
 @click.argument("place")
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--by",
-    type=click.Choice(["union", "frequency", "last", "replace"]),
-    default="union",
-    show_default=True,
-    help="How it is merged with the recording that PLACE has: as by `aiouffd trace merge`; or in its place.",
+@parameters.merged_by(
+    "How it is merged with the recording that PLACE has: as by `aiouffd trace merge`; or in its place."
 )
 @click.option("--limit", type=parameters.Size(4096), help="The most bytes of pages. [default: no limit]")
 def attach(place: str, trace: str, *, by: Any, limit: int | None) -> None:

@@ -19,14 +19,14 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.kernel import abi
 from aiouffd.kernel.libc import copy_memory
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.region import HUGE_PAGE
 
 if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.pagemap import Pagemap
 
-__all__ = ["HUGE_PAGE", "Moving"]
+__all__ = ["Moving"]
 
-HUGE_PAGE: Final = 2 << 20
 _LONGEST_PAUSE: Final = 512  # huge pages, 1 GiB
 
 

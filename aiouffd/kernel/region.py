@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
     from aiouffd.native.crash_notes import Note
 
-__all__ = ["Region"]
+__all__ = ["HUGE_PAGE", "Region"]
 
 MAP_HUGETLB: Final = 0x40000
 MAP_HUGE_SHIFT: Final = 26
-_HUGE_PAGE: Final = 2 << 20
+HUGE_PAGE: Final = 2 << 20
+"""Bytes of a transparent huge page, where pages have 4 KiB."""
 
 _IN_MEMORY: Final = 1  # bit of mincore(2)
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
@@ -480,7 +481,7 @@ def _check(length: int, page_size: int) -> None:
 
 def _length_at_first(length: int, page_size: int, fd: int) -> int:
     """Return how much is mapped, to be cut then: only a mapping of whole huge pages begins at one (Linux 6.7)."""
-    return align_up(length, _HUGE_PAGE) if fd < 0 and length > _HUGE_PAGE and page_size == mmap.PAGESIZE else length
+    return align_up(length, HUGE_PAGE) if fd < 0 and length > HUGE_PAGE and page_size == mmap.PAGESIZE else length
 
 
 def _flags(fd: int, page_size: int) -> int:

@@ -7,7 +7,6 @@ process's own, and a unit of them has its hash. All others come from the source.
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import itertools
 import logging
@@ -23,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import attrs
 
 from aiouffd.errors import TraceError
+from aiouffd.kernel import files
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.ranges import align_up
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ class RecordedPages(OwnedDescriptor):
         check, hashes = rest[:_HASH], rest[_HASH:]
         if len(hashes) != _HASH * count or digest(head + section + hashes) != check:
             raise TraceError("the recording", "what it says of the bytes of its pages is damaged")
-        begin = _aligned(len(head) + _SECTION.size + len(rest))
+        begin = align_up(len(head) + _SECTION.size + len(rest), mmap.PAGESIZE)
         return cls(os.dup(fd), page_size, size, version, in_order(offsets, kept), begin, kind, hashes)
 
     def refusal(self, source: Any) -> str:
@@ -288,7 +289,7 @@ class PagesWriter:
         self._kind = _BLAKE2 if _hash(_XXH3) is None else _XXH3
         self._section = _SECTION.pack(version, self._kind, self._unit)
         units = -(-count * page_size // self._unit)
-        self._end = _aligned(len(head) + len(self._section) + _HASH * (units + 1))
+        self._end = align_up(len(head) + len(self._section) + _HASH * (units + 1), mmap.PAGESIZE)
         self._hashes = b""
         self._waiting = bytearray()
 
@@ -302,7 +303,7 @@ class PagesWriter:
         digest = _hash(self._kind)
         assert digest is not None
         data = bytes(self._waiting[:length])
-        _write(self._fd, data, self._end)
+        files.write_at(self._fd, data, self._end)
         self._hashes += digest(data)
         self._end += length
         del self._waiting[:length]
@@ -314,16 +315,7 @@ class PagesWriter:
         digest = _hash(self._kind)
         assert digest is not None
         check = digest(self._head + self._section + self._hashes)
-        _write(self._fd, self._head + self._section + check + self._hashes, 0)
+        files.write_at(self._fd, self._head + self._section + check + self._hashes, 0)
 
 
 _first: Final = operator.itemgetter(0)
-
-
-def _aligned(place: int) -> int:
-    return -(-place // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _write(fd: int, data: bytes, place: int) -> None:
-    if os.pwrite(fd, data, place) != len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -117,8 +117,9 @@ class PagerClient:
             taken=self.holding.succeeded,
             hear=self._event,
         )
+        self._worker_pid = 0
         self.slots: Slots = Slots()
-        self._worker_pid, self._later = 0, Later()
+        self._later = Later()
         self._silent = False  # a last request was not answered: something blocks the worker's loop
         self._dead: BaseException | None = None
         self._reason: BaseException | None = None
