@@ -164,6 +164,7 @@ def each_is_killed(directory: str, image: str) -> None:
         clients.check()
         eventually(lambda: [name for name in names if servers.pids[name] == before[name]], expected=[])  # noqa: B023
     assert "is replaced" in serve.said
+    assert "the pager's keeper" not in serve.said
     for killed in (("holder",), ("keeper", "holder"), ("keeper", "worker", "holder")):
         kill(servers.pids, *killed)
         after = servers.start("-".join(killed), "--takeover")

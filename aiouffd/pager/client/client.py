@@ -51,6 +51,7 @@ __all__ = ["PagerClient"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 _LEFT = "the Monitor has been left"
+_TOLD = 0.2  # seconds
 
 
 def _with_reason(error: BaseException, reason: BaseException | None) -> BaseException:
@@ -62,14 +63,17 @@ def _with_reason(error: BaseException, reason: BaseException | None) -> BaseExce
 
 
 def _ready(pair: Pair, waiter: Waiter, milliseconds: float, *, hears: bool) -> dict[int, int]:
-    """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready."""
-    poller = select.poll()
-    for source in (pair.guard, waiter, pair.channel):
+    """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready.
+
+    Where nobody does any more it only looks: else a worker that answers all the time would keep that from being seen.
+    """
+    guard, poller = pair.guard, select.poll()
+    for source in (guard, waiter, pair.channel):
         if source is not None:
             poller.register(source, select.POLLIN)
     if hears:
         poller.register(pair.connection, select.POLLIN | (select.POLLOUT if pair.outbox else 0))
-    return dict(poller.poll(milliseconds))
+    return dict(poller.poll(milliseconds if guard is not None else 0))
 
 
 class PagerClient:
@@ -359,7 +363,10 @@ class PagerClient:
                 self._waiter.check(*pair.descriptors)
                 hears = False
             # Where nobody holds the other end, the pager has ended by itself, and its holder makes no keeper any more.
-            if not events and not told and pair.guard is not pair.keeper_fd and (not hears or pair.guard is None):
+            if events or told or pair.guard is pair.keeper_fd or (hears and pair.guard is not None):
+                continue
+            # A keeper or holder that was made just before, by one that was killed, is about to be told.
+            if pair.guard is not None or pair.channel is None or not self._waiter.wait(_TOLD, pair.channel.fileno()):
                 return
 
     def _patience(self, pair: Pair) -> float:
