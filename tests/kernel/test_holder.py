@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
@@ -22,6 +25,9 @@ from aiouffd.handoff import firecracker
 from aiouffd.pager.client.interpreter import SWITCH
 from aiouffd.pager.client.succession import Predecessor
 from aiouffd.pager.process.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZE = 8 * MIB
 
@@ -221,7 +227,39 @@ def all_are_killed_twice(directory: str, image: str) -> None:
     print(json.dumps(servers.pids))
 
 
-@pytest.mark.parametrize("scenario", [each_is_killed, all_are_killed_twice, killed_behind_the_fork])
+def fill_table(pid: int) -> Callable[[], object]:
+    """Have a process get no further descriptor; return what ends that."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    free = next(number for number in itertools.count() if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+    return lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+def no_descriptor_is_left(directory: str, image: str) -> None:
+    """Scenario: a server that cannot receive what comes with the word of a takeover serves on, alone."""
+    servers = Servers(directory, image, "--readahead", 0)
+    first = servers.start("first")
+    clients = Clients(servers, 3)
+    before = servers.pids
+    free_table = fill_table(before["server"])
+    refused = servers.start("second", "--takeover", wait=False)
+    assert refused.process.wait(60) == 1
+    assert "too many files open" in refused.said
+    first.says("another server cannot take over")
+    clients.check()
+    free_table()
+    servers.last = first
+    assert servers.pids == before
+    servers.start("third", "--takeover")
+    assert first.process.wait(60) == 0
+    clients.check()
+    print(json.dumps(servers.pids))
+
+
+@pytest.mark.parametrize(
+    "scenario", [each_is_killed, all_are_killed_twice, killed_behind_the_fork, no_descriptor_is_left]
+)
 def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, tmp_path: Path) -> None:
     """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""
     output, _ = play(scenario, str(tmp_path), str(image))  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from functools import partial
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.state import State
 
 __all__ = ["Holding"]
+
+log: logging.Logger = logging.getLogger("aiouffd")
 
 _GLANCE = 0.002  # seconds between two looks at a successor's journal
 
@@ -172,7 +175,10 @@ class Holding:
     def hear(self, pair: Pair) -> None:
         """Take a message of the holder."""
         event, along = pair.hear_holder()
-        if event == "yield":
+        if event == "yield" and not along:
+            log.error("another server cannot take over: this process has too many files open (RLIMIT_NOFILE)")
+            pair.tell_holder("refuse")
+        elif event == "yield":
             journal, self._guest = along
             self._theirs = Journal(journal.fileno())
             journal.close()

@@ -157,17 +157,22 @@ class Pair:
                 control.send(self.channel, {"op": op}, wait=False)
 
     def hear_holder(self) -> tuple[str, list[OwnedDescriptor]]:
-        """Return what the holder says, and what comes along; "lost": it has ended, or says what nobody understands."""
+        """Return what the holder says, and what comes along; "lost": it has ended, or says what nobody understands.
+
+        Nothing comes along where this process has too many files open.
+        """
         assert self.channel is not None
         try:
             message, fds = control.receive(self.channel)
+        except control.DescriptorsLostError as error:
+            message, fds = error.message, []
         except (control.Closed, OSError, ValueError):
             return "lost", []
         event, along = str(message.get("event")), [OwnedDescriptor(fd) for fd in fds]
-        if event == "keeper":
+        if event == "keeper" and along:
             self.keeper_fd, self.keeper_pid = along[0], pid_of(along[0].fileno())
             self.keeper.poll()  # leave no zombie
-        elif event == "holder":
+        elif event == "holder" and along:
             self.holder_fd = along[0]
         return event, along
 

@@ -49,6 +49,7 @@ _LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
 _GLANCE: Final = 0.002  # seconds between two looks at the successor's journal
 _YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
 _PAUSE: Final = 0.5  # seconds until a keeper that could not be made is tried again
+_EXIT: Final = 1.0  # seconds between the ends of two connections, when the process ends that has both
 _DEATH: Final = 10.0  # seconds for a process that was killed to end
 
 
@@ -117,6 +118,15 @@ class Holder:
         if self._journal.listens:
             return True
         return self._channel is None and not self._journal.provisional and bool(self._state().notes)
+
+    @property
+    def _owned(self) -> bool:
+        """Whether the owner lives. That it hears nothing any more does not tell: the other connection does."""
+        if self._channel is not None or self._connection.fileno() < 0:
+            return self._channel is not None
+        poller = select.poll()
+        poller.register(self._connection, 0)  # POLLHUP
+        return not poller.poll(_EXIT * 1000)
 
     @property
     def _keeper(self) -> int:
@@ -246,7 +256,7 @@ class Holder:
             if message["op"] == "look":
                 self._tell(guest)
             elif message["op"] == "take":
-                if self._channel is not None and not message["over"]:
+                if not message["over"] and self._owned:
                     raise _RefusedError("another server serves there, and lives")  # noqa: TRY301
                 if not Journal(fds[0]).provisional:
                     raise _RefusedError("the successor's pager serves already")  # noqa: TRY301
@@ -266,8 +276,7 @@ class Holder:
     def _tell(self, guest: socket.socket) -> None:
         """Send what is served, and the descriptors."""
         along = sorted(self._state().numbers)
-        owned = self._channel is not None
-        control.send(guest, {"numbers": along, "owned": owned}, [self._journal.fd, *along])
+        control.send(guest, {"numbers": along, "owned": self._owned}, [self._journal.fd, *along])
 
     def _give(self, guest: socket.socket, journal: int) -> None:
         """Have keeper and worker end, and give all; hold on where the successor does not come to serve.
@@ -306,8 +315,13 @@ class Holder:
         while self._channel is not None:
             if not _readable(self._channel, max(0.0, until - time.monotonic())):
                 raise _RefusedError(f"the server that serves there does not yield within {_YIELD:g} s")
-            if self._hear().get("op") == "yielded":
+            op = self._hear().get("op")
+            if op == "yielded":
                 return
+            if op == "refuse":
+                raise _RefusedError("the server that serves there has too many files open (RLIMIT_NOFILE) to yield")
+        if self._owned:
+            raise _RefusedError("the server that serves there lives, and hears nothing of its holder")
 
 
 def _close_left(known: set[int]) -> None:
