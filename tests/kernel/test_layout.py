@@ -187,6 +187,32 @@ def test_memory_that_moves_shows_no_zeros(mode: str, loop: str) -> None:
     play(moving, mode, loop=loop)
 
 
+async def left_behind(mode: str, pages: int, gate: str) -> None:
+    """Scenario: a thread waits for a page of a source that does not answer when its address is gone."""
+
+    def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
+        thread = threading.Thread(target=peek, args=(region.address + SIZE - PAGE,))
+        thread.start()
+        eventually(lambda: monitor.statistics().in_flight, 1)
+        blocker = mmap.mmap(-1, SIZE)  # most likely right behind
+        before = region.address
+        region.resize(pages * PAGE)
+        assert pages < PAGES or region.address != before, "it has not moved: the test shows nothing"
+        print("changed", flush=True)
+        thread.join()
+        blocker.close()
+
+    await beside_the_loop(mode, Gated(SIZE, gate), work)
+
+
+@pytest.mark.parametrize("pages", [16, 64 * PAGES])
+@pytest.mark.parametrize("mode", [*MODES, "pager"])
+def test_a_thread_that_waits_where_nothing_is_any_more(mode: str, pages: int, tmp_path: Path) -> None:
+    """It is SIGSEGV, as any touch there, and waits no longer: neither for the source nor until the Monitor is left."""
+    output, _ = play(left_behind, mode, pages, str(tmp_path / "gate"), deadline=20, status=-signal.SIGSEGV)
+    assert output == "changed\n"
+
+
 async def nobody_there() -> None:
     """Scenario: the loop does not come to it."""
 

@@ -114,10 +114,14 @@ class Layout:
         emptied(self._space, begin, begin + align_up(length, self._space.page_size))
 
     def moved(self, address: int, length: int) -> None:
-        """Take note that the region lies at `address` now, and has `length` bytes; what was added shows zeros."""
+        """Take note that the region lies at `address` now, and has `length` bytes; what was added shows zeros.
+
+        Who waits for a page of what has left its place is woken, and finds out.
+        """
         space = self._space
         end = address + align_up(length, space.page_size)
         size = min(self.end - self.start, end - address)
+        left, until = self.start if address != self.start else self.start + size, self.end
         space.close_fast_path()
         with losing(space, self.start + size, self.end):
             space.mappings.unmap(self.start + size, self.end)
@@ -128,3 +132,5 @@ class Layout:
             if space.bound is not None:  # nor does it keep the protection of what it moved
                 space.uffd.try_writeprotect(address, end - address, abi.WRITEPROTECT_MODE_WP)
         self.start, self.end = address, end
+        if left < until:
+            space.changed(left, until)
