@@ -8,7 +8,7 @@ import signal
 from scenario import play
 
 from aiouffd.pager.process.cloning import clone
-from aiouffd.pager.process.handles import has_ended, pid_of
+from aiouffd.pager.process.handles import code_of, has_ended, is_pidfd, pid_of, state_of
 from aiouffd.pager.process.journal import Journal, Whose
 
 
@@ -43,11 +43,20 @@ def is_killed() -> None:
     if pid == 0:
         signal.pause()
     assert not has_ended(place.value)
+    assert code_of(place.value) is None
+    assert state_of(place.value) in "RS"
     os.kill(pid, signal.SIGKILL)
     assert has_ended(place.value, 60.0)
     assert pid_of(place.value) == pid  # until it is waited for
-    os.waitpid(pid, 0)
+    assert state_of(place.value) == "Z"
+    assert code_of(place.value) == -signal.SIGKILL
+    assert code_of(place.value) is None  # it was waited for
     assert [pid_of(number) for number in (place.value, 0, 999)] == [0, 0, 0]
+    assert [is_pidfd(number) for number in (place.value, 0, 999)] == [True, False, False]
+    if clone(place) == 0:
+        os._exit(7)
+    assert has_ended(place.value, 60.0)
+    assert code_of(place.value) == 7
 
 
 def test_a_clone_that_is_killed() -> None:

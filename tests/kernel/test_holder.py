@@ -183,7 +183,14 @@ def each_is_killed(directory: str, image: str) -> None:
 FORKED = f"""#!{sys.executable}
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from aiouffd.kernel import files
 from aiouffd.pager.process import keeper
+read = files.read
+def unless_it_is_of_a_pidfd(path):
+    if "fdinfo" in path:
+        raise FileNotFoundError(2, "there is no /proc", path)
+    return read(path)
+files.read = unless_it_is_of_a_pidfd
 make = keeper._Keeper._make
 def and_be_killed(self, whose, be):
     if whose is not keeper.Whose.WORKER or os.path.exists(os.environ["KILLED"]):
@@ -199,7 +206,7 @@ sys.exit(__main__.main())
 
 
 def killed_behind_the_fork(directory: str, image: str) -> None:
-    """Scenario: the next keeper goes on with the worker that the one before had just forked."""
+    """Scenario: the next keeper goes on with the worker that the one before had just forked, also without /proc."""
     wrapper = Path(directory) / "python"
     wrapper.write_text(FORKED)
     wrapper.chmod(0o755)

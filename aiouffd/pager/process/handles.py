@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 __all__ = [
     "close_all",
     "close_strays",
+    "code_of",
     "explained",
     "has_ended",
     "is_open",
+    "is_pidfd",
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
     "pid_of",
     "runs_nothing",
     "send_signal",
+    "state_of",
 ]
 
 _GLANCE: Final = 0.02  # seconds
@@ -48,6 +51,17 @@ def open_pidfd(pid: int) -> int:
         raise explained("pidfd_open", error) from error
 
 
+def is_pidfd(fd: int) -> bool:
+    """Tell whether a number is that of a process's descriptor."""
+    try:
+        signal.pidfd_send_signal(fd, 0)
+    except (ProcessLookupError, PermissionError):  # it has ended
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def pid_of(pidfd: int) -> int:
     """Return the process that a pidfd is of; 0: it has ended, and was waited for; or it is no pidfd."""
     try:
@@ -55,6 +69,25 @@ def pid_of(pidfd: int) -> int:
     except OSError:
         return 0
     return next((max(int(line.split()[1]), 0) for line in lines if line.startswith(b"Pid:")), 0)
+
+
+def code_of(pidfd: int) -> int | None:
+    """Return the code of a child that has ended, as `Popen.returncode`; None: it has not quite, or is no child."""
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except OSError:
+        return None
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def state_of(pidfd: int) -> str:
+    """Return the state of a process, as ps(1) shows it; nothing where it cannot be seen."""
+    try:
+        return _state(f"/proc/{pid_of(pidfd)}/stat")
+    except OSError:
+        return ""
 
 
 def send_signal(pidfd: int, number: int) -> None:

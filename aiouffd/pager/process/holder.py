@@ -29,6 +29,7 @@ from aiouffd.pager.process.deaths import CALM, Deaths
 from aiouffd.pager.process.handles import (
     close_all,
     close_strays,
+    code_of,
     has_ended,
     open_descriptors,
     runs_nothing,
@@ -66,7 +67,7 @@ class Holder:
         listener: where successors ask. The owner says when.
         channel: to the owner.
         own: the descriptors of the pager that no worker has opened.
-        make_keeper: makes a keeper, and returns its pid; its pidfd is noted in the journal. Raises OSError.
+        make_keeper: makes a keeper; its pidfd is noted in the journal. Raises OSError.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Holder:
         listener: socket.socket,
         channel: socket.socket,
         own: set[int],
-        make_keeper: Callable[[], int],
+        make_keeper: Callable[[], None],
     ) -> None:
         self._journal = journal
         self._connection = connection
@@ -84,7 +85,6 @@ class Holder:
         self._name = listener.getsockname()
         self._channel: socket.socket | None = channel
         self._make_keeper = make_keeper
-        self._made = 0  # the keeper that this process has made
         self._since = time.monotonic()  # it lives
         self._deaths = Deaths()
         self._guest: socket.socket | None = None
@@ -185,11 +185,8 @@ class Holder:
 
     def _replace_keeper(self) -> None:
         """Make another keeper in place of one that was killed. Where all crash by themselves, leave it to the owner."""
-        code = -signal.SIGKILL
-        if self._made:
-            with contextlib.suppress(ChildProcessError):
-                code = os.waitstatus_to_exitcode(os.waitpid(self._made, 0)[1])
-        self._made = 0
+        code = code_of(self._keeper)
+        code = -signal.SIGKILL if code is None else code  # another holder has made it
         calm, self._since = time.monotonic() - self._since > CALM, time.monotonic()
         hopeless = self._deaths.add(code, self._journal.progress(), calm=calm) and code != -signal.SIGKILL
         if hopeless and self._channel is not None:
@@ -198,7 +195,7 @@ class Holder:
         time.sleep(self._deaths.pause)
         log.warning("the keeper died and is replaced")
         try:
-            self._made = self._make_keeper()
+            self._make_keeper()
         except OSError as error:
             log.error("no keeper can be started (%s): tried again", error.strerror)  # noqa: TRY400
             time.sleep(_PAUSE)
@@ -232,7 +229,6 @@ class Holder:
 
     def _begin(self) -> None:
         """Hang up on whoever a holder before this one has talked to: nobody knows what they were told."""
-        self._made = 0
         if self._guest is not None:  # of the holder that has made the keeper that has made this one
             self._guest.detach()
             self._guest = None

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerDiedError, encode_error
-from aiouffd.kernel import files
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.userfaultfd import Userfaultfd
@@ -32,14 +31,17 @@ from aiouffd.pager.process.deaths import CALM, Deaths
 from aiouffd.pager.process.handles import (
     close_all,
     close_strays,
+    code_of,
     explained,
     has_ended,
     is_open,
+    is_pidfd,
     open_descriptors,
     open_pidfd,
     pid_of,
     runs_nothing,
     send_signal,
+    state_of,
 )
 from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS, called
@@ -115,7 +117,6 @@ class _Keeper:
         # The list has its own number, which a worker's may get.
         self._own = {fd for fd in open_descriptors() if is_open(fd)}
         self.holder: Holder | None = None
-        self._holder_pid = 0  # of the one that this process has made
 
     def hold(self, listener: socket.socket, channel: socket.socket) -> None:
         """Have a holder, which has the table of descriptors for as long as anybody needs it."""
@@ -123,8 +124,8 @@ class _Keeper:
         self.holder = Holder(self._journal, self._connection, listener, channel, self._own, self._make_keeper)
         self._make_holder()
 
-    def _make(self, whose: Whose, be: Callable[[], NoReturn]) -> int:
-        """Make a process that shares the table; return its pid. There is no moment at which its pidfd is not noted.
+    def _make(self, whose: Whose, be: Callable[[], NoReturn]) -> None:
+        """Make a process that shares the table. There is no moment at which its pidfd is not noted.
 
         Raises:
             OSError: there is none.
@@ -139,18 +140,17 @@ class _Keeper:
             raise
         if pid == 0:
             be()
-        if before >= 0:
-            os.close(before)
-        return pid
 
-    def _make_keeper(self) -> int:
+    def _make_keeper(self) -> None:
         """Be called by the holder, where the keeper was killed."""
-        return self._make(Whose.KEEPER, self._be_keeper)
+        self._make(Whose.KEEPER, partial(self._be_keeper, self._journal.descriptor(Whose.KEEPER)))
 
-    def _be_keeper(self) -> NoReturn:
+    def _be_keeper(self, before: int) -> NoReturn:
         called(_KEEPER)
-        self._holder_pid = 0
         try:
+            # Only keepers close what others have left, which this number is now: the holder would close it twice.
+            if before >= 0:
+                os.close(before)
             self.run()
         except BaseException:
             log.exception("the keeper failed")
@@ -161,7 +161,10 @@ class _Keeper:
 
     def _make_holder(self) -> None:
         assert self.holder is not None
-        self._holder_pid = self._make(Whose.HOLDER, self._be_holder)
+        before = self._journal.descriptor(Whose.HOLDER)
+        self._make(Whose.HOLDER, self._be_holder)
+        if before >= 0:
+            os.close(before)
         # Before the first worker is made: the connection does not tell of the others' deaths as long as that lives.
         self.holder.say("holder", self._journal.descriptor(Whose.HOLDER))
 
@@ -177,10 +180,10 @@ class _Keeper:
 
     def _replace_holder(self) -> None:
         """Make the holder anew, which was killed."""
-        code = _code_of(self._holder_pid) if self._holder_pid else -signal.SIGKILL
+        code = code_of(self._journal.descriptor(Whose.HOLDER))
         log.warning("the holder died and is replaced")
         try:
-            if code != -signal.SIGKILL:
+            if code not in (None, -signal.SIGKILL):  # None: another keeper has made it
                 time.sleep(_CLONE_PAUSE)
             self._make_holder()
         except OSError as error:
@@ -196,10 +199,9 @@ class _Keeper:
     def _keep(self) -> int:
         journal, deaths, died = self._journal, Deaths(), ""
         while True:
-            pid = self._left_worker()
-            if not pid:
+            if not self._has_worker():
                 try:
-                    pid = self._make_worker()
+                    self._make_worker()
                 except OSError as error:
                     if not _has_served(journal):
                         return _refuse(self._connection, error)
@@ -212,7 +214,9 @@ class _Keeper:
                 if died:
                     log.warning("%s and is replaced", died)
             began, faults = time.monotonic(), journal.total(Counter.FAULTS)
-            code = self._wait(pid, journal.descriptor(Whose.WORKER))
+            pidfd = journal.descriptor(Whose.WORKER)
+            pid = pid_of(pidfd)
+            code = self._wait(pidfd)
             self._forget_worker()
             if code == 0:
                 return 0
@@ -225,31 +229,31 @@ class _Keeper:
                 return _give_up(journal, self._connection, deaths.count, reason)
             time.sleep(deaths.pause)
 
-    def _left_worker(self) -> int:
-        """Return the pid of the worker that a keeper before this one has made, and that lives; 0: there is none."""
+    def _has_worker(self) -> bool:
+        """Tell whether a worker lives that a keeper before this one has made."""
         pidfd = self._journal.descriptor(Whose.WORKER)
-        if pidfd < 0:
-            return 0
-        pid = 0 if runs_nothing(pidfd) else pid_of(pidfd)
-        if not pid:
-            self._forget_worker()
-            if not self._journal.done:
-                self._journal.counters.words[Counter.RESTARTS] += 1
-        return pid
+        if pidfd < 0 or not is_pidfd(pidfd):  # the clone has failed, in a keeper that was killed right then
+            self._journal.note_descriptor(Whose.WORKER, -1)
+            return False
+        if not runs_nothing(pidfd):
+            return True
+        self._forget_worker()
+        if not self._journal.done:
+            self._journal.counters.words[Counter.RESTARTS] += 1
+        return False
 
     def _forget_worker(self) -> None:
         pidfd = self._journal.descriptor(Whose.WORKER)
         self._journal.note_descriptor(Whose.WORKER, -1)
-        with contextlib.suppress(OSError):  # a clone that has failed, in a keeper that was killed
-            os.close(pidfd)
+        os.close(pidfd)
 
-    def _make_worker(self) -> int:
+    def _make_worker(self) -> None:
         state = survey(self._journal) or State()
         slow = close_strays(self._own | state.numbers | self._journal.descriptors)
         if self.holder is not None:
             slow = [fd for fd in slow if not self.holder.is_guest(fd)]
         import_for(state)
-        return self._make(Whose.WORKER, partial(self._work, slow))
+        self._make(Whose.WORKER, partial(self._work, slow))
 
     def _work(self, slow: list[int]) -> NoReturn:
         """Be the worker. Never returns into the keeper's frames; nothing is finalized: descriptors are shared."""
@@ -268,7 +272,7 @@ class _Keeper:
             sys.stderr.flush()
             os._exit(status)
 
-    def _wait(self, pid: int, pidfd: int) -> int:
+    def _wait(self, pidfd: int) -> int:
         """Wait for the worker's end; return its code. One whose loop does not turn is told to say where, and killed.
 
         What counts is the time that the keeper itself has seen pass: when both were stopped (SIGSTOP, a frozen cgroup,
@@ -284,21 +288,21 @@ class _Keeper:
                 beat, still, warned, interrupted = words[Counter.HEARTBEAT], 0.0, False, False
                 continue
             still += passed
-            state = _state_of(pid)
+            state = state_of(pidfd)
             if state == "t":  # a debugger has it
                 continue
             if state == "Z":
                 break
             if still > BLOCKED and not warned:
                 warned = True
-                _say_blocked(pid, pidfd, still, state)
+                _say_blocked(pidfd, still, state)
             elif still > HOPELESS and not interrupted:
                 interrupted = True
                 send_signal(pidfd, INTERRUPT_BLOCKED_LOOP)
             elif still > HOPELESS + GRACE or (still > ORPHANED and _orphaned(self._journal)):
                 log.error("the worker's event loop has not turned for %.0f s: the worker is killed", still)
                 send_signal(pidfd, signal.SIGKILL)
-        code = _code_of(pid)
+        code = code_of(pidfd)
         if code is not None:
             return code
         # Another keeper has made it. Or threads of it wait for a file system, whatever kills them; no code of it runs.
@@ -312,7 +316,7 @@ class _Keeper:
         if holder >= 0:
             poller.register(holder, select.POLLIN)
         ready = dict(poller.poll(_TICK * 1000))
-        if holder in ready:
+        if holder in ready and holder == self._journal.descriptor(Whose.HOLDER):  # else it has said that it ends
             self._replace_holder()
         return pidfd in ready
 
@@ -332,17 +336,9 @@ def _name(number: int) -> str:
         return str(number)
 
 
-def _code_of(pid: int) -> int | None:
-    """Return the code of a child that has ended, as `Popen.returncode`; None: it has not quite, or is no child."""
-    try:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return None
-    return os.waitstatus_to_exitcode(status) if ended else None
-
-
-def _say_blocked(pid: int, pidfd: int, still: float, state: str) -> None:
+def _say_blocked(pidfd: int, still: float, state: str) -> None:
     if state == "T":
+        pid = pid_of(pidfd)
         log.error("the worker (pid %d) has been stopped for %.0f s (SIGSTOP), and pages wait for it", pid, still)
         return
     log.error(
@@ -351,14 +347,6 @@ def _say_blocked(pid: int, pidfd: int, still: float, state: str) -> None:
         still,
     )
     send_signal(pidfd, SAY_WHAT_BLOCKS)
-
-
-def _state_of(pid: int) -> str:
-    """Return the state of a process, as ps(1) shows it; nothing where it was waited for, or there is no /proc."""
-    try:
-        return files.read(f"/proc/{pid}/stat").decode().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _orphaned(journal: Journal) -> bool:
