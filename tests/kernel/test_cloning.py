@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
-from scenario import play
+from scenario import eventually, play
 
+from aiouffd.pager.process import worker
+from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.cloning import clone
-from aiouffd.pager.process.handles import code_of, has_ended, is_pidfd, pid_of, state_of
+from aiouffd.pager.process.handles import (
+    close_strays,
+    code_of,
+    has_ended,
+    is_open,
+    is_pidfd,
+    open_descriptors,
+    pid_of,
+    state_of,
+)
 from aiouffd.pager.process.journal import Journal, Whose
+from aiouffd.pager.process.serialization import Pickles
 
 
 def shares() -> None:
@@ -62,3 +75,29 @@ def is_killed() -> None:
 def test_a_clone_that_is_killed() -> None:
     """The pidfd tells, whoever has it."""
     play(is_killed)
+
+
+def leaves() -> None:
+    """Scenario: a worker has left descriptors, and a holder has some open for a moment."""
+    journal = Journal.create()
+    known = {fd for fd in open_descriptors() if is_open(fd)}
+    left, holders = socket.socketpair()
+    file = os.open(__file__, os.O_RDONLY)
+    pipe, message = os.pipe(), os.memfd_create("aiouffd-message")
+    slow = dict(close_strays(known))
+    assert slow.keys() == {left.fileno(), holders.fileno(), file}
+    assert [is_open(fd) for fd in (*pipe, message)] == [False, False, True]
+    os.dup2(message, holders.fileno())  # the holder has closed it, and another has the number
+    connection, _owners = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if clone(journal.place(Whose.WORKER)) == 0:
+        worker.run(journal, Vault.create(), connection, Pickles.NEVER, list(slow.items()))
+        os._exit(0)
+    eventually(lambda: is_open(file) or is_open(left.fileno()), expected=False)
+    assert is_open(holders.fileno())
+    signal.pidfd_send_signal(journal.descriptor(Whose.WORKER), signal.SIGKILL)
+    os._exit(0)  # nothing is finalized: some numbers are closed
+
+
+def test_what_a_dead_worker_has_left() -> None:
+    """The next worker closes what may take long, unless the number is another's by then."""
+    play(leaves)

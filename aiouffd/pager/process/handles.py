@@ -26,6 +26,7 @@ __all__ = [
     "has_ended",
     "is_open",
     "is_pidfd",
+    "link_of",
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
@@ -37,6 +38,7 @@ __all__ = [
 
 _GLANCE: Final = 0.02  # seconds
 _MOST: Final = 1 << 16  # descriptors that are looked for, one by one
+_OPEN_FOR_A_MOMENT: Final = ("/memfd:aiouffd-journal", "/memfd:aiouffd-message")
 
 
 def open_pidfd(pid: int) -> int:
@@ -186,24 +188,30 @@ def is_open(fd: int) -> bool:
     return True
 
 
-def close_strays(known: set[int]) -> list[int]:
+def link_of(fd: int) -> str:
+    """Return what a descriptor is of, as /proc has it; nothing where there is none, or no /proc."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
+    except OSError:
+        return ""
+
+
+def close_strays(known: set[int]) -> list[tuple[int, str]]:
     """Close what a dead worker has left in the shared table: its loop's, half-received ones.
 
     Not what a holder has just opened, and closes: by then, the number may be another's.
 
     Returns:
-        What may take long to close: a file whose file system does not answer. The next worker has that closed.
+        What may take long to close, a file whose file system does not answer, and what it is of: a socket may be the
+        holder's. Before the next worker has it closed, it looks whether the number is still of that.
     """
     slow = []
     for fd in open_descriptors() - known:
-        try:
-            link = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path
-        except OSError:  # the list's own; or there is no /proc
-            link = ""
-        if link.startswith("/memfd:aiouffd-journal") or (link.startswith("/proc/") and link.endswith("/fd")):
-            continue  # another process of the pager has it open for a moment
+        link = link_of(fd)  # nothing for the list's own
+        if link.startswith(_OPEN_FOR_A_MOMENT) or (link.startswith("/proc/") and link.endswith("/fd")):
+            continue  # another process of the pager has it
         if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
             os.close(fd)
         elif is_open(fd):
-            slow.append(fd)
+            slow.append((fd, link))
     return slow

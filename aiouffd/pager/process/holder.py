@@ -322,7 +322,7 @@ class Holder:
 
 def _close_left(known: set[int]) -> None:
     """Close what dead processes have left in the table: who waits at the other end of a socket is told by that."""
-    for fd in close_strays(known):
+    for fd, _ in close_strays(known):
         with contextlib.suppress(OSError), socket.socket(fileno=fd) as left:
             if left.family != socket.AF_UNIX:  # its close(2) may wait for what was not sent
                 left.detach()

@@ -251,11 +251,11 @@ class _Keeper:
         state = survey(self._journal) or State()
         slow = close_strays(self._own | state.numbers | self._journal.descriptors)
         if self.holder is not None:
-            slow = [fd for fd in slow if not self.holder.is_guest(fd)]
+            slow = [(fd, link) for fd, link in slow if not self.holder.is_guest(fd)]
         import_for(state)
         self._make(Whose.WORKER, partial(self._work, slow))
 
-    def _work(self, slow: list[int]) -> NoReturn:
+    def _work(self, slow: list[tuple[int, str]]) -> NoReturn:
         """Be the worker. Never returns into the keeper's frames; nothing is finalized: descriptors are shared."""
         status = 1
         called(_WORKER)

@@ -21,7 +21,7 @@ from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
-from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.handles import close_all, link_of
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
@@ -53,7 +53,9 @@ def prepare() -> None:
         declared()
 
 
-def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[int]) -> None:
+def run(
+    journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[tuple[int, str]]
+) -> None:
     """Serve until nobody is left to be served.
 
     Args:
@@ -61,7 +63,7 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         vault: where descriptors of forked children are kept.
         connection: to the client.
         pickles: how often a source or handler is unpickled.
-        slow: descriptors that a worker before this one has left, and that may take long to close.
+        slow: descriptors that a worker before this one has left, and that may take long to close; what they are of.
     """
     if journal.descriptor(Whose.SUCCESSOR) >= 0:
         return  # another server is being given what was to be served here
@@ -73,13 +75,18 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
-    for fd in slow:  # later: each starts a thread, and who waits for a page comes first
-        loop.call_later(_LATER, close_foreign, [fd])
+    for fd, link in slow:  # later: each starts a thread, and who waits for a page comes first
+        loop.call_later(_LATER, _close_left, fd, link)
     loop.run_until_complete(_Worker(loop, journal, vault, connection, pickles).main())
     journal.done = True
     # The process that waits for the end of this one need not wait for threads that close files.
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _close_left(fd: int, link: str) -> None:
+    if link_of(fd) == link:  # else who had opened it has closed it, and the number is another's
+        close_foreign([fd])
 
 
 class _Worker:
