@@ -16,7 +16,7 @@ import click
 import pytest
 from kinds import poke
 from pattern import PAGE, content, peek, word
-from processes import kill
+from processes import PATIENCE, kill
 from scenario import ended, eventually, play
 from served import MIB, Servers, hand_over
 
@@ -52,15 +52,17 @@ class Lock:
         self.thread.join()
 
 
-def test_a_call_that_does_not_return_is_left_alone() -> None:
+def test_a_call_that_does_not_return_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told when one takes long, and goes on when it returns; the file is closed behind it, in the thread."""
     go, told = threading.Event(), list[Any]()
 
     async def main() -> None:
+        monkeypatch.setattr("aiouffd.engine.apart._SOON", PATIENCE)  # on a busy machine no call returns within 2 ms
         apart = Apart(told.append, lambda: told.append("stuck"), 0.01)
         assert apart.call(lambda: 5, told.append)
         with pytest.raises(OSError, match="Bad file"):
             apart.call(lambda: os.close(-1), told.append)
+        monkeypatch.undo()
         assert not apart.call(go.wait, told.append)
         while "stuck" not in told:  # noqa: ASYNC110 - a timer of its own
             await asyncio.sleep(0.01)
