@@ -44,6 +44,7 @@ _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
 _LOGGED_AGAIN_NS = 5_000_000_000
 _FILE = "file"  # why a space is held: something is done to the file of its memory
+_NO_ROOM = "no room"  # for what is to be read
 _MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descriptor is dropped
 
 
@@ -161,7 +162,7 @@ class Dispatcher:
             return
         if self.spaces.pop(fd, None) is None:
             return
-        with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
+        with contextlib.suppress(OSError):  # it is held
             self._epoll.unregister(fd)
         self._blocking.pop(fd, None)
         self._held.pop(fd, None)
@@ -183,7 +184,7 @@ class Dispatcher:
     def hold(self, space: Space, why: str) -> None:
         """Read a space no more until `release` for each reason: its events stay in the kernel, and its threads wait."""
         self._held.setdefault(space.uffd.fileno(), set()).add(why)
-        with contextlib.suppress(OSError):  # it could not be read just now, and is not listened to
+        with contextlib.suppress(OSError):  # it is held already
             self._epoll.unregister(space.uffd.fileno())
         self._reader.dismiss(space.uffd.fileno())
         self._look_at_only()
@@ -196,8 +197,10 @@ class Dispatcher:
         if fd in self._held and not reasons:
             del self._held[fd]
             self._reader.admit(fd, space.identity, space.counters)
+            if space.fast_path is not None:
+                space.backend.opened(space)
             self._look_at_only()
-            self._listen_again(space)
+            self._epoll.register(fd, select.EPOLLIN)
 
     def _wait_for_file(self, space: Space, waits: bool) -> None:  # noqa: FBT001 - of a callback
         if waits:
@@ -289,9 +292,8 @@ class Dispatcher:
                 log.error(
                     "events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", os.strerror(number)
                 )
-            with contextlib.suppress(FileNotFoundError):  # it was looked at without being listened to
-                self._epoll.unregister(space.uffd.fileno())
-            self._loop.call_later(_PASSING_ERROR_PAUSE, self._listen_again, space)
+            self.hold(space, _NO_ROOM)
+            self._loop.call_later(_PASSING_ERROR_PAUSE, self._read_again, space)
         elif number != errno.EINTR:
             log.error("%r cannot be read and is dropped: %s", space, os.strerror(number))
             space.report(operation_error("read", 0, 0, number))
@@ -309,11 +311,9 @@ class Dispatcher:
             log.error("%r is dropped: O_NONBLOCK was taken from it %d times", space, times)
             self.drop(space)
 
-    def _listen_again(self, space: Space) -> None:
-        fd = space.uffd.fileno() if not space.uffd.closed else -1  # a space that is closing is still read
-        if not self._closed and fd not in self._held and self.spaces.get(fd) is space:
-            with contextlib.suppress(FileExistsError):
-                self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
+    def _read_again(self, space: Space) -> None:
+        if not space.uffd.closed:
+            self.release(space, _NO_ROOM)
 
     # Timers
 

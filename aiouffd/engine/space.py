@@ -219,7 +219,7 @@ class Space:
 
     def open_fast_path(self, source: PlainSource, start: int, end: int, offset: int) -> None:
         """From now on, plain faults of [start, end) are served by the fast path, until the layout changes."""
-        if self.fast_path is not None and offset >= 0:
+        if self.fast_path is not None and offset >= 0 and not self.closing:
             self.fast_path.open(self.uffd.fileno(), start, end, offset, source, self.bound, self.readahead.note_pages)
 
     def close_fast_path(self) -> None:
