@@ -222,6 +222,7 @@ ORDER = {
         "mapped",
         "session",
         "happenings",
+        "yielding",
         "server",
         "restarts",
         "control",

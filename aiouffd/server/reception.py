@@ -73,6 +73,7 @@ class Reception:
 
     def open(self, listener: socket.socket) -> None:
         """Begin to take connections of a listening, non-blocking Unix socket. It stays the caller's."""
+        self.close()
         self._accepting = asyncio.get_running_loop().create_task(self._accept(listener))
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 
-from aiouffd.engine.flight import spawn
 from aiouffd.engine.one_copy import page_size_of
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
@@ -31,6 +30,7 @@ from aiouffd.server.listener import SocketFile
 from aiouffd.server.services import Settings
 from aiouffd.server.session import Session
 from aiouffd.server.successor import SOCKET, Left, Successor
+from aiouffd.server.yielding import Yielding
 
 if TYPE_CHECKING:
     import os
@@ -159,7 +159,7 @@ class Server:
         self._started = self._ending = False
         self.happenings: Happenings = Happenings()
         self._changed, self._dead, self._taken = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._yielding: set[asyncio.Task[None]] = set()
+        self._yielding = Yielding(self.sessions, self._pager)
         self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
         if origin is not None:
@@ -263,22 +263,12 @@ class Server:
     def _yield(self) -> None:
         """Another server is about to take over: take no client, and answer none."""
         log.info("another server takes over")
-        self._ending = True
-        spawn(self._yielding, self._pause())
-
-    async def _pause(self) -> None:
-        await asyncio.gather(*(session.pause() for session in self.sessions.values() if session.taking))
-        self._pager.holding.yielded()
+        self._yielding.begin()
 
     def _go_on(self) -> None:
         """It has failed."""
         log.warning("the other server has not taken over: serving on")
-        for task in self._yielding:
-            task.cancel()
-        self._ending = False
-        for session in self.sessions.values():
-            if session.taking:
-                session.go_on()
+        self._yielding.end()
 
     async def wait_taken(self) -> None:
         """Wait until another server has taken over: this process has nothing left to do. Canceling is safe."""
@@ -307,41 +297,47 @@ class Server:
             note: what `left` is to say of it in a server after this one: plain values.
 
         Raises:
-            SessionError: there is a session of this name, or the server is about to end.
+            SessionError: there is a session of this name, or the server is about to end, or to be taken over from.
             OSError, TraceError: as on entering the server.
         """
-        if self._ending:
-            raise SessionError(name, "cannot be created: the server is about to end")
+        self._check_ending(name)
         if name in self.sessions:
             raise SessionError(name, "is there already")
-        session = self._add(name, origin, settings, note)
-        try:
-            await uninterrupted(functools.partial(session.prepare, listen, self.left.get(name)))
-        except BaseException:
-            del self.sessions[name]
-            session.stop_listening()
-            raise
-        session.open(self.left.pop(name, None))
+        with self._yielding.change(name):
+            session = self._add(name, origin, settings, note)
+            try:
+                await uninterrupted(functools.partial(session.prepare, listen, self.left.get(name)))
+                self._check_ending(name)
+            except BaseException:
+                del self.sessions[name]
+                session.stop_listening()
+                raise
+            session.open(self.left.pop(name, None))
         log.info("session %s is created", name)
         return session
+
+    def _check_ending(self, name: str) -> None:
+        if self._ending:
+            raise SessionError(name, "cannot be created: the server is about to end")
 
     async def remove(self, session: Session) -> None:
         """End a session, which serves nobody any more.
 
         Raises:
-            SessionError: it has clients.
+            SessionError: it has clients, or the server is about to be taken over from.
         """
         if not session.is_idle:
             raise SessionError(session.name, f"serves {session.served} clients, or is just taking one")
-        del self.sessions[session.name]
-        counted = session.statistics()
-        self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
-        self._rejected += session.rejected
-        try:
-            await session.aclose("is served no longer")
-        finally:
-            log.info("session %s has ended: %s", session.name, counted)
-            self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
+        with self._yielding.change(session.name):
+            del self.sessions[session.name]
+            counted = session.statistics()
+            self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
+            self._rejected += session.rejected
+            try:
+                await session.aclose("is served no longer")
+            finally:
+                log.info("session %s has ended: %s", session.name, counted)
+                self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
     def _add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
         settings = settings.keeping(self._recent, traces=installed() is not None)

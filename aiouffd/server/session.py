@@ -162,10 +162,11 @@ class Session:
         await self._reception.settled()
         await self._hush()
 
-    def go_on(self) -> None:
-        """End a pause."""
-        assert self._listener is not None
-        self._reception.open(self._listener)
+    async def go_on(self) -> None:
+        """End a pause, which may be half done."""
+        await self._hush()
+        if self.taking and self._listener is not None:
+            self._reception.open(self._listener)
         for client in self.clients.values():
             self._talk(client, again=True)
 

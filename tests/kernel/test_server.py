@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from pattern import PAGE, Pattern, Slow, content, left_while_touched, peek, word
 from processes import crash
-from scenario import eventually, killed_when_this_thread_waits, next_error, play
+from scenario import eventually, killed_when_this_thread_waits, next_error, play, until
 from served import MIB, Serve, client, descriptors, hand_over, worker_of
 
 import aiouffd
@@ -355,6 +355,32 @@ async def left_while_opening(directory: str) -> None:
 def test_a_client_that_is_just_being_opened_is_served_on(tmp_path: Path, loop: str) -> None:
     """The pager goes on without the server; it was killed, and the client waited for ever."""
     play(left_while_opening, str(tmp_path), loop=loop, deadline=30)
+
+
+async def goes_on_early(directory: str) -> None:
+    """Scenario: a takeover fails while the server waits for a handoff that has begun."""
+    path = str(Path(directory) / "socket")
+    async with Server(Pattern(MIB), path) as server:
+        session = server.sessions[""]
+        async with aiouffd.Monitor(aiouffd.Region(MIB), engine=aiouffd.ServedBy(path)) as monitor:
+            await until(lambda: len(session._tasks) == 1)  # its conversation
+            begun = socket.socket(socket.AF_UNIX)
+            begun.connect(path)
+            await until(lambda: session._reception.admitting == 1)
+            (conversation,) = session._tasks
+            server._yield()
+            await until(lambda: session._reception._accepting is None)
+            server._go_on()
+            await until(conversation.done)
+            await until(lambda: session._reception._accepting is not None)
+            assert len(session._tasks) == 1
+            await monitor.prefetch(0, MIB)
+            begun.close()
+
+
+def test_a_takeover_that_fails_early(tmp_path: Path, loop: str) -> None:
+    """Each client is heard by one task again: two of them would each get parts of what it says."""
+    play(goes_on_early, str(tmp_path), loop=loop, deadline=30)
 
 
 async def test_entering_that_is_canceled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
