@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.runs import Given, Op
 from aiouffd.engine.statistics import Counter
+from aiouffd.engine.two_threads import two_threads
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from aiouffd.engine.moving import Moving
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
@@ -155,6 +158,17 @@ class Resolver:
         if self.moving is None:
             return self._uffd.try_copy(run.dst, run.src, chunk, mode)
         return self.moving.try_copy(run.dst, run.src, chunk, mode, given=isinstance(run.owner, Given))
+
+    def copy_by_two(self, runs: Iterable[Run], *, wake: bool) -> list[tuple[Run, int]]:
+        """COPY large runs by two threads; return (part, bytes that were copied), in order; a part keeps the rest.
+
+        Their bytes are in memory that is not the loop's own. What the kernel has refused, it is asked for again.
+        """
+        words, mode = self._words, self._modes[wake][Op.COPY]
+        parts = two_threads.copy(self._uffd.try_copy, runs, mode, self._page)
+        words[_OP_COUNTER[Op.COPY]] += sum(done > 0 for _, done in parts)
+        words[_PARTIAL] += sum(done > 0 < part.left for part, done in parts)
+        return parts
 
     def uncount(self, run: Run, length: int) -> None:
         """Count `length` bytes of a run as not brought after all: they were counted when it was made."""

@@ -26,15 +26,17 @@ from scenario import eventually, play, replaced
 
 import aiouffd
 from aiouffd.engine import bound as module
+from aiouffd.engine import two_threads
 from aiouffd.engine.bound import Bound
 from aiouffd.engine.flight import Flight, Flights
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.options import Options
 from aiouffd.engine.protect import WrittenPages
+from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import ClosedError
-from aiouffd.kernel import libc
+from aiouffd.kernel import abi, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.monitor.engines.protocol import Terms
 from aiouffd.ranges import Range
@@ -295,7 +297,8 @@ def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None
 
     def copy(_at: int, _source: int, length: int, _mode: int) -> int:
         assert begun.wait(20)
-        late.start()
+        if late.ident is None:
+            late.start()
         return -errno.EFAULT if length == 2 * PAGE else length
 
     space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]), page_size=PAGE)
@@ -319,6 +322,35 @@ def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None
             assert resolver.resolve(run, wake=True) == 0
             assert bound.resident == resident * PAGE
     assert counters.words[Counter.PAGES_EVICTED] == 3
+
+
+def test_a_large_piece_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wakes who waits for it. What came behind one that is put off counts. What was read just now is one part."""
+    monkeypatch.setattr(module, "_LARGE", 2 * PAGE)
+    monkeypatch.setattr(two_threads, "_PART", PAGE)
+    calls, refused, counters = list[tuple[int, int, int]](), {5 * PAGE: -errno.EAGAIN}, Counters()
+
+    def copy(at: int, _source: int, length: int, mode: int) -> int:
+        calls.append((at // PAGE, length // PAGE, mode))
+        return refused.get(at, length)
+
+    file = os.memfd_create("shared")
+    os.ftruncate(file, 16 * PAGE)
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 17 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=Flights(), counters=counters, uffd=Mock(try_copy=copy))
+    with WrittenPages.create(16 * PAGE, PAGE) as written, OwnedDescriptor(file):
+        bound = Bound(written, PAGE, None, counters, OwnedDescriptor(os.dup(file)))
+        resolver = bound.enter(space)
+        run = Run(Op.COPY, 3 * PAGE, 2 * PAGE, 5 * PAGE, 3 * PAGE, purpose=FOR_FAULT)
+        assert resolver.resolve(run, wake=True) == -errno.EAGAIN
+        assert (run.dst, run.src, run.offset, run.left) == (5 * PAGE, 5 * PAGE, 4 * PAGE, 3 * PAGE)
+        assert sorted(calls) == [(page, 1, abi.COPY_MODE_WP) for page in (3, 4, 5, 5, 6, 7)]
+        assert bound.resident == 4 * PAGE
+        refused.clear()
+        assert (resolver.resolve(run, wake=True), run.left, bound.resident) == (0, 0, 5 * PAGE)
+        calls.clear()
+        resolver.resolve(Run(Op.COPY, 10 * PAGE, 9 * PAGE, 4 * PAGE, 1, bytes(1)), wake=False)
+        assert calls == [(10, 4, abi.COPY_MODE_WP | DONTWAKE)]
 
 
 def in_order(engine: str) -> None:

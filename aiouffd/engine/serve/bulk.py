@@ -5,10 +5,8 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Final
 
-from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.runs import Op, merge
 from aiouffd.engine.statistics import Counter
-from aiouffd.engine.two_threads import two_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["place_at_hand", "resolve_bulk"]
 
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
-_COPIES, _PARTIAL = int(Counter.COPIES), int(Counter.PARTIAL)
+_COPIES = int(Counter.COPIES)
 
 
 def resolve_bulk(space: Space, runs: list[Run]) -> None:
@@ -32,11 +30,9 @@ def resolve_bulk(space: Space, runs: list[Run]) -> None:
     small = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]
     if small:
         space.resolve(small)
-    parts = two_threads.copy(space.uffd.try_copy, large, space.resolver.mode | DONTWAKE, space.page_size)
+    parts = space.resolver.copy_by_two(large, wake=False)
     came = [(part.dst - done, part.dst) for part, done in parts if done]
     left = [part for part, _ in parts if part.left]
-    space.counters.words[_COPIES] += len(came)
-    space.counters.words[_PARTIAL] += sum(done > 0 < part.left for part, done in parts)
     if came:
         space.wake(came, each=bool(left))
     if left:  # the kernel says again why
