@@ -46,7 +46,7 @@ def make_backend(
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
-        bound.write_back = WriteBack(origin, bound, counters)
+        bound.write_back, bound.end = WriteBack(origin, bound, counters), min(bound.end, origin.size)
     return SourceBackend(
         *(origin, counters, options.limits), bound=bound, one_copy=one_copy, common=common, precedence=precedence
     )

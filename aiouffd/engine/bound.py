@@ -130,8 +130,10 @@ class Bound:
         self.limit = limit
         self.write_back: _WriteBack | None = None
         """Takes written pages to the source; None: they stay."""
+        self.end: int = len(written)
+        """Where the source ends: what is written behind that stays, too."""
         self.noted: int = 0
-        """Bytes of pages that were written, as far as that is counted."""
+        """Bytes of pages before the end that were written, as far as that is counted."""
         self.shared: bool = file is not None
         self._words = counters.words
         self._file = file
@@ -203,7 +205,7 @@ class Bound:
         offset = first + page - start
         there = first >= 0 and self._is_there(offset)
         if there:
-            self.noted += self.page * (offset not in self.written)
+            self.noted += self.page * (offset < self.end and offset not in self.written)
             self.written.note(offset)
             if self.write_back is not None:
                 self.write_back.clean_if_due()
@@ -250,7 +252,7 @@ class Bound:
 
     def count_noted(self) -> None:
         """Count anew what was written: some of it has been saved."""
-        self.noted = sum(run.length for run in self.written.ranges(0, len(self.written)))
+        self.noted = sum(run.length for run in self.written.ranges(0, self.end))
 
     def _served(self) -> list[_Space]:
         return [space for space in self._spaces if not space.closing and not space.is_gone]
@@ -335,6 +337,11 @@ class Bound:
         return self._evicted - before
 
     @property
+    def staying(self) -> int:
+        """Bytes that are resident, and not dropped even if all is saved that can be; but for the last blocks."""
+        return self.noted if self.write_back is None else self._clock.total - self.noted
+
+    @property
     def room(self) -> int:
         """Bytes that may come, and nothing is dropped for them."""
         return max((self.limit or 1 << 62) - self._clock.total, 0)
@@ -357,8 +364,7 @@ class Bound:
             self.lost([(low, high)])  # a successor does not know what was emptied
             if self._clock.total <= enough or self.is_waiting:
                 return
-        written = self.noted > self.limit // 2  # else the window is large, or the last blocks are spared
-        if length > self.room and written and self.write_back is None:
+        if length > self.room and self.staying > self.limit // 2:  # else the window is large, or blocks are spared
             text = "max_resident is %d, and %d bytes are there: most of them were written, and stay"
             self._warn(text, self.limit, self._clock.total)
 

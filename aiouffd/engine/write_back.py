@@ -5,8 +5,8 @@ source has taken the bytes they count as written, for a successor as well, so a 
 is written twice at once: the later bytes could be overtaken by the earlier ones. So nothing that was begun is canceled.
 
 Where memory has a limit, what was written is saved before it fills that: only then can it be dropped. A thread that
-needs a page waits meanwhile, if all that is there was written. Where the source takes nothing, it goes on, above the
-limit.
+needs a page waits meanwhile, if all that is there was written. Where the source takes nothing, or what was written lies
+behind its end, the thread goes on, above the limit.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class WriteBack:
 
     def keeps_waiting(self, space: Any, pages: list[int]) -> bool:
         """Tell whether there is no room for pages until something has been saved; their threads are woken then."""
-        self._bound.make_room(0, self._page)
-        if self._bound.room >= self._page:
+        bound = self._bound
+        bound.make_room(0, self._page)
+        if bound.room >= self._page or bound.limit is None or bound.staying + self._page > bound.limit:
             return False
         self.clean_if_due()
         if self._cleaning is None:

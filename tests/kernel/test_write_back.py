@@ -259,6 +259,27 @@ def refused() -> None:
             pass
 
 
+def behind_the_end(engine: str, path: str) -> None:
+    """Scenario: more is written behind the end of the source than may be there, while some is that can be saved."""
+    region, source = aiouffd.Region(4 * PAGES * PAGE, shared=engine == "pager"), file_of(path)
+    how: dict[str, Any] = {"engine": ENGINES[engine](), "max_resident": LIMIT, "write_back": True}
+    with aiouffd.Monitor(region, source, **how) as monitor:
+        for page in range(4 * PAGES):
+            region[page * PAGE] = page % 250 + 1
+            region[page % 32 * PAGE + 1] = page % 250 + 1
+        assert all(region[page * PAGE] == page % 250 + 1 for page in range(4 * PAGES))
+        monitor.flush_sync()
+        assert monitor.statistics().resident >= 3 * PAGES * PAGE
+    assert Path(path).read_bytes()[::PAGE] == bytes(page % 250 + 1 for page in range(PAGES))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_lies_behind_the_end_of_the_source_stays(engine: str, tmp_path: Path) -> None:
+    """Nobody can save it, and no thread waits for that."""
+    _, errors = play(behind_the_end, engine, str(tmp_path / "file"), deadline=30)
+    assert errors.count("most of them were written, and stay") == 1
+
+
 def touched() -> aiouffd.Region:
     """Return a region with a page that was there before."""
     region = aiouffd.Region(SIZE)
