@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 import threading
@@ -136,6 +137,17 @@ def test_the_holder_is_heard() -> None:
 def test_a_holder_is_killed_while_it_gives() -> None:
     """What it has looked at is looked at here: the successor's journal, and whether it lives."""
     heard: list[str] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def full(then: Callable[[Pair], None]) -> Callable[[Pair], None]:
+        """Return the same for when this process can open no file any more."""
+
+        def do(pair: Pair) -> None:
+            then(pair)
+            os.close(free := os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+
+        return do
 
     def hears(then: Callable[[Pair], None]) -> None:
         holds, pair = holding(Requests()), Pair("yield")
@@ -143,13 +155,19 @@ def test_a_holder_is_killed_while_it_gives() -> None:
             setattr(holds, f"on_{name}", lambda name=name: heard.append(name))
         holds.on_yield = lambda: then(pair)
         with contextlib.closing(pair):
-            holds.outcome(cast("Any", pair))
+            try:
+                holds.outcome(cast("Any", pair))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
     def serves(pair: Pair) -> None:
         control.send(pair.successor, {"op": "serving"})
         pair.journal.provisional = False
 
-    hears(lambda pair: pair.successor.close())
+    def ends(pair: Pair) -> None:
+        pair.successor.close()
+
+    hears(full(ends))
     assert heard == ["kept"]
     with pytest.raises(StoppedError):
         hears(serves)
@@ -164,5 +182,5 @@ def test_a_holder_is_killed_while_it_gives() -> None:
 
         threading.Thread(target=end).start()
 
-    hears(waits)
+    hears(full(waits))
     assert heard == ["kept", "taken", "kept"]

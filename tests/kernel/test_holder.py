@@ -24,7 +24,7 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.pager.client.interpreter import SWITCH
 from aiouffd.pager.client.succession import Predecessor
-from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.journal import VERSION, Journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +87,7 @@ def a_machine(directory: str, image: str) -> None:
     assert failing is not None
     journal = Journal.create()
     journal.provisional = True  # as that of a pager that is not told to go
+    journal._words[1] = VERSION + 1  # and of a newer aiouffd
     failing.take(over=True, journal=journal.fd).close()  # nobody serves now
     touchers = touched(range(600, SIZE // PAGE))
     failing.close()

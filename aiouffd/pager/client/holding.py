@@ -15,11 +15,11 @@ from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.client.waiting import StoppedError
 from aiouffd.pager.process import control
 from aiouffd.pager.process.handles import close_all
-from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.journal import Claim
 from aiouffd.rpc import all_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
     from aiouffd.pager.client.asking import Asking
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.packing import Pack
     from aiouffd.pager.client.pair import Pair
     from aiouffd.pager.client.waiting import Waiter
+    from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import State
 
 __all__ = ["Holding"]
@@ -69,7 +70,7 @@ class Holding:
         self._open = partial(open_, again=True)
         self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
         self._listens = False
-        self._theirs: Journal | None = None  # of a successor that is about to take all
+        self._theirs: Claim | None = None  # of a successor that is about to take all
         self._guest = OwnedDescriptor()  # its connection
         self._journal = OwnedDescriptor()  # of the newest pager
         self.listener: socket.socket | None = None
@@ -180,7 +181,7 @@ class Holding:
             pair.tell_holder("refuse")
         elif event == "yield":
             journal, self._guest = along
-            self._theirs = Journal(journal.fileno())
+            self._theirs = Claim(journal.fileno())
             journal.close()
             self.on_yield()
         elif event == "kept":
@@ -297,19 +298,31 @@ class Holding:
         return opened
 
 
+@contextlib.contextmanager
+def _borrowed(guest: OwnedDescriptor) -> Iterator[socket.socket]:
+    """Yield a descriptor as a socket. It is not duplicated: this process may have too many files open."""
+    connection = socket.socket(fileno=guest.fileno())
+    try:
+        yield connection
+    finally:
+        connection.detach()
+
+
 def _hang_up(guest: OwnedDescriptor) -> None:
     """Have a successor not wait for what the holder has not given, and ends without; what was given arrives."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(guest.fileno())) as connection:
+    with contextlib.suppress(OSError), _borrowed(guest) as connection:
         connection.shutdown(socket.SHUT_WR)
 
 
 def _speaks(guest: OwnedDescriptor) -> bool:
     """Take a message of a successor; tell whether it lives."""
-    with socket.socket(fileno=os.dup(guest.fileno())) as connection:
-        try:
+    try:
+        with _borrowed(guest) as connection:
             close_all(control.receive(connection)[1])
-        except (control.Closed, OSError):
-            return False
+    except (control.DescriptorsLostError, ValueError):
+        return True
+    except (control.Closed, OSError):
+        return False
     return True
 
 

@@ -35,12 +35,14 @@ from aiouffd.pager.process.handles import (
     runs_nothing,
     send_signal,
 )
-from aiouffd.pager.process.journal import Journal, Whose
+from aiouffd.pager.process.journal import Claim, Whose
 from aiouffd.pager.process.replay import survey
 from aiouffd.pager.process.state import LASTING, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiouffd.pager.process.journal import Journal
 
 __all__ = ["Holder"]
 
@@ -254,7 +256,7 @@ class Holder:
             elif message["op"] == "take":
                 if not message["over"] and self._owned:
                     raise _RefusedError("another server serves there, and lives")  # noqa: TRY301
-                if not Journal(fds[0]).provisional:
+                if not Claim(fds[0]).provisional:
                     raise _RefusedError("the successor's pager serves already")  # noqa: TRY301
                 self._give(guest, fds[0])
         except _RefusedError as error:
@@ -281,7 +283,7 @@ class Holder:
         the successor has ended, and its pager, which has it as well: that word changes no more. The owner has both: it
         looks by itself, where this process is killed meanwhile.
         """
-        theirs, poller = Journal(journal), select.poll()
+        theirs, poller = Claim(journal), select.poll()
         poller.register(guest, select.POLLIN)
         try:
             self._await_yield(journal, guest.fileno())

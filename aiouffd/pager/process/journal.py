@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-__all__ = ["SLOTS", "VERSION", "Content", "Journal", "JournalFullError", "Mirror", "Whose"]
+__all__ = ["SLOTS", "VERSION", "Claim", "Content", "Journal", "JournalFullError", "Mirror", "Whose"]
 
 VERSION: Final = 1
 """Of the format. The one before, 0, has neither notes nor a version; both are read."""
 
 _VERSION: Final = 1  # its word; the commit word is 0
-_PROVISIONAL: Final = 5
+_PROVISIONAL: Final = 5  # in each version: see `Claim`
 _DONE: Final = 8
 _LISTENS: Final = 9
 _WORKERS: Final = 10
@@ -108,6 +108,24 @@ class Mirror(Protocol):
 
     def record(self, kind: Kind, identity: int, content: bytes) -> None:
         """Take note of any other record."""
+
+
+class Claim:
+    """The journal of another pager that is about to have all, of whatever version: the word that says whose all is.
+
+    It has the same place in each version. So what is older than that pager gives to it.
+
+    Args:
+        fd: the memfd. It stays the caller's, who may close it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._words = memoryview(map_file(fd, _LANDING, mmap.ACCESS_READ)).cast("Q")
+
+    @property
+    def provisional(self) -> bool:
+        """As `Journal.provisional`."""
+        return bool(self._words[_PROVISIONAL])
 
 
 class Journal:
