@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, ClassVar, NewType, Self
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, NewType, Self, TypeVar
 
 import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "pieces"]
+__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "batched", "pieces"]
+
+T = TypeVar("T")
 
 _UPPER_HALF = 1 << (47 if os.uname().machine == "aarch64" else 46)
 """The address space of a process ends at twice this. mmap(2) returns addresses of its upper half."""
@@ -40,6 +43,13 @@ def pieces(start: int, end: int, alignment: int, step: int) -> Iterator[tuple[in
         cut = min(at - at % step + step, end)
         yield at, cut - at
         at = cut
+
+
+def batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `most`, the last one of what is left. `itertools` has one from Python 3.12 on."""
+    rest = iter(items)
+    while some := list(islice(rest, most)):
+        yield some
 
 
 @attrs.frozen(order=True)

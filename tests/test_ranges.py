@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiouffd.ranges import Range, RangeSet, align_down, align_up, pieces
+from aiouffd.ranges import Range, RangeSet, align_down, align_up, batched, pieces
 
 _operation = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 60), st.integers(0, 20))
 
@@ -133,3 +133,13 @@ def test_what_a_set_touches() -> None:
     touched = [ranges.touches(*ends) for ends in ((0, 4), (0, 5), (7, 8), (8, 10), (9, 11), (12, 20))]
     assert touched == [False, True, True, False, True, False]
     assert [str(gap) for gap in ranges.gaps(4, 12)] == ["[0x8, 0xa)"]
+
+
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 8))
+def test_batches(items: list[int], most: int) -> None:
+    """All items, in their order; each batch but the last is full, and none is empty. An iterator is no different."""
+    some = list(batched(items, most))
+    assert list(itertools.chain.from_iterable(some)) == items
+    assert [len(batch) for batch in some[:-1]] == [most] * (len(some) - 1)
+    assert all(some)
+    assert list(batched(iter(items), most)) == some

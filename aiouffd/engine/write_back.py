@@ -24,7 +24,7 @@ from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, UffdError, WriteBackError, read_failure
-from aiouffd.ranges import align_up, pieces
+from aiouffd.ranges import align_up, batched, pieces
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ class WriteBack:
                 await self._source.write_many(parts)
                 return [None] * len(parts)
         results: list[BaseException | None] = []
-        for at in range(0, len(parts), _WRITES):
-            some = parts[at : at + _WRITES]
+        for some in batched(parts, _WRITES):
             results += await asyncio.gather(*(self._source.write(*part) for part in some), return_exceptions=True)
         return results
 

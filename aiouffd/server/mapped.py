@@ -40,7 +40,7 @@ from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.events import PageFault, Remove
 from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, inode
-from aiouffd.ranges import RangeSet, align_down, align_up
+from aiouffd.ranges import RangeSet, align_down, align_up, batched
 from aiouffd.server.prefilled import PagemapOf
 from aiouffd.server.rejection import kill
 
@@ -290,8 +290,8 @@ class MappedClient:
                 parts.append(nydus.Part(start, at - start, self._files[fd].fileno(), place))
             self._zero_offsets(at, gap.end)
         self._answered.add(low, high)
-        for first in range(0, len(parts), nydus.MOST_RANGES):
-            self._outgoing.put_nowait(parts[first : first + nydus.MOST_RANGES])
+        for some in batched(parts, nydus.MOST_RANGES):
+            self._outgoing.put_nowait(some)
 
     def _again(self, page: int, offset: int, low: int, high: int) -> None:
         """Look at a fault on a window that was answered: it has come before the client had mapped it, or ever since.

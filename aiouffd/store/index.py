@@ -7,10 +7,10 @@ before it, and a bit for each chunk: 0, it is zeros), and the records, of fixed 
 from __future__ import annotations
 
 import struct
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiouffd.errors import StoreError, read_failure
+from aiouffd.ranges import batched
 from aiouffd.store.codecs import CHECK, HASH, codec_name, digest, expand
 from aiouffd.store.manifest import checked_chunk_size
 from aiouffd.store.pack import header_length
@@ -180,7 +180,7 @@ class Index:
         first, bits = self._group(low) if low < self.chunks else (0, 0)
         number = first + _set_below(bits, low % CHUNKS)
         present = self.present(low, self.chunks if high is None else high)
-        while chunks := list(islice(present, CHUNKS)):
+        for chunks in batched(present, CHUNKS):
             yield from self._records_of(chunks, number)
             number += len(chunks)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import SourceError, StoreError
 from aiouffd.kernel import files
-from aiouffd.ranges import Range
+from aiouffd.ranges import Range, batched
 from aiouffd.store.aside import aside
 from aiouffd.store.chunks import blamed, expanded, runs_of, span
 from aiouffd.store.codecs import digest
@@ -41,8 +40,7 @@ def scan(snapshot: Snapshot) -> Iterator[list[tuple[Record, Any]]]:
     """
 
     def runs() -> Iterator[list[Record]]:
-        records = snapshot.index.find_all()
-        while some := list(islice(records, _TOGETHER)):
+        for some in batched(snapshot.index.find_all(), _TOGETHER):
             yield from runs_of(some)
 
     threads = os.cpu_count() or 1

@@ -20,7 +20,7 @@ from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
 from aiouffd.kernel.memory import address_of, unreadable
-from aiouffd.ranges import Range, RangeSet, pieces
+from aiouffd.ranges import Range, RangeSet, batched, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -116,8 +116,8 @@ async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPag
                 continue
             with backend.has(unit.at_hand):
                 left = list[tuple[int, int]]()
-                for at in range(0, len(unit.parts), _TOGETHER):
-                    left += place_at_hand(space, unit.parts[at : at + _TOGETHER], Counter.PAGES_REPLAY)
+                for some in batched(unit.parts, _TOGETHER):
+                    left += place_at_hand(space, some, Counter.PAGES_REPLAY)
                     await asyncio.sleep(0)
                 fitting = _fitting(space, left)
                 if fitting:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import os
 import threading
 from pathlib import Path
@@ -22,9 +21,10 @@ from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import SourceError
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.ranges import batched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.ahead.pages import RecordedPages, Unit
     from aiouffd.engine.serve.bounds import Limits
@@ -144,7 +144,7 @@ def _write(
     with OwnedDescriptor(begin(final, 0o600)) as file:
         try:
             writer = PagesWriter(file.fileno(), trace.head(kept), version, trace.page_size, len(kept))
-            for together in _batched(in_order(trace.offsets, kept), _TOGETHER // trace.page_size):
+            for together in batched(in_order(trace.offsets, kept), max(_TOGETHER // trace.page_size, 1)):
                 for data, length in _bytes_of(together, trace, carried, read):
                     writer.add(data)
                     writer.add(bytes(length - len(data)))  # behind the end of the source
@@ -179,12 +179,6 @@ def _bytes_of(
         for (place, _, length), data in zip(asked, read_of, strict=True):
             found[place] = data, length
     return [(memoryview(data).cast("B"), length) for data, length in found]
-
-
-def _batched(offsets: Iterable[int], count: int) -> Iterator[list[int]]:
-    rest = iter(offsets)
-    while together := list(itertools.islice(rest, max(count, 1))):
-        yield together
 
 
 def _in_own_thread(work: Callable[[], None]) -> None:

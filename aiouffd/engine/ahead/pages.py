@@ -25,7 +25,7 @@ from aiouffd.errors import TraceError
 from aiouffd.kernel import files
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.ranges import align_up
+from aiouffd.ranges import align_up, batched
 from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def _is_written(source: Any) -> bool:
 def in_order(offsets: array[int], kept: frozenset[int]) -> array[int]:
     """Return the offsets of kept pages in the order of their bytes, of pages in the order of a recording."""
     ordered = array("Q")
-    for at in range(0, len(offsets), _BATCH):
-        ordered.extend(sorted(kept.intersection(offsets[at : at + _BATCH])))
+    for some in batched(offsets, _BATCH):
+        ordered.extend(sorted(kept.intersection(some)))
     return ordered
 
 

@@ -32,6 +32,7 @@ from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
 from aiouffd.pager.client.waiting import LOOK, Waiter, Watches
+from aiouffd.ranges import batched
 from aiouffd.rpc import LAST_REQUEST, Requests, all_of
 
 if TYPE_CHECKING:
@@ -165,8 +166,7 @@ class ServedByEngine:
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
         """Bring (offset, length) ranges."""
-        parts = [ranges[at : at + MOST_RANGES] for at in range(0, len(ranges), MOST_RANGES)]
-        return all_of([self._requests("prefetch", ranges=part) for part in parts])
+        return all_of([self._requests("prefetch", ranges=part) for part in batched(ranges, MOST_RANGES)])
 
     def evict(self, offset: int, length: int) -> Future[int]:
         """Raise: `ServedBy.check` has refused what this needs."""

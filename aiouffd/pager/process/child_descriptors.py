@@ -7,12 +7,12 @@ reads zeros. A descriptor that was sent, and not received yet, is open. So it co
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import socket
 from typing import TYPE_CHECKING, Final, Self
 
 from aiouffd.kernel.owned_descriptor import OwnedSocket
+from aiouffd.ranges import batched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,11 +53,7 @@ class Vault:
         """Have these (number, descriptor) pairs in it, and no others; tell whether there was room."""
         for fd in self.take().values():
             os.close(fd)
-        rest = iter(items)
-        while some := list(itertools.islice(rest, _MOST)):
-            if not self._put(some):
-                return False
-        return True
+        return all(map(self._put, batched(items, _MOST)))
 
     def _put(self, items: list[tuple[int, int]]) -> bool:
         assert self._inner is not None

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import close_all, open_memfd
+from aiouffd.ranges import batched
 
 __all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
 
@@ -195,8 +196,8 @@ def _parcel(fds: list[int], stack: contextlib.ExitStack) -> int:
     inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     stack.enter_context(outer)
     with inner:
-        for at in range(0, len(fds), _MAX_FDS):
-            part = array.array("i", fds[at : at + _MAX_FDS])
+        for some in batched(fds, _MAX_FDS):
+            part = array.array("i", some)
             inner.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)], socket.MSG_DONTWAIT)
     return outer.fileno()
 
