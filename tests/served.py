@@ -12,7 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from pattern import PAGE, word
@@ -24,7 +24,7 @@ from aiouffd.handoff import firecracker
 from examples.page_server import serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 ROOT = Path(__file__).parent.parent
@@ -43,16 +43,31 @@ _MARK = "AIOUFFD_TEST_SERVER"
 
 
 class Serve:
-    """A running `aiouffd serve`; `socket`: where it listens, "": nowhere, before sessions are created."""
+    """A running `aiouffd serve`.
+
+    Args:
+        directory: for its socket and its log.
+        *arguments: as on the command line.
+        wait: until it listens.
+        socket: where it listens, "": nowhere, before sessions are created.
+        program: what is run, as for Python.
+        **environment: further variables.
+    """
 
     def __init__(
-        self, directory: Path, *arguments: object, wait: bool = True, socket: str | None = None, **environment: str
+        self,
+        directory: Path,
+        *arguments: object,
+        wait: bool = True,
+        socket: str | None = None,
+        program: Sequence[str] = ("-m", "aiouffd"),
+        **environment: str,
     ) -> None:
         self.path = directory / "uffd.sock" if socket is None else Path(socket)
         self.log = directory / "serve.log"
         listening = [] if socket == "" else ["--socket", str(self.path)]
         environment[_MARK] = str(self.log)  # its pager's processes have it, too
-        command = [sys.executable, "-m", "aiouffd", "serve", *map(str, arguments), *listening]
+        command = [sys.executable, *program, "serve", *map(str, arguments), *listening]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
@@ -119,11 +134,11 @@ class Servers:
         self.hold = self.directory / "hold.sock"
         self.last: Serve
 
-    def start(self, name: str, *more: object, wait: bool = True) -> Serve:
+    def start(self, name: str, *more: object, **options: Any) -> Serve:
         """Start the next."""
         (self.directory / name).mkdir()
-        options = (*self.arguments, "--hold", self.hold, *more)
-        self.last = Serve(self.directory / name, *options, socket=self.socket, wait=wait)
+        arguments = (*self.arguments, "--hold", self.hold, *more)
+        self.last = Serve(self.directory / name, *arguments, socket=self.socket, **options)
         return self.last
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aiouffd.errors import PagerStartError
-from aiouffd.pager.client.succession import Estate, Predecessor
+from aiouffd.pager.client.succession import Estate, HolderLostError, Predecessor
 from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import VERSION
 
@@ -108,7 +108,7 @@ def test_a_holder_is_asked(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not now"):
         refusing.look()
     ending = asked(tmp_path / "ends", lambda *_: None)
-    with pytest.raises(PagerStartError, match="does not answer"):
+    with pytest.raises(HolderLostError, match="has ended"):
         ending.look()
     for predecessor in (giving, refusing, ending):
         predecessor.close()

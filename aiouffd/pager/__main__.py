@@ -15,7 +15,7 @@ from aiouffd.errors import encode_error
 from aiouffd.pager.loglines import SWITCH, Lines, NonBlockingHandler
 from aiouffd.pager.process import control, inherited, keeper
 from aiouffd.pager.process.child_descriptors import Vault
-from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.journal import Journal, Whose
 from aiouffd.pager.process.serialization import Pickles
 
 
@@ -34,7 +34,9 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         journal, vault = Journal.create(), Vault.create()
-        journal.provisional = bool(sys.argv[5:])  # before anybody can look
+        if sys.argv[5:]:  # before anybody can look
+            journal.provisional = True
+            journal.note_descriptor(Whose.LIFELINE, int(sys.argv[5]))
         control.send(connection, {"event": "hello"}, [journal.fd, vault.outer.fileno()])
     except control.Closed:  # interrupted, the process that has started this has gone again
         return 0

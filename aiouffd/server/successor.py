@@ -22,7 +22,7 @@ from aiouffd.errors import PagerStartError
 from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.fd_store import FdStore
 from aiouffd.pager.client.packing import Pack
-from aiouffd.pager.client.succession import Estate, Predecessor
+from aiouffd.pager.client.succession import Estate, HolderLostError, Predecessor
 from aiouffd.pager.process.state import RECORDING
 from aiouffd.server.clients import Client, Handed
 from aiouffd.server.listener import SocketFile
@@ -156,7 +156,7 @@ class Successor:
         while (found := Predecessor.at(self._path)) is not None:
             try:
                 return found, found.look()
-            except PagerStartError:
+            except HolderLostError:
                 found.close()
                 if time.monotonic() > until:
                     raise
@@ -177,16 +177,33 @@ class Successor:
             return
         assert self._file is not None
         if self._predecessor is not None:
-            there = self._predecessor.look()
-            if there.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
-                self._prepare(there)
-            else:
-                there.close()
-            self._take(self._predecessor.take(over=self._over, journal=self._pager.holding.journal))
+            self._take(self._ask(self._predecessor))
             _await([self._pager.holding.go()])
             self._predecessor.serving()
             self._predecessor.close()
         self._pager.holding.keep(_HOLDER, {}, [self._file.listener.fileno()])
+
+    def _ask(self, holder: Predecessor) -> Estate:
+        """Return all that there is: nobody serves it any more. Where a holder was killed, the next one is asked."""
+        until = time.monotonic() + _ENDING
+        while True:
+            try:
+                there = holder.look()
+                if there.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
+                    self._prepare(there)
+                else:
+                    there.close()
+                return holder.take(over=self._over, journal=self._pager.holding.journal)
+            except HolderLostError:
+                holder.close()
+                time.sleep(_AGAIN)
+                found = Predecessor.at(self._path)
+                if found is None or time.monotonic() > until:
+                    raise
+                log.warning("the holder was killed: the next one is asked")
+                holder = self._predecessor = found
+                # The owner of the one before waits until no process has that connection any more.
+                _await([self._pager.holding.reach(holder.connection)])
 
     def close(self, *, leave: bool = False) -> None:
         """Be done: the socket's file is removed; `leave`: it stays, since others are asked there."""
@@ -198,6 +215,8 @@ class Successor:
     def _prepare(self, estate: Estate) -> None:
         opening = []
         for record in estate.state.origins.values():
+            if record["token"] in self._packs:  # of a holder that was killed
+                continue
             pack = self._packs[record["token"]] = self._arrived(estate, record)
             opening.append(self._pager.prepare(pack))
         estate.close()

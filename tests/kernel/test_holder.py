@@ -23,7 +23,7 @@ import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.pager.client.interpreter import SWITCH
-from aiouffd.pager.client.succession import Predecessor
+from aiouffd.pager.client.succession import HolderLostError, Predecessor
 from aiouffd.pager.process.journal import VERSION, Journal
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ FORKED = f"""#!{sys.executable}
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from aiouffd.kernel import files
-from aiouffd.pager.process import keeper
+from aiouffd.pager.process import holder, keeper
 read = files.read
 def unless_it_is_of_a_pidfd(path):
     if "fdinfo" in path:
@@ -200,6 +200,13 @@ def and_be_killed(self, whose, be):
     make(self, whose, lambda: (time.sleep(0.3), be()))  # it has done nothing yet when it is looked for
     os.kill(os.getpid(), 9)
 keeper._Keeper._make = and_be_killed
+send = holder.send_signal
+def or_be_killed(pidfd, number):
+    if os.path.exists(os.environ["GIVES"]):
+        return send(pidfd, number)
+    open(os.environ["GIVES"], "w").close()
+    os.kill(os.getpid(), 9)
+holder.send_signal = or_be_killed
 sys.argv = ["aiouffd.pager", *sys.argv[sys.argv.index("aiouffd.pager") + 1 :]]
 from aiouffd.pager import __main__
 sys.exit(__main__.main())
@@ -207,17 +214,31 @@ sys.exit(__main__.main())
 
 
 def killed_behind_the_fork(directory: str, image: str) -> None:
-    """Scenario: the next keeper goes on with the worker that the one before had just forked, also without /proc."""
+    """Scenario: the next keeper goes on with the worker that the one before had just forked, also without /proc.
+
+    The holder is killed, too, when it is about to kill keeper and worker for a successor: they go on.
+    """
     wrapper = Path(directory) / "python"
     wrapper.write_text(FORKED)
     wrapper.chmod(0o755)
-    os.environ |= {SWITCH: str(wrapper), "KILLED": f"{directory}/killed"}
+    os.environ |= {SWITCH: str(wrapper), "KILLED": f"{directory}/killed", "GIVES": f"{directory}/gives"}
     servers = Servers(directory, image)
     serve = servers.start("first")
-    Clients(servers, 2).check()
+    clients = Clients(servers, 2)
+    clients.check()
     assert os.path.exists(os.environ["KILLED"])  # noqa: PTH110 - a name of the environment
     pids = servers.pids  # one of each
     assert serve.said.count("is replaced") == 1
+    taker, journal = Predecessor.at(servers.hold), Journal.create()
+    assert taker is not None
+    journal.provisional = True
+    with pytest.raises(HolderLostError):
+        taker.take(over=True, journal=journal.fd)
+    serve.says("serving on")
+    kill(servers.pids, "worker")
+    clients.check()
+    keeper, pids = pids["keeper"], servers.pids
+    assert pids["keeper"] == keeper
     print(json.dumps(pids))
 
 

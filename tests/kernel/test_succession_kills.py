@@ -94,3 +94,49 @@ def test_kills_behind_each_step(first: str, image: Path, tmp_path: Path) -> None
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))
+
+
+KILLS = """
+import fcntl, os, signal, sys, termios, time
+from aiouffd.cli import main
+from aiouffd.pager.process import control
+send, (server, *killed) = control.send, map(int, sys.argv[1].split(","))
+def and_kill(connection, message, *args, **kwargs):
+    send(connection, message, *args, **kwargs)
+    if message.get("op") == "take" and killed:
+        while any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))):  # it is not received
+            time.sleep(0.001)
+        while killed:
+            os.kill(killed.pop(), 9)
+        os.kill(server, signal.SIGCONT)
+control.send = and_kill
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def killed_while_they_are_asked(directory: str, image: str) -> None:
+    """Scenario: the holder is killed while a server waits for all that it has; alone, and together with the keeper."""
+    servers = Servers(directory, image, "--readahead", 0)
+    serve = servers.start("first")
+    region, _connection, uffd = hand_over(servers.path, SIZE)
+    uffd.close()
+    for number, names in enumerate((["holder"], ["holder", "keeper"])):
+        pids = servers.pids
+        os.kill(pids["server"], signal.SIGSTOP)  # so that it does not yield
+        those = ",".join(str(pids[name]) for name in ("server", *names))
+        after = servers.start("-".join(names), "--takeover", program=("-c", KILLS, those))
+        assert "the next one is asked" in after.said
+        assert serve.process.wait(60) == 0
+        serve = after
+        touchers = Touchers(region.address, [[number + 1], [number + 10]])
+        touchers.join()
+        assert not touchers.wrong
+    print(json.dumps(servers.pids))
+
+
+def test_holders_that_are_killed_while_they_are_asked(image: Path, tmp_path: Path) -> None:
+    """The next holder is asked: by another of these processes, or of a pager that the server before starts."""
+    output, _ = play(killed_while_they_are_asked, str(tmp_path), str(image))
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))

@@ -257,6 +257,11 @@ class Holding:
         """The descriptor of the newest pager's journal."""
         return self._journal.fileno()
 
+    def reach(self, lifeline: socket.socket) -> Future[Any]:
+        """Have a lifeline in place of one to a holder that was killed, also in the pager."""
+        self.lifeline = lifeline
+        return self._requests("lifeline", [lifeline.fileno()], token=None)
+
     def go(self) -> Future[Any]:
         """Have all that was restored be this process's, and read."""
         going = self._requests("go", token=None)

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
     from aiouffd.pager.client.fd_store import FdStore
 
-__all__ = ["Estate", "Predecessor"]
+__all__ = ["Estate", "HolderLostError", "Predecessor"]
 
 _TIMEOUT = 60.0  # seconds for an answer: the server that serves may have handoffs under way
+
+
+class HolderLostError(PagerStartError):
+    """The holder has ended before it has answered. Nothing was given: another may be asked."""
 
 
 class Estate:
@@ -120,6 +124,7 @@ class Predecessor:
             journal: of that pager, whose `provisional` tells.
 
         Raises:
+            HolderLostError: the holder has ended.
             PagerStartError: it is refused, or cannot be read.
             OSError: EADDRINUSE: a server lives, and is not to be taken over from.
         """
@@ -138,7 +143,9 @@ class Predecessor:
         try:
             control.send(self.connection, question, along)
             message, fds = control.receive(self.connection)
-        except (control.Closed, OSError, ValueError) as error:
+        except (control.Closed, ConnectionError) as error:
+            raise HolderLostError("the holder of the server before this one has ended, and all of it") from error
+        except (OSError, ValueError) as error:
             raise PagerStartError(f"the server before this one does not answer: {error!r}") from error
         if "refused" in message:
             raise OSError(errno.EADDRINUSE, message["refused"])

@@ -19,6 +19,7 @@ from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.serialization import Pickles, config_of, is_pickle
 from aiouffd.pager.process.served import PROVISIONAL, Served
 from aiouffd.pager.process.state import RECORDING, Note, SpaceState
@@ -83,6 +84,7 @@ class Answers:
             "keep": self._keep,
             "forget": self._forget,
             "go": self._go,
+            "lifeline": self._lifeline,
             "handover": lambda _, fds: self._handover.give(*fds),
             "takeover": lambda _, fds: self._handover.take(*fds),
         }
@@ -269,6 +271,11 @@ class Answers:
         self._served.journal.provisional = False
         for space in self._served.dispatcher.held(PROVISIONAL):
             self._served.dispatcher.release(space, PROVISIONAL)
+
+    async def _lifeline(self, _message: dict[str, Any], fds: list[int]) -> None:
+        """Have a connection to another holder in place of the one to a holder that was killed: it ends in one step."""
+        os.dup2(fds[0], self._served.journal.descriptor(Whose.LIFELINE), inheritable=False)
+        os.close(fds[0])
 
     async def _protected(self, message: dict[str, Any], _: list[int]) -> None:
         """A page that could not be had is inaccessible now."""

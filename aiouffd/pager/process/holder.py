@@ -177,7 +177,8 @@ class Holder:
         state = self._state()
         if self._others is not None:  # now, and once: the numbers are this process's alone from here on
             self._connection.close()
-            _close_left(self._others | state.numbers | self._journal.descriptors)
+            guest = {self._guest.fileno()} if self._guest is not None else set()
+            _close_left(self._others | state.numbers | self._journal.descriptors | guest)
             self._others = None
         kept = any(note.text.get(LASTING) for note in state.notes.values())
         if self._journal.provisional:  # it is another holder's, and stays so: who could have said otherwise has ended
@@ -287,8 +288,7 @@ class Holder:
         poller.register(guest, select.POLLIN)
         try:
             self._await_yield(journal, guest.fileno())
-            self._journal.note_descriptor(Whose.SUCCESSOR, guest.fileno())  # a worker that begins just now ends
-            # In this order: a keeper would make another worker.
+            # In this order: a keeper would make another worker. One that it has just made is in the journal, too.
             for whose, is_harmless in ((Whose.KEEPER, has_ended), (Whose.WORKER, runs_nothing)):
                 send_signal(self._journal.descriptor(whose), signal.SIGKILL)
                 if not is_harmless(self._journal.descriptor(whose), _DEATH):  # until then it may be reading
@@ -301,7 +301,6 @@ class Holder:
             if not theirs.provisional:
                 self.say("taken")
                 self._end()
-            self._journal.note_descriptor(Whose.SUCCESSOR, -1)
             self._journal.done = self._others is None  # else whoever has ended was killed
             self.say("kept")
             log.error("the successor has failed, and what it was given is held on")

@@ -79,7 +79,7 @@ class Whose(enum.IntEnum):
     WORKER = 2  # pidfds: written by the clone that makes the process
     KEEPER = 6
     HOLDER = 7
-    SUCCESSOR = 4  # the connection of whoever is being given all: no worker of this pager may serve
+    LIFELINE = 3  # the connection to the holder whose all is while this pager is provisional
 
 
 class JournalFullError(Exception):

@@ -65,8 +65,6 @@ def run(
         pickles: how often a source or handler is unpickled.
         slow: descriptors that a worker before this one has left, and that may take long to close; what they are of.
     """
-    if journal.descriptor(Whose.SUCCESSOR) >= 0:
-        return  # another server is being given what was to be served here
     journal.workers += 1
     libc.keep_freed_memory(_KEPT)
     gc.freeze()  # what the keeper made lives as long as the worker does
