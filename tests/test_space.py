@@ -462,12 +462,15 @@ def test_a_page_whose_window_is_being_brought_is_counted_as_a_fault() -> None:
     world = World(0, located=True)
     words = world.counters.words
     followed: list[int] = []
+    noted: list[int] = []
+    world.space.readahead.note = lambda offset, _start, _length: noted.append(offset)
     world.backend.follow = lambda space, page: followed.append(page)  # type: ignore[method-assign] # noqa: ARG005
     words[Counter.PAGES_READAHEAD], words[Counter.PAGES_FAULT] = 9, 4
     world.space.resolve_later([Run(Op.ZEROPAGE, BASE, 0, 2 * PAGE)])
     assert world.space.hasten(BASE + PAGE, 0)
     assert (words[Counter.PAGES_READAHEAD], words[Counter.PAGES_FAULT]) == (8, 5)
     assert followed == [BASE + PAGE]
+    assert noted == [PAGE]  # and not the one where its piece begins
     assert sum(world.counters.snapshot().latency) == 1
     assert not world.space.hasten(BASE + 9 * PAGE, 0)
     words[Counter.PAGES_READAHEAD] = 0

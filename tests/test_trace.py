@@ -20,6 +20,7 @@ from pattern import PAGE
 from scenario import open_descriptors
 
 from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint, stored
+from aiouffd.engine.readahead import Readahead
 from aiouffd.errors import SourceError, TraceError
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
@@ -78,6 +79,22 @@ def test_what_came_along_is_marked(tmp_path: Path) -> None:
     assert len((tmp_path / "trace").read_bytes()) == HEADER.size + 7 * 8
     trace.save(tmp_path / "saved")
     assert Trace.load(tmp_path / "saved") == trace
+
+
+def test_the_pages_of_a_stride_are_noted(tmp_path: Path) -> None:
+    """They come in windows of one page each, of which one was touched."""
+    recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    readahead, asked = Readahead(PAGE, 2 << 20, note=recorder.note), list[int]()
+    for number in range(3, 2000, 7):
+        offset = number * PAGE
+        if readahead.missing(offset, offset + PAGE):
+            asked.append(offset)
+            readahead.windows(offset, 0, SIZE)
+    recorder.complete()
+    trace = Trace.load(tmp_path / "trace")
+    assert len(asked) < 100
+    assert {number * PAGE for number in range(3, 2000, 7)} <= set(trace.offsets)
+    assert [offset for offset in trace.offsets if offset not in trace.along] == asked
 
 
 def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ class Space:
         run = self.remainders.take(page)
         if run is None:
             return False
-        self.readahead.touched(run.offset)
+        self.readahead.touched(run.offset + page - run.dst)
         self.counters.asked_for()
         self.counters.words[Counter.SEQUENTIAL] += 1  # only streams have windows that come in pieces
         self._resolve(run, wake=True)

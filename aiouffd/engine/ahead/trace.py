@@ -297,7 +297,7 @@ class Recorder(OwnedDescriptor):
         page = self._page
         if offset >= 0:
             self.note_pages((offset,))
-        if length > page or offset < 0:
+        if length > page or (length and start != offset):
             for begin, whole in self._touched.missing(start, start + length):
                 for low, size in self._along.missing(begin, begin + whole):
                     self._along.add(low, low + size)
