@@ -22,6 +22,7 @@ from scenario import TESTS, eventually, play
 
 import aiouffd
 from aiouffd.pager.client.interpreter import SWITCH
+from aiouffd.server.server import Server
 
 SIZE = 1 << 20
 FOR_THE_APPLICATION = [
@@ -269,19 +270,27 @@ from aiouffd.pager.process import keeper
 def refuse(_):
     raise BlockingIOError(11, "Resource temporarily unavailable")
 keeper.clone = refuse
-sys.argv = ["aiouffd.pager", *sys.argv[-2:]]
+sys.argv = sys.argv[sys.argv.index("aiouffd.pager") :]
 from aiouffd.pager import __main__
 sys.exit(__main__.main())
 """
 
 
-def test_no_worker_can_be_started_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def start_server(directory: str) -> None:
+    """Scenario: a server whose pager is to have a holder."""
+    with pytest.raises(aiouffd.PagerStartError, match=r"no holder could be started.*pids\.max"):
+        async with Server(Pattern(SIZE), f"{directory}/socket", hold=f"{directory}/hold") as server:
+            await server.wait_dead()
+
+
+def test_no_process_can_be_started_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pids.max: where nothing has been served yet, nothing is tried for ever."""
     wrapper = tmp_path / "python"
     wrapper.write_text(NO_FORK)
     wrapper.chmod(0o755)
     monkeypatch.setenv(SWITCH, str(wrapper))
     play(start, "no worker could be started.*pids.max")
+    play(start_server, str(tmp_path))
 
 
 def without_proc() -> None:

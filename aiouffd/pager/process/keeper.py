@@ -98,7 +98,10 @@ def run(
     worker.prepare()
     keeper = _Keeper(journal, vault, connection, pickles)
     if hold is not None:
-        keeper.hold(*hold)
+        try:
+            keeper.hold(*hold)
+        except OSError as error:
+            return _refuse("holder", connection, error)
     return keeper.run()
 
 
@@ -204,7 +207,7 @@ class _Keeper:
                     self._make_worker()
                 except OSError as error:
                     if not _has_served(journal):
-                        return _refuse(self._connection, error)
+                        return _refuse("worker", self._connection, error)
                     # To give up would be to close the descriptors of forked children, who would read zeros then.
                     log.error("no worker can be started (%s): tried again", error.strerror)  # noqa: TRY400
                     if not _anybody(journal) and _hung_up(self._connection):
@@ -374,9 +377,9 @@ def _has_served(journal: Journal) -> bool:
     return bool(journal.load().records)
 
 
-def _refuse(connection: socket.socket, error: OSError) -> int:
-    """Say why there is no worker, and end."""
-    reason = explained("no worker could be started", error)
+def _refuse(what: str, connection: socket.socket, error: OSError) -> int:
+    """Say why there is none, and end."""
+    reason = explained(f"no {what} could be started", error)
     with contextlib.suppress(control.Closed, OSError):
         control.send(connection, {"event": "died", "error": encode_error(reason)}, wait=False)
     return 1
