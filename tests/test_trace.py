@@ -84,7 +84,7 @@ def test_what_came_along_is_marked(tmp_path: Path) -> None:
 def test_the_pages_of_a_stride_are_noted(tmp_path: Path) -> None:
     """They come in windows of one page each, of which one was touched."""
     recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
-    readahead, asked = Readahead(PAGE, 2 << 20, note=recorder.note), list[int]()
+    readahead, asked = Readahead(PAGE, 2 << 20, 16 << 10, recorder.note), list[int]()
     for number in range(3, 2000, 7):
         offset = number * PAGE
         if readahead.missing(offset, offset + PAGE):
