@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import select
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -416,6 +417,36 @@ async def test_a_space_that_is_held_is_not_read(rig: Rig) -> None:
     world.touch(3, 1)
     uffd.send()
     await until(lambda: len(uffd.pages) == 2)
+
+
+@pytest.mark.usefixtures("either_reader")
+@pytest.mark.parametrize("arrival", [0, 20, 60])
+async def test_a_fault_of_a_quiet_client_waits_for_one_turn_of_another(rig: Rig, arrival: int) -> None:
+    """However many faults of others came before it; and these others get the same."""
+    order: list[int] = []
+    quiet, its = rig.world()
+    storms = [rig.world() for _ in range(3)]
+    came: list[int] = []
+
+    def copied(number: int, copy: Callable[..., int], *arguments: int) -> int:
+        if number and len(order) >= arrival and not came:
+            came.append(len(order))
+            quiet.touch(3, 3)
+            its.send()
+        order.extend([number] * (arguments[2] // PAGE))
+        return copy(*arguments)
+
+    for number, (_, uffd) in enumerate([(quiet, its), *storms]):
+        uffd.try_copy = partial(copied, number, uffd.try_copy)  # type: ignore[method-assign]
+    for world, uffd in storms:
+        for page in range(PAGES):
+            world.touch(page, page)
+        uffd.send()
+    await until(lambda: len(order) == 3 * PAGES + 1)
+    assert order.index(0) - came[0] <= 8
+    for end in range(len(order)):
+        counts = [order[:end].count(number) for number in (1, 2, 3)]
+        assert max(counts) - min(counts) <= 8
 
 
 def limited(rig: Rig, events: float) -> tuple[World, PipedUffd, list[float]]:

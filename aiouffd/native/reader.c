@@ -20,7 +20,9 @@ struct state {
     uint64_t last_ns;     /* when the last message came */
     uint32_t vain, skip;  /* looks in vain; faults behind which not to look */
     int32_t at, ready;    /* of `events` */
-    struct epoll_event events[READY];
+    struct epoll_event events[READY]; /* of this round: whose turn it is, one after the other */
+    uint32_t round;
+    uint32_t *rounds; /* by descriptor: the last round that it was in */
     uint8_t *page; /* a page of a file, on its way */
     uint64_t page_length;
     struct keeper **keepers; /* by descriptor */
@@ -308,17 +310,36 @@ static int32_t serve(struct state *s, const struct line *line, int fd, int32_t l
 
 /* --- Looking for messages --- */
 
-/* Read once from each descriptor that has something. 1: something came, 0: nothing; -1: `found` is for the engine. */
+/* Choose whose turn is next. A round has each descriptor once: those first that were not in the last one. Who has
+ * something only since the round began comes next. */
+static void take_turns(struct state *s)
+{
+    struct epoll_event found[READY];
+    int count = epoll_wait(s->is.epoll, found, READY, 0), begins = s->at >= s->ready;
+    uint32_t last = s->round;
+    if (begins) {
+        s->at = s->ready = 0;
+        s->round++;
+    }
+    for (int again = 0; again <= begins; again++)
+        for (int i = 0; i < count && (begins || s->at > 0); i++) {
+            int fd = found[i].data.fd;
+            if (fd >= s->count || s->rounds[fd] == s->round || (begins && (s->rounds[fd] == last) != again))
+                continue;
+            s->rounds[fd] = s->round;
+            s->events[begins ? s->ready++ : --s->at] = found[i];
+        }
+}
+
+/* Read once from the descriptor whose turn it is. 1: something came, 0: nothing; -1: `found` is for the engine. */
 static int look(struct state *s, struct found *found)
 {
-    int came = 0;
     if (s->is.only >= 0) {
         s->events[0] = (struct epoll_event){.data.fd = s->is.only};
         s->at = 0;
         s->ready = 1;
-    } else if (s->at >= s->ready) {
-        s->at = 0;
-        s->ready = epoll_wait(s->is.epoll, s->events, READY, 0);
+    } else {
+        take_turns(s);
     }
     while (s->at < s->ready) {
         uint32_t events = s->events[s->at].events;
@@ -330,13 +351,14 @@ static int look(struct state *s, struct found *found)
         ssize_t length = preadv2(fd, &into, 1, -1, s->is.flags);
         int error = length < 0 ? errno : 0;
         int32_t left = length > 0 ? serve(s, &s->lines[fd], fd, (int32_t)length) : 0;
-        came |= length > 0;
         if (left || (error && error != EAGAIN) || events & EPOLLERR) {
             *found = (struct found){fd, left, error == EAGAIN ? 0 : error, events};
             return -1;
         }
+        if (length > 0)
+            return 1;
     }
-    return came;
+    return 0;
 }
 
 /* For how long to look again after a message: only while messages keep coming. */
@@ -373,6 +395,7 @@ EXPORT void aiouffd_reader_free(struct state *s)
     for (int i = 0; i < s->count; i++)
         free(s->lines[i].more);
     free(s->lines);
+    free(s->rounds);
     free(s->keepers);
     free(s->page);
     free(s);
@@ -389,10 +412,18 @@ EXPORT int aiouffd_reader_line(struct state *s, int fd, const struct line *line,
         if (s->count)
             memcpy(lines, s->lines, (size_t)s->count * sizeof *lines);
         memset(lines + s->count, 0, (size_t)(count - s->count) * sizeof *lines);
-        for (int i = s->count; i < count; i++)
+        uint32_t *rounds = realloc(s->rounds, (size_t)count * sizeof *rounds);
+        if (rounds == NULL) {
+            free(lines);
+            return -ENOMEM;
+        }
+        for (int i = s->count; i < count; i++) {
             lines[i].identity = -1;
+            rounds[i] = 0;
+        }
         free(s->lines);
         s->lines = lines;
+        s->rounds = rounds;
         s->count = count;
     }
     struct more *kept = s->lines[fd].more;

@@ -18,8 +18,10 @@ from reading_rig import PAGES, SOURCE, Rig, Sharing, first
 from scenario import play
 from worlds import FEATURES, Sleeper
 
+import aiouffd
 from aiouffd.engine.kept import DUE, KEPT, LOOSE, PROTECTED, Kept
 from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.statistics import Counters
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.memory import ProcessMemory
@@ -307,6 +309,7 @@ def test_writes_to_pages_of_a_snapshot() -> None:
 def storm() -> None:
     """Scenario: sixteen threads fault at once, two of them on one page, one behind the source."""
     rig = Rig("native")
+    rig.reader.only(rig.fd)
     rig.open()
     pages = [*range(0, 28, 2), 0, SOURCE + 3]
     for thread, page in enumerate(pages):
@@ -320,6 +323,51 @@ def storm() -> None:
 def test_a_storm_is_served_in_one_read() -> None:
     """All but what is not plain, which comes first in the landing."""
     play(storm)
+
+
+class Beside:
+    """Other memory, whose faults a rig's reader reads as well."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.region, self.uffd, self.counters = aiouffd.Region(SOURCE * PAGE), aiouffd.Userfaultfd(), Counters()
+        self.uffd.register(self.region.address, SOURCE * PAGE, RegisterMode.MISSING)
+        fd, source = self.uffd.fileno(), rig.source
+        os.set_blocking(fd, False)
+        rig.epoll.register(fd, select.EPOLLIN)
+        rig.reader.admit(fd, 8, self.counters)
+        self.threads: list[Sleeper] = []
+        plain = (source.locate, source.size, PAGE, 0, False, None, source.memory())
+        rig.reader.open(fd, self.region.address, self.region.address + SOURCE * PAGE, 0, plain)
+
+    def touch(self, *pages: int) -> None:
+        """Have a thread wait for each."""
+        self.threads += [Sleeper(partial(poke, self.region.address + page * PAGE, b"new")) for page in pages]
+        for thread in self.threads:
+            thread.settle()
+
+
+def storms() -> None:
+    """Scenario: two descriptors have twelve faults each; two others get one fault each when a turn is over."""
+    rig = Rig("native")
+    all_of_them = [Beside(rig) for _ in range(4)]
+    for storm in all_of_them[:2]:
+        storm.touch(*range(12))
+    for number, served in enumerate([[8, 0, 0, 0], [8, 0, 1, 0], [8, 8, 1, 0], [8, 8, 1, 1], [12, 8, 1, 1]]):
+        outcome, _ = rig.reader.run(0, came=False, once=False)
+        assert outcome == Outcome.DUE
+        assert [one.counters.snapshot().pages_fault for one in all_of_them] == served
+        if number in {0, 2}:
+            all_of_them[2 + number // 2].touch(5)
+    rig.run(Outcome.IDLE)
+    assert [one.counters.snapshot().pages_fault for one in all_of_them] == [12, 12, 1, 1]
+    for one in all_of_them:
+        for thread in one.threads:
+            thread.join()  # before its memory goes
+
+
+def test_descriptors_take_turns() -> None:
+    """A fault of one that had none waits for the rest of one turn, however many others have."""
+    play(storms)
 
 
 def test_nothing_is_read_after_the_end() -> None:
