@@ -37,8 +37,9 @@ def no_blocking() -> Iterator[None]:
             io.FileIO, "read", scanned_modules="aiouffd", can_block_functions=[(_IMPORTLIB, {"get_data"})]
         )
         watch.functions["io.FileIO.read"] = raw.activate()
-        # It looks first whether there is room: to write so much to standard error blocks nothing then.
-        watch.functions["os.write"].can_block_in("aiouffd/pager/loglines.py", {"_write"})
+        # A thread writes a record, and is waited for a moment at most.
+        for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
+            watch.functions[name].can_block_in("aiouffd/pager/loglines.py", {"call"})
         for name in METADATA:
             watch.functions[name].deactivate()
         yield

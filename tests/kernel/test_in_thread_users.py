@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -152,6 +153,30 @@ def test_libraries_read_out_of_it(kind: str, threads: int, loop: str) -> None:
 def test_libraries_read_out_of_it_for_minutes(kind: str, threads: int, loop: str) -> None:
     """The same, for longer, beside an application's loop of either kind."""
     play(use, kind, threads, 120.0, loop=loop, deadline=300.0)
+
+
+class Complains:
+    """Has something to say before it has the bytes."""
+
+    size = SIZE
+
+    async def read(self, _: int, length: int) -> bytes:
+        """Log a warning."""
+        logging.getLogger("aiouffd").warning("trying again")
+        return bytes(length)
+
+
+def logs_an_array() -> None:
+    """Scenario."""
+    logging.basicConfig(format="%(name)s %(message)s")
+    with aiouffd.Monitor(aiouffd.Region(SIZE), Complains(), engine=aiouffd.InThread(stuck_limit=3.0)) as monitor:
+        logging.getLogger("users").warning("it begins with %s", np.frombuffer(monitor.region, np.uint8)[:2])
+
+
+def test_an_array_is_formatted_by_a_handler_of_the_log() -> None:
+    """The handler has a lock, for which a record of the loop waits. The loop does not."""
+    _, errors = play(logs_an_array)
+    assert errors == "users it begins with [0 0]\naiouffd trying again\n"
 
 
 @pytest.mark.parametrize("options", [["-X", "dev"], ["-X", "faulthandler"]])

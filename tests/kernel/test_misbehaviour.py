@@ -120,6 +120,22 @@ class Wayward(aiouffd.Handler):
         raise asyncio.CancelledError
 
 
+def writes_to_the_log() -> None:
+    """Scenario."""
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Unreadable(SIZE), readahead=0, retries=0) as monitor:
+        with pytest.raises(OSError, match="Bad address"):
+            os.write(2, memoryview(region)[PAGE : PAGE + 100])
+        eventually(lambda: len(monitor._errors._errors), 1)
+        assert monitor.statistics().restarts == 0
+
+
+def test_a_missing_page_is_written_where_the_pager_logs() -> None:
+    """write(2) holds the pipe's lock while it waits for the page. The pager, which says why, does not wait."""
+    _, errors = play(writes_to_the_log, deadline=40)
+    assert "Unreadable" in errors
+
+
 def wayward() -> None:
     """Scenario."""
     region = aiouffd.Region(SIZE)

@@ -34,7 +34,7 @@ from aiouffd.kernel.userfaultfd import kernel_features
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.calls import start_in_loop
 from aiouffd.monitor.engines.layout import Layout
-from aiouffd.pager.loglines import NonBlockingHandler
+from aiouffd.pager.loglines import Apart, NonBlockingHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -52,6 +52,8 @@ __all__ = ["Local", "LocalEngine"]
 
 _LEFT = "the Monitor has been left"
 _standard_error = NonBlockingHandler()
+_log = logging.getLogger("aiouffd")
+_log.addFilter(_apart := Apart(_log))
 
 T = TypeVar("T")
 
@@ -121,6 +123,7 @@ class Local:
     def begin(self) -> None:
         """Bring what nobody has touched, and know the loop's thread by this call in it."""
         self.layout.thread = threading.get_ident()
+        _apart.loops.append(self.layout.thread)
         if self._brings_ahead:
             self._ahead = self._loop.create_task(self._bring_ahead(), name="aiouffd-ahead")
 
@@ -231,6 +234,8 @@ class Local:
             await self.backend.bound.aclose()
         self._dispatcher.close()
         await self.backend.aclose()
+        if self.layout.thread in _apart.loops:
+            _apart.loops.remove(self.layout.thread)
 
 
 class LocalEngine:
