@@ -112,6 +112,31 @@ def test_notes_outlive_a_pager() -> None:
     assert requests.asked[len(before) :] == [("resume", None), ("keep", "session b"), ("holder", "listen")]
 
 
+def test_all_that_map_one_file_are_opened_before_any_is_read() -> None:
+    """The next pager hears the names before, and the tokens behind; of a file that one maps there is nothing to say."""
+    requests = Requests()
+    tenants: dict[str, Any] = {}
+    asked: list[tuple[str, Any]] = []
+    for token, file in (("a", "one"), ("b", "two"), ("c", "one"), ("d", ""), ("e", "")):
+        shown = SimpleNamespace(shown=lambda _: [], children=lambda *_: [], leaving=False, slot=0)
+        tenants[token] = SimpleNamespace(token=token, file=file, **vars(shown))
+
+    def ask(op: str, fds: Any = (), **arguments: Any) -> Future[Any]:
+        asked.append((op, arguments))
+        return Requests()(op, fds)
+
+    def opened(tenant: Any, *_: Any, **__: Any) -> Future[Any]:
+        return ask("open", name=tenant.token)
+
+    asking: Any = SimpleNamespace(__call__=ask, lock=requests.lock, pending=[])
+    holds = Holding(asking, cast("Any", None), tenants, opened)
+    holds._requests = cast("Any", type("Asking", (), {"__call__": staticmethod(ask), **vars(asking)})())
+    holds.reopen(Journal.create(), None, {})
+    assert asked[0][1]["files"] == ["one"]
+    assert [arguments["name"] for _, arguments in asked[1:]] == ["a", "b", "c", "d", "e", "one"]
+    assert asked[-1][1]["tokens"] == ["a", "c"]
+
+
 def test_the_holder_is_heard() -> None:
     """Nobody is replaced before it is known what becomes of a takeover; without one, nobody waits for anything."""
     heard: list[str] = []

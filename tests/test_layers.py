@@ -79,6 +79,7 @@ ORDER = {
             "statistics",
             "allowance",
             "mappings",
+            "common_file",
             "present",
             "readahead",
             "runs",
@@ -183,7 +184,8 @@ ORDER = {
             "notes",
             "tenancy",
         ),
-        *("replay", "rewriting", "last_resort", "inaccessible", "served", "blocked", "handover", "answers", "worker"),
+        *("replay", "rewriting", "last_resort", "inaccessible", "common_files", "served", "blocked", "handover"),
+        *("answers", "worker"),
         *("holder", "keeper"),
     ],
     "pager/client": [

@@ -142,6 +142,23 @@ def test_what_landed_and_was_not_committed() -> None:
     assert replay(begun(state(), landed=(8, [fork(33)]))).fresh == []
 
 
+def test_what_is_emptied_of_a_file_is_so_for_all_who_map_it() -> None:
+    """Wherever it lies, also a child that was forked just now; not where memory is private, or another file."""
+    shown = {}
+    for file, other in (("one", "one"), ("one", "two"), ("", "")):
+        at_first = state()
+        at_first.spaces[1].file = file
+        at_first.spaces[2] = SpaceState(2, 11, PAGE, 0, 5, "y", file=other)
+        at_first.spaces[2].mappings.add(2 * BASE, 2 * BASE + 64 * PAGE, 0)
+        end = replay(begun(at_first, event(1, remove(3)), landed=(1, [fork(33), remove(5)]))).state
+        offsets = [[row.offset // PAGE for row in end.spaces[identity].mappings] for identity in (1, 2, 3)]
+        shown[file, other] = [*offsets, end.spaces[2].changed]
+    parts, whole, before = [0, -1, 4, -1, 6], [0], [0, -1, 4]
+    assert shown["one", "one"] == [parts, parts, parts, True]
+    assert shown["one", "two"] == [parts, whole, parts, False]
+    assert shown["", ""] == [parts, whole, before, False]
+
+
 def test_other_records() -> None:
     """How far a space was filled, what is used no longer, and what is known besides."""
     further = [

@@ -46,7 +46,8 @@ class Timers:
 class Worker:
     """Does what a worker does: the journal first, then the change."""
 
-    def __init__(self, most: int = PAGES) -> None:
+    def __init__(self, most: int = PAGES, file: str = "") -> None:
+        self.file = file
         self.journal = Journal.create()
         self.loop = Timers()
         self.meta = Meta()
@@ -67,9 +68,9 @@ class Worker:
         self.full += 1
 
     def open(self) -> None:
-        """Serve one more space, in pieces."""
+        """Serve one more space, in pieces; perhaps of a file that others map, too."""
         identity, self.meta.next = self.meta.next, self.meta.next + 1
-        space = SpaceState(identity, 100 + identity, PAGE, 0, 0, f"{identity}")
+        space = SpaceState(identity, 100 + identity, PAGE, 0, 0, f"{identity}", file=self.file if identity % 3 else "")
         for page in range(0, self.most, 2):
             space.mappings.add(BASE + page * PAGE, BASE + (page + 2) * PAGE, page * 3 * PAGE)
         rows, _ = space.mappings.pack(0, 1 << 30)
@@ -110,14 +111,26 @@ class Worker:
             identity, self.meta.next = self.meta.next, self.meta.next + 1
             (fd,) = abi.FORK_MESSAGE.unpack(message)
             child = SpaceState(identity, fd, PAGE, 0, 0, space.token, is_child=True, changed=space.changed)
+            child.file = space.file
             child.mappings = space.mappings.copy()
             self.spaces[identity] = child
         elif code == abi.EVENT_REMAP:
             space.mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
         elif code == abi.EVENT_REMOVE:
-            space.mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
+            self.remove(space, *abi.RANGE_MESSAGE.unpack(message))
         else:
             space.mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
+
+    def remove(self, space: SpaceState, start: int, end: int) -> None:
+        """Empty a range, and what shows the same pages of the file."""
+        offsets = {offset(space.mappings, at) for at in range(start, end, PAGE)} - {-1}
+        space.mappings.remove(start, end)
+        for other in self.spaces.values() if space.file else ():
+            for row in list(other.mappings) if other.file == space.file else ():
+                for at in range(row.start, row.end, PAGE):
+                    if offset(other.mappings, at) in offsets:
+                        other.mappings.remove(at, at + PAGE)
+                        other.changed = True
 
     def close(self, which: int) -> None:
         """Serve a space no longer."""
@@ -151,6 +164,12 @@ class Worker:
         assert max([0, *self.spaces]) < found.meta.next <= self.meta.next
 
 
+def offset(mappings: Mappings, address: int) -> int:
+    """Return which offset an address shows; -1: none."""
+    start, _, first = mappings.locate(address)
+    return first if first < 0 else first + address - start
+
+
 def said(space: SpaceState) -> tuple[Any, ...]:
     """Return all that a state says of a space; adjoining mappings may have been joined."""
     return (space.content, list(Mappings(space.mappings)))
@@ -172,14 +191,32 @@ _step = st.one_of(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(_step, max_size=60))
-def test_whatever_happens_meanwhile(steps: list[tuple[Any, ...]]) -> None:
+@given(st.lists(_step, max_size=60), st.sampled_from(["", "one"]))
+def test_whatever_happens_meanwhile(steps: list[tuple[Any, ...]], file: str) -> None:
     """Killed at any moment, also right behind the change to the new log: the journal says what was served."""
-    worker = Worker()
+    worker = Worker(file=file)
     worker.journal.append((Kind.META, 0, b"{}"))
     for name, *arguments in steps:
         getattr(worker, name)(*arguments)
         worker.check()
+    worker.rewriting.finish()
+    worker.check()
+
+
+@pytest.mark.parametrize("writes", [2, 4, 40, 50])
+@pytest.mark.parametrize("emptied", [0, 1])
+def test_what_is_emptied_in_one_space_is_so_in_another(emptied: int, writes: int) -> None:
+    """Whichever of the two has been written, or a part of it: the new log must know which offsets that are."""
+    worker = Worker(file="one")
+    worker.journal.append((Kind.META, 0, b"{}"))
+    worker.open()
+    worker.open()
+    worker.begin()
+    for _ in range(writes):
+        worker.write()
+    worker.batch(emptied, [("remove", 1, 2), ("remove", PAGES - 3, PAGES - 1)])
+    assert all(offset(space.mappings, BASE + PAGE) == -1 for space in worker.spaces.values())
+    worker.check()
     worker.rewriting.finish()
     worker.check()
 

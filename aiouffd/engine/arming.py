@@ -13,7 +13,7 @@ from aiouffd.engine.runs import Op, Run
 from aiouffd.errors import OperationError, RangeGoneError, UnsupportedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
-from aiouffd.ranges import pieces
+from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,8 +97,11 @@ class Arming:
             needed |= Feature.WP_HUGETLBFS_SHMEM
         if missing := needed & ~space.uffd.features:
             raise UnsupportedError(f"{missing!r}, which a snapshot of this memory needs", repr(space.uffd.features))
-        for start, end in self._places.mapped(space.mappings):
-            space.uffd.register(start, end - start, RegisterMode(modes) | RegisterMode.WP)
+        ranges = RangeSet(Range.between(*each) for each in self._places.mapped(space.mappings))
+        for run in space.mappings:  # what was moved elsewhere is mapped with protection as well: see `protect_minor`
+            ranges.add(run.start, run.end)
+        for part in ranges:
+            space.uffd.register(part.start, part.length, RegisterMode(modes) | RegisterMode.WP)
 
     def _tell(self, space: _Space) -> None:
         space.resolver.protect_minor()

@@ -11,7 +11,7 @@ import logging
 import operator
 import sys
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiouffd.engine.bound import losing
 from aiouffd.engine.runs import Op
@@ -21,7 +21,7 @@ from aiouffd.kernel import abi
 from aiouffd.kernel.abi import FaultFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiouffd.engine.space import Space
 
@@ -157,6 +157,11 @@ def emptied(space: Space, start: int, end: int) -> None:
     space.changed(start, end)
 
 
+def _elsewhere(space: Space, start: int, end: int) -> Iterator[tuple[Any, int, int]]:
+    """Yield where else the file is shown of which [start, end) is a hole now."""
+    return iter(()) if space.file is None else space.file.elsewhere(space, start, end)
+
+
 def apply_layout_event(space: Space, message: bytes) -> None:
     """Apply one FORK, REMAP, REMOVE or UNMAP message."""
     code = message[0]
@@ -176,7 +181,10 @@ def apply_layout_event(space: Space, message: bytes) -> None:
     else:
         start, end = abi.RANGE_MESSAGE.unpack(message)
         if code == abi.EVENT_REMOVE:
-            emptied(space, start, end)
+            for each, low, high in [(space, start, end), *_elsewhere(space, start, end)]:
+                emptied(each, low, high)
+                if each is not space and each.bound is not None:
+                    each.backend.opened(each)
         else:
             with losing(space, start, end):
                 space.mappings.unmapped(start, end)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.allowance import Allowance
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.capture import Capture
+    from aiouffd.engine.common_file import CommonFile
     from aiouffd.engine.flight import Flight
     from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.one_copy import OneCopy
@@ -117,6 +118,7 @@ class Space:
         on_child: called with a forked child's space before its first message is read.
         on_gone: called once when the process turns out to be gone.
         allowance: what its client may have in a second; None: it has no limit.
+        file: of its memory, as far as that is shared and known.
     """
 
     def __init__(
@@ -135,8 +137,10 @@ class Space:
         on_child: Callable[[Space, Space], None] | None = None,
         on_gone: Callable[[Space], None] | None = None,
         allowance: Allowance | None = None,
+        file: CommonFile | None = None,
     ) -> None:
         self.uffd = uffd
+        self.file: CommonFile | None = file and file.enter(self)
         self.allowance = allowance
         self.mappings = mappings
         self.page_size = page_size
@@ -185,6 +189,7 @@ class Space:
             on_child=self.on_child,
             on_gone=self.on_gone,
             allowance=self.allowance,
+            file=self.file,
         )
 
     # The layout
@@ -400,12 +405,7 @@ class Space:
     # Waking and poisoning
 
     def wake(self, ranges: list[tuple[int, int]], *, each: bool) -> None:
-        """WAKE (start, end) ranges, in order: by one call, unless that would wake others for nothing.
-
-        Args:
-            ranges: sorted.
-            each: others wait between them.
-        """
+        """WAKE (start, end) ranges, which are sorted; one by one where others wait between them, else by one call."""
         low, high = (ranges[0][0], ranges[-1][1]) if ranges else (0, 0)
         if each or self.flights.touches(low, high):
             for start, end in ranges:

@@ -18,7 +18,7 @@ from aiouffd.lifetime import until_exit
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["OwnedDescriptor", "OwnedSocket", "inode"]
+__all__ = ["OwnedDescriptor", "OwnedSocket", "inode", "name_of"]
 
 
 def inode(fd: int) -> tuple[int, int] | None:
@@ -28,6 +28,11 @@ def inode(fd: int) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def name_of(fd: int) -> str:
+    """Return what names the file behind a descriptor, as long as anybody has it open; empty: there is none."""
+    return "-".join(map(str, inode(fd) or ()))
 
 
 class OwnedDescriptor:

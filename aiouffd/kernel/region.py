@@ -298,12 +298,15 @@ class Region(mmap.mmap):
     def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
         """As `mmap.madvise`. MADV_DONTNEED and MADV_REMOVE empty pages: they read as zeros, not as the source's data.
 
+        Of a shared region MADV_REMOVE does so, for all who map it; MADV_DONTNEED does nothing once it was served.
         They wait for the end of a snapshot, as `resize` does. A RuntimeWarning tells, where a Monitor shows data. After
         it was left, a touch of an emptied page is SIGBUS, as of any that is missing.
         """
         length = len(self) - start if length is None else length
         if option not in (mmap.MADV_DONTNEED, mmap.MADV_REMOVE):
             super().madvise(option, start, length)
+            return
+        if option == mmap.MADV_DONTNEED and self.fd >= 0 and not (self._adopted or self.never_served):
             return
         if self.monitor is not None and self.monitor.shows_data:
             warnings.warn("emptied pages read as zeros, and not as the source's data", RuntimeWarning, stacklevel=2)
@@ -429,21 +432,6 @@ class Region(mmap.mmap):
             with contextlib.suppress(BufferError):
                 self.close()
 
-    def _reserve(self) -> None:
-        """Keep what this forked child did not get from becoming other memory: a touch is SIGSEGV.
-
-        What has come there since the fork is not unmapped by the region.
-        """
-        self._inherited = True
-        start, end = self.address, self.address + self.mapped_length
-        flags = _flags(-1, mmap.PAGESIZE)
-        try:
-            libc.mmap_fixed(start, end - start, libc.PROT_NONE, flags | _MAP_FIXED_NOREPLACE)
-        except OSError:  # it got some pages; or RLIMIT_AS
-            with contextlib.suppress(OSError):
-                for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
-                    libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
-
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and what of it has come."""
         import html  # noqa: PLC0415 - 7 ms, and few programs are notebooks
@@ -506,10 +494,26 @@ def _refusal(error: OSError, length: int, page_size: int) -> OSError | Unsupport
     return limit_error(f"a region of {length} bytes", error.errno or 0) or error
 
 
+def _reserve(region: Region) -> None:
+    """Keep what this forked child did not get from becoming other memory: a touch is SIGSEGV.
+
+    What has come there since the fork is not unmapped by the region.
+    """
+    region._inherited = True  # noqa: SLF001 - its own
+    start, end = region.address, region.address + region.mapped_length
+    flags = _flags(-1, mmap.PAGESIZE)
+    try:
+        libc.mmap_fixed(start, end - start, libc.PROT_NONE, flags | _MAP_FIXED_NOREPLACE)
+    except OSError:  # it got some pages; or RLIMIT_AS
+        with contextlib.suppress(OSError):
+            for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
+                libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
+
+
 def _in_child() -> None:
     for region in list(_regions):
         if region.withheld and not region.closed:
-            region._reserve()  # noqa: SLF001 - its own
+            _reserve(region)
 
 
 os.register_at_fork(after_in_child=_in_child)

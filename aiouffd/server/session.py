@@ -26,6 +26,7 @@ from aiouffd.errors import HandlerError, HandoffError, SourceError, UffdError
 from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.owned_descriptor import name_of
 from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.mapped import MappedClients
 from aiouffd.server.prefilled import warn_of_zeros
@@ -298,6 +299,7 @@ class Session:
             pack = await self._services.take(handoff, number, name)
             tenant = Handed(pack, handoff.uffd, list(regions.mappings), regions.page_size, handoff.tether, peer=peer)
             tenant.slot, tenant.counts = self._slot, self._counted
+            tenant.file = name_of(handoff.memory.fileno())
             tenant.payer = f"session {self.name}" if self.name else ""
             client = Client(number, peer, tenant, regions.length, connection, session=self.name)
             client.places, client.nydus = list(regions.mappings), handoff.nydus is not None

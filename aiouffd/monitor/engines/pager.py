@@ -13,6 +13,7 @@ from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import ProcessMemory
+from aiouffd.kernel.owned_descriptor import name_of
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
@@ -176,6 +177,7 @@ class PagerEngine:
                 [assignment.mapping],
                 assignment.page_size,
                 slot=self._client.take_slot(),
+                file=name_of(self._file),
                 watch=Watch(assignment.uffd.fileno(), self._choice.stuck_limit),
                 protect=self._protect,
                 report=assignment.on_error,

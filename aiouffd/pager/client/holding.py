@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -237,17 +238,25 @@ class Holding:
         """
         known = {space.token for space in state.spaces.values()} if state is not None else set()
         for request in self._requests.pending:
-            if request.message["op"] == "open" and request.message["token"] in known:
+            message = request.message
+            if message["op"] == "complete" or (message["op"] == "open" and message["token"] in known):
                 self._requests.answer({"id": request.message["id"], "ok": None})
         with self._requests.lock:
             tenants = [tenant for tenant in self._tenants.values() if not tenant.leaving]
-            asked = {item.message["token"] for item in self._requests.pending if item.message["op"] == "open"}
-            opened = [self._resume(journal, {tenant.slot for tenant in tenants}), *map(self._keep, self._notes)]
+            opening = [item.message for item in self._requests.pending if item.message["op"] == "open"]
+            asked = {message["token"]: message["space"].get("file", "") for message in opening}
+            anew = [tenant for tenant in tenants if tenant.token not in asked]
+            forked = [child for tenant in tenants for child in tenant.children(state, children)]
+            tokens: defaultdict[str, list[str]] = defaultdict(list)
+            for token, file in (*asked.items(), *((tenant.token, tenant.file) for tenant in (*anew, *forked))):
+                tokens[file].append(token)
+            files = {name: tokens[name] for name in tokens if name and len(tokens[name]) > 1}
+            opened = [self._resume(journal, {tenant.slot for tenant in tenants}, list(files))]
+            opened += map(self._keep, self._notes)
         counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
-        anew = [tenant for tenant in tenants if tenant.token not in asked]
         opened += [self._open(tenant, tenant.shown(state), counts[tenant.slot]) for tenant in anew]
-        for child in [child for tenant in tenants for child in tenant.children(state, children)]:
-            opened.append(self._open_child(child, counts[child.slot]))
+        opened += [self._open_child(child, counts[child.slot]) for child in forked]
+        opened += [self._requests("complete", token=None, name=name, tokens=files[name]) for name in files]
         for fd in children.values():  # of memory that has been left meanwhile
             os.close(fd)
         return all_of(opened)
@@ -292,9 +301,9 @@ class Holding:
                 opened.append(self._open_child(Tenant.left(space, packs[space.origin], state), counts))
         return all_of(opened)
 
-    def _resume(self, journal: Journal, slots: set[int]) -> Future[Any]:
+    def _resume(self, journal: Journal, slots: set[int], files: Sequence[str] = ()) -> Future[Any]:
         counts = [(slot, journal.counters_of(slot).words.tolist()) for slot in slots]
-        return self._requests("resume", token=None, counters=journal.counters.words.tolist(), slots=counts)
+        return self._requests("resume", token=None, counters=journal.counters.words.tolist(), slots=counts, files=files)
 
     def _open_child(self, tenant: Tenant, counts: list[int]) -> Future[Any]:
         """Have memory served that is nobody's here: its descriptor is closed when the pager has it."""

@@ -91,6 +91,7 @@ class Tenant:
         leaving: its owner is about to settle it.
         silent: a last request was not answered: something blocks the worker's loop.
         payer: the name of those that share what they may have in a second.
+        file: names the file of memory that it maps, among those that the pager serves; empty: none, or none is known.
         token: names it.
     """
 
@@ -110,6 +111,7 @@ class Tenant:
     leaving: bool = False
     silent: bool = False
     payer: str = ""
+    file: str = ""
     token: str = attrs.field(factory=next_token)
 
     @classmethod
@@ -126,6 +128,7 @@ class Tenant:
             space.tether,
             state.origins[space.origin]["slot"],
             payer=space.payer,
+            file=space.file,
             token=f"{space.token}/{space.identity}" if space.is_child else space.token,
             **further,
         )
@@ -148,6 +151,7 @@ class Tenant:
             "features": int(self.uffd.features),
             "own": self.protect is not None,
             "payer": self.payer,
+            "file": self.file,
             "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
         }
 

@@ -67,6 +67,7 @@ class Answers:
         self._operations: dict[str, Callable[[dict[str, Any], list[int]], Awaitable[Any]]] = {
             "open": self._open,
             "resume": self._resume,
+            "complete": self._complete,
             "ping": _pong,
             "prepare": self._prepare,
             "prefetch": self._prefetch,
@@ -135,6 +136,7 @@ class Answers:
             is_child="/" in space["token"],
             own=space["own"],
             payer=space.get("payer", ""),
+            file=space.get("file", ""),
             mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
         )
 
@@ -157,10 +159,17 @@ class Answers:
             raise PagerStartError("this pager takes no source or handler of the application's own (any more)")
 
     async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
-        """Go on counting where a pager before this one has stopped."""
+        """Go on where a pager before this one has stopped: counters, and files of which several spaces will come."""
+        self._served.files.await_more(*message.get("files", ()))
         self._served.journal.resume(message["counters"])
         for slot, counts in message.get("slots", ()):
             self._served.journal.use_slot(slot, counts)
+
+    async def _complete(self, message: dict[str, Any], _: list[int]) -> None:
+        """Of a file all spaces have been asked for: wait for them, and have them read."""
+        for token in message["tokens"]:
+            await self._served.arrivals.wait(token)
+        self._served.files.await_more(*(name for name in self._served.meta.files if name != message["name"]))
 
     async def _prepare(self, message: dict[str, Any], fds: list[int]) -> None:
         """Make a source ready that will be asked for: its beginning, too, as far as that can be at hand.

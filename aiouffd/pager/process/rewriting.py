@@ -8,7 +8,8 @@ written what it is about.
 A space whose mappings are half written has a frontier: what lies below is in the new log, what lies above is not yet.
 An event that removes or unmaps is right for both parts: in the new log it changes what is there, and the rest is
 written later, as the event has left it. An event that moves memory across the frontier, or copies it, is not: before
-one, the rest of the space is written at once.
+one, the rest of the space is written at once. So it is before one that removes of a file which others may map as well:
+the new log must say which offsets that are.
 """
 
 from __future__ import annotations
@@ -129,17 +130,33 @@ class Rewriting:
         if self._current is not None:
             self._write_mappings(rows)
         elif self._queue:
-            self._identity = self._queue.pop(0)
-            space = self._space(self._identity)
-            if space is not None:
-                self._begun.add(self._identity)
-                self._current, self._frontier = space.mappings, 0
-                self._append(space.encode())
+            self._begin_space(self._queue.pop(0))
         else:
             self._journal.change(self._at)
             room = self._journal.capacity - self._at
             self._journal.threshold = max(_LEAST, self._at + min(self._at, room // 2))
             self._stop()
+
+    def _begin_space(self, identity: int) -> None:
+        space = self._space(identity)
+        if space is not None:
+            self._identity = identity
+            self._begun.add(identity)
+            self._current, self._frontier = space.mappings, 0
+            self._append(space.encode())
+
+    def _write_whole(self, identity: int) -> None:
+        """Write all of a space, if that has not been done."""
+        if identity in self._queue:
+            self._write_rest()
+            self._queue.remove(identity)
+            self._begin_space(identity)
+        if identity == self._identity:
+            self._write_rest()
+
+    def _write_rest(self) -> None:
+        while self._current is not None:
+            self._write_mappings(_WHOLE)
 
     def _write_mappings(self, rows: int) -> None:
         assert self._current is not None
@@ -154,12 +171,14 @@ class Rewriting:
 
     def events(self, identity: int, events: list[tuple[bytes, int]]) -> None:
         """Append layout events to the new log, if it knows of their space."""
+        space = self._space(identity) if any(message[0] == abi.EVENT_REMOVE for message, _ in events) else None
+        if space is not None and space.file:
+            self._write_whole(identity)
         if identity not in self._begun:
             self._queue += [child for _, child in events if child >= 0]  # written by themselves
             return
         if identity == self._identity and any(message[0] in _ACROSS for message, _ in events):
-            while self._current is not None:
-                self._write_mappings(_WHOLE)
+            self._write_rest()
         self._begun.update(child for _, child in events if child >= 0)
         self._append(b"".join(encode(Kind.EVENT, identity, message, child=child) for message, child in events))
 

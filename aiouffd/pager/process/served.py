@@ -24,6 +24,7 @@ from aiouffd.errors import ClosedError, PagerError, PagerStartError
 from aiouffd.handoff.own_threads import Unneeded, close_foreign
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
+from aiouffd.pager.process.common_files import CommonFiles
 from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.notes import Notes
@@ -98,6 +99,7 @@ class Served:
         protection: has pages made inaccessible that cannot be had, on old kernels.
         waiting: spaces whose source is being opened again, by identity.
         arrivals: of spaces whose source is being opened, for the first time or again.
+        files: those of memory that spaces map.
         notes: what the pager's owner has to know.
         tasks: that end by themselves.
     """
@@ -136,6 +138,7 @@ class Served:
         )
         journal.next_identity = lambda: self.meta.next
         self._allowances = Allowances()
+        self.files: CommonFiles = CommonFiles(self)
         self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
 
     # State
@@ -152,23 +155,7 @@ class Served:
         tenancy = self.tenancies.get(identity)
         if tenancy is None or tenancy.space is None:
             return self.waiting.get(identity)
-        space = tenancy.space
-        return SpaceState(
-            identity,
-            space.uffd.fileno(),
-            space.page_size,
-            int(space.uffd.features),
-            tenancy.origin.identity,
-            tenancy.token,
-            tenancy.tether,
-            tenancy.is_child,
-            tenancy.own,
-            space.replayed,
-            space.filled,
-            space.mappings.generation != space.born,
-            space.allowance.name if space.allowance is not None else "",
-            space.mappings,
-        )
+        return tenancy.state(tenancy.space)
 
     def take_identity(self) -> int:
         """Return a number that nothing else has."""
@@ -210,6 +197,7 @@ class Served:
             if space.uffd.gone():
                 space.gone()
                 self.dispatcher.drop(space)
+        self.files.await_more()
         self._on_owner_exit()
 
     # Origins
@@ -269,6 +257,7 @@ class Served:
         rows, _ = state.mappings.pack(0, len(state.mappings))
         record = (state.identity, state.content)
         space = self._serve(state, origin)
+        self.files.served([space])
         if state.is_child:  # before the journal knows of it: whoever reads that looks for the descriptor
             self._keep(state.identity, state.fd)
         try:
@@ -297,6 +286,7 @@ class Served:
             retries=options.on_error == "retry",
             on_child=self._forked,
             allowance=allowance,
+            file=self.files.of(state.file),
         )
         space.replayed, space.filled = state.replayed, state.filled
         if state.changed:  # what was brought may have gone with its mapping: see `complete`
@@ -478,5 +468,6 @@ class Served:
         for state in states:
             del self.waiting[state.identity]
             self.arrivals.done(state.token)
+        self.files.served(known.values())
         for space in known.values():
             space.wake_all()

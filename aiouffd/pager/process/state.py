@@ -90,12 +90,14 @@ class Meta:
         owner: pidfd of the process that has started the pager; -1: not known yet.
         awaits: the connection to a predecessor that hands over; -1: there is none.
         spin_us: as `Options.spin_us`.
+        files: of memory, of which the owner is about to have further spaces served, as `SpaceState.file` names them.
     """
 
     next: int = 1
     owner: int = -1
     awaits: int = -1
     spin_us: int = 50
+    files: list[str] = attrs.field(factory=list)
 
     def encode(self) -> bytes:
         """Return the record."""
@@ -140,6 +142,7 @@ class SpaceState:
         filled: up to which offset it was filled in the background.
         changed: its layout is another than when it was opened.
         payer: whose allowance it shares.
+        file: names the file of its memory, which others may map, too; empty: it is private, or not known.
         mappings: what it shows.
     """
 
@@ -156,6 +159,7 @@ class SpaceState:
     filled: int = 0
     changed: bool = False
     payer: str = ""
+    file: str = ""
     mappings: Mappings = attrs.field(factory=Mappings)
 
     @property

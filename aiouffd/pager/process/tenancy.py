@@ -28,6 +28,7 @@ from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
+from aiouffd.pager.process.state import SpaceState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -118,6 +119,26 @@ class Tenancy:
     own: bool = False
     space: Space | None = None
     announced: bool = attrs.field(default=attrs.Factory(lambda self: not self.is_child, takes_self=True))
+
+    def state(self, space: Space) -> SpaceState:
+        """Return what a successor needs of its space; the mappings are not copied."""
+        return SpaceState(
+            space.identity,
+            space.uffd.fileno(),
+            space.page_size,
+            int(space.uffd.features),
+            self.origin.identity,
+            self.token,
+            self.tether,
+            self.is_child,
+            self.own,
+            space.replayed,
+            space.filled,
+            space.mappings.generation != space.born,
+            space.allowance.name if space.allowance is not None else "",
+            space.file.name if space.file is not None else "",
+            space.mappings,
+        )
 
     def record(self, notes: Notes) -> None:
         """Have it recorded as the notes say now."""
