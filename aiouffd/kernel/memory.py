@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiouffd.kernel import files, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.ranges import Range
+from aiouffd.ranges import Range, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]
@@ -199,16 +199,17 @@ class ProcessMemory(OwnedDescriptor):
     def page(self, offset: int, length: int) -> bytes:
         """Return the bytes of one page; fewer where it is missing. From any thread."""
         try:
-            return os.pread(self._fd, length, self.start + offset)
+            data = os.pread(self._fd, length, self.start + offset)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             return b""
+        return data.ljust(length, b"\0") if data and self.file >= 0 else data  # a file may end within its last page
 
     def read_into(self, view: memoryview, offset: int) -> list[int]:
-        """Fill a buffer with the bytes from an offset on, both page-aligned; return where pages are missing.
+        """Fill a buffer of zeros with the bytes from an offset on, both page-aligned; return where pages are missing.
 
-        From any thread. A hole of a memfd reads as zeros.
+        From any thread. A hole of a memfd reads as zeros, as does what is behind its end in its last page.
         """
         done, missing = 0, []
         while done < len(view):
@@ -221,7 +222,7 @@ class ProcessMemory(OwnedDescriptor):
             if not got:
                 missing.append(offset + done)
                 got = mmap.PAGESIZE
-            done += got
+            done += align_up(got, mmap.PAGESIZE)
         return missing
 
 

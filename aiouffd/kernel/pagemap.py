@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Self
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.ranges import Range, RangeSet
+from aiouffd.ranges import Range, RangeSet, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,11 +167,11 @@ class Pagemap(OwnedDescriptor):
 
 
 def data_ranges(fd: int, length: int, at: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of what a memfd or file has from `at` to `length`; the rest is holes."""
+    """Yield (start, end) of what a memfd or file has from `at` to `length`, in whole pages; the rest is holes."""
     while at < length:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
-            at = os.lseek(fd, start, os.SEEK_HOLE)
+            at = align_up(os.lseek(fd, start, os.SEEK_HOLE), mmap.PAGESIZE)  # the file may end within its last page
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end; or it was truncated in between
                 return

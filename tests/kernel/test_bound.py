@@ -14,6 +14,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -454,6 +455,32 @@ def moved() -> None:
 def test_a_region_that_moves() -> None:
     """The kernel takes the protection from what it moves, and no write is missed all the same."""
     play(moved)
+
+
+def cut(engine: str, path: str) -> None:
+    """Scenario: shared memory ends within a page, as its file does then, and that page is written."""
+    with served(engine, max_resident=LIMIT) as monitor:
+        region = monitor.region
+        assert region[10 * PAGE : 10 * PAGE + 8] == word(10)
+        region.resize(10 * PAGE + 3000)
+        assert os.fstat(region.fd).st_size == len(region)
+        if engine == "pager":  # a successor asks which pages are there
+            victim = monitor.pids[1]
+            kill(victim)
+            replaced(monitor, victim)
+        region[10 * PAGE + 8] = 99
+        monitor.evict_sync(0, len(region))
+        shown = content(0, 10 * PAGE + 8) + b"\x63" + content(10 * PAGE + 9, 2991)
+        for _ in range(2):
+            monitor.snapshot_sync(path)
+            assert Path(path).read_bytes() == shown
+            assert region[:] == shown
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread-shared"])
+def test_shared_memory_that_ends_within_a_page(engine: str, tmp_path: Path) -> None:
+    """The last page is there as any other: it is known to be written, not dropped, and in snapshots."""
+    play(cut, engine, str(tmp_path / "image"))
 
 
 def huge(engine: str, shared: bool) -> None:

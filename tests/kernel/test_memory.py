@@ -156,4 +156,10 @@ def test_memory_is_read_without_a_fault() -> None:
     with ProcessMemory(fd) as file:
         assert file.file == fd
         assert file.read_into(memoryview(data)[:PAGE], PAGE) == []
-    assert data[:4] == b"file"
+        assert data[:4] == b"file"
+        os.ftruncate(fd, PAGE + 4)  # it ends within its last page
+        assert file.page(PAGE, PAGE) == b"file".ljust(PAGE, b"\0")
+        assert file.page(2 * PAGE, PAGE) == b""
+        last = bytearray(2 * PAGE)
+        assert file.read_into(memoryview(last), PAGE) == [2 * PAGE]
+        assert last == b"file".ljust(2 * PAGE, b"\0")

@@ -100,6 +100,9 @@ def test_data_ranges_end_at_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(data_ranges(fd, 10 * PAGE)) == [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]
         assert list(data_ranges(fd, 3 * PAGE)) == [(2 * PAGE, 3 * PAGE)]
         assert list(data_ranges(fd, PAGE)) == []
+        os.ftruncate(fd, 9 * PAGE + 1)
+        assert list(data_ranges(fd, 20 * PAGE)) == [(2 * PAGE, 5 * PAGE), (9 * PAGE, 10 * PAGE)]
+        os.ftruncate(fd, 10 * PAGE)
         seek = os.lseek
 
         def truncate(fd: int, at: int, whence: int) -> int:
