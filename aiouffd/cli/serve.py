@@ -21,6 +21,7 @@ from aiouffd.cli import daemon, parameters
 from aiouffd.engine.ahead.pages import Recording
 from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
+from aiouffd.pager.process.handles import grow_table
 from aiouffd.report.perfetto import FaultLog
 from aiouffd.server.clashes import CHOSEN, ClashError, check
 from aiouffd.server.metrics import Endpoint, Metrics
@@ -195,6 +196,7 @@ def _raise_limit() -> None:
     """A client takes some descriptors. The soft limit of 1024 is there for users of select(2)."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    grow_table()
 
 
 class _Nobody(contextlib.nullcontext[None]):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+from pathlib import Path
 
+from pairs import running
 from scenario import eventually, play
 
 from aiouffd.pager.process import worker
@@ -14,6 +17,7 @@ from aiouffd.pager.process.cloning import clone
 from aiouffd.pager.process.handles import (
     close_strays,
     code_of,
+    grow_table,
     has_ended,
     is_open,
     is_pidfd,
@@ -101,3 +105,19 @@ def leaves() -> None:
 def test_what_a_dead_worker_has_left() -> None:
     """The next worker closes what may take long, unless the number is another's by then."""
     play(leaves)
+
+
+def grows() -> None:
+    """Scenario."""
+    grow_table()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert int(status["FDSize"]) >= min(1 << 14, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    assert not is_open(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1)
+
+
+def test_the_table_of_descriptors_grows_before_it_is_shared() -> None:
+    """Later, each doubling would stop the worker for an RCU grace period."""
+    play(grows)
+    with running() as pager:
+        status = Path(f"/proc/{pager.pair.worker_pid}/status").read_text()
+        assert int(status.split("FDSize:")[1].split()[0]) > 256

@@ -23,6 +23,7 @@ __all__ = [
     "close_strays",
     "code_of",
     "explained",
+    "grow_table",
     "has_ended",
     "is_open",
     "is_pidfd",
@@ -38,6 +39,7 @@ __all__ = [
 
 _GLANCE: Final = 0.02  # seconds
 _MOST: Final = 1 << 16  # descriptors that are looked for, one by one
+_TABLE: Final = 1 << 14  # descriptors: 8 bytes each
 _OPEN_FOR_A_MOMENT: Final = ("/memfd:aiouffd-journal", "/memfd:aiouffd-message")
 
 
@@ -177,6 +179,17 @@ def open_descriptors() -> set[int]:
         return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - names, not paths
     except OSError:  # the table is full, or there is no /proc
         return {fd for fd in range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MOST)) if is_open(fd)}
+
+
+def grow_table() -> None:
+    """Have the kernel make the table of descriptors large, while no other process or thread shares it.
+
+    Where one does, each time that the table grows waits for an RCU grace period (`expand_fdtable`): 10 ms and more, in
+    which a worker reads no fault.
+    """
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _TABLE)
+    with contextlib.suppress(OSError):  # nothing is open as 0; or there is no memory
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, most - 1))
 
 
 def is_open(fd: int) -> bool:

@@ -33,6 +33,7 @@ from aiouffd.pager.process.handles import (
     close_strays,
     code_of,
     explained,
+    grow_table,
     has_ended,
     is_open,
     is_pidfd,
@@ -96,6 +97,7 @@ def run(
     """
     called(_KEEPER)
     worker.prepare()
+    grow_table()
     keeper = _Keeper(journal, vault, connection, pickles)
     if hold is not None:
         try:
