@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiouffd.engine import protect
 from aiouffd.engine.protect import WrittenPages
 from aiouffd.ranges import Range
+
+if TYPE_CHECKING:
+    import pytest
 
 PAGE = 4096
 PAGES = 40
@@ -32,6 +37,44 @@ def test_it_is_a_set_of_pages(noted: set[int], asked: list[int], forgotten: list
         low, high = (end & -PAGE for end in forgotten)
         written.forget(low, high)
         assert {page for page in range(PAGES) if page * PAGE in written} == noted - whole(low, high)
+
+
+@given(st.sets(st.integers(0, PAGES - 1)), st.sets(st.integers(0, PAGES - 1)), st.integers(1, 9), st.integers(1, 5))
+def test_what_is_begun_is_saved_once(noted: set[int], again: set[int], size: int, count: int) -> None:
+    """In order, a little at a time. What is written again meanwhile stays, and what was not saved."""
+    with WrittenPages.create(PAGES * PAGE, PAGE) as written:
+        for page in noted:
+            written.note(page * PAGE)
+        at, begun, failed = 0, list[int](), set[int]()
+        while runs := written.begin(at, PAGES * PAGE, size * PAGE, count):
+            pages = [page for low, high in runs for page in range(low // PAGE, high // PAGE)]
+            assert len(runs) <= count
+            assert len(pages) <= size
+            at, begun = runs[-1][1], begun + pages
+            assert all(page * PAGE in written for page in pages)
+            for page in again.intersection(pages):
+                written.note(page * PAGE)
+            saved = len(failed) > 2 or len(pages) != 2
+            written.end(runs[0][0], at, saved=saved)
+            failed |= set() if saved else set(pages)
+        assert begun == sorted(noted)
+        assert {page for page in range(PAGES) if page * PAGE in written} == noted & again | failed
+
+
+def test_a_run_is_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the notes are cut to be looked at."""
+    monkeypatch.setattr(protect, "_PART", 4)
+    with WrittenPages.create(PAGES * PAGE, PAGE) as written:
+        for first, end in ((0, 2), (3, 9), (11, 12), (15, 17), (39, 40)):
+            written.note(first * PAGE, (end - first) * PAGE)
+        runs = [(low // PAGE, high // PAGE) for low, high in written.runs(PAGE, PAGES * PAGE)]
+        assert runs == [(1, 2), (3, 5), (5, 9), (11, 12), (15, 17), (39, 40)]
+        assert written.clean(0, 10 * PAGE) == [Range(2 * PAGE, PAGE), Range(9 * PAGE, PAGE)]
+        losses = written.losses
+        written.forget(12 * PAGE, 15 * PAGE)
+        assert written.losses == losses
+        written.forget(12 * PAGE, 16 * PAGE)
+        assert written.losses > losses
 
 
 def test_notes_are_shared_and_holes_are_clean() -> None:

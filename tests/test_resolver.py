@@ -16,6 +16,7 @@ from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
 PAGE = 4096
@@ -62,6 +63,10 @@ class Kernel:
         return self.fill(start, 0, length, mode)
 
     try_continue = try_poison = try_writeprotect = try_zeropage
+
+    def try_writeprotects(self, ranges: array[int]) -> int:
+        """The kernel knows no such call."""
+        raise NotImplementedError
 
     def try_wake(self, start: int, length: int) -> int:
         """UFFDIO_WAKE."""

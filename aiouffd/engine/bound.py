@@ -32,7 +32,7 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ClosedError, LayoutChangingError, PagerError, SourceError
 from aiouffd.kernel import abi, libc
-from aiouffd.kernel.memory import ProcessMemory, address_of
+from aiouffd.kernel.memory import ProcessMemory, address_of, read_parts
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
 
@@ -252,7 +252,7 @@ class Bound:
 
     def count_noted(self) -> None:
         """Count anew what was written: some of it has been saved."""
-        self.noted = sum(run.length for run in self.written.ranges(0, self.end))
+        self.noted = sum(end - start for start, end in self.written.runs(0, self.end))
 
     def _served(self) -> list[_Space]:
         return [space for space in self._spaces if not space.closing and not space.is_gone]
@@ -261,8 +261,8 @@ class Bound:
         """Return where the offsets [start, end) are shown."""
         return [(space, shown) for space in self._served() for shown in space.mappings.addresses(start, end)]
 
-    def peek(self, start: int, length: int) -> list[tuple[int, bytes]]:
-        """Return (offset, bytes) of what is shown of some pages that were written. What was emptied may be zeros.
+    def peek(self, parts: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """Return (offset, bytes) of what is shown of (offset, length) that were written; of what was emptied, zeros.
 
         Of shared memory from any thread. Private memory may move whenever the loop turns: on the loop.
 
@@ -271,9 +271,12 @@ class Bound:
             LayoutChangingError: it was unmapped or moved just now, and nobody has told that yet.
         """
         if self._file is not None:
-            return [(start, os.pread(self._file.fileno(), length, start))]
+            return read_parts(self._file.fileno(), parts)
         if not self._served():
             raise ClosedError("it is served no longer")
+        return [item for start, length in parts for item in self._peek_privately(start, length)]
+
+    def _peek_privately(self, start: int, length: int) -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
         for _, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)

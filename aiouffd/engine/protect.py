@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 from typing import TYPE_CHECKING, Self
 
 from aiouffd.kernel.memory import map_file
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WrittenPages"]
 
-_NOTED = re.compile(b"[^\0]+")
+_NOTED = bytes([0]) + bytes([1]) * 255
+_PART = 64 << 10  # notes that are looked at together
 _WRITTEN, _BEING_SAVED = 1, 2
 _FORGOTTEN = bytes(256)
 _BEGUN = bytes([0, _BEING_SAVED, _BEING_SAVED]) + bytes(253)
@@ -50,6 +50,8 @@ class WrittenPages:
         self._page = page
         self._count = os.fstat(fd).st_size
         self._notes = map_file(fd, self._count, mmap.ACCESS_WRITE)
+        self.losses: int = 0
+        """How often notes were taken back."""
 
     @classmethod
     def create(cls, length: int, page: int) -> Self:
@@ -80,12 +82,23 @@ class WrittenPages:
         index = offset // self._page
         return index >= self._count or self._notes[index] != 0
 
-    def ranges(self, start: int, end: int) -> Iterator[Range]:
-        """Yield the written pages of [start, end), in order; the parts of a long run may come one by one."""
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of the written pages of [start, end), in order; a long run may come in parts."""
         page, first, last = self._page, start // self._page, min(align_up(end, self._page) // self._page, self._count)
         for low, high in data_ranges(self.fileno(), last, first):  # to read a hole would allocate its pages
-            for run in _NOTED.finditer(self._notes, low, high):
-                yield Range.between(run.start() * page, run.end() * page)
+            for part in range(low, high, _PART):
+                # `find` of one byte in bytes: a twentieth of what a regular expression takes.
+                notes = self._notes[part : min(part + _PART, high)].translate(_NOTED)
+                at = notes.find(1)
+                while at >= 0:
+                    stop = notes.find(0, at)
+                    stop = len(notes) if stop < 0 else stop
+                    yield (part + at) * page, (part + stop) * page
+                    at = notes.find(1, stop)
+
+    def ranges(self, start: int, end: int) -> Iterator[Range]:
+        """As `runs`, as ranges."""
+        return (Range.between(*run) for run in self.runs(start, end))
 
     def clean(self, start: int, end: int) -> list[Range]:
         """Return the whole pages of [start, end) that were not written, in order, joined."""
@@ -95,24 +108,41 @@ class WrittenPages:
 
     def forget(self, start: int, end: int) -> None:
         """Take back what was noted of the whole pages of [start, end)."""
-        for run in list(self.ranges(start, end)):
-            self._change(run.start, run.end, _FORGOTTEN)
+        for run in list(self.runs(start, end)):
+            self._change(*run, _FORGOTTEN)
+            self.losses += 1
 
-    def begin(self, start: int, end: int) -> None:
-        """Take note that what was written of [start, end) is about to be saved, before it is protected and read.
+    def begin(self, start: int, end: int, size: int, count: int) -> list[tuple[int, int]]:
+        """Take note that what was written first of [start, end) is about to be saved: before it is protected and read.
 
-        The range is one of those that `ranges` has yielded: it counts as written until `end` says that it is not, also
-        for a successor.
+        It counts as written until `end` says that it is not, also for a successor.
+
+        Args:
+            start: where to begin.
+            end: where to end.
+            size: the most bytes.
+            count: the most runs of pages.
+
+        Returns:
+            Start and end of each run, in order; none: nothing was written there.
         """
-        self._change(start, end, _BEGUN)
+        found = list[tuple[int, int]]()
+        for low, high in self.runs(start, end):
+            found.append((low, min(high, low + size)))
+            size -= found[-1][1] - low
+            if not size or len(found) == count:
+                break
+        if found:
+            self._change(found[0][0], found[-1][1], _BEGUN)
+        return found
 
     def end(self, start: int, end: int, *, saved: bool) -> None:
         """Take note that it was saved, but for what was written again since `begin`; or that it was not."""
         self._change(start, end, _SAVED if saved else _NOT_SAVED)
 
     def _change(self, start: int, end: int, table: bytes) -> None:
-        first, last = start // self._page, end // self._page
-        self._notes[first:last] = self._notes[first:last].translate(table)
+        for low, high in data_ranges(self.fileno(), end // self._page, start // self._page):
+            self._notes[low:high] = self._notes[low:high].translate(table)
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -28,6 +28,7 @@ from aiouffd.engine.two_threads import two_threads
 from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Iterable
 
     from aiouffd.engine.moving import Moving
@@ -55,6 +56,7 @@ class _Uffd(Protocol):
     def try_continue(self, start: int, length: int, mode: int) -> int: ...
     def try_poison(self, start: int, length: int, mode: int) -> int: ...
     def try_writeprotect(self, start: int, length: int, mode: int) -> int: ...
+    def try_writeprotects(self, ranges: array[int]) -> int: ...
     def try_wake(self, start: int, length: int) -> int: ...
 
 
@@ -169,6 +171,12 @@ class Resolver:
         words[_OP_COUNTER[Op.COPY]] += sum(done > 0 for _, done in parts)
         words[_PARTIAL] += sum(done > 0 < part.left for part, done in parts)
         return parts
+
+    def protect_many(self, ranges: array[int]) -> int:
+        """PROTECT several (start, length) of pages; return how many were done, before the first that was not."""
+        done = self._uffd.try_writeprotects(ranges)
+        self._words[_OP_COUNTER[Op.PROTECT]] += done
+        return done
 
     def uncount(self, run: Run, length: int) -> None:
         """Count `length` bytes of a run as not brought after all: they were counted when it was made."""

@@ -16,7 +16,9 @@ import contextlib
 import errno
 import logging
 import os
+from array import array
 from bisect import bisect_left, bisect_right
+from operator import itemgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 _PIECE = 2 << 20
 _BATCH = 8 << 20  # bytes, or so many pieces, that are protected, read and written together
-_AT_ONCE = 128
+_AT_ONCE = 512
 _WRITES = 16  # of a batch that are under way
 _NAMED = 100  # ranges that an error tells
 _THREADS = 4
@@ -93,7 +95,7 @@ class WriteBack:
 
     async def _flush(self, start: int, end: int) -> None:
         async with self._lock:
-            await self._write(self._written(start, end))
+            await self._write(start, end)
             sync = getattr(self._source, "sync", None)
             if sync is not None:
                 try:
@@ -127,7 +129,7 @@ class WriteBack:
         try:
             for start, end in self._bound.order():
                 async with self._lock:
-                    await self._write(self._written(start, end))
+                    await self._write(start, end)
                 self._bound.reconsider()
                 self._bound.make_room(0, self._page)
                 if self._bound.room >= self._page:
@@ -161,52 +163,55 @@ class WriteBack:
 
     # Pieces
 
-    def _written(self, start: int, end: int) -> list[tuple[int, int]]:
-        end = min(end, self._source.size)
-        runs = list(self._bound.written.ranges(start, end))
-        return [piece for run in runs for piece in pieces(run.start, run.end, self._page, _PIECE)]
+    async def _write(self, start: int, end: int) -> None:
+        at, end, failed = start, min(end, self._source.size), list[tuple[int, int, BaseException]]()
 
-    async def _write(self, ranges: list[tuple[int, int]]) -> None:
-        batches, size = [list[tuple[int, int]]()], 0
-        for item in ranges:
-            if size >= _BATCH or len(batches[-1]) == _AT_ONCE:
-                batches.append([])
-                size = 0
-            batches[-1].append(item)
-            size += item[1]
-        turn = asyncio.Semaphore(2)  # one is protected while the one before is being written
+        async def save() -> None:
+            nonlocal at
+            while runs := self._bound.written.begin(at, end, max(_BATCH, self._page), _AT_ONCE):
+                at = runs[-1][1]
+                failed.extend(await self._save(runs))
 
-        async def save(batch: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
-            async with turn:
-                return await self._save(batch)
-
-        failed = [item for items in await asyncio.gather(*map(save, batches)) for item in items]
+        await asyncio.gather(save(), save())  # one is protected while the one before is being written
         self._bound.count_noted()
         if failed:
+            failed.sort(key=itemgetter(0))
             error = failed[0][2]
             reason = str(error) if isinstance(error, UffdError) else read_failure(error)
             bounds = [number for offset, length, _ in failed[:_NAMED] for number in (offset, length)]
             raise WriteBackError(repr(self._source), reason, *bounds) from error
 
-    async def _save(self, batch: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
-        """Save some pieces (offset, length); return those that the source has not taken, and why."""
-        written, parts, results = self._bound.written, batch, list[BaseException | None]()
-        for offset, length in batch:
-            written.begin(offset, offset + length)
+    async def _save(self, runs: list[tuple[int, int]]) -> list[tuple[int, int, BaseException]]:
+        """Save what was begun; return the pieces (offset, length) that the source has not taken, and why."""
+        written, results = self._bound.written, list[BaseException | None]()
+        batch = parts = _pieces(runs, self._page)
+        losses = written.losses
         try:
             await self._protect(batch)
-            data = self._still_written(await self._peeked(batch))
+            data = await self._peeked(batch)
+            if written.losses != losses:
+                data = self._still_written(data)
             parts = [(offset, align_up(len(some), self._page)) for offset, some in data]
             results = await self._hand_over(data)
         except Exception as error:  # noqa: BLE001 - it is told
             results = [error] * len(parts)
         finally:
             results = results or [ClosedError("it is served no longer")] * len(parts)
-            for (offset, length), result in zip(parts, results, strict=True):
-                written.end(offset, offset + length, saved=result is None)
-                self._words[Counter.PAGES_WRITTEN_BACK] += (result is None) * length // self._page
+            self._take_note(batch, parts, results)
         pairs = zip(parts, results, strict=True)
         return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+
+    def _take_note(
+        self, batch: list[tuple[int, int]], parts: list[tuple[int, int]], results: list[BaseException | None]
+    ) -> None:
+        written = self._bound.written
+        if parts == batch and all(result is None for result in results):
+            written.end(batch[0][0], sum(batch[-1]), saved=True)
+        else:
+            for (offset, length), result in zip(parts, results, strict=True):
+                written.end(offset, offset + length, saved=result is None)
+        saved = sum(length for (_, length), result in zip(parts, results, strict=True) if result is None)
+        self._words[Counter.PAGES_WRITTEN_BACK] += saved // self._page
 
     def _still_written(self, parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Return what is left of parts (offset, bytes): what was emptied or unmapped meanwhile is not saved.
@@ -234,7 +239,7 @@ class WriteBack:
 
     def _peek(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         size = self._source.size
-        return [part for offset, length in batch for part in self._bound.peek(offset, min(length, size - offset))]
+        return self._bound.peek([(offset, min(length, size - offset)) for offset, length in batch])
 
     async def _hand_over(self, parts: list[tuple[int, bytes]]) -> list[BaseException | None]:
         """Give parts (offset, bytes) to the source; return why it has not taken them, for each."""
@@ -261,11 +266,21 @@ class WriteBack:
         starts = [offset for offset, _ in batch]
         for space, shown in places:
             skew, end = shown.start - shown.offset, shown.offset + shown.end - shown.start
-            first = max(bisect_right(starts, shown.offset) - 1, 0)
+            first, ranges = max(bisect_right(starts, shown.offset) - 1, 0), array("Q")
             for offset, length in batch[first : bisect_left(starts, end)]:
                 low, high = max(offset, shown.offset), min(offset + length, end)
                 if low < high:
-                    await _arm(space, low + skew, high - low)
+                    ranges.extend((low + skew, high - low))
+            done = 0 if space.is_gone or space.closing else space.resolver.protect_many(ranges)
+            for at in range(2 * done, len(ranges), 2):
+                await _arm(space, *ranges[at : at + 2])
+
+
+def _pieces(runs: list[tuple[int, int]], page: int) -> list[tuple[int, int]]:
+    """Return the (offset, length) of runs; long ones are cut."""
+    if all(end - start == page for start, end in runs):  # as at random
+        return [(start, page) for start, _ in runs]
+    return [piece for run in runs for piece in pieces(*run, page, _PIECE)]
 
 
 async def _arm(space: Any, start: int, length: int) -> None:

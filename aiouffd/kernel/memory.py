@@ -10,14 +10,16 @@ import functools
 import mmap
 import os
 import re
+from array import array
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from aiouffd import native
 from aiouffd.kernel import files, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import Range, align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]
+    from collections.abc import Buffer, Iterator, Sequence  # type: ignore[attr-defined,unused-ignore]
 
 __all__ = [
     "MAP_NORESERVE",
@@ -27,8 +29,10 @@ __all__ = [
     "map_file",
     "mapped",
     "mappings_of",
+    "read_parts",
     "unreadable",
     "unshare_memory",
+    "write_parts",
     "zero_blocks",
     "zeros",
 ]
@@ -60,6 +64,33 @@ _get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_in
 _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = [ctypes.POINTER(_PyBuffer)]
 _release_buffer.restype = None
+
+
+def read_parts(fd: int, parts: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+    """Return (offset, bytes) of parts (offset, length) of a file, by one call. Raises OSError."""
+    if native.reason():
+        return [(offset, os.pread(fd, length, offset)) for offset, length in parts]
+    words, buffer = array("Q", [word for part in parts for word in part]), bytearray(sum(length for _, length in parts))
+    address, _ = words.buffer_info()
+    arguments = ctypes.c_void_p(address), len(parts), ctypes.c_void_p(address_of(buffer))
+    done, at = native.library().aiouffd_reads(fd, *arguments), 0
+    found = list[tuple[int, bytes]]()
+    for offset, length in parts[:done]:
+        found.append((offset, bytes(buffer[at : at + length])))
+        at += length
+    return found + [(offset, os.pread(fd, length, offset)) for offset, length in parts[done:]]
+
+
+def write_parts(fd: int, parts: Sequence[tuple[int, Any]]) -> int:
+    """Write parts (offset, bytes) of a file by one call; return how many were written, before the first that was not.
+
+    Where that one was written in part, the rest of it is anybody's to write. No buffer but bytes is written.
+    """
+    if native.reason() or not all(isinstance(data, bytes) for _, data in parts):
+        return 0
+    words = array("Q", [word for offset, data in parts for word in (offset, len(data))])
+    pointers, (address, _) = (ctypes.c_char_p * len(parts))(*[data for _, data in parts]), words.buffer_info()
+    return int(native.library().aiouffd_writes(fd, ctypes.c_void_p(address), len(parts), pointers))
 
 
 def address_of(buffer: Any) -> int:

@@ -387,6 +387,19 @@ class Userfaultfd(OwnedDescriptor):
             abi.UFFDIO_WRITEPROTECT, bytearray(abi.WRITEPROTECT_STRUCT.pack(start, length, mode)), length, None
         )
 
+    def try_writeprotects(self, ranges: array[int]) -> int:
+        """Protect several ranges; return how many were done, before the first that was not.
+
+        Args:
+            ranges: start and length of each.
+        """
+        if native.reason():
+            each = zip(ranges[::2], ranges[1::2], strict=True)
+            done = (self.try_writeprotect(*item, abi.WRITEPROTECT_MODE_WP) == item[1] for item in each)
+            return sum(itertools.takewhile(bool, done))
+        address, _ = ranges.buffer_info()
+        return int(native.library().aiouffd_protects(self._fd, ctypes.c_void_p(address), len(ranges) // 2))
+
     def try_wake(self, start: int, length: int) -> int:
         """UFFDIO_WAKE."""
         return self._attempt(abi.UFFDIO_WAKE, bytearray(_pack_range(start, length)), length, None)

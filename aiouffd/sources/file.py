@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiouffd.errors import BusyError, ShortReadError, SourceError
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import address_of, map_file, zero_blocks
+from aiouffd.kernel.files import write_at
+from aiouffd.kernel.memory import address_of, map_file, write_parts, zero_blocks
 from aiouffd.kernel.owned_descriptor import inode
 from aiouffd.lifetime import until_exit
 from aiouffd.sources.base import Descriptor
@@ -402,13 +403,12 @@ class FileSource:
     def _write_many(self, parts: list[tuple[int, Any]]) -> None:
         change = self._pin.changed()
         for offset, data in parts:
-            with memoryview(data).cast("B") as view:
-                length, done = len(view), 0
-                if not self.writable or change is not None or offset + length > self.size:
-                    reason = change[1] if change is not None else "it is not writable, or shorter"
-                    raise SourceError(repr(self), offset, length, reason)
-                while done < length:
-                    done += os.pwrite(self._fd, view[done:] if done else view, offset + done)
+            length = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+            if not self.writable or change is not None or offset + length > self.size:
+                reason = change[1] if change is not None else "it is not writable, or shorter"
+                raise SourceError(repr(self), offset, length, reason)
+        for offset, data in parts[write_parts(self._fd, parts) :]:
+            write_at(self._fd, data, offset)
 
     async def sync(self) -> None:
         """Have what was written be on the disk (fsync(2))."""

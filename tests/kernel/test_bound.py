@@ -403,7 +403,7 @@ def test_what_is_on_its_way_stays() -> None:
         bound.lost([(0, 8 * PAGE)])
         assert 0 in written
     with WrittenPages.create(PAGE, PAGE) as written, pytest.raises(ClosedError):
-        Bound(written, PAGE, None, counters).peek(0, PAGE)
+        Bound(written, PAGE, None, counters).peek([(0, PAGE)])
 
 
 def forked() -> None:

@@ -7,15 +7,28 @@ import fcntl
 import mmap
 import os
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pattern import PAGE
+from scenario import play
 
 import aiouffd
+from aiouffd import native
 from aiouffd.kernel import libc
-from aiouffd.kernel.memory import ProcessMemory, SealedMemory, address_of, map_file, mapped, unreadable, zeros
+from aiouffd.kernel.memory import (
+    ProcessMemory,
+    SealedMemory,
+    address_of,
+    map_file,
+    mapped,
+    read_parts,
+    unreadable,
+    write_parts,
+    zeros,
+)
 from aiouffd.ranges import Range
 
 
@@ -163,3 +176,35 @@ def test_memory_is_read_without_a_fault() -> None:
         last = bytearray(2 * PAGE)
         assert file.read_into(memoryview(last), PAGE) == [2 * PAGE]
         assert last == b"file".ljust(2 * PAGE, b"\0")
+
+
+@pytest.mark.parametrize("missing", ["", "left out"])
+def test_parts_of_a_file_by_one_call(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ends before its end has fewer bytes, and what is behind it has none; the parts behind that are read."""
+    monkeypatch.setattr(native, "reason", lambda: missing)
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    with path.open("rb+", buffering=0) as file:
+        wanted = [(2, 3), (8, 4), (20, 1), (0, 1)]
+        assert read_parts(file.fileno(), wanted) == [(2, b"234"), (8, b"89"), (20, b""), (0, b"0")]
+        assert read_parts(file.fileno(), []) == []
+        assert write_parts(file.fileno(), [(1, b"ab"), (6, b"c")]) == (0 if missing else 2)
+        assert path.read_bytes() == (b"0123456789" if missing else b"0ab345c789")
+        assert write_parts(file.fileno(), [(1, b"no"), (6, memoryview(b"no"))]) == 0
+        assert b"no" not in path.read_bytes()
+
+
+def limited(path: str) -> None:
+    """Scenario: a file may not become larger."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, 6))
+    with Path(path).open("rb+", buffering=0) as file:
+        assert write_parts(file.fileno(), [(0, b"ab"), (5, b"cd"), (0, b"ef")]) == 1
+        assert write_parts(file.fileno(), [(6, b"cd")]) == 0
+    assert Path(path).read_bytes() == b"ab\0\0\0c"
+
+
+def test_parts_that_a_disk_does_not_take(tmp_path: Path) -> None:
+    """The first that is written in part, or not at all, ends it."""
+    (tmp_path / "file").touch()
+    play(limited, str(tmp_path / "file"))

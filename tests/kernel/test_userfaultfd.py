@@ -14,15 +14,17 @@ import socket
 import struct
 import sys
 import threading
+from array import array
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NoReturn
+from unittest import mock
 
 import pytest
 from pattern import PAGE, peek
 from scenario import play
 
 import aiouffd
-from aiouffd import Feature, Ioctl, RegisterMode, Userfaultfd
+from aiouffd import Feature, Ioctl, RegisterMode, Userfaultfd, native
 from aiouffd.kernel import abi, libc, userfaultfd
 from aiouffd.kernel.memory import SealedMemory, address_of
 
@@ -547,6 +549,18 @@ def write_protection() -> None:
         uffd.writeprotect(base, PAGE, protect=False, wake=False)
         uffd.wake(base, PAGE)
         writer.join()
+        # Several by one call end before the first that is in no mapping.
+        ranges = array("Q", [base, PAGE, base + PAGE, PAGE, base + 8 * PAGE, PAGE, base, PAGE])
+        for missing in ("", "left out"):
+            with mock.patch.object(native, "reason", lambda why=missing: why):
+                uffd.writeprotect(base, 2 * PAGE, protect=False)
+                assert uffd.try_writeprotects(ranges) == 2
+            assert uffd.try_writeprotects(ranges[4:]) == uffd.try_writeprotects(ranges[:0]) == 0
+            writer = threading.Thread(target=write)
+            writer.start()
+            assert next_events(uffd)
+            uffd.writeprotect(base, 2 * PAGE, protect=False)
+            writer.join()
 
 
 def test_write_protection() -> None:

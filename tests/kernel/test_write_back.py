@@ -379,7 +379,7 @@ def test_what_cannot_be_written_back_is_refused(tmp_path: Path) -> None:
 
 def protecting(protect: Any, *mappings: Mapping) -> Any:
     """Return a space of which pages are protected so."""
-    uffd = Mock(try_writeprotect=protect)
+    uffd = Mock(try_writeprotect=protect, try_writeprotects=lambda _: 0)
     resolver = Resolver(uffd, PAGE, Counters())
     return SimpleNamespace(uffd=uffd, resolver=resolver, closing=False, is_gone=False, mappings=Mappings(mappings))
 
@@ -425,7 +425,8 @@ async def test_private_memory_is_read_on_the_loop() -> None:
     """Its region may move while any other thread runs; what is moving just now is read when that has been told."""
     threads, protected, moves = list[int](), list[list[tuple[int, int]]](), [PAGE]
 
-    def peek(offset: int, length: int) -> list[tuple[int, bytes]]:
+    def peek(parts: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        ((offset, length),) = parts
         threads.append(threading.get_ident())
         if offset in moves:
             moves.remove(offset)
@@ -488,9 +489,9 @@ async def test_what_is_emptied_while_it_is_saved() -> None:
     async def write(offset: int, data: bytes) -> None:
         taken[offset] = data
 
-    def peek(offset: int, length: int) -> list[tuple[int, bytes]]:
+    def peek(parts: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         written.forget(2 * PAGE, 3 * PAGE)
-        return [(offset, content(offset, length))]
+        return [(offset, content(offset, length)) for offset, length in parts]
 
     with WrittenPages.create(16 * PAGE, PAGE) as written:
         written.note(PAGE, 4 * PAGE)
