@@ -262,7 +262,8 @@ class Served:
             self._keep(state.identity, state.fd)
         try:
             self._write((Kind.SPACE, *record), (Kind.MAPPINGS, state.identity, rows))
-            self.note_meta(spin_us=self.dispatcher.spin_us)
+            if self.meta.spin_us != self.dispatcher.spin_us:
+                self.note_meta(spin_us=self.dispatcher.spin_us)
         except JournalFullError as error:  # what the others have is kept
             self.dispatcher.drop(space)
             reason = f"there is no room for {len(state.mappings)} more mappings: the pager's journal is full"
@@ -352,9 +353,8 @@ class Served:
 
     def find(self, token: str) -> Space | None:
         """Return the space of a token."""
-        orphaned, spaces = "/" in token, self.dispatcher.spaces.values()
-        its = ((space, self.tenancies[space.identity]) for space in spaces)
-        return next((space for space, at in its if at.token == token and (orphaned or not at.is_child)), None)
+        orphaned, its = "/" in token, self.tenancies.values()
+        return next((at.space for at in its if at.token == token and (orphaned or not at.is_child)), None)
 
     async def wanted(self, token: str) -> tuple[Space, Tenancy]:
         """Return the space of a token, once its source has been opened.
