@@ -206,7 +206,7 @@ class TargetExitedError(OperationError):
 class BusyError(OperationError):
     """EBUSY: another userfaultfd or Monitor uses the memory, or a page is pinned or shared."""
 
-    _advice = "it is in use"
+    _advice = "it is in use: wait until it is let go"
 
 
 class ClosedError(UffdError):

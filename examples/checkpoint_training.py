@@ -9,6 +9,7 @@ parameters, and a number of steps that says which of them is complete.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("layers", nargs="?", help="folder of the checkpoints (default: kill a run, and go on from it)")
     parser.add_argument("--steps", type=int, default=1000, help="to train in all (%(default)s)")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        parser.error("PyTorch is not installed: pip install torch")
     if arguments.layers:
         run(arguments.layers, arguments.steps)
         return

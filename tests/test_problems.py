@@ -17,7 +17,7 @@ from aiouffd.server.control.problems import problem_of
         (msgspec.ValidationError("Object missing required field `x`"), 422, "invalid", "required field", "$.x"),
         (msgspec.DecodeError("truncated"), 400, "malformed", "truncated", ""),
         (UnknownSessionError("a", "is not there"), 404, "no-session", "the session 'a' is not there", ""),
-        (aiouffd.SessionError("a", "is there already"), 409, "session-state", "is there already", ""),
+        (aiouffd.SessionError("a", "records nothing"), 409, "session-state", "records nothing", ""),
         (aiouffd.StoreError("x", 0, 0, "is damaged"), 502, "source", "x: is damaged", ""),
         (aiouffd.PagerDiedError("it died"), 503, "pager", "it died", ""),
         (FileNotFoundError(2, "No such file", "/x"), 409, "system", "/x: No such file", ""),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pattern import PAGE
 from scenario import open_descriptors
 
+from aiouffd.engine.ahead.pages import Recording
 from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint, stored
 from aiouffd.engine.readahead import Readahead
 from aiouffd.errors import SourceError, TraceError
@@ -301,6 +302,13 @@ def test_a_link_stays(tmp_path: Path) -> None:
     record(tmp_path / "link", [PAGE])
     assert (tmp_path / "link").is_symlink()
     assert list(Trace.load(tmp_path / "trace").offsets) == [PAGE]
+
+
+def test_an_error_names_the_path(tmp_path: Path) -> None:
+    """Also of a `Recording`."""
+    with pytest.raises(FileNotFoundError) as caught:
+        Recorder.create(Recording(tmp_path / "no" / "trace", pages=True), PAGE, SIZE)
+    assert caught.value.filename == str(tmp_path / "no" / "trace")
 
 
 def test_two_that_record_to_one_path(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class Allowance:
         bucket.take(tokens, now)
         if bucket.level(now) <= 0 and self._hold() and now - self._said >= _SAID_AGAIN:
             self._said = now
-            log.warning("%s has used up its %.6g %s a second, and is slowed", self.name, bucket.rate, what)
+            log.warning("%s has used up its %s %s a second, and is slowed", self.name, f"{bucket.rate:,.0f}", what)
 
     def _hold(self) -> bool:
         """Have no space read until it has refilled; tell whether that is new."""

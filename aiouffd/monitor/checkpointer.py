@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Self, SupportsFloat, Unpack
 
 from aiouffd.errors import UffdError, refuse_unknown
 from aiouffd.lifetime import begun, uninterrupted
@@ -72,6 +72,8 @@ class Checkpointer:
         **options: Unpack[LiveOptions],
     ) -> None:
         refuse_unknown("Checkpointer()", options, LiveOptions.__optional_keys__)
+        if every is not None and not isinstance(every, SupportsFloat):
+            raise TypeError(f"every= is a number of seconds, above 0, or None, not {every!r}")
         if every is not None and not every > 0:
             raise ValueError(f"every= is a number of seconds, above 0, not {every!r}")
         if keep < 1:

@@ -169,7 +169,7 @@ class Recordings:
         """
         check({*self._given, "record"})
         if self.terms is not None:
-            raise SessionError(self._session, f"records already, to {self.terms.path}")
+            raise SessionError(self._session, f"records already, to {self.terms.path}: stop that first")
         place = Path(terms.path)
         Recorder.create(place / ".trace" if place.is_dir() else place, 0, 0).discard()
         self.terms = terms

@@ -302,7 +302,7 @@ class Server:
         """
         self._check_ending(name)
         if name in self.sessions:
-            raise SessionError(name, "is there already")
+            raise SessionError(name, "is there already: delete it first, or use another name")
         with self._yielding.change(name):
             session = self._add(name, origin, settings, note)
             try:
@@ -327,7 +327,8 @@ class Server:
             SessionError: it has clients, or the server is about to be taken over from.
         """
         if not session.is_idle:
-            raise SessionError(session.name, f"serves {session.served} clients, or is just taking one")
+            reason = f"serves {session.served} clients, or is just taking one: drain or complete it first"
+            raise SessionError(session.name, reason)
         with self._yielding.change(session.name):
             del self.sessions[session.name]
             counted = session.statistics()

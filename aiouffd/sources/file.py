@@ -105,7 +105,8 @@ class FileSource:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
             except OSError as error:
                 os.close(fd)
-                raise BusyError(f"writing to {self.path}", 0, 0, errno.EBUSY) from error
+                operation = f"writing to {self.path}, as another program or source does"
+                raise BusyError(operation, 0, 0, errno.EBUSY) from error
         self._adopt(fd, status.st_size, -1 if writable else status.st_mtime_ns)
 
     @classmethod

@@ -112,6 +112,8 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     monitor = aiouffd.Monitor(aiouffd.Region(PAGE))
     with pytest.raises(ValueError, match="every="):
         aiouffd.Checkpointer(monitor, tmp_path, every=0)
+    with pytest.raises(TypeError, match="every= is a number of seconds"):
+        aiouffd.Checkpointer(monitor, tmp_path, every="1 s")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keep="):
         aiouffd.Checkpointer(monitor, tmp_path, keep=0)
     options: dict[str, Any] = {"evry": 1}

@@ -63,7 +63,8 @@ def test_the_commands(
         assert settings["source"] == str(image)
         assert settings["events_per_second"] == 100000
         assert settings["owner"] == {"uid": os.geteuid(), "gid": os.getegid()}
-        assert "'vm-1' is there already" in run(capsys, "create", "vm-1", image.name, "--socket", path, status=1)
+        there = "'vm-1' is there already: delete it first, or use another name (`aiouffd ctl show`"
+        assert there in run(capsys, "create", "vm-1", image.name, "--socket", path, status=1)
         assert "is no owner" in run(capsys, "create", "b", "c", "--socket", path, "--owner", "root", status=2)
         play(client, path, 1 << 20)
         assert "vm-1" in run(capsys, "list")

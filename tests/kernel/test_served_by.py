@@ -182,6 +182,17 @@ def test_statistics_that_are_none(tmp_path: Path) -> None:
             monitor.prefetch_sync(0, PAGE, 10.0)
 
 
+def test_a_server_that_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names it; it is not waited for again."""
+    with server_that_answers(tmp_path / "socket", lambda _: b""):
+        monitor = aiouffd.Monitor(aiouffd.Region(SIZE), engine=aiouffd.ServedBy(str(tmp_path / "socket")))
+        with monitor:
+            for patience in (0.05, 100.0):
+                monkeypatch.setattr(served_by, "_TIMEOUT", patience)
+                with pytest.raises(aiouffd.PagerError, match=r"socket does not answer: see its log"):
+                    monitor.statistics()
+
+
 def test_a_server_that_does_not_answer_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

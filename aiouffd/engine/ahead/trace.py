@@ -266,9 +266,9 @@ class Recorder(OwnedDescriptor):
             fd = begin(final)
             os.write(fd, HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0, source))
         except BlockingIOError:
-            raise OSError(errno.EBUSY, "another process records there", str(path)) from None
+            raise OSError(errno.EBUSY, "another process records there", os.fspath(path)) from None
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         return cls(fd, final)
 
     def travel(self) -> Any:

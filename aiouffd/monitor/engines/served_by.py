@@ -189,8 +189,16 @@ class ServedByEngine:
         """Do nothing: the loop runs in another process."""
 
     def statistics(self) -> Statistics:
-        """Return what the server has counted, for all its clients."""
-        answer = self._requests("statistics").result(0.0 if self._silent else _TIMEOUT)
+        """Return what the server has counted, for all its clients.
+
+        Raises:
+            PagerError: it does not answer.
+        """
+        try:
+            answer = self._requests("statistics").result(0.0 if self._silent else _TIMEOUT)
+        except TimeoutError:
+            self._silent = True
+            raise PagerError(f"the server at {self._path} does not answer: see its log") from None
         try:
             return Statistics(**answer)
         except TypeError as error:

@@ -184,7 +184,7 @@ class Actions:
     async def _make(self, new: NewSession, made: socket.socket | None = None) -> Session:
         settings = new.settings()
         if new.name in self._server.sessions:
-            raise SessionError(new.name, "is there already")
+            raise SessionError(new.name, "is there already: delete it first, or use another name")
         _check_paths(new)
         try:
             async with asyncio.timeout(new.timeout):
@@ -230,7 +230,7 @@ class Actions:
         """Stop it."""
         session = self._find(name)
         if session.recordings.terms is None:
-            raise SessionError(name, "records nothing")
+            raise SessionError(name, "records nothing: begin a recording first")
         return await session.recordings.stop()
 
     async def attach(self, name: str, what: Attach) -> Attached:

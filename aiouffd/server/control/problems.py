@@ -32,7 +32,7 @@ _KINDS: Final = (
     _Kind(msgspec.ValidationError, "invalid", "Invalid request", 422, "see /openapi.json for the fields"),
     _Kind((msgspec.DecodeError, UnicodeDecodeError), "malformed", "No JSON", 400, "send a JSON object"),
     _Kind(UnknownSessionError, "no-session", "No such session", 404, "list the sessions"),
-    _Kind(SessionError, "session-state", "Not now", 409, "drain, complete or delete it first, or use another name"),
+    _Kind(SessionError, "session-state", "Not now", 409, "`aiouffd ctl show` tells its state"),
     _Kind(SourceError, "source", "The source fails", 502, "check that the server's user can reach and read it"),
     _Kind(PagerError, "pager", "The pager fails", 503, "see the server's log; start the server again if it has ended"),
     _Kind(OSError, "system", "The system refuses", 409, "check the path, and what the server's user may do there"),
