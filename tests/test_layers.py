@@ -98,6 +98,7 @@ ORDER = {
             "places",
             "protect",
             "clock",
+            "dropping",
             "bound",
             "write_back",
             "kept",

@@ -21,17 +21,18 @@ import os
 import weakref
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
+from aiouffd.engine.dropping import drop
 from aiouffd.engine.places import locked
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ClosedError, LayoutChangingError, PagerError, SourceError
-from aiouffd.kernel import abi, libc
+from aiouffd.kernel import abi
 from aiouffd.kernel.memory import ProcessMemory, address_of, read_parts
 from aiouffd.kernel.pagemap import data_ranges
 from aiouffd.ranges import Range, RangeSet
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.deferred import Deferred
+    from aiouffd.engine.dropping import Part
     from aiouffd.engine.flight import Flights
     from aiouffd.engine.mappings import Mapping, Mappings
     from aiouffd.engine.protect import WrittenPages
@@ -54,7 +56,6 @@ __all__ = ["Bound", "losing"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 T = TypeVar("T")
-_Part: TypeAlias = "tuple[int, int, list[tuple[int, int]]]"  # of offsets, and where they are shown
 
 # An instruction may need four pages at once, and would fault for ever without one of them.
 _NEWEST = 3  # blocks that stay
@@ -381,7 +382,7 @@ class Bound:
             return None
         low, high = next(self._oldest(start, length), (0, 0))
         parts = [part for item in self.written.clean(low, high) for part in self._going(item)]
-        finish = self._begin(partial(_dropped, self._file, parts), self._gone)
+        finish = self._begin(partial(drop, self._file, parts), self._gone)
 
         def finished() -> None:
             finish()
@@ -423,12 +424,12 @@ class Bound:
     def _drop(self, item: Range) -> int:
         before = self._evicted
         for part in self._going(item):
-            self._call(partial(_dropped, self._file, [part]), self._gone)
+            self._call(partial(drop, self._file, [part]), self._gone)
             if self.is_waiting:
                 break
         return self._evicted - before
 
-    def _going(self, item: Range) -> Iterator[_Part]:
+    def _going(self, item: Range) -> Iterator[Part]:
         """Yield what may be dropped of some offsets; who must know that before is told."""
         spaces = self._served()
         for low, high in self._shown(spaces, item):
@@ -515,32 +516,6 @@ def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]
 def _wait_for_file(space: _Space, waits: bool) -> None:  # noqa: FBT001 - of a callback
     if space.on_file is not None:
         space.on_file(space, waits)
-
-
-def _dropped(file: OwnedDescriptor | None, parts: Iterable[_Part]) -> list[tuple[int, int, OSError | None]]:
-    """Drop pages, in any thread while the loop waits; return the start and end of each part, and why it stays."""
-    outcomes: list[tuple[int, int, OSError | None]] = []
-    for low, high, places in parts:
-        failure = None
-        try:
-            if file is not None:
-                libc.punch_hole(file.fileno(), low, high - low)
-            else:
-                for start, end in places:
-                    _empty(start, end)
-        except OSError as error:
-            failure = error
-        outcomes.append((low, high, failure))
-    return outcomes
-
-
-def _empty(start: int, end: int) -> None:
-    try:
-        libc.madvise(start, end - start, mmap.MADV_DONTNEED)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        libc.madvise(start, end - start, libc.MADV_DONTNEED_LOCKED)
 
 
 class _Resolver(Resolver):
