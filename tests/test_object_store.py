@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import shutil
 import socket
@@ -15,8 +16,10 @@ from scenario import play
 from stored import DATA, SIZE, travelled
 
 import aiouffd
+from aiouffd.engine.serve.common import is_far
 from aiouffd.errors import decode_error, encode_error
 from aiouffd.sources import steps
+from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.plain_http import PlainHttp
 from examples.page_server import serving
@@ -51,6 +54,30 @@ async def test_objects_over_http(url: str) -> None:
     assert bytes(await again.read(7, 7)) == DATA[7:14]
     with pytest.raises(aiouffd.SourceError):
         await source.read(SIZE - 1, 100)
+
+
+@pytest.mark.parametrize("options", [{}, HEADERS])
+async def test_the_first_page_comes_with_the_size(url: str, options: dict[str, Any]) -> None:
+    """It is at hand, also where the source has travelled to; all else has to be asked for."""
+    source = aiouffd.ObjectSource(f"{url}/data.bin", **options)
+    assert source.read_nowait(0, 1) is None  # nothing was asked for
+    await source.prepare()
+    for one in (source, travelled(source)):
+        assert one.read_nowait(0, mmap.PAGESIZE) == DATA[: mmap.PAGESIZE]
+        assert one.read_nowait(5, 7) == DATA[5:12]
+        assert one.read_nowait(0, mmap.PAGESIZE + 1) is None
+        assert one.read_nowait(mmap.PAGESIZE, 1) is None
+        assert is_far(one)
+        assert not ConcatSource([one]).local
+
+
+async def test_no_bytes_of_a_version_that_nothing_names() -> None:
+    """Nothing would notice that they are of another one than those that are read later."""
+    with odd_http.serving("none") as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        assert source._witness == (0, odd_http.DATA[: mmap.PAGESIZE])
+        assert source.read_nowait(0, 1) is None
 
 
 async def test_64_ranges_at_once(url: str) -> None:

@@ -60,6 +60,19 @@ async def test_small_steps_are_made_together() -> None:
     assert precedence.may_step(PAGE)
 
 
+async def test_small_steps_that_wait_are_made_together() -> None:
+    """As many in a turn of the loop as may be made at once. A large one is alone; who has gone costs nothing."""
+    precedence = Precedence()
+    sizes = [PAGE, 2 * MIB, *9 * [8 << 10], 2 * MIB]
+    steps = [precedence.turn(size=size) for size in sizes]
+    steps[3].cancel()
+    made: list[list[int]] = []
+    while precedence._is_turning:
+        await asyncio.sleep(0)
+        made.append([number for number, step in enumerate(steps) if step.done() and not step.cancelled()])
+    assert [each for each in made if each] == [[0], [0, 1], [0, 1, 2, *range(4, 11)], [0, 1, 2, *range(4, 12)]]
+
+
 async def test_a_page_that_has_come_waits_for_nobody_if_it_is_touched() -> None:
     """What was read ahead is placed in its turn, or with the first fault that waits for it."""
     source = Held()

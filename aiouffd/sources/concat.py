@@ -39,7 +39,8 @@ class ConcatSource:
     @property
     def local(self) -> bool:
         """Whether all parts may have bytes without waiting."""
-        return all(hasattr(part, "locate") or hasattr(part, "read_nowait") for part in self.parts)
+        quick = (getattr(part, "local", hasattr(part, "locate") or hasattr(part, "read_nowait")) for part in self.parts)
+        return all(quick)
 
     def _find(self, offset: int) -> tuple[Any, int]:
         """Return (part, offset in it)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import mmap
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources import repeated
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
-from aiouffd.sources.plain_http import PlainHttp, first_byte
+from aiouffd.sources.plain_http import PlainHttp, first_bytes
 from aiouffd.sources.steps import noted
 from aiouffd.sources.storage_options import check_options
 from aiouffd.sources.store_client import StoreClient, is_lost
@@ -42,7 +43,7 @@ _FORKED = (
     "obstore does not survive a fork, and the parent of this process has used it: start the process by spawn or"
     " forkserver of multiprocessing"
 )
-_WITNESS = 4096  # bytes of a read that are read again where nothing names the version
+_WITNESS = mmap.PAGESIZE  # bytes of the first answer; and of a read, to be read again where nothing names the version
 _SENT_AS_IT_IS = re.compile(
     r"http://[a-z\d.:[\]-]+(?:/(?!\.|%2[eE])[\w%:=&~+!$,;@()*.-]*)+(?:\?[\w%:=&~+!$,;@()*./?-]+)?", re.ASCII
 )  # no user, nothing that is quoted or left out
@@ -82,6 +83,8 @@ class ObjectSource:
     """The engine does not repeat a failed read: this source has."""
     gives = True
     """Nobody else reads what `read` returns."""
+    local = False
+    """`read_nowait` has only what the first request has brought."""
 
     def __init__(
         self, url: str, *, timeout: float | None = None, retries: int | None = None, **options: Unpack[StorageOptions]
@@ -158,6 +161,13 @@ class ObjectSource:
         self._most = retries if own_retries is None else own_retries
         self._on_retry = on_retry
         self._goes_direct = True
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """Return bytes that came with the size, if they are of a version that is known: files begin with a header."""
+        begin, data = self._witness
+        if begin or offset + length > len(data) or self._pinned is None or not self._pinned.names_version:
+            return None
+        return data[offset : offset + length]
 
     async def read(self, offset: int, length: int) -> Any:
         """Return the bytes, in the buffer that the store has received them in. Canceling is safe.
@@ -278,7 +288,7 @@ class ObjectSource:
                 tries += 1
 
     def _first(self) -> Validator:
-        """Ask for the first byte: the answer has the size and the validators. Blocks."""
+        """Ask for the first page: the answer has the size and the validators. Blocks."""
         found = self._look_directly() or self.ask(self._look)
         if found.size and not found.names_version:
             repeated.warn(self, "has no ETag and no Last-Modified: changes that keep the size may not be noticed")
@@ -289,7 +299,7 @@ class ObjectSource:
         if not self._may_go_direct():
             return None
         try:
-            answer = first_byte(self.url, self._seconds)
+            answer = first_bytes(self.url, _WITNESS, self._seconds)
         except RequestError as error:
             if error.failure.timed_out:
                 raise self._error(error.failure, 0, 0) from error
@@ -302,7 +312,7 @@ class ObjectSource:
     def _look(self, client: StoreClient | PlainHttp) -> Validator:
         # Not by HEAD: a URL may be signed for GET only, and servers forget HEAD. A server without Range says so now.
         try:
-            answer = client.get(0, 1, None)
+            answer = client.get(0, _WITNESS, None)
         except RequestError as error:
             if error.failure.status != 416:
                 raise

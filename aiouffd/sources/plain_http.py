@@ -24,7 +24,7 @@ from aiouffd.sources.store_settings import user_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PlainHttp", "first_byte"]
+__all__ = ["PlainHttp", "first_bytes"]
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _SAFE = "%/:=&?~+!$,;@'()*[]"  # what was quoted stays so
@@ -34,13 +34,14 @@ _HEADERS = {"User-Agent": "aiouffd", "Accept-Encoding": "identity"}
 _SENSITIVE = frozenset(("authorization", "cookie", "proxy-authorization"))
 
 
-def first_byte(url: str, timeout: float) -> Answer:
-    """Return the first byte of an object behind an http URL, which is sent as it is; blocks.
+def first_bytes(url: str, count: int, timeout: float) -> Answer:
+    """Return the first bytes of an object behind an http URL, which is sent as it is; blocks.
 
     To make a client of obstore takes 10 ms, which looks for certificates: half of what it takes to open a near URL.
 
     Args:
         url: without a user.
+        count: how many, at most.
         timeout: seconds without a byte.
 
     Raises:
@@ -54,8 +55,8 @@ def first_byte(url: str, timeout: float) -> Answer:
         connection.connect()
         connection.sock.settimeout(timeout)
         try:
-            connection.request("GET", target, headers={**_HEADERS, "Range": "bytes=0-0"})
-            return _answer(connection.getresponse(), 0, 1)
+            connection.request("GET", target, headers={**_HEADERS, "Range": f"bytes=0-{count - 1}"})
+            return _answer(connection.getresponse(), 0, count)
         except TimeoutError as error:
             raise RequestError(from_exception(error, lambda: None)) from error
 

@@ -29,7 +29,7 @@ MODEL: dict[str, Any] = {f"w{n}": np.full((100, 777), n, np.float32) for n in ra
 
 @contextlib.asynccontextmanager
 async def served(data: bytes, engine: str) -> AsyncIterator[tuple[Any, Any]]:
-    """Serve a file, map it, and yield (region, what returns how many bytes were sent since the last call)."""
+    """Serve a file, map it, and yield (region, what returns how many bytes were sent since its last call)."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "file").write_bytes(data)
         server = PageServer(Path(directory))
@@ -41,7 +41,6 @@ async def served(data: bytes, engine: str) -> AsyncIterator[tuple[Any, Any]]:
             return count
 
         async with aiouffd.open(url, engine=ENGINES[engine]()) as region:
-            sent()
             yield region, sent
         listening.close()
 

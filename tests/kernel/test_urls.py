@@ -24,8 +24,10 @@ async def outage(engine: str) -> None:
         async with aiouffd.open(server.url, engine=ENGINES[engine](), readahead=0) as region:
             monitor: Any = region.monitor
             server.failures = 3
-            await monitor.prefetch(0, PAGE)
-            assert region[:PAGE] == odd_http.DATA[:PAGE]
+            await monitor.prefetch(0, PAGE)  # came with the size
+            assert monitor.statistics().source_retries == 0
+            await monitor.prefetch(PAGE, PAGE)
+            assert region[: 2 * PAGE] == odd_http.DATA[: 2 * PAGE]
             eventually(lambda: monitor.statistics().source_retries, 3)
             monitor.check()
 
@@ -43,14 +45,14 @@ async def limits(engine: str) -> None:
             monitor: Any = region.monitor
             server.failures = 1
             with pytest.raises(aiouffd.SourceError, match="503"):
-                await monitor.prefetch(0, PAGE)
+                await monitor.prefetch(PAGE, PAGE)
             assert monitor.statistics().source_retries == 0
         source = aiouffd.ObjectSource(server.url)
         region = aiouffd.Region(source.size)
         async with aiouffd.Monitor(region, source, engine=ENGINES[engine](), readahead=0, timeout=0.5) as monitor:
             server.failures = 1000
             with pytest.raises(aiouffd.SourceError):
-                await monitor.prefetch(0, PAGE)  # with the timeout of 30 s this scenario would be killed
+                await monitor.prefetch(PAGE, PAGE)  # with the timeout of 30 s this scenario would be killed
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -160,6 +160,8 @@ class Common:
 
     def at_hand(self, offset: int, length: int) -> Any:
         """Return bytes if all of them are kept, else None. Does not wait."""
+        if not self._shelf.room:
+            return None
         found = self._pieces.within(offset, offset + length)
         parts = [self._cut(piece, low, high) for low, high, piece in found if piece.data is not None]
         if not parts or sum(map(len, parts)) < length:

@@ -128,8 +128,10 @@ class Extents:
         if self._read_nowait is not None:
             data = self._read_nowait(offset, available)
         if data is None:
-            found = (kept(offset, available) for kept in self._kept)
-            data, counter = next((data for data in found if data is not None), None), Counter.BYTES_SHARED
+            counter = Counter.BYTES_SHARED
+            for kept in self._kept:
+                if (data := kept(offset, available)) is not None:
+                    break
         if data is None or not _holds(data, available):  # too little: `read` is asked, whose errors are reported
             return False
         self.add_data(space, Run(Op.COPY, address, offset, length, purpose=purpose), data, runs)

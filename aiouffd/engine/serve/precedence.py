@@ -37,7 +37,7 @@ class Precedence:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # of so many bytes
         self._is_turning = False
         self._stepped = 0
         self.urgent: int = 0
@@ -58,11 +58,18 @@ class Precedence:
     def _next_turn(self) -> None:
         self._stepped = 0
 
-    def turn(self, waits: Callable[[Callable[[], None]], None] = lambda _: None) -> asyncio.Future[None]:
-        """Return what is done when the next step may be made; `waits`: called with a function that ends it at once."""
+    def turn(
+        self, waits: Callable[[Callable[[], None]], None] = lambda _: None, size: int = _STEP
+    ) -> asyncio.Future[None]:
+        """Return what is done when the next step may be made.
+
+        Args:
+            waits: called with a function that ends it at once.
+            size: bytes of the step: small ones are made together.
+        """
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
-        self._waiting.append(turn)
+        self._waiting.append((turn, min(max(size, _LEAST), _STEP)))
         waits(partial(_end, turn))
         if not self._is_turning:
             self._is_turning = True
@@ -70,10 +77,12 @@ class Precedence:
         return turn
 
     def _next(self) -> None:
-        while self._waiting and self._waiting[0].done():
-            self._waiting.popleft()
-        if self._waiting:
-            _end(self._waiting.popleft())
+        room = _STEP
+        while self._waiting and (self._waiting[0][0].done() or self._waiting[0][1] <= room):
+            turn, size = self._waiting.popleft()
+            if not turn.done():
+                room -= size
+                _end(turn)
         self._is_turning = bool(self._waiting)
         if self._is_turning:
             asyncio.get_running_loop().call_soon(self._next)

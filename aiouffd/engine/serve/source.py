@@ -212,7 +212,7 @@ class SourceBackend:
             try:
                 if self._expect is not None and size:
                     self._expect(behind, size)
-                self._pursue(self._bring(space, at + skew, at, length, runs, None, began_ns, FOR_FAULT))
+                self._pursue(self._bring(space, at + skew, at, length, runs, None, began_ns, FOR_FAULT), set())
             except Exception:  # a defect of the source: it costs none of the faults that are being served
                 log.exception("what was to be brought ahead, %d bytes at %#x, comes with its faults", length, at)
                 space.readahead.forget(at, at + length)
@@ -281,7 +281,7 @@ class SourceBackend:
         try:
             data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits)
             if not (urgent or flight.wanted or self._precedence.may_step(length)):
-                await self._precedence.turn(flight.waits)
+                await self._precedence.turn(flight.waits, length)
             if not space.is_gone and not space.closing:
                 self._place(space, flight, data)
         except SourceError as error:
@@ -384,10 +384,8 @@ class SourceBackend:
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
                     await self._pace.room()
-                begun = self._pursue(self._approach(space, offset, length, runs, purpose))
-                for task in begun:
-                    pending.add(task)
-                    task.add_done_callback(pending.discard)
+                begun = self._approach(space, offset, length, runs, purpose)
+                self._pursue(begun, pending)
                 size += _MAX_READ // _BEGUN_TOGETHER if begun else length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
@@ -407,13 +405,17 @@ class SourceBackend:
         if errors:
             raise errors[0]
 
-    def _pursue(self, flights: list[Flight]) -> list[asyncio.Task[None]]:
-        """Count flights ahead of faults until they have landed; return their tasks."""
+    def _pursue(self, flights: list[Flight], pending: set[asyncio.Task[None]]) -> None:
+        """Count flights ahead of faults until they have landed; their tasks are `pending` until then."""
         for flight in flights:
             assert flight.done is not None
             self._pace.enter()
-            flight.done.add_done_callback(partial(self._pace.leave, flight))
-        return [flight.done for flight in flights if flight.done is not None]
+            pending.add(flight.done)
+            flight.done.add_done_callback(partial(self._landed, flight, pending))
+
+    def _landed(self, flight: Flight, pending: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+        pending.discard(task)
+        self._pace.leave(flight)
 
     def _approach(self, space: Space, offset: int, length: int, runs: list[Run], purpose: Purpose) -> list[Flight]:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
