@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from carried import SIZE, carried, made
-from pattern import PAGE, content
+from pattern import PAGE, Pattern, content
 
 import aiouffd
 from aiouffd.engine.ahead.keeping import keep_pages, save_with_pages
 from aiouffd.engine.ahead.merging import merged
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.errors import TraceError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +31,21 @@ def test_a_recording_stays_where_its_pages_cannot_be_read(tmp_path: Path) -> Non
         keep_pages(path, changed, 1 << 20, Limits(retries=0))
     assert list(Trace.load(path).offsets) == [PAGE, 2 * PAGE]
     assert not (tmp_path / "trace.part").exists()
+
+
+def test_a_source_is_closed_also_where_the_recording_cannot_be_read(tmp_path: Path) -> None:
+    """It is a copy that nobody else has."""
+    closed = []
+
+    class Closes(Pattern):
+        async def aclose(self) -> None:
+            closed.append(self)
+
+    (tmp_path / "trace").write_bytes(b"no recording")
+    for name in ("trace", "nowhere"):
+        with pytest.raises((TraceError, OSError)):
+            keep_pages(tmp_path / name, Closes(SIZE), 1 << 20, Limits())
+    assert len(closed) == 2
 
 
 def test_merging_keeps_what_is_there(tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aiouffd.engine import moving
-from aiouffd.engine.moving import Moving
+from aiouffd.engine.moving import Moving, huge_pages_come
 from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.region import HUGE_PAGE
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PAGE = 4096
 BASE = 64 * HUGE_PAGE
@@ -146,6 +150,16 @@ def test_where_no_huge_page_comes_it_is_tried_less_and_less(kernel: Kernel) -> N
     for _ in range(15 + 3):
         one.try_copy(BASE, SRC, HUGE_PAGE, 0)
     assert len(kernel.moves) == 3
+
+
+def test_whether_huge_pages_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where they are switched off, or the kernel has none."""
+    for text, come in (("always [madvise] never", True), ("always madvise [never]", False)):
+        (tmp_path / "enabled").write_text(text)
+        monkeypatch.setattr(moving, "_ENABLED", str(tmp_path / "enabled"))
+        assert huge_pages_come() == come
+    monkeypatch.setattr(moving, "_ENABLED", str(tmp_path / "none"))
+    assert not huge_pages_come()
 
 
 def test_memory_that_is_gone_is_no_signal() -> None:

@@ -30,3 +30,19 @@ def test_a_source_of_ours_brings_no_path_to_import_from(pack: Pack) -> None:
     other = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
     assert other.token != pack.token
     other.close()
+
+
+def test_the_memory_file_of_an_older_pack_is_a_strangers(pack: Pack) -> None:
+    """The version before did not say so. A file that all clients map is the server's own."""
+    for memory, one_copy, foreign in ((1, 0, True), (2, PAGE, False), (0, 0, False)):
+        options = {name: value for name, value in pack.options.items() if name != "foreign"} | {"one_copy": one_copy}
+        record = {
+            **pack.record,
+            "options": options,
+            "memory": memory,
+            "config": os.dup(pack.config.fileno()),
+            "fds": [],
+        }
+        arrived = Pack.arrived(record)
+        assert arrived.record["options"]["foreign"] is foreign
+        arrived.close()

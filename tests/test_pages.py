@@ -83,14 +83,15 @@ def test_what_says_where_they_are_is_checked(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_another_version_of_the_source_shows_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file that was written to where no sample of it is, a copy of it, and what does not tell its version."""
+    """A file that was written to where no sample of it is, and its time put back; a copy; what tells no version."""
     path, source = made(tmp_path, [1, 2, 3])
     image, copy = tmp_path / "image", tmp_path / "copy"
+    before = image.stat()
     copy.write_bytes(image.read_bytes())
     with image.open("r+b") as file:
         file.seek(2 * PAGE)
         file.write(b"changed")
-    os.utime(image, ns=(1, 1))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     for other in (aiouffd.FileSource(image), aiouffd.FileSource(copy), aiouffd.BufferSource(copy.read_bytes())):
         trace = Trace.replayed(path, PAGE, other, fingerprint(other))
         assert (trace.pages, len(trace.offsets)) == (None, 3)

@@ -94,6 +94,42 @@ def test_it_ends_when_both_have_ended() -> None:
     timer.join()
 
 
+def test_an_interrupt_waits_for_the_other() -> None:
+    """Ctrl-C in its own COPY, or while it waits: the other thread uses what would be closed."""
+    begun, interrupted, ended = threading.Event(), threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def copy(_dst: int, _src: int, length: int, _mode: int) -> int:
+        if threading.get_ident() == main:
+            assert begun.wait(20)
+            interrupted.set()
+            raise KeyboardInterrupt
+        begun.set()
+        assert interrupted.wait(20)
+        time.sleep(0.05)  # what does not wait goes on meanwhile
+        ended.set()
+        return length
+
+    with pytest.raises(KeyboardInterrupt):
+        TwoThreads().copy(copy, [run(0, 2)], 0, PAGE)
+    assert ended.is_set()
+
+    class Ended:
+        waits = 0
+
+        def get(self) -> None:
+            self.waits += 1
+            if self.waits < 3:
+                raise KeyboardInterrupt
+
+    offer = module._Offer(lambda: None)
+    offer.accepted.acquire()
+    offer.ended = Ended()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        offer.has_helped()
+    assert offer.ended.waits == 3  # type: ignore[attr-defined]
+
+
 def test_other_work_is_done_beside() -> None:
     """While the loop does its own, which goes on when both are done."""
     begun, late, done = threading.Event(), threading.Event(), list[int]()

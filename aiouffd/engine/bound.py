@@ -101,7 +101,7 @@ class Bound:
     Args:
         written: the pages that are not dropped.
         page: bytes of a page.
-        limit: bytes that are to be resident at most; None: as many as come.
+        limit: bytes that are to be resident at most; None: as many as come. As much as there is at all is no limit.
         counters: where to count.
         file: the memfd of shared memory, from its beginning on; None: private memory of this process.
         foreign: the file is a stranger's, who may hold its lock. All that is done to it is done apart: see `Apart`.
@@ -128,7 +128,7 @@ class Bound:
     ) -> None:
         self.written = written
         self.page = page
-        self.limit = limit
+        self.limit = limit if limit is None or limit < len(written) else None
         self.write_back: _WriteBack | None = None
         """Takes written pages to the source; None: they stay."""
         self.end: int = len(written)
@@ -144,7 +144,7 @@ class Bound:
         self._entered: list[_Space] = []  # whose look is still to come
         self.is_lost: bool = False
         self._spaces: weakref.WeakSet[_Space] = weakref.WeakSet()
-        self._clock = Clock(page, limit or 1 << 62)
+        self._clock = Clock(page, self.limit or 1 << 62)
         self._warned: set[str] = set()
         self._evicted = 0  # bytes
 
@@ -382,6 +382,9 @@ class Bound:
             return None
         low, high = next(self._oldest(start, length), (0, 0))
         parts = [part for item in self.written.clean(low, high) for part in self._going(item)]
+        if not parts:
+            self.lost([(low, high)])
+            return None
         finish = self._begin(partial(drop, self._file, parts), self._gone)
 
         def finished() -> None:

@@ -16,7 +16,7 @@ import mmap
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aiouffd.engine.statistics import Counter
-from aiouffd.kernel import abi
+from aiouffd.kernel import abi, files
 from aiouffd.kernel.libc import copy_memory
 from aiouffd.kernel.memory import address_of
 from aiouffd.kernel.region import HUGE_PAGE
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.pagemap import Pagemap
 
-__all__ = ["Moving"]
+__all__ = ["Moving", "huge_pages_come"]
 
+_ENABLED: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 _LONGEST_PAUSE: Final = 512  # huge pages, 1 GiB
 
 
@@ -64,6 +65,14 @@ def _is_huge(pagemap: Pagemap, address: int) -> bool:
     except OSError:  # there is no /proc
         return False
     return [each.length for each in found] == [HUGE_PAGE]
+
+
+def huge_pages_come() -> bool:
+    """Tell whether the kernel gives huge pages to memory that asks for them."""
+    try:
+        return b"[never]" not in files.read(_ENABLED)
+    except OSError:  # a kernel without them
+        return False
 
 
 class Moving:

@@ -48,7 +48,15 @@ class _Offer:
         """Wait until the helper is done; False: it has not begun, and does nothing any more."""
         if self.accepted.acquire(blocking=False):
             return False
-        self.ended.get()
+        interrupted: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self.ended.get()
+                break
+            except KeyboardInterrupt as error:  # it goes on, with the descriptor and the buffers
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
         return True
 
 
@@ -112,8 +120,10 @@ class TwoThreads:
         offer = _Offer(partial(copies.work, copies.parts.pop))
         if len(parts) > 1:
             self._offer(offer)
-        copies.work(copies.parts.popleft)
-        self.count = 2 if offer.has_helped() else 1
+        try:
+            copies.work(copies.parts.popleft)
+        finally:
+            self.count = 2 if offer.has_helped() else 1
         return [(part, length - part.left) for part, length in zip(parts, lengths, strict=True)]
 
     def beside(self, work: Callable[[], T]) -> Callable[[], T]:

@@ -53,11 +53,13 @@ def load_file(
     Raises:
         FormatError: the file is not what the format demands; it names the file and the offset.
         SourceError: it is not there, empty, or bytes could not be had.
-        TypeError: the framework has no such type.
+        TypeError: the framework has no such type; or an option is of memory that stays served: use `aiouffd.open`.
         UffdError: as for `Monitor`.
     """
     if framework not in ("torch", "numpy"):
         raise ValueError(f"framework must be 'torch' or 'numpy', not {framework!r}")
+    if unfit := sorted({"max_resident", "write_back", "track_writes"} & {name for name in options if options[name]}):  # type: ignore[literal-required]
+        raise TypeError(f"{', '.join(unfit)}: what this returns is served no longer, and all there: use aiouffd.open")
     engine = None if native.reason() else InThread()
     more = {"storage_options": storage_options, "cache": cache, **options}
     with open_region(what, engine=engine, on_exit="zeros", **more) as region:  # type: ignore[arg-type]

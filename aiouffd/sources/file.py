@@ -128,7 +128,9 @@ class FileSource:
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise SourceError(repr(self), 0, 0, f"it is {kind}")
         self.size = size
-        self.identity: tuple[int, ...] = (status.st_dev, status.st_ino, size, mtime_ns)
+        # The time of change of the inode as well: a program can put the other one back.
+        changed_ns = -1 if self.writable else status.st_ctime_ns
+        self.identity: tuple[int, ...] = (status.st_dev, status.st_ino, size, mtime_ns, changed_ns)
         self._pin = Pin(fd, size, mtime_ns)
         self.sparse: bool = status.st_blocks * 512 < self.size and not self.writable  # a hole may be written
         self._holes = Holes(fd, size if self.sparse else 0)

@@ -105,7 +105,8 @@ class _FileImage:
     def close(self) -> None:
         found = os.fstat(self._fd)
         os.close(self._fd)
-        if (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) != self._source.identity:
+        # Without the time of change of its inode, which is another one if the file was replaced, and not written to.
+        if (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) != self._source.identity[:4]:
             raise SourceError(repr(self._source), 0, 0, "the file has changed while it was read")
 
 

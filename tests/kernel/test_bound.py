@@ -521,6 +521,61 @@ def ahead() -> None:
         assert monitor.region[:] == content(0, SIZE)
 
 
+def all_at_once(limit: int) -> None:
+    """Scenario: as much is to be brought ahead as may be there, in steps beside which a block could be dropped."""
+    module._LARGE = 4 * PAGE
+    with served("in_thread", max_resident=limit) as monitor:
+        monitor.prefetch_sync(0, limit)
+        assert monitor.residency() == [Range(0, limit)]
+        if limit < SIZE:
+            return
+        assert monitor.region[:] == content(0, SIZE)
+        assert monitor.statistics().pages_evicted == 0
+
+
+@pytest.mark.parametrize("limit", [LIMIT, SIZE])
+def test_what_comes_ahead_drops_none_of_itself(limit: int) -> None:
+    """All of it is there in the end. A limit of as much as there is drops nothing at all."""
+    play(all_at_once, limit)
+
+
+@pytest.mark.parametrize(("purpose", "resident"), [(Purpose(Counter.PAGES_PREFETCH, []), 8), (FOR_FAULT, 7)])
+def test_nothing_goes_beside_what_comes_for_no_fault(
+    purpose: Purpose, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is brought ahead has room, or stops: what came first for the same caller would go. A fault drops a block."""
+    monkeypatch.setattr(module, "_LARGE", PAGE)
+    counters, file = Counters(), os.memfd_create("shared")
+    os.ftruncate(file, 32 * PAGE)
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 33 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=Flights(), remainders=[], deferred=[], counters=counters)
+    space.uffd.try_copy = lambda _at, _source, length, _mode: length
+    with WrittenPages.create(32 * PAGE, PAGE) as written:
+        bound = Bound(written, PAGE, 8 * PAGE, counters, OwnedDescriptor(file))
+        resolver = bound.enter(space)
+        bound.came(0, 6 * PAGE)
+        run = Run(Op.COPY, 11 * PAGE, 10 * PAGE, 2 * PAGE, 1, purpose=purpose)
+        assert resolver.resolve(run, wake=True) == 0
+        assert bound.resident == resident * PAGE
+
+
+def test_nothing_is_begun_where_nothing_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a large COPY, where all of the block was written: no other thread is asked."""
+    monkeypatch.setattr(module, "_LARGE", PAGE)
+    with WrittenPages.create(32 * PAGE, PAGE) as written:
+        bound = Bound(written, PAGE, 8 * PAGE, Counters())
+        bound.came(0, 7 * PAGE)
+        written.note(0, 7 * PAGE)
+        assert bound.make_room_beside(10 * PAGE, PAGE) is None
+
+
+def test_a_limit_of_all_there_is() -> None:
+    """It is none: nothing is dropped beside the last pages that come."""
+    with WrittenPages.create(8 * PAGE, PAGE) as written:
+        assert Bound(written, PAGE, 8 * PAGE, Counters()).limit is None
+        assert Bound(written, PAGE, 7 * PAGE, Counters()).limit == 7 * PAGE
+
+
 def test_what_comes_ahead_stops_at_the_limit() -> None:
     """A background fill drops nothing; a prefetch does, and is refused where it could not all be there."""
     play(ahead)

@@ -75,6 +75,8 @@ def others(folder: str) -> None:
         formats.load_file(f"{folder}/none")
     with pytest.raises(ValueError, match="jax"):
         formats.load_file(FILE, framework="jax")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"max_resident: .*aiouffd\.open"):
+        formats.load_file(FILE, max_resident=1 << 20)  # type: ignore[call-arg]
     assert is_right(formats.load_file(FILE, framework="numpy", readahead=0, concurrent_reads=1))
 
 

@@ -101,21 +101,23 @@ def keep_pages(
         SourceError: they cannot be read.
         TraceError, OSError: the recording cannot be read, or not be written.
     """
-    trace, version = Trace.load(path), version_of(source)
-    kept = frozenset(trace.offsets[: most // trace.page_size])
-    carried, limits = Carried(recordings, version), attrs.evolve(limits, recent=0)
+    carries: list[int] = []
 
     def keep() -> None:
         with asyncio.Runner() as runner:
-            reads = runner.run(_reads_of(source, limits))
+            reads = runner.run(_reads_of(source, attrs.evolve(limits, recent=0)))
             try:
+                trace, version = Trace.load(path), version_of(source)
+                kept = frozenset(trace.offsets[: most // trace.page_size])
+                carried = Carried(recordings, version)
                 if kept:
                     _write(trace, Path(path), kept, version, carried, lambda asked: runner.run(_together(reads, asked)))
+                carries.append(len(kept))
             finally:
                 runner.run(reads.aclose())
 
     _in_own_thread(keep)
-    return len(kept)
+    return carries[0]
 
 
 async def _reads_of(source: Any, limits: Limits) -> Reads:

@@ -23,7 +23,7 @@ from aiouffd.engine.bound import Bound
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.landing import Landings
 from aiouffd.engine.mappings import Mappings
-from aiouffd.engine.moving import Moving
+from aiouffd.engine.moving import Moving, huge_pages_come
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Local", "LocalEngine"]
 
+_HUGE_PAGES_COME = huge_pages_come()  # now: the loop reads no file
 _LEFT = "the Monitor has been left"
 _standard_error = NonBlockingHandler()
 _log = logging.getLogger("aiouffd")
@@ -274,9 +275,12 @@ class LocalEngine:
 
 
 def _may_move(assignment: Assignment) -> bool:
-    """Tell whether huge pages can be moved to a region: it is private, of small pages, and not write-protected."""
+    """Tell whether huge pages can be moved to a region: it is private, of small pages, and not write-protected.
+
+    Where none come, what is large is copied by two threads in place of that.
+    """
     small = assignment.file < 0 and assignment.page_size == mmap.PAGESIZE
-    return small and not assignment.options.write_protect and Feature.MOVE in kernel_features()
+    return small and not assignment.options.write_protect and Feature.MOVE in kernel_features() and _HUGE_PAGES_COME
 
 
 def _report(on_error: Callable[[BaseException], None], _space: Space, error: BaseException) -> None:

@@ -108,6 +108,8 @@ class Pack:
         """
         pack = cls.__new__(cls)
         pack.token, pack.options = record["token"], record["options"]
+        # The version before did not say it: the memory file of a server's client is a stranger's.
+        pack.options.setdefault("foreign", bool(record["memory"]) and not pack.options.get("one_copy"))
         pack.config = OwnedDescriptor(record["config"])
         pack.is_pickle = is_pickle(config_of(record))
         pack.service = pack._descriptors = [_Arrived(fd) for fd in record["fds"]]  # noqa: SLF001 - its own
