@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from aiouffd.cli import unix_http
 from aiouffd.cli.unix_http import ControlClient
 
 if TYPE_CHECKING:
@@ -56,3 +57,36 @@ def test_strange_servers(tmp_path: Path, answer: bytes, words: str) -> None:
         with pytest.raises(click.ClickException, match=words):
             ControlClient(path).ask("GET", "/")
         thread.join()
+
+
+def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for an answer hears why, but where it may take its time."""
+    said, told = list[str](), threading.Event()
+    monkeypatch.setattr(unix_http, "_SILENCE", 0.01)
+
+    def echo(text: str, *, err: bool) -> None:
+        assert err
+        said.append(text)
+        told.set()
+
+    monkeypatch.setattr(click, "echo", echo)
+    path = os.fspath(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            for awaited in (told.wait, threading.Event().wait):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    awaited(20.0 if awaited == told.wait else 0.1)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert ControlClient(path).ask("GET", "/v1/sessions") == {}
+        assert ControlClient(path).ask("POST", "/v1/sessions/a/snapshot") == {}
+        thread.join()
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: no answer yet, still waiting. If no server runs, start")

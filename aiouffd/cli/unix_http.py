@@ -6,7 +6,8 @@ import http.client
 import json
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["ControlClient"]
+
+_LONG: Final = ("/complete", "/drain", "/prefetch", "/snapshot")  # what may take its time
+_SILENCE = 3.0  # seconds
+_SILENT: Final = (
+    "{}: no answer yet, still waiting. If no server runs, start `aiouffd serve` with the same --control and --hold:"
+    " what holds its sessions takes connections, and answers none"
+)
 
 
 class _Connection(http.client.HTTPConnection):
@@ -78,12 +86,18 @@ class ControlClient:
         body: dict[str, Any] | None,
         headers: dict[str, str] | None = None,
     ) -> http.client.HTTPResponse:
+        silence = threading.Timer(_SILENCE, click.echo, [_SILENT.format(self._path)], {"err": True})
+        silence.daemon = True
+        if not path.endswith(_LONG):
+            silence.start()
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers or {})
             response = connection.getresponse()
         except (http.client.HTTPException, OSError) as error:
             reason = f"the server has ended the connection ({error!r}): see its log"
             raise click.ClickException(f"{self._path}: {reason}") from None
+        finally:
+            silence.cancel()
         if response.status >= 400:
             raise _refused(response)
         return response

@@ -52,11 +52,15 @@ def sessions(directory: str, image: str) -> None:
         assert peek(region.address) == word(0)
     Path(gone).unlink()
     servers.lose()
-    servers.start("second").says("session c takes no clients any more")
+    second = servers.start("second")
+    second.says("session c takes no clients until its source can be opened")
     for turn in (1, 2):
         for region, *_ in kept:  # what a client was served from is open still
             assert peek(region.address + turn * PAGE) == word(turn)
-        kept += [hand_over(f"{directory}/{name}", MIB) for name in ("a", "b")]  # new clients, at the same sockets
+        if turn == 1:
+            os.link(image, gone)
+            second.says("session c is created")
+        kept += [hand_over(f"{directory}/{name}", MIB) for name in ("a", "c", "b")]  # new clients, at the same sockets
         assert peek(kept[-1][0].address + 2 * PAGE) == word(2)
         if turn == 1:
             servers.start("third", "--takeover")
@@ -70,7 +74,7 @@ def sessions(directory: str, image: str) -> None:
 
 
 def test_sessions(image: Path, tmp_path: Path) -> None:
-    """They are counted on, and can be deleted; a source that is gone costs its own session its new clients only."""
+    """They are counted on, and can be deleted; a source that is gone costs new clients of its own session only."""
     output, _ = play(sessions, str(tmp_path), str(image))
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)

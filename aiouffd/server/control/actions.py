@@ -46,6 +46,7 @@ from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Coroutine
 
     from aiouffd.server.server import Server
     from aiouffd.server.session import Session
@@ -88,6 +89,7 @@ class Action:
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds, between two tries to open a source
 _CREATED = "created"  # in the note of a session: what it was created with
 _SESSION = "/v1/sessions/{name}"
 
@@ -148,13 +150,13 @@ class Actions:
         self._version = version
         self._cache = cache
         self._created: dict[Session, NewSession] = {}
-        self._draining: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
         """Delete nothing any more."""
-        for task in self._draining:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._draining, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def server(self) -> ServerView:
         """Tell of the server."""
@@ -169,13 +171,39 @@ class Actions:
         return self._view(self._find(name))
 
     async def restore(self) -> None:
-        """Create again what the server before this one had. What cannot be is served on, and takes no client."""
+        """Create again what the server before this one had. What cannot be is served on, and takes no client.
+
+        A source may be out of order just now, which costs its session nothing for good: it is tried again.
+        """
         for name, left in list(self._server.left.items()):
-            if _CREATED in left.text:
-                try:
-                    await self._make(decode(json.dumps(left.text[_CREATED]).encode(), NewSession), left.listener)
-                except (UffdError, OSError, ValueError) as error:
-                    log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
+            if _CREATED not in left.text:
+                continue
+            try:
+                new = decode(json.dumps(left.text[_CREATED]).encode(), NewSession)
+                await self._make(new, left.listener)
+            except SourceError as error:
+                log.warning("session %s takes no clients until its source can be opened: %s", name, error)
+                self._begin(self._make_later(new, left.listener))
+            except (UffdError, OSError, ValueError) as error:
+                log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
+
+    async def _make_later(self, new: NewSession, listener: socket.socket | None) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            try:
+                await self._make(new, listener)
+            except SourceError:
+                continue
+            except (UffdError, OSError, ValueError) as error:
+                log.error("session %s takes no clients any more: %s", new.name, error)  # noqa: TRY400 - it says why
+            return
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def create(self, new: NewSession) -> SessionView:
         """Create one. Its source is opened, so that a wrong one is refused now, and not by the first client."""
@@ -253,9 +281,7 @@ class Actions:
         session = self._find(name)
         if session.taking:
             session.stop_listening()
-            task = asyncio.get_running_loop().create_task(self._delete_drained(session))
-            self._draining.add(task)
-            task.add_done_callback(self._draining.discard)
+            self._begin(self._delete_drained(session))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(how.wait):
                 await session.drained()
