@@ -280,3 +280,33 @@ def test_merge_joins_what_continues_in_target_source_and_offset() -> None:
         (Op.ZEROPAGE, 5 * PAGE, 2),
         (Op.ZEROPAGE, 7 * PAGE, 1),
     ]
+
+
+class Wide:
+    """Wakes what is below 1 << bits, and counts how often it is asked."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.asked, self.woken = bits, 0, 0
+
+    def try_wake(self, start: int, length: int) -> int:
+        """Do as UFFDIO_WAKE does."""
+        self.asked += 1
+        if start + length > 1 << self.bits:
+            return -errno.EINVAL
+        self.woken = max(self.woken, start + length)
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        """Nothing else is asked."""
+        return lambda *_: -errno.EINVAL
+
+
+@given(st.lists(st.integers(31, 57), min_size=1))
+def test_all_sleepers_are_woken_wherever_addresses_end(widths: list[int]) -> None:
+    """Also where a process before had another width; where it had the same, that and the next are asked for."""
+    for bits in widths:
+        for _ in range(2):
+            kernel: Any = Wide(bits)
+            Resolver(kernel, PAGE, Counters()).wake_all(PAGE)
+            assert kernel.woken == (1 << bits) - PAGE
+        assert kernel.asked <= 2

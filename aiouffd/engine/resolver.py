@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import errno
 import mmap
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aiouffd.engine.runs import Given, Op
 from aiouffd.engine.statistics import Counter
@@ -43,7 +43,7 @@ DONTWAKE = 1
 _EAGAIN, _EEXIST, _ENOENT, _EFAULT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT, -errno.EFAULT
 _GONE = (-errno.ESRCH, -errno.ENOSPC)
 _EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
-_ADDRESS_BITS = range(57, 30, -1)  # an address has fewer than the first on any machine, and more than the last
+_LEAST_BITS, _MOST_BITS = 31, 58  # an address has more than the first on any machine, and fewer than the last
 _PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
 _OP_COUNTER = tuple(
     int(Counter[name]) for name in ("COPIES", "ZEROPAGES", "CONTINUES", "POISONS", "UNPROTECTS", "PROTECTS")
@@ -76,6 +76,8 @@ class Resolver:
     """
 
     __slots__ = ("_counters", "_modes", "_page", "_tries", "_uffd", "_words", "gone", "minor_mode", "mode", "moving")
+
+    _bits: ClassVar[int] = _MOST_BITS - 1  # how far addresses went in the space that was woken last
 
     def __init__(self, uffd: _Uffd, page_size: int, counters: Counters, mode: int = 0) -> None:
         self._uffd = uffd
@@ -193,9 +195,18 @@ class Resolver:
         self._uffd.try_wake(start, length)
 
     def wake_all(self, lowest: int) -> None:
-        """WAKE every sleeper from an address on. How far addresses go depends on the machine: the kernel says it."""
+        """WAKE every sleeper from an address on. How far addresses go depends on the machine: the kernel says it.
+
+        In general that is as far as for the space before: what is refused is asked for once then, and not ten times.
+        """
         self._words[_WAKES] += 1
-        for bits in _ADDRESS_BITS:
-            end = (1 << bits) - mmap.PAGESIZE  # of x86-64's addresses, too: they lack the last page
-            if self._uffd.try_wake(lowest, end - lowest) != -errno.EINVAL:
-                return
+        bits = Resolver._bits + 1
+        while bits < _MOST_BITS and self._wakes(lowest, bits):
+            bits += 1
+        while bits > _LEAST_BITS and not self._wakes(lowest, bits - 1):
+            bits -= 1
+        Resolver._bits = bits - 1
+
+    def _wakes(self, lowest: int, bits: int) -> bool:
+        end = (1 << bits) - mmap.PAGESIZE  # of x86-64's addresses, too: they lack the last page
+        return self._uffd.try_wake(lowest, end - lowest) != -errno.EINVAL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import sys
 from importlib import import_module
@@ -280,6 +281,7 @@ class Answers:
         self._served.journal.provisional = False
         for space in self._served.dispatcher.held(PROVISIONAL):
             self._served.dispatcher.release(space, PROVISIONAL)
+        gc.enable()
 
     async def _lifeline(self, _message: dict[str, Any], fds: list[int]) -> None:
         """Have a connection to another holder in place of the one to a holder that was killed: it ends in one step."""

@@ -69,6 +69,8 @@ def run(
     journal.workers += 1
     libc.keep_freed_memory(_KEPT)
     gc.freeze()  # what the keeper made lives as long as the worker does
+    if journal.provisional:  # until `go`: all that is opened stays, and threads wait for that
+        gc.disable()
     os.register_at_fork(after_in_child=connection.close)  # a source may fork: its child would be taken for the worker
     # The loop is left as it is: to close it would be to wait for threads, and for tasks that do not let themselves be
     # canceled, and nobody is left who could wait for what they do.
