@@ -30,7 +30,7 @@ from aiouffd.ranges import align_up, batched, pieces
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.statistics import Counters
@@ -95,7 +95,7 @@ class WriteBack:
 
     async def _flush(self, start: int, end: int) -> None:
         async with self._lock:
-            await self._write(start, end)
+            await self._write(start, end, getattr(self._source, "begin_sync", None))
             sync = getattr(self._source, "sync", None)
             if sync is not None:
                 try:
@@ -163,7 +163,7 @@ class WriteBack:
 
     # Pieces
 
-    async def _write(self, start: int, end: int) -> None:
+    async def _write(self, start: int, end: int, then: Callable[[int, int], None] | None = None) -> None:
         at, end, failed = start, min(end, self._source.size), list[tuple[int, int, BaseException]]()
 
         async def save() -> None:
@@ -171,6 +171,8 @@ class WriteBack:
             while runs := self._bound.written.begin(at, end, max(_BATCH, self._page), _AT_ONCE):
                 at = runs[-1][1]
                 failed.extend(await self._save(runs))
+                if then is not None:
+                    then(runs[0][0], runs[-1][1] - runs[0][0])
 
         await asyncio.gather(save(), save())  # one is protected while the one before is being written
         self._bound.count_noted()

@@ -29,6 +29,7 @@ __all__ = [
     "punch_hole",
     "syscall",
     "write_memory",
+    "write_out",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: these calls may sleep, so ctypes releases the GIL
@@ -38,6 +39,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -67,6 +69,7 @@ _MLOCK_ONFAULT = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # larger values are refused
 _FALLOC_FL_KEEP_SIZE = 1
+_SYNC_FILE_RANGE_WRITE = 2
 _FALLOC_FL_PUNCH_HOLE = 2
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -138,6 +141,11 @@ def lock_on_fault(address: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Remove the pages [offset, offset + length) of a memfd, for every process that maps it."""
     _check(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length))
+
+
+def write_out(fd: int, offset: int, length: int) -> None:
+    """Have the kernel begin to write [offset, offset + length) of a file to its disk (sync_file_range(2))."""
+    _check(_libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE))
 
 
 def allocate(fd: int, offset: int, length: int) -> None:

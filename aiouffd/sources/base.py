@@ -57,6 +57,8 @@ class Source(Protocol):
     - `async write_many(parts)`: in place of several calls of `write`: a list of (offset, data). If it raises, each is
       written by `write`.
     - `async sync()`: return when all that was written is durable.
+    - `begin_sync(offset, length)`: there will be a `sync` soon, of what was written there among others. The source may
+      begin in the background.
     - `writable`: an attribute; if it is false, there is a `write` but it may not be called.
     - `async aclose()`: called once, when serving ends.
     """

@@ -413,6 +413,15 @@ class FileSource:
         for offset, data in parts[write_parts(self._fd, parts) :]:
             write_at(self._fd, data, offset)
 
+    def begin_sync(self, offset: int, length: int) -> None:
+        """Have a thread begin to write to the disk what was written there. `sync` tells what fails."""
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            self._threads.submit(self._write_out, offset, length)
+
+    def _write_out(self, offset: int, length: int) -> None:
+        with contextlib.suppress(OSError):
+            libc.write_out(self._fd, offset, length)
+
     async def sync(self) -> None:
         """Have what was written be on the disk (fsync(2))."""
         import asyncio  # noqa: PLC0415 - as in `read`

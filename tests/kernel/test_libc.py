@@ -18,6 +18,7 @@ from aiouffd.kernel.memory import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -104,6 +105,18 @@ def test_locking_fills_nothing(place: int) -> None:
         libc.madvise(place, PAGE, mmap.MADV_DONTNEED)
     libc.munlock(place, 8 * PAGE)
     libc.madvise(place, PAGE, mmap.MADV_DONTNEED)
+
+
+def test_what_begins_to_be_written(tmp_path: Path) -> None:
+    """Any part of a file; of a pipe there is none."""
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * 4 * PAGE)
+        libc.write_out(file.fileno(), PAGE, 100 * PAGE)
+    ends = os.pipe()
+    with pytest.raises(OSError, match="Illegal seek"):
+        libc.write_out(ends[1], 0, PAGE)
+    for end in ends:
+        os.close(end)
 
 
 def test_a_hole_is_punched() -> None:

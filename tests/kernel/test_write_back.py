@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from kinds import poke
@@ -322,7 +322,7 @@ def one_after_the_other(path: str) -> None:
             del region
 
 
-async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
+async def test_a_file_that_takes_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own writes are no change of it; holes may be filled. It does not grow; what is not writable is refused."""
     path = tmp_path / "file"
     path.write_bytes(b"")
@@ -331,6 +331,11 @@ async def test_a_file_that_takes_writes(tmp_path: Path) -> None:
     assert source.hole(0, PAGE) == 0
     assert source.memory() is None
     await source.write(PAGE, b"x" * PAGE)
+    begun, call = threading.Event(), Mock(side_effect=lambda *_: begun.set())
+    monkeypatch.setattr(libc, "write_out", call)
+    source.begin_sync(PAGE, PAGE)
+    assert await asyncio.to_thread(begun.wait, 20)
+    call.assert_called_once_with(source._fd, PAGE, PAGE)
     await source.sync()
     assert await source.read(PAGE, PAGE) == b"x" * PAGE
     with pytest.raises(SourceError, match="shorter"):
@@ -495,10 +500,14 @@ async def test_what_is_emptied_while_it_is_saved() -> None:
 
     with WrittenPages.create(16 * PAGE, PAGE) as written:
         written.note(PAGE, 4 * PAGE)
-        source = SimpleNamespace(size=5 * PAGE - 8, write=write)
+        begun, sync = Mock(), AsyncMock()
+        source = SimpleNamespace(size=5 * PAGE - 8, write=write, begin_sync=begun, sync=sync)
         attributes = {"written": written, "peek": peek, "shared": True, "count_noted": lambda: None}
         back = WriteBack(source, written_to(space, **attributes), Counters())
+        begun.side_effect = lambda *_: sync.assert_not_called()
         await back.flush(0, 16 * PAGE)
+        begun.assert_called_once_with(PAGE, 4 * PAGE)  # what is to be durable soon may go to the disk
+        sync.assert_awaited_once_with()
         assert taken == {PAGE: content(PAGE, PAGE), 3 * PAGE: content(3 * PAGE, 2 * PAGE - 8)}
         assert not list(written.ranges(0, 16 * PAGE))
         await back.flush(0, 16 * PAGE)
