@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 import aiouffd
@@ -36,6 +39,27 @@ async def test_a_source_that_does_not_answer(tmp_path: Path, monkeypatch: pytest
         await Actions(server).create(new)
     assert not server.sessions
     assert not (tmp_path / "s").exists()
+
+
+async def test_sessions_are_restored_at_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One whose source does not answer costs the others nothing, nor does one that cannot be."""
+    begun, all_have = list[str](), asyncio.Event()
+
+    async def make(_: Actions, new: NewSession, made: str) -> None:
+        begun.append(new.name)
+        if len(begun) == 3:
+            all_have.set()
+        await asyncio.wait_for(all_have.wait(), 20)
+        if made == "b":
+            raise aiouffd.SessionError("b", "is not to be")
+
+    texts = {name: msgspec.to_builtins(NewSession(name=name, socket="/s", source="/x")) for name in "abc"}
+    left: Any = {name: SimpleNamespace(text={module._CREATED: text}, listener=name) for name, text in texts.items()}
+    server: Any = SimpleNamespace(left=left | {"d": SimpleNamespace(text={}, listener="d")})
+    monkeypatch.setattr(Actions, "_make", make)
+    await Actions(server).restore()
+    assert begun == ["a", "b", "c"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["session b takes no clients any more"]
 
 
 async def test_a_session_with_clients_that_map_files_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
