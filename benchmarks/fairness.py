@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
+import mmap
+import os
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import aiouffd
-from aiouffd.cli.unix_http import ControlClient
 from benchmarks import far, served
-from benchmarks.contestants import PAGE, content
+from benchmarks.contestants import PAGE, child, content
 from benchmarks.native import touch
 from benchmarks.row import MIB, Bar, Row, shuffled
 
@@ -29,81 +27,98 @@ __all__ = ["fairness_rows", "quiet"]
 _PAUSE = 0.002  # seconds between two touches of the quiet client
 _AWAY = 0.002  # seconds to the web server
 _TOUCHERS = 8  # of a storm
+_COUNTED = MIB  # of its memory at once
 
 
-def quiet(size: int, touches: int, storms: int, *, remote: bool) -> float:
+def quiet(size: int, touches: int, storms: int, *, remote: bool, spins: bool = False) -> float:
     """Touch pages now and then, beside so many clients that do so all the time and are filled; return the p99 in us.
+
+    Each of these is a process of its own, as a virtual machine is. When it has all of its memory, it drops that and
+    begins anew: it is a storm to the end.
 
     Args:
         size: bytes of each client's memory.
         touches: of the quiet one.
         storms: how many others there are.
         remote: the source is behind HTTP; else it is a file.
+        spins: a process spins on each processor meanwhile, which nobody serves.
+
+    Raises:
+        AssertionError: a storm has ended, or got nothing.
     """
     waits = np.zeros(touches, np.uint32)
     pages = shuffled(size)[:touches]
-    with _clients(size, storms, remote=remote) as (address, stormy):
-        ended = threading.Event()
-        threads = [threading.Thread(target=_storm, args=(region, size, ended)) for region in stormy]
-        for thread in threads:
-            thread.start()
-        try:
-            for at in range(touches):
-                time.sleep(_PAUSE)
-                touch(address, pages[at : at + 1], latencies=waits[at : at + 1])
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join()
+    with contextlib.ExitStack() as stack:
+        sockets = stack.enter_context(_sessions(size, storms + 1, remote=remote))
+        region = aiouffd.Region(size)
+        stack.callback(region.close)
+        stack.enter_context(served.handed_over(sockets[0], region.address, size))
+        touch(region.address, shuffled(size)[touches : touches + 1])  # it is served
+        come = memoryview(mmap.mmap(-1, PAGE)).cast("Q")  # pages of each storm, which counts them itself
+        for number, path in enumerate(sockets[1:]):
+            stack.enter_context(child(partial(_storm, path, size, come[number : number + 1])))
+        for processor in os.sched_getaffinity(0) if spins else ():
+            stack.enter_context(child(partial(_spin, processor)))
+        served.criu_rig.until(lambda: all(come[:storms]), "storms")
+        before = list(come[:storms])
+        for at in range(touches):
+            time.sleep(_PAUSE)
+            touch(region.address, pages[at : at + 1], latencies=waits[at : at + 1])
+        assert all(now > then for now, then in zip(come[:storms], before, strict=True)), "a storm has got nothing"
     return float(np.quantile(waits, 0.99)) / 1e3
 
 
-def _storm(address: int, size: int, ended: threading.Event) -> None:
-    for pages in np.array_split(shuffled(size), size // PAGE // 64):
-        if ended.is_set():
-            return
-        touch(address, pages, _TOUCHERS)
+def _storm(path: Path, size: int, come: memoryview) -> None:
+    while True:
+        region = aiouffd.Region(size)
+        with served.handed_over(path, region.address, size):
+            for pages in np.array_split(shuffled(size), max(size // _COUNTED, 1)):
+                touch(region.address, pages, _TOUCHERS)
+                come[0] += len(pages)
+        region.close()
+
+
+def _spin(processor: int) -> None:
+    os.sched_setaffinity(0, {processor})
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # it would keep everything else away
+    while True:
+        pass
 
 
 @contextlib.contextmanager
-def _clients(size: int, storms: int, *, remote: bool) -> Iterator[tuple[int, list[int]]]:
-    """Yield the addresses of the memory of a quiet client and of the others: sessions of one server, and one source."""
+def _sessions(size: int, count: int, *, remote: bool) -> Iterator[list[Path]]:
+    """Yield the sockets of so many sessions of one server, with one source; all but the first fill their clients."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        place = Path(directory)
         if remote:
             source = f"http://127.0.0.1:{stack.enter_context(far.served(content(size).fd, size, _AWAY))}/file"
         else:
-            source = str(Path(directory) / "memory.bin")
+            source = str(place / "memory.bin")
             Path(source).write_bytes(content(size).map or b"")
-        control = Path(directory) / "control"
-        command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control), "--recent", "0"]
-        server = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        stack.callback(server.kill)
-        served.criu_rig.until(control.exists, "server")
-        client = ControlClient(control)
-        addresses = []
-        for number in range(storms + 1):
-            path = Path(directory) / str(number)
-            new = {"name": f"s{number}", "socket": str(path), "source": source, "readahead": 64 << 10 if number else 0}
+        client = stack.enter_context(served.serving(place, "--recent", "0"))
+        sockets = [place / str(number) for number in range(count)]
+        for number, path in enumerate(sockets):
+            new = {"name": path.name, "socket": str(path), "source": source, "readahead": 64 << 10 if number else 0}
             client.ask("POST", "/v1/sessions", {**new, "background": "max" if number else 0})
-            region = aiouffd.Region(size)
-            stack.enter_context(served.handed_over(path, region.address, size))
-            addresses.append(region.address)
-            stack.callback(region.close)
-        served.criu_rig.until(lambda: client.ask("GET", "/v1/server")["clients"] == storms + 1, "handoffs")
-        yield addresses[0], addresses[1:]
+        yield sockets
 
 
 def fairness_rows(*, quick: bool) -> Iterator[Row]:
-    """One quiet client, beside two storms of faults that are filled besides."""
+    """One quiet client, beside two storms of faults that are filled besides.
+
+    It stands beside itself alone, and alone on processors that are as busy: what it waits for a processor then, no
+    order of service can take from it.
+    """
     size, touches = (64 if quick else 512) * MIB, 50 if quick else 500
+    contestants = {"aiouffd": (2, False), "alone": (0, False), "alone, busy processors": (0, True)}
     for name, title, remote in (("fair", "of a file", False), ("fair-http", "by HTTP, 2 ms away", True)):
         yield Row(
             name,
             f"a fault of a quiet client beside two storms, 99th percentile, {title}",
             "us",
             {
-                name: partial(quiet, size, touches, storms, remote=remote)
-                for name, storms in (("aiouffd", 2), ("alone", 0))
+                name: partial(quiet, size, touches, storms, remote=remote, spins=spins)
+                for name, (storms, spins) in contestants.items()
             },
             (Bar("alone", 2.0),),
             setup="aiouffd serve --control",

@@ -161,10 +161,10 @@ def remembering() -> None:
 
 
 @contextlib.contextmanager
-def serving(place: Path) -> Iterator[ControlClient]:
+def serving(place: Path, *options: str) -> Iterator[ControlClient]:
     """Run a server without sessions until the block is left, with its socket in a directory; yield what asks it."""
     control = place / "control"
-    command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control)]
+    command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control), *options]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:
             criu_rig.until(control.exists, "server")
