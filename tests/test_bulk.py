@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 from engine_world import BASE, LOCATED, PAGES, SIZE, Held, World, turns
 from pattern import PAGE, content
 
-from aiouffd.engine import two_threads
+from aiouffd.engine import resolver, two_threads
 from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.runs import Op, Purpose, Run
 from aiouffd.engine.serve import bulk
 from aiouffd.engine.serve.bulk import place_at_hand, resolve_bulk
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from aiouffd.engine.space import Space
 
 pytestmark = pytest.mark.timeout(30)
 PREFETCH = Purpose(Counter.PAGES_PREFETCH, [])
@@ -25,6 +33,15 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four pages are large, and are divided."""
     monkeypatch.setattr(bulk, "_LARGE", 4 * PAGE)
     monkeypatch.setattr(two_threads, "_PART", 2 * PAGE)
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have parts of two pages where others may wait, and no other thread."""
+    monkeypatch.setattr(two_threads, "SHORT_PART", 2 * PAGE)
+    monkeypatch.setattr(bulk, "SHORT_PART", 2 * PAGE)
+    two = two_threads.TwoThreads()
+    two._runs = True  # nobody takes its offers
+    monkeypatch.setattr(resolver, "two_threads", two)
 
 
 def copy_of(page: int, count: int) -> Run:
@@ -96,6 +113,51 @@ async def test_what_the_layout_does_not_allow_comes_later() -> None:
         world.serve_all()
     assert world.uffd.pages == world.model
     assert not world.uffd.asleep
+
+
+@pytest.mark.parametrize("step", [2, 8, 40])
+async def test_a_fault_of_another_comes_between_two_parts(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Of large runs and of small ones, where some pages are there already; all comes, and is counted once."""
+    monkeypatch.setattr(bulk, "_LARGE", step * PAGE)
+    alone(monkeypatch)
+    world = World(0, located=True)
+    world.space.readahead.brought(3 * PAGE, PAGE)
+    for page in (3, 5, 6, 9):
+        world.uffd.copy(BASE + page * PAGE, content(page * PAGE, PAGE), wake=False)
+    seen: list[int] = []
+
+    def others_wait(brought: Collection[Space]) -> bool:
+        assert list(brought) == [world.space]
+        return len(world.uffd.pages) > max(seen, default=0)
+
+    async def others() -> None:  # what the loop does between two steps
+        while True:
+            seen.append(len(world.uffd.pages))
+            await asyncio.sleep(0)
+
+    world.space.others_wait = others_wait
+    other = asyncio.create_task(others())
+    await world.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
+    other.cancel()
+    assert world.uffd.pages == world.model
+    assert max(now - before for before, now in pairwise(seen)) <= 4  # two parts, where the first page of one is there
+    found = world.counters.snapshot()
+    assert (found.pages_prefetch, found.bytes_fetched) == (PAGES - 4, (PAGES - 4) * PAGE)
+    assert isinstance(world.backend, SourceBackend)
+    assert not world.backend._precedence.brought
+
+
+def test_what_others_wait_for_already_leaves_off_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as if nothing had been asked for; the next time, something comes."""
+    alone(monkeypatch)
+    world, words = World(0, located=True), [int(Counter.PAGES_PREFETCH), int(Counter.BYTES_FETCHED)]
+    for word, count in zip(words, (8, 8 * PAGE), strict=True):
+        world.counters.words[word] += count
+    assert resolve_bulk(world.space, [copy_of(0, 8)], lambda: True, lets=True) == [(0, 8 * PAGE)]
+    assert not world.uffd.pages
+    assert [world.counters.words[word] for word in words] == [0, 0]
+    assert [length for _, length in resolve_bulk(world.space, [copy_of(0, 8)], lambda: True)] == 3 * [2 * PAGE]
+    assert len(world.uffd.pages) == 2
 
 
 async def test_a_process_that_is_gone_gets_nothing() -> None:

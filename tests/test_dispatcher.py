@@ -449,6 +449,20 @@ async def test_a_fault_of_a_quiet_client_waits_for_one_turn_of_another(rig: Rig,
         assert max(counts) - min(counts) <= 8
 
 
+async def test_others_wait_where_nothing_is_brought_for_them(rig: Rig) -> None:
+    """As long as their messages are unread."""
+    (quiet, its), (filled, also), (other, _) = (rig.world() for _ in range(3))
+    brought = [filled.space, other.space]
+    assert quiet.space.others_wait([quiet.space, *brought]) is None
+    assert quiet.space.others_wait(brought) is False
+    for world, uffd in ((filled, also), (quiet, its)):
+        world.touch(1, 1)
+        uffd.send()
+        assert filled.space.others_wait(brought) is (uffd is its)
+    await until(lambda: its.pages)
+    assert filled.space.others_wait(brought) is False
+
+
 def limited(rig: Rig, events: float) -> tuple[World, PipedUffd, list[float]]:
     """Return a world whose client may have so many events a second, its descriptor, and the time, set by hand."""
     now, uffd = [1_000.0], PipedUffd()

@@ -70,7 +70,7 @@ def test_both_copy_and_each_part_once() -> None:
     """At the same time; where it ends, all of it is done. The runs stay as they are."""
     two, kernel = TwoThreads(), Kernel()
     runs = [run(0, 3.5), run(8, 1)]
-    done = two.copy(kernel.copy, runs, 5, PAGE)
+    done, _ = two.copy(kernel.copy, runs, 5, PAGE)
     assert len(kernel.threads) == two.count == 2
     wanted = [(BASE + at * PART, SOURCE + at * PART, PART, 5) for at in (0, 1, 2, 8)]
     assert sorted(kernel.calls) == sorted([*wanted, (BASE + 3 * PART, SOURCE + 3 * PART, PART // 2, 5)])
@@ -90,7 +90,7 @@ def test_it_ends_when_both_have_ended() -> None:
     kernel = Kernel(lambda _, length: length if threading.get_ident() == here or late.wait(20) else 0)
     timer = threading.Timer(0.05, late.set)
     timer.start()
-    assert all(came == PART for _, came in TwoThreads().copy(kernel.copy, [run(0, 3)], 0, PAGE))
+    assert all(came == PART for _, came in TwoThreads().copy(kernel.copy, [run(0, 3)], 0, PAGE)[0])
     timer.join()
 
 
@@ -164,7 +164,7 @@ def test_the_loop_does_what_nobody_has_begun() -> None:
 def test_what_the_kernel_refuses_is_left() -> None:
     """All of a part, or the rest of it; the others come."""
     answers = {BASE: -11, BASE + 2 * PART: PAGE}
-    done = TwoThreads().copy(Kernel(answers.get).copy, [run(0, 4)], 0, PAGE)
+    done, _ = TwoThreads().copy(Kernel(answers.get).copy, [run(0, 4)], 0, PAGE)
     assert [(part.dst - BASE, part.src - SOURCE, part.left, came) for part, came in done] == [
         (0, 0, PART, 0),
         (2 * PART, 2 * PART, 0, PART),
@@ -181,11 +181,25 @@ def test_parts_are_of_whole_pages() -> None:
     assert {call[2] for call in kernel.calls} == {4 * PART}
 
 
+def test_what_is_left_off_where_others_wait() -> None:
+    """One part is done at least, and parts are small then; here the other thread does not begin."""
+    two, calls, answers = TwoThreads(), list[int](), iter([False, False, True])
+    two._runs = True
+    done, left = two.copy(alone(calls), [run(0, 2)], 0, PAGE, lambda: next(answers))
+    assert [(part.dst - BASE, came) for part, came in done] == [
+        (at, module.SHORT_PART) for at in (module.SHORT_PART, 2 * module.SHORT_PART)
+    ]
+    assert [(part.dst - BASE, part.left) for part in left] == [
+        (at, module.SHORT_PART) for at in range(2 * module.SHORT_PART, 2 * PART, module.SHORT_PART)
+    ]
+    assert two.copy(alone(calls), [run(0, 4)], 0, PAGE, lambda: False)[1] == []
+
+
 def test_where_the_other_does_not_begin_one_copies_all() -> None:
     """It may have work of others, or no processor; what it finds later is done already."""
     two, calls = TwoThreads(), list[int]()
     two._runs = True
-    assert all(not part.left for part, _ in two.copy(alone(calls), [run(0, 4)], 0, PAGE))
+    assert all(not part.left for part, _ in two.copy(alone(calls), [run(0, 4)], 0, PAGE)[0])
     assert len(calls) == 4
     assert two.count == 1
     two._offers.put(module._Offer(lambda: calls.append(BASE + 9 * PART)))

@@ -569,7 +569,7 @@ class _Resolver(Resolver):
 
         Each part wakes who waits for it. Where one cannot come now, the next try finds what has come behind it.
         """
-        parts = self.copy_by_two([run], wake=wake)
+        parts, _ = self.copy_by_two([run], wake=wake)
         for part, _ in parts:
             result = super().resolve(part, wake=wake) if part.left else 0
             run.advance(part.dst - run.dst)

@@ -26,7 +26,7 @@ from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from aiouffd.engine.reading import MakeReader
     from aiouffd.engine.space import Space
@@ -39,6 +39,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 _BURST_NS = 200_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
+_LOOKED_AT = 32  # descriptors, to see whether one of them has messages: those come last then
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
@@ -148,6 +149,7 @@ class Dispatcher:
         space.on_deferred = self._deferred
         space.on_remainders = self._behind.append
         space.on_file = self._wait_for_file
+        space.others_wait = self.others_wait
         self._epoll.register(fd, select.EPOLLIN)
         if space.allowance is not None:
             space.allowance.enter(space, self)
@@ -208,6 +210,12 @@ class Dispatcher:
             return
         self.release(space, _FILE)
         self._retry(space)
+
+    def others_wait(self, spaces: Collection[Space]) -> bool | None:
+        """Tell whether a space has messages that is not one of these; None: there is no other."""
+        if len(self.spaces) <= len(spaces):
+            return None
+        return any(self.spaces.get(fd) not in spaces for fd, _ in self._epoll.poll(0, _LOOKED_AT))
 
     def held(self, why: str) -> list[Space]:
         """Return the spaces that are not read for this reason."""

@@ -346,6 +346,10 @@ class Readahead:
         self.losses += 1
         self._present.remove(start, end)
 
+    def put_off(self, start: int, end: int) -> None:
+        """Take note that these bytes come later, though it was said that they are present: who said it brings them."""
+        self._present.remove(start, end)
+
     def missing(self, start: int, end: int) -> list[Window]:
         """Return the parts of [start, end) that are not known to be present, as (start, length)."""
         return self._present.missing(start, end)

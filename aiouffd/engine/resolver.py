@@ -29,7 +29,7 @@ from aiouffd.kernel import abi
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.moving import Moving
     from aiouffd.engine.runs import Run
@@ -163,16 +163,18 @@ class Resolver:
             return self._uffd.try_copy(run.dst, run.src, chunk, mode)
         return self.moving.try_copy(run.dst, run.src, chunk, mode, given=isinstance(run.owner, Given))
 
-    def copy_by_two(self, runs: Iterable[Run], *, wake: bool) -> list[tuple[Run, int]]:
-        """COPY large runs by two threads; return (part, bytes that were copied), in order; a part keeps the rest.
+    def copy_by_two(
+        self, runs: Iterable[Run], *, wake: bool, others_wait: Callable[[], bool | None] = lambda: None
+    ) -> tuple[list[tuple[Run, int]], list[Run]]:
+        """COPY large runs by two threads: see `TwoThreads.copy`, also for what is returned.
 
         Their bytes are in memory that is not the loop's own. What the kernel has refused, it is asked for again.
         """
         words, mode = self._words, self._modes[wake][Op.COPY]
-        parts = two_threads.copy(self._uffd.try_copy, runs, mode, self._page)
+        parts, left = two_threads.copy(self._uffd.try_copy, runs, mode, self._page, others_wait)
         words[_OP_COUNTER[Op.COPY]] += sum(done > 0 for _, done in parts)
         words[_PARTIAL] += sum(done > 0 < part.left for part, done in parts)
-        return parts
+        return parts, left
 
     def protect_many(self, ranges: array[int]) -> int:
         """PROTECT several (start, length) of pages; return how many were done, before the first that was not."""

@@ -156,13 +156,13 @@ class Space:
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
+        self.others_wait: Callable[[Collection[Space]], bool | None] = lambda _: None  # the dispatcher's
         self.on_file: Callable[[Space, bool], None] | None = None  # the dispatcher's, which does not read meanwhile
         self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
         self.filling = 0
         """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""
-        self.is_gone: bool = False
-        self.closing: bool = False
+        self.is_gone = self.closing = False
         self.flights: Flights = Flights()
         self.deferred: Deferred = Deferred()
         self.remainders: Remainders = Remainders(page_size)

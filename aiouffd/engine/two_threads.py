@@ -8,6 +8,7 @@ to fetch them from this one's caches.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -18,15 +19,16 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.runs import Run
 
-__all__ = ["TwoThreads", "two_threads"]
+__all__ = ["SHORT_PART", "TwoThreads", "two_threads"]
 
 T = TypeVar("T")
 
 _PART: Final = 512 << 10  # bytes: some 0.1 ms, for which the one that is done first may wait
+SHORT_PART: Final = 128 << 10  # some 40 us, for which a fault of others may wait
 _IDLE = 1.0  # seconds without work, until the thread ends
 
 
@@ -74,8 +76,8 @@ class _Copies:
     mode: int
     parts: deque[Run]
 
-    def work(self, take: Callable[[], Run]) -> None:
-        """Copy part after part; what is not all copied keeps the rest."""
+    def work(self, take: Callable[[], Run], ends: Callable[[], bool | None] = lambda: False) -> None:
+        """Copy part after part, at least one, until `ends`; what is not all copied keeps the rest."""
         while self.parts:
             try:
                 part = take()
@@ -84,6 +86,8 @@ class _Copies:
             done = self.copy(part.dst, part.src, part.left, self.mode)
             if done > 0:
                 part.advance(done)
+            if ends():
+                return
 
 
 class TwoThreads:
@@ -103,17 +107,27 @@ class TwoThreads:
         self._runs = False
 
     def copy(
-        self, copy: Callable[[int, int, int, int], int], runs: Iterable[Run], mode: int, page: int
-    ) -> list[tuple[Run, int]]:
-        """Copy runs, of which each is divided; return (part, bytes that were copied), in order; a part keeps the rest.
+        self,
+        copy: Callable[[int, int, int, int], int],
+        runs: Iterable[Run],
+        mode: int,
+        page: int,
+        others_wait: Callable[[], bool | None] = lambda: None,
+    ) -> tuple[list[tuple[Run, int]], list[Run]]:
+        """Copy runs, of which each is divided.
 
         Args:
             copy: UFFDIO_COPY of (target, source, length, mode): bytes, or a negated errno. From any thread.
             runs: COPYs of whole pages.
             mode: of all of them.
             page: bytes of a page.
+            others_wait: asked between parts whether others wait, and the rest is left off; None: nobody can.
+
+        Returns:
+            (part, bytes that were copied), in order; a part keeps the rest. And the parts that were left off.
         """
-        size = max(_PART, page)
+        waited_for = others_wait()
+        size = max(_PART if waited_for is None else SHORT_PART, page)
         parts = [run.part(at, min(size, run.left - at)) for run in runs for at in range(0, run.left, size)]
         lengths = [part.left for part in parts]
         copies = _Copies(copy, mode, deque(parts))
@@ -121,10 +135,12 @@ class TwoThreads:
         if len(parts) > 1:
             self._offer(offer)
         try:
-            copies.work(copies.parts.popleft)
+            copies.work(copies.parts.popleft, (lambda: False) if waited_for is None else others_wait)
+            left = list(_emptied(copies.parts))
         finally:
             self.count = 2 if offer.has_helped() else 1
-        return [(part, length - part.left) for part, length in zip(parts, lengths, strict=True)]
+        done = [(part, length - part.left) for part, length in zip(parts, lengths, strict=True) if part not in left]
+        return done, left
 
     def beside(self, work: Callable[[], T]) -> Callable[[], T]:
         """Have the other thread do some work, which raises nothing; return what the loop must call before it goes on.
@@ -166,6 +182,12 @@ class TwoThreads:
             pass
         finally:
             self._runs = False
+
+
+def _emptied(parts: deque[Run]) -> Iterator[Run]:
+    with contextlib.suppress(IndexError):  # the other thread has taken the last one
+        while parts:
+            yield parts.popleft()
 
 
 two_threads: Final = TwoThreads()

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.runs import Op, merge
 from aiouffd.engine.statistics import Counter
+from aiouffd.engine.two_threads import SHORT_PART
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aiouffd.engine.runs import Run
     from aiouffd.engine.space import Space
@@ -20,23 +21,62 @@ _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a t
 _COPIES = int(Counter.COPIES)
 
 
-def resolve_bulk(space: Space, runs: list[Run]) -> None:
-    """Resolve runs as `Space.resolve` does. Those of them that are large are of memory that is not the loop's own."""
+def resolve_bulk(
+    space: Space, runs: list[Run], others_wait: Callable[[], bool | None] = lambda: None, *, lets: bool = False
+) -> list[tuple[int, int]]:
+    """Resolve runs as `Space.resolve` does. Those of them that are large are of memory that is not the loop's own.
+
+    Args:
+        space: whose runs they are.
+        runs: any.
+        others_wait: tells whether threads wait that go first, as for `TwoThreads.copy`.
+        lets: where they wait already, all is left off, and not only what is behind the first part.
+
+    Returns:
+        (offset, length) of what was left off for these: as if it had not been asked for.
+    """
+    if not runs or space.is_gone or space.closing:
+        return []
+    if lets and others_wait():
+        return _leave_off(space, runs)
     runs = merge(runs)
-    large = [run for run in runs if run.op == Op.COPY and run.left >= _LARGE]
-    if not large or not _is_simple(space):
-        space.resolve(runs)
-        return
-    small = [run for run in runs if run.op != Op.COPY or run.left < _LARGE]
-    if small:
-        space.resolve(small)
-    parts = space.resolver.copy_by_two(large, wake=False)
-    came = [(part.dst - done, part.dst) for part, done in parts if done]
-    left = [part for part, _ in parts if part.left]
-    if came:
-        space.wake(came, each=bool(left))
-    if left:  # the kernel says again why
-        space.resolve(left)
+    large = [run for run in runs if run.op == Op.COPY and run.left >= _LARGE] if _is_simple(space) else []
+    left_off = _resolve_in_turn(space, [run for run in runs if run not in large] if large else runs, others_wait)
+    if large and not left_off:
+        parts, left_off = space.resolver.copy_by_two(large, wake=False, others_wait=others_wait)
+        came = [(part.dst - done, part.dst) for part, done in parts if done]
+        left = [part for part, _ in parts if part.left]
+        if came:
+            space.wake(came, each=bool(left or left_off))
+        left_off += _resolve_in_turn(space, left, others_wait)  # the kernel says again why
+    else:
+        left_off += large
+    return _leave_off(space, left_off)
+
+
+def _leave_off(space: Space, runs: list[Run]) -> list[tuple[int, int]]:
+    for run in runs:
+        space.resolver.uncount(run, run.left)
+        space.readahead.put_off(run.offset, run.offset + run.left)
+    return [(run.offset, run.left) for run in runs]
+
+
+def _resolve_in_turn(space: Space, runs: list[Run], others_wait: Callable[[], bool | None]) -> list[Run]:
+    """Resolve runs, at least a part, as long as no others wait; return what is left off.
+
+    Where pages are there already, each costs three calls: so a part may take longer than its COPY.
+    """
+    if not runs or others_wait() is None:
+        if runs:
+            space.resolve(runs)
+        return []
+    size = max(SHORT_PART, space.page_size)
+    parts = [run.part(at, min(size, run.left - at)) for run in runs for at in range(0, run.left, size)]
+    for number, part in enumerate(parts):
+        if number and others_wait():
+            return parts[number:]
+        space.resolve([part])
+    return []
 
 
 def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Counter) -> list[tuple[int, int]]:

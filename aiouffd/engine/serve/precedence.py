@@ -1,20 +1,24 @@
 """Faults of all come before what is brought ahead for any of them: one set of rules for all backends of a loop.
 
 What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones. In
-between, faults are read. So a fault waits for one step, and not for one of each space that is being filled. Reads ahead
-are few bytes at once while threads of others wait for reads. Where nobody waits, there is no bound but each backend's
-own.
+between, faults are read. So a fault waits for one step, and not for one of each space that is being filled. A step
+ends early, after the part that is being placed, where a thread waits in a space for which nothing is brought. Reads
+ahead are few bytes at once while threads of others wait for reads. Where nobody waits, there is no bound but each
+backend's own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import contextlib
+from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from aiouffd.engine.space import Space
 
 __all__ = ["Precedence"]
 
@@ -33,6 +37,7 @@ class Precedence:
     """Whose turn it is, on one loop.
 
     Attributes:
+        brought: spaces for which something is being brought ahead; how often.
         urgent: reads under way, or about to be, for which threads wait; of all gates, which count them.
     """
 
@@ -40,11 +45,30 @@ class Precedence:
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # of so many bytes
         self._is_turning = False
         self._stepped = 0
+        self.brought: Counter[Space] = Counter()
         self.urgent: int = 0
         self._ahead = 0  # bytes under way of the others
         self._refused: dict[_Gate, None] = {}
 
     # Steps
+
+    @contextlib.contextmanager
+    def brings(self, space: Space) -> Iterator[None]:
+        """Within the block, something is brought for a space."""
+        self.brought[space] += 1
+        try:
+            yield
+        finally:
+            self.brought[space] -= 1
+            if not self.brought[space]:
+                del self.brought[space]
+
+    def others_wait(self, space: Space) -> bool | None:
+        """Tell whether a thread waits in a space for which nothing is brought; None: there is no such space.
+
+        What is brought for several takes turns, however they fault.
+        """
+        return space.others_wait(self.brought)
 
     def may_step(self, size: int) -> bool:
         """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were."""

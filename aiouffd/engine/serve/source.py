@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from collections import deque
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -360,26 +361,26 @@ class SourceBackend:
             SourceError: the source failed, or the kernel refused its bytes. Nothing is poisoned; what came is kept.
             ClosedError: the space was dropped meanwhile.
         """
-        await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause), forgets=True)
+        with self._precedence.brings(space):
+            await until_present(space, ranges, lambda missing: self._bring_once(space, missing, cause), forgets=True)
 
     async def _bring_once(self, space: Space, ranges: Sequence[tuple[int, int]], cause: Counter) -> None:
         """Bring what is missing of some ranges and is not on its way already."""
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
-        pending: set[asyncio.Task[None]] = set()
+        todo, pending = deque(_pieces(ranges, space.page_size)), set[asyncio.Task[None]]()
+        runs, size, lets = list[Run](), 0, False
 
-        runs: list[Run] = []
-        size = 0
-
-        def place() -> None:
-            nonlocal runs, size
-            if runs and not space.is_gone and not space.closing:
-                resolve_bulk(space, runs)
+        def place(others_wait: Callable[[], bool | None] = lambda: None) -> None:
+            nonlocal runs, size, lets
+            lets = not lets  # so that something comes in each second step
+            todo.extendleft((*part, False) for part in resolve_bulk(space, runs, others_wait, lets=lets)[::-1])
             runs, size = [], 0
 
         # Not undone by canceling: threads may have joined what is under way.
         try:
-            for offset, length, is_last in _pieces(ranges, space.page_size):
+            while todo:
+                offset, length, is_last = todo.popleft()
                 # Who waits for these has one read under way, however slow those of others are.
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
                     place()
@@ -389,13 +390,11 @@ class SourceBackend:
                 size += _MAX_READ // _BEGUN_TOGETHER if begun else length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
-                if len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ * two_threads.count:
-                    place()
+                if not todo or len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ * two_threads.count:
+                    place(partial(self._precedence.others_wait, space))
                     await self._precedence.turn()
-                    await allowed(space)
-            if size:
-                place()
-                await self._precedence.turn()
+                    if todo:
+                        await allowed(space)
         finally:
             place()  # however this ends: it counts as present
         while pending:
