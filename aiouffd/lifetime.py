@@ -47,7 +47,12 @@ def begun(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
     """Have a thread do work that blocks, as `asyncio.to_thread` does; a task would take two more turns of the loop."""
     import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
-    return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
+    only = [work]
+
+    def run() -> _Result:
+        return only.pop()()  # the thread has it no more when this goes on: it would keep what ends with it
+
+    return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, run)
 
 
 async def uninterrupted(work: Callable[[], _Result], undo: Callable[[], object] | None = None) -> _Result:

@@ -32,6 +32,7 @@ import asyncio
 import contextlib
 import enum
 import errno
+import weakref
 from itertools import pairwise
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -159,6 +160,17 @@ def _is_shown(bound: Bound, was: Iterable[tuple[int, int, int]]) -> bool:
     return any(bool(bound.places(at, at + length)) for _, at, length in was)
 
 
+def _weak(method: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return what calls a method as long as its object is there; a cycle would keep the spaces, and the source."""
+    known = weakref.WeakMethod(method)
+
+    def call(start: int, end: int) -> None:
+        if (found := known()) is not None:
+            found(start, end)
+
+    return call
+
+
 class Capture:
     """Snapshots of one memory, one after the other, and what was written between them. Used on one loop.
 
@@ -180,7 +192,7 @@ class Capture:
         modes: int | None,
         quiet: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self.arming: Arming = Arming(spaces, places, modes, self._changed)
+        self.arming: Arming = Arming(spaces, places, modes, _weak(self._changed))
         self._places = places
         self.page: int = spaces[0].page_size
         self._kept = Kept(places.largest, places.end // self.page, self.page, _MOST_KEPT, spaces[0].counters)

@@ -496,6 +496,7 @@ class Space:
         self._end_flights()
         self.deferred.clear()
         self.remainders.clear()
+        self.capture = None  # which has this: a cycle would keep the source, and with it the lock of its file
         self.uffd.close()
 
     def __repr__(self) -> str:

@@ -315,6 +315,18 @@ def one_after_the_other(path: str) -> None:
         with served("in_thread", file_of(path)) as monitor:
             monitor.region[0] = 1
         del monitor
+    with served("in_thread", file_of(path)) as monitor:
+        monitor.snapshot_sync(f"{path}.image")
+    del monitor
+    with served("in_thread", file_of(path)):
+        pass
+
+    async def again_and_again() -> None:
+        for _ in range(20):  # a thread of the loop leaves
+            async with aiouffd.open(path, write_back=True, engine=aiouffd.InThread()):
+                pass
+
+    asyncio.run(again_and_again())
     with aiouffd.map(path):
         for page in range(40):
             with aiouffd.open(aiouffd.FileSource(path, writable=True), write_back=True) as region:
