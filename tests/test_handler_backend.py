@@ -335,6 +335,11 @@ async def test_what_is_canceled_from_outside_is_no_error() -> None:
     assert world.counters.snapshot().in_flight == 0
 
 
+@pytest.fixture(autouse=True)
+def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiouffd.engine.serve.handler_backend._said", {})
+
+
 async def test_a_handler_is_closed_when_serving_ends(caplog: pytest.LogCaptureFixture) -> None:
     """After its calls; what it raises then is logged, and ends nothing else."""
     said: list[str] = []
@@ -431,8 +436,8 @@ async def test_a_prefetch_ends_with_the_first_that_fails(monkeypatch: pytest.Mon
     assert world.counters.snapshot().handler_errors == (1 if how == "raises" else 0)
 
 
-async def test_each_failure_is_counted_and_says_whose_it_is() -> None:
-    """Handler, fault and reason; a page that has failed is no fault that was served."""
+async def test_each_failure_is_counted_and_says_whose_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Handler, fault and reason, and one traceback; a page that has failed is no fault that was served."""
 
     async def work(fault: Fault, batch: Batch) -> None:
         if fault.offset >= 8 * PAGE:
@@ -450,6 +455,7 @@ async def test_each_failure_is_counted_and_says_whose_it_is() -> None:
     ]
     found = world.counters.snapshot()
     assert (found.handler_errors, found.pages_fault, sum(found.latency), found.in_flight) == (3, 1, 1, 0)
+    assert caplog.text.count("Traceback") == 1
 
 
 async def test_a_recording_sees_what_was_asked_for() -> None:

@@ -89,7 +89,7 @@ def split_url(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     base, _, key = parts.path.rpartition("/")
     if not key:
-        raise ValueError("the URL names no object: it ends with a slash")
+        raise ValueError("the URL names no object, only where objects are: add the name of one")
     if parts.scheme in ("http", "https"):
         # A store of one object, so that the URL is sent as it was given: a signed one has a query.
         return urldefrag(user_of(url)[0]).url, ""

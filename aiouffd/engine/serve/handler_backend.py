@@ -39,6 +39,9 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 _LATER = 0.001
 _TOGETHER = 64  # pages that are given to the handler ahead of faults at once
+_SAID_AGAIN_NS = 60_000_000_000
+_MOST_SAID = 100
+_said: dict[str, int] = {}  # errors of handlers whose tracebacks were logged, and when: a prefetch has many
 _METHODS = {
     abi.EVENT_FORK: "fork",
     abi.EVENT_REMAP: "remap",
@@ -48,8 +51,14 @@ _METHODS = {
 
 
 def _raised(error: BaseException) -> str:
-    log.warning("the handler raised", exc_info=error)
-    return f"raised {type(error).__name__}: {error}"
+    text = f"raised {type(error).__name__}: {error}"
+    now = perf_counter_ns()
+    if now - _said.get(text, -_SAID_AGAIN_NS) >= _SAID_AGAIN_NS:
+        if len(_said) >= _MOST_SAID:
+            _said.clear()
+        _said[text] = now
+        log.warning("the handler raised; the same error has no traceback for a minute", exc_info=error)
+    return text
 
 
 class HandlerBackend:
