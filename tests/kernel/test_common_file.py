@@ -208,6 +208,7 @@ class Program:
         elif kind == "evict":
             monitor.evict_sync(page * self.size, count * self.size)
         elif kind == "snapshot":
+            eventually(lambda: monitor.statistics().spaces, len(self.alive))  # all are served again
             image = self.path.with_suffix(".image")
             try:
                 monitor.snapshot_sync(image)
