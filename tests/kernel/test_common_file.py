@@ -201,14 +201,12 @@ class Program:
             victims = chance.choice((before[1:], before))
             for pid in victims:
                 kill(pid)
-            if chance.randrange(2):
-                replaced(monitor, *victims)
+            replaced(monitor, *victims)
         elif kind == "prefetch":
             monitor.prefetch_sync(page * self.size, count * self.size)
         elif kind == "evict":
             monitor.evict_sync(page * self.size, count * self.size)
         elif kind == "snapshot":
-            eventually(lambda: monitor.statistics().spaces, len(self.alive))  # all are served again
             image = self.path.with_suffix(".image")
             try:
                 monitor.snapshot_sync(image)
