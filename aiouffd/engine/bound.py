@@ -128,7 +128,7 @@ class Bound:
     ) -> None:
         self.written = written
         self.page = page
-        self.limit = limit if limit is None or limit < len(written) else None
+        self.limit: int | None = limit if limit is None or limit < len(written) else None
         self.write_back: _WriteBack | None = None
         """Takes written pages to the source; None: they stay."""
         self.end: int = len(written)

@@ -160,9 +160,9 @@ class Space:
         self.on_file: Callable[[Space, bool], None] | None = None  # the dispatcher's, which does not read meanwhile
         self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses
-        self.filling = 0
-        """Bytes that a fault brings at once, as far as they are in memory, for the time that everything is brought."""
-        self.is_gone = self.closing = False
+        self.filling = 0  # bytes that a fault brings at once, of what is in memory, while everything is brought
+        self.is_gone: bool = False
+        self.closing: bool = False
         self.flights: Flights = Flights()
         self.deferred: Deferred = Deferred()
         self.remainders: Remainders = Remainders(page_size)
