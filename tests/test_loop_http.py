@@ -160,6 +160,42 @@ async def test_what_is_not_understood_is_refused(answer: str) -> None:
         assert asked == [1]
 
 
+@pytest.mark.parametrize(
+    ("start", "head", "total", "understood"),
+    [
+        (10, "bytes 10-19/30\r\nContent-Length: 10\r\n", 30, 1),
+        (0, "bytes 0-9/30\r\nContent-Length: 10\r\n", 30, 1),
+        (10, "bytes 0-9/30\r\nContent-Length: 10\r\n", None, 2),
+        (10, "bytes 10-19/40\r\nContent-Length: 10\r\n", 40, 2),
+        (10, "bytes 10-19/30\r\nContent-Length: 11\r\n", None, 2),
+        (25, "bytes 25-34/30\r\nContent-Length: 10\r\n", None, 2),
+        (10, "bytes 10-19/30\r\nContent-Length: 10\r\nConnection: close\r\n", 30, 2),
+    ],
+)
+async def test_a_head_as_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, start: int, head: str, total: int | None, understood: int
+) -> None:
+    """Only its range is looked at; whatever else is another is understood anew."""
+    heads: list[str] = []
+    understand = loop_http._Connection._understand
+
+    def noted(self: loop_http._Connection, head: str) -> int:
+        heads.append(head)
+        return understand(self, head)
+
+    monkeypatch.setattr(loop_http._Connection, "_understand", noted)
+    first = "HTTP/1.1 206 Partial Content\r\nContent-Range: "
+    answers = [f"{first}bytes 0-9/30\r\nContent-Length: 10\r\n\r\n{BODY}", f"{first}{head}\r\n{BODY[::-1]}"]
+    async with scripted(lambda _, number: answers[number - 1]) as (url, asked), client_of(url) as client:
+        await client.get_async(0, 10)
+        with contextlib.nullcontext() if total else pytest.raises(RequestError, match="not understood"):
+            answer = await client.get_async(start, start + 10)
+            assert (bytes(answer.data), answer.start) == (BODY[::-1].encode(), start)
+            assert answer.validator == Validator(total)
+        assert (asked, len(heads)) == ([2], understood)
+        assert len(client._idle) == ("close" not in head and total is not None)
+
+
 @pytest.mark.parametrize("what", ["Content-Length: " + "9" * 5000, "X: " + "x" * 200_000])
 async def test_a_refusal_is_no_error_of_the_loop(what: str) -> None:
     """Nothing is logged, and what comes behind a head that is too long finds no room."""

@@ -47,17 +47,37 @@ async def test_one_step_in_each_turn_of_the_loop() -> None:
 
 async def test_small_steps_are_made_together() -> None:
     """Eight pages in a turn of the loop, or what is as much together; none passes those that wait."""
-    precedence = Precedence()
+    precedence, space = Precedence(), World(0).space
+    space.others_wait = lambda _: True
     for _ in range(2):
-        assert [precedence.may_step(PAGE) for _ in range(9)] == 8 * [True] + [False]
+        assert [precedence.may_step(space, PAGE) for _ in range(9)] == 8 * [True] + [False]
         await asyncio.sleep(0)  # a turn
-    assert [precedence.may_step(32 << 10) for _ in range(3)] == [True, True, False]
+    assert [precedence.may_step(space, 32 << 10) for _ in range(3)] == [True, True, False]
     await asyncio.sleep(0)
-    assert not precedence.may_step(2 * MIB)
+    assert not precedence.may_step(space, 2 * MIB)
     waits = precedence.turn()
-    assert not precedence.may_step(PAGE)
+    assert not precedence.may_step(space, PAGE)
     await waits
-    assert precedence.may_step(PAGE)
+    assert precedence.may_step(space, PAGE)
+
+
+async def test_more_small_steps_are_made_where_no_thread_waits() -> None:
+    """It is looked for one after eight pages each, in all spaces; 32 pages are enough, and eight while one is read."""
+    precedence, space, asked = Precedence(), World(0).space, list[Any]()
+
+    def others_wait(brought: Any) -> bool:
+        asked.append(brought)
+        return len(asked) == 6
+
+    space.others_wait = others_wait
+    for made, looks in ((32, 3), (24, 6)):
+        assert [precedence.may_step(space, PAGE) for _ in range(made + 1)] == made * [True] + [False]
+        assert len(asked) == looks
+        await asyncio.sleep(0)  # a turn
+    assert not any(asked)  # none is left out
+    precedence.urgent = 1
+    assert [precedence.may_step(space, PAGE) for _ in range(9)] == 8 * [True] + [False]
+    assert len(asked) == 6
 
 
 async def test_small_steps_that_wait_are_made_together() -> None:

@@ -51,6 +51,8 @@ class Landings:
 
     def __call__(self, space: Any, flight: Flight, steps: Steps, failure: BaseException | None) -> None:
         """Tell of one, if that is due."""
+        if self._bucket is None and not flight.wanted:
+            return
         ended = perf_counter_ns()
         told: dict[str, Any] = {}
         if flight.wanted and ended - flight.waited_ns >= SLOW_NS and self._is_due(space):

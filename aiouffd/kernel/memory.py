@@ -111,6 +111,8 @@ def zeros(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+_blank = functools.cache(bytes)  # as `zeros`, for methods of bytes
+
 _memcmp = ctypes.PyDLL(None).memcmp  # PyDLL: to release the GIL would cost more than the comparison
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -118,15 +120,16 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 def zero_blocks(view: memoryview, block: int) -> list[int]:
     """Return the offsets of the blocks of a buffer that hold nothing but zeros. The last block may be shorter.
 
-    A block whose first or last byte is not zero costs nothing more: the last one has the exponent of a number.
+    A block whose first or last byte is not zero costs nothing more: the last one has the exponent of a number. Nor does
+    a buffer of less than a block cost an address.
 
     Args:
         view: contiguous bytes.
         block: bytes.
     """
     found: list[int] = []
-    if len(view) < block and view and (view[0] or view[-1]):
-        return found
+    if 0 < len(view) < block:
+        return found if view[0] or view[-1] or not _blank(block).startswith(view) else [0]
     firsts = view[::block].tobytes()
     if firsts.find(0) < 0:
         return found

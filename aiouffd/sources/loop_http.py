@@ -163,6 +163,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._view = memoryview(self._room)
         self._filled = 0  # bytes of the head and what follows it, or of the body
         self._body: memoryview | None = None
+        # Of the last head: what is before and behind the range that it names, how long that is, and the object.
+        self._usual = b"", b"", 0, 0
         self._validator: Validator | None = None
         self._answer: asyncio.Future[Answer] | None = None
         self._asked = 0, 0
@@ -230,6 +232,14 @@ class _Connection(asyncio.BufferedProtocol):
     # Answers
 
     def _take_head(self) -> None:
+        before, behind, length, total = self._usual
+        start, stop = self._asked
+        if stop - start == length and stop <= total:
+            head = b"%b%d-%d%b" % (before, start, stop - 1, behind)
+            if self._room.startswith(head, 0, self._filled):  # as most: nothing of it is to be understood again
+                self._keeps = True
+                self._take_body(len(head), length)
+                return
         end = self._room.find(b"\r\n\r\n", 0, self._filled)
         if end < 0:
             if self._filled == _ROOM:
@@ -237,8 +247,10 @@ class _Connection(asyncio.BufferedProtocol):
             if _OTHER_END.search(self._room, 0, self._filled):
                 raise _refused("lines without a carriage return")
             return
-        length = self._understand(self._room[:end].decode("latin-1"))
-        begin = end + 4
+        self._take_body(end + 4, self._understand(self._room[:end].decode("latin-1")))
+
+    def _take_body(self, begin: int, length: int) -> None:
+        """Take what has come behind a head of so many bytes."""
         came = self._filled - begin
         if came >= length:
             self._keeps &= came == length  # else bytes that nobody has asked for
@@ -263,6 +275,8 @@ class _Connection(asyncio.BufferedProtocol):
         start, stop = self._asked
         if not (first == start <= last == min(stop, total) - 1 == start + length - 1):
             raise _refused(found[0].strip())
+        around = bytes(self._room[: found.start(1)]), bytes(self._room[found.end(2) : len(head) + 4])
+        self._usual = *around, length if self._keeps else 0, total
         return length
 
     def _complete(self, data: object) -> None:

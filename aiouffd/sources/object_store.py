@@ -197,12 +197,14 @@ class ObjectSource:
     # Requests
 
     async def _persist(self, start: int, stop: int) -> Answer:
-        """Request bytes until they come, or it is too late."""
+        """Request bytes of the pinned version until they come, or it is too late."""
         began = time.monotonic()
         tries = 0
         while True:
             try:
-                answer = await self._request(start, stop)
+                answer = await self._get(start, stop)
+                if (pinned := self._pinned) is not None and not (answer.validator == pinned and pinned.names_version):
+                    await self._compare(answer, pinned)
             except RequestError as error:
                 failure = error.failure
                 pause = self._pause(tries)
@@ -218,15 +220,13 @@ class ObjectSource:
                 self._succeeded()
                 return answer
 
-    async def _request(self, start: int, stop: int) -> Answer:
-        pinned = self._pinned
-        answer = await self._get(start, stop)
-        if pinned is not None and answer.validator != pinned and pinned.contradicts(answer.validator):
+    async def _compare(self, answer: Answer, pinned: Validator) -> None:
+        """Compare the version of an answer with the pinned one; where nothing names that, bytes."""
+        if pinned.contradicts(answer.validator):
             raise RequestError(Failure(CHANGED))
-        if pinned is not None and not pinned.names_version:
+        if not pinned.names_version:
             await self._read_again()
             self._witness = answer.start, bytes(memoryview(answer.data)[:_WITNESS])
-        return answer
 
     async def _get(self, start: int, stop: int) -> Answer:
         if self._direct is None and self._goes_direct and (self._pinned is not None or self._shared is not None):

@@ -104,7 +104,7 @@ class Pace:
                 rate.since_ns += idle
         self.under_way += 1
 
-    def leave(self, read: Flight, _: object = None) -> None:
+    def leave(self, read: Flight) -> None:
         """Count a read that ends."""
         under_way, self.under_way = self.under_way, self.under_way - 1
         self._room.set()

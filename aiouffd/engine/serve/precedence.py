@@ -1,10 +1,10 @@
 """Faults of all come before what is brought ahead for any of them: one set of rules for all backends of a loop.
 
-What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones. In
-between, faults are read. So a fault waits for one step, and not for one of each space that is being filled. A step
-ends early, after the part that is being placed, where a thread waits in a space for which nothing is brought. Reads
-ahead are few bytes at once while threads of others wait for reads. Where nobody waits, there is no bound but each
-backend's own.
+What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones, and some
+more where no thread waits. In between, faults are read. So a fault waits for one step, and not for one of each space
+that is being filled. A step ends early, after the part that is being placed, where a thread waits in a space for which
+nothing is brought. Reads ahead are few bytes at once while threads of others wait for reads. Where nobody waits, there
+is no bound but each backend's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["Precedence"]
 
 _STEP: Final = 64 << 10  # bytes that small steps of one turn place together
 _LEAST: Final = _STEP // 8  # so that these are few
+_MOST_STEPS: Final = 4 * _STEP  # where no thread waits after each part of them
 _BESIDE: Final = 4 << 20  # bytes of reads ahead under way, while threads of others wait
 
 
@@ -44,7 +45,8 @@ class Precedence:
     def __init__(self) -> None:
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # of so many bytes
         self._is_turning = False
-        self._stepped = 0
+        self._stepped = 0  # bytes of small steps in this turn of the loop
+        self._room = _STEP  # for them
         self.brought: Counter[Space] = Counter()
         self.urgent: int = 0
         self._ahead = 0  # bytes under way of the others
@@ -70,17 +72,24 @@ class Precedence:
         """
         return space.others_wait(self.brought)
 
-    def may_step(self, size: int) -> bool:
-        """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were."""
-        if self._waiting or self._stepped + size > _STEP:
+    def may_step(self, space: Space, size: int) -> bool:
+        """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were.
+
+        After a few of them it is made if no thread waits: to wait for another turn costs more than to look.
+        """
+        if self._waiting or size > _STEP:
             return False
+        if self._stepped + size > self._room:
+            if self._room == _MOST_STEPS or self.urgent or space.others_wait(()):
+                return False
+            self._room += _STEP
         if not self._stepped:
             asyncio.get_running_loop().call_soon(self._next_turn)
         self._stepped += max(size, _LEAST)
         return True
 
     def _next_turn(self) -> None:
-        self._stepped = 0
+        self._stepped, self._room = 0, _STEP
 
     def turn(
         self, waits: Callable[[Callable[[], None]], None] = lambda _: None, size: int = _STEP

@@ -281,7 +281,7 @@ class SourceBackend:
         failure: SourceError | None = None
         try:
             data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits)
-            if not (urgent or flight.wanted or self._precedence.may_step(length)):
+            if not (urgent or flight.wanted or self._precedence.may_step(space, length)):
                 await self._precedence.turn(flight.waits, length)
             if not space.is_gone and not space.closing:
                 self._place(space, flight, data)
@@ -410,8 +410,11 @@ class SourceBackend:
             assert flight.done is not None
             self._pace.enter()
             pending.add(flight.done)
-            flight.done.add_done_callback(pending.discard)
-            flight.done.add_done_callback(partial(self._pace.leave, flight))
+            flight.done.add_done_callback(partial(self._landed, flight, pending))
+
+    def _landed(self, flight: Flight, pending: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+        pending.discard(task)
+        self._pace.leave(flight)
 
     def _approach(self, space: Space, offset: int, length: int, runs: list[Run], purpose: Purpose) -> list[Flight]:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
