@@ -109,6 +109,10 @@ class RangeSet:
         if start >= end:
             return
         starts, ends = self._starts, self._ends
+        if self._limit is None and (not ends or ends[-1] < start):  # behind all others, as most come
+            starts.append(start)
+            ends.append(end)
+            return
         low = bisect_left(ends, start)  # the first range that ends at or behind `start` touches the new one
         high = bisect_right(starts, end)
         if low < high:
@@ -155,8 +159,12 @@ class RangeSet:
             yield Range.between(start, end)
 
     def __iter__(self) -> Iterator[Range]:
-        for start, end in zip(self._starts, self._ends, strict=True):
+        for start, end in self.bounds():
             yield Range.between(start, end)
+
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        """Yield the start and end of each range, in order: a `Range` of each takes a microsecond."""
+        return zip(self._starts, self._ends, strict=True)
 
     def __len__(self) -> int:
         """Return the number of ranges, not of integers."""

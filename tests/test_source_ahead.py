@@ -112,6 +112,27 @@ def test_what_a_toucher_in_order_wants_next_is_expected() -> None:
     assert all(data == world.model[page] for page, data in world.uffd.pages.items())
 
 
+async def test_small_reads_ahead_leave_a_quarter_to_faults() -> None:
+    """However many are asked for, a fault is read at once."""
+    source = Held()
+    world = World(0, source=source, limits=limits(concurrent_reads=8))
+    ranges = [(page * PAGE, PAGE) for page in range(0, 24, 2)]
+    bringing = asyncio.create_task(world.backend.bring(world.space, ranges, Counter.PAGES_PREFETCH))
+    await turns()
+    ahead = [page * PAGE for page in range(0, 12, 2)]
+    assert [offset for offset, *_ in source.reads] == ahead
+    for page in (25, 27):
+        world.touch(page, page)
+        world.serve_all()
+        await turns()
+    assert [offset for offset, *_ in source.reads] == [*ahead, 25 * PAGE, 27 * PAGE]
+    for number in range(14):
+        source.answer(number)
+        await turns()
+    await bringing
+    assert len(world.uffd.pages) == 14
+
+
 @pytest.mark.parametrize(
     ("bounds", "asked"),
     [

@@ -100,6 +100,8 @@ class PresentPages:
         page = self._page
         found: list[tuple[int, int]] = []
         first, last = start // page, end // page
+        if first < last and first // _CHUNK == (last - 1) // _CHUNK and first // _CHUNK not in self._chunks:
+            return [(start, end - start)]
         begin = -1  # of the gap that is being followed
         while first < last:
             number, low = divmod(first, _CHUNK)

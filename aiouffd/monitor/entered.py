@@ -128,19 +128,19 @@ class Entered:
         if (length is None) is isinstance(start, SupportsIndex):
             raise TypeError("an offset needs a length; ranges have theirs")
         size, page, pages = len(self.region), self.region.page_size, RangeSet()
-        pairs = [(given, length)] if length is not None else list(map(_pair, given))
+        pairs = [(given, length)] if length is not None else _pairs(given)
         for pair in sorted(pairs):  # to add what is behind all others costs least
             at, count = map(operator.index, pair)
-            self._check_within(at, count)
+            self._check_within(at, count, size)
             if count:
                 pages.add(align_down(at, page), align_up(at + count, page))
         if (limit := self._options.max_resident) is not None and pages.total > limit:
             raise ValueError(f"{pages.total} bytes cannot all be there: max_resident is {limit}")
-        return [(each.start, min(each.end, size) - each.start) for each in pages]
+        return [(low, min(high, size) - low) for low, high in pages.bounds()]
 
-    def _check_within(self, start: int, length: int) -> None:
-        if start < 0 or length < 0 or start + length > len(self.region):
-            raise ValueError(f"[{start}, {start + length}) is not within the region of {len(self.region)} bytes")
+    def _check_within(self, start: int, length: int, size: int) -> None:
+        if start < 0 or length < 0 or start + length > size:
+            raise ValueError(f"[{start}, {start + length}) is not within the region of {size} bytes")
 
     @contextlib.contextmanager
     def _looks(self, progress: Show, asked: Sequence[tuple[int, int]]) -> Iterator[Callable[[], object]]:
@@ -212,13 +212,13 @@ class Entered:
 
     def _ask_to_flush(self, start: int, length: int | None) -> Future[None]:
         length = len(self.region) - start if length is None else length
-        self._check_within(start, length)
+        self._check_within(start, length, len(self.region))
         if not self._options.write_back:
             raise ValueError("it does not write back: Monitor(..., write_back=True)")
         return self._running().flush(start, length)
 
     def _ask_to_evict(self, start: int, length: int) -> Future[int]:
-        self._check_within(start, length)
+        self._check_within(start, length, len(self.region))
         if not self._options.bounded:
             raise ValueError(
                 "evict needs max_resident= or write_back=True: else it is not known which pages were written"
@@ -336,6 +336,12 @@ class Entered:
     def pids(self) -> tuple[int, ...]:
         """The pager's processes: keeper and worker; empty where the loop runs elsewhere."""
         return () if self._engine is None else self._engine.pids
+
+
+def _pairs(wanted: Iterable[Any]) -> list[tuple[int, int]]:
+    if isinstance(wanted, RangeSet):
+        return [(start, end - start) for start, end in wanted.bounds()]
+    return list(map(_pair, wanted))
 
 
 def _pair(wanted: Any) -> tuple[int, int]:

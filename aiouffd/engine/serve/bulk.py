@@ -89,26 +89,27 @@ def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Co
         parts: offset, length and address of each.
         cause: what they count as.
     """
-    low, high = min(offset for offset, *_ in parts), max(offset + length for offset, length, _ in parts)
+    (low, *_), (last, length, _) = min(parts), max(parts)
+    high = last + length  # no two overlap
     shown = space.mappings.addresses(low, high) if _is_simple(space) and not (space.is_gone or space.closing) else []
     if len(shown) != 1 or shown[0].offset != low or shown[0].end - shown[0].start != high - low:
         return [(offset, length) for offset, length, _ in parts]
     skew, left = shown[0].start - low, list[tuple[int, int]]()
-    came, at = list[tuple[int, int]](), 0
+    came, at = list[tuple[int, int, int]](), 0
     while at < len(parts):
         copies = array("Q", [word for offset, length, source in parts[at:] for word in (offset + skew, source, length)])
         count = space.uffd.try_copies(copies, space.resolver.mode)
-        came += [(offset, length) for offset, length, _ in parts[at : at + count]]
+        came += parts[at : at + count]
         left += [(offset, length) for offset, length, _ in parts[at + count :][:1]]
         at += count + 1
-    for offset, length in came:
+    for offset, length, _ in came:
         space.readahead.brought(offset, length)
-    words, size = space.counters.words, sum(length for _, length in came)
+    words, size = space.counters.words, sum(length for _, length, _ in came)
     words[_COPIES] += len(came) + len(left)  # also what came in part: whoever looks whether something came sees that
     words[cause] += size // space.page_size
     words[Counter.BYTES_SHARED] += size
     if came:
-        space.wake(sorted((offset + skew, offset + skew + length) for offset, length in came), each=False)
+        space.wake(sorted([(offset + skew, offset + skew + length) for offset, length, _ in came]), each=False)
     return left
 
 

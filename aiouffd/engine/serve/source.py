@@ -96,7 +96,7 @@ class SourceBackend:
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._may_be_plain = self._extents.may_be_plain
         self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
-        self._pace = Pace(limits.concurrent_reads // 2)
+        self._pace = Pace(limits.concurrent_reads * 3 // 4)  # the others are for threads that wait
         self._reach = 0 if self._extents.local else limits.bytes_in_flight // 4
         self._tasks: set[asyncio.Task[None]] = set()
 
