@@ -6,6 +6,7 @@ import asyncio
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from aiouffd.server.control import actions as module
 from aiouffd.server.control.actions import ACTIONS, Actions
 from aiouffd.server.control.values import NewSession, Record
 from aiouffd.server.server import Server
+from aiouffd.server.yielding import YieldsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +62,38 @@ async def test_sessions_are_restored_at_once(monkeypatch: pytest.MonkeyPatch, ca
     await Actions(server).restore()
     assert begun == ["a", "b", "c"]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["session b takes no clients any more"]
+
+
+async def test_a_takeover_that_fails_costs_no_session(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was to be created again meanwhile is, and one that was drained ends; none is drained meanwhile."""
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.0)
+    outcomes = list[Exception | None]()
+
+    async def attempt(*_: Any) -> None:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+        server.sessions.clear()
+
+    text = {module._CREATED: msgspec.to_builtins(NewSession(name="a", socket="/s", source="/x"))}
+    session: Any = SimpleNamespace(name="a", drained=AsyncMock())
+    left = {"a": SimpleNamespace(text=text, listener=None)}
+    server: Any = SimpleNamespace(left=left, sessions={"a": session}, remove=attempt)
+    actions = Actions(server)
+    outcomes += [YieldsError("a", "not now"), YieldsError("a", "not now"), None]
+    await actions._delete_drained(session)
+    assert (outcomes, server.sessions) == ([], {})
+    monkeypatch.setattr(Actions, "_make", attempt)
+    outcomes += [YieldsError("a", "not now"), YieldsError("a", "not now"), None]
+    await actions.restore()
+    await asyncio.gather(*actions._tasks)
+    assert not outcomes
+    assert "any more" not in caplog.text
+    yielding = Server(aiouffd.ZeroSource(4096), "/s")
+    yielding._yielding.is_under_way = True
+    with pytest.raises(YieldsError):
+        yielding.drain(yielding.sessions[""])
 
 
 async def test_a_session_with_clients_that_map_files_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ class Session:
 
     def __init__(self, heard: list[str], name: str) -> None:
         self.heard, self.name = heard, name
-        self.taking = True
         self.settled = asyncio.Event()
         self.settled.set()
 
@@ -84,6 +83,3 @@ async def test_a_takeover_that_fails_early() -> None:
     world.yielding.end()
     world.yielding.begin()
     await world.hears("pause a", "yielded")
-    world.sessions["a"].taking = False  # it takes no clients any more, whatever becomes of this
-    world.yielding.end()
-    await world.hears()

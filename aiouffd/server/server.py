@@ -29,7 +29,7 @@ from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.services import Settings
 from aiouffd.server.session import Session
-from aiouffd.server.successor import SOCKET, Left, Successor
+from aiouffd.server.successor import SOCKET, Left, Successor, fill_left, let_go
 from aiouffd.server.yielding import Yielding
 
 if TYPE_CHECKING:
@@ -297,7 +297,8 @@ class Server:
             note: what `left` is to say of it in a server after this one: plain values.
 
         Raises:
-            SessionError: there is a session of this name, or the server is about to end, or to be taken over from.
+            SessionError: there is a session of this name, or the server is about to end; YieldsError: another server is
+                about to take over.
             OSError, TraceError: as on entering the server.
         """
         self._check_ending(name)
@@ -320,11 +321,16 @@ class Server:
         if self._ending:
             raise SessionError(name, "cannot be created: the server is about to end")
 
+    def drain(self, session: Session) -> None:
+        """Have a session take no new clients. Raises YieldsError: another server is about to take over."""
+        with self._yielding.change(session.name):
+            session.stop_listening()
+
     async def remove(self, session: Session) -> None:
         """End a session, which serves nobody any more.
 
         Raises:
-            SessionError: it has clients, or the server is about to be taken over from.
+            SessionError: it has clients; YieldsError: another server is about to take over.
         """
         if not session.is_idle:
             reason = f"serves {session.served} clients, or is just taking one: drain or complete it first"
@@ -356,13 +362,16 @@ class Server:
 
     @property
     def clients(self) -> dict[str, Client]:
-        """The clients of all sessions, by the token of their memory."""
-        return {token: client for session in self.sessions.values() for token, client in session.clients.items()}
+        """The clients of all sessions, by the token of their memory; with those in `left`."""
+        left = {client.tenant.token: client for its in self.left.values() for client, _ in its.clients}
+        return left | {token: client for session in self.sessions.values() for token, client in session.clients.items()}
 
     @property
     def served(self) -> int:
-        """How many clients there are, with those that map files."""
-        return sum(session.served for session in self.sessions.values())
+        """How many clients there are, with those that map files, and those in `left`."""
+        return sum(session.served for session in self.sessions.values()) + sum(
+            len(its.clients) for its in self.left.values()
+        )
 
     async def wait_clients(self, most: int = 0) -> None:
         """Wait until at most so many clients are left. Canceling is safe."""
@@ -372,7 +381,8 @@ class Server:
 
     async def fill(self) -> None:
         """Fill all missing pages of the clients, and release each client that has all. One that fails stays served."""
-        await asyncio.gather(*(session.fill() for session in self.sessions.values()))
+        filling = [session.fill() for session in self.sessions.values()]
+        await asyncio.gather(*filling, fill_left(self._pager, self.left.values()))
 
     async def wait_dead(self) -> None:
         """Wait until the pager has been given up: nobody can be served any more. Canceling is safe.
@@ -416,6 +426,8 @@ class Server:
         return self._pager.pids
 
     def _gone(self, tenant: Tenant) -> None:
+        let_go(self._pager, self.left.values(), tenant)
+        self._changed.set()
         for session in list(self.sessions.values()):
             session.gone(tenant)
 

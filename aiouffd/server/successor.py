@@ -7,6 +7,8 @@ session what was its own.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from aiouffd.engine.mappings import Mapping
-from aiouffd.errors import PagerStartError
+from aiouffd.errors import PagerStartError, UffdError
+from aiouffd.handoff.own_threads import detach
 from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.fd_store import FdStore
 from aiouffd.pager.client.packing import Pack
@@ -32,9 +35,20 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from aiouffd.pager.client.client import PagerClient
+    from aiouffd.pager.client.tenant import Tenant
     from aiouffd.pager.process.state import Note
 
-__all__ = ["SOCKET", "SYSTEMD", "Left", "Successor", "forget_session", "keep_client", "keep_session"]
+__all__ = [
+    "SOCKET",
+    "SYSTEMD",
+    "Left",
+    "Successor",
+    "fill_left",
+    "forget_session",
+    "keep_client",
+    "keep_session",
+    "let_go",
+]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
@@ -92,6 +106,33 @@ class Left:
     listener: socket.socket | None = None
     clients: list[tuple[Client, bool]] = attrs.field(factory=list)
     recordings: list[Note] = attrs.field(factory=list)
+
+
+def let_go(pager: PagerClient, left: Iterable[Left], tenant: Tenant) -> None:
+    """Be done with a client that no session has, if it is one: it has ended, or has all its pages."""
+    for its in left:
+        for client in [client for client, _ in its.clients if client.tenant is tenant]:
+            its.clients = [item for item in its.clients if item[0] is not client]
+            tenant.slot = 0  # it is the session's
+            pager.forget(tenant)
+            tenant.uffd.close()
+            if tenant.tether >= 0:
+                os.close(tenant.tether)
+            client.disconnect()
+            if all(other.tenant.pack is not tenant.pack for other, _ in its.clients):
+                detach(tenant.pack.close)
+
+
+async def fill_left(pager: PagerClient, left: Iterable[Left]) -> None:
+    """Fill the memory of the clients that no session has, and be done with them; one where that fails stays served."""
+    its = list(left)
+
+    async def fill(tenant: Tenant) -> None:
+        with contextlib.suppress(UffdError):
+            await asyncio.wrap_future(pager.request("release", tenant))
+            let_go(pager, its, tenant)
+
+    await asyncio.gather(*(fill(client.tenant) for each in its for client, _ in each.clients))
 
 
 class Successor:

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.server.session import Session
 
-__all__ = ["Yielding"]
+__all__ = ["Yielding", "YieldsError"]
 
 _NOTED = 5.0  # seconds for the pager to note what it was told; one that does not answer is about to be ended
+
+
+class YieldsError(SessionError):
+    """A session is not changed now, since another server is about to take over. Where that fails, it can be."""
 
 
 class Yielding:
@@ -50,13 +54,13 @@ class Yielding:
 
     @contextlib.contextmanager
     def change(self, name: str) -> Iterator[None]:
-        """Make or remove a session in this block: nobody takes over in the middle of it.
+        """Change which sessions take clients in this block: nobody takes over in the middle of it.
 
         Raises:
-            SessionError: another server is about to.
+            YieldsError: another server is about to.
         """
         if self.is_under_way:
-            raise SessionError(name, "cannot be created or removed: another server takes over")
+            raise YieldsError(name, "is not created, drained or deleted now: another server takes over")
         self._changes += 1
         try:
             yield
@@ -84,7 +88,7 @@ class Yielding:
         self._pager.holding.yielded()
 
     async def _pause(self) -> None:
-        await asyncio.gather(*(session.pause() for session in self._sessions.values() if session.taking))
+        await asyncio.gather(*(session.pause() for session in self._sessions.values()))
 
     async def _go_on(self) -> None:
-        await asyncio.gather(*(session.go_on() for session in self._sessions.values() if session.taking))
+        await asyncio.gather(*(session.go_on() for session in self._sessions.values()))

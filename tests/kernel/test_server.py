@@ -376,6 +376,12 @@ async def goes_on_early(directory: str) -> None:
             assert len(session._tasks) == 1
             await monitor.prefetch(0, MIB)
             begun.close()
+            (conversation,) = session._tasks
+            session.stop_listening()  # its clients stay
+            server._yield()
+            await until(conversation.done)
+            server._go_on()
+            await monitor.prefetch(0, MIB)
 
 
 def test_a_takeover_that_fails_early(tmp_path: Path, loop: str) -> None:

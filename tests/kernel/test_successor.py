@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pattern import PAGE, Touchers, peek, word
 from scenario import ended, eventually, play
 from served import MIB, Servers, free_port, hand_over, metric
@@ -53,7 +54,7 @@ def sessions(directory: str, image: str) -> None:
     Path(gone).unlink()
     servers.lose()
     second = servers.start("second")
-    second.says("session c takes no clients until its source can be opened")
+    second.says("session c takes no clients yet")
     for turn in (1, 2):
         for region, *_ in kept:  # what a client was served from is open still
             assert peek(region.address + turn * PAGE) == word(turn)
@@ -79,6 +80,47 @@ def test_sessions(image: Path, tmp_path: Path) -> None:
     pids = json.loads(output.splitlines()[-1])
     os.kill(pids["server"], signal.SIGTERM)
     assert all(map(ended, pids.values()))
+
+
+def nobody_has_them(directory: str, image: str, on_term: str) -> None:
+    """Scenario: a session is not there yet when its server is to end; one of its two clients has ended before."""
+    port, path, gone = free_port(), f"{directory}/c", f"{directory}/gone"
+    os.environ["AIOUFFD_CONTROL"] = control = f"{directory}/control"
+    servers = Servers(directory, "--control", control, "--metrics", port, "--on-term", on_term, socket="")
+    os.link(image, gone)
+    servers.start("first")
+    assert main(["ctl", "create", "c", gone, "--socket", path, "--readahead", "0"]) == 0
+    heard, said = os.pipe()
+    other = os.fork()
+    if not other:
+        kept = hand_over(path)
+        os.write(said, bytes([kept[0][0]]))
+        signal.pause()
+    region, _connection, uffd = hand_over(path)
+    uffd.close()
+    assert [peek(region.address), os.read(heard, 1)] == [word(0), word(0)[:1]]
+    Path(gone).unlink()
+    servers.lose()
+    second = servers.start("second")
+    second.says("session c takes no clients yet")
+    pids = servers.pids
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    eventually(lambda: metric(port, "aiouffd_clients"), expected=1)
+    os.kill(pids["server"], signal.SIGTERM)
+    if on_term == "fill":
+        assert second.process.wait(60) == 0
+    else:
+        second.says("serving on until they leave: 1")
+    assert all(peek(region.address + page * PAGE) == word(page) for page in range(MIB // PAGE))
+    print(json.dumps(pids))
+
+
+@pytest.mark.parametrize("on_term", ["keep", "fill"])
+def test_clients_of_a_session_that_is_not_there_yet(image: Path, tmp_path: Path, on_term: str) -> None:
+    """They are clients of the server: it does not end before they have ended, or have all their pages."""
+    output, _ = play(nobody_has_them, str(tmp_path), str(image), on_term)
+    assert all(map(ended, json.loads(output.splitlines()[-1]).values()))
 
 
 DIES = """

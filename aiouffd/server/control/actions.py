@@ -40,6 +40,7 @@ from aiouffd.server.control.values import (
 from aiouffd.server.jail import JailedSocket
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.recordings import Recorded, Terms
+from aiouffd.server.yielding import YieldsError
 from aiouffd.store.attaching import attach
 from aiouffd.store.place import is_snapshot
 from aiouffd.store.resolve import as_layers
@@ -183,8 +184,8 @@ class Actions:
         try:
             new = decode(json.dumps(left.text[_CREATED]).encode(), NewSession)
             await self._make(new, left.listener)
-        except SourceError as error:
-            log.warning("session %s takes no clients until its source can be opened: %s", name, error)
+        except (SourceError, YieldsError) as error:
+            log.warning("session %s takes no clients yet, and is tried again: %s", name, error)
             self._begin(self._make_later(new, left.listener))
         except (UffdError, OSError, ValueError) as error:
             log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
@@ -196,7 +197,7 @@ class Actions:
             pause = min(2 * pause, _LONGEST_PAUSE)
             try:
                 await self._make(new, listener)
-            except SourceError:
+            except (SourceError, YieldsError):
                 continue
             except (UffdError, OSError, ValueError) as error:
                 log.error("session %s takes no clients any more: %s", new.name, error)  # noqa: TRY400 - it says why
@@ -282,7 +283,7 @@ class Actions:
         """Take no new clients. Who drains twice waits twice."""
         session = self._find(name)
         if session.taking:
-            session.stop_listening()
+            self._server.drain(session)
             self._begin(self._delete_drained(session))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(how.wait):
@@ -318,10 +319,13 @@ class Actions:
         self._find(name).snapshots.cancel()
 
     async def _delete_drained(self, session: Session) -> None:
-        await session.drained()
         try:
-            if self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
-                await self._server.remove(session)
+            while self._server.sessions.get(session.name) is session:  # else it was deleted meanwhile
+                await session.drained()
+                try:
+                    await self._server.remove(session)
+                except YieldsError:
+                    await asyncio.sleep(_FIRST_PAUSE)
         except (UffdError, OSError) as error:
             log.error("session %s was drained: %s", session.name, error)  # noqa: TRY400 - nobody waits for it
         finally:
