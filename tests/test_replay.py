@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from typing import Any
+from unittest.mock import Mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,6 +158,16 @@ def test_what_is_emptied_of_a_file_is_so_for_all_who_map_it() -> None:
     assert shown["one", "one"] == [parts, parts, parts, True]
     assert shown["one", "two"] == [parts, whole, parts, False]
     assert shown["", ""] == [parts, whole, before, False]
+
+
+def test_what_is_in_no_file_costs_the_others_nothing() -> None:
+    """Layout events come by the thousand, and so do spaces."""
+    end = replay(begun(state(), event(1, remove(3))))
+    space, spaces = end.state.spaces[1], Mock()
+    end.state.spaces = spaces
+    end.event(space, remove(5), -1)
+    assert [row.offset // PAGE for row in space.mappings] == [0, -1, 4, -1, 6]
+    assert not spaces.mock_calls  # they are not looked through
 
 
 def test_other_records() -> None:
