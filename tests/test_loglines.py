@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from typing import TYPE_CHECKING
 
-from aiouffd.pager.loglines import Lines, NonBlockingHandler
+from aiouffd.pager.loglines import Apart, Lines, NonBlockingHandler
 
 if TYPE_CHECKING:
     import pytest
@@ -51,3 +52,23 @@ def test_the_handler_writes_whole_records(capfd: pytest.CaptureFixture[str]) -> 
     handler = NonBlockingHandler()
     handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "y" * 10_000, (), None))
     assert capfd.readouterr().err == "y" * 10_000 + "\n"
+
+
+def test_the_application_filters_what_threads_that_serve_log() -> None:
+    """As all other records: in the thread that handles them."""
+    logger, handled, threads = logging.getLogger("filtered"), list[str](), list[int]()
+    logger.addFilter(apart := Apart(logger))
+    apart.loops.append(threading.get_ident())
+
+    def says_it(record: logging.LogRecord) -> bool:
+        threads.append(threading.get_ident())
+        return record.msg != "no"
+
+    logger.addFilter(says_it)
+    handler = logging.Handler()
+    handler.emit = lambda record: handled.append(record.msg)  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for text in ("no", "yes"):
+        logger.warning(text)
+    assert handled == ["yes"]
+    assert threading.get_ident() not in threads

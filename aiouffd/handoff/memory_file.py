@@ -39,7 +39,8 @@ def is_memory(fd: int) -> bool:
 def memory_file(fds: Iterable[int], regions: Regions, peer: str) -> int:
     """Return that of some descriptors which is the file behind the regions; -1: there is none that can be used.
 
-    That its pages are the regions' is the client's word. If it is not true, the client loses its own bytes.
+    That its pages are the regions' is the client's word. If it is not true, the client loses its own bytes, and may
+    cost others theirs that have handed over the same file, where it could write as well.
     """
     wrong = {fd: _what_is_wrong(fd, regions) for fd in fds if is_memory(fd)}
     found = [fd for fd, reason in wrong.items() if not reason]

@@ -134,5 +134,5 @@ class Apart(logging.Filter):
         """Say whether this thread may handle the record."""
         if threading.get_ident() not in self.loops:
             return True
-        self._thread.call(self._logger.callHandlers, record)
+        self._thread.call(self._logger.handle, record)  # with the application's own filters
         return False

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pairs import running
@@ -17,8 +18,11 @@ from scenario import eventually
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.tenant import Tenant
+from aiouffd.pager.process.journal import Journal, Whose
+from aiouffd.pager.process.keeper import _Keeper
 
 PAGE = 4096
 
@@ -105,6 +109,18 @@ def test_what_a_source_needs_is_imported_for_all_workers() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, pass_fds=[pack.config.fileno()])
     pack.close()
+
+
+def test_a_clone_that_failed_in_a_keeper_that_was_killed() -> None:
+    """The number in the journal is free then, and the next keeper's own: that does not take itself for its worker."""
+    journal = Journal.create()
+    with OwnedDescriptor(journal.fd), OwnedDescriptor(os.pidfd_open(os.getpid())) as pidfd:
+        journal.note_descriptor(Whose.KEEPER, pidfd.fileno())
+        journal.note_descriptor(Whose.WORKER, pidfd.fileno())
+        absent: Any = None
+        assert not _Keeper(journal, absent, absent, absent)._has_worker()
+        assert journal.descriptor(Whose.WORKER) == -1
+        assert pidfd.intact
 
 
 def test_workers_that_die_without_serving_anything_are_given_up() -> None:

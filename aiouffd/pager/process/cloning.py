@@ -26,7 +26,9 @@ _python = ctypes.pythonapi
 
 
 def clone(pidfd: ctypes.c_int) -> int:
-    """fork(2), but with the table of descriptors shared; return the pid. The caller is single-threaded.
+    """fork(2), but with the table of descriptors shared; return the pid.
+
+    The caller has no other thread; or one that writes a log (`loglines`), and has no lock while it waits for the GIL.
 
     Args:
         pidfd: where the kernel writes the child's pidfd (CLONE_PIDFD, Linux 5.2), before the child runs. In memory that

@@ -1,7 +1,7 @@
 """The keeper: forks the worker, and forks it again when it dies. It does nothing else, so that nothing can kill it.
 
-It imports what the worker needs, so that a fork is ready in some milliseconds, and starts no thread, so that it can
-fork at all. The worker shares the keeper's table of descriptors (`cloning`).
+It imports what the worker needs, so that a fork is ready in some milliseconds, and starts no thread but the one that
+writes its log, so that it can fork at all. The worker shares the keeper's table of descriptors (`cloning`).
 
 Where there is a holder, each of the two makes the other anew: the holder has a copy of all that the keeper has. So as
 long as one of them lives, journal and table stay what they are, whichever processes are killed.
@@ -237,7 +237,8 @@ class _Keeper:
     def _has_worker(self) -> bool:
         """Tell whether a worker lives that a keeper before this one has made."""
         pidfd = self._journal.descriptor(Whose.WORKER)
-        if pidfd < 0 or not is_pidfd(pidfd):  # the clone has failed, in a keeper that was killed right then
+        # The clone has failed, in a keeper that was killed right then: the number may be this keeper's now.
+        if pidfd < 0 or pidfd == self._journal.descriptor(Whose.KEEPER) or not is_pidfd(pidfd):
             self._journal.note_descriptor(Whose.WORKER, -1)
             return False
         if not runs_nothing(pidfd):
