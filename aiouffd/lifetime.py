@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import weakref
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
@@ -19,6 +19,8 @@ __all__ = ["begun", "close_in_children", "uninterrupted", "until_done", "until_e
 class _Closable(Protocol):
     def close(self) -> None: ...
 
+
+_AGAIN = 0.05  # seconds
 
 _Object = TypeVar("_Object")
 _Result = TypeVar("_Result")
@@ -62,28 +64,37 @@ async def uninterrupted(work: Callable[[], _Result], undo: Callable[[], object] 
         work: what is done. What it raises is raised, also by what was canceled.
         undo: done as well, and waited for, if this is canceled and the work has not failed.
     """
+    import asyncio  # noqa: PLC0415 - as above
+
     running = begun(work)
     canceled = await until_done(running)
     result = running.result()
     if canceled is not None:
         if undo is not None:
             await uninterrupted(undo)
-        raise canceled
+        raise asyncio.CancelledError(*canceled)
     return result
 
 
 async def until_done(
     running: asyncio.Future[_Result], on_cancel: Callable[[], object] = lambda: None
-) -> BaseException | None:
-    """Wait until a future is done, also if this is canceled, however often; return the CancelledError then."""
+) -> tuple[Any, ...] | None:
+    """Wait until a future is done, also if this is canceled, however often; return the CancelledError's arguments then.
+
+    `on_cancel` is called then, and again until it is done: what has not begun yet does not hear that it is to end.
+
+    It is not the error itself: in a variable of one of its own frames that would be a cycle, which keeps all of their
+    variables until the next collection. A Monitor has the source, and that the lock of a file.
+    """
     import asyncio  # noqa: PLC0415 - as above
 
     canceled = None
     while not running.done():
         try:
-            await asyncio.wait([running])
+            await asyncio.wait([running], timeout=None if canceled is None else _AGAIN)
         except asyncio.CancelledError as error:
-            canceled = error
+            canceled = error.args
+        if canceled is not None and not running.done():
             on_cancel()
     return canceled
 

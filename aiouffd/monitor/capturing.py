@@ -76,7 +76,7 @@ class Capturing(Entered):
         canceled = await until_done(answer, self._running().cancel_snapshot)
         if canceled is not None:
             answer.exception()  # nobody else asks for it
-            raise canceled
+            raise asyncio.CancelledError(*canceled)
         return _captured(answer.result())
 
     def snapshot_sync(

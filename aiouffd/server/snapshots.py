@@ -96,7 +96,7 @@ class Snapshots:
         canceled = await until_done(answer, self.cancel)
         if canceled is not None:
             answer.exception()  # nobody else asks for it
-            raise canceled
+            raise asyncio.CancelledError(*canceled)
         try:
             return Captured(**answer.result())
         except RangeGoneError as error:

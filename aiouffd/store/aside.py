@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -51,7 +52,7 @@ async def aside(
             progress(done, whole)
 
     running = begun(partial(function, *args, progress=report, **options))
-    if (error := await until_done(running, canceled.set)) is not None:
+    if (reason := await until_done(running, canceled.set)) is not None:
         running.exception()  # nobody else asks for it
-        raise error
+        raise asyncio.CancelledError(*reason)
     return running.result()

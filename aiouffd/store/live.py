@@ -195,15 +195,18 @@ async def capture(
         writing = asyncio.ensure_future(asyncio.to_thread(_write, order, image, settings))
         name = await asyncio.shield(writing)
     except BaseException as error:
-        reason = state.failure if isinstance(error, Exception) else None
+        known = state.failure is not None and isinstance(error, Exception)
         state.fail(error if isinstance(error, Exception) else ClosedError("the snapshot was canceled"))
         if writing is not None:
             await _ended(writing)
-        if reason is not None:  # what writes a file takes it for an error of the file's
-            raise reason from None
+        if state.failure is not None and not known:
+            state.failure.__traceback__ = None  # of threads that write, some of whose frames have it in a future
+        if known and state.failure is not None:  # what writes a file takes it for an error of the file's
+            raise state.failure from None
         raise
     finally:
         await _ended(asyncio.ensure_future(state.end(name)))
+        writing = state.failure = None  # this frame is in their tracebacks: a cycle would keep the source
     return Captured(state.pause_ns, image.bytes_read, state.pages_kept, image.bytes_read / order.size)
 
 

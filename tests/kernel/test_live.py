@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import mmap
 import os
 import warnings
@@ -98,6 +99,31 @@ async def ended(engine: str, folder: str) -> None:
 def test_a_snapshot_that_does_not_come_to_its_end(engine: str, tmp_path: Path) -> None:
     """It leaves neither a file nor a protection; each reason is an error of its own."""
     play(ended, engine, str(tmp_path))
+
+
+async def let_go(engine: str, folder: str) -> None:
+    """Scenario: behind a snapshot that was canceled, early or late, a file that is written to is free at once."""
+    gc.disable()
+    path = Path(folder, "file")
+    path.write_bytes(content(0, SIZE))
+    async with getattr(aiouffd, engine)() if engine == "Pager" else contextlib.nullcontext() as shared:
+        for early in (True, False, True, False):
+            source = await asyncio.to_thread(aiouffd.FileSource, path, writable=True)
+            async with aiouffd.open(source, write_back=True, engine=shared or aiouffd.InThread()) as region:
+                await asyncio.to_thread(poke, region.address + SIZE - 100, b"x")
+                task = slow(region.monitor, Path(folder, "x.snap"))
+                await (asyncio.sleep(0) if early else begun(region.monitor))
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+                assert task.cancelled()
+            del source, region, task
+
+
+@pytest.mark.parametrize("engine", ["Pager", "InThread"])
+def test_what_a_canceled_snapshot_keeps(engine: str, tmp_path: Path) -> None:
+    """Nothing: no error and no frame of it has the source of a Monitor that was left. One that begins hears it, too."""
+    play(let_go, engine, str(tmp_path))
 
 
 async def overtaken(engine: str, folder: str) -> None:
