@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import attrs
@@ -51,6 +52,30 @@ def test_a_handler_that_does_nothing_of_its_own() -> None:
     ):
         checked(Mistyped())
     assert checked(right := Right()) is right
+
+
+def test_a_handler_of_plain_functions() -> None:
+    """Nobody could await them. What a decorator has wrapped is looked at, and not the wrapper."""
+
+    class Plain(Handler):
+        def pagefault(self, fault: Any, batch: Any) -> None:  # type: ignore[override]
+            """No coroutine."""
+
+    class Generator(Handler):
+        async def remove(self, event: Any) -> Any:
+            yield event
+
+    class Wrapped(Handler):
+        def pagefault(self, fault: Any, batch: Any) -> Any:
+            """Return a coroutine, as a decorator's function does."""
+            return super().pagefault(fault, batch)
+
+    functools.update_wrapper(Wrapped.pagefault, Handler.pagefault)
+    with pytest.raises(TypeError, match=r"Plain\.pagefault is no coroutine function: it must be `async def pagefault"):
+        checked(Plain())
+    with pytest.raises(TypeError, match=r"Generator\.remove is no coroutine function"):
+        checked(Generator())
+    assert checked(wrapped := Wrapped()) is wrapped
 
 
 def test_options() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -71,7 +72,7 @@ class Options:
 
 
 def checked(origin: Any) -> Any:
-    """Return a source or handler; TypeError for what is neither, and for a subclass of Handler that is as Handler is.
+    """Return a source or handler; TypeError for what is neither, and for a Handler that overrides nothing, or wrongly.
 
     Its size is not asked for: that may take time.
     """
@@ -92,4 +93,8 @@ def _is_handler(origin: Any) -> bool:
     hooks = [name for name in vars(Handler) if not name.startswith("_")]
     if kind is not Handler and all(getattr(kind, name) is getattr(Handler, name) for name in hooks):
         raise TypeError(f"{kind.__name__} overrides none of {', '.join(hooks)}: all of its pages would be zeros")
+    for name in hooks:
+        function = inspect.unwrap(getattr(getattr(origin, name), "__func__", getattr(origin, name)))
+        if inspect.isfunction(function) and not inspect.iscoroutinefunction(function):
+            raise TypeError(f"{kind.__name__}.{name} is no coroutine function: it must be `async def {name}(...)`")
     return True
