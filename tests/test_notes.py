@@ -7,7 +7,6 @@ import os
 import pytest
 
 from aiouffd.errors import PagerStartError
-from aiouffd.pager.process.handles import is_open
 from aiouffd.pager.process.journal import Journal, JournalFullError
 from aiouffd.pager.process.notes import Notes
 from aiouffd.pager.process.replay import survey
@@ -18,15 +17,16 @@ def test_notes() -> None:
     """What is replaced or forgotten is closed, and a journal that was written anew has them as well."""
     journal = Journal.create()
     journal.change(journal.write_anew(0, Meta().encode()))
-    notes = Notes(journal.append)
-    (first, second), (third, _) = os.pipe(), os.pipe()
+    closed: list[int] = []
+    notes = Notes(journal.append, lambda *fds: closed.extend(fds))
+    (first, second), (third, fourth) = os.pipe(), os.pipe()
     notes.keep(Note("a", {"n": 1}, [first]))
     notes.keep(Note("b", {}, [second]))
     notes.keep(Note("a", {"n": 2}, [third]))
-    assert [is_open(fd) for fd in (first, second, third)] == [False, True, True]
+    assert closed == [first]
     notes.forget("b")
     notes.forget("never")
-    assert not is_open(second)
+    assert closed == [first, second]
     state = survey(journal)
     assert state is not None
     assert state.notes == {"a": Note("a", {"n": 2}, [third])}
@@ -40,5 +40,7 @@ def test_notes() -> None:
         raise JournalFullError
 
     with pytest.raises(PagerStartError, match="no room"):
-        Notes(full).keep(Note("c", {}, [third]))
-    assert not is_open(third)
+        Notes(full, lambda *fds: closed.extend(fds)).keep(Note("c", {}, [third]))
+    assert closed == [first, second, third]
+    for fd in (*closed, fourth):
+        os.close(fd)

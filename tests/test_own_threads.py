@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from scenario import eventually
@@ -123,19 +123,26 @@ def test_what_a_descriptor_is_of() -> None:
     os.close(writing)
 
 
-async def test_what_is_not_needed_is_closed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Soon, in one thread for all; and again what comes then."""
-    begun: asyncio.Queue[list[int]] = asyncio.Queue()
-    monkeypatch.setattr("aiouffd.handoff.own_threads.detach", lambda _, fds: begun.put_nowait(fds))
+async def test_what_is_not_needed_is_closed_together(monkeypatch: pytest.MonkeyPatch, lingering: int) -> None:
+    """Soon, in one thread for all; in another where a close(2) does not return; and again what comes then."""
+    begun: list[list[int]] = []
+
+    def noted(function: Any, fds: Any) -> None:
+        begun.append(list(fds))
+        detach(function, fds)
+
+    monkeypatch.setattr("aiouffd.handoff.own_threads.detach", noted)
     unneeded = Unneeded(asyncio.get_running_loop())
-    files = [os.open(__file__, os.O_RDONLY) for _ in range(5)]
-    try:
-        unneeded.add(*files[:2])
-        unneeded.add(*files[2:4])
-        assert begun.empty()
-        assert await begun.get() == files[:4]
-        unneeded.add(files[4])
-        assert await begun.get() == files[4:]
-    finally:
-        for fd in files:
-            os.close(fd)
+    pipes = [os.pipe() for _ in range(5)]
+    writing = [pipe[1] for pipe in pipes]
+    unneeded.add(*writing[:2])
+    unneeded.add(lingering, *writing[2:4])
+    assert not begun
+    async with asyncio.timeout(LINGER / 2):
+        for reading, _ in pipes[:4]:
+            assert await asyncio.to_thread(os.read, reading, 1) == b""
+        unneeded.add(writing[4])
+        assert await asyncio.to_thread(os.read, pipes[4][0], 1) == b""
+    assert begun[0] == [*writing[:2], lingering, *writing[2:4]]
+    for reading, _ in pipes:
+        os.close(reading)

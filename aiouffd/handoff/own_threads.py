@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import threading
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -83,7 +84,7 @@ def close_foreign(fds: Iterable[int]) -> None:
             slow.append(fd)
     if slow:
         try:
-            detach(_close_all, slow)
+            detach(_close_all, deque(slow))
         except RuntimeError as error:
             log.error("%d descriptors stay open: %s", len(slow), error)  # noqa: TRY400 - no traceback helps here
 
@@ -101,23 +102,30 @@ def close_apart(file: OwnedDescriptor) -> None:
 class Unneeded:
     """Closes descriptors as `close_foreign` does, but soon and together: a thread for each takes longer than all else.
 
+    One whose close(2) does not return keeps no other open: another thread closes these.
+
     Args:
         loop: runs this.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._fds: list[int] = []
+        self._fds: deque[int] = deque()
+        self._planned = False
 
     def add(self, *fds: int) -> None:
         """Close these, too."""
-        if not self._fds:
-            self._loop.call_later(_SOON, self._close)
         self._fds += fds
+        if not self._planned:
+            self._planned = True
+            self._loop.call_later(_SOON, self._close)
 
     def _close(self) -> None:
-        fds, self._fds = self._fds, []
-        close_foreign(fds)
+        self._planned = False
+        if self._fds:
+            with contextlib.suppress(RuntimeError):  # no thread can be started now
+                detach(_close_all, self._fds)
+            self.add()  # a look whether it has closed them
 
 
 def kind_of(fd: int) -> str:
@@ -135,10 +143,12 @@ def _closes_at_once(fd: int) -> bool:
         return False
 
 
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+def _close_all(fds: deque[int]) -> None:
+    with contextlib.suppress(IndexError):  # all are closed, or another thread has the last one
+        while True:
+            fd = fds.popleft()
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def detach(function: Callable[..., Any], *args: Any) -> None:

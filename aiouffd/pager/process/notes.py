@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from aiouffd.errors import PagerStartError
-from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.state import RECORDING, Kind, Note
 
@@ -28,13 +27,14 @@ class Notes:
 
     Args:
         write: appends a record to the journal; what ends something has room at any time.
+        close: closes descriptors, without blocking.
 
     Attributes:
         kept: by name.
     """
 
-    def __init__(self, write: Callable[[tuple[Kind, int, bytes]], None]) -> None:
-        self._write = write
+    def __init__(self, write: Callable[[tuple[Kind, int, bytes]], None], close: Callable[..., None]) -> None:
+        self._write, self._close = write, close
         self.kept: dict[str, Note] = {}
         self._recorders: WeakValueDictionary[tuple[int, int], Recorder] = WeakValueDictionary()  # by file
 
@@ -47,18 +47,18 @@ class Notes:
         try:
             self._write((Kind.NOTE, 0, note.content))
         except JournalFullError:
-            close_foreign(note.fds)
+            self._close(*note.fds)
             raise PagerStartError("there is no room for another note: the pager's journal is full") from None
         known, self.kept[note.name] = self.kept.get(note.name), note
         if known is not None:
-            close_foreign(known.fds)
+            self._close(*known.fds)
 
     def forget(self, name: str) -> None:
         """Keep a note no longer, if there is one."""
         note = self.kept.pop(name, None)
         if note is not None:
             self._write((Kind.FORGOTTEN, 0, name.encode()))
-            close_foreign(note.fds)
+            self._close(*note.fds)
 
     def recorder(self, token: str) -> Recorder | None:
         """Return what notes the touches of all that is served from a source, by the token of that; None: nothing."""

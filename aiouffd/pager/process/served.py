@@ -129,10 +129,10 @@ class Served:
         self.tenancies: dict[int, Tenancy] = {}
         self._commons = Commons(partial(tell_flight, self.tenancies, tell))
         self.waiting: dict[int, SpaceState] = {}
-        self.notes: Notes = Notes(self._write)
+        self._unneeded = Unneeded(loop)
+        self.notes: Notes = Notes(self._write, self._unneeded.add)
         self.arrivals: Arrivals = Arrivals()
         self.tasks: set[asyncio.Task[None]] = set()
-        self._twice = Unneeded(loop)
         self.dispatcher: Dispatcher = Dispatcher(
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
@@ -215,7 +215,7 @@ class Served:
         """
         for known in self.origins.values():
             if known.record["token"] == record["token"]:
-                self._twice.add(record["config"], *record["fds"])
+                self._unneeded.add(record["config"], *record["fds"])
                 return known
         try:
             if all(other["slot"] != record["slot"] for other in self._records().values()):
