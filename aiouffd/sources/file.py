@@ -39,6 +39,7 @@ from aiouffd.sources.holes import Holes, next_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
 
 __all__ = ["FileSource"]
 
@@ -122,6 +123,7 @@ class FileSource:
         self._fd, self._inode = fd, inode(fd)
         self.writable: bool = mtime_ns == -1
         self._pool: DaemonThreads | None = None
+        self._begun: Future[None] | None = None  # to be written to the disk
         self._file_system = FileSystem(fd)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -414,9 +416,13 @@ class FileSource:
             write_at(self._fd, data, offset)
 
     def begin_sync(self, offset: int, length: int) -> None:
-        """Have a thread begin to write to the disk what was written there. `sync` tells what fails."""
-        with contextlib.suppress(RuntimeError):  # no thread can be started
-            self._threads.submit(self._write_out, offset, length)
+        """Have a thread begin to write to the disk what was written there. `sync` tells what fails.
+
+        One at a time: on a busy disk that takes long, and reads need threads. The rest is left to `sync`.
+        """
+        if self._begun is None or self._begun.done():
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                self._begun = self._threads.submit(self._write_out, offset, length)
 
     def _write_out(self, offset: int, length: int) -> None:
         with contextlib.suppress(OSError):

@@ -348,8 +348,15 @@ async def test_a_file_that_takes_writes(tmp_path: Path, monkeypatch: pytest.Monk
     source.begin_sync(PAGE, PAGE)
     assert await asyncio.to_thread(begun.wait, 20)
     call.assert_called_once_with(source._fd, PAGE, PAGE)
+    assert source._begun is not None
+    source._begun.result(20)
+    go = threading.Event()
+    monkeypatch.setattr(libc, "write_out", lambda *_: go.wait(60))
+    for _ in range(64):  # the disk is busy
+        source.begin_sync(PAGE, PAGE)
     await source.sync()
-    assert await source.read(PAGE, PAGE) == b"x" * PAGE
+    assert await asyncio.wait_for(source.read(PAGE, PAGE), 20) == b"x" * PAGE
+    go.set()
     with pytest.raises(SourceError, match="shorter"):
         await source.write(8 * PAGE, b"y")
     with pytest.raises(SourceError, match="not writable"):
