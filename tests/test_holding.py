@@ -19,6 +19,7 @@ from aiouffd.pager.client.holding import Holding
 from aiouffd.pager.client.waiting import StoppedError
 from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
+from aiouffd.pager.process.state import SpaceState, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +136,18 @@ def test_all_that_map_one_file_are_opened_before_any_is_read() -> None:
     assert asked[0][1]["files"] == ["one"]
     assert [arguments["name"] for _, arguments in asked[1:]] == ["a", "b", "c", "d", "e", "one"]
     assert asked[-1][1]["tokens"] == ["a", "c"]
+
+
+def test_children_whose_descriptor_nobody_has_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """They read zeros: of the others there is nothing to say."""
+    holds = holding(Requests())
+    fds = dict(enumerate(os.pipe(), 5))
+    spaces = {at: SpaceState(at, at, 4096, 0, 1, "gone", is_child=at > 4) for at in range(4, 7)}
+    holds.reopen(Journal.create(), State(spaces=spaces), {**fds})
+    assert caplog.text == ""
+    spaces[7] = SpaceState(7, 7, 4096, 0, 1, "gone", is_child=True)
+    holds.reopen(Journal.create(), State(spaces=spaces), {})
+    assert "read of a fork: 3 children" in caplog.text
 
 
 def test_the_holder_is_heard() -> None:

@@ -118,7 +118,10 @@ def test_forked_children_have_their_identities_in_the_journal() -> None:
     """They are those that the worker is about to give them, one after the other."""
     journal = Journal.create()
     journal.next_identity = lambda: 7
+    kept: list[tuple[int, int, int]] = []
+    journal.keep = lambda child, fd: kept.append((child, fd, len(journal.load().records)))
     commit(journal, 1, [fork(20), remove(1), fork(21)])
+    assert kept == [(7, 20, 0), (8, 21, 0)]  # before the journal speaks of them
     assert [(item.content, item.child) for item in journal.load().records] == [
         (fork(20), 7),
         (remove(1), -1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import aiouffd
 from aiouffd.pager.client.takeover import Takeover
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.state import Meta, State
 
@@ -23,7 +25,7 @@ class Orphan:
     def __init__(self, *, lives: bool) -> None:
         self.worker_lives = lives
         self.journal = Journal.create()
-        self.vault = SimpleNamespace(take=lambda: {7: 8})
+        self.vault = SimpleNamespace(take=dict)
         self.closed = False
         self.connection = SimpleNamespace(setblocking=self._no_more)
 
@@ -103,11 +105,26 @@ def test_where_no_orphan_lives_the_journal_says_what_is_shown() -> None:
     takeover.begin()
     assert [item if item == "taken" else item[0] for item in told] == [told[0][0], "taken"]
     assert told[0][0] in (first.journal, second.journal)
-    assert told[0][2] == {7: 8}
     assert first.closed
     assert second.closed
     assert not takeover.orphans
     assert takeover.patience == float("inf")
+
+
+def test_children_are_found_whichever_pair_has_kept_them() -> None:
+    """One that was killed right after it had taken over has put in none of them yet, or some."""
+    told: list[Any] = []
+    takeover = makes(lambda: None, told)
+    orphans: list[Any] = [Orphan(lives=False), Orphan(lives=False)]
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+    orphans[0].vault.take = lambda: {1: fds[0], 2: fds[1]}
+    orphans[1].vault.take = lambda: {2: fds[2], 3: fds[3]}
+    takeover.orphans += orphans
+    takeover.begin()
+    assert told[0][2] == {1: fds[0], 2: fds[2], 3: fds[3]}
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fds[1])
+    close_all(told[0][2].values())
 
 
 def test_a_successor_that_was_still_waiting_says_nothing() -> None:

@@ -196,12 +196,15 @@ class Program:
             if len(self.alive) < PROCESSES:
                 self.ask(who, "fork", len(self.alive))
                 self.alive.append(len(self.alive))
+                # Killed right behind its read, all of a pager takes the child's only descriptor along.
+                eventually(lambda: monitor.statistics().spaces, len(self.alive))
         elif kind == "kill":
             before = monitor.pids
             victims = chance.choice((before[1:], before))
             for pid in victims:
                 kill(pid)
-            replaced(monitor, *victims)
+            if chance.randrange(2):
+                replaced(monitor, *victims)
         elif kind == "prefetch":
             monitor.prefetch_sync(page * self.size, count * self.size)
         elif kind == "evict":

@@ -236,7 +236,11 @@ class Holding:
         Not what is still to be opened as it was asked for. What the journal knows was opened, and only the answer was
         not heard: to ask for the same again would be to forget what was emptied or moved since.
         """
-        known = {space.token for space in state.spaces.values()} if state is not None else set()
+        spaces = state.spaces.values() if state is not None else ()
+        lost = [space for space in spaces if space.is_child and space.identity not in children]
+        if lost:
+            log.error("the pager was killed while it read of a fork: %d children read zeros from now on", len(lost))
+        known = {space.token for space in spaces}
         for request in self._requests.pending:
             message = request.message
             if message["op"] == "complete" or (message["op"] == "open" and message["token"] in known):

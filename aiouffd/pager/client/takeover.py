@@ -20,6 +20,7 @@ from aiouffd.errors import PagerStartError
 from aiouffd.kernel.owned_descriptor import OwnedSocket
 from aiouffd.lifetime import close_in_children
 from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.replay import survey
 
 if TYPE_CHECKING:
@@ -156,7 +157,12 @@ class Takeover:
         known = [item for item in states if item[0] is not None]
         used = [item for item in known if item[0] is not None and item[0].meta.awaits < 0]
         state, orphan = (used or known or states[-1:])[0]
-        self._finish(self._reopen(orphan.journal, state, orphan.vault.take()))
+        children: dict[int, int] = {}
+        for each in self.orphans:  # the newest has not put in all, perhaps; they have the same numbers
+            taken = each.vault.take()
+            close_all(children.pop(number) for number in taken.keys() & children.keys())
+            children |= taken
+        self._finish(self._reopen(orphan.journal, state, children))
 
     def _finish(self, counts: Future[Any]) -> None:
         self.close()

@@ -29,7 +29,7 @@ __all__ = ["Slots", "Tenant", "root_of"]
 
 
 def root_of(token: str) -> str:
-    """Return the token of a tenant, or of the tenant whose forked child is reopened as "TOKEN/IDENTITY"."""
+    """Return the token of a tenant, or of the tenant whose forked child is reopened as "TOKEN/NAME"."""
     return token.partition("/")[0]
 
 
@@ -181,7 +181,8 @@ class Tenant:
                 mappings=list(space.mappings),
                 tether=-1,
                 protect=None,
-                token=f"{self.token}/{space.identity}",
+                # Not by its identity: pagers give the same ones, and what the one before was asked for waits, perhaps.
+                token=f"{self.token}/{next_token()}",
             )
             for space in (state.spaces.values() if state is not None else ())
             if space.is_child and space.identity in fds and root_of(space.token) == self.token

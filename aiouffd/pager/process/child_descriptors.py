@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Final, Self
 
 from aiouffd.kernel.owned_descriptor import OwnedSocket
+from aiouffd.pager.process.handles import close_all
 from aiouffd.ranges import batched
 
 if TYPE_CHECKING:
@@ -50,31 +51,48 @@ class Vault:
         return self._count <= 2 * living + _SPARE and self._put([(number, fd)])
 
     def renew(self, items: Iterable[tuple[int, int]]) -> bool:
-        """Have these (number, descriptor) pairs in it, and no others; tell whether there was room."""
-        for fd in self.take().values():
-            os.close(fd)
-        return all(map(self._put, batched(items, _MOST)))
+        """Have these (number, descriptor) pairs in it, and no others; tell whether there was room.
+
+        They are in it before the old ones are taken out: whoever is killed meanwhile has left them there.
+        """
+        batches = list(batched(items, _MOST))
+        mark = os.urandom(8).hex()
+        self._count = 0
+        if self._send(mark, []) and all(map(self._put, batches)):
+            count = self._count
+            close_all(self.take(mark).values())
+            self._count = count
+            return True
+        taken = self.take()  # there was no room for both
+        try:
+            return all(map(self._put, batches))
+        finally:
+            close_all(taken.values())
 
     def _put(self, items: list[tuple[int, int]]) -> bool:
+        done = self._send(",".join(str(number) for number, _ in items), [fd for _, fd in items])
+        self._count += len(items) * done
+        return done
+
+    def _send(self, text: str, fds: list[int]) -> bool:
         assert self._inner is not None
-        text = ",".join(str(number) for number, _ in items).encode()
         try:
-            socket.send_fds(self._inner, [text], [fd for _, fd in items])
+            socket.send_fds(self._inner, [text.encode()], fds)
         except OSError:  # no room; or ETOOMANYREFS: more than RLIMIT_NOFILE are under way
             return False
-        self._count += len(items)
         return True
 
-    def take(self) -> dict[int, int]:
-        """Take all out: the caller closes them. By number."""
+    def take(self, mark: str = "") -> dict[int, int]:
+        """Take all out, or what is before a mark: the caller closes them. By number."""
         self._count = 0
         taken: dict[int, int] = {}
         with contextlib.suppress(OSError):
             while True:
-                text, fds, _, _ = socket.recv_fds(self.outer, _MOST * 20, _MOST)
-                if not text:
+                data, fds, _, _ = socket.recv_fds(self.outer, _MOST * 20, _MOST)
+                text = data.decode()
+                if text in ("", mark):  # nothing: nobody has the other side
                     break
-                for number, fd in zip(text.decode().split(","), fds, strict=False):  # not all: too many are open
+                for number, fd in zip(text.split(","), fds, strict=False):  # not all: too many are open; or a mark
                     if int(number) in taken:
                         os.close(taken[int(number)])
                     taken[int(number)] = fd

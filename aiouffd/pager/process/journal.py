@@ -144,6 +144,7 @@ class Journal:
         threshold: the size from which on `on_growth` is called before the next read.
         on_growth: called then; all events that were committed have been applied.
         next_identity: returns the identity that the next forked child gets.
+        keep: called with the identity and the descriptor of a forked child, before its fork is in the log.
     """
 
     def __init__(self, fd: int, access: int = mmap.ACCESS_READ) -> None:
@@ -170,6 +171,7 @@ class Journal:
         self.threshold = size
         self.on_growth: Callable[[], Any] = _nothing
         self.next_identity: Callable[[], int] = _nothing
+        self.keep: Callable[[int, int], Any] = _nothing
         self._has_grown = False
 
     @classmethod
@@ -325,6 +327,8 @@ class Journal:
         for message in layout:
             is_fork = message[0] == abi.EVENT_FORK
             events.append((message, child if is_fork else -1))
+            if is_fork:
+                self.keep(child, *abi.FORK_MESSAGE.unpack(message))
             child += is_fork
         if self.mirror is not None:
             self.mirror.events(identity, events)
@@ -420,5 +424,5 @@ def _landing(index: int) -> int:
     return _LANDING + index * _LANDING_STRIDE
 
 
-def _nothing() -> int:
+def _nothing(*_: int) -> int:
     return 0

@@ -137,6 +137,7 @@ class Served:
             loop, journal.counters, spin_us=self.meta.spin_us, landing=journal, on_drop=self._dropped, on_idle=self.idle
         )
         journal.next_identity = lambda: self.meta.next
+        journal.keep = self._keep
         self._allowances = Allowances()
         self.files: CommonFiles = CommonFiles(self)
         self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
@@ -315,15 +316,18 @@ class Served:
         of_parent = self.tenancies[parent.identity]
         self.tenancies[child.identity] = Tenancy(of_parent.origin, of_parent.token, is_child=True, space=child)
         self.dispatcher.add(child)
-        self._keep(child.identity, child.uffd.fileno())
 
     def _keep(self, identity: int, fd: int) -> None:
-        """Keep the descriptor of a forked child for the case that keeper and worker are killed at once."""
-        if not self._vault.keep(identity, fd, len(self.tenancies)):
-            self._renew_vault()
+        """Keep the descriptor of a forked child for the case that keeper and worker are killed at once.
 
-    def _renew_vault(self) -> None:
-        if not self._vault.renew((each.identity, each.fd) for each in self.state().spaces.values() if each.is_child):
+        Before anything else is done about it: its process runs since the fork was read, and nobody else can have it.
+        """
+        if not self._vault.keep(identity, fd, len(self.tenancies)):
+            self._renew_vault((identity, fd))
+
+    def _renew_vault(self, *further: tuple[int, int]) -> None:
+        known = [(each.identity, each.fd) for each in self.state().spaces.values() if each.is_child]
+        if not self._vault.renew([*known, *further]):
             log.error("there are too many forked children: if the whole pager is killed, some of them read zeros")
 
     def _dropped(self, space: Space) -> None:
@@ -410,6 +414,12 @@ class Served:
             built: what serves, where it is here already.
         """
         state = end.state
+        used: dict[int, list[SpaceState]] = defaultdict(list)
+        for space in state.spaces.values():
+            used[space.origin].append(space)
+            self.waiting[space.identity] = space
+            self.arrivals.expect(space.token)
+        self._renew_vault()  # before anything else: see `_keep`
         if end.fresh:
             first = state.meta.next - sum(child >= 0 for _, _, child in end.told[len(end.told) - len(end.fresh) :])
             self.journal.next_identity = lambda: first
@@ -423,12 +433,6 @@ class Served:
         self.dispatcher.spin_us = self.meta.spin_us
         if self.meta.owner >= 0:
             self.own(self.meta.owner)
-        used: dict[int, list[SpaceState]] = defaultdict(list)
-        for space in state.spaces.values():
-            used[space.origin].append(space)
-            self.waiting[space.identity] = space
-            self.arrivals.expect(space.token)
-        self._renew_vault()
         for number, record in state.origins.items():
             if number not in used:  # its predecessor was about to let it go
                 self.journal.append((Kind.RETIRED, number, b""))
