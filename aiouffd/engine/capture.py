@@ -531,14 +531,14 @@ class Capture:
 
     async def _fetched(self, at: int, length: int) -> Any:
         """Return bytes of the source, or raise why they are of no use any more: the source may never answer."""
-        self._fetching.add(task := asyncio.current_task())
+        self._fetching.add(asyncio.current_task())  # in no variable: it has the error in whose traceback this frame is
         try:
             return await self._space.backend.fetch(at, length)
         except asyncio.CancelledError:
             self.check()  # `fail` has canceled it
             raise
         finally:
-            self._fetching.discard(task)
+            self._fetching.discard(asyncio.current_task())
 
     # The end
 

@@ -200,7 +200,8 @@ async def capture(
         if writing is not None:
             await _ended(writing)
         if state.failure is not None and not known:
-            state.failure.__traceback__ = None  # of threads that write, some of whose frames have it in a future
+            # Of threads that write and tasks that read, some of whose frames have it in a future.
+            state.failure.__traceback__ = state.failure.__context__ = None
         if known and state.failure is not None:  # what writes a file takes it for an error of the file's
             raise state.failure from None
         raise

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import mmap
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_a_snapshot_that_does_not_come_to_its_end(engine: str, tmp_path: Path) -
     play(ended, engine, str(tmp_path))
 
 
+asked = threading.Event()
+
+
+class Hanging(aiouffd.FileSource):
+    """Gives nothing."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Never return."""
+        asked.set()
+        await asyncio.Event().wait()
+        return bytearray(length)
+
+
 async def let_go(engine: str, folder: str) -> None:
     """Scenario: behind a snapshot that was canceled, early or late, a file that is written to is free at once."""
     gc.disable()
@@ -118,6 +132,16 @@ async def let_go(engine: str, folder: str) -> None:
                     await task
                 assert task.cancelled()
             del source, region, task
+    if shared is None:
+        source = await asyncio.to_thread(Hanging, path, writable=True)
+        async with aiouffd.open(source, write_back=True, engine=aiouffd.InThread()) as region:
+            task = asyncio.create_task(region.monitor.snapshot(Path(folder, "x.snap")))
+            assert await asyncio.to_thread(asked.wait, 60)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        del source, region, task
+        await asyncio.to_thread(aiouffd.FileSource, path, writable=True)
 
 
 @pytest.mark.parametrize("engine", ["Pager", "InThread"])

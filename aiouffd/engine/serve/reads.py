@@ -159,7 +159,10 @@ class Reads:
         if isinstance(error, SourceTimeoutError):
             return error
         if isinstance(error, SourceError) or canceled_from_outside(error):  # the source itself says that it is for good
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # this frame is in its traceback: a cycle would keep the source
         if isinstance(error, TimeoutError):
             reason = f"no answer in {self._deadlines.seconds} s"
             failure: SourceError = SourceTimeoutError(repr(self._source), offset, length, reason)
