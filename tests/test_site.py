@@ -176,14 +176,14 @@ def looked_at(path: str, other: str, slow: str, url: str) -> None:
     one, two, three = (hand_over(each)[0] for each in (path, other, slow))
     for number in range(64):
         peek(one.address + number * PAGE)
-    for scheme, bar in SCHEMES.items():
+    for nth, (scheme, bar) in enumerate(SCHEMES.items(), 1):  # the first page of a URL comes with its size
         complaints: list[str] = []
         with opened(complaints, scheme) as page:
             page.goto(url)
             page.wait_for_selector("#state[data-state=live]")
             page.wait_for_selector("[data-session=one] canvas[aria-label^='25 %']")
             page.wait_for_selector("[data-session=two] canvas")
-            peek(three.address + PAGE * (scheme == "dark"))
+            peek(three.address + nth * PAGE)
             page.wait_for_selector("[data-session=slow] .hint:text-matches('slow: waited [3-9].. ms for its source')")
             assert page.get_attribute("#sessions tr:first-child", "data-session") == "slow"
             assert "ObjectSource('http://" in page.inner_text("[data-session=slow] small")
