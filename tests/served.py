@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import random
@@ -170,6 +171,13 @@ class Servers:
             for pid in pids:
                 os.kill(pid, number)
         self.last.process.wait()
+
+
+def end_server(output: str) -> None:
+    """End the server whose pids a scenario has told in its last line, and see that all of it ends."""
+    pids = json.loads(output.splitlines()[-1])
+    os.kill(pids["server"], signal.SIGTERM)
+    assert all(map(ended, pids.values()))
 
 
 def free_port() -> int:

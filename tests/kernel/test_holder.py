@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pattern import PAGE, Touchers, peek, word
 from scenario import ended, eventually, play
-from served import MIB, ROOT, Servers, hand_over
+from served import MIB, ROOT, Servers, end_server, hand_over
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -124,9 +124,7 @@ def a_monitor(directory: str, image: str) -> None:
 def test_all_are_killed_and_another_takes_over(client: object, image: Path, tmp_path: Path) -> None:
     """Threads that wait meanwhile go on, with the right bytes; at the end nothing is left."""
     output, _ = play(client, str(tmp_path), str(image))  # type: ignore[arg-type]
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)
 
 
 class Clients:
@@ -292,6 +290,4 @@ def no_descriptor_is_left(directory: str, image: str) -> None:
 def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, tmp_path: Path) -> None:
     """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""
     output, _ = play(scenario, str(tmp_path), str(image))  # type: ignore[arg-type]
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)

@@ -10,13 +10,12 @@ import json
 import mmap
 import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
 from pattern import PAGE, content, peek, word
-from scenario import ended, eventually, play
-from served import HUGE, MIB, Servers, free_port, hand_over, metric, on_the_web
+from scenario import eventually, play
+from served import HUGE, MIB, Servers, end_server, free_port, hand_over, metric, on_the_web
 
 import aiouffd
 from aiouffd.cli import main
@@ -95,7 +94,7 @@ def clones(directory: str, source: str) -> None:
 def test_clones_have_one_copy(image: Path, tmp_path: Path) -> None:
     """A write, and what was given back, are a clone's own; what was killed in between costs no byte."""
     with on_the_web(image) as url:
-        end(play(clones, str(tmp_path), url)[0])
+        end_server(play(clones, str(tmp_path), url)[0])
 
 
 def counted(name: str) -> dict[str, int]:
@@ -140,17 +139,10 @@ def huge_clones(directory: str, image: str) -> None:
     print(json.dumps(servers.pids))
 
 
-def end(output: str) -> None:
-    """End the server whose pids a scenario has told, and see that all of it ends."""
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
-
-
 @pytest.mark.usefixtures("huge_pages")
 def test_huge_pages(image: Path, tmp_path: Path) -> None:
     """One huge page for all clones, and another one for who writes; readahead, prefetch, recording and replay work."""
-    end(play(huge_clones, str(tmp_path), str(image))[0])
+    end_server(play(huge_clones, str(tmp_path), str(image))[0])
 
 
 def test_what_the_file_has(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,8 @@ import click
 import pytest
 from kinds import poke
 from pattern import PAGE, content, peek, word
-from scenario import ended, eventually, play
-from served import MIB, Servers, hand_over
+from scenario import eventually, play
+from served import MIB, Servers, end_server, hand_over
 
 from aiouffd import Feature, Userfaultfd
 from aiouffd.cli import main
@@ -110,9 +110,7 @@ def test_the_memory_of_a_client_is_bounded(tmp_path: Path) -> None:
     create_sync(content(0, SIZE), tmp_path / "base.snap")
     output, _ = play(bounded, str(tmp_path))
     print(output)
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)
 
 
 def test_what_a_client_lacks() -> None:

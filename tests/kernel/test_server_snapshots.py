@@ -6,7 +6,6 @@ import contextlib
 import json
 import mmap
 import os
-import signal
 import socket
 import struct
 import threading
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 from kinds import poke
 from pattern import PAGE, content, peek
-from scenario import ended, eventually, play
-from served import Serve, Servers, hand_over
+from scenario import eventually, play
+from served import Serve, Servers, end_server, hand_over
 
 import aiouffd
 from aiouffd.cli import main
@@ -288,6 +287,4 @@ def test_parts_of_a_memory_file(tmp_path: Path) -> None:
     """With holes between them; after a loss of all processes; in layers; canceled in each way; refused by name."""
     create_sync(content(0, FILE), tmp_path / "base.snap")
     output, _ = play(parts_are_captured, str(tmp_path))
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)

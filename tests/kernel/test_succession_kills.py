@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
-from scenario import ended, eventually, play
-from served import MIB, Serve, Servers, hand_over
+from scenario import eventually, play
+from served import MIB, Serve, Servers, end_server, hand_over
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,9 +91,7 @@ def killed_behind_each_step(directory: str, image: str, first: str) -> None:
 def test_kills_behind_each_step(first: str, image: Path, tmp_path: Path) -> None:
     """Before a successor's pager was told to go, the one before has all; from then on its own pager has."""
     output, _ = play(killed_behind_each_step, str(tmp_path), str(image), first)
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)
 
 
 KILLS = """
@@ -137,6 +135,4 @@ def killed_while_they_are_asked(directory: str, image: str) -> None:
 def test_holders_that_are_killed_while_they_are_asked(image: Path, tmp_path: Path) -> None:
     """The next holder is asked: by another of these processes, or of a pager that the server before starts."""
     output, _ = play(killed_while_they_are_asked, str(tmp_path), str(image))
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)

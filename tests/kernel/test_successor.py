@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pattern import PAGE, Touchers, peek, word
 from scenario import ended, eventually, play
-from served import MIB, Servers, free_port, hand_over, metric
+from served import MIB, Servers, end_server, free_port, hand_over, metric
 
 from aiouffd.cli import main
 from aiouffd.engine.mappings import Mapping
@@ -77,9 +77,7 @@ def sessions(directory: str, image: str) -> None:
 def test_sessions(image: Path, tmp_path: Path) -> None:
     """They are counted on, and can be deleted; a source that is gone costs new clients of its own session only."""
     output, _ = play(sessions, str(tmp_path), str(image))
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)
 
 
 def nobody_has_them(directory: str, image: str, on_term: str) -> None:
@@ -161,6 +159,4 @@ def lost_handoff(directory: str, image: str) -> None:
 def test_a_handoff_that_was_lost(image: Path, tmp_path: Path) -> None:
     """Its connection ends, so that the client hands over again."""
     output, _ = play(lost_handoff, str(tmp_path), str(image))
-    pids = json.loads(output.splitlines()[-1])
-    os.kill(pids["server"], signal.SIGTERM)
-    assert all(map(ended, pids.values()))
+    end_server(output)
