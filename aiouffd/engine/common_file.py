@@ -46,4 +46,4 @@ class CommonFile:
     def elsewhere(self, space: _Space, start: int, end: int) -> Iterator[tuple[_Space, int, int]]:
         """Yield where else is what a space shows at the addresses [start, end): the space, and the addresses there."""
         others = [each for each in self._spaces if not (each is space or each.closing or each.is_gone)]
-        yield from space.mappings.alike(start, end, others, lambda each: each.mappings)
+        yield from space.mappings.alike(start, end, others)

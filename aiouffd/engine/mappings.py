@@ -11,16 +11,23 @@ import itertools
 import operator
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["ZEROS", "Mapping", "Mappings"]
 
-_T = TypeVar("_T")
+
+class _Mapped(Protocol):
+    """What has mappings."""
+
+    mappings: Mappings
+
+
+_T = TypeVar("_T", bound=_Mapped)
 
 ZEROS = -1
 """In place of an offset: these addresses hold zeros."""
@@ -130,21 +137,20 @@ class Mappings:
                 found.append(Mapping(start + low - first, start + high - first, low))
         return found if len(found) < 2 else sorted(found, key=_start_of)
 
-    def alike(self, start: int, end: int, others: Iterable[_T], of: Callable[[_T], Self]) -> list[tuple[_T, int, int]]:
+    def alike(self, start: int, end: int, others: Iterable[_T]) -> list[tuple[_T, int, int]]:
         """Return where others show the offsets that [start, end) shows: (which, start, end) of each place.
 
         Args:
             start: an address.
             end: likewise.
             others: that show the same image.
-            of: returns the mappings of one of them.
         """
         spans = [(run.offset, run.offset + run.end - run.start) for run in self.runs(start, end) if run.offset != ZEROS]
         return [
             (other, shown.start, shown.end)
             for other in others
             for low, high in spans
-            for shown in of(other).addresses(low, high)
+            for shown in other.mappings.addresses(low, high)
         ]
 
     def add(self, start: int, end: int, offset: int) -> None:

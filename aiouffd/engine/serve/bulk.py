@@ -66,9 +66,10 @@ def _resolve_in_turn(space: Space, runs: list[Run], others_wait: Callable[[], bo
 
     Where pages are there already, each costs three calls: so a part may take longer than its COPY.
     """
-    if not runs or others_wait() is None:
-        if runs:
-            space.resolve(runs)
+    if not runs:
+        return []
+    if others_wait() is None:
+        space.resolve(runs)
         return []
     size = max(SHORT_PART, space.page_size)
     parts = [run.part(at, min(size, run.left - at)) for run in runs for at in range(0, run.left, size)]

@@ -88,7 +88,7 @@ class Replay:
             if message[0] == abi.EVENT_REMOVE and space.file:
                 start, end = abi.RANGE_MESSAGE.unpack(message)
                 others = [each for each in self.state.spaces.values() if each.file == space.file and each is not space]
-                for each, low, high in space.mappings.alike(start, end, others, lambda each: each.mappings):
+                for each, low, high in space.mappings.alike(start, end, others):
                     each.mappings.remove(low, high)
                     each.changed = True
             space.changed = True

@@ -181,27 +181,27 @@ class Actions:
 
     async def _restore(self, name: str, left: Any) -> None:
         """Create one. A source may be out of order just now, which costs its session nothing for good."""
-        try:
-            new = decode(json.dumps(left.text[_CREATED]).encode(), NewSession)
-            await self._make(new, left.listener)
-        except (SourceError, YieldsError) as error:
+        error = await self._try(name, left)
+        if error is not None:
             log.warning("session %s takes no clients yet, and is tried again: %s", name, error)
-            self._begin(self._make_later(new, left.listener))
+            self._begin(self._try_on(name, left))
+
+    async def _try_on(self, name: str, left: Any) -> None:
+        pause = _FIRST_PAUSE
+        await asyncio.sleep(pause)
+        while await self._try(name, left) is not None:
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(pause)
+
+    async def _try(self, name: str, left: Any) -> UffdError | None:
+        """Create one; return why it is to be tried again, if it is."""
+        try:
+            await self._make(decode(json.dumps(left.text[_CREATED]).encode(), NewSession), left.listener)
+        except (SourceError, YieldsError) as error:
+            return error
         except (UffdError, OSError, ValueError) as error:
             log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
-
-    async def _make_later(self, new: NewSession, listener: socket.socket | None) -> None:
-        pause = _FIRST_PAUSE
-        while True:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            try:
-                await self._make(new, listener)
-            except (SourceError, YieldsError):
-                continue
-            except (UffdError, OSError, ValueError) as error:
-                log.error("session %s takes no clients any more: %s", new.name, error)  # noqa: TRY400 - it says why
-            return
+        return None
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
