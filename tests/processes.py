@@ -8,7 +8,12 @@ import os
 import resource
 import signal
 import time
+import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PATIENCE = 60.0
 """Seconds after which what is waited for will not come."""
@@ -25,6 +30,23 @@ INTERPRETERS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 def unmeasured() -> dict[str, str]:
     """Return this process's environment without what has coverage measure a Python process from its start."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+
+
+def forked(function: Callable[..., Any], *arguments: Any) -> int:
+    """Call a function in a forked child; return its pid.
+
+    It ends with 0, unless the function returns False or raises, which it says.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = int(function(*arguments) is False)
+        except BaseException:  # noqa: BLE001 - what would go up is the parent's block
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
 
 
 def descendants(pid: int) -> set[int]:

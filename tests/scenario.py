@@ -67,6 +67,7 @@ def play(
         measured: False keeps coverage out, whose lock a signal handler that touches missing memory would wait for.
         fresh: True starts an interpreter, for what only its start can show: variables that Python reads itself.
     """
+    __tracebackhide__ = True  # what failed is in the scenario
     path = Path(sys.modules[function.__module__].__file__ or "")
     request = {
         "directory": str(path.parent),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE, Touchers, peek, word
+from processes import forked
 from scenario import ended, eventually, play
 from served import MIB, ROOT, Servers, end_server, hand_over
 
@@ -32,14 +33,10 @@ if TYPE_CHECKING:
 SIZE = 8 * MIB
 
 
-def waits(go: int, address: int) -> None:
+def waits(go: int, address: int) -> bool:
     """Be the forked child: what it touches is served, once it is told to go on."""
-    right = False
-    try:
-        os.read(go, 1)
-        right = peek(address) == bytes(8) and all(peek(address + page * PAGE) == word(page) for page in (2, 300))
-    finally:
-        os._exit(0 if right else 1)
+    os.read(go, 1)
+    return peek(address) == bytes(8) and all(peek(address + page * PAGE) == word(page) for page in (2, 300))
 
 
 def a_machine(directory: str, image: str) -> None:
@@ -57,9 +54,7 @@ def a_machine(directory: str, image: str) -> None:
     assert peek(region.address) == word(0)
     region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
     go, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        waits(go, region.address)
+    child = forked(waits, go, region.address)
 
     def touched(pages: range) -> Touchers:
         return Touchers(region.address, [pages[n::4] for n in range(4)])

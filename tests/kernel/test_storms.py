@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, content, peek, word
+from processes import forked
 from scenario import eventually, play
 
 import aiouffd
@@ -39,14 +40,7 @@ async def serve(path: str, options: dict[str, Any]) -> None:
 
 def process(function: Callable[..., object], *arguments: Any) -> int:
     """Call a function in a process of its own; return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function(*arguments)
-            status = 0
-        finally:
-            os._exit(status)
+    pid = forked(function, *arguments)
     _started.append(pid)
     return pid
 

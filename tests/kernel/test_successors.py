@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from processes import crash, has_ended, kill
+from processes import crash, forked, has_ended, kill
 from scenario import ended, eventually, play, replaced, until
 
 import aiouffd
@@ -24,22 +24,7 @@ from aiouffd.pager.client import takeover
 from aiouffd.server.server import Server
 from aiouffd.sources.base import Descriptor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 SIZE = 1 << 20
-
-
-def forked(body: Callable[[], object]) -> int:
-    """Run a function in a forked child; 0 is its status where it returns something true."""
-    child = os.fork()
-    if child == 0:
-        right = False
-        try:
-            right = bool(body())
-        finally:
-            os._exit(0 if right else 1)
-    return child
 
 
 def children_come_and_go() -> None:

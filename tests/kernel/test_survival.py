@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from processes import crash, has_ended, kill
+from processes import crash, forked, has_ended, kill
 from scenario import ended, eventually, killed_when_this_thread_waits, play, replaced
 
 import aiouffd
@@ -97,16 +97,7 @@ def tree(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[in
         if got != (bytes(8) if page in dropped else word(page)):
             print("wrong", page, got, page in dropped, file=sys.stderr)
             return False
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            right = False
-            try:
-                right = in_child(region, random.Random(rng.random()), pages, dropped)
-            finally:
-                os._exit(0 if right else 1)
-        children.append(child)
+    children = [forked(in_child, region, rng.random(), pages, dropped) for _ in range(2)]
     return all([os.waitpid(child, 0)[1] == 0 for child in children])  # noqa: C419 - wait for all of them
 
 
@@ -126,13 +117,13 @@ def move_away(region: aiouffd.Region, page: int, count: int, dropped: set[int]) 
     return right
 
 
-def in_child(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[int]) -> bool:
+def in_child(region: aiouffd.Region, seed: float, pages: int, dropped: set[int]) -> bool:
     """As `tree`, for a child: what its parent had dropped must not come back."""
     for page in sorted(dropped):
         if peek(region.address + page * PAGE) != bytes(8):
             print("came back", page, file=sys.stderr)
             return False
-    free = [page for page in range(pages) if page not in dropped]
+    rng, free = random.Random(seed), [page for page in range(pages) if page not in dropped]
     for _ in range(60):
         page = rng.choice(free)
         if peek(region.address + page * PAGE) != word(page):
@@ -156,14 +147,8 @@ def kills_while_a_tree_changes(rng: random.Random) -> int:
     size, landed = 16 << 20, 0
     region = aiouffd.Region(size)
     with aiouffd.Monitor(region, Pattern(size), readahead=0, fork="serve") as monitor:
-        child = os.fork()
-        if child == 0:
-            right = False
-            try:
-                dropped: set[int] = set()
-                right = all(tree(region, rng, size // PAGE, dropped) for _ in range(6))
-            finally:
-                os._exit(0 if right else 1)
+        dropped: set[int] = set()
+        child = forked(lambda: all(tree(region, rng, size // PAGE, dropped) for _ in range(6)))
         while not has_ended(child):
             landed += killed_at_work(monitor, rng.uniform(0.002, 0.02), lambda: not has_ended(child))
         assert os.waitpid(child, 0)[1] == 0

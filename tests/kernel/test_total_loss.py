@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pattern import PAGE, peek, word
+from processes import forked
 from scenario import ended, eventually, play
 from served import Serve, Servers, children_of, hand_over
 
@@ -23,17 +24,10 @@ def touches(path: str, ready: int, go: int) -> None:
     assert peek(region.address + 5 * PAGE) == word(5)
 
 
-def forked(path: str) -> tuple[int, int]:
+def started(path: str) -> tuple[int, int]:
     """Return the pid of such a client whose first page has come, and where it is told to go on."""
     ready, go = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            touches(path, ready[1], go[0])
-            status = 0
-        finally:
-            os._exit(status)
+    pid = forked(touches, path, ready[1], go[0])
     os.close(ready[1])
     assert os.read(ready[0], 1) == b"."
     return pid, go[1]
@@ -43,7 +37,7 @@ def lost(directory: str, image: str, policy: str, held: bool) -> None:
     """Scenario: a client waits for a page, and all who serve are killed; where there is a holder, it is left."""
     options = (image, "--readahead", 0, "--on-failure", policy)
     serve = Servers(directory, *options).start("first") if held else Serve(Path(directory), *options)
-    client, go = forked(str(serve.path))
+    client, go = started(str(serve.path))
     keeper = serve.pager
     eventually(lambda: len(children_of(keeper)), expected=1 + held)
     pids = [serve.process.pid, keeper, children_of(keeper)[-1]]
