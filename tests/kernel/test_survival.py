@@ -98,7 +98,10 @@ def tree(region: aiouffd.Region, rng: random.Random, pages: int, dropped: set[in
             print("wrong", page, got, page in dropped, file=sys.stderr)
             return False
     children = [forked(in_child, region, rng.random(), pages, dropped) for _ in range(2)]
-    return all([os.waitpid(child, 0)[1] == 0 for child in children])  # noqa: C419 - wait for all of them
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        print("children's wait statuses:", statuses, file=sys.stderr)
+    return not any(statuses)
 
 
 def move_away(region: aiouffd.Region, page: int, count: int, dropped: set[int]) -> bool:
@@ -151,8 +154,9 @@ def kills_while_a_tree_changes(rng: random.Random) -> int:
         child = forked(lambda: all(tree(region, rng, size // PAGE, dropped) for _ in range(6)))
         while not has_ended(child):
             landed += killed_at_work(monitor, rng.uniform(0.002, 0.02), lambda: not has_ended(child))
-        assert os.waitpid(child, 0)[1] == 0
         monitor.check()
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, status
     return landed
 
 
