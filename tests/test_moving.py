@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -150,6 +151,24 @@ def test_where_no_huge_page_comes_it_is_tried_less_and_less(kernel: Kernel) -> N
     for _ in range(15 + 3):
         one.try_copy(BASE, SRC, HUGE_PAGE, 0)
     assert len(kernel.moves) == 3
+
+
+def test_where_there_is_no_room_for_a_page_beside_it_it_is_copied(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no huge page comes: a process may have as much memory as it is allowed to (RLIMIT_AS)."""
+
+    def refused() -> Page:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    one = copying(kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(moving, "_Page", refused)
+        assert one.try_copy(BASE, SRC, HUGE_PAGE, 0) == HUGE_PAGE
+    assert kernel.copies == [(0, HUGE_PAGE)]
+    for _ in range(2):
+        assert one.try_copy(BASE, SRC, HUGE_PAGE, 0) == HUGE_PAGE
+    assert kernel.moves == [(0, HUGE_PAGE)]
 
 
 def test_whether_huge_pages_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 from engine_world import turns
+from scenario import open_descriptors
 
 import aiouffd
 from aiouffd.engine.options import Options, Service
@@ -18,6 +20,7 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.process import tenancy
 from aiouffd.pager.process.tenancy import Arrivals, Commons, FailedSource, Tenancy, build
+from aiouffd.sources.concat import ConcatSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +62,27 @@ async def test_a_source_in_memory_is_rebuilt_without_a_thread(tmp_path: Path, mo
         assert len(apart) == threads
         await origin.backend.aclose()
         pack.close()
+
+
+async def test_a_source_that_finds_no_room_for_its_descriptors_takes_none(tmp_path: Path) -> None:
+    """Where it did, those that come and fail would use up the table for good."""
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        await asyncio.to_thread(path.write_bytes, bytes(PAGE))
+    source = ConcatSource([aiouffd.FileSource(path) for path in paths])
+    pack = await asyncio.to_thread(Pack, Service(source), Options())
+    record = {**pack.record, "config": pack.fds[0], "fds": pack.fds[1:]}
+    before, limits = open_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            await build(Counters(), 5, record, Commons())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert open_descriptors() == before
+    pack.close()
 
 
 class Far:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import stat
 import struct
@@ -344,6 +345,22 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             recorder.note(number * PAGE)
     recorder.complete()
     assert 100_000 < len(Trace.load(tmp_path / "trace").offsets) < 139_999
+
+
+def test_a_process_with_too_many_files_open_records_on(tmp_path: Path) -> None:
+    """Who notes a page is about to bring it: nothing is raised there, and no descriptor is needed."""
+    recorder = Recorder.create(tmp_path / "trace", PAGE, 1 << 40)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        recorder.note(0)
+        recorder.note_pages(range(PAGE, 140_000 * PAGE, PAGE))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    recorder.complete()
+    assert len(Trace.load(tmp_path / "trace").offsets) == 140_000
 
 
 def test_many_pages_are_noted_together(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ class _Page:
         return True
 
 
+def _new_page() -> _Page | None:
+    with contextlib.suppress(OSError):  # no room: RLIMIT_AS, vm.max_map_count
+        return _Page()
+    return None
+
+
 def _is_huge(pagemap: Pagemap, address: int) -> bool:
     try:
         found = pagemap.scan(address, HUGE_PAGE, mask=abi.PAGE_IS_HUGE)
@@ -123,8 +129,8 @@ class Moving:
         if given and src % HUGE_PAGE == 0 and _is_huge(self._pagemap, src):
             moved = max(self._uffd.try_move(dst, src, HUGE_PAGE, mode), 0)
         else:
-            page, self._page = self._page or _Page(), None
-            if page.comes(self._pagemap, src):
+            page, self._page = self._page or _new_page(), None
+            if page is not None and page.comes(self._pagemap, src):
                 moved = max(self._uffd.try_move(dst, page.address, HUGE_PAGE, mode), 0)
             if moved == HUGE_PAGE:
                 self._page = page  # else that is used no more: no huge page comes where single ones were moved away

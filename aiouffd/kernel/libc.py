@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -149,8 +150,13 @@ def write_out(fd: int, offset: int, length: int) -> None:
 
 
 def allocate(fd: int, offset: int, length: int) -> None:
-    """Give a file in memory pages at [offset, offset + length): those that it has not are zeros (fallocate(2))."""
-    _check(_libc.fallocate(fd, 0, offset, length))
+    """Give a file in memory pages at [offset, offset + length): those that it has not are zeros (fallocate(2)).
+
+    Any signal interrupts that where the pages are huge (EINTR). Those that the file has by then are kept.
+    """
+    while _libc.fallocate(fd, 0, offset, length):
+        if ctypes.get_errno() != errno.EINTR:
+            raise _last_error()
 
 
 def write_memory(fd: int, address: int, length: int, offset: int) -> None:

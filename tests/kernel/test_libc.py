@@ -6,15 +6,18 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE
+from scenario import play
 
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.region import HUGE_PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,3 +163,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
     process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(process.stdout) < 3 * 8 * (2 << 20) // PAGE  # of 8 times 8 buffers; there are other faults, too
+
+
+def allocate_while_signals_come() -> None:
+    """Scenario: more of them than a call takes; at the end all pages are there."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    with os.fdopen(os.memfd_create("x", os.MFD_HUGETLB | 21 << 26), "r+b") as file:
+        os.ftruncate(file.fileno(), 6 * HUGE_PAGE)
+        signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+        for _ in range(20):
+            libc.allocate(file.fileno(), 0, 6 * HUGE_PAGE)
+            assert os.fstat(file.fileno()).st_blocks * 512 == 6 * HUGE_PAGE
+            libc.punch_hole(file.fileno(), 0, 6 * HUGE_PAGE)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_a_signal_does_not_keep_huge_pages_from_being_allocated() -> None:
+    """The page that a thread waits for would be taken for one that cannot be had: a supervisor's SIGTERM is enough."""
+    play(allocate_while_signals_come, deadline=30)

@@ -50,6 +50,7 @@ import attrs
 from aiouffd.engine.ahead.pages import RecordedPages
 from aiouffd.engine.present import PresentPages
 from aiouffd.errors import SourceError, TraceError
+from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
 
@@ -340,10 +341,9 @@ class Recorder(OwnedDescriptor):
         try:
             # Not ftruncate: storing into a hole for which the disk has no room left is SIGBUS.
             os.posix_fallocate(self._fd, 0, length)
+            self._map = map_file(self._fd, length, mmap.ACCESS_WRITE)
         except OSError as error:
             return self._end(error.strerror or str(error))
-        self._words.release()
-        self._map = mmap.mmap(self._fd, length)
         self._words = memoryview(self._map).cast("Q")
         self._room = (length - HEADER.size) // 8
         if self._most is not None:

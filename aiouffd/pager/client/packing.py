@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.pager.process.handles import explained, open_memfd
+from aiouffd.pager.process.handles import duplicates, explained, open_memfd
 from aiouffd.pager.process.serialization import config_of, is_pickle, pack, unpack
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def copied(source: Any) -> Any:
         PagerStartError: it cannot travel.
     """
     data, descriptors = pack(source)
-    return unpack(data, [os.dup(descriptor.fd) for descriptor in descriptors])
+    return unpack(data, duplicates(descriptor.fd for descriptor in descriptors))
 
 
 class _Arrived(OwnedDescriptor):
@@ -126,7 +126,7 @@ class Pack:
     def opened(self) -> Service:
         """Return the service, made anew from what travels. May block; a pickle runs code."""
         fds = self.fds[1 : len(self.fds) - self.record["memory"]]
-        found: Service = unpack(config_of({"config": self.config.fileno()}), [os.dup(fd) for fd in fds])
+        found: Service = unpack(config_of({"config": self.config.fileno()}), duplicates(fds))
         return found
 
     @property

@@ -22,6 +22,7 @@ __all__ = [
     "close_all",
     "close_strays",
     "code_of",
+    "duplicates",
     "explained",
     "grow_table",
     "has_ended",
@@ -134,6 +135,18 @@ def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that are not needed."""
     for fd in fds:
         os.close(fd)
+
+
+def duplicates(fds: Iterable[int]) -> list[int]:
+    """Return a duplicate of each descriptor: of all of them, or of none. Raises OSError."""
+    found = list[int]()
+    try:
+        for fd in fds:
+            found.append(os.dup(fd))
+    except OSError:
+        close_all(found)
+        raise
+    return found
 
 
 def has_ended(pidfd: int, seconds: float = 0.0) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.handles import close_all, duplicates
 from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
 from aiouffd.pager.process.state import SpaceState
 
@@ -272,7 +271,7 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
         Exception: whatever the code of a pickle raises.
     """
     data = config_of(record)
-    fds = [os.dup(fd) for fd in record["fds"][: len(record["fds"]) - record["memory"]]]
+    fds = duplicates(record["fds"][: len(record["fds"]) - record["memory"]])
     if is_pickle(data):
         for entry in record["path"]:
             if entry not in sys.path:
@@ -316,7 +315,7 @@ def make_origin(
 
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:
     """Return what drops pages. It is needed where a source cannot be opened, too: writes are noted there."""
-    written, file = map(os.dup, record["fds"][-2:])
+    written, file = duplicates(record["fds"][-2:])
     page, limit = record["page_size"], options.max_resident
     how = (WrittenPages(written, page), page, limit, counters, OwnedDescriptor(file))
     return Bound(*how, foreign=options.foreign, patience=options.limits.timeout)
