@@ -43,6 +43,9 @@ import stat
 import struct
 import zlib
 from array import array
+from functools import reduce
+from itertools import compress
+from operator import or_
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
@@ -74,6 +77,9 @@ _COMPLETE: Final = 1
 _CUT: Final = 2
 _ALONG: Final = 1
 _KEPT: Final = 2
+_MARKS: Final = bytes(range((_ALONG | _KEPT) + 1))
+_ARE_TOUCHED: Final = bytes(not mark & _ALONG for mark in range(256))
+_ARE_KEPT: Final = bytes(bool(mark & _KEPT) for mark in range(256))
 _SAMPLES: Final = 16
 _SAMPLE: Final = 4096
 _STEP: Final = 1 << 20  # the file grows by so much
@@ -156,15 +162,24 @@ class Trace:
             raise TraceError(name, f"it was recorded with pages of {page} bytes, not {page_size}")
         if differ(recorded, source):
             raise TraceError(name, "it was recorded from another source, or from another version of it")
-        entries = array("Q", bytes(body))
-        marks = _ALONG | _KEPT if carries else _ALONG
-        touched = frozenset(entry & ~marks for entry in entries if not entry & _ALONG)
-        offsets = array("Q", dict.fromkeys(entry & ~marks for entry in entries))
-        marked = version >= VERSION or len(touched) == len(offsets)
-        if page < mmap.PAGESIZE or not marked or any(offset % page or offset >= size for offset in offsets):
+        # The marks are in the lowest byte, in which no offset of a page has anything.
+        plain, low = bytearray(body), bytes(body[::8])
+        plain[::8] = bytes(count)
+        entries = array("Q", bytes(plain))
+        touched = frozenset(compress(entries, low.translate(_ARE_TOUCHED)))
+        offsets = array("Q", dict.fromkeys(entries))
+        known = _MARKS if carries else _MARKS[: _ALONG + 1]
+        if (
+            page < mmap.PAGESIZE
+            or page & (page - 1)
+            or low.translate(None, known)
+            or not (version >= VERSION or len(touched) == len(offsets))
+            or reduce(or_, offsets, 0) % page
+            or max(offsets, default=-1) >= size
+        ):
             raise TraceError(name, "it names pages that cannot exist")
-        along = array("Q", (at for at in offsets if at not in touched))
-        kept = frozenset(entry & ~marks for entry in entries if carries and entry & _KEPT)
+        along = array("Q", (at for at in offsets if at not in touched) if len(touched) < len(offsets) else ())
+        kept = frozenset(compress(entries, low.translate(_ARE_KEPT)))
         return cls(page, size, offsets, recorded, along), kept
 
     @classmethod
