@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import struct
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +15,7 @@ from pattern import PAGE, content
 import aiouffd
 from aiouffd.engine.ahead import pages
 from aiouffd.engine.ahead.trace import Trace, fingerprint
+from aiouffd.ranges import batched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +43,76 @@ def test_all_pages_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
     assert last.at_hand(SIZE - 50, 51) is None
     assert path.stat().st_mode & 0o777 == 0o600
     assert [item.name for item in tmp_path.iterdir() if item.name.endswith(".part")] == []
+
+
+def runs_of(path: Path) -> list[tuple[int, int]]:
+    """Return the first page and the number of pages of each run whose bytes a recording carries, in order."""
+    pages = Trace.load(path).pages
+    assert pages is not None
+    units = [pages.load(number) for number in range(len(pages))]
+    return [(offset // PAGE, length // PAGE) for unit in units if unit for offset, length, _ in unit.parts]
+
+
+def test_what_is_touched_first_comes_first(tmp_path: Path) -> None:
+    """Within a unit in the order of the offsets. Where the pages of more units join to few runs, those are one COPY."""
+    scattered = [page for page in range(COUNT - 1, -1, -1) if page % 3]
+    path, _ = made(tmp_path, scattered)
+    assert runs_of(path)[0][0] == min(scattered[:256]) > COUNT // 3
+    assert carried(path).keys() == set(scattered)
+    dense = random.Random(2).sample(range(COUNT), COUNT)
+    path, _ = made(tmp_path, dense)
+    assert runs_of(path) == [(0, 256), (256, 256), (512, COUNT - 512)]
+    assert carried(path).keys() == set(dense)
+
+
+def test_the_version_before_is_read(tmp_path: Path) -> None:
+    """It has its pages sorted together, 4,096 at a time, and does not say so."""
+    order = [page for page in range(COUNT - 1, -1, -1) if page % 3]
+    path, source = made(tmp_path, order)
+    offsets = array("Q", [page * PAGE for page in order])
+    head = Trace(PAGE, SIZE, offsets, fingerprint(source)).head(frozenset(offsets))
+    head = head[:8] + struct.pack("<I", 4) + head[12:]
+    units = [content_of(some) for some in batched(sorted(order), 256)]
+    section = pages._SECTION_4.pack(pages.version_of(source), pages._XXH3, 1 << 20)
+    digest = pages._hash(pages._XXH3)
+    assert digest is not None
+    hashes = b"".join(map(digest, units))
+    data = head + section + digest(head + section + hashes) + hashes
+    path.write_bytes(data + bytes(-len(data) % PAGE) + b"".join(units))
+    assert carried(path) == {page: content(page * PAGE, min(PAGE, SIZE - page * PAGE)) for page in order}
+    trace = Trace.replayed(path, PAGE, source, fingerprint(source))
+    assert (list(trace.offsets), runs_of(path)[0]) == (list(offsets), (1, 2))
+
+
+def content_of(pages: list[int]) -> bytes:
+    """Return the bytes of pages; what is behind the end of the source is zeros."""
+    return b"".join(content(page * PAGE, min(PAGE, SIZE - page * PAGE)).ljust(PAGE, b"\0") for page in pages)
+
+
+def test_units_are_read_once_and_early(tmp_path: Path) -> None:
+    """For one replay of the same bytes; what is not wanted any more is not read, and faults find what is there."""
+    path, _ = made(tmp_path, list(range(COUNT)))
+    ours, same = Trace.load(path).pages, Trace.load(path).pages
+    assert ours is not None
+    assert same is not None
+    units = pages.Units(ours)
+    units.drop(0)
+    units.read_early()
+    assert [units.is_read(number) for number in range(4)] == [False, True, True, False]
+    assert units.read(0) is None
+    assert units.read(1) is units.read(1)
+    assert units.at_hand(255 * PAGE, PAGE) is None
+    there = units.at_hand(300 * PAGE, 2 * PAGE)
+    assert there is not None
+    assert bytes(there) == content(300 * PAGE, 2 * PAGE)
+    assert units.serve(same)
+    assert same.begin() is units
+    assert same.begin() is not units
+    path, _ = made(tmp_path, [3, 4])
+    other = Trace.load(path).pages
+    assert other is not None
+    assert not units.serve(other)
+    assert other.begin().read(0) is not None
 
 
 def test_the_first_ones_are_kept_where_there_is_no_room_for_all(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_recording_that_was_not_completed_leaves_the_old_one_alone(tmp_path: P
         (lambda data: data[:0], "0 bytes are too few"),
         (lambda data: data[:20], "20 bytes are too few"),
         (lambda data: b"AIOUFFD" + data[7:], "not a recording"),
-        (lambda data: data[:8] + struct.pack("<I", 5) + data[12:], "version is 5"),
+        (lambda data: data[:8] + struct.pack("<I", 6) + data[12:], "version is 6"),
         (lambda data: data[:8] + struct.pack("<I", 0) + data[12:], "version is 0"),
         (lambda data: data[:-8], "truncated"),
         (lambda data: data[:-3], "truncated"),

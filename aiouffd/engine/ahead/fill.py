@@ -25,7 +25,7 @@ from aiouffd.ranges import Range, RangeSet, batched, pieces
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
-    from aiouffd.engine.ahead.pages import RecordedPages
+    from aiouffd.engine.ahead.pages import RecordedPages, Unit
     from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.space import Backend, Space
 
@@ -104,29 +104,38 @@ async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPag
 
     The next unit is read while one is placed. Faults find bytes at hand that have been read.
     """
-    loop = asyncio.get_running_loop()
-    loading = loop.run_in_executor(None, pages.load, 0)
+    loop, units = asyncio.get_running_loop(), pages.begin()
+
+    def reading(number: int) -> asyncio.Future[Unit | None] | None:
+        return None if units.is_read(number) else loop.run_in_executor(None, units.read, number)
+
+    under_way = reading(0)
     try:
-        for number in range(len(pages)):
-            unit = await loading
-            if number + 1 < len(pages):
-                loading = loop.run_in_executor(None, pages.load, number + 1)
-            if unit is None:
-                log.warning("bytes of pages that a recording carries are damaged: the pages come from the source")
-                continue
-            with backend.has(unit.at_hand):
-                left = list[tuple[int, int]]()
-                for some in batched(unit.parts, _TOGETHER):
-                    left += place_at_hand(space, some, Counter.PAGES_REPLAY)
-                    await asyncio.sleep(0)
-                fitting = _fitting(space, left)
-                if fitting:
-                    await backend.bring(space, fitting, Counter.PAGES_REPLAY)
-            if len(fitting) < len(left):
-                return False
+        with backend.has(units.at_hand):
+            for number in range(len(pages)):
+                unit = units.read(number) if under_way is None else await under_way
+                under_way = reading(number + 1) if number + 1 < len(pages) else None
+                if unit is None:
+                    log.warning("bytes of pages that a recording carries are damaged: the pages come from the source")
+                elif not await _place_unit(space, backend, unit):
+                    return False
+                units.drop(number)
     finally:
-        await asyncio.wait([loading])
+        if under_way is not None:
+            await asyncio.wait([under_way])
     return True
+
+
+async def _place_unit(space: Space, backend: SourceBackend, unit: Unit) -> bool:
+    """Bring the pages of a unit; tell whether there was room for all."""
+    left = list[tuple[int, int]]()
+    for some in batched(unit.parts, _TOGETHER):
+        left += place_at_hand(space, some, Counter.PAGES_REPLAY)
+        await asyncio.sleep(0)
+    fitting = _fitting(space, left)
+    if fitting:
+        await backend.bring(space, fitting, Counter.PAGES_REPLAY)
+    return len(fitting) == len(left)
 
 
 async def fill(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from aiouffd.engine.ahead.pages import PagesWriter, in_order, version_of
+from aiouffd.engine.ahead.pages import PagesWriter, in_order, sorted_together, version_of
 from aiouffd.engine.ahead.trace import Trace, begin, part_of
 from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.reads import Reads
@@ -145,9 +145,10 @@ def _write(
     final = Path(os.path.realpath(path))
     with OwnedDescriptor(begin(final, 0o600)) as file:
         try:
-            writer = PagesWriter(file.fileno(), trace.head(kept), version, trace.page_size, len(kept))
-            for together in batched(in_order(trace.offsets, kept), max(_TOGETHER // trace.page_size, 1)):
-                for data, length in _bytes_of(together, trace, carried, read):
+            together = sorted_together(trace.offsets, kept, trace.page_size)
+            writer = PagesWriter(file.fileno(), trace.head(kept), version, trace.page_size, together, len(kept))
+            for some in batched(in_order(trace.offsets, kept, together), max(_TOGETHER // trace.page_size, 1)):
+                for data, length in _bytes_of(some, trace, carried, read):
                     writer.add(data)
                     writer.add(bytes(length - len(data)))  # behind the end of the source
             writer.finish()

@@ -15,8 +15,10 @@ import operator
 import os
 import stat
 import struct
+import threading
 from array import array
 from bisect import bisect_right
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
@@ -31,17 +33,31 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MOST", "PagesWriter", "RecordedPages", "Recording", "Unit", "in_order", "unkept", "version_of"]
+__all__ = [
+    "MOST",
+    "PagesWriter",
+    "RecordedPages",
+    "Recording",
+    "Unit",
+    "Units",
+    "in_order",
+    "sorted_together",
+    "unkept",
+    "version_of",
+]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
 MOST: Final = 1 << 30
 """Bytes of pages that a recording carries at most, if nothing else is said."""
 
-_SECTION: Final = struct.Struct("<32sII")  # the version of the source, which hash, bytes of a unit
+_SECTION_4: Final = struct.Struct("<32sII")  # the version of the source, which hash, bytes of a unit
+_SECTION: Final = struct.Struct("<32sIII")  # and how many offsets are sorted together
 _HASH: Final = 16  # bytes
 _UNIT: Final = 1 << 20  # bytes that are read and checked together; a page, where that is larger
-_BATCH: Final = 4096  # entries of a recording whose pages are sorted by offset
+_BATCH: Final = 4096  # entries of a recording whose pages are sorted by offset, at most; in version 4 always
+_EARLY: Final = 16 << 20  # bytes that are read before it is known that they may be shown
+_PAYS: Final = 2  # times fewer runs of pages, for which more are sorted than a unit has
 _XXH3, _BLAKE2 = 1, 2
 
 
@@ -104,12 +120,26 @@ def _is_written(source: Any) -> bool:
     return bool(takes) or any(_is_written(part) for part in inner if part is not None)
 
 
-def in_order(offsets: array[int], kept: frozenset[int]) -> array[int]:
-    """Return the offsets of kept pages in the order of their bytes, of pages in the order of a recording."""
+def in_order(offsets: array[int], kept: frozenset[int], together: int) -> array[int]:
+    """Return the offsets of kept pages in the order of their bytes: so many of a recording at a time are sorted."""
     ordered = array("Q")
-    for some in batched(offsets, _BATCH):
+    for some in batched(offsets, together):
         ordered.extend(sorted(kept.intersection(some)))
     return ordered
+
+
+def sorted_together(offsets: array[int], kept: frozenset[int], page: int) -> int:
+    """Return how many offsets of a recording are sorted together, of which some pages are kept.
+
+    What is touched first is to come first, so they are no more than a unit has: except where the pages of more units
+    join to far fewer runs, of which each is a COPY.
+    """
+    few = max(_unit_of(page) // page, 1)
+    runs = [
+        sum(after != before + page for before, after in pairwise(in_order(offsets, kept, together)))
+        for together in (few, _BATCH)
+    ]
+    return few if runs[0] <= _PAYS * runs[1] else _BATCH
 
 
 def _hash(kind: int) -> Callable[[Any], bytes] | None:
@@ -183,7 +213,10 @@ class RecordedPages(OwnedDescriptor):
 
     Attributes:
         together: pages of a unit.
+        units: what has read some of them already, for the next replay; None: nothing has.
     """
+
+    units: Units | None = None
 
     def __init__(
         self,
@@ -213,7 +246,9 @@ class RecordedPages(OwnedDescriptor):
         return cls(descriptor.detach(), *about)
 
     @classmethod
-    def read(cls, fd: int, head: bytes, page_size: int, size: int, offsets: array[int], kept: frozenset[int]) -> Self:
+    def read(
+        cls, fd: int, head: bytes, page_size: int, size: int, offsets: array[int], kept: frozenset[int], *, old: bool
+    ) -> Self:
         """Read what a file says of its pages.
 
         Args:
@@ -223,6 +258,7 @@ class RecordedPages(OwnedDescriptor):
             size: of the source.
             offsets: of the pages of the recording.
             kept: those whose bytes it carries.
+            old: it is of version 4.
 
         Raises:
             TraceError: it is damaged, or another user could have written it; no page of it can be shown.
@@ -230,21 +266,32 @@ class RecordedPages(OwnedDescriptor):
         status = os.fstat(fd)
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise TraceError("the recording", "another user could have written the bytes of its pages")
-        section = os.pread(fd, _SECTION.size, len(head))
+        form = _SECTION_4 if old else _SECTION
+        section = os.pread(fd, form.size, len(head))
         page_bytes = _unit_of(page_size)
-        if len(section) < _SECTION.size or (found := _SECTION.unpack(section))[2] != page_bytes:
+        if len(section) < form.size or (found := form.unpack(section))[2] != page_bytes:
             raise TraceError("the recording", "what it says of the bytes of its pages is damaged")
-        version, kind, _ = found
+        version, kind, _, *sizes = found
         digest = _hash(kind)
         if digest is None:
             raise TraceError("the recording", "the bytes of its pages are checked by XXH3: install aiouffd[store]")
         count = -(-len(kept) * page_size // page_bytes)
-        rest = os.pread(fd, _HASH * (count + 1), len(head) + _SECTION.size)
+        rest = os.pread(fd, _HASH * (count + 1), len(head) + len(section))
         check, hashes = rest[:_HASH], rest[_HASH:]
         if len(hashes) != _HASH * count or digest(head + section + hashes) != check:
             raise TraceError("the recording", "what it says of the bytes of its pages is damaged")
-        begin = align_up(len(head) + _SECTION.size + len(rest), mmap.PAGESIZE)
-        return cls(os.dup(fd), page_size, size, version, in_order(offsets, kept), begin, kind, hashes)
+        begin = align_up(len(head) + len(section) + len(rest), mmap.PAGESIZE)
+        ordered = in_order(offsets, kept, max(*sizes, 1) if sizes else _BATCH)
+        return cls(os.dup(fd), page_size, size, version, ordered, begin, kind, hashes)
+
+    def is_same(self, other: RecordedPages) -> bool:
+        """Tell whether another one has the same bytes of the same pages."""
+        return (self._hashes, self._kind, self.offsets) == (other._hashes, other._kind, other.offsets)
+
+    def begin(self) -> Units:
+        """Return what reads them for a replay."""
+        units, self.units = self.units, None
+        return units or Units(self)
 
     def refusal(self, source: Any) -> str:
         """Say why none of them may be shown where a source is served; "": they may. May block."""
@@ -269,6 +316,55 @@ class RecordedPages(OwnedDescriptor):
         return None
 
 
+class Units:
+    """Reads the units of a recording for one replay, each once. Thread-safe.
+
+    Args:
+        pages: the bytes. They stay open as long as this.
+    """
+
+    def __init__(self, pages: RecordedPages) -> None:
+        self._pages = pages
+        self._lock = threading.Lock()
+        self._read: dict[int, Unit | None] = {}
+        self._next = 0  # those before it are not wanted any more
+
+    def read_early(self) -> None:
+        """Read the first ones. Blocks."""
+        for number in range(min(len(self._pages), max(_EARLY // _unit_of(self._pages.page_size), 1))):
+            self.read(number)
+
+    def read(self, number: int) -> Unit | None:
+        """Return a unit; None: it is damaged, or not wanted any more. Blocks."""
+        with self._lock:
+            if number not in self._read and number >= self._next:
+                self._read[number] = self._pages.load(number)
+            return self._read.get(number)
+
+    def is_read(self, number: int) -> bool:
+        """Tell whether `read` does not block."""
+        return number in self._read
+
+    def drop(self, number: int) -> None:
+        """Forget a unit: it and those before are not wanted any more."""
+        self._next = number + 1
+        self._read.pop(number, None)
+
+    def at_hand(self, offset: int, length: int) -> memoryview | None:
+        """Return bytes of the source, if a unit that was read has them all in one piece."""
+        for unit in list(self._read.values()):
+            if unit is not None and (data := unit.at_hand(offset, length)) is not None:
+                return data
+        return None
+
+    def serve(self, pages: RecordedPages) -> bool:
+        """Be those of another copy of the same bytes, if it is one."""
+        same = pages.is_same(self._pages)
+        if same:
+            pages.units = self
+        return same
+
+
 class PagesWriter:
     """Writes a recording with the bytes of pages into an empty file, of which its owner alone has the right to read.
 
@@ -277,17 +373,18 @@ class PagesWriter:
         head: what the file begins with.
         version: of the source.
         page_size: in bytes.
+        together: see `sorted_together`.
         count: how many pages will come.
 
     Raises:
         OSError: the mode cannot be changed.
     """
 
-    def __init__(self, fd: int, head: bytes, version: bytes, page_size: int, count: int) -> None:
+    def __init__(self, fd: int, head: bytes, version: bytes, page_size: int, together: int, count: int) -> None:
         os.fchmod(fd, 0o600)
         self._fd, self._head, self._unit = fd, head, _unit_of(page_size)
         self._kind = _BLAKE2 if _hash(_XXH3) is None else _XXH3
-        self._section = _SECTION.pack(version, self._kind, self._unit)
+        self._section = _SECTION.pack(version, self._kind, self._unit, together)
         units = -(-count * page_size // self._unit)
         self._end = align_up(len(head) + len(self._section) + _HASH * (units + 1), mmap.PAGESIZE)
         self._hashes = b""

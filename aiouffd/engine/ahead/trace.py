@@ -16,17 +16,20 @@ The file, in little-endian order:
 
 In version 2 no page came along. Version 1 had no fingerprint either: its pages begin at 40. Both are still read.
 
-Version 4 carries bytes of pages. An offset plus 2 is that of a page whose bytes follow; behind the offsets come
+Version 5 carries bytes of pages. An offset plus 2 is that of a page whose bytes follow; behind the offsets come
 
 | bytes | what |
 | --- | --- |
 | 32 | what only this version of the source has (see `pages.version_of`) |
 | 4 | u32: which hash: 1: XXH3, 2: BLAKE2b, of 16 bytes each |
 | 4 | u32: the bytes of a unit: 1 MiB, or a page that is larger |
+| 4 | u32: n: of each n offsets the bytes are in the order of the offsets |
 | 16 | the hash of all before and of the hashes that follow |
 | 16 each | the hashes of the units |
 | | zeros up to a multiple of 4,096 |
-| | the bytes, in units, of which the last may be shorter: of each 4,096 offsets in the order of the offsets |
+| | the bytes, in units, of which the last may be shorter |
+
+Version 4, which is still read, does not have n: it is 4,096.
 
 It is written as `PATH.part` and renamed once it is complete.
 """
@@ -67,7 +70,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 MAGIC: Final = b"aiouffd\0"
 VERSION: Final = 3
-VERSION_WITH_PAGES: Final = 4
+VERSIONS_WITH_PAGES: Final = 4, 5
 HEADER: Final = struct.Struct("<8sIIQQII32s")
 HEADER_1: Final = struct.Struct("<8sIIQQII")
 _ABOUT: Final = struct.Struct("<8xIIQQ")
@@ -122,12 +125,13 @@ class Trace:
         with open(path, "rb") as file:  # noqa: PTH123 - a pager has no use for pathlib, which takes 2 ms
             head = file.read(HEADER.size)
             version, *_, count = _ABOUT.unpack_from(head.ljust(HEADER.size, b"\0"))
-            if head[: len(MAGIC)] != MAGIC or version != VERSION_WITH_PAGES:
+            if head[: len(MAGIC)] != MAGIC or version not in VERSIONS_WITH_PAGES:
                 return cls.parse(head + file.read(), str(path), page_size, source=source)
             head += file.read(min(count * 8, os.fstat(file.fileno()).st_size))
             trace, kept = cls._parsed(head, str(path), page_size, source)
             try:
-                pages = RecordedPages.read(file.fileno(), head, trace.page_size, trace.size, trace.offsets, kept)
+                about = trace.page_size, trace.size, trace.offsets, kept
+                pages = RecordedPages.read(file.fileno(), head, *about, old=version < VERSIONS_WITH_PAGES[-1])
             except TraceError as error:
                 log.warning("%s: the bytes of its pages are not used: %s", path, error.reason)
                 return trace
@@ -146,11 +150,13 @@ class Trace:
         magic, version, page, size, count, checksum, state = HEADER_1.unpack_from(data)
         if magic != MAGIC:
             raise TraceError(name, "it is not a recording of page faults")
-        if not 1 <= version <= VERSION_WITH_PAGES:
-            raise TraceError(name, f"its version is {version}; this library reads versions up to {VERSION_WITH_PAGES}")
+        if not 1 <= version <= VERSIONS_WITH_PAGES[-1]:
+            raise TraceError(
+                name, f"its version is {version}; this library reads versions up to {VERSIONS_WITH_PAGES[-1]}"
+            )
         header = HEADER_1 if version == 1 else HEADER
         recorded = data[HEADER_1.size : header.size].ljust(32, b"\0")
-        carries = version == VERSION_WITH_PAGES
+        carries = version in VERSIONS_WITH_PAGES
         body = memoryview(data)[header.size :][: count * 8 if carries else None]
         if not state & _COMPLETE:
             raise TraceError(name, "the recording was not completed: the process that recorded ended too early")
@@ -208,7 +214,7 @@ class Trace:
 
     def head(self, kept: frozenset[int]) -> bytes:
         """Return what a file begins with that carries the bytes of some of its pages."""
-        return self._encoded(VERSION_WITH_PAGES, kept)
+        return self._encoded(VERSIONS_WITH_PAGES[-1], kept)
 
     def _encoded(self, version: int, kept: frozenset[int]) -> bytes:
         along = frozenset(self.along)
