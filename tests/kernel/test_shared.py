@@ -464,6 +464,37 @@ def test_a_pager_lingers() -> None:
     play(lingering)
 
 
+def given_up_while_it_lingers() -> None:
+    """Scenario: whoever comes next ends it, and its thread may want to end it, too, for which that needs the lock."""
+    engines._shared._linger = 1000.0
+    with monitor_of():
+        (client,) = engines._shared._current.values()
+    stop, free = client.stop, []
+
+    def look() -> None:
+        if engines._shared._lock.acquire(blocking=False):
+            engines._shared._lock.release()
+            free.append(True)
+
+    def stopping(**options: bool) -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        stop(**options)
+
+    client.stop = stopping  # type: ignore[method-assign]
+    client._dead = aiouffd.PagerDiedError("it was given up")
+    with monitor_of() as monitor:
+        right(monitor, 0)
+        assert client not in engines._shared._users
+    assert free == [True]
+
+
+def test_a_pager_that_is_given_up_while_it_lingers() -> None:
+    """See the scenario."""
+    play(given_up_while_it_lingers)
+
+
 STOPPED = """
 import os, signal, aiouffd
 monitor = aiouffd.Monitor(aiouffd.Region(1 << 20), aiouffd.BufferSource(bytes(1 << 20)))

@@ -80,12 +80,13 @@ class Pagers:
         Raises:
             PagerStartError: it did not start.
         """
-        with self._lock:
+        with contextlib.ExitStack() as unlocked, self._lock:
             key = self._key()
             client = self._current.get(key)
             if client is None or not client.is_usable:
                 if client is not None and not self._users[client]:
-                    client.stop()
+                    self._drop(client)
+                    unlocked.callback(client.stop)  # its thread may wait for the lock, to end it as well
                 client = self._current[key] = self._start()
             self._users[client] += 1
         return client
