@@ -5,9 +5,9 @@ to `spin_us`, but only while faults keep coming: after a fault that comes long a
 looks in vain make the next ones rarer. It looks at all descriptors, not at the one that was readable: with a thousand
 clients the next fault comes from another.
 
-Descriptors take turns, of a few messages each, and who had nothing in the last round comes first. So a fault of a
-client that seldom has one waits for one turn of another, however many faults others have. One descriptor alone is read
-in as few reads as possible.
+Descriptors take turns, of a few messages each: that which has got fewest comes next, and while it has none, it saves
+nothing up. So a fault of a client that seldom has one waits for one turn of another, however many faults others have.
+One descriptor alone is read in as few reads as possible.
 
 There are two readers with the same rules. `NativeReader` runs in the native part without the GIL, and returns when a
 message is not plain or the loop is due for a turn. `PythonReader` serves where there is no native part.
@@ -22,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import os
 import select
-from collections import deque
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -125,8 +124,8 @@ class PythonReader(FastPath):
         self._only: tuple[tuple[int, int], ...] | None = None
         self._landing = self._identity = memoryview(b"")
         self._buffers: list[memoryview] = []  # of one read
-        self._turns: deque[tuple[int, int]] = deque()  # of this round, in order
-        self._round: set[int] = set()  # the descriptors that are in it
+        self._turns: dict[int, int] = {}  # of each descriptor: its next one
+        self._turn = 0  # that of the descriptor that was read last
         self._last_ns = 0
         self._vain = 0
         self._skip = 0
@@ -185,29 +184,18 @@ class PythonReader(FastPath):
             return 0
         return self.spin_ns
 
-    def _take_turns(self) -> None:
-        """Choose whose turn is next: see `take_turns` of the native part."""
-        if self._only is not None:
-            self._turns.extend(self._only)
-            return
-        found = self._epoll.poll(0, _MAX_READY)
-        if self._turns:
-            found = [each for each in found if each[0] not in self._round]
-            self._turns.extendleft(found)
-        else:
-            found.sort(key=lambda each: each[0] in self._round)
-            self._turns.extend(found)
-            self._round = set()
-        self._round.update(fd for fd, _ in found)
+    def _turn_of(self, ready: tuple[int, int]) -> int:
+        """Return when the turn of a descriptor comes: see `take_turn` of the native part."""
+        return self._turns.get(ready[0], 0)
 
     def _look(self) -> bool | _Found:
         """Read once from the descriptor whose turn it is; tell whether something came, or what is for the engine."""
-        self._take_turns()
-        while self._turns:
-            fd, events = self._turns.popleft()
+        ready = self._only or sorted(self._epoll.poll(0, _MAX_READY), key=self._turn_of)
+        for fd, events in ready:
             slot = SLOT.unpack_from(self.slots, fd * SLOT.size)
             if slot[0] < 0:
                 continue  # dropped just now
+            self._turn = max(self._turn, self._turns.get(fd, 0))
             self._identity[0] = slot[0]
             try:
                 length = _preadv(fd, self._buffers, -1, self._flags)
@@ -215,6 +203,8 @@ class PythonReader(FastPath):
                 length = 0
             except OSError as error:
                 return _Found(fd, 0, error.errno or 0, events)
+            if length:
+                self._turns[fd] = self._turn + length // abi.MESSAGE_SIZE
             if length and not (length == abi.MESSAGE_SIZE and self.serve(fd, slot, self._buffers[0])):
                 return _Found(fd, length, 0, events)
             if events & select.EPOLLERR:

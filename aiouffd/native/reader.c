@@ -19,10 +19,8 @@ struct state {
     int32_t count;
     uint64_t last_ns;     /* when the last message came */
     uint32_t vain, skip;  /* looks in vain; faults behind which not to look */
-    int32_t at, ready;    /* of `events` */
-    struct epoll_event events[READY]; /* of this round: whose turn it is, one after the other */
-    uint32_t round;
-    uint32_t *rounds; /* by descriptor: the last round that it was in */
+    uint64_t turn;   /* that of the descriptor that was read last: see `take_turn` */
+    uint64_t *turns; /* by descriptor: its next one */
     uint8_t *page; /* a page of a file, on its way */
     uint64_t page_length;
     struct keeper **keepers; /* by descriptor */
@@ -310,46 +308,43 @@ static int32_t serve(struct state *s, const struct line *line, int fd, int32_t l
 
 /* --- Looking for messages --- */
 
-/* Choose whose turn is next. A round has each descriptor once: those first that were not in the last one. Who has
- * something only since the round began comes next. */
-static void take_turns(struct state *s)
+static uint64_t turn_of(const struct state *s, int fd)
 {
-    struct epoll_event found[READY];
-    int count = epoll_wait(s->is.epoll, found, READY, 0), begins = s->at >= s->ready;
-    uint32_t last = s->round;
-    if (begins) {
-        s->at = s->ready = 0;
-        s->round++;
-    }
-    for (int again = 0; again <= begins; again++)
-        for (int i = 0; i < count && (begins || s->at > 0); i++) {
-            int fd = found[i].data.fd;
-            if (fd >= s->count || s->rounds[fd] == s->round || (begins && (s->rounds[fd] == last) != again))
-                continue;
-            s->rounds[fd] = s->round;
-            s->events[begins ? s->ready++ : --s->at] = found[i];
-        }
+    return fd < s->count ? s->turns[fd] : 0;
+}
+
+/* Take out of some descriptors that which has its turn now: it has got fewer messages than the others. While it had
+ * none, it has saved nothing up. */
+static struct epoll_event take_turn(struct state *s, struct epoll_event *ready, int count)
+{
+    struct epoll_event *first = ready;
+    for (struct epoll_event *each = ready + 1; each < ready + count; each++)
+        if (turn_of(s, each->data.fd) < turn_of(s, first->data.fd))
+            first = each;
+    struct epoll_event taken = *first;
+    *first = ready[count - 1];
+    if (turn_of(s, taken.data.fd) > s->turn)
+        s->turn = turn_of(s, taken.data.fd);
+    return taken;
 }
 
 /* Read once from the descriptor whose turn it is. 1: something came, 0: nothing; -1: `found` is for the engine. */
 static int look(struct state *s, struct found *found)
 {
-    if (s->is.only >= 0) {
-        s->events[0] = (struct epoll_event){.data.fd = s->is.only};
-        s->at = 0;
-        s->ready = 1;
-    } else {
-        take_turns(s);
-    }
-    while (s->at < s->ready) {
-        uint32_t events = s->events[s->at].events;
-        int fd = s->events[s->at++].data.fd;
+    struct epoll_event ready[READY] = {{.data.fd = s->is.only}};
+    int count = s->is.only >= 0 ? 1 : epoll_wait(s->is.epoll, ready, READY, 0);
+    for (; count > 0; count--) {
+        struct epoll_event taken = take_turn(s, ready, count);
+        uint32_t events = taken.events;
+        int fd = taken.data.fd;
         if (fd >= s->count || s->lines[fd].identity < 0)
             continue; /* dropped just now */
         struct iovec into = {s->is.landing, s->is.limit};
         *s->is.identity = s->lines[fd].identity;
         ssize_t length = preadv2(fd, &into, 1, -1, s->is.flags);
         int error = length < 0 ? errno : 0;
+        if (length > 0)
+            s->turns[fd] = s->turn + (uint64_t)length / sizeof(struct message);
         int32_t left = length > 0 ? serve(s, &s->lines[fd], fd, (int32_t)length) : 0;
         if (left || (error && error != EAGAIN) || events & EPOLLERR) {
             *found = (struct found){fd, left, error == EAGAIN ? 0 : error, events};
@@ -395,7 +390,7 @@ EXPORT void aiouffd_reader_free(struct state *s)
     for (int i = 0; i < s->count; i++)
         free(s->lines[i].more);
     free(s->lines);
-    free(s->rounds);
+    free(s->turns);
     free(s->keepers);
     free(s->page);
     free(s);
@@ -412,18 +407,18 @@ EXPORT int aiouffd_reader_line(struct state *s, int fd, const struct line *line,
         if (s->count)
             memcpy(lines, s->lines, (size_t)s->count * sizeof *lines);
         memset(lines + s->count, 0, (size_t)(count - s->count) * sizeof *lines);
-        uint32_t *rounds = realloc(s->rounds, (size_t)count * sizeof *rounds);
-        if (rounds == NULL) {
+        uint64_t *turns = realloc(s->turns, (size_t)count * sizeof *turns);
+        if (turns == NULL) {
             free(lines);
             return -ENOMEM;
         }
         for (int i = s->count; i < count; i++) {
             lines[i].identity = -1;
-            rounds[i] = 0;
+            turns[i] = 0;
         }
         free(s->lines);
         s->lines = lines;
-        s->rounds = rounds;
+        s->turns = turns;
         s->count = count;
     }
     struct more *kept = s->lines[fd].more;
