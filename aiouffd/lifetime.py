@@ -68,7 +68,10 @@ async def uninterrupted(work: Callable[[], _Result], undo: Callable[[], object] 
 
     running = begun(work)
     canceled = await until_done(running)
-    result = running.result()
+    try:
+        result = running.result()
+    finally:
+        del running  # it has the error, and that this frame: a cycle, which would keep what all frames have
     if canceled is not None:
         if undo is not None:
             await uninterrupted(undo)

@@ -215,8 +215,7 @@ class Capture:
         self._shown: Mappings
         self._followed: str | None = None  # `base` until now, if it is that of this snapshot
         self._differing = RangeSet()
-        self._laid_out = list[tuple[int, int]]()
-        """Offsets whose layout has changed: before the moment, and then since."""
+        self._laid_out = list[tuple[int, int]]()  # offsets whose layout has changed: before the moment, and then since
 
     @classmethod
     def of(
@@ -436,9 +435,14 @@ class Capture:
         """
         space = self._space
         if space.closing or space.uffd.gone():  # asked behind each read: the pages of a dead process read as missing
-            self.fail(ClosedError("it is served no longer"))
+            self.left(space)
         if self.failure is not None:
             raise self.failure
+
+    def left(self, space: _Space) -> None:
+        """Have the snapshot end if it is of this space, which is served no longer: slow reads look at that."""
+        if space is self._space:
+            self.fail(ClosedError("it is served no longer"))
 
     def fail(self, error: BaseException) -> None:
         """Have the snapshot end with an error. From now on no write waits for it, and it waits for no source."""

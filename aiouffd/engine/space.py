@@ -198,9 +198,8 @@ class Space:
         """Forget what is under way for a range whose layout has changed, and wake its sleepers to fault anew."""
         # What is dropped here was taken for present: that must be forgotten, or nobody brings it any more.
         if self.flights:
-            for low, high, flight in self.flights.remove(
-                align_up(start, self.page_size), align_up(end, self.page_size)
-            ):
+            whole = align_up(start, self.page_size), align_up(end, self.page_size)
+            for low, high, flight in self.flights.remove(*whole):
                 self._forget(flight.offset + low - flight.start, high - low)
         for callback in self.on_changed:
             callback(start, end)
@@ -486,9 +485,8 @@ class Space:
     def _end_flights(self) -> None:
         self.closing = True
         self.close_fast_path()
-        for flight in self.flights:  # others wait for the room that they take
-            if flight.done is not None:
-                flight.done.cancel()
+        for task in tasks_of(self.flights):  # others wait for the room that they take
+            task.cancel()
         self.flights.clear()
 
     def close(self) -> None:
@@ -496,7 +494,9 @@ class Space:
         self._end_flights()
         self.deferred.clear()
         self.remainders.clear()
-        self.capture = None  # which has this: a cycle would keep the source, and with it the lock of its file
+        if self.capture is not None:
+            self.capture.left(self)
+            self.capture = None  # which has this: a cycle would keep the source, and with it the lock of its file
         self.uffd.close()
 
     def __repr__(self) -> str:

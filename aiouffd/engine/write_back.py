@@ -200,8 +200,11 @@ class WriteBack:
         finally:
             results = results or [ClosedError("it is served no longer")] * len(parts)
             self._take_note(batch, parts, results)
-        pairs = zip(parts, results, strict=True)
-        return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+        try:
+            pairs = zip(parts, results, strict=True)
+            return [(offset, length, result) for (offset, length), result in pairs if result is not None]
+        finally:
+            del results, pairs  # an error in whose traceback this frame is: a cycle would keep the source
 
     def _take_note(
         self, batch: list[tuple[int, int]], parts: list[tuple[int, int]], results: list[BaseException | None]

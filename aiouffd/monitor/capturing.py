@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import weakref
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import BusyError, refuse_unknown
@@ -14,7 +15,7 @@ from aiouffd.monitor.entered import Entered
 if TYPE_CHECKING:
     import os
     import threading
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     from aiouffd.store.live import Captured, LiveOptions, Order
@@ -27,7 +28,7 @@ class Capturing(Entered):
 
     origin: Any
     _layout: threading.RLock  # held while it changes, or a snapshot is asked for
-    _pending: Future[dict[str, Any]] | None = None
+    _pending: Callable[[], Future[dict[str, Any]] | None] = staticmethod(lambda: None)
 
     async def snapshot(
         self,
@@ -74,10 +75,13 @@ class Capturing(Entered):
 
         answer = asyncio.wrap_future(self._begin_snapshot(destination, base, options))
         canceled = await until_done(answer, self._running().cancel_snapshot)
-        if canceled is not None:
-            answer.exception()  # nobody else asks for it
-            raise asyncio.CancelledError(*canceled)
-        return _captured(answer.result())
+        try:
+            if canceled is not None:
+                answer.exception()  # nobody else asks for it
+                raise asyncio.CancelledError(*canceled)
+            return _captured(answer.result())
+        finally:
+            del answer
 
     def snapshot_sync(
         self,
@@ -118,8 +122,9 @@ class Capturing(Entered):
         if order.is_file and (base is not None or options or "://" in place):
             raise ValueError(f"{place!r} is a plain file: a URL, base= and options of a store need a name in .snap")
         asked = self._running().snapshot(order)
-        if self._pending is None or self._pending.done():  # else this one is refused, and that one goes on
-            self._pending = asked
+        pending = self._pending()
+        if pending is None or pending.done():  # else this one is refused, and that one goes on
+            self._pending = weakref.ref(asked)  # it has the error that it fails with, and that this Monitor
         return asked
 
     @contextlib.contextmanager
@@ -136,12 +141,13 @@ class Capturing(Entered):
         if not self._layout.acquire(blocking=may_wait):
             raise self._busy()
         try:
-            if self._pending is not None and not self._pending.done():
+            pending = self._pending()
+            if pending is not None and not pending.done():
                 if not may_wait:
                     raise self._busy()
                 from concurrent.futures import wait  # noqa: PLC0415 - 3 ms, with logging, and few take snapshots
 
-                wait([self._pending])
+                wait([pending])
             yield
         finally:
             self._layout.release()

@@ -81,7 +81,10 @@ class Entered:
                 except asyncio.CancelledError:
                     coming.cancel()
                     raise
-        await coming
+        try:
+            await coming
+        finally:
+            del coming  # as in `uninterrupted`
 
     @overload
     def ask_for(self, start: int, length: int) -> Future[Any]: ...
@@ -114,13 +117,16 @@ class Entered:
         self._running().check_may_wait()
         coming = self._running().prefetch(asked)
         end = math.inf if timeout is None else monotonic() + timeout
-        if progress:
-            with self._looks(progress, asked) as look:
-                while not _is_done(coming, min(_INTERVAL, end - monotonic())) and monotonic() < end:
+        try:
+            if progress:
+                with self._looks(progress, asked) as look:
+                    while not _is_done(coming, min(_INTERVAL, end - monotonic())) and monotonic() < end:
+                        look()
                     look()
-                look()
-        if not _is_done(coming, None if timeout is None else end - monotonic()):
-            raise TimeoutError(f"{_named(asked)} is not all there after {timeout} s; it goes on coming")
+            if not _is_done(coming, None if timeout is None else end - monotonic()):
+                raise TimeoutError(f"{_named(asked)} is not all there after {timeout} s; it goes on coming")
+        finally:
+            del coming  # as in `uninterrupted`
 
     def _asked(self, start: int | Iterable[Range], length: int | None) -> list[tuple[int, int]]:
         """Return what was asked for as (offset, length): the pages within the region, sorted and joined."""
@@ -362,4 +368,6 @@ def _is_done(future: Future[Any], timeout: float | None) -> bool:
         if not future.done():
             return False
         future.result()  # just now, or with an error of this kind
+    finally:
+        del future
     return True

@@ -94,14 +94,16 @@ class Snapshots:
         asked = {"order": attrs.asdict(order), "worker": self._pager.pids[1]}
         answer = asyncio.wrap_future(self._pager.request("snapshot", client.tenant, **asked))
         canceled = await until_done(answer, self.cancel)
-        if canceled is not None:
-            answer.exception()  # nobody else asks for it
-            raise asyncio.CancelledError(*canceled)
         try:
+            if canceled is not None:
+                answer.exception()  # nobody else asks for it
+                raise asyncio.CancelledError(*canceled)
             return Captured(**answer.result())
         except RangeGoneError as error:
             reason = f"cannot capture {client}: its memory is not protected against writes ({error}): {PROTECTED}"
             raise SessionError(self._session, reason) from error
+        finally:
+            del answer
 
     def cancel(self) -> None:
         """Have the snapshot end that is being written; `take` raises when it has.

@@ -55,4 +55,7 @@ async def aside(
     if (reason := await until_done(running, canceled.set)) is not None:
         running.exception()  # nobody else asks for it
         raise asyncio.CancelledError(*reason)
-    return running.result()
+    try:
+        return running.result()
+    finally:
+        del running  # as in `uninterrupted`

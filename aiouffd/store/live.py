@@ -138,9 +138,12 @@ class Snapshots:
                 task.cancel()
                 await _ended(task)
                 self._images.pop(space, None)
-            if task.cancelled():
-                raise ClosedError("the snapshot was canceled")
-            return task.result()
+            try:
+                if task.cancelled():
+                    raise ClosedError("the snapshot was canceled")
+                return task.result()
+            finally:
+                del task
 
     def cancel(self, space: Space) -> None:
         """Have the snapshot of a space end, if one is under way; `take` raises when it has."""
@@ -199,7 +202,7 @@ async def capture(
         state.fail(error if isinstance(error, Exception) else ClosedError("the snapshot was canceled"))
         if writing is not None:
             await _ended(writing)
-        if state.failure is not None and not known:
+        if state.failure is not None:
             # Of threads that write and tasks that read, some of whose frames have it in a future.
             state.failure.__traceback__ = state.failure.__context__ = None
         if known and state.failure is not None:  # what writes a file takes it for an error of the file's

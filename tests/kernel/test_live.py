@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import mmap
 import os
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from kinds import HUGE, poke
 from pattern import PAGE, content
-from processes import kill
+from processes import PATIENCE, kill
 from scenario import play, replaced
 
 import aiouffd
 from aiouffd.kernel import libc
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 PAGES = 256
 SIZE = PAGES * PAGE
@@ -148,6 +153,90 @@ async def let_go(engine: str, folder: str) -> None:
 def test_what_a_canceled_snapshot_keeps(engine: str, tmp_path: Path) -> None:
     """Nothing: no error and no frame of it has the source of a Monitor that was left. One that begins hears it, too."""
     play(let_go, engine, str(tmp_path))
+
+
+class Refusing:
+    """A source of one's own, which gives nothing."""
+
+    size = SIZE
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        self._file = aiouffd.FileSource(path, writable=writable)
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Fail, for good."""
+        raise aiouffd.SourceError(repr(self), offset, length, "it has nothing")
+
+    async def write(self, _offset: int, _data: memoryview) -> None:
+        """Fail, for good."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Full(Refusing):
+    """Takes nothing."""
+
+    async def read(self, _offset: int, length: int) -> bytearray:
+        """Give zeros."""
+        return bytearray(length)
+
+
+def in_both_ways(ask: str, *arguments: Any, **options: Any) -> list[Callable[[aiouffd.Monitor], Awaitable[Any]]]:
+    """Return what asks something of a Monitor, on the loop and in a thread."""
+    return [
+        lambda monitor: getattr(monitor, ask)(*arguments, **options),
+        lambda monitor: asyncio.to_thread(getattr(monitor, f"{ask}_sync"), *arguments, **options),
+    ]
+
+
+def when_free(kind: Any, path: Path) -> Any:
+    """Return a source that writes to a file: a thread that has just failed lets go of it a moment later."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return kind(path, writable=True)
+        except aiouffd.BusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.001)
+
+
+async def let_go_of_failed(engine: str, folder: str) -> None:
+    """Scenario: behind what has failed, and a snapshot that the Monitor was left in, the file is free at once."""
+    gc.disable()
+    place, path = Path(folder), Path(folder, "file")
+    path.write_bytes(content(0, SIZE))
+    place.joinpath("packs").touch()  # where a folder would be made
+    place.joinpath("plain").mkdir()
+    not_written = in_both_ways("snapshot", place / "x.snap") + in_both_ways("snapshot", place / "plain")
+    not_read = in_both_ways("prefetch", 0, SIZE) + in_both_ways("prefetch", 0, SIZE, progress=lambda _: None)
+    tries: list[tuple[Any, Any]] = [(aiouffd.FileSource, ask) for ask in [*not_written, None]]
+    if engine != "Pager":  # which has a copy of it
+        tries += [(Refusing, ask) for ask in not_written + not_read]
+        tries += [(Full, ask) for ask in in_both_ways("flush")]
+    async with getattr(aiouffd, engine)() if engine == "Pager" else contextlib.nullcontext() as shared:
+        for kind, ask in tries:
+            source, left = await asyncio.to_thread(when_free, kind, path), None
+            with contextlib.suppress(aiouffd.WriteBackError):
+                async with aiouffd.open(source, write_back=True, engine=shared or getattr(aiouffd, engine)()) as region:
+                    if kind is not Refusing:
+                        await asyncio.to_thread(poke, region.address + SIZE - 100, b"x")
+                    if ask is None:
+                        left = slow(region.monitor, place / "y" / "x.snap")
+                        await begun(region.monitor)
+                    else:
+                        with pytest.raises(aiouffd.UffdError):
+                            await ask(region.monitor)
+            if left is not None:
+                with pytest.raises(aiouffd.ClosedError):
+                    await left
+            del source, region, left
+        await asyncio.to_thread(when_free, aiouffd.FileSource, path)
+
+
+@pytest.mark.parametrize("engine", ["Pager", "InThread", "InProcess"])
+def test_what_a_failed_snapshot_keeps(engine: str, tmp_path: Path) -> None:
+    """Nothing either, nor does another request that fails: else the next block with the file finds it in use."""
+    play(let_go_of_failed, engine, str(tmp_path))
 
 
 async def overtaken(engine: str, folder: str) -> None:

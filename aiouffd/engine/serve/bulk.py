@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.runs import Op, merge
@@ -10,15 +11,43 @@ from aiouffd.engine.statistics import Counter
 from aiouffd.engine.two_threads import SHORT_PART
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from aiouffd.engine.runs import Run
     from aiouffd.engine.space import Space
 
-__all__ = ["place_at_hand", "resolve_bulk"]
+__all__ = ["Bulk", "place_at_hand", "resolve_bulk"]
 
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
 _COPIES = int(Counter.COPIES)
+
+
+class Bulk:
+    """What one call brings ahead of faults: what is still to be asked for, and runs that are placed together.
+
+    Args:
+        space: where to.
+        pieces: (offset, length, whether it is the last of its range).
+
+    Attributes:
+        todo: the pieces.
+        runs: of what is in memory.
+        size: bytes that were asked for since runs were placed last, or what counts as so many.
+    """
+
+    def __init__(self, space: Space, pieces: Iterable[tuple[int, int, bool]]) -> None:
+        self._space = space
+        self.todo: deque[tuple[int, int, bool]] = deque(pieces)
+        self.runs: list[Run] = []
+        self.size: int = 0
+        self._lets = False
+
+    def place(self, others_wait: Callable[[], bool | None] = lambda: None) -> None:
+        """Place the runs. What is left off for others is to be asked for again."""
+        self._lets = not self._lets  # so that something comes in each second step
+        left_off = resolve_bulk(self._space, self.runs, others_wait, lets=self._lets)
+        self.todo.extendleft((*part, False) for part in left_off[::-1])
+        self.runs, self.size = [], 0
 
 
 def resolve_bulk(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections import deque
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from aiouffd.engine.flight import Flight, end_of, spawn, tasks_of
 from aiouffd.engine.landing import OnLanded, untold
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
-from aiouffd.engine.serve.bulk import resolve_bulk
+from aiouffd.engine.serve.bulk import Bulk
 from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
@@ -295,6 +294,13 @@ class SourceBackend:
             self.on_landed(space, flight, noted, failure)
         if failure is None:
             return
+        try:
+            await self._failed(space, flight, failure)
+        finally:
+            del failure  # this frame is in its traceback: a cycle would keep the source
+
+    async def _failed(self, space: Space, flight: Flight, failure: SourceError) -> None:
+        """A read failed for good, and its flight has landed."""
         space.readahead.forget(flight.offset, flight.offset + flight.length)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
@@ -368,41 +374,34 @@ class SourceBackend:
         """Bring what is missing of some ranges and is not on its way already."""
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
-        todo, pending = deque(_pieces(ranges, space.page_size)), set[asyncio.Task[None]]()
-        runs, size, lets = list[Run](), 0, False
-
-        def place(others_wait: Callable[[], bool | None] = lambda: None) -> None:
-            nonlocal runs, size, lets
-            lets = not lets  # so that something comes in each second step
-            todo.extendleft((*part, False) for part in resolve_bulk(space, runs, others_wait, lets=lets)[::-1])
-            runs, size = [], 0
-
+        bulk, pending = Bulk(space, _pieces(ranges, space.page_size)), set[asyncio.Task[None]]()
         # Not undone by canceling: threads may have joined what is under way.
         try:
-            while todo:
-                offset, length, is_last = todo.popleft()
+            while bulk.todo:
+                offset, length, is_last = bulk.todo.popleft()
                 # Who waits for these has one read under way, however slow those of others are.
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
-                    place()
+                    bulk.place()
                     await self._pace.room()
-                begun = self._approach(space, offset, length, runs, purpose)
+                begun = self._approach(space, offset, length, bulk.runs, purpose)
                 self._pursue(begun, pending)
-                size += _MAX_READ // _BEGUN_TOGETHER if begun else length
+                bulk.size += _MAX_READ // _BEGUN_TOGETHER if begun else length
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
-                if not todo or len(runs) >= _MAX_RUNS_TOGETHER or size >= _MAX_READ * two_threads.count:
-                    place(partial(self._precedence.others_wait, space))
+                many = len(bulk.runs) >= _MAX_RUNS_TOGETHER or bulk.size >= _MAX_READ * two_threads.count
+                if many or not bulk.todo:
+                    bulk.place(partial(self._precedence.others_wait, space))
                     await self._precedence.turn()
-                    if todo:
+                    if bulk.todo:
                         await allowed(space)
         finally:
-            place()  # however this ends: it counts as present
+            bulk.place()  # however this ends: it counts as present
         while pending:
             await asyncio.wait(pending)
         if not errors:
             await space.quiet(ranges)  # the kernel may refuse what it has put off
         if errors:
-            raise errors[0]
+            raise errors.pop(0)  # as in `_fly`
 
     def _pursue(self, flights: list[Flight], pending: set[asyncio.Task[None]]) -> None:
         """Count flights ahead of faults until they have landed; their tasks are `pending` until then."""

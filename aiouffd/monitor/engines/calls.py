@@ -58,9 +58,13 @@ class Call(Generic[T]):
             raise
         if not done and self._cancel():
             raise BusyError("a change of the layout", 0, 0, errno.EBUSY)
-        if self._error is not None:
-            raise self._error
-        return self._result
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._result
+        finally:
+            del error
 
     def _cancel(self) -> bool:
         """Give up; or wait until the call has been made, if it has begun."""
