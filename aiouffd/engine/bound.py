@@ -35,7 +35,7 @@ from aiouffd.errors import ClosedError, LayoutChangingError, PagerError, SourceE
 from aiouffd.kernel import abi
 from aiouffd.kernel.memory import ProcessMemory, address_of, read_parts
 from aiouffd.kernel.pagemap import data_ranges
-from aiouffd.ranges import Range, RangeSet
+from aiouffd.ranges import Range, RangeSet, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -279,15 +279,24 @@ class Bound:
 
     def _peek_privately(self, start: int, length: int) -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
-        for _, shown in self.places(start, start + length):
+        for space, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
-            data = bytearray(size)
-            if self._memory is None:
-                ctypes.memmove(address_of(data), shown.start, size)  # without the GIL
-            elif self._memory.read_into(memoryview(data), shown.start):  # memmove(3) would end the process
+            data, memory = bytearray(size), self._memory
+            gone = not self._is_ours(space, shown)
+            if gone or (memory is not None and memory.read_into(memoryview(data), shown.start)):
                 raise LayoutChangingError("a write back", shown.start, size, errno.EAGAIN)
+            if memory is None:  # what is not there would end the process
+                ctypes.memmove(address_of(data), shown.start, size)  # without the GIL
             found.append((shown.offset, bytes(data)))
         return found
+
+    def _is_ours(self, space: _Space, shown: Mapping) -> bool:
+        """Tell whether private memory is the region's: it may have been unmapped, and be other memory by now.
+
+        In its own process the kernel is asked for no layout events. It protects only what is registered for that.
+        """
+        length = align_up(shown.end - shown.start, self.page)
+        return bool(space.uffd.try_writeprotect(shown.start, length, abi.WRITEPROTECT_MODE_WP) != -errno.ENOENT)
 
     def order(self) -> list[tuple[int, int]]:
         """Return the blocks that are there, as (start, end), what is to go first first."""

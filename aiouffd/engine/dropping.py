@@ -36,10 +36,11 @@ def drop(file: OwnedDescriptor | None, parts: Iterable[Part]) -> list[tuple[int,
     return outcomes
 
 
-def _empty(start: int, end: int) -> None:
+def _empty(start: int, end: int, advice: int = mmap.MADV_DONTNEED) -> None:
     try:
-        libc.madvise(start, end - start, mmap.MADV_DONTNEED)
+        libc.madvise(start, end - start, advice)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno == errno.EINVAL and advice == mmap.MADV_DONTNEED:
+            _empty(start, end, libc.MADV_DONTNEED_LOCKED)
+        elif error.errno != errno.ENOMEM:  # a part of it is not mapped any more; the rest was emptied
             raise
-        libc.madvise(start, end - start, libc.MADV_DONTNEED_LOCKED)

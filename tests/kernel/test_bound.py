@@ -129,6 +129,23 @@ def test_what_was_dropped_and_cannot_be_had_is_sigbus(engine: str) -> None:
     play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=20.0)
 
 
+def unmapped() -> None:
+    """Scenario: a part of what is dropped is unmapped behind the region's back, which nobody tells."""
+    with served("in_thread", max_resident=LIMIT, readahead=0) as monitor:
+        region = monitor.region
+        assert region[: LIMIT // 2] == content(0, LIMIT // 2)
+        libc.munmap(region.address + PAGE, 2 * PAGE)
+        assert region[LIMIT // 2 :] == content(LIMIT // 2, SIZE - LIMIT // 2)
+        assert monitor.statistics().resident <= LIMIT
+        assert region[:PAGE] == content(0, PAGE)
+        os._exit(0)  # as any program may: it has a hole in its region
+
+
+def test_what_was_unmapped_keeps_nothing_from_coming() -> None:
+    """The rest of its block is dropped."""
+    play(unmapped)
+
+
 async def evicted_in_process() -> None:
     """Scenario: the loop is the caller's."""
     region = aiouffd.Region(SIZE)

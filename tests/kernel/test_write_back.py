@@ -543,9 +543,14 @@ def unmapped(path: str) -> None:
             monitor.flush_sync(4 * PAGE, 2 * PAGE)
         monitor.flush_sync(0, 4 * PAGE)
         assert Path(path).read_bytes()[: 8 * PAGE] == content(0, PAGE) + b"\5" + content(PAGE + 1, 7 * PAGE - 1)
+        libc.mmap_fixed(region.address + 5 * PAGE, PAGE)  # as the kernel may choose, for another thread
+        poke(region.address + 5 * PAGE, b"a secret")
+        with pytest.raises(WriteBackError, match="a write back"):
+            monitor.flush_sync(4 * PAGE, 2 * PAGE)
+        assert b"a secret" not in Path(path).read_bytes()
         os._exit(0)  # as any program may: it has a hole in its region
 
 
 def test_a_page_that_was_unmapped_is_told(tmp_path: Path) -> None:
-    """It ends no process, and is not saved as zeros."""
+    """It ends no process, and is not saved as zeros; nor is other memory that is there now."""
     play(unmapped, str(tmp_path / "file"))
