@@ -24,7 +24,7 @@ def test_a_flight_says_what_it_brings() -> None:
         0x3000,
         7,
         FOR_FAULT,
-        set(),
+        {},
         None,
     )
 

@@ -30,7 +30,7 @@ class Space:
 def flight(seconds: float, *wanted: int, purpose: Purpose = FOR_FAULT) -> Flight:
     """Return one that began so many seconds ago."""
     found = Flight(BASE, BASE + 4 * PAGE, 8 * PAGE, perf_counter_ns() - round(seconds * SECOND), purpose)
-    found.wanted.update(wanted)
+    found.wanted.update(dict.fromkeys(wanted, found.began_ns))
     return found
 
 

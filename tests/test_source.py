@@ -11,8 +11,10 @@ import pytest
 from engine_world import BASE, ELSEWHERE, LOCATED, PAGES, SIZE, Held, Located, World, turns
 from pattern import PAGE, Pattern, content
 
+from aiouffd.engine.ahead.fill import prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.runs import Op
+from aiouffd.engine.serve.handler import Batch, Fault, Handler
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
@@ -543,3 +545,52 @@ async def test_a_fault_that_has_waited_for_its_turn_is_told_so() -> None:
         source.answer()
         await turns()
     assert told == [(4 * PAGE, "source", [4, 44]), (9 * PAGE, "queue", [9])]
+
+
+class Clock:
+    """Stands for `perf_counter_ns`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1 << 40
+        for module in ("messages", "flight", "space", "serve.handler_backend"):
+            monkeypatch.setattr(f"aiouffd.engine.{module}.perf_counter_ns", lambda: self.now)
+
+
+async def test_a_fault_that_joins_a_read_has_taken_the_time_since_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the time since the read began: most faults of a source that is far find their page on its way."""
+    clock, source = Clock(monkeypatch), Held()
+    world = World(4 * PAGE, source=source)
+    for page, later in (4, 1 << 30), (5, 1 << 20), (6, 1 << 10):
+        world.touch(page, page)
+        world.deliver(64)
+        await turns()
+        clock.now += later
+    assert len(world.space.flights) == 1
+    source.answer()
+    await turns(20)
+    assert not world.uffd.asleep
+    assert [bits for bits, count in enumerate(world.counters.snapshot().latency) if count] == [11, 21, 31]
+
+
+async def test_a_fault_that_joins_a_prefetch_of_a_handler_has_taken_the_time_since_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a source."""
+    clock, through = Clock(monkeypatch), asyncio.Event()
+
+    class Waits(Handler):
+        async def pagefault(self, fault: Fault, batch: Batch) -> None:
+            await through.wait()
+            batch.copy(fault.page, content(fault.offset, PAGE))
+
+    world = World(0, source=Waits())
+    task = asyncio.create_task(prefetch(world.space, [(3 * PAGE, PAGE)]))
+    await turns()
+    clock.now += 1 << 30
+    world.touch(3, 3)
+    world.deliver(64)
+    await turns()
+    clock.now += 1 << 20
+    through.set()
+    await task
+    assert [bits for bits, count in enumerate(world.counters.snapshot().latency) if count] == [21]

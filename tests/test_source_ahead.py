@@ -189,7 +189,7 @@ async def rescued(*pages: int, **bounds: int) -> tuple[World, Held, asyncio.Task
     world.deliver(64)
     await turns()
     (flight,) = world.space.flights
-    assert (flight.start, flight.end, flight.wanted) == (at(4), at(8), {at(page) for page in pages})
+    assert (flight.start, flight.end, set(flight.wanted)) == (at(4), at(8), {at(page) for page in pages})
     assert flight.done is not None
     return world, source, flight.done
 

@@ -32,8 +32,8 @@ class Flight:
         end: address behind the last.
         length: bytes.
         offset: what `start` showed when the flight began.
-        wanted: addresses of the pages that threads wait for: see `want`.
-        began_ns: when the first of these faults was read.
+        wanted: addresses of the pages that threads wait for, and since when: see `want`.
+        began_ns: when it began; where a fault has begun it, when that was read.
         waited_ns: since when a thread waits.
         faults: those that wait: address of the page, id of the thread (0: unknown), flags, since when.
         purpose: what it is for.
@@ -51,7 +51,7 @@ class Flight:
         self.end: int = end
         self.length: int = end - start
         self.offset: int = offset
-        self.wanted: set[int] = set()
+        self.wanted: dict[int, int] = {}
         self.began_ns: int = began_ns
         self.waited_ns: int = began_ns
         self.faults: list[tuple[int, int, int, int]] = []
@@ -65,7 +65,7 @@ class Flight:
         now = perf_counter_ns()
         if not self.wanted:
             self.waited_ns = now
-        self.wanted.add(page)
+        self.wanted.setdefault(page, now)
         self.faults.append((page, thread, flags, now))
         if self._hurry is not None:
             hurry, self._hurry = self._hurry, None

@@ -150,7 +150,7 @@ class HandlerBackend:
             batch.flush()
             if not reason and flight.wanted:
                 self._counters.asked_for()
-                space.record_latency(flight.began_ns)
+                space.record_latency(min(flight.wanted.values()))
         except TimeoutError:
             reason = f"has not returned in {self._deadlines.seconds} s"
         except (Exception, asyncio.CancelledError, SystemExit) as error:

@@ -265,7 +265,7 @@ class SourceBackend:
     ) -> Flight:
         flight = Flight(address, address + length, offset, began_ns, purpose)
         if wanted is not None and address <= wanted < address + length:
-            flight.wanted.add(wanted)
+            flight.wanted[wanted] = began_ns
         space.take_off(flight)
         flight.done = spawn(self._tasks, self._fly(space, flight, retries))
         return flight
@@ -315,7 +315,7 @@ class SourceBackend:
             given=self._gives,
         )
         placed = flight.length
-        wanted = flight.wanted
+        wanted = set(flight.wanted)
         if flight.generation != space.mappings.generation:
             runs = [piece for run in runs for piece in space.valid(run)]
             placed = sum(piece.left for piece in runs)
@@ -331,8 +331,8 @@ class SourceBackend:
         self._words[flight.purpose.cause] += placed // space.page_size - len(wanted)
         if runs:
             space.resolve(runs)
-        if wanted:
-            space.record_latency(flight.began_ns, len(wanted))
+        for page in wanted:  # most have joined it later than it began
+            space.record_latency(flight.wanted[page])
 
     async def _rescue(self, space: Space, flight: Flight, error: SourceError) -> None:
         """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison.
@@ -352,7 +352,7 @@ class SourceBackend:
             if not space.valid(Run(Op.COPY, address, offset, page)):
                 continue  # its thread was woken then; a thread that waits for what is there now must not join this
             purpose = Purpose(flight.purpose.cause)
-            singles.append(self._begin(space, address, offset, page, address, flight.began_ns, purpose, retries))
+            singles.append(self._begin(space, address, offset, page, address, flight.wanted[address], purpose, retries))
         if singles:
             await asyncio.wait(tasks_of(singles))
 
