@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
 
-import msgspec
 import pytest
 
 import aiouffd
@@ -43,32 +41,9 @@ async def test_a_source_that_does_not_answer(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "s").exists()
 
 
-async def test_sessions_are_restored_at_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """One whose source does not answer costs the others nothing, nor does one that cannot be."""
-    begun, all_have = list[str](), asyncio.Event()
-
-    async def make(_: Actions, new: NewSession, made: str) -> None:
-        begun.append(new.name)
-        if len(begun) == 3:
-            all_have.set()
-        await asyncio.wait_for(all_have.wait(), 20)
-        if made == "b":
-            raise aiouffd.SessionError("b", "is not to be")
-
-    texts = {name: msgspec.to_builtins(NewSession(name=name, socket="/s", source="/x")) for name in "abc"}
-    left: Any = {name: SimpleNamespace(text={module._CREATED: text}, listener=name) for name, text in texts.items()}
-    server: Any = SimpleNamespace(left=left | {"d": SimpleNamespace(text={}, listener="d")})
-    monkeypatch.setattr(Actions, "_make", make)
-    await Actions(server).restore()
-    assert begun == ["a", "b", "c"]
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["session b takes no clients any more"]
-
-
-async def test_a_takeover_that_fails_costs_no_session(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One that was to be created again meanwhile is, and one that was drained ends; none is drained meanwhile."""
-    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.0)
+async def test_a_takeover_that_fails_costs_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was drained ends; none is drained meanwhile."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.0)
     outcomes = list[Exception | None]()
 
     async def attempt(*_: Any) -> None:
@@ -76,22 +51,14 @@ async def test_a_takeover_that_fails_costs_no_session(
             raise error
         server.sessions.clear()
 
-    text = {module._CREATED: msgspec.to_builtins(NewSession(name="a", socket="/s", source="/x"))}
     session: Any = SimpleNamespace(name="a", drained=AsyncMock())
-    left = {"a": SimpleNamespace(text=text, listener=None)}
-    server: Any = SimpleNamespace(left=left, sessions={"a": session}, remove=attempt)
+    server: Any = SimpleNamespace(sessions={"a": session}, remove=attempt)
     actions = Actions(server)
     outcomes += [YieldsError("a", "not now"), YieldsError("a", "not now"), None]
     await actions._delete_drained(session)
     assert (outcomes, server.sessions) == ([], {})
-    monkeypatch.setattr(Actions, "_make", attempt)
-    outcomes += [YieldsError("a", "not now"), YieldsError("a", "not now"), None]
-    await actions.restore()
-    await asyncio.gather(*actions._tasks)
-    assert not outcomes
-    assert "any more" not in caplog.text
     yielding = Server(aiouffd.ZeroSource(4096), "/s")
-    yielding._yielding.is_under_way = True
+    yielding.yielding.is_under_way = True
     with pytest.raises(YieldsError):
         yielding.drain(yielding.sessions[""])
 

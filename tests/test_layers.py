@@ -223,6 +223,7 @@ ORDER = {
         "services",
         "snapshots",
         "mapped",
+        "entrance",
         "session",
         "happenings",
         "yielding",
@@ -232,7 +233,7 @@ ORDER = {
         "dashboard",
     ],
     "server/dashboard": ["__init__", "looks", "http"],
-    "server/control": ["__init__", "values", "actions", "problems", "openapi", "api"],
+    "server/control": ["__init__", "values", "restoring", "actions", "problems", "openapi", "api"],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
         *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),

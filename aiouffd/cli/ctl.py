@@ -331,7 +331,10 @@ def drain(control: ControlClient, /, name: str, wait: float, *, as_json: bool) -
 @_NAME
 @click.pass_obj
 def delete(control: ControlClient, /, name: str) -> None:
-    """Delete a session that serves nobody."""
+    """Delete a session that serves nobody, or whose source could not be opened since the server's start.
+
+    Clients of the latter are turned away, as its --on-failure says.
+    """
     control.ask("DELETE", _place(name))
     click.echo(f"{name}: deleted")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from aiouffd.errors import HandoffError, SessionError, UffdError, encode_error
 from aiouffd.handoff.json_lines import AGAIN, Lines, line
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.handoff.receive import Peer, receive
+from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.client.tenant import Tenant, root_of
+from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -88,6 +91,13 @@ class Client:
     def has_memory(self) -> bool:
         """Whether it has handed over the file behind its memory."""
         return self.tenant.pack.has_memory
+
+    def turned_away(self) -> tuple[socket.socket, Peer, Userfaultfd, list[Range]]:
+        """Return what `Rejections.reject` takes, as duplicates."""
+        uffd = self.tenant.uffd
+        kept = Userfaultfd.from_fd(os.dup(uffd.fileno()), uffd.features)
+        claimed = [Range(each.start, each.end - each.start) for each in self.tenant.mappings]
+        return self.connection.dup(), self.peer, kept, claimed
 
     def disconnect(self) -> None:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""

@@ -83,11 +83,18 @@ class JailedSocket(SocketFile):
         self._root = Path(root)
         self._inside = PurePath(os.fspath(path).lstrip("/"))
         self._directory = -1
-        super().__init__(self._root / self._inside, mode=mode, owner=owner, backlog=backlog, made=made)
+        try:
+            super().__init__(self._root / self._inside, mode=mode, owner=owner, backlog=backlog, made=made)
+        except BaseException:
+            self._leave()
+            raise
 
     def close(self) -> None:
         """Stop listening, and remove the file, if it is still the one that was made."""
         super().close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1

@@ -48,7 +48,8 @@ class SocketFile:
         owner: user and group of the file; -1 for one leaves it as it is. To give it to another user takes CAP_CHOWN.
         backlog: the most connections that wait to be accepted.
         kind: of the socket.
-        made: one that listens already, of a process before this one; its file is taken over as it is.
+        made: one that listens already, of a process before this one; its file is taken over as it is. It stays the
+            caller's where that fails.
 
     Raises:
         OSError: `filename` is the path. EADDRINUSE: another process listens there. EEXIST: the name is not a socket's.
@@ -69,11 +70,11 @@ class SocketFile:
         self._mode, self._owner = mode, owner
         self.listener: socket.socket = made or socket.socket(socket.AF_UNIX, kind)
         self._identity: tuple[int, int] | None = None
+        if made is not None:
+            with self._addresses() as (_, wanted), contextlib.suppress(FileNotFoundError):
+                self._identity = _identity(wanted.lstat())
+            return
         try:
-            if made is not None:
-                with self._addresses() as (_, wanted), contextlib.suppress(FileNotFoundError):
-                    self._identity = _identity(wanted.lstat())
-                return
             # bind(2) gives the file the mode of the socket, less the umask: at no moment can others connect.
             os.fchmod(self.listener.fileno(), mode)
             with self._addresses() as (bound, wanted), _locked(wanted.parent) as locked:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import mmap
 import os
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.protect import WrittenPages
-from aiouffd.errors import ClosedError, HandoffError, SessionError
+from aiouffd.errors import ClosedError, HandoffError, SessionError, UffdError
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
@@ -22,14 +23,16 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import data_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from aiouffd.handoff.arrival import Handoff
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.server.clients import Client
 
-__all__ = ["PROTECTED", "evict", "lacking", "notes_for", "prefetch"]
+__all__ = ["PROTECTED", "evict", "fill", "lacking", "notes_for", "prefetch"]
+
+log: logging.Logger = logging.getLogger("aiouffd.server")
 
 PROTECTED = "register it with UFFDIO_REGISTER_MODE_WP, too (Linux 5.19)"
 
@@ -84,6 +87,39 @@ async def evict(
             asked = pager.request("evict", client.tenant, offset=start, length=end - start)
             dropped += await asyncio.wrap_future(asked)
     return dropped
+
+
+async def fill(
+    pager: PagerClient, clients: Mapping[str, Client], limit: int | None, filled: Callable[[Client], None]
+) -> dict[int, str]:
+    """Bring all that each client misses: it needs no pager any more. Canceling is safe: what was asked for goes on.
+
+    Args:
+        pager: serves them.
+        clients: of one session, by the token of their memory: those that are there, as they come and go.
+        limit: bytes of one that may be there at once; None: any.
+        filled: called with each that has all.
+
+    Returns:
+        why, by the numbers of those that failed: they stay served.
+    """
+
+    async def fill_one(client: Client) -> str:
+        if limit is not None and client.length > limit:
+            return f"it has {client.length} bytes, and max_resident is {limit}"
+        try:
+            await asyncio.wrap_future(pager.request("release", client.tenant))
+        except UffdError as error:
+            if client.tenant.token not in clients:  # it has ended meanwhile
+                return ""
+            log.warning("%s cannot be filled: %s", client, error)
+            return str(error)
+        filled(client)
+        return ""
+
+    its = list(clients.values())
+    whys = await asyncio.gather(*map(fill_one, its))
+    return {client.number: why for client, why in zip(its, whys, strict=True) if why}
 
 
 def _within(client: Client, offset: int, length: int) -> tuple[int, int]:

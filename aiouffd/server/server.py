@@ -159,11 +159,11 @@ class Server:
         self._started = self._ending = False
         self.happenings: Happenings = Happenings()
         self._changed, self._dead, self._taken = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._yielding = Yielding(self.sessions, self._pager)
+        self.yielding: Yielding = Yielding(self.sessions, self._pager)
         self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop
         if origin is not None:
-            self._add("", origin, settings, {"path": self._path})
+            self.add("", origin, settings, {"path": self._path})
 
     # Life
 
@@ -263,12 +263,12 @@ class Server:
     def _yield(self) -> None:
         """Another server is about to take over: take no client, and answer none."""
         log.info("another server takes over")
-        self._yielding.begin()
+        self.yielding.begin()
 
     def _go_on(self) -> None:
         """It has failed."""
         log.warning("the other server has not taken over: serving on")
-        self._yielding.end()
+        self.yielding.end()
 
     async def wait_taken(self) -> None:
         """Wait until another server has taken over: this process has nothing left to do. Canceling is safe."""
@@ -304,8 +304,8 @@ class Server:
         self._check_ending(name)
         if name in self.sessions:
             raise SessionError(name, "is there already: delete it first, or use another name")
-        with self._yielding.change(name):
-            session = self._add(name, origin, settings, note)
+        with self.yielding.change(name):
+            session = self.add(name, origin, settings, note)
             try:
                 await uninterrupted(functools.partial(session.prepare, listen, self.left.get(name)))
                 self._check_ending(name)
@@ -323,7 +323,7 @@ class Server:
 
     def drain(self, session: Session) -> None:
         """Have a session take no new clients. Raises YieldsError: another server is about to take over."""
-        with self._yielding.change(session.name):
+        with self.yielding.change(session.name):
             session.stop_listening()
 
     async def remove(self, session: Session) -> None:
@@ -335,7 +335,7 @@ class Server:
         if not session.is_idle:
             reason = f"serves {session.served} clients, or is just taking one: drain or complete it first"
             raise SessionError(session.name, reason)
-        with self._yielding.change(session.name):
+        with self.yielding.change(session.name):
             del self.sessions[session.name]
             counted = session.statistics()
             self._ended = list(map(sum, zip(self._ended, session.counted, strict=True)))
@@ -346,7 +346,8 @@ class Server:
                 log.info("session %s has ended: %s", session.name, counted)
                 self._tell(session.name, "session.deleted", faults=counted.faults, pages=counted.pages)
 
-    def _add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
+    def add(self, name: str, origin: Any, settings: Settings, note: dict[str, Any] | None) -> Session:
+        """Have a session that is neither prepared nor open; the arguments are as for `create`."""
         settings = settings.keeping(self._recent, traces=installed() is not None)
         tell = functools.partial(self._tell, name)
         session = Session(origin, settings, self._pager, name=name, note=note, tell=tell)

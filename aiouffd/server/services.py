@@ -86,19 +86,15 @@ class Services:
     """Finds what serves a client, and shares it among the clients of the same source and page size.
 
     Args:
-        origin: a source, a handler, or a function of (peer, number, name) that returns one.
+        origin: a source, a handler, or a function of (peer, number, name) that returns one. None: there is none before
+            `serve`.
         settings: how it serves.
         recordings: are told of each source; None: nothing is recorded.
     """
 
     def __init__(self, origin: Any, settings: Settings, recordings: Recordings | None = None) -> None:
-        if wants_writes(origin):
-            raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
-        if not hasattr(origin, "read"):
-            check({*settings.given(recorded=False), CHOSEN})
-        chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
-        self._fixed = None if chooses else checked(origin)
-        self._choose: Callable[[Peer, int, str], Any] = origin if self._fixed is None else lambda *_: origin
+        self._fixed: Any = None
+        self._choose: Callable[[Peer, int, str], Any] = _none_yet
         self._settings, self._options, self._replay = settings, settings.options, settings.replay
         self._recordings = recordings
         self._packs: dict[Any, Pack] = {}  # by source and page size, as long as a client is served from it
@@ -107,6 +103,18 @@ class Services:
         self._hanging: Counter[str | Peer] = Counter()  # openings, by the name that was asked for, and by who asked
         self._memory: tuple[OwnedDescriptor, ...] = ()  # that all clients map: the notes, and the file
         self._greeting: tuple[bytes, OwnedDescriptor] | None = None
+        if origin is not None:
+            self.serve(origin)
+
+    def serve(self, origin: Any) -> None:
+        """Have this serve clients from now on. Raises ValueError: it cannot."""
+        if wants_writes(origin):
+            raise ValueError(f"{origin!r} wants to be told of writes, but clients register no write protection")
+        if not hasattr(origin, "read"):
+            check({*self._settings.given(recorded=False), CHOSEN})
+        chooses = callable(origin) and not isinstance(origin, type | Handler) and not hasattr(origin, "read")
+        self._fixed = None if chooses else checked(origin)
+        self._choose = origin if chooses else lambda *_: origin
 
     def __str__(self) -> str:
         return "a source for each client" if self._fixed is None else repr(self._fixed)
@@ -117,7 +125,7 @@ class Services:
         Raises:
             OSError, TraceError: it cannot be used, or that be made.
         """
-        if self._options.one_copy:
+        if self._options.one_copy and self._fixed is not None and not self._memory:
             self._make_memory(self._options.one_copy)
         if self._replay is not None and not Path(self._replay).is_dir():
             Trace.load(self._replay, source=bytes(32) if self._fixed is None else fingerprint(self._fixed))
@@ -275,3 +283,7 @@ class Services:
         except (TraceError, OSError) as error:
             log.warning("%s: nothing is replayed: %s", handoff.peer, error)
             return None
+
+
+def _none_yet(peer: Peer, *_: Any) -> Any:
+    raise HandoffError(str(peer), "cannot be served: the source of its session is not open")

@@ -28,15 +28,16 @@ from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import name_of
 from aiouffd.server.clients import Client, Conversation, Handed
+from aiouffd.server.entrance import Entrance
 from aiouffd.server.mapped import MappedClients
 from aiouffd.server.prefilled import warn_of_zeros
 from aiouffd.server.reception import Reception
 from aiouffd.server.recordings import Recordings
 from aiouffd.server.rejection import kill, peer_pidfd
-from aiouffd.server.residence import evict, prefetch
+from aiouffd.server.residence import evict, fill, prefetch
 from aiouffd.server.services import Services, Settings
 from aiouffd.server.snapshots import Snapshots
-from aiouffd.server.successor import forget_session, keep_client, keep_session
+from aiouffd.server.successor import keep_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.pager.client.tenant import Tenant
     from aiouffd.server.listener import SocketFile
+    from aiouffd.server.rejection import Rejections
     from aiouffd.server.successor import Left
 
 __all__ = ["Session"]
@@ -61,7 +63,8 @@ class Session:
     """Takes the clients of one socket.
 
     Args:
-        origin: a source or a handler for all clients, or a function that chooses one for each; see `Server`.
+        origin: a source or a handler for all clients, or a function that chooses one for each; see `Server`. None: it
+            comes with `serve`.
         settings: how they are taken and served.
         pager: serves them. It stays the caller's.
         name: of the session, for the log; empty: it is the only one.
@@ -72,7 +75,7 @@ class Session:
         name, settings: as they were given.
         clients, snapshots: those that are served, by the token of their memory; of that memory.
         mapped: those that map files, in place of being served their pages.
-        taking, recordings: whether clients may come; what is recorded.
+        entrance, recordings: where clients come from, and whether they may; what is recorded.
         source: what brings the pages, for people.
         slow: the last fault that took long: `time`, seconds since 1970, and what is told of it; empty: there was none.
     """
@@ -87,7 +90,7 @@ class Session:
         note: dict[str, Any] | None = None,
         tell: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        self._note, self._pager, self._tell = note or {}, pager, tell
+        self._pager, self._tell = pager, tell
         self.name: str = name
         self.settings: Settings = settings
         self._reception = Reception(
@@ -107,18 +110,30 @@ class Session:
         self.mapped: MappedClients = MappedClients(settings, self._services, self.clients, name, noted, tell)
         self.snapshots: Snapshots = Snapshots(name, pager, tell)
         self.source: str = str(self._services)
-        self._file: SocketFile | None = None
-        self._listener: socket.socket | None = None
+        self.entrance: Entrance = Entrance(name, pager, note or {})
         self._slot = self._numbers = 0
         self._counted = Counters().words.tolist()  # when the last client had left
         self._arriving: Tally[int] = Tally()  # handoffs that are being served, by the pid of their peer
         self._tasks: set[asyncio.Task[None]] = set()  # conversations, and last questions
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
-        self.taking: bool = False
         self.slow: dict[str, Any] = {}
 
     # Life
+
+    def adopt(self, left: Left) -> None:
+        """Go on with such a session of a server before this one: its clients are served on; none comes before `open`.
+
+        Args:
+            left: of that session; the pager of its server is this one's now.
+        """
+        self._loop = asyncio.get_running_loop()
+        if left.text:
+            self._slot = left.text["slot"]
+            self._counted = self._pager.journal.counters_of(self._slot).words.tolist()
+        for client, ours in left.clients:
+            self._adopt(client, ours=ours)
+        self.entrance.inherit(left)
 
     def prepare(self, listen: Callable[[], socket.socket | SocketFile], left: Left | None = None) -> None:
         """Check what clients will need, before one comes, and make the socket. Blocks.
@@ -132,30 +147,27 @@ class Session:
         """
         self._services.check()
         self.recordings.prepare(self.settings.record, left)
-        made = listen()
-        self._file, self._listener = (None, made) if isinstance(made, socket.socket) else (made, made.listener)
-        self._listener.setblocking(False)
+        self.entrance.bind(listen)
+
+    def serve(self, origin: Any) -> None:
+        """Have this serve the clients that come. Blocks. Raises as `prepare`; ValueError: it cannot serve them."""
+        self._services.serve(origin)
+        self._services.check()
+        self.source = str(self._services)
 
     def open(self, left: Left | None = None) -> None:
-        """Begin to take clients.
-
-        Args:
-            left: of such a session of a server before this one, whose pager is this one's now.
-        """
-        assert self._listener is not None
+        """Begin to take clients; left: as for `adopt`."""
+        if left is not None:
+            self.adopt(left)
         self._loop = asyncio.get_running_loop()
-        if left is not None and left.text:
-            self._slot = left.text["slot"]
-            self._counted = self._pager.journal.counters_of(self._slot).words.tolist()
-        else:
-            self._slot = self._pager.take_slot()
-        for client, ours in left.clients if left is not None else ():
-            self._adopt(client, ours=ours)
-        kept = {"slot": self._slot, "record": self.recordings.wanted}
-        keep_session(self._pager, self.name, self._listener, self._note | kept)
-        self._reception.open(self._listener)
-        self.taking = True
+        self._slot = self._slot or self._pager.take_slot()
+        self._reception.open(self.entrance.open(self._known))
         self._tell("session.created")
+
+    @property
+    def _known(self) -> dict[str, Any]:
+        """What a server after this one is to know."""
+        return {"slot": self._slot, "record": self.recordings.wanted}
 
     async def pause(self) -> None:
         """Take no client and answer none, until `go_on`; what has begun is done when this returns."""
@@ -166,22 +178,28 @@ class Session:
     async def go_on(self) -> None:
         """End a pause, which may be half done."""
         await self._hush()
-        if self.taking and self._listener is not None:
-            self._reception.open(self._listener)
+        if self.state == "listening" and self.entrance.listener is not None:
+            self._reception.open(self.entrance.listener)
         for client in self.clients.values():
             self._talk(client, again=True)
 
     def stop_listening(self) -> None:
         """Take no new clients; those that are served stay."""
-        forget_session(self._pager, self.name)
-        if self.taking:
-            self.taking = False
+        if self.entrance.close(self._known):
             self._tell("session.draining", clients=self.served)
         self._reception.close()
-        if self._file is not None:
-            self._file.close()
-        elif self._listener is not None:
-            self._listener.close()
+
+    async def give_up(self, rejections: Rejections) -> None:
+        """Take no new clients, and serve those that are there no longer: they are turned away."""
+        self.stop_listening()
+        await asyncio.gather(*(self._give_up(client, rejections) for client in list(self.clients.values())))
+
+    async def _give_up(self, client: Client, rejections: Rejections) -> None:
+        turned_away = client.turned_away()
+        with contextlib.suppress(UffdError):
+            await asyncio.wrap_future(self._pager.request("close", client.tenant, poison=False))
+        await rejections.reject(*turned_away)
+        self._forget(client, "is given up")
 
     async def aclose(self, why: str) -> None:
         """Take no new clients, and let go those that are there, whom the pager serves on; why: for the log."""
@@ -191,6 +209,7 @@ class Session:
         await self._hush()
         for client in list(self.clients.values()):
             self._forget(client, why)
+        self.entrance.forget()
         self._pager.slots.give_back(self._slot)
         self._slot = 0
         self._services.close()
@@ -212,30 +231,9 @@ class Session:
             await self.mapped.wait()
 
     async def fill(self) -> dict[int, str]:
-        """Fill all missing pages of the clients, and release each client that has all: it needs no pager any more.
-
-        Canceling is safe: what was asked for goes on.
-
-        Returns:
-            why, by the numbers of those that failed: they stay served.
-        """
-        clients = list(self.clients.values())
-        whys = await asyncio.gather(*map(self._fill, clients))
-        return {client.number: why for client, why in zip(clients, whys, strict=True) if why}
-
-    async def _fill(self, client: Client) -> str:
+        """Bring all that the clients miss, and release each that has all. Canceling is safe; as `residence.fill`."""
         limit = self.settings.options.max_resident
-        if limit is not None and client.length > limit:
-            return f"it has {client.length} bytes, and max_resident is {limit}"
-        try:
-            await asyncio.wrap_future(self._pager.request("release", client.tenant))
-        except UffdError as error:
-            if client.tenant.token not in self.clients:  # it has ended meanwhile
-                return ""
-            log.warning("%s cannot be filled: %s", client, error)
-            return str(error)
-        self._forget(client, "has all its pages")
-        return ""
+        return await fill(self._pager, self.clients, limit, lambda client: self._forget(client, "has all its pages"))
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range of the source to each client. Canceling is safe. Raises as `residence.prefetch`."""
@@ -260,9 +258,9 @@ class Session:
         return len(self.clients) + len(self.mapped)
 
     @property
-    def state(self) -> Literal["listening", "draining"]:
+    def state(self) -> Literal["restoring", "listening", "draining"]:
         """Whether clients may come, in a word."""
-        return "listening" if self.taking else "draining"
+        return self.entrance.state
 
     @property
     def counted(self) -> list[int]:

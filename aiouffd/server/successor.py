@@ -26,7 +26,7 @@ from aiouffd.handoff.receive import Peer
 from aiouffd.pager.client.fd_store import FdStore
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.succession import Estate, HolderLostError, Predecessor
-from aiouffd.pager.process.state import RECORDING
+from aiouffd.pager.process.state import LASTING, RECORDING
 from aiouffd.server.clients import Client, Handed
 from aiouffd.server.listener import SocketFile
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aiouffd.pager.process.state import Note
 
 __all__ = [
+    "DRAINING",
     "SOCKET",
     "SYSTEMD",
     "Left",
@@ -46,6 +47,7 @@ __all__ = [
     "fill_left",
     "forget_session",
     "keep_client",
+    "keep_drained",
     "keep_session",
     "let_go",
 ]
@@ -57,6 +59,9 @@ SYSTEMD: Final = "systemd"
 
 _HOLDER = "holder"  # the note of the socket at which successors ask
 _SESSION = "session "  # notes of sessions are named so, and by the session
+_DRAINED = "drained "  # of those that take no client any more: without a socket
+DRAINING: Final = "draining"
+"""In the text of such a note, as it is left."""
 _PEER = "peer"  # in the text of a client's note, and of no other
 SOCKET: Final = "socket "
 """Notes of further sockets are named so, and by what listens there."""
@@ -71,9 +76,14 @@ def keep_session(pager: PagerClient, name: str, listener: socket.socket, text: d
     pager.holding.keep(_SESSION + name, text, [listener.fileno()])
 
 
-def forget_session(pager: PagerClient, name: str) -> None:
-    """Keep that note no longer: nobody listens there any more."""
-    pager.holding.forget(_SESSION + name)
+def keep_drained(pager: PagerClient, name: str, text: dict[str, Any]) -> None:
+    """Keep a note of a session that takes no client any more, as long as it has clients."""
+    pager.holding.keep(_DRAINED + name, {key: value for key, value in text.items() if key != LASTING})
+
+
+def forget_session(pager: PagerClient, name: str, *, drained: bool = False) -> None:
+    """Keep no note of its socket any more: nobody listens there; or, where it was drained, of the session."""
+    pager.holding.forget((_DRAINED if drained else _SESSION) + name)
 
 
 def keep_client(pager: PagerClient, client: Client) -> None:
@@ -281,6 +291,8 @@ class Successor:
                 self.sockets[note.name.removeprefix(SOCKET)] = socket.socket(fileno=note.fds[0])
             elif note.name.startswith(_SESSION):
                 self._left_session(note.name.removeprefix(_SESSION), note.text, note.fds)
+            elif note.name.startswith(_DRAINED):
+                self._left_session(note.name.removeprefix(_DRAINED), note.text | {DRAINING: True}, [])
             elif note.name.startswith(RECORDING):
                 self.left[note.text["session"]].recordings.append(note)
         for space in state.spaces.values():
@@ -304,7 +316,9 @@ class Successor:
 
     def _left_session(self, name: str, text: dict[str, Any], fds: list[int]) -> None:
         left = self.left[name]
-        left.text, left.listener = text, socket.socket(fileno=fds[0])
+        left.text |= text  # where both notes are there, it was being drained
+        if fds:
+            left.listener = socket.socket(fileno=fds[0])
         self._pager.slots.reserve(text["slot"])
 
     def _left_client(self, tenant: Handed, text: dict[str, Any], fds: list[int]) -> None:

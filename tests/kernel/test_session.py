@@ -90,7 +90,9 @@ async def of_two_sessions(directory: str) -> None:
         await server.remove(second)
         assert not paths[1].exists()
         assert server.statistics().pages == first.statistics().pages + counted.pages
-        assert (await server.create("second", image, settings(), functools.partial(SocketFile, paths[1]))).taking
+        assert (
+            await server.create("second", image, settings(), functools.partial(SocketFile, paths[1]))
+        ).state == "listening"
 
 
 async def counted_on(server: Server, session: Session, path: Path, memory: Memory) -> None:
@@ -113,7 +115,7 @@ async def counted_on(server: Server, session: Session, path: Path, memory: Memor
     assert await asyncio.to_thread(memory.word, 30) == word(30)
     await until(lambda: session.statistics().pages == 6)
     session.stop_listening()
-    assert not session.taking
+    assert session.state == "draining"
     assert not path.exists()
     assert await asyncio.to_thread(memory.word, 31) == word(31)
 

@@ -18,6 +18,7 @@ from scenario import ended, eventually, play
 from served import MIB, Servers, end_server, free_port, hand_over, metric
 
 from aiouffd.cli import main
+from aiouffd.cli.unix_http import ControlClient
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 
@@ -60,7 +61,7 @@ def sessions(directory: str, image: str) -> None:
             assert peek(region.address + turn * PAGE) == word(turn)
         if turn == 1:
             os.link(image, gone)
-            second.says("session c is created")
+            second.says("session c is restored")
         kept += [hand_over(f"{directory}/{name}", MIB) for name in ("a", "c", "b")]  # new clients, at the same sockets
         assert peek(kept[-1][0].address + 2 * PAGE) == word(2)
         if turn == 1:
@@ -121,9 +122,85 @@ def test_clients_of_a_session_that_is_not_there_yet(image: Path, tmp_path: Path,
     assert all(map(ended, json.loads(output.splitlines()[-1]).values()))
 
 
+def client_of(path: str, page: int) -> tuple[int, int]:
+    """Return the pid of a client that has one page, and where it is told to touch another one; it ends then."""
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        kept = hand_over(path)
+        assert peek(kept[0].address) == word(0)
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        os._exit(peek(kept[0].address + page * PAGE) != word(page))
+    assert os.read(ready[0], 1) == b"."
+    return pid, go[1]
+
+
+def tell(pid: int, go: int) -> int:
+    """Have a client touch the other page, if it lives, and return how it ends."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(go, b".")
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def shown(ctl: ControlClient, name: str) -> tuple[str, int]:
+    """Return the state of a session, and how many clients it has."""
+    session = ctl.ask("GET", f"/v1/sessions/{name}")
+    return session["state"], len(session["clients"])
+
+
+def never_comes_back(directory: str, image: str) -> None:
+    """Scenario: one session is drained at a takeover, and the source of the others does not come back."""
+    control, gone = f"{directory}/control", f"{directory}/gone"
+    servers = Servers(directory, "--control", control, socket="")
+    ctl = ControlClient(control)
+    os.link(image, gone)
+    servers.start("first")
+    clients = {}
+    for name in ("drained", "poison", "kill", "hold", "later"):
+        policy = name if name in ("poison", "kill", "hold") else "poison"
+        new = {"name": name, "source": image if name == "drained" else gone, "socket": f"{directory}/{name}"}
+        ctl.ask("POST", "/v1/sessions", {**new, "on_failure": policy, "readahead": 0})
+        clients[name] = client_of(f"{directory}/{name}", 5)
+    ctl.ask("POST", "/v1/sessions/drained/drain")
+    Path(gone).unlink()
+    servers.lose()
+    second = servers.start("second")
+    second.says("session later takes no clients yet")
+    assert shown(ctl, "drained") == ("draining", 1)
+    assert shown(ctl, "poison") == shown(ctl, "later") == ("restoring", 1)
+    for name in ("drained", "later"):
+        ctl.ask("POST", f"/v1/sessions/{name}/prefetch", {"offset": 5 * PAGE, "length": PAGE})
+        before = ctl.ask("GET", f"/v1/sessions/{name}")["statistics"]["pages_prefetch"]
+        assert before == 1
+    ctl.ask("POST", "/v1/sessions/later/drain")
+    for name in ("poison", "kill", "hold"):
+        ctl.ask("DELETE", f"/v1/sessions/{name}")
+        assert not Path(f"{directory}/{name}").exists()
+    assert [session["name"] for session in ctl.ask("GET", "/v1/sessions")] == ["later", "drained"]
+    ends = {name: tell(*clients.pop(name)) for name in ("poison", "kill")}
+    assert ends == {"poison": -signal.SIGBUS, "kill": -signal.SIGKILL}
+    pid, go = clients.pop("hold")
+    os.write(go, b".")
+    eventually(Path(f"/proc/{pid}/wchan").read_text, expected="handle_userfault")
+    servers.start("third", "--takeover")
+    assert shown(ctl, "drained") == shown(ctl, "later") == ("draining", 1)
+    assert [tell(*client) for client in clients.values()] == [0, 0]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: ctl.ask("GET", "/v1/sessions"), expected=[])
+    print(json.dumps(servers.pids))
+
+
+def test_a_source_that_never_comes_back(image: Path, tmp_path: Path) -> None:
+    """Its session is there at once, and is asked, drained and deleted as others; one that was drained is there, too."""
+    output, _ = play(never_comes_back, str(tmp_path), str(image))
+    end_server(output)
+
+
 DIES = """
 import os, sys
 from aiouffd.cli import main
+from aiouffd.cli.unix_http import ControlClient
 from aiouffd.pager.client.client import PagerClient
 do = PagerClient.open
 PagerClient.open = lambda self, tenant: os.kill(os.getpid(), 9) if self.tenants else do(self, tenant)

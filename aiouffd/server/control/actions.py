@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import json
 import logging
 import os
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
-import msgspec
 
+from aiouffd.engine.flight import spawn
 from aiouffd.errors import SessionError, SourceError, TraceError, UffdError
 from aiouffd.handoff.own_threads import in_own_thread
-from aiouffd.pager.process.state import LASTING
 from aiouffd.server.clashes import MAPPING, why_not
 from aiouffd.server.clients import only
+from aiouffd.server.control.restoring import FIRST_PAUSE, Restoring, listens, note_of
 from aiouffd.server.control.values import (
     Attach,
     Attached,
@@ -35,10 +33,7 @@ from aiouffd.server.control.values import (
     SnapshotProgress,
     Taken,
     check_path,
-    decode,
 )
-from aiouffd.server.jail import JailedSocket
-from aiouffd.server.listener import SocketFile
 from aiouffd.server.recordings import Recorded, Terms
 from aiouffd.server.yielding import YieldsError
 from aiouffd.store.attaching import attach
@@ -46,7 +41,6 @@ from aiouffd.store.place import is_snapshot
 from aiouffd.store.resolve import as_layers
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Coroutine
 
     from aiouffd.server.server import Server
@@ -90,8 +84,6 @@ class Action:
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds, between two tries to open a source
-_CREATED = "created"  # in the note of a session: what it was created with
 _SESSION = "/v1/sessions/{name}"
 
 ACTIONS: Final = (
@@ -152,12 +144,13 @@ class Actions:
         self._cache = cache
         self._created: dict[Session, NewSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._restoring = Restoring(server, self._origin)
 
     async def aclose(self) -> None:
         """Delete nothing any more."""
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._restoring.aclose(), return_exceptions=True)
 
     async def server(self) -> ServerView:
         """Tell of the server."""
@@ -172,65 +165,35 @@ class Actions:
         return self._view(self._find(name))
 
     async def restore(self) -> None:
-        """Create again what the server before this one had. What cannot be is served on, and takes no client.
+        """Go on with the sessions of the server before this one. No source is waited for."""
+        self._created |= await self._restoring.begin()
+        for session in self._created:
+            if session.state == "draining":
+                self._begin(self._delete_drained(session))
 
-        All at once: one whose source does not answer costs the others no time.
-        """
-        found = [(name, left) for name, left in self._server.left.items() if _CREATED in left.text]
-        await asyncio.gather(*(self._restore(name, left) for name, left in found))
-
-    async def _restore(self, name: str, left: Any) -> None:
-        """Create one. A source may be out of order just now, which costs its session nothing for good."""
-        error = await self._try(name, left)
-        if error is not None:
-            log.warning("session %s takes no clients yet, and is tried again: %s", name, error)
-            self._begin(self._try_on(name, left))
-
-    async def _try_on(self, name: str, left: Any) -> None:
-        pause = _FIRST_PAUSE
-        await asyncio.sleep(pause)
-        while await self._try(name, left) is not None:
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            await asyncio.sleep(pause)
-
-    async def _try(self, name: str, left: Any) -> UffdError | None:
-        """Create one; return why it is to be tried again, if it is."""
-        try:
-            await self._make(decode(json.dumps(left.text[_CREATED]).encode(), NewSession), left.listener)
-        except (SourceError, YieldsError) as error:
-            return error
-        except (UffdError, OSError, ValueError) as error:
-            log.error("session %s takes no clients any more: %s", name, error)  # noqa: TRY400 - it says why
-        return None
-
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return spawn(self._tasks, work)
 
     async def create(self, new: NewSession) -> SessionView:
         """Create one. Its source is opened, so that a wrong one is refused now, and not by the first client."""
-        return self._view(await self._make(new))
-
-    async def _make(self, new: NewSession, made: socket.socket | None = None) -> Session:
         settings = new.settings()
         if new.name in self._server.sessions:
             raise SessionError(new.name, "is there already: delete it first, or use another name")
         _check_paths(new)
+        origin = await self._origin(new)
+        session = await self._server.create(new.name, origin, settings, listens(new), note=note_of(new))
+        self._created[session] = new
+        return self._view(session)
+
+    async def _origin(self, new: NewSession) -> Source:
+        """Open what is to serve. Canceling is safe."""
         try:
             async with asyncio.timeout(new.timeout):
-                origin = await in_own_thread(self._open, new)
+                return await in_own_thread(self._open, new)
         except TimeoutError:
             raise SourceError(str(new.source), 0, 0, f"does not answer within {new.timeout:g} s") from None
         except OSError as error:
             raise SourceError(error.filename or str(new.source), 0, 0, error.strerror or str(error)) from error
-        owner = (-1, -1) if new.owner is None else (new.owner.uid, -1 if new.owner.gid is None else new.owner.gid)
-        kind = SocketFile if new.jail is None else functools.partial(JailedSocket, new.jail)
-        listen = functools.partial(kind, new.socket, mode=int(new.mode, 8), owner=owner, made=made)
-        note = {_CREATED: msgspec.to_builtins(new), LASTING: True}
-        session = await self._server.create(new.name, origin, settings, listen, note=note)
-        self._created[session] = new
-        return session
 
     async def prefetch(self, name: str, wanted: Prefetch) -> SessionView:
         """Bring a range."""
@@ -282,22 +245,25 @@ class Actions:
     async def drain(self, name: str, how: Drain) -> SessionView:
         """Take no new clients. Who drains twice waits twice."""
         session = self._find(name)
-        if session.taking:
-            self._server.drain(session)
-            self._begin(self._delete_drained(session))
+        async with self._restoring.paused(session):
+            if session.state != "draining":
+                self._server.drain(session)
+                self._begin(self._delete_drained(session))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(how.wait):
                 await session.drained()
         return self._view(session)
 
     async def delete(self, name: str) -> None:
-        """Delete one."""
+        """Delete one. Where its source could not be opened yet, its clients are given up."""
         session = self._find(name)
-        try:
-            await self._server.remove(session)
-        finally:  # it is there still if it has clients
-            if self._server.sessions.get(name) is not session:
-                self._created.pop(session, None)
+        async with self._restoring.paused(session):
+            try:
+                await self._restoring.give_up(session)
+                await self._server.remove(session)
+            finally:  # it is there still if it has clients
+                if self._server.sessions.get(name) is not session:
+                    self._created.pop(session, None)
 
     async def snapshot(self, name: str, wanted: NewSnapshot) -> Taken:
         """Take a snapshot of a client. Canceling is safe: there is none then."""
@@ -325,7 +291,7 @@ class Actions:
                 try:
                     await self._server.remove(session)
                 except YieldsError:
-                    await asyncio.sleep(_FIRST_PAUSE)
+                    await asyncio.sleep(FIRST_PAUSE)
         except (UffdError, OSError) as error:
             log.error("session %s was drained: %s", session.name, error)  # noqa: TRY400 - nobody waits for it
         finally:

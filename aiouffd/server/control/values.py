@@ -173,7 +173,12 @@ class SessionView:
     """A session, and what it has counted."""
 
     name: str
-    state: Literal["listening", "draining"]
+    state: Annotated[
+        Literal["restoring", "listening", "draining"],
+        Meta(
+            description="restoring: new clients wait until what a server before this one had served from can be opened."
+        ),
+    ]
     clients: list[ClientView]
     rejected: int
     recording: Annotated[str | None, Meta(description="Where it records first touches; missing: it does not.")]

@@ -68,8 +68,7 @@ function trouble(session, old, now) {
     if (looks >= 3) return ["trouble", "its source does not answer"];
     if (old && counted(session, "slowed") > counted(old, "slowed")) return ["hint", "slowed by its limits"];
     if (session.slow.time > now - RECENT) return ["hint", `slow: waited ${duration(session.slow.took_ns)} for ${CAUSES[session.slow.cause] ?? session.slow.cause}`];
-    if (session.state === "draining") return ["hint", "draining"];
-    return ["", session.state];
+    return [session.state === "listening" ? "" : "hint", session.state];
 }
 
 function row(session, old, seconds, [kind, state]) {
