@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -98,6 +100,30 @@ def test_what_is_kept_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
         assert control.receive(right)[1]
     del left, right, outbox
     assert open_descriptors() <= before
+
+
+def test_a_large_message_that_finds_no_descriptor_keeps_no_other_back() -> None:
+    """The worker says by its errors why a thread waits; one whose text is long is no reason to say nothing any more."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        outbox, limits = control.Outbox(left), resource.getrlimit(resource.RLIMIT_NOFILE)
+        while not outbox:
+            outbox.put({"op": "fills"})
+        large = {"op": "large", "text": "x" * (1 << 17)}
+        outbox.put(large)
+        outbox.put({"op": "next"})
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                control.send(right, large)
+            while control.receive(right)[0]["op"] == "fills":
+                for message, error in outbox.flush():
+                    assert (message, error.errno) == (large, errno.EMFILE)
+            assert not outbox
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_errors_keep_type_data_and_cause() -> None:

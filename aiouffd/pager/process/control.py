@@ -21,7 +21,7 @@ from collections import deque
 from typing import Any, Final
 
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
-from aiouffd.pager.process.handles import close_all, open_memfd
+from aiouffd.pager.process.handles import close_all
 from aiouffd.ranges import batched
 
 __all__ = ["Closed", "DescriptorsLostError", "Outbox", "Sender", "StrangerError", "receive", "send"]
@@ -178,7 +178,7 @@ def _packet(connection: socket.socket, sender: Sender | None = None) -> tuple[by
 
 
 def _memfd(text: bytes, stack: contextlib.ExitStack) -> int:
-    fd = open_memfd("aiouffd-message")
+    fd = os.memfd_create("aiouffd-message", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     view = memoryview(text)
     while view:
