@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import fcntl
 import socket
+import sys
+import termios
 import threading
 from typing import TYPE_CHECKING
 
@@ -304,6 +307,64 @@ async def test_the_memory_of_large_answers_is_used_again(monkeypatch: pytest.Mon
             del other
             await asyncio.sleep(0)
             assert address_of((await client.get_async(0, SIZE)).data) == place
+
+
+@pytest.mark.parametrize("last", ["an error", "its end"])
+async def test_the_loop_hears_of_large_parts(last: str) -> None:
+    """Of a large body; what is less is heard of where no more is to come, and of other answers."""
+    size, part = 3 << 20, 900 << 10
+    head = f"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-{size - 1}/{size}\r\nContent-Length: {size}\r\n\r\n"
+    requests: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                requests.put_nowait(writer)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+        async with client_of(url) as client:
+            asking = asyncio.create_task(client.get_async(0, size))
+            writer = await requests.get()
+            writer.write(head.encode() + bytes(part))
+            while not any(connection._body for connection in client._busy):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+            (connection,) = client._busy
+            writer.write(bytes(size - 10 - part))  # of which the last part is less than a large one
+            while connection._filled < size - 10:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.001)
+            writer.write(b"0123456789")
+            assert bytes((await asking).data) == bytes(size - 10) + b"0123456789"
+
+            asking = asyncio.create_task(client.get_async(0, size))
+            await requests.get()
+            writer.write(head.encode() + b"a")
+            while connection._body is None:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.001)
+            writer.write(bytes(part))
+            descriptor = connection._transport.get_extra_info("socket").fileno()
+            while connection._filled == 1 and waiting(descriptor) < part:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            assert connection._filled == 1
+            if last == "its end":
+                writer.close()
+                with pytest.raises(RequestError, match="closed in the middle"):
+                    await asking
+                return
+            writer.write(bytes(size - 1 - part))
+            await asking
+            asking = asyncio.create_task(client.get_async(0, size))
+            await requests.get()
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            with pytest.raises(RequestError, match="404"):
+                await asking
+            writer.close()
+
+
+def waiting(descriptor: int) -> int:
+    """Return how many bytes a socket has received that nobody has read."""
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.mark.parametrize("how", ["canceled", "late"])

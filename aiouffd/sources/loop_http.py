@@ -22,6 +22,8 @@ from aiouffd.sources.store_errors import Failure, RequestError, from_exception, 
 __all__ = ["LoopHttp", "head_of"]
 
 _ROOM = 16 << 10  # bytes of a head, and of a body that comes with it: a page takes one system call
+_TOGETHER = 1 << 20  # bytes that the kernel gathers, as long as at least as many are to come
+_FEW = 64 << 10  # and of what has less to come, none
 _CONTENT_RANGE = re.compile(
     r"\r\nContent-Range:[ \t]*bytes (\d+)-(\d+)/(\d+)[ \t]*(?=\r\n|$)", re.IGNORECASE | re.ASCII
 )
@@ -168,6 +170,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._validator: Validator | None = None
         self._answer: asyncio.Future[Answer] | None = None
         self._asked = 0, 0
+        self._awaited = 1  # bytes: less than that are not told by the kernel
         self._keeps = False
         self.is_idle = False
         self.since = 0.0
@@ -211,6 +214,8 @@ class _Connection(asyncio.BufferedProtocol):
                 self._take_head()
             elif self._filled == len(self._body):
                 self._complete(self._body)
+            else:
+                self._await_bytes(len(self._body) - self._filled)
         except (RequestError, ValueError, OverflowError) as error:  # the last two: numbers and times that are none
             self._answer.set_exception(error if isinstance(error, RequestError) else _refused(str(error)))
             self.close()  # there may be no room for what comes behind it
@@ -259,6 +264,18 @@ class _Connection(asyncio.BufferedProtocol):
         self._body = self._rooms.lend(length)
         self._body[:came] = self._view[begin : self._filled]
         self._filled = came
+        self._await_bytes(length - came)
+
+    def _await_bytes(self, count: int) -> None:
+        """Have the loop hear of the next bytes when so many have come, or a large part of them, or no more can.
+
+        Each time that it hears of some takes Python, and a processor that sleeps has to be woken.
+        """
+        awaited = min(count, _TOGETHER) if count >= _FEW else 1
+        if awaited != self._awaited:
+            # For that many, the kernel also makes room at once (Linux 4.18), and not only when some were received.
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, awaited)
+            self._awaited = awaited
 
     def _understand(self, head: str) -> int:
         """Check the head of an answer; return how many bytes its body has.
@@ -283,6 +300,7 @@ class _Connection(asyncio.BufferedProtocol):
         assert self._answer is not None
         assert self._validator is not None
         self.is_idle = self._keeps
+        self._await_bytes(1)  # the next answer may be short
         answer, self._answer = self._answer, None  # it has the bytes, whose memory is wanted for others
         self._filled, self._body = 0, None
         answer.set_result(Answer(data, self._asked[0], self._validator))
