@@ -13,7 +13,7 @@ from snapshots import an_image, read_all
 import aiouffd
 from aiouffd.engine.ahead.trace import Trace, fingerprint, stored
 from aiouffd.store import SnapshotSource, attach, attach_sync, create_sync, open_snapshot, verify_sync
-from aiouffd.store.writer import put_trace
+from aiouffd.store.writer import publish, put_trace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,7 +93,7 @@ def test_a_snapshot_that_is_replaced_meanwhile(place: Path, tmp_path: Path, monk
         return put(*arguments)
 
     monkeypatch.setattr("aiouffd.store.attaching.put_trace", replaced)
-    with pytest.raises(aiouffd.StoreError, match="was replaced while"):
+    with pytest.raises(aiouffd.StoreError, match="was replaced or removed"):
         attach_sync(place, trace(tmp_path, 1))
     assert read_all(place) == DATA[:-1] + b"?"
     assert pages(place) == []
@@ -103,9 +103,25 @@ def test_a_snapshot_that_is_replaced_meanwhile(place: Path, tmp_path: Path, monk
         return put(*arguments)
 
     monkeypatch.setattr("aiouffd.store.attaching.put_trace", removed)
-    with pytest.raises(aiouffd.StoreError, match="no such snapshot"):
+    with pytest.raises(aiouffd.StoreError, match="was replaced or removed"):
         attach_sync(place, trace(tmp_path, 1))
     assert not place.exists()
+
+
+def test_a_snapshot_that_is_replaced_in_the_last_moment(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that has the name by then keeps it."""
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        create_sync(DATA[:-1] + b"?", place, replace=True)
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr("aiouffd.store.attaching.publish", late)
+    with pytest.raises(aiouffd.StoreError, match="was replaced or removed"):
+        attach_sync(place, trace(tmp_path, 1))
+    assert read_all(place) == DATA[:-1] + b"?"
+    assert pages(place) == []
 
 
 def test_bytes_of_pages_stay_outside(tmp_path: Path) -> None:

@@ -140,8 +140,13 @@ def test_objects_in_a_bucket(s3: str) -> None:
     assert not bucket.put("packs/ab/cd", [b"6"], replace=False)
     assert bucket.put("packs/ab/cd", [b"6"])
     assert bytes(bucket.read("packs/ab/cd", 0, 1)) == b"6"
+    assert not bucket.put("packs/ab/cd", [b"7"], instead_of=b"5")
+    assert bucket.put("packs/ab/cd", [b"7"], instead_of=b"6")
+    assert not bucket.put("packs/ab/cd", [b"8"], instead_of=b"6")
+    assert bytes(bucket.read("packs/ab/cd", 0, 9)) == b"7"
     bucket.delete("packs/ab/cd")
     bucket.delete("packs/ab/cd")
+    assert not bucket.put("packs/ab/cd", [b"8"], instead_of=b"7")
     assert bucket.size("packs/ab/cd") is None
     with pytest.raises(aiouffd.SourceError, match=r"no such object \(404\)"):
         bucket.read("packs/ab/cd", 0, 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +151,38 @@ def test_an_empty_folder_that_is_removed_while_it_is_written_to(
     turns[0] = 99
     with pytest.raises(aiouffd.StoreError, match="it cannot be written: No such file"):
         folder.put("packs/c/d", [b"data"])
+
+
+def test_a_manifest_in_place_of_another(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written where the other one is still there; nobody else gives the name to a file between look and write."""
+    assert not folder.put("x.snap", [b"2"], instead_of=b"1")
+    folder.put("x.snap", [b"12"])
+    for other in (b"", b"1", b"123", b"13"):
+        assert not folder.put("x.snap", [b"2"], instead_of=other)
+    looks, differs = list[bool](), folder._differs
+
+    def look(*arguments: Any) -> bool:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other_one.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        looks.append(differs(*arguments))
+        return looks[-1]
+
+    other_one = Folder(folder.path)
+    monkeypatch.setattr(folder, "_differs", look)
+    assert folder.put("x.snap", [b"2"], instead_of=b"12")
+    assert (folder.read("x.snap", 0, 9), looks) == (b"2", [False])
+    assert names(folder) == ["x.snap"]
+
+
+def test_a_folder_that_another_process_has_locked(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for, and not for ever: what replaces nothing that it has looked at goes on."""
+    monkeypatch.setattr("aiouffd.store.folder._PATIENCE", 0.05)
+    folder.put("x.snap", [b"1"])
+    other = Folder(folder.path)
+    fcntl.flock(other.fd, fcntl.LOCK_EX)
+    with pytest.raises(aiouffd.StoreError, match="has its folder locked"):
+        folder.put("x.snap", [b"2"], instead_of=b"1")
+    assert folder.put("x.snap", [b"3"])
+    fcntl.flock(other.fd, fcntl.LOCK_UN)
+    monkeypatch.setattr("aiouffd.store.folder._PATIENCE", 60.0)
+    assert folder.put("x.snap", [b"4"], instead_of=b"3")

@@ -105,7 +105,7 @@ def test_who_begins_again_takes_over_what_is_there(store: Folder, monkeypatch: p
     puts: list[str] = []
     put = store.put
 
-    def note(path: str, parts: Any, **options: bool) -> bool:
+    def note(path: str, parts: Any, **options: Any) -> bool:
         puts.append(path)
         return put(path, parts, **options)
 

@@ -101,17 +101,19 @@ class StoreClient:
             raise self._failed(error) from error
         return found["size"], found["last_modified"].timestamp()
 
-    def put(self, data: bytes, *, replace: bool) -> bool:
+    def put(self, data: bytes, *, replace: bool, tag: str | None = None) -> bool:
         """Write the object, whole or not at all, and tell whether it was written; blocks. Raises as `get`.
 
         Args:
             data: of the object.
             replace: False: one that is there stays.
+            tag: one that has another ETag stays.
         """
-        mode = "overwrite" if replace else "create"
+        mode: Any = ("overwrite" if replace else "create") if tag is None else {"e_tag": tag}
+        exceptions = self._obstore.exceptions
         try:
             self._obstore.put(self._store, self._key, data, mode=mode, use_multipart=len(data) > _LARGEST_PUT)
-        except self._obstore.exceptions.AlreadyExistsError:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             return False
         except Exception as error:
             raise self._failed(error) from error

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import attrs
 
 from aiouffd.engine.ahead.merging import merged
 from aiouffd.engine.ahead.trace import Trace, differ, fingerprint
-from aiouffd.errors import StoreError, TraceError
+from aiouffd.errors import TraceError
 from aiouffd.store.aside import aside
+from aiouffd.store.manifest import Manifest
 from aiouffd.store.place import split
-from aiouffd.store.snapshot import open_store, read_linked, read_manifest, trace_path
-from aiouffd.store.snapshot_source import SnapshotSource
+from aiouffd.store.snapshot import open_store, read_encoded, read_linked, trace_path
+from aiouffd.store.snapshot_source import validator_of
 from aiouffd.store.writer import publish, put_trace
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from aiouffd.store.aside import Progress
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Folder
-    from aiouffd.store.manifest import Manifest
 
 __all__ = ["AttachOptions", "attach", "attach_sync"]
 
@@ -73,9 +74,10 @@ def attach_sync(
     """
     above, name = split(place)
     store = open_store(above, storage_options)
-    manifest = read_manifest(store, name)
+    before = read_encoded(store, name)
+    manifest = Manifest.decode(before, store.name(name))
     found = Trace.load(trace)
-    of_snapshot = fingerprint(SnapshotSource(place, **(storage_options or {})))
+    of_snapshot = fingerprint(SimpleNamespace(size=manifest.size, validator=validator_of(manifest)))
     if found.size != manifest.size or differ(found.source, of_snapshot):
         raise TraceError(str(trace), f"it was recorded from another source than {store.name(name)}")
     named = [(str(trace), found)]
@@ -87,9 +89,7 @@ def attach_sync(
     fresh = attrs.evolve(manifest, trace=put_trace(store, made.encode()))
     if progress is not None:
         progress(0, 1)
-    if read_manifest(store, name) != manifest:
-        raise StoreError(store.name(name), 0, 0, "it was replaced while a recording was attached to it: do that again")
-    publish(store, name, fresh, replace=True)
+    publish(store, name, fresh, replace=True, instead_of=before)
     return fresh
 
 

@@ -113,13 +113,30 @@ class Bucket:
                 break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True) -> bool:
-        """Write an object; tell whether it was written. See `Folder.put`."""
+    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True, instead_of: bytes | None = None) -> bool:
+        """Write an object; tell whether it was written. See `Folder.put`. `instead_of` is of one request's length."""
+        if instead_of is not None:
+            return self._swap(path, b"".join(parts), instead_of)
         if not replace and self.size(path) is not None:  # some stores ignore the condition of a put
             return False
         data = b"".join(parts)
         written: bool = self._writable(path).ask(lambda client: client.put(data, replace=replace))
         return written
+
+    def _swap(self, path: str, data: bytes, before: bytes) -> bool:
+        """Write an object where it is as before; not where the store has another one by the time of the write."""
+        try:
+            found = self.part(path).ask(partial(_range, 0, len(before) + 1))
+        except SourceError as error:
+            if _status(error) in _MISSING:
+                return False
+            raise
+        if found.data != before:
+            return False
+        writable = self._writable(path)
+        written: bool = writable.ask(lambda client: client.put(data, replace=True, tag=found.validator.tag))
+        # The answer to a first try may have been lost.
+        return written or bytes(self.read(path, 0, len(data) + 1)) == data
 
     def list(self, path: str) -> Iterator[Entry]:
         """Yield the objects below a path. Raises SourceError."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import stat
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aiouffd.errors import StoreError, read_failure
+from aiouffd.errors import SourceError, StoreError, read_failure
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Folder", "unwritten"]
 
 _TRIES: Final = 5  # more tries to write, where `delete` of another process has removed an empty folder meanwhile
+_PATIENCE: Final = 5.0  # seconds for others to have a folder locked
+_AGAIN: Final = 0.01  # seconds between two looks
 _UNFINISHED: Final = ".part-"
 """Names of files that are being written begin so."""
 
@@ -137,13 +141,15 @@ class Folder:
             os.close(fd)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True) -> bool:
+    def put(self, path: str, parts: Iterable[Any], *, replace: bool = True, instead_of: bytes | None = None) -> bool:
         """Write an object; it is on the disk when this returns.
 
         Args:
             path: from the store on; its folder is made if it is not there.
             parts: buffers that follow each other.
             replace: False: an object that is there stays.
+            instead_of: nothing is written unless the object is these bytes. Who writes it meanwhile, by this class,
+                does so before that look, or after the write.
 
         Returns:
             whether it was written.
@@ -158,39 +164,67 @@ class Folder:
                 while left:
                     left = left[os.write(fd, left) :]
 
-        return self.fill(path, write, replace=replace)
+        return self.fill(path, write, replace=replace, instead_of=instead_of)
 
-    def fill(self, path: str, write: Callable[[int], None], *, replace: bool = True) -> bool:
+    def fill(
+        self, path: str, write: Callable[[int], None], *, replace: bool = True, instead_of: bytes | None = None
+    ) -> bool:
         """As `put`, for an object that `write` writes to the descriptor that it is called with."""
         folder, _, name = path.rpartition("/")
         for tries in range(_TRIES, -1, -1):
             try:
-                with OwnedDescriptor(self._make_folder(folder)) as within:
-                    return self._fill(within.fileno(), name, write, replace=replace)
+                with (
+                    OwnedDescriptor(self._make_folder(folder)) as within,
+                    self._part(within.fileno(), write) as part,
+                    self._alone(path, within.fileno(), must=instead_of is not None),
+                ):
+                    if instead_of is not None and self._differs(path, instead_of):
+                        return False
+                    return _name(within.fileno(), part, name, replace=replace)
             except OSError as error:
                 if not tries or not isinstance(error, FileNotFoundError):
                     raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
         raise AssertionError("the last try returns or raises")
 
-    def _fill(self, folder: int, name: str, write: Callable[[int], None], *, replace: bool) -> bool:
+    @contextlib.contextmanager
+    def _part(self, folder: int, write: Callable[[int], None]) -> Iterator[str]:
+        """Write a file, which is on the disk then, and yield its name; it goes if it has not got another one."""
         part = _UNFINISHED + secrets.token_hex(8)
-        with OwnedDescriptor(
-            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
-        ) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with OwnedDescriptor(os.open(part, flags, 0o600, dir_fd=folder)) as file:
             try:
                 write(file.fileno())
                 os.fsync(file.fileno())
-                if replace:
-                    os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
-                else:
-                    os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder)
-            except FileExistsError:
-                return False
+                yield part
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(part, dir_fd=folder)
-        os.fsync(folder)
-        return True
+
+    @contextlib.contextmanager
+    def _alone(self, path: str, folder: int, *, must: bool) -> Iterator[None]:
+        """Have the folder locked, so that nobody else changes what has a name in it that another thing may get.
+
+        Manifests have: they are at the top. All else is named by what it is. The lock is the open file's, and goes with
+        it. Whoever can read the folder can have it, so it is not waited for long. Only who looks first must have it.
+        """
+        until, found = time.monotonic() + _PATIENCE, "/" in path
+        while not found and time.monotonic() < until:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = True
+            except BlockingIOError:
+                time.sleep(_AGAIN)
+        if must and not found:
+            raise StoreError(self.name(path), 0, 0, "another process has its folder locked")
+        yield
+
+    def _differs(self, path: str, data: bytes) -> bool:
+        try:
+            return self.read(path, 0, len(data) + 1) != data
+        except SourceError:
+            if self.size(path) is None:
+                return True
+            raise
 
     def _make_folder(self, path: str) -> int:
         """Return a new descriptor of a folder below this one; each that is made is on the disk."""
@@ -224,7 +258,8 @@ class Folder:
     def delete(self, path: str) -> None:
         """Remove an object, and its folder if that is empty then; nothing if it is not there."""
         try:
-            os.unlink(path, dir_fd=self.fd)
+            with OwnedDescriptor(self._make_folder("")) as within, self._alone(path, within.fileno(), must=False):
+                os.unlink(path, dir_fd=self.fd)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -236,3 +271,13 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"Folder({self.path!r})"
+
+
+def _name(folder: int, part: str, name: str, *, replace: bool) -> bool:
+    """Give a file the name that it is to have; return False if another one has it, which is not to be replaced."""
+    try:
+        (os.rename if replace else os.link)(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except FileExistsError:
+        return False
+    os.fsync(folder)
+    return True

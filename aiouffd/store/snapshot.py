@@ -28,6 +28,7 @@ __all__ = [
     "open_in",
     "open_snapshot",
     "open_store",
+    "read_encoded",
     "read_linked",
     "read_manifest",
     "room_for_it",
@@ -119,6 +120,11 @@ def read_manifest(store: Folder | Bucket, name: str) -> Manifest:
     Raises:
         StoreError: it is missing, damaged, or of an unknown version.
     """
+    return Manifest.decode(read_encoded(store, name), store.name(name))
+
+
+def read_encoded(store: Folder | Bucket, name: str) -> bytes:
+    """Read the bytes of a manifest; blocks. Raises StoreError: it is missing, or too large for one."""
     try:
         data = bytes(store.read(name, 0, _FIRST))
         if len(data) == _FIRST:
@@ -129,7 +135,7 @@ def read_manifest(store: Folder | Bucket, name: str) -> Manifest:
         raise StoreError(store.name(name), 0, 0, "there is no such snapshot: it is missing") from error
     if len(data) > LARGEST_MANIFEST:
         raise StoreError(store.name(name), 0, 0, "it is too large for a manifest of a snapshot")
-    return Manifest.decode(data, store.name(name))
+    return data
 
 
 def open_snapshot(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Snapshot:

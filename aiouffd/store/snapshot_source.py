@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aiouffd.sources.storage_options import StorageOptions
 
-__all__ = ["SnapshotSource"]
+__all__ = ["SnapshotSource", "validator_of"]
 
 _KEPT = 32 << 20
 
@@ -105,7 +105,7 @@ class SnapshotSource:
     @property
     def validator(self) -> str:
         """The hash of the index, which has the hashes of all chunks."""
-        return self.snapshot.manifest.index.hash
+        return validator_of(self.snapshot.manifest)
 
     @property
     def sparse(self) -> bool:
@@ -221,3 +221,8 @@ def _arrived(
     snapshot = Snapshot(store, name, Manifest.decode(manifest, store.name(name)), index.detach())
     source._adopt(snapshot)  # noqa: SLF001 - its own
     return source
+
+
+def validator_of(manifest: Manifest) -> str:
+    """Return the validator of a source of a snapshot."""
+    return manifest.index.hash

@@ -195,8 +195,10 @@ def threads() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
         yield pool, writing
 
 
-def publish(store: Folder | Bucket, name: str, manifest: Manifest, *, replace: bool) -> None:
-    """Let a snapshot appear, all of whose objects are there.
+def publish(
+    store: Folder | Bucket, name: str, manifest: Manifest, *, replace: bool, instead_of: bytes | None = None
+) -> None:
+    """Let a snapshot appear, all of whose objects are there; instead_of: in place of this manifest, and of no other.
 
     Raises:
         StoreError: there is one of that name, which must not be replaced; it cannot be written.
@@ -206,7 +208,9 @@ def publish(store: Folder | Bucket, name: str, manifest: Manifest, *, replace: b
     if len(data) > LARGEST_MANIFEST:
         raise StoreError(store.name(name), 0, 0, "its manifest would be too large: keep its metadata elsewhere")
     Manifest.decode(data, store.name(name))  # what no reader would take is not written
-    if not store.put(name, [data], replace=replace):
+    if not store.put(name, [data], replace=replace, instead_of=instead_of):
+        if instead_of is not None:
+            raise StoreError(store.name(name), 0, 0, "it was replaced or removed meanwhile: do that again")
         raise _exists(store, name)
 
 
