@@ -78,6 +78,35 @@ def test_a_handler_of_plain_functions() -> None:
     assert checked(wrapped := Wrapped()) is wrapped
 
 
+def test_a_source_has_a_size() -> None:
+    """As an attribute, a property, or by way of another object, and not as a method. It is not asked for."""
+
+    class Without:
+        async def read(self, _offset: int, _length: int) -> bytes:
+            return b""
+
+    class Method(Without):
+        def size(self) -> int:
+            raise AssertionError
+
+    class Property(Without):
+        @property
+        def size(self) -> int:
+            raise AssertionError
+
+    class Proxy(Without):
+        def __getattr__(self, name: str) -> int:
+            raise AssertionError
+
+    for wrong in (Without(), Method()):
+        with pytest.raises(TypeError, match=f"{type(wrong).__name__} has no `size`: a source has an attribute"):
+            checked(wrong)
+    given = Without()
+    given.size = 7  # type: ignore[attr-defined]
+    for right in (given, Property(), Proxy()):
+        assert checked(right) is right
+
+
 def test_options() -> None:
     """Defaults, and what is refused."""
     options = Options()

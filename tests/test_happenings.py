@@ -32,6 +32,20 @@ async def test_followers() -> None:
     assert [item.number async for item in happenings.follow(10**9)] == []
 
 
+async def test_slow_faults_take_nothing_elses_place() -> None:
+    """They may come each second for each client: who comes later still learns who has failed, in order."""
+    happenings = Happenings()
+    for _ in range(2):
+        happenings.tell("client.failed", "a")
+        for _ in range(module._KEPT):
+            happenings.tell("client.slow", "b")
+    happenings.close()
+    seen = [item async for item in happenings.follow(0)]
+    assert [item.number for item in seen if item.kind == "client.failed"] == [1, 2 + module._KEPT]
+    assert len(seen) == 2 + module._KEPT
+    assert [item.number for item in seen] == sorted(item.number for item in seen)
+
+
 async def test_a_follower_that_leaves() -> None:
     """Nothing of it is left."""
     happenings = Happenings()

@@ -223,6 +223,21 @@ async def test_a_read_has_its_time(own: bool) -> None:
 
 
 @pytest.mark.usefixtures("pauses")
+async def test_a_read_that_is_no_coroutine_function_is_named() -> None:
+    """At once: further tries would answer the same."""
+
+    class Plain:
+        size = 8
+
+        def read(self, _offset: int, length: int) -> bytes:
+            return bytes(length)
+
+    counters = Counters()
+    with pytest.raises(SourceError, match="`read` returned bytes, no awaitable: it must be `async def read"):
+        await reading(Plain(), counters, Limits()).read(0, 4, urgent=True)
+    assert counters.snapshot().source_retries == 0
+
+
 async def test_bytes_that_do_not_lie_in_one_piece_are_refused() -> None:
     """Their address is what is copied from."""
     with pytest.raises(SourceError, match="one piece"):

@@ -205,6 +205,9 @@ def looked_at(path: str, other: str, slow: str, url: str) -> None:
             page.wait_for_selector(f"[data-session=two] canvas[aria-label^='{share} %']")
             page.set_viewport_size({"width": PHONE, "height": 800})
             assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+            state = page.locator("[data-session=two] td:nth-child(2)").bounding_box()
+            assert state is not None
+            assert state["x"] + state["width"] <= PHONE
         assert complaints == []
 
 

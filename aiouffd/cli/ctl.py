@@ -340,12 +340,14 @@ def delete(control: ControlClient, /, name: str) -> None:
 
 
 @command.command()
-@click.option("--after", type=click.IntRange(0), help="Print first what came behind this number.")
+@click.option(
+    "--after", type=click.IntRange(0), help="Print first what came behind this number: 0 for all that is kept."
+)
 @click.option("--session", help="Of this one only.")
 @_AS_JSON
 @click.pass_obj
 def events(control: ControlClient, /, after: int | None, session: str | None, *, as_json: bool) -> None:
-    """Print what happens, until the server ends."""
+    """Print what happens from now on, until the server ends; with --after also what has happened."""
     with contextlib.suppress(BrokenPipeError):
         for event in control.events(after):
             if session is None or event["session"] == session:

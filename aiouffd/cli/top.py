@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console, Group
@@ -16,12 +17,13 @@ from aiouffd.cli import ctl, parameters
 from aiouffd.cli.unix_http import ControlClient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["command", "table"]
 
 _MIB = 1 << 20
-_RECENT = 10.0  # seconds for which a fault that took long is told
+_RECENT = 10.0  # seconds for which is told what was slow or has failed
+_WIDTHS = {"state": 30, "p99": 11}  # of a narrow terminal the source gives up most
 
 
 @click.command("top")
@@ -34,12 +36,15 @@ def command(*, control: str, interval: float, once: bool) -> None:
     """Show what the sessions of `aiouffd serve --control PATH` do, those in trouble first, until Ctrl-C."""
     client = ControlClient(control)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    before = _look(client)
+    before, past = _look(client), deque[tuple[float, dict[str, Any]]]()
     with Live(console=console, screen=console.is_terminal and not once, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             now, server = _look(client), client.ask("GET", "/v1/server")
-            live.update(Group(about(server), table(before, now, interval)), refresh=True)
+            past.append((time.monotonic(), before))
+            while past[0][0] < time.monotonic() - _RECENT - interval:
+                past.popleft()
+            live.update(Group(about(server), table([look for _, look in past], now, interval)), refresh=True)
             if once:
                 return
             before = now
@@ -57,11 +62,12 @@ def about(server: Mapping[str, Any]) -> Text:
     return Text("\n".join([f"aiouffd {server['version']}, pager {pager}{replaced}", *server["restarts"]]) + "\n")
 
 
-def _why(session: Mapping[str, Any], old: Mapping[str, Any], now: float) -> tuple[int, str]:
+def _why(session: Mapping[str, Any], past: Sequence[Mapping[str, Any]], now: float) -> tuple[int, str]:
     """Return how bad it is (0: the worst), and in words what a session waits for, or what is wrong with it."""
+    old = past[-1]
 
-    def grew(name: str) -> bool:
-        return bool(session["statistics"].get(name, 0) > old["statistics"].get(name, 0))
+    def grew(name: str, looks: Sequence[Mapping[str, Any]] = past) -> bool:
+        return any(session["statistics"].get(name, 0) > look["statistics"].get(name, 0) for look in looks)
 
     reads = session["statistics"].get("in_flight", 0) and old["statistics"].get("in_flight", 0)
     slow = session["slow"]
@@ -69,7 +75,7 @@ def _why(session: Mapping[str, Any], old: Mapping[str, Any], now: float) -> tupl
         return 0, "its source fails"
     if grew("source_retries"):
         return 0, "its source is asked again"
-    if reads and not (grew("bytes_fetched") or grew("source_reads")):
+    if reads and not (grew("bytes_fetched", [old]) or grew("source_reads", [old])):
         return 0, "its source does not answer"
     if grew("slowed"):
         return 1, "slowed by its limits"
@@ -78,8 +84,9 @@ def _why(session: Mapping[str, Any], old: Mapping[str, Any], now: float) -> tupl
     return 2, session["state"]
 
 
-def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> Table:
-    """Return what has happened between two looks, a row for each session."""
+def table(past: Sequence[Mapping[str, Any]], now: Mapping[str, Any], seconds: float) -> Table:
+    """Return what has happened since the last of the looks before, a row for each session."""
+    before = past[-1]
     shown = Table(box=None, header_style="bold")
     for name in (
         "session",
@@ -94,7 +101,8 @@ def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> 
         "rejected",
         "source",
     ):
-        shown.add_column(name, justify="left" if name in {"session", "state", "source"} else "right", no_wrap=True)
+        side: Literal["left", "right"] = "left" if name in {"session", "state", "source"} else "right"
+        shown.add_column(name, justify=side, no_wrap=True, min_width=_WIDTHS.get(name, len(name)))
 
     def rate(session: Any, name: str) -> float:
         new: int = session["statistics"].get(name, 0)
@@ -102,7 +110,9 @@ def table(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> 
         return max(new - old, 0) / seconds
 
     moment = time.time()
-    whys = {name: _why(session, before.get(name, session), moment) for name, session in now.items()}
+    whys = {}
+    for name, session in now.items():
+        whys[name] = _why(session, [look[name] for look in past if name in look] or [session], moment)
     order = sorted(now.values(), key=lambda session: (whys[session["name"]][0], -rate(session, "faults")))
     for session in order:
         counted = session["statistics"]

@@ -76,11 +76,16 @@ def checked(origin: Any) -> Any:
 
     Its size is not asked for: that may take time.
     """
-    if isinstance(origin, type) or not (callable(getattr(origin, "read", None)) or _is_handler(origin)):
+    is_source = callable(getattr(origin, "read", None))
+    if isinstance(origin, type) or not (is_source or _is_handler(origin)):
         raise TypeError(
             f"{origin!r:.120} is no Source and no Handler: give an instance of one, as FileSource(path),"
             " ObjectSource(url) or BufferSource(data); aiouffd.open chooses one"
         )
+    kind = type(origin)
+    has_size = any(hasattr(kind, name) for name in ("size", "__getattr__")) or "size" in getattr(origin, "__dict__", ())
+    if is_source and (not has_size or inspect.isroutine(getattr(kind, "size", None))):
+        raise TypeError(f"{kind.__name__} has no `size`: a source has an attribute of that name, in bytes")
     return origin
 
 

@@ -69,7 +69,7 @@ class Retrying:
             if now - self._reported.get(page, -_REPORTED_AGAIN) >= _REPORTED_AGAIN:
                 self._reported[page] = now
                 is_news = True
-                log.warning('threads go on waiting for the page at %#x (on_error="retry"): it is asked for again', page)
+                log.warning("threads wait for the page at %#x, which cannot be had: it is asked for each second", page)
         return is_news
 
     def _wake(self, page: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Happening", "Happenings"]
 
-_KEPT = 1000
+_KEPT = 1000  # of slow faults, and of all others: there may be many of the former
 
 
 @attrs.frozen
@@ -40,7 +42,8 @@ class Happenings:
     """Keeps the last ones, for any number of followers. A slow follower costs nobody else anything: it misses some."""
 
     def __init__(self) -> None:
-        self._kept: deque[Happening] = deque(maxlen=_KEPT)
+        self._slow: deque[Happening] = deque(maxlen=_KEPT)
+        self._others: deque[Happening] = deque(maxlen=_KEPT)
         self._number = 0
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
@@ -48,7 +51,8 @@ class Happenings:
     def tell(self, kind: str, session: str, **details: Any) -> None:
         """Note that something has happened. On the loop of the followers."""
         self._number += 1
-        self._kept.append(Happening(self._number, time.time(), kind, session, details))
+        kept = self._slow if kind == "client.slow" else self._others
+        kept.append(Happening(self._number, time.time(), kind, session, details))
         self._wake()
 
     def close(self) -> None:
@@ -65,7 +69,8 @@ class Happenings:
         """
         seen = self._number if after is None or after > self._number else after
         while True:
-            fresh = [item for item in self._kept if item.number > seen]
+            kept = chain(self._slow, self._others)
+            fresh = sorted((item for item in kept if item.number > seen), key=attrgetter("number"))
             for item in fresh:
                 seen = item.number
                 yield item

@@ -43,6 +43,7 @@ class Reception:
         greeting: returns what each client is sent first, and a descriptor; None: nothing is.
         on_rejected: called with who was turned away, and why.
         stated: answers nydus' request for the size.
+        session: whose clients they are, for the log; empty: it is the only one.
 
     Attributes:
         rejected: how many were turned away.
@@ -58,7 +59,9 @@ class Reception:
         greeting: Callable[[], tuple[bytes, int] | None] = lambda: None,
         on_rejected: Callable[[Peer, BaseException], None] = lambda *_: None,
         stated: Callable[[Peer], Awaitable[bytes]] | None = None,
+        session: str = "",
     ) -> None:
+        self._of = session and f"session {session}: "
         self._serve = serve
         self._greeting = greeting
         self._on_rejected = on_rejected
@@ -109,7 +112,7 @@ class Reception:
             except OSError as error:  # too many open files, most likely; connections wait in the backlog
                 if monotonic() - told >= _REMINDER:
                     told = monotonic()
-                    log.error("no client can be taken: %s", error.strerror)  # noqa: TRY400 - no traceback helps here
+                    log.error("%sno client can be taken: %s", self._of, error.strerror)  # noqa: TRY400 - no traceback helps here
                 await asyncio.sleep(0.1)
                 continue
             connection.setblocking(False)
@@ -126,9 +129,9 @@ class Reception:
         except Exception as error:
             self.rejected += 1
             if isinstance(error, UffdError | OSError | ValueError):
-                log.warning("turned away: %s", error)
+                log.warning("%sturned away: %s", self._of, error)
             else:
-                log.exception("turned away: %s", arrival.peer)
+                log.exception("%sturned away: %s", self._of, arrival.peer)
             self._on_rejected(arrival.peer, error)
             await self._turn_away(arrival, handoff, connection, error)
         except BaseException:  # canceled

@@ -101,6 +101,7 @@ class Session:
             greeting=lambda: self._services.greeting,
             on_rejected=lambda peer, error: tell("client.rejected", pid=peer.pid, uid=peer.uid, reason=str(error)),
             stated=lambda peer: self.mapped.stated(peer, self._numbers + 1),
+            session=name,
         )
         self.clients: dict[str, Client] = {}
         limits = settings.options.limits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +68,9 @@ def test_the_commands(
         assert there in run(capsys, "create", "vm-1", image.name, "--socket", path, status=1)
         assert "is no owner" in run(capsys, "create", "b", "c", "--socket", path, "--owner", "root", status=2)
         play(client, path, 1 << 20)
+        with socket.socket(socket.AF_UNIX) as nobody:
+            nobody.connect(path)
+        serve.says("session vm-1: turned away: ")
         assert "vm-1" in run(capsys, "list")
         assert json.loads(run(capsys, "list", "--json"))[0]["statistics"]["faults"] > 0
         assert json.loads(run(capsys, "server"))["sessions"] == 1

@@ -41,7 +41,7 @@ def test_rates() -> None:
     }
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(before, now, 2.0))
+        console.print(table([before], now, 2.0))
     rows = [line.split() for line in capture.get().splitlines()[1:]]
     assert rows[0] == ["b", "listening", "2", "1,000", "0", "0.0", "1.05", "ms", "7", "0", "3", "source", "of", "b"]
     assert rows[1][:11] == ["a", "listening", "2", "10", "200", "2.0", "1.05", "ms", "0", "0", "3"]
@@ -61,7 +61,7 @@ def test_why_a_session_waits() -> None:
     }
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(before, now, 2.0))
+        console.print(table([before], now, 2.0))
     lines = capture.get().splitlines()[1:]
     whys = {line[: line.index("  ")].strip(): line[10:45].partition("   ")[0].strip() for line in lines}
     assert whys == {
@@ -71,6 +71,17 @@ def test_why_a_session_waits() -> None:
     assert [sorted(list(whys)[part]) for part in (slice(3), slice(3, 5), slice(5, 6))] == [
         ["again", "fails", "silent"], ["limited", "slow"], ["was slow"]
     ]  # fmt: skip
+
+
+def test_what_was_wrong_is_told_for_a_while() -> None:
+    """A limit slows a session now and then: who looks between two of these times sees it, also in a narrow terminal."""
+    past = [{"limited": session("limited", slowed=slowed)} for slowed in (1, 2, 2)]
+    console = Console(width=130)
+    with console.capture() as capture:
+        console.print(table(past, {"limited": session("limited", slowed=2)}, 2.0))
+    head, row = capture.get().splitlines()
+    assert "slowed by its limits" in row
+    assert head.split()[-4:] == ["poisoned", "slowed", "rejected", "source"]
 
 
 def slow(ago: float) -> dict[str, Any]:

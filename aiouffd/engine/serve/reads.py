@@ -117,7 +117,11 @@ class Reads:
         words[_SOURCE_READS] += 1
         began = perf_counter_ns()
         try:
-            data = await (self._read_ahead if self._read_ahead and not urgent else self._source.read)(offset, length)
+            coming = (self._read_ahead if self._read_ahead and not urgent else self._source.read)(offset, length)
+            if not hasattr(coming, "__await__"):
+                what = f"`read` returned {type(coming).__name__}, no awaitable: it must be `async def read(...)`"
+                raise SourceError(repr(self._source), offset, length, what)
+            data = await coming
             view = memoryview(data)
             if view.nbytes != length or not view.c_contiguous:
                 self._refuse(view, offset, length)

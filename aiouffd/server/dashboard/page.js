@@ -8,7 +8,10 @@ const history = { faults: [], bytes_fetched: [], bytes_shared: [], in_flight: []
 const maps = new Map(); // session -> what /residency said
 let before = null;
 const stuck = new Map(); // session -> looks without an answer of its source
-const RECENT = 10; // seconds for which a fault that took long is told
+const RECENT = 10; // seconds for which is told what was slow or has failed
+const looks = []; // of these seconds
+const reasons = new Map(); // session -> why a page could not be had last
+const HAPPENINGS = 200; // that are shown
 const CAUSES = { source: "its source", queue: "its turn", retry: "another try of its source", decompress: "decompressing", handler: "its handler" };
 const RANKS = ["trouble", "hint", ""];
 
@@ -58,20 +61,22 @@ function showRates(look, seconds) {
     at("in_flight").value = number(history.in_flight.at(-1));
 }
 
-function trouble(session, old, now) {
-    // Why it is slow, or what is wrong, in words.
+function trouble(session, past, now) {
+    // Why it is slow, or what is wrong, in words. What it has said of late, the last time at the end, is `past`.
+    const old = past.at(-1);
     const waits = counted(session, "in_flight") > 0 && old && counted(session, "bytes_fetched") === counted(old, "bytes_fetched");
     const looks = waits ? (stuck.get(session.name) ?? 0) + 1 : 0;
     stuck.set(session.name, looks);
-    if (old && counted(session, "source_errors") > counted(old, "source_errors")) return ["trouble", "its source fails"];
-    if (old && counted(session, "source_retries") > counted(old, "source_retries")) return ["trouble", "its source is asked again"];
+    const grew = (name) => past.some((one) => counted(session, name) > counted(one, name));
+    if (grew("source_errors")) return ["trouble", "its source fails", reasons.get(session.name)];
+    if (grew("source_retries")) return ["trouble", "its source is asked again"];
     if (looks >= 3) return ["trouble", "its source does not answer"];
-    if (old && counted(session, "slowed") > counted(old, "slowed")) return ["hint", "slowed by its limits"];
+    if (grew("slowed")) return ["hint", "slowed by its limits"];
     if (session.slow.time > now - RECENT) return ["hint", `slow: waited ${duration(session.slow.took_ns)} for ${CAUSES[session.slow.cause] ?? session.slow.cause}`];
     return [session.state === "listening" ? "" : "hint", session.state];
 }
 
-function row(session, old, seconds, [kind, state]) {
+function row(session, old, seconds, [kind, state, reason]) {
     const line = document.createElement("tr");
     line.dataset.session = session.name;
     const map = maps.get(session.name);
@@ -85,6 +90,10 @@ function row(session, old, seconds, [kind, state]) {
     const source = line.cells[0].appendChild(document.createElement("small"));
     source.textContent = source.title = session.source;
     line.cells[1].className = kind;
+    if (reason) {
+        const why = line.cells[1].appendChild(document.createElement("small"));
+        why.textContent = why.title = reason;
+    }
     if (counted(session, "pages_poisoned")) line.cells[9].className = "trouble";
     if (session.clients && map && map.clients) {
         const canvas = document.createElement("canvas");
@@ -101,7 +110,9 @@ function row(session, old, seconds, [kind, state]) {
 function showSessions(look, seconds) {
     const known = new Map((before?.sessions ?? []).map((session) => [session.name, session]));
     const wanted = at("wanted").value;
-    const states = new Map(look.sessions.map((session) => [session, trouble(session, known.get(session.name), look.time)]));
+    const past = new Map(look.sessions.map((session) => [session.name, []]));
+    for (const one of looks) for (const session of one.sessions) past.get(session.name)?.push(session);
+    const states = new Map(look.sessions.map((session) => [session, trouble(session, past.get(session.name), look.time)]));
     const rank = (session) => RANKS.indexOf(states.get(session)[0]);
     const busy = (session) => rate(session, known.get(session.name), "faults", seconds);
     const shown = look.sessions.filter((session) => session.name.includes(wanted));
@@ -149,7 +160,9 @@ function showHappening(happening) {
     if (/failed|rejected|died/.test(happening.kind)) item.className = "trouble";
     if (/slow/.test(happening.kind)) item.className = "hint";
     at("happenings").prepend(item);
-    while (at("happenings").childElementCount > 200) at("happenings").lastElementChild.remove();
+    if (happening.kind === "client.failed") reasons.set(happening.session, happening.details.reason);
+    while (at("happenings").childElementCount > HAPPENINGS) // of the many slow faults first
+        ([...at("happenings").querySelectorAll(".hint")].at(-1) ?? at("happenings").lastElementChild).remove();
     const troubles = at("happenings").querySelectorAll(".trouble").length;
     at("outages").textContent = troubles ? `${troubles} of these are failures` : "";
 }
@@ -173,6 +186,8 @@ function showLook(look) {
     showRestarts(look);
     showLatency(look.latency);
     before = look;
+    looks.push(look);
+    while (looks[0].time < look.time - RECENT) looks.shift();
     if (!isLooking) {
         isLooking = true;
         lookAtMemory(names).catch(() => {}).finally(() => { isLooking = false; });
