@@ -9,6 +9,7 @@ from aiouffd.engine.serve.handler import Handler
 from aiouffd.engine.serve.handler_backend import HandlerBackend
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.write_back import WriteBack
+from aiouffd.ranges import align_down
 
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.trace import Recorder
@@ -46,7 +47,8 @@ def make_backend(
     if isinstance(origin, Handler):
         return HandlerBackend(origin, counters, options.limits)
     if bound is not None and options.write_back and hasattr(origin, "write"):  # else it could not be opened again
-        bound.write_back, bound.end = WriteBack(origin, bound, counters), min(bound.end, origin.size)
+        bound.write_back = WriteBack(origin, bound, counters)
+        bound.end = min(bound.end, align_down(origin.size, bound.page))
     return SourceBackend(
         *(origin, counters, options.limits), bound=bound, one_copy=one_copy, common=common, precedence=precedence
     )

@@ -132,7 +132,7 @@ class Bound:
         self.write_back: _WriteBack | None = None
         """Takes written pages to the source; None: they stay."""
         self.end: int = len(written)
-        """Where the source ends: what is written behind that stays, too."""
+        """Where the last whole page of the source ends: what is written behind that stays, or may stay, too."""
         self.noted: int = 0
         """Bytes of pages before the end that were written, as far as that is counted."""
         self.shared: bool = file is not None

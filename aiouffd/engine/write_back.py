@@ -26,7 +26,7 @@ from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, UffdError, WriteBackError, read_failure
-from aiouffd.ranges import align_up, batched, pieces
+from aiouffd.ranges import align_down, align_up, batched, pieces
 from aiouffd.sources.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class WriteBack:
     async def aclose(self) -> None:
         """Write what was written and not flushed: the process that wrote it was killed, perhaps."""
         self._let_go()
-        if self._bound.noted:
+        if any(self._bound.written.runs(0, self._source.size)):
             try:
                 await self.flush(0, self._source.size)
             except WriteBackError as error:
@@ -190,7 +190,7 @@ class WriteBack:
         losses = written.losses
         try:
             await self._protect(batch)
-            data = await self._peeked(batch)
+            data = self._of_source(await self._peeked(batch))
             if written.losses != losses:
                 data = self._still_written(data)
             parts = [(offset, align_up(len(some), self._page)) for offset, some in data]
@@ -218,6 +218,16 @@ class WriteBack:
         saved = sum(length for (_, length), result in zip(parts, results, strict=True) if result is None)
         self._words[Counter.PAGES_WRITTEN_BACK] += saved // self._page
 
+    def _of_source(self, parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Return parts (offset, bytes) without what is behind the end of the source.
+
+        A page that has anything but zeros there stays written, as if it had been written again: only memory has them.
+        """
+        size, last = self._source.size, align_down(self._source.size, self._page)
+        if any(any(data[size - offset :]) for offset, data in parts):
+            self._bound.written.end(last, last + self._page, saved=False)
+        return [(offset, data[: size - offset]) for offset, data in parts]
+
     def _still_written(self, parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Return what is left of parts (offset, bytes): what was emptied or unmapped meanwhile is not saved.
 
@@ -231,20 +241,16 @@ class WriteBack:
 
     async def _peeked(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         if self._bound.shared:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._peek, batch)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._bound.peek, batch)
         parts: list[tuple[int, bytes]] = []
         for piece in batch:
             try:
-                parts += self._peek([piece])
+                parts += self._bound.peek([piece])
             except LayoutChangingError:
                 await self._protect([piece])  # until the kernel has told what has changed
-                parts += self._peek([piece])
+                parts += self._bound.peek([piece])
             await asyncio.sleep(0)  # faults go first
         return parts
-
-    def _peek(self, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        size = self._source.size
-        return self._bound.peek([(offset, min(length, size - offset)) for offset, length in batch])
 
     async def _hand_over(self, parts: list[tuple[int, bytes]]) -> list[BaseException | None]:
         """Give parts (offset, bytes) to the source; return why it has not taken them, for each."""

@@ -280,6 +280,28 @@ def test_what_lies_behind_the_end_of_the_source_stays(engine: str, tmp_path: Pat
     assert errors.count("most of them were written, and stay") == 1
 
 
+def within_the_last_page(engine: str, path: str) -> None:
+    """Scenario: the source ends within a page, and the region behind it; both parts of the page are written."""
+    region, source = aiouffd.Region(PAGES * PAGE, shared=engine == "pager"), file_of(path)
+    with aiouffd.Monitor(region, source, engine=ENGINES[engine](), max_resident=LIMIT, write_back=True) as monitor:
+        for last in (b"x", b"\0"):
+            region[SIZE - 1 : SIZE + 1] = b"w" + last
+            monitor.flush_sync()
+            assert Path(path).read_bytes() == content(0, SIZE - 1) + b"w"
+            assert monitor.evict_sync(SIZE - SIZE % PAGE, PAGE) == (PAGE if last == b"\0" else 0)
+            for at in range(0, SIZE, PAGE):  # more than may be there
+                assert region[at] == content(at, 1)[0]
+            assert region[SIZE - 1 : SIZE + 1] == b"w" + last
+        region[SIZE - 2 : SIZE + 1] = b"end"
+    assert Path(path).read_bytes() == content(0, SIZE - 2) + b"en"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_lies_behind_the_end_of_the_source_in_its_last_page_stays(engine: str, tmp_path: Path) -> None:
+    """The source does not bring it back. Where nothing but zeros are there, the page is dropped as any other."""
+    play(within_the_last_page, engine, str(tmp_path / "file"))
+
+
 def touched() -> aiouffd.Region:
     """Return a region with a page that was there before."""
     region = aiouffd.Region(SIZE)
@@ -463,7 +485,7 @@ async def test_private_memory_is_read_on_the_loop() -> None:
     bound: Any = SimpleNamespace(page=PAGE, shared=False, peek=peek)
     back: Any = WriteBack(SimpleNamespace(size=2 * PAGE - 8), bound, Counters())
     back._protect = protect
-    assert await back._peeked([(0, PAGE), (PAGE, PAGE)]) == [(0, content(0, PAGE)), (PAGE, content(PAGE, PAGE - 8))]
+    assert await back._peeked([(0, PAGE), (PAGE, PAGE)]) == [(0, content(0, PAGE)), (PAGE, content(PAGE, PAGE))]
     assert threads == 3 * [threading.get_ident()]
     assert protected == [[(PAGE, PAGE)]]
 
@@ -515,7 +537,8 @@ async def test_what_is_emptied_while_it_is_saved() -> None:
 
     def peek(parts: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
         written.forget(2 * PAGE, 3 * PAGE)
-        return [(offset, content(offset, length)) for offset, length in parts]
+        there = ((offset, length, content(offset, min(length, source.size - offset))) for offset, length in parts)
+        return [(offset, data.ljust(length, b"\0")) for offset, length, data in there]
 
     with WrittenPages.create(16 * PAGE, PAGE) as written:
         written.note(PAGE, 4 * PAGE)
