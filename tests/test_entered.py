@@ -116,4 +116,4 @@ def watched_sync() -> None:
 def test_a_plain_prefetch_is_watched() -> None:
     """As by a coroutine."""
     _, errors = play(watched_sync)
-    assert errors.startswith("aiouffd: [0, 4096): 4.0 KiB of 4.0 KiB (100 %), ")
+    assert errors.startswith("aiouffd: [0, 4096): 4.0 KiB of 4.0 KiB (100 %)")

@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import aiouffd
 from aiouffd.store.resolve import as_source
+from examples.page_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -90,6 +91,22 @@ async def test_a_filesystem_of_coroutines(server: odd_http.Odd, opened: Any) -> 
     assert ranges == ["bytes=1000-1499"]
     await source.aclose()
     assert filesystem._session.closed
+
+
+@pytest.mark.parametrize("chain", ["simplecache", "dir"])
+async def test_a_filesystem_around_one_of_coroutines(opened: Any, tmp_path: Path, chain: str) -> None:
+    """Is read in threads: the coroutines belong to a loop of its own."""
+    (tmp_path / "data.bin").write_bytes(DATA)
+    with serving(tmp_path) as url:
+        if chain == "dir":
+            filesystem = fsspec.filesystem(chain, path=url, target_protocol="http")
+            source = opened(filesystem, "data.bin")
+        else:
+            options = {"cache_storage": str(tmp_path / "kept"), "target_protocol": "http"}
+            source = opened(fsspec.filesystem(chain, **options), f"{url}/data.bin")
+        assert await sized(source) == len(DATA)
+        assert await source.read(1000, 500) == DATA[1000:1500]
+        assert not source._here.result()[2]
 
 
 async def test_one_look_for_many_reads(server: odd_http.Odd, opened: Any) -> None:

@@ -40,7 +40,8 @@ def test_a_rate_is_that_of_the_last_seconds() -> None:
     [
         (Progress(4 * GIB, GIB, 128 << 20, 24.4), "1.0 GiB of 4.0 GiB (25 %), 128.0 MiB/s, 24 s left"),
         (Progress(1000, 0, 0.0, None), "0 bytes of 1000 bytes (0 %), 0 bytes/s"),
-        (Progress(0, 0, 0.0, 0.0), "0 bytes of 0 bytes (100 %), 0 bytes/s, 0 s left"),
+        (Progress(0, 0, 0.0, 0.0), "0 bytes of 0 bytes (100 %)"),
+        (Progress(GIB, GIB, 128 << 20, 0.0), "1.0 GiB of 1.0 GiB (100 %), 128.0 MiB/s"),
         (Progress(3 << 50, 1536, 0.0, None), "1.5 KiB of 3072.0 TiB (0 %), 0 bytes/s"),
     ],
 )
@@ -94,7 +95,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with shown(True, "weights") as show:
         show(Progress(1, 1, 1.0, 0.0))
-    assert plain.getvalue() == "aiouffd: weights: 1 bytes of 1 bytes (100 %), 1 bytes/s, 0 s left\n"
+    assert plain.getvalue() == "aiouffd: weights: 1 bytes of 1 bytes (100 %), 1 bytes/s\n"
 
 
 def test_a_function_is_told() -> None:

@@ -38,12 +38,12 @@ def test_it_ends_when_all_has_come() -> None:
     """And says so; until then it looks again and again."""
     region = aiouffd.Region(SIZE)
     seen: list[Progress] = []
-    watch = Watching(Held(region), seen.append, None)
+    watch = Watching(Held(region), seen.append, None, "x")
     assert (watch._total, watch._held()) == (SIZE, None)  # nobody keeps it: there is nothing to look at
     is_over()
     assert seen == []
     kept = Held(region)
-    Watching(kept, seen.append, None)
+    Watching(kept, seen.append, None, "x")
     eventually(lambda: len(seen) > 3, expected=True)
     assert {now.resident for now in seen} == {0}
     region[:] = bytes(SIZE)
@@ -57,7 +57,7 @@ def test_of_a_recording_its_pages_count() -> None:
     kept, seen = Held(region), list[Progress]()
     offsets = [16 * PAGE, 3 * PAGE, 2 * PAGE]
     trace = Trace(PAGE, SIZE, array("Q", offsets))
-    Watching(kept, seen.append, trace)
+    Watching(kept, seen.append, trace, "x")
     region[5 * PAGE] = region[3 * PAGE] = 1
     eventually(lambda: seen[-1].resident if seen else 0, PAGE)
     region[2 * PAGE] = region[16 * PAGE] = 1
@@ -70,7 +70,7 @@ def test_a_region_that_is_gone_or_closed_is_not_looked_at(how: str) -> None:
     """The thread ends."""
     region = aiouffd.Region(SIZE)
     kept, seen = Held(region), list[Progress]()
-    Watching(kept, seen.append, None)
+    Watching(kept, seen.append, None, "x")
     eventually(lambda: bool(seen), expected=True)
     if how == "closed":
         region.close()

@@ -392,7 +392,7 @@ class Monitor(Capturing):
         if self._progress:
             from aiouffd.monitor.watching import Watching  # noqa: PLC0415 - 2 ms, for few programs
 
-            self._watching = Watching(self._held, self._progress, service.trace)
+            self._watching = Watching(self._held, self._progress, service.trace, repr(self.origin))
 
     def _observed(self, service: Service) -> Callable[[dict[str, Any]], None] | None:
         """Tell who is installed, if somebody is; return what is called with each flight, if that is wanted."""

@@ -40,8 +40,9 @@ class Progress:
     def __str__(self) -> str:
         """For a line of a log."""
         share = 100 * self.resident // self.total if self.total else 100
-        left = "" if self.remaining is None else f", {self.remaining:.0f} s left"
-        return f"{size(self.resident)} of {size(self.total)} ({share} %), {size(self.rate)}/s{left}"
+        left = f", {self.remaining:.0f} s left" if self.remaining else ""
+        rate = f", {size(self.rate)}/s" if self.rate or self.remaining is None else ""  # of one look there is none
+        return f"{size(self.resident)} of {size(self.total)} ({share} %){rate}{left}"
 
 
 Show: TypeAlias = "bool | Callable[[Progress], object]"

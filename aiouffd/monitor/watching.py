@@ -30,9 +30,10 @@ class Watching:
         held: the region.
         show: as for `shown`.
         trace: what is brought; None: all.
+        source: what it is of, for people.
     """
 
-    def __init__(self, held: Held, show: Show, trace: Trace | None) -> None:
+    def __init__(self, held: Held, show: Show, trace: Trace | None, source: str) -> None:
         self._held = weakref.ref(held)
         self._show = show
         size = len(held.region)
@@ -40,7 +41,7 @@ class Watching:
         for offset, length in [(0, size)] if trace is None else [(at, trace.page_size) for at in trace.offsets]:
             self._expected.add(offset, min(offset + length, size))
         self._total = size - sum(gap.length for gap in self._expected.gaps(0, size))
-        self._what = repr(held) if trace is None else f"what was recorded of {held!r}"
+        self._what = source if trace is None else f"what was recorded of {source}"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aiouffd-progress", daemon=True)
         with contextlib.suppress(RuntimeError):  # no more threads: nobody looks

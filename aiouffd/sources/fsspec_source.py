@@ -190,8 +190,10 @@ class FsspecSource:
     def _settle(self, loop: asyncio.AbstractEventLoop) -> tuple[Any, str, bool]:
         """Return (filesystem, path, whether its reads run on the loop). It may connect, and so it runs in a thread."""
         filesystem, path = self._found()
-        given = (*filesystem.storage_args, *filesystem.storage_options.values())
-        if not filesystem.async_impl or any(hasattr(each, "async_impl") for each in given):  # one around another
+        # One around another says of itself what that is, and has it on a loop of its own.
+        options = filesystem.storage_options
+        around = any(hasattr(each, "async_impl") for each in (*filesystem.storage_args, *options.values()))
+        if around or any(name.endswith("_protocol") for name in options) or not filesystem.async_impl:
             return filesystem, path, False
         options = {**filesystem.storage_options, "asynchronous": True, "loop": loop, "skip_instance_cache": True}
         return type(filesystem)(*filesystem.storage_args, **options), path, True
