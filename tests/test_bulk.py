@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_world import BASE, LOCATED, PAGES, SIZE, Held, World, turns
@@ -145,6 +145,59 @@ async def test_a_fault_of_another_comes_between_two_parts(monkeypatch: pytest.Mo
     assert (found.pages_prefetch, found.bytes_fetched) == (PAGES - 4, (PAGES - 4) * PAGE)
     assert isinstance(world.backend, SourceBackend)
     assert not world.backend._precedence.brought
+
+
+@pytest.mark.parametrize(
+    ("ranges", "waits", "steps"),
+    [
+        ([(0, SIZE)], PAGES, [[2]] * (PAGES // 2)),
+        ([(0, SIZE)], 3, [[2], [2], [2], [PAGES - 6]]),
+        ([(page * PAGE, PAGE) for page in range(0, 18, 2)], 2, [[1, 1], [1, 1], [1] * 5]),
+    ],
+)
+async def test_a_step_begins_when_others_have_had_a_turn(
+    monkeypatch: pytest.MonkeyPatch, ranges: list[tuple[int, int]], waits: int, steps: list[list[int]]
+) -> None:
+    """As long as they wait, each second step is a short one, and the source is asked for no more than that."""
+    alone(monkeypatch)
+    world = World(0, located=True)
+    assert isinstance(world.backend, SourceBackend)
+    asked: list[list[int]] = [[]]
+    approach, turn = world.backend._approach, world.backend._precedence.turn
+    looks = 0
+
+    def approached(space: Space, offset: int, length: int, *others: Any) -> Any:
+        asked[-1].append(length // PAGE)
+        return approach(space, offset, length, *others)
+
+    def others_wait(_: Collection[Space]) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks <= waits
+
+    def turned() -> asyncio.Future[None]:
+        if asked[-1]:
+            asked.append([])
+        assert len(world.uffd.pages) == sum(map(sum, asked))  # nothing is left over a turn: the layout may change
+        return turn()
+
+    monkeypatch.setattr(world.backend, "_approach", approached)
+    monkeypatch.setattr(world.backend._precedence, "turn", turned)
+    world.space.others_wait = others_wait
+    await world.backend.bring(world.space, ranges, Counter.PAGES_PREFETCH)
+    assert [step for step in asked if step] == steps
+    assert len(world.uffd.pages) == sum(length for _, length in ranges) // PAGE
+
+
+async def test_all_comes_though_others_wait_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a source that is not local, whose bytes are at hand."""
+    alone(monkeypatch)
+    world = World(0, located=True)
+    assert isinstance(world.backend, SourceBackend)
+    world.backend._extents.local = False
+    world.space.others_wait = lambda _: True
+    await world.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
+    assert world.uffd.pages == world.model
 
 
 def test_what_others_wait_for_already_leaves_off_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,8 +316,8 @@ async def test_what_is_brought_ahead_comes_in_portions(
     monkeypatch: pytest.MonkeyPatch, length: int, starts: range, together: list[int]
 ) -> None:
     """Of so many runs, or of so many bytes: faults come in between."""
-    monkeypatch.setattr("aiouffd.engine.serve.source._MAX_RUNS_TOGETHER", 4)
-    monkeypatch.setattr("aiouffd.engine.serve.source._MAX_READ", 8 * PAGE)
+    monkeypatch.setattr("aiouffd.engine.serve.bulk._MAX_RUNS", 4)
+    monkeypatch.setattr("aiouffd.engine.serve.bulk.MAX_READ", 8 * PAGE)
     world = World(0, located=True)
     resolve, portions = world.space.resolve, list[int]()
 

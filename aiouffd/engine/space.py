@@ -143,7 +143,7 @@ class Space:
         self.file: CommonFile | None = file and file.enter(self)
         self.allowance = allowance
         self.mappings = mappings
-        self.page_size = page_size
+        self.page_size: int = page_size
         self.backend = backend
         self.counters = counters
         self.readahead = readahead

@@ -4,50 +4,108 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.runs import Op, merge
 from aiouffd.engine.statistics import Counter
-from aiouffd.engine.two_threads import SHORT_PART
+from aiouffd.engine.two_threads import SHORT_PART, two_threads
+from aiouffd.ranges import pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aiouffd.engine.runs import Run
+    from aiouffd.engine.serve.precedence import Precedence
     from aiouffd.engine.space import Space
 
-__all__ = ["Bulk", "place_at_hand", "resolve_bulk"]
+__all__ = ["MAX_READ", "Steps", "place_at_hand", "resolve_bulk"]
 
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
+MAX_READ: Final = 2 << 20
+"""Bytes: one COPY of this size takes 0.4 ms: the longest that the loop is kept."""
+_MAX_RUNS: Final = 64  # of a step
+_MAX_BEGUN: Final = 8  # reads of a step
 _COPIES = int(Counter.COPIES)
 
 
-class Bulk:
-    """What one call brings ahead of faults: what is still to be asked for, and runs that are placed together.
+class Steps:
+    """Divides what is brought ahead into steps, between which the loop gets a turn.
+
+    A step begins a turn later where others wait. After that turn something comes, though they wait still: of a local
+    source a part, and it is asked for no more than that.
 
     Args:
-        space: where to.
-        pieces: (offset, length, whether it is the last of its range).
+        space: for which it is brought.
+        ranges: (offset, length) of whole pages.
+        precedence: tells whether others wait.
+        local: bytes may be had without waiting.
 
     Attributes:
-        todo: the pieces.
-        runs: of what is in memory.
-        size: bytes that were asked for since runs were placed last, or what counts as so many.
+        runs: that are placed when the step ends.
     """
 
-    def __init__(self, space: Space, pieces: Iterable[tuple[int, int, bool]]) -> None:
-        self._space = space
-        self.todo: deque[tuple[int, int, bool]] = deque(pieces)
+    def __init__(self, space: Space, ranges: Iterable[tuple[int, int]], precedence: Precedence, *, local: bool) -> None:
         self.runs: list[Run] = []
-        self.size: int = 0
-        self._lets = False
+        self._space, self._local = space, local
+        self._others_wait = partial(precedence.others_wait, space)
+        self._left = deque(_pieces(ranges, space.page_size))
+        self._size = 0
+        self._insists = False  # others had a turn just now
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def wait(self) -> bool:
+        """Tell whether the next step has to begin a turn later."""
+        if self._size or not self._others_wait():
+            return False
+        self._insists = True
+        return True
+
+    def take(self) -> tuple[int, int, bool]:
+        """Return offset and length of the next piece, and whether it is its range's last."""
+        offset, length, is_last = self._left.popleft()
+        most = max(SHORT_PART, self._space.page_size)
+        if self._is_short and length > most:
+            self._left.appendleft((offset + most, length - most, is_last))
+            return offset, most, False
+        return offset, length, is_last
+
+    def count(self, length: int, *, begun: bool) -> None:
+        """Take note of a piece that belongs to this step; `begun`: a read for it."""
+        self._size += MAX_READ // _MAX_BEGUN if begun else length
+
+    @property
+    def _is_short(self) -> bool:
+        return self._local and self._insists
+
+    def end(self) -> bool:
+        """Place what belongs to this step if it is large enough, or the last; tell whether it was.
+
+        What is left off for others comes in the next one.
+        """
+        most = SHORT_PART if self._is_short else MAX_READ * two_threads.count
+        if self._left and len(self.runs) < _MAX_RUNS and self._size < most:
+            return False
+        self.place((lambda: None) if self._is_short else self._others_wait)
+        return True
 
     def place(self, others_wait: Callable[[], bool | None] = lambda: None) -> None:
-        """Place the runs. What is left off for others is to be asked for again."""
-        self._lets = not self._lets  # so that something comes in each second step
-        left_off = resolve_bulk(self._space, self.runs, others_wait, lets=self._lets)
-        self.todo.extendleft((*part, False) for part in left_off[::-1])
-        self.runs, self.size = [], 0
+        """Place what belongs to this step."""
+        left = resolve_bulk(self._space, self.runs, others_wait, lets=not self._insists)
+        self._left.extendleft((*part, False) for part in left[::-1])
+        self.runs, self._size, self._insists = [], 0, False
+
+
+def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut the (offset, length) ranges that are larger than what is read at once; tell which piece is a range's last."""
+    for offset, length in ranges:
+        if length <= MAX_READ:
+            yield offset, length, True
+        else:
+            for at, size in pieces(offset, offset + length, page, MAX_READ):
+                yield at, size, at + size >= offset + length
 
 
 def resolve_bulk(

@@ -14,7 +14,7 @@ from aiouffd.engine.flight import Flight, end_of, spawn, tasks_of
 from aiouffd.engine.landing import OnLanded, untold
 from aiouffd.engine.plain import serve_together
 from aiouffd.engine.runs import FOR_FAULT, Op, Purpose, Run
-from aiouffd.engine.serve.bulk import Bulk
+from aiouffd.engine.serve.bulk import MAX_READ, Steps
 from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
@@ -22,9 +22,7 @@ from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
-from aiouffd.engine.two_threads import two_threads
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
-from aiouffd.ranges import pieces
 from aiouffd.sources import steps
 
 if TYPE_CHECKING:
@@ -45,10 +43,7 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _SEQUENTIAL = int(Counter.SEQUENTIAL)
-_MAX_RUNS_TOGETHER = 64  # that are brought ahead, before the loop gets a turn
-_BEGUN_TOGETHER = 8  # reads, before the loop gets a turn
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
-_MAX_READ = 2 << 20  # one COPY of this size takes 0.4 ms: the longest that the loop is kept
 
 
 class SourceBackend:
@@ -94,7 +89,7 @@ class SourceBackend:
         self.data: Callable[[int, int], Iterator[tuple[int, int]]] = self._extents.data
         self._expect: Callable[[int, int], None] | None = getattr(source, "expect", None)
         self._may_be_plain = self._extents.may_be_plain
-        self._max_read = min(_MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
+        self._max_read = min(MAX_READ, limits.bytes_in_flight // 4)  # so that the bound on bytes can hold
         self._pace = Pace(limits.concurrent_reads * 3 // 4)  # the others are for threads that wait
         self._reach = 0 if self._extents.local else limits.bytes_in_flight // 4
         self._tasks: set[asyncio.Task[None]] = set()
@@ -374,28 +369,28 @@ class SourceBackend:
         """Bring what is missing of some ranges and is not on its way already."""
         errors: list[UffdError] = []
         purpose = Purpose(cause, errors)
-        bulk, pending = Bulk(space, _pieces(ranges, space.page_size)), set[asyncio.Task[None]]()
+        todo, pending = Steps(space, ranges, self._precedence, local=self.local), set[asyncio.Task[None]]()
         # Not undone by canceling: threads may have joined what is under way.
         try:
-            while bulk.todo:
-                offset, length, is_last = bulk.todo.popleft()
+            while todo:
+                if todo.wait():
+                    await self._precedence.turn()
+                offset, length, is_last = todo.take()
                 # Who waits for these has one read under way, however slow those of others are.
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
-                    bulk.place()
+                    todo.place()
                     await self._pace.room()
-                begun = self._approach(space, offset, length, bulk.runs, purpose)
+                begun = self._approach(space, offset, length, todo.runs, purpose)
                 self._pursue(begun, pending)
-                bulk.size += _MAX_READ // _BEGUN_TOGETHER if begun else length
+                todo.count(length, begun=bool(begun))
                 if (errors and is_last) or space.is_gone or space.closing:
                     break
-                many = len(bulk.runs) >= _MAX_RUNS_TOGETHER or bulk.size >= _MAX_READ * two_threads.count
-                if many or not bulk.todo:
-                    bulk.place(partial(self._precedence.others_wait, space))
+                if todo.end():
                     await self._precedence.turn()
-                    if bulk.todo:
+                    if todo:
                         await allowed(space)
         finally:
-            bulk.place()  # however this ends: it counts as present
+            todo.place()  # however this ends: it counts as present
         while pending:
             await asyncio.wait(pending)
         if not errors:
@@ -464,13 +459,3 @@ def _refused(name: str, run: Run, number: int) -> SourceError:
     if number == errno.EFAULT:
         return ShortReadError(name, run.offset, run.left, "its bytes are there no longer: was the file truncated?")
     return SourceError(name, run.offset, run.left, f"{run!r}: {errno.errorcode.get(number)}")
-
-
-def _pieces(ranges: Iterable[tuple[int, int]], page: int) -> Iterator[tuple[int, int, bool]]:
-    """Cut the (offset, length) ranges that are larger than what is read at once; tell which piece is a range's last."""
-    for offset, length in ranges:
-        if length <= _MAX_READ:
-            yield offset, length, True
-        else:
-            for at, size in pieces(offset, offset + length, page, _MAX_READ):
-                yield at, size, at + size >= offset + length
