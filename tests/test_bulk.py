@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +261,33 @@ async def test_small_parts_are_placed_without_a_run_for_each() -> None:
     assert (found.pages_replay, found.bytes_shared, found.copies) == (6, 6 * PAGE, 4)
     assert world.space.readahead.missing(20 * PAGE, 22 * PAGE) == []
     assert world.space.readahead.missing(12 * PAGE, 14 * PAGE) == []
+    await world.backend.aclose()
+
+
+async def test_many_small_parts_are_placed_by_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of both is, and nobody is woken before both are done."""
+    monkeypatch.setattr(bulk, "_MANY", 2)
+    world, threads = World(0, located=True), set[int]()
+    plain = world.uffd.try_copies
+    both = threading.Barrier(2, timeout=10)
+
+    def noting(*copies: Any) -> int:
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            both.wait()
+        return plain(*copies)
+
+    monkeypatch.setattr(world.uffd, "try_copies", noting)
+    for page in (4, 14):
+        world.uffd.copy(BASE + page * PAGE, content(page * PAGE, PAGE))
+    wanted = parts(2, 4, 6, 8, 10, 12, 14, 16)
+    left = await asyncio.to_thread(place_at_hand, world.space, wanted, Counter.PAGES_REPLAY)
+    assert left == [(4 * PAGE, 2 * PAGE), (14 * PAGE, 2 * PAGE)]
+    assert len(threads) == 2
+    for page in (2, 6, 8, 10, 12, 16):
+        assert world.uffd.pages[BASE + page * PAGE] == content(page * PAGE, PAGE)
+    found = world.counters.snapshot()
+    assert (found.pages_replay, found.copies) == (12, 8)
     await world.backend.aclose()
 
 

@@ -405,6 +405,37 @@ async def test_a_bucket_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         assert server.requests[0][1]["authorization"].startswith("AWS4-HMAC-SHA256 Credential=key/")
 
 
+def test_something_else_is_done_until_the_size_is_there() -> None:
+    """Between the request and the answer; before, where obstore asks; not where nobody will answer."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                if done.wait(10):
+                    head = 'HTTP/1.1 206 x\r\nContent-Range: bytes 0-0/7\r\nContent-Length: 1\r\nETag: "a"\r\n\r\n'
+                    connection.sendall(head.encode() + b"x")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        source = aiouffd.ObjectSource(f"http://127.0.0.1:{server.getsockname()[1]}/x", timeout=20.0)
+        source.ask_size(done.set)
+        thread.join()
+    assert (source.size, source.validator, done.is_set()) == (7, '"a"', True)
+    calls: list[int] = []
+    source.ask_size(lambda: calls.append(source.size))
+    assert calls == [7]
+    with odd_http.serving() as odd:
+        source = aiouffd.ObjectSource(odd.url, **HEADERS)
+        source.ask_size(lambda: calls.append(len(odd.requests)))
+    assert (calls, source.size) == ([7, 0], len(odd_http.DATA))
+    with pytest.raises(aiouffd.SourceError):
+        aiouffd.ObjectSource(odd.url, retries=0).ask_size(lambda: calls.append(1))
+    assert calls == [7, 0]
+
+
 async def test_the_size_is_asked_for_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """By `prepare`: the first use of `size` blocks."""
     asked: list[int] = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from carried import made
 from pattern import PAGE
+from scenario import eventually
 
 import aiouffd
 from aiouffd.engine.serve.bounds import Limits
-from aiouffd.monitor.recording import Tracing
+from aiouffd.monitor.recording import Early, Tracing
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 SIZE = 16 * PAGE
 
@@ -47,6 +51,61 @@ def test_a_recording_of_another_source_is_refused(tmp_path: Path) -> None:
         Tracing(None, path, Limits()).service(aiouffd.ZeroSource(SIZE - PAGE), region)
     with pytest.raises(aiouffd.TraceError, match="its size is another"):
         Tracing(None, path, Limits()).service(aiouffd.BufferSource(bytes(SIZE - PAGE)), aiouffd.Region(SIZE - PAGE))
+
+
+def test_a_recording_is_read_early(tmp_path: Path) -> None:
+    """Before its source is known; its pages are read where they will be replayed. It stands for its path."""
+    path, source = made(tmp_path, list(range(20)))
+    expected: list[str] = []
+
+    def expect(file: int) -> Callable[[], None]:
+        expected.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        return lambda: expected.append("ended")
+
+    early = Early(path)
+    early.read(expect)
+    assert (str(early), os.fspath(early), expected) == (str(path), str(path), ["trace"])
+    tracing = Tracing(None, early, Limits())
+    trace = tracing.service(source, aiouffd.Region(source.size)).trace
+    assert trace is early.take()
+    assert trace.pages is not None
+    tracing.end(complete=True)
+    tracing.end(complete=True)
+    assert expected == ["trace", "ended"]
+    with pytest.raises(aiouffd.TraceError, match="another source"):
+        Tracing(None, early, Limits()).service(aiouffd.BufferSource(bytes(source.size)), aiouffd.Region(source.size))
+    late = Early(path)
+    assert late.take() == trace
+    late.close()
+    here = Early(path)
+    here.read(None)
+    pages = here.take().pages
+    assert pages is not None
+    units = pages.units
+    assert units is not None
+    eventually(lambda: list(units._read), [0])
+
+
+def test_what_is_wrong_with_a_recording_that_is_read_early(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is raised when the recording is wanted. Where no pager can read it, it is replayed all the same."""
+    path, _ = made(tmp_path, [1])
+
+    def fails(_: int) -> Callable[[], None]:
+        raise aiouffd.PagerStartError("no")
+
+    early = Early(path)
+    with caplog.at_level("DEBUG"):
+        early.read(fails)
+    assert "not read early: no" in caplog.text
+    assert list(early.take().offsets) == [PAGE]
+    missing, damaged = Early(tmp_path / "none"), Early(path)
+    missing.read(fails)
+    with pytest.raises(FileNotFoundError):
+        missing.take()
+    path.write_bytes(path.read_bytes()[:50])
+    damaged.read(lambda _: lambda: None)
+    with pytest.raises(aiouffd.TraceError, match="truncated"):
+        damaged.take()
 
 
 def test_either_the_one_or_the_other(tmp_path: Path) -> None:

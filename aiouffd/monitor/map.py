@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import _thread
 import logging
+import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
+from aiouffd.monitor.engines.pager import default
 from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor
 from aiouffd.sources.storage_options import check_options
 from aiouffd.store.resolve import as_source
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from typing_extensions import Buffer
@@ -219,17 +221,33 @@ def monitor_of(
     Raises:
         SourceError, TypeError, ValueError: as `open`.
     """
+    given = _with_replay(source, engine, options)
     if not source.size:
         raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
     bounded = options.get("max_resident") is not None or options.get("write_back", False)
     shared = bounded and not getattr(engine, "drops_private", False)
     region = kind(source.size, shared=shared)
-    monitor = Monitor(region, source, engine=engine, fork=fork, **options)  # type: ignore[arg-type]
+    monitor = Monitor(region, source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):
         travels = {name: value for name, value in options.items() if name not in _HERE_ONLY}
         monitor.region.reopens = _reopened, (source, source.size, engine, fork, travels)
     return monitor
+
+
+def _with_replay(
+    source: Source, engine: Pager | InThread | InProcess | None, options: AllOptions | MapOptions
+) -> AllOptions | MapOptions:
+    """Have a recording read while a server is asked for the size of a source; return the options with that."""
+    replay, ask = options.get("replay"), getattr(source, "ask_size", None)
+    ours = type(source).__module__.startswith("aiouffd.")  # others have a pager for themselves
+    if ask is None or not ours or not isinstance(replay, str | os.PathLike):
+        return options
+    from aiouffd.monitor.recording import Early  # noqa: PLC0415 - few programs have a recording
+
+    early = Early(replay)
+    ask(partial(early.read, getattr(engine or default, "expect", None)))
+    return {**options, "replay": early}
 
 
 def _reopened(source: Source, size: int, engine: Pager | InThread | None, fork: OnFork | None, options: Any) -> Region:

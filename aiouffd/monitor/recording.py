@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.pages import Recording, unkept, version_of
+from aiouffd.engine.ahead.pages import Recording, Units, unkept, version_of
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
 from aiouffd.engine.options import Service
 from aiouffd.errors import TraceError, UffdError
+from aiouffd.lifetime import until_exit
 from aiouffd.pager.client.packing import copied
 
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Callable
 
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.kernel.region import Region
 
-__all__ = ["Tracing"]
+__all__ = ["Early", "Tracing"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
+
+
+class Early:
+    """A recording that is read while a server is asked for the size of what is to be shown. It stands for its path.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._end: Callable[[], None] = _nothing
+        self._found: Trace | TraceError | OSError | None = None
+
+    def read(self, expect: Callable[[int], Callable[[], None]] | None) -> None:
+        """Read it. What is wrong with it is raised by `take`.
+
+        Args:
+            expect: called with a descriptor of the file by which its pages can be read elsewhere; it stays the
+                caller's. Returns what ends that. None: they will be replayed in this process.
+        """
+        try:
+            if expect is not None:
+                with open(self._path, "rb") as file:  # noqa: PTH123 - as `Trace.load`
+                    self._end = expect(file.fileno())
+        except (UffdError, OSError) as error:  # who enters the Monitor is told, if it goes on
+            log.debug("%s: its pages are not read early: %s", self._path, error)
+        try:
+            self._found = Trace.load(self._path)
+        except (TraceError, OSError) as error:
+            self._found = error
+            return
+        if expect is None and (pages := self._found.pages) is not None:
+            pages.units = units = Units(pages)
+            with contextlib.suppress(RuntimeError):  # no more threads: they are read when they are needed
+                threading.Thread(target=units.read_early, name="aiouffd-recording", daemon=True).start()
+
+    def take(self) -> Trace:
+        """Return the recording; raises as `Trace.load`."""
+        if self._found is None:
+            self._found = Trace.load(self._path)
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    def close(self) -> None:
+        """Expect it no longer."""
+        end, self._end = self._end, _nothing
+        end()
+
+    @until_exit
+    def __del__(self) -> None:
+        self.close()
+
+    def __fspath__(self) -> str:
+        return os.fspath(self._path)
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+
+def _nothing() -> None:
+    """End nothing."""
 
 
 class Tracing:
@@ -62,7 +129,8 @@ class Tracing:
             self._recorder = Recorder.create(self._record, page, size, source)
         trace = None
         if self._replay is not None:
-            trace = Trace.replayed(self._replay, page, origin, source)
+            known = self._replay.take() if isinstance(self._replay, Early) else Trace.load(self._replay)
+            trace = known.shown(self._replay, page, origin, source)
             # Where fingerprints cannot tell, the size can: of a file and a URL for example. A handler has none.
             if trace.source != source and trace.size not in (size, getattr(origin, "size", trace.size)):
                 raise TraceError(str(self._replay), "it was recorded from another source: its size is another")
@@ -71,7 +139,9 @@ class Tracing:
         return Service(origin, self._recorder, trace)
 
     def end(self, *, complete: bool) -> None:
-        """Record no more. Blocks."""
+        """Record no more, and expect no replay. Blocks."""
+        if isinstance(self._replay, Early):
+            self._replay.close()
         recorder, self._recorder = self._recorder, None
         source, self._copy = self._copy, None
         if recorder is None:

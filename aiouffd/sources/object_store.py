@@ -128,6 +128,13 @@ class ObjectSource:
         assert self._pinned.size is not None
         return self._pinned.size
 
+    def ask_size(self, meanwhile: Callable[[], None]) -> None:
+        """As `size`, and call a function, while an answer is on its way if that can be; not where none will come."""
+        if self._pinned is not None or not self._may_go_direct():
+            meanwhile()
+        if self._pinned is None:
+            self._pinned = self._first(meanwhile)
+
     @property
     def identity(self) -> tuple[Any, ...] | None:
         """What only the same bytes have; None: the server does not say, or was not asked yet."""
@@ -287,19 +294,19 @@ class ObjectSource:
                 time.sleep(self._pause(tries))
                 tries += 1
 
-    def _first(self) -> Validator:
+    def _first(self, meanwhile: Callable[[], None] = lambda: None) -> Validator:
         """Ask for the first page: the answer has the size and the validators. Blocks."""
-        found = self._look_directly() or self.ask(self._look)
+        found = self._look_directly(meanwhile) or self.ask(self._look)
         if found.size and not found.names_version:
             repeated.warn(self, "has no ETag and no Last-Modified: changes that keep the size may not be noticed")
         return found
 
-    def _look_directly(self) -> Validator | None:
+    def _look_directly(self, meanwhile: Callable[[], None]) -> Validator | None:
         """Ask without obstore, where that can do; None: obstore knows better what to make of the answer."""
         if not self._may_go_direct():
             return None
         try:
-            answer = first_bytes(self.url, _WITNESS, self._seconds)
+            answer = first_bytes(self.url, _WITNESS, self._seconds, meanwhile)
         except RequestError as error:
             if error.failure.timed_out:
                 raise self._error(error.failure, 0, 0) from error

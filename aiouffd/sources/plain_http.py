@@ -22,7 +22,7 @@ from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError
 from aiouffd.sources.store_settings import user_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["PlainHttp", "first_bytes"]
 
@@ -34,7 +34,7 @@ _HEADERS = {"User-Agent": "aiouffd", "Accept-Encoding": "identity"}
 _SENSITIVE = frozenset(("authorization", "cookie", "proxy-authorization"))
 
 
-def first_bytes(url: str, count: int, timeout: float) -> Answer:
+def first_bytes(url: str, count: int, timeout: float, meanwhile: Callable[[], None] = lambda: None) -> Answer:
     """Return the first bytes of an object behind an http URL, which is sent as it is; blocks.
 
     To make a client of obstore takes 10 ms, which looks for certificates: half of what it takes to open a near URL.
@@ -43,6 +43,7 @@ def first_bytes(url: str, count: int, timeout: float) -> Answer:
         url: without a user.
         count: how many, at most.
         timeout: seconds without a byte.
+        meanwhile: called before the answer is waited for.
 
     Raises:
         RequestError: the answer is not that, a redirect for example; or there is none in time.
@@ -56,6 +57,7 @@ def first_bytes(url: str, count: int, timeout: float) -> Answer:
         connection.sock.settimeout(timeout)
         try:
             connection.request("GET", target, headers={**_HEADERS, "Range": f"bytes=0-{count - 1}"})
+            meanwhile()
             return _answer(connection.getresponse(), 0, count)
         except TimeoutError as error:
             raise RequestError(from_exception(error, lambda: None)) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import mmap
 import os
 import random
@@ -12,13 +14,17 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from odd_http import DATA, serving
 from pattern import PAGE, Gated, Pattern, Slow, content, peek
 from scenario import eventually, play
 
 import aiouffd
 from aiouffd.engine.ahead.trace import Recorder
+from aiouffd.pager.client import shared
+from aiouffd.pager.client.client import PagerClient
 
 SIZE = 2048 * PAGE
 
@@ -124,6 +130,64 @@ def bytes_are_replayed(directory: str, engine: str) -> None:
 def test_bytes_that_a_recording_carries_are_replayed(engine: str, tmp_path: Path) -> None:
     """They are the source's, and are not asked of it again while it has the same version."""
     play(bytes_are_replayed, str(tmp_path), engine)
+
+
+def replayed_from_url(directory: str, url: str, engine: str) -> None:
+    """Scenario: a replay of the same object, in a pager that runs or does not yet, and of one that has changed."""
+    choice = {"shared": None, "pager": aiouffd.Pager(), "in_thread": aiouffd.InThread()}[engine]
+    path, pages = Path(directory) / "trace", [40, 3, 17, 18, 30]
+    recording = aiouffd.Recording(path, pages=True)
+    with aiouffd.open(url, record=recording, readahead=0, engine=choice) as region:
+        for page in pages:
+            assert region[page * PAGE : page * PAGE + 9] == DATA[page * PAGE :][:9]
+    asked = mock.patch.object(PagerClient, "expect", autospec=True, side_effect=PagerClient.expect)
+    for kept in (False, True):
+        with (
+            asked as expected,
+            aiouffd.open(url, engine=choice) if kept else contextlib.nullcontext(),
+            aiouffd.open(url, replay=path, readahead=0, engine=choice) as region,
+        ):
+            monitor = region.monitor
+            eventually(partial(replayed, monitor, len(pages) - 1), expected=True)
+            for page in pages:
+                assert region[page * PAGE : (page + 1) * PAGE] == DATA[page * PAGE :][:PAGE]
+            found = monitor.statistics()
+            assert (found.bytes_fetched, found.faults, found.pages_replay) == (0, 0, len(pages))
+            assert expected.call_count == (engine != "in_thread")
+    with pytest.raises(FileNotFoundError), aiouffd.open(url, replay=path.with_name("none"), engine=choice):
+        pass
+    with (
+        pytest.raises(aiouffd.SourceError),
+        aiouffd.open("http://127.0.0.1:1/x", retries=0, replay=path, engine=choice),
+    ):
+        pass
+    with pytest.raises(ValueError, match="either record"), aiouffd.open(url, replay=path, record=path, engine=choice):
+        pass
+    Path(directory, "change").touch()
+    eventually(Path(directory, "changed").exists, expected=True)
+    with pytest.raises(aiouffd.TraceError, match="another source"), aiouffd.open(url, replay=path, engine=choice):
+        pass
+    del region, monitor
+    gc.collect()
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert [link for link in links if link.is_relative_to(directory)] == []
+    assert [client for pagers in list(shared._all) for client in pagers.used] == []
+
+
+@pytest.mark.parametrize("engine", ["shared", "pager", "in_thread"])
+def test_a_recording_is_read_while_a_server_is_asked_for_the_size(engine: str, tmp_path: Path) -> None:
+    """Its pages are replayed, of the same version only; nothing stays open, whatever comes of it."""
+    with serving() as odd:
+
+        def change() -> None:
+            eventually(Path(tmp_path, "change").exists, expected=True, seconds=60)
+            odd.change()
+            Path(tmp_path, "changed").touch()
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        play(replayed_from_url, str(tmp_path), odd.url, engine)
+        changing.join()
 
 
 def recorded_with_readahead(directory: str) -> None:

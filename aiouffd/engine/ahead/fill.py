@@ -38,7 +38,7 @@ _HURRY = 2 << 20  # the same where a caller waits for all of it
 _FAR = 8 << 20  # and if it must be waited for
 _ASKED = 2 << 20  # what a caller asks for is known to be there in pieces of this size
 _SAVED = 64 << 20  # bytes between two reports of progress, from which a successor goes on
-_TOGETHER = 64  # small parts whose bytes are in memory, before the loop gets a turn
+_TOGETHER = 128  # small parts whose bytes are in memory, before the loop gets a turn
 _QUIET = 0.002  # seconds without a fault, before the background fill goes on
 _PATIENCE = 0.05  # seconds that it waits for that at most
 _SMALL = 1 << 20  # a mapping that is brought before larger ones
@@ -107,7 +107,7 @@ async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPag
     loop, units = asyncio.get_running_loop(), pages.begin()
 
     def reading(number: int) -> asyncio.Future[Unit | None] | None:
-        return None if units.is_read(number) else loop.run_in_executor(None, units.read, number)
+        return None if units.read_nowait(number) else loop.run_in_executor(None, units.read, number)
 
     under_way = reading(0)
     try:

@@ -290,8 +290,9 @@ class RecordedPages(OwnedDescriptor):
 
     def begin(self) -> Units:
         """Return what reads them for a replay."""
-        units, self.units = self.units, None
-        return units or Units(self)
+        units, self.units = self.units or Units(self), None
+        units.is_wanted = True
+        return units
 
     def refusal(self, source: Any) -> str:
         """Say why none of them may be shown where a source is served; "": they may. May block."""
@@ -305,15 +306,32 @@ class RecordedPages(OwnedDescriptor):
 
     def load(self, number: int) -> Unit | None:
         """Read a unit; None: it is damaged. Blocks."""
+        with contextlib.suppress(OSError):
+            return self._load(number, 0)
+        return None
+
+    def load_nowait(self, number: int) -> Unit | None:
+        """As `load`, without waiting for a disk.
+
+        Raises:
+            BlockingIOError: that cannot be had, or to hash a unit takes long.
+            OSError: it cannot be read at all.
+        """
+        if self._kind != _XXH3 or self.page_size > _UNIT:
+            raise BlockingIOError
+        return self._load(number, os.RWF_NOWAIT)
+
+    def _load(self, number: int, flags: int) -> Unit | None:
         offsets = self.offsets[number * self.together : (number + 1) * self.together]
         data = bytearray(len(offsets) * self.page_size)
         place, digest = self._begin + number * self.together * self.page_size, _hash(self._kind)
         assert digest is not None  # it was there when the file was opened, by a process of the same installation
-        with contextlib.suppress(OSError):
-            there = os.preadv(self._fd, [data], place) == len(data)
-            if there and digest(data) == self._hashes[number * _HASH : (number + 1) * _HASH]:
-                return Unit(data, offsets, self.page_size, self._size)
-        return None
+        there = os.preadv(self._fd, [data], place, flags)
+        if there < len(data) and flags:
+            raise BlockingIOError
+        if there < len(data) or digest(data) != self._hashes[number * _HASH : (number + 1) * _HASH]:
+            return None
+        return Unit(data, offsets, self.page_size, self._size)
 
 
 class Units:
@@ -321,6 +339,9 @@ class Units:
 
     Args:
         pages: the bytes. They stay open as long as this.
+
+    Attributes:
+        is_wanted: the replay has begun.
     """
 
     def __init__(self, pages: RecordedPages) -> None:
@@ -328,21 +349,32 @@ class Units:
         self._lock = threading.Lock()
         self._read: dict[int, Unit | None] = {}
         self._next = 0  # those before it are not wanted any more
+        self.is_wanted: bool = False
 
     def read_early(self) -> None:
-        """Read the first ones. Blocks."""
+        """Read the first ones, until they are wanted: then it is the replay's to read the next. Blocks."""
         for number in range(min(len(self._pages), max(_EARLY // _unit_of(self._pages.page_size), 1))):
+            if self.is_wanted:
+                return
             self.read(number)
 
     def read(self, number: int) -> Unit | None:
-        """Return a unit; None: it is damaged, or not wanted any more. Blocks."""
+        """Return a unit; None: it is damaged, or not wanted any more. Blocks where it is not read yet."""
+        if number in self._read:  # another thread has the lock as long as it reads
+            return self._read[number]
         with self._lock:
             if number not in self._read and number >= self._next:
                 self._read[number] = self._pages.load(number)
             return self._read.get(number)
 
-    def is_read(self, number: int) -> bool:
-        """Tell whether `read` does not block."""
+    def read_nowait(self, number: int) -> bool:
+        """Tell whether `read` does not block any more."""
+        if number not in self._read and self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError):
+                    self._read[number] = self._pages.load_nowait(number)
+            finally:
+                self._lock.release()
         return number in self._read
 
     def drop(self, number: int) -> None:

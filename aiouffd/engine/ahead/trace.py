@@ -164,10 +164,7 @@ class Trace:
             raise TraceError(name, f"it announces {count} pages and holds {len(body) / 8:g}: truncated?")
         if zlib.crc32(body) != checksum:
             raise TraceError(name, "its checksum is wrong: it is damaged")
-        if page_size is not None and page != page_size:
-            raise TraceError(name, f"it was recorded with pages of {page} bytes, not {page_size}")
-        if differ(recorded, source):
-            raise TraceError(name, "it was recorded from another source, or from another version of it")
+        _check(name, page, recorded, page_size, source)
         # The marks are in the lowest byte, in which no offset of a page has anything.
         plain, low = bytearray(body), bytes(body[::8])
         plain[::8] = bytes(count)
@@ -201,12 +198,16 @@ class Trace:
         Raises:
             TraceError, OSError: as `load`.
         """
-        trace = cls.load(path, page_size, source=source)
-        reason = "" if trace.pages is None else trace.pages.refusal(origin)
+        return cls.load(path, page_size, source=source).shown(path, page_size, origin, source)
+
+    def shown(self, path: str | os.PathLike[str], page_size: int, origin: Any, source: bytes) -> Self:
+        """Return as much of it as may be shown; as `replayed`, where it was loaded before its source was known."""
+        _check(str(path), self.page_size, self.source, page_size, source)
+        reason = "" if self.pages is None else self.pages.refusal(origin)
         if not reason:
-            return trace
+            return self
         log.warning("%s: the pages come from the source: the bytes that it carries are not used: %s", path, reason)
-        return attrs.evolve(trace, pages=None)
+        return attrs.evolve(self, pages=None)
 
     def encode(self) -> bytes:
         """Return the content of a file without bytes of pages."""
@@ -408,6 +409,14 @@ class Recorder(OwnedDescriptor):
         assert self._path is not None
         part_of(self._path).unlink(missing_ok=True)
         self.close()
+
+
+def _check(name: str, page: int, recorded: bytes, page_size: int | None, source: bytes) -> None:
+    """Raise TraceError for a recording of other pages, or of another source."""
+    if page_size is not None and page != page_size:
+        raise TraceError(name, f"it was recorded with pages of {page} bytes, not {page_size}")
+    if differ(recorded, source):
+        raise TraceError(name, "it was recorded from another source, or from another version of it")
 
 
 def begin(final: Path, mode: int = 0o666) -> int:

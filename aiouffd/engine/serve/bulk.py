@@ -26,6 +26,7 @@ MAX_READ: Final = 2 << 20
 """Bytes: one COPY of this size takes 0.4 ms: the longest that the loop is kept."""
 _MAX_RUNS: Final = 64  # of a step
 _MAX_BEGUN: Final = 8  # reads of a step
+_MANY: Final = 16  # parts of several pages or of one, for which another thread is asked: 50 us and more
 _COPIES = int(Counter.COPIES)
 
 
@@ -182,14 +183,12 @@ def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Co
     shown = space.mappings.addresses(low, high) if _is_simple(space) and not (space.is_gone or space.closing) else []
     if len(shown) != 1 or shown[0].offset != low or shown[0].end - shown[0].start != high - low:
         return [(offset, length) for offset, length, _ in parts]
-    skew, left = shown[0].start - low, list[tuple[int, int]]()
-    came, at = list[tuple[int, int, int]](), 0
-    while at < len(parts):
-        copies = array("Q", [word for offset, length, source in parts[at:] for word in (offset + skew, source, length)])
-        count = space.uffd.try_copies(copies, space.resolver.mode)
-        came += parts[at : at + count]
-        left += [(offset, length) for offset, length, _ in parts[at + count :][:1]]
-        at += count + 1
+    skew, half = shown[0].start - low, (len(parts) + 1) // 2
+    finish = two_threads.beside(partial(_copy_parts, space, parts[half:], skew)) if half >= _MANY else None
+    came, left = _copy_parts(space, parts if finish is None else parts[:half], skew)
+    if finish is not None:
+        others, others_left = finish()
+        came, left = came + others, left + others_left
     for offset, length, _ in came:
         space.readahead.brought(offset, length)
     words, size = space.counters.words, sum(length for _, length, _ in came)
@@ -199,6 +198,20 @@ def place_at_hand(space: Space, parts: Sequence[tuple[int, int, int]], cause: Co
     if came:
         space.wake(sorted([(offset + skew, offset + skew + length) for offset, length, _ in came]), each=False)
     return left
+
+
+def _copy_parts(
+    space: Space, parts: Sequence[tuple[int, int, int]], skew: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+    """COPY parts, in any thread; return those that came, and (offset, length) of the others."""
+    came, left, at = list[tuple[int, int, int]](), list[tuple[int, int]](), 0
+    while at < len(parts):
+        copies = array("Q", [word for offset, length, source in parts[at:] for word in (offset + skew, source, length)])
+        count = space.uffd.try_copies(copies, space.resolver.mode)
+        came += parts[at : at + count]
+        left += [(offset, length) for offset, length, _ in parts[at + count :][:1]]
+        at += count + 1
+    return came, left
 
 
 def _is_simple(space: Space) -> bool:

@@ -13,7 +13,7 @@ from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import ProcessMemory
-from aiouffd.kernel.owned_descriptor import name_of
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor, name_of
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
@@ -100,9 +100,22 @@ class Pager:
         """Return an engine."""
         return PagerEngine(self)
 
-    def pagers_for(self, _pack: Pack) -> Pagers:
-        """Return the pagers, of which one serves."""
+    def pagers_for(self, _pack: Pack | None) -> Pagers:
+        """Return the pagers, of which one serves; None: a source of ours."""
         return self._pagers
+
+    def expect(self, file: int) -> Callable[[], None]:
+        """Have a pager run, and read the pages of a recording, which it will replay soon; return what ends that.
+
+        Raises:
+            PagerStartError: it did not start.
+        """
+        pagers = self.pagers_for(None)
+        client = pagers.take()
+        with contextlib.ExitStack() as undo:
+            undo.callback(pagers.give_back, client)
+            client.expect(OwnedDescriptor(os.dup(file)))
+            return undo.pop_all().close
 
     def __reduce__(self) -> tuple[type[Pager], tuple[int, float | None, float]]:
         return type(self), (self.spin_us, self.stuck_limit, self.linger)
@@ -129,9 +142,9 @@ class Pager:
 class _Default(Pager):
     """What serves where no engine was chosen."""
 
-    def pagers_for(self, pack: Pack) -> Pagers:
+    def pagers_for(self, pack: Pack | None) -> Pagers:
         """Return the pager that this process shares, or another where code of the application's own is to run."""
-        return Pagers(Pickles.ONCE) if pack.is_pickle else _shared
+        return Pagers(Pickles.ONCE) if pack is not None and pack.is_pickle else _shared
 
     def __repr__(self) -> str:
         return "Pager()"

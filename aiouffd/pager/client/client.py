@@ -170,6 +170,10 @@ class PagerClient:
         """Have a source made ready that will serve a tenant soon, so that the tenant need not wait for that."""
         return self._requests("prepare", pack.fds, token=None, service=pack.record)
 
+    def expect(self, file: OwnedDescriptor) -> None:
+        """Have the pages of a recording read, which a tenant will have replayed; the descriptor is taken."""
+        self._requests("expect", [file.fileno()], token=None).add_done_callback(lambda _: file.close())
+
     def forget(self, tenant: Tenant) -> None:
         """Be done with a tenant that is served no longer: its descriptor may be closed."""
         with self._requests.lock:
