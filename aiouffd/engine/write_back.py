@@ -26,6 +26,7 @@ from aiouffd.engine.mappings import ZEROS
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, LayoutChangingError, UffdError, WriteBackError, read_failure
+from aiouffd.kernel.memory import zero_blocks
 from aiouffd.ranges import align_down, align_up, batched, pieces
 from aiouffd.sources.daemon_threads import DaemonThreads
 
@@ -224,7 +225,8 @@ class WriteBack:
         A page that has anything but zeros there stays written, as if it had been written again: only memory has them.
         """
         size, last = self._source.size, align_down(self._source.size, self._page)
-        if any(any(data[size - offset :]) for offset, data in parts):
+        behind = (memoryview(data)[size - offset :] for offset, data in parts)
+        if any(len(tail) and not zero_blocks(tail, self._page) for tail in behind):
             self._bound.written.end(last, last + self._page, saved=False)
         return [(offset, data[: size - offset]) for offset, data in parts]
 
