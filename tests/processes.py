@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import signal
 import time
@@ -153,3 +154,14 @@ def command_line(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""
+
+
+def slice_of(thread: int) -> int | None:
+    """Return for how many nanoseconds a thread wants to run at once; None: the kernel does not tell, or is too old."""
+    try:
+        lines = Path(f"/proc/{thread}/sched").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    found = [int(line.split()[-1]) for line in lines if line.startswith("se.slice")]
+    release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    return found[0] if found and release >= (6, 12) else None

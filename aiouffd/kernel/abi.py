@@ -33,13 +33,14 @@ USERFAULTFD_IOC_NEW: Final = 0xAA00
 PAGEMAP_SCAN: Final = 0xC0606610
 
 
-def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
-    """Return the numbers of userfaultfd(2) and mlock2(2) on an architecture, as uname(2) names it.
+def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int, int]:
+    """Return the numbers of userfaultfd(2), mlock2(2) and sched_setattr(2) on an architecture, as uname(2) names it.
 
     Raises:
         ImportError: this package does not know its numbers.
     """
-    numbers = {"x86_64": (323, 325), "aarch64": (282, 284), "riscv64": (282, 284), "loongarch64": (282, 284)}
+    generic = (282, 284, 274)
+    numbers = {"x86_64": (323, 325, 314), "aarch64": generic, "riscv64": generic, "loongarch64": generic}
     if machine not in numbers or pointer_bits != 64:
         raise ImportError(
             f"aiouffd does not know the system calls and ioctls of {machine} in a {pointer_bits}-bit process;"
@@ -48,7 +49,9 @@ def system_calls(machine: str, *, pointer_bits: int) -> tuple[int, int]:
     return numbers[machine]
 
 
-SYS_USERFAULTFD, SYS_MLOCK2 = system_calls(os.uname().machine, pointer_bits=64 if sys.maxsize > 2**32 else 32)
+SYS_USERFAULTFD, SYS_MLOCK2, SYS_SCHED_SETATTR = system_calls(
+    os.uname().machine, pointer_bits=64 if sys.maxsize > 2**32 else 32
+)
 SYS_OPENAT2: Final = 437  # as all that are newer than Linux 5.1, on each architecture
 
 UFFD_USER_MODE_ONLY: Final = 1

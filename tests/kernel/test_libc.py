@@ -9,10 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 from pattern import PAGE
+from processes import slice_of
 from scenario import play
 
 from aiouffd.kernel import abi, libc
@@ -182,3 +184,30 @@ def allocate_while_signals_come() -> None:
 def test_a_signal_does_not_keep_huge_pages_from_being_allocated() -> None:
     """The page that a thread waits for would be taken for one that cannot be had: a supervisor's SIGTERM is enough."""
     play(allocate_while_signals_come, deadline=30)
+
+
+def slices() -> None:
+    """Scenario: policy and nice value stay as they are; threads that are started later have the same."""
+    os.nice(3)
+    before = slice_of(threading.get_native_id())
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    libc.ask_for_short_slices()
+    assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    assert slice_of(threading.get_native_id()) == before
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    libc.ask_for_short_slices()
+    assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)) == (os.SCHED_OTHER, 3)
+    seen = list[int | None]()
+    thread = threading.Thread(target=lambda: seen.append(slice_of(threading.get_native_id())))
+    thread.start()
+    thread.join()
+    assert [slice_of(threading.get_native_id()), *seen] == [100_000] * 2
+
+
+def test_a_thread_asks_for_short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel refuses them, nothing is raised."""
+    if slice_of(os.getpid()) is None:
+        pytest.skip("the kernel tells nothing of slices, or they cannot be chosen (before Linux 6.12)")
+    monkeypatch.setattr(abi, "SYS_SCHED_SETATTR", 100_000)  # ENOSYS
+    libc.ask_for_short_slices()
+    play(slices)

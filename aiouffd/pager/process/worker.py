@@ -68,6 +68,7 @@ def run(
     """
     journal.workers += 1
     libc.keep_freed_memory(_KEPT)
+    libc.ask_for_short_slices()  # threads wait for this process, and it seldom works for long
     gc.freeze()  # what the keeper made lives as long as the worker does
     if journal.provisional:  # until `go`: all that is opened stays, and threads wait for that
         gc.disable()
