@@ -60,6 +60,25 @@ def shown(mapping: Mapping | None, address: int) -> int | None:
     return mapping.offset if mapping.offset == ZEROS else mapping.offset + address - mapping.start
 
 
+def test_shared_memory_stays_until_it_is_unmapped() -> None:
+    """Its old place shows the same, unless UNMAP comes: then what others have moved there meanwhile is left."""
+    mappings = Mappings([Mapping(0, 4, 0), Mapping(10, 12, 20)])
+    mappings.remap(0, 30, 4, shared=True)
+    assert list(mappings) == [Mapping(0, 4, 0), Mapping(10, 12, 20), Mapping(30, 34, 0)]
+    mappings.remap(10, 1, 2, shared=True)
+    mappings.unmapped(0, 4)
+    mappings.unmapped(10, 12)
+    assert list(mappings) == [Mapping(1, 3, 20), Mapping(30, 34, 0)]
+    mappings.remap(1, 50, 2, shared=True)
+    mappings.remap(50, 1, 2, shared=True)  # back, before UNMAP has come
+    mappings.unmapped(1, 3)
+    mappings.unmapped(50, 52)
+    assert list(mappings) == [Mapping(1, 3, 20), Mapping(30, 34, 0)]
+    mappings.remap(30, 40, 4, shared=True)
+    mappings.unmapped(31, 33)  # it has stayed, and a part of it goes
+    assert list(mappings) == [Mapping(1, 3, 20), Mapping(30, 31, 0), Mapping(33, 34, 3), Mapping(40, 44, 0)]
+
+
 def test_unmap_after_remap_tells_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may have moved memory to the old place meanwhile. So many moves are remembered."""
     monkeypatch.setattr("aiouffd.engine.mappings._MAX_LEFT", 2)

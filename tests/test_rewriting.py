@@ -115,7 +115,7 @@ class Worker:
             child.mappings = space.mappings.copy()
             self.spaces[identity] = child
         elif code == abi.EVENT_REMAP:
-            space.mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
+            space.mappings.remap(*abi.REMAP_MESSAGE.unpack(message), shared=bool(space.file))
         elif code == abi.EVENT_REMOVE:
             self.remove(space, *abi.RANGE_MESSAGE.unpack(message))
         else:

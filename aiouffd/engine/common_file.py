@@ -44,6 +44,11 @@ class CommonFile:
         return self
 
     def elsewhere(self, space: _Space, start: int, end: int) -> Iterator[tuple[_Space, int, int]]:
-        """Yield where else is what a space shows at the addresses [start, end): the space, and the addresses there."""
-        others = [each for each in self._spaces if not (each is space or each.closing or each.is_gone)]
-        yield from space.mappings.alike(start, end, others)
+        """Yield where else is what a space shows at the addresses [start, end): the space, and the addresses there.
+
+        Also in this space: MREMAP_DONTUNMAP leaves such a place.
+        """
+        others = [each for each in self._spaces if not (each.closing or each.is_gone)]
+        for each, low, high in space.mappings.alike(start, end, others):
+            if each is not space or low < start or high > end:
+                yield each, low, high

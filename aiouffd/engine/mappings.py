@@ -11,9 +11,11 @@ import itertools
 import operator
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import attrs
+
+from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -79,7 +81,7 @@ class Mappings:
         generation: goes up with each change.
     """
 
-    __slots__ = ("_ends", "_index", "_left", "_offsets", "_starts", "generation")
+    __slots__ = ("_ends", "_index", "_left", "_offsets", "_old", "_starts", "generation")
 
     def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
         self._starts: list[int] = []
@@ -88,6 +90,8 @@ class Mappings:
         self._index = _Index()
         # What was moved away, and is to be told of once more; the oldest first.
         self._left: dict[tuple[int, int], None] = {}
+        # The same of shared memory, which stays where it was until UNMAP: what of it is still shown there.
+        self._old: dict[tuple[int, int], RangeSet] = {}
         self.generation: int = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
@@ -175,13 +179,18 @@ class Mappings:
         A move is told by REMAP, and then by UNMAP of its old place. Another thread may have moved other memory there
         before that, and its REMAP comes first: so what REMAP has told is not told again by UNMAP.
         """
-        if (start, end) in self._left:
+        if (start, end) in self._old:
+            for low, high in list(self._old.pop((start, end)).bounds()):
+                self.unmap(low, high)
+        elif (start, end) in self._left:
             del self._left[start, end]
         else:
             self.unmap(start, end)
 
     def unmap(self, start: int, end: int) -> None:
         """Show nothing at [start, end) any more."""
+        for shown in self._old.values():
+            shown.remove(start, end)
         self.generation += 1
         low = bisect_right(self._ends, start)
         starts, ends, offsets = self._starts, self._ends, self._offsets
@@ -205,14 +214,20 @@ class Mappings:
                 self.add(run.start, run.end, ZEROS)
         self.generation += 1
 
-    def remap(self, source: int, destination: int, length: int) -> None:
-        """REMAP: [source, source + length) was moved to `destination`, over whatever was there."""
-        moved = list(self.runs(source, source + length))
-        self.unmap(source, source + length)
+    def remap(self, source: int, destination: int, length: int, *, shared: bool = False) -> None:
+        """REMAP: [source, source + length) was moved to `destination`, over whatever was there.
+
+        Shared memory stays where it was as well, if no UNMAP comes (MREMAP_DONTUNMAP): the old place shows the same
+        file, and what is missing there is missing in the file. Private memory is zeros there.
+        """
+        end, moved = source + length, list(self.runs(source, source + length))
+        if not shared:
+            self.unmap(source, end)
         self.unmap(destination, destination + length)
-        if len(self._left) == _MAX_LEFT:
-            del self._left[next(iter(self._left))]
-        self._left[source, source + length] = None
+        left: dict[Any, Any] = self._old if shared else self._left
+        if len(left) == _MAX_LEFT:
+            del left[next(iter(left))]
+        left[source, end] = RangeSet(Range.between(run.start, run.end) for run in moved) if shared else None
         for run in moved:
             start = run.start - source + destination
             self.add(start, start + run.end - run.start, run.offset)

@@ -175,7 +175,7 @@ def apply_layout_event(space: Space, message: bytes) -> None:
             space.on_child(space, child)
     elif code == abi.EVENT_REMAP:
         source, destination, size = abi.REMAP_MESSAGE.unpack(message)
-        space.mappings.remap(source, destination, size)
+        space.mappings.remap(source, destination, size, shared=space.file is not None)
         space.changed(source, source + size)
         space.changed(destination, destination + size)
     else:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 PROCESSES = 5
 STEPS = 250
-KINDS = {"look": 60, "write": 12, "remove": 9, "forget": 3, "unmap": 1, "move": 3, "prefetch": 2, "fork": 4, "kill": 2}
+KINDS = {"look": 60, "write": 12, "remove": 9, "forget": 3, "unmap": 1, "move": 3, "stay": 3}
+KINDS.update(prefetch=2, fork=4, kill=2)
 FORMS: dict[str, dict[str, Any]] = {
     "as many as come": {},
     "private, with a limit": {"max_resident": 12},
@@ -93,6 +94,17 @@ class Process:
         for at in [at for at in range(page, page + count) if at in self.served]:
             for places in (self.served, self.twin):
                 places[at] = self.move_one(places[at])
+
+    def stay(self, page: int, count: int) -> None:
+        """Move pages to another place, and leave the old one, too: both show the file, and either is used from now on.
+
+        Private memory that is left so is zeros, and the kernel tells of both by the same event.
+        """
+        flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED | libc.MREMAP_DONTUNMAP
+        for at in [at for at in range(page, page + count) if at in self.served]:
+            for places in (self.served, self.twin):
+                moved = libc.mremap(places[at], self.size, self.size, flags, place(self.size))
+                places[at] = moved if at % 2 else places[at]
 
     def move_one(self, start: int) -> int:
         """Move a page; return where it lies."""
@@ -164,6 +176,7 @@ class Program:
         self.emptied = set[int]()
         self.own = Process(self.size, self._places(self.region.address), self._places(address_of(self.twin)))
         self.kinds = {**KINDS, "evict": 6 * bool(self.options), "snapshot": form != "huge"}
+        self.kinds["stay"] *= form != "huge"  # the kernel refuses it
 
     def _places(self, start: int) -> dict[int, int]:
         return {page: start + page * self.size for page in range(self.pages)}
@@ -220,7 +233,7 @@ class Program:
             self.ask(who, kind, page, (step + 1 << 20).to_bytes(8, "little"))
         elif kind == "look":
             self.ask(who, kind, page)
-        elif who or kind not in ("unmap", "move"):  # a snapshot is of the memory that the parent has
+        elif who or kind not in ("unmap", "move", "stay"):  # a snapshot is of the memory that the parent has
             if kind in ("remove", "forget"):  # it is not saved any more
                 self.emptied.update(range(page, page + count))
             self.ask(who, kind, page, count)
@@ -269,6 +282,34 @@ def moved(path: str) -> None:
 def test_a_page_that_was_moved_before_a_snapshot(tmp_path: Path) -> None:
     """It is mapped with protection, as all others: the kernel refuses that where it was not registered so."""
     play(moved, str(tmp_path / "image"))
+
+
+def stayed(limit: int | None) -> None:
+    """Scenario: shared memory is moved, and its old place is left; missing pages are touched there, then here."""
+    expected = [content(at, 8) for at in range(0, 8 * PAGE, PAGE)]
+    for killed in (), (1,), (0, 1):
+        region = aiouffd.Region(8 * PAGE, shared=limit is None)
+        source = aiouffd.BufferSource(content(0, 8 * PAGE))
+        with aiouffd.Monitor(region, source, readahead=0, max_resident=limit, engine=aiouffd.Pager()) as monitor:
+            assert peek(region.address) == expected[0]
+            old = range(region.address, region.address + 8 * PAGE, PAGE)
+            flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED | libc.MREMAP_DONTUNMAP
+            here = libc.mremap(region.address, 8 * PAGE, 8 * PAGE, flags, place(8 * PAGE))
+            pids = monitor.pids
+            for at in killed:
+                kill(pids[at])
+            for page in range(6):
+                assert peek(old[page]) == peek(here + page * PAGE) == expected[page], (killed, page)
+            libc.madvise(here + 5 * PAGE, 2 * PAGE, mmap.MADV_REMOVE)
+            assert [peek(at) for at in old[4:]] == [expected[4], bytes(8), bytes(8), expected[7]]
+            libc.munmap(here, 8 * PAGE)
+            assert [peek(at) for at in old[4:6]] == [expected[4], bytes(8)]
+
+
+@pytest.mark.parametrize("limit", [None, 4 * PAGE])
+def test_shared_memory_that_stays_where_it_was_moved_from(limit: int | None) -> None:
+    """MREMAP_DONTUNMAP leaves a place that shows the same file: what is missing there is the source's, for both."""
+    play(stayed, limit)
 
 
 def unheard() -> None:

@@ -87,19 +87,19 @@ class Replay:
         else:
             if message[0] == abi.EVENT_REMOVE and space.file:
                 start, end = abi.RANGE_MESSAGE.unpack(message)
-                others = [each for each in self.state.spaces.values() if each.file == space.file and each is not space]
+                others = [each for each in self.state.spaces.values() if each.file == space.file]
                 for each, low, high in space.mappings.alike(start, end, others):
                     each.mappings.remove(low, high)
                     each.changed = True
             space.changed = True
-            _apply(space.mappings, message)
+            _apply(space.mappings, message, shared=bool(space.file))
         self.told.append((space.identity, message, child))
 
 
-def _apply(mappings: Mappings, message: bytes) -> None:
+def _apply(mappings: Mappings, message: bytes, *, shared: bool) -> None:
     code = message[0]
     if code == abi.EVENT_REMAP:
-        mappings.remap(*abi.REMAP_MESSAGE.unpack(message))
+        mappings.remap(*abi.REMAP_MESSAGE.unpack(message), shared=shared)
     elif code == abi.EVENT_REMOVE:
         mappings.remove(*abi.RANGE_MESSAGE.unpack(message))
     elif code == abi.EVENT_UNMAP:
