@@ -34,6 +34,12 @@ def test_options_are_those_of_a_monitor(option: dict[str, Any]) -> None:
         pass
 
 
+def test_no_source_is_asked_that_has_no_time() -> None:
+    """A timeout of nothing is refused by its name, and not told as one of the source's."""
+    with pytest.raises(ValueError, match="'timeout' must be > 0"), aiouffd.open("http://127.0.0.1:1/x", timeout=0):
+        pass
+
+
 def test_an_option_that_nobody_knows() -> None:
     """It is a TypeError, as for any function, before anybody is asked."""
     with pytest.raises(TypeError, match=r"open\(\) got an unexpected keyword argument 'chunks'"):

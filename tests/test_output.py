@@ -56,3 +56,6 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write(path, None)  # type: ignore[arg-type]
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - what it names is looked at
+        write(tmp_path / "no" / "x", "")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, str(tmp_path / "no" / "x"))

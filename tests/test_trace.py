@@ -337,6 +337,14 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         recorder.complete()
     assert caught.value.errno == errno.ENOSPC
     assert list(Trace.load(tmp_path / "trace").offsets) == [7 * PAGE]
+    recorder = Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    recorder.note(PAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            recorder.complete()
+    assert caught.value.filename == str(tmp_path / "trace")
+    recorder.discard()
     recorder = Recorder.create(tmp_path / "trace", PAGE, 1 << 40)
     recorder.note(PAGE)
     with monkeypatch.context() as patch:

@@ -14,8 +14,9 @@ import os
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, Unpack
 
+from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
@@ -198,10 +199,17 @@ def source_of(
     cache: ChunkCache | None,
     options: AllOptions | MapOptions,
 ) -> Source:
-    """Return the source that a Monitor with these options is to have; errors as for `as_source`."""
+    """Return the source that a Monitor with these options is to have; errors as for `as_source`.
+
+    Raises:
+        ValueError: no source could answer within that timeout, and none is asked.
+    """
+    timeout = options.get("timeout")
+    if isinstance(timeout, SupportsFloat):  # else Monitor says what is wrong
+        Limits(timeout=timeout)
     return as_source(
         what,
-        timeout=options.get("timeout"),
+        timeout=timeout,
         retries=options.get("retries"),
         options=storage_options,
         cache=cache,

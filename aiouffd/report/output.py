@@ -34,15 +34,17 @@ def write(path: Path, text: str) -> None:
     """Replace a file by one with this text. Where that fails, the old one stays.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; `filename` is the path.
     """
     part = _part(path)
     try:
         with os.fdopen(os.open(part, _FLAGS, 0o666), "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         part.rename(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

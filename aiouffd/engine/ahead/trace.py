@@ -384,7 +384,7 @@ class Recorder(OwnedDescriptor):
 
         Raises:
             OSError: it cannot be written; an older recording of that name stays. ENOSPC: the disk had no room for a
-                single page. EBADF: this process has closed its descriptor.
+                single page. EBADF: this process has closed its descriptor. `filename` is the path.
         """
         assert self._path is not None
         if not self.intact:
@@ -396,12 +396,15 @@ class Recorder(OwnedDescriptor):
             self.discard()
             raise OSError(errno.ENOSPC, f"nothing was recorded: {os.strerror(errno.ENOSPC)}", str(path))
         length = HEADER.size + 8 * count
-        os.ftruncate(self._fd, length)
-        body = os.pread(self._fd, length, HEADER.size)
-        state |= _COMPLETE
-        os.pwrite(self._fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
-        os.fsync(self._fd)
-        part_of(self._path).rename(self._path)
+        try:
+            os.ftruncate(self._fd, length)
+            body = os.pread(self._fd, length, HEADER.size)
+            state |= _COMPLETE
+            os.pwrite(self._fd, HEADER.pack(MAGIC, version, page, size, count, zlib.crc32(body), state, source), 0)
+            os.fsync(self._fd)
+            part_of(self._path).rename(self._path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.close()
 
     def discard(self) -> None:
