@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 import aiouffd
+from aiouffd.server import mapped
 from aiouffd.server.control import actions as module
 from aiouffd.server.control.actions import ACTIONS, Actions
 from aiouffd.server.control.values import NewSession, Record
 from aiouffd.server.server import Server
+from aiouffd.server.services import Settings
 from aiouffd.server.yielding import YieldsError
 
 if TYPE_CHECKING:
@@ -72,3 +74,22 @@ async def test_a_session_with_clients_that_map_files_records_nothing(monkeypatch
     with pytest.raises(aiouffd.SessionError, match="clients that map files: touches are recorded here, and those of"):
         await Actions(server).record("a", Record("/x"))
     assert session.recordings.terms is None
+
+
+async def test_a_recording_that_begins_while_a_client_wants_to_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is refused: it would be in no recording."""
+    services: Any = SimpleNamespace(unmappable="", origin=AsyncMock())
+
+    async def looked_at(_: Any) -> bool:
+        services.unmappable = "touches are recorded here"
+        return True
+
+    monkeypatch.setattr(mapped, "_is_new", looked_at)
+    monkeypatch.setattr(mapped, "_files_of", lambda _: {})
+    monkeypatch.setattr(mapped, "enabled_features", lambda _: 0)
+    clients = mapped.MappedClients(Settings(), services, {}, "a", lambda _: None, lambda *_, **__: None)
+    handoff: Any = SimpleNamespace(nydus=SimpleNamespace(zerocopy=True), uffd=Mock(), peer="a client")
+    connection: Any = Mock()
+    with pytest.raises(aiouffd.HandoffError, match="touches are recorded here"):
+        await clients.takes(handoff, connection, 1)
+    assert not clients

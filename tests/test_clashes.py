@@ -40,5 +40,8 @@ def test_whoever_asks_hears_the_same() -> None:
     recording = Recordings(None, "")  # type: ignore[arg-type]
     services = Services(lambda *_: None, Settings(), recording)
     assert not services.unmappable
+    recording.is_beginning = True
+    assert "touches are recorded here" in services.unmappable
+    recording.is_beginning = False
     recording.terms = Terms("/x")
     assert "touches are recorded here" in services.unmappable

@@ -44,7 +44,11 @@ def command(*, control: str, interval: float, once: bool) -> None:
             past.append((time.monotonic(), before))
             while past[0][0] < time.monotonic() - _RECENT - interval:
                 past.popleft()
-            live.update(Group(about(server), table([look for _, look in past], now, interval)), refresh=True)
+            shown = Group(about(server), table([look for _, look in past], now, interval))
+            if console.is_terminal:
+                live.update(shown, refresh=True)
+            else:  # it would print to a pipe at the end
+                console.print(shown)
             if once:
                 return
             before = now

@@ -419,14 +419,14 @@ class MappedClients:
             return self._connected_again(handoff, connection)
         origin = await self._services.origin(handoff, number)
         files = await in_own_thread(_files_of, origin)
-        why = self._services.unmappable  # behind what was awaited: a recording may have begun
+        is_known = await _is_new(handoff)
+        why = self._services.unmappable  # behind all that was awaited: a recording may have begun
         if not why and enabled_features(handoff.uffd.fileno()) & _UNKNOWN:
             why = "its forks or moves are told, and memory that files are mapped into cannot be followed"
         if not why and files is None:
             why = f"{origin!r:.200} is no file, or not in whole pages"
         if why or files is None:
             raise HandoffError(str(handoff.peer), f"wants to map files (policy 0): {why}; policy 1 copies")
-        is_known = await _is_new(handoff)
         identity = _identity(handoff.uffd)
         before = [other for other in self._clients if identity is not None and other.identity == identity]
         zeros = before[0].zeros if before else self._left.pop(identity, None) if identity is not None else None

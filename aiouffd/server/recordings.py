@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from aiouffd.engine.ahead.pages import Recording, unkept, version_of
 from aiouffd.engine.ahead.trace import Recorder, Trace, differ, fingerprint
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import SessionError, TraceError, UffdError
+from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.packing import copied
 from aiouffd.pager.process.state import RECORDING
 from aiouffd.server.clashes import check
@@ -108,6 +110,7 @@ class Recordings:
 
     Attributes:
         terms: of what is recorded; None: nothing is.
+        is_beginning: something is about to be.
         wanted: what the session was to record from its beginning on; None: nothing.
     """
 
@@ -125,6 +128,7 @@ class Recordings:
         # By token: what is served; no origin: a server before this one has made it.
         self._made: dict[str, tuple[Pack, Any, int, int]] = {}
         self.terms: Terms | None = None
+        self.is_beginning: bool = False
         self.wanted: str | None = None
         self._pager = pager
         self._session = session
@@ -154,7 +158,11 @@ class Recordings:
 
     async def begin(self, terms: Terms) -> None:
         """As `start`, also what is served already."""
-        await asyncio.to_thread(self.start, terms)
+        self.is_beginning = True
+        try:
+            await uninterrupted(partial(self.start, terms))
+        finally:
+            self.is_beginning = False
         asked = [asyncio.wrap_future(future) for future in await asyncio.to_thread(self._record_all)]
         await asyncio.wait([asyncio.gather(*asked, return_exceptions=True)], timeout=_PATIENCE)
         self._tell("session.recording", path=terms.path)

@@ -180,7 +180,8 @@ class Services:
     @property
     def unmappable(self) -> str:
         """Why no client may map files, as it is now; "": clients may."""
-        recorded = self._recordings is not None and self._recordings.terms is not None
+        records = self._recordings
+        recorded = records is not None and (records.is_beginning or records.terms is not None)
         return why_not(self._settings.given(recorded=recorded), MAPPING)
 
     def adopt(self, pack: Pack) -> None:

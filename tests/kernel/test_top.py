@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import urllib.request
 from typing import TYPE_CHECKING, Any
@@ -104,6 +106,11 @@ def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert [line.split()[:3] for line in shown.splitlines()[1:]] == [
             ["a", "listening", "0"], ["b", "listening", "0"]
         ]  # fmt: skip
+        many = [sys.executable, "-m", "aiouffd", "top", "--control", str(control), "--interval", "0.1"]
+        with subprocess.Popen(many, stdout=subprocess.PIPE, text=True) as top:
+            assert top.stdout is not None
+            assert any("listening" in line for line in top.stdout)  # in a pipe, before it ends
+            top.kill()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}

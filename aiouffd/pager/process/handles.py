@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from aiouffd.errors import PagerStartError
 from aiouffd.kernel import files
+from aiouffd.kernel.owned_descriptor import inode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "Stray",
     "close_all",
     "close_strays",
     "code_of",
@@ -28,7 +30,6 @@ __all__ = [
     "has_ended",
     "is_open",
     "is_pidfd",
-    "link_of",
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
@@ -222,13 +223,17 @@ def link_of(fd: int) -> str:
         return ""
 
 
-def close_strays(known: set[int]) -> list[tuple[int, str]]:
+Stray = tuple[int, tuple[int, int] | None]
+"""A descriptor, and its `inode`."""
+
+
+def close_strays(known: set[int]) -> list[Stray]:
     """Close what a dead worker has left in the shared table: its loop's, half-received ones.
 
     Not what a holder has just opened, and closes: by then, the number may be another's.
 
     Returns:
-        What may take long to close, a file whose file system does not answer, and what it is of: a socket may be the
+        What may take long to close, a file whose file system does not answer, and its `inode`: a socket may be the
         holder's. Before the next worker has it closed, it looks whether the number is still of that.
     """
     slow = []
@@ -239,5 +244,5 @@ def close_strays(known: set[int]) -> list[tuple[int, str]]:
         if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
             os.close(fd)
         elif is_open(fd):
-            slow.append((fd, link))
+            slow.append((fd, inode(fd)))  # there may be no /proc
     return slow

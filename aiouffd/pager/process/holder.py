@@ -30,7 +30,6 @@ from aiouffd.pager.process.handles import (
     close_all,
     close_strays,
     code_of,
-    has_ended,
     open_descriptors,
     runs_nothing,
     send_signal,
@@ -102,7 +101,7 @@ class Holder:
             for source in (self._channel, self._guest, listener):
                 if source is not None:
                     poller.register(source, select.POLLIN)
-            if not has_ended(self._keeper):
+            if not runs_nothing(self._keeper):
                 poller.register(self._keeper, select.POLLIN)
             elif not runs_nothing(self._worker):
                 poller.register(self._worker, select.POLLIN)
@@ -165,7 +164,7 @@ class Holder:
 
     def _look(self) -> None:
         """Make another keeper, or tell the owner that nobody serves; end where nothing is left."""
-        if not has_ended(self._keeper):
+        if not runs_nothing(self._keeper):
             return
         while self._channel is not None and _readable(self._channel):  # it may have said that this is the end
             self._hear()
@@ -289,9 +288,9 @@ class Holder:
         try:
             self._await_yield(journal, guest.fileno())
             # In this order: a keeper would make another worker. One that it has just made is in the journal, too.
-            for whose, is_harmless in ((Whose.KEEPER, has_ended), (Whose.WORKER, runs_nothing)):
+            for whose in (Whose.KEEPER, Whose.WORKER):
                 send_signal(self._journal.descriptor(whose), signal.SIGKILL)
-                if not is_harmless(self._journal.descriptor(whose), _DEATH):  # until then it may be reading
+                if not runs_nothing(self._journal.descriptor(whose), _DEATH):  # until then it may be reading
                     raise _RefusedError("the pager does not end: a file system that it waits for does not answer")
             self._tell(guest)
             while theirs.provisional:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiouffd.pager.process.child_descriptors import Vault
+    from aiouffd.pager.process.handles import Stray
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.serialization import Pickles
 
@@ -257,11 +258,11 @@ class _Keeper:
         state = survey(self._journal) or State()
         slow = close_strays(self._own | state.numbers | self._journal.descriptors)
         if self.holder is not None:
-            slow = [(fd, link) for fd, link in slow if not self.holder.is_guest(fd)]
+            slow = [(fd, was) for fd, was in slow if not self.holder.is_guest(fd)]
         import_for(state)
         self._make(Whose.WORKER, partial(self._work, slow))
 
-    def _work(self, slow: list[tuple[int, str]]) -> NoReturn:
+    def _work(self, slow: list[Stray]) -> NoReturn:
         """Be the worker. Never returns into the keeper's frames; nothing is finalized: descriptors are shared."""
         status = 1
         called(_WORKER)

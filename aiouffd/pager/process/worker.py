@@ -17,11 +17,12 @@ from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel import libc
+from aiouffd.kernel.owned_descriptor import inode
 from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
-from aiouffd.pager.process.handles import close_all, link_of
+from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
@@ -31,6 +32,7 @@ from aiouffd.pager.process.served import Served
 if TYPE_CHECKING:
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.child_descriptors import Vault
+    from aiouffd.pager.process.handles import Stray
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.serialization import Pickles
 
@@ -54,9 +56,7 @@ def prepare() -> None:
         declared()
 
 
-def run(
-    journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[tuple[int, str]]
-) -> None:
+def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pickles, slow: list[Stray]) -> None:
     """Serve until nobody is left to be served.
 
     Args:
@@ -77,8 +77,8 @@ def run(
     # canceled, and nobody is left who could wait for what they do.
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
-    for fd, link in slow:  # later: each starts a thread, and who waits for a page comes first
-        loop.call_later(_LATER, _close_left, fd, link)
+    for fd, was in slow:  # later: each starts a thread, and who waits for a page comes first
+        loop.call_later(_LATER, _close_left, fd, was)
     loop.run_until_complete(_Worker(loop, journal, vault, connection, pickles).main())
     journal.done = True
     # The process that waits for the end of this one need not wait for threads that close files.
@@ -86,8 +86,8 @@ def run(
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _close_left(fd: int, link: str) -> None:
-    if link_of(fd) == link:  # else who had opened it has closed it, and the number is another's
+def _close_left(fd: int, was: tuple[int, int] | None) -> None:
+    if was is not None and inode(fd) == was:  # else who had opened it has closed it, and the number is another's
         close_foreign([fd])
 
 

@@ -11,7 +11,7 @@ import msgspec
 from aiouffd.errors import PagerError, SessionError, SourceError, UffdError
 from aiouffd.server.clashes import ClashError
 from aiouffd.server.control.actions import UnknownSessionError
-from aiouffd.server.control.values import Problem
+from aiouffd.server.control.values import MEANT, Problem
 
 __all__ = ["problem_of"]
 
@@ -55,6 +55,8 @@ def problem_of(error: Exception) -> Problem:
     text = str(error) or repr(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    for pattern, words in MEANT.items():
+        text = text.replace(f"Expected `str` matching regex {pattern!r}", f"Expected {words}")
     place, name = _PLACE.search(text), _FIELD.search(text)
     if isinstance(error, ClashError):
         return Problem(f"urn:aiouffd:{kind.name}", kind.title, kind.status, text, kind.advice, f"$.{error.one}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aiouffd.server.session import Session
 
 __all__ = [
+    "MEANT",
     "Attach",
     "Attached",
     "ClientView",
@@ -54,7 +55,14 @@ _Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 _Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 _User = Annotated[int, Meta(ge=0, lt=(1 << 32) - 1)]
 _Rate = Annotated[float, Meta(gt=0)]
-_Name = Annotated[str, Meta(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
+_NAMES = "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
+_MODES = "^0?[0-7]{3}$"
+MEANT: dict[str, str] = {
+    _NAMES: "a name of at most 64 letters, digits, `_`, `.` and `-`, which begins with none of the last two",
+    _MODES: "three octal digits, such as 660",
+}
+"""What is meant by a pattern of a field, in words."""
+_Name = Annotated[str, Meta(pattern=_NAMES)]
 
 
 @attrs.frozen
@@ -76,7 +84,7 @@ class NewSession:
         Meta(description="A path or a URL; or several: a base, and sparse files over it, the lowest first."),
     ]
     jail: Annotated[_Path | None, Meta(description="A directory below which the socket is made.")] = None
-    mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$", description="Of the socket's file, in octal digits.")] = "600"
+    mode: Annotated[str, Meta(pattern=_MODES, description="Of the socket's file, in octal digits.")] = "600"
     owner: Annotated[Owner | None, Meta(description="Of the socket's file. This user may connect, too.")] = None
     allow_uids: Annotated[list[_User], Meta(max_length=1024, description="Further users that may connect.")] = (
         attrs.field(factory=list)
