@@ -33,7 +33,7 @@ ORDER = {
             "__main__",
         ),
     ],
-    "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog"],
+    "native": ["build", "__init__", "__main__", "faults", "crash_notes", "reader", "watchdog", "dropper"],
     "kernel": [
         *(
             "__init__",
@@ -99,6 +99,7 @@ ORDER = {
             "protect",
             "clock",
             "dropping",
+            "owner",
             "bound",
             "write_back",
             "kept",
@@ -294,6 +295,7 @@ ORDER = {
         "pipe",
         "extents",
         "in_thread",
+        "on_demand",
         "pager",
         "served_by",
     ],

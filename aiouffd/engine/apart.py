@@ -10,18 +10,24 @@ import asyncio
 import threading
 from queue import SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from aiouffd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 __all__ = ["Apart", "StuckError", "at_once"]
 
 T = TypeVar("T")
+
+
+class Closable(Protocol):
+    """What is closed."""
+
+    def close(self) -> None: ...
+
 
 _SOON: Final = 0.002  # seconds: most calls return within that, and the loop waits for them
 _GLANCE: Final = 0.005
@@ -127,7 +133,7 @@ class Apart:
             if not self.is_waiting:  # else another call was made just now
                 self._on_waiting(False)
 
-    def close(self, file: OwnedDescriptor) -> None:
+    def close(self, file: Closable) -> None:
         """Call nothing more, and close the file: in the thread, for a large one takes long to be freed."""
         self._unplan()
         self._calls.put(_Call(file.close, lambda _: None))

@@ -5,8 +5,9 @@ between the look and the drop: a write to a protected page waits for this loop. 
 while the loop copies other pages, since the loop does nothing else before both are done. Nothing has to be remembered
 for a successor. Whether a page was dropped or not, its mapping shows the same offset as before.
 
-Memory of this process is dropped by MADV_DONTNEED. Of a memfd the pages are punched out of the file, by whoever has its
-descriptor, for all processes that map it; no event tells of that.
+Memory of this process is dropped by MADV_DONTNEED, private memory of another by that process, when it is asked. Of a
+memfd the pages are punched out of the file, by whoever has its descriptor, for all processes that map it. No event
+tells of either.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import ctypes
 import errno
 import logging
 import mmap
-import os
 import weakref
 from functools import partial
 from itertools import chain
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
-from aiouffd.engine.dropping import drop
+from aiouffd.engine.dropping import drop, huge_pages
+from aiouffd.engine.mappings import Mapping
+from aiouffd.engine.owner import Owner
 from aiouffd.engine.places import locked
 from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Run
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.deferred import Deferred
-    from aiouffd.engine.dropping import Part
+    from aiouffd.engine.dropping import Outcomes, Part
     from aiouffd.engine.flight import Flights
-    from aiouffd.engine.mappings import Mapping, Mappings
+    from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.protect import WrittenPages
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.remainders import Remainders
@@ -59,6 +61,7 @@ T = TypeVar("T")
 
 # An instruction may need four pages at once, and would fault for ever without one of them.
 _NEWEST = 3  # blocks that stay
+_PASSING = (errno.EAGAIN, errno.ECANCELED, errno.ESRCH)  # the layout is changing; the memory is being left, or gone
 _LARGE = 512 << 10  # bytes: while so much is copied, a block is dropped; to begin that takes a tenth of it
 
 
@@ -103,7 +106,9 @@ class Bound:
         page: bytes of a page.
         limit: bytes that are to be resident at most; None: as many as come. As much as there is at all is no limit.
         counters: where to count.
-        file: the memfd of shared memory, from its beginning on; None: private memory of this process.
+        file: the memfd of shared memory, from its beginning on; None: private memory.
+        owner: a memfd and the pagemap of the process that private memory belongs to, as for `Owner`, which are taken;
+            None: this one. That process may be stopped: what it is asked for may take longer than a moment, too.
         foreign: the file is a stranger's, who may hold its lock. All that is done to it is done apart: see `Apart`.
             While that takes longer than a moment, the spaces are not read, and nothing is resolved; other spaces are.
         patience: seconds until that is given up; None: it is not.
@@ -123,6 +128,7 @@ class Bound:
         counters: Counters,
         file: OwnedDescriptor | None = None,
         *,
+        owner: tuple[int, int] | None = None,
         foreign: bool = False,
         patience: float | None = None,
     ) -> None:
@@ -138,8 +144,9 @@ class Bound:
         self.shared: bool = file is not None
         self._words = counters.words
         self._file = file
-        self._memory = _own_memory() if file is None else None
-        self._apart = Apart(self._waits, self._stuck, patience) if foreign else None
+        self._memory = ProcessMemory.all_if_possible() if file is None and owner is None else None
+        self._owner = None if owner is None else Owner(*owner, self._is_gone)
+        self._apart = Apart(self._waits, self._stuck, patience) if foreign or owner else None
         self._settled = asyncio.Event()
         self._entered: list[_Space] = []  # whose look is still to come
         self.is_lost: bool = False
@@ -165,12 +172,18 @@ class Bound:
         elif not self._apart.is_waiting:
             self._apart.call(function, then)
 
-    def _begin(self, function: Callable[[], T], then: Callable[[T], None]) -> Callable[[], object]:
-        """Have a thread begin a call; return what the loop must call before it goes on, which calls `then`."""
+    def _begin(self, parts: list[Part]) -> Callable[[], object]:
+        """Have parts begin to be dropped by somebody else; return what the loop must call before it goes on."""
+        if self._owner is not None and self._apart is not None:
+            return self._owner.begin(parts, self._apart, self._gone)
+        work = partial(drop, self._file, parts)
         if self._apart is not None:
-            return self._apart.begin(function, then)
-        finish = two_threads.beside(function)
-        return lambda: then(finish())
+            return self._apart.begin(work, self._gone)
+        finish = two_threads.beside(work)
+        return lambda: self._gone(finish())
+
+    def _is_gone(self) -> bool:
+        return all(space.is_gone or space.closing for space in list(self._spaces))
 
     def _waits(self, waits: bool) -> None:  # noqa: FBT001 - of a callback
         while self._entered and not self.is_waiting:
@@ -204,7 +217,7 @@ class Bound:
         """
         start, _, first = mappings.locate(page)
         offset = first + page - start
-        there = first >= 0 and self._is_there(offset)
+        there = first >= 0 and self._is_there(offset, page)
         if there:
             self.noted += self.page * (offset < self.end and offset not in self.written)
             self.written.note(offset)
@@ -215,16 +228,15 @@ class Bound:
     def shows(self, space: Any, page: int) -> bool:
         """Tell whether the page at an address is there; what was emptied is not dropped. No snapshot waits for that."""
         start, _, first = space.mappings.locate(page)
-        there = first < 0 or self._is_there(first + page - start)
+        there = first < 0 or self._is_there(first + page - start, page)
         if there is None:
             space.capture.fail(locked(page, self.page))
         return there is True
 
-    def _is_there(self, offset: int) -> bool | None:
+    def _is_there(self, offset: int, page: int) -> bool | None:
         """Tell whether a page is there: a predecessor may have brought it since the first look. None: not known yet."""
-        if not self._clock.holds(offset) and self._file is not None and self.page == mmap.PAGESIZE:
-            file = self._file.fileno()
-            self._call(lambda: list(data_ranges(file, offset + self.page, offset)), self._found)
+        if not self._clock.holds(offset) and self.page == mmap.PAGESIZE:
+            self._look_up(offset, offset + self.page, [Mapping(page, page + self.page, offset)])
             if self.is_waiting:
                 return None
         return self._clock.holds(offset)
@@ -234,10 +246,20 @@ class Bound:
             self.came(start, end - start)
 
     def _look(self, space: _Space) -> None:
-        assert self._file is not None
-        file, length = self._file.fileno(), len(self.written)
-        there = data_ranges if self.page == mmap.PAGESIZE else partial(_huge_pages, space)
-        self._call(lambda: list(there(file, length)), self._found)
+        length = len(self.written)
+        if self._file is not None and self.page > mmap.PAGESIZE:
+            file = self._file.fileno()
+            self._call(lambda: list(huge_pages(space, file, length)), self._found)
+        else:
+            self._look_up(0, length, space.mappings.addresses(0, length))
+
+    def _look_up(self, start: int, end: int, shown: list[Mapping]) -> None:
+        """Take note of what of the offsets [start, end) is there, which these mappings show."""
+        if self._owner is not None:
+            self._call(partial(self._owner.there, shown), self._found)
+        elif self._file is not None:
+            file = self._file.fileno()
+            self._call(lambda: list(data_ranges(file, end, start)), self._found)
 
     def keeps_waiting(self, space: _Space, faults: list[tuple[int, int, int]]) -> bool:
         """Tell whether there is no room for the pages of faults until some were saved; their threads are woken then."""
@@ -248,8 +270,8 @@ class Bound:
         if self.write_back is not None:
             await self.write_back.aclose()
             self.write_back = None  # a cycle would keep the source, and with it the lock of its file
-        if self._apart is not None and self._file is not None:
-            self._apart.close(self._file)
+        if self._apart is not None and (ended := self._file or self._owner) is not None:
+            self._apart.close(ended)
 
     def count_noted(self) -> None:
         """Count anew what was written: some of it has been saved."""
@@ -318,9 +340,9 @@ class Bound:
         """
         self._spaces.add(space)
         self.count_noted()
-        if self._file is not None and self.is_waiting:
+        if self.is_waiting:
             self._entered.append(space)
-        elif self._file is not None:
+        else:
             self._look(space)
         return _Resolver(self, space)
 
@@ -394,7 +416,7 @@ class Bound:
         if not parts:
             self.lost([(low, high)])
             return None
-        finish = self._begin(partial(drop, self._file, parts), self._gone)
+        finish = self._begin(parts)
 
         def finished() -> None:
             finish()
@@ -436,7 +458,10 @@ class Bound:
     def _drop(self, item: Range) -> int:
         before = self._evicted
         for part in self._going(item):
-            self._call(partial(drop, self._file, [part]), self._gone)
+            if self._owner is not None:
+                self._begin([part])()
+            else:
+                self._call(partial(drop, self._file, [part]), self._gone)
             if self.is_waiting:
                 break
         return self._evicted - before
@@ -444,7 +469,7 @@ class Bound:
     def _going(self, item: Range) -> Iterator[Part]:
         """Yield what may be dropped of some offsets; who must know that before is told."""
         spaces = self._served()
-        for low, high in self._shown(spaces, item):
+        for low, high in _shown(spaces, item):
             places = [(space, shown) for space in spaces for shown in space.mappings.addresses(low, high)]
             for space in spaces:
                 space.readahead.forget(low, high)
@@ -453,43 +478,37 @@ class Bound:
                     space.capture.dropped(shown.start, shown.end)
             yield low, high, [(shown.start, shown.end) for _, shown in places]
 
-    def _gone(self, outcomes: list[tuple[int, int, OSError | None]]) -> None:
+    def _gone(self, outcomes: Outcomes) -> None:
         for low, high, error in outcomes:
             if error is None:
                 self._evicted += (dropped := self._clock.gone(low, high))
                 self._words[Counter.PAGES_EVICTED] += dropped // self.page
             elif self.shared:  # a client has sealed its file (EPERM): the pages stay
                 self._warn("nothing can be dropped of a memory file: %s", error.strerror)
-            else:
+            elif self._owner is None:
                 raise error
+            elif error.errno not in _PASSING:
+                self._warn("pages stay that are locked, pinned, or may not be written to: %s", error.strerror)
         self._words[Counter.RESIDENT] = self._clock.total
 
-    @staticmethod
-    def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
-        """Return what may be dropped of some offsets: what each of the spaces shows, and is not being brought.
 
-        The rest was emptied, and is no copy of the source. What is there, and yet on its way, was written and saved
-        after its bytes were read: they would be placed in the room that it leaves.
-        """
-        shown = RangeSet([item] if spaces else ())
-        for space in spaces:
-            here = RangeSet()
-            for mapping in space.mappings.addresses(item.start, item.end):
-                skew = mapping.offset - mapping.start
-                here.add(mapping.offset, mapping.end + skew)
-                for start, end in _under_way(space, mapping.start, mapping.end):
-                    here.remove(start + skew, end + skew)
-            for gap in here.gaps(item.start, item.end):
-                shown.remove(gap.start, gap.end)
-        return [(part.start, part.end) for part in shown]
+def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
+    """Return what may be dropped of some offsets: what each of the spaces shows, and is not being brought.
 
-
-def _own_memory() -> ProcessMemory | None:
-    """Open the memory of this process, by addresses; None: there is no /proc."""
-    try:
-        return ProcessMemory.own(0)
-    except OSError:
-        return None
+    The rest was emptied, and is no copy of the source. What is there, and yet on its way, was written and saved
+    after its bytes were read: they would be placed in the room that it leaves.
+    """
+    shown = RangeSet([item] if spaces else ())
+    for space in spaces:
+        here = RangeSet()
+        for mapping in space.mappings.addresses(item.start, item.end):
+            skew = mapping.offset - mapping.start
+            here.add(mapping.offset, mapping.end + skew)
+            for start, end in _under_way(space, mapping.start, mapping.end):
+                here.remove(start + skew, end + skew)
+        for gap in here.gaps(item.start, item.end):
+            shown.remove(gap.start, gap.end)
+    return [(part.start, part.end) for part in shown]
 
 
 @contextlib.contextmanager
@@ -500,20 +519,6 @@ def losing(space: _Space, start: int, end: int) -> Iterator[None]:
     yield
     if bound is not None:
         bound.lost((run.offset, run.offset + run.end - run.start) for run in shown)
-
-
-def _huge_pages(space: _Space, file: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield what of a hugetlb memfd may be there: SEEK_DATA takes all of it for data.
-
-    CONTINUE maps a page that the file has, write-protected, and is EFAULT where it has none.
-    """
-    size = space.page_size
-    if os.fstat(file).st_blocks:
-        for shown in space.mappings.addresses(0, length):
-            for at in range(shown.start, shown.end, size):
-                if space.uffd.try_continue(at, size, abi.CONTINUE_MODE_WP) != -errno.EFAULT:
-                    offset = shown.offset + at - shown.start
-                    yield offset, offset + size
 
 
 def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]:

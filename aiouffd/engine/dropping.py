@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import errno
 import mmap
-from typing import TYPE_CHECKING, TypeAlias
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from aiouffd.kernel import libc
+from aiouffd.kernel import abi, libc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
-__all__ = ["Part", "drop"]
+__all__ = ["Outcomes", "Part", "drop", "huge_pages"]
 
 Part: TypeAlias = tuple[int, int, list[tuple[int, int]]]
 """Of offsets: where they start and end, and the same of the addresses where they are shown."""
+Outcomes: TypeAlias = list[tuple[int, int, OSError | None]]
+"""Of parts: where they start and end, and why they stay; None: they do not."""
 
 
-def drop(file: OwnedDescriptor | None, parts: Iterable[Part]) -> list[tuple[int, int, OSError | None]]:
+def drop(file: OwnedDescriptor | None, parts: Iterable[Part]) -> Outcomes:
     """Drop pages, in any thread while the loop waits; return the start and end of each part, and why it stays."""
-    outcomes: list[tuple[int, int, OSError | None]] = []
+    outcomes: Outcomes = []
     for low, high, places in parts:
         failure = None
         try:
@@ -44,3 +47,17 @@ def _empty(start: int, end: int, advice: int = mmap.MADV_DONTNEED) -> None:
             _empty(start, end, libc.MADV_DONTNEED_LOCKED)
         elif error.errno != errno.ENOMEM:  # a part of it is not mapped any more; the rest was emptied
             raise
+
+
+def huge_pages(space: Any, file: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield what of a hugetlb memfd may be there: SEEK_DATA takes all of it for data.
+
+    CONTINUE maps a page that the file has, write-protected, and is EFAULT where it has none.
+    """
+    size = space.page_size
+    if os.fstat(file).st_blocks:
+        for shown in space.mappings.addresses(0, length):
+            for at in range(shown.start, shown.end, size):
+                if space.uffd.try_continue(at, size, abi.CONTINUE_MODE_WP) != -errno.EFAULT:
+                    offset = shown.offset + at - shown.start
+                    yield offset, offset + size

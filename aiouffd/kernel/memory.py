@@ -230,6 +230,14 @@ class ProcessMemory(OwnedDescriptor):
         """Open that of this process. Raises OSError where there is no /proc."""
         return cls(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC), start)
 
+    @classmethod
+    def all_if_possible(cls) -> Self | None:
+        """Open that of this process, by addresses; None: there is no /proc."""
+        try:
+            return cls.own(0)
+        except OSError:
+            return None
+
     def page(self, offset: int, length: int) -> bytes:
         """Return the bytes of one page; fewer where it is missing. From any thread."""
         try:

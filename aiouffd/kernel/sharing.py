@@ -1,9 +1,8 @@
 """Private memory that becomes shared where it lies, so that another process can drop its pages.
 
-The kernel lets no process drop private pages of another (process_madvise(2) refuses MADV_DONTNEED). To have the
-process do it on demand is unsafe: between the demand and madvise(2), another thread may unmap the range, and a third
-have the kernel put other memory there, which would be emptied. Pages of a memfd are dropped by who has its descriptor,
-wherever they are mapped.
+The kernel lets no process drop private pages of another (process_madvise(2) refuses MADV_DONTNEED). The process may do
+it on demand (`native/dropper.c`), but not for the memory of its forked children, nor after it was killed. Pages of a
+memfd are dropped by who has its descriptor, wherever they are mapped.
 """
 
 from __future__ import annotations

@@ -233,8 +233,10 @@ def monitor_of(
     if not source.size:
         raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
-    bounded = options.get("max_resident") is not None or options.get("write_back", False)
-    shared = bounded and not getattr(engine, "drops_private", False)
+    write_back = options.get("write_back", False)
+    bounded = options.get("max_resident") is not None or write_back
+    drops_private = getattr(default if engine is None else engine, "drops_private", None)  # what is none is refused
+    shared = bounded and drops_private is not None and not drops_private(write_back=write_back, fork=fork)
     region = kind(source.size, shared=shared)
     monitor = Monitor(region, source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):

@@ -170,9 +170,10 @@ class Monitor(Capturing):
             written, nor does what is emptied (MADV_DONTNEED).
         max_resident: bytes that are there at most, four pages or more; None: as many as come. What came longest ago is
             dropped before more comes, and brought again when it is touched. Pages that were written stay, and count;
-            what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` a private region
-            becomes shared memory when the block is entered, with the bytes that it has; huge pages must be shared.
-            Forked children get such a region only with fork="serve", and what they write is seen by all.
+            what is read at once (`readahead`) is at most a sixteenth. For a Source. With `Pager()` and fork="serve" or
+            `write_back`, or before Linux 6.18, a private region becomes shared memory when the block is entered, with
+            the bytes that it has; huge pages must be shared. Forked children get such a region only with fork="serve",
+            and what they write is seen by all.
         write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`, or
             what `open` and `map` make of a path): before they are dropped, at `flush`, and when the block is left.
             What lies behind the source's end does not.
@@ -274,7 +275,7 @@ class Monitor(Capturing):
         self._choice = _checked_engine(engine)
         self._on_exit, self._on_error, self._progress = on_exit, on_error, progress
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
-        self._user_mode_only = user_mode_only
+        self._fork, self._user_mode_only = fork, user_mode_only
         self._options = Options(
             readahead,
             background=math.inf if background is True else float(background),
@@ -334,7 +335,7 @@ class Monitor(Capturing):
             registration = Registration(
                 self._held,
                 self._choice.features,
-                shared=not self._choice.drops_private,
+                shared=not self._choice.drops_private(write_back=self._options.write_back, fork=self._fork),
                 writes=self._writes,
                 children=self._children,
                 user_mode_only=self._user_mode_only,

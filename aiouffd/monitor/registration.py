@@ -77,11 +77,10 @@ class Registration:
         features |= (Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM) & available  # for snapshots
         pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
         drop_populated_zeros(region, pagemap)
-        if shared and writes in ("noted", "saved") and region.fd < 0:
-            from aiouffd.kernel.sharing import share  # noqa: PLC0415 - few Monitors drop pages
-
-            share(region, pagemap)
+        if writes in ("noted", "saved") and region.fd < 0:
             children = children is True  # unless they are wanted: they would write into memory that was private
+            if shared:
+                _share(region, pagemap)
         if region.fd >= 0 and (minor := _minor(region) & available):
             # What another process has brought into the file is mapped by CONTINUE, and not fetched again.
             features |= minor
@@ -211,6 +210,12 @@ class Registration:
         with self._lock:
             uffd, self._uffd = self._uffd, None
         return uffd
+
+
+def _share(region: Region, pagemap: Pagemap) -> None:
+    from aiouffd.kernel.sharing import share  # noqa: PLC0415 - few Monitors drop pages
+
+    share(region, pagemap)
 
 
 def _open(features: Feature, *, children: bool | None, user_mode_only: bool) -> Userfaultfd:

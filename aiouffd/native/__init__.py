@@ -5,8 +5,9 @@ of which uses only those before it: `common` (time, futexes, messages), `gil`, `
 (the regions served in the faulting thread), `plain` (placing bytes that are in memory), `chain` (the other handlers of
 SIGBUS), `ask` (waiting for the event loop), `crash_notes` (what is said about a fatal signal), `signal` (the handlers),
 `watchdog` with `watch_servers` and `watch_loop` (ends a process that waits for ever), `reader` (reads descriptors and
-serves plain faults without the GIL), `copies` (many COPYs, protections, reads or writes by one call). The
-modules `crash_notes`, `faults`, `reader` and `watchdog` declare their functions.
+serves plain faults without the GIL), `copies` (many COPYs, protections, reads or writes by one call), `dropper` (drops
+private pages for a pager). The modules `crash_notes`, `faults`, `reader`, `watchdog` and `dropper` declare their
+functions.
 
 This module loads the library on first use, by ctypes. It is missing where there was no C compiler, and is not used in a
 process that has AIOUFFD_NATIVE=0 in its environment; only the modules that use it then fail, with NativePartError.

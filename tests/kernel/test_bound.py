@@ -39,6 +39,7 @@ from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.errors import ClosedError
 from aiouffd.kernel import abi, libc
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.monitor.engines.on_demand import may_be_dropped
 from aiouffd.monitor.engines.protocol import Terms
 from aiouffd.ranges import Range
 
@@ -47,6 +48,7 @@ SIZE = PAGES * PAGE
 LIMIT = 64 * PAGE
 ENGINES: dict[str, Any] = {
     "pager": (aiouffd.Pager, True),
+    "pager-private": (aiouffd.Pager, False),
     "in_thread": (aiouffd.InThread, False),
     "in_thread-shared": (aiouffd.InThread, True),
 }
@@ -123,7 +125,7 @@ def dropped_and_lost(engine: str) -> None:
         peek(monitor.region.address)
 
 
-@pytest.mark.parametrize("engine", ["pager", "in_thread-shared"])
+@pytest.mark.parametrize("engine", ["pager", "pager-private", "in_thread-shared"])
 def test_what_was_dropped_and_cannot_be_had_is_sigbus(engine: str) -> None:
     """Of protected shared memory that is dropped, the kernel keeps a marker, for which POISON fails with EEXIST."""
     play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=20.0)
@@ -208,10 +210,10 @@ def test_the_limit_holds(engine: str) -> None:
     play(at_random, engine, 21)
 
 
-def killed() -> None:
+def killed(engine: str) -> None:
     """Scenario: workers and keepers are killed while pages are dropped and written."""
     chance, model = random.Random(1), bytearray(content(0, SIZE))
-    with served("pager", max_resident=LIMIT) as monitor:
+    with served(engine, max_resident=LIMIT) as monitor:
         region = monitor.region
         for kills in range(12):
             done = threading.Event()
@@ -246,7 +248,8 @@ def killed() -> None:
 @pytest.mark.unmeasured
 def test_no_written_page_is_lost_by_kills() -> None:
     """What was written is known to each successor, and the limit holds on."""
-    play(killed)
+    play(killed, "pager")
+    play(killed, "pager-private")
 
 
 def test_what_a_predecessor_brought_late_is_noted() -> None:
@@ -386,7 +389,7 @@ def in_order(engine: str) -> None:
         assert resident(monitor) <= limit
 
 
-@pytest.mark.parametrize("engine", ["pager", "in_thread"])
+@pytest.mark.parametrize("engine", ["pager", "pager-private", "in_thread"])
 def test_what_is_read_in_order_is_right(engine: str) -> None:
     """Large pieces come while blocks are dropped beside them; what was written meanwhile is there in the next round."""
     play(in_order, engine)
@@ -635,8 +638,10 @@ def test_what_cannot_be_bounded_is_refused() -> None:
 
 def opened(path: str) -> None:
     """Scenario: `open` and `map` choose memory that the engine can drop."""
-    for engine, shared in ((None, True), (aiouffd.InThread(), False)):
-        with aiouffd.open(path, max_resident=LIMIT, engine=engine) as region:
+    here = not may_be_dropped()
+    kinds: Any = ((None, "serve", True), (None, None, here), (aiouffd.InThread(), None, False))
+    for engine, fork, shared in kinds:
+        with aiouffd.open(path, max_resident=LIMIT, engine=engine, fork=fork) as region:
             assert (region.fd >= 0) is shared
             assert region[:SIZE] == content(0, SIZE)
             assert resident(region.monitor) <= LIMIT

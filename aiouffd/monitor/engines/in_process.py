@@ -51,10 +51,13 @@ class InProcess:
     features: ClassVar[Feature] = Feature.THREAD_ID
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False
-    drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
     loop_is_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = True
+
+    def drops_private(self, **_: object) -> bool:
+        """Its loop is here."""
+        return True
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve"."""

@@ -75,10 +75,13 @@ class InThread:
     features: ClassVar[Feature] = Feature.SIGBUS
     serves_system_calls: ClassVar[bool] = False
     serves_children: ClassVar[bool] = False
-    drops_private: ClassVar[bool] = True
     counts_here: ClassVar[bool] = True
     loop_is_here: ClassVar[bool] = True
     needs_loop: ClassVar[bool] = False
+
+    def drops_private(self, **_: object) -> bool:
+        """Its loop is here."""
+        return True
 
     def check(self, terms: Terms) -> None:
         """Refuse fork="serve" and `Handler.write`."""

@@ -16,6 +16,7 @@ from aiouffd.kernel.memory import ProcessMemory
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, name_of
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
+from aiouffd.monitor.engines.on_demand import Dropping, may_be_dropped
 from aiouffd.monitor.engines.protecting import ProtectingUserfaultfd
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.pager.client.launch import START_TIMEOUT
@@ -83,16 +84,19 @@ class Pager:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = True
-    drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = True
     loop_is_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
+
+    def drops_private(self, *, write_back: bool, fork: str | None) -> bool:
+        """Whether a thread of this process can drop private pages. Forked children, and who was killed, have none."""
+        return not write_back and fork != "serve" and may_be_dropped()
 
     def check(self, terms: Terms) -> None:
         """Refuse to drop private memory that cannot become shared."""
         if terms.options.bounded and not terms.shared and terms.page_size > mmap.PAGESIZE:
             raise ValueError(
-                "engine=Pager() drops huge pages of shared memory only, since no other process can drop private pages:"
+                "engine=Pager() drops huge pages of shared memory only, since no other process can drop private ones:"
                 " max_resident needs Region(length, page_size=..., shared=True) there, or engine=InThread()"
             )
 
@@ -168,15 +172,21 @@ class PagerEngine:
         self._tenant: Tenant
         self._client: PagerClient
         self._end: Callable[[], None]
+        self._dropping: Dropping | None = None
 
     def start(self, assignment: Assignment) -> None:
         """Have a pager serve the region."""
         self._file = assignment.file
-        memory = () if assignment.written is None else (assignment.written.fileno(), assignment.file)
+        memory: tuple[Any, ...] = ()
         traces = assignment.on_flight is not None
         options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us, traces=traces)
-        self._pack = Pack(assignment.service, options, memory, assignment.page_size)
         with contextlib.ExitStack() as undo:
+            if assignment.written is not None and self._file < 0:
+                self._dropping = undo.enter_context(contextlib.closing(Dropping(assignment.uffd)))
+                memory = (assignment.written, *self._dropping.memory)
+            elif assignment.written is not None:
+                memory = (assignment.written, self._file)
+            self._pack = Pack(assignment.service, options, memory, assignment.page_size)
             undo.callback(self._pack.close)
             pagers = self._choice.pagers_for(self._pack)
             self._client = pagers.take()
@@ -269,6 +279,8 @@ class PagerEngine:
 
         The memory is settled first: a touch that nobody answers, with the GIL held, would stop this very thread.
         """
+        if self._dropping is not None:
+            self._dropping.end()
         self._client.settles(self._tenant)
         try:
             settle()

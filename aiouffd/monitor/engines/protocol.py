@@ -158,10 +158,6 @@ class EngineChoice(Protocol):
         """Whether forked children are served, where nothing else is asked for."""
 
     @property
-    def drops_private(self) -> bool:
-        """Whether it can drop pages of private memory: another process cannot."""
-
-    @property
     def counts_here(self) -> bool:
         """Whether `Engine.statistics` is of this region alone, and asks no other process."""
 
@@ -172,6 +168,14 @@ class EngineChoice(Protocol):
     @property
     def needs_loop(self) -> bool:
         """Whether it serves on the caller's loop."""
+
+    def drops_private(self, *, write_back: bool, fork: str | None) -> bool:
+        """Whether pages of private small memory can be dropped; else it becomes shared.
+
+        Args:
+            write_back: what was written is saved.
+            fork: as for `Terms`.
+        """
 
     def check(self, terms: Terms) -> None:
         """Raise ValueError where such an engine cannot do what the Monitor was asked for; it names both."""

@@ -72,10 +72,13 @@ class ServedBy:
     features: ClassVar[Feature] = Feature.THREAD_ID | abi.LAYOUT_EVENTS
     serves_system_calls: ClassVar[bool] = True
     serves_children: ClassVar[bool] = False  # if the server is killed, nobody else has their descriptors: zeros
-    drops_private: ClassVar[bool] = False
     counts_here: ClassVar[bool] = False
     loop_is_here: ClassVar[bool] = False
     needs_loop: ClassVar[bool] = False
+
+    def drops_private(self, **_: object) -> bool:
+        """Never: it is another process."""
+        return False
 
     def check(self, terms: Terms) -> None:
         """Refuse what only the server can be asked for."""

@@ -6,6 +6,7 @@ import select
 from typing import TYPE_CHECKING
 
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
+from aiouffd.pager.process.serialization import words_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ def poison_what_is_touched(
             [(mapping.start, mapping.end) for mapping in tenant.shown(state)],
             tenant.token,
             is_child=tenant in children,
+            words=words_of(tenant.pack.record, tenant.pack.fds),
         )
         for tenant in (*tenants.values(), *children)
         if tenant.uffd.intact

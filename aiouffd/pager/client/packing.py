@@ -60,7 +60,8 @@ class Pack:
         service: what serves. Stays the caller's, who keeps its descriptors open as long as the pack is used.
         options: how.
         memory: what its pages are dropped by: the notes of what was written, and the memfd that the memory maps; or the
-            memfd alone. They stay the caller's, like those of the service; the pack refers to them until it is closed.
+            memfd alone; or, of private memory, the notes, and what its `Owner` is asked by. They stay the caller's,
+            like those of the service; the pack refers to them until it is closed.
         page_size: of that memory.
 
     Attributes:

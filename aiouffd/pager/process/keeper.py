@@ -49,7 +49,7 @@ from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLO
 from aiouffd.pager.process.journal import Whose
 from aiouffd.pager.process.last_resort import Forsaken, LastResort
 from aiouffd.pager.process.replay import last_meta, survey
-from aiouffd.pager.process.serialization import config_of, modules
+from aiouffd.pager.process.serialization import config_of, modules, words_of
 from aiouffd.pager.process.state import State
 
 if TYPE_CHECKING:
@@ -364,6 +364,8 @@ def _orphaned(journal: Journal) -> bool:
 
 def _forsaken(journal: Journal) -> list[Forsaken]:
     state = survey(journal)
+    if state is None:
+        return []
     return [
         Forsaken(
             Userfaultfd.from_fd(space.fd, Feature(space.features)),
@@ -371,8 +373,9 @@ def _forsaken(journal: Journal) -> list[Forsaken]:
             [(mapping.start, mapping.end) for mapping in space.mappings],
             space.token,
             is_child=space.is_child,
+            words=words_of(state.origins[space.origin], state.origins[space.origin]["fds"]),
         )
-        for space in (state.spaces.values() if state is not None else ())
+        for space in state.spaces.values()
     ]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from aiouffd.engine.owner import take_back
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import FaultFlag
 from aiouffd.kernel.events import PageFault
@@ -40,6 +41,7 @@ class Forsaken:
         ranges: (start, end) of what it shows: who sleeps there is woken, to fault anew.
         token: by which it, or the ancestor that it was forked from, is asked for.
         is_child: of a fork.
+        words: by which its pages were asked to be dropped; -1: they were not.
     """
 
     uffd: Userfaultfd
@@ -47,6 +49,7 @@ class Forsaken:
     ranges: list[tuple[int, int]]
     token: str = ""
     is_child: bool = False
+    words: int = -1
 
 
 class LastResort:
@@ -95,6 +98,8 @@ class LastResort:
         self._epoll.close()
 
     def _add(self, space: Forsaken) -> None:
+        if space.words >= 0:
+            take_back(space.words)
         self.spaces[space.uffd.fileno()] = space
         self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
 

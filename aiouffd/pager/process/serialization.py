@@ -27,7 +27,7 @@ from aiouffd.sources.base import Descriptor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Pickles", "config_of", "described", "is_pickle", "modules", "pack", "unpack"]
+__all__ = ["PRIVATE", "Pickles", "config_of", "described", "is_pickle", "modules", "pack", "unpack", "words_of"]
 
 
 class Pickles(enum.StrEnum):
@@ -40,6 +40,9 @@ class Pickles(enum.StrEnum):
     ALWAYS = "always"
     """For the pager of a server or of a `Pager` instance, whose sources are its own program's."""
 
+
+PRIVATE: Final = 3
+"""Descriptors that come with private memory whose pages are dropped; with a memfd it is fewer."""
 
 _MAKERS: Final = frozenset(
     (
@@ -91,6 +94,16 @@ def pack(obj: Any) -> tuple[bytes, list[Descriptor]]:
 def config_of(record: dict[str, Any]) -> bytes:
     """Return what `pack` has made of a service."""
     return os.pread(record["config"], os.fstat(record["config"]).st_size, 0)
+
+
+def words_of(record: dict[str, Any], fds: Sequence[int]) -> int:
+    """Return the descriptor by which pages of private memory are asked to be dropped: see `Owner`; -1: there is none.
+
+    Args:
+        record: of an origin.
+        fds: its descriptors: the notes, the words and the pagemap are last.
+    """
+    return fds[-2] if record["memory"] == PRIVATE else -1
 
 
 def is_pickle(data: bytes) -> bool:

@@ -26,7 +26,7 @@ from aiouffd.errors import PagerStartError, SourceError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.process.handles import close_all, duplicates
-from aiouffd.pager.process.serialization import config_of, described, is_pickle, modules, unpack
+from aiouffd.pager.process.serialization import PRIVATE, config_of, described, is_pickle, modules, unpack
 from aiouffd.pager.process.state import SpaceState
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Origin:
         self.service = service
         self.backend = backend
         self.options: Options = _options_of(record)
-        self.file: int = record["fds"][-1] if record["memory"] else -1
+        self.file: int = record["fds"][-1] if 0 < record["memory"] < PRIVATE else -1
         """The memfd that its memory maps, from its beginning on; -1: it is not known. It is the record's."""
         self.gone: asyncio.Event = asyncio.Event()
         """Set when a file that was written has been closed, for which `let_go` was called."""
@@ -315,10 +315,13 @@ def make_origin(
 
 def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Bound:
     """Return what drops pages. It is needed where a source cannot be opened, too: writes are noted there."""
-    written, file = duplicates(record["fds"][-2:])
-    page, limit = record["page_size"], options.max_resident
-    how = (WrittenPages(written, page), page, limit, counters, OwnedDescriptor(file))
-    return Bound(*how, foreign=options.foreign, patience=options.limits.timeout)
+    written, *memory = duplicates(record["fds"][-record["memory"] :])
+    page = record["page_size"]
+    how = (WrittenPages(written, page), page, options.max_resident, counters)
+    if record["memory"] == PRIVATE:
+        words, pagemap = memory
+        return Bound(*how, owner=(words, pagemap))
+    return Bound(*how, OwnedDescriptor(memory[0]), foreign=options.foreign, patience=options.limits.timeout)
 
 
 def _options_of(record: dict[str, Any]) -> Options:
