@@ -101,6 +101,26 @@ def test_evicted_pages_are_missing_again(engine: str) -> None:
     play(evicted, engine)
 
 
+def forgotten(engine: str) -> None:
+    """Scenario: native code empties the page tables of shared memory; the file has the pages still."""
+    with served(engine, readahead=0) as monitor:
+        region, model = monitor.region, bytearray(content(0, SIZE))
+        region[5 * PAGE] = model[5 * PAGE] = 77
+        assert region[6 * PAGE : 8 * PAGE] == model[6 * PAGE : 8 * PAGE]
+        libc.madvise(region.address + 5 * PAGE, 3 * PAGE, mmap.MADV_DONTNEED)
+        assert region[5 * PAGE : 7 * PAGE] == model[5 * PAGE : 7 * PAGE]
+        for page in (6, 7):
+            region[page * PAGE] = model[page * PAGE] = 78  # told of, as any first write
+        monitor.evict_sync(0, SIZE)
+        assert region[:] == model
+
+
+@pytest.mark.parametrize("engine", ["pager", "in_thread-shared"])
+def test_a_page_that_only_the_file_has(engine: str) -> None:
+    """It is mapped. No message tells InThread which pages these are."""
+    play(forgotten, engine)
+
+
 class Vanishing:
     """A source that has its first page once."""
 

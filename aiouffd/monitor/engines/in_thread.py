@@ -174,7 +174,8 @@ class InThreadEngine(LocalEngine):
             )
             undo.callback(self._remove, for_good=True)
             refuse = None if assignment.can_poison else self._served.refuse
-            self._uffd = PipeUserfaultfd.joined(assignment.uffd, self._reading, self._loop, refuse)
+            page = assignment.page_size if options.modes & RegisterMode.MINOR else 0
+            self._uffd = PipeUserfaultfd.joined(assignment.uffd, self._reading, self._loop, refuse, page=page)
             undo.callback(self._uffd.close)
             # No spinning: the touchers need the GIL, which the loop would hold. The native reader would place nothing:
             # the handlers have placed what is in memory.

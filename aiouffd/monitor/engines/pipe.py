@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from aiouffd.engine.resolver import DONTWAKE
+from aiouffd.kernel import abi
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.native import faults
@@ -31,6 +32,7 @@ class PipeUserfaultfd(Userfaultfd):
     _copy: Callable[[int, int, int, int, int], int]
     _later: list[tuple[int, int]]
     _refuse: Callable[[int], None] | None
+    _page: int
 
     @classmethod
     def joined(
@@ -39,6 +41,8 @@ class PipeUserfaultfd(Userfaultfd):
         pipe: int,
         loop: asyncio.AbstractEventLoop,
         refuse: Callable[[int], None] | None = None,
+        *,
+        page: int = 0,
     ) -> Self:
         """Work on a duplicate of `uffd`.
 
@@ -47,6 +51,8 @@ class PipeUserfaultfd(Userfaultfd):
             pipe: where messages are read; likewise.
             loop: runs in the thread that uses this object.
             refuse: called with a page in place of UFFDIO_POISON, which the kernel lacks; None: it has it.
+            page: bytes of a page of shared memory, which may be in the file and not be mapped: no message says so. 0:
+                the memory is private.
         """
         self = cls.from_fd(os.dup(uffd.fileno()), uffd.features)
         self._pipe = pipe
@@ -54,6 +60,7 @@ class PipeUserfaultfd(Userfaultfd):
         self._copy = faults.copying()
         self._later = []
         self._refuse = refuse
+        self._page = page
         return self
 
     def fileno(self) -> int:
@@ -66,7 +73,7 @@ class PipeUserfaultfd(Userfaultfd):
             result = self._copy(self._fd, dst, src, length, mode | DONTWAKE)
         else:
             result = super().try_copy(dst, src, length, mode | DONTWAKE)
-        return self._woken(dst, result, mode)
+        return self._woken(dst, self._mapped(dst, result, mode), mode)
 
     def try_move(self, dst: int, src: int, length: int, mode: int) -> int:
         """UFFDIO_MOVE."""
@@ -74,7 +81,8 @@ class PipeUserfaultfd(Userfaultfd):
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""
-        return self._woken(start, super().try_zeropage(start, length, mode | DONTWAKE), mode)
+        result = super().try_zeropage(start, length, mode | DONTWAKE)
+        return self._woken(start, self._mapped(start, result, mode), mode)
 
     def try_continue(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_CONTINUE."""
@@ -118,6 +126,13 @@ class PipeUserfaultfd(Userfaultfd):
         later, self._later = self._later, []
         for start, length in later:
             faults.wake(start, length)
+
+    def _mapped(self, start: int, result: int, mode: int) -> int:
+        """Map a page that the file has already, for which a thread may have faulted."""
+        if result != -errno.EEXIST or not self._page:
+            return result
+        done = super().try_continue(start, self._page, DONTWAKE | (mode & abi.COPY_MODE_WP and abi.CONTINUE_MODE_WP))
+        return done if done > 0 else result
 
     def _woken(self, start: int, result: int, mode: int) -> int:
         if result > 0 and not mode & DONTWAKE:
