@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -113,15 +114,23 @@ def scan(size: int, limit: int | None) -> float:
     return spent
 
 
+def anonymous() -> int:
+    """Return how many bytes of private memory this process has."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10 if found else 0
+
+
 def above(size: int, limit: int) -> float:
     """Return the most MiB that were resident above a limit, while many threads touch pages at random."""
     highest, done = 0, threading.Event()
     with aiouffd.open(file_of(size), max_resident=limit) as region:
+        before = anonymous()
 
         def look() -> None:
             nonlocal highest
-            while not done.is_set():  # st_blocks is exact at any moment
-                highest = max(highest, os.fstat(region.fd).st_blocks * 512)
+            while not done.is_set():  # page tables change while they are read; these counts do not
+                there = anonymous() - before if region.fd < 0 else os.fstat(region.fd).st_blocks * 512
+                highest = max(highest, there)
 
         thread = threading.Thread(target=look)
         thread.start()

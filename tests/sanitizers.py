@@ -26,6 +26,8 @@ TESTS = (
     "tests/kernel/test_in_thread.py",
     "tests/kernel/test_in_thread_safety.py",
     "tests/kernel/test_watchdog.py",
+    "tests/kernel/test_dropper.py",
+    "tests/kernel/test_on_demand.py",
     "tests/kernel/test_in_process.py",
     "tests/kernel/test_layout.py",
     "tests/kernel/test_reader.py",
