@@ -154,6 +154,7 @@ class Bound:
         self._clock = Clock(page, self.limit or 1 << 62)
         self._warned: set[str] = set()
         self._evicted = 0  # bytes
+        self._is_put_off = False  # the owner could not drop something just now: it is asked again for the same
 
     @property
     def is_waiting(self) -> bool:
@@ -391,13 +392,14 @@ class Bound:
         if length <= self.room:
             return
         assert self.limit is not None
+        self._is_put_off = False
         enough = self.limit - length - self._clock.block
         # What is spared in one turn goes in a later one: a turn is as short as one block.
         turns = (self._oldest(start, length) for _ in range(_NEWEST + 2))
         for low, high in chain.from_iterable(turns):
             self.evict(low, high)
             self.lost([(low, high)])  # a successor does not know what was emptied
-            if self._clock.total <= enough or self.is_waiting:
+            if self._clock.total <= enough or self.is_waiting or self._is_put_off:
                 return
         if length > self.room and self.staying > self.limit // 2:  # else the window is large, or blocks are spared
             text = "max_resident is %d, and %d bytes are there: most of them were written, and stay"
@@ -487,7 +489,9 @@ class Bound:
                 self._warn("nothing can be dropped of a memory file: %s", error.strerror)
             elif self._owner is None:
                 raise error
-            elif error.errno not in _PASSING:
+            elif error.errno in _PASSING:
+                self._is_put_off = True
+            else:
                 self._warn("pages stay that are locked, pinned, or may not be written to: %s", error.strerror)
         self._words[Counter.RESIDENT] = self._clock.total
 

@@ -15,7 +15,12 @@ from scenario import eventually
 
 import aiouffd
 from aiouffd.engine.apart import Apart
+from aiouffd.engine.bound import Bound
+from aiouffd.engine.flight import Flights
+from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.owner import Owner, take_back
+from aiouffd.engine.protect import WrittenPages
+from aiouffd.engine.statistics import Counters
 from aiouffd.kernel.memory import address_of, map_file
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.monitor.engines.on_demand import may_be_dropped
@@ -116,6 +121,33 @@ async def a_process_that_is_gone() -> None:
     words.gone = True
     await settled(apart)
     assert [error.errno for _, _, error in told] == [errno.ESRCH]
+
+
+def test_what_is_put_off_goes_later() -> None:
+    """A block that cannot be dropped while the layout is changing is asked for again, and no other in its place."""
+    asyncio.run(is_put_off_goes_later())
+
+
+async def is_put_off_goes_later() -> None:
+    """Scenario."""
+    words, asked, refused = Words(), list[int](), [errno.EAGAIN]
+
+    def begin(parts: list[Any], _apart: Apart, then: Any) -> Any:
+        asked.extend(low // PAGE for low, _, _ in parts)
+        failures = [OSError(refused.pop(), "") if refused else None for _ in parts]
+        return lambda: then([(low, high, error) for (low, high, _), error in zip(parts, failures, strict=True)])
+
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 17 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=Flights(), remainders=[], deferred=[], capture=None, counters=Counters())
+    with WrittenPages.create(16 * PAGE, PAGE) as written, Pagemap() as pagemap:
+        bound = Bound(written, PAGE, 8 * PAGE, Counters(), owner=(words.fd, os.dup(pagemap.fileno())))
+        bound._owner = Mock(begin=begin, there=lambda _: [])
+        bound.enter(space)
+        bound.came(0, 8 * PAGE)
+        bound.make_room(8 * PAGE, PAGE)
+        assert (asked, bound.resident) == ([0], 8 * PAGE)
+        bound.make_room(8 * PAGE, PAGE)
+        assert (asked[:3], bound.resident <= 7 * PAGE) == ([0, 0, 1], True)
 
 
 def test_what_a_predecessor_asked_for() -> None:
