@@ -290,7 +290,8 @@ def stayed(limit: int | None) -> None:
     for killed in (), (1,), (0, 1):
         region = aiouffd.Region(8 * PAGE, shared=limit is None)
         source = aiouffd.BufferSource(content(0, 8 * PAGE))
-        with aiouffd.Monitor(region, source, readahead=0, max_resident=limit, engine=aiouffd.Pager()) as monitor:
+        options: dict[str, Any] = {"readahead": 0, "max_resident": limit, "fork": "serve"}  # so it becomes shared
+        with aiouffd.Monitor(region, source, engine=aiouffd.Pager(), **options) as monitor:
             assert peek(region.address) == expected[0]
             old = range(region.address, region.address + 8 * PAGE, PAGE)
             flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED | libc.MREMAP_DONTUNMAP
