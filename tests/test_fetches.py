@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from cached import CHUNK, Far, Hashed, opened, until
 
 import aiouffd
+from aiouffd.store.fetches import Fetches
 
 
 async def test_many_readers_of_a_process(tmp_path: Path) -> None:
@@ -215,6 +217,34 @@ async def test_a_fetcher_that_is_killed_is_replaced(tmp_path: Path) -> None:
     assert mine.asked == [(0, CHUNK)]
     await source.aclose()
     assert os.getpid() != process.pid
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_closing_before_a_fetch_has_begun(tmp_path: Path, claimed: bool) -> None:
+    """Who waits is told, and no other process waits for a chunk that nobody fetches: it is locked by nobody."""
+    source, other = opened(tmp_path), opened(tmp_path)
+    await source.prepare()
+    done = threading.Event()
+
+    async def aside(function: Any, *arguments: Any) -> Any:
+        def call() -> Any:
+            try:
+                return function(*arguments)
+            finally:
+                done.set()
+
+        return await asyncio.to_thread(call)
+
+    fetches = Fetches(source.source, source._names, source.cache, aside, lambda _: None)
+    waiting = asyncio.ensure_future(fetches.get([0], urgent=True))
+    await asyncio.sleep(0)
+    if claimed:
+        await asyncio.sleep(0)
+        done.wait(20)  # the loop has not heard yet that it has the lock
+    await fetches.aclose()
+    with pytest.raises(aiouffd.SourceError, match="closed meanwhile"):
+        await asyncio.wait_for(waiting, 20)
+    assert await asyncio.to_thread(other.cache.try_lock, source._names.of(0))
 
 
 async def test_what_is_read_ahead_may_become_urgent(tmp_path: Path) -> None:

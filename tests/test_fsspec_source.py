@@ -16,6 +16,7 @@ import pytest_asyncio
 from fsspec.implementations.memory import MemoryFileSystem
 
 import aiouffd
+from aiouffd.sources import fsspec_source
 from aiouffd.store.resolve import as_source
 from examples.page_server import serving
 
@@ -164,6 +165,49 @@ async def test_canceling(memory: Any, opened: Any) -> None:
     found = await asyncio.gather(*reads, return_exceptions=True)
     assert isinstance(found.pop(2), asyncio.CancelledError)
     assert found == [DATA[at : at + 10] for at in (0, 1, 3, 4)]
+
+
+async def test_a_look_that_hangs(memory: Any, opened: Any) -> None:
+    """It costs the reads that wait for it, and not those that come later: a lost connection has no answer."""
+    source = opened(memory, "/file")
+    await sized(source)
+    hangs, go_on = threading.Event(), threading.Event()
+    original = memory.info
+
+    def info(path: str, **named: Any) -> Any:
+        if not hangs.is_set():
+            hangs.set()
+            go_on.wait(60)
+        return original(path, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "info", info)
+        patch.setattr(fsspec_source, "_PATIENCE", 0.01, raising=False)
+        lost = asyncio.ensure_future(source.read(0, 10))
+        await asyncio.to_thread(hangs.wait, 60)
+        lost.cancel()
+        async with asyncio.timeout(20):
+            assert await source.read(10, 10) == DATA[10:20]
+        go_on.set()
+
+
+@pytest.mark.usefixtures("memory")
+async def test_a_filesystem_that_is_reached_at_the_second_try(opened: Any) -> None:
+    """A read that failed is repeated by the engine, which is of use only if that connects again."""
+    source = opened("memory:///file")
+    original, tries = fsspec.core.url_to_fs, []
+
+    def url_to_fs(*arguments: Any, **named: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ConnectionResetError("not today")
+        return original(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsspec.core, "url_to_fs", url_to_fs)
+        with pytest.raises(ConnectionResetError):
+            await source.read(0, 10)
+        assert await source.read(0, 10) == DATA[:10]
 
 
 async def test_what_cannot_be_read(memory: Any, server: odd_http.Odd, opened: Any) -> None:

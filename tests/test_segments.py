@@ -86,6 +86,26 @@ def test_what_a_process_has_begun_another_continues(tmp_path: Path) -> None:
     assert len(first.files()) == 3
 
 
+def test_a_damaged_first_page_is_not_believed(tmp_path: Path) -> None:
+    """What it says is taken would be written over, while others show it."""
+    mine = segments(tmp_path)
+    before = mine.append([data(1), data(2)])
+    mine.close()
+    ((number, _),) = mine.files()
+    fd = os.open(tmp_path / f"{number:08x}.segment", os.O_RDWR)
+    for bit in range(12, 24):  # of the word that says how much is taken
+        page = bytearray(os.pread(fd, 100, 0))
+        page[32 + bit // 8] ^= 1 << bit % 8
+        os.pwrite(fd, page, 0)
+        other = segments(tmp_path)
+        other.append([data(3)])
+        other.close()
+        assert [read(place) for place in before] == [data(1), data(2)]
+        page[32 + bit // 8] ^= 1 << bit % 8
+        os.pwrite(fd, page, 0)
+    os.close(fd)
+
+
 def test_room_is_taken_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails in the middle, as a process that is killed there, leaves a place that nobody uses again."""
     mine = segments(tmp_path)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FsspecSource"]
 
 _THREADS: Final = 32
+_PATIENCE: Final = 5.0  # seconds to wait for a look at the version before another one
 _TAGS: Final = ("ETag", "etag", "md5Hash", "md5", "sha256", "checksum", "content_hash", "blob_id", "oid", "generation")
 _TIMES: Final = ("mtime", "LastModified", "Last-Modified", "last_modified", "modified", "updated", "created")
 _FOR_GOOD: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
@@ -70,6 +71,7 @@ class FsspecSource:
         self._here: asyncio.Future[Any] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._next_look: asyncio.Task[None] | None = None
+        self._looks: set[asyncio.Task[None]] = set()  # all that have not ended
 
     @property
     def size(self) -> int:
@@ -152,7 +154,9 @@ class FsspecSource:
         if self._pinned is not None and self._pinned.rest:
             if self._next_look is None:
                 self._next_look = asyncio.ensure_future(self._look(self._looking))
-                self._next_look.add_done_callback(lambda look: look.cancelled() or look.exception())
+                self._looks.add(self._next_look)
+                self._next_look.add_done_callback(self._looks.discard)
+                self._next_look.add_done_callback(_retrieve)
             try:
                 await asyncio.shield(self._next_look)
             except SourceError as error:
@@ -162,7 +166,7 @@ class FsspecSource:
     async def _look(self, before: asyncio.Task[None] | None) -> None:
         """Compare the version with what was pinned: the reads that have ended before this are of it."""
         if before is not None:
-            await asyncio.wait([before])
+            await asyncio.wait([before], timeout=_PATIENCE)
         self._looking, self._next_look = self._next_look, None
         found = _Version.of(await self._ask(0, 0, "info"))
         if found != self._pinned:
@@ -170,13 +174,8 @@ class FsspecSource:
 
     async def _ask(self, offset: int, length: int, method: str, **arguments: int) -> Any:
         """Call a method of the filesystem, on the loop or in a thread."""
-        if self._here is None:
-            self._pool = DaemonThreads(_THREADS, "aiouffd-fsspec")
-            self._here = asyncio.ensure_future(
-                asyncio.get_running_loop().run_in_executor(self._pool, self._settle, asyncio.get_running_loop())
-            )
         try:
-            filesystem, path, on_loop = await asyncio.shield(self._here)
+            filesystem, path, on_loop = await self._settled()
             if on_loop:
                 if method == "info":
                     filesystem.invalidate_cache(path)
@@ -186,6 +185,22 @@ class FsspecSource:
             )
         except _FOR_GOOD as error:
             raise SourceError(repr(self), offset, length, f"{type(error).__name__}: {error}") from error
+
+    async def _settled(self) -> tuple[Any, str, bool]:
+        """Return what `_settle` does, which runs once: again only where that failed, or was not waited for."""
+        loop, here = asyncio.get_running_loop(), self._here
+        if here is None:
+            if self._pool is None:
+                self._pool = DaemonThreads(_THREADS, "aiouffd-fsspec")
+            here = self._here = loop.run_in_executor(self._pool, self._settle, loop)
+            here.add_done_callback(_retrieve)
+        try:
+            found: tuple[Any, str, bool] = await asyncio.shield(here)
+        except BaseException:
+            if self._here is here:
+                self._here = None
+            raise
+        return found
 
     def _settle(self, loop: asyncio.AbstractEventLoop) -> tuple[Any, str, bool]:
         """Return (filesystem, path, whether its reads run on the loop). It may connect, and so it runs in a thread."""
@@ -200,9 +215,8 @@ class FsspecSource:
 
     async def aclose(self) -> None:
         """End what is under way, and let threads end."""
-        for look in (self._looking, self._next_look):
-            if look is not None:
-                look.cancel()
+        for look in self._looks:
+            look.cancel()
         if self._here is not None and self._here.done() and not self._here.cancelled() and not self._here.exception():
             filesystem, _, on_loop = self._here.result()
             session = getattr(filesystem, "_session", None) if on_loop and self._owned else None
@@ -221,6 +235,12 @@ class FsspecSource:
         parts = urlsplit(self._what)
         host = parts.netloc.rpartition("@")[2]  # no password in a log
         return f"FsspecSource({parts._replace(netloc=host, query='').geturl()!r})"
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Take note of what it raised: whoever waits for it does so, too, if anybody does."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _call(filesystem: Any, method: str, path: str, arguments: dict[str, int]) -> Any:

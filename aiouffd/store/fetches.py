@@ -54,6 +54,7 @@ class Fetches:
         self._read_ahead = getattr(source, "read_ahead", source.read)
         self._ahead: set[int] = set()  # chunks that are read so, and may be read sooner
         self._flights: dict[int, asyncio.Future[Any]] = {}
+        self._mine: set[int] = set()  # chunks that are to be fetched here
         self._tasks: set[asyncio.Task[Any]] = set()
         self._behind = 0
         self._kept: set[asyncio.Future[Any]] = set()  # what is being written
@@ -163,6 +164,7 @@ class Fetches:
                 if item is not None and locked:
                     self._cache.unlock(key)
             if item is None:
+                self._mine.add(number)
                 mine.append(number)
             else:
                 found[number] = item
@@ -221,6 +223,7 @@ class Fetches:
         return key
 
     def _unlock(self, number: int) -> None:
+        self._mine.discard(number)
         self._cache.unlock(self._key(number))
 
     def _give(self, number: int, outcome: Any) -> None:
@@ -251,3 +254,8 @@ class Fetches:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        # Of tasks that had not begun, and of what a thread has returned to one that was canceled.
+        for number in self._mine.copy():
+            self._unlock(number)
+        for number in tuple(self._flights):
+            self._land(number, self._ended(number))

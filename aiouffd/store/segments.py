@@ -2,9 +2,9 @@
 
 A segment is written by pwrite(2), by one process at a time: the one that has the file locked (flock). It begins with a
 page that says, in the order `_HEADER`, what it is, in which boot of the machine it was begun, and how much of it is
-taken. Room is taken before it is written to, so a process that continues the segment of one that was killed writes
-behind all that the other can have written. A segment of an earlier boot is not continued: what its first page says may
-be older than its chunks.
+taken; then comes the fingerprint of that. Room is taken before it is written to, so a process that continues the
+segment of one that was killed writes behind all that the other can have written. Not continued are a segment whose
+first page is damaged, and one of an earlier boot: what its first page says may be older than its chunks.
 
 What has been written stays as it is, until the file is unlinked as a whole. A mapping of it shows the same bytes for as
 long as it lasts. The file has its whole length from the beginning (sparse), so a mapping never reaches behind its end.
@@ -29,6 +29,7 @@ from aiouffd.kernel import files
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import align_up
 from aiouffd.sources.file_attributes import FileSystem
+from aiouffd.store.codecs import FINGERPRINT, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ _SMALLEST: Final = 1 << 20
 _PARTS: Final = 8  # segments of which a small cache consists
 _HEADER: Final = struct.Struct("<8sI16s4xQ")
 _MAGIC: Final = b"aiouffdc"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _NONE: Final = 0xFFFFFFFF  # no number of a segment: see `cache_index.ZEROS`
 _NAME: Final = re.compile(r"[0-9a-f]{8}\.segment")
 _READING: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no waiting for the writer of a pipe
@@ -207,7 +208,7 @@ class Segments:
                     used = align_up(used + len(view), mmap.PAGESIZE)
                 # Taken before anything is written there.
                 header = _HEADER.pack(_MAGIC, _VERSION, self._boot, used)
-                files.write_at(active.writer.fileno(), header, 0)
+                files.write_at(active.writer.fileno(), header + fingerprint(header), 0)
                 self._active = active._replace(used=used)
                 for offset, view in some:
                     files.write_at(active.writer.fileno(), view, offset)
@@ -237,8 +238,9 @@ class Segments:
 
     def _used(self, fd: int) -> int:
         """Return how much of a segment is taken; 0: it is not known."""
-        header = os.pread(fd, _HEADER.size, 0)
-        if len(header) < _HEADER.size:
+        data = os.pread(fd, _HEADER.size + FINGERPRINT, 0)
+        header, check = data[: _HEADER.size], data[_HEADER.size :]
+        if fingerprint(header) != check:
             return 0
         magic, version, boot, used = _HEADER.unpack(header)
         known = (magic, version, boot) == (_MAGIC, _VERSION, self._boot) and used % mmap.PAGESIZE == 0
