@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
-from aiouffd.engine.dropping import drop, huge_pages
+from aiouffd.engine.dropping import drop, huge_pages, under_way
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.owner import Owner
 from aiouffd.engine.places import locked
@@ -305,21 +305,13 @@ class Bound:
         for space, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
             data, memory = bytearray(size), self._memory
-            gone = not self._is_ours(space, shown)
+            gone = not _is_ours(space, shown)
             if gone or (memory is not None and memory.read_into(memoryview(data), shown.start)):
                 raise LayoutChangingError("a write back", shown.start, size, errno.EAGAIN)
             if memory is None:  # what is not there would end the process
                 ctypes.memmove(address_of(data), shown.start, size)  # without the GIL
             found.append((shown.offset, bytes(data)))
         return found
-
-    def _is_ours(self, space: _Space, shown: Mapping) -> bool:
-        """Tell whether private memory is the region's: it may have been unmapped, and be other memory by now.
-
-        In its own process the kernel is asked for no layout events. It protects only what is registered for that.
-        """
-        length = align_up(shown.end - shown.start, self.page)
-        return bool(space.uffd.try_writeprotect(shown.start, length, abi.WRITEPROTECT_MODE_WP) != -errno.ENOENT)
 
     def order(self) -> list[tuple[int, int]]:
         """Return the blocks that are there, as (start, end), what is to go first first."""
@@ -483,8 +475,7 @@ class Bound:
     def _gone(self, outcomes: Outcomes) -> None:
         for low, high, error in outcomes:
             if error is None:
-                self._evicted += (dropped := self._clock.gone(low, high))
-                self._words[Counter.PAGES_EVICTED] += dropped // self.page
+                self._dropped([(low, high)])
             elif self.shared:  # a client has sealed its file (EPERM): the pages stay
                 self._warn("nothing can be dropped of a memory file: %s", error.strerror)
             elif self._owner is None:
@@ -493,7 +484,23 @@ class Bound:
                 self._is_put_off = True
             else:
                 self._warn("pages stay that are locked, pinned, or may not be written to: %s", error.strerror)
+                shown = [mapping for _, mapping in self.places(low, high)]
+                self._call(partial(self._owner.missing, low, high, shown), self._dropped)
+
+    def _dropped(self, ranges: Iterable[tuple[int, int]]) -> None:
+        for low, high in ranges:
+            self._evicted += (dropped := self._clock.gone(low, high))
+            self._words[Counter.PAGES_EVICTED] += dropped // self.page
         self._words[Counter.RESIDENT] = self._clock.total
+
+
+def _is_ours(space: _Space, shown: Mapping) -> bool:
+    """Tell whether private memory is the region's: it may have been unmapped, and be other memory by now.
+
+    In its own process the kernel is asked for no layout events. It protects only what is registered for that.
+    """
+    length = align_up(shown.end - shown.start, space.page_size)
+    return bool(space.uffd.try_writeprotect(shown.start, length, abi.WRITEPROTECT_MODE_WP) != -errno.ENOENT)
 
 
 def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
@@ -508,7 +515,7 @@ def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:
         for mapping in space.mappings.addresses(item.start, item.end):
             skew = mapping.offset - mapping.start
             here.add(mapping.offset, mapping.end + skew)
-            for start, end in _under_way(space, mapping.start, mapping.end):
+            for start, end in under_way(space, mapping.start, mapping.end):
                 here.remove(start + skew, end + skew)
         for gap in here.gaps(item.start, item.end):
             shown.remove(gap.start, gap.end)
@@ -523,15 +530,6 @@ def losing(space: _Space, start: int, end: int) -> Iterator[None]:
     yield
     if bound is not None:
         bound.lost((run.offset, run.offset + run.end - run.start) for run in shown)
-
-
-def _under_way(space: _Space, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of addresses [start, end) that are being brought: their bytes may have been read already."""
-    yield from ((low, high) for low, high, _ in space.flights.within(start, end))
-    for run in chain(space.remainders, space.deferred):
-        low, high = max(run.dst, start), min(run.dst + run.left, end)
-        if run.op <= Op.CONTINUE and low < high:
-            yield low, high
 
 
 def _wait_for_file(space: _Space, waits: bool) -> None:  # noqa: FBT001 - of a callback

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from aiouffd.engine.runs import Op
 from aiouffd.kernel import abi, libc
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
-__all__ = ["Outcomes", "Part", "drop", "huge_pages"]
+__all__ = ["Outcomes", "Part", "drop", "huge_pages", "under_way"]
 
 Part: TypeAlias = tuple[int, int, list[tuple[int, int]]]
 """Of offsets: where they start and end, and the same of the addresses where they are shown."""
@@ -61,3 +63,12 @@ def huge_pages(space: Any, file: int, length: int) -> Iterator[tuple[int, int]]:
                 if space.uffd.try_continue(at, size, abi.CONTINUE_MODE_WP) != -errno.EFAULT:
                     offset = shown.offset + at - shown.start
                     yield offset, offset + size
+
+
+def under_way(space: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of addresses [start, end) that are being brought: their bytes may have been read already."""
+    yield from ((low, high) for low, high, _ in space.flights.within(start, end))
+    for run in chain(space.remainders, space.deferred):
+        low, high = max(run.dst, start), min(run.dst + run.left, end)
+        if run.op <= Op.CONTINUE and low < high:
+            yield low, high

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from aiouffd.kernel.memory import address_of, map_file
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.native import dropper
+from aiouffd.ranges import Range, RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -100,6 +101,11 @@ class Owner:
             ]
         except OSError:  # the process is gone
             return []
+
+    def missing(self, low: int, high: int, shown: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """Return what is missing of the offsets [low, high), as `there` finds: not all of it could be dropped."""
+        there = RangeSet(Range.between(start, end) for start, end in self.there(shown))
+        return [(gap.start, gap.end) for gap in there.gaps(low, high)]
 
     def close(self) -> None:
         """Ask no more."""

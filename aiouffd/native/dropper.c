@@ -72,13 +72,19 @@ static int empty(uint64_t place)
 static int move_away(int uffd, uint64_t place, uint64_t start, uint64_t size)
 {
     int failed = 0, tries = 0;
+    uint64_t step = size;
     for (uint64_t done = 0; done < size;) {
-        struct move_argument move = {place + done, start + done, size - done, MOVE_DONTWAKE | MOVE_SRC_HOLES, 0};
+        uint64_t length = step < size - done ? step : size - done;
+        struct move_argument move = {place + done, start + done, length, MOVE_DONTWAKE | MOVE_SRC_HOLES, 0};
         int refused = ioctl(uffd, IOC_MOVE, &move) ? errno : 0;
-        if (move.done > 0)
+        if (move.done > 0) {
             done += (uint64_t)move.done;
-        else if (refused == EBUSY || refused == EFAULT) { /* a page is pinned, or cannot be had: it stays */
-            failed = -refused;
+            step *= step < size ? 2 : 1;
+        } else if (refused == EINVAL && length > page_size) /* more than one VMA; maybe a page of it is locked */
+            step = (length / page_size + 1) / 2 * page_size;
+        else if (refused == EBUSY || refused == EINVAL || refused == EFAULT) {
+            if (refused != EFAULT) /* the page stays: it is pinned, or may not be written to; else it is poisoned */
+                failed = -refused;
             done += page_size;
         } else if (refused == EAGAIN && tries++ < TRIES)
             sched_yield();
@@ -110,7 +116,7 @@ static int drop(struct dropper *dropper, uint64_t start, uint64_t end)
             return stays;
         if (outcome)
             failed = outcome;
-        if (outcome && outcome != -EBUSY && outcome != -EFAULT)
+        if (outcome && outcome != -EBUSY && outcome != -EINVAL)
             break;
     }
     return failed;

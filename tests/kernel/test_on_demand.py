@@ -20,6 +20,7 @@ from scenario import eventually, open_descriptors, play, replaced
 
 import aiouffd
 from aiouffd.kernel import libc
+from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.monitor.engines.on_demand import may_be_dropped
 
 pytestmark = pytest.mark.skipif(not may_be_dropped(), reason="Linux 6.18 moves pages in batches")
@@ -142,3 +143,33 @@ def left() -> None:
 def test_nothing_stays() -> None:
     """Neither threads nor descriptors, whatever becomes of what is missing."""
     play(left)
+
+
+def apart(kind: str) -> None:
+    """Scenario: a page of each block is another mapping, or cannot be dropped; the others are."""
+    with served() as monitor:
+        address = monitor.region.address
+        for place in range(address + 3 * PAGE, address + SIZE, 8 * PAGE):
+            if kind == "read only":
+                libc.mprotect(place, PAGE, mmap.PROT_READ)
+            elif kind == "another mapping":
+                libc.madvise(place, PAGE, mmap.MADV_DONTDUMP)
+            else:
+                assert monitor._registration is not None
+                assert monitor._registration.uffd.try_poison(place, PAGE, 0) == PAGE
+        pages = [page for page in range(PAGES) if kind != "poisoned" or page % 8 != 3]
+        for page in pages * 2:
+            assert peek(address + page * PAGE, 64) == content(page * PAGE, 64), page
+        stay = PAGES // 8 if kind == "read only" else 0
+        figures = monitor.statistics()
+        assert figures.resident <= LIMIT + stay * PAGE
+        assert figures.pages_evicted >= 2 * (len(pages) - stay) - LIMIT // PAGE
+        with Pagemap() as pagemap:
+            there = sum(run.length for run in pagemap.present(address, SIZE))
+        assert there <= LIMIT + PAGES // 8 * PAGE
+
+
+@pytest.mark.parametrize("kind", ["read only", "another mapping", "poisoned"])
+def test_one_page_keeps_no_others(kind: str) -> None:
+    """Neither what may not be dropped, nor the end of a mapping, nor what could not be had."""
+    play(apart, kind)
