@@ -136,6 +136,14 @@ def test_a_file_changes_nothing_of_ours() -> None:
     refused(saved(state.replace(b"torch._utils\n_rebuild_tensor_v2", b"collections\nOrderedDict"), {}), "data.pkl")
 
 
+def test_a_file_changes_nothing_that_was_checked() -> None:
+    """Neither how long a storage is, nor what a tensor is made of."""
+    longer = b"}X\6\0\0\0lengthM\0\1sb"
+    for place in (b"Q", b"R"):  # behind the storage, and behind the tensor
+        before, _, after = pickled(tensor("FloatStorage", "0", 12, 0, (1,), (1,))).rpartition(place)
+        refused(saved(before + place + longer + after, STORAGES), "data.pkl")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -156,8 +164,12 @@ def test_a_file_changes_nothing_of_ours() -> None:
         (tensor("FloatStorage", "0", 12, 0, "ab", "cd"), "shape"),
         ({(1,): 1}, "neither text nor a number"),
 ({"a": {"b": ONE}, "a.b": ONE_MORE}, "two tensors"),
+        (b"\x80\x02Nr\x00\x00\x00\x06.", "a place 100663296"),  # of 1.5 GiB
+        (tensor("FloatStorage", "0", 12, (((1,), 2),), (1,), (1,)), r"from \[tuple\]"),  # may be a tree without end
+        (tensor("FloatStorage", "0", 12, 0, (((1,), 2),), (1,)), r"shape \[tuple\]"),
+        (Storage("FloatStorage", "0", ((1,),)), r"no storage: .*'cpu', tuple\]"),
     ],
-    ids=range(17),
+    ids=range(21),
 )  # fmt: skip
 def test_what_is_refused(content: Any, reason: str) -> None:
     """With an error that says why."""

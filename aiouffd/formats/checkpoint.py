@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -17,6 +18,7 @@ import attrs
 from aiouffd.errors import UffdError
 from aiouffd.formats.arrays import ArrayEntry
 from aiouffd.formats.dtypes import BITS
+from aiouffd.formats.header import shown
 from aiouffd.formats.stored_zip import ZippedArrays
 
 if TYPE_CHECKING:
@@ -35,14 +37,15 @@ _TYPES: Final = (
 _STORAGES: Final = {f"{word}Storage": dtype for word, dtype in (pair.split("=") for pair in _TYPES.split())}
 
 
-@attrs.frozen
+# Without __setstate__: by that a pickle could change what was checked.
+@attrs.frozen(getstate_setstate=False)
 class _Storage:
     member: str
     length: int
     dtype: str
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, getstate_setstate=False)
 class _Leaf:
     """A tensor in what was pickled; the offset of its entry counts from the beginning of its storage."""
 
@@ -78,6 +81,7 @@ class Checkpoint(ZippedArrays):
         self._leaves: dict[str, _Leaf] = {}
         data = self._bytes_of(pickles[0])
         try:
+            _check_places(data)
             self._content = _Unpickler(data, self._storage_of, self._tensor_of).load()
             walk(self._content, self._name)
         except UffdError:
@@ -129,7 +133,7 @@ class Checkpoint(ZippedArrays):
     def _storage_of(self, said: Any) -> _Storage:
         word, dtype, key, _, count = said
         if word != "storage" or not isinstance(dtype, _Word) or type(key) is not str or type(count) is not int:
-            raise ValueError(f"no storage: {said!r:.200}")
+            raise ValueError(f"no storage: {shown(said)}")
         member = f"{self._folder}data/{key}"
         length = self._infos[member].file_size
         if count * BITS[dtype] // 8 != length:
@@ -145,7 +149,7 @@ class Checkpoint(ZippedArrays):
             type(step) is not int or not 0 <= step < 1 << 48 for step in (first, *strides)
         ):
             raise ValueError(
-                f"a tensor of the shape {shape!r:.80} with the strides {strides!r:.80}, from {first!r:.40}"
+                f"a tensor of the shape {shown(shape)} with the strides {shown(strides)}, from {shown(first)}"
             )
         reach = sum(step * (number - 1) for step, number in zip(strides, shape, strict=True)) + 1
         if 0 in shape:
@@ -165,6 +169,13 @@ class Checkpoint(ZippedArrays):
             self._leaves[name] = attrs.evolve(leaf, entry=attrs.evolve(leaf.entry, name=name))
             self._members[name] = leaf.member
         return leaf
+
+
+def _check_places(data: bytes) -> None:
+    """Raise ValueError if a pickle names a place for what it repeats that no pickle needs: all below take memory."""
+    for code, place, _ in pickletools.genops(data):
+        if code.name.endswith("PUT") and place > len(data):
+            raise ValueError(f"a place {place} for what is repeated, in {len(data)} bytes")
 
 
 def walk(thing: Any, leaf: Callable[[Any, tuple[str, ...]], Any]) -> Any:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.region import Region
 
-__all__ = ["Cursor", "Header", "file_of"]
+__all__ = ["Cursor", "Header", "file_of", "shown"]
 
 _LARGEST: Final = (1 << 63) - 1  # numpy and torch count bytes and elements in 64 bits
 _DIMENSIONS: Final = 64  # numpy's limit
@@ -22,6 +22,17 @@ _FIRST_BLOCK, _LARGEST_BLOCK = 64 << 10, 2 << 20
 def file_of(region: Region) -> str:
     """Return what a region shows, as text."""
     return repr(region if region.monitor is None else region.monitor.origin)
+
+
+def shown(thing: Any) -> str:
+    """Return a text for an error. That of all of it may fill any memory: a pickle can have a thing in itself twice."""
+    if isinstance(thing, list | tuple):
+        return f"[{', '.join(map(_short, thing[:8]))}]"
+    return _short(thing)
+
+
+def _short(thing: Any) -> str:
+    return f"{thing!r:.40}" if thing is None or isinstance(thing, int | float | str) else type(thing).__name__
 
 
 class Header:
@@ -67,7 +78,7 @@ class Header:
         total, largest = bits, max(bits, 8)
         for number in shape:
             if type(number) is not int or number < 0:
-                raise self.wrong(at, f"{what} has the shape {list(shape)!r:.80}")
+                raise self.wrong(at, f"{what} has the shape {shown(list(shape))}")
             total *= number
             largest *= number or 1  # numpy refuses what would be too large without its zeros
         if largest > 8 * _LARGEST:
