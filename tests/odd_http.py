@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -152,6 +153,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif habit == "ends early" and start:
             headers["Content-Length"] = str(len(body) + 5)
             self.close_connection = True
+        elif habit == "trickles":
+            headers |= {"Content-Length": str(len(body)), "Content-Range": headers["Content-Range"]}
+            self.answer(206, headers)
+            with contextlib.suppress(OSError):  # the client has given up
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+            self.close_connection = True
+            return
         elif habit == "chunked":
             headers["Content-Length"] = ""
             headers["Transfer-Encoding"] = "chunked"

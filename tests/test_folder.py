@@ -7,12 +7,15 @@ import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import aiouffd
 from aiouffd.store.folder import Folder, unwritten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -151,6 +154,19 @@ def test_an_empty_folder_that_is_removed_while_it_is_written_to(
     turns[0] = 99
     with pytest.raises(aiouffd.StoreError, match="it cannot be written: No such file"):
         folder.put("packs/c/d", [b"data"])
+
+
+def test_what_is_written_is_removed_meanwhile(folder: Folder) -> None:
+    """As by who cleans up, or collects without a grace period: it is an error, and not an object without its bytes."""
+
+    def data() -> Iterator[bytes]:
+        yield b"data"
+        for path in Path(folder.path, "indexes").iterdir():
+            path.unlink()
+
+    with pytest.raises(aiouffd.StoreError, match="what was written of it was removed meanwhile"):
+        folder.put("indexes/a", data())
+    assert folder.size("indexes/a") is None
 
 
 def test_a_manifest_in_place_of_another(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

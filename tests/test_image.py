@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -142,6 +143,20 @@ def test_a_source_that_fails(source: Odd, kind: type[Exception], complaint: str)
     with pytest.raises(kind, match=complaint):
         image.read(0, 4096)
     image.close()
+
+
+def test_a_source_that_cannot_be_closed() -> None:
+    """It is an error of the source, too; its thread ends."""
+
+    class Unclosable(Odd):
+        async def aclose(self) -> None:
+            """Fail."""
+            raise OSError(5, "broken")
+
+    image = open_image(Unclosable())
+    with pytest.raises(aiouffd.SourceError, match="broken"):
+        image.close()
+    assert "aiouffd-image" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_only_some_of_an_image() -> None:

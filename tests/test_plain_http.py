@@ -13,7 +13,7 @@ import odd_http
 import pytest
 
 from aiouffd.sources.http_answer import Validator
-from aiouffd.sources.plain_http import PlainHttp
+from aiouffd.sources.plain_http import PlainHttp, first_bytes
 from aiouffd.sources.store_errors import RequestError
 
 if TYPE_CHECKING:
@@ -63,6 +63,13 @@ def test_conditions(pinned: Validator) -> None:
         with pytest.raises(RequestError) as caught:
             client.get(5, 6, pinned)
         assert caught.value.failure.status == 412
+
+
+def test_an_answer_that_takes_too_long() -> None:
+    """Each byte of it comes in time, and the last one not within minutes."""
+    with odd_http.serving("trickles") as server, pytest.raises(RequestError) as caught:
+        first_bytes(server.url, 4096, 0.2)
+    assert caught.value.failure.timed_out
 
 
 def test_headers() -> None:

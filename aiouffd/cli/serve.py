@@ -173,7 +173,7 @@ def command(
             raise OSError(f"{source}: has no bytes, so no client could be served")
     elif source_for is not None:
         chosen = choose_by(source_for, diffs, timeout=options["timeout"], retries=options["retries"], cache=cache)
-    token = "" if token_file is None else Path(token_file).read_text().strip()
+    token = "" if token_file is None else _token_in(token_file)
     told = _told(perfetto, otel=otel)
     named = {"socket": path, "control": control, "record": options["record"], "replay": options["replay"]}
     server = Server(chosen, path, listener=listener, record=_recording(options), **options)
@@ -197,6 +197,14 @@ def _raise_limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     grow_table()
+
+
+def _token_in(path: str) -> str:
+    """Return the token that a file has; raise OSError if it has none: without one everybody may look."""
+    token = Path(path).read_text().strip()
+    if not token:
+        raise OSError(f"--http-token-file {path}: it is empty, and has no token")
+    return token
 
 
 class _Nobody(contextlib.nullcontext[None]):

@@ -174,7 +174,7 @@ class Checkpoint(ZippedArrays):
 def _check_places(data: bytes) -> None:
     """Raise ValueError if a pickle names a place for what it repeats that no pickle needs: all below take memory."""
     for code, place, _ in pickletools.genops(data):
-        if code.name.endswith("PUT") and place > len(data):
+        if code.name.endswith("PUT") and (place or 0) > len(data):
             raise ValueError(f"a place {place} for what is repeated, in {len(data)} bytes")
 
 

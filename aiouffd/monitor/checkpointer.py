@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self, SupportsFloat, Unpack
 
-from aiouffd.errors import UffdError, refuse_unknown
+from aiouffd.errors import refuse_unknown
 from aiouffd.lifetime import begun, uninterrupted
 from aiouffd.store.collect import GRACE, gc_sync
 from aiouffd.store.live import LiveOptions
@@ -88,7 +88,7 @@ class Checkpointer:
         self._ends = threading.Event()
         self._collected = time.monotonic()
         self._thread: threading.Thread | None = None
-        self.error: UffdError | None = None
+        self.error: Exception | None = None
 
     @staticmethod
     def last_of(store: str | os.PathLike[str], storage_options: StorageOptions | None = None) -> str | None:
@@ -117,7 +117,7 @@ class Checkpointer:
         with self._lock:
             try:
                 result = self._take()
-            except UffdError as error:
+            except Exception as error:
                 self.error = error
                 raise
             self.error = None
@@ -146,7 +146,7 @@ class Checkpointer:
             due = time.monotonic() + self._every
             try:
                 self.take_sync()
-            except UffdError as error:
+            except Exception as error:  # noqa: BLE001 - as one of too many open files, that the next one may not meet
                 log.warning("a layer of %s could not be written: %s", self._place, error)
 
     def __enter__(self) -> Self:

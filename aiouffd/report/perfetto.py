@@ -6,6 +6,7 @@ killed can be read, too. Times are those of CLOCK_MONOTONIC, in microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -138,10 +139,10 @@ class FaultLog:
     def leave(self) -> None:
         """As leaving the block: this process may end without being finalized."""
         install(None)
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # a full disk, as below
             if not self._file.closed and os.getpid() == self._pid:
-                self._file.write(json.dumps({"ph": "M", "name": "end", "pid": 0}) + "\n]\n")
-                self._file.close()
+                with self._file:
+                    self._file.write(json.dumps({"ph": "M", "name": "end", "pid": 0}) + "\n]\n")
 
     def monitor(self, facts: Mapping[str, str | int]) -> _Watch:
         """Watch a Monitor."""
@@ -163,10 +164,14 @@ class FaultLog:
                 self._named.add(pid)
                 found.insert(0, {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}})
             text = "".join(json.dumps(event, separators=(",", ":")) + ",\n" for event in found)
-            self._file.write(text)
             self._left -= len(text)
+            why = f"it has {_MOST >> 20} MiB"
+            try:
+                self._file.write(text)
+            except OSError as error:  # a full disk, for example: what serves goes on
+                self._left, why = 0, error.strerror or str(error)
             if self._left <= 0:
-                log.warning("%s: faults are written no longer: it has %d MiB", self._path, _MOST >> 20)
+                log.warning("%s: faults are written no longer: %s", self._path, why)
 
 
 class _Watch:

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import http.client
 import re
+import socket
 import ssl
+import threading
 import urllib.request
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urldefrag, urlsplit
@@ -42,7 +44,7 @@ def first_bytes(url: str, count: int, timeout: float, meanwhile: Callable[[], No
     Args:
         url: without a user.
         count: how many, at most.
-        timeout: seconds without a byte.
+        timeout: seconds for the answer: each byte of it may come in time, and the last one never.
         meanwhile: called before the answer is waited for.
 
     Raises:
@@ -55,12 +57,24 @@ def first_bytes(url: str, count: int, timeout: float, meanwhile: Callable[[], No
     with contextlib.closing(connection):
         connection.connect()
         connection.sock.settimeout(timeout)
+        end = threading.Timer(timeout, _end, [connection.sock, late := threading.Event()])
         try:
             connection.request("GET", target, headers={**_HEADERS, "Range": f"bytes=0-{count - 1}"})
             meanwhile()
+            end.start()
             return _answer(connection.getresponse(), 0, count)
-        except TimeoutError as error:
-            raise RequestError(from_exception(error, lambda: None)) from error
+        except Exception as error:
+            if not late.is_set() and not isinstance(error, TimeoutError):
+                raise
+            raise RequestError(from_exception(TimeoutError(), lambda: None)) from error
+        finally:
+            end.cancel()
+
+
+def _end(connection: socket.socket, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class PlainHttp:

@@ -180,7 +180,7 @@ class Folder:
                 ):
                     if instead_of is not None and self._differs(path, instead_of):
                         return False
-                    return _name(within.fileno(), part, name, replace=replace)
+                    return self._name(path, within.fileno(), part, name, replace=replace)
             except OSError as error:
                 if not tries or not isinstance(error, FileNotFoundError):
                     raise StoreError(self.name(path), 0, 0, f"it cannot be written: {error.strerror}") from error
@@ -217,6 +217,17 @@ class Folder:
         if must and not found:
             raise StoreError(self.name(path), 0, 0, "another process has its folder locked")
         yield
+
+    def _name(self, path: str, folder: int, part: str, name: str, *, replace: bool) -> bool:
+        """Give a file the name that it is to have; return False if another one has it, which is not to be replaced."""
+        try:
+            (os.rename if replace else os.link)(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:  # not to be tried again: what writes it may be at its end
+            raise StoreError(self.name(path), 0, 0, "what was written of it was removed meanwhile") from error
+        os.fsync(folder)
+        return True
 
     def _differs(self, path: str, data: bytes) -> bool:
         try:
@@ -271,13 +282,3 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"Folder({self.path!r})"
-
-
-def _name(folder: int, part: str, name: str, *, replace: bool) -> bool:
-    """Give a file the name that it is to have; return False if another one has it, which is not to be replaced."""
-    try:
-        (os.rename if replace else os.link)(part, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except FileExistsError:
-        return False
-    os.fsync(folder)
-    return True

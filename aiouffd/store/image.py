@@ -148,11 +148,13 @@ class _SourceImage:
 
     def close(self) -> None:
         close = getattr(self._source, "aclose", None)
-        if close is not None:
-            self._call(close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            if close is not None:
+                self._call(close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
 
 class Changed:

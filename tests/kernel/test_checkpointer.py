@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from pathlib import Path
@@ -73,6 +74,26 @@ def written(folder: str) -> None:
 def test_layers_are_written_and_gone_on_from(tmp_path: Path) -> None:
     """Each is whole; the first of another program takes what has not changed from the last of this one."""
     play(written, str(tmp_path))
+
+
+def test_a_layer_that_fails_does_not_end_those_behind_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also by an error that is the system's: it is logged and told, until one is written."""
+
+    class Failing:
+        """A Monitor."""
+
+        tries = 0
+
+        def snapshot_sync(self, *_: object) -> None:
+            self.tries += 1
+            if self.tries == 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+    monitor: Any = Failing()
+    with aiouffd.Checkpointer(monitor, tmp_path, every=0.001) as layers:
+        eventually(lambda: bool(layers.last), expected=True)
+    assert layers.error is None
+    assert caplog.messages == [f"a layer of {tmp_path} could not be written: [Errno 24] Too many open files"]
 
 
 def killed(folder: str) -> None:

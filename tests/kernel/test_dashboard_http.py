@@ -102,6 +102,14 @@ def test_who_has_the_token_may_look(image: Path, tmp_path: Path) -> None:
         assert followed(port, "/live", 1, Cookie=cookie)
 
 
+def test_an_empty_file_has_no_token(image: Path, tmp_path: Path) -> None:
+    """Whoever names one wants nobody else to look, on this machine either."""
+    (tmp_path / "token").write_text("\n")
+    with Serve(tmp_path, image, "--http", "0", "--http-token-file", tmp_path / "token", wait=False) as serve:
+        assert serve.process.wait(20) == 1
+    assert "it is empty, and has no token" in serve.said
+
+
 def test_an_address_that_others_reach_needs_a_token(image: Path, tmp_path: Path) -> None:
     """It is refused before anything begins, and so is one that is in use: each error names the option."""
     assert [is_loopback(host) for host in ("localhost", "127.1.2.3", "::1", "10.0.0.1", "::")] == [True] * 3 + [

@@ -136,6 +136,27 @@ def test_one_at_a_time_and_no_more_than_fits(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "other").exists()
 
 
+def on_a_full_disk(path: str) -> None:
+    """Scenario: the pager is heard further on."""
+    with FaultLog(path) as faults, aiouffd.Monitor(aiouffd.Region(MIB), Slow(), readahead=0) as monitor:
+        faults._file.close()
+        faults._file = open("/dev/full", "w", buffering=1)  # noqa: PTH123, SIM115 - closed by the log
+        for page in range(3):
+            monitor.prefetch_sync(page * PAGE, PAGE, timeout=20)
+            assert peek(monitor.region.address + page * PAGE) == word(page)
+
+
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing more is written, which is said once; what serves goes on, and is left in order."""
+    play(on_a_full_disk, str(tmp_path / "f"))
+    with FaultLog(tmp_path / "faults.json") as faults:
+        faults._file.close()
+        faults._file = open("/dev/full", "w", buffering=1)  # noqa: PTH123, SIM115 - as above
+        for _ in range(2):
+            faults.write(os.getpid(), "x", {"flight": FLIGHT})
+    assert caplog.messages == [f"{tmp_path}/faults.json: faults are written no longer: No space left on device"]
+
+
 def restarted(directory: str, image: str) -> None:
     """Scenario: a server is taken over from with the same options, its file included, and serves on until then."""
     log = Path(directory) / "faults.json"
