@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 from pairs import Unwatched
@@ -22,6 +23,7 @@ class Tenant:
     """Four pages of memory, by one token."""
 
     page_size = PAGE
+    pack: Any = SimpleNamespace(record={"memory": 0}, fds=[])
 
     def __init__(self, token: str) -> None:
         self.token = token

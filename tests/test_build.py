@@ -24,6 +24,7 @@ C_FILES = (
     "crash_notes",
     "signal",
     "watchdog",
+    "dropper",
     "watch_servers",
     "watch_loop",
     "reader",

@@ -23,6 +23,7 @@ OWNERS = {
     "aiouffd.FileSource('/proc/self/exe')": "file",
     "daemon_threads.DaemonThreads(1, 'idle')": "daemon_threads",
     "aiouffd.map('/proc/self/exe')": "map",
+    "recording.Early('/proc/self/exe')": "recording",
 }
 """Something of each module that has a finalizer."""
 
@@ -33,6 +34,7 @@ def test_nothing_is_said_when_the_interpreter_ends(made: str) -> None:
     program = f"""if True:
         import os, socket, aiouffd
         from aiouffd.kernel import memory, owned_descriptor, pagemap
+        from aiouffd.monitor import recording
         from aiouffd.native import crash_notes
         from aiouffd.sources import daemon_threads
         os.kept = {made}

@@ -95,6 +95,12 @@ def test_each_module_has_its_own_tests() -> None:
     assert not [place(path) for path in modules if not is_tested(path, leaves)]
 
 
+def test_each_test_file_has_a_name_of_its_own() -> None:
+    """Pytest imports them by it."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert not [name for name, times in names.items() if times > 1]
+
+
 def test_nothing_is_too_large() -> None:
     """No module has more than 600 lines, no class more than 400, no function more than 60."""
     assert not [name for path in MODULES for name in too_large(path)]

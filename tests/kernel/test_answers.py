@@ -81,6 +81,7 @@ async def test_one_source_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> Non
         for _turn in range(5):
             await asyncio.sleep(0)
         opening -= 1
+        return Mock()
 
     served = Mock(meta=Meta(owner=0), arrivals=Arrivals(), find=lambda _: None, open_origin=open_origin)
     answers = Answers(served, Mock(), Pickles.ALWAYS)

@@ -347,12 +347,15 @@ class Beside:
 
 
 def storms() -> None:
-    """Scenario: two descriptors have twelve faults each; two others get one fault each when a turn is over."""
+    """Scenario: two descriptors have twelve faults each; two others get one fault each when a turn is over.
+
+    The first of these waits for the storm that has had no turn, either.
+    """
     rig = Rig("native")
     all_of_them = [Beside(rig) for _ in range(4)]
     for storm in all_of_them[:2]:
         storm.touch(*range(12))
-    for number, served in enumerate([[8, 0, 0, 0], [8, 0, 1, 0], [8, 8, 1, 0], [8, 8, 1, 1], [12, 8, 1, 1]]):
+    for number, served in enumerate([[8, 0, 0, 0], [8, 8, 0, 0], [8, 8, 1, 0], [8, 8, 1, 1], [12, 8, 1, 1]]):
         outcome, _ = rig.reader.run(0, came=False, once=False)
         assert outcome == Outcome.DUE
         assert [one.counters.snapshot().pages_fault for one in all_of_them] == served
@@ -366,7 +369,7 @@ def storms() -> None:
 
 
 def test_descriptors_take_turns() -> None:
-    """A fault of one that had none waits for the rest of one turn, however many others have."""
+    """A fault of one that had fewest waits for the rest of one turn, however many others have."""
     play(storms)
 
 

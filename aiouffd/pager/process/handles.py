@@ -30,6 +30,7 @@ __all__ = [
     "has_ended",
     "is_open",
     "is_pidfd",
+    "known_by",
     "open_descriptors",
     "open_memfd",
     "open_pidfd",
@@ -223,8 +224,16 @@ def link_of(fd: int) -> str:
         return ""
 
 
-Stray = tuple[int, tuple[int, int] | None]
-"""A descriptor, and its `inode`."""
+def known_by(fd: int) -> str | tuple[int, int] | None:
+    """Return by what a descriptor is known again; None: there is none.
+
+    Its inode is asked for where there is no /proc only: a file system that does not answer would keep who asks.
+    """
+    return link_of(fd) or inode(fd)
+
+
+Stray = tuple[int, str | tuple[int, int] | None]
+"""A descriptor, and what it is `known_by`."""
 
 
 def close_strays(known: set[int]) -> list[Stray]:
@@ -233,8 +242,8 @@ def close_strays(known: set[int]) -> list[Stray]:
     Not what a holder has just opened, and closes: by then, the number may be another's.
 
     Returns:
-        What may take long to close, a file whose file system does not answer, and its `inode`: a socket may be the
-        holder's. Before the next worker has it closed, it looks whether the number is still of that.
+        What may take long to close, a file whose file system does not answer, and what it is `known_by`: a socket may
+        be the holder's. Before the next worker has it closed, it looks whether the number is still of that.
     """
     slow = []
     for fd in open_descriptors() - known:
@@ -244,5 +253,5 @@ def close_strays(known: set[int]) -> list[Stray]:
         if link.startswith(("pipe:", "anon_inode:", "/memfd:", "/dev/")):
             os.close(fd)
         elif is_open(fd):
-            slow.append((fd, inode(fd)))  # there may be no /proc
+            slow.append((fd, known_by(fd)))
     return slow

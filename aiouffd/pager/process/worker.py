@@ -17,12 +17,11 @@ from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel import libc
-from aiouffd.kernel.owned_descriptor import inode
 from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
 from aiouffd.pager.process.blocked import Blocked
-from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.handles import close_all, known_by
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS
 from aiouffd.pager.process.journal import Whose
@@ -86,8 +85,8 @@ def run(journal: Journal, vault: Vault, connection: socket.socket, pickles: Pick
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _close_left(fd: int, was: tuple[int, int] | None) -> None:
-    if was is not None and inode(fd) == was:  # else who had opened it has closed it, and the number is another's
+def _close_left(fd: int, was: str | tuple[int, int] | None) -> None:
+    if was is not None and known_by(fd) == was:  # else who had opened it has closed it, and the number is another's
         close_foreign([fd])
 
 
