@@ -27,6 +27,7 @@ class Tenant:
 
     def __init__(self, token: str) -> None:
         self.token = token
+        self.pack = SimpleNamespace(record={"options": {}})
         self.uffd: Any = FakeUffd()
         self.uffd.register(BASE, 4 * PAGE, RegisterMode.MISSING)
 

@@ -75,3 +75,16 @@ def test_a_space_that_is_forgotten_is_left_alone() -> None:
     assert not one.pages
     assert other.pages == {BASE: POISONED}
     resort.close()
+
+
+def test_who_is_to_wait_waits() -> None:
+    """For a missing page: what is protected against writes is let go all the same. So do children."""
+    uffd, space = forsaken()
+    space.holds = True
+    uffd.touch(BASE, 7)
+    uffd.read()
+    resort = LastResort([space])  # wakes it, and it faults anew
+    assert resort.attend()
+    assert (uffd.pages, len(uffd.asleep), resort.pending) == ({}, 1, [])
+    assert not resort.attend()  # it was read
+    resort.close()

@@ -33,7 +33,7 @@ def test_settings() -> None:
     assert (settings.on_reject, settings.replay, settings.handoff_timeout) == ("kill", "/r", 14.0)
     assert (options.readahead, options.spin_us, options.background) == (5, 6, math.inf)
     assert (limits.timeout, limits.retries, limits.concurrent_reads, limits.bytes_in_flight) == (9, 10, 11, 1 << 21)
-    assert (settings.on_failure, options.on_error) == ("hold", "retry")
+    assert (settings.on_failure, options.on_error) == ("hold", "hold")
     assert (limits.client_events, limits.client_bytes) == (12, 13)
     assert (options.max_resident, options.bounded, plain.settings().options.bounded) == (1 << 22, True, False)
     with pytest.raises(ValueError, match="either record or max_resident"):

@@ -42,7 +42,8 @@ class Options:
         modes: the `RegisterMode` of the memory.
         write_protect: pages come write-protected, so that writes can be told from loads.
         limits: bounds, timeouts and retries.
-        on_error: what becomes of a page that cannot be had: "sigbus", or "retry": its threads wait until it can.
+        on_error: what becomes of a page that cannot be had: "sigbus", or "retry": its threads wait until it can; or
+            "hold": also where the pager is given up.
         max_resident: bytes that are there at most; pages that were not written are dropped. None: as many as come.
         write_back: pages that were written go to the source.
         bounded: pages may be dropped, and come write-protected.
@@ -57,7 +58,7 @@ class Options:
     modes: int = RegisterMode.MISSING
     write_protect: bool = False
     limits: Limits = attrs.field(factory=Limits)
-    on_error: Literal["sigbus", "retry"] = "sigbus"
+    on_error: Literal["sigbus", "retry", "hold"] = "sigbus"
     max_resident: int | None = None
     bounded: bool = False
     write_back: bool = False

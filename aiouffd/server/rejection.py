@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aiouffd.handoff.receive import Peer
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Policy", "Rejections", "kill", "peer_pidfd", "poison", "registered"]
+__all__ = ["Policy", "Rejections", "kill", "on_error_of", "peer_pidfd", "poison", "registered"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
@@ -44,6 +44,11 @@ _SO_PEERPIDFD: Final = 77  # Linux 6.5; Python's socket module does not name it
 _MAX_HELD: Final = 256  # connections that are kept for `hold`
 _MAX_EAGAIN: Final = 1000
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
+
+
+def on_error_of(policy: Policy) -> Literal["sigbus", "retry", "hold"]:
+    """Return what a pager is to do about a page that cannot be had, where the policy is that of `on_failure`."""
+    return {"poison": "sigbus", "kill": "retry", "hold": "hold"}[policy]  # type: ignore[return-value]
 
 
 class Rejections:

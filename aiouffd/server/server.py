@@ -27,6 +27,7 @@ from aiouffd.report.observers import NOBODY, installed
 from aiouffd.server.clients import Client
 from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
+from aiouffd.server.rejection import on_error_of
 from aiouffd.server.services import Settings
 from aiouffd.server.session import Session
 from aiouffd.server.successor import SOCKET, Left, Successor, fill_left, let_go
@@ -147,7 +148,7 @@ class Server:
         limits = Limits(
             concurrent_reads, bytes_in_flight, timeout, retries, client_events=client_events, client_bytes=client_bytes
         )
-        on_error: Literal["sigbus", "retry"] = "sigbus" if on_failure == "poison" else "retry"
+        on_error = on_error_of(on_failure)
         options = Options(readahead, spin_us, background=background, limits=limits, on_error=on_error)
         options = attrs.evolve(options, one_copy=page_size_of(one_copy))
         settings = Settings(

@@ -40,9 +40,10 @@ def test_memory_that_is_not_served(op: str, arguments: dict[str, Any]) -> None:
 def test_counters_go_on_where_another_pager_stopped() -> None:
     """They never go down."""
     with running() as pager:
-        assert pager.ask("resume", counters=[5, 9])["ok"] is None
-        assert pager.ask("resume", counters=[7, 2])["ok"] is None
+        assert pager.ask("resume", counters=[5, 9], slots=[(1, [3, 4])])["ok"] is None
+        assert pager.ask("resume", counters=[7, 2], slots=[(1, [2, 6])])["ok"] is None
         assert list(pager.pair.journal.counters.words[:2]) == [7, 9]
+        assert list(pager.pair.journal.counters_of(1).words[:2]) == [3, 6]
 
 
 def test_a_source_of_ours_is_made_ready_twice() -> None:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -269,15 +270,35 @@ def killed_again_and_again(path: str, log: str) -> None:
         eventually(functools.partial(times_said, log, "died (signal"), deaths)
 
 
+def held_on(path: str, log: str) -> None:
+    """Scenario: the same, and pages are touched after it."""
+    region, _connection, uffd = hand_over(path)
+    assert region[0] == 1
+    for deaths in range(1, 6):
+        crash(worker_of(log))
+        eventually(functools.partial(times_said, log, "died (signal"), deaths)
+    eventually(functools.partial(times_said, log, "poisoned"), 1)
+    waiting = []
+    for page in (5, 9):
+        thread = threading.Thread(target=peek, args=(region.address + page * PAGE,), daemon=True)
+        thread.start()
+        sleeps = Path(f"/proc/self/task/{thread.native_id}/wchan").read_text
+        eventually(sleeps, expected="handle_userfault")
+        eventually(lambda: select.select([uffd], [], [], 0)[0], expected=[])  # its keeper has read of it
+        waiting.append(sleeps)
+    assert [sleeps() for sleeps in waiting] == ["handle_userfault"] * 2
+
+
 def times_said(log: str, text: str) -> int:
     """Return how often a log has it."""
     return Path(log).read_text().count(text)
 
 
-def test_a_server_whose_pager_is_given_up_ends(image: Path, tmp_path: Path) -> None:
-    """It could serve nobody any more: it says so, and its service manager starts another one."""
-    with Serve(tmp_path, image, "--readahead", "0") as serve:
-        play(killed_again_and_again, str(serve.path), str(serve.log))
+@pytest.mark.parametrize("policy", ["poison", "hold"])
+def test_a_server_whose_pager_is_given_up_ends(image: Path, tmp_path: Path, policy: str) -> None:
+    """It could serve nobody any more: it says so, and its service manager starts another one. Who is held waits on."""
+    with Serve(tmp_path, image, "--readahead", "0", "--on-failure", policy) as serve:
+        play(killed_again_and_again if policy == "poison" else held_on, str(serve.path), str(serve.log))
         assert serve.process.wait(20) == 1
         assert "workers died with no fault resolved between them" in serve.said
         assert "Traceback" not in serve.said

@@ -170,9 +170,7 @@ class Answers:
     async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
         """Go on where a pager before this one has stopped: counters, and files of which several spaces will come."""
         self._served.files.await_more(*message.get("files", ()))
-        self._served.journal.resume(message["counters"])
-        for slot, counts in message.get("slots", ()):
-            self._served.journal.use_slot(slot, counts)
+        self._served.journal.resume(message["counters"], message.get("slots", ()))
 
     async def _complete(self, message: dict[str, Any], _: list[int]) -> None:
         """Of a file all spaces have been asked for: wait for them, and have them read."""

@@ -42,7 +42,7 @@ from aiouffd.pager.process.handles import explained, open_memfd
 from aiouffd.pager.process.state import EVENT_SIZE, Kind, Record, encode, records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.space import Space
 
@@ -283,9 +283,14 @@ class Journal:
             words[Counter.SLOTS] = max(words[Counter.SLOTS], slot)
             words[Counter.ENDED] += max(made, 0)
 
-    def resume(self, counts: list[int]) -> None:
-        """Have the pager's own counters go on where those of a predecessor have stopped."""
-        _inherit(self.counters, [max(pair) for pair in zip_longest(self.counters.words, counts, fillvalue=0)])
+    def resume(self, counts: list[int], slots: Iterable[tuple[int, list[int]]] = ()) -> None:
+        """Have the pager's own counters go on where those of a predecessor have stopped, and those in slots.
+
+        It may be asked for twice, if a worker has died meanwhile: none goes back.
+        """
+        _inherit(self.counters, _most(self.counters, counts))
+        for slot, its in slots:
+            self.use_slot(slot, _most(self.counters_of(slot), its))
 
     def take_counters(self, predecessor: Journal) -> None:
         """Go on counting where a predecessor has stopped."""
@@ -413,6 +418,10 @@ def _inherit(counters: Counters, counts: list[int]) -> None:
     begin.words[Counter.INHERITED], begin.words[Counter.ENDED] = begin.progress(), 0
     _begin_anew(begin.words)
     counters.words[:] = begin.words
+
+
+def _most(counters: Counters, counts: list[int]) -> list[int]:
+    return [max(pair) for pair in zip_longest(counters.words, counts, fillvalue=0)]
 
 
 def _begin_anew(words: memoryview) -> None:

@@ -1,7 +1,7 @@
 """For spaces that nobody serves any more: who waits for a page, or touches a missing one, gets SIGBUS.
 
 No hang, and no zeros: the descriptors stay open for as long as their processes live, also those of children that are
-forked meanwhile.
+forked meanwhile. Where the operator has said so (`hold`), they wait: for whoever takes the memory over, or ends them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Forsaken", "LastResort"]
+__all__ = ["Forsaken", "LastResort", "holds"]
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
 
@@ -42,6 +42,7 @@ class Forsaken:
         token: by which it, or the ancestor that it was forked from, is asked for.
         is_child: of a fork.
         words: by which its pages were asked to be dropped; -1: they were not.
+        holds: who waits for a page goes on waiting.
     """
 
     uffd: Userfaultfd
@@ -50,6 +51,7 @@ class Forsaken:
     token: str = ""
     is_child: bool = False
     words: int = -1
+    holds: bool = False
 
 
 class LastResort:
@@ -130,6 +132,8 @@ def _let_go(space: Forsaken, fault: PageFault) -> bool:
         result = uffd.try_writeprotect(page, size, 0)
     elif fault.flags & FaultFlag.MINOR:
         result = uffd.try_continue(page, size, 0)
+    elif space.holds:
+        return True
     else:
         result = uffd.try_poison(page, size, 0)
     if result == -errno.EINVAL:
@@ -137,3 +141,8 @@ def _let_go(space: Forsaken, fault: PageFault) -> bool:
     elif result in (-errno.EEXIST, -errno.ENOENT, -errno.EFAULT):
         uffd.try_wake(page, size)
     return result != -errno.EAGAIN
+
+
+def holds(record: dict[str, Any]) -> bool:
+    """Tell from the record of a source whether what it serves is held."""
+    return bool(record["options"].get("on_error") == "hold")

@@ -285,7 +285,7 @@ class Served:
             # A server's options are for all clients; one that tracks its writes says so by the feature.
             write_protect=options.write_protect or bool(state.features & Feature.WP_ASYNC),
             on_error=self._error,
-            retries=options.on_error == "retry",
+            retries=options.on_error != "sigbus",
             on_child=self._forked,
             allowance=allowance,
             file=self.files.of(state.file),

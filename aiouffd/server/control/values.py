@@ -16,6 +16,7 @@ from aiouffd.engine.one_copy import page_size_of
 from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.server.recordings import MOST
+from aiouffd.server.rejection import on_error_of
 from aiouffd.server.restarts import restarts
 from aiouffd.server.services import Settings
 from aiouffd.store.live import Order
@@ -146,7 +147,7 @@ class NewSession:
             self.spin_us,
             background=background,
             limits=limits,
-            on_error="sigbus" if self.on_failure == "poison" else "retry",
+            on_error=on_error_of(self.on_failure),
             max_resident=self.max_resident,
             bounded=self.max_resident is not None,
             one_copy=page_size_of(self.one_copy),
