@@ -21,9 +21,21 @@ from pattern import PAGE
 from scenario import open_descriptors
 
 from aiouffd.engine.ahead.pages import Recording
-from aiouffd.engine.ahead.trace import _SAMPLE, _SAMPLES, HEADER, HEADER_1, Recorder, Trace, differ, fingerprint, stored
+from aiouffd.engine.ahead.trace import (
+    _SAMPLE,
+    _SAMPLES,
+    HEADER,
+    HEADER_1,
+    Recorder,
+    Trace,
+    begin,
+    differ,
+    fingerprint,
+    stored,
+)
 from aiouffd.engine.readahead import Readahead
 from aiouffd.errors import SourceError, TraceError
+from aiouffd.kernel.owned_descriptor import OwnedDescriptor, inode
 from aiouffd.sources.base import Descriptor, ZeroSource
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
@@ -320,6 +332,23 @@ def test_two_that_record_to_one_path(tmp_path: Path) -> None:
     first.note(PAGE)
     first.complete()
     assert list(Trace.load(tmp_path / "trace").offsets) == [PAGE]
+
+
+def test_what_others_can_read_gets_no_bytes(tmp_path: Path) -> None:
+    """What a recording that was killed has left is a new file where it is to carry bytes; else it is used again."""
+    path, part = tmp_path / "a", tmp_path / "a.part"
+    part.touch(0o644)
+    with part.open("rb") as other:
+        with OwnedDescriptor(begin(path)) as file:
+            assert inode(file.fileno()) == inode(other.fileno())
+        for is_same in (False, True):  # the next is its own
+            before = part.stat().st_ino
+            with OwnedDescriptor(begin(path, 0o600)) as file:
+                os.write(file.fileno(), b"secret")
+                assert stat.S_IMODE(part.stat().st_mode) == 0o600
+                assert (part.stat().st_ino == before) == is_same
+        assert other.read() == b""
+    assert part.read_bytes() == b"secret"
 
 
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -113,6 +114,18 @@ class Unneeded:
         self._fds: deque[int] = deque()
         self._planned = False
 
+    @classmethod
+    def here(cls) -> Unneeded:
+        """Return that of the loop that runs. Whoever uses it calls `close` before the loop may end."""
+        loop = asyncio.get_running_loop()
+        return _of_loops.setdefault(loop, cls(loop))
+
+    def close(self) -> None:
+        """Have all of them closed now."""
+        if self._fds:
+            with contextlib.suppress(RuntimeError):  # no thread can be started now
+                detach(_close_all, self._fds)
+
     def add(self, *fds: int) -> None:
         """Close these, too."""
         self._fds += fds
@@ -123,8 +136,7 @@ class Unneeded:
     def _close(self) -> None:
         self._planned = False
         if self._fds:
-            with contextlib.suppress(RuntimeError):  # no thread can be started now
-                detach(_close_all, self._fds)
+            self.close()
             self.add()  # a look whether it has closed them
 
 
@@ -158,3 +170,6 @@ def detach(function: Callable[..., Any], *args: Any) -> None:
         RuntimeError: no thread can be started.
     """
     threading.Thread(target=function, args=args, name="aiouffd-own-thread", daemon=True).start()
+
+
+_of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Unneeded] = WeakKeyDictionary()

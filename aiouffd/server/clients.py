@@ -15,7 +15,7 @@ import attrs
 from aiouffd.engine.flight import spawn
 from aiouffd.errors import HandoffError, SessionError, UffdError, encode_error
 from aiouffd.handoff.json_lines import AGAIN, Lines, line
-from aiouffd.handoff.own_threads import close_foreign
+from aiouffd.handoff.own_threads import Unneeded
 from aiouffd.handoff.receive import Peer, receive
 from aiouffd.kernel.userfaultfd import Userfaultfd
 from aiouffd.pager.client.tenant import Tenant, root_of
@@ -102,7 +102,9 @@ class Client:
     def disconnect(self) -> None:
         """End the connection. Does not block: in its queue may be descriptors whose close(2) does."""
         if self.connection.fileno() >= 0:
-            close_foreign([self.connection.detach()])
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)  # whoever is at its other end hears of it now
+            Unneeded.here().add(self.connection.detach())
 
 
 def only(clients: Iterable[Client], number: int | None, session: str) -> Client:

@@ -20,6 +20,7 @@ from aiouffd.engine.options import Options
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.statistics import Counters, told
 from aiouffd.errors import SessionError
+from aiouffd.handoff.own_threads import Unneeded
 from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.serialization import Pickles
@@ -249,6 +250,7 @@ class Server:
         try:
             results = await asyncio.gather(*(session.aclose(why) for session in sessions), return_exceptions=True)
         finally:
+            Unneeded.here().close()
             await uninterrupted(end)
         for error in filter(None, results):
             raise error  # that of the first; the others are done all the same

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 from engine_world import turns
 from pattern import PAGE
-from scenario import eventually, next_error, play
+from scenario import eventually, next_error, play, until
 from served import MIB, Serve, client, descriptors
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
+from aiouffd.handoff.own_threads import Unneeded, detach
+from aiouffd.handoff.receive import Peer
 from aiouffd.monitor.engines.served_by import ServedByEngine
-from aiouffd.server.clients import _MAX_REQUESTS, Conversation
+from aiouffd.server.clients import _MAX_REQUESTS, Client, Conversation
 
 
 def errors_arrive(path: str, image: str) -> None:
@@ -178,3 +180,31 @@ async def test_so_many_requests_at_once() -> None:
             answers += await loop.sock_recv(theirs, 1 << 16)
         theirs.shutdown(socket.SHUT_WR)
         await running
+
+
+async def test_many_that_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hears of it at once, and their connections are closed by few threads."""
+    begun: list[Any] = []
+
+    def noted(function: Any, *arguments: Any) -> None:
+        begun.append(function)
+        detach(function, *arguments)
+
+    monkeypatch.setattr("aiouffd.handoff.own_threads.detach", noted)
+    nothing: Any = None
+    pairs = [socket.socketpair() for _ in range(200)]
+    for number, (ours, _) in enumerate(pairs):
+        Client(number, Peer(1, 0, 0), nothing, 0, ours).disconnect()
+    assert not begun
+    for _, theirs in pairs:
+        assert theirs.recv(1) == b""
+        theirs.close()
+    await until(lambda: not Unneeded.here()._fds)
+    assert 0 < len(begun) < 20
+    ours, theirs = socket.socketpair()
+    last = Client(0, Peer(1, 0, 0), nothing, 0, ours)
+    last.disconnect()
+    last.disconnect()
+    Unneeded.here().close()  # as a server that is left
+    theirs.close()
+    await until(lambda: not Unneeded.here()._fds)

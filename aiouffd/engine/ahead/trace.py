@@ -85,6 +85,7 @@ _ARE_TOUCHED: Final = bytes(not mark & _ALONG for mark in range(256))
 _ARE_KEPT: Final = bytes(bool(mark & _KEPT) for mark in range(256))
 _SAMPLES: Final = 16
 _SAMPLE: Final = 4096
+_OF_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _STEP: Final = 1 << 20  # the file grows by so much
 _BATCH: Final = 4096  # pages of a trace that are sorted and merged together
 
@@ -423,20 +424,28 @@ def _check(name: str, page: int, recorded: bytes, page_size: int | None, source:
 
 
 def begin(final: Path, mode: int = 0o666) -> int:
-    """Return a descriptor of the empty file that will be renamed to `final`; raise what keeps it from that."""
+    """Return a descriptor of the empty file that will be renamed to `final`; raise what keeps it from that.
+
+    What a process that was killed has left is used again, but not where others could read it, and must not.
+    """
     if final.exists() and not final.is_file():
         raise OSError(errno.EINVAL, "is not a regular file")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(part_of(final), flags, mode)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, f"{part_of(final).name} is not a regular file")  # noqa: TRY301 - closed below
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
-        os.ftruncate(fd, 0)
-    except BaseException:
+    while True:
+        fd = os.open(part_of(final), flags, mode)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, f"{part_of(final).name} is not a regular file")  # noqa: TRY301 - closed below
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it belongs to the open file, which travels
+            if mode & _OF_OTHERS or (found.st_uid == os.geteuid() and not found.st_mode & _OF_OTHERS):
+                os.ftruncate(fd, 0)
+                return fd
+            part_of(final).unlink()  # somebody may have it open by now, whatever its mode will be
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
-        raise
-    return fd
 
 
 def part_of(path: Path) -> Path:
