@@ -27,7 +27,7 @@ class Tenant:
 
     def __init__(self, token: str) -> None:
         self.token = token
-        self.pack = SimpleNamespace(record={"options": {}})
+        self.pack = SimpleNamespace(record={"options": {}, "memory": 0}, fds=[])
         self.uffd: Any = FakeUffd()
         self.uffd.register(BASE, 4 * PAGE, RegisterMode.MISSING)
 
