@@ -147,12 +147,14 @@ def test_what_is_expected_needs_no_thread(path: Path, monkeypatch: pytest.Monkey
     source.expect(0, SIZE)
 
 
-async def test_a_file_that_mincore_is_silent_about(path: Path) -> None:
-    """To others than its owner mincore tells nothing: RWF_NOWAIT is asked instead."""
+async def test_a_file_that_mincore_is_silent_about(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To others than its owner mincore tells nothing: RWF_NOWAIT is asked instead. What fails is read, and repeated."""
     source = aiouffd.FileSource(path)
     source._tells = False
     assert source.locate(0, 4096) is None
     assert bytes(source.read_nowait(4096, 4096) or b"") == DATA[4096:8192]
+    monkeypatch.setattr(os, "preadv", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    assert source.read_nowait(4096, 4096) is None
     await source.aclose()
 
 

@@ -294,7 +294,7 @@ class FileSource:
             return False
         try:
             return os.preadv(self._fd, [view], offset, self._nowait) == len(view)
-        except BlockingIOError:
+        except OSError:  # BlockingIOError: not resident; what else it is, `read` says, which is repeated
             return False
 
     def hole(self, offset: int, length: int) -> int:

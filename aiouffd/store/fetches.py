@@ -122,12 +122,9 @@ class Fetches:
                     self._cache.count(waits=len(left))
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, _LAST_LOOK)
-        except BaseException as error:
-            failed = isinstance(error, Exception)
+        except Exception as error:  # noqa: BLE001 - those who wait raise it
             for number in left:
-                self._land(number, error if failed else self._ended(number))
-            if not failed:
-                raise
+                self._land(number, error)
 
     def _claim(self, numbers: list[int], force: bool) -> tuple[dict[int, Found], list[int], list[int]]:  # noqa: FBT001
         """Return what the cache has, what this process is to fetch, and what another is fetching. In a thread."""

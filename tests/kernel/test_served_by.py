@@ -81,6 +81,22 @@ def server_that_answers(path: Path, answer: Callable[[dict[str, Any]], bytes]) -
         listener.close()
 
 
+def test_a_server_that_takes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where as many wait as may, connect(2) waits, too: not for ever."""
+    monkeypatch.setattr(served_by, "_TIMEOUT", 0.2)
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        waiting.connect(path)
+        with (
+            pytest.raises(aiouffd.PagerStartError, match=r"the server did not answer within 0\.2 s"),
+            aiouffd.Monitor(aiouffd.Region(PAGE), engine=aiouffd.ServedBy(path)),
+        ):
+            pass
+    assert link_threads() == 0
+
+
 def ok(request: dict[str, Any]) -> bytes:
     """Return an answer that is right."""
     return json.dumps({"id": request["id"], "ok": None}).encode() + b"\n"

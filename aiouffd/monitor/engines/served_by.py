@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -143,11 +144,14 @@ class ServedByEngine:
         self._thread = threading.Thread(target=self._run, name="aiouffd-link", daemon=True)
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
+            # connect(2) waits, where clients that nobody has taken fill the queue of a server that is stopped, or held.
+            self._send_within(_TIMEOUT)
             self._connection.connect(self._path)
             tracked = assignment.options.write_protect
             extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)
             socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether.fileno()])
+            self._send_within(0)
             tether.close()
             self._thread.start()
             taken.result(_TIMEOUT)
@@ -155,7 +159,7 @@ class ServedByEngine:
         except PermissionError as error:
             self._end()
             raise AccessError(self._path, "the server lets in its own user, and those of --allow-uid") from error
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             self._end()
             raise PagerStartError(f"{self._path}: the server did not answer within {_TIMEOUT:g} s") from error
         except OSError as error:
@@ -166,6 +170,11 @@ class ServedByEngine:
             raise
         finally:
             tether.close()
+
+    def _send_within(self, seconds: float) -> None:
+        """Have connect(2) and send(2) fail with EAGAIN after a time; 0: never."""
+        whole, part = divmod(round(seconds * 1_000_000), 1_000_000)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, part))
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
         """Bring (offset, length) ranges."""
