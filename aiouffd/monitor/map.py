@@ -21,7 +21,7 @@ from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
 from aiouffd.monitor.engines.pager import default
-from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor
+from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor, checked_engine
 from aiouffd.sources.storage_options import check_options
 from aiouffd.store.resolve import as_source
 
@@ -235,8 +235,7 @@ def monitor_of(
     # What InThread cannot do is refused when the Monitor is made.
     write_back = options.get("write_back", False)
     bounded = options.get("max_resident") is not None or write_back
-    drops_private = getattr(default if engine is None else engine, "drops_private", None)  # what is none is refused
-    shared = bounded and drops_private is not None and not drops_private(write_back=write_back, fork=fork)
+    shared = bounded and not checked_engine(engine).drops_private(write_back=write_back, fork=fork)
     region = kind(source.size, shared=shared)
     monitor = Monitor(region, source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):

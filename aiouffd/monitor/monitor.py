@@ -71,6 +71,7 @@ __all__ = [
     "OnExit",
     "OnFork",
     "ServingOptions",
+    "checked_engine",
 ]
 
 _FEWEST = 4  # pages: an instruction can move from one place to another, both across a border, and needs all at once
@@ -272,7 +273,7 @@ class Monitor(Capturing):
         noted = "saved" if write_back else "noted" if max_resident is not None else ""
         self._writes = _writes(self.origin, noted, tracked=track_writes)
         _check_bound(region, max_resident, on_exit)
-        self._choice = _checked_engine(engine)
+        self._choice = checked_engine(engine)
         self._on_exit, self._on_error, self._progress = on_exit, on_error, progress
         self._children = None if fork is None and self._choice.serves_children else fork == "serve"
         self._fork, self._user_mode_only = fork, user_mode_only
@@ -521,7 +522,8 @@ def _check_bound(region: Region, max_resident: int | None, on_exit: OnExit) -> N
         raise ValueError(f'on_exit="populate" brings all {len(region)} bytes, and max_resident is {max_resident}')
 
 
-def _checked_engine(engine: EngineChoice | None) -> EngineChoice:
+def checked_engine(engine: EngineChoice | None) -> EngineChoice:
+    """Return the default where none was chosen. Raises TypeError for what is no engine."""
     if engine is None:
         return default_pager
     if isinstance(engine, type) or not hasattr(engine, "serves_children"):

@@ -21,7 +21,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { DROPPERS = 256, PLACE = 2 << 20, TRIES = 20, STACK = 128 << 10, LOOK_MS = 1000 };
+enum { PLACE = 2 << 20, TRIES = 20, STACK = 128 << 10, LOOK_MS = 1000 };
 
 struct move_argument {
     uint64_t dst, src, len, mode;
@@ -36,12 +36,13 @@ struct register_argument {
 enum { MODE_MISSING = 1, MOVE_DONTWAKE = 1, MOVE_SRC_HOLES = 2 };
 
 static struct dropper {
-    int used;
+    struct dropper *next;
+    int used; /* 0: it is a parent's */
     struct owned uffd;
     struct asked *asked;
     char *mapped; /* the place, between two pages that nobody may touch: no other mapping becomes one with it */
     pthread_t thread;
-} droppers[DROPPERS];
+} *droppers;
 static pthread_mutex_t droppers_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Another process has the same words. */
@@ -148,11 +149,11 @@ static void *run(void *argument)
 static void in_child(void)
 {
     pthread_mutex_init(&droppers_lock, NULL);
-    for (int i = 0; i < DROPPERS; i++)
-        if (droppers[i].used)
-            disown(&droppers[i].uffd);
-    for (int i = 0; i < DROPPERS; i++)
-        droppers[i].used = 0;
+    for (struct dropper *each = droppers; each != NULL; each = each->next) {
+        disown(&each->uffd);
+        each->used = 0;
+    }
+    droppers = NULL;
 }
 
 static int start(struct dropper *dropper)
@@ -190,44 +191,47 @@ static int prepare(struct dropper *dropper, int uffd, int words)
 
 static void release(struct dropper *dropper)
 {
-    disown(&dropper->uffd);
+    struct dropper **at = &droppers;
+    while (*at != dropper)
+        at = &(*at)->next;
+    disown(&dropper->uffd); /* first: `in_child` closes what is in the list */
+    *at = dropper->next;
     if (dropper->mapped != NULL)
         munmap(dropper->mapped, PLACE + 2 * page_size);
     if (dropper->asked != NULL)
         munmap(dropper->asked, page_size);
-    *dropper = (struct dropper){.uffd = {.fd = -1}};
+    free(dropper);
 }
 
 /* Have a thread drop pages of the memory that a userfaultfd is about, when it is asked by words in a file. Both are
- * duplicated or mapped. Returns a number, or a negated errno. */
-EXPORT int aiouffd_dropper(int uffd, int words)
+ * duplicated or mapped. Returns 0, or an errno. */
+EXPORT int aiouffd_dropper(int uffd, int words, struct dropper **made)
 {
     static int at_fork;
-    int failed = EAGAIN, number = 0;
+    int failed = ENOMEM;
+    struct dropper *dropper = malloc(sizeof *dropper);
     pthread_mutex_lock(&droppers_lock);
     if (!at_fork && pthread_atfork(NULL, NULL, in_child) == 0)
         at_fork = 1;
-    while (number < DROPPERS && droppers[number].used)
-        number++;
-    if (at_fork && number < DROPPERS) {
-        droppers[number] = (struct dropper){.uffd = {.fd = -1}};
-        failed = prepare(&droppers[number], uffd, words);
+    if (at_fork && dropper != NULL) {
+        *dropper = (struct dropper){.next = droppers, .used = 1, .uffd = {.fd = -1}};
+        droppers = dropper;
+        failed = prepare(dropper, uffd, words);
         if (!failed)
-            failed = start(&droppers[number]);
+            failed = start(dropper);
         if (failed)
-            release(&droppers[number]);
-        else
-            droppers[number].used = 1;
-    }
+            release(dropper);
+    } else
+        free(dropper);
     pthread_mutex_unlock(&droppers_lock);
-    return failed ? -failed : number;
+    *made = failed ? NULL : dropper;
+    return failed;
 }
 
 /* Drop nothing more, and wait until what is being dropped just now is. */
-EXPORT void aiouffd_dropper_end(int number)
+EXPORT void aiouffd_dropper_end(struct dropper *dropper)
 {
-    struct dropper *dropper = &droppers[number];
-    if (!dropper->used) /* of a parent */
+    if (!dropper->used)
         return;
     atomic_store(&dropper->asked->closed, 1);
     ring(dropper->asked);

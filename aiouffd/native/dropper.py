@@ -24,7 +24,8 @@ _RANGES, _RESULTS = 16, 16 + 16 * MOST  # where they begin in the words
 def _library() -> ctypes.CDLL:
     """Return the library, its functions declared."""
     native = library()
-    native.aiouffd_dropper.argtypes = [ctypes.c_int, ctypes.c_int]
+    native.aiouffd_dropper.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    native.aiouffd_dropper_end.argtypes = [ctypes.c_void_p]
     native.aiouffd_ask.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
     native.aiouffd_ask.restype = None
     native.aiouffd_answered.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
@@ -44,15 +45,15 @@ class Dropper:
     """
 
     def __init__(self, uffd: int, words: int) -> None:
-        self._number = _library().aiouffd_dropper(uffd, words)
-        if self._number < 0:
-            raise OSError(-self._number, os.strerror(-self._number))
+        self._made = ctypes.c_void_p()
+        if failed := _library().aiouffd_dropper(uffd, words, ctypes.byref(self._made)):
+            raise OSError(failed, os.strerror(failed))
 
     def close(self) -> None:
         """Drop nothing more. What is being dropped is waited for."""
-        number, self._number = self._number, -1
-        if number >= 0:
-            _library().aiouffd_dropper_end(number)
+        made, self._made = self._made, ctypes.c_void_p()
+        if made.value:
+            _library().aiouffd_dropper_end(made)
 
 
 def ask(words: mmap.mmap, address: int, ranges: list[tuple[int, int]]) -> None:

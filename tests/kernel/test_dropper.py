@@ -121,7 +121,7 @@ def test_what_was_unmapped_is_not_dropped() -> None:
 
 
 def forked() -> None:
-    """Scenario: a child has neither the descriptor nor the thread."""
+    """Scenario: a child has neither the descriptor nor the thread, and closes nothing of its own with them."""
     with asker() as one:
 
         def descriptors() -> int:
@@ -131,8 +131,10 @@ def forked() -> None:
         libc.madvise(one.address, SIZE, libc.MADV_DONTFORK)
         child = os.fork()
         if not child:
-            one.dropper.close()  # is its parent's
-            os._exit(descriptors())
+            left = descriptors()
+            with asker() as own:
+                one.dropper.close()  # is its parent's
+                os._exit(left if own.ask((0, 4)) == [0] else 99)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert one.ask((0, 4)) == [0]
 
@@ -140,3 +142,19 @@ def forked() -> None:
 def test_forked_children_drop_nothing() -> None:
     """The parent's thread goes on."""
     play(forked)
+
+
+def many() -> None:
+    """Scenario: more than there are numbers for anywhere else."""
+    with asker() as one, contextlib.ExitStack() as stack:
+        for _ in range(300):
+            words = os.memfd_create("words")
+            stack.callback(os.close, words)
+            os.ftruncate(words, mmap.PAGESIZE)
+            stack.enter_context(contextlib.closing(dropper.Dropper(one.uffd.fileno(), words)))
+        assert one.ask((0, 4)) == [0]
+
+
+def test_there_may_be_many() -> None:
+    """Each Monitor with a limit has one."""
+    play(many)

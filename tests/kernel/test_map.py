@@ -356,6 +356,14 @@ def test_an_engine_that_needs_a_loop() -> None:
         aiouffd.map(b"bytes", engine=aiouffd.InProcess())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("limit", [None, 4 * PAGE])
+@pytest.mark.parametrize("engine", [aiouffd.InThread, "InThread"])
+def test_what_is_no_engine(engine: Any, limit: int | None) -> None:
+    """It is told what is one."""
+    with pytest.raises(TypeError, match=r"an instance, InThread\(\) for example"):
+        aiouffd.map(bytes(8 * PAGE), engine=engine, max_resident=limit)
+
+
 def test_what_is_empty_or_not_there(tmp_path: Path) -> None:
     """As with `open`, and nothing is served."""
     with pytest.raises(aiouffd.SourceError, match="it is empty"):

@@ -19,7 +19,7 @@ from processes import kill
 from scenario import eventually, open_descriptors, play, replaced
 
 import aiouffd
-from aiouffd.kernel import libc
+from aiouffd.kernel import libc, pagemap
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.monitor.engines.on_demand import may_be_dropped
 
@@ -164,8 +164,8 @@ def apart(kind: str) -> None:
         figures = monitor.statistics()
         assert figures.resident <= LIMIT + stay * PAGE
         assert figures.pages_evicted >= 2 * (len(pages) - stay) - LIMIT // PAGE
-        with Pagemap() as pagemap:
-            there = sum(run.length for run in pagemap.present(address, SIZE))
+        with Pagemap() as pages_of:
+            there = sum(run.length for run in pages_of.present(address, SIZE))
         assert there <= LIMIT + PAGES // 8 * PAGE
 
 
@@ -173,3 +173,17 @@ def apart(kind: str) -> None:
 def test_one_page_keeps_no_others(kind: str) -> None:
     """Neither what may not be dropped, nor the end of a mapping, nor what could not be had."""
     play(apart, kind)
+
+
+def unreadable() -> None:
+    """Scenario: a process that has given up its rights may not read its own pagemap."""
+    pagemap._PATH = "/proc/none"  # type: ignore[misc]
+    with served() as monitor:
+        assert monitor.region[:] == content(0, SIZE)
+        assert monitor.region.fd >= 0
+        assert monitor.statistics().resident <= LIMIT
+
+
+def test_a_pagemap_that_cannot_be_read() -> None:
+    """Its memory becomes shared."""
+    play(unreadable)

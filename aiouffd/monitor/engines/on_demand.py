@@ -23,9 +23,17 @@ __all__ = ["Dropping", "may_be_dropped"]
 _BATCHES: Final = 6, 18  # before, UFFDIO_MOVE has each processor flush its TLB for each page
 
 
-@cache
 def may_be_dropped() -> bool:
     """Tell whether a thread of this process can drop what a pager asks for."""
+    try:
+        Pagemap().close()
+    except OSError:  # there is no /proc; or it has given up its rights, by setuid(2) for example
+        return False
+    return _pages_can_be_moved()
+
+
+@cache
+def _pages_can_be_moved() -> bool:
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if found is None or tuple(map(int, found.groups())) < _BATCHES or native.reason():
         return False
