@@ -253,7 +253,7 @@ def survives(image: Path, directory: Path, examples: int) -> None:
             ]
             for each in done:
                 each.result()
-        eventually(lambda: descriptors(serve), before, 20.0)
+        eventually(lambda: descriptors(serve) <= before, expected=True, seconds=20.0)
         rss = int(Path(f"/proc/{serve.process.pid}/statm").read_text().split()[1]) * PAGE
         assert rss < 200 * MIB
         play(client, str(serve.path), MIB)
