@@ -189,6 +189,7 @@ async def test_valid_answers(habit: str, client: str) -> None:
         ("400", "400 Bad Request"),
         ("501", "501 Not Implemented"),
         ("ends early", "the connection broke"),
+        ("enormous", "9223372036854775808 bytes, more than any file"),
     ],
 )
 async def test_answers_that_mean_no_bytes(habit: str, complaint: str, client: str) -> None:

@@ -297,6 +297,8 @@ class ObjectSource:
     def _first(self, meanwhile: Callable[[], None] = lambda: None) -> Validator:
         """Ask for the first page: the answer has the size and the validators. Blocks."""
         found = self._look_directly(meanwhile) or self.ask(self._look)
+        if (found.size or 0) >> 63:
+            raise SourceError(repr(self), 0, 0, f"the server says that it has {found.size} bytes, more than any file")
         if found.size and not found.names_version:
             repeated.warn(self, "has no ETag and no Last-Modified: changes that keep the size may not be noticed")
         return found
