@@ -211,6 +211,7 @@ ORDER = {
     "server": [
         "__init__",
         "listener",
+        "requests",
         "jail",
         "metrics",
         "clashes",

@@ -60,7 +60,7 @@ def test_strange_servers(tmp_path: Path, answer: bytes, words: str) -> None:
 
 
 def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for an answer hears why, but where it may take its time."""
+    """Whoever waits for an answer hears why, but where a server is there, and takes its time."""
     said, told = list[str](), threading.Event()
     monkeypatch.setattr(unix_http, "_SILENCE", 0.01)
 
@@ -76,17 +76,56 @@ def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         listener.listen()
 
         def serve() -> None:
-            for awaited in (told.wait, threading.Event().wait):
+            for waits in ([told.wait], [lambda _: None, threading.Event().wait]):
                 connection, _ = listener.accept()
                 with connection:
-                    connection.recv(1 << 16)
-                    awaited(20.0 if awaited == told.wait else 0.1)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                    for wait in waits:
+                        connection.recv(1 << 16)
+                        wait(20.0 if wait == told.wait else 0.3)
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
         thread = threading.Thread(target=serve)
         thread.start()
         assert ControlClient(path).ask("GET", "/v1/sessions") == {}
-        assert ControlClient(path).ask("POST", "/v1/sessions/a/snapshot") == {}
+        # The answer to the question before is there at once; that to the request itself takes longer than the timeout.
+        monkeypatch.setattr(unix_http, "_SILENCE", 20.0)
+        assert ControlClient(path, timeout=0.2).ask("POST", "/v1/sessions/a/snapshot") == {}
         thread.join()
     assert len(said) == 1
     assert said[0].startswith(f"{path}: no answer yet, still waiting. If no server runs, start")
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_only_a_holder(tmp_path: Path, method: str, *, full: bool) -> None:
+    """It takes connections until its queue is full, and answers none: that ends, and says what to do."""
+    path = os.fspath(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as other:
+        listener.bind(path)
+        listener.listen(0 if full else 8)
+        if full:
+            other.connect(path)
+        with pytest.raises(click.ClickException, match=r"no answer in 0\.1 s\. .* start `aiouffd serve` with the same"):
+            ControlClient(path, timeout=0.1).ask(method, "/v1/sessions")
+        with pytest.raises(click.ClickException, match="no answer in"):
+            list(ControlClient(path, timeout=0.1).events())
+
+
+def test_a_server_that_ends_between_two_answers(tmp_path: Path) -> None:
+    """No new connection is made for the second: it could be one that nobody answers."""
+    path = os.fspath(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(click.ClickException, match="has ended the connection"):
+            ControlClient(path, timeout=20).ask("POST", "/v1/sessions/a/drain")
+        thread.join()

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aiouffd.cli import parameters
-from aiouffd.cli.unix_http import ControlClient
+from aiouffd.cli.unix_http import DEFAULT_TIMEOUT, ControlClient
 from aiouffd.store.place import absolute
 
 if TYPE_CHECKING:
@@ -63,8 +63,15 @@ def control_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("ctl")
 @control_option
+@click.option(
+    "--timeout",
+    type=parameters.Seconds(0, min_open=True),
+    default=DEFAULT_TIMEOUT,
+    show_default=True,
+    help="Seconds until a server has to answer at all; what it is asked to do may take longer.",
+)
 @click.pass_context
-def command(ctx: click.Context, control: str) -> None:
+def command(ctx: click.Context, control: str, timeout: float) -> None:
     """Manage the sessions of a server: `aiouffd serve --control PATH`.
 
     Each session has a socket of its own, on which it takes the clients of one source.
@@ -75,7 +82,7 @@ def command(ctx: click.Context, control: str) -> None:
     aiouffd ctl complete vm1
     aiouffd ctl delete vm1
     """  # noqa: D301 - a backspace is click's mark for lines that are kept
-    ctx.obj = ControlClient(control)
+    ctx.obj = ControlClient(control, timeout)
 
 
 @command.command()
@@ -126,12 +133,14 @@ def list_(control: ControlClient, /, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(sessions))
         return
-    table = Table("name", "state", "clients", "faults", "pages", "MiB fetched", "socket", box=None, header_style="bold")
+    columns = ("name", "state", "clients", "faults", "pages", "MiB fetched", "source errors", "socket")
+    table = Table(*columns, box=None, header_style="bold")
     for session in sessions:
         counted = session["statistics"]
         fetched = f"{counted.get('bytes_fetched', 0) / (1 << 20):,.0f}"
         numbers = (str(len(session["clients"])), f"{counted.get('faults', 0):,}", f"{counted['pages']:,}", fetched)
-        table.add_row(session["name"], session["state"], *numbers, _socket_of(session))
+        errors = f"{counted.get('source_errors', 0):,}"
+        table.add_row(session["name"], session["state"], *numbers, errors, _socket_of(session))
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)  # a pipe gets each session on a line
 
 

@@ -19,6 +19,8 @@ from aiouffd.cli.unix_http import ControlClient
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rich.console import RenderableType
+
 __all__ = ["command", "table"]
 
 _MIB = 1 << 20
@@ -38,20 +40,26 @@ def command(*, control: str, interval: float, once: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     before, past = _look(client), deque[tuple[float, dict[str, Any]]]()
     with Live(console=console, screen=console.is_terminal and not once, auto_refresh=False) as live:
+        if not once:
+            _show(live, about(client.ask("GET", "/v1/server")), table([before], before, interval))
         while True:
             time.sleep(interval)
             now, server = _look(client), client.ask("GET", "/v1/server")
             past.append((time.monotonic(), before))
             while past[0][0] < time.monotonic() - _RECENT - interval:
                 past.popleft()
-            shown = Group(about(server), table([look for _, look in past], now, interval))
-            if console.is_terminal:
-                live.update(shown, refresh=True)
-            else:  # it would print to a pipe at the end
-                console.print(shown)
+            _show(live, about(server), table([look for _, look in past], now, interval))
             if once:
                 return
             before = now
+
+
+def _show(live: Live, *parts: RenderableType) -> None:
+    shown = Group(*parts)
+    if live.console.is_terminal:
+        live.update(shown, refresh=True)
+    else:  # it would print to a pipe at the end
+        live.console.print(shown)
 
 
 def _look(client: ControlClient) -> dict[str, Any]:

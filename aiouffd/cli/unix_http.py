@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,25 +15,35 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ControlClient"]
+__all__ = ["DEFAULT_TIMEOUT", "ControlClient"]
 
-_LONG: Final = ("/complete", "/drain", "/prefetch", "/snapshot")  # what may take its time
+DEFAULT_TIMEOUT: Final = 30.0
 _SILENCE = 3.0  # seconds
-_SILENT: Final = (
-    "{}: no answer yet, still waiting. If no server runs, start `aiouffd serve` with the same --control and --hold:"
+_HELD: Final = (
+    "If no server runs, start `aiouffd serve` with the same --control and --hold:"
     " what holds its sessions takes connections, and answers none"
 )
 
 
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+
+
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         try:
+            # connect(2) waits where the queue of the listener is full. Nonblocking, as settimeout has it, it would not.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout or 0.0))
             self.sock.connect(self._path)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+            self.sock.settimeout(self.timeout)
+        except BlockingIOError:
+            raise TimeoutError from None
         except OSError as error:
             advice = {
                 FileNotFoundError: "no server has made it: start `aiouffd serve --control PATH`, or name its socket",
@@ -47,10 +58,12 @@ class ControlClient:
 
     Args:
         path: of its control socket.
+        timeout: seconds until a server has to answer at all; what it is asked to do may take longer.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], timeout: float = DEFAULT_TIMEOUT) -> None:
         self._path = os.fspath(path)
+        self._timeout = timeout
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the answer to a request; None if there is none. Blocks until it is there.
@@ -58,17 +71,16 @@ class ControlClient:
         Raises:
             click.ClickException: the request was refused, or there is no server; it says what to do.
         """
-        connection = _Connection(self._path)
+        connection = _Connection(self._path, self._timeout)
         try:
-            response = self._send(connection, method, path, body)
-            data = response.read()
+            data = self._send(connection, method, path, body).read()
             return json.loads(data) if data else None
         finally:
             connection.close()
 
     def events(self, after: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield what happens, until the server ends; `after`: first what came behind that number."""
-        connection = _Connection(self._path)
+        connection = _Connection(self._path, self._timeout)
         try:
             headers = {} if after is None else {"Last-Event-ID": str(after)}
             response = self._send(connection, "GET", "/v1/events", None, headers)
@@ -86,13 +98,25 @@ class ControlClient:
         body: dict[str, Any] | None,
         headers: dict[str, str] | None = None,
     ) -> http.client.HTTPResponse:
-        silence = threading.Timer(_SILENCE, click.echo, [_SILENT.format(self._path)], {"err": True})
+        waiting = f"{self._path}: no answer yet, still waiting. {_HELD}"
+        silence = threading.Timer(_SILENCE, click.echo, [waiting], {"err": True})
         silence.daemon = True
-        if not path.endswith(_LONG):
-            silence.start()
+        silence.start()
         try:
+            if method != "GET":  # it may take its time: a server that answers another question first is there
+                connection.request("GET", "/v1/server")
+                connection.getresponse().read()
+                silence.cancel()
+                connection.auto_open = 0  # a new connection could be its holder's
+                if connection.sock is not None:
+                    connection.sock.settimeout(None)
             connection.request(method, path, None if body is None else json.dumps(body), headers or {})
+            sock = connection.sock
             response = connection.getresponse()
+            if not response.isclosed():  # events come when they come
+                sock.settimeout(None)
+        except TimeoutError:
+            raise click.ClickException(f"{self._path}: no answer in {self._timeout:g} s. {_HELD}") from None
         except (http.client.HTTPException, OSError) as error:
             reason = f"the server has ended the connection ({error!r}): see its log"
             raise click.ClickException(f"{self._path}: {reason}") from None

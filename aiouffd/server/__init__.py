@@ -7,5 +7,5 @@ left), `snapshots` (of clients that run),
 `mapped` (nydus' clients that map files), `services` (the source of each client) > `residence` (ranges that are brought
 or dropped) > `clients` (what one client is, and what it asks), `reception` (handoffs) > `rejection` (clients that are
 turned away), `prefilled` (memory that was not empty), `metrics` (for Prometheus), `clashes` (what excludes each other),
-`jail` (a socket where others can write) > `listener` (the socket's file).
+`jail` (a socket where others can write) > `listener` (the socket's file), `requests` (the log of what is no HTTP).
 """

@@ -71,7 +71,9 @@ def test_the_commands(
         with socket.socket(socket.AF_UNIX) as nobody:
             nobody.connect(path)
         serve.says("session vm-1: turned away: ")
-        assert "vm-1" in run(capsys, "list")
+        head, row = run(capsys, "list").splitlines()
+        assert head.split()[-3:] == ["source", "errors", "socket"]
+        assert row.split()[-2:] == ["0", path]
         assert json.loads(run(capsys, "list", "--json"))[0]["statistics"]["faults"] > 0
         assert json.loads(run(capsys, "server"))["sessions"] == 1
         assert run(capsys, "prefetch", "vm-1", "--length", "1M") == "vm-1: brought to 0 clients\n"

@@ -24,6 +24,7 @@ from aiouffd.server.control.openapi import document
 from aiouffd.server.control.problems import problem_of
 from aiouffd.server.control.values import Problem, decode
 from aiouffd.server.listener import SocketFile
+from aiouffd.server.requests import log as refused_log
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -82,7 +83,7 @@ class Control:
             application.router.add_route(action.method, action.path, self._handler(action))
         application.router.add_get("/v1/events", self._events)
         application.router.add_get("/openapi.json", self._describe)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_ENDING)
+        self._runner = web.AppRunner(application, access_log=None, logger=refused_log, shutdown_timeout=_ENDING)
 
     async def __aenter__(self) -> Self:
         """Listen."""

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from aiouffd.server.dashboard.looks import Look, residency
+from aiouffd.server.requests import log as refused_log
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
@@ -88,7 +89,7 @@ class Dashboard:
             application.router.add_get(path, self._file)
         application.router.add_get("/live", self._live)
         application.router.add_get("/residency", self._residency)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_ENDING)
+        self._runner = web.AppRunner(application, access_log=None, logger=refused_log, shutdown_timeout=_ENDING)
         self._listening: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
