@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +29,7 @@ def test_what_was_recorded_is_replayed(tmp_path: Path) -> None:
     given_up = Tracing(path, None, Limits())
     given_up.service(source, region)
     given_up.end(complete=False)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     recording = Tracing(path, None, Limits())
     service = recording.service(source, region)
     assert (service.origin, service.trace) == (source, None)
@@ -39,6 +41,27 @@ def test_what_was_recorded_is_replayed(tmp_path: Path) -> None:
     assert replayed.recorder is None
     assert replayed.trace is not None
     assert list(replayed.trace.offsets) == [3 * PAGE]
+
+
+def test_an_error_of_the_program_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That the recording could not be written is logged then; else it is raised. Either names the file."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for raised in (None, ZeroDivisionError):
+        recording = Tracing(tmp_path / "trace", None, Limits())
+        service = recording.service(aiouffd.ZeroSource(SIZE), aiouffd.Region(SIZE))
+        assert service.recorder is not None
+        service.recorder.note(3 * PAGE)
+        with pytest.raises(OSError, match=r"No space left.*/trace") if raised is None else contextlib.nullcontext():
+            recording.end(complete=True, raised=raised)
+        assert not list(tmp_path.iterdir())
+    (record,) = caplog.records
+    assert str(tmp_path / "trace") in record.getMessage()
 
 
 def test_a_recording_of_another_source_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,16 @@ class Engine:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def check_may_wait(self) -> None:
+        """Allow it."""
+
+    def prefetch(self, ranges: list[Any]) -> Future[None]:
+        """Count what was not counted yet, behind what is under way."""
+        assert ranges == []
+        done: Future[None] = Future()
+        done.set_exception(aiouffd.ClosedError("given up"))
+        return done
 
 
 def begun(path: Path, held: Held, engine: Engine, origin: Any = None) -> Reporting:
@@ -80,6 +91,26 @@ def test_each_look_adds_what_is_new(tmp_path: Path) -> None:
     path.unlink()
     report.write()
     assert not path.exists()
+
+
+def test_the_last_fault_is_counted(tmp_path: Path) -> None:
+    """It is when its thread has gone on already: the engine is asked for an answer before the last look."""
+
+    class Late(Engine):
+        def prefetch(self, ranges: list[Any]) -> Future[None]:
+            assert ranges == []
+            self.seen = [attrs.evolve(NOTHING, faults=1, latency=(0, 1, *[0] * 46))]
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+    held, path = Held(aiouffd.Region(SIZE)), tmp_path / "run.json"
+    engine = Late(NOTHING)
+    report = begun(path, held, engine)
+    report.end(None)
+    report.write()
+    assert run_of(path).statistics.latency_ns(0.5) == 2
+    assert run_of(path).column("faults")[-1] == 1
 
 
 def test_it_keeps_neither_region_nor_engine(tmp_path: Path) -> None:

@@ -198,6 +198,52 @@ async def test_a_failed_window_costs_only_the_page_that_fails() -> None:
     assert world.counters.snapshot().source_errors == 1
 
 
+async def test_what_is_in_memory_needs_no_read_that_fails() -> None:
+    """A URL that was deleted: its first page came with its size, but the window around it was to be read."""
+
+    class Deleted(Pattern):
+        locate = None
+
+        def read_nowait(self, offset: int, length: int) -> bytes | None:  # type: ignore[override]
+            return content(offset, length) if offset + length <= PAGE else None
+
+        async def read(self, offset: int, length: int) -> bytes:
+            raise SourceError("Deleted", offset, length, "HTTP status 404")
+
+    world = World(8 * PAGE, source=Deleted(SIZE))
+    for page in (0, 1, 3):
+        world.touch(page, page)
+    world.deliver(64)
+    await turns(40)
+    assert not world.uffd.asleep
+    assert world.uffd.pages[at(0)] == content(0, PAGE)
+    assert [world.uffd.pages[at(page)] for page in (1, 3)] == [POISONED, POISONED]
+    seen = world.counters.snapshot()
+    assert (seen.source_errors, seen.pages_fault, seen.pages_readahead, seen.pages_poisoned) == (2, 1, 0, 2)
+
+
+async def test_a_defect_while_single_pages_are_looked_for() -> None:
+    """It costs them, and no hang."""
+
+    class Defect(Pattern):
+        locate = None
+
+        def read_nowait(self, offset: int, length: int) -> bytes | None:  # type: ignore[override]
+            if length == PAGE:
+                raise ZeroDivisionError
+            return None
+
+        async def read(self, offset: int, length: int) -> bytes:
+            raise SourceError("Defect", offset, length, "HTTP status 404")
+
+    world = World(8 * PAGE, source=Defect(SIZE))
+    world.touch(1, 1)
+    world.deliver(64)
+    await turns(40)
+    assert not world.uffd.asleep
+    assert world.uffd.pages[at(1)] is POISONED
+
+
 @pytest.mark.parametrize("late", [True, False])
 async def test_a_source_that_does_not_answer_is_not_asked_again_for_each_page(late: bool) -> None:
     """After a timeout the single pages get one try each; after another error as many as any read."""

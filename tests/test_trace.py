@@ -373,7 +373,12 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(OSError, match="No space left") as caught:
             recorder.complete()
     assert caught.value.filename == str(tmp_path / "trace")
-    recorder.discard()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            Recorder.create(tmp_path / "trace", PAGE, SIZE)
+    assert caught.value.filename == str(tmp_path / "trace")
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]  # nothing is left behind, neither time
     recorder = Recorder.create(tmp_path / "trace", PAGE, 1 << 40)
     recorder.note(PAGE)
     with monkeypatch.context() as patch:

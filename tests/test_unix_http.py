@@ -76,12 +76,13 @@ def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         listener.listen()
 
         def serve() -> None:
-            for waits in ([told.wait], [lambda _: None, threading.Event().wait]):
+            never = threading.Event()
+            for waits in ([(told, 20.0)], [(never, 0.0), (never, 0.3)]):
                 connection, _ = listener.accept()
                 with connection:
-                    for wait in waits:
+                    for event, seconds in waits:
                         connection.recv(1 << 16)
-                        wait(20.0 if wait == told.wait else 0.3)
+                        event.wait(seconds)
                         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
         thread = threading.Thread(target=serve)

@@ -41,13 +41,15 @@ class Purpose:
         cause: the counter in which these pages are counted.
         errors: where a caller that waits for them finds why some could not be had; None: only touchers wait, and
             what cannot be had is poisoned.
+        retries: of each read; None: the usual ones.
     """
 
-    __slots__ = ("cause", "errors")
+    __slots__ = ("cause", "errors", "retries")
 
-    def __init__(self, cause: Counter, errors: list[UffdError] | None = None) -> None:
+    def __init__(self, cause: Counter, errors: list[UffdError] | None = None, retries: int | None = None) -> None:
         self.cause: Counter = cause
         self.errors: list[UffdError] | None = errors
+        self.retries: int | None = retries
 
 
 FOR_FAULT = Purpose(Counter.PAGES_READAHEAD)

@@ -182,6 +182,8 @@ class Statistics:
     latency: tuple[int, ...]
     """How many faults took [2**(n-1), 2**n) nanoseconds from being read to being resolved, for each n.
 
+    A fault is counted here when it is resolved, so a moment after its thread may have gone on.
+
     The time that a fault has waited before it was read is not in it: the kernel's messages have no time. `InThread`
     counts from the signal on, so there it is the whole wait of the faults that the C handler resolves.
     """

@@ -461,7 +461,7 @@ class Monitor(Capturing):
                 self._observation.end(raised)
                 try:
                     if self._recording is not None:
-                        self._recording.end(complete=True)
+                        self._recording.end(complete=True, raised=raised)
                 finally:
                     if self._reporting is not None:
                         self._reporting.write()

@@ -138,8 +138,16 @@ class Tracing:
             trace = stored(origin, page)
         return Service(origin, self._recorder, trace)
 
-    def end(self, *, complete: bool) -> None:
-        """Record no more, and expect no replay. Blocks."""
+    def end(self, *, complete: bool, raised: type[BaseException] | None = None) -> None:
+        """Record no more, and expect no replay. Blocks.
+
+        Args:
+            complete: whether to keep what was recorded.
+            raised: what the caller is leaving with.
+
+        Raises:
+            OSError: as `Recorder.complete`, unless the caller is leaving with an error, which is to be seen.
+        """
         if isinstance(self._replay, Early):
             self._replay.close()
         recorder, self._recorder = self._recorder, None
@@ -147,9 +155,15 @@ class Tracing:
         if recorder is None:
             return
         if not complete:
-            recorder.close()
+            recorder.discard()
             return
-        recorder.complete()
+        try:
+            recorder.complete()
+        except OSError as error:
+            if raised is None:
+                raise
+            log.error("there is no recording: %s", error)  # noqa: TRY400 - the traceback that matters is the caller's
+            return
         if source is not None:
             assert self._record is not None
             from aiouffd.engine.ahead.keeping import keep_pages  # noqa: PLC0415 - 20 ms: it has a loop

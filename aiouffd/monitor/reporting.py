@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import CancelledError
 from pathlib import Path
 from time import monotonic, thread_time
 from typing import TYPE_CHECKING, Any, Final
@@ -44,7 +45,7 @@ __all__ = ["Reporting"]
 log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAUSE: Final = 0.5  # seconds between two looks at the page tables, at first
-_PATIENCE: Final = 1.0  # seconds for the thread's last look
+_PATIENCE: Final = 1.0  # seconds for the thread's last look, and for the engine's last count
 _FLUSHED: Final = 0.5  # seconds for the pager to write what its cache has counted
 _ERRORS: Final = 20
 _TEXT: Final = 1000  # characters of an error or a command line
@@ -104,7 +105,7 @@ class Reporting:
             options: of the Monitor.
         """
         self._held = weakref.ref(held)
-        self._statistics = weakref.WeakMethod(engine.statistics)
+        self._engine, self._statistics = weakref.ref(engine), weakref.WeakMethod(engine.statistics)
         self._facts = _facts(service, choice, held.region, options)
         self._cache = getattr(service.origin, "cache", None)
         self._cached = _counted(self._cache)
@@ -157,8 +158,13 @@ class Reporting:
             self._resident, self._stretches = sum(end - start for start, end in ranges), len(ranges)
 
     def end(self, raised: type[BaseException] | None) -> None:
-        """Look for the last time, before the Monitor is left."""
+        """Look for the last time, before the Monitor is left. Blocks, where this thread may."""
         self._ended = "the block was left" if raised is None else f"the block raised {raised.__name__}"
+        # The last fault is counted behind the ioctl that has woken its thread: the engine has done so when it answers.
+        if (engine := self._engine()) is not None:
+            with contextlib.suppress(UffdError, OSError, RuntimeError, CancelledError):  # it is lost, or may not wait
+                engine.check_may_wait()
+                engine.prefetch([]).result(_PATIENCE)
         self._end()
 
     def _end(self) -> None:

@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -216,6 +217,29 @@ def recorded_with_readahead(directory: str) -> None:
 def test_what_was_recorded_with_readahead_is_replayed(tmp_path: Path) -> None:
     """All that came, and the touches are told from what came along."""
     play(recorded_with_readahead, str(tmp_path))
+
+
+def recorded_nowhere(path: Path, error: type[Exception] | None) -> None:
+    """The directory is gone when the block is left."""
+    path.parent.mkdir()
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), record=path):
+        assert region[0] == content(0, 1)[0]
+        shutil.rmtree(path.parent)
+        if error is not None:
+            raise error
+
+
+def raises_where_no_recording_can_be_written(directory: str) -> None:
+    """Scenario."""
+    for raised, error in ((None, FileNotFoundError), (ZeroDivisionError, ZeroDivisionError)):
+        with pytest.raises(error):
+            recorded_nowhere(Path(directory) / "gone" / "trace", raised)
+
+
+def test_an_error_of_the_program_is_not_hidden_by_its_recording(tmp_path: Path) -> None:
+    """That there is no recording is raised only where nothing else is."""
+    play(raises_where_no_recording_can_be_written, str(tmp_path))
 
 
 def layout_changes_beside_a_prefetch(engine: str) -> None:

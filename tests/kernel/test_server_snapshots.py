@@ -247,7 +247,7 @@ def ends(control: ControlClient, at: str, place: Path) -> None:
     waits.join()
     assert "has a snapshot under way" in said[0]
     assert "the snapshot was canceled" in said[1]
-    connection = _Connection(str(place / "control.sock"))
+    connection = _Connection(str(place / "control.sock"), 60.0)
     connection.request("POST", at, json.dumps(body))
     eventually(captured, expected=True)
     connection.close()

@@ -124,7 +124,7 @@ def test_a_recording_for_which_there_is_no_room(image: Path, tmp_path: Path) -> 
         with Serve(tmp_path, image, "--record", small / "trace") as serve:
             (small / "filler").write_bytes(bytes(900 << 10))
             play(touch_all, str(serve.path), 16 * MIB)
-            assert "no longer recorded" in serve.said
+            assert f"{small}/trace: first touches are no longer recorded: No space left" in serve.said
             assert "is replaced" not in serve.said
             assert serve.end() == 1
             assert f"--record {small}/trace: nothing was recorded: No space left on device" in serve.said

@@ -83,6 +83,7 @@ _KEPT: Final = 2
 _MARKS: Final = bytes(range((_ALONG | _KEPT) + 1))
 _ARE_TOUCHED: Final = bytes(not mark & _ALONG for mark in range(256))
 _ARE_KEPT: Final = bytes(bool(mark & _KEPT) for mark in range(256))
+_PART: Final = ".part"
 _SAMPLES: Final = 16
 _SAMPLE: Final = 4096
 _OF_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -289,13 +290,17 @@ class Recorder(OwnedDescriptor):
 
         final = Path(os.path.realpath(path))  # a link stays, and its target is replaced
         try:
-            fd = begin(final)
-            os.write(fd, HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0, source))
+            recorder = cls(begin(final), final)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another process records there", os.fspath(path)) from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        return cls(fd, final)
+        try:
+            os.write(recorder.fileno(), HEADER.pack(MAGIC, VERSION, page_size, size, 0, 0, 0, source))
+        except OSError as error:
+            recorder.discard()
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        return recorder
 
     def travel(self) -> Any:
         """Go to another process with the descriptor."""
@@ -377,15 +382,18 @@ class Recorder(OwnedDescriptor):
         self._full = True
         with contextlib.suppress(OSError):  # the block is there, but a file system that copies on write wants another
             os.pwrite(self._fd, struct.pack("<I", _CUT), _STATE_AT)
-        log.error("first touches are no longer recorded: %s", why)
+        name = "a recording"
+        with contextlib.suppress(OSError):  # the process that notes the pages has no path, but the file
+            name = os.readlink(f"/proc/self/fd/{self._fd}").removesuffix(_PART)  # noqa: PTH115 - pathlib is slow to import
+        log.error("%s: first touches are no longer recorded: %s", name, why)
         return False
 
     def complete(self) -> None:
         """Make it a recording that can be read. Nothing may be noted any more.
 
         Raises:
-            OSError: it cannot be written; an older recording of that name stays. ENOSPC: the disk had no room for a
-                single page. EBADF: this process has closed its descriptor. `filename` is the path.
+            OSError: it cannot be written, and is discarded; an older recording of that name stays. ENOSPC: the disk
+                had no room for a single page. EBADF: this process has closed its descriptor. `filename` is the path.
         """
         assert self._path is not None
         if not self.intact:
@@ -405,6 +413,7 @@ class Recorder(OwnedDescriptor):
             os.fsync(self._fd)
             part_of(self._path).rename(self._path)
         except OSError as error:
+            self.discard()
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.close()
 
@@ -450,7 +459,7 @@ def begin(final: Path, mode: int = 0o666) -> int:
 
 def part_of(path: Path) -> Path:
     """Return where a file is written before it has its name."""
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + _PART)
 
 
 def stored(source: Any, page_size: int) -> Trace | None:

@@ -248,24 +248,16 @@ class SourceBackend:
     # Flights
 
     def _begin(
-        self,
-        space: Space,
-        address: int,
-        offset: int,
-        length: int,
-        wanted: int | None,
-        began_ns: int,
-        purpose: Purpose,
-        retries: int | None = None,
+        self, space: Space, address: int, offset: int, length: int, wanted: int | None, began_ns: int, purpose: Purpose
     ) -> Flight:
         flight = Flight(address, address + length, offset, began_ns, purpose)
         if wanted is not None and address <= wanted < address + length:
             flight.wanted[wanted] = began_ns
         space.take_off(flight)
-        flight.done = spawn(self._tasks, self._fly(space, flight, retries))
+        flight.done = spawn(self._tasks, self._fly(space, flight))
         return flight
 
-    async def _fly(self, space: Space, flight: Flight, retries: int | None = None) -> None:
+    async def _fly(self, space: Space, flight: Flight) -> None:
         """Bring what a flight is for; if that fails, ask again for the pages that threads wait for.
 
         Before that, the flight has landed, whatever came of it. Those for which a caller waits let the others pass.
@@ -274,6 +266,7 @@ class SourceBackend:
         urgent, noted = flight.purpose.errors is None, steps.begin()
         failure: SourceError | None = None
         try:
+            retries = flight.purpose.retries
             data = await self._reads.read(at, length, urgent=urgent, retries=retries, waits=flight.waits)
             if not (urgent or flight.wanted or self._precedence.may_step(space, length)):
                 await self._precedence.turn(flight.waits, length)
@@ -321,13 +314,8 @@ class SourceBackend:
             wanted = {page for page in wanted if any(run.dst <= page < run.dst + run.left for run in runs)}
         elif flight.purpose.errors is None:  # also without readahead; what a caller asked for was noted then
             space.readahead.brought(flight.offset, flight.length)
-        # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
-        self._words[_PAGES_FAULT] += len(wanted)
-        self._words[flight.purpose.cause] += placed // space.page_size - len(wanted)
-        if runs:
-            space.resolve(runs)
-        for page in wanted:  # most have joined it later than it began
-            space.record_latency(flight.wanted[page])
+        pages = placed // space.page_size
+        _resolve(space, runs, self._words, flight.purpose.cause, pages, [flight.wanted[page] for page in wanted])
 
     async def _rescue(self, space: Space, flight: Flight, error: SourceError) -> None:
         """A read failed for good: ask for the awaited pages alone, since another part may be to blame; else poison.
@@ -336,18 +324,26 @@ class SourceBackend:
         that the last of many threads that wait does not wait for as many timeouts.
         """
         page = space.page_size
-        retries = 0 if isinstance(error, SourceTimeoutError) else None
         if flight.length == page:
             if flight.wanted:
                 _fail(space, flight.start, flight.offset, error)
             return
-        singles = []
-        for address in sorted(flight.wanted):
+        cause = flight.purpose.cause
+        purpose = Purpose(cause, retries=0 if isinstance(error, SourceTimeoutError) else None)
+        singles, runs, served = list[Flight](), list[Run](), list[int]()
+        for address, began_ns in sorted(flight.wanted.items()):
             offset = flight.offset + address - flight.start
             if not space.valid(Run(Op.COPY, address, offset, page)):
                 continue  # its thread was woken then; a thread that waits for what is there now must not join this
-            purpose = Purpose(flight.purpose.cause)
-            singles.append(self._begin(space, address, offset, page, address, flight.wanted[address], purpose, retries))
+            try:  # the window was not in memory as a whole: this page may be
+                begun = self._bring(space, address, offset, page, runs, address, began_ns, purpose)
+            except Exception:
+                log.exception("the page at %#x could not be looked for", address)
+                _fail(space, address, offset, error)
+                continue
+            singles += begun
+            served += [] if begun else [began_ns]
+        _resolve(space, runs, self._words, cause, 0, served)
         if singles:
             await asyncio.wait(tasks_of(singles))
 
@@ -446,6 +442,28 @@ class SourceBackend:
         if self.bound is not None:
             await self.bound.aclose()
         await self._reads.aclose()
+
+
+def _resolve(
+    space: Space, runs: list[Run], words: memoryview[int], cause: Counter, pages: int, began: list[int]
+) -> None:
+    """Resolve what was waited for, and count it.
+
+    Args:
+        space: where.
+        runs: what.
+        words: where to count.
+        cause: why they were brought.
+        pages: how many are not counted yet.
+        began: when each of the threads has begun to wait whose pages they are; most have joined later than the others.
+    """
+    # Counted first: the toucher may kill this process before it goes on, and that is no vain life.
+    words[_PAGES_FAULT] += len(began)
+    words[cause] += pages - len(began)
+    if runs:
+        space.resolve(runs)
+    for began_ns in began:
+        space.record_latency(began_ns)
 
 
 def _fail(space: Space, address: int, offset: int, failure: SourceError) -> None:
