@@ -199,13 +199,13 @@ async def test_a_failed_window_costs_only_the_page_that_fails() -> None:
 
 
 async def test_what_is_in_memory_needs_no_read_that_fails() -> None:
-    """Where the read of a window has failed, each page that is awaited is looked for in memory before it is read."""
+    """A URL that was deleted: its first page came with its size, but the window around it was to be read."""
 
     class Deleted(Pattern):
         locate = None
 
         def read_nowait(self, offset: int, length: int) -> bytes | None:  # type: ignore[override]
-            return content(offset, length) if (offset, length) == (PAGE, PAGE) else None
+            return content(offset, length) if offset + length <= PAGE else None
 
         async def read(self, offset: int, length: int) -> bytes:
             raise SourceError("Deleted", offset, length, "HTTP status 404")
@@ -216,34 +216,10 @@ async def test_what_is_in_memory_needs_no_read_that_fails() -> None:
     world.deliver(64)
     await turns(40)
     assert not world.uffd.asleep
-    assert world.uffd.pages[at(1)] == content(PAGE, PAGE)
-    assert [world.uffd.pages[at(page)] for page in (0, 3)] == [POISONED, POISONED]
+    assert world.uffd.pages[at(0)] == content(0, PAGE)
+    assert [world.uffd.pages[at(page)] for page in (1, 3)] == [POISONED, POISONED]
     seen = world.counters.snapshot()
     assert (seen.source_errors, seen.pages_fault, seen.pages_readahead, seen.pages_poisoned) == (2, 1, 0, 2)
-
-
-async def test_the_first_page_of_a_window_is_in_memory() -> None:
-    """Its thread goes on at once: that of a URL came with its size, and no answer need come any more."""
-
-    class Silent(Pattern):
-        locate = None
-
-        def read_nowait(self, offset: int, length: int) -> bytes | None:  # type: ignore[override]
-            return content(offset, length) if offset + length <= PAGE else None
-
-        async def read(self, offset: int, length: int) -> bytes:
-            assert offset == PAGE
-            await asyncio.get_running_loop().create_future()
-            raise AssertionError
-
-    world = World(8 * PAGE, source=Silent(SIZE))
-    world.touch(0, 1)
-    world.deliver(64)
-    assert not world.uffd.asleep
-    assert world.uffd.pages[at(0)] == content(0, PAGE)
-    seen = world.counters.snapshot()
-    assert (seen.faults, seen.pages_fault, seen.pages_readahead) == (1, 1, 0)
-    await world.backend.aclose()
 
 
 async def test_a_defect_while_single_pages_are_looked_for() -> None:

@@ -239,9 +239,6 @@ class SourceBackend:
                     self._words[purpose.cause] += part // page
                 elif self._extents.add_at_hand(space, low, at, part, runs, purpose):
                     self._words[purpose.cause] += part // page
-                elif low == wanted and part > page and self._extents.add_at_hand(space, low, at, page, runs, purpose):
-                    part = page  # its thread need not wait for the others
-                    self._words[purpose.cause] += 1
                 else:
                     part = min(part, max(page, self._max_read & -page))
                     flights.append(self._begin(space, low, at, part, wanted, began_ns, purpose))
