@@ -55,6 +55,7 @@ nitpick_ignore = [
     for name in (
         *("array", "Buffer", "Future", "concurrent.futures._base.Future"),  # what modules import by these short names
         *("Settings", "SocketFile", "Session", "aiouffd.server.session.Session", "aiouffd.server.clients.Client"),
+        "aiouffd.server.services.Settings",
         *(
             "Capturing",
             "Answers",
