@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,27 @@ from aiouffd.cli import unix_http
 from aiouffd.cli.unix_http import ControlClient
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@contextmanager
+def answering_once(path: Path, answer: bytes) -> Iterator[None]:
+    """Have a server there that reads one request, answers it, and takes no further connection."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
 
 
 def test_no_server(tmp_path: Path) -> None:
@@ -41,22 +62,9 @@ def test_no_server(tmp_path: Path) -> None:
 )
 def test_strange_servers(tmp_path: Path, answer: bytes, words: str) -> None:
     """Whatever it answers, it is no traceback."""
-    path = os.fspath(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(click.ClickException, match=words):
-            ControlClient(path).ask("GET", "/")
-        thread.join()
+    path = tmp_path / "s"
+    with answering_once(path, answer), pytest.raises(click.ClickException, match=words):
+        ControlClient(os.fspath(path)).ask("GET", "/")
 
 
 def test_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,19 +122,7 @@ def test_only_a_holder(tmp_path: Path, method: str, *, full: bool) -> None:
 
 def test_a_server_that_ends_between_two_answers(tmp_path: Path) -> None:
     """No new connection is made for the second: it could be one that nobody answers."""
-    path = os.fspath(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(click.ClickException, match="has ended the connection"):
-            ControlClient(path, timeout=20).ask("POST", "/v1/sessions/a/drain")
-        thread.join()
+    path = tmp_path / "s"
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
+    with answering_once(path, answer), pytest.raises(click.ClickException, match="has ended the connection"):
+        ControlClient(os.fspath(path), timeout=20).ask("POST", "/v1/sessions/a/drain")

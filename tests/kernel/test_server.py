@@ -261,22 +261,19 @@ def test_as_many_regions_as_there_may_be(image: Path, tmp_path: Path) -> None:
         play(client, str(serve.path), MIB)
 
 
-def killed_again_and_again(path: str, log: str) -> None:
-    """Scenario: no worker lives to serve a single page."""
-    region, _connection, _uffd = hand_over(path)
+def killed_again_and_again(path: str, log: str) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
+    """Scenario: no worker lives to serve a single page. Return what the client has handed over, and where."""
+    region, connection, uffd = hand_over(path)
     assert region[0] == 1
     for deaths in range(1, 6):
         crash(worker_of(log))
         eventually(functools.partial(times_said, log, "died (signal"), deaths)
+    return region, connection, uffd
 
 
 def held_on(path: str, log: str) -> None:
     """Scenario: the same, and pages are touched after it."""
-    region, _connection, uffd = hand_over(path)
-    assert region[0] == 1
-    for deaths in range(1, 6):
-        crash(worker_of(log))
-        eventually(functools.partial(times_said, log, "died (signal"), deaths)
+    region, _connection, uffd = killed_again_and_again(path, log)
     eventually(functools.partial(times_said, log, "poisoned"), 1)
     waiting = []
     for page in (5, 9):
