@@ -171,6 +171,17 @@ def test_what_is_present_already_is_not_counted() -> None:
         assert found.eexist == (1 if readahead else 2)  # a plain fault without readahead leaves no trace
 
 
+async def let_go(source: Pattern, *pages: int) -> World:
+    """Return memory of a source some of whose reads fail, where the threads that have touched some pages went on."""
+    world = World(8 * PAGE, source=source)
+    for page in pages:
+        world.touch(page, page)
+    world.deliver(64)
+    await turns(40)
+    assert not world.uffd.asleep
+    return world
+
+
 async def test_a_failed_window_costs_only_the_page_that_fails() -> None:
     """Each page that a thread waits for is asked for alone."""
 
@@ -183,12 +194,7 @@ async def test_a_failed_window_costs_only_the_page_that_fails() -> None:
                 raise OSError(errno.EIO, "broken")
             return content(offset, length)
 
-    world = World(8 * PAGE, source=Broken(SIZE))
-    for page in (4, 5, 6):
-        world.touch(page, page)
-    world.deliver(64)
-    await turns(40)
-    assert not world.uffd.asleep
+    world = await let_go(Broken(SIZE), 4, 5, 6)
     assert world.uffd.pages[at(4)] == content(4 * PAGE, PAGE)
     assert world.uffd.pages[at(5)] is POISONED
     assert world.uffd.pages[at(6)] == content(6 * PAGE, PAGE)
@@ -210,12 +216,7 @@ async def test_what_is_in_memory_needs_no_read_that_fails() -> None:
         async def read(self, offset: int, length: int) -> bytes:
             raise SourceError("Deleted", offset, length, "HTTP status 404")
 
-    world = World(8 * PAGE, source=Deleted(SIZE))
-    for page in (0, 1, 3):
-        world.touch(page, page)
-    world.deliver(64)
-    await turns(40)
-    assert not world.uffd.asleep
+    world = await let_go(Deleted(SIZE), 0, 1, 3)
     assert world.uffd.pages[at(0)] == content(0, PAGE)
     assert [world.uffd.pages[at(page)] for page in (1, 3)] == [POISONED, POISONED]
     seen = world.counters.snapshot()
@@ -236,11 +237,7 @@ async def test_a_defect_while_single_pages_are_looked_for() -> None:
         async def read(self, offset: int, length: int) -> bytes:
             raise SourceError("Defect", offset, length, "HTTP status 404")
 
-    world = World(8 * PAGE, source=Defect(SIZE))
-    world.touch(1, 1)
-    world.deliver(64)
-    await turns(40)
-    assert not world.uffd.asleep
+    world = await let_go(Defect(SIZE), 1)
     assert world.uffd.pages[at(1)] is POISONED
 
 
