@@ -13,20 +13,23 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-__all__ = ["begun", "close_in_children", "uninterrupted", "until_done", "until_exit"]
+__all__ = ["Closable", "begun", "close_in_children", "uninterrupted", "until_done", "until_exit"]
 
 
-class _Closable(Protocol):
-    def close(self) -> None: ...
+class Closable(Protocol):
+    """What is closed."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 _AGAIN = 0.05  # seconds
 
 _Object = TypeVar("_Object")
 _Result = TypeVar("_Result")
-_Held = TypeVar("_Held", bound=_Closable)
+_Held = TypeVar("_Held", bound=Closable)
 
-_held: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_held: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 def until_exit(finalizer: Callable[[_Object], None]) -> Callable[[_Object], None]:

@@ -10,23 +10,18 @@ import asyncio
 import threading
 from queue import SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiouffd.kernel import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiouffd.lifetime import Closable
 
 __all__ = ["Apart", "StuckError", "at_once"]
 
 T = TypeVar("T")
-
-
-class Closable(Protocol):
-    """What is closed."""
-
-    def close(self) -> None: ...
 
 
 _SOON: Final = 0.002  # seconds: most calls return within that, and the loop waits for them

@@ -11,7 +11,7 @@ import itertools
 import operator
 from array import array
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import attrs
 
@@ -81,17 +81,16 @@ class Mappings:
         generation: goes up with each change.
     """
 
-    __slots__ = ("_ends", "_index", "_left", "_offsets", "_old", "_starts", "generation")
+    __slots__ = ("_ends", "_index", "_left", "_offsets", "_starts", "generation")
 
     def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._offsets: list[int] = []
         self._index = _Index()
-        # What was moved away, and is to be told of once more; the oldest first.
-        self._left: dict[tuple[int, int], None] = {}
-        # The same of shared memory, which stays where it was until UNMAP: what of it is still shown there.
-        self._old: dict[tuple[int, int], RangeSet] = {}
+        # What was moved away, and is to be told of once more; the oldest first. Of shared memory, which stays where it
+        # was until UNMAP: what of it is still shown there.
+        self._left: dict[tuple[int, int], RangeSet | None] = {}
         self.generation: int = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
@@ -179,17 +178,15 @@ class Mappings:
         A move is told by REMAP, and then by UNMAP of its old place. Another thread may have moved other memory there
         before that, and its REMAP comes first: so what REMAP has told is not told again by UNMAP.
         """
-        if (start, end) in self._old:
-            for low, high in list(self._old.pop((start, end)).bounds()):
-                self.unmap(low, high)
-        elif (start, end) in self._left:
-            del self._left[start, end]
-        else:
+        if (start, end) not in self._left:
             self.unmap(start, end)
+        elif (shown := self._left.pop((start, end))) is not None:
+            for low, high in list(shown.bounds()):
+                self.unmap(low, high)
 
     def unmap(self, start: int, end: int) -> None:
         """Show nothing at [start, end) any more."""
-        for shown in self._old.values():
+        for shown in filter(None, self._left.values()):
             shown.remove(start, end)
         self.generation += 1
         low = bisect_right(self._ends, start)
@@ -224,10 +221,9 @@ class Mappings:
         if not shared:
             self.unmap(source, end)
         self.unmap(destination, destination + length)
-        left: dict[Any, Any] = self._old if shared else self._left
-        if len(left) == _MAX_LEFT:
-            del left[next(iter(left))]
-        left[source, end] = RangeSet(Range.between(run.start, run.end) for run in moved) if shared else None
+        if len(self._left) == _MAX_LEFT:
+            del self._left[next(iter(self._left))]
+        self._left[source, end] = RangeSet(Range.between(run.start, run.end) for run in moved) if shared else None
         for run in moved:
             start = run.start - source + destination
             self.add(start, start + run.end - run.start, run.offset)

@@ -20,7 +20,6 @@ from aiouffd.engine.serve.bounds import Limits
 from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.kernel.region import Region
 from aiouffd.lifetime import until_exit
-from aiouffd.monitor.engines.pager import default
 from aiouffd.monitor.monitor import AllOptions, MapOptions, Monitor, checked_engine
 from aiouffd.sources.storage_options import check_options
 from aiouffd.store.resolve import as_source
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
+    from aiouffd.monitor.engines.protocol import EngineChoice
     from aiouffd.monitor.monitor import OnFork
     from aiouffd.sources.base import Source
     from aiouffd.sources.storage_options import StorageOptions
@@ -229,13 +229,14 @@ def monitor_of(
     Raises:
         SourceError, TypeError, ValueError: as `open`.
     """
-    given = _with_replay(source, engine, options)
+    choice = checked_engine(engine)
+    given = _with_replay(source, choice, options)
     if not source.size:
         raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
     write_back = options.get("write_back", False)
     bounded = options.get("max_resident") is not None or write_back
-    shared = bounded and not checked_engine(engine).drops_private(write_back=write_back, fork=fork)
+    shared = bounded and not choice.drops_private(write_back=write_back, fork=fork)
     region = kind(source.size, shared=shared)
     monitor = Monitor(region, source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
     if not getattr(engine, "needs_loop", False):
@@ -244,9 +245,7 @@ def monitor_of(
     return monitor
 
 
-def _with_replay(
-    source: Source, engine: Pager | InThread | InProcess | None, options: AllOptions | MapOptions
-) -> AllOptions | MapOptions:
+def _with_replay(source: Source, engine: EngineChoice, options: AllOptions | MapOptions) -> AllOptions | MapOptions:
     """Have a recording read while a server is asked for the size of a source; return the options with that."""
     replay, ask = options.get("replay"), getattr(source, "ask_size", None)
     ours = type(source).__module__.startswith("aiouffd.")  # others have a pager for themselves
@@ -255,7 +254,7 @@ def _with_replay(
     from aiouffd.monitor.recording import Early  # noqa: PLC0415 - few programs have a recording
 
     early = Early(replay)
-    ask(partial(early.read, getattr(engine or default, "expect", None)))
+    ask(partial(early.read, getattr(engine, "expect", None)))
     return {**options, "replay": early}
 
 

@@ -78,7 +78,8 @@ class Registration:
         pagemap = Pagemap.open_if_possible()  # now: privileges may be dropped later
         drop_populated_zeros(region, pagemap)
         if writes in ("noted", "saved") and region.fd < 0:
-            children = children is True  # unless they are wanted: they would write into memory that was private
+            # Unless they are wanted: they have no thread that drops private pages, and would write into shared ones.
+            children = children is True
             if shared:
                 _share(region, pagemap)
         if region.fd >= 0 and (minor := _minor(region) & available):

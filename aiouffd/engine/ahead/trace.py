@@ -200,7 +200,7 @@ class Trace:
         Raises:
             TraceError, OSError: as `load`.
         """
-        return cls.load(path, page_size, source=source).shown(path, page_size, origin, source)
+        return cls.load(path).shown(path, page_size, origin, source)
 
     def shown(self, path: str | os.PathLike[str], page_size: int, origin: Any, source: bytes) -> Self:
         """Return as much of it as may be shown; as `replayed`, where it was loaded before its source was known."""
