@@ -39,6 +39,7 @@ ORDER = {
             "__init__",
             "abi",
             "libc",
+            "sockets",
             "files",
             "limits",
             "owned_descriptor",

@@ -6,11 +6,12 @@ import http.client
 import json
 import os
 import socket
-import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from aiouffd.kernel.sockets import send_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,10 +26,6 @@ _HELD: Final = (
 )
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-
-
 class _Connection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -37,10 +34,9 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         try:
-            # connect(2) waits where the queue of the listener is full. Nonblocking, as settimeout has it, it would not.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout or 0.0))
+            send_within(self.sock, self.timeout or 0.0)
             self.sock.connect(self._path)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0.0))
+            send_within(self.sock, 0.0)
             self.sock.settimeout(self.timeout)
         except BlockingIOError:
             raise TimeoutError from None

@@ -1,6 +1,7 @@
 """The kernel's interface, typed. No event loop, no policy.
 
 - `abi`: numbers and structs; `libc`: system calls that the standard library lacks; `limits`: errors that name them;
+- `sockets`: those whose other end takes nothing;
 - `owned_descriptor`: a descriptor that belongs to an object; `memory`: addresses of buffers, sealed memfds;
 - `pagemap`: which pages are present;
 - `locked`, `populated`: memory that the kernel fills with zeros before it is registered;

@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -29,6 +28,7 @@ from aiouffd.handoff.json_lines import AGAIN, MOST_RANGES, VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
+from aiouffd.kernel.sockets import send_within
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
@@ -145,13 +145,13 @@ class ServedByEngine:
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
             # connect(2) waits, where clients that nobody has taken fill the queue of a server that is stopped, or held.
-            self._send_within(_TIMEOUT)
+            send_within(self._connection, _TIMEOUT)
             self._connection.connect(self._path)
             tracked = assignment.options.write_protect
             extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)
             socket.send_fds(self._connection, [message], [assignment.uffd.fileno(), tether.fileno()])
-            self._send_within(0)
+            send_within(self._connection, 0)
             tether.close()
             self._thread.start()
             taken.result(_TIMEOUT)
@@ -170,11 +170,6 @@ class ServedByEngine:
             raise
         finally:
             tether.close()
-
-    def _send_within(self, seconds: float) -> None:
-        """Have connect(2) and send(2) fail with EAGAIN after a time; 0: never."""
-        whole, part = divmod(round(seconds * 1_000_000), 1_000_000)
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, part))
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> Future[Any]:
         """Bring (offset, length) ranges."""

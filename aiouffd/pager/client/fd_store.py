@@ -17,11 +17,11 @@ import logging
 import os
 import socket
 import stat
-import struct
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import quote
 
 from aiouffd.errors import PagerStartError
+from aiouffd.kernel.sockets import send_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ log: logging.Logger = logging.getLogger("aiouffd.server")
 _FIRST: Final = 3  # SD_LISTEN_FDS_START
 _OURS: Final = "aiouffd "
 _JOURNAL, _NEXT = "journal", "journal.next"
-_PATIENCE: Final = struct.pack("ll", 2, 0)  # seconds, and microseconds, until there is room
+_PATIENCE: Final = 2.0  # seconds until there is room
 _LONGEST: Final = 200  # of the 255 characters that a name may have
 
 
@@ -119,8 +119,7 @@ class FdStore:
     def _send(self, message: str, fds: list[int] | None = None) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-            # Its queue has 10 messages by default (net.unix.max_dgram_qlen). poll(2) does not wait for room in it.
-            notifier.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _PATIENCE)
+            send_within(notifier, _PATIENCE)  # its queue has 10 messages by default (net.unix.max_dgram_qlen)
             try:
                 notifier.sendmsg([message.encode()], ancillary, 0, self._address)
             except OSError as error:
