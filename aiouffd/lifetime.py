@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-__all__ = ["Closable", "begun", "close_in_children", "uninterrupted", "until_done", "until_exit"]
+__all__ = ["Closable", "begun", "close_in_children", "result_of", "uninterrupted", "until_done", "until_exit"]
 
 
 class Closable(Protocol):
@@ -103,6 +103,23 @@ async def until_done(
         if canceled is not None and not running.done():
             on_cancel()
     return canceled
+
+
+async def result_of(running: asyncio.Future[_Result], on_cancel: Callable[[], object]) -> _Result:
+    """Return the result of a future. Where this is canceled, it waits as `until_done` does, and the result is dropped.
+
+    The caller has the future in no variable: see `uninterrupted`.
+    """
+    import asyncio  # noqa: PLC0415 - as above
+
+    canceled = await until_done(running, on_cancel)
+    try:
+        if canceled is not None:
+            running.exception()  # nobody else asks for it
+            raise asyncio.CancelledError(*canceled)
+        return running.result()
+    finally:
+        del running
 
 
 def close_in_children(held: _Held) -> _Held:

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aiouffd.errors import BusyError, refuse_unknown
-from aiouffd.lifetime import until_done
+from aiouffd.lifetime import result_of
 from aiouffd.monitor.entered import Entered
 
 if TYPE_CHECKING:
@@ -73,15 +73,11 @@ class Capturing(Entered):
         """
         import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
-        answer = asyncio.wrap_future(self._begin_snapshot(destination, base, options))
-        canceled = await until_done(answer, self._running().cancel_snapshot)
-        try:
-            if canceled is not None:
-                answer.exception()  # nobody else asks for it
-                raise asyncio.CancelledError(*canceled)
-            return _captured(answer.result())
-        finally:
-            del answer
+        return _captured(
+            await result_of(
+                asyncio.wrap_future(self._begin_snapshot(destination, base, options)), self._running().cancel_snapshot
+            )
+        )
 
     def snapshot_sync(
         self,

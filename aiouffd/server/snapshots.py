@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from aiouffd.errors import ClosedError, RangeGoneError, SessionError, UffdError
-from aiouffd.lifetime import until_done
+from aiouffd.lifetime import result_of
 from aiouffd.server.residence import PROTECTED, lacking
 
 if TYPE_CHECKING:
@@ -92,18 +92,14 @@ class Snapshots:
         from aiouffd.store.live import Captured  # noqa: PLC0415 - few sessions take snapshots
 
         asked = {"order": attrs.asdict(order), "worker": self._pager.pids[1]}
-        answer = asyncio.wrap_future(self._pager.request("snapshot", client.tenant, **asked))
-        canceled = await until_done(answer, self.cancel)
         try:
-            if canceled is not None:
-                answer.exception()  # nobody else asks for it
-                raise asyncio.CancelledError(*canceled)
-            return Captured(**answer.result())
+            taken = await result_of(
+                asyncio.wrap_future(self._pager.request("snapshot", client.tenant, **asked)), self.cancel
+            )
+            return Captured(**taken)
         except RangeGoneError as error:
             reason = f"cannot capture {client}: its memory is not protected against writes ({error}): {PROTECTED}"
             raise SessionError(self._session, reason) from error
-        finally:
-            del answer
 
     def cancel(self) -> None:
         """Have the snapshot end that is being written; `take` raises when it has.

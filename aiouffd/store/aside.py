@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
-from aiouffd.lifetime import begun, until_done
+from aiouffd.lifetime import begun, result_of
 from aiouffd.sources.storage_options import StorageOptions  # noqa: TC001 - options are looked up by the documentation
 
 __all__ = ["Progress", "StoreOptions", "aside"]
@@ -51,11 +50,4 @@ async def aside(
         if progress is not None:
             progress(done, whole)
 
-    running = begun(partial(function, *args, progress=report, **options))
-    if (reason := await until_done(running, canceled.set)) is not None:
-        running.exception()  # nobody else asks for it
-        raise asyncio.CancelledError(*reason)
-    try:
-        return running.result()
-    finally:
-        del running  # as in `uninterrupted`
+    return await result_of(begun(partial(function, *args, progress=report, **options)), canceled.set)
