@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pattern import PAGE, content, peek, word
-from scenario import play
+from scenario import eventually, play
 from served import MIB, Serve, Servers, hand_over
 
 import aiouffd
@@ -160,14 +160,20 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def restarted(directory: str, image: str) -> None:
     """Scenario: a server is taken over from with the same options, its file included, and serves on until then."""
     log = Path(directory) / "faults.json"
+
+    def has_told() -> bool:  # the pager tells its server behind the fault
+        return '"name":"fault"' in log.read_text()
+
     servers = Servers(directory, image, "--perfetto", log)
     servers.start("first")
     region, _connection, _uffd = hand_over(servers.path)
     assert peek(region.address + 5 * PAGE) == word(5)
+    eventually(has_told, expected=True)
     before = servers.last
     servers.start("second", "--takeover")
     assert before.process.wait(30) == 0
     assert peek(region.address + 200 * PAGE) == word(200)
+    eventually(has_told, expected=True)
     servers.last.process.terminate()
     servers.last.says("no new clients")
     assert servers.last.end() == 0
