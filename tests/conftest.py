@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import mmap
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +19,8 @@ from hypothesis import HealthCheck, Phase, settings
 from processes import KEPT, adopt_orphans, command_line, default_dispositions, descendants, end_all
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Generator, Iterator
+    from types import FrameType
 
     from aiouffd.pager.client.packing import Pack
 
@@ -47,7 +50,9 @@ MODULES = {
     for name in (path.stem.strip("_"), path.parent.name, f"{path.parent.name}_{path.stem.strip('_')}")
 } - {"serve"}  # the command
 """What the names of test files name."""
+_AGAIN = 2.0  # seconds, until a test is told again that its time is up
 PASSED = pytest.StashKey[bool]()
+LATE = pytest.StashKey[bool]()
 FIRST = pytest.StashKey[bool]()
 """Whether a test is the first one of its function, whose others have other parameters."""
 
@@ -101,10 +106,43 @@ def pytest_runtest_makereport(
     report = yield
     if call.when == "call":
         item.stash[PASSED] = report.passed
+    if report.passed and item.stash.get(LATE, False):
+        report.outcome = "failed"
+        report.longrepr = "its time was up"
     if report.skipped and os.environ.get("CI") == "true" and item.get_closest_marker("kernel") is not None:
         report.outcome = "failed"
         report.longrepr = f"skipped, which in CI is a failure: {report.longrepr}"
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item) -> Generator[None, object, object]:
+    """Cancel what a loop runs when the time of a test is up, which fails it; raise where no loop runs, or soon after.
+
+    To raise in a signal handler, as the plugin does, ends no loop of uvloop; and where asyncio's is ended so, nothing
+    tells what the test was waiting for.
+    """
+    result = yield
+    fails = signal.getsignal(signal.SIGALRM)
+    assert callable(fails)
+
+    def time_is_up(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(_cancel, loop)  # which wakes it, unlike call_soon
+            if not item.stash.get(LATE, False):
+                item.stash[LATE] = True
+                return
+        fails(number, frame)
+
+    signal.signal(signal.SIGALRM, time_is_up)
+    return result
+
+
+def _cancel(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel("the time of the test is up")
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

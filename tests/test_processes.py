@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blocking import loop_factories
 from processes import KNOWN, descendants, end_all, ended
 
 TESTS = Path(__file__).parent
@@ -28,17 +29,55 @@ def test_sample():
 """
 
 
-@pytest.mark.parametrize("holds", [True, False])
-def test_an_orphan_is_killed_and_blamed_on_its_own_test(tmp_path: Path, holds: bool) -> None:
-    """A test that passed fails for it; of one that failed nothing is left either, and the next test runs."""
-    shutil.copy(TESTS / "conftest.py", tmp_path)
+HANGS = """
+import asyncio, threading
+
+import pytest
+
+pytestmark = pytest.mark.timeout(0.5)
+
+async def waits():
+    await asyncio.get_running_loop().create_future()
+
+async def test_waits():
+    await waits()
+
+async def test_goes_on():
+    with pytest.raises(asyncio.CancelledError):
+        await waits()
+
+async def test_blocks():
+    threading.Event().wait()
+
+def test_without_a_loop():
+    threading.Event().wait()
+"""
+
+
+def _run(sample: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Have a pytest of its own run a file of tests beside our conftest.py."""
+    shutil.copy(TESTS / "conftest.py", directory)
     # It is named after no module, so that what it starts is not measured.
-    sample = SAMPLE.format(holds=holds) + "\ndef test_next():\n    assert 'COVERAGE_PROCESS_X' not in os.environ\n"
-    (tmp_path / "test_sample.py").write_text(sample)
+    (directory / "test_sample.py").write_text(sample)
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", ".", "-c", str(TESTS.parent / "pyproject.toml")]
     command = [sys.executable, "-m", "pytest", *options, "test_sample.py"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "COVERAGE_PROCESS_X": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_test_that_hangs_fails_on_each_loop(tmp_path: Path) -> None:
+    """Where its loop goes on after a signal handler that raises, too; and it tells what it was waiting for."""
+    result = _run(HANGS, tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"{3 * len(loop_factories()) + 1} failed" in result.stdout, result.stdout
+    assert "await asyncio.get_running_loop().create_future()" in result.stdout
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_an_orphan_is_killed_and_blamed_on_its_own_test(tmp_path: Path, holds: bool) -> None:
+    """A test that passed fails for it; of one that failed nothing is left either, and the next test runs."""
+    sample = SAMPLE.format(holds=holds) + "\ndef test_next():\n    assert 'COVERAGE_PROCESS_X' not in os.environ\n"
+    result = _run(sample, tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr
     assert ("it has left processes" in result.stdout) is holds
     assert ("2 passed, 1 error" if holds else "1 failed, 1 passed") in result.stdout
