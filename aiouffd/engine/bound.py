@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiouffd.engine.apart import Apart
 from aiouffd.engine.clock import Clock
-from aiouffd.engine.dropping import drop, huge_pages, under_way
+from aiouffd.engine.dropping import drop, huge_pages, is_own, under_way
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.owner import Owner
 from aiouffd.engine.places import locked
@@ -177,7 +177,7 @@ class Bound:
         """Have parts begin to be dropped by somebody else; return what the loop must call before it goes on."""
         if self._owner is not None and self._apart is not None:
             return self._owner.begin(parts, self._apart, self._gone)
-        work = partial(drop, self._file, parts)
+        work = partial(drop, self._file, parts, self._served())
         if self._apart is not None:
             return self._apart.begin(work, self._gone)
         finish = two_threads.beside(work)
@@ -305,7 +305,7 @@ class Bound:
         for space, shown in self.places(start, start + length):
             size = min(shown.end - shown.start, start + length - shown.offset)
             data, memory = bytearray(size), self._memory
-            gone = not _is_ours(space, shown)
+            gone = not is_own(space, shown.start, shown.start + align_up(size, space.page_size))
             if gone or (memory is not None and memory.read_into(memoryview(data), shown.start)):
                 raise LayoutChangingError("a write back", shown.start, size, errno.EAGAIN)
             if memory is None:  # what is not there would end the process
@@ -455,7 +455,7 @@ class Bound:
             if self._owner is not None:
                 self._begin([part])()
             else:
-                self._call(partial(drop, self._file, [part]), self._gone)
+                self._call(partial(drop, self._file, [part], self._served()), self._gone)
             if self.is_waiting:
                 break
         return self._evicted - before
@@ -492,15 +492,6 @@ class Bound:
             self._evicted += (dropped := self._clock.gone(low, high))
             self._words[Counter.PAGES_EVICTED] += dropped // self.page
         self._words[Counter.RESIDENT] = self._clock.total
-
-
-def _is_ours(space: _Space, shown: Mapping) -> bool:
-    """Tell whether private memory is the region's: it may have been unmapped, and be other memory by now.
-
-    In its own process the kernel is asked for no layout events. It protects only what is registered for that.
-    """
-    length = align_up(shown.end - shown.start, space.page_size)
-    return bool(space.uffd.try_writeprotect(shown.start, length, abi.WRITEPROTECT_MODE_WP) != -errno.ENOENT)
 
 
 def _shown(spaces: Iterable[_Space], item: Range) -> list[tuple[int, int]]:

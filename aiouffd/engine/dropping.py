@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiouffd.engine.runs import Op
 from aiouffd.kernel import abi, libc
+from aiouffd.ranges import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
-__all__ = ["Outcomes", "Part", "drop", "huge_pages", "under_way"]
+__all__ = ["Outcomes", "Part", "drop", "huge_pages", "is_own", "under_way"]
 
 Part: TypeAlias = tuple[int, int, list[tuple[int, int]]]
 """Of offsets: where they start and end, and the same of the addresses where they are shown."""
@@ -24,8 +25,14 @@ Outcomes: TypeAlias = list[tuple[int, int, OSError | None]]
 """Of parts: where they start and end, and why they stay; None: they do not."""
 
 
-def drop(file: OwnedDescriptor | None, parts: Iterable[Part]) -> Outcomes:
-    """Drop pages, in any thread while the loop waits; return the start and end of each part, and why it stays."""
+def drop(file: OwnedDescriptor | None, parts: Iterable[Part], spaces: Iterable[Any]) -> Outcomes:
+    """Drop pages, in any thread while the loop waits; return the start and end of each part, and why it stays.
+
+    Args:
+        file: the memfd that is shown; None: private memory of this process.
+        parts: what is dropped.
+        spaces: that show it.
+    """
     outcomes: Outcomes = []
     for low, high, places in parts:
         failure = None
@@ -33,12 +40,31 @@ def drop(file: OwnedDescriptor | None, parts: Iterable[Part]) -> Outcomes:
             if file is not None:
                 libc.punch_hole(file.fileno(), low, high - low)
             else:
-                for start, end in places:
-                    _empty(start, end)
+                for space in spaces:  # one: no engine of this process serves forked children
+                    for start, end in places:
+                        _empty_own(space, start, end)
         except OSError as error:
             failure = error
         outcomes.append((low, high, failure))
     return outcomes
+
+
+def is_own(space: Any, start: int, end: int) -> bool:
+    """Tell whether private memory is the region's: it may have been unmapped, and be other memory by now.
+
+    In its own process the kernel is asked for no layout events. It protects only what is registered for that.
+    """
+    return bool(space.uffd.try_writeprotect(start, end - start, abi.WRITEPROTECT_MODE_WP) != -errno.ENOENT)
+
+
+def _empty_own(space: Any, start: int, end: int) -> None:
+    """Empty what is still the region's. Other memory of which a part is no longer does not keep the rest."""
+    if is_own(space, start, end):
+        _empty(start, end)
+    elif end - start > space.page_size:
+        middle = start + align_up((end - start) // 2, space.page_size)
+        _empty_own(space, start, middle)
+        _empty_own(space, middle, end)
 
 
 def _empty(start: int, end: int, advice: int = mmap.MADV_DONTNEED) -> None:

@@ -157,14 +157,21 @@ def unmapped() -> None:
         region = monitor.region
         assert region[: LIMIT // 2] == content(0, LIMIT // 2)
         libc.munmap(region.address + PAGE, 2 * PAGE)
+        other = region.address + 2 * PAGE
+        libc.mmap_fixed(other, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ctypes.memset(other, 7, PAGE)
         assert region[LIMIT // 2 :] == content(LIMIT // 2, SIZE - LIMIT // 2)
         assert monitor.statistics().resident <= LIMIT
         assert region[:PAGE] == content(0, PAGE)
+        assert region[3 * PAGE : 4 * PAGE] == content(3 * PAGE, PAGE)
+        monitor.evict_sync(0, SIZE)
+        assert resident(monitor) == PAGE  # the other memory
+        assert ctypes.string_at(other, PAGE) == b"\7" * PAGE
         os._exit(0)  # as any program may: it has a hole in its region
 
 
 def test_what_was_unmapped_keeps_nothing_from_coming() -> None:
-    """The rest of its block is dropped."""
+    """The rest of its block is dropped, and no memory that lies in its place by now."""
     play(unmapped)
 
 
