@@ -20,7 +20,7 @@ from aiouffd.kernel.memory import MAP_NORESERVE, mapped
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap, data_ranges
 from aiouffd.lifetime import until_exit
-from aiouffd.ranges import RangeSet, align_up
+from aiouffd.ranges import Range, RangeSet, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ HUGE_PAGE: Final = 2 << 20
 
 _IN_MEMORY: Final = 1  # bit of mincore(2)
 _MAP_FIXED_NOREPLACE: Final = 0x100000  # Linux 4.17
+_RESERVED_AGAIN: Final = 8  # times: what this thread allocates meanwhile may come there
 
 _never_closed: dict[int, Region] = {}
 _regions: weakref.WeakSet[Region] = weakref.WeakSet()
@@ -501,13 +502,15 @@ def _reserve(region: Region) -> None:
     """
     region._inherited = True  # noqa: SLF001 - its own
     start, end = region.address, region.address + region.mapped_length
-    flags = _flags(-1, mmap.PAGESIZE)
-    try:
-        libc.mmap_fixed(start, end - start, libc.PROT_NONE, flags | _MAP_FIXED_NOREPLACE)
-    except OSError:  # it got some pages; or RLIMIT_AS
-        with contextlib.suppress(OSError):
-            for gap in RangeSet(mapped(start, end - start)).gaps(start, end):
+    flags = _flags(-1, mmap.PAGESIZE) | _MAP_FIXED_NOREPLACE
+    gaps = [Range(start, end - start)]
+    for _ in range(_RESERVED_AGAIN):
+        try:
+            for gap in gaps:
                 libc.mmap_fixed(gap.start, gap.length, libc.PROT_NONE, flags)
+            break
+        except OSError:  # it got some pages, or they are other memory by now, as this thread's own; or RLIMIT_AS
+            gaps = list(RangeSet(mapped(start, end - start)).gaps(start, end))
 
 
 def _in_child() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
+import os
 import resource
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from scenario import open_descriptors, play
 import aiouffd
 from aiouffd import Region
 from aiouffd.kernel import libc
+from aiouffd.kernel import region as regions
 from aiouffd.kernel.memory import address_of, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range
@@ -51,6 +54,38 @@ def test_any_length(length: int, shared: bool) -> None:
     region.close()
     assert not mapped(address)
     assert "closed" in repr(region)
+
+
+def reserved() -> None:
+    """Scenario: a forked child has some pages, and allocates others while it finds out which."""
+    module: Any = regions
+    region, find = Region(8 * PAGE), module.mapped
+    at = region.address
+
+    def allocate(page: int) -> None:
+        libc.mmap_fixed(at + page * PAGE, PAGE)
+        ctypes.memset(at + page * PAGE, page, PAGE)
+
+    def found(start: int, length: int) -> list[Range]:
+        there: list[Range] = find(start, length)
+        if not mapped(at + 3 * PAGE):
+            allocate(3)
+        return there
+
+    libc.munmap(at, 8 * PAGE)
+    allocate(5)
+    module.mapped = found
+    module._reserve(region)
+    assert find(at, 8 * PAGE)[0].start == at
+    assert sum(item.length for item in find(at, 8 * PAGE)) == 8 * PAGE
+    for page in (3, 5):
+        assert ctypes.string_at(at + page * PAGE, PAGE) == bytes([page]) * PAGE
+    os._exit(0)  # the region is not all its own any more
+
+
+def test_what_a_child_allocates_is_not_taken_from_it() -> None:
+    """A place that it did not get is reserved, but for what has come there."""
+    play(reserved)
 
 
 def test_the_last_reference_unmaps() -> None:
