@@ -87,4 +87,17 @@ def test_who_is_to_wait_waits() -> None:
     assert resort.attend()
     assert (uffd.pages, len(uffd.asleep), resort.pending) == ({}, 1, [])
     assert not resort.attend()  # it was read
+    assert resort.outlook == "who touches a missing page waits"
+    resort.close()
+
+
+def test_the_log_says_who_waits_and_who_does_not() -> None:
+    """As their operators have chosen, each for his own."""
+    _, poisoned = forsaken(token="a")
+    _, held = forsaken(token="b")
+    held.holds = True
+    resort = LastResort([poisoned, held])
+    assert resort.outlook.endswith("poisoned from now on, but in 1 of 2 spaces who touches a missing page waits")
+    resort.forget("b")
+    assert resort.outlook == "pages that are touched are poisoned from now on"
     resort.close()

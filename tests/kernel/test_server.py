@@ -274,7 +274,7 @@ def killed_again_and_again(path: str, log: str) -> tuple[aiouffd.Region, socket.
 def held_on(path: str, log: str) -> None:
     """Scenario: the same, and pages are touched after it."""
     region, _connection, uffd = killed_again_and_again(path, log)
-    eventually(functools.partial(times_said, log, "poisoned"), 1)
+    eventually(functools.partial(times_said, log, "who touches a missing page waits"), 1)
     waiting = []
     for page in (5, 9):
         thread = threading.Thread(target=peek, args=(region.address + page * PAGE,), daemon=True)
@@ -298,6 +298,7 @@ def test_a_server_whose_pager_is_given_up_ends(image: Path, tmp_path: Path, poli
         play(killed_again_and_again if policy == "poison" else held_on, str(serve.path), str(serve.log))
         assert serve.process.wait(20) == 1
         assert "workers died with no fault resolved between them" in serve.said
+        assert ("are poisoned" in serve.said) == (policy == "poison")
         assert "Traceback" not in serve.said
         assert not serve.path.exists()
 

@@ -409,11 +409,11 @@ def _anybody(journal: Journal) -> bool:
 def _give_up(journal: Journal, connection: socket.socket, deaths: int, reason: str) -> int:
     """Say so, and poison whatever is asked for from now on, until nobody is left: no hang, no zeros."""
     error = PagerDiedError(f"{deaths} workers died with no fault resolved between them, the last by {reason}")
-    log.error("%s; pages that are touched are poisoned from now on", error)
     connection.setblocking(False)
     outbox = control.Outbox(connection)
     _tell(outbox, {"event": "died", "error": encode_error(error)})
     resort = LastResort(_forsaken(journal))
+    log.error("%s; %s", error, resort.outlook)
     poller = select.poll()
     poller.register(resort.fileno(), select.POLLIN)
     poller.register(connection, select.POLLIN)

@@ -67,6 +67,15 @@ class LastResort:
             for start, end in space.ranges:
                 space.uffd.try_wake(start, end - start)
 
+    @property
+    def outlook(self) -> str:
+        """What becomes of threads that touch a missing page from now on, as a log says it."""
+        held, count = sum(space.holds for space in self.spaces.values()), len(self.spaces)
+        poisoned, waits = "pages that are touched are poisoned from now on", "who touches a missing page waits"
+        if not held:
+            return poisoned
+        return waits if held == count else f"{poisoned}, but in {held} of {count} spaces {waits}"
+
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
         return self._epoll.fileno()
