@@ -77,6 +77,12 @@ def test_shared_memory_stays_until_it_is_unmapped() -> None:
     mappings.remap(30, 40, 4, shared=True)
     mappings.unmapped(31, 33)  # it has stayed, and a part of it goes
     assert list(mappings) == [Mapping(1, 3, 20), Mapping(30, 31, 0), Mapping(33, 34, 3), Mapping(40, 44, 0)]
+    mappings.remap(40, 60, 4, shared=True)
+    mappings.remove(41, 42)
+    again = Mappings(mappings, mappings.left)  # as a successor has it
+    for each in mappings, again:
+        each.unmapped(40, 44)  # also of what was emptied there meanwhile
+        assert list(each) == [Mapping(1, 3, 20), Mapping(30, 31, 0), Mapping(33, 34, 3), Mapping(60, 64, 0)]
 
 
 def test_unmap_after_remap_tells_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,11 @@ class Worker:
         start, end = sorted((BASE + first * PAGE, BASE + (last + 1) * PAGE))
         if kind == "fork":
             return struct.pack("=B7xI20x", abi.EVENT_FORK, 500 + first)
+        if kind in ("move", "left"):  # of few places, so that what is moved and what UNMAP tells of are the same
+            start, to = BASE + first % 4 * 5 * PAGE, BASE + last % 4 * 5 * PAGE
+            if kind == "left":
+                return struct.pack("=B7xQQ8x", abi.EVENT_UNMAP, start, start + 5 * PAGE)
+            return struct.pack("=B7xQQQ", abi.EVENT_REMAP, start, to + (to == start) * 20 * PAGE, 5 * PAGE)
         if kind == "remap":
             return struct.pack("=B7xQQQ", abi.EVENT_REMAP, start, BASE + (last % 7) * 9 * PAGE, 5 * PAGE)
         code = abi.EVENT_REMOVE if kind == "remove" else abi.EVENT_UNMAP
@@ -119,7 +124,7 @@ class Worker:
         elif code == abi.EVENT_REMOVE:
             self.remove(space, *abi.RANGE_MESSAGE.unpack(message))
         else:
-            space.mappings.unmap(*abi.RANGE_MESSAGE.unpack(message))
+            space.mappings.unmapped(*abi.RANGE_MESSAGE.unpack(message))
 
     def remove(self, space: SpaceState, start: int, end: int) -> None:
         """Empty a range, and what shows the same pages of the file."""
@@ -177,7 +182,7 @@ def said(space: SpaceState) -> tuple[Any, ...]:
 
 _page = st.integers(0, PAGES - 1)
 _which = st.integers(0, 5)
-_change = st.tuples(st.sampled_from(["remove", "unmap", "remap", "fork"]), _page, _page)
+_change = st.tuples(st.sampled_from(["remove", "unmap", "remap", "fork", "move", "left"]), _page, _page)
 _step = st.one_of(
     st.tuples(st.just("open")),
     st.tuples(st.just("batch"), _which, st.lists(_change, min_size=1, max_size=4)),
@@ -199,6 +204,30 @@ def test_whatever_happens_meanwhile(steps: list[tuple[Any, ...]], file: str) -> 
     for name, *arguments in steps:
         getattr(worker, name)(*arguments)
         worker.check()
+    worker.rewriting.finish()
+    worker.check()
+
+
+@pytest.mark.parametrize("file", ["", "one"])
+@pytest.mark.parametrize("writes", [0, 1, 2, 5, 50])
+def test_what_was_moved_away_before_and_comes_back(writes: int, file: str) -> None:
+    """UNMAP tells of the old place when the log was written anew, or is being: what was moved back there stays."""
+    worker = Worker(file=file)
+    worker.journal.append((Kind.META, 0, b"{}"))
+    worker.open()
+    there = offset(worker.spaces[1].mappings, BASE)
+    worker.batch(0, [("move", 0, 3)])
+    worker.begin()
+    for _ in range(writes):
+        worker.write()
+    worker.batch(0, [("move", 3, 0)])
+    worker.batch(0, [("left", 0, 0)])
+    worker.batch(0, [("left", 3, 0)])
+    assert offset(worker.spaces[1].mappings, BASE) == there
+    worker.check()
+    worker.rewriting.finish()
+    worker.check()
+    worker.begin()
     worker.rewriting.finish()
     worker.check()
 

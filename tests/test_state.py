@@ -29,12 +29,15 @@ def test_a_layout_event_has_the_size_that_is_said() -> None:
 
 
 def test_a_space_is_its_values_and_its_mappings() -> None:
-    """All but the mappings is JSON; these follow."""
+    """All but the mappings is JSON; these follow. What was moved away is in both."""
     space = SpaceState(3, 7, PAGE, 5, 1, "t", mappings=Mappings([Mapping(PAGE, 3 * PAGE, 0)]))
+    space.mappings.remap(PAGE, 9 * PAGE, 2 * PAGE, shared=True)
     first, second = records(memoryview(space.encode_all()))
     assert (first.kind, first.identity, second.kind) == (Kind.SPACE, 3, Kind.MAPPINGS)
     values = json.loads(first.content)
+    assert values.pop("left") == [[PAGE, 3 * PAGE, [[PAGE, 3 * PAGE]]]]
     assert values == {field.name: getattr(space, field.name) for field in attrs.fields(SpaceState)[:-1]}
+    assert SpaceState.decode(first.content).content == space.content
     mappings = Mappings()
     mappings.unpack(second.content)
     assert list(mappings) == list(space.mappings)

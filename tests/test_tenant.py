@@ -26,12 +26,14 @@ def test_memory_is_told_of_as_a_dead_pager_knew_it(pack: Pack) -> None:
     tenant = Tenant(pack, uffd, [Mapping(0, PAGE, 0)], PAGE, tether=7)
     assert tenant.fds == [uffd.fileno(), 7]
     assert tenant.shown(None) == tenant.mappings
-    moved = [Mapping(PAGE, 2 * PAGE, 0)]
+    moved = Mappings([Mapping(2 * PAGE, 3 * PAGE, 0)])
+    moved.remap(2 * PAGE, PAGE, PAGE)
     child = SpaceState(1, 3, PAGE, 0, 1, tenant.token, is_child=True)
-    own = SpaceState(2, 4, PAGE, 0, 1, tenant.token, mappings=Mappings(moved))
+    own = SpaceState(2, 4, PAGE, 0, 1, tenant.token, mappings=moved)
     assert tenant.shown(State(spaces={1: child})) == tenant.mappings
     assert tenant.shown(State(spaces={1: child, 2: own})) == moved
-    assert tenant.record(moved)["mappings"] == [(PAGE, 2 * PAGE, 0)]
+    record = tenant.record(moved)
+    assert (record["mappings"], record["left"]) == ([(PAGE, 2 * PAGE, 0)], [(2 * PAGE, 3 * PAGE, None)])
 
 
 def test_children_become_tenants_with_descriptors_of_their_own(pack: Pack) -> None:
@@ -44,7 +46,7 @@ def test_children_become_tenants_with_descriptors_of_their_own(pack: Pack) -> No
     fds = {at: os.open(os.devnull, os.O_RDONLY) for at in (1, 2, 4)}
     children = tenant.children(State(spaces=spaces), fds)
     assert [root_of(child.token) for child in children] == [tenant.token] * 2
-    assert all(child.mappings == list(shows) and child.tether == -1 for child in children)
+    assert all(child.mappings == shows and child.tether == -1 for child in children)
     assert list(fds) == [4]
     # The next pager was asked for these, and dies before it has opened them: what it has numbers its own so.
     spaces = {1: attrs.evolve(spaces[1], token=children[1].token, mappings=shows)}

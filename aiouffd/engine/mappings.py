@@ -34,6 +34,9 @@ _T = TypeVar("_T", bound=_Mapped)
 ZEROS = -1
 """In place of an offset: these addresses hold zeros."""
 
+_Left = tuple[int, int, "list[tuple[int, int]] | None"]
+"""As `Mappings.left` has it: plain values."""
+
 _MAX_LEFT = 1 << 10  # moves of so many threads at once; UNMAP does not come after MREMAP_DONTUNMAP
 
 
@@ -77,20 +80,27 @@ class _Index:
 class Mappings:
     """Sorted, disjoint mappings of one address space.
 
+    Args:
+        mappings: what is shown.
+        left: as `left` of another one.
+
     Attributes:
         generation: goes up with each change.
     """
 
     __slots__ = ("_ends", "_index", "_left", "_offsets", "_starts", "generation")
 
-    def __init__(self, mappings: Iterable[Mapping] = ()) -> None:
+    def __init__(self, mappings: Iterable[Mapping] = (), left: Iterable[_Left] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._offsets: list[int] = []
         self._index = _Index()
         # What was moved away, and is to be told of once more; the oldest first. Of shared memory, which stays where it
         # was until UNMAP: what of it is still shown there.
-        self._left: dict[tuple[int, int], RangeSet | None] = {}
+        self._left: dict[tuple[int, int], RangeSet | None] = {
+            (start, end): None if shown is None else RangeSet(Range.between(*each) for each in shown)
+            for start, end, shown in left
+        }
         self.generation: int = 0
         for mapping in mappings:
             if not self._ends or mapping.start > self._ends[-1]:  # in order, as most come: nothing to look for
@@ -157,8 +167,8 @@ class Mappings:
         ]
 
     def add(self, start: int, end: int, offset: int) -> None:
-        """Show `offset` (or ZEROS) at [start, end), in place of whatever was there."""
-        self.unmap(start, end)
+        """Show `offset` (or ZEROS) at [start, end), in place of whatever was shown there."""
+        self._cut(start, end)
         index = bisect_right(self._starts, start)
         starts, ends, offsets = self._starts, self._ends, self._offsets
         starts.insert(index, start)
@@ -185,9 +195,12 @@ class Mappings:
                 self.unmap(low, high)
 
     def unmap(self, start: int, end: int) -> None:
-        """Show nothing at [start, end) any more."""
+        """Show nothing at [start, end) any more: what was there has gone, or something else comes there."""
         for shown in filter(None, self._left.values()):
             shown.remove(start, end)
+        self._cut(start, end)
+
+    def _cut(self, start: int, end: int) -> None:
         self.generation += 1
         low = bisect_right(self._ends, start)
         starts, ends, offsets = self._starts, self._ends, self._offsets
@@ -227,6 +240,13 @@ class Mappings:
         for run in moved:
             start = run.start - source + destination
             self.add(start, start + run.end - run.start, run.offset)
+
+    @property
+    def left(self) -> list[_Left]:
+        """What was moved away and UNMAP has not told of, for `__init__`: start, end, and what of it is still shown."""
+        return [
+            (start, end, None if shown is None else list(shown.bounds())) for (start, end), shown in self._left.items()
+        ]
 
     def pack(self, start: int, most: int) -> tuple[bytes, int]:
         """Return mappings from the address `start` on, at most so many, as bytes for `unpack`; and where they end.

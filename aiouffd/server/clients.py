@@ -24,7 +24,7 @@ from aiouffd.ranges import Range
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.mappings import Mapping, Mappings
 
 __all__ = ["Client", "Conversation", "Handed", "only"]
 
@@ -43,7 +43,7 @@ class Handed(Tenant):
 
     peer: Peer = attrs.field(kw_only=True)
 
-    def record(self, mappings: list[Mapping]) -> dict[str, Any]:
+    def record(self, mappings: Mappings) -> dict[str, Any]:
         """Return what a pager is told of it."""
         payer = self.payer or (str(self.peer) if self.peer.pid else f"client {root_of(self.token)}")
         return {**super().record(mappings), "payer": payer}

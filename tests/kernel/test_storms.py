@@ -17,6 +17,7 @@ from processes import forked
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.engine.mappings import Mappings
 from aiouffd.handoff.receive import Peer
 from aiouffd.server.clients import Handed
 
@@ -196,5 +197,7 @@ def test_where_the_process_cannot_be_seen_each_memory_is_a_client() -> None:
     """Its pid is 0 then, as that of others may be; a forked child that is opened anew is its parent's still."""
     pack: Any = None
     uffd: Any = SimpleNamespace(features=0)
-    seen, unseen = (Handed(pack, uffd, [], PAGE, token="1-2/7", peer=Peer(pid, 5, 5)).record([]) for pid in (9, 0))
+    seen, unseen = (
+        Handed(pack, uffd, [], PAGE, token="1-2/7", peer=Peer(pid, 5, 5)).record(Mappings()) for pid in (9, 0)
+    )
     assert (seen["payer"], unseen["payer"]) == ("process 9 of user 5", "client 1-2")

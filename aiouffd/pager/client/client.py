@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from aiouffd.engine.mappings import Mapping
+    from aiouffd.engine.mappings import Mappings
     from aiouffd.engine.statistics import Statistics
     from aiouffd.pager.client.launch import Launched
     from aiouffd.pager.client.packing import Pack
@@ -297,7 +297,7 @@ class PagerClient:
             self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
         self._waiter.close()
 
-    def _open(self, tenant: Tenant, mappings: list[Mapping], counts: list[int], *, again: bool = False) -> Future[Any]:
+    def _open(self, tenant: Tenant, mappings: Mappings, counts: list[int], *, again: bool = False) -> Future[Any]:
         pidfd = OwnedDescriptor(open_pidfd(os.getpid()))
         try:
             future = self._requests(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
+from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.statistics import Counter
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.userfaultfd import Userfaultfd
@@ -15,7 +16,7 @@ from aiouffd.pager.client.packing import next_token
 from aiouffd.pager.process.journal import SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.statistics import Statistics
@@ -68,6 +69,11 @@ class Slots:
             self._next.append(slot)
 
 
+def _mappings(shown: Iterable[Mapping]) -> Mappings:
+    """Return them as they are given, with what was moved away, or made of what is shown."""
+    return shown if isinstance(shown, Mappings) else Mappings(shown)
+
+
 @attrs.define(eq=False, repr=False)
 class Tenant:
     """Memory that a pager serves.
@@ -97,7 +103,7 @@ class Tenant:
 
     pack: Pack
     uffd: Userfaultfd
-    mappings: list[Mapping]
+    mappings: Mappings = attrs.field(converter=_mappings)
     page_size: int
     tether: int = -1
     slot: int = 0
@@ -123,7 +129,7 @@ class Tenant:
         return cls(
             pack,
             Userfaultfd.from_fd(space.fd, Feature(space.features)),
-            list(space.mappings),
+            space.mappings,
             space.page_size,
             space.tether,
             state.origins[space.origin]["slot"],
@@ -143,7 +149,7 @@ class Tenant:
         """Those by which a program that closes all that it has is noticed."""
         return self.uffd, self.pack.config
 
-    def record(self, mappings: list[Mapping]) -> dict[str, Any]:
+    def record(self, mappings: Mappings) -> dict[str, Any]:
         """Return what a pager is told of the memory; `mappings`: what it shows now."""
         return {
             "token": self.token,
@@ -153,6 +159,7 @@ class Tenant:
             "payer": self.payer,
             "file": self.file,
             "mappings": [(mapping.start, mapping.end, mapping.offset) for mapping in mappings],
+            "left": mappings.left,
         }
 
     def statistics(self, journal: Journal) -> Statistics:
@@ -160,11 +167,11 @@ class Tenant:
         restarts = journal.counters.words[Counter.RESTARTS] - self.restarts
         return attrs.evolve(journal.counters_of(self.slot).snapshot(), restarts=max(restarts, 0))
 
-    def shown(self, state: State | None) -> list[Mapping]:
+    def shown(self, state: State | None) -> Mappings:
         """Return what the memory shows, as the state of a pager says that is gone; None: as when it was opened."""
         for space in state.spaces.values() if state is not None else ():
             if space.token == self.token and not space.is_child:
-                return list(space.mappings)
+                return space.mappings
         return self.mappings
 
     def children(self, state: State | None, fds: dict[int, int]) -> list[Tenant]:
@@ -178,7 +185,7 @@ class Tenant:
             attrs.evolve(
                 self,
                 uffd=Userfaultfd.from_fd(fds.pop(space.identity), self.uffd.features),
-                mappings=list(space.mappings),
+                mappings=space.mappings,
                 tether=-1,
                 protect=None,
                 # Not by its identity: pagers give the same ones, and what the one before was asked for waits, perhaps.

@@ -146,7 +146,7 @@ class Answers:
             own=space["own"],
             payer=space.get("payer", ""),
             file=space.get("file", ""),
-            mappings=Mappings(Mapping(*mapping) for mapping in space["mappings"]),
+            mappings=Mappings((Mapping(*mapping) for mapping in space["mappings"]), space.get("left", ())),
         )
 
     async def _origin_of(self, service: dict[str, Any], counts: list[int], *, again: bool = False) -> Origin:

@@ -50,7 +50,7 @@ class Replay:
             case Kind.RETIRED:
                 state.origins.pop(identity, None)
             case Kind.SPACE:
-                state.spaces[identity] = SpaceState(**json.loads(record.content))
+                state.spaces[identity] = SpaceState.decode(record.content)
             case Kind.CLOSED:
                 state.spaces.pop(identity, None)
             case Kind.NOTE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import attrs
 
@@ -162,15 +162,21 @@ class SpaceState:
     file: str = ""
     mappings: Mappings = attrs.field(factory=Mappings)
 
+    @classmethod
+    def decode(cls, content: bytes) -> Self:
+        """Return what a record has, without what it shows: that follows."""
+        values = json.loads(content)
+        return cls(mappings=Mappings(left=values.pop("left", ())), **values)
+
     @property
     def content(self) -> bytes:
-        """All but the mappings, as it is in a record."""
+        """All but what it shows, as it is in a record; of the mappings what was moved away."""
         values = {field.name: getattr(self, field.name) for field in attrs.fields(SpaceState)}
-        del values["mappings"]
+        values["left"] = values.pop("mappings").left
         return _json(values)
 
     def encode(self) -> bytes:
-        """Return the record, without the mappings."""
+        """Return the record, without what it shows."""
         return encode(Kind.SPACE, self.identity, self.content)
 
     def encode_all(self) -> bytes:

@@ -97,7 +97,7 @@ def residency(session: Session) -> Residency:
     for client in clients:
         try:
             with PagemapOf(client.peer.pid) as pagemap:
-                mappings = client.tenant.mappings[:_MAPPINGS]
+                mappings = list(islice(client.tenant.mappings, _MAPPINGS))
                 spans = [
                     (item.start - mapping.start + mapping.offset, item.end - mapping.start + mapping.offset)
                     for mapping in mappings
