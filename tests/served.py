@@ -235,7 +235,13 @@ def touch_all(path: str, size: int) -> None:
 
 
 def hand_over(
-    path: str | Path, length: int = MIB, *, shared: bool = False, protected: bool = False, first: bytes = b""
+    path: str | Path,
+    length: int = MIB,
+    *,
+    shared: bool = False,
+    protected: bool = False,
+    first: bytes = b"",
+    of: aiouffd.Region | None = None,
 ) -> tuple[aiouffd.Region, socket.socket, aiouffd.Userfaultfd]:
     """Hand over a region as Firecracker does; keep all that is returned.
 
@@ -245,8 +251,10 @@ def hand_over(
         shared: with the memfd that it maps.
         protected: the region is registered for write protection, too.
         first: what is there already, at its beginning.
+        of: another client's region that is shared: it maps that memfd.
     """
-    region = aiouffd.Region(length, shared=shared)
+    region = aiouffd.Region(length, shared=shared) if of is None else aiouffd.Region.from_fd(of.fd)
+    shared = shared or of is not None
     region[: len(first)] = first
     features, modes = aiouffd.Feature.EVENT_REMOVE, aiouffd.RegisterMode.MISSING
     if shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.pager.process.common_files import CommonFiles
 from aiouffd.pager.process.state import Meta, SpaceState
 
@@ -41,13 +42,23 @@ def test_who_waits_for_whom() -> None:
     come: list[Any] = [first, other, private]
     files.served(come)
     assert reads.spaces == [first]
-    worker.waiting[7] = SpaceState(7, -1, 4096, 0, 1, "t", file="two")
     files.await_more()
     assert reads.spaces == []
     assert meta.files == []
-    come = [first, other]
-    files.served(come)
-    assert reads.spaces == [other]
-    worker.waiting.clear()
-    files.served([])
-    assert reads.spaces == []
+
+
+def test_what_is_emptied_while_another_waits() -> None:
+    """It is so for that one, too, if it maps the same file."""
+    worker: Any = SimpleNamespace(waiting={})
+    files = CommonFiles(worker)
+    one = files.of("one")
+    assert one is not None
+    space: Any = SimpleNamespace(mappings=Mappings([Mapping(0, 4, 20)]), closing=False, is_gone=False)
+    waiting = {name: SpaceState(7, -1, 1, 0, 1, name, file=name) for name in ("one", "two")}
+    for at, state in enumerate(waiting.values()):
+        state.mappings.add(100, 110, 20)
+        worker.waiting[at] = state
+    assert list(one.elsewhere(space, 1, 3)) == []
+    assert list(waiting["one"].mappings) == [Mapping(100, 101, 20), Mapping(101, 103, ZEROS), Mapping(103, 110, 23)]
+    assert list(waiting["two"].mappings) == [Mapping(100, 110, 20)]
+    assert [state.changed for state in waiting.values()] == [True, False]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from aiouffd.engine.mappings import Mappings
 
@@ -27,15 +27,24 @@ class _Space(Protocol):
     is_gone: bool
 
 
+class _Waiting(Protocol):
+    """What is needed of a space that is about to be served again."""
+
+    mappings: Mappings
+    changed: bool
+
+
 class CommonFile:
     """The spaces that map one file. Used on one loop.
 
     Args:
         name: names the file, also to a successor.
+        waiting: returns those that map it, and are no spaces yet: their sources are being opened again.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, waiting: Callable[[], Iterable[_Waiting]] = tuple) -> None:
         self.name: str = name
+        self._waiting = waiting
         self._spaces: WeakSet[_Space] = WeakSet()
 
     def enter(self, space: _Space) -> Self:
@@ -46,8 +55,11 @@ class CommonFile:
     def elsewhere(self, space: _Space, start: int, end: int) -> Iterator[tuple[_Space, int, int]]:
         """Yield where else is what a space shows at the addresses [start, end): the space, and the addresses there.
 
-        Also in this space: MREMAP_DONTUNMAP leaves such a place.
+        Also in this space: MREMAP_DONTUNMAP leaves such a place. Those that wait show zeros there, and are not told.
         """
+        for waiting, low, high in space.mappings.alike(start, end, self._waiting()):
+            waiting.mappings.remove(low, high)
+            waiting.changed = True
         others = [each for each in self._spaces if not (each.closing or each.is_gone)]
         for each, low, high in space.mappings.alike(start, end, others):
             if each is not space or low < start or high > end:

@@ -17,9 +17,11 @@ import fuse
 import pytest
 from pattern import PAGE, Pattern, content, peek, word
 from scenario import TESTS, ended, eventually, play
+from served import hand_over
 
 import aiouffd
 from aiouffd.engine.mappings import ZEROS
+from aiouffd.kernel import libc
 from aiouffd.pager.client.interpreter import SWITCH
 from aiouffd.pager.process.replay import survey
 from aiouffd.server.server import Server
@@ -131,6 +133,53 @@ def test_a_successor_opens_each_source_by_itself(tmp_path: Path) -> None:
     far.mkdir()
     output, _ = play(one_file_system_is_silent, str(far), str(near), str(tmp_path / "socket"), measured=False)
     assert output == "near was served\n"
+
+
+def one_source_of_a_file_is_silent(directory: str, near: str, path: str) -> None:
+    """Scenario: the same, and two clients map one memfd, each with a source of its own."""
+
+    def clients(server: Server, silent: int) -> None:
+        ours, *_kept = hand_over(path, SIZE, shared=True)
+        assert peek(ours.address) == word(0)
+        theirs, *_kept_too = hand_over(path, of=ours)
+        assert peek(theirs.address + PAGE) == word(1)
+        fuse.silence(silent)
+        found: list[bytes] = []
+        thread = threading.Thread(target=lambda: found.append(peek(theirs.address + 9 * PAGE)), daemon=True)
+        thread.start()
+        for page in range(2, 5):
+            worker = server.pids[1]
+            os.kill(worker, signal.SIGKILL)
+            assert peek(ours.address + page * PAGE) == word(page)
+            libc.madvise(ours.address + (20 + page) * PAGE, PAGE, mmap.MADV_REMOVE)  # of what is missing
+            assert peek(ours.address + (30 + page) * PAGE) == word(30 + page)
+            eventually(lambda: server.pids[1] != worker, expected=True)  # noqa: B023 - called at once
+        assert thread.is_alive()
+        print("ours was served", flush=True)
+        os.kill(silent, signal.SIGCONT)
+        thread.join()
+        assert found == [word(9)]
+        pages = {page: peek(theirs.address + page * PAGE) for page in range(20, 26)}
+        assert pages == {page: bytes(8) if 22 <= page < 25 else word(page) for page in pages}
+
+    async def main() -> None:
+        with fuse.mounted(directory, content(0, SIZE)) as (far, silent):
+            sources = {1: aiouffd.FileSource(near), 2: aiouffd.FileSource(far)}
+            async with Server(lambda _, number, __: sources[number], path, readahead=0) as server:
+                await asyncio.to_thread(clients, server, silent)
+
+    asyncio.run(main())
+
+
+@needs_fuse
+def test_a_file_of_memory_of_which_one_source_does_not_answer(tmp_path: Path) -> None:
+    """Who maps it, and has another source, is served at once; what he empties meanwhile is zeros for all."""
+    near = tmp_path / "near"
+    near.write_bytes(content(0, SIZE))
+    far = tmp_path / "far"
+    far.mkdir()
+    scenario = one_source_of_a_file_is_silent, str(far), str(near), str(tmp_path / "socket")
+    assert play(*scenario, measured=False)[0] == "ours was served\n"
 
 
 class Costly(Pattern):

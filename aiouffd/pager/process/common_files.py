@@ -1,11 +1,13 @@
 """The files of memory that a worker's spaces map, and when these are read.
 
-What one of the spaces empties counts for each of them. So where they come anew, after a predecessor, none is read
-before all are served: what it empties would not count for one that comes later, with what it has shown before.
+What one of the spaces empties counts for each of them, also for one that waits until its source has been opened again.
+Where another pager is asked for them, one by one, none is read before it has been asked for all: what that one empties
+would not count for one that comes later, with what it has shown before.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -50,8 +52,11 @@ class CommonFiles:
             return None
         known = self._known.get(name)
         if known is None:
-            known = self._known[name] = CommonFile(name)
+            known = self._known[name] = CommonFile(name, partial(self._waiting, name))
         return known
+
+    def _waiting(self, name: str) -> list[SpaceState]:
+        return [state for state in self._worker.waiting.values() if state.file == name]
 
     def await_more(self, *names: str) -> None:
         """Read no space that maps one of these files, until another call leaves it out. A successor does so, too."""
@@ -61,7 +66,7 @@ class CommonFiles:
 
     def served(self, spaces: Iterable[Space]) -> None:
         """Have those read that have come just now, and those that have waited for them, unless others are awaited."""
-        awaited = {*self._worker.meta.files, *(state.file for state in self._worker.waiting.values())}
+        awaited = self._worker.meta.files
         for space in spaces:
             if space.file is not None and space.file.name in awaited:
                 self._worker.dispatcher.hold(space, _OTHERS)
