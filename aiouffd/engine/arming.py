@@ -77,13 +77,16 @@ class Arming:
     def register(self) -> None:
         """Have writes to protected pages be told of, from the first snapshot on.
 
+        Memory that is registered for that already is not registered again: of a part that a program has unmapped by
+        itself, other memory would be.
+
         Raises:
             UnsupportedError: the kernel cannot protect this memory.
         """
         self.spaces[1:] = [each for each in self.spaces[1:] if not (each.closing or each.is_gone or each.uffd.gone())]
         self._registered = [each for each in self._registered if each in self.spaces]
         for space in (each for each in self.spaces if each not in self._registered):
-            if self._modes is not None:
+            if self._modes is not None and not self._modes & RegisterMode.WP:
                 try:
                     self._add_mode(space, self._modes)
                 except OperationError:

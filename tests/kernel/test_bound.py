@@ -151,7 +151,7 @@ def test_what_was_dropped_and_cannot_be_had_is_sigbus(engine: str) -> None:
     play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=20.0)
 
 
-def unmapped() -> None:
+def unmapped(image: str) -> None:
     """Scenario: a part of what is dropped is unmapped behind the region's back, which nobody tells."""
     with served("in_thread", max_resident=LIMIT, readahead=0) as monitor:
         region = monitor.region
@@ -164,15 +164,16 @@ def unmapped() -> None:
         assert monitor.statistics().resident <= LIMIT
         assert region[:PAGE] == content(0, PAGE)
         assert region[3 * PAGE : 4 * PAGE] == content(3 * PAGE, PAGE)
+        monitor.snapshot_sync(image)
         monitor.evict_sync(0, SIZE)
         assert resident(monitor) == PAGE  # the other memory
         assert ctypes.string_at(other, PAGE) == b"\7" * PAGE
         os._exit(0)  # as any program may: it has a hole in its region
 
 
-def test_what_was_unmapped_keeps_nothing_from_coming() -> None:
-    """The rest of its block is dropped, and no memory that lies in its place by now."""
-    play(unmapped)
+def test_what_was_unmapped_keeps_nothing_from_coming(tmp_path: Path) -> None:
+    """The rest of its block is dropped, and no memory that lies in its place by now, not even behind a snapshot."""
+    play(unmapped, str(tmp_path / "image"))
 
 
 async def evicted_in_process() -> None:
