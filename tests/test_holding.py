@@ -114,7 +114,10 @@ def test_notes_outlive_a_pager() -> None:
 
 
 def test_all_that_map_one_file_are_opened_before_any_is_read() -> None:
-    """The next pager hears the names before, and the tokens behind; of a file that one maps there is nothing to say."""
+    """The next pager hears the names before, and the tokens behind; of a file that one maps there is nothing to say.
+
+    Whoever counts where others do does not begin where these had been when it was asked for.
+    """
     requests = Requests()
     tenants: dict[str, Any] = {}
     asked: list[tuple[str, Any]] = []
@@ -129,13 +132,21 @@ def test_all_that_map_one_file_are_opened_before_any_is_read() -> None:
     def opened(tenant: Any, *_: Any, **__: Any) -> Future[Any]:
         return ask("open", name=tenant.token)
 
-    asking: Any = SimpleNamespace(__call__=ask, lock=requests.lock, pending=[])
+    # Two that were asked for, and are not open yet: others count in the slot of the one, and nobody in the other's.
+    waiting = [
+        SimpleNamespace(message={"op": "open", "token": token, "space": {}, "service": {"slot": slot}, "counts": [7]})
+        for token, slot in (("f", 0), ("g", 1))
+    ]
+    for token, slot in (("f", 0), ("g", 1)):
+        tenants[token] = SimpleNamespace(token=token, file="", **{**vars(shown), "slot": slot})
+    asking: Any = SimpleNamespace(__call__=ask, lock=requests.lock, pending=waiting)
     holds = Holding(asking, cast("Any", None), tenants, opened)
     holds._requests = cast("Any", type("Asking", (), {"__call__": staticmethod(ask), **vars(asking)})())
     holds.reopen(Journal.create(), None, {})
     assert asked[0][1]["files"] == ["one"]
     assert [arguments["name"] for _, arguments in asked[1:]] == ["a", "b", "c", "d", "e", "one"]
     assert asked[-1][1]["tokens"] == ["a", "c"]
+    assert [request.message["counts"] for request in waiting] == [None, [7]]
 
 
 def test_children_whose_descriptor_nobody_has_are_told_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ from scenario import eventually
 import aiouffd
 from aiouffd.engine.mappings import Mapping
 from aiouffd.engine.options import Options, Service
+from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.tenant import Tenant
@@ -96,6 +97,26 @@ def test_successors_add_nothing_to_the_journal() -> None:
             pager.ready()
         assert pager.pair.journal.size == before
         assert pager.ask("close", token=tenant.token, poison=False)["ok"] is None
+    pack.close()
+
+
+def test_what_is_opened_again_counts_on() -> None:
+    """Where others have counted meanwhile in its slot, too: the next pager is told by `resume`, and counts on."""
+    pack = Pack(Service(aiouffd.ZeroSource(PAGE)), Options())
+    region, before = aiouffd.Region(PAGE), Counters()
+    before.words[Counter.FAULTS] = 5
+    with aiouffd.Userfaultfd() as uffd, running() as pager:
+        uffd.register(region.address, PAGE, aiouffd.RegisterMode.MISSING)
+        tenant = Tenant(pack, uffd, [Mapping(region.address, region.address + PAGE, 0)], PAGE)
+        own = os.pidfd_open(os.getpid())
+        pager.ask("resume", token=None, counters=[], slots=[(1, before.words.tolist())], files=[])
+        what = {"token": tenant.token, "service": {**pack.record, "slot": 1}, "space": tenant.record(tenant.mappings)}
+        for counts, faults in (None, 5), ([0] * Counter.FAULTS + [3], 3):
+            answer = pager.ask("open", [own, *pack.fds, *tenant.fds], own=len(tenant.fds), counts=counts, **what)
+            assert answer["ok"] is None
+            assert pager.pair.journal.counters_of(1).words[Counter.FAULTS] == faults
+            assert pager.ask("close", token=tenant.token, poison=False)["ok"] is None
+        os.close(own)
     pack.close()
 
 

@@ -297,7 +297,9 @@ class PagerClient:
             self._requests.pair.end(leave=leave, silent=self._silent, wait=wait)
         self._waiter.close()
 
-    def _open(self, tenant: Tenant, mappings: Mappings, counts: list[int], *, again: bool = False) -> Future[Any]:
+    def _open(
+        self, tenant: Tenant, mappings: Mappings, counts: list[int] | None, *, again: bool = False
+    ) -> Future[Any]:
         pidfd = OwnedDescriptor(open_pidfd(os.getpid()))
         try:
             future = self._requests(

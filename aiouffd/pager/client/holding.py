@@ -45,8 +45,8 @@ class Holding:
         requests: of the client.
         waiter: of its thread.
         tenants: of the client, by token.
-        open_: asks for a tenant to be served, with what it shows and where its counters begin, `again`: whatever
-            becomes of its source.
+        open_: asks for a tenant to be served, with what it shows and where its counters begin (None: they go on as
+            `resume` has said), `again`: whatever becomes of its source.
 
     Attributes:
         listener: where successors ask the holder; None: there is no holder.
@@ -68,7 +68,7 @@ class Holding:
         self._requests = requests
         self._waiter = waiter
         self._tenants = tenants
-        self._open = partial(open_, again=True)
+        self._open = partial(open_, counts=None, again=True)
         self._notes: dict[str, tuple[dict[str, Any], Sequence[int]]] = {}
         self._listens = False
         self._theirs: Claim | None = None  # of a successor that is about to take all
@@ -255,11 +255,14 @@ class Holding:
             for token, file in (*asked.items(), *((tenant.token, tenant.file) for tenant in (*anew, *forked))):
                 tokens[file].append(token)
             files = {name: tokens[name] for name in tokens if name and len(tokens[name]) > 1}
+            slots = {tenant.slot for tenant in (*anew, *forked)}
+            for message in opening:  # when it was asked for, others had counted less
+                if message["service"]["slot"] in slots:
+                    message["counts"] = None
             opened = [self._resume(journal, {tenant.slot for tenant in tenants}, list(files))]
             opened += map(self._keep, self._notes)
-        counts = {tenant.slot: journal.counters_of(tenant.slot).words.tolist() for tenant in tenants}
-        opened += [self._open(tenant, tenant.shown(state), counts[tenant.slot]) for tenant in anew]
-        opened += [self._open_child(child, counts[child.slot]) for child in forked]
+        opened += [self._open(tenant, tenant.shown(state)) for tenant in anew]
+        opened += [self._open_child(child) for child in forked]
         opened += [self._requests("complete", token=None, name=name, tokens=files[name]) for name in files]
         for fd in children.values():  # of memory that has been left meanwhile
             os.close(fd)
@@ -297,21 +300,20 @@ class Holding:
         slots |= {note.text["slot"] for note in state.notes.values() if "slot" in note.text}
         opened = [self._resume(journal, slots)]
         for space in state.spaces.values():
-            counts = journal.counters_of(state.origins[space.origin]["slot"]).words.tolist()
             if not space.is_child and space.token in self._tenants:
                 tenant = self._tenants[space.token]
-                opened.append(self._open(tenant, tenant.mappings, counts))
+                opened.append(self._open(tenant, tenant.mappings))
             else:
-                opened.append(self._open_child(Tenant.left(space, packs[space.origin], state), counts))
+                opened.append(self._open_child(Tenant.left(space, packs[space.origin], state)))
         return all_of(opened)
 
     def _resume(self, journal: Journal, slots: set[int], files: Sequence[str] = ()) -> Future[Any]:
         counts = [(slot, journal.counters_of(slot).words.tolist()) for slot in slots]
         return self._requests("resume", token=None, counters=journal.counters.words.tolist(), slots=counts, files=files)
 
-    def _open_child(self, tenant: Tenant, counts: list[int]) -> Future[Any]:
+    def _open_child(self, tenant: Tenant) -> Future[Any]:
         """Have memory served that is nobody's here: its descriptor is closed when the pager has it."""
-        opened = self._open(tenant, tenant.mappings, counts)
+        opened = self._open(tenant, tenant.mappings)
         opened.add_done_callback(lambda _: tenant.uffd.close())
         return opened
 

@@ -149,7 +149,7 @@ class Answers:
             mappings=Mappings((Mapping(*mapping) for mapping in space["mappings"]), space.get("left", ())),
         )
 
-    async def _origin_of(self, service: dict[str, Any], counts: list[int], *, again: bool = False) -> Origin:
+    async def _origin_of(self, service: dict[str, Any], counts: list[int] | None, *, again: bool = False) -> Origin:
         try:
             self._check_pickles(service)
         except PagerStartError:

@@ -203,12 +203,12 @@ class Served:
 
     # Origins
 
-    async def open_origin(self, record: dict[str, Any], counts: list[int], *, again: bool = False) -> Origin:
+    async def open_origin(self, record: dict[str, Any], counts: list[int] | None, *, again: bool = False) -> Origin:
         """Open a source or handler, or return the one that this is already; the descriptors are taken either way.
 
         Args:
             record: how it came here.
-            counts: where the counters in its slot begin, unless another origin counts there already.
+            counts: where the counters in its slot begin, unless another origin counts there already; None: they go on.
             again: it has served before; where it cannot be rebuilt now, what fails each page serves.
 
         Raises:
@@ -219,7 +219,7 @@ class Served:
                 self._unneeded.add(record["config"], *record["fds"])
                 return known
         try:
-            if all(other["slot"] != record["slot"] for other in self._records().values()):
+            if counts is not None and all(other["slot"] != record["slot"] for other in self._records().values()):
                 self.journal.use_slot(record["slot"], counts)
             origin = await self.rebuilt(self.take_identity(), record, again=again)
             self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
