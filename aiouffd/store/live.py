@@ -134,9 +134,9 @@ class Snapshots:
             try:
                 await asyncio.wait([task])
             finally:
-                del self._tasks[space]
                 task.cancel()
                 await _ended(task)
+                del self._tasks[space]  # not before: it ends what another would begin
                 self._images.pop(space, None)
             try:
                 if task.cancelled():

@@ -64,6 +64,12 @@ async def ended(engine: str, folder: str) -> None:
     monitor = await asyncio.to_thread(served, engine=choice)
     async with monitor:
         await monitor.prefetch(0, SIZE)
+        both = [slow(monitor, place / name) for name in ("x.snap", "plain")]  # nothing is ready for any yet
+        refused, left = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        with pytest.raises(aiouffd.BusyError, match="a snapshot"):
+            refused.pop().result()
+        left.pop().cancel()
+        await asyncio.wait(both)
         for name in ("x.snap", "plain"):
             task = slow(monitor, place / name)
             await begun(monitor)

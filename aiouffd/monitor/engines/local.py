@@ -200,8 +200,8 @@ class Local:
             await self.backend.bound.flush(offset, offset + length)
 
     async def _snapshot(self, order: Order, first: Callable[[], None]) -> dict[str, Any]:
-        if self._snapshots is None:
-            module = await asyncio.to_thread(import_module, "aiouffd.store.live")
+        module = await asyncio.to_thread(import_module, "aiouffd.store.live")
+        if self._snapshots is None:  # asked behind the await: there is one for all
             self._snapshots = module.Snapshots()
         with self.layout.quiet():
             first()
