@@ -246,6 +246,7 @@ ORDER = {
             "progress",
             "watching",
             "entered",
+            "saving",
             "capturing",
             "checkpointer",
             "monitor",

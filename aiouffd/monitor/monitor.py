@@ -176,8 +176,8 @@ class Monitor(Capturing):
             the bytes that it has; huge pages must be shared. Forked children get such a region only with fork="serve",
             and what they write is seen by all.
         write_back: pages that were written go to the source, which has `write` (`FileSource(path, writable=True)`, or
-            what `open` and `map` make of a path): before they are dropped, at `flush`, and when the block is left.
-            What lies behind the source's end does not.
+            what `open` and `map` make of a path): before they are dropped, at `flush`, and when the block is left or
+            the program ends. What lies behind the source's end does not.
         user_mode_only: for users who may not do more; a system call on a missing page fails with EFAULT then.
 
     Raises:
@@ -386,7 +386,11 @@ class Monitor(Capturing):
         self._watch(engine, service)
 
     def _watch(self, engine: Engine, service: Service) -> None:
-        """Begin to look at the region for people, while it is served."""
+        """Begin to look at the region for people, while it is served, and at the end of the program."""
+        if self._options.write_back and not self._choice.needs_loop:
+            from aiouffd.monitor.saving import save_at_exit  # noqa: PLC0415 - for few programs
+
+            save_at_exit(self)
         if self._choice.counts_here:
             self._observation.begin(engine.statistics)
         if self._reporting is not None:

@@ -1,0 +1,68 @@
+"""`monitor.saving`: a program that ends inside a block has saved what it has written."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kinds import poke
+from pattern import PAGE, Pattern, content
+from scenario import eventually, play
+
+import aiouffd
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGES = 8
+SIZE = PAGES * PAGE
+ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
+
+
+def entered(engine: str, source: Any) -> aiouffd.Monitor:
+    """Return a Monitor that writes back, and is not left."""
+    region = aiouffd.Region(SIZE, shared=engine == "pager")
+    return aiouffd.Monitor(region, source, engine=ENGINES[engine](), write_back=True).__enter__()
+
+
+def ends(engine: str, path: str) -> None:
+    """Scenario: the program ends, and writes once more when all is saved that was written before."""
+    atexit.register(lambda: poke(monitor.region.address + 5 * PAGE, b"later   "))  # called behind that of the Monitor
+    monitor = entered(engine, aiouffd.FileSource(path, writable=True))
+    monitor.region[3 * PAGE : 3 * PAGE + 8] = b"earlier "
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_program_that_ends_loses_nothing(engine: str, tmp_path: Path) -> None:
+    """What was written before its end is in the file then; the pager saves what was written in the middle of it."""
+    path, model = tmp_path / "file", bytearray(content(0, SIZE))
+    path.write_bytes(model)
+    play(ends, engine, str(path), fresh=True)
+    model[3 * PAGE : 3 * PAGE + 8] = b"earlier "
+    assert path.read_bytes()[: 5 * PAGE] == model[: 5 * PAGE]
+    if engine == "pager":
+        eventually(lambda: path.read_bytes()[5 * PAGE : 5 * PAGE + 8], b"later   ")
+
+
+class Full(Pattern):
+    """Takes nothing back."""
+
+    async def write(self, _offset: int, _data: Any) -> None:
+        """Refuse it."""
+        raise OSError(errno.ENOSPC, "there is no room")
+
+
+def cannot_be_saved(engine: str) -> None:
+    """Scenario: the program ends, and the source takes nothing."""
+    monitor = entered(engine, Full(SIZE))
+    atexit.register(lambda: monitor)  # no collection of garbage comes before
+    monitor.region[3 * PAGE] = 99
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_cannot_be_saved_is_told(engine: str) -> None:
+    """In the log."""
+    _, errors = play(cannot_be_saved, engine, fresh=True)
+    assert "was not left when the program ended, and is not saved: " in errors
