@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
 import sys
 import threading
@@ -12,6 +14,7 @@ import pytest
 
 from aiouffd.errors import PagerStartError
 from aiouffd.pager.client.client import PagerClient
+from aiouffd.pager.process import control
 from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.journal import Journal
 
@@ -75,6 +78,76 @@ def test_requests_while_others_take_over() -> None:
         done.set()
         thread.join()
         client.stop()
+
+
+class Talking(FakePair):
+    """A pair whose worker has sent a message; it lives as long as `other` is open."""
+
+    worker_pid = 7
+
+    def __init__(self, message: dict[str, object]) -> None:
+        super().__init__(Journal.create())
+        self.connection.close()
+        self.connection, self.other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kills = 0
+        control.send(self.other, message)
+
+    @property
+    def worker_lives(self) -> bool:  # type: ignore[override]
+        """Whether the other end is open."""
+        return self.other.fileno() >= 0
+
+    def kill_worker(self) -> None:
+        """Count."""
+        self.kills += 1
+
+
+_REFUSED = OSError(errno.ENOBUFS, "no room")
+_EMPTY: dict[str, object] = {}
+
+
+@pytest.mark.parametrize(
+    ("handled", "received", "lives", "outcome"),
+    [
+        (_REFUSED, None, True, (True, 0)),  # of what a message is about, or of a program's own callback
+        (None, _REFUSED, True, (True, 1)),  # the message is lost, perhaps
+        (None, _REFUSED, False, (False, 0)),
+        (None, BlockingIOError(), True, (True, 0)),
+        (None, control.DescriptorsLostError(_EMPTY), True, (True, 1)),  # its text was lost, too
+        (None, control.Closed(), True, (False, 0)),
+        (None, None, True, (True, 0)),
+    ],
+)
+def test_an_error_is_no_lost_connection(
+    monkeypatch: pytest.MonkeyPatch,
+    handled: Exception | None,
+    received: Exception | None,
+    lives: bool,
+    outcome: tuple[bool, int],
+) -> None:
+    """As long as the other end is open, the pager is heard; where an answer may be lost, another worker is asked."""
+    client, heard = PagerClient(on_error=lambda *_: None), list[str]()
+
+    def event(message: dict[str, str]) -> None:
+        heard.append(message["event"])
+        if handled is not None:
+            raise handled
+
+    def refuse(_: socket.socket) -> None:
+        assert received is not None
+        raise received
+
+    monkeypatch.setattr(client, "_event", event)
+    if received is not None:
+        monkeypatch.setattr(control, "receive", refuse)
+    pair = Talking({"event": "failing"})
+    if not lives:
+        pair.other.close()
+    assert (client._exchange(cast("Pair", pair), select.POLLIN), pair.kills) == outcome
+    assert heard == (["failing"] if received is None else [])
+    pair.close()
+    pair.other.close()
+    client.stop()
 
 
 def test_a_thread_that_can_get_no_answer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import aiouffd
+from aiouffd.kernel.owned_descriptor import OwnedSocket
 from aiouffd.pager.client.takeover import Takeover
 from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.journal import Journal
@@ -93,6 +95,22 @@ def test_it_is_not_given_up_while_somebody_serves() -> None:
     assert pair == "pair"
     assert len(told) == 1 + 20
     assert takeover.orphan_lives
+
+
+def test_no_descriptor_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again, while the orphan serves."""
+    told: list[Any] = []
+    takeover = makes(lambda: None, told)
+    orphan: Any = Orphan(lives=True)
+    takeover.orphans.append(orphan)
+
+    def full(_: int) -> Any:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(OwnedSocket, "pair", full)
+    takeover.begin()
+    assert (takeover.orphans, told) == ([orphan], [])
+    assert takeover.patience < 1
 
 
 def test_where_no_orphan_lives_the_journal_says_what_is_shown() -> None:

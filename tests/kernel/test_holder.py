@@ -235,6 +235,80 @@ def killed_behind_the_fork(directory: str, image: str) -> None:
     print(json.dumps(pids))
 
 
+AT_A_FORK = f"""#!{sys.executable}
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from aiouffd.kernel import abi
+from aiouffd.pager.process.journal import Journal, Whose
+from aiouffd.pager.process.served import Served
+commit, keep, forked = Journal.commit_events, Served._keep, Served._forked
+def may_be_killed(journal, step):
+    try:
+        os.unlink(os.environ["ARMED"] + str(step))
+    except FileNotFoundError:
+        return
+    signal.pidfd_send_signal(journal.descriptor(Whose.KEEPER), 9)
+    os.kill(os.getpid(), 9)
+def commits(self, identity, layout):
+    if any(message[0] == abi.EVENT_FORK for message in layout):
+        may_be_killed(self, 0)
+        commit(self, identity, layout)
+        may_be_killed(self, 2)
+    else:
+        commit(self, identity, layout)
+def keeps(self, identity, fd):
+    may_be_killed(self.journal, 1)
+    keep(self, identity, fd)
+def has_forked(self, parent, child):
+    forked(self, parent, child)
+    may_be_killed(self.journal, 3)
+Journal.commit_events, Served._keep, Served._forked = commits, keeps, has_forked
+sys.argv = ["aiouffd.pager", *sys.argv[sys.argv.index("aiouffd.pager") + 1 :]]
+from aiouffd.pager import __main__
+sys.exit(__main__.main())
+"""
+STEPS = 4
+
+
+def killed_at_each_fork(directory: str, image: str) -> None:
+    """Scenario: keeper and worker are killed between the read of a fork and the end of what is done about it."""
+    wrapper = Path(directory) / "python"
+    wrapper.write_text(AT_A_FORK)
+    wrapper.chmod(0o755)
+    os.environ |= {SWITCH: str(wrapper), "ARMED": f"{directory}/armed"}
+    servers = Servers(directory, image, "--readahead", 0)
+    servers.start("first")
+    region = aiouffd.Region(SIZE)
+    uffd = aiouffd.Userfaultfd(aiouffd.Feature.EVENT_FORK)
+    uffd.register(region.address, SIZE, aiouffd.RegisterMode.MISSING)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(servers.path))
+    shown = firecracker.encode([Mapping(region.address, region.address + SIZE, 0)], PAGE)
+    socket.send_fds(connection, [shown], [uffd.fileno()])
+    assert peek(region.address) == word(0)
+    go, told = os.pipe()
+    ready, say = os.pipe()
+
+    def child(page: int) -> bool:
+        found = peek(region.address + page * PAGE) == word(page)
+        os.write(say, b".")
+        os.read(go, 1)
+        return found and peek(region.address + (page + 1) * PAGE) == word(page + 1)
+
+    children = []
+    for page in range(2 * STEPS):
+        armed = Path(f"{directory}/armed{page % STEPS}")  # by whoever reads of the fork
+        armed.touch()
+        children.append(forked(child, 2 * page + 2))
+        os.read(ready, 1)
+        assert not armed.exists()
+    servers.lose()
+    servers.start("second")
+    os.write(told, b"." * len(children))
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * len(children)
+    print(json.dumps(servers.pids))
+
+
 def all_are_killed_twice(directory: str, image: str) -> None:
     """Scenario: keeper and worker are killed, and the next ones with the server, before these serve anything."""
     servers = Servers(directory, image, "--readahead", 0)
@@ -280,7 +354,8 @@ def no_descriptor_is_left(directory: str, image: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", [each_is_killed, all_are_killed_twice, killed_behind_the_fork, no_descriptor_is_left]
+    "scenario",
+    [each_is_killed, all_are_killed_twice, killed_behind_the_fork, killed_at_each_fork, no_descriptor_is_left],
 )
 def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, tmp_path: Path) -> None:
     """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""

@@ -62,6 +62,26 @@ def _with_reason(error: BaseException, reason: BaseException | None) -> BaseExce
     return told
 
 
+def _received(pair: Pair) -> tuple[dict[str, Any], list[int]] | None:
+    """Return what the pager has sent, and what came along; None: there was nothing.
+
+    Raises:
+        control.Closed: nobody sends any more.
+        ValueError, HandoffError: something was sent, and cannot be had.
+    """
+    try:
+        return control.receive(pair.connection)
+    except BlockingIOError:
+        return None
+    except control.DescriptorsLostError as error:
+        log.error("%s", error)  # noqa: TRY400 - no traceback helps here
+        return error.message, []
+    except OSError as error:
+        if not pair.worker_lives:
+            raise control.Closed from error
+        raise HandoffError("the pager", f"has sent what cannot be received: {error}") from error
+
+
 def _ready(pair: Pair, waiter: Waiter, milliseconds: float, *, hears: bool) -> dict[int, int]:
     """Wait for messages, or the end of whoever sees to it that there is a worker; return what is ready.
 
@@ -385,15 +405,13 @@ class PagerClient:
         try:
             if events & select.POLLOUT:
                 self._requests.flush(pair)
-            if events & ~select.POLLOUT:
-                self._handle(*control.receive(pair.connection))
-        except control.DescriptorsLostError as error:
-            log.error("%s", error)  # noqa: TRY400 - no traceback helps here
-            self._handle(error.message, [])
-        except (control.Closed, OSError):
+            if events & ~select.POLLOUT and (received := _received(pair)) is not None:
+                self._handle(*received)
+        except control.Closed:
             return False
         except (HandoffError, ValueError) as error:
-            # The worker's memory cannot be trusted any more: the keeper starts another, which is asked again.
+            # The worker's memory cannot be trusted any more, or an answer is lost: the keeper starts another worker,
+            # which is asked again.
             log.error("the pager's worker (pid %d) is killed and replaced: %s", pair.worker_pid, error)  # noqa: TRY400
             pair.kill_worker()
         except Exception:

@@ -109,7 +109,11 @@ class Takeover:
         if orphan is None:
             self._begin_from_journal()
             return
-        theirs, ours = map(close_in_children, OwnedSocket.pair(socket.SOCK_SEQPACKET))
+        try:
+            theirs, ours = map(close_in_children, OwnedSocket.pair(socket.SOCK_SEQPACKET))
+        except OSError as error:  # this process has too many files open
+            self._later(error)
+            return
         try:
             with theirs:
                 control.send(orphan.connection, {"op": "handover", "id": 0}, [theirs.fileno()], wait=False)
