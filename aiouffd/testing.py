@@ -231,6 +231,10 @@ class FakeUffd(OwnedDescriptor):
         done = (self.try_copy(*copy, mode | _DONTWAKE) == copy[2] for copy in each)
         return sum(itertools.takewhile(bool, done))
 
+    def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> userfaultfd.Copied:
+        """As `Userfaultfd.try_copy_missing`."""
+        return userfaultfd.copy_missing(self.try_copy, dst, src, length, mode, page)
+
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """As `Userfaultfd.try_zeropage`."""
         return self._fill(start, length, mode, lambda _: bytes(self.page_size))

@@ -447,10 +447,10 @@ async def test_a_fault_of_a_quiet_client_waits_for_one_turn_of_another(rig: Rig,
             world.touch(page, page)
         uffd.send()
     await until(lambda: len(order) == 3 * (PAGES - 1) + 1)
-    assert order.index(0) - came[0] <= 8
+    assert order.index(0) - came[0] <= 4
     for end in range(len(order)):
         counts = [order[:end].count(number) for number in (1, 2, 3)]
-        assert max(counts) - min(counts) <= 8
+        assert max(counts) - min(counts) <= 4
 
 
 @pytest.mark.usefixtures("either_reader")

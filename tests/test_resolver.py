@@ -14,6 +14,7 @@ from aiouffd.engine.resolver import Resolver
 from aiouffd.engine.runs import Op, Purpose, Run, merge
 from aiouffd.engine.statistics import Counter, Counters
 from aiouffd.kernel import abi
+from aiouffd.kernel.userfaultfd import Copied, copy_missing
 
 if TYPE_CHECKING:
     from array import array
@@ -57,6 +58,10 @@ class Kernel:
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """UFFDIO_COPY."""
         return self.fill(dst, src, length, mode)
+
+    def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> Copied:
+        """Several, as a descriptor does them."""
+        return copy_missing(self.try_copy, dst, src, length, mode, page)
 
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""
@@ -187,6 +192,10 @@ class Scripted:
         self.answers = list(answers)
         self.asked: list[tuple[object, ...]] = []
 
+    def try_copy_missing(self, *arguments: int) -> Copied:
+        """It gives the next answers to each of its COPYs."""
+        return copy_missing(self.try_copy, *arguments)
+
     def __getattr__(self, name: str) -> Callable[..., int]:
         def ask(*arguments: int) -> int:
             self.asked.append((name.removeprefix("try_"), (arguments[0] - BASE) // PAGE, *arguments[1:]))
@@ -213,13 +222,39 @@ def test_how_a_run_is_worked_off(wake: bool) -> None:
         return "copy", page, source + page * PAGE, count * PAGE, mode
 
     assert kernel.asked == [
-        *(copy(0, 8), copy(2, 6)),
+        *(copy(0, 8), copy(2, 6), copy(3, 5)),
         *([("wake", 2, PAGE)] if wake else []),
-        *(copy(3, 5), copy(3, 2), copy(5, 3), copy(5, 1), ("wake", 5, PAGE), copy(6, 1), copy(7, 1)),
+        *(copy(3, 2), copy(5, 3), copy(5, 1), ("wake", 5, PAGE), copy(6, 1), copy(7, 1)),
     ]
     found = counters.snapshot()
     assert (found.copies, found.partial, found.eexist, found.enoent, found.wakes) == (8, 1, 1, 3, 1 + wake)
     assert (found.pages_prefetch, found.bytes_fetched) == (8, 8 * PAGE)
+
+
+@pytest.mark.parametrize("wake", [True, False])
+def test_what_is_there_is_passed_and_woken_once(wake: bool) -> None:
+    """Where every other page is there: one call for all that is missing, and one WAKE for all that is not."""
+    counters, calls = Counters(), list[tuple[str, int, int]]()
+
+    class Noting(Kernel):
+        """Notes what it is asked for."""
+
+        def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> Copied:
+            calls.append(("copy", dst, length))
+            return super().try_copy_missing(dst, src, length, mode, page)
+
+        def try_wake(self, start: int, length: int) -> int:
+            calls.append(("wake", start, length))
+            return super().try_wake(start, length)
+
+    kernel = Noting([(FIRST, FIRST + 12)], {FIRST + page for page in (1, 3, 5, 6, 9)}, [])
+    counters.words[Counter.PAGES_PREFETCH] = 12
+    run = Run(Op.COPY, BASE, 0, 12 * PAGE, 1 << 20, purpose=Purpose(Counter.PAGES_PREFETCH))
+    assert Resolver(kernel, PAGE, counters).resolve(run, wake=wake) == 0
+    assert calls == [("copy", BASE + PAGE, 11 * PAGE), *([("wake", BASE + PAGE, 9 * PAGE)] if wake else [])]
+    found = counters.snapshot()
+    assert (found.copies, found.eexist, found.wakes, found.pages_prefetch) == (kernel.calls, 5, wake, 7)
+    assert set(kernel.content) == {FIRST + page for page in range(12)}
 
 
 def test_the_modes_of_each_operation() -> None:

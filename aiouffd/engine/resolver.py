@@ -5,7 +5,7 @@ What it answers, and what that means here:
 - all bytes: done.
 - some bytes: a partial copy; go on behind it.
 - EEXIST: the first page is there already (a repeated message, a race with another cause): skip it, and WAKE it,
-  since EEXIST wakes nobody.
+  since EEXIST wakes nobody. Where there is one of a run to be copied, there are more: one call copies what is missing.
 - EAGAIN: the target's layout is changing. The run is put off: the events must be read first, and then the thread
   that caused them must have run. Nothing makes the descriptor readable again, so the owner of the run retries on a
   timer.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aiouffd.engine.moving import Moving
     from aiouffd.engine.runs import Run
     from aiouffd.engine.statistics import Counters
+    from aiouffd.kernel.userfaultfd import Copied
 
 __all__ = ["DONTWAKE", "Resolver"]
 
@@ -44,7 +45,7 @@ _EAGAIN, _EEXIST, _ENOENT, _EFAULT = -errno.EAGAIN, -errno.EEXIST, -errno.ENOENT
 _GONE = (-errno.ESRCH, -errno.ENOSPC)
 _EAGAIN_COUNTER, _EEXIST_COUNTER, _ENOENT_COUNTER = int(Counter.EAGAIN), int(Counter.EEXIST), int(Counter.ENOENT)
 _LEAST_BITS, _MOST_BITS = 31, 58  # an address has more than the first on any machine, and fewer than the last
-_PARTIAL, _WAKES = int(Counter.PARTIAL), int(Counter.WAKES)
+_COPIES, _PARTIAL, _WAKES = int(Counter.COPIES), int(Counter.PARTIAL), int(Counter.WAKES)
 _OP_COUNTER = tuple(
     int(Counter[name]) for name in ("COPIES", "ZEROPAGES", "CONTINUES", "POISONS", "UNPROTECTS", "PROTECTS")
 )
@@ -52,6 +53,7 @@ _OP_COUNTER = tuple(
 
 class _Uffd(Protocol):
     def try_copy(self, dst: int, src: int, length: int, mode: int) -> int: ...
+    def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> Copied: ...
     def try_zeropage(self, start: int, length: int, mode: int) -> int: ...
     def try_continue(self, start: int, length: int, mode: int) -> int: ...
     def try_poison(self, start: int, length: int, mode: int) -> int: ...
@@ -118,13 +120,21 @@ class Resolver:
         """
         words, page = self._words, self._page
         mode = self._modes[wake][run.op]
-        chunk = run.left
+        chunk, has_present = run.left, False
         while run.left > 0:
             chunk = min(chunk, run.left)
-            words[_OP_COUNTER[run.op]] += 1
-            if run.op == Op.COPY:
+            if has_present and chunk > page:
+                result = self._copy_missing(run, chunk, mode, wake=wake)
+                if result == 0:
+                    chunk = run.left
+                    continue
+                chunk = min(chunk, run.left)
+            elif run.op == Op.COPY:
+                words[_COPIES] += 1
                 result = self._copy(run, chunk, mode)
+                has_present = self.moving is None and (result == _EEXIST or 0 < result < chunk)
             else:
+                words[_OP_COUNTER[run.op]] += 1
                 result = self._tries[run.op](run.dst, chunk, mode)
                 if result == _EFAULT and run.op == Op.CONTINUE:
                     result = _ENOENT  # the file has lost the page since: its sleepers shall find out themselves
@@ -162,6 +172,18 @@ class Resolver:
         if self.moving is None:
             return self._uffd.try_copy(run.dst, run.src, chunk, mode)
         return self.moving.try_copy(run.dst, run.src, chunk, mode, given=isinstance(run.owner, Given))
+
+    def _copy_missing(self, run: Run, chunk: int, mode: int, *, wake: bool) -> int:
+        """COPY what is missing of the next part of a run; return 0, or the negated errno of where the run is then."""
+        came, page = self._uffd.try_copy_missing(run.dst, run.src, chunk, mode, self._page), self._page
+        self._words[_COPIES] += came.copies
+        self._words[_PARTIAL] += came.partial
+        self._words[_EEXIST_COUNTER] += came.present
+        if wake and came.present:
+            self.wake(came.first, came.last + page - came.first)
+        self.uncount(run, came.present * page)
+        run.advance(came.passed)
+        return came.result
 
     def copy_by_two(
         self, runs: Iterable[Run], *, wake: bool, others_wait: Callable[[], bool | None] = lambda: None

@@ -24,7 +24,7 @@ import itertools
 import mmap
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import attrs
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["Capabilities", "Event", "Fork", "Userfaultfd", "decode", "probe"]
+__all__ = ["Capabilities", "Copied", "Event", "Fork", "Userfaultfd", "copy_missing", "decode", "probe"]
 
 _ioctl = fcntl.ioctl
 _pack_copy = abi.COPY_ARGUMENT.pack
@@ -369,6 +369,15 @@ class Userfaultfd(OwnedDescriptor):
         address, _ = copies.buffer_info()
         return int(native.library().aiouffd_copies(self._fd, ctypes.c_void_p(address), len(copies) // 3, mode))
 
+    def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> Copied:
+        """UFFDIO_COPY of what is missing of a range: see `copy_missing`."""
+        if native.reason() or type(self).try_copy is not Userfaultfd.try_copy:
+            return copy_missing(self.try_copy, dst, src, length, mode, page)
+        came = _Came()
+        result = _copying_missing()(self._fd, _Part(dst, src, length), mode, page, came)
+        passed, present, first, last, copies, partial = came
+        return Copied(passed, present, first, last, copies, partial, result)
+
     def try_zeropage(self, start: int, length: int, mode: int) -> int:
         """UFFDIO_ZEROPAGE."""
         return self._attempt(abi.UFFDIO_ZEROPAGE, bytearray(_pack_zeropage(start, length, mode, 0)), length, 24)
@@ -450,6 +459,75 @@ class Userfaultfd(OwnedDescriptor):
         may map, which nobody registers: on a living process it is ENOENT, and changes nothing.
         """
         return self.try_zeropage(0x10000, mmap.PAGESIZE, abi.ZEROPAGE_MODE_DONTWAKE) in (-errno.ESRCH, -errno.ENOSPC)
+
+
+class Copied(NamedTuple):
+    """What came of `copy_missing`.
+
+    Attributes:
+        passed: bytes that were copied or are there.
+        present: pages that were there already; the kernel has woken nobody who waits for them.
+        first: address of the first of these.
+        last: of the last of them. All between the two is there now.
+        copies: calls.
+        partial: how many of them did a part.
+        result: 0: all of the range was passed. A negated errno: what was refused behind that.
+    """
+
+    passed: int
+    present: int
+    first: int
+    last: int
+    copies: int
+    partial: int
+    result: int
+
+
+def copy_missing(
+    copy: Callable[[int, int, int, int], int], dst: int, src: int, length: int, mode: int, page: int
+) -> Copied:
+    """COPY what is missing of a range, past pages that are there.
+
+    Where every other page is there, that is a call a page: in Python each takes twice as long.
+
+    Args:
+        copy: as `Userfaultfd.try_copy`.
+        dst: where to.
+        src: where from.
+        length: bytes, whole pages.
+        mode: of each COPY.
+        page: bytes of a page.
+    """
+    present, passed, copies, partial, result = list[int](), 0, 0, 0, 0
+    while passed < length:
+        copies += 1
+        result = copy(dst + passed, src + passed, length - passed, mode)
+        if result == -errno.EEXIST:
+            present.append(dst + passed)
+            passed += page
+        elif result > 0:
+            partial += result < length - passed
+            passed += result
+        else:
+            break
+    first, last = (present[0], present[-1]) if present else (0, 0)
+    refused = 0 if passed == length else result or -errno.EAGAIN
+    return Copied(passed, len(present), first, last, copies, partial, refused)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (("dst", ctypes.c_uint64), ("src", ctypes.c_uint64), ("len", ctypes.c_uint64))
+
+
+_Came = ctypes.c_uint64 * (len(Copied._fields) - 1)
+
+
+@cache
+def _copying_missing() -> Callable[..., int]:
+    function: Any = native.library().aiouffd_copy_missing
+    function.argtypes = [ctypes.c_int, _Part, ctypes.c_uint64, ctypes.c_uint64, ctypes.POINTER(_Came)]
+    function.restype = ctypes.c_int32
+    return function  # type: ignore[no-any-return]
 
 
 def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:

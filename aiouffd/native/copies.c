@@ -18,6 +18,36 @@ EXPORT uint32_t aiouffd_copies(int uffd, const struct copy *copies, uint32_t cou
     return count;
 }
 
+/* What came of it, as `Copied` of Python has it. */
+struct copied {
+    uint64_t passed, present, first, last, copies, partial;
+};
+
+/* COPY what is missing of a range, past pages that are there; returns 0, or a negated errno of what is behind `passed`.
+ *
+ * Those that are there are noted, and not woken: one WAKE from the first to the last of them wakes nobody in vain. */
+EXPORT int32_t aiouffd_copy_missing(int uffd, struct copy copy, uint64_t mode, uint64_t page, struct copied *came)
+{
+    *came = (struct copied){0};
+    while (came->passed < copy.len) {
+        struct copy_argument next = {copy.dst + came->passed, copy.src + came->passed, copy.len - came->passed, mode, 0};
+        came->copies++;
+        if (ioctl(uffd, IOC_COPY, &next) == 0) {
+            came->passed = copy.len;
+        } else if (errno == EAGAIN && next.done > 0) {
+            came->partial++;
+            came->passed += (uint64_t)next.done;
+        } else if (errno == EEXIST) {
+            came->first = came->present++ ? came->first : next.dst;
+            came->last = next.dst;
+            came->passed += page;
+        } else {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
 struct range {
     uint64_t start, len;
 };

@@ -9,6 +9,7 @@ import platform
 import select
 import socket
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +237,26 @@ def copies_until_one_fails(world: World) -> None:
     assert (world.got(1), world.got(6)) == (A[:8], A[:8])
 
 
+def copies_what_is_missing(world: World) -> None:
+    """One call copies past what is there, and wakes no thread that waits for that; it says where it was refused."""
+    data = b"".join(bytes([65 + page]) * PAGE for page in range(8))
+    source = address_of(data)
+    for page in (1, 2, 5):
+        world.touch(page, thread=page + 1)
+    world.read()
+    for page in (1, 5):
+        world.uffd.copy(world.at(page), B, wake=False)
+    copied = partial(world.uffd.try_copy_missing, page=PAGE)
+    came = copied(world.at(0), source, 8 * PAGE, 0)
+    assert came == (8 * PAGE, 2, world.at(1), world.at(5), 5, 2, 0)
+    assert [world.pages()[page][:1] for page in range(8)] == [b"A", b"B", b"C", b"D", b"E", b"B", b"G", b"H"]
+    assert (world.asleep(2), world.got(3), world.asleep(6)) == (True, b"C" * 8, True)
+    world.uffd.wake(came.first, came.last + PAGE - came.first)
+    assert (world.got(2), world.got(6)) == (B[:8], B[:8])
+    assert copied(world.at(5), source, 3 * PAGE, 1) == (3 * PAGE, 3, world.at(5), world.at(7), 3, 0, 0)
+    assert copied(world.at(6), source, 2 * PAGE, 4) == (0, 0, 0, 0, 1, 0, -errno.EINVAL)
+
+
 def einval(world: World) -> None:
     """Unaligned, empty, no addresses at all, unknown or unfit modes."""
     at = world.at(0)
@@ -396,6 +417,7 @@ CASES: dict[Callable[[World], None], Feature] = {
     copy_heals_what_is_poisoned: FEATURES,
     enoent_outside_and_over_an_end: FEATURES,
     copies_until_one_fails: FEATURES,
+    copies_what_is_missing: FEATURES,
     einval: FEATURES,
     unregistering_lets_sleepers_read_zeros: FEATURES,
     a_move_is_remap_and_then_unmap: FEATURES,

@@ -355,7 +355,7 @@ def storms() -> None:
     all_of_them = [Beside(rig) for _ in range(4)]
     for storm in all_of_them[:2]:
         storm.touch(*range(12))
-    for number, served in enumerate([[8, 0, 0, 0], [8, 8, 0, 0], [8, 8, 1, 0], [8, 8, 1, 1], [12, 8, 1, 1]]):
+    for number, served in enumerate([[4, 0, 0, 0], [4, 4, 0, 0], [4, 4, 1, 0], [4, 4, 1, 1], [8, 4, 1, 1]]):
         outcome, _ = rig.reader.run(0, came=False, once=False)
         assert outcome == Outcome.DUE
         assert [one.counters.snapshot().pages_fault for one in all_of_them] == served
