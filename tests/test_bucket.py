@@ -13,6 +13,8 @@ from snapshots import CHUNK, an_image, damage, packs_of, read_all
 
 import aiouffd
 from aiouffd.sources.http_answer import Answer, Validator
+from aiouffd.sources.store_client import StoreClient
+from aiouffd.sources.store_errors import Failure, RequestError
 from aiouffd.store import bucket as module
 from aiouffd.store import copy_sync, create_sync, extract_sync, gc_sync, verify_sync
 from aiouffd.store.bucket import Bucket
@@ -150,6 +152,22 @@ def test_objects_in_a_bucket(s3: str) -> None:
     assert bucket.size("packs/ab/cd") is None
     with pytest.raises(aiouffd.SourceError, match=r"no such object \(404\)"):
         bucket.read("packs/ab/cd", 0, 1)
+
+
+def test_an_answer_that_was_lost(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written by a first try is no other writer's."""
+    bucket, put, tries = Bucket("s3://vol/lost", gateway.options(s3)), StoreClient.put, list[bool]()
+
+    def lossy(self: StoreClient, data: bytes, **options: Any) -> bool:
+        tries.append(not tries and put(self, data, **options))
+        if len(tries) == 1:
+            raise RequestError(Failure("the connection broke", may_pass=True))
+        return tries[-1]  # the store has the condition; this gateway does not know it
+
+    monkeypatch.setattr(StoreClient, "put", lossy)
+    assert bucket.put("x.snap", [b"1"], replace=False)
+    assert tries == [True, False]
+    assert not bucket.put("x.snap", [b"1"], replace=False)
 
 
 def test_a_large_object_is_read_in_pieces(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -167,6 +168,18 @@ def test_what_is_written_is_removed_meanwhile(folder: Folder) -> None:
     with pytest.raises(aiouffd.StoreError, match="what was written of it was removed meanwhile"):
         folder.put("indexes/a", data())
     assert folder.size("indexes/a") is None
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links(folder: Folder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As vfat is: an object stays all the same, and other errors are errors."""
+    error = OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "link", Mock(side_effect=error))
+    test_an_object_may_stay(folder)
+    error.errno = errno.EIO
+    with pytest.raises(aiouffd.StoreError, match="it cannot be written"):
+        folder.put("y.snap", [b"1"], replace=False)
+    assert names(folder) == ["x.snap"]
 
 
 def test_a_manifest_in_place_of_another(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

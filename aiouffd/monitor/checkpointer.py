@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self, SupportsFloat, Unpack
 
-from aiouffd.errors import refuse_unknown
+from aiouffd.errors import SourceError, refuse_unknown
 from aiouffd.lifetime import begun, uninterrupted
 from aiouffd.store.collect import GRACE, gc_sync
 from aiouffd.store.live import LiveOptions
@@ -121,17 +121,25 @@ class Checkpointer:
                 self.error = error
                 raise
             self.error = None
+            self._thin()
             return result
 
     def _take(self) -> Captured:
+        if self.error is not None:  # that layer may be there all the same: its answer was lost
+            self._numbers = _layers(self._store)
         number = self._numbers[-1] + 1 if self._numbers else 1
         result = self._monitor.snapshot_sync(_name(self._place, number), self.last, **self._options)
         self._numbers.append(number)
-        self._thin()
         return result
 
     def _thin(self) -> None:
-        """Remove old layers, and what they alone have needed."""
+        """Remove old layers, and what they alone have needed. The new one is there, whatever becomes of that."""
+        try:
+            self._remove_old()
+        except (SourceError, OSError) as error:
+            log.warning("old layers of %s could not be removed: %s", self._place, error)
+
+    def _remove_old(self) -> None:
         for number in thinned(self._numbers, self._keep):
             self._store.delete(f"{number:0{_DIGITS}}{SUFFIX}")
             self._numbers.remove(number)

@@ -121,7 +121,7 @@ class Bucket:
             return False
         data = b"".join(parts)
         written: bool = self._writable(path).ask(lambda client: client.put(data, replace=replace))
-        return written
+        return written or self._is(path, data)
 
     def _swap(self, path: str, data: bytes, before: bytes) -> bool:
         """Write an object where it is as before; not where the store has another one by the time of the write."""
@@ -135,8 +135,11 @@ class Bucket:
             return False
         writable = self._writable(path)
         written: bool = writable.ask(lambda client: client.put(data, replace=True, tag=found.validator.tag))
-        # The answer to a first try may have been lost.
-        return written or bytes(self.read(path, 0, len(data) + 1)) == data
+        return written or self._is(path, data)
+
+    def _is(self, path: str, data: bytes) -> bool:
+        """Tell whether an object that could not be written has been: the answer to a first try may have been lost."""
+        return bytes(self.read(path, 0, len(data) + 1)) == data
 
     def list(self, path: str) -> Iterator[Entry]:
         """Yield the objects below a path. Raises SourceError."""

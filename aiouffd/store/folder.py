@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -21,6 +22,7 @@ __all__ = ["Entry", "Folder", "unwritten"]
 _TRIES: Final = 5  # more tries to write, where `delete` of another process has removed an empty folder meanwhile
 _PATIENCE: Final = 5.0  # seconds for others to have a folder locked
 _AGAIN: Final = 0.01  # seconds between two looks
+_NO_LINKS: Final = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS))  # vfat and exfat, CIFS, some of FUSE
 _UNFINISHED: Final = ".part-"
 """Names of files that are being written begin so."""
 
@@ -221,7 +223,7 @@ class Folder:
     def _name(self, path: str, folder: int, part: str, name: str, *, replace: bool) -> bool:
         """Give a file the name that it is to have; return False if another one has it, which is not to be replaced."""
         try:
-            (os.rename if replace else os.link)(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+            (os.rename if replace else _link)(part, name, src_dir_fd=folder, dst_dir_fd=folder)
         except FileExistsError:
             return False
         except FileNotFoundError as error:  # not to be tried again: what writes it may be at its end
@@ -282,3 +284,18 @@ class Folder:
 
     def __repr__(self) -> str:
         return f"Folder({self.path!r})"
+
+
+def _link(part: str, name: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    """Give a file a name that no other has; it loses its own, perhaps. Raises FileExistsError."""
+    try:
+        os.link(part, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            os.lstat(name, dir_fd=dst_dir_fd)
+        except FileNotFoundError:  # and it stays so: who gives names here by this class has the folder locked
+            os.rename(part, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        else:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error

@@ -16,6 +16,7 @@ from pattern import PAGE, content
 from scenario import eventually, play
 
 import aiouffd
+from aiouffd.errors import PagerDiedError
 from aiouffd.monitor.checkpointer import thinned
 from aiouffd.store import verify_sync
 
@@ -94,6 +95,43 @@ def test_a_layer_that_fails_does_not_end_those_behind_it(tmp_path: Path, caplog:
         eventually(lambda: bool(layers.last), expected=True)
     assert layers.error is None
     assert caplog.messages == [f"a layer of {tmp_path} could not be written: [Errno 24] Too many open files"]
+
+
+class Writer:
+    """A Monitor: it writes empty layers of these names, and no name twice."""
+
+    def __init__(self) -> None:
+        self.written = list[str]()
+        self.fails = False
+
+    def snapshot_sync(self, place: str, _base: str | None) -> None:
+        """Write one; its answer may be lost."""
+        with Path(place).open("xb"):
+            self.written.append(Path(place).stem)
+        if self.fails:
+            raise PagerDiedError("the worker died")
+
+
+def test_a_layer_whose_answer_was_lost(tmp_path: Path) -> None:
+    """It is a layer: the next one has another name."""
+    monitor: Any = Writer()
+    layers = aiouffd.Checkpointer(monitor, tmp_path)
+    monitor.fails = True
+    with pytest.raises(PagerDiedError):
+        layers.take_sync()
+    monitor.fails = False
+    layers.take_sync()
+    assert monitor.written == ["0000000001", "0000000002"]
+    assert layers.error is None
+
+
+def test_old_layers_that_cannot_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The new one is written all the same."""
+    monitor: Any = Writer()
+    layers = aiouffd.Checkpointer(monitor, tmp_path, grace=0)
+    layers.take_sync()  # an empty manifest is none, and so nothing is collected
+    assert (layers.error, Path(layers.last or "").stem) == (None, "0000000001")
+    assert f"old layers of {tmp_path} could not be removed: " in caplog.text
 
 
 def killed(folder: str) -> None:
