@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pattern import PAGE, Gated, Pattern, Slow, content, peek, word
-from processes import PATIENCE
+from processes import PATIENCE, kill
 from scenario import ended, eventually, next_error, play, replaced, until
 
 import aiouffd
@@ -294,10 +294,10 @@ def dies_while_it_is_given_its_tenants() -> None:
         while client._dead is None and started < 20:
             pair = client._requests.pair
             slots = pair.journal.counters.words
-            eventually(lambda: client._dead or slots[Counter.SLOTS] > started % 4, expected=True)  # noqa: B023 - as above
-            with contextlib.suppress(ProcessLookupError):
-                for pid in (pair.keeper.pid, client.pids[1]):
-                    os.kill(pid, signal.SIGKILL)
+            # It may have opened tenants before the client knows of it: if it lived, it would serve on.
+            eventually(lambda: pair.worker_pid and slots[Counter.SLOTS] > started % 4, expected=True)  # noqa: B023 - as above
+            for pid in (pair.keeper_pid, pair.worker_pid):
+                kill(pid)
             eventually(lambda: client._dead is not None or client._requests.pair is not pair, expected=True)  # noqa: B023
             started += 1
         print(started, flush=True)
@@ -330,7 +330,7 @@ def test_nothing_is_given_up_while_somebody_serves() -> None:
 
 def test_a_pager_that_dies_again_and_again_is_given_up() -> None:
     """After five deaths with no fault resolved, also where it has many tenants: to open them anew is no progress."""
-    assert int(play(dies_while_it_is_given_its_tenants)[0]) <= 6
+    assert int(play(dies_while_it_is_given_its_tenants)[0]) == 5
 
 
 def its_own_errors() -> None:
