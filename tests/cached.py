@@ -88,6 +88,6 @@ def opened(path: Path, source: Any = None, limit: int = 64 * MIB) -> Any:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait until something is true."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - of threads and other processes, too
             await asyncio.sleep(0.001)

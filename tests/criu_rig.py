@@ -52,7 +52,7 @@ def command() -> tuple[str, ...]:
     root = unpacked("criu", SUITE, PACKAGES)
     libraries = str(root / LIBRARIES)
     found = (f"{libraries}/ld-linux-x86-64.so.2", "--library-path", libraries, str(root / "usr/sbin/criu"))
-    result = subprocess.run([*found, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    result = subprocess.run([*found, "--version"], capture_output=True, text=True, check=False, timeout=60)
     if result.returncode:
         raise UnobtainableError(f"criu does not run: {result.stderr.strip()[-300:]}")
     return found
@@ -80,7 +80,7 @@ def word(page: int, index: int = 0) -> int:
     return (page * 512 + index + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Wait until `condition()` is true; `what` is the complaint."""
     end = time.monotonic() + seconds
     while not condition():
@@ -179,7 +179,7 @@ class Checkpoint:
         """Checkpoint the subject into local images; it is gone afterwards."""
         before = {self.pid} | descendants(self.pid)
         self._finish(self._criu("dump", "-t", str(self.pid), *arguments), "dump", 60)
-        self._mine[0].wait(10)
+        self._mine[0].wait(60)
         # Its pids are wanted again: the tasks below it are reaped by init, in its own time.
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before), "end of what was dumped")
 
@@ -255,7 +255,7 @@ class Checkpoint:
             raise AssertionError(f"{error}\n{lines()}\n{logs}") from error
         return [line.split() for line in found[:-1]]
 
-    def finish(self, process: subprocess.Popen[bytes], seconds: float = 30.0) -> None:
+    def finish(self, process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
         """Wait for the good end of a process of CRIU's."""
         index = self._mine.index(process)
         verb = next(word for word in process.args if word in ("dump", "lazy-pages", "restore"))  # type: ignore[union-attr]
@@ -273,7 +273,7 @@ class Checkpoint:
             for pid in family:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.wait(30)
+            process.wait(60)
 
 
 def _read(fd: int) -> bytes:

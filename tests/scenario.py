@@ -39,7 +39,7 @@ __all__ = [
     "until",
 ]
 
-HANG = float(os.environ.get("AIOUFFD_TEST_DEADLINE", "100" if "COVERAGE_PROCESS_START" not in os.environ else "300"))
+HANG = float(os.environ.get("AIOUFFD_TEST_DEADLINE", "300"))
 """Seconds behind which a scenario hangs. It is no promise of the package: a machine may be as busy as it likes, each
 line costs more when it is measured, and an emulated processor is slow."""
 

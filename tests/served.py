@@ -115,7 +115,7 @@ class Serve:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Have it end, and return its status."""
         self.process.send_signal(number)
-        return self.process.wait(10)
+        return self.process.wait(60)
 
 
 def children_of(pid: int) -> list[int]:
@@ -190,7 +190,7 @@ def free_port() -> int:
 
 def metric(port: int, name: str) -> float:
     """Return what Prometheus would read of one metric."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return next(float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name)
 

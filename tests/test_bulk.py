@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-pytestmark = pytest.mark.timeout(30)
 PREFETCH = Purpose(Counter.PAGES_PREFETCH, [])
 
 
@@ -269,7 +268,7 @@ async def test_many_small_parts_are_placed_by_two_threads(monkeypatch: pytest.Mo
     monkeypatch.setattr(bulk, "_MANY", 2)
     world, threads = World(0, located=True), set[int]()
     plain = world.uffd.try_copies
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
 
     def noting(*copies: Any) -> int:
         if threading.get_ident() not in threads:

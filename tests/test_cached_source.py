@@ -196,7 +196,7 @@ async def test_evicted_segments_are_let_go(tmp_path: Path) -> None:
     await source._look()
     gc.collect()
     assert b"segment (deleted)" not in await asyncio.to_thread(Path("/proc/self/maps").read_bytes)
-    async with asyncio.timeout(20):  # a thread may still have one
+    async with asyncio.timeout(60):  # a thread may still have one
         while any("deleted" in path for path in await asyncio.to_thread(descriptors)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert source.page(0, 4096) is None

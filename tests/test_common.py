@@ -15,8 +15,6 @@ from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counters
 from aiouffd.errors import SourceError, SourceTimeoutError
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Users:
     """Some who read one source.

@@ -251,7 +251,7 @@ async def test_states_and_arguments() -> None:
 async def test_the_first_error_is_the_one_told(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving by an error does not put the session's end in its place, and waits no reader's time for that."""
     monkeypatch.setattr(page_server, "LAST_REQUEST", 0.1 if silent else 1000.0)
-    async with serving(Server(HEADER_4_1, status=3)) as server, asyncio.timeout(20):
+    async with serving(Server(HEADER_4_1, status=3)) as server, asyncio.timeout(60):
         if silent:
             server.go_on.clear()
         with pytest.raises(KeyError, match="mine"):

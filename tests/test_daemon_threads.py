@@ -41,23 +41,23 @@ def test_what_waits_for_a_thread_is_told_of_the_end() -> None:
 
     def wait() -> bool:
         begun.set()
-        return go_on.wait(20)
+        return go_on.wait(60)
 
     running = threads.submit(wait)
-    assert begun.wait(20)
+    assert begun.wait(60)
     waiting: Future[int] = threads.submit(int)
     threads.close()
     with pytest.raises(ClosedError):
-        waiting.result(20)
+        waiting.result(60)
     go_on.set()
-    assert running.result(20) is True
+    assert running.result(60) is True
     threads.shutdown()
 
 
 def test_threads_end_with_what_owns_them() -> None:
     """Also if nobody shuts it down."""
     threads = DaemonThreads(2, "test")
-    threads.submit(int).result(20)
+    threads.submit(int).result(60)
     (thread,) = threads._threads
     del threads
     gc.collect()
@@ -80,7 +80,7 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", refused)
     second = threads.submit(int)
     go_on.set()
-    assert (running.result(20), second.result(20)) == (True, 0)
+    assert (running.result(60), second.result(60)) == (True, 0)
     threads.shutdown()
 
 
@@ -94,9 +94,9 @@ def never_returns() -> None:
 
     threads = DaemonThreads(2, "test")
     threads.submit(wait)
-    assert begun.wait(20)
+    assert begun.wait(60)
 
 
 def test_the_interpreter_does_not_wait() -> None:
     """It ends while a call has not returned."""
-    play(never_returns, deadline=20)
+    play(never_returns, deadline=60)

@@ -35,7 +35,7 @@ def test_ranges_until_the_input_ends(tmp_path: Path) -> None:
             with urllib.request.urlopen(url.rpartition("/")[0] + "/-sent") as answer:
                 assert answer.read() == b"100"
             process.stdin.close()
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

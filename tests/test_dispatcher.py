@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.space import Space
 
-pytestmark = pytest.mark.timeout(30)
 native.reason()  # the native part is loaded once a process, and reads files for that
 
 
@@ -83,7 +82,7 @@ def python_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a condition, as long as no callback has raised."""
     defects = asyncio.get_running_loop().get_exception_handler()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             assert not isinstance(defects, Defects) or not defects.seen
             await asyncio.sleep(0.001)

@@ -240,10 +240,10 @@ async def test_closing_before_a_fetch_has_begun(tmp_path: Path, claimed: bool) -
     await asyncio.sleep(0)
     if claimed:
         await asyncio.sleep(0)
-        done.wait(20)  # the loop has not heard yet that it has the lock
+        done.wait(60)  # the loop has not heard yet that it has the lock
     await fetches.aclose()
     with pytest.raises(aiouffd.SourceError, match="closed meanwhile"):
-        await asyncio.wait_for(waiting, 20)
+        await asyncio.wait_for(waiting, 60)
     assert await asyncio.to_thread(other.cache.try_lock, source._names.of(0))
 
 

@@ -33,8 +33,6 @@ from aiouffd.testing import FakeUffd
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
-
 
 def noted(world: World) -> list[tuple[list[tuple[int, int]], Counter]]:
     """Return a list of what the backend is asked to bring, in pages."""

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from aiouffd.engine.flight import Flight, Flights, canceled_from_outside, end_of, spawn, tasks_of
 from aiouffd.engine.runs import FOR_FAULT
 
-pytestmark = pytest.mark.timeout(30)
-
 
 def test_a_flight_says_what_it_brings() -> None:
     """For logs."""

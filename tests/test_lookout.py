@@ -61,7 +61,7 @@ def test_a_monitor_that_nobody_refers_to_is_let_go() -> None:
     looking = Lookout(seen, seen.statistics)
     del seen
     gc.collect()
-    looking._thread.join(30)
+    looking._thread.join(60)
     assert not looking._thread.is_alive()
 
 

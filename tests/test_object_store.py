@@ -129,7 +129,7 @@ async def test_answers_without_a_byte_are_an_error(client: str) -> None:
         await source.prepare()
         ask_by(client, source)
         with pytest.raises(aiouffd.SourceError):
-            await asyncio.wait_for(source.read(10, 100), 20)
+            await asyncio.wait_for(source.read(10, 100), 60)
         await source.aclose()
 
 
@@ -415,7 +415,7 @@ def test_something_else_is_done_until_the_size_is_there() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.recv(1 << 16)
-                if done.wait(10):
+                if done.wait(60):
                     head = 'HTTP/1.1 206 x\r\nContent-Range: bytes 0-0/7\r\nContent-Length: 1\r\nETag: "a"\r\n\r\n'
                     connection.sendall(head.encode() + b"x")
 

@@ -6,7 +6,6 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
-import pytest
 from engine_world import SIZE, Held, World, turns
 from pattern import PAGE
 
@@ -14,8 +13,6 @@ from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.gate import Gate
 from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.statistics import Counter
-
-pytestmark = pytest.mark.timeout(30)
 
 MIB = 1 << 20
 

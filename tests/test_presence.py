@@ -21,8 +21,6 @@ from aiouffd.testing import POISONED, FakeUffd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Fills(Handler):
     """Fills each page when it is let through; fails for some, each so often."""

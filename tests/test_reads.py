@@ -16,8 +16,6 @@ from aiouffd.engine.statistics import Counters
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources import steps
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Scripted:
     """Answers as the script says: bytes, or an error to raise; None waits for ever."""

@@ -95,7 +95,7 @@ async def test_an_answer_of_another_length_is_an_error(answer: bytes) -> None:
         ended.set()
 
     address = b"\0aiouffd-test-" + os.urandom(8).hex().encode()
-    async with await asyncio.start_unix_server(serve, address.decode("latin-1")), asyncio.timeout(20):
+    async with await asyncio.start_unix_server(serve, address.decode("latin-1")), asyncio.timeout(60):
         source = RelaySource(address, 0, SIZE)
         with pytest.raises(aiouffd.SourceError, match="bytes for"):
             await source.read(0, PAGE)

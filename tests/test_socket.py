@@ -47,7 +47,7 @@ def connect(directory: Path) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def connected(directory: Path, within: float = 10) -> AsyncIterator[tuple[LazyPagesSocket, socket.socket]]:
+async def connected(directory: Path, within: float = 60) -> AsyncIterator[tuple[LazyPagesSocket, socket.socket]]:
     """Yield a socket and what has connected to it."""
     async with LazyPagesSocket(directory, timeout=within) as lazy:
         with connect(directory) as client:
@@ -62,7 +62,7 @@ def hand_over(client: socket.socket, *descriptors: int, data: bytes = b"\0") -> 
 
 async def gather(lazy: LazyPagesSocket, into: list[RestoredTask]) -> None:
     """Gather the tasks up to the end mark, or to an error."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for task in lazy.tasks():
             into.append(task)  # noqa: PERF401 - what came before an error counts
 
@@ -125,7 +125,7 @@ async def test_tasks_come_as_they_are_sent(tmp_path: Path, uffd: Userfaultfd) ->
             await asyncio.sleep(0)
             assert not waiting.done()
             hand_over(client, uffd.fileno())
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 task = await waiting
             assert task.pid == number
             os.close(task.fd)

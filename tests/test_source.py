@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from aiouffd.engine.flight import Flight
     from aiouffd.sources.steps import Steps
 
-pytestmark = pytest.mark.timeout(30)
-
 
 def at(page: int) -> int:
     """Return the address of a page."""

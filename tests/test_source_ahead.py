@@ -22,8 +22,6 @@ from aiouffd.testing import POISONED
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-pytestmark = pytest.mark.timeout(30)
-
 
 def at(page: int) -> int:
     """Return the address of a page."""

@@ -290,7 +290,6 @@ def test_what_is_put_off_is_put_off_once() -> None:
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.timeout(20)
 async def test_what_is_brought_ahead_is_there_when_that_is_said(far: bool) -> None:
     """Also where the kernel puts pages off, and where a change of the layout has let a flight fall."""
     world = World(64 * PAGE, located=False, source=Slow(SIZE) if far else None)
@@ -333,7 +332,6 @@ async def test_a_fault_brings_a_whole_block_while_all_is_brought(at_hand: bool) 
     assert world.space.filling == 0
 
 
-@pytest.mark.timeout(20)
 async def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
     """What was at hand is there; nothing counts as there that is not."""
     source = await asyncio.to_thread(Partly, set(range(1, PAGES, 2)))
@@ -354,7 +352,6 @@ async def test_what_is_canceled_while_it_is_brought_is_brought_later() -> None:
     assert world.uffd.pages == world.model
 
 
-@pytest.mark.timeout(20)
 async def test_a_source_that_breaks_while_all_is_brought() -> None:
     """The error says where; what came before is there, and the rest comes the next time."""
     world = World(2 * PAGE, located=True, source=await asyncio.to_thread(Partly, set(), 9))

@@ -35,7 +35,7 @@ class Kernel:
         self.calls: list[tuple[int, int, int, int]] = []
         self.threads: set[int] = set()
         self._answer = answer
-        self._both = threading.Barrier(2, timeout=20)
+        self._both = threading.Barrier(2, timeout=60)
 
     def copy(self, dst: int, src: int, length: int, mode: int) -> int:
         """Copy as the answer says."""
@@ -60,7 +60,7 @@ def alone(calls: list[int]) -> Callable[[int, int, int, int], int]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -87,7 +87,7 @@ def test_both_copy_and_each_part_once() -> None:
 def test_it_ends_when_both_have_ended() -> None:
     """Also where the other one takes longer: its descriptor and buffer are in use until then."""
     late, here = threading.Event(), threading.get_ident()
-    kernel = Kernel(lambda _, length: length if threading.get_ident() == here or late.wait(20) else 0)
+    kernel = Kernel(lambda _, length: length if threading.get_ident() == here or late.wait(60) else 0)
     timer = threading.Timer(0.05, late.set)
     timer.start()
     assert all(came == PART for _, came in TwoThreads().copy(kernel.copy, [run(0, 3)], 0, PAGE)[0])
@@ -101,11 +101,11 @@ def test_an_interrupt_waits_for_the_other() -> None:
 
     def copy(_dst: int, _src: int, length: int, _mode: int) -> int:
         if threading.get_ident() == main:
-            assert begun.wait(20)
+            assert begun.wait(60)
             interrupted.set()
             raise KeyboardInterrupt
         begun.set()
-        assert interrupted.wait(20)
+        assert interrupted.wait(60)
         time.sleep(0.05)  # what does not wait goes on meanwhile
         ended.set()
         return length
@@ -136,11 +136,11 @@ def test_other_work_is_done_beside() -> None:
 
     def work() -> None:
         begun.set()
-        assert late.wait(20)
+        assert late.wait(60)
         done.append(threading.get_ident())
 
     finish = TwoThreads().beside(work)
-    assert begun.wait(20)
+    assert begun.wait(60)
     timer = threading.Timer(0.05, late.set)
     timer.start()
     finish()

@@ -71,6 +71,6 @@ async def test_what_waits_is_told_of_the_end() -> None:
     workers.close()
     for job in waiting:
         with pytest.raises(ClosedError):
-            await asyncio.wait_for(job.result(), 20)
+            await asyncio.wait_for(job.result(), 60)
     go.set()
     await first.result()

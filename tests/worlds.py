@@ -218,7 +218,7 @@ class Sleeper(threading.Thread):
 
     def settle(self) -> None:
         """Wait until it sleeps or has ended."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while self.is_alive() and not self.asleep:
             assert time.monotonic() < end, f"it is in {self._tells('wchan')!r}"
             time.sleep(0)
@@ -287,7 +287,7 @@ class KernelWorld(_Base):
 
     def got(self, thread: int) -> Found:
         """As `World`."""
-        self._touchers[thread].join(10)
+        self._touchers[thread].join(60)
         return self._found[thread]
 
     def _change(self, call: Callable[[], None]) -> None:
@@ -372,7 +372,7 @@ class KernelWorld(_Base):
             self.read()
         self.uffd.close()
         for toucher in self._touchers.values():
-            toucher.join(10)
+            toucher.join(60)
             assert not toucher.is_alive()
         os.close(self._pagemap)
 

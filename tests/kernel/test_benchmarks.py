@@ -147,8 +147,8 @@ with setting(Path({str(knob)!r}), "200000"), child(signal.pause) as pid:
         else:
             process.stdin.write("\n")
             process.stdin.flush()
-        assert process.wait(10) == -number
-        end = time.monotonic() + 10
+        assert process.wait(60) == -number
+        end = time.monotonic() + 60
         while knob.read_text() != "17" and time.monotonic() < end:
             time.sleep(0.005)
         assert knob.read_text() == "17"

@@ -148,7 +148,7 @@ def dropped_and_lost(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["pager", "pager-private", "in_thread-shared"])
 def test_what_was_dropped_and_cannot_be_had_is_sigbus(engine: str) -> None:
     """Of protected shared memory that is dropped, the kernel keeps a marker, for which POISON fails with EEXIST."""
-    play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=20.0)
+    play(dropped_and_lost, engine, status=-signal.SIGBUS, deadline=60)
 
 
 def unmapped(image: str) -> None:
@@ -341,11 +341,11 @@ def test_a_block_goes_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None
 
     def slowly(*arguments: int) -> None:
         begun.set()
-        assert copied.wait(20)
+        assert copied.wait(60)
         punch(*arguments)
 
     def copy(_at: int, _source: int, length: int, _mode: int) -> int:
-        assert begun.wait(20)
+        assert begun.wait(60)
         if late.ident is None:
             late.start()
         return -errno.EFAULT if length == 2 * PAGE else length

@@ -129,7 +129,7 @@ def test_many_processes_that_begin_at_once(image: Path, tmp_path: Path) -> None:
             assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
-        assert [process.communicate(timeout=30)[0] for process in processes] == [DATA] * 4
+        assert [process.communicate(timeout=60)[0] for process in processes] == [DATA] * 4
         assert web.server.bytes_sent - before == SIZE
     counted = aiouffd.ChunkCache(tmp_path / "cache", LIMIT).statistics()
     assert counted["bytes"] == SIZE
@@ -196,5 +196,5 @@ def test_a_server_with_a_cache(image: Path, tmp_path: Path, capsys: pytest.Captu
     assert f"bytes      {SIZE // 4096 * 4096 // 65536 * 65536:,}"[:14] in capsys.readouterr().out
     (tmp_path / "other").mkdir(0o755)
     refused = Serve(tmp_path, web.url, "--cache", str(tmp_path / "other"), wait=False)
-    assert refused.process.wait(20) == 1
+    assert refused.process.wait(60) == 1
     assert "others may enter this folder" in refused.said

@@ -115,7 +115,7 @@ def test_what_is_refused_is_not_filled(image: Path, tmp_path: Path) -> None:
     """It is left to its owner; nobody asks for it again and again."""
     with Serve(tmp_path, image, "--on-term", "fill") as serve:
         play(refused, str(serve.path), serve.process.pid, str(serve.log), serve.worker)
-        assert serve.process.wait(10) == 0
+        assert serve.process.wait(60) == 0
         assert "cannot be filled: its owner is about to leave" in serve.said
 
 

@@ -58,7 +58,7 @@ class Daemon:
     def ends_by(self, number: signal.Signals, said: str) -> None:
         """Send a signal; it ends with status 1, and says what that costs, without a traceback."""
         self.process.send_signal(number)
-        assert self.process.wait(20) == 1
+        assert self.process.wait(60) == 1
         assert said in self.said
         assert "Traceback" not in self.said
 
@@ -140,7 +140,7 @@ def test_no_images(tmp_path: Path) -> None:
     """It does not wait for a restore that cannot be."""
     done = subprocess.run(
         [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path)],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "has no images of a process" in done.stderr
@@ -250,7 +250,7 @@ def test_a_pager_that_is_given_up(tmp_path: Path) -> None:
                 criu_rig.until(functools.partial(died, daemon, deaths), "death")
                 if deaths >= DEATHS and says(daemon, "workers died with no fault"):
                     break
-            assert daemon.process.wait(20) == 1
+            assert daemon.process.wait(60) == 1
             assert "workers died with no fault resolved between them" in daemon.said
             assert "Traceback" not in daemon.said
         finally:
@@ -277,7 +277,7 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
     """A restore that fails, and a directory that is none: an error that names it."""
     done = subprocess.run(
         [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path / "none")],
-        capture_output=True, text=True, check=False, timeout=30,
+        capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
     assert "does not exist" in done.stderr
@@ -288,7 +288,7 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "aiouffd", "lazy-pages", "-D", str(tmp_path),
              "--page-server", "127.0.0.1", "--port", port],
-            capture_output=True, text=True, check=False, timeout=30,
+            capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
     assert done.returncode == 1
     assert "cannot be reached" in done.stderr
@@ -306,7 +306,7 @@ def test_a_restore_that_fails(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.send(b"\1\0")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "before the end mark" in errors
     assert "Traceback" not in errors

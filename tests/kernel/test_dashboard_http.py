@@ -23,7 +23,7 @@ PAGES = 40
 
 def ask(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     body = answer.read()
@@ -33,7 +33,7 @@ def ask(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], byte
 
 def followed(port: int, path: str, count: int, **headers: str) -> list[tuple[str, Any]]:
     """Return the first server-sent events."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     assert answer.getheader("Content-Type") == "text/event-stream"
@@ -106,7 +106,7 @@ def test_an_empty_file_has_no_token(image: Path, tmp_path: Path) -> None:
     """Whoever names one wants nobody else to look, on this machine either."""
     (tmp_path / "token").write_text("\n")
     with Serve(tmp_path, image, "--http", "0", "--http-token-file", tmp_path / "token", wait=False) as serve:
-        assert serve.process.wait(20) == 1
+        assert serve.process.wait(60) == 1
     assert "it is empty, and has no token" in serve.said
 
 
@@ -121,5 +121,5 @@ def test_an_address_that_others_reach_needs_a_token(image: Path, tmp_path: Path)
         port = other.getsockname()[1]
         for address, said in (("0.0.0.0:0", "--http-token-file"), (port, f"--http 127.0.0.1:{port}")):
             with Serve(tmp_path, image, "--http", address, wait=False) as serve:
-                assert serve.process.wait(20) == 1
+                assert serve.process.wait(60) == 1
             assert said in serve.said

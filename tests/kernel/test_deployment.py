@@ -99,7 +99,7 @@ def test_a_container(image: Path, tmp_path: Path) -> None:
             status = Path(f"/proc/{first}/status").read_text()
             assert all(f"{name}\n" in status for name in ("CapEff:\t" + "0" * 16, "NoNewPrivs:\t1", "Seccomp:\t2"))
             play(served_by_a_container, str(path), str(log), first)
-            assert process.wait(10) == 0, log.read_text()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
 
@@ -134,7 +134,7 @@ def queries() -> list[str]:
 def ask(port: int, query: str) -> list[Any]:
     """Return what Prometheus finds."""
     url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         found: list[Any] = json.load(answer)["data"]["result"]
     return found
 

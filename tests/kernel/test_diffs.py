@@ -80,5 +80,5 @@ def test_a_diff_that_is_not_there(tmp_path: Path) -> None:
     """The command says so."""
     paths, _ = diffs(str(tmp_path))
     serve = Serve(tmp_path, paths[0], "--diff", str(tmp_path / "missing"), wait=False)
-    assert serve.process.wait(20) == 1
+    assert serve.process.wait(60) == 1
     assert "missing" in serve.said

@@ -232,7 +232,7 @@ def test_example_page_server() -> None:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/sample.bin", method="HEAD")) as answer:
             assert answer.headers["Content-Length"] == str(64 << 20)
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_example_notebook() -> None:

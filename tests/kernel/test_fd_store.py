@@ -76,7 +76,7 @@ def a_service(directory: str, image: str) -> None:
         eventually(lambda: {name for name, _ in systemd.stored}, expected=kept)
         second.terminate()  # systemctl restart: the main process ends, then systemd kills what is left
         pids = tree(second.pid)[1:]
-        assert second.wait(20) == 0
+        assert second.wait(60) == 0
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         touchers = Touchers(region.address, [range(600 + n, SIZE // PAGE, 4) for n in range(4)])

@@ -259,10 +259,10 @@ def left_meanwhile() -> None:
     leaving = threading.Thread(target=monitor.__exit__, args=(None, None, None))
     with asked._condition:
         leaving.start()
-        engine._thread.join(10)
-    leaving.join(10)
+        engine._thread.join(60)
+    leaving.join(60)
     with pytest.raises(aiouffd.ClosedError, match="has been left"):
-        asked.result(10)
+        asked.result(60)
     with pytest.raises(aiouffd.ClosedError, match="has been left"):
         engine.prefetch([(0, SIZE)])
 

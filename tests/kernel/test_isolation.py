@@ -107,14 +107,14 @@ def a_private_pager() -> None:
         for _ in range(2):
             pack = Pack(Service(Pattern(SIZE)), Options())
             with pytest.raises(aiouffd.PagerStartError, match="takes no source"):
-                monitor._engine._client.prepare(pack).result(10)  # type: ignore[union-attr]
+                monitor._engine._client.prepare(pack).result(60)  # type: ignore[union-attr]
             pack.close()
             worker = monitor.pids[1]
             os.kill(worker, signal.SIGKILL)
             assert peek(region.address + PAGE) == word(1)
             eventually(lambda: monitor.pids[1] != worker, expected=True)  # noqa: B023 - called at once
         ours = Pack(Service(aiouffd.BufferSource(b"plain values")), Options())
-        monitor._engine._client.prepare(ours).result(10)  # type: ignore[union-attr]
+        monitor._engine._client.prepare(ours).result(60)  # type: ignore[union-attr]
         ours.close()
 
 

@@ -209,7 +209,7 @@ async def left_behind(mode: str, pages: int, gate: str) -> None:
 @pytest.mark.parametrize("mode", [*MODES, "pager"])
 def test_a_thread_that_waits_where_nothing_is_any_more(mode: str, pages: int, tmp_path: Path) -> None:
     """It is SIGSEGV, as any touch there, and waits no longer: neither for the source nor until the Monitor is left."""
-    output, _ = play(left_behind, mode, pages, str(tmp_path / "gate"), deadline=20, status=-signal.SIGSEGV)
+    output, _ = play(left_behind, mode, pages, str(tmp_path / "gate"), deadline=60, status=-signal.SIGSEGV)
     assert output == "it waits\n"
 
 
@@ -305,7 +305,7 @@ def interrupted(how: str, far: bool) -> None:
 @pytest.mark.parametrize("how", ["signal", "finalizer"])
 def test_a_touch_by_the_thread_that_changes_the_layout(how: str, far: bool) -> None:
     """It is served, wherever the thread was interrupted: in madvise, in a prefetch, or on leaving."""
-    output, errors = play(interrupted, how, far, deadline=40, measured=False)
+    output, errors = play(interrupted, how, far, deadline=60, measured=False)
     assert "has been waiting" not in errors
     assert all(int(number) > 0 for number in output.split())
 

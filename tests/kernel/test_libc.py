@@ -183,7 +183,7 @@ def allocate_while_signals_come() -> None:
 @pytest.mark.usefixtures("huge_pages")
 def test_a_signal_does_not_keep_huge_pages_from_being_allocated() -> None:
     """The page that a thread waits for would be taken for one that cannot be had: a supervisor's SIGTERM is enough."""
-    play(allocate_while_signals_come, deadline=30)
+    play(allocate_while_signals_come, deadline=60)
 
 
 def slices() -> None:

@@ -69,7 +69,7 @@ def a_life() -> None:
     """Scenario: faults, a prefetch, the counters, the end."""
     rig = Rig(Pattern(SIZE))
     assert rig.region[3 * PAGE] == content(3 * PAGE, 1)[0]
-    rig.engine.prefetch([(8 * PAGE, 4 * PAGE)]).result(10)
+    rig.engine.prefetch([(8 * PAGE, 4 * PAGE)]).result(60)
     counted = rig.engine.statistics()
     assert (counted.pages_fault, counted.pages_prefetch) == (1, 4)
     keeper, worker = rig.engine.pids
@@ -94,8 +94,8 @@ def canceled() -> None:
     future = rig.engine.prefetch([(0, SIZE)])
     future.cancel()
     with pytest.raises(CancelledError):
-        future.result(10)
-    rig.engine.prefetch([(PAGE, PAGE)]).result(10)
+        future.result(60)
+    rig.engine.prefetch([(PAGE, PAGE)]).result(60)
     assert rig.region[PAGE] == content(PAGE, 1)[0]
     assert rig.leave() == ["settled", "served"]
 
@@ -110,7 +110,7 @@ def refused() -> None:
     rig = Rig(Pattern(SIZE))
     rig.engine.refuse()
     with pytest.raises(aiouffd.UffdError):
-        rig.engine.prefetch([(0, PAGE)]).result(10)
+        rig.engine.prefetch([(0, PAGE)]).result(60)
     read, write = os.pipe()
     with pytest.raises(OSError, match="Bad address"):
         os.write(write, memoryview(rig.region)[PAGE : 2 * PAGE])

@@ -107,7 +107,7 @@ def test_a_server(image: Path, tmp_path: Path) -> None:
             serve.says("0 left")
             assert serve.end() == 0
         with Serve(tmp_path, image, "--perfetto", log, "--otel", wait=False) as serve:
-            assert serve.process.wait(30) == 2
+            assert serve.process.wait(60) == 2
         assert "either --otel or --perfetto" in serve.said
     found = json.loads(log.read_text())
     (fault,) = [event for event in found if event["name"] == "fault" and event["ph"] in "Xb"]
@@ -142,7 +142,7 @@ def on_a_full_disk(path: str) -> None:
         faults._file.close()
         faults._file = open("/dev/full", "w", buffering=1)  # noqa: PTH123, SIM115 - closed by the log
         for page in range(3):
-            monitor.prefetch_sync(page * PAGE, PAGE, timeout=20)
+            monitor.prefetch_sync(page * PAGE, PAGE, timeout=60)
             assert peek(monitor.region.address + page * PAGE) == word(page)
 
 
@@ -171,7 +171,7 @@ def restarted(directory: str, image: str) -> None:
     eventually(has_told, expected=True)
     before = servers.last
     servers.start("second", "--takeover")
-    assert before.process.wait(30) == 0
+    assert before.process.wait(60) == 0
     assert peek(region.address + 200 * PAGE) == word(200)
     eventually(has_told, expected=True)
     servers.last.process.terminate()

@@ -170,7 +170,7 @@ def test_a_fork_in_the_middle_of_settling() -> None:
 
         thread = threading.Thread(target=settle, daemon=True)
         thread.start()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         assert is_missing(region, 0)
 

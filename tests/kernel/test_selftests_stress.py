@@ -174,7 +174,7 @@ class Bounce:
                 return
 
     def _carry(self, thread: int) -> None:
-        assert self._seen[FaultKind.MISSING].wait(20)  # the lockers are first
+        assert self._seen[FaultKind.MISSING].wait(60)  # the lockers are first
         share = range(self.pages * thread // THREADS, self.pages * (thread + 1) // THREADS)
         half = len(share) // 2
         for number in share[:half]:
@@ -184,7 +184,7 @@ class Bounce:
             self.uffd.writeprotect(self.target.page(share[0]), len(share) * self.size, protect=True)
         for number in share[half:]:
             self._copy(self.target.page(number))
-        assert self._seen[FaultKind.WP].wait(20)  # as each page comes protected, who counts is told of
+        assert self._seen[FaultKind.WP].wait(60)  # as each page comes protected, who counts is told of
 
 
 def stress(kind: str) -> None:

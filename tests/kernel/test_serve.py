@@ -26,7 +26,7 @@ def test_a_socket_that_is_taken(image: Path, tmp_path: Path) -> None:
         (tmp_path / "x").mkdir()
         second = subprocess.run(
             [sys.executable, "-m", "aiouffd", "serve", str(image), "--socket", str(first.path)],
-            capture_output=True, text=True, timeout=20, check=False,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert second.returncode == 1
         assert "Address already in use" in second.stderr
@@ -37,7 +37,7 @@ def test_a_socket_that_is_taken(image: Path, tmp_path: Path) -> None:
         assert third.end() == 0
     third.path.write_text("precious")
     fourth = Serve(tmp_path, image, wait=False)
-    assert fourth.process.wait(20) == 1
+    assert fourth.process.wait(60) == 1
     assert third.path.read_text() == "precious"
 
 
@@ -65,7 +65,7 @@ def test_signals(image: Path, tmp_path: Path, kind: str, number: signal.Signals)
     """No new clients; those that are there are served until they go, or get all that they miss."""
     with Serve(tmp_path, image, "--readahead", "0", "--on-term", kind) as serve:
         play(waits_for_end, str(serve.path), serve.process.pid, kind, int(number))
-        assert serve.process.wait(10) == 0
+        assert serve.process.wait(60) == 0
         assert f"{number.name}: no new clients" in serve.said
         assert "ended" in serve.said
 
@@ -159,7 +159,7 @@ def test_sockets_that_are_not_for_us(image: Path, tmp_path: Path, kind: str) -> 
             env={**os.environ, "LISTEN_FDS": "2" if kind == "two" else "1"},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=False,
         )
     assert done.returncode == 1
@@ -189,7 +189,7 @@ def test_socket_activation(image: Path, tmp_path: Path) -> None:
             play(client, str(path), MIB)
             process.terminate()
             assert notified.recv(100) == b"STOPPING=1"
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
             process.communicate()
@@ -233,7 +233,7 @@ def test_wrong_options(image: Path, tmp_path: Path) -> None:
     ):
         done = subprocess.run(
             [sys.executable, "-m", "aiouffd", "serve", *arguments],
-            capture_output=True, text=True, timeout=20, check=False, cwd=tmp_path,
+            capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode in (1, 2), arguments
         assert words in done.stderr, (arguments, done.stderr)

@@ -42,7 +42,7 @@ async def canceled_prefetches(path: str) -> None:
             for task in waiting:
                 task.cancel()
             await asyncio.wait(waiting)
-            await asyncio.wait_for(monitor.prefetch(128 * PAGE, PAGE), 20)
+            await asyncio.wait_for(monitor.prefetch(128 * PAGE, PAGE), 60)
             assert link_threads() == 1
             assert (await asyncio.to_thread(monitor.statistics)).pages_prefetch > 0
         assert link_threads() == 0
@@ -77,7 +77,7 @@ def server_that_answers(path: Path, answer: Callable[[dict[str, Any]], bytes]) -
     try:
         yield
     finally:
-        thread.join(20)
+        thread.join(60)
         listener.close()
 
 

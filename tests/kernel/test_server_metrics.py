@@ -19,7 +19,7 @@ def test_metrics(image: Path, tmp_path: Path) -> None:
         play(client, str(serve.path), MIB)
         os.kill(serve.worker, signal.SIGKILL)
         eventually(lambda: "is replaced" in serve.said, expected=True)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
         assert found['aiouffd_pages_total{cause="prefetch"}'] == 256
@@ -59,4 +59,4 @@ def test_an_upgrade(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, image, "--metrics", port) as serve:
         arguments = (serve.process.pid, str(serve.log), str(image), str(tmp_path / "new"), port)
         play(kept, str(serve.path), *arguments, deadline=60)
-        assert serve.process.wait(10) == 0
+        assert serve.process.wait(60) == 0

@@ -186,7 +186,7 @@ def test_a_recording_of_another_snapshot(image: Path, tmp_path: Path) -> None:
     for name in ("b", "c"):
         (tmp_path / f"{name}.mem").write_bytes(bytes([2]) * MIB)
     other = Serve(tmp_path, tmp_path / "c.mem", "--replay", trace, wait=False)
-    assert other.process.wait(20) == 1
+    assert other.process.wait(60) == 1
     assert "it was recorded from another source" in other.said
     with Serve(tmp_path, "--source-for", f"{tmp_path}/{{name}}.mem", "--replay", trace) as serve:
         play(replayed, str(serve.path))
@@ -223,7 +223,7 @@ def on_a_silent_file_system(directory: str) -> None:
                 ) as third:
                     assert third.region[7 * PAGE : 7 * PAGE + 8] == content(7 * PAGE, 8)
         for thread in opening:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
         print(serve.said.count("could not be opened within"), "openings gave up", flush=True)
         near.check()

@@ -167,7 +167,7 @@ async def of_one_source(directory: str) -> None:
         os.kill(server.pids[1], signal.SIGKILL)
         slow = await asyncio.to_thread(Memory, paths[1])
         assert await asyncio.to_thread(slow.word, 9) == word(9)
-        async with contextlib.aclosing(server.happenings.follow(after=0)) as happenings, asyncio.timeout(30):
+        async with contextlib.aclosing(server.happenings.follow(after=0)) as happenings, asyncio.timeout(60):
             found = await anext(
                 item async for item in happenings if item.kind == "client.slow" and item.details["client"] == 4
             )
@@ -277,7 +277,7 @@ async def ends_first(directory: str) -> None:
             seen.set()
 
         def hears(*told: Any) -> None:
-            assert seen.wait(30)
+            assert seen.wait(60)
             on_error(*told)
 
         session._exited, server._pager._on_error = exits, hears  # type: ignore[method-assign]

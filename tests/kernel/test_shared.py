@@ -233,7 +233,7 @@ def killed(which: str, gate: str) -> None:
         for monitor in monitors:
             right(monitor)
         Path(gate).touch()
-        future.result(30)
+        future.result(60)
         assert slow.region[PAGE] == 2
         replaced(slow, *victims)
         for page, monitor in enumerate(monitors, 1):
@@ -360,8 +360,8 @@ def its_own_errors() -> None:
         with monitor_of(Slow(SIZE, 1000.0), engine=pager) as leaves:
             dropped = leaves._engine.prefetch([(0, PAGE)])  # type: ignore[union-attr]
         with pytest.raises(aiouffd.ClosedError):
-            dropped.result(10)
-        kept.result(10)
+            dropped.result(60)
+        kept.result(60)
         assert stays.region[0] == 1
 
 

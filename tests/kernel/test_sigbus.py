@@ -104,7 +104,7 @@ def populated_as_nobody() -> None:
     region = aiouffd.Region(1 << 20)
     with served(region, aiouffd.Pager(), on_exit="populate") as monitor:
         become_nobody()
-        monitor.prefetch_sync(0, 4 * PAGE, timeout=20.0)
+        monitor.prefetch_sync(0, 4 * PAGE, timeout=60)
     assert region[:] == content(0, 1 << 20)
 
 

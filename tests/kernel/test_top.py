@@ -114,7 +114,7 @@ def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFix
                 heads = (line for line in top.stdout if "MiB/s" in line)  # in a pipe, before it ends
                 assert len(list(itertools.islice(heads, tables))) == tables
                 top.kill()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
         counted = ControlClient(control).ask("GET", "/v1/sessions/a")["statistics"]

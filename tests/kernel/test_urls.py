@@ -58,7 +58,7 @@ async def limits(engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_monitors_limits_are_a_urls(engine: str, loop: str) -> None:
     """Those of `open`, and those of a Monitor whose source was given none."""
-    play(limits, engine, loop=loop, deadline=20)
+    play(limits, engine, loop=loop, deadline=60)
 
 
 async def changed(engine: str, habit: str) -> None:
@@ -91,7 +91,7 @@ class Slowly:
     def size(self) -> int:
         """Wait for the answer."""
         self.asked.set()
-        assert self.answers.wait(20), "nothing else ran while the size was asked for"
+        assert self.answers.wait(60), "nothing else ran while the size was asked for"
         return PAGE
 
     async def read(self, offset: int, length: int) -> bytes:

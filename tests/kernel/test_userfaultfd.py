@@ -705,7 +705,7 @@ def unregistered_under_touches() -> None:
         while perf_counter_ns() < end:  # until it is about to come to the second page
             pass
         uffd.unregister(region.address, 2 * PAGE)
-        toucher.join(5)
+        toucher.join(60)
         assert not toucher.is_alive(), f"it sleeps on in round {number}"
         libc.madvise(region.address, 2 * PAGE, mmap.MADV_DONTNEED)
         uffd.read()

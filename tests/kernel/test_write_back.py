@@ -240,7 +240,7 @@ def refused() -> None:
         for page in range(PAGES - 1):  # nothing can be saved, and no thread waits for ever
             region[page * PAGE + 1] = 1
         with pytest.raises(WriteBackError):
-            asyncio.run(asyncio.wait_for(monitor.wait_error(), 30))
+            asyncio.run(asyncio.wait_for(monitor.wait_error(), 60))
         source.refuses = set()
         monitor.flush_sync()
         assert len(source.taken) == PAGES - 1
@@ -276,7 +276,7 @@ def behind_the_end(engine: str, path: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_lies_behind_the_end_of_the_source_stays(engine: str, tmp_path: Path) -> None:
     """Nobody can save it, and no thread waits for that."""
-    _, errors = play(behind_the_end, engine, str(tmp_path / "file"), deadline=30)
+    _, errors = play(behind_the_end, engine, str(tmp_path / "file"), deadline=60)
     assert errors.count("most of them were written, and stay") == 1
 
 
@@ -371,13 +371,13 @@ async def test_a_file_that_takes_writes(tmp_path: Path, monkeypatch: pytest.Monk
     assert await asyncio.to_thread(begun.wait, 20)
     call.assert_called_once_with(source._fd, PAGE, PAGE)
     assert source._begun is not None
-    source._begun.result(20)
+    source._begun.result(60)
     go = threading.Event()
     monkeypatch.setattr(libc, "write_out", lambda *_: go.wait(60))
     for _ in range(64):  # the disk is busy
         source.begin_sync(PAGE, PAGE)
     await source.sync()
-    assert await asyncio.wait_for(source.read(PAGE, PAGE), 20) == b"x" * PAGE
+    assert await asyncio.wait_for(source.read(PAGE, PAGE), 60) == b"x" * PAGE
     go.set()
     with pytest.raises(SourceError, match="shorter"):
         await source.write(8 * PAGE, b"y")

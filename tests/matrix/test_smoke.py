@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE = 1 << 20
-DEADLINE = float(os.environ.get("AIOUFFD_TEST_DEADLINE", "60"))
+DEADLINE = float(os.environ.get("AIOUFFD_TEST_DEADLINE", "300"))
 ENGINES: dict[str, Callable[[], Any]] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
 SOURCES: dict[str, Callable[[int], Any]] = {"near": Pattern, "far": Slow}
 
