@@ -268,9 +268,12 @@ async def test_closing_ends_what_is_under_way(snapshot: Snapshot) -> None:
     store.go.clear()
     waiting = asyncio.ensure_future(chunks.get(0, 4, urgent=True))
     await until(lambda: bool(store.requests))
+    late = asyncio.ensure_future(chunks.get(4, 8, urgent=True))
+    await asyncio.sleep(0)  # it waits for a task, which has not begun
     await chunks.aclose()
-    with pytest.raises(aiouffd.StoreError, match="CancelledError"):
-        await waiting
+    for each in (waiting, late):
+        with pytest.raises(aiouffd.StoreError, match="CancelledError"):
+            await asyncio.wait_for(each, 20)
 
 
 records = st.builds(

@@ -333,5 +333,7 @@ class Chunks:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for record in filter(None, map(self._index.find, tuple(self._flights))):  # of tasks that had not begun
+            self._land(record, self._failure(record, asyncio.CancelledError()))
         self._workers.close()
         self._kept.clear()
