@@ -161,11 +161,17 @@ def remembering() -> None:
 
 
 @contextlib.contextmanager
-def serving(place: Path, *options: str) -> Iterator[ControlClient]:
-    """Run a server without sessions until the block is left, with its socket in a directory; yield what asks it."""
+def serving(place: Path, *options: str, apart: bool = False) -> Iterator[ControlClient]:
+    """Run a server without sessions until the block is left, with its socket in a directory; yield what asks it.
+
+    Args:
+        place: the directory.
+        options: of the command.
+        apart: in a session of its own, setsid(2).
+    """
     control = place / "control"
     command = [sys.executable, "-m", "aiouffd", "serve", "--control", str(control), *options]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=apart) as server:
         try:
             criu_rig.until(control.exists, "server")
             yield ControlClient(control)
