@@ -44,6 +44,8 @@ def limit_error(what: str, number: int) -> LimitError | None:
 def no_thread(what: str) -> LimitError:
     """Return the error for a thread that cannot be started: Python's RuntimeError does not say why."""
     hint = "`ulimit -u` raises it; where it is not reached, pids.max of the cgroup is"
+    if (room := _value("RLIMIT_AS")) != "unlimited":
+        hint += f", or RLIMIT_AS, which is {room} (`ulimit -v`): each thread has a stack"
     return LimitError(what, "RLIMIT_NPROC", _value("RLIMIT_NPROC"), hint, errno.EAGAIN)
 
 

@@ -172,6 +172,8 @@ class Served:
             raise LimitError("one more region", "the number of regions of InThread()", "256", hint, errno.EUSERS)
         if slot == -errno.EBUSY:
             raise BusyError("SIGBUS", 0, 0, errno.EBUSY)
+        if -slot in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise OSError(-slot, os.strerror(-slot))  # whoever enters says which limit that is
         if slot < 0:
             raise AccessError(
                 "reading /proc/self/pagemap",

@@ -10,6 +10,7 @@ import gc
 import mmap
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -504,8 +505,11 @@ def no_thread() -> None:
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(aiouffd.LimitError, match=r"InThread\(\): .*RLIMIT_NPROC is .*pids\.max"), failing:
-            pass
+        with pytest.raises(aiouffd.LimitError, match=r"InThread\(\): .*RLIMIT_NPROC is .*pids\.max of the cgroup is$"):
+            failing.__enter__()
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 40, resource.RLIM_INFINITY))
+        with pytest.raises(aiouffd.LimitError, match=f"RLIMIT_AS, which is {1 << 40} .* each thread has a stack"):
+            failing.__enter__()
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     with aiouffd.Monitor(region, source, engine=aiouffd.InThread()):

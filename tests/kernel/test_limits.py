@@ -168,3 +168,22 @@ def few_descriptors_in_thread() -> None:
 def test_whatever_descriptor_a_monitor_lacks(scenario: Callable[[], None]) -> None:
     """The error names the limit; nothing is closed twice, and none is left open."""
     play(scenario)
+
+
+def no_descriptor_in_the_native_part() -> None:
+    """Scenario: a Monitor is entered with ever more descriptors, until that succeeds."""
+    told = set[str]()
+    for limit in range(len(list(Path("/proc/self/fd").iterdir())), 100):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            with aiouffd.Monitor(aiouffd.Region(HUGE), aiouffd.BufferSource(b"x"), engine=aiouffd.InThread()):
+                break
+        except OSError as error:
+            told.add(str(error).partition("RLIMIT")[2])
+    assert told
+    assert all(text.startswith("_NOFILE is ") for text in told), told
+
+
+def test_no_descriptor_for_a_monitor_in_a_thread() -> None:
+    """The same, wherever it is that one is missing."""
+    play(no_descriptor_in_the_native_part)
