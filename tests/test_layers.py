@@ -239,8 +239,10 @@ ORDER = {
     "server/control": ["__init__", "values", "restoring", "actions", "problems", "openapi", "api"],
     "criu": ["__init__", "image_file", "images", "page_server", "relay", "socket", "lazy_pages"],
     "monitor": [
-        *("__init__", "engines", "held", "registration", "beginnings", "error_queue", "deciding", "crashes", "lookout"),
+        *("__init__", "engines", "held", "memfd_lock", "registration", "beginnings", "error_queue", "deciding"),
         *(
+            "crashes",
+            "lookout",
             "recording",
             "reporting",
             "progress",

@@ -18,6 +18,7 @@ from aiouffd.kernel.unserved import unserved_mappings
 from aiouffd.kernel.userfaultfd import Userfaultfd, kernel_features
 from aiouffd.kernel.write_tracker import WRITE_TRACKING, collect
 from aiouffd.lifetime import close_in_children
+from aiouffd.monitor.memfd_lock import MemfdLock
 
 if TYPE_CHECKING:
     from aiouffd.engine.protect import WrittenPages
@@ -43,7 +44,7 @@ class Registration:
         serves_system_calls: the engine would serve them; else a descriptor for user mode only will do.
 
     Raises:
-        BusyError, ClosedError: the region is served already, or closed.
+        BusyError, ClosedError: the region is served already, or closed; or its memfd is another Monitor's.
         UnsupportedError, AccessError: as `Userfaultfd`.
         PopulatedError: the kernel has filled the region with zeros; or pages are there that would be saved.
     """
@@ -71,6 +72,7 @@ class Registration:
         self._lock = threading.RLock()  # a signal handler may fork anywhere, and that may settle the memory
         self._warned: set[int] = set()
         self.written: WrittenPages | None = None
+        self._memfd: MemfdLock | None = None
         if writes:
             self.modes |= RegisterMode.WP
             features |= WRITE_TRACKING if writes == "tracked" else Feature.PAGEFAULT_FLAG_WP
@@ -99,15 +101,21 @@ class Registration:
         self._sentinel = Sentinel(uffd, pagemap, user_mode_only=user_mode_only)
         self._uffd: Userfaultfd | None = uffd
         try:
-            # No child's until `is_served`: a finalizer or signal handler may fork here, and would wait for a reader.
-            region.withheld = True
-            libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
-            uffd.register(region.address, region.mapped_length, self.modes)
-            if writes in ("noted", "saved"):
-                self.written = self._notes(pagemap, saved=writes == "saved")
+            self._register(uffd, pagemap, writes)
         except BaseException:
             self.abandon()
             raise
+
+    def _register(self, uffd: Userfaultfd, pagemap: Pagemap, writes: str) -> None:
+        region, drops = self.region, writes in ("noted", "saved")
+        if region.fd >= 0:
+            self._memfd = MemfdLock(region, alone=drops)
+        # No child's until `is_served`: a finalizer or signal handler may fork here, and would wait for a reader.
+        region.withheld = True
+        libc.madvise(region.address, region.mapped_length, libc.MADV_DONTFORK)
+        uffd.register(region.address, region.mapped_length, self.modes)
+        if drops:
+            self.written = self._notes(pagemap, saved=writes == "saved")
 
     def _notes(self, pagemap: Pagemap, *, saved: bool) -> WrittenPages:
         """Return notes of what was written, in which all is that was there before: the source does not have it."""
@@ -210,6 +218,9 @@ class Registration:
     def _take(self) -> Userfaultfd | None:
         with self._lock:
             uffd, self._uffd = self._uffd, None
+            memfd, self._memfd = self._memfd, None
+        if memfd is not None:
+            memfd.close()
         return uffd
 
 
