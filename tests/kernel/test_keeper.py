@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from pairs import running
-from processes import crash, ended, kill
+from processes import crash, ended, forked, kill
 from scenario import eventually
 
 import aiouffd
@@ -23,7 +24,8 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.process.journal import Journal, Whose
-from aiouffd.pager.process.keeper import _Keeper
+from aiouffd.pager.process.keeper import _Keeper, _orphaned
+from aiouffd.pager.process.state import Meta, SpaceState, State
 
 PAGE = 4096
 
@@ -118,6 +120,28 @@ def test_what_is_opened_again_counts_on() -> None:
             assert pager.ask("close", token=tenant.token, poison=False)["ok"] is None
         os.close(own)
     pack.close()
+
+
+def test_a_worker_is_no_orphan_while_somebody_may_wait_for_it() -> None:
+    """Whoever has started the pager is gone; a worker that has much to do is not killed, unless all others are, too."""
+    ours, theirs = socket.socketpair()
+    with ours, aiouffd.Userfaultfd() as uffd:
+
+        def be_client() -> None:
+            with aiouffd.Userfaultfd() as its:
+                socket.send_fds(theirs, [b"."], [its.fileno()])
+
+        pid = forked(be_client)
+        with OwnedDescriptor(os.pidfd_open(pid)) as owner, OwnedDescriptor(socket.recv_fds(ours, 1, 1)[1][0]) as gone:
+            os.waitpid(pid, 0)
+            for served, orphaned in ([gone, uffd], False), ([gone], True):
+                spaces = {each.fileno(): SpaceState(each.fileno(), each.fileno(), PAGE, 0, 1, "t") for each in served}
+                journal = Journal.create()
+                state = State(Meta(owner=owner.fileno()), {}, spaces)
+                journal.change(journal.write_anew(0, state.encode()))
+                assert _orphaned(journal) is orphaned
+                os.close(journal.fd)
+    theirs.close()
 
 
 def test_what_a_source_needs_is_imported_for_all_workers() -> None:

@@ -72,7 +72,7 @@ HOPELESS = 20.0
 GRACE = 3.0
 """Seconds more, until the worker is killed, and so replaced."""
 ORPHANED = 1.0
-"""Seconds without a turn until the worker is killed, where the process that started the pager is gone."""
+"""Seconds without a turn until the worker is killed, where who started the pager is gone, and all that it serves."""
 
 _TICK = 1.0
 _CLONE_PAUSE = 0.5
@@ -357,9 +357,13 @@ def _say_blocked(pidfd: int, still: float, state: str) -> None:
 
 
 def _orphaned(journal: Journal) -> bool:
-    """Tell whether the process that has started the pager is gone."""
+    """Tell whether the process that has started the pager is gone, and nobody is left who could wait for a page.
+
+    Where somebody is, a worker that does not turn has much to do, perhaps: on a busy machine one that begins with many
+    clients of a server that was killed takes seconds. If each was killed before it turns, the pager would be given up.
+    """
     meta = last_meta(journal.load().records)
-    return meta is not None and meta.owner >= 0 and has_ended(meta.owner)
+    return meta is not None and meta.owner >= 0 and has_ended(meta.owner) and not _anybody(journal)
 
 
 def _forsaken(journal: Journal) -> list[Forsaken]:
