@@ -9,6 +9,7 @@ import mmap
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,6 +162,15 @@ def pack() -> Iterator[Pack]:
     yield made
     made.close()
     made.close()
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A directory that each user may look into. `tmp_path` is in one that each run of pytest takes from others."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture(params=loop_factories())

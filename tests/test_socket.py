@@ -10,8 +10,6 @@ import socket
 import stat
 import struct
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +23,7 @@ from aiouffd.kernel.userfaultfd import Userfaultfd
 if TYPE_CHECKING:
     import random
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
 END = struct.pack("=I", 0x52535446)
 
@@ -267,16 +266,8 @@ async def test_a_second_daemon_costs_the_first_nothing(tmp_path: Path) -> None:
         assert first.finished
 
 
-@pytest.fixture
-def open_to_all() -> Iterator[str]:
-    """Yield a directory that everybody may look into."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield name
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user needs root")
-async def test_another_user(open_to_all: str) -> None:
+async def test_another_user(open_to_all: Path) -> None:
     """Whoever can connect is still not the restore, unless it is root, or this user."""
     async with LazyPagesSocket(open_to_all, mode=0o666) as lazy:
         code = "import os, socket, sys; os.setuid(65534); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"

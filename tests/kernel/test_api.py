@@ -152,15 +152,13 @@ def as_another_user(path: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as two users: needs root")
-def test_the_user_of_a_jail(image: Path, tmp_path: Path) -> None:
+def test_the_user_of_a_jail(image: Path, open_to_all: Path) -> None:
     """It gets its socket, whatever it has put there; and it cannot use the control."""
-    root = tmp_path / "jail"
+    root = open_to_all / "jail"
     (root / "run").mkdir(parents=True)
     os.chown(root / "run", JAILED, JAILED)
     (root / "run" / "link").symlink_to("/etc")
-    for directory in (root, *root.parents):
-        directory.chmod(directory.stat().st_mode | 0o111)
-    with controlled(tmp_path) as (_, control):
+    with controlled(open_to_all) as (_, control):
         wanted = {"name": "a", "source": str(image), "jail": str(root), "owner": {"uid": JAILED}, "readahead": 0}
         with pytest.raises(click.ClickException, match="symbolic links"):
             control.ask("POST", "/v1/sessions", {**wanted, "socket": "/run/link/s"})
@@ -171,13 +169,13 @@ def test_the_user_of_a_jail(image: Path, tmp_path: Path) -> None:
         play(as_another_user, str(root / "run" / "s"))
         counted = control.ask("GET", "/v1/sessions/a")["statistics"]
         assert counted["pages"] == 1
-        (tmp_path / "control.sock").chmod(0o666)
+        (open_to_all / "control.sock").chmod(0o666)
         code = (
             "import os, sys; from aiouffd.cli.unix_http import ControlClient as C; os.setuid(int(sys.argv[2]));"
             " C(sys.argv[1]).ask('GET', '/v1/server')"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "control.sock"), str(JAILED)],
+            [sys.executable, "-c", code, str(open_to_all / "control.sock"), str(JAILED)],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert f"of user {JAILED} may not use this socket" in done.stderr

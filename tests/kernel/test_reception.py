@@ -7,10 +7,8 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import socket
 import struct
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,17 +109,14 @@ def connect_as_nobody(path: str) -> None:
         assert connection.recv(1) == b""
 
 
-def test_the_socket_is_its_users_own(image: Path, tmp_path: Path) -> None:
+def test_the_socket_is_its_users_own(image: Path, tmp_path: Path, open_to_all: Path) -> None:
     """Mode 0600 unless asked otherwise; another user is turned away by the kernel, or by the peer's uid."""
     with Serve(tmp_path, image) as serve:
         assert serve.path.stat().st_mode & 0o777 == 0o600
-    open_to_all = Path(tempfile.mkdtemp())
-    open_to_all.chmod(0o755)
     with Serve(open_to_all, image, "--mode", "666") as serve:
         assert serve.path.stat().st_mode & 0o777 == 0o666
         play(connect_as_nobody, str(serve.path))
         serve.says("of user 65534: may not use this server")
-    shutil.rmtree(open_to_all)
 
 
 def lingering_socket() -> tuple[socket.socket, socket.socket]:
