@@ -34,7 +34,7 @@ import asyncio, threading
 
 import pytest
 
-pytestmark = pytest.mark.timeout(0.5)
+pytestmark = pytest.mark.timeout(0.5, func_only=True)
 
 async def waits():
     await asyncio.get_running_loop().create_future()
