@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -43,8 +44,9 @@ class _Version:
 class FsspecSource:
     """One file of an fsspec filesystem, read by ranges.
 
-    Reads of asynchronous filesystems run on the loop, others in threads. It is served by a pager of its own, to which
-    the filesystem travels as fsspec pickles it.
+    Reads of asynchronous filesystems run on fsspec's own loop, in its thread, since some wait there without await (s3fs
+    reads the model of its service from disk). Others run in threads. It is served by a pager of its own, to which the
+    filesystem travels as fsspec pickles it.
 
     What the filesystem says of the file (ETag, checksum, time of change, size) is looked at after each read: once the
     file has changed, reads are SourceErrors, and no mixture of both versions. Reads that end meanwhile share one look.
@@ -67,7 +69,6 @@ class FsspecSource:
         # Made at first use: they do not travel.
         self._filesystem: Any = None
         self._pool: DaemonThreads | None = None
-        self._owned = True  # the filesystem
         self._here: asyncio.Future[Any] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._next_look: asyncio.Task[None] | None = None
@@ -104,9 +105,9 @@ class FsspecSource:
         """
         self = cls(filesystem, path)
         self._pin(info)
-        self._pool, self._owned = DaemonThreads(_THREADS, "aiouffd-fsspec"), False
-        self._here = asyncio.get_running_loop().create_future()
-        self._here.set_result((filesystem, path, filesystem.async_impl))
+        self._pool, loop = DaemonThreads(_THREADS, "aiouffd-fsspec"), asyncio.get_running_loop()
+        self._here = loop.create_future()
+        self._here.set_result((filesystem, path, loop if filesystem.async_impl else None))
         return self
 
     def _pin(self, info: Any) -> None:
@@ -173,55 +174,51 @@ class FsspecSource:
             raise SourceError(repr(self), 0, 0, f"it has changed since it was opened: {self._pinned} -> {found}")
 
     async def _ask(self, offset: int, length: int, method: str, **arguments: int) -> Any:
-        """Call a method of the filesystem, on the loop or in a thread."""
+        """Call a method of the filesystem, on its loop or in a thread."""
+        loop = asyncio.get_running_loop()
         try:
-            filesystem, path, on_loop = await self._settled()
-            if on_loop:
-                if method == "info":
-                    filesystem.invalidate_cache(path)
-                return await getattr(filesystem, f"_{method}")(path, **arguments)
-            return await asyncio.get_running_loop().run_in_executor(
-                self._pool, _call, filesystem, method, path, arguments
-            )
+            filesystem, path, its_loop = await self._settled()
+            if its_loop is None:
+                return await loop.run_in_executor(self._pool, _call, filesystem, method, path, arguments)
+            call = _call_on_loop(filesystem, method, path, arguments)
+            if its_loop is loop:
+                return await call
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, its_loop))
         except _FOR_GOOD as error:
             raise SourceError(repr(self), offset, length, f"{type(error).__name__}: {error}") from error
 
-    async def _settled(self) -> tuple[Any, str, bool]:
+    async def _settled(self) -> tuple[Any, str, asyncio.AbstractEventLoop | None]:
         """Return what `_settle` does, which runs once: again only where that failed, or was not waited for."""
-        loop, here = asyncio.get_running_loop(), self._here
+        here = self._here
         if here is None:
             if self._pool is None:
                 self._pool = DaemonThreads(_THREADS, "aiouffd-fsspec")
-            here = self._here = loop.run_in_executor(self._pool, self._settle, loop)
+            here = self._here = asyncio.get_running_loop().run_in_executor(self._pool, self._settle)
             here.add_done_callback(_retrieve)
         try:
-            found: tuple[Any, str, bool] = await asyncio.shield(here)
+            return await asyncio.shield(here)
         except BaseException:
             if self._here is here:
                 self._here = None
             raise
-        return found
 
-    def _settle(self, loop: asyncio.AbstractEventLoop) -> tuple[Any, str, bool]:
-        """Return (filesystem, path, whether its reads run on the loop). It may connect, and so it runs in a thread."""
+    def _settle(self) -> tuple[Any, str, asyncio.AbstractEventLoop | None]:
+        """Return (filesystem, path, the loop of its reads). It may connect, and so it runs in a thread."""
         filesystem, path = self._found()
         # One around another says of itself what that is, and has it on a loop of its own.
         options = filesystem.storage_options
         around = any(hasattr(each, "async_impl") for each in (*filesystem.storage_args, *options.values()))
         if around or any(name.endswith("_protocol") for name in options) or not filesystem.async_impl:
-            return filesystem, path, False
-        options = {**filesystem.storage_options, "asynchronous": True, "loop": loop, "skip_instance_cache": True}
-        return type(filesystem)(*filesystem.storage_args, **options), path, True
+            return filesystem, path, None
+        if filesystem.asynchronous or filesystem._pid != os.getpid():  # noqa: SLF001 - its loop is another's
+            options = {**filesystem.storage_options, "asynchronous": False, "loop": None}
+            filesystem = type(filesystem)(*filesystem.storage_args, **options)
+        return filesystem, path, filesystem.loop
 
     async def aclose(self) -> None:
         """End what is under way, and let threads end."""
         for look in self._looks:
             look.cancel()
-        if self._here is not None and self._here.done() and not self._here.cancelled() and not self._here.exception():
-            filesystem, _, on_loop = self._here.result()
-            session = getattr(filesystem, "_session", None) if on_loop and self._owned else None
-            if session is not None and hasattr(session, "close"):
-                await session.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
@@ -243,10 +240,23 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _call(filesystem: Any, method: str, path: str, arguments: dict[str, int]) -> Any:
+def _call(filesystem: Any, method: str, path: str, arguments: dict[str, Any]) -> Any:
+    from fsspec.spec import AbstractFileSystem  # noqa: PLC0415 - an extra
+
     if method == "info":
         filesystem.invalidate_cache(path)  # what it has listed before does not count
+    elif type(filesystem).cat_file is AbstractFileSystem.cat_file:
+        arguments = {
+            **arguments,
+            "cache_type": "none",
+        }  # it opens a file, which would read 5 MiB more than it is asked for
     return getattr(filesystem, method)(path, **arguments)
+
+
+async def _call_on_loop(filesystem: Any, method: str, path: str, arguments: dict[str, int]) -> Any:
+    if method == "info":
+        filesystem.invalidate_cache(path)  # as above
+    return await getattr(filesystem, f"_{method}")(path, **arguments)
 
 
 def _arrived(what: Any, path: str | None, options: dict[str, Any], pinned: _Version | None) -> FsspecSource:
