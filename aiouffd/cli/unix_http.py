@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from aiouffd.kernel.sockets import send_within
+from aiouffd.kernel.sockets import connect_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,9 +34,7 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         try:
-            send_within(self.sock, self.timeout or 0.0)
-            self.sock.connect(self._path)
-            send_within(self.sock, 0.0)
+            connect_within(self.sock, self._path, self.timeout or 0.0)
             self.sock.settimeout(self.timeout)
         except BlockingIOError:
             raise TimeoutError from None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
+from time import monotonic
 
-__all__ = ["send_within"]
+__all__ = ["connect_within", "send_within"]
+
+_LEAST = 0.001  # seconds: 0 is no bound
 
 
 def send_within(connection: socket.socket, seconds: float) -> None:
@@ -16,3 +21,22 @@ def send_within(connection: socket.socket, seconds: float) -> None:
     """
     whole, part = divmod(round(seconds * 1_000_000), 1_000_000)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", whole, part))
+
+
+def connect_within(connection: socket.socket, path: str | os.PathLike[str], seconds: float) -> None:
+    """Connect a blocking AF_UNIX socket; what is sent is bounded as by `send_within` then, or less.
+
+    Where a signal interrupts connect(2), Python waits until the socket can be written to, and takes it for connected:
+    one of AF_UNIX that is not can always be. So it is asked whether it is.
+
+    Raises:
+        BlockingIOError: there was no room in the queue of the other end for so many seconds; 0: never.
+        OSError: as connect(2).
+    """
+    until = monotonic() + seconds
+    while True:
+        send_within(connection, max(until - monotonic(), _LEAST) if seconds else 0)
+        connection.connect(os.fspath(path))
+        with contextlib.suppress(OSError):  # ENOTCONN
+            connection.getpeername()
+            return

@@ -28,7 +28,7 @@ from aiouffd.handoff.json_lines import AGAIN, MOST_RANGES, VERSION, Lines, line
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor, OwnedSocket
-from aiouffd.kernel.sockets import send_within
+from aiouffd.kernel.sockets import connect_within, send_within
 from aiouffd.lifetime import close_in_children
 from aiouffd.monitor.engines.protocol import positive_or_none
 from aiouffd.native.watchdog import Watch
@@ -145,8 +145,8 @@ class ServedByEngine:
         self._watch = Watch(assignment.uffd.fileno(), self._stuck_limit)
         try:
             # connect(2) waits, where clients that nobody has taken fill the queue of a server that is stopped, or held.
+            connect_within(self._connection, self._path, _TIMEOUT)
             send_within(self._connection, _TIMEOUT)
-            self._connection.connect(self._path)
             tracked = assignment.options.write_protect
             extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)

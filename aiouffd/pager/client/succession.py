@@ -9,6 +9,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Self
 
 from aiouffd.errors import PagerStartError
+from aiouffd.kernel.sockets import connect_within
 from aiouffd.pager.process import control
 from aiouffd.pager.process.journal import Journal
 from aiouffd.pager.process.replay import survey
@@ -103,7 +104,7 @@ class Predecessor:
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            connection.connect(os.fspath(path))
+            connect_within(connection, path, _TIMEOUT)
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
             return None
