@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
 import pytest
 from blocking import loop_factories
 from processes import KNOWN, descendants, end_all, ended
@@ -82,6 +85,15 @@ def test_an_orphan_is_killed_and_blamed_on_its_own_test(tmp_path: Path, holds: b
     assert ("it has left processes" in result.stdout) is holds
     assert ("2 passed, 1 error" if holds else "1 failed, 1 passed") in result.stdout
     assert ended(int((tmp_path / "pid").read_text()), 1)
+
+
+def test_a_machine_that_stands_still_gives_processes_time_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have stood still, too, whatever the clock says then."""
+    before, clock = descendants(os.getpid()), itertools.count(step=1000)
+    ends = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    halted = SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: ends.communicate(b"\n"))
+    monkeypatch.setattr(processes, "time", halted)
+    assert end_all(before, patience=5.0) == set()
 
 
 def test_programs_start_with_default_dispositions() -> None:
