@@ -17,7 +17,7 @@ PACKAGE = Path(aiouffd.__file__).parent
 # What each folder holds, the lowest first. A folder inside it stands for all that it holds.
 ORDER = {
     "": [
-        *("errors", "lifetime", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
+        *("errors", "lifetime", "loops", "ranges", "rpc", "native", "kernel", "testing", "sources", "engine"),
         *(
             "report",
             "store",
@@ -70,13 +70,12 @@ ORDER = {
             "store_settings",
             "store_client",
         ),
-        *("rooms", "loop_http", "plain_http", "base", "buffer", "file", "object_store", "fsspec_source", "concat"),
-        *("overlay", "layered"),
+        *("rooms", "loop_http", "second_loop", "helped_http", "plain_http", "base", "buffer", "file", "object_store"),
+        *("fsspec_source", "concat", "overlay", "layered"),
     ],
     "engine": [
         *(
             "__init__",
-            "loops",
             "statistics",
             "allowance",
             "mappings",

@@ -379,13 +379,13 @@ async def test_memory_of_answers_that_do_not_come_is_used_again(monkeypatch: pyt
         task = asyncio.create_task(client.get_async(0, size))
         while not any(connection._body for connection in client._busy):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.001)
-        assert not client._rooms._free
+        assert not client.rooms._free
         if how == "canceled":
             task.cancel()
         else:
             client._busy.pop().fail(TimeoutError())
         await asyncio.wait([task])
-        while not client._rooms._free:  # noqa: ASYNC110 - as long as the loop needs to close a connection
+        while not client.rooms._free:  # noqa: ASYNC110 - as long as the loop needs to close a connection
             await asyncio.sleep(0.001)
 
 
@@ -396,8 +396,8 @@ async def test_memory_is_kept_as_long_as_there_is_use_for_it(monkeypatch: pytest
         async with client_of(server.url, 0.05) as client:
             await client.get_async(0, SIZE)
             await asyncio.sleep(0)
-            assert client._rooms._free
-            while client._rooms._free:  # noqa: ASYNC110 - it has no event for this
+            assert client.rooms._free
+            while client.rooms._free:  # noqa: ASYNC110 - it has no event for this
                 await asyncio.sleep(0.01)
 
 

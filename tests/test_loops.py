@@ -1,4 +1,4 @@
-"""`engine.loops`: uvloop runs the loops where it is installed, and asyncio elsewhere."""
+"""`loops`: uvloop runs the loops where it is installed, and asyncio elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from aiouffd.engine import loops
+from aiouffd import loops
 
 
 @pytest.mark.parametrize(("module", "kind"), [(uvloop, "uvloop"), (None, "asyncio")])
@@ -28,7 +28,7 @@ def test_everything_is_imported_without_uvloop() -> None:
     code = """
 import sys
 sys.modules["uvloop"] = None
-from aiouffd.engine import loops
+from aiouffd import loops
 from aiouffd.pager.process import worker
 print(loops.kind())
 """
@@ -38,7 +38,7 @@ print(loops.kind())
 
 FEW_DESCRIPTORS = """
 import asyncio, os, resource
-from aiouffd.engine.loops import new_event_loop
+from aiouffd.loops import new_event_loop
 new_event_loop().close()  # libuv keeps a pipe
 free, most = os.eventfd(0), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 os.close(free)

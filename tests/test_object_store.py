@@ -20,7 +20,9 @@ from aiouffd.engine.serve.common import is_far
 from aiouffd.errors import decode_error, encode_error
 from aiouffd.sources import steps
 from aiouffd.sources.concat import ConcatSource
+from aiouffd.sources.helped_http import HelpedHttp
 from aiouffd.sources.http_answer import Validator
+from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.plain_http import PlainHttp
 from examples.page_server import serving
 
@@ -461,12 +463,27 @@ async def test_a_source_that_is_served_again() -> None:
         for _ in range(2):
             source.begin(20, 1, lambda: None)
             await source.read(0, 10)
-            assert source._direct is not None
+            assert isinstance(source._direct, LoopHttp)
             assert len(source._direct._idle) == 1
             assert bytes(await asyncio.to_thread(asyncio.run, source.read(5, 10))) == odd_http.DATA[5:15]
             await source.aclose()
             await source.read(0, 10)
             assert source._direct is None
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_what_is_moved_may_be_received_by_another_loop(moved: bool) -> None:
+    """And only that: until it is served again, in another way."""
+    with odd_http.serving() as server:
+        source = aiouffd.ObjectSource(server.url)
+        await source.prepare()
+        for again in (False, True):
+            source.begin(20, 1, lambda: None)
+            if moved and not again:
+                source.moved()
+            await source.read(0, 10)
+            assert type(source._direct) is (HelpedHttp if moved and not again else LoopHttp)
+            await source.aclose()
 
 
 @pytest.mark.parametrize(

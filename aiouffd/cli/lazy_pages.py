@@ -12,8 +12,8 @@ import click
 from aiouffd.cli import daemon, parameters
 from aiouffd.criu.lazy_pages import LazyPages
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
-from aiouffd.engine.loops import new_event_loop
 from aiouffd.engine.options import Options
+from aiouffd.loops import new_event_loop
 
 if TYPE_CHECKING:
     import signal

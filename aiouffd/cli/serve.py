@@ -19,8 +19,8 @@ from click.core import ParameterSource
 from aiouffd import __version__
 from aiouffd.cli import daemon, parameters
 from aiouffd.engine.ahead.pages import Recording
-from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import HandoffError
+from aiouffd.loops import new_event_loop
 from aiouffd.pager.process.handles import grow_table
 from aiouffd.report.perfetto import FaultLog
 from aiouffd.server.clashes import CHOSEN, ClashError, check

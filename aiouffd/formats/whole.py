@@ -38,7 +38,7 @@ def load_file(
     gives them (Linux 6.8): nobody serves it any more, and no touch waits. All arrays share it: it is freed with the
     last of them. What is written to them stays in this process.
 
-    Where there is a native part, no process is started: the bytes are received by a thread of this one.
+    Where there is a native part, no process is started: the bytes are received by threads of this one.
 
     Blocks: in a program with a loop, `await asyncio.to_thread(load_file, what)`.
 

@@ -45,6 +45,8 @@ class Source(Protocol):
     - `read_ahead(offset, length)`: in place of `read`, for bytes that no thread waits for. Others may go first.
     - `gives`: an attribute; if it is true, nobody else reads the buffers that `read` returns. The engine may move their
       memory to where it is wanted, so that it holds zeros then.
+    - `moved()`: called before the first read, if the engine moves huge pages of what `read` returns, and copies none of
+      them: so it makes no difference which processor has received them.
     - `identity`: equal for sources of the same bytes; None: it is not known. `aiouffd serve` reads equal ones once for
       all clients.
     - `keeps`: if it is true, what is asked for twice at once, or soon again, is not fetched twice. Else the engine sees

@@ -51,19 +51,33 @@ class LoopHttp:
         url: of the object; sent as it is.
         timeout: seconds for one request, at most half as much again: one timer looks after all of them.
         pinned: the version that the bytes must be of.
+        rooms: memory for answers, where others receive into the same; None: its own.
+        loop: another one, in place of the one that runs.
+
+    Attributes:
+        rooms: the same.
     """
 
-    def __init__(self, url: str, timeout: float, pinned: Validator) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        pinned: Validator,
+        rooms: Rooms | None = None,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         parts = urlsplit(url)
         self._address = parts.hostname or "", parts.port or 80
         self._head = head_of(url, pinned)
         self._timeout = timeout
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
+        self._opening = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self._rooms = Rooms()
+        self.rooms: Rooms = rooms or Rooms()
         # Not the loop's: its end would wait for a resolver that does not answer.
         self._resolvers = DaemonThreads(_RESOLVERS, "aiouffd-names")
 
@@ -71,6 +85,11 @@ class LoopHttp:
     def is_here(self) -> bool:
         """Whether it belongs to this loop."""
         return self._loop is asyncio.get_running_loop()
+
+    @property
+    def under_way(self) -> int:
+        """How many requests have not ended."""
+        return len(self._busy) + self._opening
 
     async def get_async(self, start: int, stop: int, head: str | None = None) -> Answer:
         """Return the bytes [start, stop), or up to the end of the object. Canceling is safe: it ends the connection.
@@ -102,11 +121,14 @@ class LoopHttp:
                     connection.close()
 
     async def _open(self) -> _Connection:
+        self._opening += 1
         try:
             async with asyncio.timeout(min(_CONNECT_TIMEOUT, self._timeout)):
                 return await self._connect(await self._resolve())
         except OSError as error:
             raise RequestError(from_exception(error, _no_proxy)) from error
+        finally:
+            self._opening -= 1
 
     async def _resolve(self) -> list[str]:
         host, port = self._address
@@ -116,7 +138,7 @@ class LoopHttp:
         return [str(address[0]) for *_, address in await self._loop.run_in_executor(self._resolvers, ask)]
 
     async def _connect(self, hosts: list[str]) -> _Connection:
-        make = partial(_Connection, self._loop, self._rooms)
+        make = partial(_Connection, self._loop, self.rooms)
         while True:
             host = hosts.pop(0)
             try:
@@ -136,7 +158,7 @@ class LoopHttp:
         while self._idle and now - self._idle[0].since > _LONGEST_IDLE:  # the last one is used first
             self._idle.pop(0).close()
         if not self._busy:
-            self._rooms.clear()
+            self.rooms.clear()
         alive = self._busy or self._idle
         self._timer = self._loop.call_later(min(self._timeout / 2, _LONGEST_IDLE), self._watch) if alive else None
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources import repeated
+from aiouffd.sources.helped_http import HelpedHttp
 from aiouffd.sources.http_answer import Answer, Validator
 from aiouffd.sources.loop_http import LoopHttp, head_of
 from aiouffd.sources.plain_http import PlainHttp, first_bytes
@@ -100,9 +101,10 @@ class ObjectSource:
         self._witness: tuple[int, bytes] = (0, b"")  # (offset, bytes that were read there)
         # Made at first use: they do not travel.
         self._client: StoreClient | PlainHttp | None = None
-        self._direct: LoopHttp | None = None
+        self._direct: LoopHttp | HelpedHttp | None = None
         self._shared: Callable[[], LoopHttp] | None = None
         self._head: str | None = None
+        self._is_moved = False
         self._goes_direct = False  # from `begin` to `aclose`, or until an answer was refused
         self._failing_since: float | None = None
         self._logged = -_REMINDER
@@ -167,7 +169,11 @@ class ObjectSource:
             self._client = self._direct = None  # they have the other timeout
         self._most = retries if own_retries is None else own_retries
         self._on_retry = on_retry
-        self._goes_direct = True
+        self._goes_direct, self._is_moved = True, False
+
+    def moved(self) -> None:
+        """Receive by two threads: whoever copies it would have to fetch it from the other processor's caches."""
+        self._is_moved = True
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """Return bytes that came with the size, if they are of a version that is known: files begin with a header."""
@@ -241,7 +247,7 @@ class ObjectSource:
             if self._goes_direct and self._shared is not None:
                 self._direct, self._head = self._shared(), head_of(self.url, Validator(None))
             elif self._goes_direct and self._pinned is not None:
-                self._direct = LoopHttp(self.url, self._seconds, self._pinned)
+                self._direct = (HelpedHttp if self._is_moved else LoopHttp)(self.url, self._seconds, self._pinned)
         if self._direct is not None and self._direct.is_here:
             try:
                 return await self._direct.get_async(start, stop, self._head)

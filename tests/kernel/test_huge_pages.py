@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import itertools
 import mmap
@@ -18,6 +19,7 @@ import aiouffd
 from aiouffd.kernel import abi
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import kernel_features
+from examples.page_server import PageServer
 
 HUGE = 2 << 20
 SIZE = 8 * HUGE + 5 * PAGE + 3
@@ -75,6 +77,11 @@ class Giving:
     def __init__(self, size: int, *, gives: bool) -> None:
         self.size, self.gives = size, gives
         self.given: dict[int, mmap.mmap] = {}
+        self.is_moved = False
+
+    def moved(self) -> None:
+        """Take note that huge pages are."""
+        self.is_moved = True
 
     async def read(self, offset: int, length: int) -> memoryview:
         """Return the bytes."""
@@ -89,6 +96,7 @@ def given(gives: bool) -> None:
     """Scenario."""
     region, source = aiouffd.Region(SIZE), Giving(SIZE, gives=gives)
     with aiouffd.Monitor(region, source, engine=aiouffd.InThread(), readahead=0) as monitor:
+        assert source.is_moved == gives
         monitor.prefetch_sync(0, 3 * PAGE)
         assert source.given.popitem()[1][:PAGE] == content(0, PAGE)  # what is copied stays
         monitor.prefetch_sync(0, SIZE)
@@ -103,6 +111,32 @@ def given(gives: bool) -> None:
 def test_what_a_source_gives_away(gives: bool) -> None:
     """Its huge pages are moved themselves; they have zeros then. What it does not give away stays its own."""
     play(given, gives)
+
+
+async def from_a_server(folder: str) -> None:
+    """Scenario: by HTTP."""
+    Path(folder, "file").write_bytes(content(0, SIZE))
+    async with await PageServer(Path(folder)).serve("127.0.0.1", 0) as listening:
+        source = aiouffd.ObjectSource(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/file")
+        region, before = aiouffd.Region(SIZE), set(threading.enumerate())
+
+        def began() -> list[threading.Thread]:
+            return [each for each in set(threading.enumerate()) - before if each.name == "aiouffd-receiving"]
+
+        async with aiouffd.Monitor(region, source, engine=aiouffd.InThread()) as monitor:
+            await monitor.prefetch(0, SIZE)
+            assert monitor.statistics().moves == huge(region) == 8
+            assert await asyncio.to_thread(came, region)
+            assert len(began()) == 1
+        while began():  # noqa: ASYNC110 - a thread that ends tells no loop
+            await asyncio.sleep(0.001)
+
+
+@moves
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one processor")
+def test_what_a_server_sends_is_received_by_two_threads(tmp_path: Path) -> None:
+    """Into memory that is moved; the second one ends with the Monitor."""
+    play(from_a_server, str(tmp_path))
 
 
 async def on_the_callers_loop() -> None:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from aiouffd.engine.loops import new_event_loop, run
 from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.serve.handler import wants_writes
 from aiouffd.engine.statistics import Counters
@@ -30,6 +29,7 @@ from aiouffd.errors import BusyError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
 from aiouffd.kernel.limits import no_thread
+from aiouffd.loops import new_event_loop, run
 from aiouffd.monitor.engines.calls import Call, no_collections
 from aiouffd.monitor.engines.extents import Extents
 from aiouffd.monitor.engines.local import Local, LocalEngine

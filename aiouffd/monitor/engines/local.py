@@ -24,6 +24,7 @@ from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.landing import Landings
 from aiouffd.engine.mappings import Mappings
 from aiouffd.engine.moving import Moving, huge_pages_come
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.space import Space
 from aiouffd.errors import ClosedError
 from aiouffd.kernel.abi import Feature, RegisterMode
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.reading import MakeReader
     from aiouffd.engine.serve.handler_backend import HandlerBackend
-    from aiouffd.engine.serve.source import SourceBackend
     from aiouffd.engine.statistics import Counters
     from aiouffd.kernel.userfaultfd import Userfaultfd
     from aiouffd.monitor.engines.protocol import Assignment
@@ -112,6 +112,8 @@ class Local:
         )
         if bound is None and _may_move(assignment):
             self.space.resolver.moving = Moving(uffd, Pagemap.open_if_possible(), counters)
+            if isinstance(self.backend, SourceBackend) and getattr(self.backend.source, "gives", False):
+                getattr(self.backend.source, "moved", int)()
         self.layout: Layout = Layout(
             self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout
         )

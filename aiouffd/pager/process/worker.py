@@ -13,10 +13,10 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.loops import new_event_loop
 from aiouffd.errors import NativePartError, PagerStartError, encode_error
 from aiouffd.handoff.own_threads import close_foreign
 from aiouffd.kernel import libc
+from aiouffd.loops import new_event_loop
 from aiouffd.native.reader import declared
 from aiouffd.pager.process import control
 from aiouffd.pager.process.answers import Answers
