@@ -164,7 +164,7 @@ def command(
     if path is None and not alone:
         listener = daemon.activated()
         if listener is None:
-            raise OSError("--socket PATH says where to listen (there is no socket from systemd)")
+            raise click.UsageError("--socket PATH says where to listen (there is no socket from systemd)")
     cache = None if folder is None else ChunkCache(folder, cache_size)
     chosen: Source | Callable[[Peer, int, str], Source] | None = None
     if source is not None:

@@ -72,7 +72,8 @@ class ZippedArrays(ArrayFile):
         if magic != b"PK\3\4":
             raise self._header.wrong(at, f"{member!r:.80} does not begin here")
         if method != zipfile.ZIP_STORED or info.compress_type != zipfile.ZIP_STORED:
-            raise self._header.wrong(at, f"{member!r:.80} is compressed: only members that are stored can be mapped")
+            way = "only members that are stored can be mapped; what reads files can read `region.as_file()`"
+            raise self._header.wrong(at, f"{member!r:.80} is compressed: {way}")
         if (flags | info.flag_bits) & _ENCRYPTED or info.compress_size != size:
             raise self._header.wrong(at, f"{member!r:.80} is encrypted, or its sizes differ")
         start = at + _LOCAL.size + found[9] + found[10]

@@ -321,7 +321,10 @@ class Entered:
         if self._engine is None:
             raise ClosedError("this Monitor is not entered: use it inside its `with` block")
         if os.getpid() != self._pid:
-            raise ClosedError("this Monitor belongs to the process that entered it, not to its forked child")
+            raise ClosedError(
+                "this Monitor belongs to the process that entered it, not to its forked child: touch the memory here,"
+                " if children are served, or map it anew"
+            )
         return self._engine
 
     @property
