@@ -13,6 +13,7 @@ from array import array
 from hashlib import blake2b
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,27 @@ def test_a_successor_goes_on_where_its_predecessor_was_killed(tmp_path: Path) ->
         other._map = None  # killed: nothing is closed or written any more
     recorder.complete()
     assert list(Trace.load(tmp_path / "trace", PAGE).offsets) == [PAGE, 2 * PAGE]
+
+
+def test_what_was_noted_by_now_is_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others go on noting, and lose nothing that they stand on; an older one stays where there is no room."""
+    path, many = tmp_path / "trace", [number * PAGE for number in range(200_000)]
+    recorder = Recorder.create(path, PAGE, SIZE)
+    module = "aiouffd.engine.ahead.trace"
+    with Recorder(os.dup(recorder.fileno())) as other:
+        for offset in many[:3]:
+            other.note(offset)
+        recorder.complete_now()
+        assert list(Trace.load(path).offsets) == many[:3]
+        for offset in many:
+            other.note(offset)
+    assert list(Trace.load(path).offsets) == many[:3]
+    again = Recorder.create(path, PAGE, SIZE)
+    monkeypatch.setattr(f"{module}.write_at", Mock(side_effect=OSError(errno.ENOSPC, "no room")))
+    with pytest.raises(OSError, match="no room"):
+        again.complete_now()
+    assert list(Trace.load(path).offsets) == many[:3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trace"]
 
 
 def test_what_came_along_is_marked(tmp_path: Path) -> None:

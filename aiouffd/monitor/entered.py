@@ -219,7 +219,7 @@ class Entered:
     def _ask_to_flush(self, start: int, length: int | None) -> Future[None]:
         length = len(self.region) - start if length is None else length
         self._check_within(start, length, len(self.region))
-        if not self._options.write_back:
+        if not self.writes_back:
             raise ValueError("it does not write back: Monitor(..., write_back=True)")
         return self._running().flush(start, length)
 
@@ -340,6 +340,11 @@ class Entered:
     def serves_here(self) -> bool:
         """Whether it is entered, and was in this process: a forked child has a copy of its parent's."""
         return self._engine is not None and os.getpid() == self._pid
+
+    @property
+    def writes_back(self) -> bool:
+        """Whether what is written goes to the source."""
+        return self._options.write_back
 
     @property
     def pids(self) -> tuple[int, ...]:

@@ -154,7 +154,8 @@ def map(  # noqa: A001 - it is called aiouffd.map
         fork: as for `Monitor`.
         storage_options: as for `open`.
         cache: as for `open`.
-        **options: as for `Monitor`. A recording (`record`) is complete when the region is closed.
+        **options: as for `Monitor`. A recording (`record`) is complete when the region is closed, or
+            the program ends.
 
     Raises:
         SourceError: it is not there, empty, or cannot be read page by page.

@@ -148,8 +148,9 @@ class Monitor(Capturing):
             as two thirds of the timeout allow.
         concurrent_reads: the most source reads, or handlers, under way at once (128).
         bytes_in_flight: the most bytes of source reads under way at once (128 MiB).
-        record: a file to write the order of first touches to, complete when the block is left. What comes along with a
-            touched page is marked, since nobody sees whether it is touched; `readahead=0` records touches only.
+        record: a file to write the order of first touches to, complete when the block is left or the program ends. What
+            comes along with a touched page is marked, since nobody sees whether it is touched; `readahead=0` records
+            touches only.
             With `Recording(path, pages=True)` it also carries the bytes of the pages, which are read again at the end.
         replay: a file that was recorded: its pages are brought in that order, from entering on. Faults go first. Bytes
             of pages that it carries are not fetched, if the source has the same version still.
@@ -387,10 +388,10 @@ class Monitor(Capturing):
 
     def _watch(self, engine: Engine, service: Service) -> None:
         """Begin to look at the region for people, while it is served, and at the end of the program."""
-        if self._options.write_back and not self._choice.needs_loop:
+        if (self.writes_back or self._recording is not None) and not self._choice.needs_loop:
             from aiouffd.monitor.saving import save_at_exit  # noqa: PLC0415 - for few programs
 
-            save_at_exit(self)
+            save_at_exit(self, self._recording)
         if self._choice.counts_here:
             self._observation.begin(engine.statistics)
         if self._reporting is not None:

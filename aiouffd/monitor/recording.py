@@ -164,11 +164,22 @@ class Tracing:
                 raise
             log.error("there is no recording: %s", error)  # noqa: TRY400 - the traceback that matters is the caller's
             return
+        self._keep_pages(source)
+
+    def end_at_exit(self) -> None:
+        """Keep what was recorded of memory that is served on, since the program ends. Blocks; raises as `end`."""
+        recorder, self._recorder = self._recorder, None
+        source, self._copy = self._copy, None
+        if recorder is not None:
+            recorder.complete_now()
+            self._keep_pages(source)
+
+    def _keep_pages(self, source: Any) -> None:
         if source is not None:
             assert self._record is not None
             from aiouffd.engine.ahead.keeping import keep_pages  # noqa: PLC0415 - 20 ms: it has a loop
 
             try:
                 keep_pages(self._record, source, self._record.most, self._limits)
-            except (UffdError, OSError) as error:
+            except (UffdError, OSError, RuntimeError) as error:  # the last: no more threads, or no more executors
                 log.warning("%s: it has no bytes of its pages: %s", self._record.path, error)

@@ -1,4 +1,4 @@
-"""What was written to memory, where a program ends in its block, or with a region that is mapped."""
+"""What is kept of a Monitor where a program ends in its block, or with a region that is mapped."""
 
 from __future__ import annotations
 
@@ -6,38 +6,45 @@ import atexit
 import ctypes
 import logging
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import ClosedError, UffdError
 
 if TYPE_CHECKING:
     from aiouffd.monitor.entered import Entered
+    from aiouffd.monitor.recording import Tracing
 
 __all__ = ["save_at_exit"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
-_unleft: weakref.WeakSet[Entered] = weakref.WeakSet()
+_unleft: weakref.WeakKeyDictionary[Entered, Tracing | None] = weakref.WeakKeyDictionary()
 
 
-def save_at_exit(monitor: Entered) -> None:
-    """Have what is written of a Monitor that writes back be in its source when the program ends, if it is not left."""
+def save_at_exit(monitor: Entered, recording: Tracing | None) -> None:
+    """Have what was written and recorded be in its file when the program ends, if the Monitor is not left."""
     if not _unleft:
         atexit.unregister(_save)
         atexit.register(_save)  # behind those of the engines, and so called before them
-    _unleft.add(monitor)
+    _unleft[monitor] = recording
 
 
 def _save() -> None:
-    for monitor in list(_unleft):
+    for monitor, recording in list(_unleft.items()):
         if not monitor.serves_here:
             continue
-        try:
-            region = monitor.region
-            # The interpreter would unmap it, and what is unmapped is saved no more. A thread may write until the end.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(region))
-            monitor.flush_sync()
-        except ClosedError:  # a thread is leaving it
-            continue
-        except (UffdError, RuntimeError) as error:
-            log.error("%r was not left when the program ended, and is not saved: %s", monitor, error)  # noqa: TRY400
+        for save in (monitor.writes_back and partial(_flush, monitor), recording and recording.end_at_exit):
+            try:
+                if save:
+                    save()
+            except ClosedError:  # a thread is leaving it
+                continue
+            except (UffdError, OSError, RuntimeError) as error:
+                log.error("%r was not left when the program ended, and is not saved: %s", monitor, error)  # noqa: TRY400
+
+
+def _flush(monitor: Entered) -> None:
+    # The interpreter would unmap it, and what is unmapped is not saved. Threads may write until the end.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(monitor.region))
+    monitor.flush_sync()

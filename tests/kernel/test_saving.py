@@ -1,10 +1,11 @@
-"""`monitor.saving`: a program that ends inside a block has saved what it has written."""
+"""`monitor.saving`: a program that ends inside a block has saved what it has written, and what it has recorded."""
 
 from __future__ import annotations
 
 import atexit
 import errno
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from kinds import poke
@@ -12,9 +13,7 @@ from pattern import PAGE, Pattern, content
 from scenario import eventually, play
 
 import aiouffd
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from aiouffd.engine.ahead.trace import Trace
 
 PAGES = 8
 SIZE = PAGES * PAGE
@@ -66,3 +65,23 @@ def test_what_cannot_be_saved_is_told(engine: str) -> None:
     """In the log."""
     _, errors = play(cannot_be_saved, engine, fresh=True)
     assert "was not left when the program ended, and is not saved: " in errors
+
+
+def records(engine: str, path: str, pages: bool) -> None:
+    """Scenario: the program ends, and records the touches of a region that is still mapped."""
+    Path(path).with_name("file").write_bytes(content(0, SIZE))
+    what = aiouffd.Recording(path, pages=True) if pages else path
+    region = aiouffd.map(Path(path).with_name("file"), engine=ENGINES[engine](), record=what, readahead=0)
+    atexit.register(lambda: region)
+    for page in (5, 2, 3):
+        assert region[page * PAGE : page * PAGE + 8] == content(page * PAGE, 8)
+
+
+@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_recorded_is_a_recording(engine: str, pages: bool, tmp_path: Path) -> None:
+    """Also with the bytes of its pages."""
+    assert play(records, engine, str(tmp_path / "trace"), pages, fresh=True) == ("", "")
+    assert list(Trace.load(tmp_path / "trace").offsets) == [5 * PAGE, 2 * PAGE, 3 * PAGE]
+    assert (len((tmp_path / "trace").read_bytes()) > 3 * PAGE) is pages
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "trace"]

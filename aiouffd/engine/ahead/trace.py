@@ -56,6 +56,7 @@ import attrs
 from aiouffd.engine.ahead.pages import RecordedPages
 from aiouffd.engine.present import PresentPages
 from aiouffd.errors import SourceError, TraceError
+from aiouffd.kernel.files import write_at
 from aiouffd.kernel.memory import map_file
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.sources.base import Descriptor
@@ -416,6 +417,24 @@ class Recorder(OwnedDescriptor):
             self.discard()
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.close()
+
+    def complete_now(self) -> None:
+        """As `complete`, of what was noted by now: a file of its own. Who notes goes on in one that has no name."""
+        assert self._path is not None
+        if not self.intact:
+            self.complete()  # raises
+        part_of(self._path).unlink(missing_ok=True)
+        copy = type(self)(begin(self._path), self._path)
+        try:
+            header = os.pread(self._fd, HEADER.size, 0)
+            count = HEADER.unpack(header)[4]
+            write_at(copy.fileno(), header + os.pread(self._fd, 8 * count, HEADER.size), 0)
+        except OSError as error:
+            copy.discard()
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        finally:
+            self.close()
+        copy.complete()
 
     def discard(self) -> None:
         """Remove it."""
