@@ -81,7 +81,7 @@ async def test_a_source_that_finds_no_room_for_its_descriptors_takes_none(tmp_pa
             await build(Counters(), 5, record, Commons())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # what an earlier test has left may go meanwhile
     pack.close()
 
 

@@ -473,6 +473,7 @@ class Bound:
             yield low, high, [(shown.start, shown.end) for _, shown in places]
 
     def _gone(self, outcomes: Outcomes) -> None:
+        stay: list[tuple[int, int, list[Mapping]]] = []
         for low, high, error in outcomes:
             if error is None:
                 self._dropped([(low, high)])
@@ -484,8 +485,9 @@ class Bound:
                 self._is_put_off = True
             else:
                 self._warn("pages stay that are locked, pinned, or may not be written to: %s", error.strerror)
-                shown = [mapping for _, mapping in self.places(low, high)]
-                self._call(partial(self._owner.missing, low, high, shown), self._dropped)
+                stay.append((low, high, [mapping for _, mapping in self.places(low, high)]))
+        if stay and self._owner is not None:
+            self._call(partial(self._owner.missing, stay), self._dropped)
 
     def _dropped(self, ranges: Iterable[tuple[int, int]]) -> None:
         for low, high in ranges:

@@ -102,10 +102,13 @@ class Owner:
         except OSError:  # the process is gone
             return []
 
-    def missing(self, low: int, high: int, shown: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        """Return what is missing of the offsets [low, high), as `there` finds: not all of it could be dropped."""
-        there = RangeSet(Range.between(start, end) for start, end in self.there(shown))
-        return [(gap.start, gap.end) for gap in there.gaps(low, high)]
+    def missing(self, parts: Iterable[tuple[int, int, Iterable[tuple[int, int, int]]]]) -> list[tuple[int, int]]:
+        """Return what is missing of offsets (start, end, as for `there`): not all of them could be dropped."""
+        found: list[tuple[int, int]] = []
+        for low, high, shown in parts:
+            there = RangeSet(Range.between(start, end) for start, end in self.there(shown))
+            found += [(gap.start, gap.end) for gap in there.gaps(low, high)]
+        return found
 
     def close(self) -> None:
         """Ask no more."""

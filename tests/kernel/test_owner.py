@@ -6,6 +6,8 @@ import asyncio
 import errno
 import mmap
 import os
+import threading
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -143,11 +145,43 @@ async def is_put_off_goes_later() -> None:
         bound = Bound(written, PAGE, 8 * PAGE, Counters(), owner=(words.fd, os.dup(pagemap.fileno())))
         bound._owner = Mock(begin=begin, there=lambda _: [])
         bound.enter(space)
+        await bound.settled()
         bound.came(0, 8 * PAGE)
         bound.make_room(8 * PAGE, PAGE)
         assert (asked, bound.resident) == ([0], 8 * PAGE)
         bound.make_room(8 * PAGE, PAGE)
         assert (asked[:3], bound.resident <= 7 * PAGE) == ([0, 0, 1], True)
+
+
+def test_several_that_stay_together() -> None:
+    """Of each it is found out what of it has gone, however long that takes."""
+    asyncio.run(several_that_stay_together())  # what blocks the loop for a moment is meant
+
+
+async def several_that_stay_together() -> None:
+    """Scenario."""
+    words, go = Words(), threading.Event()
+
+    def begin(parts: list[Any], _apart: Apart, then: Any) -> Any:
+        return lambda: then([(low, high, OSError(errno.EBUSY, "busy")) for low, high, _ in parts])
+
+    def there(shown: list[Mapping]) -> list[tuple[int, int]]:
+        assert go.wait(20)
+        return [(at.offset, at.offset + PAGE) for at in shown]
+
+    space = Mock(closing=False, is_gone=False, mappings=Mappings([Mapping(PAGE, 17 * PAGE, 0)]), page_size=PAGE)
+    space.configure_mock(flights=Flights(), remainders=[], deferred=[], capture=None, counters=Counters())
+    with WrittenPages.create(16 * PAGE, PAGE) as written, Pagemap() as pagemap:
+        bound = Bound(written, PAGE, None, Counters(), owner=(words.fd, os.dup(pagemap.fileno())))
+        bound._owner = Mock(begin=begin, there=lambda _: [], missing=partial(Owner.missing, Mock(there=there)))
+        bound.enter(space)
+        await bound.settled()
+        bound.came(0, 8 * PAGE)
+        bound._begin([(0, 2 * PAGE, []), (4 * PAGE, 7 * PAGE, [])])()
+        assert (bound.is_waiting, bound.resident) == (True, 8 * PAGE)
+        go.set()
+        await bound.settled()
+        assert bound.resident == 5 * PAGE
 
 
 def test_what_a_predecessor_asked_for() -> None:
