@@ -15,6 +15,7 @@ from pattern import PAGE, content, peek, word
 from scenario import eventually, play
 from served import MIB, Servers, end_server, hand_over
 
+import aiouffd
 from aiouffd import Feature, Userfaultfd
 from aiouffd.cli import main
 from aiouffd.cli.unix_http import ControlClient
@@ -74,12 +75,12 @@ def bounded(folder: str) -> None:
     assert main(["ctl", "evict", "vm", "--offset", "64K", "--length", "16K"]) == 0
     assert peek(region.address + 5 * PAGE) == b"written!"
     touch(64)
-    is_refused(control, at, place)
+    is_refused(control, at, place, region)
     print(json.dumps(servers.pids))
 
 
-def is_refused(control: ControlClient, at: str, place: Path) -> None:
-    """Ask for what cannot be."""
+def is_refused(control: ControlClient, at: str, place: Path, region: aiouffd.Region) -> None:
+    """Ask for what cannot be; `region`: that of the client of session `vm`."""
     new = {"source": str(place / "base.snap")}
     for name, limit in (("other", None), ("private", LIMIT), ("open", LIMIT)):
         path = str(place / f"{name}.sock")
@@ -91,16 +92,17 @@ def is_refused(control: ControlClient, at: str, place: Path) -> None:
         with pytest.raises(click.ClickException, match=why):
             control.ask("POST", what)
     assert control.ask("POST", f"{at}/complete")["failed"] == {"1": f"it has {SIZE} bytes, and max_resident is {LIMIT}"}
-    for session, shared, protected, why in (
-        ("private", False, False, "has handed over no memory file"),
-        ("open", True, False, "UFFDIO_REGISTER_MODE_WP"),
-        ("vm", True, True, "one client at a time"),
+    for session, how, why in (
+        ("private", {}, "has handed over no memory file"),
+        ("open", {"shared": True}, "UFFDIO_REGISTER_MODE_WP"),
+        ("open", {"of": region, "protected": True}, "its memory file is another client's"),
+        ("other", {"of": region}, "its memory file is another client's"),
+        ("vm", {"shared": True, "protected": True}, "one client at a time"),
     ):
-        _, connection, uffd = hand_over(place / f"{session}.sock", MIB, shared=shared, protected=protected)
-        told = next(
-            each for each in control.events(0) if each["kind"] == "client.rejected" and each["session"] == session
-        )
-        assert why in told["details"]["reason"]
+        _, connection, uffd = hand_over(place / f"{session}.sock", MIB, **how)
+        rejected = (each for each in control.events(0) if each["kind"] == "client.rejected")
+        told = (each["details"]["reason"] for each in rejected if each["session"] == session)
+        assert next(reason for reason in told if why in reason)
         connection.close()
         uffd.close()
 
