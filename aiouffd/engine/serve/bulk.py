@@ -152,7 +152,7 @@ def _leave_off(space: Space, runs: list[Run]) -> list[tuple[int, int]]:
 def _resolve_in_turn(space: Space, runs: list[Run], others_wait: Callable[[], bool | None]) -> list[Run]:
     """Resolve runs, at least a part, as long as no others wait; return what is left off.
 
-    Where pages are there already, each costs three calls: so a part may take longer than its COPY.
+    Where other pages are there already, each costs a call: so a part may take twice as long as its COPY.
     """
     if not runs:
         return []
