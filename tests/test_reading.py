@@ -389,7 +389,7 @@ def test_strangers_are_served_while_readahead_is_of_no_use(told: tuple[NativeRea
 def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, Told]) -> None:
     """Where it counts, how long it looks, and how it reads; what it writes to is kept alive."""
     reader, native = told
-    assert native.options == {"flags": os.RWF_NOWAIT, "limit": 8 * abi.MESSAGE_SIZE}
+    assert native.options == {"flags": os.RWF_NOWAIT, "limit": 4 * abi.MESSAGE_SIZE}
     assert native.words == [Counter[name] for name in WORDS]
     assert reader.spin_ns == 0
     reader.spin_ns = 50_000
@@ -410,6 +410,6 @@ def test_the_native_part_is_told_where_messages_land(told: tuple[NativeReader, T
     run: Any = reader.run
     assert run == native.run
     reader.only(-1)
-    assert (native.options["only"], native.options["limit"]) == (-1, 8 * abi.MESSAGE_SIZE)
+    assert (native.options["only"], native.options["limit"]) == (-1, 4 * abi.MESSAGE_SIZE)
     reader.end()
     assert native.closed
