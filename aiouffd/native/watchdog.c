@@ -9,9 +9,16 @@
 
 enum { WATCHES = 256 };
 
+/* A block of watches. Others follow when all are in use; none is freed or moved, so that a forked child may look at them
+ * whatever was going on in its parent. */
+struct block {
+    struct watch watches[WATCHES];
+    struct block *next;
+};
+
 pthread_mutex_t watches_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed; /* something is to be looked at; with `watches_lock` */
-static struct watch watches[WATCHES];
+static struct block blocks;
 static int running; /* the thread */
 
 static void wait_for(int milliseconds)
@@ -25,13 +32,26 @@ static void wait_for(int milliseconds)
     pthread_cond_timedwait(&changed, &watches_lock, &deadline);
 }
 
+/* The record behind this one, in use or not; of NULL the first. NULL: there is none. */
+static struct watch *next_watch(struct watch *watch, struct block **block)
+{
+    if (watch == NULL)
+        *block = &blocks;
+    else if (++watch < (*block)->watches + WATCHES)
+        return watch;
+    else
+        *block = __atomic_load_n(&(*block)->next, __ATOMIC_ACQUIRE);
+    return *block == NULL ? NULL : (*block)->watches;
+}
+
 static void *run(void *argument)
 {
     (void)argument;
     pthread_mutex_lock(&watches_lock);
     for (;;) {
+        struct block *block;
         int timeout = -1;
-        for (struct watch *watch = watches; watch < watches + WATCHES; watch++) {
+        for (struct watch *watch = NULL; (watch = next_watch(watch, &block)) != NULL;) {
             int pause = watch->used ? watch->look(watch) : -1;
             if (pause >= 0 && (timeout < 0 || pause < timeout))
                 timeout = pause;
@@ -84,11 +104,13 @@ static void disown_all(struct watch *watch)
  * open in the child would keep registered. The lock may have been held: what is in use has its duplicate. */
 static void in_child(void)
 {
+    struct block *block;
     pthread_mutex_init(&watches_lock, NULL);
-    for (int i = 0; i < WATCHES; i++)
-        if (watches[i].used)
-            disown_all(&watches[i]);
-    memset(watches, 0, sizeof watches);
+    for (struct watch *watch = NULL; (watch = next_watch(watch, &block)) != NULL;) {
+        if (watch->used)
+            disown_all(watch);
+        memset(watch, 0, sizeof *watch);
+    }
     running = 0;
 }
 
@@ -124,22 +146,37 @@ int add_watch(const struct watch *filled, int uffd)
     int failed = start();
     if (failed)
         return -failed;
-    for (int i = 0; i < WATCHES; i++)
-        if (!watches[i].used) {
-            watches[i] = *filled;
-            failed = own(&watches[i].uffd, uffd);
-            if (failed)
-                return -failed;
-            __atomic_store_n(&watches[i].used, 1, __ATOMIC_RELEASE);
-            look_again();
-            return i;
+    struct block *block = &blocks;
+    for (int number = 0;; number++) {
+        int place = number % WATCHES;
+        if (number > 0 && place == 0) {
+            if (block->next == NULL) {
+                struct block *fresh = calloc(1, sizeof *fresh);
+                if (fresh == NULL)
+                    return -ENOMEM;
+                __atomic_store_n(&block->next, fresh, __ATOMIC_RELEASE);
+            }
+            block = block->next;
         }
-    return -ENOSPC;
+        struct watch *watch = &block->watches[place];
+        if (watch->used)
+            continue;
+        *watch = *filled;
+        failed = own(&watch->uffd, uffd);
+        if (failed)
+            return -failed;
+        __atomic_store_n(&watch->used, 1, __ATOMIC_RELEASE);
+        look_again();
+        return number;
+    }
 }
 
 struct watch *get_watch(int number)
 {
-    return watches[number].used ? &watches[number] : NULL;
+    struct block *block = &blocks;
+    for (; number >= WATCHES && block != NULL; number -= WATCHES)
+        block = block->next;
+    return block != NULL && block->watches[number].used ? &block->watches[number] : NULL;
 }
 
 void add_waited(struct watch *watch, uint64_t most_ms)

@@ -77,9 +77,13 @@ def ended_pipe() -> int:
     return reading
 
 
-def a_watch_ends_the_process(read: bool) -> None:
+def a_watch_ends_the_process(read: bool, others: int = 0) -> None:
     """Scenario: the others here would end as this one, if it were not for what they do."""
-    with nobody_serves() as (uffd, _):
+    with nobody_serves() as (uffd, _), contextlib.ExitStack() as watches:
+        alive, _ = os.pipe()
+        for _ in range(others):
+            watch = watches.enter_context(contextlib.closing(Watch(uffd.fileno(), LIMIT)))
+            watch.over(alive)
         if read:
             select.select([uffd], [], [])
             assert uffd.read()
@@ -91,6 +95,40 @@ def a_watch_ends_the_process(read: bool) -> None:
 def test_a_watch_ends_the_process(read: bool) -> None:
     """Nobody serves, and somebody waits: with a message that is still to be read, or that one of the ended has read."""
     play(a_watch_ends_the_process, read, status=-signal.SIGABRT)
+
+
+def test_a_watch_beside_many() -> None:
+    """A process may have any number of regions, and each is watched."""
+    play(a_watch_ends_the_process, False, 600, status=-signal.SIGABRT)
+
+
+def many_in_a_child(others: int = 600) -> None:
+    """Scenario: watches are closed, and others made; then the process forks."""
+    with nobody_serves() as (uffd, _), contextlib.ExitStack() as watches:
+        alive, _ = os.pipe()
+        before = open_descriptors()
+
+        def watch() -> contextlib.AbstractContextManager[Watch]:
+            watch = Watch(uffd.fileno(), 60)
+            watch.over(alive)
+            return contextlib.closing(watch)
+
+        for _ in range(3):
+            with contextlib.ExitStack() as short:
+                for _ in range(others):
+                    short.enter_context(watch())
+            assert open_descriptors() == before
+        for _ in range(others):
+            watches.enter_context(watch())
+        child = os.fork()
+        if not child:
+            os._exit(open_descriptors() != before)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_has_none_of_many() -> None:
+    """A userfaultfd that stays open in a forked child would keep its parent's memory registered there."""
+    play(many_in_a_child)
 
 
 STOPPER = """
