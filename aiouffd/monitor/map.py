@@ -64,6 +64,7 @@ class MappedRegion(Region):
 
         Raises:
             BufferError: views of it exist; it is served on.
+            WriteBackError, OSError: as leaving the block of a Monitor. It is closed.
         """
         if not self.closed and (monitor := self.monitor) is not None:
             try:
@@ -75,9 +76,14 @@ class MappedRegion(Region):
             except BufferError:
                 _served.add(monitor)
                 raise
-            monitor.leave_region(self)
-            self.monitor = None  # in a forked child it is its parent's, and left by nobody
-        super().close()
+            try:
+                monitor.leave_region(self)
+            finally:  # it is left, also where something could not be saved
+                if not monitor.serves_here:
+                    self.monitor = None  # in a forked child it is its parent's, and left by nobody
+                    super().close()
+        else:
+            super().close()
 
     @until_exit
     def __del__(self) -> None:

@@ -96,6 +96,26 @@ def test_a_cycle_does_not_keep_it(engine: str) -> None:
     assert play(in_a_cycle, engine) == ("", "")
 
 
+def cannot_be_reported(engine: str, folder: str) -> None:
+    """Scenario: what is written when a region is closed has no place."""
+    Path(folder).mkdir()
+    region = aiouffd.map(content(0, SIZE), engine=ENGINES[engine](), report=f"{folder}/report.json")
+    Path(folder).rmdir()
+    monitor, address = region.monitor, region.address
+    with pytest.raises(FileNotFoundError):
+        region.close()
+    assert region.closed
+    assert not memory.mapped(address, SIZE)
+    assert not monitor.serves_here
+    region.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_is_closed_also_where_that_raises(engine: str, tmp_path: Path) -> None:
+    """It is served no longer, and so nobody could close it later."""
+    assert play(cannot_be_reported, engine, str(tmp_path / "folder")) == ("", "")
+
+
 def keeps_a_view_of_itself(engine: str) -> None:
     """Scenario: a program gives a region an attribute, which is a view of it."""
     region: Any = mapped(engine)
