@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiouffd.server.server import Server
 
 __all__ = [
+    "brought",
     "ended",
     "eventually",
     "killed_when_this_thread_waits",
@@ -141,6 +142,11 @@ def replaced(served: Monitor | Server, *pids: int) -> None:
     """Wait until none of these processes is the pager's any more, or it is given up."""
     client = served._pager if hasattr(served, "_pager") else getattr(served._engine, "_client", None)
     eventually(lambda: getattr(client, "_dead", None) is not None or not set(pids) & set(served.pids), expected=True)
+
+
+def brought(monitor: Monitor, length: int) -> None:
+    """Wait until so many bytes have come: pages are counted before they are copied."""
+    eventually(lambda: sum(each.length for each in monitor.residency()) >= length, expected=True)
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import touchers
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import eventually, play
+from scenario import brought, eventually, play
 
 import aiouffd
 from aiouffd.native import faults
@@ -309,6 +309,7 @@ def recorded(path: str) -> None:
     region = aiouffd.Region(SIZE)
     with aiouffd.Monitor(region, Slow(SIZE), engine=aiouffd.InThread(), replay=path, readahead=0) as monitor:
         eventually(lambda: monitor.statistics().pages_replay, len(order))
+        brought(monitor, len(order) * PAGE)
         assert not pages(region, order)
         assert monitor.statistics().faults == 0
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pattern import PAGE, Pattern, Slow, Touchers, content, left_while_touched, peek, word
-from scenario import ended, eventually, next_error, play, until
+from scenario import brought, ended, eventually, next_error, play, until
 from web import nginx
 
 import aiouffd
@@ -860,7 +860,8 @@ def too_late() -> None:
     with aiouffd.Monitor(region, Slow(PAGE, 0.3)) as monitor:
         with pytest.raises(TimeoutError, match=r"\[0, 4096\) is not all there after 0.01 s; it goes on coming"):
             monitor.prefetch_sync(0, PAGE, 0.01)
-        eventually(lambda: monitor.statistics().pages_prefetch, 1)
+        brought(monitor, PAGE)
+        assert monitor.statistics().pages_prefetch == 1
         assert region[:8] == content(0, 8)
         assert monitor.statistics().faults == 0
 

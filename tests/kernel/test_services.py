@@ -18,7 +18,7 @@ from typing import Any
 import fuse
 import pytest
 from pattern import PAGE, content
-from scenario import eventually, play, until
+from scenario import brought, eventually, play, until
 from served import MIB, Serve, client, descriptors, hand_over, on_the_web, touch_all
 
 import aiouffd
@@ -95,7 +95,7 @@ def working_set(path: str, kind: str) -> None:
     region = aiouffd.Region(16 * MIB)
     with aiouffd.Monitor(region, engine=aiouffd.ServedBy(path)) as monitor:
         if kind == "replay":
-            eventually(lambda: monitor.statistics().pages_replay, 200)
+            brought(monitor, 200 * PAGE)
         for page in range(0, 4000, 20):
             assert region[page * PAGE] == (page + 1) & 255
         if kind == "replay":
@@ -164,7 +164,8 @@ def test_each_source_has_a_recording(image: Path, tmp_path: Path) -> None:
 def replays(path: str) -> None:
     """Scenario: what was recorded of its source comes to a client."""
     with aiouffd.Monitor(region := aiouffd.Region(MIB), engine=aiouffd.ServedBy(path, source="b")) as monitor:
-        eventually(lambda: monitor.statistics().pages_replay, 1)
+        brought(monitor, PAGE)
+        assert monitor.statistics().pages_replay == 1
         assert region[7 * PAGE] == 8
         assert monitor.statistics().faults == 0
 
