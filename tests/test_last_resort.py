@@ -80,14 +80,14 @@ def test_a_space_that_is_forgotten_is_left_alone() -> None:
 def test_who_is_to_wait_waits() -> None:
     """For a missing page: what is protected against writes is let go all the same. So do children."""
     uffd, space = forsaken()
-    space.holds = True
+    space.on_error = "hold"
     uffd.touch(BASE, 7)
     uffd.read()
     resort = LastResort([space])  # wakes it, and it faults anew
     assert resort.attend()
     assert (uffd.pages, len(uffd.asleep), resort.pending) == ({}, 1, [])
     assert not resort.attend()  # it was read
-    assert resort.outlook == "who touches a missing page waits"
+    assert resort.outlook == "who touches a missing page waits from now on"
     resort.close()
 
 
@@ -95,9 +95,15 @@ def test_the_log_says_who_waits_and_who_does_not() -> None:
     """As their operators have chosen, each for his own."""
     _, poisoned = forsaken(token="a")
     _, held = forsaken(token="b")
-    held.holds = True
+    held.on_error = "hold"
     resort = LastResort([poisoned, held])
-    assert resort.outlook.endswith("poisoned from now on, but in 1 of 2 spaces who touches a missing page waits")
+    parts = [
+        "in 1 of 2 spaces pages that are touched are poisoned",
+        "in 1 of 2 spaces who touches a missing page waits",
+    ]
+    assert resort.outlook == "; ".join(f"{part} from now on" for part in parts)
     resort.forget("b")
     assert resort.outlook == "pages that are touched are poisoned from now on"
+    poisoned.on_error = "retry"
+    assert "ended by their server" in resort.outlook
     resort.close()

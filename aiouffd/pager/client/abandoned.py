@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 from typing import TYPE_CHECKING
 
-from aiouffd.pager.process.last_resort import Forsaken, LastResort, holds
+from aiouffd.pager.process.last_resort import Forsaken, LastResort, on_error_of
 from aiouffd.pager.process.serialization import words_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def poison_what_is_touched(
             tenant.token,
             is_child=tenant in children,
             words=words_of(tenant.pack.record, tenant.pack.fds),
-            holds=holds(tenant.pack.record),
+            on_error=on_error_of(tenant.pack.record),
         )
         for tenant in (*tenants.values(), *children)
         if tenant.uffd.intact

@@ -47,7 +47,7 @@ from aiouffd.pager.process.handles import (
 from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.inherited import INTERRUPT_BLOCKED_LOOP, SAY_WHAT_BLOCKS, called
 from aiouffd.pager.process.journal import Whose
-from aiouffd.pager.process.last_resort import Forsaken, LastResort, holds
+from aiouffd.pager.process.last_resort import Forsaken, LastResort, on_error_of
 from aiouffd.pager.process.replay import last_meta, survey
 from aiouffd.pager.process.serialization import config_of, modules, words_of
 from aiouffd.pager.process.state import State
@@ -378,7 +378,7 @@ def _forsaken(journal: Journal) -> list[Forsaken]:
             space.token,
             is_child=space.is_child,
             words=words_of(state.origins[space.origin], state.origins[space.origin]["fds"]),
-            holds=holds(state.origins[space.origin]),
+            on_error=on_error_of(state.origins[space.origin]),
         )
         for space in state.spaces.values()
     ]

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import select
+from collections import Counter as Tally
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
 
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
-__all__ = ["Forsaken", "LastResort", "holds"]
+__all__ = ["Forsaken", "LastResort", "on_error_of"]
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
+
+_OUTLOOK = {
+    "sigbus": "pages that are touched are poisoned from now on",
+    "retry": "clients are to be ended by their server, and pages that they touch until then are poisoned",
+    "hold": "who touches a missing page waits from now on",
+}
 
 
 @attrs.define(eq=False, repr=False)
@@ -42,7 +49,7 @@ class Forsaken:
         token: by which it, or the ancestor that it was forked from, is asked for.
         is_child: of a fork.
         words: by which its pages were asked to be dropped; -1: they were not.
-        holds: who waits for a page goes on waiting.
+        on_error: as in `Options`: who waits for a page goes on waiting where it is "hold".
     """
 
     uffd: Userfaultfd
@@ -51,7 +58,7 @@ class Forsaken:
     token: str = ""
     is_child: bool = False
     words: int = -1
-    holds: bool = False
+    on_error: str = "sigbus"
 
 
 class LastResort:
@@ -70,11 +77,12 @@ class LastResort:
     @property
     def outlook(self) -> str:
         """What becomes of threads that touch a missing page from now on, as a log says it."""
-        held, count = sum(space.holds for space in self.spaces.values()), len(self.spaces)
-        poisoned, waits = "pages that are touched are poisoned from now on", "who touches a missing page waits"
-        if not held:
-            return poisoned
-        return waits if held == count else f"{poisoned}, but in {held} of {count} spaces {waits}"
+        found = Tally(space.on_error for space in self.spaces.values())
+        if len(found) < 2:
+            return _OUTLOOK[next(iter(found), "sigbus")]
+        return "; ".join(
+            f"in {count} of {found.total()} spaces {_OUTLOOK[what]}" for what, count in found.most_common()
+        )
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
@@ -141,7 +149,7 @@ def _let_go(space: Forsaken, fault: PageFault) -> bool:
         result = uffd.try_writeprotect(page, size, 0)
     elif fault.flags & FaultFlag.MINOR:
         result = uffd.try_continue(page, size, 0)
-    elif space.holds:
+    elif space.on_error == "hold":
         return True
     else:
         result = uffd.try_poison(page, size, 0)
@@ -152,6 +160,6 @@ def _let_go(space: Forsaken, fault: PageFault) -> bool:
     return result != -errno.EAGAIN
 
 
-def holds(record: dict[str, Any]) -> bool:
-    """Tell from the record of a source whether what it serves is held."""
-    return bool(record["options"].get("on_error") == "hold")
+def on_error_of(record: dict[str, Any]) -> str:
+    """Return from the record of a source what becomes of a page that cannot be had of what it serves."""
+    return str(record["options"].get("on_error", "sigbus"))
