@@ -376,10 +376,12 @@ class SourceBackend:
                 while self._pace.is_full(length) and (pending or cause == Counter.PAGES_BACKGROUND):
                     todo.place()
                     await self._pace.room()
+                if space.is_gone or space.closing:  # the source may be closed, too
+                    break
                 begun = self._approach(space, offset, length, todo.runs, purpose)
                 self._pursue(begun, pending)
                 todo.count(length, begun=bool(begun))
-                if (errors and is_last) or space.is_gone or space.closing:
+                if errors and is_last:
                     break
                 if todo.end():
                     await self._precedence.turn()
