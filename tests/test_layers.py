@@ -251,6 +251,7 @@ ORDER = {
             "capturing",
             "checkpointer",
             "monitor",
+            "early",
             "map",
             "open",
         ),

@@ -15,7 +15,9 @@ from pattern import PAGE, content
 import aiouffd
 from aiouffd.engine.ahead import pages
 from aiouffd.engine.ahead.trace import Trace, fingerprint
+from aiouffd.kernel.memory import address_of
 from aiouffd.ranges import batched
+from aiouffd.sources.base import Descriptor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,30 +91,46 @@ def content_of(pages: list[int]) -> bytes:
     return b"".join(content(page * PAGE, min(PAGE, SIZE - page * PAGE)).ljust(PAGE, b"\0") for page in pages)
 
 
-def test_units_are_read_once_and_early(tmp_path: Path) -> None:
-    """For one replay of the same bytes; what is not wanted any more is not read, and faults find what is there."""
+def test_units_are_read_once(tmp_path: Path) -> None:
+    """What is not wanted any more is not read, and faults find what is there."""
     path, _ = made(tmp_path, list(range(COUNT)))
-    ours, same = Trace.load(path).pages, Trace.load(path).pages
+    ours = Trace.load(path).pages
     assert ours is not None
-    assert same is not None
-    units = pages.Units(ours)
+    units = ours.begin()
     units.drop(0)
-    units.read_early()
-    assert [number in units._read for number in range(4)] == [False, True, True, False]
     assert units.read(0) is None
     assert units.read(1) is units.read(1)
     assert units.at_hand(255 * PAGE, PAGE) is None
     there = units.at_hand(300 * PAGE, 2 * PAGE)
     assert there is not None
     assert bytes(there) == content(300 * PAGE, 2 * PAGE)
-    assert units.serve(same)
-    assert same.begin() is units
-    assert same.begin() is not units
-    path, _ = made(tmp_path, [3, 4])
-    other = Trace.load(path).pages
-    assert other is not None
-    assert not units.serve(other)
-    assert other.begin().read(0) is not None
+
+
+def test_a_room_for_one_unit_after_the_other(tmp_path: Path) -> None:
+    """The last one, which is shorter, too. What was placed of them is told where they arrive."""
+    path, _ = made(tmp_path, [9, *range(20, 20 + COUNT - 21), 3])
+    pages = Trace.load(path).pages
+    assert pages is not None
+    room = pages.room()
+    for number in range(len(pages)):
+        unit, other = pages.load(number, room), pages.load(number)
+        assert unit is not None
+        assert other is not None
+        assert [part[:2] for part in unit.parts] == [part[:2] for part in other.parts]
+        for offset, length, address in unit.parts:
+            place = address - address_of(room)
+            length = min(length, SIZE - offset)  # noqa: PLW2901
+            assert room[place : place + length] == content(offset, length)
+    assert pages.parts_placed() == []
+    pages.placed = 1
+    maker, (descriptor, *about) = pages.travel()
+    arrived = maker(Descriptor(os.dup(descriptor.fd)), *about)
+    first = 1 << 20
+    unit = pages.load(0)
+    assert unit is not None
+    assert arrived.parts_placed() == [(offset, length) for offset, length, _ in unit.parts]
+    assert sum(length for _, length in arrived.parts_placed()) == first
+    assert maker(Descriptor(os.dup(descriptor.fd)), *about[:-1]).placed == 0  # as the version before has sent it
 
 
 def test_the_first_ones_are_kept_where_there_is_no_room_for_all(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from carried import made
 from pattern import PAGE
-from scenario import eventually
 
 import aiouffd
 from aiouffd.engine.serve.bounds import Limits
@@ -19,6 +19,7 @@ from aiouffd.monitor.recording import Early, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SIZE = 16 * PAGE
 
@@ -77,58 +78,64 @@ def test_a_recording_of_another_source_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recording_is_read_early(tmp_path: Path) -> None:
-    """Before its source is known; its pages are read where they will be replayed. It stands for its path."""
+    """Before its source is known. It stands for its path, and has those ready who replay it until it is closed."""
     path, source = made(tmp_path, list(range(20)))
-    expected: list[str] = []
+    ready: list[bool] = []
 
-    def expect(file: int) -> Callable[[], None]:
-        expected.append(Path(f"/proc/self/fd/{file}").readlink().name)
-        return lambda: expected.append("ended")
+    def expect() -> Callable[[], None]:
+        ready.append(True)
+        return lambda: ready.append(False)
 
     early = Early(path)
-    early.read(expect)
-    assert (str(early), os.fspath(early), expected) == (str(path), str(path), ["trace"])
+    early.expect(expect)
+    assert (str(early), os.fspath(early), ready) == (str(path), str(path), [True])
     tracing = Tracing(None, early, Limits())
     trace = tracing.service(source, aiouffd.Region(source.size)).trace
     assert trace is early.take()
-    assert trace.pages is not None
+    assert tracing.registered() is None
     tracing.end(complete=True)
     tracing.end(complete=True)
-    assert expected == ["trace", "ended"]
+    assert ready == [True, False]
     with pytest.raises(aiouffd.TraceError, match="another source"):
         Tracing(None, early, Limits()).service(aiouffd.BufferSource(bytes(source.size)), aiouffd.Region(source.size))
-    late = Early(path)
-    assert late.take() == trace
-    late.close()
-    here = Early(path)
-    here.read(None)
-    pages = here.take().pages
-    assert pages is not None
-    units = pages.units
-    assert units is not None
-    eventually(lambda: list(units._read), [0])
+
+
+def test_a_registration_that_nobody_takes(tmp_path: Path) -> None:
+    """It is undone when the recording is closed, or forgotten; who takes it has it alone."""
+    undone: list[str] = []
+    for name in ("taken", "closed", "forgotten"):
+        early: Any = Early(tmp_path / name)
+        early.registration = SimpleNamespace(abandon=partial(undone.append, name))
+        if name == "taken":
+            tracing = Tracing(None, early, Limits())
+            assert tracing.registered() is not None
+            assert tracing.registered() is None
+        if name == "closed":
+            early.close()
+            early.close()
+    del early
+    assert undone == ["closed", "forgotten"]
 
 
 def test_what_is_wrong_with_a_recording_that_is_read_early(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is raised when the recording is wanted. Where no pager can read it, it is replayed all the same."""
+    """It is raised when the recording is wanted. Where no pager is ready, it is replayed all the same."""
     path, _ = made(tmp_path, [1])
 
-    def fails(_: int) -> Callable[[], None]:
+    def fails() -> Callable[[], None]:
         raise aiouffd.PagerStartError("no")
 
     early = Early(path)
     with caplog.at_level("DEBUG"):
-        early.read(fails)
-    assert "not read early: no" in caplog.text
+        early.expect(fails)
+    assert "nobody is ready to replay it: no" in caplog.text
     assert list(early.take().offsets) == [PAGE]
     missing, damaged = Early(tmp_path / "none"), Early(path)
-    missing.read(fails)
-    with pytest.raises(FileNotFoundError):
-        missing.take()
     path.write_bytes(path.read_bytes()[:50])
-    damaged.read(lambda _: lambda: None)
-    with pytest.raises(aiouffd.TraceError, match="truncated"):
-        damaged.take()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            missing.take()
+        with pytest.raises(aiouffd.TraceError, match="truncated"):
+            damaged.take()
 
 
 def test_either_the_one_or_the_other(tmp_path: Path) -> None:

@@ -6,5 +6,5 @@ Monitor is entered), `error_queue` (errors that nobody has raised yet), `decidin
 error), `crashes` (what standard error says of fatal touches), `lookout` (mappings of shared memory without a Monitor),
 `recording` (the order of first touches), `reporting` (what a run was like), `progress` and `watching` (how much has
 come), `entered` (what a Monitor can be asked inside its block), `saving` (what is kept when a program ends),
-`monitor` (how it is entered and left), `map`, `open`.
+`monitor` (how it is entered and left), `early` (a replay that begins before a server has told the size), `map`, `open`.
 """

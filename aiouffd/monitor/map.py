@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, Unpack
 
 from aiouffd.engine.serve.bounds import Limits
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from aiouffd.monitor.engines.in_process import InProcess
     from aiouffd.monitor.engines.in_thread import InThread
     from aiouffd.monitor.engines.pager import Pager
-    from aiouffd.monitor.engines.protocol import EngineChoice
     from aiouffd.monitor.monitor import OnFork
     from aiouffd.sources.base import Source
     from aiouffd.sources.storage_options import StorageOptions
@@ -237,32 +235,34 @@ def monitor_of(
         SourceError, TypeError, ValueError: as `open`.
     """
     choice = checked_engine(engine)
-    given = _with_replay(source, choice, options)
-    if not source.size:
-        raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
     # What InThread cannot do is refused when the Monitor is made.
     write_back = options.get("write_back", False)
     bounded = options.get("max_resident") is not None or write_back
     shared = bounded and not choice.drops_private(write_back=write_back, fork=fork)
-    region = kind(source.size, shared=shared)
-    monitor = Monitor(region, source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
+
+    def make(size: int, replay: Any) -> Monitor:
+        given: Any = {**options, "replay": replay}
+        return Monitor(kind(size, shared=shared), source, engine=engine, fork=fork, **given)  # type: ignore[arg-type]
+
+    replay, monitor = options.get("replay"), None
+    if _is_asked(source) and isinstance(replay, str | os.PathLike):
+        from aiouffd.monitor.early import Beginning  # noqa: PLC0415 - few programs have a recording
+
+        places = not (bounded or options.get("track_writes"))
+        beginning = Beginning(replay, getattr(choice, "expect", None), make, places=places)
+        replay, monitor = beginning.early, beginning.monitor_of(source)
+    if not source.size:
+        raise SourceError(repr(source), 0, 0, "it is empty: there is nothing to map")
+    monitor = monitor or make(source.size, replay)
     if not getattr(engine, "needs_loop", False):
         travels = {name: value for name, value in options.items() if name not in _HERE_ONLY}
         monitor.region.reopens = _reopened, (source, source.size, engine, fork, travels)
     return monitor
 
 
-def _with_replay(source: Source, engine: EngineChoice, options: AllOptions | MapOptions) -> AllOptions | MapOptions:
-    """Have a recording read while a server is asked for the size of a source; return the options with that."""
-    replay, ask = options.get("replay"), getattr(source, "ask_size", None)
-    ours = type(source).__module__.startswith("aiouffd.")  # others have a pager for themselves
-    if ask is None or not ours or not isinstance(replay, str | os.PathLike):
-        return options
-    from aiouffd.monitor.recording import Early  # noqa: PLC0415 - few programs have a recording
-
-    early = Early(replay)
-    ask(partial(early.read, getattr(engine, "expect", None)))
-    return {**options, "replay": early}
+def _is_asked(source: Source) -> bool:
+    """Tell whether a server is asked for the size of a source of ours: others have a pager for themselves."""
+    return hasattr(source, "ask_size") and type(source).__module__.startswith("aiouffd.")
 
 
 def _reopened(source: Source, size: int, engine: Pager | InThread | None, fork: OnFork | None, options: Any) -> Region:

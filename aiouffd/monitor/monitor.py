@@ -334,16 +334,8 @@ class Monitor(Capturing):
         self._pid = os.getpid()
         self._sigbus = self._on_exit != "zeros"
         with beginnings.begin(children=self._children is not False):
-            registration = Registration(
-                self._held,
-                self._choice.features,
-                shared=not self._choice.drops_private(write_back=self._options.write_back, fork=self._fork),
-                writes=self._writes,
-                children=self._children,
-                user_mode_only=self._user_mode_only,
-                serves_system_calls=self._choice.serves_system_calls,
-            )
-            self._registration = registration
+            registered = None if self._recording is None else self._recording.registered()
+            self._registration = registration = registered or self.register()
             name = f"The Monitor of {region!r} by {self.origin!r}"
             self._crashes = CrashNotes(self._held, name, children=registration.children)
             try:
@@ -385,6 +377,18 @@ class Monitor(Capturing):
             self._lookout = Lookout(registration, engine.statistics, meanwhile=self._choice.counts_here)
         region.listen(engine.layout)
         self._watch(engine, service)
+
+    def register(self) -> Registration:
+        """Register the region, for whoever enters the Monitor; raises as `Registration`."""
+        return Registration(
+            self._held,
+            self._choice.features,
+            shared=not self._choice.drops_private(write_back=self._options.write_back, fork=self._fork),
+            writes=self._writes,
+            children=self._children,
+            user_mode_only=self._user_mode_only,
+            serves_system_calls=self._choice.serves_system_calls,
+        )
 
     def _watch(self, engine: Engine, service: Service) -> None:
         """Begin to look at the region for people, while it is served, and at the end of the program."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
-from aiouffd.engine.ahead.pages import Recording, Units, unkept, version_of
+from aiouffd.engine.ahead.pages import Recording, unkept, version_of
 from aiouffd.engine.ahead.trace import Recorder, Trace, fingerprint, stored
 from aiouffd.engine.options import Service
 from aiouffd.errors import TraceError, UffdError
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 
     from aiouffd.engine.serve.bounds import Limits
     from aiouffd.kernel.region import Region
+    from aiouffd.monitor.registration import Registration
 
 __all__ = ["Early", "Tracing"]
 
@@ -31,48 +30,53 @@ class Early:
 
     Args:
         path: of the file.
+
+    Attributes:
+        registration: of the region in which pages were placed; None: there is none, or it was taken.
     """
+
+    registration: Registration | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = path
         self._end: Callable[[], None] = _nothing
         self._found: Trace | TraceError | OSError | None = None
 
-    def read(self, expect: Callable[[int], Callable[[], None]] | None) -> None:
-        """Read it. What is wrong with it is raised by `take`.
-
-        Args:
-            expect: called with a descriptor of the file by which its pages can be read elsewhere; it stays the
-                caller's. Returns what ends that. None: they will be replayed in this process.
-        """
+    def expect(self, expect: Callable[[], Callable[[], None]]) -> None:
+        """Have those who will replay it be ready; `expect` returns what ends that."""
         try:
-            if expect is not None:
-                with open(self._path, "rb") as file:  # noqa: PTH123 - as `Trace.load`
-                    self._end = expect(file.fileno())
+            self._end = expect()
         except (UffdError, OSError) as error:  # who enters the Monitor is told, if it goes on
-            log.debug("%s: its pages are not read early: %s", self._path, error)
-        try:
-            self._found = Trace.load(self._path)
-        except (TraceError, OSError) as error:
-            self._found = error
-            return
-        if expect is None and (pages := self._found.pages) is not None:
-            pages.units = units = Units(pages)
-            with contextlib.suppress(RuntimeError):  # no more threads: they are read when they are needed
-                threading.Thread(target=units.read_early, name="aiouffd-recording", daemon=True).start()
+            log.debug("%s: nobody is ready to replay it: %s", self._path, error)
 
     def take(self) -> Trace:
-        """Return the recording; raises as `Trace.load`."""
+        """Return the recording; what is wrong with it is raised each time.
+
+        Raises:
+            TraceError, OSError: as `Trace.load`.
+        """
         if self._found is None:
-            self._found = Trace.load(self._path)
+            try:
+                self._found = Trace.load(self._path)
+            except (TraceError, OSError) as error:
+                self._found = error
         if isinstance(self._found, Exception):
             raise self._found
         return self._found
 
+    def registered(self) -> Registration | None:
+        """Return the registration, which is the caller's from now on."""
+        registration, self.registration = self.registration, None
+        return registration
+
     def close(self) -> None:
-        """Expect it no longer."""
+        """Expect it no longer, and undo the registration that nobody has taken."""
         end, self._end = self._end, _nothing
-        end()
+        try:
+            if (registration := self.registered()) is not None:
+                registration.abandon()
+        finally:
+            end()
 
     @until_exit
     def __del__(self) -> None:
@@ -111,6 +115,10 @@ class Tracing:
         self._limits = limits
         self._copy: Any = None  # of the source, whose bytes are kept with the recording
         self._recorder: Recorder | None = None
+
+    def registered(self) -> Registration | None:
+        """Return the registration of a region in which pages were placed before its source was known. Once."""
+        return self._replay.registered() if isinstance(self._replay, Early) else None
 
     def service(self, origin: Any, region: Region) -> Service:
         """Return what serves a region from now on.

@@ -131,11 +131,16 @@ class ObjectSource:
         return self._pinned.size
 
     def ask_size(self, meanwhile: Callable[[], None]) -> None:
-        """As `size`, and call a function, while an answer is on its way if that can be; not where none will come."""
-        if self._pinned is not None or not self._may_go_direct():
+        """As `size`, and call a function where it has to be asked for: behind the request, or else before it.
+
+        Args:
+            meanwhile: begins something, and returns; it is not called where no server answers that is asked directly.
+        """
+        if self._pinned is not None:
+            return
+        if not self._may_go_direct():
             meanwhile()
-        if self._pinned is None:
-            self._pinned = self._first(meanwhile)
+        self._pinned = self._first(meanwhile)
 
     @property
     def identity(self) -> tuple[Any, ...] | None:

@@ -104,15 +104,16 @@ async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPag
 
     The next unit is read while one is placed. Faults find bytes at hand that have been read.
     """
-    loop, units = asyncio.get_running_loop(), pages.begin()
+    loop, units, first = asyncio.get_running_loop(), pages.begin(), pages.placed
+    _take_note(space, pages)
 
     def reading(number: int) -> asyncio.Future[Unit | None] | None:
         return None if units.read_nowait(number) else loop.run_in_executor(None, units.read, number)
 
-    under_way = reading(0)
+    under_way = reading(first) if first < len(pages) else None
     try:
         with backend.has(units.at_hand):
-            for number in range(len(pages)):
+            for number in range(first, len(pages)):
                 unit = units.read(number) if under_way is None else await under_way
                 under_way = reading(number + 1) if number + 1 < len(pages) else None
                 if unit is None:
@@ -124,6 +125,17 @@ async def _replay_pages(space: Space, backend: SourceBackend, pages: RecordedPag
         if under_way is not None:
             await asyncio.wait([under_way])
     return True
+
+
+def _take_note(space: Space, pages: RecordedPages) -> None:
+    """Have what was placed before the space was served be known to be present, and counted, once."""
+    placed = pages.parts_placed()
+    for offset, length in placed:
+        space.readahead.brought(offset, length)
+    words, size = space.counters.words, sum(length for _, length in placed)
+    if words[Counter.PAGES_REPLAY] * space.page_size < size:  # else a worker before this one has counted it
+        words[Counter.PAGES_REPLAY] += size // space.page_size
+        words[Counter.BYTES_SHARED] += size
 
 
 async def _place_unit(space: Space, backend: SourceBackend, unit: Unit) -> bool:

@@ -25,7 +25,7 @@ import attrs
 
 from aiouffd.errors import TraceError
 from aiouffd.kernel import files
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, populated
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.ranges import align_up, batched
 from aiouffd.sources.base import Descriptor
@@ -56,7 +56,6 @@ _SECTION: Final = struct.Struct("<32sIII")  # and how many offsets are sorted to
 _HASH: Final = 16  # bytes
 _UNIT: Final = 1 << 20  # bytes that are read and checked together; a page, where that is larger
 _BATCH: Final = 4096  # entries of a recording whose pages are sorted by offset, at most; in version 4 always
-_EARLY: Final = 16 << 20  # bytes that are read before it is known that they may be shown
 _PAYS: Final = 2  # times fewer runs of pages, for which more are sorted than a unit has
 _XXH3, _BLAKE2 = 1, 2
 
@@ -122,9 +121,9 @@ def _is_written(source: Any) -> bool:
 
 def in_order(offsets: array[int], kept: frozenset[int], together: int) -> array[int]:
     """Return the offsets of kept pages in the order of their bytes: so many of a recording at a time are sorted."""
-    ordered = array("Q")
+    ordered, all_kept = array("Q"), len(kept) == len(offsets)
     for some in batched(offsets, together):
-        ordered.extend(sorted(kept.intersection(some)))
+        ordered.extend(sorted(some if all_kept else kept.intersection(some)))
     return ordered
 
 
@@ -159,11 +158,22 @@ def _unit_of(page: int) -> int:
     return max(_UNIT, page)
 
 
+def _joined(offsets: array[int], page: int) -> list[tuple[int, int]]:
+    """Return (offset, length) of pages in this order, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for offset in offsets:
+        if ranges and sum(ranges[-1]) == offset:
+            ranges[-1] = ranges[-1][0], ranges[-1][1] + page
+        else:
+            ranges.append((offset, page))
+    return ranges
+
+
 class Unit:
     """Bytes that were read together, and have their hash.
 
     Args:
-        data: of the pages.
+        data: of the pages; it may have room for more.
         offsets: of the pages.
         page: bytes of each.
         size: of the source: what is behind it is not among its bytes.
@@ -172,13 +182,8 @@ class Unit:
         parts: offset, length and address of what is here, neighbours joined, in the order of the bytes; whole pages.
     """
 
-    def __init__(self, data: bytearray, offsets: array[int], page: int, size: int) -> None:
-        ranges: list[tuple[int, int]] = []
-        for offset in offsets:
-            if ranges and sum(ranges[-1]) == offset:
-                ranges[-1] = ranges[-1][0], ranges[-1][1] + page
-            else:
-                ranges.append((offset, page))
+    def __init__(self, data: mmap.mmap, offsets: array[int], page: int, size: int) -> None:
+        ranges = _joined(offsets, page)
         places = itertools.accumulate((length for _, length in ranges), initial=0)
         address = address_of(data)
         self.parts: list[tuple[int, int, int]] = [
@@ -210,13 +215,12 @@ class RecordedPages(OwnedDescriptor):
         begin: where in the file these begin.
         kind: of hash.
         hashes: of the units.
+        placed: how many units are in the memory already that is to show them.
 
     Attributes:
         together: pages of a unit.
-        units: what has read some of them already, for the next replay; None: nothing has.
+        placed: as given.
     """
-
-    units: Units | None = None
 
     def __init__(
         self,
@@ -228,6 +232,7 @@ class RecordedPages(OwnedDescriptor):
         begin: int,
         kind: int,
         hashes: bytes,
+        placed: int = 0,
     ) -> None:
         super().__init__(fd)
         self.page_size: int = page_size
@@ -235,11 +240,12 @@ class RecordedPages(OwnedDescriptor):
         self.offsets: array[int] = offsets
         self._size, self._begin, self._kind, self._hashes = size, begin, kind, hashes
         self.together: int = _unit_of(page_size) // page_size
+        self.placed: int = placed
 
     def travel(self) -> Any:
         """Go to another process with the descriptor."""
         about = self.page_size, self._size, self.version, self.offsets, self._begin, self._kind, self._hashes
-        return type(self)._arrived, (Descriptor(self._fd), *about)  # noqa: SLF001 - its own
+        return type(self)._arrived, (Descriptor(self._fd), *about, self.placed)  # noqa: SLF001 - its own
 
     @classmethod
     def _arrived(cls, descriptor: Descriptor, *about: Any) -> Self:
@@ -284,15 +290,13 @@ class RecordedPages(OwnedDescriptor):
         ordered = in_order(offsets, kept, max(*sizes, 1) if sizes else _BATCH)
         return cls(os.dup(fd), page_size, size, version, ordered, begin, kind, hashes)
 
-    def is_same(self, other: RecordedPages) -> bool:
-        """Tell whether another one has the same bytes of the same pages."""
-        return (self._hashes, self._kind, self.offsets) == (other._hashes, other._kind, other.offsets)
-
     def begin(self) -> Units:
         """Return what reads them for a replay."""
-        units, self.units = self.units or Units(self), None
-        units.is_wanted = True
-        return units
+        return Units(self)
+
+    def parts_placed(self) -> list[tuple[int, int]]:
+        """Return offset and length of what is in the memory already, neighbours joined."""
+        return _joined(self.offsets[: self.placed * self.together], self.page_size)
 
     def refusal(self, source: Any) -> str:
         """Say why none of them may be shown where a source is served; "": they may. May block."""
@@ -304,11 +308,20 @@ class RecordedPages(OwnedDescriptor):
         """Return the number of units."""
         return len(self._hashes) // _HASH
 
-    def load(self, number: int) -> Unit | None:
-        """Read a unit; None: it is damaged. Blocks."""
+    def load(self, number: int, room: mmap.mmap | None = None) -> Unit | None:
+        """Read a unit; None: it is damaged. Blocks.
+
+        Args:
+            number: of the unit.
+            room: for a unit, of one that is not used any more; None: it has its own.
+        """
         with contextlib.suppress(OSError):
-            return self._load(number, 0)
+            return self._load(number, 0, room)
         return None
+
+    def room(self) -> mmap.mmap:
+        """Return what any unit has room in."""
+        return populated(self.together * self.page_size)
 
     def load_nowait(self, number: int) -> Unit | None:
         """As `load`, without waiting for a disk.
@@ -321,9 +334,11 @@ class RecordedPages(OwnedDescriptor):
             raise BlockingIOError
         return self._load(number, os.RWF_NOWAIT)
 
-    def _load(self, number: int, flags: int) -> Unit | None:
+    def _load(self, number: int, flags: int, room: mmap.mmap | None = None) -> Unit | None:
         offsets = self.offsets[number * self.together : (number + 1) * self.together]
-        data = bytearray(len(offsets) * self.page_size)
+        length = len(offsets) * self.page_size
+        room = populated(length) if room is None else room
+        data = memoryview(room)[:length]
         place, digest = self._begin + number * self.together * self.page_size, _hash(self._kind)
         assert digest is not None  # it was there when the file was opened, by a process of the same installation
         there = os.preadv(self._fd, [data], place, flags)
@@ -331,7 +346,7 @@ class RecordedPages(OwnedDescriptor):
             raise BlockingIOError
         if there < len(data) or digest(data) != self._hashes[number * _HASH : (number + 1) * _HASH]:
             return None
-        return Unit(data, offsets, self.page_size, self._size)
+        return Unit(room, offsets, self.page_size, self._size)
 
 
 class Units:
@@ -339,9 +354,6 @@ class Units:
 
     Args:
         pages: the bytes. They stay open as long as this.
-
-    Attributes:
-        is_wanted: the replay has begun.
     """
 
     def __init__(self, pages: RecordedPages) -> None:
@@ -349,14 +361,6 @@ class Units:
         self._lock = threading.Lock()
         self._read: dict[int, Unit | None] = {}
         self._next = 0  # those before it are not wanted any more
-        self.is_wanted: bool = False
-
-    def read_early(self) -> None:
-        """Read the first ones, until they are wanted: then it is the replay's to read the next. Blocks."""
-        for number in range(min(len(self._pages), max(_EARLY // _unit_of(self._pages.page_size), 1))):
-            if self.is_wanted:
-                return
-            self.read(number)
 
     def read(self, number: int) -> Unit | None:
         """Return a unit; None: it is damaged, or not wanted any more. Blocks where it is not read yet."""
@@ -388,13 +392,6 @@ class Units:
             if unit is not None and (data := unit.at_hand(offset, length)) is not None:
                 return data
         return None
-
-    def serve(self, pages: RecordedPages) -> bool:
-        """Be those of another copy of the same bytes, if it is one."""
-        same = pages.is_same(self._pages)
-        if same:
-            pages.units = self
-        return same
 
 
 class PagesWriter:

@@ -172,8 +172,9 @@ class Trace:
         plain, low = bytearray(body), bytes(body[::8])
         plain[::8] = bytes(count)
         entries = array("Q", bytes(plain))
-        touched = frozenset(compress(entries, low.translate(_ARE_TOUCHED)))
         offsets = array("Q", dict.fromkeys(entries))
+        every = frozenset(offsets)
+        touched = _those(every, entries, low.translate(_ARE_TOUCHED))
         known = _MARKS if carries else _MARKS[: _ALONG + 1]
         if (
             page < mmap.PAGESIZE
@@ -185,7 +186,7 @@ class Trace:
         ):
             raise TraceError(name, "it names pages that cannot exist")
         along = array("Q", (at for at in offsets if at not in touched) if len(touched) < len(offsets) else ())
-        kept = frozenset(compress(entries, low.translate(_ARE_KEPT)))
+        kept = _those(every, entries, low.translate(_ARE_KEPT))
         return cls(page, size, offsets, recorded, along), kept
 
     @classmethod
@@ -441,6 +442,11 @@ class Recorder(OwnedDescriptor):
         assert self._path is not None
         part_of(self._path).unlink(missing_ok=True)
         self.close()
+
+
+def _those(every: frozenset[int], entries: array[int], marks: bytes) -> frozenset[int]:
+    """Return the entries that are marked (1), of which all are `every`."""
+    return frozenset(compress(entries, marks)) if 0 in marks else every
 
 
 def _check(name: str, page: int, recorded: bytes, page_size: int | None, source: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 import attrs
@@ -13,7 +14,7 @@ from aiouffd.errors import ClosedError, PagerStartError, UffdError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.memory import ProcessMemory
-from aiouffd.kernel.owned_descriptor import OwnedDescriptor, name_of
+from aiouffd.kernel.owned_descriptor import name_of
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.lifetime import uninterrupted
 from aiouffd.monitor.engines.on_demand import Dropping, may_be_dropped
@@ -108,18 +109,16 @@ class Pager:
         """Return the pagers, of which one serves; None: a source of ours."""
         return self._pagers
 
-    def expect(self, file: int) -> Callable[[], None]:
-        """Have a pager run, and read the pages of a recording, which it will replay soon; return what ends that.
+    def expect(self) -> Callable[[], None]:
+        """Have a pager ready that will replay a recording soon; return what ends that.
 
         Raises:
             PagerStartError: it did not start.
         """
         pagers = self.pagers_for(None)
         client = pagers.take()
-        with contextlib.ExitStack() as undo:
-            undo.callback(pagers.give_back, client)
-            client.expect(OwnedDescriptor(os.dup(file)))
-            return undo.pop_all().close
+        client.expect()
+        return partial(pagers.give_back, client)
 
     def __reduce__(self) -> tuple[type[Pager], tuple[int, float | None, float]]:
         return type(self), (self.spin_us, self.stuck_limit, self.linger)

@@ -190,9 +190,10 @@ class PagerClient:
         """Have a source made ready that will serve a tenant soon, so that the tenant need not wait for that."""
         return self._requests("prepare", pack.fds, token=None, service=pack.record)
 
-    def expect(self, file: OwnedDescriptor) -> None:
-        """Have the pages of a recording read, which a tenant will have replayed; the descriptor is taken."""
-        self._requests("expect", [file.fileno()], token=None).add_done_callback(lambda _: file.close())
+    def expect(self) -> None:
+        """Have the pager ready to replay a recording of an object that a server has."""
+        with contextlib.suppress(UffdError):  # whoever opens a tenant is told
+            self._requests("expect", token=None)
 
     def forget(self, tenant: Tenant) -> None:
         """Be done with a tenant that is served no longer: its descriptor may be closed."""

@@ -16,7 +16,7 @@ import attrs
 from aiouffd.engine.ahead.fill import bring_early, complete, prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.errors import ClosedError, PagerDiedError, PagerStartError, SourceError
-from aiouffd.handoff.own_threads import close_foreign, detach, in_own_thread
+from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.memory import ProcessMemory, unshare_memory
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.pager.process.handles import close_all
@@ -29,8 +29,6 @@ from aiouffd.pager.process.tenancy import RELEASE, FailedSource
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiouffd.engine.ahead.pages import Units
-    from aiouffd.engine.ahead.trace import Trace
     from aiouffd.engine.space import Space
     from aiouffd.pager.process.handover import Handover
     from aiouffd.pager.process.tenancy import Origin, Tenancy
@@ -42,8 +40,8 @@ __all__ = ["Answers"]
 _PREPARED = 256 << 20  # bytes of a source that are brought to hand before anybody asks
 _PIECE = 4 << 20
 _DROPPED = 64 << 20  # bytes in one turn of the loop
+_REPLAYS = "aiouffd.engine.ahead.trace", "aiouffd.sources.object_store"
 _SWITCH = 0.0002  # seconds, of 0.005: threads that compute let the loop have its turn soon
-_EXPECTED = 60.0  # seconds for which what was read early is kept
 
 
 async def _pong(_: dict[str, Any], fds: list[int]) -> None:
@@ -65,7 +63,6 @@ class Answers:
         self._handover = handover
         self._pickles = pickles
         self._prepared = False
-        self._expected: list[Units] = []
         self._snapshots: Snapshots | None = None
         # By the token of the source, which is opened once; as long as somebody opens it.
         self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -110,8 +107,6 @@ class Answers:
         own = fds[len(fds) - message["own"] :]
         service = {"config": fds[0], "fds": fds[1 : len(fds) - len(own)], **message["service"]}
         token = message["token"]
-        for units in self._expected:  # this comes first, and the rest is read in turn
-            units.is_wanted = True
         if self._is_served(token):  # sent again: a predecessor died before it could answer
             close_all(fds)
             return
@@ -124,7 +119,6 @@ class Answers:
                 except BaseException:
                     close_foreign(own)
                     raise
-                self._replay_expected(origin.service.trace)
                 space = self._served.open(self._state(message["space"], own, origin), origin)
         finally:
             self._served.arrivals.done(token)
@@ -192,30 +186,11 @@ class Answers:
             for at in range(0, min(source.size, _PREPARED), _PIECE):
                 expect(at, _PIECE)
 
-    async def _expect(self, _message: dict[str, Any], fds: list[int]) -> None:
-        """Begin to read the pages of a recording: its owner waits for a server, and will have them replayed then."""
-        try:
-            units = await in_own_thread(_units_of, fds[0])
-        finally:
-            close_foreign(fds)
-        if units is not None:
-            self._expected.append(units)
-            asyncio.get_running_loop().call_later(_EXPECTED, self._forget_expected, units)
-            sys.setswitchinterval(_SWITCH)
-            detach(units.read_early)
-
-    def _forget_expected(self, units: Units) -> None:
-        if units in self._expected:
-            self._expected.remove(units)
-
-    def _replay_expected(self, trace: Trace | None) -> None:
-        """Have a replay go on with what was read for it, if it was expected."""
-        if trace is None or trace.pages is None:
-            return
-        for units in self._expected:
-            if units.serve(trace.pages):
-                self._expected.remove(units)
-                return
+    async def _expect(self, _message: dict[str, Any], _: list[int]) -> None:
+        """Be ready to replay a recording: its owner waits for the server that has the object."""
+        sys.setswitchinterval(_SWITCH)
+        for module in _REPLAYS:
+            await in_own_thread(import_module, module)
 
     async def _prefetch(self, message: dict[str, Any], _: list[int]) -> None:
         await prefetch((await self._served.wanted(message["token"]))[0], message["ranges"])
@@ -385,15 +360,6 @@ class Answers:
         except BaseException:
             tenancy.announced = announced  # it is served on, and its end is to be told
             raise
-
-
-def _units_of(file: int) -> Units | None:
-    """Return what reads the pages of a recording; None: it carries none."""
-    from aiouffd.engine.ahead.pages import Units  # noqa: PLC0415 - 2 ms of each pager's start, and few replay
-    from aiouffd.engine.ahead.trace import Trace  # noqa: PLC0415 - likewise
-
-    pages = Trace.load(f"/proc/self/fd/{file}").pages
-    return None if pages is None else Units(pages)
 
 
 def _source_of(tenancy: Tenancy) -> Source:
