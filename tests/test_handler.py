@@ -56,4 +56,4 @@ def test_a_fault_says_what_it_is() -> None:
     """For errors and logs."""
     fault = Fault(at(3).start + 5, FaultFlag.WRITE, 7, at(3), 3 * PAGE)
     assert str(fault) == f"the fault of thread 7 at {at(3).start + 5:#x} (offset 0x3000, write)"
-    assert "read)" in str(Fault(0, FaultFlag(0), 7, at(3), 0))
+    assert str(Fault(64, FaultFlag(0), 0, at(3), 0)) == "the fault at 0x40 (offset 0x0, read)"

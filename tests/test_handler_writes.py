@@ -234,7 +234,8 @@ async def test_errors_say_who_has_failed() -> None:
 
 def told(handler: Handler, page: int, access: str, reason: str, thread: int = 0) -> str:
     """Return what an error says of a page."""
-    fault = f"the fault of thread {thread} at {at(page).start:#x} (offset {page * PAGE:#x}, {access})"
+    who = f" of thread {thread}" if thread else ""
+    fault = f"the fault{who} at {at(page).start:#x} (offset {page * PAGE:#x}, {access})"
     return str(HandlerError(repr(handler), fault, reason))
 
 

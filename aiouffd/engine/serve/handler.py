@@ -36,7 +36,8 @@ class Fault(PageFault):
 
     def __str__(self) -> str:
         access = "write" if self.write else "read"
-        return f"the fault of thread {self.thread_id} at {self.address:#x} (offset {self.offset:#x}, {access})"
+        who = f" of thread {self.thread_id}" if self.thread_id else ""  # of nobody: a page that is prefetched
+        return f"the fault{who} at {self.address:#x} (offset {self.offset:#x}, {access})"
 
 
 class Batch:
