@@ -24,9 +24,8 @@ _unleft: weakref.WeakKeyDictionary[Entered, Tracing | None] = weakref.WeakKeyDic
 
 def save_at_exit(monitor: Entered, recording: Tracing | None) -> None:
     """Have what was written and recorded be in its file when the program ends, if the Monitor is not left."""
-    if not _unleft:
-        atexit.unregister(_save)
-        atexit.register(_save)  # behind those of the engines, and so called before them
+    atexit.unregister(_save)
+    atexit.register(_save)  # behind those of all engines that are imported by now, and so called before them
     _unleft[monitor] = recording
 
 

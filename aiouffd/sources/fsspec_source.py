@@ -246,10 +246,8 @@ def _call(filesystem: Any, method: str, path: str, arguments: dict[str, Any]) ->
     if method == "info":
         filesystem.invalidate_cache(path)  # what it has listed before does not count
     elif type(filesystem).cat_file is AbstractFileSystem.cat_file:
-        arguments = {
-            **arguments,
-            "cache_type": "none",
-        }  # it opens a file, which would read 5 MiB more than it is asked for
+        # It opens a file, which would read 5 MiB more than it is asked for.
+        arguments = {**arguments, "cache_type": "none"}
     return getattr(filesystem, method)(path, **arguments)
 
 

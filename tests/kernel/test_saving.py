@@ -17,17 +17,18 @@ from aiouffd.engine.ahead.trace import Trace
 
 PAGES = 8
 SIZE = PAGES * PAGE
-ENGINES: dict[str, Any] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
+ENGINES = {"pager": "Pager", "in_thread": "InThread"}  # imported where they are used: they end in that order, too
 
 
 def entered(engine: str, source: Any) -> aiouffd.Monitor:
     """Return a Monitor that writes back, and is not left."""
     region = aiouffd.Region(SIZE, shared=engine == "pager")
-    return aiouffd.Monitor(region, source, engine=ENGINES[engine](), write_back=True).__enter__()
+    return aiouffd.Monitor(region, source, engine=getattr(aiouffd, ENGINES[engine])(), write_back=True).__enter__()
 
 
 def ends(engine: str, path: str) -> None:
     """Scenario: the program ends, and writes once more when all is saved that was written before."""
+    assert getattr(aiouffd, ENGINES[engine])  # is imported, and so ends behind what is registered from now on
     atexit.register(lambda: poke(monitor.region.address + 5 * PAGE, b"later   "))  # called behind that of the Monitor
     monitor = entered(engine, aiouffd.FileSource(path, writable=True))
     monitor.region[3 * PAGE : 3 * PAGE + 8] = b"earlier "
@@ -54,9 +55,10 @@ class Full(Pattern):
 
 
 def cannot_be_saved(engine: str) -> None:
-    """Scenario: the program ends, and the source takes nothing."""
+    """Scenario: the program ends, and the source takes nothing; Monitors of other engines were entered before."""
+    others = [entered(other, Full(SIZE)) for other in ENGINES if other != engine]
     monitor = entered(engine, Full(SIZE))
-    atexit.register(lambda: monitor)  # no collection of garbage comes before
+    atexit.register(lambda: (others, monitor))  # no collection of garbage comes before
     monitor.region[3 * PAGE] = 99
 
 
@@ -71,7 +73,9 @@ def records(engine: str, path: str, pages: bool) -> None:
     """Scenario: the program ends, and records the touches of a region that is still mapped."""
     Path(path).with_name("file").write_bytes(content(0, SIZE))
     what = aiouffd.Recording(path, pages=True) if pages else path
-    region = aiouffd.map(Path(path).with_name("file"), engine=ENGINES[engine](), record=what, readahead=0)
+    region = aiouffd.map(
+        Path(path).with_name("file"), engine=getattr(aiouffd, ENGINES[engine])(), record=what, readahead=0
+    )
     atexit.register(lambda: region)
     for page in (5, 2, 3):
         assert region[page * PAGE : page * PAGE + 8] == content(page * PAGE, 8)
