@@ -433,6 +433,7 @@ class Bound:
         """Take note that memory does not show these offsets (start, end) any more: it was emptied or unmapped."""
         if not self._spaces:  # the last was left just now: what it has shown is being saved
             return
+        is_kept = self._file is not None and not any(map(len, (space.mappings for space in self._spaces)))
         for start, end in offsets:
             shown = RangeSet(
                 Range(mapping.offset, mapping.end - mapping.start)
@@ -441,7 +442,8 @@ class Bound:
             )
             for gap in shown.gaps(start, end):
                 self._clock.gone(gap.start, gap.end)
-                self.written.forget(gap.start, gap.end)
+                if not is_kept:  # else nobody maps the file any more: it is as it was, and saved when it is let go
+                    self.written.forget(gap.start, gap.end)
         self._words[Counter.RESIDENT] = self._clock.total
 
     def came(self, start: int, length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from scenario import eventually, play
 
 import aiouffd
 from aiouffd.engine.ahead.trace import Trace
+from aiouffd.kernel import memory
 
 PAGES = 8
 SIZE = PAGES * PAGE
@@ -44,6 +46,28 @@ def test_a_program_that_ends_loses_nothing(engine: str, tmp_path: Path) -> None:
     assert path.read_bytes()[: 5 * PAGE] == model[: 5 * PAGE]
     if engine == "pager":
         eventually(lambda: path.read_bytes()[5 * PAGE : 5 * PAGE + 8], b"later   ")
+
+
+def forgotten(path: str) -> None:
+    """Scenario: nobody keeps a Monitor that is entered, and its region is unmapped."""
+
+    def write() -> int:
+        monitor = entered("pager", aiouffd.FileSource(path, writable=True))
+        monitor.region[3 * PAGE : 3 * PAGE + 8] = b"earlier "
+        return monitor.region.address
+
+    address = write()
+    gc.collect()
+    eventually(lambda: memory.mapped(address, SIZE), [])
+
+
+def test_what_was_unmapped_as_a_whole_is_saved(tmp_path: Path) -> None:
+    """The file of the memory is as it was, though nobody maps it."""
+    path, model = tmp_path / "file", bytearray(content(0, SIZE))
+    path.write_bytes(model)
+    play(forgotten, str(path), fresh=True)
+    model[3 * PAGE : 3 * PAGE + 8] = b"earlier "
+    eventually(path.read_bytes, bytes(model))
 
 
 class Full(Pattern):
