@@ -182,7 +182,7 @@ class Unit:
         parts: offset, length and address of what is here, neighbours joined, in the order of the bytes; whole pages.
     """
 
-    def __init__(self, data: mmap.mmap, offsets: array[int], page: int, size: int) -> None:
+    def __init__(self, data: bytearray | mmap.mmap, offsets: array[int], page: int, size: int) -> None:
         ranges = _joined(offsets, page)
         places = itertools.accumulate((length for _, length in ranges), initial=0)
         address = address_of(data)
@@ -334,10 +334,10 @@ class RecordedPages(OwnedDescriptor):
             raise BlockingIOError
         return self._load(number, os.RWF_NOWAIT)
 
-    def _load(self, number: int, flags: int, room: mmap.mmap | None = None) -> Unit | None:
+    def _load(self, number: int, flags: int, room: bytearray | mmap.mmap | None = None) -> Unit | None:
         offsets = self.offsets[number * self.together : (number + 1) * self.together]
         length = len(offsets) * self.page_size
-        room = populated(length) if room is None else room
+        room = bytearray(length) if room is None else room  # a pager has freed some for a unit before
         data = memoryview(room)[:length]
         place, digest = self._begin + number * self.together * self.page_size, _hash(self._kind)
         assert digest is not None  # it was there when the file was opened, by a process of the same installation
