@@ -151,6 +151,7 @@ def replayed_from_url(directory: str, url: str, engine: str) -> None:
         ):
             monitor = region.monitor
             brought(monitor, len(pages) * PAGE)
+            eventually(partial(replayed, monitor, len(pages) - 1), expected=True)  # placed before they are counted
             for page in pages:
                 assert region[page * PAGE : (page + 1) * PAGE] == DATA[page * PAGE :][:PAGE]
             found = monitor.statistics()
