@@ -370,7 +370,15 @@ class Userfaultfd(OwnedDescriptor):
         return int(native.library().aiouffd_copies(self._fd, ctypes.c_void_p(address), len(copies) // 3, mode))
 
     def try_copy_missing(self, dst: int, src: int, length: int, mode: int, page: int) -> Copied:
-        """UFFDIO_COPY of what is missing of a range: see `copy_missing`."""
+        """UFFDIO_COPY of what is missing of a range, past pages that are there, for which the kernel wakes nobody.
+
+        Args:
+            dst: where to.
+            src: where from.
+            length: bytes, whole pages.
+            mode: of each COPY.
+            page: bytes of a page.
+        """
         if native.reason() or type(self).try_copy is not Userfaultfd.try_copy:
             return copy_missing(self.try_copy, dst, src, length, mode, page)
         came = _Came()
@@ -462,7 +470,7 @@ class Userfaultfd(OwnedDescriptor):
 
 
 class Copied(NamedTuple):
-    """What came of `copy_missing`.
+    """What came of `Userfaultfd.try_copy_missing`.
 
     Attributes:
         passed: bytes that were copied or are there.
