@@ -24,6 +24,7 @@ from aiouffd.engine.flight import Flight
 from aiouffd.engine.mappings import ZEROS, Mapping, Mappings
 from aiouffd.engine.runs import FOR_FAULT
 from aiouffd.engine.serve.bounds import Limits
+from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.kernel.memory import address_of, unreadable
@@ -263,8 +264,9 @@ async def test_the_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [seconds for seconds in slept if seconds] == pytest.approx([2.0, 2.0, 2.0])
 
 
-async def test_the_fill_waits_while_faults_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a moment without, and for so long at most."""
+@pytest.mark.parametrize("rate", [math.inf, SIZE])
+async def test_the_fill_waits_while_faults_come(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """For a moment without, and for so long at most; filled as fast as it goes, it goes before no others meanwhile."""
     monkeypatch.setattr(module, "_NEAR", 8 * PAGE)
     now, looks = [0.0], [0]
 
@@ -272,10 +274,13 @@ async def test_the_fill_waits_while_faults_come(monkeypatch: pytest.MonkeyPatch)
         now[0] += seconds
         if seconds == module._QUIET:
             looks[0] += 1
+            assert (world.space in brought) == (rate == math.inf)
             world.counters.words[Counter.FAULTS] += 1
 
     monkeypatch.setattr(module, "monotonic", lambda: now[0])
     world = World(0, located=True)
+    assert isinstance(world.backend, SourceBackend)
+    brought = world.backend._precedence.brought
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aiouffd.engine.ahead.fill.asyncio.sleep", sleep)
         world.counters.words[Counter.FAULTS] = 0
@@ -285,8 +290,9 @@ async def test_the_fill_waits_while_faults_come(monkeypatch: pytest.MonkeyPatch)
             world.counters.words[Counter.FAULTS] += 1
             await bring(*arguments)
 
-        world.backend.bring = faulting  # type: ignore[method-assign,assignment]
-        await fill(world.space, world.backend, math.inf, patience=0.01)
+        world.backend.bring = faulting  # type: ignore[assignment,method-assign]
+        await fill(world.space, world.backend, rate, patience=0.01)
+    assert not brought
     assert 3 * 5 <= looks[0] <= 3 * 6
 
 

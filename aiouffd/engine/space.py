@@ -28,6 +28,7 @@ from aiouffd.ranges import align_down, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from aiouffd.engine.allowance import Allowance
     from aiouffd.engine.bound import Bound
@@ -81,6 +82,9 @@ class Backend(Protocol):
 
     def serve(self, space: Space, faults: list[tuple[int, int, int]], began_ns: int) -> None:
         """Resolve faults (page address, flags, thread id) at once, or begin a flight for them. Never blocks."""
+
+    def fills(self, space: Space) -> AbstractContextManager[None]:
+        """Count a space as one for which something is brought, also between two calls of `bring`, within the block."""
 
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         """Bring (offset, length) ranges ahead of faults. Raises UffdError where that fails; nothing is poisoned."""

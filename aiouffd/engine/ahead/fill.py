@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 from collections import deque
+from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.ranges import Range, RangeSet, batched, pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
     from aiouffd.engine.ahead.pages import RecordedPages, Unit
     from aiouffd.engine.ahead.trace import Trace
@@ -189,27 +190,36 @@ async def fill(
     step = _HURRY if hurry else _NEAR if backend.local else _FAR
     if hurry and space.readahead.limit:
         space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
-    try:
-        for offset, length in _shown(space, step):
-            limit = monotonic() + patience
-            while faults != words[Counter.FAULTS] and monotonic() < limit:
-                faults = words[Counter.FAULTS]
-                await asyncio.sleep(_QUIET)
-            pause = began + brought / rate - monotonic()
-            if pause > 0 or not backend.local:  # else `bring` has just given the loop a turn
-                await asyncio.sleep(max(pause, 0.0))
-            work = backend.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
-            under_way.append((offset + length, work if backend.pieces == 1 else _begun(work)))
-            brought += length
-            if len(under_way) == backend.pieces:
+    # Where it waits between pieces for others to be quiet, its threads are no reason for these to wait for it. But one
+    # that is filled slowly is quiet itself.
+    with backend.fills(space) if rate == math.inf else nullcontext():
+        try:
+            for offset, length in _shown(space, step):
+                faults = await _no_more(faults, words, patience)
+                pause = began + brought / rate - monotonic()
+                if pause > 0 or not backend.local:  # else `bring` has just given the loop a turn
+                    await asyncio.sleep(max(pause, 0.0))
+                work = backend.bring(space, [(offset, length)], Counter.PAGES_BACKGROUND)
+                under_way.append((offset + length, work if backend.pieces == 1 else _begun(work)))
+                brought += length
+                if len(under_way) == backend.pieces:
+                    await first_is_there()
+            while under_way:
                 await first_is_there()
-        while under_way:
-            await first_is_there()
-    finally:
-        await end_of(work for _, work in under_way if isinstance(work, asyncio.Task))
-        if hurry:
-            space.filling = 0
+        finally:
+            await end_of(work for _, work in under_way if isinstance(work, asyncio.Task))
+            if hurry:
+                space.filling = 0
     on_progress()
+
+
+async def _no_more(faults: int, words: Sequence[int], patience: float) -> int:
+    """Wait for a moment in which there are no more faults, or for so many seconds; return how many there were."""
+    limit = monotonic() + patience
+    while faults != words[Counter.FAULTS] and monotonic() < limit:
+        faults = words[Counter.FAULTS]
+        await asyncio.sleep(_QUIET)
+    return faults
 
 
 def _fitting(space: Space, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import nullcontext
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from aiouffd.sources import steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.one_copy import OneCopy
@@ -198,6 +200,10 @@ class HandlerBackend:
         if present:
             space.readahead.brought(fault.offset, space.page_size)
         return "" if present else "returned without resolving it"
+
+    def fills(self, space: Space) -> AbstractContextManager[None]:
+        """Do nothing: handlers have no order among spaces."""
+        return nullcontext()
 
     async def bring(self, space: Space, ranges: Iterable[tuple[int, int]], cause: Counter) -> None:
         """Give the handler the missing pages of (offset, length) ranges, in this order, as if they were touched.

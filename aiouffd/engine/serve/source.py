@@ -82,6 +82,7 @@ class SourceBackend:
         self._counters, self._words = counters, counters.words
         self.on_landed: OnLanded = untold
         self._precedence = precedence or Precedence()
+        self.fills: Callable[[Space], AbstractContextManager[None]] = self._precedence.brings
         self._reads = Reads(common, counters, limits, self._precedence)
         self._extents = Extents(source, counters, common.at_hand, one_copy)
         self.has: Callable[[Callable[[int, int], Any]], AbstractContextManager[None]] = self._extents.has
