@@ -23,9 +23,8 @@ def test_a_full_queue(tmp_path: Path) -> None:
         listener.listen(0)
         first.connect(path)
         with socket.socket(socket.AF_UNIX) as second:
-            send_within(second, 0.01)
             with pytest.raises(BlockingIOError):
-                second.connect(path)
+                connect_within(second, path, 0.01)
             listener.accept()[0].close()
             send_within(second, 0)
             second.connect(path)
