@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import re
@@ -10,11 +11,15 @@ import ssl
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiouffd.lifetime import Closable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+
+_Client = TypeVar("_Client", bound=Closable)
 
 DATA = bytes(n * 7 % 251 for n in range(200_003))
 _MONDAY, _TUESDAY = "Mon, 02 Nov 2026 10:00:00 GMT", "Tue, 03 Nov 2026 10:00:00 GMT"
@@ -182,6 +187,16 @@ def serving(habit: str = "", tls: ssl.SSLContext | None = None) -> Iterator[Odd]
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextlib.asynccontextmanager
+async def closing(client: _Client) -> AsyncIterator[_Client]:
+    """Yield a client, and close it: its transports are closed in the next turn of the loop."""
+    try:
+        yield client
+    finally:
+        client.close()
+        await asyncio.sleep(0)
 
 
 def certified(directory: Path) -> tuple[Path, ssl.SSLContext]:

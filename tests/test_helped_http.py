@@ -33,12 +33,9 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.asynccontextmanager
 async def client_of(url: str, seconds: float = 10.0) -> AsyncIterator[HelpedHttp]:
     """Yield a client, and close it."""
-    client = HelpedHttp(url, seconds, PINNED)
-    try:
+    async with odd_http.closing(HelpedHttp(url, seconds, PINNED)) as client:
         yield client
-    finally:
-        client.close()
-        await gone()
+    await gone()
 
 
 async def all_of(client: HelpedHttp, step: int = STEP) -> None:

@@ -23,6 +23,7 @@ from aiouffd.sources.store_errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
 
 SIZE = len(odd_http.DATA)
 PINNED = Validator(SIZE, '"v1"')
@@ -31,15 +32,9 @@ BODY = "0123456789"
 _LARGE = 1000  # such an answer is sent in one piece
 
 
-@contextlib.asynccontextmanager
-async def client_of(url: str, seconds: float = 10.0) -> AsyncIterator[LoopHttp]:
-    """Yield a client, and close it."""
-    client = LoopHttp(url, seconds, PINNED)
-    try:
-        yield client
-    finally:
-        client.close()
-        await asyncio.sleep(0)  # transports are closed in the next turn
+def client_of(url: str, seconds: float = 10.0) -> AbstractAsyncContextManager[LoopHttp]:
+    """Return a client, to be closed by `async with`."""
+    return odd_http.closing(LoopHttp(url, seconds, PINNED))
 
 
 @contextlib.asynccontextmanager

@@ -92,6 +92,36 @@ def test_a_worker_that_cannot_take_over_is_replaced(tmp_path: Path) -> None:
     assert "could not be taken over" in play(cannot_take_over, str(tmp_path / "file"))[1]
 
 
+def serve_both(
+    directory: str, near: str, path: str, clients: Callable[[Server, int], None], source_of: Callable[[int, str], str]
+) -> None:
+    """Run clients of two sources, "near", and "far": that has a file system of its own, whose process they are told.
+
+    Args:
+        directory: where that is mounted.
+        near: the path of the other source.
+        path: of the server's socket.
+        clients: run in a thread.
+        source_of: returns the source of a client, of whom it gets the number and the name.
+    """
+
+    async def main() -> None:
+        with fuse.mounted(directory, content(0, SIZE)) as (far, silent):
+            sources = {"near": aiouffd.FileSource(near), "far": aiouffd.FileSource(far)}
+            async with Server(lambda _, *of: sources[source_of(*of)], path, readahead=0) as server:
+                await asyncio.to_thread(clients, server, silent)
+
+    asyncio.run(main())
+
+
+def output_of(scenario: Callable[[str, str, str], None], directory: Path) -> str:
+    """Play a scenario that calls `serve_both`; return what it has printed."""
+    near, far = directory / "near", directory / "far"
+    near.write_bytes(content(0, SIZE))
+    far.mkdir()
+    return play(scenario, str(far), str(near), str(directory / "socket"), measured=False)[0]
+
+
 def one_file_system_is_silent(directory: str, near: str, path: str) -> None:
     """Scenario: the worker is killed while the file system of one of two sources does not answer."""
 
@@ -115,24 +145,13 @@ def one_file_system_is_silent(directory: str, near: str, path: str) -> None:
             os.kill(silent, signal.SIGKILL)  # else the pager would outlive this process, and wait for the file system
             os._exit(0)
 
-    async def main() -> None:
-        with fuse.mounted(directory, content(0, SIZE)) as (far, silent):
-            sources = {"near": aiouffd.FileSource(near), "far": aiouffd.FileSource(far)}
-            async with Server(lambda _, __, name: sources[name], path, readahead=0) as server:
-                await asyncio.to_thread(clients, server, silent)
-
-    asyncio.run(main())
+    serve_both(directory, near, path, clients, lambda _, name: name)
 
 
 @needs_fuse
 def test_a_successor_opens_each_source_by_itself(tmp_path: Path) -> None:
     """The clients of the other source are served at once."""
-    near = tmp_path / "near"
-    near.write_bytes(content(0, SIZE))
-    far = tmp_path / "far"
-    far.mkdir()
-    output, _ = play(one_file_system_is_silent, str(far), str(near), str(tmp_path / "socket"), measured=False)
-    assert output == "near was served\n"
+    assert output_of(one_file_system_is_silent, tmp_path) == "near was served\n"
 
 
 def one_source_of_a_file_is_silent(directory: str, near: str, path: str) -> None:
@@ -162,24 +181,13 @@ def one_source_of_a_file_is_silent(directory: str, near: str, path: str) -> None
         pages = {page: peek(theirs.address + page * PAGE) for page in range(20, 26)}
         assert pages == {page: bytes(8) if 22 <= page < 25 else word(page) for page in pages}
 
-    async def main() -> None:
-        with fuse.mounted(directory, content(0, SIZE)) as (far, silent):
-            sources = {1: aiouffd.FileSource(near), 2: aiouffd.FileSource(far)}
-            async with Server(lambda _, number, __: sources[number], path, readahead=0) as server:
-                await asyncio.to_thread(clients, server, silent)
-
-    asyncio.run(main())
+    serve_both(directory, near, path, clients, lambda number, _: "near" if number == 1 else "far")
 
 
 @needs_fuse
 def test_a_file_of_memory_of_which_one_source_does_not_answer(tmp_path: Path) -> None:
     """Who maps it, and has another source, is served at once; what he empties meanwhile is zeros for all."""
-    near = tmp_path / "near"
-    near.write_bytes(content(0, SIZE))
-    far = tmp_path / "far"
-    far.mkdir()
-    scenario = one_source_of_a_file_is_silent, str(far), str(near), str(tmp_path / "socket")
-    assert play(*scenario, measured=False)[0] == "ours was served\n"
+    assert output_of(one_source_of_a_file_is_silent, tmp_path) == "ours was served\n"
 
 
 class Costly(Pattern):
