@@ -24,7 +24,7 @@ def send_within(connection: socket.socket, seconds: float) -> None:
 
 
 def connect_within(connection: socket.socket, path: str | os.PathLike[str], seconds: float) -> None:
-    """Connect a blocking AF_UNIX socket; what is sent is bounded as by `send_within` then, or less.
+    """Connect a blocking AF_UNIX socket; what is sent then is bounded as by `send_within`.
 
     Where a signal interrupts connect(2), Python waits until the socket can be written to, and takes it for connected:
     one of AF_UNIX that is not can always be. So it is asked whether it is.
@@ -39,4 +39,5 @@ def connect_within(connection: socket.socket, path: str | os.PathLike[str], seco
         connection.connect(os.fspath(path))
         with contextlib.suppress(OSError):  # ENOTCONN
             connection.getpeername()
-            return
+            break
+    send_within(connection, seconds)

@@ -190,12 +190,12 @@ async def fill(
     step = _HURRY if hurry else _NEAR if backend.local else _FAR
     if hurry and space.readahead.limit:
         space.filling = max(min(_HURRY, space.readahead.limit), space.page_size)
-    # Where it waits between pieces for others to be quiet, its threads are no reason for these to wait for it. But one
-    # that is filled slowly is quiet itself.
+    # It is being filled also while it waits between two pieces: faults of its threads do not shorten the steps of
+    # others. At a limited rate it waits for long, and its faults go first like those of any other.
     with backend.fills(space) if rate == math.inf else nullcontext():
         try:
             for offset, length in _shown(space, step):
-                faults = await _no_more(faults, words, patience)
+                faults = await _until_quiet(faults, words, patience)
                 pause = began + brought / rate - monotonic()
                 if pause > 0 or not backend.local:  # else `bring` has just given the loop a turn
                     await asyncio.sleep(max(pause, 0.0))
@@ -213,8 +213,14 @@ async def fill(
     on_progress()
 
 
-async def _no_more(faults: int, words: Sequence[int], patience: float) -> int:
-    """Wait for a moment in which there are no more faults, or for so many seconds; return how many there were."""
+async def _until_quiet(faults: int, words: Sequence[int], patience: float) -> int:
+    """Wait for a moment without faults, for so many seconds at most; return how many there have been.
+
+    Args:
+        faults: how many there had been when it was looked last.
+        words: the counters.
+        patience: seconds.
+    """
     limit = monotonic() + patience
     while faults != words[Counter.FAULTS] and monotonic() < limit:
         faults = words[Counter.FAULTS]

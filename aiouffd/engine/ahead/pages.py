@@ -15,7 +15,6 @@ import operator
 import os
 import stat
 import struct
-import threading
 from array import array
 from bisect import bisect_right
 from itertools import pairwise
@@ -350,7 +349,7 @@ class RecordedPages(OwnedDescriptor):
 
 
 class Units:
-    """Reads the units of a recording for one replay, each once. Thread-safe.
+    """Reads the units of a recording for one replay, each once, and one after the other, in whatever thread.
 
     Args:
         pages: the bytes. They stay open as long as this.
@@ -358,27 +357,20 @@ class Units:
 
     def __init__(self, pages: RecordedPages) -> None:
         self._pages = pages
-        self._lock = threading.Lock()
         self._read: dict[int, Unit | None] = {}
         self._next = 0  # those before it are not wanted any more
 
     def read(self, number: int) -> Unit | None:
         """Return a unit; None: it is damaged, or not wanted any more. Blocks where it is not read yet."""
-        if number in self._read:  # another thread has the lock as long as it reads
-            return self._read[number]
-        with self._lock:
-            if number not in self._read and number >= self._next:
-                self._read[number] = self._pages.load(number)
-            return self._read.get(number)
+        if number not in self._read and number >= self._next:
+            self._read[number] = self._pages.load(number)
+        return self._read.get(number)
 
     def read_nowait(self, number: int) -> bool:
         """Tell whether `read` does not block any more."""
-        if number not in self._read and self._lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(OSError):
-                    self._read[number] = self._pages.load_nowait(number)
-            finally:
-                self._lock.release()
+        if number not in self._read:
+            with contextlib.suppress(OSError):
+                self._read[number] = self._pages.load_nowait(number)
         return number in self._read
 
     def drop(self, number: int) -> None:

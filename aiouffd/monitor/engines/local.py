@@ -112,8 +112,9 @@ class Local:
         )
         if bound is None and _may_move(assignment):
             self.space.resolver.moving = Moving(uffd, Pagemap.open_if_possible(), counters)
-            if isinstance(self.backend, SourceBackend) and getattr(self.backend.source, "gives", False):
-                getattr(self.backend.source, "moved", int)()
+            source = self.backend.source if isinstance(self.backend, SourceBackend) else None
+            if getattr(source, "gives", False) and (moved := getattr(source, "moved", None)):
+                moved()
         self.layout: Layout = Layout(
             self._loop, self.space, mapping.start, mapping.end, RegisterMode(options.modes), **layout
         )

@@ -146,7 +146,6 @@ class ServedByEngine:
         try:
             # connect(2) waits, where clients that nobody has taken fill the queue of a server that is stopped, or held.
             connect_within(self._connection, self._path, _TIMEOUT)
-            send_within(self._connection, _TIMEOUT)
             tracked = assignment.options.write_protect
             extra = {"version": VERSION, "name": self._name, "write_protect": tracked}
             message = encode([assignment.mapping], assignment.page_size, extra)
