@@ -43,6 +43,7 @@ _LOOKED_AT = 32  # descriptors, to see whether one of them has messages: those c
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
+_NO_FLAGS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)  # before Linux 6.10; a seccomp filter's, of preadv2
 _LOGGED_AGAIN_NS = 5_000_000_000
 _FILE = "file"  # why a space is held: something is done to the file of its memory
 _NO_ROOM = "no room"  # for what is to be read
@@ -288,7 +289,7 @@ class Dispatcher:
             self._unblock(fd)
 
     def _broken(self, space: Space, number: int) -> bool:
-        if number == errno.EOPNOTSUPP and self._reads_with_flags:
+        if number in _NO_FLAGS and self._reads_with_flags:
             self._reads_with_flags = False
             self._reader.read_without_flags()
             return True  # nothing was read: look again

@@ -14,7 +14,8 @@ message is not plain or the loop is due for a turn. `PythonReader` serves where 
 
 O_NONBLOCK belongs to the open file, not to the descriptor: the process that has handed a descriptor over can clear it
 at any time. A plain read would block the loop then, and with it all other spaces. So each read passes RWF_NOWAIT. A
-userfaultfd knows that flag since Linux 6.10; before, O_NONBLOCK is the only protection.
+userfaultfd knows that flag since Linux 6.10; before, and where a seccomp filter forbids preadv2(2), O_NONBLOCK is the
+only protection.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _VAIN_LOOKS_UNTIL_RARER = 3
 _MAX_SKIPPED = 64
 _NO_LIMIT = 1 << 62  # pages
 _NOT_BLOCKING = os.RWF_NOWAIT
-_preadv = os.preadv
+_preadv, _readv = os.preadv, os.readv
 _WORDS = [Counter[name] for name in c.WORDS]
 
 
@@ -80,7 +81,7 @@ class Reader(PlainFaults, Protocol):
         """Say where messages are to land from now on, and where to note whose they are."""
 
     def read_without_flags(self) -> None:
-        """Rely on O_NONBLOCK from now on: this kernel does not know RWF_NOWAIT here."""
+        """Rely on O_NONBLOCK from now on, and read by readv(2): RWF_NOWAIT, or preadv2(2) itself, is refused."""
 
     def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
         """Read and serve; return an `Outcome`, and what was found for the engine.
@@ -120,7 +121,7 @@ class PythonReader(FastPath):
         super().__init__(spaces)
         self.spin_ns = 0
         self._epoll = epoll
-        self._flags = _NOT_BLOCKING
+        self._has_flags = True
         self._only: tuple[tuple[int, int], ...] | None = None
         self._landing = self._identity = memoryview(b"")
         self._buffers: list[memoryview] = []  # of one read
@@ -144,8 +145,8 @@ class PythonReader(FastPath):
         self._buffers = [buffer[: _read_size(self._only[0][0] if self._only else -1)]]
 
     def read_without_flags(self) -> None:
-        """Leave RWF_NOWAIT out."""
-        self._flags = 0
+        """Read by readv(2)."""
+        self._has_flags = False
 
     def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
         """Read and serve."""
@@ -198,7 +199,7 @@ class PythonReader(FastPath):
             self._turn = max(self._turn, self._turns.get(fd, 0))
             self._identity[0] = slot[0]
             try:
-                length = _preadv(fd, self._buffers, -1, self._flags)
+                length = _preadv(fd, self._buffers, -1, _NOT_BLOCKING) if self._has_flags else _readv(fd, self._buffers)
             except BlockingIOError:
                 length = 0
             except OSError as error:
@@ -406,7 +407,7 @@ class NativeReader:
         self._reader.configure(landing=address_of(buffer), identity=address_of(identity))
 
     def read_without_flags(self) -> None:
-        """Leave RWF_NOWAIT out."""
+        """Read by readv(2)."""
         self._reader.configure(flags=0)
 
     def end(self) -> None:

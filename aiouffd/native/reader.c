@@ -341,7 +341,7 @@ static int look(struct state *s, struct found *found)
             continue; /* dropped just now */
         struct iovec into = {s->is.landing, s->is.limit};
         *s->is.identity = s->lines[fd].identity;
-        ssize_t length = preadv2(fd, &into, 1, -1, s->is.flags);
+        ssize_t length = s->is.flags ? preadv2(fd, &into, 1, -1, s->is.flags) : readv(fd, &into, 1);
         int error = length < 0 ? errno : 0;
         if (length > 0)
             s->turns[fd] = s->turn + (uint64_t)length / sizeof(struct message);

@@ -79,7 +79,7 @@ struct keeper {
 
 struct reader {
     int32_t epoll, only; /* only: the one descriptor that there is, or -1: epoll is asked */
-    int32_t flags;       /* of preadv2 */
+    int32_t flags;       /* of preadv2; 0: readv */
     uint32_t limit;      /* bytes of one read: of the landing, or of a turn */
     uint64_t spin_ns;
     uint8_t *landing;  /* where messages are read to */

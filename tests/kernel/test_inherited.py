@@ -236,9 +236,9 @@ def yield_to_limits() -> None:
         deny(int(what))
 
 
-def deny(number: int) -> None:
-    """Install a seccomp filter that refuses one system call with EPERM."""
-    code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+def deny(number: int, error: int = errno.EPERM) -> None:
+    """Install a seccomp filter that refuses one system call."""
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | error), (0x06, 0, 0, 0x7FFF0000)]
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *item) for item in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(instructions)))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -261,6 +261,22 @@ def test_what_a_pager_needs_and_is_refused(limit: str, match: str, monkeypatch: 
         pytest.skip("the number of memfd_create is the architecture's")
     monkeypatch.setenv("LIMIT", limit)
     play(start, match)
+
+
+def without_preadv2(error: int, native: str) -> None:
+    """Scenario: a seccomp filter refuses preadv2(2)."""
+    os.environ["AIOUFFD_NATIVE"] = native
+    deny({"x86_64": 327, "aarch64": 286}[os.uname().machine], error)
+    region = aiouffd.Region(SIZE)
+    with aiouffd.Monitor(region, Pattern(SIZE), readahead=0):
+        serve_all(region)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+def test_messages_are_read_where_preadv2_is_refused(error: int, native: str) -> None:
+    """By readv(2), in both readers."""
+    play(without_preadv2, error, native)
 
 
 NO_FORK = f"""#!{sys.executable}
