@@ -34,6 +34,8 @@ class Odd(http.server.ThreadingHTTPServer):
         version: 1, or 2 once the object has changed (`change`).
         requests: method and headers of each.
         failures: how many requests are answered with 503, or are dropped.
+        retry_after: is said with these.
+        times: of the requests, as time.monotonic() has them.
     """
 
     daemon_threads = True
@@ -45,6 +47,8 @@ class Odd(http.server.ThreadingHTTPServer):
         self.version = 1
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.failures = 0
+        self.retry_after = ""
+        self.times: list[float] = []
 
     @property
     def url(self) -> str:
@@ -101,13 +105,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         server.requests.append(("GET", {name.lower(): value for name, value in self.headers.items()}))
+        server.times.append(time.monotonic())
         if server.failures:
             server.failures -= 1
             if server.habit == "drops":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
             else:
-                self.answer(503, {})
+                self.answer(503, {"Retry-After": server.retry_after})
             return
         if server.habit.isdecimal():
             self.answer(int(server.habit), {})

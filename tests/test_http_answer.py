@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import email.utils
 import json
 
 import pytest
 
-from aiouffd.sources.http_answer import Validator
+from aiouffd.sources.http_answer import Validator, seconds_of
 
 MONDAY, TUESDAY = (dt.datetime(2026, 11, day, tzinfo=dt.UTC) for day in (2, 3))
 
@@ -48,3 +49,20 @@ def test_a_weak_tag_is_no_promise() -> None:
     assert Validator(5, '"a"').strong_tag == '"a"'
     assert Validator(5, 'W/"a"').strong_tag is None
     assert Validator(5).strong_tag is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(None, 0), ("", 0), ("120", 120), (" 7 ", 7), ("-3", 0), ("soon", 0), ("9" * 400, float("inf")), ("Mon, 99", 0)],
+)
+def test_retry_after(text: str | None, seconds: float) -> None:
+    """What is no number of seconds and no time asks for nothing."""
+    assert seconds_of(text) == seconds
+
+
+def test_retry_after_as_a_time() -> None:
+    """From now on; one that is past asks for nothing."""
+    now = dt.datetime.now(dt.UTC)
+    later, before = (email.utils.format_datetime(now + dt.timedelta(hours=n), usegmt=True) for n in (1, -1))
+    assert 3000 < seconds_of(later) <= 3600
+    assert seconds_of(before) == 0

@@ -8,8 +8,10 @@ import os
 import shutil
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import odd_http
 import pytest
 from scenario import play
@@ -24,6 +26,7 @@ from aiouffd.sources.helped_http import HelpedHttp
 from aiouffd.sources.http_answer import Validator
 from aiouffd.sources.loop_http import LoopHttp
 from aiouffd.sources.plain_http import PlainHttp
+from aiouffd.sources.store_errors import Failure
 from examples.page_server import serving
 
 if TYPE_CHECKING:
@@ -332,8 +335,32 @@ def test_pauses_are_bounded() -> None:
     for timeout, most in ((None, 2.0), (30.0, 2.0), (5.0, 0.5)):
         source = aiouffd.ObjectSource("http://127.0.0.1:1/x")
         source.timeout = timeout
-        assert most / 2 <= source._pause(50) <= most
-        assert source._pause(0) <= 0.1
+        failure, now = Failure("it fails", may_pass=True), time.monotonic()
+        assert most / 2 <= (source._pause(50, failure, now) or 0) <= most
+        assert (source._pause(0, failure, now) or 1) <= 0.1
+        asked_for = attrs.evolve(failure, retry_after=1.0)  # what the server asks for, and the usual jitter
+        assert 1.0 < (source._pause(0, asked_for, now) or 0) <= 1.1
+        seconds = timeout or 30.0  # where it asks for more than there is time, once more at the end of the time
+        late = attrs.evolve(failure, retry_after=86400.0)
+        assert seconds / 2 < (source._pause(0, late, now) or 0) <= seconds * 2 / 3
+        assert (source._pause(0, late, now - seconds) is None) is (timeout is not None)
+
+
+@pytest.mark.parametrize("client", ["direct", "plain"])
+async def test_retry_after_is_kept_to(client: str) -> None:
+    """By the first request, and by reads: the server is asked again when it wants to be, and not before."""
+    with odd_http.serving("" if client == "direct" else "star") as server:
+        server.retry_after = "1"
+        source = aiouffd.ObjectSource(server.url)
+        server.failures = 1
+        await source.prepare()
+        source.begin(20.0, None, lambda: None)
+        await source.read(5000, 10)
+        server.failures, before = 1, len(server.times)
+        assert bytes(await source.read(5000, 10)) == odd_http.DATA[5000:5010]
+        await source.aclose()
+        for first, second in (server.times[:2], server.times[before:]):
+            assert second - first >= 1.0  # the server's wish, not a measurement of how quick this is
 
 
 def test_a_server_that_is_not_there() -> None:

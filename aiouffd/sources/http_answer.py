@@ -6,7 +6,7 @@ import datetime as dt
 import email.utils
 from typing import Any, NamedTuple
 
-__all__ = ["Answer", "Validator", "time_of"]
+__all__ = ["Answer", "Validator", "seconds_of", "time_of"]
 
 
 class Validator(NamedTuple):
@@ -84,3 +84,15 @@ def time_of(last_modified: str | None) -> dt.datetime | None:
         return None
     time = email.utils.parsedate_to_datetime(last_modified)
     return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)
+
+
+def seconds_of(retry_after: str | None) -> float:
+    """Return for how long a server wants to be left alone: a Retry-After has seconds, or a time. 0: it does not say."""
+    text = (retry_after or "").strip()
+    try:
+        if text.isdecimal():
+            return float(text)
+        time = time_of(text or None)
+        return 0.0 if time is None else max(0.0, (time - dt.datetime.now(dt.UTC)).total_seconds())
+    except (ValueError, OverflowError):
+        return 0.0

@@ -346,7 +346,7 @@ def _others(head: str, total: int) -> tuple[int, bool, Validator]:
         headers[name] = value if name not in headers else f"{headers[name]}, {value}"
     code = int(status[:3]) if status[:3].isdecimal() else 0
     if code >= _ERROR:
-        raise RequestError(from_status(code, status))
+        raise RequestError(from_status(code, status, headers.get("retry-after")))
     length = headers.get("content-length", "")
     if code != 206 or "content-range" in headers or not length.isdecimal():
         raise _refused(first_line)

@@ -60,7 +60,8 @@ class ObjectSource:
     that were read before: so most changes are noticed, but not all.
 
     A request that fails in a way that may pass (a lost or refused connection, a timeout, 429, 5xx) is repeated with
-    exponential backoff and jitter. An outage is logged as long as it lasts.
+    exponential backoff and jitter. A Retry-After that says more is kept to, over http without TLS (obstore does not
+    tell it). An outage is logged as long as it lasts.
 
     Args:
         url: `https://...`, `http://...`, `s3://bucket/key`, `gs://...`, `az://...` or `file:///...`.
@@ -225,9 +226,8 @@ class ObjectSource:
                     await self._compare(answer, pinned)
             except RequestError as error:
                 failure = error.failure
-                pause = self._pause(tries)
-                late = self.timeout is not None and time.monotonic() - began + pause > self.timeout * 2 / 3
-                if not failure.may_pass or late or (self._most is not None and tries >= self._most):
+                pause = self._pause(tries, failure, began)
+                if not failure.may_pass or pause is None or (self._most is not None and tries >= self._most):
                     raise self._error(failure, start, stop - start) from error
                 self._retry(failure)
                 tries += 1
@@ -291,23 +291,34 @@ class ObjectSource:
         Raises:
             SourceError: it raised a RequestError, and went on doing so. SourceTimeoutError: no answer in time.
         """
+        return self._repeat(lambda: self._by_client(call))
+
+    def _by_client(self, call: Callable[[Any], _Result]) -> _Result:
+        try:
+            return call(self._connect())
+        except RequestError as error:
+            return call(self._other_client(error))
+
+    def _repeat(self, ask: Callable[[], _Result]) -> _Result:
         most = _FIRST_RETRIES if self._given[1] is None else self._given[1]
+        began = time.monotonic()
         tries = 0
         while True:
             try:
-                try:
-                    return call(self._connect())
-                except RequestError as error:
-                    return call(self._other_client(error))
+                return ask()
             except RequestError as error:
-                if not error.failure.may_pass or error.failure.timed_out or tries >= most:
+                pause = self._pause(tries, error.failure, began)
+                if not error.failure.may_pass or error.failure.timed_out or pause is None or tries >= most:
                     raise self._error(error.failure, 0, 0) from error
-                time.sleep(self._pause(tries))
+                time.sleep(pause)
                 tries += 1
 
     def _first(self, meanwhile: Callable[[], None] = lambda: None) -> Validator:
         """Ask for the first page: the answer has the size and the validators. Blocks."""
-        found = self._look_directly(meanwhile) or self.ask(self._look)
+        begins = [meanwhile]  # once, however often is asked
+        found = self._repeat(
+            lambda: self._look_directly(lambda: begins.pop()() if begins else None) or self._by_client(self._look)
+        )
         if (found.size or 0) >> 63:
             raise SourceError(repr(self), 0, 0, f"the server says that it has {found.size} bytes, more than any file")
         if found.size and not found.names_version:
@@ -321,8 +332,8 @@ class ObjectSource:
         try:
             answer = first_bytes(self.url, _WITNESS, self._seconds, meanwhile)
         except RequestError as error:
-            if error.failure.timed_out:
-                raise self._error(error.failure, 0, 0) from error
+            if error.failure.timed_out or error.failure.retry_after:
+                raise
             return None
         except (OSError, http.client.HTTPException, ValueError):
             return None
@@ -374,11 +385,17 @@ class ObjectSource:
 
     # Failures
 
-    def _pause(self, tries: int) -> float:
+    def _pause(self, tries: int, failure: Failure, began: float) -> float | None:
+        """Return the seconds until the next try of a read that began then; None: that is too late."""
         longest = _LONGEST_PAUSE if self.timeout is None else min(_LONGEST_PAUSE, self.timeout / 10)
         pause = min(longest, _FIRST_PAUSE * 2**tries)
         # Jitter: clients that failed together do not come back together.
-        return random.uniform(pause / 2, pause)  # noqa: S311 - spreads load, keeps no secret
+        pause = random.uniform(pause / 2, pause)  # noqa: S311 - spreads load, keeps no secret
+        left = self._seconds * 2 / 3 - (0 if self.timeout is None else time.monotonic() - began)
+        if pause > left:
+            return None
+        # A server that wants to be left alone for longer than there is time is asked once more at the end of it.
+        return min(failure.retry_after + pause, left) if failure.retry_after else pause
 
     def _retry(self, failure: Failure) -> None:
         """Count a retry, and log the outage: when it begins, and then at most every 10 s."""

@@ -20,7 +20,7 @@ from urllib.parse import quote, urldefrag, urlsplit
 
 from aiouffd.sources.daemon_threads import DaemonThreads
 from aiouffd.sources.http_answer import Answer, Validator, time_of
-from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception
+from aiouffd.sources.store_errors import NO_RANGES, Failure, Proxy, RequestError, from_exception, from_status
 from aiouffd.sources.store_settings import user_of
 
 if TYPE_CHECKING:
@@ -166,6 +166,9 @@ class PlainHttp:
 
 
 def _answer(response: http.client.HTTPResponse, start: int, stop: int) -> Answer:
+    if response.status >= http.HTTPStatus.BAD_REQUEST:
+        text = f"{response.status} {response.reason}"
+        raise RequestError(from_status(response.status, text, response.headers.get("Retry-After")))
     found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status != http.HTTPStatus.PARTIAL_CONTENT or found is None:
         raise RequestError(Failure(NO_RANGES))

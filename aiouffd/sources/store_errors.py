@@ -16,6 +16,8 @@ from typing import TypeAlias
 
 import attrs
 
+from aiouffd.sources.http_answer import seconds_of
+
 __all__ = [
     "CHANGED",
     "COMPRESSED",
@@ -54,6 +56,7 @@ class Failure:
         timed_out: whether there was no answer in time.
         status: of the answer, 0 if there was none.
         answer_refused: whether the library refused an answer that may be valid.
+        retry_after: seconds that the server wants to be left alone, as far as it says so. obstore does not tell them.
     """
 
     reason: str
@@ -61,6 +64,7 @@ class Failure:
     timed_out: bool = False
     status: int = 0
     answer_refused: bool = False
+    retry_after: float = 0.0
 
 
 class RequestError(Exception):
@@ -91,7 +95,7 @@ def from_exception(error: Exception, proxy: Proxy) -> Failure:
     """Return what an exception of urllib or http.client means."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()  # it is the answer, with its connection
-        return from_status(error.code, f"{error.code} {error.reason}")
+        return from_status(error.code, f"{error.code} {error.reason}", error.headers.get("Retry-After"))
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     text = hide_secrets(f"{type(cause).__name__}: {cause}")
     if "Tunnel connection failed" in text:
@@ -113,8 +117,8 @@ def _from_os_error(error: OSError, text: str, proxy: Proxy) -> Failure:
     return _broken(text) if isinstance(error, ConnectionError) else _unreachable(proxy, text)
 
 
-def from_status(status: int, text: str) -> Failure:
-    """Return what the status of an answer means; text: as the server says it."""
+def from_status(status: int, text: str, retry_after: str | None = None) -> Failure:
+    """Return what the status of an answer means; text: as the server says it; retry_after: a header of that name."""
     if status in (404, 410):
         reason = f"there is no such object ({status}): check the URL"
     elif status in (401, 403):
@@ -125,7 +129,8 @@ def from_status(status: int, text: str) -> Failure:
         reason = CHANGED
     else:
         reason = text
-    return Failure(reason, may_pass=status in _MAY_PASS, status=status)
+    may_pass = status in _MAY_PASS
+    return Failure(reason, may_pass=may_pass, status=status, retry_after=seconds_of(retry_after) if may_pass else 0.0)
 
 
 def _certificate(why: str) -> Failure:
