@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 import pytest
 
 from aiouffd.errors import ClosedError
-from aiouffd.store.workers import Workers
+from aiouffd.store.workers import Job, Workers
 
 
 def _hold(begun: threading.Event, go: threading.Event) -> None:
@@ -32,6 +35,28 @@ async def test_what_is_urgent_goes_first() -> None:
     for job in jobs:
         await job.result()
     assert done == [3, 4, 5, 0, 1, 2]
+    workers.close()
+
+
+def test_no_thread_finds_nothing_while_a_job_becomes_urgent() -> None:
+    """It has been called for that job, and is not called again."""
+    workers = Workers(1, "test")
+
+    class Ahead(deque[Job]):
+        def remove(self, value: Job, /) -> None:
+            super().remove(value)
+            thread.start()
+            thread.join(0.1)  # it waits for what becomes of the job
+
+    def take() -> None:
+        with suppress(IndexError):
+            workers._next()
+
+    job = Job(Future(), lambda: 7)
+    workers._ahead, thread = Ahead([job]), threading.Thread(target=take)
+    workers.hurry(job)
+    thread.join()
+    assert job.future.done()
     workers.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +45,7 @@ class Workers:
         self._threads = DaemonThreads(most, name)
         self._urgent: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
+        self._moving = threading.Lock()  # no thread finds both empty while a job goes from one to the other
 
     def submit(self, call: Callable[[], Any], *, urgent: bool) -> Job:
         """Have a thread call a function. Raises RuntimeError if none can be started."""
@@ -54,18 +56,14 @@ class Workers:
 
     def hurry(self, job: Job) -> None:
         """Let a job that still waits go before those that are not urgent."""
-        try:
+        with self._moving, contextlib.suppress(ValueError):  # it has a thread by now, or is urgent
             self._ahead.remove(job)
-        except ValueError:
-            return  # it has a thread by now, or is urgent
-        self._urgent.append(job)
+            self._urgent.append(job)
 
     def _next(self) -> None:
         """Do the job that is most urgent; there are as many calls of this as jobs."""
-        try:
-            job = self._urgent.popleft()
-        except IndexError:
-            job = self._ahead.popleft()
+        with self._moving:
+            job = (self._urgent or self._ahead).popleft()
         if job.future.set_running_or_notify_cancel():
             try:
                 job.future.set_result(job.call())
