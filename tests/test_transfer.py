@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import os
+from pathlib import Path
 
 import pytest
 from snapshots import CHUNK, an_image, damage, packs_of, read_all
 
 import aiouffd
 from aiouffd.engine.ahead.trace import Recorder
-from aiouffd.store import copy, copy_sync, create_sync, flatten, flatten_sync, open_snapshot
+from aiouffd.store import copy, copy_sync, create_sync, flatten, flatten_sync, gc_sync, open_snapshot
 from examples.page_server import serving
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DATA = an_image(31, 30, 700)
 CHANGED = DATA[: 5 * CHUNK] + b"hello" + DATA[5 * CHUNK + 5 :]
@@ -44,6 +43,27 @@ def test_a_copy_is_the_same(made: Path, tmp_path: Path) -> None:
         copy_sync(f"{url}/x.snap", tmp_path / "web" / "y.snap")
     for place in ("to", "web"):
         assert read_all(tmp_path / place / "y.snap") == CHANGED
+
+
+def test_what_is_to_be_collected_soon_is_copied_again(made: Path, tmp_path: Path) -> None:
+    """It would be gone before the manifest names it."""
+    to = tmp_path / "to"
+    copy_sync(made / "x.snap", to / "x.snap")
+    (to / "x.snap").unlink()
+    gc_sync(to)
+    for path in filter(Path.is_file, to.rglob("*")):
+        os.utime(path, (0, 0))
+    noted = json.loads((to / "unnamed.json").read_text())
+    (to / "unnamed.json").write_text(json.dumps(dict.fromkeys(noted, 1.0)))
+    removed: list[str] = []
+
+    def collect(done: int, whole: int) -> None:
+        if done == whole:
+            removed.extend(entry.path.partition("/")[0] for entry in gc_sync(to))
+
+    copy_sync(made / "x.snap", to / "y.snap", progress=collect)
+    assert sorted(removed) == ["indexes", "traces"]  # which are written behind the packs
+    assert read_all(to / "y.snap") == CHANGED
 
 
 def test_what_is_there_is_not_copied_again(made: Path, tmp_path: Path) -> None:

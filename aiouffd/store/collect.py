@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiouffd.store.bucket import Bucket
     from aiouffd.store.folder import Entry, Folder
 
-__all__ = ["GRACE", "GcOptions", "gc", "gc_sync"]
+__all__ = ["GRACE", "GcOptions", "gc", "gc_sync", "unnamed_since"]
 
 GRACE: Final = 48 * 3600.0
 _SEEN: Final = "unnamed.json"
@@ -81,7 +81,7 @@ def gc_sync(
             progress(number + 1, len(manifests))
     unnamed = {entry.path: entry for entry in entries if _is_object(entry.path) and entry.path not in named}
     now = time.time()
-    before = _seen(store) if any(entry.path == _SEEN for entry in entries) else {}
+    before = unnamed_since(store)
     since = {path: _since(entry, before.get(path), now) for path, entry in unnamed.items()}
     due = [entry for path, entry in unnamed.items() if now - since[path] >= grace]
     if dry_run:
@@ -109,10 +109,12 @@ def _named(store: Folder | Bucket, name: str) -> Iterator[str]:
         yield snapshot.index.pack(number).path
 
 
-def _seen(store: Folder | Bucket) -> dict[str, float]:
-    """Return when objects were first seen to be unnamed."""
+def unnamed_since(store: Folder | Bucket) -> dict[str, float]:
+    """Return when objects were first seen to be unnamed. Who names one of them anew writes it again: it may go soon."""
+    if (size := store.size(_SEEN)) is None:
+        return {}
     try:
-        found = json.loads(bytes(store.read(_SEEN, 0, store.size(_SEEN) or 0)))
+        found = json.loads(bytes(store.read(_SEEN, 0, size)))
         return {str(path): float(seconds) for path, seconds in found.items()}
     except (ValueError, TypeError, AttributeError):
         return {}  # damaged: the grace period begins again

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from aiouffd.errors import StoreError
 from aiouffd.store.aside import StoreOptions, aside
 from aiouffd.store.codecs import LEVEL
+from aiouffd.store.collect import unnamed_since
 from aiouffd.store.layer import in_order
 from aiouffd.store.pack import is_whole
 from aiouffd.store.snapshot import index_path, open_snapshot, read_linked, trace_path
@@ -59,6 +60,8 @@ def copy_sync(
 ) -> Manifest:
     """Copy a snapshot to another store, or to another name. Packs that are there already are not copied.
 
+    But for those that `gc_sync` has seen to be needed by no snapshot: it may be about to remove them.
+
     Whole packs are copied, also those of its bases of which it needs little: `flatten_sync` writes only what it needs.
 
     Args:
@@ -75,10 +78,16 @@ def copy_sync(
     store, name = target(destination, storage_options, replace=replace)
     manifest = snapshot.manifest
     packs = [snapshot.index.pack(number) for number in range(snapshot.index.packs)]
-    whole = sum(pack.length for pack in packs)
+    whole, unnamed = sum(pack.length for pack in packs), unnamed_since(store)
     done = 0
+
+    def copied(pack: PackName) -> PackName:
+        if pack.path in unnamed or store.size(pack.path) != pack.length:
+            _copy_pack(snapshot.store, store, pack)
+        return pack
+
     with ThreadPoolExecutor(_AT_ONCE, "aiouffd-store-copy") as pool:
-        for pack in in_order(pool, lambda pack: _copy_pack(snapshot.store, store, pack), packs, _AT_ONCE):
+        for pack in in_order(pool, copied, packs, _AT_ONCE):
             done += pack.length
             if progress is not None:
                 progress(done, whole)
@@ -92,14 +101,12 @@ def _trace(manifest: Manifest) -> list[tuple[str, Any]]:
     return [] if manifest.trace is None else [(trace_path(manifest.trace), manifest.trace)]
 
 
-def _copy_pack(source: Folder | Bucket, destination: Folder | Bucket, pack: PackName) -> PackName:
-    """Copy a pack, unless it is there; check it."""
-    if destination.size(pack.path) != pack.length:
-        data = source.read(pack.path, 0, pack.length)
-        if len(data) != pack.length or not is_whole(data, pack.digest):
-            raise StoreError(source.name(pack.path), 0, 0, "it is damaged: its hash is another than its name says")
-        destination.put(pack.path, [data])
-    return pack
+def _copy_pack(source: Folder | Bucket, destination: Folder | Bucket, pack: PackName) -> None:
+    """Copy a pack; check it."""
+    data = source.read(pack.path, 0, pack.length)
+    if len(data) != pack.length or not is_whole(data, pack.digest):
+        raise StoreError(source.name(pack.path), 0, 0, "it is damaged: its hash is another than its name says")
+    destination.put(pack.path, [data])
 
 
 async def flatten(source: Place, destination: Place, **options: Unpack[FlattenOptions]) -> Manifest:
