@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +31,9 @@ from aiouffd.store.scan import scan
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from aiouffd.store.index import Record
+    from aiouffd.store.snapshot import Snapshot
+
 DATA = bytes(CHUNK) + an_image(21, 150, 1000)
 
 
@@ -41,6 +44,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     create_sync(DATA[: 90 * CHUNK] + an_image(5, 61, 1000), place / "base.snap")
     create_sync(DATA, place / "x.snap", base=place / "base.snap")
     return place
+
+
+@pytest.mark.parametrize(("chunk_size", "most"), [(CHUNK, 64), (2 << 20, 2), (8 << 20, 1)])
+def test_few_bytes_of_the_image_are_together(
+    chunk_size: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large chunks are, and however small their frames: each thread has so much in memory, several times."""
+    create_sync(b"\1" * (17 << 20), tmp_path / "x.snap", chunk_size=chunk_size)
+    runs: list[int] = []
+
+    def note(_snapshot: Snapshot, run: list[Record]) -> list[tuple[Record, Any]]:
+        runs.append(len(run))
+        return [(record, b"") for record in run]
+
+    monkeypatch.setattr("aiouffd.store.scan._fetch", note)
+    assert len(list(scan(open_snapshot(tmp_path / "x.snap")))) == len(runs)
+    assert max(runs) == most
 
 
 def test_all_chunks(made: Path) -> None:

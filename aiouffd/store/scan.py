@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["diff", "diff_sync", "extract", "extract_sync", "read_chunks", "scan", "verify", "verify_sync"]
 
-_TOGETHER = 64  # chunks of the image that are looked up together, so that neighbors are one request
+_TOGETHER = 4 << 20  # bytes of the image whose chunks are looked up together, so that neighbors are one request
 
 Place = str | os.PathLike[str]
 
@@ -36,11 +36,11 @@ Place = str | os.PathLike[str]
 def scan(snapshot: Snapshot) -> Iterator[list[tuple[Record, Any]]]:
     """Yield the records of all chunks that are not zeros, with their bytes, or with the StoreError about them.
 
-    They come in the order of the image, but for those of 64 chunks, which come in that of their packs.
+    They come in the order of the image, but for those of 4 MiB, which come in that of their packs.
     """
 
     def runs() -> Iterator[list[Record]]:
-        for some in batched(snapshot.index.find_all(), _TOGETHER):
+        for some in batched(snapshot.index.find_all(), max(_TOGETHER // snapshot.index.chunk_size, 1)):
             yield from runs_of(some)
 
     threads = os.cpu_count() or 1
