@@ -16,6 +16,7 @@ from aiouffd.monitor import watching
 from aiouffd.monitor.held import Held
 from aiouffd.monitor.progress import Progress
 from aiouffd.monitor.watching import Watching
+from aiouffd.ranges import RangeSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +50,23 @@ def test_it_ends_when_all_has_come() -> None:
     region[:] = bytes(SIZE)
     is_over()
     assert (seen[-1].total, seen[-1].resident) == (SIZE, SIZE)
+
+
+def test_a_recording_is_added_in_the_order_of_its_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any other, each page costs as much as there are pages, and whoever enters the Monitor waits for that."""
+    added: list[int] = []
+
+    class Noting(RangeSet):
+        def add(self, start: int, end: int) -> None:
+            added.append(start)
+            super().add(start, end)
+
+    monkeypatch.setattr(watching, "RangeSet", Noting)
+    region = aiouffd.Region(SIZE)
+    kept, trace = Held(region), Trace(PAGE, SIZE, array("Q", [16 * PAGE, 3 * PAGE, 9 * PAGE]))
+    Watching(kept, lambda _: None, trace, "x").close()
+    is_over()
+    assert added == [3 * PAGE, 9 * PAGE, 16 * PAGE]
 
 
 def test_of_a_recording_its_pages_count() -> None:

@@ -38,7 +38,8 @@ class Watching:
         self._show = show
         size = len(held.region)
         self._expected = RangeSet()
-        for offset, length in [(0, size)] if trace is None else [(at, trace.page_size) for at in trace.offsets]:
+        # Sorted: to add what is behind all others costs least.
+        for offset, length in [(0, size)] if trace is None else [(at, trace.page_size) for at in sorted(trace.offsets)]:
             self._expected.add(offset, min(offset + length, size))
         self._total = size - sum(gap.length for gap in self._expected.gaps(0, size))
         self._what = source if trace is None else f"what was recorded of {source}"
