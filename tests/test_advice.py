@@ -64,7 +64,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
             "source_reads": 5,
             "bytes_fetched": 128 * MIB,
         },
-        """hint: Each page of the region came 2.0 times on average, since 16,384 pages were dropped: a larger
+        """hint: Each page of the region came 2.0 times on average, with 16,384 pages dropped: a larger
         max_resident keeps what is touched again.""",
     ),
     (

@@ -41,8 +41,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         file.write(b"damaged")
     assert "1 of 12 chunks were damaged" in run(capsys, "verify", folder, status=1)
     assert run(capsys, "verify", folder) == f"{folder}: all is well\n"
-    assert "1 segments removed" in run(capsys, "trim", folder, "--size", "8M")
-    assert "1 segments removed" in run(capsys, "clear", folder)
+    assert "1 segment removed" in run(capsys, "trim", folder, "--size", "8M")
+    assert "1 segment removed" in run(capsys, "clear", folder)
     assert "segments   0\n" in run(capsys, "info", folder)
 
 

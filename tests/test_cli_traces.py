@@ -55,8 +55,8 @@ def test_bytes_that_recordings_carry(tmp_path: Path, capsys: pytest.CaptureFixtu
     """They are counted, and what is merged has them, up to a limit."""
     path, merged = made(tmp_path, [3, 4])[0], tmp_path / "merged"
     assert "carried      2\n" in run(capsys, "show", str(path))
-    assert run(capsys, "merge", str(path), "-o", str(merged)).endswith("2 pages of 1 recordings, the bytes of 2\n")
+    assert run(capsys, "merge", str(path), "-o", str(merged)).endswith("2 pages of 1 recording, the bytes of 2\n")
     assert set(carried(merged)) == {3, 4}
     assert run(capsys, "merge", str(path), "-o", str(merged), "--pages", "4K").endswith("the bytes of 1\n")
-    assert run(capsys, "merge", str(merged), "-o", str(merged), "--pages", "0").endswith("1 recordings\n")
+    assert run(capsys, "merge", str(merged), "-o", str(merged), "--pages", "0").endswith("1 recording\n")
     assert Trace.load(merged).pages is None

@@ -79,4 +79,4 @@ def test_the_status_line() -> None:
     now = attrs.evolve(before, clients=2, faults=7, pages_fault=500, bytes_fetched=1 << 20)
     assert daemon._line(now, before) == "2 clients  500 pages (2,000/s)  7 faults  4 MiB/s"
     failing = attrs.evolve(now, restarts=3, source_errors=1)
-    assert daemon._line(failing, now).endswith("0 MiB/s  3 worker restarts  1 source errors")
+    assert daemon._line(failing, now).endswith("0 MiB/s  3 worker restarts  1 source error")

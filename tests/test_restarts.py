@@ -42,8 +42,8 @@ def test_what_is_said() -> None:
 
 def test_clients_that_map_files() -> None:
     """They connect again by themselves, to a server at the same socket; a lost page of theirs is lost."""
-    waits = "2 clients map files: they wait for a server, and connect to the next one by themselves."
+    waits = "Clients that map files: 2. They wait for a server, and connect to the next one by themselves."
     assert said([session("a", mapped=2)]) == ["This server may be restarted at the same socket.", waits]
     found = said([session("a", mapped=2, lost=True), session("b", clients=1)])
-    assert found[0].startswith("This server has 1 clients")
+    assert found[0].startswith("This server has 1 client: ")
     assert found[1:] == [waits, "Pages are lost, so the clients have to be restarted of a."]

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from aiouffd.cli import parameters
+from aiouffd.report.words import several
 from aiouffd.store.cache import SMALLEST, ChunkCache
 
 __all__ = ["command"]
@@ -51,11 +52,11 @@ def verify(folder: str) -> int:
 @click.option("--size", type=parameters.Size(), required=True, help="The most bytes that are left.")
 def trim(folder: str, size: int) -> None:
     """Remove what has not been used for longest."""
-    click.echo(f"{folder}: {_opened(folder).trim(size)} segments removed")
+    click.echo(f"{folder}: {several(_opened(folder).trim(size), 'segment')} removed")
 
 
 @command.command()
 @_folder
 def clear(folder: str) -> None:
     """Remove all chunks."""
-    click.echo(f"{folder}: {_opened(folder).trim(0)} segments removed")
+    click.echo(f"{folder}: {several(_opened(folder).trim(0), 'segment')} removed")

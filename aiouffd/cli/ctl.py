@@ -18,6 +18,7 @@ from rich.table import Table
 
 from aiouffd.cli import parameters
 from aiouffd.cli.unix_http import DEFAULT_TIMEOUT, ControlClient
+from aiouffd.report.words import several
 from aiouffd.store.place import absolute
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _ask_range(control: ControlClient, name: str, verb: str, offset: int, length
 def prefetch(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
     """Bring a range of the source to all clients of a session, and wait until it is there."""
     answer = _ask_range(control, name, "prefetch", offset, length)
-    _say(answer, f"{name}: brought to {len(answer['clients'])} clients", as_json=as_json)
+    _say(answer, f"{name}: brought to {several(len(answer['clients']), 'client')}", as_json=as_json)
 
 
 @command.command()
@@ -186,7 +187,7 @@ def prefetch(control: ControlClient, /, name: str, offset: int, length: int | No
 def evict(control: ControlClient, /, name: str, offset: int, length: int | None, *, as_json: bool) -> None:
     """Drop a range of a session with --max-resident, as far as it was not written. A touch brings it again."""
     answer = _ask_range(control, name, "evict", offset, length)
-    _say(answer, f"{name}: {answer['bytes']:,} bytes dropped", as_json=as_json)
+    _say(answer, f"{name}: {several(answer['bytes'], 'byte')} dropped", as_json=as_json)
 
 
 @command.command()
@@ -280,7 +281,7 @@ def record(
     if path is None:
         recorded = control.ask("DELETE", place)
         lines = [
-            f"{each['path']}: {each['pages']:,} pages, {each['touched']:,} touched"
+            f"{each['path']}: {several(each['pages'], 'page')}, {each['touched']:,} touched"
             + (f", the bytes of {each['carried']:,}" if each["carried"] else "")
             for each in recorded
         ]
@@ -332,7 +333,7 @@ def drain(control: ControlClient, /, name: str, wait: float, *, as_json: bool) -
     """
     answer = control.ask("POST", f"{_place(name)}/drain", {"wait": wait})
     left = len(answer["clients"])
-    _say(answer, f"{name}: {left} clients left" if left else f"{name}: drained", as_json=as_json)
+    _say(answer, f"{name}: {several(left, 'client')} left" if left else f"{name}: drained", as_json=as_json)
     return 1 if left and wait else 0
 
 

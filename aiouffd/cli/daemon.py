@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiouffd.pager.client.fd_store import inherited
 from aiouffd.pager.loglines import SWITCH, Lines
+from aiouffd.report.words import several
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -129,7 +130,8 @@ async def _show(counted: Counted, console: Console) -> None:
 def _line(now: Statistics, before: Statistics) -> str:
     rate = (now.pages - before.pages) / _REFRESH
     fetched = (now.bytes_fetched - before.bytes_fetched) / _REFRESH / (1 << 20)
-    text = f"{now.clients} clients  {now.pages:,} pages ({rate:,.0f}/s)  {now.faults:,} faults  {fetched:,.0f} MiB/s"
+    clients, pages, faults = (several(getattr(now, f"{one}s"), one) for one in ("client", "page", "fault"))
+    text = f"{clients}  {pages} ({rate:,.0f}/s)  {faults}  {fetched:,.0f} MiB/s"
     if now.restarts:
-        text += f"  {now.restarts} worker restarts"
-    return text + (f"  {now.source_errors} source errors" if now.source_errors else "")
+        text += f"  {several(now.restarts, 'worker restart')}"
+    return text + (f"  {several(now.source_errors, 'source error')}" if now.source_errors else "")

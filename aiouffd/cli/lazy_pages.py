@@ -14,6 +14,7 @@ from aiouffd.criu.lazy_pages import LazyPages
 from aiouffd.criu.page_server import HEADER_4_1, HEADER_4_2
 from aiouffd.engine.options import Options
 from aiouffd.loops import new_event_loop
+from aiouffd.report.words import several
 
 if TYPE_CHECKING:
     import signal
@@ -105,7 +106,8 @@ async def _serve(service: LazyPages, console: Console | None) -> int:
             await serving
     finally:
         told.cancel()
-    log.info("all pages are there: %d processes, %d pages", service.tasks, service.pages)
+    processes = several(service.tasks, "process", "processes")
+    log.info("all pages are there: %s, %s", processes, several(service.pages, "page"))
     return 1 if service.errors else 0
 
 

@@ -14,6 +14,7 @@ import click
 from aiouffd.report.output import check, write
 from aiouffd.report.page import page
 from aiouffd.report.run import Run
+from aiouffd.report.words import several
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,7 +68,7 @@ def command(ctx: click.Context, records: tuple[str, ...], output: str) -> int:
         click.echo(f"aiouffd: {text}", err=True)
         return status or 1
     write(target, page(runs))
-    click.echo(f"aiouffd: {output}: {len(runs):,} {'run' if len(runs) == 1 else 'runs'}", err=True)
+    click.echo(f"aiouffd: {output}: {several(len(runs), 'run')}", err=True)
     return status
 
 

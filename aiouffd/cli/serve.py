@@ -23,6 +23,7 @@ from aiouffd.errors import HandoffError
 from aiouffd.loops import new_event_loop
 from aiouffd.pager.process.handles import grow_table
 from aiouffd.report.perfetto import FaultLog
+from aiouffd.report.words import several
 from aiouffd.server.clashes import CHOSEN, ClashError, check
 from aiouffd.server.metrics import Endpoint, Metrics
 from aiouffd.server.server import Server
@@ -397,10 +398,10 @@ async def _serve(
             await daemon.first(ending, told, dead)
             ending.cancel()
             if server.clients:
-                alone = "%s: the pager (%d) serves %d clients on by itself"
-                log.warning(alone, told.result().name, server.pids[0], len(server.clients))
+                alone = "%s: the pager (%d) serves %s on by itself"
+                log.warning(alone, told.result().name, server.pids[0], several(len(server.clients), "client"))
             if mapping := server.served - len(server.clients):
-                log.warning("%d clients that map files wait until a server listens again", mapping)
+                log.warning("clients that map files and wait until a server listens again: %d", mapping)
         finally:
             for task in (told, dead, taken):
                 task.cancel()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from aiouffd import store
 from aiouffd.cli import parameters
+from aiouffd.report.words import several
 from aiouffd.store.codecs import CODECS, LEVEL
 from aiouffd.store.collect import GRACE
 from aiouffd.store.manifest import checked_chunk_size
@@ -137,7 +138,7 @@ def info(place: str) -> None:
         "pages": _size(manifest.page_size),
         "chunks": f"{index.chunks:,} of {_size(index.chunk_size)}; {index.chunks - index.records:,} are zeros",
         "codecs": ", ".join(f"{name}: {count:,}" for name, count in codecs.items() if count) or "none",
-        "stored": f"{_size(stored)}, in {len(packs)} packs of {_size(sum(pack.length for pack in packs))}",
+        "stored": f"{_size(stored)}, in {several(len(packs), 'pack')} of {_size(sum(pack.length for pack in packs))}",
         "index": f"{_size(manifest.index.length)}, {manifest.index.hash}",
         "base": manifest.base or "none",
         "recording": "none" if manifest.trace is None else _size(manifest.trace.length),
@@ -224,4 +225,4 @@ def gc(place: str, *, grace: float, dry_run: bool) -> None:
         when = dt.datetime.fromtimestamp(entry.modified, dt.UTC).isoformat(timespec="seconds")
         click.echo(f"{entry.path}  {_size(entry.size)}, written {when}")
     done = "would be removed" if dry_run else "removed"
-    click.echo(f"{len(removed)} objects, {_size(sum(entry.size for entry in removed))} {done}")
+    click.echo(f"{several(len(removed), 'object')}, {_size(sum(entry.size for entry in removed))} {done}")

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from aiouffd.cli import ctl, parameters
 from aiouffd.cli.unix_http import ControlClient
+from aiouffd.report.words import often
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ def _look(client: ControlClient) -> dict[str, Any]:
 def about(server: Mapping[str, Any]) -> Text:
     """Return what is said of the server: who serves, and what may be restarted."""
     counted = server["statistics"]
-    replaced = f", its worker was replaced {counted['restarts']} times" if counted.get("restarts") else ""
+    replaced = f", its worker was replaced {often(counted['restarts'])}" if counted.get("restarts") else ""
     pager = " ".join(map(str, server["pager"]))
     return Text("\n".join([f"aiouffd {server['version']}, pager {pager}{replaced}", *server["restarts"]]) + "\n")
 

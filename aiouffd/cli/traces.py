@@ -14,7 +14,7 @@ from aiouffd.engine.ahead.keeping import save_with_pages
 from aiouffd.engine.ahead.merging import merged
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.report.heat import heat_map
-from aiouffd.report.words import percent
+from aiouffd.report.words import percent, several
 
 if TYPE_CHECKING:
     from aiouffd.engine.ahead.merging import Order
@@ -105,4 +105,4 @@ def merge(
         raise click.ClickException("no page is left: use a smaller --at-least, or a larger --limit")
     carried = save_with_pages(trace, output, [trace for _, trace in named], pages)
     of_bytes = f", the bytes of {carried:,}" if carried else ""
-    click.echo(f"{output}: {len(trace.offsets):,} pages of {len(files)} recordings{of_bytes}")
+    click.echo(f"{output}: {several(len(trace.offsets), 'page')} of {several(len(files), 'recording')}{of_bytes}")

@@ -26,6 +26,7 @@ from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.client.packing import Pack
 from aiouffd.pager.client.tenant import Tenant
 from aiouffd.pager.process.serialization import Pickles
+from aiouffd.report.words import several
 from aiouffd.sources.base import ZeroSource
 from aiouffd.sources.concat import ConcatSource
 from aiouffd.sources.file import FileSource
@@ -127,7 +128,7 @@ class LazyPages:
             ready()
             async for task in socket.tasks():
                 await self._serve(task)
-            log.info("%d processes are restored", self.tasks)
+            log.info("restored: %s", several(self.tasks, "process", "processes"))
             if self._background:
                 await asyncio.gather(*(self._release(tenant) for tenant in list(self._tenants.values())))
             while self._tenants:

@@ -87,7 +87,7 @@ def close_foreign(fds: Iterable[int]) -> None:
         try:
             detach(_close_all, deque(slow))
         except RuntimeError as error:
-            log.error("%d descriptors stay open: %s", len(slow), error)  # noqa: TRY400 - no traceback helps here
+            log.error("descriptors that stay open: %d (%s)", len(slow), error)  # noqa: TRY400 - no traceback helps here
 
 
 def close_apart(file: OwnedDescriptor) -> None:

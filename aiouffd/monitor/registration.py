@@ -169,7 +169,7 @@ class Registration:
 
             logging.getLogger("aiouffd").warning(
                 "the memfd of %r is mapped at %#x without a Monitor. A missing page that was touched there is a page of"
-                " zeros now, for every process; %d pages were in the file before they were touched here. Give each"
+                " zeros now, for every process. Pages in the file before they were touched here: %d. Give each"
                 " mapping a Monitor (Region.from_fd), or touch only pages that are present",
                 *(self.region, mapping.start, found),
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import attrs
 
 from aiouffd.report.run import waited_ns
-from aiouffd.report.words import duration, percent, size
+from aiouffd.report.words import duration, often, percent, several, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,19 +67,19 @@ def _troubles(run: Run) -> Iterator[Advice]:
     if seen.restarts:
         yield Advice(
             "trouble",
-            f"The pager's worker died {_times(seen.restarts)} and was replaced. No fault was lost; standard error says"
+            f"The pager's worker died {often(seen.restarts)} and was replaced. No fault was lost; standard error says"
             " how it died.",
         )
     if seen.pages_poisoned:
         what = "handler" if run.facts.is_handler else "source"
         yield Advice(
             "trouble",
-            f"{_pages(seen.pages_poisoned)} could not be had, since the {what} failed: a touch is SIGBUS."
+            f"{several(seen.pages_poisoned, 'page')} could not be had, since the {what} failed: a touch is SIGBUS."
             ' on_error="retry" has threads wait instead.',
         )
     failed = seen.source_errors + seen.handler_errors
     if failed and not seen.pages_poisoned:
-        yield Advice("trouble", f"{failed:,} reads or calls failed for good.")
+        yield Advice("trouble", f"{several(failed, 'read or call', 'reads or calls')} failed for good.")
     if seen.source_retries:
         times = "; ".join(f"{duration(start)} to {duration(end)}" for start, end in run.outages()[:3])
         yield Advice(
@@ -106,8 +106,8 @@ def _order(run: Run) -> Iterator[Advice]:
         if seen.pages_fault >= 16 * _FEW and pages >= 2 * _FEW:
             yield Advice(
                 "hint",
-                f"readahead=0: each of {_pages(seen.pages_fault)} was a fault of its own, and they lie in stretches of"
-                f" {pages:,.0f} on average. With the default, one fault brings up to 2 MiB of a stretch.",
+                f"readahead=0: each of {several(seen.pages_fault, 'page')} was a fault of its own, and they lie in"
+                f" stretches of {pages:,.0f} on average. With the default, one fault brings up to 2 MiB of a stretch.",
             )
         return
     window = (seen.pages_fault + seen.pages_readahead) / asked * facts.page_size
@@ -139,7 +139,7 @@ def _fetches(run: Run) -> Iterator[Advice]:
     times = seen.bytes_fetched / shown if shown else 0.0
     if times >= 1.5 and seen.source_reads and not facts.caches:
         forked = (
-            f" {_times(seen.forks).capitalize()} a child was forked, and each fetches for itself." if seen.forks else ""
+            f" {often(seen.forks).capitalize()} a child was forked, and each fetches for itself." if seen.forks else ""
         )
         yield Advice(
             "hint",
@@ -150,14 +150,14 @@ def _fetches(run: Run) -> Iterator[Advice]:
     if seen.pages_evicted and again >= 1.2:
         yield Advice(
             "hint",
-            f"Each page of the region came {again:.1f} times on average, since {_pages(seen.pages_evicted)} were"
+            f"Each page of the region came {again:.1f} times on average, with {several(seen.pages_evicted, 'page')}"
             " dropped: a larger max_resident keeps what is touched again.",
         )
     hits, misses = run.cache.get("hits", 0), run.cache.get("misses", 0)
     if hits + misses:
         kept = f"The cache had {percent(hits, hits + misses)} of the chunks that were needed"
         if evictions := run.cache.get("evictions", 0):
-            yield Advice("hint", f"{kept}, and evicted {evictions:,} segments: a larger max_bytes keeps more.")
+            yield Advice("hint", f"{kept}, and evicted {several(evictions, 'segment')}: a larger max_bytes keeps more.")
         else:
             yield Advice("good", f"{kept}.")
 
@@ -193,11 +193,3 @@ def _waits(run: Run) -> Iterator[Advice]:
             f"All bytes were at hand, and {seen.faults:,} faults went through the pager: engine=InThread() places them"
             " in the touching thread, if no system call touches the region.",
         )
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times"
-
-
-def _pages(count: int) -> str:
-    return "1 page" if count == 1 else f"{count:,} pages"

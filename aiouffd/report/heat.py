@@ -6,7 +6,7 @@ from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from aiouffd.report.words import size
+from aiouffd.report.words import several, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def heat_map(offsets: Sequence[int], page_size: int, length: int, name: str) -> 
         f' height="{_CELL}" fill-opacity="{-(-count * _SHADES // most) / _SHADES:.3g}"/>'
         for (column, row), count in sorted(cells.items())
     ]
-    said = f"{len(offsets):,} pages of {page_size:,} bytes, {size(len(offsets) * page_size)} of {size(length)}"
+    said = f"{several(len(offsets), 'page')} of {page_size:,} bytes, {size(len(offsets) * page_size)} of {size(length)}"
     label = escape(f"{name}: {said}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" width="{_LEFT + width + 20}"'

@@ -11,7 +11,7 @@ from aiouffd.kernel.residency import bar
 from aiouffd.report.advice import advise, advise_together
 from aiouffd.report.charts import bars, film
 from aiouffd.report.run import waited_ns
-from aiouffd.report.words import duration, percent, size
+from aiouffd.report.words import duration, percent, several, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -122,7 +122,7 @@ def _tiles(run: Run) -> Iterator[str]:
 
 def _faults(run: Run) -> str:
     counts = run.column("faults")
-    times = [f"{duration(index * run.width)}: {count:,} faults" for index, count in enumerate(counts)]
+    times = [f"{duration(index * run.width)}: {several(count, 'fault')}" for index, count in enumerate(counts)]
     marks = [
         (index + 0.5, f"{duration(index * run.width)}: {what}")
         for name, what in (("restarts", "the worker died and was replaced"), ("source_retries", "reads failed"))
@@ -153,7 +153,7 @@ def _latency(run: Run) -> str:
     seen = run.statistics
     there = [bits for bits, count in enumerate(seen.latency) if count] or [10]
     span = range(there[0], there[-1] + 1)
-    titles = [f"{_bound(bits - 1)} to {_bound(bits)}: {seen.latency[bits]:,} faults" for bits in span]
+    titles = [f"{_bound(bits - 1)} to {_bound(bits)}: {several(seen.latency[bits], 'fault')}" for bits in span]
     picture = bars([[seen.latency[bits]] for bits in span], titles, "how long faults took")
     words = ", ".join(f"{100 * quantile:g} % within {_bound_of(run, quantile)}" for quantile in _QUANTILES)
     said = f"How long faults took, from being read to being resolved: {words}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import attrs
 
 from aiouffd.engine.statistics import LATENCY_BUCKETS, Counters, Statistics
-from aiouffd.report.words import size
+from aiouffd.report.words import several, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,9 +158,8 @@ class Run:
 
     def __str__(self) -> str:
         """Return one line."""
-        return (
-            f"{self.facts.source}: {self.statistics.faults:,} faults, {size(self.resident)} of {size(self.facts.size)}"
-        )
+        faults = several(self.statistics.faults, "fault")
+        return f"{self.facts.source}: {faults}, {size(self.resident)} of {size(self.facts.size)}"
 
 
 def _whole(values: Any, length: int | None = None) -> list[int]:

@@ -282,7 +282,7 @@ class Recordings:
             raise SessionError(self._session, "has lost its recording: the pager does not answer")
         done = await asyncio.to_thread(_complete, recordings, terms, self._limits)
         for recorded in done:
-            log.info("%s: %d pages are recorded, %d of them touched, the bytes of %d", *attrs.astuple(recorded))
+            log.info("%s: pages recorded: %d, touched: %d, with their bytes: %d", *attrs.astuple(recorded))
             self._tell("session.recorded", **attrs.asdict(recorded))
         return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.statistics import Counter
+from aiouffd.report.words import several
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,13 +24,14 @@ def restarts(server: Server) -> list[str]:
         said = ["This server may be restarted or upgraded: what it serves is held."]
     elif clients:
         rest = "its pager would serve them on alone, since nobody holds them for the next server (--hold)."
-        said = [f"This server has {clients} clients: if it is restarted, {rest}"]
+        said = [f"This server has {several(clients, 'client')}: if it is restarted, {rest}"]
     elif mapping:
         said = ["This server may be restarted at the same socket."]
     else:
         said = ["This server may be restarted: it serves nobody."]
     if mapping:
-        said.append(f"{mapping} clients map files: they wait for a server, and connect to the next one by themselves.")
+        waits = "They wait for a server, and connect to the next one by themselves."
+        said.append(f"Clients that map files: {mapping}. {waits}")
     lost, idle = [], []
     for session in server.sessions.values():
         if (session.counted[Counter.PAGES_POISONED] and session.clients) or session.mapped.have_lost:

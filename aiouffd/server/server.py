@@ -25,6 +25,7 @@ from aiouffd.lifetime import uninterrupted
 from aiouffd.pager.client.client import PagerClient
 from aiouffd.pager.process.serialization import Pickles
 from aiouffd.report.observers import NOBODY, installed
+from aiouffd.report.words import several
 from aiouffd.server.clients import Client
 from aiouffd.server.happenings import Happenings
 from aiouffd.server.listener import SocketFile
@@ -336,7 +337,7 @@ class Server:
             SessionError: it has clients; YieldsError: another server is about to take over.
         """
         if not session.is_idle:
-            reason = f"serves {session.served} clients, or is just taking one: drain or complete it first"
+            reason = f"serves {several(session.served, 'client')}, or is just taking one: drain or complete it first"
             raise SessionError(session.name, reason)
         with self.yielding.change(session.name):
             del self.sessions[session.name]

@@ -27,6 +27,7 @@ from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.owned_descriptor import name_of
+from aiouffd.report.words import several
 from aiouffd.server.clients import Client, Conversation, Handed
 from aiouffd.server.entrance import Entrance
 from aiouffd.server.mapped import MappedClients
@@ -311,9 +312,8 @@ class Session:
         if tenant.token not in self.clients:  # it has ended meanwhile
             client.disconnect()
             return
-        log.info(
-            "%s: %d bytes in %d regions, pages of %d", client, client.length, len(tenant.mappings), tenant.page_size
-        )
+        count = several(len(tenant.mappings), "region")
+        log.info("%s: %d bytes in %s, pages of %d", client, client.length, count, tenant.page_size)
         self._tell("client.served", client=number, pid=peer.pid, uid=peer.uid, size=client.length)
         self._talk(client) if handoff.nydus is None else self.mapped.listen(client)
 

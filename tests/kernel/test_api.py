@@ -52,7 +52,7 @@ def completed(path: str, control: str) -> None:
     (seen,) = answer["clients"]
     assert (seen["number"], seen["pid"], seen["uid"], seen["bytes"]) == (2, os.getpid(), os.geteuid(), MIB)
     assert ctl.ask("GET", "/v1/sessions/a")["statistics"]["pages_prefetch"] == before + 20
-    with pytest.raises(click.ClickException, match="serves 1 clients"):
+    with pytest.raises(click.ClickException, match="serves 1 client,"):
         ctl.ask("DELETE", "/v1/sessions/a")
     assert ctl.ask("POST", "/v1/sessions/a/complete") == {"failed": {}, "clients": 0}
     connection.settimeout(10)

@@ -223,7 +223,7 @@ def test_while_the_worker_is_killed_and_all_is_brought(tmp_path: Path, where: st
         restore = checkpoint.restore()
         checkpoint.go()
         kills = 0
-        for text in ("lazy pages in", "is replaced", "processes are restored"):
+        for text in ("lazy pages in", "is replaced", "restored: "):
             criu_rig.until(functools.partial(says, daemon, text), text)
             if worker := daemon.worker():
                 with contextlib.suppress(ProcessLookupError):
@@ -242,7 +242,7 @@ def test_a_pager_that_is_given_up(tmp_path: Path) -> None:
         daemon = Daemon(checkpoint, "--no-background")
         try:
             checkpoint.restore()
-            criu_rig.until(functools.partial(says, daemon, "processes are restored"), "restore")
+            criu_rig.until(functools.partial(says, daemon, "restored: "), "restore")
             for deaths in range(1, 12):  # the restored process may have a fault resolved between the first ones
                 criu_rig.until(lambda: daemon.worker() or daemon.process.poll() is not None, "worker")
                 if worker := daemon.worker():

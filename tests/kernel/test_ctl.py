@@ -41,7 +41,7 @@ def waits(path: str, worker: int) -> None:
     toucher.start()
     arguments = [sys.executable, "-m", "aiouffd", "ctl", "drain", "vm-1", "--wait", "0.01"]
     drained = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert (drained.returncode, drained.stdout) == (1, "vm-1: 1 clients left\n")
+    assert (drained.returncode, drained.stdout) == (1, "vm-1: 1 client left\n")
     os.kill(worker, signal.SIGCONT)
     toucher.join()
 

@@ -55,7 +55,7 @@ def looks(path: str, port: int) -> None:
     look = by_kind["look"]
     assert look["statistics"]["faults"] == look["sessions"][0]["statistics"]["faults"] == PAGES
     assert sum(look["latency"]) == PAGES
-    assert look["restarts"][0].startswith("This server has 1 clients")
+    assert look["restarts"][0].startswith("This server has 1 client: ")
     assert look["sessions"][0]["source"].startswith("FileSource(")
     assert [(each["name"], each["state"], each["clients"], each["bytes"]) for each in look["sessions"]] == [
         ("", "listening", 1, MIB)

@@ -110,7 +110,7 @@ def test_a_guest_while_the_worker_is_killed(image: Path, tmp_path: Path, where: 
 
 def handoffs(serve: Serve) -> int:
     """Return how many were taken."""
-    return serve.said.count("bytes in 1 regions")
+    return serve.said.count("bytes in 1 region,")
 
 
 @needs_kvm

@@ -87,7 +87,7 @@ def test_a_second_signal(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, image, "--readahead", "0") as serve:
         play(told_twice, str(serve.path), serve.process.pid, str(serve.log))
         assert serve.process.wait() == 0
-        assert "serves 1 clients on by itself" in serve.said
+        assert "serves 1 client on by itself" in serve.said
 
 
 def test_logs(image: Path, tmp_path: Path) -> None:

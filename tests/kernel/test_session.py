@@ -82,7 +82,7 @@ async def of_two_sessions(directory: str) -> None:
             f"session {name}, client 1 (process {os.getpid()} of user {os.geteuid()})" for name in ("first", "second")
         ]
         await counted_on(server, first, paths[0], memories[0])
-        with pytest.raises(aiouffd.SessionError, match="serves 1 clients"):
+        with pytest.raises(aiouffd.SessionError, match="serves 1 client,"):
             await server.remove(second)
         await second.fill()
         assert bytes(memories[1].region) == image.read_nowait(0, MIB)

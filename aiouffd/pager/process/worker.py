@@ -229,7 +229,9 @@ class _Worker:
         if not self.outbox:
             self.loop.remove_writer(self.connection.fileno())
             if self.outbox.lost:
-                log.warning("%d messages of faults and errors were dropped: nobody read them", self.outbox.lost)
+                log.warning(
+                    "messages of faults and errors that were dropped, since nobody read them: %d", self.outbox.lost
+                )
                 self.outbox.lost = 0
 
     # The end

@@ -164,7 +164,7 @@ function showHappening(happening) {
     while (at("happenings").childElementCount > HAPPENINGS) // of the many slow faults first
         ([...at("happenings").querySelectorAll(".hint")].at(-1) ?? at("happenings").lastElementChild).remove();
     const troubles = at("happenings").querySelectorAll(".trouble").length;
-    at("outages").textContent = troubles ? `${troubles} of these are failures` : "";
+    at("outages").textContent = troubles ? `failures among these: ${troubles}` : "";
 }
 
 async function lookAtMemory(names) {
@@ -179,7 +179,7 @@ let isLooking = false;
 function showLook(look) {
     const seconds = before ? Math.max(look.time - before.time, 0.1) : 1;
     const restarted = counted(look, "restarts");
-    const replaced = restarted ? `, its worker was replaced ${restarted} times` : "";
+    const replaced = restarted ? `, its worker was replaced ${restarted === 1 ? "once" : `${restarted} times`}` : "";
     at("version").textContent = `${look.version}, pager ${look.pager.join(" ")}${replaced}`;
     showRates(look, seconds);
     const names = showSessions(look, seconds);
