@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 from odd_http import DATA, Odd, serving
 from pattern import PAGE
-from scenario import eventually, play
+from scenario import brought, eventually, play
 
 import aiouffd
 from aiouffd.engine.ahead.pages import RecordedPages
@@ -82,10 +82,12 @@ def answering_late(units: int = 100) -> Iterator[threading.Event]:
     assert placed.is_set()
 
 
-def recorded(what: str | Path, path: Path) -> Path:
-    """Record the pages, with their bytes."""
-    recording = aiouffd.Recording(path, pages=True)
-    with aiouffd.open(what, record=recording, readahead=0, engine=ENGINES["here"]) as region:
+def recorded(what: str | Path, path: Path, size: int = 0) -> Path:
+    """Record the pages, with their bytes; `size`: of a region that shows the beginning of a URL, and no more."""
+    how: Any = {"record": aiouffd.Recording(path, pages=True), "readahead": 0, "engine": ENGINES["here"]}
+    source = aiouffd.ObjectSource(str(what)) if size else None
+    with aiouffd.Monitor(aiouffd.Region(size), source, **how) if source else aiouffd.open(what, **how) as served:
+        region = served.region if isinstance(served, aiouffd.Monitor) else served
         for page in PAGES:
             _ = region[page * PAGE]
     pages = Trace.load(path).pages
@@ -148,7 +150,7 @@ def test_pages_are_placed_before_the_server_has_answered(engine: str, tmp_path: 
 
 
 def thrown_away(folder: str) -> None:
-    """Scenario: the answer is of something else of this size, an error, another version, or another size."""
+    """Scenario: the answer is of something else of this size, of more, an error, another version, or another size."""
     image = Path(folder) / "image"
     image.write_bytes(bytes(len(WHOLE)))
     with object_served() as odd:
@@ -156,6 +158,10 @@ def thrown_away(folder: str) -> None:
         with answering_late(), aiouffd.open(odd.url, replay=of_file, readahead=0) as region:
             shows(region, WHOLE)
             assert region.monitor.statistics().bytes_shared == 0
+        of_beginning = recorded(odd.url, Path(folder) / "beginning", size=(max(PAGES) + 1) * PAGE)
+        with answering_late(), aiouffd.open(odd.url, replay=of_beginning, readahead=0) as region:
+            brought(region.monitor, len(PAGES) * PAGE)
+            shows(region, WHOLE)
         odd.habit = "404"
         with pytest.raises(aiouffd.SourceError), answering_late(), aiouffd.open(odd.url, retries=0, replay=path):
             pass
