@@ -11,7 +11,7 @@ import pytest
 
 from aiouffd import UffdError
 from aiouffd.cli import commands, main, run
-from aiouffd.kernel.limits import limit_error
+from aiouffd.kernel.limits import limit_error, no_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         (OSError(2, "No such file", "/x"), 1, "aiouffd: /x: No such file\n"),
         (OSError("odd"), 1, "aiouffd: odd\n"),
         (OSError(24, "?"), 1, f"aiouffd: {limit_error('the command', 24)}\n"),
+        (MemoryError(), 1, f"aiouffd: {limit_error('the command', 12)}\n"),
+        (RuntimeError("can't start new thread"), 1, f"aiouffd: {no_thread('a thread of the command')}\n"),
     ],
 )
 def test_an_error_is_a_line_and_a_status(
@@ -41,6 +43,17 @@ def test_an_error_is_a_line_and_a_status(
     if isinstance(raised, Exception):
         with pytest.raises(type(raised)):
             main(["--debug", "demo"])
+
+
+def test_a_bug_has_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no user's doing is not hidden."""
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(commands.group, "main", fail)
+    with pytest.raises(RuntimeError, match="odd"):
+        main(["demo"])
 
 
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:

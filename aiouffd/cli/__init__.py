@@ -6,12 +6,13 @@ Layout: `commands` (the group) > `serve`, `lazy_pages`, `doctor`, `demo` (`demo_
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiouffd.errors import UffdError
-from aiouffd.kernel.limits import limit_error
+from aiouffd.kernel.limits import limit_error, no_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,18 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return 130
-    except UffdError as error:
-        if debug:
+    except Exception as error:
+        text = _sentence(error)
+        if debug or not text:
             raise
-        _say(str(error))
-        return 1
-    except OSError as error:
-        if debug:
-            raise
-        known = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        _say(str(limit_error(str(error.filename or "the command"), error.errno or 0) or known))
+        _say(text)
         return 1
     return int(result or 0)
+
+
+def _sentence(error: Exception) -> str:
+    """Return what an error that is no bug says to a user; empty: it may be one."""
+    if isinstance(error, UffdError):
+        return str(error)
+    if isinstance(error, OSError):
+        known = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return str(limit_error(str(error.filename or "the command"), error.errno or 0) or known)
+    if isinstance(error, MemoryError):
+        return str(limit_error("the command", errno.ENOMEM))
+    return str(no_thread("a thread of the command")) if str(error) == "can't start new thread" else ""
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -142,6 +143,17 @@ def test_what_says_no_hello(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> 
     """The error names the command; nothing is left of it."""
     monkeypatch.setattr(launch, "command", lambda: [sys.executable, "-c", "1"])
     with pytest.raises(aiouffd.PagerStartError, match=r"-c 1 -m aiouffd.pager` ended with status 0 before"):
+        Pair.start(waiter, Pickles.NEVER)
+
+
+def test_no_room_for_the_journal(waiter: Waiter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is this process whose limit refuses: the pager has no message for it."""
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(pairs, "Journal", refuse)
+    with pytest.raises(aiouffd.PagerStartError, match=r"the pager's journal: .*RLIMIT_AS is .*`ulimit -v`"):
         Pair.start(waiter, Pickles.NEVER)
 
 

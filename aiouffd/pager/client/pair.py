@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import PagerStartError, decode_error
+from aiouffd.kernel.limits import limit_error
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.lifetime import close_in_children
 from aiouffd.pager.client.launch import START_TIMEOUT, Launched
@@ -107,6 +108,9 @@ class Pair:
             return cls(launched.keeper, launched.connection, *found, launched.channel)
         except BaseException as error:
             status = launched.abandon()
+            limit = limit_error("the pager's journal", getattr(error, "errno", None) or 0)
+            if limit is not None:  # of this process: the pager lived until now
+                raise PagerStartError(str(limit)) from error
             if isinstance(error, control.Closed | OSError | ValueError):
                 raise PagerStartError(
                     f"`{' '.join(launched.arguments)}` ended with status {status} before it said hello;"
