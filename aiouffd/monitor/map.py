@@ -262,7 +262,8 @@ def monitor_of(
 
 def _is_asked(source: Source) -> bool:
     """Tell whether a server is asked for the size of a source of ours: others have a pager for themselves."""
-    return hasattr(source, "ask_size") and type(source).__module__.startswith("aiouffd.")
+    asked = getattr(source, "source", source)  # of one that is cached
+    return hasattr(asked, "ask_size") and type(source).__module__.startswith("aiouffd.")
 
 
 def _reopened(source: Source, size: int, engine: Pager | InThread | None, fork: OnFork | None, options: Any) -> Region:

@@ -85,10 +85,19 @@ class CachedSource:
         """Bytes of the source. The first use may block; raises as that of the source."""
         return self._names.size
 
+    def ask_size(self, meanwhile: Callable[[], None]) -> None:
+        """As that of the source, if it has one."""
+        self.source.ask_size(meanwhile)
+
     @property
     def identity(self) -> Any:
         """As that of the source."""
         return getattr(self.source, "identity", None)
+
+    @property
+    def cache_identity(self) -> Any:
+        """As that of the source."""
+        return getattr(self.source, "cache_identity", None)
 
     @property
     def validator(self) -> Any:

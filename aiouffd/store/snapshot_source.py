@@ -72,7 +72,8 @@ class SnapshotSource:
         self._chunks: Chunks | None = None
         if timeout is not None:
             self.timeout = timeout  # in place of the Monitor's
-        if "://" in split(url)[0]:
+        self._is_far = "://" in split(url)[0]
+        if self._is_far:
             self.retries = 0  # the engine does not repeat a failed read: this source has
 
     @property
@@ -96,6 +97,12 @@ class SnapshotSource:
     def size(self) -> int:
         """Bytes of the image. The first use opens the snapshot, and blocks. Raises as `snapshot`."""
         return self.snapshot.index.size
+
+    def ask_size(self, meanwhile: Callable[[], None]) -> None:
+        """As `size`; before a store is asked that is not local, call a function, which begins something and returns."""
+        if self._snapshot is None and self._is_far:
+            meanwhile()
+        _ = self.snapshot
 
     @property
     def identity(self) -> tuple[str, str]:

@@ -22,7 +22,12 @@ import aiouffd
 from aiouffd.engine.ahead.pages import RecordedPages
 from aiouffd.engine.ahead.trace import Trace
 from aiouffd.monitor.early import Beginning
+from aiouffd.monitor.map import _is_asked
 from aiouffd.pager.client import shared
+from aiouffd.sources.base import ZeroSource
+from aiouffd.store import create_sync, open_snapshot, snapshot_source
+from aiouffd.store.cached_source import CachedSource
+from examples.page_server import serving as files_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +48,7 @@ def object_served() -> Iterator[Odd]:
 
 @contextmanager
 def answering_late(units: int = 100) -> Iterator[threading.Event]:
-    """Have a server's first answer come when so many units are placed, or as many as there are.
+    """Have a server's first answer, or the snapshot, come when so many units are placed, or as many as there are.
 
     Yields what is set when the server has been asked.
     """
@@ -67,16 +72,17 @@ def answering_late(units: int = 100) -> Iterator[threading.Event]:
         answered.set()
         end(beginning)
 
-    def answering(server: Odd, *arguments: Any) -> None:
+    def late(answer: Any, *arguments: Any) -> Any:
         asked.set()
         assert not is_first.acquire(blocking=False) or placed.wait(30)
-        answer(server, *arguments)
+        return answer(*arguments)
 
     with (
         mock.patch.object(RecordedPages, "load", loading),
         mock.patch.object(Beginning, "_work", working),
         mock.patch.object(Beginning, "_end", ending),
-        mock.patch.object(Odd, "finish_request", answering),
+        mock.patch.object(Odd, "finish_request", lambda *given: late(answer, *given)),
+        mock.patch.object(snapshot_source, "open_snapshot", partial(late, open_snapshot)),
     ):
         yield asked
     assert placed.is_set()
@@ -147,6 +153,39 @@ def placed_before_the_answer(folder: str, engine: str) -> None:
 def test_pages_are_placed_before_the_server_has_answered(engine: str, tmp_path: Path) -> None:
     """They cause no fault, and are counted once; the engine goes on behind them."""
     play(placed_before_the_answer, str(tmp_path), engine)
+
+
+def placed_of_a_snapshot(folder: str) -> None:
+    """Scenario: behind a URL, and through a cache; an object through a cache."""
+    create_sync(WHOLE, Path(folder) / "store" / "x.snap")
+    cache = aiouffd.ChunkCache(Path(folder) / "cache", 64 << 20)
+    with files_served(Path(folder) / "store") as url, object_served() as odd:
+        for what in (odd.url, f"{url}/x.snap"):
+            path = recorded(what, Path(folder) / "trace")
+            for each in (None, cache):
+                with answering_late(), aiouffd.open(what, replay=path, readahead=0, cache=each) as region:
+                    eventually(partial(replayed, region.monitor), len(PAGES))
+                    shows(region, WHOLE)
+                    assert region.monitor.statistics().bytes_shared == len(PAGES) * PAGE
+        copy = Path(folder) / "store" / "x.snap"
+        with mock.patch.object(Beginning, "_work") as work, aiouffd.open(copy, replay=path):
+            pass
+        assert not work.called  # it is opened in less time
+    del region
+    eventually(partial(left, folder), [])
+
+
+def test_pages_of_a_snapshot_are_placed_before_it_is_opened(tmp_path: Path) -> None:
+    """A store behind a URL is asked for its manifest, and then for its index."""
+    play(placed_of_a_snapshot, str(tmp_path))
+
+
+def test_only_a_server_is_asked(tmp_path: Path) -> None:
+    """A source of another kind that is cached tells its size by itself."""
+    cache = aiouffd.ChunkCache(tmp_path, 64 << 20)
+    asked: list[Any] = [aiouffd.ObjectSource("http://x/y"), aiouffd.SnapshotSource("http://x/y.snap"), ZeroSource(1)]
+    assert [_is_asked(source) for source in asked] == [True, True, False]
+    assert [_is_asked(CachedSource(source, cache)) for source in asked] == [True, True, False]
 
 
 def thrown_away(folder: str) -> None:
