@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -68,7 +69,9 @@ SOCKET: Final = "socket "
 
 _ENDING = 15.0  # seconds for a holder to end
 _AGAIN = 0.05  # seconds between two tries to reach the next
-_TIMEOUT = 90.0  # seconds for sources to be opened
+_LOSSES = 50  # holders in a row that may end before one of them has given all
+_TIMEOUT = 90.0  # seconds for the next source or space to be opened
+_REMINDER = 10.0  # seconds between two messages about what cannot be given up
 
 
 def keep_session(pager: PagerClient, name: str, listener: socket.socket, text: dict[str, Any]) -> None:
@@ -229,15 +232,14 @@ class Successor:
         assert self._file is not None
         if self._predecessor is not None:
             self._take(self._ask(self._predecessor))
-            _await([self._pager.holding.go()])
+            _await_surely(self._pager.holding.go())
             self._predecessor.serving()
             self._predecessor.close()
         self._pager.holding.keep(_HOLDER, {}, [self._file.listener.fileno()])
 
     def _ask(self, holder: Predecessor) -> Estate:
         """Return all that there is: nobody serves it any more. Where a holder was killed, the next one is asked."""
-        until = time.monotonic() + _ENDING
-        while True:
+        for losses in itertools.count(1):  # not so many seconds: what is asked takes its time
             try:
                 there = holder.look()
                 if there.owned:  # sources are opened while it serves; what cannot be opened is no reason to end it
@@ -249,12 +251,13 @@ class Successor:
                 holder.close()
                 time.sleep(_AGAIN)
                 found = Predecessor.at(self._path)
-                if found is None or time.monotonic() > until:
+                if found is None or losses > _LOSSES:
                     raise
                 log.warning("the holder was killed: the next one is asked")
                 holder = self._predecessor = found
                 # The owner of the one before waits until no process has that connection any more.
                 _await([self._pager.holding.reach(holder.connection)])
+        raise AssertionError
 
     def close(self, *, leave: bool = False) -> None:
         """Be done: the socket's file is removed; `leave`: it stays, since others are asked there."""
@@ -304,7 +307,7 @@ class Successor:
                 tenant = Handed.left(space, packs[space.origin], state, peer=Peer(*its.text[_PEER]))
                 pager.add(tenant)
                 self._left_client(tenant, its.text, its.fds)
-        _await([pager.holding.restore(estate.journal, state, packs)])
+        _await(pager.holding.restore(estate.journal, state, packs))
         estate.close()
         for pack in self._packs.values():
             pack.close()
@@ -341,4 +344,13 @@ def _await(futures: Iterable[Future[Any]]) -> None:
         try:
             future.result(_TIMEOUT)
         except TimeoutError:
-            raise PagerStartError(f"the pager has not opened all sources within {_TIMEOUT:g} s") from None
+            raise PagerStartError(f"the pager has opened no further source or memory within {_TIMEOUT:g} s") from None
+
+
+def _await_surely(going: Future[Any]) -> None:
+    """Wait for what cannot be taken back once it was asked for: the pager may do it at any time."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            going.result(_REMINDER)
+            return
+        log.warning("the pager was told to serve what it has taken over, and has not answered: it is waited for")

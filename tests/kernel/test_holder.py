@@ -179,6 +179,7 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from aiouffd.kernel import files
 from aiouffd.pager.process import holder, keeper
+holder._REMINDER = 0.1
 read = files.read
 def unless_it_is_of_a_pidfd(path):
     if "fdinfo" in path:
@@ -232,7 +233,14 @@ def killed_behind_the_fork(directory: str, image: str) -> None:
     clients.check()
     keeper, pids = pids["keeper"], servers.pids
     assert pids["keeper"] == keeper
-    print(json.dumps(pids))
+    taker, before = Predecessor.at(servers.hold), serve.said.count("serving on")
+    assert taker is not None
+    taker.take(over=True, journal=journal.fd).close()
+    serve.says("does not serve yet")
+    taker.close()
+    eventually(lambda: serve.said.count("serving on"), expected=before + 1)
+    clients.check()
+    print(json.dumps(servers.pids))
 
 
 AT_A_FORK = f"""#!{sys.executable}

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 from pattern import PAGE, Touchers, peek, word
 from scenario import eventually, play
-from served import MIB, Serve, Servers, end_server, hand_over
+from served import MIB, ROOT, Serve, Servers, end_server, hand_over
+
+from aiouffd.pager.client.interpreter import SWITCH
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,6 +100,8 @@ KILLS = """
 import fcntl, os, signal, sys, termios, time
 from aiouffd.cli import main
 from aiouffd.pager.process import control
+from aiouffd.server import successor
+successor._ENDING = 0.0  # it is about one that ends, not about one that is asked for much
 send, (server, *killed) = control.send, map(int, sys.argv[1].split(","))
 def and_kill(connection, message, *args, **kwargs):
     send(connection, message, *args, **kwargs)
@@ -105,7 +109,7 @@ def and_kill(connection, message, *args, **kwargs):
         while any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))):  # it is not received
             time.sleep(0.001)
         while killed:
-            os.kill(killed.pop(), 9)
+            os.kill(killed.pop() or os.getpid(), 9)
         os.kill(server, signal.SIGCONT)
 control.send = and_kill
 sys.exit(main(sys.argv[2:]))
@@ -129,10 +133,111 @@ def killed_while_they_are_asked(directory: str, image: str) -> None:
         touchers = Touchers(region.address, [[number + 1], [number + 10]])
         touchers.join()
         assert not touchers.wrong
-    print(json.dumps(servers.pids))
+    pids = servers.pids
+    os.kill(pids["server"], signal.SIGSTOP)
+    arguments = ("-c", KILLS, f"{pids['server']},0", "serve", image, "--socket", str(servers.path))
+    command = [sys.executable, *arguments, "--hold", str(servers.hold), "--takeover"]
+    with (servers.directory / "dying.log").open("w") as log:
+        assert subprocess.run(command, stderr=log, timeout=60, check=False).returncode == -signal.SIGKILL
+    serve.says("has failed")  # nobody had to wait for the server, which hears of it now, and was not ended
+    os.kill(pids["server"], signal.SIGCONT)
+    serve.says("serving on")
+    servers.last = serve
+    assert servers.pids == pids
+    print(json.dumps(pids))
 
 
 def test_holders_that_are_killed_while_they_are_asked(image: Path, tmp_path: Path) -> None:
-    """The next holder is asked: by another of these processes, or of a pager that the server before starts."""
+    """The next holder is asked: by another of these processes, or of a pager that the server before starts.
+
+    A server that asks is killed, too: then none of those that serve is.
+    """
     output, _ = play(killed_while_they_are_asked, str(tmp_path), str(image))
+    end_server(output)
+
+
+SILENT = """
+import os, signal, sys
+from aiouffd.cli import main
+from aiouffd.pager.client.holding import Holding
+from aiouffd.server import successor
+go = Holding.go
+def stopped(self):
+    os.kill(self._requests.pair.worker_pid, signal.SIGSTOP)
+    successor._TIMEOUT = successor._REMINDER = 0.2
+    return go(self)
+Holding.go = stopped
+sys.exit(main(sys.argv[1:]))
+"""
+TELLS_NOBODY = f"""#!{sys.executable}
+import asyncio, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from aiouffd.pager.process.answers import Answers
+from aiouffd.pager.process.journal import Whose
+go = Answers._go
+async def and_all_are_killed(self, message, fds):
+    armed = os.path.exists(os.environ["ARMED"])
+    if armed and os.path.exists(os.environ["ARMED"] + "-before"):
+        os.unlink(os.environ["ARMED"])
+        kill(self._served.journal)
+        await asyncio.sleep(3600)
+    await go(self, message, fds)
+    if armed:
+        os.unlink(os.environ["ARMED"])
+        kill(self._served.journal)
+        os.kill(os.getpid(), 9)
+def kill(journal):
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for whose in (Whose.KEEPER, Whose.HOLDER):
+            signal.pidfd_send_signal(journal.descriptor(whose), number)
+Answers._go = and_all_are_killed
+sys.argv = ["aiouffd.pager", *sys.argv[sys.argv.index("aiouffd.pager") + 1 :]]
+from aiouffd.pager import __main__
+sys.exit(__main__.main())
+"""
+
+
+def told_to_go(directory: str, image: str) -> None:
+    """Scenario: a successor's pager does not say that it serves: it is stopped, or it is killed right then."""
+    servers = Servers(directory, image, "--readahead", 0)
+    before = servers.start("first")
+    region, _connection, uffd = hand_over(servers.path, SIZE)
+    uffd.close()
+    pages = iter(range(SIZE // PAGE))
+
+    def served() -> None:
+        touchers = Touchers(region.address, [[next(pages)] for _ in range(4)])
+        touchers.join()
+        assert not touchers.wrong, touchers.wrong
+
+    served()
+    after = servers.start("silent", "--takeover", program=("-c", SILENT), wait=False)
+    eventually(after.says_or_ends("it is waited for"), expected=True)
+    assert before.process.poll() is after.process.poll() is None
+    os.kill(servers.pids["worker"], signal.SIGCONT)
+    after.says("listening")
+    assert before.process.wait(60) == 0
+    served()
+    wrapper, armed = servers.directory / "python", servers.directory / "armed"
+    wrapper.write_text(TELLS_NOBODY)
+    wrapper.chmod(0o755)
+    os.environ |= {SWITCH: str(wrapper), "ARMED": str(armed)}
+    armed.touch()
+    before, after = after, servers.start("killed", "--takeover")
+    assert before.process.wait(60) == 0
+    assert not armed.exists()
+    served()
+    armed.touch()
+    (servers.directory / "armed-before").touch()
+    before, after = after, servers.start("killed-before", "--takeover", wait=False)
+    assert after.process.wait(60) == 1
+    before.says("serving on")
+    served()
+    servers.last = before
+    print(json.dumps(servers.pids))
+
+
+def test_a_pager_that_does_not_say_that_it_serves(image: Path, tmp_path: Path) -> None:
+    """What it was told cannot be taken back: its server waits, and says so; or goes on with what it has left."""
+    output, _ = play(told_to_go, str(tmp_path), str(image))
     end_server(output)

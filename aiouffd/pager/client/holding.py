@@ -210,12 +210,11 @@ class Holding:
         The holder may have been killed. What it looks at then is looked at here.
 
         Raises:
-            StoppedError: it has; or the client is being stopped; or this process was about to take all itself. Whose it
-                is, is in the journal of the pager that has just died, so no other may be started.
+            StoppedError: it has; or the client is being stopped; or this process was about to take all itself, and the
+                pager that has just died was not told to go: all is the other holder's, so no other may be started.
         """
         if self.lifeline is not None:
-            self._requests.close(PagerDiedError("the pager has died while it took over"))
-            raise StoppedError
+            self._outcome_of_go(pair)
         while pair.channel is not None and self._waiter.wait(_GLANCE, pair.channel.fileno()):
             self.hear(pair)
         if self._theirs is not None:
@@ -227,6 +226,17 @@ class Holding:
                 self._kept()
         if self._waiter.stopped:
             raise StoppedError
+
+    def _outcome_of_go(self, pair: Pair) -> None:
+        """Go on where that pager was told to go, and died before it could say so: all of it is this process's."""
+        if pair.journal.provisional:
+            pair.hang_up()
+            while pair.worker_lives and not self._waiter.stopped:  # then the word changes no more
+                self._waiter.wait(_GLANCE)
+        if pair.journal.provisional:
+            self._requests.close(PagerDiedError("the pager has died while it took over"))
+            raise StoppedError
+        self.lifeline = None
 
     # Another pager
 
@@ -288,8 +298,10 @@ class Holding:
         if going.exception() is None:
             self.lifeline = None
 
-    def restore(self, journal: Journal, state: State, packs: dict[int, Pack]) -> Future[Any]:
+    def restore(self, journal: Journal, state: State, packs: dict[int, Pack]) -> list[Future[Any]]:
         """Open all that another server's pager has served, and that is not among the tenants: those it has no note of.
+
+        Each future is of one of them.
 
         Args:
             journal: that pager's.
@@ -305,7 +317,7 @@ class Holding:
                 opened.append(self._open(tenant, tenant.mappings))
             else:
                 opened.append(self._open_child(Tenant.left(space, packs[space.origin], state)))
-        return all_of(opened)
+        return opened
 
     def _resume(self, journal: Journal, slots: set[int], files: Sequence[str] = ()) -> Future[Any]:
         counts = [(slot, journal.counters_of(slot).words.tolist()) for slot in slots]

@@ -149,6 +149,12 @@ class Pair:
         """Send the worker a signal, if it runs."""
         _signal(self.worker_fd, number)
 
+    def hang_up(self) -> None:
+        """Have a worker whose keeper has ended end, too, where it serves nothing of its own yet."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.kill_worker()
+
     def resume(self) -> None:
         """Have the processes go on, if they were stopped (SIGSTOP)."""
         for process in (self.worker_fd, self.keeper_fd, self.holder_fd):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Estate", "HolderLostError", "Predecessor"]
 
-_TIMEOUT = 60.0  # seconds for an answer: the server that serves may have handoffs under way
+_TIMEOUT = 60.0  # seconds to be told what there is
+_TAKING = 180.0  # seconds to be given it: longer than the holder waits for its owner, and for the ends of processes
 
 
 class HolderLostError(PagerStartError):
@@ -93,7 +94,6 @@ class Predecessor:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection: socket.socket = connection
-        connection.settimeout(_TIMEOUT)
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Self | None:
@@ -115,7 +115,7 @@ class Predecessor:
 
     def look(self) -> Estate:
         """Return what there is; it is served by others meanwhile. Raises as `take`."""
-        return self._ask({"op": "look"})
+        return self._ask({"op": "look"}, _TIMEOUT)
 
     def take(self, *, over: bool, journal: int) -> Estate:
         """Have all end that serve, and return what they have left: no page is brought until it is served here.
@@ -129,7 +129,7 @@ class Predecessor:
             PagerStartError: it is refused, or cannot be read.
             OSError: EADDRINUSE: a server lives, and is not to be taken over from.
         """
-        return self._ask({"op": "take", "over": over}, [journal])
+        return self._ask({"op": "take", "over": over}, _TAKING, [journal])
 
     def serving(self) -> None:
         """Have the predecessor look at once whether all is served here: it ends for good then."""
@@ -140,7 +140,8 @@ class Predecessor:
         """Hang up."""
         self.connection.close()
 
-    def _ask(self, question: dict[str, Any], along: list[int] | None = None) -> Estate:
+    def _ask(self, question: dict[str, Any], patience: float, along: list[int] | None = None) -> Estate:
+        self.connection.settimeout(patience)
         try:
             control.send(self.connection, question, along)
             message, fds = control.receive(self.connection)

@@ -49,10 +49,11 @@ log: logging.Logger = logging.getLogger("aiouffd.holder")
 
 _LOOK: Final = 1.0  # seconds between two looks whether what is held is of use
 _GLANCE: Final = 0.002  # seconds between two looks at the successor's journal
-_YIELD: Final = 15.0  # seconds for the owner to have no handoff under way
+_YIELD: Final = 90.0  # seconds for the owner to have no handoff under way, whose source may have to be opened
 _PAUSE: Final = 0.5  # seconds until a keeper that could not be made is tried again
 _EXIT: Final = 1.0  # seconds between the ends of two connections, when the process ends that has both
-_DEATH: Final = 10.0  # seconds for a process that was killed to end
+_DEATH: Final = 40.0  # seconds for a process that was killed to end; until then nobody else can serve
+_REMINDER: Final = 10.0  # seconds between two messages about a successor that is waited for
 
 
 class _RefusedError(Exception):
@@ -286,16 +287,20 @@ class Holder:
         theirs, poller = Claim(journal), select.poll()
         poller.register(guest, select.POLLIN)
         try:
-            self._await_yield(journal, guest.fileno())
+            self._await_yield(journal, guest)
             # In this order: a keeper would make another worker. One that it has just made is in the journal, too.
             for whose in (Whose.KEEPER, Whose.WORKER):
                 send_signal(self._journal.descriptor(whose), signal.SIGKILL)
                 if not runs_nothing(self._journal.descriptor(whose), _DEATH):  # until then it may be reading
                     raise _RefusedError("the pager does not end: a file system that it waits for does not answer")
             self._tell(guest)
+            since = told = time.monotonic()
             while theirs.provisional:
                 if poller.poll(_GLANCE * 1000):
                     control.receive(guest)
+                if (now := time.monotonic()) - told > _REMINDER:
+                    told = now
+                    log.warning("a successor was given all %.0f s ago, and does not serve yet: pages wait", now - since)
         finally:
             if not theirs.provisional:
                 self.say("taken")
@@ -304,13 +309,25 @@ class Holder:
             self.say("kept")
             log.error("the successor has failed, and what it was given is held on")
 
-    def _await_yield(self, theirs: int, guest: int) -> None:
-        """Ask the owner to take no client; one that has ended is not waited for."""
-        self.say("yield", theirs, guest)
+    def _await_yield(self, theirs: int, guest: socket.socket) -> None:
+        """Ask the owner to take no client; one that has ended is not waited for, and for a successor that has neither.
+
+        Raises:
+            control.Closed: it has ended: nobody is killed for it.
+        """
+        self.say("yield", theirs, guest.fileno())
         until = time.monotonic() + _YIELD
         while self._channel is not None:
-            if not _readable(self._channel, max(0.0, until - time.monotonic())):
+            poller = select.poll()
+            poller.register(self._channel, select.POLLIN)
+            poller.register(guest, select.POLLIN)
+            ready = dict(poller.poll(max(0.0, until - time.monotonic()) * 1000))
+            if not ready:
                 raise _RefusedError(f"the server that serves there does not yield within {_YIELD:g} s")
+            if guest.fileno() in ready:
+                close_all(control.receive(guest)[1])
+            if self._channel.fileno() not in ready:
+                continue
             op = self._hear().get("op")
             if op == "yielded":
                 return
