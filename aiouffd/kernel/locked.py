@@ -6,6 +6,7 @@ the ONFAULT.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 from typing import TYPE_CHECKING, Final
@@ -17,8 +18,9 @@ from aiouffd.ranges import Range
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["empty_locked", "is_populated", "new_mappings_are_populated", "smaps"]
+__all__ = ["empty_locked", "is_locked", "is_populated", "new_mappings_are_populated", "smaps"]
 
+_NOTHING_LOCKED: Final = re.compile(rb"^VmLck:\s+0 kB$", re.MULTILINE)
 _FLAGS: Final = re.compile(r"^VmFlags:(.*)$", re.MULTILINE)
 
 
@@ -29,6 +31,14 @@ def new_mappings_are_populated(page_size: int = mmap.PAGESIZE) -> bool:
         if page_size == mmap.PAGESIZE:
             return is_populated(address)
         return any(address in mapping and "lo" in flags for mapping, flags, _ in smaps())
+
+
+def is_locked(address: int) -> bool:
+    """Tell whether a mapping is locked in memory, as far as there is a /proc. Takes long only where something is."""
+    with contextlib.suppress(OSError):
+        if _NOTHING_LOCKED.search(files.read("/proc/self/status")):
+            return False
+    return any(address in mapping and "lo" in flags for mapping, flags, _ in smaps())
 
 
 def is_populated(address: int) -> bool:

@@ -33,7 +33,7 @@ struct register_argument {
 #define IOC_REGISTER _IOWR(0xAA, 0x00, struct register_argument)
 #define IOC_UNREGISTER _IOR(0xAA, 0x01, struct wake_argument)
 #define IOC_MOVE _IOWR(0xAA, 0x05, struct move_argument)
-enum { MODE_MISSING = 1, MOVE_DONTWAKE = 1, MOVE_SRC_HOLES = 2 };
+enum { MODE_MISSING = 1, MOVE_DONTWAKE = 1, MOVE_SRC_HOLES = 2, LOCK_ONFAULT = 1 };
 
 static struct dropper {
     struct dropper *next;
@@ -170,7 +170,7 @@ static int start(struct dropper *dropper)
     return failed;
 }
 
-static int prepare(struct dropper *dropper, int uffd, int words)
+static int prepare(struct dropper *dropper, int uffd, int words, int locked)
 {
     uint64_t length = PLACE + 2 * page_size;
     void *asked = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, words, 0);
@@ -185,7 +185,10 @@ static int prepare(struct dropper *dropper, int uffd, int words)
     if (mprotect(place, PLACE, PROT_READ | PROT_WRITE) || madvise(place, PLACE, MADV_DONTFORK))
         return errno;
     madvise(place, PLACE, MADV_NOHUGEPAGE);
-    empty((uint64_t)place); /* mlockall(2) may have filled it */
+    /* UFFDIO_MOVE takes two VMAs that are both locked, or both not. mlockall(2) may have locked and filled this one. */
+    if (locked ? syscall(SYS_mlock2, place, PLACE, LOCK_ONFAULT) : munlock(place, PLACE))
+        return errno;
+    empty((uint64_t)place);
     return own(&dropper->uffd, uffd);
 }
 
@@ -204,8 +207,8 @@ static void release(struct dropper *dropper)
 }
 
 /* Have a thread drop pages of the memory that a userfaultfd is about, when it is asked by words in a file. Both are
- * duplicated or mapped. Returns 0, or an errno. */
-EXPORT int aiouffd_dropper(int uffd, int words, struct dropper **made)
+ * duplicated or mapped. `locked`: whether the memory is. Returns 0, or an errno. */
+EXPORT int aiouffd_dropper(int uffd, int words, int locked, struct dropper **made)
 {
     static int at_fork;
     int failed = ENOMEM;
@@ -216,7 +219,7 @@ EXPORT int aiouffd_dropper(int uffd, int words, struct dropper **made)
     if (at_fork && dropper != NULL) {
         *dropper = (struct dropper){.next = droppers, .used = 1, .uffd = {.fd = -1}};
         droppers = dropper;
-        failed = prepare(dropper, uffd, words);
+        failed = prepare(dropper, uffd, words, locked);
         if (!failed)
             failed = start(dropper);
         if (failed)

@@ -24,7 +24,7 @@ _RANGES, _RESULTS = 16, 16 + 16 * MOST  # where they begin in the words
 def _library() -> ctypes.CDLL:
     """Return the library, its functions declared."""
     native = library()
-    native.aiouffd_dropper.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    native.aiouffd_dropper.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     native.aiouffd_dropper_end.argtypes = [ctypes.c_void_p]
     native.aiouffd_ask.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
     native.aiouffd_ask.restype = None
@@ -39,14 +39,15 @@ class Dropper:
     Args:
         uffd: of the region. It is duplicated.
         words: a memfd of one page of zeros, by which it is asked. It is mapped.
+        locked: whether the region is locked in memory (mlockall): nothing is dropped of one that is what this says not.
 
     Raises:
-        OSError: no thread can be started, or no memory be mapped.
+        OSError: no thread can be started, or no memory be mapped or locked.
     """
 
-    def __init__(self, uffd: int, words: int) -> None:
+    def __init__(self, uffd: int, words: int, *, locked: bool = False) -> None:
         self._made = ctypes.c_void_p()
-        if failed := _library().aiouffd_dropper(uffd, words, ctypes.byref(self._made)):
+        if failed := _library().aiouffd_dropper(uffd, words, locked, ctypes.byref(self._made)):
             raise OSError(failed, os.strerror(failed))
 
     def close(self) -> None:

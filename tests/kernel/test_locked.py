@@ -5,25 +5,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from unittest import mock
 
 import pytest
+from locking import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, lock_all, needs_root, unlock_all
 from pattern import PAGE
 from scenario import play
 
 import aiouffd
-from aiouffd.kernel.locked import empty_locked, is_populated, new_mappings_are_populated, smaps
+from aiouffd.kernel import files
+from aiouffd.kernel.locked import empty_locked, is_locked, is_populated, new_mappings_are_populated, smaps
 
 HUGE = 2 << 20
-MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_IPC_LOCK, to lock more than RLIMIT_MEMLOCK")
-
-
-def lock_all(flags: int) -> None:
-    """mlockall(2)."""
-    assert _libc.mlockall(flags) == 0, os.strerror(ctypes.get_errno())
 
 
 def detection(flags: int) -> None:
@@ -33,6 +26,29 @@ def detection(flags: int) -> None:
     lock_all(flags)
     assert new_mappings_are_populated() == (flags == MCL_FUTURE)
     assert new_mappings_are_populated(HUGE) == bool(flags & MCL_FUTURE)
+
+
+def told() -> None:
+    """Scenario: there is a /proc, or none."""
+    region = aiouffd.Region(4 * PAGE)
+    assert not is_locked(region.address)
+    lock_all(MCL_FUTURE)
+    later = aiouffd.Region(4 * PAGE)
+    assert not is_locked(region.address)
+    assert is_locked(later.address)
+    assert is_locked(later.address + 3 * PAGE)
+    unlock_all()
+    assert not is_locked(later.address)
+    lock_all(MCL_CURRENT | MCL_ONFAULT)
+    assert is_locked(region.address)
+    with mock.patch.object(files, "read", side_effect=FileNotFoundError):
+        assert not is_locked(region.address)
+
+
+@needs_root
+def test_whether_memory_is_locked() -> None:
+    """A mapping that was there before stays as it is; where it cannot be told, it is not."""
+    play(told)
 
 
 @needs_root

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 from kinds import poke
-from pattern import PAGE, content, peek
+from locking import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, lock_all, needs_root
+from pattern import PAGE, content, peek, word
 from processes import kill
 from scenario import eventually, open_descriptors, play, replaced
 
 import aiouffd
 from aiouffd.kernel import libc, pagemap
+from aiouffd.kernel.locked import is_locked
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.monitor.engines.on_demand import may_be_dropped
 
@@ -173,6 +175,27 @@ def apart(kind: str) -> None:
 def test_one_page_keeps_no_others(kind: str) -> None:
     """Neither what may not be dropped, nor the end of a mapping, nor what could not be had."""
     play(apart, kind)
+
+
+def locked(order: str) -> None:
+    """Scenario: the process locks its memory between making a region and its Monitor; or it did, when it made it."""
+    if order == "before":
+        lock_all(MCL_FUTURE)
+    region = aiouffd.Region(SIZE)
+    lock_all(MCL_FUTURE if order == "between" else MCL_CURRENT | MCL_ONFAULT)
+    assert is_locked(region.address) == (order == "before")
+    with aiouffd.Monitor(region, aiouffd.BufferSource(content(0, SIZE)), max_resident=LIMIT) as monitor:
+        for page in range(PAGES):
+            assert peek(region.address + page * PAGE) == word(page)
+            assert page % 16 or sum(each.length for each in monitor.residency()) <= LIMIT
+        assert monitor.statistics().pages_evicted >= PAGES - LIMIT // PAGE
+
+
+@needs_root
+@pytest.mark.parametrize("order", ["between", "before"])
+def test_a_process_that_locks_its_memory(order: str) -> None:
+    """The kernel moves pages between memory only that is locked, and between such that is not."""
+    play(locked, order)
 
 
 def unreadable() -> None:

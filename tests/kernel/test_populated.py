@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from locking import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, lock_all, needs_root
 from pattern import PAGE, Pattern, content, word
 from scenario import play
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUGE = 2 << 20
-MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 MADV_HUGEPAGE = 14
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,13 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "huge-shared": {"page_size": HUGE, "shared": True},
 }
 ENGINES: dict[str, Callable[[], Any]] = {"pager": aiouffd.Pager, "in_thread": aiouffd.InThread}
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_IPC_LOCK, to lock more than RLIMIT_MEMLOCK")
-
-
-def lock_all(flags: int) -> None:
-    """mlockall(2)."""
-    assert _libc.mlockall(flags) == 0, os.strerror(ctypes.get_errno())
 
 
 def made(kind: str, length: int = 2 * HUGE) -> aiouffd.Region:

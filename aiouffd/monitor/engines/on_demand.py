@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from aiouffd import native
 from aiouffd.errors import UffdError
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.locked import is_locked
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.kernel.userfaultfd import kernel_features
@@ -48,18 +49,19 @@ class Dropping:
 
     Args:
         uffd: of the region; it stays the caller's.
+        start: where the region lies.
 
     Raises:
         OSError: no thread can be started; there is no /proc.
     """
 
-    def __init__(self, uffd: Userfaultfd) -> None:
+    def __init__(self, uffd: Userfaultfd, start: int) -> None:
         from aiouffd.native.dropper import Dropper  # noqa: PLC0415 - few Monitors drop pages
 
         self._pagemap = Pagemap()
         self._words = OwnedDescriptor(os.memfd_create("aiouffd-asked", os.MFD_CLOEXEC))
         os.ftruncate(self._words.fileno(), mmap.PAGESIZE)
-        self._dropper = Dropper(uffd.fileno(), self._words.fileno())
+        self._dropper = Dropper(uffd.fileno(), self._words.fileno(), locked=is_locked(start))
 
     @property
     def memory(self) -> tuple[OwnedDescriptor, OwnedDescriptor]:

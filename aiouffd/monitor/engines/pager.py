@@ -181,7 +181,8 @@ class PagerEngine:
         options = attrs.evolve(assignment.options, spin_us=self._choice.spin_us, traces=traces)
         with contextlib.ExitStack() as undo:
             if assignment.written is not None and self._file < 0:
-                self._dropping = undo.enter_context(contextlib.closing(Dropping(assignment.uffd)))
+                dropping = Dropping(assignment.uffd, assignment.mapping.start)
+                self._dropping = undo.enter_context(contextlib.closing(dropping))
                 memory = (assignment.written, *self._dropping.memory)
             elif assignment.written is not None:
                 memory = (assignment.written, self._file)
