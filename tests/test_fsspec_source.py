@@ -19,6 +19,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import aiouffd
 from aiouffd.sources import fsspec_source
+from aiouffd.store.filesystem import CachedFileSystem
 from aiouffd.store.resolve import as_source
 from examples.page_server import serving
 
@@ -61,6 +62,35 @@ async def opened() -> AsyncIterator[Callable[..., aiouffd.FsspecSource]]:
 async def sized(source: aiouffd.FsspecSource) -> int:
     """Return the size, which is asked for in a thread."""
     return await asyncio.to_thread(getattr, source, "size")
+
+
+class Hub(MemoryFileSystem):  # type: ignore[misc]
+    """Tells of one file as that of hf:// does: it lists all of the folder, or is asked for the last commit, too."""
+
+    cachable = False
+    expand_info = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed, self.asked = 0, 0
+
+    def info(self, path: str, *, expand_info: bool | None = None, **_: Any) -> dict[str, Any]:
+        """Count."""
+        self.listed, self.asked = self.listed + (not expand_info), self.asked + 1
+        return {"name": path, "type": "file", "size": len(DATA), "blob_id": "b"}
+
+
+async def test_no_folder_is_listed_to_tell_of_a_file(memory: Any, opened: Any, tmp_path: Path) -> None:
+    """It may have thousands of files, and each read looks whether its own has changed."""
+    hub = Hub()
+    hub.store, source = memory.store, opened(hub, "/file")
+    assert await sized(source) == len(DATA)
+    for at in (0, 5):
+        assert await source.read(at, 9) == DATA[at : at + 9]
+    assert (hub.listed, hub.asked) == (0, 3)
+    cached = await asyncio.to_thread(CachedFileSystem, hub, cache_storage=aiouffd.ChunkCache(tmp_path, 8 << 20))
+    assert await asyncio.to_thread(cached.cat_file, "/file", 5, 9) == DATA[5:9]
+    assert (hub.listed, hub.asked) == (0, 5)
 
 
 async def test_a_filesystem_of_functions(memory: Any, opened: Any) -> None:

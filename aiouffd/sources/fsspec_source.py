@@ -17,7 +17,7 @@ from aiouffd.sources.daemon_threads import DaemonThreads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FsspecSource"]
+__all__ = ["FsspecSource", "one_file"]
 
 _THREADS: Final = 32
 _PATIENCE: Final = 5.0  # seconds to wait for a look at the version before another one
@@ -84,7 +84,7 @@ class FsspecSource:
         if self._pinned is None:
             try:
                 filesystem, path = self._found()
-                info = filesystem.info(path)
+                info = filesystem.info(path, **one_file(filesystem))
             except Exception as error:  # filesystems raise many kinds
                 raise SourceError(repr(self), 0, 0, f"{type(error).__name__}: {error}") from error
             self._pin(info)
@@ -245,10 +245,16 @@ def _call(filesystem: Any, method: str, path: str, arguments: dict[str, Any]) ->
 
     if method == "info":
         filesystem.invalidate_cache(path)  # what it has listed before does not count
+        arguments = one_file(filesystem)
     elif type(filesystem).cat_file is AbstractFileSystem.cat_file:
         # It opens a file, which would read 5 MiB more than it is asked for.
         arguments = {**arguments, "cache_type": "none"}
     return getattr(filesystem, method)(path, **arguments)
+
+
+def one_file(filesystem: Any) -> dict[str, Any]:
+    """Return what `info` takes for one file: HfFileSystem lists its whole folder, unless the commit is wanted, too."""
+    return {"expand_info": True} if hasattr(filesystem, "expand_info") else {}
 
 
 async def _call_on_loop(filesystem: Any, method: str, path: str, arguments: dict[str, int]) -> Any:

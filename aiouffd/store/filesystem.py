@@ -17,7 +17,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from aiouffd.sources.fsspec_source import FsspecSource
+from aiouffd.sources.fsspec_source import FsspecSource, one_file
 from aiouffd.store.cache import ChunkCache
 from aiouffd.store.cached_source import CachedSource
 from aiouffd.store.place import is_snapshot, names_with
@@ -179,7 +179,7 @@ class CachedFileSystem(_Filesystem):
 
             inner = SnapshotSource(self.fs.unstrip_protocol(path), **self._store_options)
         else:
-            inner = FsspecSource.on_loop(self.fs, path, await self._target._info(path))
+            inner = FsspecSource.on_loop(self.fs, path, await self._target._info(path, **one_file(self.fs)))
         if names_with(path, ".zst"):
             from aiouffd.store.zstd_seekable import ZstdSeekableSource  # noqa: PLC0415 - as above
 
