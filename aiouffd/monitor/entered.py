@@ -13,6 +13,7 @@ from aiouffd.errors import ClosedError
 from aiouffd.ranges import Range, RangeSet, align_down, align_up
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
@@ -345,6 +346,12 @@ class Entered:
     def writes_back(self) -> bool:
         """Whether what is written goes to the source."""
         return self._options.write_back
+
+    @property
+    def resting_loop(self) -> AbstractEventLoop | None:
+        """The caller's loop, where that serves and does not run just now."""
+        loop: AbstractEventLoop | None = getattr(self._engine, "loop", None)
+        return None if loop is None or loop.is_running() else loop
 
     @property
     def pids(self) -> tuple[int, ...]:

@@ -338,6 +338,7 @@ class Monitor(Capturing):
             self._registration = registration = registered or self.register()
             name = f"The Monitor of {region!r} by {self.origin!r}"
             self._crashes = CrashNotes(self._held, name, children=registration.children)
+            leave: Callable[[], None] = registration.abandon
             try:
                 if self._writes == "tracked":
                     registration.collect()  # what was there before is protected, too
@@ -359,13 +360,14 @@ class Monitor(Capturing):
                         on_flight=self._observed(service),
                     )
                 )
+                leave = partial(engine.leave, registration.abandon, sigbus=False)
                 registration.is_served()
             except BaseException as error:
                 self._observation.end(type(error))
                 if self._recording is not None:
                     self._recording.end(complete=False)
                 self._registration = None
-                registration.abandon()
+                leave()
                 self._crashes.close()
                 if isinstance(error, OSError) and not isinstance(error, UffdError):
                     limit = limit_error(f"serving {region!r}", error.errno or 0)
@@ -392,7 +394,7 @@ class Monitor(Capturing):
 
     def _watch(self, engine: Engine, service: Service) -> None:
         """Begin to look at the region for people, while it is served, and at the end of the program."""
-        if (self.writes_back or self._recording is not None) and not self._choice.needs_loop:
+        if self.writes_back or self._recording is not None:
             from aiouffd.monitor.saving import save_at_exit  # noqa: PLC0415 - for few programs
 
             save_at_exit(self, self._recording)

@@ -46,4 +46,7 @@ def _save() -> None:
 def _flush(monitor: Entered) -> None:
     # The interpreter would unmap it, and what is unmapped is not saved. Threads may write until the end.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(monitor.region))
-    monitor.flush_sync()
+    if (loop := monitor.resting_loop) is None:
+        monitor.flush_sync()
+    else:
+        loop.run_until_complete(monitor.flush())

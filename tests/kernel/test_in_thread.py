@@ -15,15 +15,18 @@ import signal
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import touchers
 from pattern import PAGE, Pattern, Slow, Touchers, content, peek, word
-from scenario import brought, eventually, play
+from processes import descendants
+from scenario import brought, eventually, open_descriptors, play
 
 import aiouffd
+from aiouffd.monitor.registration import Registration
 from aiouffd.native import faults
 
 SIZE = 8 << 20
@@ -520,6 +523,43 @@ def no_thread() -> None:
 def test_no_thread_can_be_had() -> None:
     """Entering fails, names the limit, and leaves nothing behind."""
     play(no_thread)
+
+
+def interrupted(when: str) -> None:
+    """Scenario: Ctrl-C while the thread starts, before it runs or when it does; or when all is served already."""
+    region, engine = aiouffd.Region(4 * PAGE), aiouffd.Pager() if when == "with a pager" else aiouffd.InThread()
+    source, begun, start = aiouffd.BufferSource(content(0, 4 * PAGE)), list[threading.Thread](), threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        begun.append(thread)
+        if when == "runs":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with aiouffd.Monitor(region, source, engine=engine, on_exit="zeros"):
+        pass
+    eventually(partial(descendants, os.getpid()), set())
+    descriptors = open_descriptors()
+    with pytest.MonkeyPatch.context() as patch:
+        if when in ("begins", "runs"):
+            patch.setattr(threading.Thread, "start", starting)
+        else:
+            patch.setattr(Registration, "is_served", lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            aiouffd.Monitor(region, source, engine=engine).__enter__()
+    if when == "begins":
+        start(begun[0])
+    for thread in begun:
+        thread.join()
+    eventually(lambda: (descendants(os.getpid()), open_descriptors()), (set(), descriptors))
+    with aiouffd.Monitor(region, source, engine=engine):
+        assert not pages(region, range(4))
+
+
+@pytest.mark.parametrize("when", ["begins", "runs", "is served", "with a pager"])
+def test_entering_is_interrupted(when: str) -> None:
+    """Nothing serves then, and nothing is left behind; the interrupt is what is raised."""
+    play(interrupted, when)
 
 
 def left_behind(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import errno
 import gc
@@ -46,6 +47,33 @@ def test_a_program_that_ends_loses_nothing(engine: str, tmp_path: Path) -> None:
     assert path.read_bytes()[: 5 * PAGE] == model[: 5 * PAGE]
     if engine == "pager":
         eventually(lambda: path.read_bytes()[5 * PAGE : 5 * PAGE + 8], b"later   ")
+
+
+def ends_on_its_loop(path: str, closed: bool) -> None:
+    """Scenario: the program has run its loop for the last time."""
+    source, loop = aiouffd.FileSource(path, writable=True), asyncio.new_event_loop()
+    trace = f"{path}.trace"
+    recording = aiouffd.Monitor(aiouffd.Region(SIZE), Pattern(SIZE), engine=aiouffd.InProcess(), record=trace)
+    monitor = aiouffd.Monitor(aiouffd.Region(SIZE), source, engine=aiouffd.InProcess(), write_back=True)
+    atexit.register(lambda: (monitor, recording))  # no collection of garbage comes before
+    for each in (monitor, recording):
+        loop.run_until_complete(each.__aenter__())
+        loop.run_until_complete(asyncio.to_thread(poke, each.region.address + 3 * PAGE, b"earlier "))
+    if closed:
+        loop.close()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_program_that_runs_its_loop_no_more(closed: bool, tmp_path: Path) -> None:
+    """It is run once more; where it is closed, the log says what is not saved."""
+    path, model = tmp_path / "file", bytearray(content(0, SIZE))
+    path.write_bytes(model)
+    _, errors = play(ends_on_its_loop, str(path), closed, fresh=True)
+    if not closed:
+        model[3 * PAGE : 3 * PAGE + 8] = b"earlier "
+    assert path.read_bytes() == model
+    assert ("was not left when the program ended, and is not saved: Event loop is closed" in errors) is closed
+    assert Trace.load(f"{path}.trace").offsets[0] == 3 * PAGE
 
 
 def forgotten(path: str) -> None:

@@ -79,13 +79,16 @@ class InProcessEngine(LocalEngine):
 
     No layout event is asked for: a thread that causes one sleeps until it is read, and with the GIL held that would
     be for ever. The region's own methods tell instead.
+
+    Attributes:
+        loop: the caller's.
     """
 
     pids: tuple[int, ...] = ()
 
     def __init__(self, choice: InProcess, loop: asyncio.AbstractEventLoop) -> None:
         self._choice = choice
-        self._loop = loop
+        self.loop: asyncio.AbstractEventLoop = loop
         self._thread = threading.get_native_id()
         self._counters = Counters()
         self._watch: LoopWatch
@@ -93,7 +96,7 @@ class InProcessEngine(LocalEngine):
     def start(self, assignment: Assignment) -> None:
         """Serve the region."""
         reason()  # loads the library, in this thread and not on the loop
-        asyncio.run_coroutine_threadsafe(self._begin(assignment), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._begin(assignment), self.loop).result()
         words = address_of(self._counters.words)
         self._watch = LoopWatch(
             assignment.uffd.fileno(),
@@ -107,7 +110,7 @@ class InProcessEngine(LocalEngine):
     async def _begin(self, assignment: Assignment) -> None:
         kind = Userfaultfd if assignment.can_poison else ProtectingUserfaultfd
         uffd = kind.from_fd(os.dup(assignment.uffd.fileno()), assignment.uffd.features)
-        self._local = Local(self._loop, assignment, uffd, self._counters, spin_us=self._choice.spin_us)
+        self._local = Local(self.loop, assignment, uffd, self._counters, spin_us=self._choice.spin_us)
         self._local.begin()
 
     def statistics(self) -> Statistics:
@@ -121,13 +124,13 @@ class InProcessEngine(LocalEngine):
 
     def refuse(self) -> None:
         """Poison what is waited for, and whatever is touched until `leave`."""
-        asyncio.run_coroutine_threadsafe(self._local.refuse(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._local.refuse(), self.loop).result()
 
     def leave(self, settle: Callable[[], None], *, sigbus: bool) -> None:
         """Serve no longer."""
         self._watch.close()
         try:
-            asyncio.run_coroutine_threadsafe(self._local.aclose(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._local.aclose(), self.loop).result()
         finally:  # where the source could not be closed as well: nobody reads any more
             self._local.end()
             settle()

@@ -144,6 +144,7 @@ class InThreadEngine(LocalEngine):
         patiences = (choice.stuck_warning, choice.stuck_limit)
         self._period = min([_BEAT] + [patience / 4 for patience in patiences if patience])
         self._done = asyncio.Event()
+        self._begun = threading.Lock()  # taken by the loop's thread, or by who gives up before
         self._last: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._leaves = False
         self._served: Served
@@ -183,17 +184,26 @@ class InThreadEngine(LocalEngine):
             how: dict[str, Any] = {"spin_us": 0, "reader": PythonReader, "quiet": handlers.quiet}
             self._local = Local(self._loop, assignment, self._uffd, self._counters, changed=handlers.show, **how)
             handlers.show(self._local.layout)
+            undo.callback(self._abandon)
             try:
                 self._thread.start()
             except RuntimeError as error:
                 raise no_thread("a thread for engine=InThread()") from error
+            self._served.open()
+            _engines.add(self)
             undo.pop_all()
-        self._served.open()
-        _engines.add(self)
+
+    def _abandon(self) -> None:
+        """End the loop. A thread that has not begun yet, since a signal handler has raised, does not begin."""
+        if not self._begun.acquire(blocking=False):
+            self._leaves = True
+            self._end(lambda: None)
 
     # The loop's thread
 
     def _run(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            return
         try:
             run(self._loop, self._main())
         except BaseException:
