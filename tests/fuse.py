@@ -32,10 +32,15 @@ def possible() -> str | None:
 
 
 @contextlib.contextmanager
-def mounted(directory: str, data: bytes) -> Iterator[tuple[str, int]]:
+def mounted(directory: str, data: bytes, *, flushes: bool = True) -> Iterator[tuple[str, int]]:
     """Mount it; yield the path of its file, and the process that serves it.
 
     The process is killed at the end, which fails all requests that wait.
+
+    Args:
+        directory: where it is mounted.
+        data: of its file.
+        flushes: whether closing a descriptor waits for an answer, also that of a process that is being started.
     """
     for call in (_libc.unshare(0x20000), _libc.mount(b"none", b"/", None, 0x44000, None)):  # NEWNS; REC | PRIVATE
         if call:
@@ -47,7 +52,7 @@ def mounted(directory: str, data: bytes) -> Iterator[tuple[str, int]]:
     server = os.fork()
     if server == 0:
         try:
-            _serve(device, data)
+            _serve(device, data, flushes=flushes)
         finally:
             os._exit(0)
     os.close(device)
@@ -65,7 +70,7 @@ def silence(server: int) -> None:
         time.sleep(0.001)
 
 
-def _serve(device: int, data: bytes) -> None:
+def _serve(device: int, data: bytes, *, flushes: bool) -> None:
     def attributes(node: int) -> bytes:
         mode, size = (0o40755, 0) if node == 1 else (0o100644, len(data))
         return struct.pack("=QQQQQQIIIIIIIIII", node, size, 1, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
@@ -91,6 +96,6 @@ def _serve(device: int, data: bytes) -> None:
             answer = struct.pack("=Q", offset if whence == os.SEEK_DATA else len(data))
         elif code in (_FORGET, _BATCH_FORGET, _INTERRUPT):
             continue
-        elif code not in (_FLUSH, _RELEASE):
+        elif code != _RELEASE and not (code == _FLUSH and flushes):
             error = 38  # ENOSYS
         os.write(device, struct.pack("=IiQ", 16 + len(answer), -error, unique) + answer)

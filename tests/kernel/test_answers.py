@@ -70,12 +70,12 @@ def test_what_is_pickled_is_refused_by_a_pager_that_unpickles_nothing() -> None:
 
 
 async def test_one_source_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where forked children ask for it, when the first has it already: two would write to one file."""
+    """Also where others ask for it, when the first has it already: two would write to one file."""
     monkeypatch.setattr(Answers, "_check_pickles", Mock())
     monkeypatch.setattr(Answers, "_state", Mock())
     opening = most = 0
 
-    async def open_origin(*_: Any, **_again: bool) -> Any:
+    async def open_origin(*_: Any) -> Any:
         nonlocal opening, most
         opening += 1
         most = max(most, opening)
@@ -88,7 +88,7 @@ async def test_one_source_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> Non
     answers = Answers(served, Mock(), Pickles.ALWAYS)
 
     def asks(token: str) -> asyncio.Task[Any]:
-        message = {"op": "open", "token": token, "own": 0, "service": {"token": "s"}, "counts": [], "again": True}
+        message = {"op": "open", "token": token, "own": 0, "service": {"token": "s"}, "counts": []}
         fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
         return asyncio.create_task(answers.answer(message | {"space": {}}, fds))
 

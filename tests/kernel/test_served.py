@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fuse
 import pytest
 from pattern import PAGE, Pattern, content, peek, word
-from scenario import TESTS, ended, eventually, play
+from scenario import TESTS, ended, eventually, play, replaced
 from served import hand_over
 
 import aiouffd
@@ -106,7 +106,9 @@ def serve_both(
     """
 
     async def main() -> None:
-        with fuse.mounted(directory, content(0, SIZE)) as (far, silent):
+        with fuse.mounted(directory, content(0, SIZE), flushes=False) as (far, silent):
+            # The kernel hears that there is no FLUSH: a process that is started closes what it has inherited.
+            os.close(os.open(far, os.O_RDONLY))
             sources = {"near": aiouffd.FileSource(near), "far": aiouffd.FileSource(far)}
             async with Server(lambda _, *of: sources[source_of(*of)], path, readahead=0) as server:
                 await asyncio.to_thread(clients, server, silent)
@@ -154,6 +156,13 @@ def test_a_successor_opens_each_source_by_itself(tmp_path: Path) -> None:
     assert output_of(one_file_system_is_silent, tmp_path) == "near was served\n"
 
 
+def touched(address: int, expected: bytes) -> None:
+    """Touch a page in a thread, and have it come within the time that a test has, and not a source that hangs."""
+    found: list[bytes] = []
+    threading.Thread(target=lambda: found.append(peek(address)), daemon=True).start()
+    eventually(lambda: found, expected=[expected], seconds=20.0)
+
+
 def one_source_of_a_file_is_silent(directory: str, near: str, path: str) -> None:
     """Scenario: the same, and two clients map one memfd, each with a source of its own."""
 
@@ -173,13 +182,22 @@ def one_source_of_a_file_is_silent(directory: str, near: str, path: str) -> None
             libc.madvise(ours.address + (20 + page) * PAGE, PAGE, mmap.MADV_REMOVE)  # of what is missing
             assert peek(ours.address + (30 + page) * PAGE) == word(30 + page)
             eventually(lambda: server.pids[1] != worker, expected=True)  # noqa: B023 - called at once
+        pids = server.pids
+        for pid in pids:  # another pager is asked for both
+            os.kill(pid, signal.SIGKILL)
+        touched(ours.address + 5 * PAGE, word(5))
+        libc.madvise(ours.address + 25 * PAGE, PAGE, mmap.MADV_REMOVE)
+        replaced(server, *pids)
+        os.kill(worker := server.pids[1], signal.SIGKILL)  # its successor knows what was emptied
+        eventually(lambda: server.pids[1] != worker, expected=True)
+        touched(ours.address + 6 * PAGE, word(6))
         assert thread.is_alive()
         print("ours was served", flush=True)
         os.kill(silent, signal.SIGCONT)
         thread.join()
         assert found == [word(9)]
-        pages = {page: peek(theirs.address + page * PAGE) for page in range(20, 26)}
-        assert pages == {page: bytes(8) if 22 <= page < 25 else word(page) for page in pages}
+        pages = {page: peek(theirs.address + page * PAGE) for page in range(20, 28)}
+        assert pages == {page: bytes(8) if 22 <= page < 26 else word(page) for page in pages}
 
     serve_both(directory, near, path, clients, lambda number, _: "near" if number == 1 else "far")
 

@@ -27,7 +27,7 @@ from aiouffd.pager.process.state import RECORDING, Note, SpaceState
 from aiouffd.pager.process.tenancy import RELEASE, FailedSource
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aiouffd.engine.space import Space
     from aiouffd.pager.process.handover import Handover
@@ -110,16 +110,21 @@ class Answers:
         if self._is_served(token):  # sent again: a predecessor died before it could answer
             close_all(fds)
             return
+        if message.get("again"):
+            self._check_pickles(service, own)
+            self._served.open_again(service, lambda number: self._state(message["space"], own, number))
+            await self._served.arrivals.wait(token)
+            return
         lock = self._opening.setdefault(service["token"], asyncio.Lock())
         self._served.arrivals.expect(token)
         try:
             async with lock:
                 try:
-                    origin = await self._origin_of(service, message["counts"], again=message.get("again", False))
+                    origin = await self._origin_of(service, message["counts"])
                 except BaseException:
                     close_foreign(own)
                     raise
-                space = self._served.open(self._state(message["space"], own, origin), origin)
+                space = self._served.open(self._state(message["space"], own, origin.identity), origin)
         finally:
             self._served.arrivals.done(token)
         space.wake_all()
@@ -127,13 +132,13 @@ class Answers:
     def _is_served(self, token: str) -> bool:
         return token in self._served.arrivals or self._served.find(token) is not None
 
-    def _state(self, space: dict[str, Any], own: list[int], origin: Origin) -> SpaceState:
+    def _state(self, space: dict[str, Any], own: list[int], origin: int) -> SpaceState:
         return SpaceState(
             self._served.take_identity(),
             own[0],
             space["page_size"],
             space["features"],
-            origin.identity,
+            origin,
             space["token"],
             own[1] if len(own) > 1 else -1,
             is_child="/" in space["token"],
@@ -143,22 +148,23 @@ class Answers:
             mappings=Mappings((Mapping(*mapping) for mapping in space["mappings"]), space.get("left", ())),
         )
 
-    async def _origin_of(self, service: dict[str, Any], counts: list[int] | None, *, again: bool = False) -> Origin:
-        try:
-            self._check_pickles(service)
-        except PagerStartError:
-            close_all((service["config"], *service["fds"]))
-            raise
-        return await self._served.open_origin(service, counts, again=again)
+    async def _origin_of(self, service: dict[str, Any], counts: list[int] | None) -> Origin:
+        self._check_pickles(service)
+        return await self._served.open_origin(service, counts)
 
-    def _check_pickles(self, service: dict[str, Any]) -> None:
-        """Raise PagerStartError where a source or handler would have to be unpickled, and this pager does not do so."""
+    def _check_pickles(self, service: dict[str, Any], own: Sequence[int] = ()) -> None:
+        """Refuse a source or handler that would have to be unpickled, where this pager does not do so.
+
+        Raises:
+            PagerStartError: the descriptors are closed, and a space's own.
+        """
         if not is_pickle(config_of(service)) or self._pickles is Pickles.ALWAYS:
             return
         known = self._served.state().origins.values()
         if any(record["token"] == service["token"] for record in known):
             return
         if self._pickles is Pickles.NEVER or any(is_pickle(config_of(record)) for record in known):
+            close_all((service["config"], *service["fds"], *own))
             raise PagerStartError("this pager takes no source or handler of the application's own (any more)")
 
     async def _resume(self, message: dict[str, Any], _: list[int]) -> None:
@@ -167,9 +173,10 @@ class Answers:
         self._served.journal.resume(message["counters"], message.get("slots", ()))
 
     async def _complete(self, message: dict[str, Any], _: list[int]) -> None:
-        """Of a file all spaces have been asked for: wait for them, and have them read."""
+        """Of a file all spaces have been asked for: have them read. What is emptied counts for those that wait, too."""
         for token in message["tokens"]:
-            await self._served.arrivals.wait(token)
+            if all(state.token != token for state in self._served.waiting.values()):
+                await self._served.arrivals.wait(token)
         self._served.files.await_more(*(name for name in self._served.meta.files if name != message["name"]))
 
     async def _prepare(self, message: dict[str, Any], fds: list[int]) -> None:

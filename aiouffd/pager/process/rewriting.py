@@ -17,6 +17,7 @@ from __future__ import annotations
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
+from aiouffd.errors import PagerError
 from aiouffd.kernel import abi
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.state import Kind, encode
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from aiouffd.engine.dispatcher import Dispatcher
     from aiouffd.engine.mappings import Mappings
+    from aiouffd.engine.space import Space
+    from aiouffd.errors import UffdError
     from aiouffd.pager.process.journal import Journal
     from aiouffd.pager.process.state import SpaceState, State
 
-__all__ = ["Rewriting"]
+__all__ = ["Rewriting", "Room"]
 
 _LEAST: Final = 1 << 20  # bytes of a log that is not worth the work
 _ROWS: Final = 2000  # mappings that are written at a time: 100 us
@@ -37,6 +41,7 @@ _SLICE_NS: Final = 1_000_000
 _PAUSE: Final = 0.004  # seconds between two slices
 _WHOLE: Final = 1 << 62
 _ACROSS: Final = (abi.EVENT_REMAP, abi.EVENT_FORK)
+_NO_ROOM: Final = "journal"  # why a space is not read
 _COMMON: Final = (Kind.META, Kind.ORIGIN, Kind.RETIRED, Kind.NOTE, Kind.FORGOTTEN)
 
 
@@ -206,3 +211,45 @@ class Rewriting:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class Room:
+    """Has spaces wait for which a journal has no room: those that need most of it first.
+
+    Args:
+        dispatcher: reads them.
+        journal: see there.
+        error: called with a space that waits, and why.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, journal: Journal, error: Callable[[Space, UffdError], None]) -> None:
+        self._dispatcher = dispatcher
+        self._journal = journal
+        self._error = error
+
+    def full(self) -> None:
+        """Read no more of the space that needs most of the journal; of all of them, where even that is too late."""
+        held = self._dispatcher.held(_NO_ROOM)
+        spaces = [space for space in self._dispatcher.spaces.values() if space not in held]
+        spaces.sort(key=lambda space: len(space.mappings), reverse=True)
+        for space in spaces if self._journal.room <= 0 else spaces[:1]:
+            self._dispatcher.hold(space, _NO_ROOM)
+            error = PagerError(
+                f"its memory is in {len(space.mappings)} pieces, and the pager's journal has no room for more: its"
+                " layout changes and page faults wait until other memory is served no longer"
+            )
+            self._error(space, error)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a space waits."""
+        return bool(self._dispatcher.held(_NO_ROOM))
+
+    def release(self, make_room: Callable[[], None]) -> None:
+        """Something is served no longer: there may be room again, once `make_room` was called."""
+        held = self._dispatcher.held(_NO_ROOM)
+        if held:
+            make_room()
+        if held and self._journal.room > self._journal.capacity // 8:
+            for space in held:
+                self._dispatcher.release(space, _NO_ROOM)

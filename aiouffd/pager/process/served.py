@@ -18,9 +18,8 @@ from aiouffd.engine.allowance import Allowances
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.messages import COUNTER_OF_EVENT
-from aiouffd.engine.options import Service
 from aiouffd.engine.space import Space
-from aiouffd.errors import ClosedError, PagerError, PagerStartError
+from aiouffd.errors import ClosedError, PagerStartError
 from aiouffd.handoff.own_threads import Unneeded, close_foreign
 from aiouffd.kernel.abi import Feature
 from aiouffd.kernel.limits import limit_error
@@ -28,17 +27,17 @@ from aiouffd.pager.process.common_files import CommonFiles
 from aiouffd.pager.process.inaccessible import Protection
 from aiouffd.pager.process.journal import JournalFullError
 from aiouffd.pager.process.notes import Notes
-from aiouffd.pager.process.rewriting import Rewriting
+from aiouffd.pager.process.rewriting import Rewriting, Room
 from aiouffd.pager.process.state import Kind, Meta, SpaceState, State
 from aiouffd.pager.process.tenancy import (
     Arrivals,
     Commons,
-    FailedSource,
     Origin,
     Tenancy,
     build,
     let_go,
-    make_origin,
+    options_of,
+    rebuild,
     tell_flight,
 )
 
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
+    from aiouffd.engine.options import Options
     from aiouffd.errors import UffdError
     from aiouffd.pager.process.child_descriptors import Vault
     from aiouffd.pager.process.journal import Journal
@@ -140,7 +140,8 @@ class Served:
         journal.keep = self._keep
         self._allowances = Allowances()
         self.files: CommonFiles = CommonFiles(self)
-        self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._full)
+        self._room = Room(self.dispatcher, journal, self._error)
+        self._rewriting = Rewriting(journal, loop, state=self.state, space=self._space_state, on_full=self._room.full)
 
     # State
 
@@ -203,13 +204,12 @@ class Served:
 
     # Origins
 
-    async def open_origin(self, record: dict[str, Any], counts: list[int] | None, *, again: bool = False) -> Origin:
+    async def open_origin(self, record: dict[str, Any], counts: list[int] | None) -> Origin:
         """Open a source or handler, or return the one that this is already; the descriptors are taken either way.
 
         Args:
             record: how it came here.
             counts: where the counters in its slot begin, unless another origin counts there already; None: they go on.
-            again: it has served before; where it cannot be rebuilt now, what fails each page serves.
 
         Raises:
             PagerStartError: it could not be rebuilt.
@@ -221,21 +221,21 @@ class Served:
         try:
             if counts is not None and all(other["slot"] != record["slot"] for other in self._records().values()):
                 self.journal.use_slot(record["slot"], counts)
-            origin = await self.rebuilt(self.take_identity(), record, again=again)
-            self._write((Kind.ORIGIN, origin.identity, json.dumps(record).encode()))
+            origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record, self._commons)
+            self.origins[origin.identity] = origin  # a log that is written anew meanwhile has it
+            self._write(_record_of(origin.identity, record))
         except Exception as error:
+            self.origins = {number: its for number, its in self.origins.items() if its.record is not record}
             close_foreign((record["config"], *record["fds"]))
             if isinstance(error, PagerStartError):
                 raise
             raise _not_opened(error) from error
-        self.origins[origin.identity] = origin
         return origin
 
     def retire(self, origin: Origin) -> None:
         """Let go what serves nobody any more."""
-        if any(tenancy.origin is origin for tenancy in self.tenancies.values()):
-            return
-        if self.origins.pop(origin.identity, None) is None:
+        is_used = any(tenancy.origin is origin for tenancy in self.tenancies.values())
+        if is_used or self.origins.pop(origin.identity, None) is None:
             return
         self.journal.append((Kind.RETIRED, origin.identity, b""))  # a successor must not look for its descriptors
         self.spawn(let_go(origin))
@@ -252,24 +252,58 @@ class Served:
         Raises:
             PagerStartError: the journal has no room for it. The descriptors are closed.
         """
-        if not self.tenancies:
-            self.dispatcher.spin_us = 0
-        self.dispatcher.spin_us = max(self.dispatcher.spin_us, origin.options.spin_us)
-        rows, _ = state.mappings.pack(0, len(state.mappings))
-        record = (state.identity, state.content)
         space = self._serve(state, origin)
         self.files.served([space])
+        try:
+            self._note(state, origin.options)
+        except PagerStartError:  # what the others have is kept
+            self.dispatcher.drop(space)
+            raise
+        return space
+
+    def open_again(self, record: dict[str, Any], state_of: Callable[[int], SpaceState]) -> None:
+        """Serve a space that another pager has served, once its source is there: it waits as one of a predecessor does.
+
+        Args:
+            record: how what serves it came here, its descriptors taken.
+            state_of: returns what the space is, of the identity of its origin.
+
+        Raises:
+            PagerStartError: the journal has no room for it. The descriptors are closed.
+        """
+        known = {its["token"]: number for number, its in self._records().items()}.get(record["token"])
+        number = self.take_identity() if known is None else known
+        state = state_of(number)
+        self.waiting[state.identity] = state
+        if known is None:
+            self._restoring[number] = record
+        try:
+            self._note(state, options_of(record), *([_record_of(number, record)] if known is None else ()))
+        except PagerStartError:
+            del self.waiting[state.identity]
+            if known is None:
+                del self._restoring[number]
+            close_foreign([fd for fd in (state.fd, state.tether, record["config"], *record["fds"]) if fd >= 0])
+            raise
+        self.arrivals.expect(state.token)
+        if known is None:
+            self.spawn(self._restore_origin(number, record, []))
+        else:
+            self._unneeded.add(record["config"], *record["fds"])
+        if number in self.origins:
+            self._restore_spaces(self.origins[number], [])
+
+    def _note(self, state: SpaceState, options: Options, *records: tuple[Kind, int, bytes]) -> None:
+        has_others = len(self.tenancies) + len(self.waiting) > 1
+        self.dispatcher.spin_us = max(self.dispatcher.spin_us if has_others else 0, options.spin_us)
         if state.is_child:  # before the journal knows of it: whoever reads that looks for the descriptor
             self._keep(state.identity, state.fd)
         try:
-            self._write((Kind.SPACE, *record), (Kind.MAPPINGS, state.identity, rows))
             if self.meta.spin_us != self.dispatcher.spin_us:
                 self.note_meta(spin_us=self.dispatcher.spin_us)
-        except JournalFullError as error:  # what the others have is kept
-            self.dispatcher.drop(space)
-            reason = f"there is no room for {len(state.mappings)} more mappings: the pager's journal is full"
-            raise PagerStartError(reason) from error
-        return space
+            self._write(*records, *_records_of(state))
+        except JournalFullError as error:
+            raise PagerStartError(f"no room for {len(state.mappings)} more mappings: the journal is full") from error
 
     def _serve(self, state: SpaceState, origin: Origin) -> Space:
         options, limits = origin.options, origin.options.limits
@@ -341,8 +375,8 @@ class Served:
             self._tell({"event": "gone", "token": tenancy.token})
         self.retire(tenancy.origin)
         self._rewriting.closed()
-        if self.dispatcher.held("journal"):
-            self._loop.call_soon(self._release)
+        if self._room.awaited:
+            self._loop.call_soon(self._room.release, self._rewriting.make_room)
 
     def _error(self, space: Space, error: UffdError) -> None:
         log.error("%s", error)
@@ -371,31 +405,6 @@ class Served:
         if space is None:
             raise ClosedError("it is served no longer")
         return space, self.tenancies[space.identity]
-
-    # A journal that is full
-
-    def _full(self) -> None:
-        """Read no more of the space that needs most of the journal; of all of them, where even that is too late."""
-        held = self.dispatcher.held("journal")
-        spaces = [space for space in self.dispatcher.spaces.values() if space not in held]
-        spaces.sort(key=lambda space: len(space.mappings), reverse=True)
-        for space in spaces if self.journal.room <= 0 else spaces[:1]:
-            self.dispatcher.hold(space, "journal")
-            error = PagerError(
-                f"its memory is in {len(space.mappings)} pieces, and the pager's journal has no room for more: its"
-                " layout changes and page faults wait until other memory is served no longer"
-            )
-            self._error(space, error)
-
-    def _release(self) -> None:
-        """Something is served no longer: there may be room again."""
-        held = self.dispatcher.held("journal")
-        if not held:
-            return
-        self._rewriting.make_room()
-        if self.journal.room > self.journal.capacity // 8:
-            for space in held:
-                self.dispatcher.release(space, "journal")
 
     # Taking over
 
@@ -443,27 +452,22 @@ class Served:
             origin = (built or {}).get(number)
             if origin is not None:
                 origin.record = record
-                self._restore_spaces(origin, used[number], told)
+                self._restore_spaces(origin, told)
             else:
-                self.spawn(self._restore_origin(number, record, used[number], told))
+                self.spawn(self._restore_origin(number, record, told))
 
-    async def _restore_origin(self, number: int, record: dict[str, Any], *served: Any) -> None:
+    async def _restore_origin(self, number: int, record: dict[str, Any], told: list[tuple[int, bytes, int]]) -> None:
         with or_end():
-            self._restore_spaces(await self.rebuilt(number, record), *served)
+            self._restore_spaces(await self.rebuilt(number, record), told)
 
-    async def rebuilt(self, number: int, record: dict[str, Any], *, again: bool = True) -> Origin:
-        """Return what serves; where that fails, and it has served before, what fails each page."""
-        try:
-            return await build(self.journal.counters_of(record["slot"]), number, record, self._commons)
-        except Exception as error:
-            if not again:
-                raise
-            log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
-            return make_origin(self.journal.counters_of(record["slot"]), number, record, Service(FailedSource(error)))
+    async def rebuilt(self, number: int, record: dict[str, Any]) -> Origin:
+        """Return what serves again."""
+        return await rebuild(self.journal.counters_of(record["slot"]), number, record, self._commons)
 
-    def _restore_spaces(self, origin: Origin, states: list[SpaceState], told: list[tuple[int, bytes, int]]) -> None:
-        del self._restoring[origin.identity]
+    def _restore_spaces(self, origin: Origin, told: list[tuple[int, bytes, int]]) -> None:
+        self._restoring.pop(origin.identity, None)
         self.origins[origin.identity] = origin
+        states = [state for state in self.waiting.values() if state.origin == origin.identity]
         known = {state.identity: self._serve(state, origin) for state in states}
         for identity, message, child in told:
             space = known.get(identity)
@@ -475,3 +479,12 @@ class Served:
         self.files.served(known.values())
         for space in known.values():
             space.wake_all()
+
+
+def _record_of(origin: int, record: dict[str, Any]) -> tuple[Kind, int, bytes]:
+    return Kind.ORIGIN, origin, json.dumps(record).encode()
+
+
+def _records_of(state: SpaceState) -> tuple[tuple[Kind, int, bytes], ...]:
+    rows, _ = state.mappings.pack(0, len(state.mappings))
+    return (Kind.SPACE, state.identity, state.content), (Kind.MAPPINGS, state.identity, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,12 @@ __all__ = [
     "build",
     "let_go",
     "make_origin",
+    "options_of",
+    "rebuild",
     "tell_flight",
 ]
+
+log: logging.Logger = logging.getLogger("aiouffd.pager")
 
 BUILD_TIMEOUT = 60.0
 """Seconds until a source must have been opened, or a handler rebuilt, which may import what it likes."""
@@ -81,7 +86,7 @@ class Origin:
         self.record = record
         self.service = service
         self.backend = backend
-        self.options: Options = _options_of(record)
+        self.options: Options = options_of(record)
         self.file: int = record["fds"][-1] if 0 < record["memory"] < PRIVATE else -1
         """The memfd that its memory maps, from its beginning on; -1: it is not known. It is the record's."""
         self.gone: asyncio.Event = asyncio.Event()
@@ -288,12 +293,21 @@ async def build(counters: Counters, identity: int, record: dict[str, Any], commo
     common = None
     if not isinstance(service.origin, Handler) and is_far(service.origin):
         made_of = described(data) if len(data) <= _QUICK else await in_own_thread(described, data)
-        common = commons.of(service.origin, made_of, _options_of(record).limits)
+        common = commons.of(service.origin, made_of, options_of(record).limits)
         service = attrs.evolve(service, origin=common.source)
     origin = make_origin(counters, identity, record, service, common, commons.precedence)
     if commons.tell is not None:
         origin.backend.on_landed = Landings(commons.tell, traces=origin.options.traces)
     return origin
+
+
+async def rebuild(counters: Counters, identity: int, record: dict[str, Any], commons: Commons) -> Origin:
+    """Do as `build` for what has served before: where it cannot be had now, each of its pages fails with the reason."""
+    try:
+        return await build(counters, identity, record, commons)
+    except Exception as error:  # noqa: BLE001 - whatever the code of a pickle raises
+        log.error("a source or handler could not be opened again: %s", error)  # noqa: TRY400 - the text says it
+        return make_origin(counters, identity, record, Service(FailedSource(error)))
 
 
 def make_origin(
@@ -305,7 +319,7 @@ def make_origin(
     precedence: Precedence | None = None,
 ) -> Origin:
     """Return what serves from a source or handler; `common` and `precedence`: as for `make_backend`."""
-    options = _options_of(record)
+    options = options_of(record)
     noted = record["fds"][-2:] if record["memory"] > 1 else None  # the notes, and the file that they are about
     bound = _bound(record, options, counters) if noted and not options.one_copy else None
     one_copy = OneCopy.of(noted, record["page_size"]) if noted and options.one_copy else None
@@ -324,7 +338,7 @@ def _bound(record: dict[str, Any], options: Options, counters: Counters) -> Boun
     return Bound(*how, OwnedDescriptor(memory[0]), foreign=options.foreign, patience=options.limits.timeout)
 
 
-def _options_of(record: dict[str, Any]) -> Options:
+def options_of(record: dict[str, Any]) -> Options:
     """Rebuild the options from JSON."""
     values = dict(record["options"])
     return Options(**{**values, "limits": Limits(**values["limits"])})
