@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import resource
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytest
+from scenario import play
+
+from aiouffd.kernel.owned_descriptor import OwnedSocket
 from aiouffd.pager.process.child_descriptors import Vault
 from aiouffd.pager.process.handles import close_all
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_what_is_kept_stays_open_when_its_owner_is_gone() -> None:
@@ -62,8 +65,8 @@ def test_whoever_is_killed_while_it_renews_has_left_all(monkeypatch: pytest.Monk
     """Behind whichever call to the kernel: the application, which has the outer side only, finds each."""
     monkeypatch.setattr("aiouffd.pager.process.child_descriptors._MOST", 2)
     fd = os.open(os.devnull, os.O_RDONLY)
-    send, receive = socket.send_fds, socket.recv_fds
-    steps, received = 0, list[int]()
+    send, receive = socket.send_fds, OwnedSocket.recv
+    steps = 0
 
     def alive() -> None:
         nonlocal steps
@@ -75,25 +78,21 @@ def test_whoever_is_killed_while_it_renews_has_left_all(monkeypatch: pytest.Monk
         alive()
         return send(*args)
 
-    def taken_out(*args: Any) -> Any:
+    def taken_out(*args: Any) -> bytes:
         alive()
-        result = receive(*args)
-        received.extend(result[1])
-        return result
+        return receive(*args)
 
     for last in itertools.count(1):
         vault = Vault.create()
         assert vault.renew((number, fd) for number in range(5))
         assert vault.keep(5, fd, living=5)
-        received.clear()
         with monkeypatch.context() as patch:
             patch.setattr("socket.send_fds", sent)
-            patch.setattr("socket.recv_fds", taken_out)
+            patch.setattr(OwnedSocket, "recv", taken_out)
             steps = last
             try:
                 assert vault.renew((number, fd) for number in range(1, 6))
             except KilledError:
-                close_all(received)
                 finished = False
             else:
                 finished = True
@@ -119,3 +118,35 @@ def test_the_newest_descriptor_of_a_number_counts() -> None:
     for fd in (old, new, taken):
         os.close(fd)
     vault.close()
+
+
+def at_a_limit(room: int) -> None:
+    """Scenario: 300 descriptors are kept; this process has all files open that it may, unless it allows itself more."""
+    vault, ends = Vault.create(), [os.pipe() for _ in range(300)]
+    assert vault.renew((number, write) for number, (_, write) in enumerate(ends))
+    for _, write in ends:
+        os.close(write)
+    outer = Vault(vault.outer.detach())
+    vault.close()
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(300)]
+    most = max(*files, *(read for read, _ in ends)) + 1
+    limits = most, most + room
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    taken = outer.take()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    assert not any(os.get_inheritable(fd) for fd in taken.values())
+    outer.close()
+    for number, (read, _) in enumerate(ends):
+        os.set_blocking(read, False)
+        with contextlib.suppress(BlockingIOError):
+            raise AssertionError(number, os.read(read, 1))  # nobody has the other end
+    close_all(taken.values())
+    print(len(taken))
+
+
+@pytest.mark.parametrize(("room", "taken"), [(300, 300), (260, 250), (9, 0)])
+def test_what_finds_no_room_is_not_closed(room: int, taken: int) -> None:
+    """The soft limit is raised for a moment; where that is not enough, it stays open as long as the process."""
+    output, errors = play(at_a_limit, room, fresh=True)
+    assert output == f"{taken}\n"
+    assert ("forked children wait for ever" in errors) is (taken < 300)

@@ -158,7 +158,7 @@ def test_children_whose_descriptor_nobody_has_are_told_of(caplog: pytest.LogCapt
     assert caplog.text == ""
     spaces[7] = SpaceState(7, 7, 4096, 0, 1, "gone", is_child=True)
     holds.reopen(Journal.create(), State(spaces=spaces), {})
-    assert "read of a fork: 3 children" in caplog.text
+    assert "3 forked children are served no longer" in caplog.text
 
 
 def test_the_holder_is_heard() -> None:

@@ -249,7 +249,11 @@ class Holding:
         spaces = state.spaces.values() if state is not None else ()
         lost = [space for space in spaces if space.is_child and space.identity not in children]
         if lost:
-            log.error("the pager was killed while it read of a fork: %d children read zeros from now on", len(lost))
+            log.error(
+                "%d forked children are served no longer. The pager was killed while it read of a fork: they read zeros"
+                " from now on; or too many files are open here: they wait",
+                len(lost),
+            )
         known = {space.token for space in spaces}
         for request in self._requests.pending:
             message = request.message
