@@ -13,6 +13,8 @@ from aiouffd.engine.runs import Op, Run
 from aiouffd.errors import OperationError, RangeGoneError, UnsupportedError
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature, RegisterMode
+from aiouffd.kernel.memory import mapped
+from aiouffd.kernel.userfaultfd import is_registered
 from aiouffd.ranges import Range, RangeSet, pieces
 
 if TYPE_CHECKING:
@@ -104,7 +106,11 @@ class Arming:
         for run in space.mappings:  # what was moved elsewhere is mapped with protection as well: see `protect_minor`
             ranges.add(run.start, run.end)
         for part in ranges:
-            space.uffd.register(part.start, part.length, RegisterMode(modes) | RegisterMode.WP)
+            # Nobody tells an engine of this process what was unmapped, nor what was mapped in its place.
+            tells = Feature.EVENT_UNMAP in space.uffd.features
+            for each in [part] if tells else mapped(part.start, part.length):
+                if tells or is_registered(space.uffd, each.start, space.page_size):
+                    space.uffd.register(each.start, each.length, RegisterMode(modes) | RegisterMode.WP)
 
     def _tell(self, space: _Space) -> None:
         space.resolver.protect_minor()

@@ -34,7 +34,7 @@ from aiouffd.kernel import abi, libc
 from aiouffd.kernel.abi import FaultFlag, Feature, Ioctl, RegisterMode
 from aiouffd.kernel.events import MESSAGES, PageFault, Remap, Remove, UnknownEvent, Unmap
 from aiouffd.kernel.limits import limit_error
-from aiouffd.kernel.memory import address_of
+from aiouffd.kernel.memory import address_of, unreadable
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["Capabilities", "Copied", "Event", "Fork", "Userfaultfd", "copy_missing", "decode", "probe"]
+__all__ = ["Capabilities", "Copied", "Event", "Fork", "Userfaultfd", "copy_missing", "decode", "is_registered", "probe"]
 
 _ioctl = fcntl.ioctl
 _pack_copy = abi.COPY_ARGUMENT.pack
@@ -545,6 +545,11 @@ def _partial(argument: bytearray, result_at: int | None, error: OSError) -> int:
         if result != 0:
             return result
     return -(error.errno or errno.EIO)
+
+
+def is_registered(uffd: Userfaultfd, address: int, page: int) -> bool:
+    """Tell whether a page is registered: COPY looks for that first, and then finds that its source cannot be read."""
+    return uffd.try_copy(address, address_of(unreadable()), page, 0) != -errno.ENOENT
 
 
 @attrs.frozen

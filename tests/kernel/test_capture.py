@@ -182,7 +182,7 @@ class FakeMemory:
 class FakeUffd:
     """Refuses its second and its fourth call, and notes what is protected and lifted."""
 
-    features = aiouffd.Feature.PAGEFAULT_FLAG_WP
+    features = aiouffd.Feature.PAGEFAULT_FLAG_WP | aiouffd.Feature.EVENT_UNMAP  # changes are told of
 
     def __init__(self) -> None:
         self.count = self.asked = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import gc
 import mmap
@@ -390,6 +391,29 @@ class Half:
         if offset + length > SIZE // 2:
             raise aiouffd.SourceError("Half", offset, length, "half of it is gone")
         return content(offset, length)
+
+
+async def around_other_memory(engine: str, folder: str) -> None:
+    """Scenario: a part of the region is unmapped behind its back, and another mapping is there."""
+    monitor = await asyncio.to_thread(served, engine=getattr(aiouffd, engine)(), readahead=0)
+    async with monitor:
+        other = monitor.region.address + 64 * PAGE
+        libc.munmap(other - PAGE, 66 * PAGE)
+        libc.mmap_fixed(other, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for at in (16, 200):
+            assert await asyncio.to_thread(monitor.read, at * PAGE, PAGE) == content(at * PAGE, PAGE)
+            await monitor.snapshot(Path(folder) / f"{at}.snap")
+            assert await asyncio.to_thread(ctypes.string_at, other + at * PAGE // 4, PAGE) == bytes(PAGE)
+        writes = monitor.statistics().write_faults
+        await asyncio.to_thread(poke, monitor.region.address + 16 * PAGE, b"x")  # what is the region's is protected
+        assert monitor.statistics().write_faults == writes + 1
+    os._exit(0)  # as any program may: it has a hole in its region
+
+
+@pytest.mark.parametrize("engine", ["InThread", "InProcess"])
+def test_memory_in_a_hole_of_a_region_stays_what_it_is(engine: str, tmp_path: Path) -> None:
+    """A snapshot registers no page of it: a missing one would show the source's bytes."""
+    play(around_other_memory, engine, str(tmp_path))
 
 
 async def on_this_loop(folder: str) -> None:

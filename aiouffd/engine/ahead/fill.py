@@ -7,7 +7,6 @@ faults come in.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 from collections import deque
@@ -20,7 +19,7 @@ from aiouffd.engine.serve.bulk import place_at_hand
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, UffdError
-from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.kernel.userfaultfd import is_registered
 from aiouffd.ranges import Range, RangeSet, batched, pieces
 
 if TYPE_CHECKING:
@@ -259,7 +258,7 @@ async def bring_early(space: Space, backend: Backend, late: asyncio.Event) -> No
         late: set when it is too late to wait for what is not registered yet.
     """
     for mapping in list(space.mappings):
-        while not (late.is_set() or space.closing or _registered(space, mapping.start)):  # noqa: ASYNC110 - no event
+        while not (late.is_set() or space.closing or is_registered(space.uffd, mapping.start, space.page_size)):  # noqa: ASYNC110 - no event
             await asyncio.sleep(_NOT_YET)
     if late.is_set():
         return
@@ -274,11 +273,6 @@ async def bring_early(space: Space, backend: Backend, late: asyncio.Event) -> No
         await fill(space, backend, math.inf, patience=0.0)
     except UffdError as error:
         log.debug("%s; it is tried again", error)
-
-
-def _registered(space: Space, address: int) -> bool:
-    """Tell whether a page is registered: COPY looks for that first, and then finds that its source cannot be read."""
-    return space.uffd.try_copy(address, address_of(unreadable()), space.page_size, 0) != -errno.ENOENT
 
 
 async def complete(space: Space, backend: Backend) -> None:
