@@ -17,7 +17,7 @@ class ScriptedReader:
         self.found = list(found)
         self.asked: list[tuple[int, bool, bool]] = []
 
-    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[Outcome, Any]:
+    def run(self, turn_ns: int, *, came: bool, once: bool, fd: int = -1) -> tuple[Outcome, Any]:
         """Find the next of it; then nothing."""
         self.asked.append((turn_ns, came, once))
         outcome, fd, events, error = self.found.pop(0) if self.found else (Outcome.IDLE, -1, 0, 0)

@@ -151,6 +151,7 @@ class Dispatcher:
         space.on_remainders = self._behind.append
         space.on_file = self._wait_for_file
         space.others_wait = self.others_wait
+        space.serve_others = self.serve_others
         self._epoll.register(fd, select.EPOLLIN)
         if space.allowance is not None:
             space.allowance.enter(space, self)
@@ -216,7 +217,25 @@ class Dispatcher:
         """Tell whether a space has messages that is not one of these; None: there is no other."""
         if len(self.spaces) <= len(spaces):
             return None
-        return any(self.spaces.get(fd) not in spaces for fd, _ in self._epoll.poll(0, _LOOKED_AT))
+        return bool(self._waiting(spaces))
+
+    def _waiting(self, spaces: Collection[Space]) -> list[tuple[int, Space]]:
+        found = [(fd, self.spaces.get(fd)) for fd, _ in self._epoll.poll(0, _LOOKED_AT)]
+        return [(fd, space) for fd, space in found if space is not None and space not in spaces]
+
+    def serve_others(self, spaces: Collection[Space]) -> bool | None:
+        """Serve a turn of each space that is not one of these; return as `others_wait` does, whether they wait still.
+
+        For who is placing pages of these, and goes on then. So nothing is read of memory that others may show as well:
+        it could be emptied (REMOVE) as soon as that is read, and be filled again by what is being placed.
+        """
+        if len(self.spaces) <= len(spaces):
+            return None
+        waiting = self._waiting(spaces)
+        for fd, space in waiting:
+            if space.file is None:
+                self._read(0, once=True, fd=fd)
+        return bool(waiting and self._waiting(spaces))
 
     def held(self, why: str) -> list[Space]:
         """Return the spaces that are not read for this reason."""
@@ -242,17 +261,9 @@ class Dispatcher:
         turn = perf_counter_ns() + _BURST_NS
         came = False
         while not self._closed:
-            self._landing.before_reading()
-            if self._landing.buffer is not self._landed_at:
-                self._land()
             left = turn - perf_counter_ns()
-            outcome, found = self._reader.run(max(left, 0), came=came, once=bool(self._behind))
-            came = True
-            if outcome == Outcome.MESSAGES:
-                self._serve(found.fd, found.length, found.events)
-            elif outcome == Outcome.FAILED:
-                came = self._broken(self.spaces[found.fd], found.error)
-            elif outcome == Outcome.IDLE:
+            outcome, came = self._read(max(left, 0), came=came, once=bool(self._behind))
+            if outcome == Outcome.IDLE:
                 if not self._behind:
                     return
                 # Its toucher is at work meanwhile, and will soon be behind the window.
@@ -263,6 +274,18 @@ class Dispatcher:
                 if self._turn is None:
                     self._turn = self._loop.call_soon(self._again)
                 return
+
+    def _read(self, turn_ns: int, *, came: bool = False, once: bool, fd: int = -1) -> tuple[int, bool]:
+        """Read and serve, as the reader's `run`; return its `Outcome`, and whether something may have come."""
+        self._landing.before_reading()
+        if self._landing.buffer is not self._landed_at:
+            self._land()
+        outcome, found = self._reader.run(turn_ns, came=came, once=once, fd=fd)
+        if outcome == Outcome.MESSAGES:
+            self._serve(found.fd, found.length, found.events)
+        elif outcome == Outcome.FAILED:
+            return outcome, self._broken(self.spaces[found.fd], found.error)
+        return outcome, True
 
     def _again(self) -> None:
         self._turn = None

@@ -83,7 +83,7 @@ class Reader(PlainFaults, Protocol):
     def read_without_flags(self) -> None:
         """Rely on O_NONBLOCK from now on, and read by readv(2): RWF_NOWAIT, or preadv2(2) itself, is refused."""
 
-    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+    def run(self, turn_ns: int, *, came: bool, once: bool, fd: int = -1) -> tuple[int, Any]:
         """Read and serve; return an `Outcome`, and what was found for the engine.
 
         That has `fd`, `length` (bytes of messages, at the beginning of the landing), `error` (the errno of the read)
@@ -93,6 +93,7 @@ class Reader(PlainFaults, Protocol):
             turn_ns: nanoseconds until the loop is due for a turn.
             came: the engine has served something just now, so look for more for a while.
             once: look once.
+            fd: read no other descriptor; -1: any.
         """
 
     def end(self) -> None:
@@ -148,14 +149,14 @@ class PythonReader(FastPath):
         """Read by readv(2)."""
         self._has_flags = False
 
-    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+    def run(self, turn_ns: int, *, came: bool, once: bool, fd: int = -1) -> tuple[int, Any]:
         """Read and serve."""
         now = perf_counter_ns()
         due = now + turn_ns
         until = now + self._patience(now) if came else now
         looking = came
         while True:
-            found = self._look()
+            found = self._look(fd)
             if isinstance(found, _Found):
                 return (c.Outcome.FAILED if found.error else c.Outcome.MESSAGES), found
             now = perf_counter_ns()
@@ -189,9 +190,9 @@ class PythonReader(FastPath):
         """Return when the turn of a descriptor comes: see `take_turn` of the native part."""
         return self._turns.get(ready[0], 0)
 
-    def _look(self) -> bool | _Found:
+    def _look(self, only: int) -> bool | _Found:
         """Read once from the descriptor whose turn it is; tell whether something came, or what is for the engine."""
-        ready = self._only or sorted(self._epoll.poll(0, _MAX_READY), key=self._turn_of)
+        ready = ((only, 0),) if only >= 0 else self._only or sorted(self._epoll.poll(0, _MAX_READY), key=self._turn_of)
         for fd, events in ready:
             slot = SLOT.unpack_from(self.slots, fd * SLOT.size)
             if slot[0] < 0:
@@ -315,13 +316,13 @@ class NativeReader:
         if not readahead:
             self._describe(fd, line, near=0)
 
-    def _run_logged(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+    def _run_logged(self, turn_ns: int, *, came: bool, once: bool, fd: int = -1) -> tuple[int, Any]:
         """Run, with as much room as there is for memory with a limit, and say what has come."""
         for line in self._logged.values():
             line.room.value = _NO_LIMIT if line.bound is None else line.bound.share
-        result = self._reader.run(turn_ns, came=came, once=once)
-        for fd, pages in self._reader.came():
-            line = self._logged[fd]
+        result = self._reader.run(turn_ns, came=came, once=once, fd=fd)
+        for logged, pages in self._reader.came():
+            line = self._logged[logged]
             assert line.opened is not None
             start, _, offset, source = line.opened
             skew = offset - start

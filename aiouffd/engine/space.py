@@ -161,6 +161,7 @@ class Space:
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
         self.others_wait: Callable[[Collection[Space]], bool | None] = lambda _: None  # the dispatcher's
+        self.serve_others: Callable[[Collection[Space]], bool | None] = self.others_wait  # as well
         self.on_file: Callable[[Space, bool], None] | None = None  # the dispatcher's, which does not read meanwhile
         self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses

@@ -328,11 +328,12 @@ static struct epoll_event take_turn(struct state *s, struct epoll_event *ready, 
     return taken;
 }
 
-/* Read once from the descriptor whose turn it is. 1: something came, 0: nothing; -1: `found` is for the engine. */
-static int look(struct state *s, struct found *found)
+/* Read once from `only`, or else (-1) from the descriptor whose turn it is. 1: something came, 0: nothing; -1: `found` is
+ * for the engine. */
+static int look(struct state *s, int only, struct found *found)
 {
-    struct epoll_event ready[READY] = {{.data.fd = s->is.only}};
-    int count = s->is.only >= 0 ? 1 : epoll_wait(s->is.epoll, ready, READY, 0);
+    struct epoll_event ready[READY] = {{.data.fd = only}};
+    int count = only >= 0 ? 1 : epoll_wait(s->is.epoll, ready, READY, 0);
     for (; count > 0; count--) {
         struct epoll_event taken = take_turn(s, ready, count);
         uint32_t events = taken.events;
@@ -469,13 +470,15 @@ EXPORT void aiouffd_reader_watch(struct state *s, int fd, const uint64_t *pairs,
 
 /* Read and serve until something is not plain, nothing has come for a while, or the loop is due for a turn.
  *
- * came: the engine has served something just now, so look again for a while. once: look once. */
-EXPORT int aiouffd_reader_run(struct state *s, uint64_t turn_ns, int came, int once, struct found *found)
+ * came: the engine has served something just now, so look again for a while. once: look once. fd: read nothing else; -1:
+ * all. */
+EXPORT int aiouffd_reader_run(struct state *s, uint64_t turn_ns, int came, int once, int fd, struct found *found)
 {
+    int only = fd >= 0 ? fd : s->is.only;
     uint64_t now = now_ns(), due = now + turn_ns, until = came ? now + patience(s, now) : now;
     int looking = came;
     for (;;) {
-        int result = look(s, found);
+        int result = look(s, only, found);
         if (result < 0)
             return found->error ? FAILED : MESSAGES;
         now = now_ns();

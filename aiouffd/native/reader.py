@@ -139,7 +139,7 @@ def declared() -> ctypes.CDLL:
     functions.aiouffd_reader_line.argtypes = [state, ctypes.c_int, ctypes.POINTER(_Line), ctypes.POINTER(_More)]
     functions.aiouffd_reader_keep.argtypes = [state, ctypes.c_int, ctypes.POINTER(Keeper)]
     functions.aiouffd_reader_watch.argtypes = [state, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
-    functions.aiouffd_reader_run.argtypes = [state, number, ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Found)]
+    functions.aiouffd_reader_run.argtypes = [state, number, *3 * [ctypes.c_int], ctypes.POINTER(_Found)]
     for name in ("set", "free", "watch"):
         getattr(functions, f"aiouffd_reader_{name}").restype = None
     return functions
@@ -205,16 +205,17 @@ class NativeReader:
         """Say where the streams of a descriptor are expected: the start and end of each, as addresses."""
         self._functions.aiouffd_reader_watch(self._state, fd, (ctypes.c_uint64 * len(pairs))(*pairs), len(pairs) // 2)
 
-    def run(self, turn_ns: int, *, came: bool, once: bool) -> tuple[int, Any]:
+    def run(self, turn_ns: int, *, came: bool, once: bool, fd: int = -1) -> tuple[int, Any]:
         """Read and serve; return an `Outcome`, and what was found (`fd`, `length`, `error`, `events`).
 
         Args:
             turn_ns: nanoseconds until the loop is due for a turn.
             came: the engine has served something just now, so look for more for a while.
             once: look once.
+            fd: read no other descriptor; -1: any.
         """
         found = self._found
-        return self._functions.aiouffd_reader_run(self._state, turn_ns, came, once, found), found
+        return self._functions.aiouffd_reader_run(self._state, turn_ns, came, once, fd, found), found
 
     def close(self) -> None:
         """Free it. A call after that raises AttributeError: there is nothing that C could read."""

@@ -33,8 +33,9 @@ _COPIES = int(Counter.COPIES)
 class Steps:
     """Divides what is brought ahead into steps, between which the loop gets a turn.
 
-    A step begins a turn later where others wait. After that turn something comes, though they wait still: of a local
-    source a part, and it is asked for no more than that.
+    Others are served before each step and between its parts. A step begins a turn of the loop later where they wait
+    still. After that turn something comes, though they wait still: of a local source a part, and it is asked for no
+    more than that.
 
     Args:
         space: for which it is brought.
@@ -49,7 +50,7 @@ class Steps:
     def __init__(self, space: Space, ranges: Iterable[tuple[int, int]], precedence: Precedence, *, local: bool) -> None:
         self.runs: list[Run] = []
         self._space, self._local = space, local
-        self._others_wait = partial(precedence.others_wait, space)
+        self._others_wait = partial(precedence.serve_others, space)
         self._left = deque(_pieces(ranges, space.page_size))
         self._size = 0
         self._insists = False  # others had a turn just now

@@ -2,9 +2,9 @@
 
 What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones, and some
 more where no thread waits. In between, faults are read. So a fault waits for one step, and not for one of each space
-that is being filled. A step ends early, after the part that is being placed, where a thread waits in a space for which
-nothing is brought. Reads ahead are few bytes at once while threads of others wait for reads. Where nobody waits, there
-is no bound but each backend's own.
+that is being filled. Between two parts of a step, spaces for which nothing is brought are served a turn, and the step
+ends early where threads wait there still. Reads ahead are few bytes at once while threads of others wait for reads.
+Where nobody waits, there is no bound but each backend's own.
 """
 
 from __future__ import annotations
@@ -65,12 +65,15 @@ class Precedence:
             if not self.brought[space]:
                 del self.brought[space]
 
-    def others_wait(self, space: Space) -> bool | None:
-        """Tell whether a thread waits in a space for which nothing is brought; None: there is no such space.
+    def serve_others(self, space: Space) -> bool | None:
+        """Serve a turn of each space for which nothing is brought, in the midst of a step that is made for this one.
 
         What is brought for several takes turns, however they fault.
+
+        Returns:
+            whether threads of such spaces wait still; None: there is no such space.
         """
-        return space.others_wait(self.brought)
+        return space.serve_others(self.brought)
 
     def may_step(self, space: Space, size: int) -> bool:
         """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were.
