@@ -95,7 +95,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with shown(True, "weights") as show:
         show(Progress(1, 1, 1.0, 0.0))
-    assert plain.getvalue() == "aiouffd: weights: 1 bytes of 1 bytes (100 %), 1 bytes/s\n"
+    assert plain.getvalue() == "aiouffd: weights: 1 byte of 1 byte (100 %), 1 byte/s\n"
 
 
 def test_a_function_is_told() -> None:
