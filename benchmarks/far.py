@@ -17,13 +17,24 @@ import uvloop
 import aiouffd
 from benchmarks.contestants import PAGE, child, content, monitored, warm
 from benchmarks.native import library, touch
+from benchmarks.row import shuffled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benchmarks.contestants import Arena
 
-__all__ = ["filled", "in_order", "obstore_alone", "plain_thread", "prefetched", "random_pages", "served", "web"]
+__all__ = [
+    "at_random",
+    "filled",
+    "in_order",
+    "obstore_alone",
+    "plain_thread",
+    "prefetched",
+    "random_pages",
+    "served",
+    "web",
+]
 
 _STEP = 2 << 20  # bytes that the plain thread receives before it copies them: with less it uses more processor time
 _TOUCHERS = 64
@@ -133,4 +144,19 @@ def filled(size: int, source: Callable[[], object], *, background: bool) -> floa
             arena.monitor.prefetch_sync(0, size)
         while arena.monitor.statistics().pages_background * PAGE < size and background:
             time.sleep(0.001)
+        return time.perf_counter() - before
+
+
+def at_random(size: int, *, background: bool) -> float:
+    """Ours: each page touched at random by 8 threads, while all is filled or after a prefetch, 2 ms away."""
+    warm(size)
+    with (
+        served(content(size).fd, size, 0.002) as port,
+        monitored(size, aiouffd.ObjectSource(f"http://127.0.0.1:{port}/file"), background=background) as arena,
+    ):
+        assert arena.monitor is not None
+        before = time.perf_counter()
+        if not background:
+            arena.monitor.prefetch_sync(0, size)
+        touch(arena.address, shuffled(size), 8)
         return time.perf_counter() - before

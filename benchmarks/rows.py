@@ -268,6 +268,16 @@ def far_rows(*, quick: bool) -> Iterator[Row]:
         {"aiouffd": filled(background=True), "a prefetch": filled(background=False)},
         (Bar("a prefetch", 1 / 0.95),),
     )
+    yield Row(
+        "far-touched",
+        f"{size // MIB} MiB by HTTP, 2 ms away, touched at random by 8 threads while it is filled",
+        "ms",
+        {
+            "aiouffd": lambda: far.at_random(size, background=True) * 1e3,
+            "a prefetch first": lambda: far.at_random(size, background=False) * 1e3,
+        },
+        setup="background=True",
+    )
 
 
 def in_thread_rows(*, quick: bool) -> Iterator[Row]:
