@@ -12,7 +12,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "batched", "pieces"]
+__all__ = ["Address", "Offset", "Range", "RangeSet", "align_down", "align_up", "batched", "joined", "pieces"]
 
 T = TypeVar("T")
 
@@ -50,6 +50,17 @@ def batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
     rest = iter(items)
     while some := list(islice(rest, most)):
         yield some
+
+
+def joined(parts: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Return (start, length) in order of start, where those are one that no more than `gap` lies between."""
+    found: list[tuple[int, int]] = []
+    for start, length in parts:
+        if found and start - sum(found[-1]) <= gap:
+            found[-1] = found[-1][0], start + length - found[-1][0]
+        else:
+            found.append((start, length))
+    return found
 
 
 @attrs.frozen(order=True)

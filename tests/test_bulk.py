@@ -135,7 +135,7 @@ async def test_a_fault_of_another_comes_between_two_parts(monkeypatch: pytest.Mo
             seen.append(len(world.uffd.pages))
             await asyncio.sleep(0)
 
-    world.space.serve_others = others_wait
+    monkeypatch.setattr(world.space.others, "serve", others_wait)
     other = asyncio.create_task(others())
     await world.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
     other.cancel()
@@ -183,7 +183,7 @@ async def test_a_step_begins_when_others_have_had_a_turn(
 
     monkeypatch.setattr(world.backend, "_approach", approached)
     monkeypatch.setattr(world.backend._precedence, "turn", turned)
-    world.space.serve_others = others_wait
+    monkeypatch.setattr(world.space.others, "serve", others_wait)
     await world.backend.bring(world.space, ranges, Counter.PAGES_PREFETCH)
     assert [step for step in asked if step] == steps
     assert len(world.uffd.pages) == sum(length for _, length in ranges) // PAGE
@@ -195,7 +195,7 @@ async def test_all_comes_though_others_wait_all_the_time(monkeypatch: pytest.Mon
     world = World(0, located=True)
     assert isinstance(world.backend, SourceBackend)
     world.backend._extents.local = False
-    world.space.serve_others = lambda _: True
+    monkeypatch.setattr(world.space.others, "serve", lambda _: True)
     await world.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
     assert world.uffd.pages == world.model
 

@@ -20,7 +20,6 @@ from aiouffd import native
 from aiouffd.engine import dispatcher as module
 from aiouffd.engine import reading
 from aiouffd.engine.allowance import Allowance
-from aiouffd.engine.common_file import CommonFile
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.reading import PythonReader
 from aiouffd.engine.runs import Op, Run
@@ -483,58 +482,6 @@ async def test_who_has_got_least_comes_first(rig: Rig) -> None:
     assert await touched(1, 2) == [2, 1]
     await touched(2, times=2)
     assert await touched(2, 1) == [1, 2]
-
-
-async def test_others_wait_where_nothing_is_brought_for_them(rig: Rig) -> None:
-    """As long as their messages are unread."""
-    (quiet, its), (filled, also), (other, _) = (rig.world() for _ in range(3))
-    brought = [filled.space, other.space]
-    assert quiet.space.others_wait([quiet.space, *brought]) is None
-    assert quiet.space.others_wait(brought) is False
-    for world, uffd in ((filled, also), (quiet, its)):
-        world.touch(1, 1)
-        uffd.send()
-        assert filled.space.others_wait(brought) is (uffd is its)
-    await until(lambda: its.pages)
-    assert filled.space.others_wait(brought) is False
-
-
-@pytest.mark.usefixtures("either_reader")
-@pytest.mark.parametrize("located", [True, False])
-async def test_others_are_served_in_the_midst_of_a_step(rig: Rig, located: bool) -> None:
-    """A turn at once, plain faults or not, and none of those for which something is brought."""
-    worlds = [rig.world(located=located) for _ in range(3)]
-    (filled, also), (quiet, its), (storm, many) = worlds
-    brought = [filled.space]
-    assert filled.space.serve_others([world.space for world, _ in worlds]) is None
-    assert filled.space.serve_others(brought) is False
-    for page in range(6):
-        filled.touch(page, page)
-        storm.touch(page, page)
-    quiet.touch(3, 3)
-    for uffd in (also, its, many):
-        uffd.send()
-
-    def served() -> list[int]:
-        return [len(uffd.pages) + len(list(world.space.flights)) for world, uffd in worlds]
-
-    assert filled.space.serve_others(brought) is True  # of the storm
-    assert served() == [0, 1, 4]
-    assert filled.space.serve_others(brought) is False
-    assert served() == [0, 1, 6]
-    await until(lambda: served() == [6, 1, 6])
-
-
-async def test_memory_that_others_show_is_not_read_in_the_midst_of_a_step(rig: Rig) -> None:
-    """It would be emptied as soon as that is read, and what the step places would be there behind that."""
-    (filled, _), (other, its) = rig.world(), rig.world()
-    other.space.file = CommonFile("a memfd").enter(other.space)
-    other.touch(1, 1)
-    other.remove(8, 2)
-    its.send()
-    assert filled.space.serve_others([filled.space]) is True
-    assert other.space.mappings.locate(BASE + 8 * PAGE)[2] >= 0
-    await until(lambda: its.pages)
 
 
 def limited(rig: Rig, events: float) -> tuple[World, PipedUffd, list[float]]:

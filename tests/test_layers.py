@@ -89,6 +89,7 @@ ORDER = {
             "resolver",
             "retrying",
             "deferred",
+            "others",
             "remainders",
             "one_copy",
             "landing",

@@ -6,9 +6,12 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from engine_world import SIZE, Held, World, turns
 from pattern import PAGE
 
+from aiouffd.engine.others import Others
+from aiouffd.engine.serve import precedence as module
 from aiouffd.engine.serve.bounds import Limits
 from aiouffd.engine.serve.gate import Gate
 from aiouffd.engine.serve.precedence import Precedence
@@ -42,10 +45,10 @@ async def test_one_step_in_each_turn_of_the_loop() -> None:
     assert not precedence._is_turning
 
 
-async def test_small_steps_are_made_together() -> None:
+async def test_small_steps_are_made_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight pages in a turn of the loop, or what is as much together; none passes those that wait."""
     precedence, space = Precedence(), World(0).space
-    space.others_wait = lambda _: True
+    monkeypatch.setattr(space.others, "wait", lambda _: True)
     for _ in range(2):
         assert [precedence.may_step(space, PAGE) for _ in range(9)] == 8 * [True] + [False]
         await asyncio.sleep(0)  # a turn
@@ -58,7 +61,7 @@ async def test_small_steps_are_made_together() -> None:
     assert precedence.may_step(space, PAGE)
 
 
-async def test_more_small_steps_are_made_where_no_thread_waits() -> None:
+async def test_more_small_steps_are_made_where_no_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is looked for one after eight pages each, in all spaces; 32 pages are enough, and eight while one is read."""
     precedence, space, asked = Precedence(), World(0).space, list[Any]()
 
@@ -66,7 +69,7 @@ async def test_more_small_steps_are_made_where_no_thread_waits() -> None:
         asked.append(brought)
         return len(asked) == 6
 
-    space.others_wait = others_wait
+    monkeypatch.setattr(space.others, "wait", others_wait)
     for made, looks in ((32, 3), (24, 6)):
         assert [precedence.may_step(space, PAGE) for _ in range(made + 1)] == made * [True] + [False]
         assert len(asked) == looks
@@ -126,31 +129,95 @@ async def test_a_page_that_waits_to_be_read_is_read_if_it_is_touched() -> None:
         source.answer(read)
     assert [offset // PAGE for offset, *_ in source.reads] == [0, 6, 2, 4]
     await asyncio.gather(*bringing)
-    assert (gate.reads, gate.urgent) == (0, 0)
+    assert (gate.reads, gate._precedence.urgent) == (0, 0)
 
 
-async def test_reads_ahead_are_few_while_others_wait() -> None:
-    """While threads of another gate wait, and at least one; those of its own go by the gate's bounds."""
-    precedence = Precedence()
-    busy, other = Gate(100, 1 << 40, precedence), Gate(100, 1 << 40, precedence)
-    assert busy.try_enter(PAGE)
-    assert all(busy.try_enter(64 * MIB, urgent=False) for _ in range(2))  # whose threads wait are its own
-    assert not other.try_enter(PAGE, urgent=False)
-    for _ in range(2):
-        busy.leave(64 * MIB, urgent=False)
-    assert other.try_enter(64 * MIB, urgent=False)  # nothing else is ahead
-    waiting = [asyncio.create_task(other.enter(2 * MIB, urgent=False)) for _ in range(4)]
-    await turns()
-    other.leave(64 * MIB, urgent=False)
-    await turns()
-    assert [task.done() for task in waiting] == [True, True, False, False]
-    assert other.try_enter(PAGE) is False  # behind those that wait
-    await other.enter(PAGE, urgent=True)  # and before them
-    other.leave(PAGE)
-    busy.leave(PAGE)
-    await turns()
-    assert all(task.done() for task in waiting)
-    assert (busy.urgent, other.urgent, precedence.urgent, precedence._ahead) == (0, 0, 0, 8 * MIB)
+class Elsewhere(Others):
+    """Has faults when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, int] = {}
+
+    def faults(self, spaces: Any) -> dict[Any, int]:
+        """Return how many there were."""
+        assert spaces
+        return dict(self.found)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the nanoseconds that it is, set by hand."""
+    now = [10**9]
+    monkeypatch.setattr(module, "perf_counter_ns", lambda: now[0])
+    return now
+
+
+def test_others_that_have_faulted_lately_are_known(clock: list[int]) -> None:
+    """Looked for now and then. Who comes or goes has not faulted; nor has anybody where nothing is brought."""
+    precedence, space = Precedence(), World(0).space
+    space.others = others = Elsewhere()
+    assert not precedence.others_fault()
+    with precedence.brings(space):
+        others.found["quiet"] = 7
+        assert not precedence.others_fault()
+        others.found |= {"quiet": 8, "new": 3}
+        assert not precedence.others_fault()  # it was looked just now
+        clock[0] += module._LOOK_NS
+        assert precedence.others_fault()
+        del others.found["new"]
+        clock[0] += module._LATELY_NS - 1
+        assert precedence.others_fault()
+        clock[0] += module._LOOK_NS
+        assert not precedence.others_fault()
+        others.found["new"] = 9
+        clock[0] += module._LOOK_NS
+        assert not precedence.others_fault()
+        precedence.faulted(space)
+        assert not precedence.others_fault()
+        quiet = World(0).space
+        precedence.faulted(quiet)
+        assert precedence.others_fault()
+        with precedence.brings(quiet):  # now something is
+            assert not precedence.others_fault()
+        clock[0] += module._LATELY_NS
+        assert not precedence.others_fault()
+
+
+async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:
+    """Of all gates together, each by how far its source is; one is always under way."""
+    precedence, space = Precedence(), World(0).space
+    space.others = others = Elsewhere()
+    near, far = Gate(100, 1 << 40, precedence), Gate(100, 1 << 40, precedence)
+    for gate, way in ((near, 2), (far, 20)):
+        for _ in range(1000):
+            gate.took(way * 1_000_000)
+    assert (near.share, far.share) == (500_000, 5_000_000)
+    with precedence.brings(space):
+        assert all(near.try_enter(64 * MIB, urgent=False) for _ in range(2))  # nobody faults
+        for count in range(2):
+            others.found["quiet"] = count
+            clock[0] += module._LOOK_NS
+            assert precedence.others_fault() is (count > 0)
+        assert not far.try_enter(PAGE, urgent=False)
+        assert far.try_enter(PAGE)  # a fault
+        for _ in range(2):
+            near.leave(64 * MIB, urgent=False)
+        assert far.try_enter(64 * MIB, urgent=False)  # nothing else is ahead
+        waiting = [asyncio.create_task(far.enter(2 * MIB, urgent=False)) for _ in range(3)]
+        waiting += [asyncio.create_task(near.enter(MIB // 16, urgent=False)) for _ in range(3)]
+        await turns()
+        assert not any(task.done() for task in waiting)
+        far.leave(64 * MIB, urgent=False)
+        await turns()
+        assert [task.done() for task in waiting] == [True, True, False, True, False, False]
+        far.leave(2 * MIB, urgent=False)
+        await turns()
+        assert [task.done() for task in waiting] == [True, True, True, True, False, False]
+        far.leave(2 * MIB, urgent=False)
+        await turns()
+        assert all(task.done() for task in waiting)
+    assert precedence.ahead == {near: 3 * MIB // 16, far: 2 * MIB}
 
 
 async def test_who_gives_up_waiting_is_not_counted() -> None:
@@ -168,4 +235,4 @@ async def test_who_gives_up_waiting_is_not_counted() -> None:
     gate.leave(PAGE, urgent=False)
     tasks[2].cancel()  # it was let in just now
     await turns()
-    assert (gate.reads, gate.urgent, precedence.urgent, precedence._ahead) == (0, 0, 0, 0)
+    assert (gate.reads, precedence.urgent, precedence.ahead) == (0, 0, {})

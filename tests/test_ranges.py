@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import platform
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiouffd.ranges import Range, RangeSet, align_down, align_up, batched, pieces
+from aiouffd.ranges import Range, RangeSet, align_down, align_up, batched, joined, pieces
 
 _operation = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 60), st.integers(0, 20))
 
@@ -143,3 +144,20 @@ def test_batches(items: list[int], most: int) -> None:
     assert [len(batch) for batch in some[:-1]] == [most] * (len(some) - 1)
     assert all(some)
     assert list(batched(iter(items), most)) == some
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9))), st.integers(0, 9))
+def test_parts_with_little_between_them_are_one(steps: list[tuple[int, int]], gap: int) -> None:
+    """All that was in a part is in one; what lies between two of them is more than the gap."""
+    parts, at = list[tuple[int, int]](), 0
+    for distance, length in steps:
+        parts.append((at + distance, length))
+        at += distance + length
+    found = joined(parts, gap)
+    wanted = {value for start, length in parts for value in range(start, start + length)}
+    wanted |= {
+        value for (start, length), (after, _) in pairwise(parts) if after - start - length <= gap
+        for value in range(start + length, after)
+    }  # fmt: skip
+    assert {value for start, length in found for value in range(start, start + length)} == wanted
+    assert all(after - start - length > gap for (start, length), (after, _) in pairwise(found))

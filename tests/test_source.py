@@ -14,6 +14,7 @@ from pattern import PAGE, Pattern, content
 from aiouffd.engine.ahead.fill import prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.runs import Op
+from aiouffd.engine.serve import bulk, presence
 from aiouffd.engine.serve.handler import Batch, Fault, Handler
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
@@ -593,8 +594,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1 << 40
-        for module in ("messages", "flight", "space", "serve.handler_backend"):
-            monkeypatch.setattr(f"aiouffd.engine.{module}.perf_counter_ns", lambda: self.now)
+        for name in ("messages", "flight", "space", "serve.handler_backend"):
+            monkeypatch.setattr(f"aiouffd.engine.{name}.perf_counter_ns", lambda: self.now)
 
 
 async def test_a_fault_that_joins_a_read_has_taken_the_time_since_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,3 +636,52 @@ async def test_a_fault_that_joins_a_prefetch_of_a_handler_has_taken_the_time_sin
     through.set()
     await task
     assert [bits for bits, count in enumerate(world.counters.snapshot().latency) if count] == [21]
+
+
+@pytest.mark.parametrize(
+    ("cause", "reads"),
+    [
+        (Counter.PAGES_BACKGROUND, [(0, 10), (13, 3)]),
+        (Counter.PAGES_PREFETCH, [(0, 3), (5, 5), (13, 3)]),
+    ],
+)
+async def test_a_fill_from_far_reads_over_little_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, cause: Counter, reads: list[tuple[int, int]]
+) -> None:
+    """Where it lies between two parts that are not: two reads cost more. It stays as it is, and counts as before."""
+    monkeypatch.setattr(presence, "_GAP", 2 * PAGE)
+    source = Held()
+    world = World(0, source=source)
+    for page in (3, 4, 10, 11, 12):
+        world.uffd.copy(BASE + page * PAGE, bytes([page]) * PAGE)
+        world.space.readahead.brought(page * PAGE, PAGE)
+    bringing = asyncio.create_task(world.backend.bring(world.space, [(0, 16 * PAGE)], cause))
+    await turns()
+    assert [(offset // PAGE, length // PAGE) for offset, length, _ in source.reads] == reads
+    for read in range(len(reads)):
+        source.answer(read)
+    await bringing
+    written = {BASE + page * PAGE: bytes([page]) * PAGE for page in (3, 4, 10, 11, 12)}
+    assert world.uffd.pages == {at: data for at, data in world.model.items() if at < BASE + 16 * PAGE} | written
+    assert world.counters.words[cause] == 11
+
+
+async def test_reads_ahead_of_a_far_source_are_small_while_others_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes in has to be received and placed at once, and faults wait for that."""
+    monkeypatch.setattr(bulk, "_FEW", 4 * PAGE)
+    source = Held()
+    world = World(0, source=source)
+    fault = [False]
+    monkeypatch.setattr(world.backend._precedence, "others_fault", lambda: fault[0])  # type: ignore[union-attr]
+    for fault[0], pages in ((False, [8]), (True, [4, 4])):
+        bringing = asyncio.create_task(world.backend.bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_PREFETCH))
+        done = 0
+        while done < len(pages):
+            await turns()
+            source.answer(done)
+            done += 1
+        await bringing
+        assert [length // PAGE for _, length, _ in source.reads] == pages
+        source.reads.clear()
+        world.space.readahead.forget(0, 8 * PAGE)
+        world.uffd.pages.clear()

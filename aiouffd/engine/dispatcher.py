@@ -12,10 +12,12 @@ import logging
 import os
 import select
 from collections import deque
+from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.messages import serve_messages
+from aiouffd.engine.others import Others
 from aiouffd.engine.reading import make_reader
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ClosedError, operation_error
@@ -26,7 +28,7 @@ from aiouffd.native.reader import Outcome
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from aiouffd.engine.reading import MakeReader
     from aiouffd.engine.space import Space
@@ -39,7 +41,6 @@ log: logging.Logger = logging.getLogger("aiouffd")
 _BURST_NS = 200_000  # after so long the loop gets a turn
 _RETRY = 0.001  # seconds until what is deferred is tried again, while no message comes; doubles with each vain try
 _SLOWEST_RETRY = 0.064
-_LOOKED_AT = 32  # descriptors, to see whether one of them has messages: those come last then
 _GONE_CHECK = 0.5  # seconds between looks whether the processes are still there
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING_ERROR_PAUSE = 0.05
@@ -122,6 +123,7 @@ class Dispatcher:
         self._held: dict[int, set[str]] = {}  # descriptors that are not read, and why
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._reader = (reader or make_reader)(self._epoll, self.spaces)
+        self._others = Others(self.spaces, self._epoll, partial(self._read, 0, once=True))
         self._landed_at: memoryview | None = None
         self.spin_us = spin_us
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
@@ -150,8 +152,7 @@ class Dispatcher:
         space.on_deferred = self._deferred
         space.on_remainders = self._behind.append
         space.on_file = self._wait_for_file
-        space.others_wait = self.others_wait
-        space.serve_others = self.serve_others
+        space.others = self._others
         self._epoll.register(fd, select.EPOLLIN)
         if space.allowance is not None:
             space.allowance.enter(space, self)
@@ -213,30 +214,6 @@ class Dispatcher:
         self.release(space, _FILE)
         self._retry(space)
 
-    def others_wait(self, spaces: Collection[Space]) -> bool | None:
-        """Tell whether a space has messages that is not one of these; None: there is no other."""
-        if len(self.spaces) <= len(spaces):
-            return None
-        return bool(self._waiting(spaces))
-
-    def _waiting(self, spaces: Collection[Space]) -> list[tuple[int, Space]]:
-        found = [(fd, self.spaces.get(fd)) for fd, _ in self._epoll.poll(0, _LOOKED_AT)]
-        return [(fd, space) for fd, space in found if space is not None and space not in spaces]
-
-    def serve_others(self, spaces: Collection[Space]) -> bool | None:
-        """Serve a turn of each space that is not one of these; return as `others_wait` does, whether they wait still.
-
-        For who is placing pages of these, and goes on then. So nothing is read of memory that others may show as well:
-        it could be emptied (REMOVE) as soon as that is read, and be filled again by what is being placed.
-        """
-        if len(self.spaces) <= len(spaces):
-            return None
-        waiting = self._waiting(spaces)
-        for fd, space in waiting:
-            if space.file is None:
-                self._read(0, once=True, fd=fd)
-        return bool(waiting and self._waiting(spaces))
-
     def held(self, why: str) -> list[Space]:
         """Return the spaces that are not read for this reason."""
         return [self.spaces[fd] for fd, reasons in self._held.items() if why in reasons]
@@ -275,7 +252,7 @@ class Dispatcher:
                     self._turn = self._loop.call_soon(self._again)
                 return
 
-    def _read(self, turn_ns: int, *, came: bool = False, once: bool, fd: int = -1) -> tuple[int, bool]:
+    def _read(self, turn_ns: int, fd: int = -1, *, came: bool = False, once: bool) -> tuple[int, bool]:
         """Read and serve, as the reader's `run`; return its `Outcome`, and whether something may have come."""
         self._landing.before_reading()
         if self._landing.buffer is not self._landed_at:

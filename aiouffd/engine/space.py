@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiouffd.engine.deferred import Deferred
 from aiouffd.engine.flight import Flights, tasks_of
+from aiouffd.engine.others import Others
 from aiouffd.engine.remainders import Remainders
 from aiouffd.engine.resolver import DONTWAKE, Resolver
 from aiouffd.engine.retrying import Retrying
@@ -160,8 +161,7 @@ class Space:
         self.on_gone = on_gone
         self.on_deferred: Callable[[], None] | None = None  # the dispatcher's, which has the timer
         self.on_remainders: Callable[[Space], None] | None = None  # the dispatcher's, which has the time
-        self.others_wait: Callable[[Collection[Space]], bool | None] = lambda _: None  # the dispatcher's
-        self.serve_others: Callable[[Collection[Space]], bool | None] = self.others_wait  # as well
+        self.others: Others = Others()  # the dispatcher's
         self.on_file: Callable[[Space, bool], None] | None = None  # the dispatcher's, which does not read meanwhile
         self.fast_path: PlainFaults | None = None  # the dispatcher's
         self.on_changed: set[Callable[[int, int], None]] = set()  # of who keeps addresses

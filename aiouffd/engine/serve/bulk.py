@@ -24,6 +24,7 @@ __all__ = ["MAX_READ", "Steps", "place_at_hand", "resolve_bulk"]
 _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a tenth of that
 MAX_READ: Final = 2 << 20
 """Bytes: one COPY of this size takes 0.4 ms: the longest that the loop is kept."""
+_FEW: Final = 256 << 10  # bytes: of a read ahead where others fault; it takes 0.1 ms to receive, and as long to place
 _MAX_RUNS: Final = 64  # of a step
 _MAX_BEGUN: Final = 8  # reads of a step
 _MANY: Final = 16  # parts of several pages or of one, for which another thread is asked: 50 us and more
@@ -51,6 +52,7 @@ class Steps:
         self.runs: list[Run] = []
         self._space, self._local = space, local
         self._others_wait = partial(precedence.serve_others, space)
+        self._others_fault = precedence.others_fault
         self._left = deque(_pieces(ranges, space.page_size))
         self._size = 0
         self._insists = False  # others had a turn just now
@@ -68,8 +70,9 @@ class Steps:
     def take(self) -> tuple[int, int, bool]:
         """Return offset and length of the next piece, and whether it is its range's last."""
         offset, length, is_last = self._left.popleft()
-        most = max(SHORT_PART, self._space.page_size)
-        if self._is_short and length > most:
+        is_short = self._is_short if self._local else self._others_fault()
+        most = max(SHORT_PART if self._local else _FEW, self._space.page_size)
+        if is_short and length > most:
             self._left.appendleft((offset + most, length - most, is_last))
             return offset, most, False
         return offset, length, is_last

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate"]
 
+_BYTES_PER_NS = 0.25  # of reads ahead, where they are few: a third of what can be received and placed by a busy machine
+_FIRST_WAY_NS = 1_000_000
 _PATIENT_SHARE = 8  # of so many that are let in from the queues, one is patient
 
 
@@ -37,7 +39,6 @@ class Gate:
     Attributes:
         reads: pieces inside.
         size: their bytes.
-        urgent: those that are urgent, inside and waiting.
     """
 
     def __init__(self, reads: int, size: int, precedence: Precedence | None = None) -> None:
@@ -46,7 +47,7 @@ class Gate:
         self._precedence = precedence or Precedence()
         self.reads: int = 0
         self.size: int = 0
-        self.urgent: int = 0
+        self._way_ns = _FIRST_WAY_NS
         self._urgent: deque[_Waiting] = deque()
         self._patient: deque[_Waiting] = deque()
         self._turn = 0
@@ -56,7 +57,6 @@ class Gate:
         if self._urgent or self._patient or not self._fits(size):
             return False
         if urgent:  # not `_hurries`: this is the way of each page
-            self.urgent += 1
             self._precedence.urgent += 1
         elif not self._precedence.allows(self, size):
             return False
@@ -112,15 +112,21 @@ class Gate:
         if urgent:
             self._hurries(-1)
         else:
-            self._precedence.reads_ahead(-size)
+            self._precedence.reads_ahead(self, -size)
         if self._urgent or self._patient:
             self.admit()
 
+    def took(self, spent_ns: int) -> None:
+        """Take note how long a read has taken that has succeeded: the quickest ones tell how far the source is."""
+        self._way_ns = min(spent_ns, self._way_ns + (self._way_ns >> 7) + 1)  # it may be another source's turn, or way
+
+    @property
+    def share(self) -> int:
+        """Bytes of reads ahead that may be under way where they are few: what comes in while one is read."""
+        return max(1, int(self._way_ns * _BYTES_PER_NS))
+
     def _hurries(self, count: int) -> None:
-        self.urgent += count
         self._precedence.urgent += count
-        if count < 0:
-            self._precedence.look()
 
     def _fits(self, size: int) -> bool:
         return self.reads < self._reads and (self.size + size <= self._size or self.size == 0)
@@ -129,7 +135,7 @@ class Gate:
         self.reads += 1
         self.size += size
         if not urgent:
-            self._precedence.reads_ahead(size)
+            self._precedence.reads_ahead(self, size)
 
     def admit(self) -> None:
         """Let in those that wait and fit now."""

@@ -3,8 +3,9 @@
 What is brought ahead is placed in steps, one in each turn of the loop, whoever's it is, or a few small ones, and some
 more where no thread waits. In between, faults are read. So a fault waits for one step, and not for one of each space
 that is being filled. Between two parts of a step, spaces for which nothing is brought are served a turn, and the step
-ends early where threads wait there still. Reads ahead are few bytes at once while threads of others wait for reads.
-Where nobody waits, there is no bound but each backend's own.
+ends early where threads wait there still. Where these have faulted lately, reads ahead are small, and no more are under
+way than come in while one fault is read: what comes in has to be received and placed, and faults wait for that. Else
+there is no bound but each backend's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import asyncio
 import contextlib
 from collections import Counter, deque
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,11 +28,13 @@ __all__ = ["Precedence"]
 _STEP: Final = 64 << 10  # bytes that small steps of one turn place together
 _LEAST: Final = _STEP // 8  # so that these are few
 _MOST_STEPS: Final = 4 * _STEP  # where no thread waits after each part of them
-_BESIDE: Final = 4 << 20  # bytes of reads ahead under way, while threads of others wait
+_LATELY_NS: Final = 200_000_000  # since a fault of others: they may have the next one at any time
+_LOOK_NS: Final = 20_000_000  # between two looks: one takes 0.1 us for each space
 
 
 class _Gate(Protocol):
-    urgent: int
+    @property
+    def share(self) -> int: ...
 
     def admit(self) -> None: ...
 
@@ -40,6 +45,7 @@ class Precedence:
     Attributes:
         brought: spaces for which something is being brought ahead; how often.
         urgent: reads under way, or about to be, for which threads wait; of all gates, which count them.
+        ahead: bytes under way of the other reads, by gate.
     """
 
     def __init__(self) -> None:
@@ -49,8 +55,11 @@ class Precedence:
         self._room = _STEP  # for them
         self.brought: Counter[Space] = Counter()
         self.urgent: int = 0
-        self._ahead = 0  # bytes under way of the others
+        self.ahead: Counter[_Gate] = Counter()
         self._refused: dict[_Gate, None] = {}
+        self._faults: dict[Space, int] = {}  # of others, when it was looked last
+        self._faulted: Callable[[], Space | None] = lambda: None  # who has waited for a read last
+        self._looked_ns = self._waited_ns = self._found_ns = -_LATELY_NS
 
     # Steps
 
@@ -73,7 +82,7 @@ class Precedence:
         Returns:
             whether threads of such spaces wait still; None: there is no such space.
         """
-        return space.serve_others(self.brought)
+        return space.others.serve(self.brought)
 
     def may_step(self, space: Space, size: int) -> bool:
         """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were.
@@ -83,7 +92,7 @@ class Precedence:
         if self._waiting or size > _STEP:
             return False
         if self._stepped + size > self._room:
-            if self._room == _MOST_STEPS or self.urgent or space.others_wait(()):
+            if self._room == _MOST_STEPS or self.urgent or space.others.wait(()):
                 return False
             self._room += _STEP
         if not self._stepped:
@@ -125,23 +134,43 @@ class Precedence:
 
     # Reads
 
+    def faulted(self, space: Space) -> None:
+        """Take note that a thread waits for a read now: of other faults it is looked for now and then."""
+        self._faulted, self._waited_ns = ref(space), perf_counter_ns()
+
+    def others_fault(self) -> bool:
+        """Tell whether there was a fault lately in a space for which nothing is brought."""
+        now = perf_counter_ns()
+        if self.brought and now - self._looked_ns >= _LOOK_NS:
+            before, self._looked_ns = self._faults, now
+            self._faults = next(iter(self.brought)).others.faults(self.brought)
+            if any(faults != before.get(space, faults) for space, faults in self._faults.items()):
+                self._found_ns = now
+        waits = now - self._waited_ns < _LATELY_NS and self._faulted() not in self.brought
+        return waits or now - self._found_ns < _LATELY_NS
+
     def allows(self, gate: _Gate, size: int) -> bool:
-        """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may."""
-        if self.urgent == gate.urgent or not self._ahead or self._ahead + size <= _BESIDE:
+        """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may.
+
+        One may always be under way.
+        """
+        if not self.ahead or not self.others_fault():
+            return True
+        if size / gate.share + sum(under_way / its.share for its, under_way in self.ahead.items()) <= 1:
             return True
         self._refused[gate] = None
         return False
 
-    def reads_ahead(self, size: int) -> None:
-        """Count bytes of reads ahead that are let in, or have left (negative)."""
-        self._ahead += size
+    def reads_ahead(self, gate: _Gate, size: int) -> None:
+        """Count bytes of reads ahead of a gate that are let in, or have left (negative)."""
+        self.ahead[gate] += size
+        if not self.ahead[gate]:
+            del self.ahead[gate]
         if size < 0:
-            self.look()
+            self._look()
 
-    def look(self) -> None:
-        """Have those look again that were not allowed: there are fewer reads for which threads wait, or ahead."""
-        if not self._refused:
-            return
+    def _look(self) -> None:
+        """Have those look again that were not allowed: fewer reads are under way."""
         refused, self._refused = self._refused, {}
         for gate in refused:
             gate.admit()

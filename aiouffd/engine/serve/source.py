@@ -19,7 +19,7 @@ from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.precedence import Precedence
-from aiouffd.engine.serve.presence import has_come, look_again, until_present
+from aiouffd.engine.serve.presence import has_come, look_again, missing, until_present
 from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
@@ -254,6 +254,7 @@ class SourceBackend:
         flight = Flight(address, address + length, offset, began_ns, purpose)
         if wanted is not None and address <= wanted < address + length:
             flight.wanted[wanted] = began_ns
+            self._precedence.faulted(space)
         space.take_off(flight)
         flight.done = spawn(self._tasks, self._fly(space, flight))
         return flight
@@ -413,7 +414,7 @@ class SourceBackend:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
         flights: list[Flight] = []
         for shown in space.mappings.addresses(offset, offset + length):
-            for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
+            for begin, size in missing(space, shown, purpose.cause, far=not self.local):
                 address = shown.start + begin - shown.offset
                 try:
                     flights += self._bring(space, address, begin, size, runs, None, perf_counter_ns(), purpose)
