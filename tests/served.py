@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from pattern import PAGE, word
+from processes import PATIENCE
 from scenario import ended, eventually
 
 import aiouffd
@@ -74,7 +75,8 @@ class Serve:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
             )
         if wait:
-            eventually(self.says_or_ends("listening"), expected=True)
+            # What a takeover waits for has limits of its own, after which it ends; some are longer than PATIENCE.
+            eventually(self.says_or_ends("listening"), expected=True, seconds=5 * PATIENCE)
             assert self.process.poll() is None, self.said
 
     def says(self, text: str) -> None:

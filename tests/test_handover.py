@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from aiouffd.pager.process import control
+from aiouffd.pager.process import handover as handovers
 from aiouffd.pager.process.handles import close_all
 from aiouffd.pager.process.handover import Handover
 from aiouffd.pager.process.state import Meta, SpaceState, State
@@ -128,3 +129,29 @@ async def test_a_worker_that_has_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
     await giving
     assert (ended, served.journal.done) == ([0], True)
     assert isinstance(handover._task.exception(), control.Closed)
+
+
+def test_a_slow_successor_gets_more_time_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is short of processor time, it would never have all else."""
+    monkeypatch.setattr(handovers, "_TIMEOUT", 0.01)
+    patience: list[float] = []
+    journal = os.memfd_create("journal")
+    served: Any = SimpleNamespace(is_empty=False, state=State, journal=SimpleNamespace(fd=journal))
+    handover = Handover(served)
+
+    def receive(connection: socket.socket) -> Any:
+        if heard.pop(0):
+            patience.append(connection.gettimeout() or 0.0)
+            raise errors.pop(0)
+        return {"by": 1, "built": True}, []
+
+    monkeypatch.setattr(control, "receive", receive)
+    errors = [TimeoutError(), TimeoutError(), control.Closed(), TimeoutError()]
+    while errors:
+        heard = [False, True]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            ours.send(b".")  # there is something to be heard
+            asyncio.run(handover.give(theirs.detach()))
+    assert patience == [0.01, 0.02, 0.04, 0.04]
+    os.close(journal)

@@ -63,7 +63,7 @@ class Pair:
     def hear_holder(self) -> tuple[str, list[OwnedDescriptor]]:
         """Return the next."""
         event = self.events.pop(0)
-        fds = [os.dup(self.journal.fd), os.dup(self._ours.fileno())] if event == "yield" else []
+        fds = [os.dup(self.journal.fd), os.dup(self._ours.fileno())] if event.startswith("yield") else []
         return event, [OwnedDescriptor(fd) for fd in fds]
 
     def close_channel(self) -> None:
@@ -168,7 +168,7 @@ def test_the_holder_is_heard() -> None:
     def hears(*events: str) -> None:
         holds, pair = holding(Requests()), Pair(*events)
         for name in ("yield", "kept", "taken"):
-            setattr(holds, f"on_{name}", lambda name=name: heard.append(name))
+            setattr(holds, f"on_{name}", lambda *said, name=name: heard.append(" ".join((name, *said))))
         with contextlib.closing(pair):
             holds.outcome(cast("Any", pair))
         assert not pair.events
@@ -176,11 +176,11 @@ def test_the_holder_is_heard() -> None:
     hears()
     hears("kept")  # nobody was about to take anything
     assert not heard
-    hears("yield", "kept")
-    assert heard == ["yield", "kept"]
+    hears("yield 1", "kept")
+    assert heard == ["yield 1", "kept"]
     with pytest.raises(StoppedError):
-        hears("yield", "taken")
-    assert heard[2:] == ["yield", "taken"]
+        hears("yield 2", "taken")
+    assert heard[2:] == ["yield 2", "taken"]
 
 
 def test_a_holder_is_killed_while_it_gives() -> None:
@@ -202,7 +202,7 @@ def test_a_holder_is_killed_while_it_gives() -> None:
         holds, pair = holding(Requests()), Pair("yield")
         for name in ("kept", "taken"):
             setattr(holds, f"on_{name}", lambda name=name: heard.append(name))
-        holds.on_yield = lambda: then(pair)
+        holds.on_yield = lambda _: then(pair)
         with contextlib.closing(pair):
             try:
                 holds.outcome(cast("Any", pair))

@@ -240,6 +240,21 @@ def test_progress_is_what_this_pager_has_made() -> None:
     assert successor.progress() == 1
 
 
+def test_a_user_of_a_slot_does_not_go_back() -> None:
+    """Who is asked for twice, or by one who does not know what others have been counted for; the next one begins."""
+    journal, successor = Journal.create(), Journal.create()
+    journal.use_slot(3, [], user=8)
+    words = journal.counters_of(3).words
+    words[Counter.PAGES_FAULT] = 5
+    journal.use_slot(3, [9], user=8)
+    assert (words[Counter.FAULTS], words[Counter.PAGES_FAULT]) == (9, 5)
+    successor.resume([], [(3, words.tolist())])
+    successor.use_slot(3, [], user=8)
+    assert successor.counters_of(3).words[Counter.PAGES_FAULT] == 5
+    successor.use_slot(3, [], user=9)
+    assert successor.counters_of(3).words[Counter.PAGES_FAULT] == 0
+
+
 def test_each_slot_is_counted_by_itself() -> None:
     """And all of them together; a successor goes on, but for what was under way."""
     journal, successor = Journal.create(), Journal.create()

@@ -13,7 +13,14 @@ from aiouffd.engine.statistics import SIZE, Counter, Counters, Statistics, told
 def test_each_word_has_its_name() -> None:
     """A snapshot has all of them, the buckets of the latency behind each other."""
     counters = Counters()
-    own = {Counter.LATENCY, Counter.HEARTBEAT, Counter.SLOTS, Counter.INHERITED, Counter.ENDED}  # of the pager
+    own = {
+        Counter.LATENCY,
+        Counter.HEARTBEAT,
+        Counter.SLOTS,
+        Counter.INHERITED,
+        Counter.ENDED,
+        Counter.USER,
+    }  # of the pager
     names = [counter for counter in Counter if counter not in own]
     for counter in names:
         counters.words[counter] = 1000 + counter

@@ -68,7 +68,9 @@ def test_a_slot_is_given_anew_as_late_as_possible() -> None:
     assert [slots.take(journal) for _ in range(3)] == [9, 5, 0]
     assert slots
     journal.counters_of(7).words[Counter.SPACES] = 0
+    numbers = {slots.user(slot) for slot in range(SLOTS)}
     assert slots.take(journal) == 7
+    assert slots.user(7) not in numbers
 
 
 def test_what_was_counted_for_a_tenant(pack: Pack) -> None:

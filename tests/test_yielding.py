@@ -39,7 +39,7 @@ class World:
         self.heard: list[str] = []
         self.sessions = {"a": Session(self.heard, "a")}
         self.noted: Future[Any] = Future()
-        holding = SimpleNamespace(yielded=lambda: self.heard.append("yielded"))
+        holding = SimpleNamespace(yielded=lambda number: self.heard.append(f"yielded {number}"))
         pager: Any = SimpleNamespace(ping=lambda: self.noted, holding=holding)
         self.yielding = Yielding(cast("Any", self.sessions), pager)
 
@@ -55,14 +55,14 @@ async def test_a_session_that_is_being_made_is_the_next_ones_too() -> None:
     """Nothing is yielded before it is there and paused, and noted by the pager; none is made or removed then."""
     world = World()
     with world.yielding.change("b"):
-        world.yielding.begin()
+        world.yielding.begin("1")
         await world.hears("pause a")
         with pytest.raises(SessionError, match="another server takes over"), world.yielding.change("c"):
             pass
         world.sessions["b"] = Session(world.heard, "b")
     await world.hears("pause a", "pause b")
     world.noted.set_result(None)
-    await world.hears("yielded")
+    await world.hears("yielded 1")
     world.yielding.end()
     await world.hears("go on a", "go on b")
     with world.yielding.change("c"):
@@ -74,12 +74,12 @@ async def test_a_takeover_that_fails_early() -> None:
     world = World()
     world.noted.set_result(None)
     world.sessions["a"].settled.clear()
-    world.yielding.begin()
+    world.yielding.begin("1")
     await world.hears("pause a")
     world.yielding.end()
     world.sessions["a"].settled.set()
     await world.hears("go on a")
-    world.yielding.begin()
+    world.yielding.begin("2")
     world.yielding.end()
-    world.yielding.begin()
-    await world.hears("pause a", "yielded")
+    world.yielding.begin("3")
+    await world.hears("pause a", "yielded 3")

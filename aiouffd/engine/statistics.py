@@ -71,6 +71,7 @@ class Counter(enum.IntEnum):
     PAGES_WRITTEN_BACK = 95
     BYTES_SHARED = 96
     MOVES = 97
+    USER = 98  # a number of whoever is counted here
 
 
 LATENCY_BUCKETS = 48

@@ -198,7 +198,7 @@ class Server:
             session.open(self.left.pop(session.name, None))
         if successor is not None:
             holding = self._pager.holding
-            holding.on_yield = lambda: self._soon(self._yield)
+            holding.on_yield = lambda number: self._soon(self._yield, number)
             holding.on_kept = lambda: self._soon(self._go_on)
             holding.on_taken = lambda: self._soon(self._taken.set)
             holding.listen()
@@ -264,10 +264,10 @@ class Server:
 
     # A successor
 
-    def _yield(self) -> None:
+    def _yield(self, number: str) -> None:
         """Another server is about to take over: take no client, and answer none."""
         log.info("another server takes over")
-        self.yielding.begin()
+        self.yielding.begin(number)
 
     def _go_on(self) -> None:
         """It has failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiouffd.errors import SessionError, UffdError
@@ -42,10 +43,10 @@ class Yielding:
         self._turn: asyncio.Task[None] | None = None
         self.is_under_way: bool = False
 
-    def begin(self) -> None:
-        """Another server has come: tell its holder when all is its own."""
+    def begin(self, number: str) -> None:
+        """Another server has come, the holder's guest of this number: tell the holder when all is its own."""
         self.is_under_way = True
-        self._turn = asyncio.get_running_loop().create_task(self._behind(self._turn, self._yield))
+        self._turn = asyncio.get_running_loop().create_task(self._behind(self._turn, partial(self._yield, number)))
 
     def end(self) -> None:
         """It has failed: go on."""
@@ -75,7 +76,7 @@ class Yielding:
             await asyncio.wait([before])
         await do()
 
-    async def _yield(self) -> None:
+    async def _yield(self, number: str) -> None:
         await self._pause()
         if self._changes:
             while self._changes:
@@ -85,7 +86,7 @@ class Yielding:
         with contextlib.suppress(UffdError, TimeoutError):
             async with asyncio.timeout(_NOTED):
                 await asyncio.wrap_future(self._pager.ping())
-        self._pager.holding.yielded()
+        self._pager.holding.yielded(number)
 
     async def _pause(self) -> None:
         await asyncio.gather(*(session.pause() for session in self._sessions.values()))

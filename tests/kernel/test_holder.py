@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -25,6 +26,9 @@ from aiouffd.engine.mappings import Mapping
 from aiouffd.handoff import firecracker
 from aiouffd.pager.client.interpreter import SWITCH
 from aiouffd.pager.client.succession import HolderLostError, Predecessor
+from aiouffd.pager.process import control
+from aiouffd.pager.process.handles import close_all
+from aiouffd.pager.process.holder import Holder
 from aiouffd.pager.process.journal import VERSION, Journal
 
 if TYPE_CHECKING:
@@ -369,3 +373,25 @@ def test_keeper_and_holder_make_each_other_anew(scenario: object, image: Path, t
     """What they share stays what it is: nobody is lost, whichever of them is killed, and the server with them."""
     output, _ = play(scenario, str(tmp_path), str(image))  # type: ignore[arg-type]
     end_server(output)
+
+
+def test_what_is_said_to_another_successor_is_no_answer(tmp_path: Path) -> None:
+    """The owner may say that it has yielded to one that has ended, when it goes on: nothing is given for that."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        listener.bind(str(tmp_path / "hold"))
+        (connection, _owner), (channel, owner), (guest, _successor) = [
+            map(stack.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for _ in range(3)
+        ]
+        journal = Journal.create()
+        holder = Holder(journal, connection, listener, channel, set(), lambda: None)
+        for op in ("yielded", "yielded 1", "refuse"):
+            control.send(owner, {"op": op})
+        with pytest.raises(Exception, match="too many files open"):
+            holder._await_yield(journal.fd, guest)
+        message, fds = control.receive(owner)
+        close_all(fds)
+        assert message["event"].startswith("yield ")
+        os.close(journal.fd)

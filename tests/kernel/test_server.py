@@ -387,7 +387,7 @@ async def goes_on_early(directory: str) -> None:
             begun.connect(path)
             await until(lambda: session._reception.admitting == 1)
             (conversation,) = session._tasks
-            server._yield()
+            server._yield("1")
             await until(lambda: session._reception._accepting is None)
             server._go_on()
             await until(conversation.done)
@@ -397,7 +397,7 @@ async def goes_on_early(directory: str) -> None:
             begun.close()
             (conversation,) = session._tasks
             session.stop_listening()  # its clients stay
-            server._yield()
+            server._yield("2")
             await until(conversation.done)
             server._go_on()
             await monitor.prefetch(0, MIB)

@@ -90,9 +90,23 @@ async def of_two_sessions(directory: str) -> None:
         await server.remove(second)
         assert not paths[1].exists()
         assert server.statistics().pages == first.statistics().pages + counted.pages
-        assert (
-            await server.create("second", image, settings(), functools.partial(SocketFile, paths[1]))
-        ).state == "listening"
+        second = await server.create("second", image, settings(), functools.partial(SocketFile, paths[1]))
+        assert second.state == "listening"
+        await counted_once(server, second, paths[1])
+
+
+async def counted_once(server: Server, session: Session, path: Path) -> None:
+    """Nor do they go back where the session has not heard yet that a client has ended, when the next one comes."""
+    before = session._counted
+    for pages in (1, 2, 3):
+        memory = await asyncio.to_thread(Memory, path)
+        await asyncio.to_thread(memory.word, pages)
+        await until(lambda: session.statistics().pages == pages)  # noqa: B023 - now
+        (client,) = session.clients.values()
+        await asyncio.wrap_future(server._pager.request("close", client.tenant, poison=False))
+        session.gone(client.tenant)
+        memory.end()
+        session._counted = before
 
 
 async def counted_on(server: Server, session: Session, path: Path, memory: Memory) -> None:

@@ -327,7 +327,7 @@ class PagerClient:
                 "open",
                 [pidfd.fileno(), *tenant.pack.fds, *tenant.fds],
                 token=tenant.token,
-                service={**tenant.pack.record, "slot": tenant.slot},
+                service={**tenant.pack.record, "slot": tenant.slot, "user": self.slots.user(tenant.slot)},
                 counts=counts,
                 space=tenant.record(mappings),
                 own=len(tenant.fds),

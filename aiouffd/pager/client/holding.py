@@ -52,8 +52,8 @@ class Holding:
         listener: where successors ask the holder; None: there is no holder.
         lifeline: to the holder whose all is until `go`; None: there is none before this one.
         store: systemd's, which keeps what a holder would have; None: it does not. Without either no note is kept.
-        on_yield: called from the client's thread: a successor has come. No client may be taken from then on, and once
-            none is about to be, `yielded` is to be called.
+        on_yield: called from the client's thread: a successor has come, of this number. No client may be taken from
+            then on, and once none is about to be, `yielded` is to be called with the number.
         on_kept: called from there when the successor has failed: all is served here as before.
         on_taken: called from there when the successor serves: nothing of it may be touched any more.
     """
@@ -77,7 +77,7 @@ class Holding:
         self.listener: socket.socket | None = None
         self.lifeline: socket.socket | None = None
         self.store: FdStore | None = None
-        self.on_yield: Callable[[], None] = _nothing
+        self.on_yield: Callable[[str], None] = _nothing
         self.on_kept: Callable[[], None] = _nothing
         self.on_taken: Callable[[], None] = _nothing
 
@@ -158,10 +158,10 @@ class Holding:
         if self._requests.pair is not None:
             self._requests.pair.tell_holder("listen")
 
-    def yielded(self) -> None:
-        """Say that no client is about to be taken: all is the successor's from now on."""
+    def yielded(self, number: str) -> None:
+        """Say that no client is about to be taken: all is the successor's of this number from now on."""
         if self._requests.pair is not None:
-            self._requests.pair.tell_holder("yielded")
+            self._requests.pair.tell_holder(f"yielded {number}")
 
     def starting(self, start: Callable[..., Pair]) -> Callable[..., Pair]:
         """Return a function that starts a pair, and has its holder and its journal be what they are to be."""
@@ -176,7 +176,8 @@ class Holding:
 
     def hear(self, pair: Pair) -> None:
         """Take a message of the holder."""
-        event, along = pair.hear_holder()
+        said, along = pair.hear_holder()
+        event, _, number = said.partition(" ")
         if event == "yield" and not along:
             log.error("another server cannot take over: this process has too many files open (RLIMIT_NOFILE)")
             pair.tell_holder("refuse")
@@ -184,7 +185,7 @@ class Holding:
             journal, self._guest = along
             self._theirs = Claim(journal.fileno())
             journal.close()
-            self.on_yield()
+            self.on_yield(number)
         elif event == "kept":
             self._kept()
         elif event == "taken":
@@ -362,5 +363,5 @@ def _speaks(guest: OwnedDescriptor) -> bool:
     return True
 
 
-def _nothing() -> None:
+def _nothing(*_: str) -> None:
     """Do nothing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,6 +44,8 @@ class Slots:
 
     def __init__(self) -> None:
         self._next = deque(range(1, SLOTS))
+        self._users: dict[int, int] = {}
+        self._numbers = itertools.count(int.from_bytes(os.urandom(5)))  # no other process has the same ones
 
     def __bool__(self) -> bool:
         return bool(self._next)
@@ -54,9 +58,14 @@ class Slots:
             except IndexError:  # another thread was faster
                 break
             if not journal.counters_of(slot).words[Counter.SPACES]:
+                self._users[slot] = next(self._numbers)
                 return slot
             self._next.append(slot)  # forked children of a tenant that has left are counted there
         return 0
+
+    def user(self, slot: int) -> int:
+        """Return a number of whoever has taken a slot; 0: a predecessor's had it."""
+        return self._users.get(slot, 0)
 
     def reserve(self, slot: int) -> None:
         """Have one that is in use already: it was a predecessor's."""

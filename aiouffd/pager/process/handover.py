@@ -35,7 +35,7 @@ __all__ = ["Handover"]
 
 log: logging.Logger = logging.getLogger("aiouffd.pager")
 
-_TIMEOUT = 10.0
+_TIMEOUT = 10.0  # seconds in which nothing is read: twice as long with each try that has failed
 
 
 class Handover:
@@ -44,6 +44,7 @@ class Handover:
     def __init__(self, served: Served) -> None:
         self._served = served
         self._task: asyncio.Task[None] | None = None
+        self._patience = _TIMEOUT
 
     # The predecessor
 
@@ -59,7 +60,7 @@ class Handover:
             self._served.journal.done = True
             os._exit(0)
         with socket.socket(fileno=fd) as successor, contextlib.suppress(control.Closed, OSError):
-            successor.settimeout(_TIMEOUT)
+            successor.settimeout(self._patience)
             asked = await _heard(successor)
             while True:
                 self._hand(successor, asked["by"])
@@ -68,7 +69,8 @@ class Handover:
                     continue
                 try:  # nothing is read meanwhile
                     asked, _ = control.receive(successor)
-                except (control.Closed, OSError):
+                except (control.Closed, OSError) as error:
+                    self._patience *= 2 if isinstance(error, TimeoutError) else 1
                     control.send(successor, {"keep": True})
                     break
                 if "taken" in asked:

@@ -312,10 +312,13 @@ class Holder:
     def _await_yield(self, theirs: int, guest: socket.socket) -> None:
         """Ask the owner to take no client; one that has ended is not waited for, and for a successor that has neither.
 
+        What the owner says to an earlier successor, that has ended meanwhile, is no answer.
+
         Raises:
             control.Closed: it has ended: nobody is killed for it.
         """
-        self.say("yield", theirs, guest.fileno())
+        number = time.monotonic_ns()
+        self.say(f"yield {number}", theirs, guest.fileno())
         until = time.monotonic() + _YIELD
         while self._channel is not None:
             poller = select.poll()
@@ -329,7 +332,7 @@ class Holder:
             if self._channel.fileno() not in ready:
                 continue
             op = self._hear().get("op")
-            if op == "yielded":
+            if op == f"yielded {number}":
                 return
             if op == "refuse":
                 raise _RefusedError("the server that serves there has too many files open (RLIMIT_NOFILE) to yield")

@@ -268,16 +268,23 @@ class Journal:
         own = sum(counters.progress() - counters.words[Counter.INHERITED] for counters in self.all_counters)
         return own + self.counters.words[Counter.ENDED]
 
-    def use_slot(self, slot: int, counts: list[int]) -> None:
+    def use_slot(self, slot: int, counts: list[int], user: int = 0) -> None:
         """Have a slot begin with these counts. The pager's own counters go on as they are.
+
+        Where the same user, who has a number, is counted there already, none goes back: it may be asked for twice, or
+        by one who does not know yet what others of the same user have been counted for.
 
         What is under way there is not forgotten: the reads of one who has left end later, and count down then.
         """
         if slot:
             words, counters = self.counters.words, self.counters_of(slot)
+            if user and counters.words[Counter.USER] == user:
+                counts = _most(counters, counts)
             made = counters.progress() - counters.words[Counter.INHERITED]
             under_way = [counters.words[gauge] for gauge in _GAUGES]
             _inherit(counters, counts)
+            if user:
+                counters.words[Counter.USER] = user
             for gauge, now in zip(_GAUGES, under_way, strict=True):
                 counters.words[gauge] = now
             words[Counter.SLOTS] = max(words[Counter.SLOTS], slot)

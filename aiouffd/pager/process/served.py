@@ -220,7 +220,7 @@ class Served:
                 return known
         try:
             if counts is not None and all(other["slot"] != record["slot"] for other in self._records().values()):
-                self.journal.use_slot(record["slot"], counts)
+                self.journal.use_slot(record["slot"], counts, record.get("user", 0))
             origin = await build(self.journal.counters_of(record["slot"]), self.take_identity(), record, self._commons)
             self.origins[origin.identity] = origin  # a log that is written anew meanwhile has it
             self._write(_record_of(origin.identity, record))
