@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import math
 import os
 import pickle
 import shutil
@@ -420,3 +421,40 @@ async def test_what_has_come_is_kept_before_a_source_is_closed(tmp_path: Path, m
     gate.set()
     await closing
     assert (await asyncio.to_thread(source.cache.statistics))["chunks"] == 1
+
+
+async def test_one_look_for_segments_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may take longer than the time between two: both would let the same segment go."""
+    monkeypatch.setattr("aiouffd.store.cached_source._WATCH", 0)
+    source, begun, go = opened(tmp_path), list[int](), threading.Event()
+
+    def flush() -> None:
+        begun.append(1)
+        go.wait(60)
+
+    monkeypatch.setattr(source.cache, "flush", flush)
+    await source.read(0, 10)
+    await until(lambda: begun)
+    await source.read(2 * CHUNK, 10)
+    for _ in range(20):  # another look would have begun
+        await asyncio.to_thread(int)
+    assert len(begun) == 1
+    go.set()
+    await until(lambda: len(begun) > 2)
+    await source.aclose()
+
+
+async def test_where_the_cache_cannot_be_used_faults_go_first_as_well(tmp_path: Path) -> None:
+    """The source knows what no thread waits for."""
+
+    class Two(Far):
+        async def read_ahead(self, offset: int, length: int) -> bytes:
+            """Return the bytes."""
+            return self.bytes_of(offset, length)
+
+    far = Two()
+    source = opened(tmp_path, far)
+    source.cache._full_until = math.inf
+    assert bytes(await source.read_ahead(5, 10)) == bytes(await source.read(5, 10)) == far.bytes_of(5, 10)
+    assert far.asked == [(5, 10)]
+    await source.aclose()

@@ -277,6 +277,13 @@ async def test_what_is_read_ahead_may_become_urgent(tmp_path: Path) -> None:
     assert bytes(await reading) == far.bytes_of(0, 3 * CHUNK)
     assert bytes(await source.read_ahead(0, 3 * CHUNK)) == far.bytes_of(0, 3 * CHUNK)
     assert far.ahead == 1
+    reading = asyncio.ensure_future(source.read_ahead(5 * CHUNK, 2 * CHUNK))
+    await asyncio.sleep(0)  # it is not known yet who is to bring them
+    assert far.ahead == 1
+    assert bytes(await source.read(6 * CHUNK, 10)) == far.bytes_of(6 * CHUNK, 10)
+    assert far.asked[1:] == [(5 * CHUNK, 2 * CHUNK)]
+    assert bytes(await reading) == far.bytes_of(5 * CHUNK, 2 * CHUNK)
+    await until(lambda: not source._fetches._ahead)
     await source.aclose()
 
 

@@ -266,7 +266,8 @@ class CachedSource:
         names = self._names
         missing = [number for number in names.range(offset, length) if number not in self._places]
         if not names.known or (missing and not self.cache.usable):
-            return await self.source.read(offset, length)
+            read = self.source.read if urgent else getattr(self.source, "read_ahead", self.source.read)
+            return await read(offset, length)
         if self._fetches is None:
             self._fetches = Fetches(self.source, names, self.cache, self._aside, self._came)
         found = await self._fetches.get(missing, urgent=urgent)
@@ -301,18 +302,20 @@ class CachedSource:
             self._watch = asyncio.get_running_loop().call_later(_WATCH, self._begin_look)
 
     def _begin_look(self) -> None:
-        self._watch = None
         if self._fetches is not None:
             self._fetches.spawn(self._look())
 
     async def _look(self) -> None:
-        """Let evicted segments go: as long as one is open or mapped, the disk keeps its room."""
+        """Let evicted segments go: as long as one is open or mapped, the disk keeps its room. One look at a time."""
         segments = list(self._held)
-        for segment in await self._aside(lambda: [each for each in segments if each.gone]):
-            numbers = self._held.pop(segment)
-            self._forget([n for n in numbers if n in self._places and self._places[n].segment is segment])
-        await self._aside(self._note_used)
-        await self._aside(self.cache.flush)
+        try:
+            for segment in await self._aside(lambda: [each for each in segments if each.gone]):
+                numbers = self._held.pop(segment)
+                self._forget([n for n in numbers if n in self._places and self._places[n].segment is segment])
+            await self._aside(self._note_used)
+            await self._aside(self.cache.flush)
+        finally:
+            self._watch = None
         if self._places:
             self._look_later()
 

@@ -52,7 +52,7 @@ class Fetches:
         self._aside = aside
         self._came = came
         self._read_ahead = getattr(source, "read_ahead", source.read)
-        self._ahead: set[int] = set()  # chunks that are read so, and may be read sooner
+        self._ahead: dict[int, bool] = {}  # chunks that no thread waits for: whether they are read so, by now
         self._flights: dict[int, asyncio.Future[Any]] = {}
         self._mine: set[int] = set()  # chunks that are to be fetched here
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -80,12 +80,13 @@ class Fetches:
             if flight is None:
                 flight = self._flights[number] = asyncio.get_running_loop().create_future()
                 new.append(number)
-            elif urgent and number in self._ahead:
-                self._ahead.discard(number)
+                if not urgent and self._read_ahead != self._source.read:
+                    self._ahead[number] = False
+            elif urgent and self._ahead.pop(number, False):
                 self.spawn(self._hurry(number))
             waiting[number] = flight
         if new:
-            self.spawn(self._fly(new, urgent=urgent))
+            self.spawn(self._fly(new))
         if waiting:
             await asyncio.wait(waiting.values())
         found = {}
@@ -104,7 +105,7 @@ class Fetches:
             if len(data) == length:
                 self._give(number, data)
 
-    async def _fly(self, left: list[int], *, urgent: bool) -> None:
+    async def _fly(self, left: list[int]) -> None:
         """Find chunks in the cache, or fetch them, whatever comes of it."""
         pause, until, waits = _FIRST_LOOK, time.monotonic() + _PATIENCE, False
         try:
@@ -114,7 +115,7 @@ class Fetches:
                 for number, item in found.items():
                     self._land(number, item.data)
                 for run in self._names.runs(mine, _LONGEST):
-                    self.spawn(self._fetch(run, urgent=urgent))
+                    self.spawn(self._fetch(run))
                 if not left:
                     return
                 if not waits:
@@ -170,13 +171,14 @@ class Fetches:
         item = self._cache.find(key)
         return item if item is not None and item.place.length == self._names.length(number) else None
 
-    async def _fetch(self, run: list[int], *, urgent: bool) -> None:
+    async def _fetch(self, run: list[int]) -> None:
         """Read chunks that this process has locked, and keep them."""
         start, length = run[0] * self._names.chunk_size, sum(map(self._names.length, run))
+        read = self._source.read
         try:
-            if not urgent and self._read_ahead != self._source.read:
-                self._ahead.update(run)
-            read = self._source.read if urgent else self._read_ahead
+            if self._ahead.keys() >= set(run):  # else some have become urgent
+                self._ahead.update(dict.fromkeys(run, True))
+                read = self._read_ahead
             data = memoryview(await read(start, length)).cast("B")
             self._check(start, length, len(data))
             chunks = {n: data[n * self._names.chunk_size - start :][: self._names.length(n)] for n in run}
@@ -197,7 +199,6 @@ class Fetches:
             for number in run:
                 self._land(number, error)
         finally:
-            self._ahead.difference_update(run)
             for number in run:
                 self._land(number, self._ended(number))
                 self._unlock(number)
@@ -232,6 +233,7 @@ class Fetches:
     def _land(self, number: int, outcome: Any) -> None:
         self._give(number, outcome)
         self._flights.pop(number, None)
+        self._ahead.pop(number, None)
 
     def _ended(self, number: int) -> SourceError:
         size = self._names.chunk_size
