@@ -100,7 +100,7 @@ class Region(mmap.mmap):
     page_size: int
     fd: int
     monitor: Any
-    """The Monitor that serves it, or None."""
+    """The Monitor that serves it, or None: before its block is entered, and when it was left."""
     never_served: bool
     """Whether no Monitor has been entered yet: until then zeros may be the kernel's, see `kernel.populated`."""
     withheld: bool

@@ -118,8 +118,9 @@ def open(  # noqa: A001 - it is called aiouffd.open
 ) -> Opened:
     """Map what a path or a URL names: a region of its size, whose pages come on first touch.
 
-    `async with aiouffd.open(...) as region`, or plain `with`. `region.monitor` is the `Monitor`. The region is served
-    inside the block only, arrays on it as well: `map` is without a block.
+    `async with aiouffd.open(...) as region`, or plain `with`. `region.monitor` is the `Monitor`; behind the block it is
+    None, so keep the Monitor if `check()` is called then. The region is served inside the block only, arrays on
+    it as well: `map` is without a block.
 
     Args:
         what: a path, `http(s)://`, `s3://`, `gs://`, `az://`, `file://`; also a buffer or a `Source`. URLs other than
