@@ -22,10 +22,12 @@ from aiouffd.engine import reading
 from aiouffd.engine.allowance import Allowance
 from aiouffd.engine.dispatcher import Dispatcher
 from aiouffd.engine.reading import PythonReader
+from aiouffd.engine.retrying import Retrying
 from aiouffd.engine.runs import Op, Run
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import OperationError
 from aiouffd.native.reader import Outcome
+from aiouffd.testing import POISONED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -268,7 +270,7 @@ async def test_nothing_spins_where_events_cannot_be_read(rig: Rig, monkeypatch: 
 async def test_a_descriptor_that_is_broken_is_dropped(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: list[int]
 ) -> None:
-    """And its owner learns why. An interrupted read is none, and an unknown flag is left out, once."""
+    """Its owner learns why, and its threads get SIGBUS. An interrupted read is none; a flag is left out, once."""
     logging.getLogger("aiouffd").propagate = True
     number = before[0] if before == [errno.EOPNOTSUPP] else errno.EIO
     failing = [number, *before]
@@ -286,6 +288,46 @@ async def test_a_descriptor_that_is_broken_is_dropped(
     assert isinstance(error, OperationError)
     assert (error.operation, error.start, error.len, error.errno) == ("read", 0, 0, number)
     assert f"{world.space!r} cannot be read and is dropped: {os.strerror(number)}" in caplog.text
+    assert uffd.pages[BASE + PAGE] is POISONED
+    assert not uffd.asleep
+
+
+@pytest.mark.usefixtures("python_reader")
+async def test_a_descriptor_that_is_broken_is_tried_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where threads are to wait for what cannot be had. Its owner is told once."""
+    logging.getLogger("aiouffd").propagate = True
+    monkeypatch.setattr(module, "_PASSING_ERROR_PAUSE", 0.001)
+    failing = [errno.EIO] * 3
+
+    def preadv(*arguments: Any) -> int:
+        if failing:
+            raise OSError(failing.pop(), "broken")
+        return os.preadv(*arguments)
+
+    monkeypatch.setattr(reading, "_preadv", preadv)
+    world, uffd = rig.world()
+    world.space.retrying = Retrying(world.space)
+    world.touch(1, 1)
+    uffd.send()
+    await until(lambda: uffd.pages)
+    assert uffd.pages == {BASE + PAGE: content(PAGE, PAGE)}
+    assert len(world.errors) == 1
+    assert caplog.text.count("events cannot be read, and wait") == 1
+
+
+async def test_what_cannot_be_poisoned_is_not_dropped(rig: Rig) -> None:
+    """It is read no more, and its descriptor stays open: else its threads would read zeros."""
+    world, uffd = rig.world()
+    uffd.failures.append(-errno.EINVAL)
+    world.touch(1, 1)
+    rig.dispatcher._broken(world.space, errno.EIO)
+    uffd.send()
+    await until(lambda: not rig.dispatcher._tasks)
+    assert list(rig.dispatcher.spaces.values()) == [world.space]
+    assert uffd.asleep
+    assert not uffd.pages
 
 
 @pytest.mark.usefixtures("python_reader")
@@ -309,13 +351,15 @@ async def test_a_read_with_the_nowait_flag_is_refused(rig: Rig, monkeypatch: pyt
 async def test_a_descriptor_whose_flag_is_taken_again_and_again_is_dropped(rig: Rig) -> None:
     """O_NONBLOCK belongs to the open file: others can clear it. Eight times it is set again."""
     world, uffd = rig.world()
+    world.touch(1, 1)
     for number in range(module._MAX_NONBLOCK_RESETS):
         assert rig.dispatcher.spaces, number
         os.set_blocking(uffd.reader, True)
         rig.dispatcher._unblock(uffd.reader)
-        assert not rig.dispatcher.spaces or not os.get_blocking(uffd.reader)
-    assert not rig.dispatcher.spaces
+        assert not os.get_blocking(uffd.reader)
+    await until(lambda: not rig.dispatcher.spaces)
     assert world.space.closing
+    assert not uffd.asleep
 
 
 @pytest.mark.usefixtures("python_reader")

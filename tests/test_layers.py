@@ -109,6 +109,7 @@ ORDER = {
             "moment",
             "plain",
             "space",
+            "forsaking",
             "messages",
             "reading",
             "dispatcher",

@@ -10,9 +10,9 @@ and `bound` (what came longest ago is dropped, and missing again), `places` (whi
 image), `kept` (the bytes of pages that were written before a snapshot has read them), `arming` (write protection of an
 image, in each space that shows it), `capture` (the memory of one moment, while its threads write on) and `moment` (how
 threads read it), `deferred` and `remainders` (runs that come later), `plain` (faults that need one COPY of bytes in
-memory), `space` (one descriptor, and what is under way for it), `messages` (what a space does with its messages),
-`reading` (reads descriptors and serves plain faults, in the native part or in Python), `dispatcher` (descriptors on a
-loop).
+memory), `space` (one descriptor, and what is under way for it), `forsaking` (one that cannot be read any more),
+`messages` (what a space does with its messages), `reading` (reads descriptors and serves plain faults, in the native
+part or in Python), `dispatcher` (descriptors on a loop).
 
 Above them `serve` (a source or a handler brings the pages), `ahead` (pages are brought before they are touched),
 `options` (what serves, and how: what an application needs of an engine that runs elsewhere) and `assembly`, which puts

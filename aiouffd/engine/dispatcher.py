@@ -16,6 +16,8 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
+from aiouffd.engine.flight import spawn
+from aiouffd.engine.forsaking import forsake
 from aiouffd.engine.messages import serve_messages
 from aiouffd.engine.others import Others
 from aiouffd.engine.reading import make_reader
@@ -48,6 +50,7 @@ _NO_FLAGS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)  # before Linux 6.10; 
 _LOGGED_AGAIN_NS = 5_000_000_000
 _FILE = "file"  # why a space is held: something is done to the file of its memory
 _NO_ROOM = "no room"  # for what is to be read
+_UNREADABLE = "unreadable"  # for good
 _MAX_NONBLOCK_RESETS = 8  # so often O_NONBLOCK is set again, until the descriptor is dropped
 
 
@@ -115,6 +118,7 @@ class Dispatcher:
         self._on_idle = on_idle
         self._epoll = select.epoll()
         self._logged_ns = -_LOGGED_AGAIN_NS
+        self._tasks: set[asyncio.Task[None]] = set()
         self._turn: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pause = _RETRY
@@ -222,6 +226,8 @@ class Dispatcher:
         """Drop all spaces and leave the loop."""
         self._closed = True
         self._checker.cancel()
+        for task in self._tasks:
+            task.cancel()
         for handle in (self._turn, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -293,21 +299,32 @@ class Dispatcher:
             self._reads_with_flags = False
             self._reader.read_without_flags()
             return True  # nothing was read: look again
-        if number in _PASSING_ERRORS:
+        if number in _PASSING_ERRORS or (space.retrying is not None and number != errno.EINTR):
             # The kernel keeps what could not be read, for instance a fork whose descriptor finds no room.
             now = perf_counter_ns()
             if now - self._logged_ns > _LOGGED_AGAIN_NS:
                 self._logged_ns = now
-                log.error(
-                    "events cannot be read, and wait (limit of open files: RLIMIT_NOFILE): %s", os.strerror(number)
-                )
+                why = "limit of open files: RLIMIT_NOFILE" if number in _PASSING_ERRORS else repr(space)
+                log.error("events cannot be read, and wait (%s): %s", why, os.strerror(number))
+                if number not in _PASSING_ERRORS:
+                    space.report(operation_error("read", 0, 0, number))
             self.hold(space, _NO_ROOM)
             self._loop.call_later(_PASSING_ERROR_PAUSE, self._read_again, space)
         elif number != errno.EINTR:
             log.error("%r cannot be read and is dropped: %s", space, os.strerror(number))
             space.report(operation_error("read", 0, 0, number))
-            self.drop(space)
+            self._forsake(space)
         return False
+
+    def _forsake(self, space: Space) -> None:
+        """Drop a space once nobody waits there any more: as where a source fails for good."""
+        self.hold(space, _UNREADABLE)
+        spawn(self._tasks, self._drop_forsaken(space))
+
+    async def _drop_forsaken(self, space: Space) -> None:
+        with contextlib.suppress(ClosedError):
+            if await forsake(space):
+                self.drop(space)
 
     def _unblock(self, fd: int) -> None:
         """Set O_NONBLOCK again: without it, poll(2) reports an error for ever, and the loop would never sleep."""
@@ -318,7 +335,7 @@ class Dispatcher:
         self._blocking[fd] = times = self._blocking.get(fd, 0) + 1
         if times == _MAX_NONBLOCK_RESETS:
             log.error("%r is dropped: O_NONBLOCK was taken from it %d times", space, times)
-            self.drop(space)
+            self._forsake(space)
 
     def _read_again(self, space: Space) -> None:
         if not space.uffd.closed:

@@ -22,7 +22,7 @@ import attrs
 
 from aiouffd.engine.flight import spawn
 from aiouffd.engine.statistics import Counter, Counters, told
-from aiouffd.errors import HandlerError, HandoffError, SourceError, UffdError
+from aiouffd.errors import HandlerError, HandoffError, OperationError, SourceError, UffdError
 from aiouffd.handoff.json_lines import AGAIN, VERSION, ranges_of
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel.abi import Feature
@@ -429,7 +429,7 @@ class Session:
             if tenant is None or client.tenant is tenant:
                 log.error("%s: %s", client, error)
                 self._tell("client.failed", client=client.number, reason=str(error))
-                if self.settings.on_failure == "kill" and (tenant is None or isinstance(error, _LOST)):
+                if self.settings.on_failure == "kill" and (tenant is None or _is_lost(error)):
                     kill(client.connection, client.peer, "a page cannot be had, or its pager is lost")
                 if client.conversation is not None:
                     client.conversation.report(error)
@@ -457,6 +457,11 @@ class Session:
         self._changed.set()
         self._tell("client.gone", client=client.number, pid=client.peer.pid, reason=why)
         log.info("%s %s; %d left", client, why, self.served)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Tell whether a page cannot be had, or all of them: since nobody can read what is asked for."""
+    return isinstance(error, _LOST) or (isinstance(error, OperationError) and error.operation == "read")
 
 
 def _check(handoff: Handoff, served: int, *, stored: bool) -> None:

@@ -17,6 +17,7 @@ from scenario import play, replaced, until
 from served import MIB, hand_over
 
 import aiouffd
+from aiouffd.engine import reading
 from aiouffd.server.listener import SocketFile
 from aiouffd.server.server import Server
 from aiouffd.server.services import Settings
@@ -259,21 +260,37 @@ class Fails:
         return content(offset, length)
 
 
+class Unread(Fails):
+    """No message can be read in the pager that serves it, until a file is there."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        reading._preadv = self.preadv
+
+    def preadv(self, *arguments: Any) -> int:
+        """As `os.preadv`."""
+        if not self.gate.exists():
+            raise OSError(5, "")
+        return os.preadv(*arguments)
+
+
 def touches(path: str) -> None:
     """Scenario: a client."""
     region, _connection, _uffd = hand_over(path)
     assert region[5 * PAGE] == 6
 
 
-async def failing(directory: str, policy: Literal["poison", "kill", "hold"], status: int) -> None:
-    """Scenario: a page cannot be had."""
+async def failing(directory: str, what: str, policy: Literal["poison", "kill", "hold"], status: int) -> None:
+    """Scenario: a page cannot be had, or the messages that ask for it cannot be read."""
+    os.environ["AIOUFFD_NATIVE"] = str(int(what == "page"))
     path, gate = Path(directory) / "socket", Path(directory) / "gate"
-    async with Server(Fails(str(gate)), path, on_failure=policy, retries=0) as server:
+    source = (Fails if what == "page" else Unread)(str(gate))
+    async with Server(source, path, on_failure=policy, retries=0) as server:
         client = asyncio.create_task(asyncio.to_thread(play, touches, str(path), status=status))
         told = server.happenings.follow(0)
         while (happening := await anext(told)).kind != "client.failed":
             pass
-        assert "a bad moment" in happening.details["reason"]
+        assert ("a bad moment" if what == "page" else os.strerror(5)) in happening.details["reason"]
         gate.touch()
         await client
         await told.aclose()
@@ -307,6 +324,7 @@ def test_why_a_client_has_ended_is_told_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("policy", "status"), [("poison", -signal.SIGBUS), ("kill", -signal.SIGKILL), ("hold", 0)])
-def test_a_page_that_cannot_be_had(tmp_path: Path, policy: str, status: int) -> None:
-    """SIGBUS, the end, or the page as soon as the source has it again."""
-    play(failing, str(tmp_path), policy, int(status))
+@pytest.mark.parametrize("what", ["page", "messages"])
+def test_a_page_that_cannot_be_had(tmp_path: Path, what: str, policy: str, status: int) -> None:
+    """SIGBUS, the end, or the page as soon as the source has it again; so also where no message can be read."""
+    play(failing, str(tmp_path), what, policy, int(status))
