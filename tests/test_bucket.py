@@ -114,8 +114,7 @@ async def test_plain_http_is_asked_on_the_loop(made: Path) -> None:
             assert bytes(await source.read(at, 4096)) == DATA[at : at + 4096]
         bucket = source.snapshot.store
         assert isinstance(bucket, Bucket)
-        direct = bucket._direct
-        assert direct is not None
+        direct = bucket._direct[30]
         assert (len(direct._idle), len(direct._busy)) == (1, 0)
         await source.aclose()
         assert not direct._idle

@@ -151,6 +151,9 @@ async def test_timeouts(made: Path) -> None:
             source.begin(40, 3, lambda: None)
             part = source._part("packs/x")
             assert (part.timeout, part._most) == expected
+            assert part._shared()._timeout == expected[0]
+            store: Any = source.snapshot.store
+            assert store.part("x").timeout == (own or 30)  # its manifest was asked for so
             await source.aclose()
 
 

@@ -33,16 +33,18 @@ class Bucket:
     Args:
         url: of what they are in, without a slash at its end.
         options: for the store, as for `ObjectSource`.
+        timeout: seconds for one request, where `part` is given no other; None: 30.
     """
 
     is_local = False
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any], timeout: float | None = None) -> None:
         self.url: str = url.rstrip("/")
         self._options = dict(options)
+        self._timeout = timeout or _TIMEOUT
         self._http = urlsplit(url).scheme in ("http", "https")
         self._clients: dict[float, StoreClient] = {}  # by their timeouts
-        self._direct: LoopHttp | None = None
+        self._direct: dict[float, LoopHttp] = {}  # likewise
 
     def is_same(self, other: object) -> bool:
         """Tell whether another store is this one."""
@@ -64,19 +66,19 @@ class Bucket:
         Raises:
             StoreError: the URL cannot be used.
         """
-        source = ObjectSource(f"{self.url}/{path}", timeout=timeout or _TIMEOUT, retries=retries, **self._options)
+        seconds = timeout or self._timeout
+        source = ObjectSource(f"{self.url}/{path}", timeout=seconds, retries=retries, **self._options)
         source.begin(timeout, retries, on_retry)
-        source.share(None if is_lost() else self._connect(path, timeout), self._on_loop)
+        source.share(None if is_lost() else self._connect(path, seconds), partial(self._on_loop, seconds))
         return source
 
-    def _on_loop(self) -> LoopHttp:
+    def _on_loop(self, seconds: float) -> LoopHttp:
         """Return what asks an http server on the loop that runs."""
-        if self._direct is None or not self._direct.is_here:
-            self._direct = LoopHttp(self.url, _TIMEOUT, Validator(None))
-        return self._direct
+        if (found := self._direct.get(seconds)) is None or not found.is_here:
+            found = self._direct[seconds] = LoopHttp(self.url, seconds, Validator(None))
+        return found
 
-    def _connect(self, path: str, timeout: float | None) -> StoreClient:
-        seconds = timeout or _TIMEOUT
+    def _connect(self, path: str, seconds: float) -> StoreClient:
         if seconds not in self._clients:
             try:
                 self._clients[seconds] = StoreClient(self.url, self._options, seconds, self._proxy, key="")
@@ -171,10 +173,10 @@ class Bucket:
 
     def close(self) -> None:
         """Close its connections, those on the loop that runs."""
-        if self._direct is not None:
-            self._direct.close()
+        for each in self._direct.values():
+            each.close()
+        self._direct.clear()
         self._clients.clear()
-        self._direct = None
 
     def __repr__(self) -> str:
         return f"Bucket({hide_secrets(self.url)!r})"

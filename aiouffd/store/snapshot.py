@@ -41,14 +41,16 @@ _WHOLE = 32  # bytes of the hash of an object
 _DAMAGED = "it is damaged: its hash is another than its manifest says"
 
 
-def open_store(place: str, options: Mapping[str, Any] | None = None, *, make: bool = False) -> Folder | Bucket:
-    """Return the store at a path or a URL; make: a folder that is not there is made."""
+def open_store(
+    place: str, options: Mapping[str, Any] | None = None, *, make: bool = False, timeout: float | None = None
+) -> Folder | Bucket:
+    """Return the store at a path or a URL; make: a folder that is not there is made; timeout: as for `Bucket`."""
     check_options(place, options)
     place = without_scheme(place)
     if "://" in place:
         from aiouffd.store.bucket import Bucket  # noqa: PLC0415 - the extra `http`
 
-        return Bucket(place, options or {})
+        return Bucket(place, options or {}, timeout)
     return Folder.make(place) if make else Folder(place)
 
 
@@ -138,7 +140,9 @@ def read_encoded(store: Folder | Bucket, name: str) -> bytes:
     return data
 
 
-def open_snapshot(place: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Snapshot:
+def open_snapshot(
+    place: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, timeout: float | None = None
+) -> Snapshot:
     """Open a snapshot: read its manifest and all of its index, and check them; blocks.
 
     The index is copied to an unlinked temporary file: what is mapped must not change, be cut, or be on a file system
@@ -148,7 +152,7 @@ def open_snapshot(place: str | os.PathLike[str], options: Mapping[str, Any] | No
         StoreError: it is missing, damaged, or of an unknown version, or there is no room for the copy.
     """
     above, name = split(place)
-    return open_in(open_store(above, options), name)
+    return open_in(open_store(above, options, timeout=timeout), name)
 
 
 def open_in(store: Folder | Bucket, name: str) -> Snapshot:

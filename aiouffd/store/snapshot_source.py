@@ -85,7 +85,7 @@ class SnapshotSource:
             SourceError: its store cannot be reached.
         """
         if self._snapshot is None:
-            self._adopt(open_snapshot(self.url, self._options))
+            self._adopt(open_snapshot(self.url, self._options, timeout=self._given[0]))
         assert self._snapshot is not None
         return self._snapshot
 

@@ -72,10 +72,10 @@ def answering_late(units: int = 100) -> Iterator[threading.Event]:
         answered.set()
         end(beginning)
 
-    def late(answer: Any, *arguments: Any) -> Any:
+    def late(answer: Any, *arguments: Any, **options: Any) -> Any:
         asked.set()
         assert not is_first.acquire(blocking=False) or placed.wait(30)
-        return answer(*arguments)
+        return answer(*arguments, **options)
 
     with (
         mock.patch.object(RecordedPages, "load", loading),
