@@ -43,6 +43,7 @@ ORDER = {
             "files",
             "limits",
             "owned_descriptor",
+            "file_lock",
             "memory",
             "pagemap",
             "locked",

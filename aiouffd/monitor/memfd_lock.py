@@ -1,20 +1,17 @@
 """Who may have a Monitor of a memfd: any number of them, or one that drops pages.
 
-A Monitor that drops pages of a file knows what was written through it, and through its forked children. What is written
-through another Monitor's mapping it would drop: the source's bytes would come again in its place, for all. So the file
-is locked (flock(2)), as a file is that a source writes to.
+So it is with servers, which serve the memory of other processes: `kernel.file_lock` says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.errors import BusyError
-from aiouffd.kernel.owned_descriptor import OwnedDescriptor
+from aiouffd.kernel.file_lock import locked_anew
 from aiouffd.lifetime import close_in_children
 
 if TYPE_CHECKING:
@@ -38,23 +35,14 @@ class MemfdLock:
     """
 
     def __init__(self, region: Region, *, alone: bool) -> None:
-        self._file = OwnedDescriptor()
-        with contextlib.suppress(OSError):
-            # A lock belongs to the open file, and the region's may be another process's, too.
-            self._file = OwnedDescriptor(os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC))
-        close_in_children(self._file)
         try:
-            self._lock(fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            self._file = close_in_children(locked_anew(region.fd, os.O_RDONLY, alone=alone))
         except BlockingIOError as error:
-            self._file.close()
             operation = _DROPS if alone else _SHARES
             raise BusyError(operation, region.address, region.mapped_length, errno.EBUSY) from error
 
     def close(self) -> None:
         """Let others have it: also where a child that C code has forked has the open file, too."""
-        self._lock(fcntl.LOCK_UN)
-        self._file.close()
-
-    def _lock(self, how: int) -> None:
         if self._file.intact:
-            fcntl.flock(self._file.fileno(), how | fcntl.LOCK_NB)
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
+        self._file.close()

@@ -12,6 +12,7 @@ import errno
 import logging
 import mmap
 import os
+import time
 from typing import TYPE_CHECKING
 
 from aiouffd.engine.protect import WrittenPages
@@ -19,6 +20,7 @@ from aiouffd.errors import ClosedError, HandoffError, SessionError, UffdError
 from aiouffd.handoff.receive import enabled_features
 from aiouffd.kernel import abi
 from aiouffd.kernel.abi import Feature
+from aiouffd.kernel.file_lock import locked_anew
 from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.kernel.pagemap import data_ranges
 
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
     from aiouffd.pager.client.client import PagerClient
     from aiouffd.server.clients import Client
 
-__all__ = ["PROTECTED", "evict", "fill", "lacking", "notes_for", "prefetch"]
+__all__ = ["PROTECTED", "evict", "fill", "lacking", "memory_of", "notes_for", "prefetch"]
 
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
+_RELEASED = 2.0  # seconds for a pager to close the file of a client that has just left
+_AGAIN = 0.02
 PROTECTED = "register it with UFFDIO_REGISTER_MODE_WP, too (Linux 5.19)"
 
 
@@ -136,6 +140,29 @@ def lacking(uffd: Userfaultfd, page_size: int, *, has_file: bool) -> str:
     if Feature.WP_ASYNC in enabled_features(uffd.fileno()):
         return "its userfaultfd has UFFD_FEATURE_WP_ASYNC, so that the kernel lets all writes go on: do not enable it"
     return ""
+
+
+def memory_of(handoff: Handoff, *, alone: bool) -> OwnedDescriptor:
+    """Return the client's memory file, locked as long as anybody has it open who has got it from here. Blocks.
+
+    Args:
+        handoff: with such a file.
+        alone: pages of it are dropped.
+
+    Raises:
+        HandoffError: others serve it, too, which must not be.
+    """
+    until = time.monotonic() + _RELEASED
+    while True:
+        try:
+            file = locked_anew(handoff.memory.fileno(), os.O_RDWR, alone=alone)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                why = "its memory file is another client's, or a Monitor's, and pages are dropped of it (max_resident)"
+                raise HandoffError(str(handoff.peer), why) from None
+            time.sleep(_AGAIN)
+        else:
+            return file if not file.closed else handoff.memory
 
 
 def notes_for(handoff: Handoff) -> WrittenPages:

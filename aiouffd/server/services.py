@@ -24,7 +24,7 @@ from aiouffd.kernel.owned_descriptor import OwnedDescriptor
 from aiouffd.pager.client.packing import Pack
 from aiouffd.server.clashes import CHOSEN, MAPPING, check, why_not
 from aiouffd.server.recordings import recording_of
-from aiouffd.server.residence import notes_for
+from aiouffd.server.residence import memory_of, notes_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,8 +252,9 @@ class Services:
 
     def _share(self, origin: Any, size: int, handoff: Handoff) -> Pack:
         bounded = self._options.bounded
+        file = [] if handoff.memory.closed else [memory_of(handoff, alone=bounded)]
         notes = [notes_for(handoff)] if bounded else []
-        memory: list[FileDescriptorLike] = [] if handoff.memory.closed else [*notes, handoff.memory]
+        memory: list[FileDescriptorLike] = [*notes, *file] if file else []
         identity = getattr(origin, "identity", None)
         page_size = handoff.regions.page_size
         key = (id(origin) if identity is None else identity, page_size)

@@ -41,7 +41,7 @@ from aiouffd.server.snapshots import Snapshots
 from aiouffd.server.successor import keep_client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from aiouffd.engine.statistics import Statistics
     from aiouffd.handoff.arrival import Handoff
@@ -331,7 +331,6 @@ class Session:
 
     async def _open(self, client: Client) -> None:
         try:
-            _check_file(client, self._pager.tenants)
             keep_client(self._pager, client)
             opening = asyncio.wrap_future(self._pager.open(client.tenant))
             try:
@@ -471,15 +470,6 @@ def _check(handoff: Handoff, served: int, *, stored: bool) -> None:
         raise HandoffError(peer, "has its forks told: systemd's store cannot keep a child; use --hold PATH")
     if handoff.peer.pid and served >= _MAX_OF_PROCESS:
         raise HandoffError(peer, f"is served {_MAX_OF_PROCESS} times already")
-
-
-def _check_file(client: Client, others: Iterable[Tenant]) -> None:
-    """Refuse a second client of one memory file where pages are dropped of it: each write is noted for one of them."""
-    ours = client.tenant
-    for other in others:
-        if ours.file and ours.file == other.file and (ours.pack.options["bounded"] or other.pack.options["bounded"]):
-            why = "its memory file is another client's, and pages are dropped of it (max_resident)"
-            raise HandoffError(str(client.peer), why)
 
 
 def _name_asked_for(handoff: Handoff) -> str:

@@ -105,6 +105,30 @@ def is_refused(control: ControlClient, at: str, place: Path, region: aiouffd.Reg
         assert next(reason for reason in told if why in reason)
         connection.close()
         uffd.close()
+    is_locked(control, place, region)
+
+
+def is_locked(control: ControlClient, place: Path, region: aiouffd.Region) -> None:
+    """Have no Monitor of a client's memory file that drops pages, or of one of which the server does."""
+
+    def served(other: aiouffd.Region, **limits: Any) -> bool:
+        try:
+            with aiouffd.Monitor(other, aiouffd.BufferSource(bytes(len(other))), on_exit="zeros", **limits):
+                return True
+        except aiouffd.BusyError:
+            return False
+
+    limits = {"max_resident": MIB // 2}
+    assert not served(aiouffd.Region.from_fd(region.fd))
+    shown, _connection, uffd = hand_over(place / "other.sock", MIB, shared=True)
+    assert peek(shown.address) == word(0)
+    other = aiouffd.Region.from_fd(shown.fd)
+    assert served(other)
+    assert not served(other, **limits)
+    assert control.ask("POST", "/v1/sessions/other/complete")["failed"] == {}
+    uffd.close()
+    shown.close()
+    eventually(lambda: served(other, **limits), expected=True)
 
 
 def test_the_memory_of_a_client_is_bounded(tmp_path: Path) -> None:

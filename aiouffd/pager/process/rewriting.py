@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rewriting", "Room"]
 
-_LEAST: Final = 1 << 20  # bytes of a log that is not worth the work
+_LEAST: Final = 1 << 17  # bytes of a log that is not worth the work: it is read in some 50 ms, while nobody serves
 _ROWS: Final = 2000  # mappings that are written at a time: 100 us
 _SLICE_NS: Final = 1_000_000
 _PAUSE: Final = 0.004  # seconds between two slices
