@@ -19,6 +19,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import aiouffd
 from aiouffd.sources import fsspec_source
+from aiouffd.store.cached_source import CachedSource
 from aiouffd.store.filesystem import CachedFileSystem
 from aiouffd.store.resolve import as_source
 from examples.page_server import serving
@@ -91,6 +92,32 @@ async def test_no_folder_is_listed_to_tell_of_a_file(memory: Any, opened: Any, t
     cached = await asyncio.to_thread(CachedFileSystem, hub, cache_storage=aiouffd.ChunkCache(tmp_path, 8 << 20))
     assert await asyncio.to_thread(cached.cat_file, "/file", 5, 9) == DATA[5:9]
     assert (hub.listed, hub.asked) == (0, 5)
+
+
+@pytest.mark.parametrize("method", ["cat_file", "info"])
+async def test_a_call_without_an_answer_keeps_nobody_waiting(
+    method: str, memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given up in time, so that who asks for the same chunk again does not wait for that call."""
+    hub = Hub()
+    hub.store = memory.store
+    source = CachedSource(aiouffd.FsspecSource(hub, "/file"), aiouffd.ChunkCache(tmp_path, 8 << 20))
+    await source.prepare()
+    source.begin(0.2, None, lambda: None)
+    call, end, first = getattr(hub, method), threading.Event(), threading.Lock()
+
+    def answering(*arguments: Any, **named: Any) -> Any:
+        if first.acquire(blocking=False):
+            end.wait()
+        return call(*arguments, **named)
+
+    monkeypatch.setattr(hub, method, answering)
+    with pytest.raises(aiouffd.SourceTimeoutError, match="has not answered in time"):
+        await asyncio.wait_for(source.read(5, 10), 60)
+    source.begin(60, None, lambda: None)
+    assert bytes(await asyncio.wait_for(source.read(5, 10), 60)) == DATA[5:15]
+    end.set()
+    await source.aclose()
 
 
 async def test_a_filesystem_of_functions(memory: Any, opened: Any) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from aiouffd.errors import ShortReadError, SourceError
+from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
 from aiouffd.sources import repeated
 from aiouffd.sources.daemon_threads import DaemonThreads
 
@@ -66,6 +66,7 @@ class FsspecSource:
             raise TypeError("FsspecSource takes a URL, or a filesystem and a path in it")
         self._what, self._path, self._options = what, path, options
         self._pinned: _Version | None = None
+        self._timeout: float | None = None
         # Made at first use: they do not travel.
         self._filesystem: Any = None
         self._pool: DaemonThreads | None = None
@@ -143,11 +144,15 @@ class FsspecSource:
         assert self._path is not None
         return self._filesystem, self._path
 
+    def begin(self, timeout: float | None, _retries: int | None, _on_retry: Callable[[], None]) -> None:
+        """Take over the timeout of the Monitor: others may wait for a read that the engine waits for no longer."""
+        self._timeout = timeout
+
     async def read(self, offset: int, length: int) -> Any:
         """Return the bytes. Canceling is safe; a call in a thread goes on, and what it returns is dropped.
 
         Raises:
-            SourceError: the file has changed, is gone, or may not be read.
+            SourceError: the file has changed, is gone, or may not be read. SourceTimeoutError: no answer in time.
         """
         data = await self._ask(offset, length, "cat_file", start=offset, end=offset + length)
         if len(data) != length:
@@ -161,7 +166,7 @@ class FsspecSource:
             try:
                 await asyncio.shield(self._next_look)
             except SourceError as error:
-                raise SourceError(repr(self), offset, length, error.reason) from error
+                raise type(error)(repr(self), offset, length, error.reason) from error
         return data
 
     async def _look(self, before: asyncio.Task[None] | None) -> None:
@@ -175,17 +180,23 @@ class FsspecSource:
 
     async def _ask(self, offset: int, length: int, method: str, **arguments: int) -> Any:
         """Call a method of the filesystem, on its loop or in a thread."""
-        loop = asyncio.get_running_loop()
         try:
-            filesystem, path, its_loop = await self._settled()
-            if its_loop is None:
-                return await loop.run_in_executor(self._pool, _call, filesystem, method, path, arguments)
-            call = _call_on_loop(filesystem, method, path, arguments)
-            if its_loop is loop:
-                return await call
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, its_loop))
+            async with asyncio.timeout(self._timeout):
+                return await self._answer(method, arguments)
         except _FOR_GOOD as error:
             raise SourceError(repr(self), offset, length, f"{type(error).__name__}: {error}") from error
+        except TimeoutError as error:
+            raise SourceTimeoutError(repr(self), offset, length, "the filesystem has not answered in time") from error
+
+    async def _answer(self, method: str, arguments: dict[str, int]) -> Any:
+        loop = asyncio.get_running_loop()
+        filesystem, path, its_loop = await self._settled()
+        if its_loop is None:
+            return await loop.run_in_executor(self._pool, _call, filesystem, method, path, arguments)
+        call = _call_on_loop(filesystem, method, path, arguments)
+        if its_loop is loop:
+            return await call
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, its_loop))
 
     async def _settled(self) -> tuple[Any, str, asyncio.AbstractEventLoop | None]:
         """Return what `_settle` does, which runs once: again only where that failed, or was not waited for."""
