@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-import select
+import os
+import resource
 from typing import Any
 
 from aiouffd import RegisterMode
@@ -22,13 +23,20 @@ def forsaken(pages: int = 4, token: str = "a") -> tuple[FakeUffd, Any]:
 
 
 def test_who_touches_a_missing_page_is_poisoned() -> None:
-    """Its thread goes on, and its descriptor is readable before."""
+    """Its thread goes on; that is seen before, also where this process has no descriptor left."""
     uffd, space = forsaken()
-    resort = LastResort([space])
-    assert not resort.attend()
-    uffd.touch(BASE + PAGE, 7)
-    assert select.select([resort], [], [], 0)[0]
-    assert resort.attend()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        resort = LastResort([space])
+        assert not resort.attend()
+        uffd.touch(BASE + PAGE, 7)
+        assert resort.wait(0, 0) >= {uffd.fileno()}
+        assert resort.wait(0) == {uffd.fileno()}  # the others are waited for once
+        assert resort.attend()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert uffd.pages == {BASE + PAGE: POISONED}
     assert not uffd.asleep
     resort.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from typing import TYPE_CHECKING
 
 from aiouffd.pager.process.last_resort import Forsaken, LastResort, on_error_of
@@ -49,14 +48,10 @@ def poison_what_is_touched(
         for tenant in (*tenants.values(), *children)
         if tenant.uffd.intact
     )
-    poller = select.poll()
-    poller.register(resort.fileno(), select.POLLIN)
-    if not waiter.lost:
-        poller.register(waiter, select.POLLIN)
     settled = False
     while not waiter.stopped and not (settled and not resort.spaces):
-        ready = poller.poll(1 if resort.pending else _CALM)
-        if waiter.fileno() in dict(ready):
+        ready = resort.wait(1 if resort.pending else _CALM, *(() if waiter.lost else (waiter,)))
+        if waiter.fileno() in ready:
             waiter.drain()
         if not resort.attend() and not ready and on_lost is not None and not settled:
             on_lost()

@@ -418,16 +418,13 @@ def _give_up(journal: Journal, connection: socket.socket, deaths: int, reason: s
     _tell(outbox, {"event": "died", "error": encode_error(error)})
     resort = LastResort(_forsaken(journal))
     log.error("%s; %s", error, resort.outlook)
-    poller = select.poll()
-    poller.register(resort.fileno(), select.POLLIN)
-    poller.register(connection, select.POLLIN)
+    client = [connection]
     looked = time.monotonic()
     while resort.spaces:
-        poller.poll(1 if resort.pending else _LOOK * 1000)
+        resort.wait(1 if resort.pending else _LOOK * 1000, *client)
         resort.attend()
         if not _answer(connection, outbox, resort, error):
-            with contextlib.suppress(KeyError):
-                poller.unregister(connection)
+            client.clear()
         if outbox:
             with contextlib.suppress(control.Closed, OSError):
                 outbox.flush()

@@ -25,6 +25,8 @@ from aiouffd.kernel.userfaultfd import Fork
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from _typeshed import FileDescriptorLike
+
     from aiouffd.kernel.userfaultfd import Userfaultfd
 
 __all__ = ["Forsaken", "LastResort", "on_error_of"]
@@ -62,10 +64,10 @@ class Forsaken:
 
 
 class LastResort:
-    """Attends to forsaken spaces; `fileno()` is readable when one of them has something to say."""
+    """Attends to forsaken spaces. It opens no descriptor: that none is left may be why nobody serves."""
 
     def __init__(self, spaces: Iterable[Forsaken]) -> None:
-        self._epoll = select.epoll()
+        self._poller = select.poll()
         self.spaces: dict[int, Forsaken] = {}
         self.pending: list[tuple[Forsaken, PageFault]] = []
         for space in spaces:
@@ -84,14 +86,20 @@ class LastResort:
             f"in {count} of {found.total()} spaces {_OUTLOOK[what]}" for what, count in found.most_common()
         )
 
-    def fileno(self) -> int:
-        """Return the descriptor to wait for."""
-        return self._epoll.fileno()
+    def wait(self, milliseconds: float, *others: FileDescriptorLike) -> set[int]:
+        """Wait until a space has something to say, or another descriptor is readable; return the numbers of those."""
+        for other in others:
+            self._poller.register(other, select.POLLIN)
+        try:
+            return {fd for fd, _ in self._poller.poll(milliseconds)}
+        finally:
+            for other in others:
+                self._poller.unregister(other)
 
     def attend(self) -> bool:
         """Let all go that wait now; tell whether there were any. What the kernel puts off is in `pending`."""
         faults, self.pending = self.pending, []
-        for fd, _ in self._epoll.poll(0):
+        for fd in self.wait(0):
             faults += self._read(fd)
         for space, fault in faults:
             if not _let_go(space, fault):
@@ -114,23 +122,23 @@ class LastResort:
         """Let go of all."""
         self.spaces.clear()
         self.pending.clear()
-        self._epoll.close()
 
     def _add(self, space: Forsaken) -> None:
         if space.words >= 0:
             take_back(space.words)
         self.spaces[space.uffd.fileno()] = space
-        self._epoll.register(space.uffd.fileno(), select.EPOLLIN)
+        self._poller.register(space.uffd, select.POLLIN)
 
     def _drop(self, fd: int) -> None:
         space = self.spaces.pop(fd)
-        with contextlib.suppress(OSError):  # its owner has closed it
-            self._epoll.unregister(fd)
+        self._poller.unregister(fd)
         self.pending = [item for item in self.pending if item[0] is not space]
 
     def _read(self, fd: int) -> list[tuple[Forsaken, PageFault]]:
         space = self.spaces[fd]
         faults: list[tuple[Forsaken, PageFault]] = []
+        if not space.uffd.intact:  # its owner has closed it, and the number may be another file's
+            return faults
         with contextlib.suppress(OSError, ClosedError):  # EMFILE: a child's descriptor, tried again
             os.set_blocking(fd, False)  # whoever has handed it over may have cleared the flag
             for event in space.uffd.read():
