@@ -207,6 +207,23 @@ async def test_what_fails_ahead_is_left_to_faults(failure: Exception, caplog: py
     assert ("comes with its fault" in caplog.text) == isinstance(failure, SourceError)
 
 
+async def test_the_rest_comes_where_a_replay_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """One page of a recording that cannot be had keeps no other from coming."""
+    logging.getLogger("aiouffd").propagate = True
+    world = World(0, located=True)
+    original = world.backend.bring
+
+    async def bring(space: Any, ranges: Any, cause: Counter) -> None:
+        if cause == Counter.PAGES_REPLAY:
+            raise SourceError("it", 0, 1, "no")
+        await original(space, ranges, cause)
+
+    world.backend.bring = bring  # type: ignore[method-assign]
+    await bring_ahead(world.space, world.backend, Trace(PAGE, SIZE, array("Q", [9 * PAGE])), math.inf)
+    assert caplog.text.count("comes with its fault") == 1
+    assert world.uffd.pages == world.model
+
+
 @pytest.mark.parametrize(("local", "patience", "pieces"), [(True, 0.05, 4), (True, 0.0, 1), (False, 0.05, 1)])
 async def test_the_pieces(monkeypatch: pytest.MonkeyPatch, local: bool, patience: float, pieces: int) -> None:
     """Small ones of what is near, since a fault may have to wait for one; larger ones in a hurry, or from far away."""

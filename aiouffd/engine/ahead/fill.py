@@ -11,6 +11,7 @@ import logging
 import math
 from collections import deque
 from contextlib import nullcontext
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ async def bring_ahead(
     background: float,
     on_progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replay a trace, then fill in the background. What fails is logged, and left to faults.
+    """Replay a trace, then, also where that has failed, fill in the background. What fails is logged, left to faults.
 
     Args:
         space: its `replayed` and `filled` say where to begin, and are kept up to date.
@@ -71,15 +72,15 @@ async def bring_ahead(
         background: bytes per second at most; 0: no background fill.
         on_progress: called after so much that a successor should know.
     """
-    try:
-        if trace is not None:
-            await _replay(space, backend, trace, on_progress)
-        if background:
-            await fill(space, backend, background, on_progress)
-    except ClosedError:
-        return
-    except UffdError as error:
-        log.warning("%s; what was not brought ahead comes with its fault", error)
+    works = [] if trace is None else [partial(_replay, space, backend, trace, on_progress)]
+    works += [partial(fill, space, backend, background, on_progress)] if background else []
+    for work in works:
+        try:
+            await work()
+        except ClosedError:
+            return
+        except UffdError as error:
+            log.warning("%s; what was not brought ahead comes with its fault", error)
 
 
 async def _replay(space: Space, backend: Backend, trace: Trace, on_progress: Callable[[], None]) -> None:
