@@ -21,6 +21,7 @@ from aiouffd.server.control.problems import problem_of
         (aiouffd.StoreError("x", 0, 0, "is damaged"), 502, "source", "x: is damaged", ""),
         (aiouffd.PagerDiedError("it died"), 503, "pager", "it died", ""),
         (FileNotFoundError(2, "No such file", "/x"), 409, "system", "/x: No such file", ""),
+        (OSError(24, "Too many", "/x"), 409, "system", "the server: Too many open files; RLIMIT_NOFILE is", ""),
         (aiouffd.TraceError("r", "is not a recording"), 500, "failed", "is not a recording", ""),
         (ValueError("wrong - at `$.socket`"), 422, "invalid", "wrong", "$.socket"),
         (ZeroDivisionError(), 500, "bug", "ZeroDivisionError", ""),

@@ -29,6 +29,7 @@ __all__ = ["Reception"]
 log: logging.Logger = logging.getLogger("aiouffd.server")
 
 _MAX_INCOMPLETE = 64  # handoffs that are being received at once
+_ROOM = 24  # descriptors: a connection, a handoff's, and a few that others take at the same time
 _REMINDER = 10.0  # seconds between two messages about the same
 
 
@@ -108,6 +109,8 @@ class Reception:
         told = -_REMINDER
         while True:
             try:
+                await _readable(listener.fileno())
+                _check_room(listener.fileno())
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:  # too many open files, most likely; connections wait in the backlog
                 if monotonic() - told >= _REMINDER:
@@ -184,3 +187,24 @@ class Reception:
         if uffd is not None:
             uffd.close()
         close_foreign([connection.detach()])
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _check_room(fd: int) -> None:
+    """Raise OSError where a client's descriptors could not be received: it could not be made to end, neither."""
+    opened: list[int] = []
+    try:
+        while len(opened) < _ROOM:
+            opened.append(os.dup(fd))
+    finally:
+        for each in opened:
+            os.close(each)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import socket
 import struct
 import threading
@@ -18,7 +19,7 @@ import pytest
 from chance import bytes_by_chance, cases
 from pattern import PAGE, Pattern
 from scenario import eventually, play
-from served import HUGE, MIB, Serve, client, descriptors
+from served import HUGE, MIB, Serve, client, descriptors, touch_all
 
 import aiouffd
 from aiouffd.engine.mappings import Mapping
@@ -97,6 +98,21 @@ def test_slow_senders_hold_up_nobody(image: Path, tmp_path: Path) -> None:
     with Serve(tmp_path, image, "--handoff-timeout", "600") as serve:
         play(slow_ones, str(serve.path))
         serve.says("was slow with its handoff, while many others came")
+
+
+def test_no_room_for_the_descriptors_of_a_handoff(image: Path, tmp_path: Path) -> None:
+    """A client that could be neither served nor made to end is not taken until there is room for it."""
+    with Serve(tmp_path, image) as serve, ThreadPoolExecutor() as threads:
+        play(client, str(serve.path), MIB)
+        pid = serve.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        highest = max(int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir())
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 2, before[1]))
+        served = threads.submit(play, touch_all, str(serve.path), MIB)
+        serve.says("no client can be taken: Too many open files")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        served.result()
+        assert "turned away" not in serve.said
 
 
 def connect_as_nobody(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Final
 
@@ -9,6 +10,7 @@ import attrs
 import msgspec
 
 from aiouffd.errors import PagerError, SessionError, SourceError, UffdError
+from aiouffd.kernel.limits import limit_error
 from aiouffd.server.clashes import ClashError
 from aiouffd.server.control.actions import UnknownSessionError
 from aiouffd.server.control.values import MEANT, Problem
@@ -48,12 +50,19 @@ _KINDS: Final = (
 )
 """The first that fits is it."""
 
+_NO_ROOM: Final = _Kind(
+    OSError, "system", "The system refuses", 409, "raise the server's limit: LimitNOFILE= in its unit, or prlimit(1)"
+)
+
 
 def problem_of(error: Exception) -> Problem:
     """Return what is answered for an error."""
     kind = next(kind for kind in _KINDS if isinstance(error, kind.errors))
     text = str(error) or repr(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        kind = _NO_ROOM
+        text = str(limit_error("the server", error.errno))
+    elif isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     for pattern, words in MEANT.items():
         text = text.replace(f"Expected `str` matching regex {pattern!r}", f"Expected {words}")
