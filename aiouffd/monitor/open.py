@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from errno import EBUSY
 from typing import TYPE_CHECKING, NoReturn, Unpack
 
+from aiouffd.errors import BusyError
 from aiouffd.kernel.region import Region
 from aiouffd.monitor.map import monitor_of, only_known, source_of
 
@@ -51,6 +53,9 @@ class Opened:
         return source_of(self._what, self._storage_options, self._cache, self._options)
 
     def _prepare(self) -> Monitor:
+        if self._monitor is not None:
+            region = self._monitor.region
+            raise BusyError("entering what aiouffd.open has returned a second time", region.address, len(region), EBUSY)
         source, self._found = self._found or self._source(), None
         return monitor_of(Region, source, self._engine, self._fork, self._options)
 
@@ -58,9 +63,10 @@ class Opened:
         """Find the source, map a region of its size, and serve it."""
         import asyncio  # noqa: PLC0415 - 20 ms, that a program with a loop has spent already
 
-        self._monitor = await asyncio.to_thread(self._prepare)
-        await self._monitor.__aenter__()
-        return self._monitor.region
+        monitor = await asyncio.to_thread(self._prepare)
+        await monitor.__aenter__()
+        self._monitor = monitor
+        return monitor.region
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -72,9 +78,10 @@ class Opened:
 
     def __enter__(self) -> Region:
         """Find the source, map a region of its size, and serve it."""
-        self._monitor = self._prepare()
-        self._monitor.__enter__()
-        return self._monitor.region
+        monitor = self._prepare()
+        monitor.__enter__()
+        self._monitor = monitor
+        return monitor.region
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -346,6 +346,12 @@ def refusals() -> None:
         with pytest.raises(aiouffd.BusyError, match="this Monitor a second time"):
             monitor.__enter__()
         assert monitor.region[0] == 1
+    opened = aiouffd.open(Pattern(PAGE))
+    for _ in range(2):  # one block behind the other is no second time
+        with opened as found:
+            with pytest.raises(aiouffd.BusyError, match=r"what aiouffd\.open has returned a second time"), opened:
+                pass
+            assert found[0] == 1
     with (
         pytest.raises(TypeError, match="async with"),
         aiouffd.Monitor(aiouffd.Region(PAGE), engine=aiouffd.InProcess()),
