@@ -34,3 +34,11 @@ def test_each_error(error: Exception, status: int, kind: str, detail: str, field
     assert detail in problem.detail
     assert " - at " not in problem.detail
     assert problem.advice
+
+
+def test_a_full_disk() -> None:
+    """Whatever could not be written: the path is right, and may be written to."""
+    full = OSError(28, "No space left on device", "/x")
+    written = aiouffd.StoreError("/y", 0, 0, "it cannot be written")
+    written.__cause__ = full
+    assert {problem_of(error).advice for error in (full, written)} == {"make room on its file system"}

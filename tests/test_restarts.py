@@ -36,7 +36,7 @@ def test_what_is_said() -> None:
     many = [session("left", poisoned=1), *(session(f"s{number}") for number in range(11))]
     assert said(many, holds=True) == [
         "This server may be restarted or upgraded: what it serves is held.",
-        "Nobody is served by left, s0, s1, s2, s3, s4, s5, s6, s7, s8 and 2 more: they may be deleted.",
+        "Sessions that serve nobody, and may be deleted: left, s0, s1, s2, s3, s4, s5, s6, s7, s8 and 2 more.",
     ]
 
 

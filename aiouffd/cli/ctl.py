@@ -376,5 +376,5 @@ def _say(answer: Any, text: str, *, as_json: bool) -> None:
 
 
 def _socket_of(session: dict[str, Any]) -> str:
-    settings = session["settings"]
-    return f"{settings.get('jail') or ''}{'/' if settings.get('jail') else ''}{settings['socket']}"
+    jail, path = session["settings"].get("jail"), session["settings"]["socket"]
+    return f"{jail.rstrip('/')}/{path.lstrip('/')}" if jail else str(path)

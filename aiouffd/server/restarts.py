@@ -41,7 +41,7 @@ def restarts(server: Server) -> list[str]:
     if lost:
         said.append(f"Pages are lost, so the clients have to be restarted of {_named(lost)}.")
     if idle:
-        said.append(f"Nobody is served by {_named(idle)}: they may be deleted.")
+        said.append(f"Sessions that serve nobody, and may be deleted: {_named(idle)}.")
     return said
 
 

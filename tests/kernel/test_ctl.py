@@ -90,12 +90,13 @@ def test_the_commands(
         play(waits, path, serve.worker)
         eventually(lambda: json.loads(run(capsys, "list", "--json")), [])
         more = run(
-            capsys, "create", "vm-2", image.name, image.name, "--socket", "s", "--jail", ".", "--background", "max",
+            capsys, "create", "vm-2", image.name, image.name, "--socket", "/s", "--jail", ".", "--background", "max",
             "--json",
         )  # fmt: skip
         settings = json.loads(more)["settings"]
         assert settings["source"] == [str(image)] * 2
-        assert (settings["socket"], settings["jail"], settings["background"]) == ("s", str(image.parent), "max")
+        assert (settings["socket"], settings["jail"], settings["background"]) == ("/s", str(image.parent), "max")
+        assert f" {image.parent}/s " in run(capsys, "list")
         assert run(capsys, "delete", "vm-2") == "vm-2: deleted\n"
         assert serve.end() == 0
         assert "start `aiouffd serve --control" in run(capsys, "list", status=1)

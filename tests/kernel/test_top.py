@@ -103,7 +103,7 @@ def test_a_running_server(image: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["top", "--control", str(control), "--once", "--interval", "0.1"]) == 0
         said, _, shown = capsys.readouterr().out.partition("\n\n")
         assert "pager" in said
-        assert said.endswith("Nobody is served by a, b: they may be deleted.")
+        assert said.endswith("Sessions that serve nobody, and may be deleted: a, b.")
         assert [line.split()[:3] for line in shown.splitlines()[1:]] == [
             ["a", "listening", "0"], ["b", "listening", "0"]
         ]  # fmt: skip

@@ -50,18 +50,26 @@ _KINDS: Final = (
 )
 """The first that fits is it."""
 
-_NO_ROOM: Final = _Kind(
-    OSError, "system", "The system refuses", 409, "raise the server's limit: LimitNOFILE= in its unit, or prlimit(1)"
-)
+_NO_FILES: Final = "raise the server's limit: LimitNOFILE= in its unit, or prlimit(1)"
+_ADVICE: Final = {
+    errno.EMFILE: _NO_FILES,
+    errno.ENFILE: _NO_FILES,
+    errno.ENOSPC: "make room on its file system",
+    errno.EDQUOT: "make room on its file system, or raise the quota of the server's user",
+}
+"""By what the system says: more than the kind of the error has to say."""
 
 
 def problem_of(error: Exception) -> Problem:
     """Return what is answered for an error."""
     kind = next(kind for kind in _KINDS if isinstance(error, kind.errors))
     text = str(error) or repr(error)
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        kind = _NO_ROOM
-        text = str(limit_error("the server", error.errno))
+    cause = error if isinstance(error, OSError) else error.__cause__  # what could not be written, or read
+    number = cause.errno if isinstance(cause, OSError) else None
+    if number in _ADVICE:
+        kind = attrs.evolve(kind, advice=_ADVICE[number])
+    if isinstance(error, OSError) and number in (errno.EMFILE, errno.ENFILE):
+        text = str(limit_error("the server", number))
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     for pattern, words in MEANT.items():
