@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from aiouffd.engine.serve.gate import Gate
+from aiouffd.engine.serve.precedence import Precedence
 
 
 async def entered(gate: Gate, size: int, *, urgent: bool, log: list[str], name: str) -> None:
@@ -106,3 +107,24 @@ async def test_a_waiter_that_was_let_in_and_canceled_at_once_leaves_again() -> N
     with pytest.raises(asyncio.CancelledError):
         await waiter
     assert (gate.reads, gate.size) == (0, 0)
+
+
+def test_how_far_a_source_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a read ahead takes while they are few, from the first one on; some quick ones change little."""
+    precedence = Precedence()
+    gate = Gate(reads=1, size=10, precedence=precedence)
+    assert gate.share == 1  # nothing is known: one at once
+    for spent in (8_000_000, 80_000_000, 80_000_000):  # they wait for each other
+        gate.took(spent)
+    assert gate.share == 2_000_000
+    monkeypatch.setattr(precedence, "others_fault", lambda: True)
+    for _ in range(300):
+        for spent in (10_000, 8_000_000, 8_000_000, 8_000_000):
+            gate.took(spent)
+    assert 1_600_000 < gate.share < 2_200_000
+    for _ in range(300):
+        gate.took(100_000)
+    assert 20_000 < gate.share < 30_000
+    for _ in range(600):
+        gate.took(8_000_000)
+    assert 1_600_000 < gate.share < 2_200_000

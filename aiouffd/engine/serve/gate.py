@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate"]
 
-_BYTES_PER_NS = 0.25  # of reads ahead, where they are few: a third of what can be received and placed by a busy machine
-_FIRST_WAY_NS = 1_000_000
+_BYTES_PER_NS = 0.25  # of reads ahead, where they are few: a third of what a busy machine can receive and place
 _PATIENT_SHARE = 8  # of so many that are let in from the queues, one is patient
 
 
@@ -47,7 +46,7 @@ class Gate:
         self._precedence = precedence or Precedence()
         self.reads: int = 0
         self.size: int = 0
-        self._way_ns = _FIRST_WAY_NS
+        self._way_ns = 0
         self._urgent: deque[_Waiting] = deque()
         self._patient: deque[_Waiting] = deque()
         self._turn = 0
@@ -117,8 +116,15 @@ class Gate:
             self.admit()
 
     def took(self, spent_ns: int) -> None:
-        """Take note how long a read has taken that has succeeded: the quickest ones tell how far the source is."""
-        self._way_ns = min(spent_ns, self._way_ns + (self._way_ns >> 7) + 1)  # it may be another source's turn, or way
+        """Take note how long a read ahead has taken: a third of them is quicker than what is kept, of those that count.
+
+        It is that of the first one, and of those while reads are few: else they wait for each other. It is not that of
+        the quickest: where a source has a part of its bytes here, that is no way to the others.
+        """
+        if not self._way_ns:
+            self._way_ns = spent_ns
+        elif spent_ns != self._way_ns and self._precedence.others_fault():
+            self._way_ns += (self._way_ns >> 6) + 1 if spent_ns > self._way_ns else -(self._way_ns >> 5)
 
     @property
     def share(self) -> int:

@@ -126,7 +126,8 @@ class Reads:
             if view.nbytes != length or not view.c_contiguous:
                 self._refuse(view, offset, length)
             words[_BYTES_FETCHED] += length
-            self._gate.took(perf_counter_ns() - began)
+            if not urgent:
+                self._gate.took(perf_counter_ns() - began)
             return data
         finally:
             words[_SOURCE_NS] += perf_counter_ns() - began
