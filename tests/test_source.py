@@ -14,11 +14,14 @@ from pattern import PAGE, Pattern, content
 from aiouffd.engine.ahead.fill import prefetch
 from aiouffd.engine.mappings import Mapping, Mappings
 from aiouffd.engine.runs import Op
-from aiouffd.engine.serve import bulk, presence
+from aiouffd.engine.serve import bulk
+from aiouffd.engine.serve import source as module
 from aiouffd.engine.serve.handler import Batch, Fault, Handler
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import PagerError, ShortReadError, SourceError, SourceTimeoutError
+from aiouffd.kernel import abi
+from aiouffd.kernel.abi import FaultFlag
 from aiouffd.sources.steps import cause_of
 from aiouffd.testing import POISONED
 
@@ -649,7 +652,7 @@ async def test_a_fill_from_far_reads_over_little_that_is_there(
     monkeypatch: pytest.MonkeyPatch, cause: Counter, reads: list[tuple[int, int]]
 ) -> None:
     """Where it lies between two parts that are not: two reads cost more. It stays as it is, and counts as before."""
-    monkeypatch.setattr(presence, "_GAP", 2 * PAGE)
+    monkeypatch.setattr(module, "_GAP", 2 * PAGE)
     source = Held()
     world = World(0, source=source)
     for page in (3, 4, 10, 11, 12):
@@ -663,7 +666,50 @@ async def test_a_fill_from_far_reads_over_little_that_is_there(
     await bringing
     written = {BASE + page * PAGE: bytes([page]) * PAGE for page in (3, 4, 10, 11, 12)}
     assert world.uffd.pages == {at: data for at, data in world.model.items() if at < BASE + 16 * PAGE} | written
-    assert world.counters.words[cause] == 11
+    assert (world.counters.words[cause], world.counters.words[Counter.EEXIST]) == (11, 0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_is_there_between_two_parts_of_a_read_does_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """A write to a protected page goes on; a page that was dropped meanwhile is brought by a read of its own."""
+    monkeypatch.setattr(module, "_GAP", 2 * PAGE)
+    source = Held()
+    world = World(0, source=source)
+    readahead = world.space.readahead
+    for page in (3, 4):
+        world.uffd.copy(BASE + page * PAGE, bytes([page]) * PAGE)
+        readahead.brought(page * PAGE, PAGE)
+    bringing = asyncio.create_task(world.backend.bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_BACKGROUND))
+    await turns()
+    flags = int(FaultFlag.WP | FaultFlag.WRITE)
+    world.serve(abi.PAGEFAULT_MESSAGE.pack(abi.EVENT_PAGEFAULT, flags, BASE + 3 * PAGE, 7))
+    assert (world.counters.words[Counter.WRITE_FAULTS], world.counters.words[Counter.JOINED]) == (1, 0)
+    del world.uffd.pages[BASE + 4 * PAGE]
+    readahead.forget(4 * PAGE, 5 * PAGE)
+    world.touch(4, 1)
+    world.serve_all()
+    await turns()
+    assert [(offset // PAGE, length // PAGE) for offset, length, _ in source.reads] == [(0, 8), (4, 1)]
+    source.answer(0, OSError(errno.EIO, "no bytes") if fails else None)
+    if fails:
+        with pytest.raises(SourceError):
+            await bringing
+        assert readahead.missing(0, 8 * PAGE) == [(0, 3 * PAGE), (4 * PAGE, 4 * PAGE)]
+        assert not world.errors
+        source.answer(1)
+        await turns()
+    else:
+        await turns()
+        assert BASE + 4 * PAGE not in world.uffd.pages
+        source.answer(1)
+        await bringing
+        assert all(world.uffd.pages[BASE + page * PAGE] == content(page * PAGE, PAGE) for page in (0, 2, 5, 7))
+    counted = world.counters.snapshot()
+    assert (counted.pages_background, counted.pages_fault, counted.eexist) == (0 if fails else 6, 1, 0)
+    assert world.uffd.pages[BASE + 4 * PAGE] == content(4 * PAGE, PAGE)
+    assert world.uffd.pages[BASE + 3 * PAGE] == bytes([3]) * PAGE
 
 
 async def test_reads_ahead_of_a_far_source_are_small_while_others_fault(monkeypatch: pytest.MonkeyPatch) -> None:

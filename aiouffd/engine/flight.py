@@ -32,6 +32,7 @@ class Flight:
         end: address behind the last.
         length: bytes.
         offset: what `start` showed when the flight began.
+        parts: (start, end) of what is placed of it: see `Flights.extend`.
         wanted: addresses of the pages that threads wait for, and since when: see `want`.
         began_ns: when it began; where a fault has begun it, when that was read.
         waited_ns: since when a thread waits.
@@ -42,8 +43,8 @@ class Flight:
     """
 
     __slots__ = (
-        *("_hurry", "began_ns", "done", "end", "faults", "generation", "length", "offset", "purpose", "start"),
-        *("waited_ns", "wanted"),
+        *("_hurry", "began_ns", "done", "end", "faults", "generation", "length", "offset", "parts"),
+        *("purpose", "start", "waited_ns", "wanted"),
     )
 
     def __init__(self, start: int, end: int, offset: int, began_ns: int, purpose: Purpose) -> None:
@@ -51,6 +52,7 @@ class Flight:
         self.end: int = end
         self.length: int = end - start
         self.offset: int = offset
+        self.parts: list[tuple[int, int]] = [(start, end)]
         self.wanted: dict[int, int] = {}
         self.began_ns: int = began_ns
         self.waited_ns: int = began_ns
@@ -189,6 +191,16 @@ class Flights(Spans[Flight]):
     """Which flight brings an address. Its ranges are whole pages."""
 
     __slots__ = ()
+
+    def extend(self, flight: Flight, start: int, end: int) -> None:
+        """Have a flight that was entered just now bring [start, end), which lies behind it, as well.
+
+        What lies between is read with it, and not placed: it is there, on its way, or not the source's. A fault there
+        does not wait for this flight.
+        """
+        flight.end, flight.length = end, end - flight.start
+        flight.parts.append((start, end))
+        self._insert(start, end, flight)
 
 
 def tasks_of(flights: Iterable[Flight], ranges: Iterable[tuple[int, int]] | None = None) -> list[asyncio.Task[None]]:

@@ -15,6 +15,7 @@ from aiouffd.kernel.memory import address_of, zero_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from aiouffd.engine.flight import Flight
     from aiouffd.engine.one_copy import OneCopy
     from aiouffd.engine.plain import PlainSource
     from aiouffd.engine.runs import Purpose
@@ -150,6 +151,14 @@ class Extents:
             zeros = zero_blocks(memoryview(data).cast("B"), BLOCK)
         run.owner, run.src = Given(data) if given else data, address_of(data)
         self._add(space, run, zeros, runs)
+
+    def add_parts(self, space: Space, flight: Flight, data: Any, runs: list[Run], *, given: bool) -> None:
+        """Add runs for what has come with a flight, as `add_data`."""
+        is_one = len(flight.parts) == 1
+        for low, high in flight.parts:
+            run = Run(Op.COPY, low, flight.offset + low - flight.start, high - low, purpose=flight.purpose)
+            part = data if is_one else memoryview(data).cast("B")[low - flight.start : high - flight.start]
+            self.add_data(space, run, part, runs, given=given)
 
     def _add(self, space: Space, run: Run, zeros: list[int], runs: list[Run]) -> None:
         """Add a run, in parts where it has blocks of zeros."""

@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING
 
 from aiouffd.engine.allowance import allowed
 from aiouffd.engine.statistics import Counter
-from aiouffd.ranges import joined
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from aiouffd.engine.mappings import Mapping
     from aiouffd.engine.readahead import Readahead
     from aiouffd.engine.space import Space
 
-__all__ = ["has_come", "look_again", "missing", "until_present"]
+__all__ = ["has_come", "look_again", "until_present"]
 
-_GAP = 64 << 10  # bytes: they take less time than another read
 _MAX_PAUSE = (
     1.0  # seconds between two passes: a process that changes its layout all the time must not keep the loop busy
 )
@@ -62,18 +59,6 @@ def look_again(space: Space, pages: Iterable[int], began_ns: int) -> None:
         space.counters.asked_for()
         space.resolver.wake(page, space.page_size)
         space.record_latency(began_ns)
-
-
-def missing(space: Space, shown: Mapping, cause: Counter, *, far: bool) -> list[tuple[int, int]]:
-    """Return the (offset, length) that have to be read to bring what is missing of a part of a mapping.
-
-    Each page is read once, but for a background fill from far: what little is there between two parts that are missing
-    is read again. Beside a program that touches pages at random there would be a read for each page that is missing.
-    It stays as it is: COPY passes over it. MOVE would have to split huge pages there.
-    """
-    parts = space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start)
-    reads_over = far and cause == Counter.PAGES_BACKGROUND and space.resolver.moving is None
-    return joined(parts, _GAP) if reads_over else parts
 
 
 async def until_present(

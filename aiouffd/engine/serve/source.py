@@ -19,7 +19,7 @@ from aiouffd.engine.serve.common import Common
 from aiouffd.engine.serve.extents import Extents
 from aiouffd.engine.serve.pace import Pace
 from aiouffd.engine.serve.precedence import Precedence
-from aiouffd.engine.serve.presence import has_come, look_again, missing, until_present
+from aiouffd.engine.serve.presence import has_come, look_again, until_present
 from aiouffd.engine.serve.reads import Reads
 from aiouffd.engine.statistics import Counter
 from aiouffd.errors import ShortReadError, SourceError, SourceTimeoutError
@@ -43,6 +43,8 @@ log: logging.Logger = logging.getLogger("aiouffd")
 
 _PAGES_FAULT, _PAGES_READAHEAD = int(Counter.PAGES_FAULT), int(Counter.PAGES_READAHEAD)
 _SEQUENTIAL = int(Counter.SEQUENTIAL)
+_GAP = 64 << 10  # bytes between two parts that are read of a far source at once: two reads cost more
+_MAX_PARTS = 32  # of such a read: each is placed alone, and takes some us of the loop
 _PIECES = 8  # of a background fill from far: so that the way to the source is not waited for once a piece
 
 
@@ -227,10 +229,11 @@ class SourceBackend:
         wanted: int | None,
         began_ns: int,
         purpose: Purpose,
+        flights: list[Flight] | None = None,
     ) -> list[Flight]:
-        """Add runs for what is in memory of a window, and begin flights for the rest."""
-        page = space.page_size
-        flights: list[Flight] = []
+        """Add runs for what is in memory of a window, and begin flights for the rest, or extend the last of these."""
+        page, joins = space.page_size, purpose.cause == Counter.PAGES_BACKGROUND and not self.local
+        flights = [] if flights is None else flights
         for low, end in space.flights.gaps(address, address + length):  # the rest is on its way
             while low < end:
                 at = offset + low - address
@@ -242,7 +245,8 @@ class SourceBackend:
                     self._words[purpose.cause] += part // page
                 else:
                     part = min(part, max(page, self._max_read & -page))
-                    flights.append(self._begin(space, low, at, part, wanted, began_ns, purpose))
+                    if not (joins and flights and _extends(space, flights[-1], low, at, part, self._max_read)):
+                        flights.append(self._begin(space, low, at, part, wanted, began_ns, purpose))
                 low += part  # noqa: PLW2901 - walks through the window
         return flights
 
@@ -291,7 +295,7 @@ class SourceBackend:
 
     async def _failed(self, space: Space, flight: Flight, failure: SourceError) -> None:
         """A read failed for good, and its flight has landed."""
-        space.readahead.forget(flight.offset, flight.offset + flight.length)
+        _forget(space, flight)
         if flight.purpose.errors is not None:
             flight.purpose.errors.append(failure)
         if not space.is_gone and not space.closing:
@@ -300,17 +304,14 @@ class SourceBackend:
     def _place(self, space: Space, flight: Flight, data: Any) -> None:
         """Resolve what has come, as far as its addresses still show it: the layout may have changed meanwhile."""
         runs: list[Run] = []
-        self._extents.add_data(
-            *(space, Run(Op.COPY, flight.start, flight.offset, flight.length, purpose=flight.purpose), data, runs),
-            given=self._gives,
-        )
-        placed = flight.length
+        self._extents.add_parts(space, flight, data, runs, given=self._gives)
+        placed = sum(high - low for low, high in flight.parts)
         wanted = set(flight.wanted)
         if flight.generation != space.mappings.generation:
             runs = [piece for run in runs for piece in space.valid(run)]
             placed = sum(piece.left for piece in runs)
             # Also what is still valid may have been forgotten: its layout has changed, and changed back.
-            space.readahead.forget(flight.offset, flight.offset + flight.length)
+            _forget(space, flight)
             for piece in runs:
                 space.readahead.brought(piece.offset, piece.left)
             wanted = {page for page in wanted if any(run.dst <= page < run.dst + run.left for run in runs)}
@@ -414,10 +415,10 @@ class SourceBackend:
         """Add runs for what is in memory of a range, wherever it is shown, and begin flights for the rest."""
         flights: list[Flight] = []
         for shown in space.mappings.addresses(offset, offset + length):
-            for begin, size in missing(space, shown, purpose.cause, far=not self.local):
+            for begin, size in space.readahead.missing(shown.offset, shown.offset + shown.end - shown.start):
                 address = shown.start + begin - shown.offset
                 try:
-                    flights += self._bring(space, address, begin, size, runs, None, perf_counter_ns(), purpose)
+                    self._bring(space, address, begin, size, runs, None, perf_counter_ns(), purpose, flights)
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
                     raise SourceError(repr(self.source), begin, size, reason) from error
@@ -468,6 +469,27 @@ def _resolve(
         space.resolve(runs)
     for began_ns in began:
         space.record_latency(began_ns)
+
+
+def _extends(space: Space, flight: Flight, address: int, offset: int, length: int, most: int) -> bool:
+    """Have a flight that has just begun bring what lies behind it as well, if one read may be for both; tell whether.
+
+    Each page is read once, but for a background fill from far: what little lies between two parts is read with them.
+    Beside a program that touches pages at random there would be a read for each page that is missing.
+    """
+    if offset - address != flight.offset - flight.start or len(flight.parts) == _MAX_PARTS:
+        return False
+    near = flight.end <= address <= flight.end + _GAP and address + length - flight.start <= most
+    if near:
+        space.flights.extend(flight, address, address + length)
+    return near
+
+
+def _forget(space: Space, flight: Flight) -> None:
+    """What a flight was to bring has not come."""
+    skew = flight.offset - flight.start
+    for low, high in flight.parts:
+        space.readahead.forget(low + skew, high + skew)
 
 
 def _fail(space: Space, address: int, offset: int, failure: SourceError) -> None:
