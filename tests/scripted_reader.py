@@ -26,7 +26,7 @@ class ScriptedReader:
     def only(self, _fd: int) -> None:
         """Take no note."""
 
-    dismiss = only
+    turns = dismiss = only
 
     def end(self) -> None:
         """Take no note."""

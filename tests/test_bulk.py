@@ -17,6 +17,7 @@ from aiouffd.engine.resolver import DONTWAKE
 from aiouffd.engine.runs import Op, Purpose, Run
 from aiouffd.engine.serve import bulk
 from aiouffd.engine.serve.bulk import place_at_hand, resolve_bulk
+from aiouffd.engine.serve.precedence import Precedence
 from aiouffd.engine.serve.source import SourceBackend
 from aiouffd.engine.statistics import Counter
 
@@ -126,7 +127,7 @@ async def test_a_fault_of_another_comes_between_two_parts(monkeypatch: pytest.Mo
         world.uffd.copy(BASE + page * PAGE, content(page * PAGE, PAGE), wake=False)
     seen: list[int] = []
 
-    def others_wait(brought: Collection[Space]) -> bool:
+    def others_wait(brought: Collection[Space], _: int) -> bool:
         assert list(brought) == [world.space]
         return len(world.uffd.pages) > max(seen, default=0)
 
@@ -170,7 +171,7 @@ async def test_a_step_begins_when_others_have_had_a_turn(
         asked[-1].append(length // PAGE)
         return approach(space, offset, length, *others)
 
-    def others_wait(_: Collection[Space]) -> bool:
+    def others_wait(_: Collection[Space], __: int) -> bool:
         nonlocal looks
         looks += 1
         return looks <= waits
@@ -189,13 +190,33 @@ async def test_a_step_begins_when_others_have_had_a_turn(
     assert len(world.uffd.pages) == sum(length for _, length in ranges) // PAGE
 
 
+def test_who_serves_others_is_told_when_the_step_has_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have taken long to ask for what is placed then: that is no reason to leave it off."""
+    now, untils, world = [0], list[int](), World(0, located=True)
+
+    def serve(_: Collection[Space], until_ns: int) -> bool:
+        untils.append(until_ns)
+        return False
+
+    monkeypatch.setattr(bulk, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(world.space.others, "serve", serve)
+    steps = bulk.Steps(world.space, [(0, 4 * PAGE)], Precedence(), local=True)
+    assert not steps.wait()
+    now[0] = 10
+    assert steps.take() == (0, 4 * PAGE, True)
+    steps.runs.append(copy_of(0, 4))
+    assert steps.end()
+    assert untils == [bulk._LONGEST_NS] + [bulk._LONGEST_NS + 10] * (len(untils) - 1)
+    assert len(untils) > 1
+
+
 async def test_all_comes_though_others_wait_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a source that is not local, whose bytes are at hand."""
     alone(monkeypatch)
     world = World(0, located=True)
     assert isinstance(world.backend, SourceBackend)
     world.backend._extents.local = False
-    monkeypatch.setattr(world.space.others, "serve", lambda _: True)
+    monkeypatch.setattr(world.space.others, "serve", lambda *_: True)
     await world.backend.bring(world.space, [(0, SIZE)], Counter.PAGES_PREFETCH)
     assert world.uffd.pages == world.model
 

@@ -139,8 +139,8 @@ class Elsewhere(Others):
         super().__init__()
         self.found: dict[Any, int] = {}
 
-    def faults(self, spaces: Any) -> dict[Any, int]:
-        """Return how many there were."""
+    def turns(self, spaces: Any) -> dict[Any, int]:
+        """Return a number for each."""
         assert spaces
         return dict(self.found)
 
@@ -217,6 +217,25 @@ async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:
         await turns()
         assert all(task.done() for task in waiting)
     assert precedence.ahead == {near: 3 * MIB // 16, far: 2 * MIB}
+
+
+async def test_a_source_that_does_not_answer_keeps_no_other_from_being_read(
+    clock: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gate gets a read after a while, though others fault all the time; and all, once they do no more."""
+    monkeypatch.setattr(module, "_LATELY_NS", 1_000_000)
+    precedence = Precedence()
+    precedence.faulted(World(0).space)
+    hangs, gates = Gate(100, 1 << 40, precedence), [Gate(100, 1 << 40, precedence) for _ in range(2)]
+    assert hangs.try_enter(2 * MIB, urgent=False)
+    waiting = [asyncio.create_task(gate.enter(MIB, urgent=False)) for _ in range(3) for gate in gates]
+    await turns()
+    assert not any(task.done() for task in waiting)
+    await asyncio.wait(waiting[:2])
+    clock[0] += 1_000_000
+    await asyncio.wait(waiting)
+    assert sum(precedence.ahead.values()) == 8 * MIB
+    assert not precedence._refused
 
 
 async def test_who_gives_up_waiting_is_not_counted() -> None:

@@ -669,6 +669,27 @@ async def test_a_fill_from_far_reads_over_little_that_is_there(
     assert (world.counters.words[cause], world.counters.words[Counter.EEXIST]) == (11, 0)
 
 
+async def test_a_read_over_what_is_there_is_of_few_parts_and_ends_with_the_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each part is placed alone. What is behind the end is zeros."""
+    monkeypatch.setattr(module, "_MAX_PARTS", 2)
+    source = Held(8 * PAGE - 100)
+    world = World(0, source=source)
+    for page in (1, 3, 6):
+        world.uffd.copy(BASE + page * PAGE, bytes([page]) * PAGE)
+        world.space.readahead.brought(page * PAGE, PAGE)
+    bringing = asyncio.create_task(world.backend.bring(world.space, [(0, 8 * PAGE)], Counter.PAGES_BACKGROUND))
+    await turns()
+    assert [(offset, length) for offset, length, _ in source.reads] == [(0, 3 * PAGE), (4 * PAGE, 4 * PAGE - 100)]
+    for read in range(2):
+        source.answer(read)
+    await bringing
+    came = [world.uffd.pages[BASE + page * PAGE] for page in (0, 2, 4, 5, 7)]
+    assert came == [*(content(page * PAGE, PAGE) for page in (0, 2, 4, 5)), content(7 * PAGE, PAGE - 100) + bytes(100)]
+    assert (world.counters.words[Counter.PAGES_BACKGROUND], world.counters.words[Counter.EEXIST]) == (5, 0)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_what_is_there_between_two_parts_of_a_read_does_not_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, fails: bool

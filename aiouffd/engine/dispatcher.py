@@ -12,7 +12,6 @@ import logging
 import os
 import select
 from collections import deque
-from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -127,7 +126,7 @@ class Dispatcher:
         self._held: dict[int, set[str]] = {}  # descriptors that are not read, and why
         self._blocking: dict[int, int] = {}  # descriptor -> how often O_NONBLOCK was missing
         self._reader = (reader or make_reader)(self._epoll, self.spaces)
-        self._others = Others(self.spaces, self._epoll, partial(self._read, 0, once=True))
+        self._others = Others(self.spaces, self._epoll, self._serve_turn, self._reader.turns)
         self._landed_at: memoryview | None = None
         self.spin_us = spin_us
         self._behind: deque[Space] = deque()  # spaces with windows that are not complete yet
@@ -269,6 +268,16 @@ class Dispatcher:
         elif outcome == Outcome.FAILED:
             return outcome, self._broken(self.spaces[found.fd], found.error)
         return outcome, True
+
+    def _serve_turn(self, fd: int) -> None:
+        """Read one descriptor once, and serve that, for who is in the midst of something else: a defect is not his."""
+        try:
+            self._read(0, fd, once=True)
+        except Exception as error:  # noqa: BLE001 - as what the loop itself calls
+            message = f"messages of {self.spaces.get(fd)!r} could not be served"
+            self._loop.call_exception_handler({"message": message, "exception": error})
+        if self._behind and self._turn is None and not self._closed:  # no message may come any more
+            self._turn = self._loop.call_soon(self._again)
 
     def _again(self) -> None:
         self._turn = None

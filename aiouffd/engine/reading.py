@@ -37,7 +37,7 @@ from aiouffd.kernel.memory import address_of
 from aiouffd.native import reader as c
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from aiouffd.engine.bound import Bound
     from aiouffd.engine.kept import Kept
@@ -95,6 +95,9 @@ class Reader(PlainFaults, Protocol):
             once: look once.
             fd: read no other descriptor; -1: any.
         """
+
+    def turns(self, fds: Iterable[int]) -> dict[int, int]:
+        """Return a number for each descriptor that was admitted: another one whenever messages of it have been read."""
 
     def end(self) -> None:
         """Free what it holds; it is not used again."""
@@ -214,6 +217,10 @@ class PythonReader(FastPath):
             if length:
                 return True
         return False
+
+    def turns(self, fds: Iterable[int]) -> dict[int, int]:
+        """Return the turns that these descriptors have had."""
+        return {fd: self._turns.get(fd, 0) for fd in fds}
 
     def end(self) -> None:
         """Do nothing."""
@@ -410,6 +417,10 @@ class NativeReader:
     def read_without_flags(self) -> None:
         """Read by readv(2)."""
         self._reader.configure(flags=0)
+
+    def turns(self, fds: Iterable[int]) -> dict[int, int]:
+        """Return the turns that these descriptors have had."""
+        return self._reader.turns(fds)
 
     def end(self) -> None:
         """Free it."""

@@ -468,6 +468,12 @@ EXPORT void aiouffd_reader_watch(struct state *s, int fd, const uint64_t *pairs,
     }
 }
 
+/* By descriptor that was described: a number that is another one whenever messages of it have been read. */
+EXPORT const uint64_t *aiouffd_reader_turns(const struct state *s)
+{
+    return s->turns;
+}
+
 /* Read and serve until something is not plain, nothing has come for a while, or the loop is due for a turn.
  *
  * came: the engine has served something just now, so look again for a while. once: look once. fd: read nothing else; -1:

@@ -140,6 +140,8 @@ def declared() -> ctypes.CDLL:
     functions.aiouffd_reader_keep.argtypes = [state, ctypes.c_int, ctypes.POINTER(Keeper)]
     functions.aiouffd_reader_watch.argtypes = [state, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     functions.aiouffd_reader_run.argtypes = [state, number, *3 * [ctypes.c_int], ctypes.POINTER(_Found)]
+    functions.aiouffd_reader_turns.restype = ctypes.POINTER(number)
+    functions.aiouffd_reader_turns.argtypes = [state]
     for name in ("set", "free", "watch"):
         getattr(functions, f"aiouffd_reader_{name}").restype = None
     return functions
@@ -200,6 +202,11 @@ class NativeReader:
         """Keep pages of a descriptor, which the caller keeps alive; None: none any more."""
         if self._functions.aiouffd_reader_keep(self._state, fd, keeper):
             raise MemoryError
+
+    def turns(self, fds: Iterable[int]) -> dict[int, int]:
+        """Return a number for each descriptor that was described: another whenever messages of it have been read."""
+        turns = self._functions.aiouffd_reader_turns(self._state)
+        return {fd: turns[fd] for fd in fds}
 
     def watch(self, fd: int, pairs: Sequence[int]) -> None:
         """Say where the streams of a descriptor are expected: the start and end of each, as addresses."""

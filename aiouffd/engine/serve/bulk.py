@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from aiouffd.engine.runs import Op, merge
@@ -25,6 +26,7 @@ _LARGE: Final = 1 << 20  # bytes: 0.2 ms; to have another thread begin takes a t
 MAX_READ: Final = 2 << 20
 """Bytes: one COPY of this size takes 0.4 ms: the longest that the loop is kept."""
 _FEW: Final = 256 << 10  # bytes: of a read ahead where others fault; it takes 0.1 ms to receive, and as long to place
+_LONGEST_NS: Final = 1_000_000  # of a step, while others wait and are served: what else the loop has to do waits, too
 _MAX_RUNS: Final = 64  # of a step
 _MAX_BEGUN: Final = 8  # reads of a step
 _MANY: Final = 16  # parts of several pages or of one, for which another thread is asked: 50 us and more
@@ -51,8 +53,8 @@ class Steps:
     def __init__(self, space: Space, ranges: Iterable[tuple[int, int]], precedence: Precedence, *, local: bool) -> None:
         self.runs: list[Run] = []
         self._space, self._local = space, local
-        self._others_wait = partial(precedence.serve_others, space)
-        self._others_fault = precedence.others_fault
+        self._precedence = precedence
+        self._until_ns = 0  # when the step has to end, where others wait
         self._left = deque(_pieces(ranges, space.page_size))
         self._size = 0
         self._insists = False  # others had a turn just now
@@ -62,7 +64,10 @@ class Steps:
 
     def wait(self) -> bool:
         """Tell whether the next step has to begin a turn later."""
-        if self._size or not self._others_wait():
+        if self._size:
+            return False
+        self._until_ns = perf_counter_ns() + _LONGEST_NS
+        if not self._others_wait():
             return False
         self._insists = True
         return True
@@ -70,7 +75,7 @@ class Steps:
     def take(self) -> tuple[int, int, bool]:
         """Return offset and length of the next piece, and whether it is its range's last."""
         offset, length, is_last = self._left.popleft()
-        is_short = self._is_short if self._local else self._others_fault()
+        is_short = self._is_short if self._local else self._precedence.others_fault()
         most = max(SHORT_PART if self._local else _FEW, self._space.page_size)
         if is_short and length > most:
             self._left.appendleft((offset + most, length - most, is_last))
@@ -80,6 +85,9 @@ class Steps:
     def count(self, length: int, *, begun: bool) -> None:
         """Take note of a piece that belongs to this step; `begun`: a read for it."""
         self._size += MAX_READ // _MAX_BEGUN if begun else length
+
+    def _others_wait(self) -> bool | None:
+        return self._precedence.serve_others(self._space, self._until_ns)
 
     @property
     def _is_short(self) -> bool:
@@ -93,6 +101,7 @@ class Steps:
         most = SHORT_PART if self._is_short else MAX_READ * two_threads.count
         if self._left and len(self.runs) < _MAX_RUNS and self._size < most:
             return False
+        self._until_ns = perf_counter_ns() + _LONGEST_NS
         self.place((lambda: None) if self._is_short else self._others_wait)
         return True
 

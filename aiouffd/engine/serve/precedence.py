@@ -57,7 +57,9 @@ class Precedence:
         self.urgent: int = 0
         self.ahead: Counter[_Gate] = Counter()
         self._refused: dict[_Gate, None] = {}
-        self._faults: dict[Space, int] = {}  # of others, when it was looked last
+        self._late: set[_Gate] = set()  # may have one now, whatever is under way
+        self._timer: asyncio.TimerHandle | None = None
+        self._turns: dict[int, int] = {}  # of others, by descriptor, when it was looked last
         self._faulted: Callable[[], Space | None] = lambda: None  # who has waited for a read last
         self._looked_ns = self._waited_ns = self._found_ns = -_LATELY_NS
 
@@ -74,15 +76,19 @@ class Precedence:
             if not self.brought[space]:
                 del self.brought[space]
 
-    def serve_others(self, space: Space) -> bool | None:
+    def serve_others(self, space: Space, until_ns: int) -> bool | None:
         """Serve a turn of each space for which nothing is brought, in the midst of a step that is made for this one.
 
         What is brought for several takes turns, however they fault.
 
+        Args:
+            space: for which the step is made.
+            until_ns: when the step has to end, where others wait.
+
         Returns:
             whether threads of such spaces wait still; None: there is no such space.
         """
-        return space.others.serve(self.brought)
+        return space.others.serve(self.brought, until_ns)
 
     def may_step(self, space: Space, size: int) -> bool:
         """Tell whether a small step, of so many bytes, may be made in this turn of the loop, as some others were.
@@ -142,9 +148,9 @@ class Precedence:
         """Tell whether there was a fault lately in a space for which nothing is brought."""
         now = perf_counter_ns()
         if self.brought and now - self._looked_ns >= _LOOK_NS:
-            before, self._looked_ns = self._faults, now
-            self._faults = next(iter(self.brought)).others.faults(self.brought)
-            if any(faults != before.get(space, faults) for space, faults in self._faults.items()):
+            before, self._looked_ns = self._turns, now
+            self._turns = next(iter(self.brought)).others.turns(self.brought)
+            if any(turn != before.get(fd, turn) for fd, turn in self._turns.items()):
                 self._found_ns = now
         waits = now - self._waited_ns < _LATELY_NS and self._faulted() not in self.brought
         return waits or now - self._found_ns < _LATELY_NS
@@ -152,13 +158,16 @@ class Precedence:
     def allows(self, gate: _Gate, size: int) -> bool:
         """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may.
 
-        One may always be under way.
+        One may always be under way. It may be of a source that does not answer: so each gate gets one after a while.
         """
-        if not self.ahead or not self.others_fault():
+        if not self.ahead or gate in self._late or not self.others_fault():
+            self._late.discard(gate)
             return True
         if size / gate.share + sum(under_way / its.share for its, under_way in self.ahead.items()) <= 1:
             return True
         self._refused[gate] = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_LATELY_NS / 1e9, self._look_late)
         return False
 
     def reads_ahead(self, gate: _Gate, size: int) -> None:
@@ -174,6 +183,12 @@ class Precedence:
         refused, self._refused = self._refused, {}
         for gate in refused:
             gate.admit()
+
+    def _look_late(self) -> None:
+        """Have those look again that have waited for long: others may fault no more."""
+        self._timer, self._late = None, set(self._refused)
+        self._look()
+        self._late.clear()
 
 
 def _end(turn: asyncio.Future[None]) -> None:
