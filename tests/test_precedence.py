@@ -173,15 +173,6 @@ def test_others_that_have_faulted_lately_are_known(clock: list[int]) -> None:
         others.found["new"] = 9
         clock[0] += module._LOOK_NS
         assert not precedence.others_fault()
-        precedence.faulted(space)
-        assert not precedence.others_fault()
-        quiet = World(0).space
-        precedence.faulted(quiet)
-        assert precedence.others_fault()
-        with precedence.brings(quiet):  # now something is
-            assert not precedence.others_fault()
-        clock[0] += module._LATELY_NS
-        assert not precedence.others_fault()
 
 
 async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:
@@ -219,20 +210,18 @@ async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:
     assert precedence.ahead == {near: 3 * MIB // 16, far: 2 * MIB}
 
 
-async def test_a_source_that_does_not_answer_keeps_no_other_from_being_read(
-    clock: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_source_that_does_not_answer_keeps_no_other_from_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gate gets a read after a while, though others fault all the time; and all, once they do no more."""
     monkeypatch.setattr(module, "_LATELY_NS", 1_000_000)
-    precedence = Precedence()
-    precedence.faulted(World(0).space)
+    precedence, fault = Precedence(), [True]
+    monkeypatch.setattr(precedence, "others_fault", lambda: fault[0])
     hangs, gates = Gate(100, 1 << 40, precedence), [Gate(100, 1 << 40, precedence) for _ in range(2)]
     assert hangs.try_enter(2 * MIB, urgent=False)
     waiting = [asyncio.create_task(gate.enter(MIB, urgent=False)) for _ in range(3) for gate in gates]
     await turns()
     assert not any(task.done() for task in waiting)
     await asyncio.wait(waiting[:2])
-    clock[0] += 1_000_000
+    fault[0] = False
     await asyncio.wait(waiting)
     assert sum(precedence.ahead.values()) == 8 * MIB
     assert not precedence._refused

@@ -16,7 +16,6 @@ from collections import Counter, deque
 from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final, Protocol
-from weakref import ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,8 +59,7 @@ class Precedence:
         self._late: set[_Gate] = set()  # may have one now, whatever is under way
         self._timer: asyncio.TimerHandle | None = None
         self._turns: dict[int, int] = {}  # of others, by descriptor, when it was looked last
-        self._faulted: Callable[[], Space | None] = lambda: None  # who has waited for a read last
-        self._looked_ns = self._waited_ns = self._found_ns = -_LATELY_NS
+        self._looked_ns = self._faulted_ns = -_LATELY_NS
 
     # Steps
 
@@ -140,10 +138,6 @@ class Precedence:
 
     # Reads
 
-    def faulted(self, space: Space) -> None:
-        """Take note that a thread waits for a read now: of other faults it is looked for now and then."""
-        self._faulted, self._waited_ns = ref(space), perf_counter_ns()
-
     def others_fault(self) -> bool:
         """Tell whether there was a fault lately in a space for which nothing is brought."""
         now = perf_counter_ns()
@@ -151,9 +145,8 @@ class Precedence:
             before, self._looked_ns = self._turns, now
             self._turns = next(iter(self.brought)).others.turns(self.brought)
             if any(turn != before.get(fd, turn) for fd, turn in self._turns.items()):
-                self._found_ns = now
-        waits = now - self._waited_ns < _LATELY_NS and self._faulted() not in self.brought
-        return waits or now - self._found_ns < _LATELY_NS
+                self._faulted_ns = now
+        return now - self._faulted_ns < _LATELY_NS
 
     def allows(self, gate: _Gate, size: int) -> bool:
         """Tell whether a read ahead of so many bytes may begin; else the gate is asked to admit again when it may.

@@ -258,7 +258,6 @@ class SourceBackend:
         flight = Flight(address, address + length, offset, began_ns, purpose)
         if wanted is not None and address <= wanted < address + length:
             flight.wanted[wanted] = began_ns
-            self._precedence.faulted(space)
         space.take_off(flight)
         flight.done = spawn(self._tasks, self._fly(space, flight))
         return flight
