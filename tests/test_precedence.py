@@ -173,6 +173,10 @@ def test_others_that_have_faulted_lately_are_known(clock: list[int]) -> None:
         others.found["new"] = 9
         clock[0] += module._LOOK_NS
         assert not precedence.others_fault()
+    others.found["quiet"] = 9  # long before the next look
+    clock[0] += module._LATELY_NS
+    with precedence.brings(space):
+        assert not precedence.others_fault()
 
 
 async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:

@@ -28,7 +28,7 @@ _STEP: Final = 64 << 10  # bytes that small steps of one turn place together
 _LEAST: Final = _STEP // 8  # so that these are few
 _MOST_STEPS: Final = 4 * _STEP  # where no thread waits after each part of them
 _LATELY_NS: Final = 200_000_000  # since a fault of others: they may have the next one at any time
-_LOOK_NS: Final = 20_000_000  # between two looks: one takes 0.1 us for each space
+_LOOK_NS: Final = 5_000_000  # between two looks: one takes 0.1 us for each space
 
 
 class _Gate(Protocol):
@@ -142,7 +142,8 @@ class Precedence:
         """Tell whether there was a fault lately in a space for which nothing is brought."""
         now = perf_counter_ns()
         if self.brought and now - self._looked_ns >= _LOOK_NS:
-            before, self._looked_ns = self._turns, now
+            before = self._turns if now - self._looked_ns < _LATELY_NS else {}  # what was read long ago says nothing
+            self._looked_ns = now
             self._turns = next(iter(self.brought)).others.turns(self.brought)
             if any(turn != before.get(fd, turn) for fd, turn in self._turns.items()):
                 self._faulted_ns = now
