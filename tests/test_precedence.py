@@ -185,7 +185,7 @@ async def test_reads_ahead_are_few_while_others_fault(clock: list[int]) -> None:
     space.others = others = Elsewhere()
     near, far = Gate(100, 1 << 40, precedence), Gate(100, 1 << 40, precedence)
     for gate, way in ((near, 2), (far, 20)):
-        gate.took(way * 1_000_000)
+        gate.took(way * 1_250_000)
     assert (near.share, far.share) == (500_000, 5_000_000)
     with precedence.brings(space):
         assert all(near.try_enter(64 * MIB, urgent=False) for _ in range(2))  # nobody faults

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate"]
 
-_BYTES_PER_NS = 0.25  # of reads ahead, where they are few: a third of what a busy machine can receive and place
+_BYTES_PER_NS = 0.2  # of reads ahead, where they are few: a quarter of what a busy machine can receive and place
 _PATIENT_SHARE = 8  # of so many that are let in from the queues, one is patient
 
 
