@@ -305,10 +305,10 @@ class Session:
             client.places, client.nydus = list(regions.mappings), handoff.nydus is not None
             if regions.extra is not None:
                 client.conversation = Conversation(client.connection, partial(self._answer, client))
-            self.clients[tenant.token] = client
-            await self._open(client)
-        finally:
+        finally:  # it is counted once: now it is a client
             self._arriving = self._arriving - Tally((peer.pid,))  # without those of which none is left
+        self.clients[tenant.token] = client
+        await self._open(client)
         if tenant.token not in self.clients:  # it has ended meanwhile
             client.disconnect()
             return

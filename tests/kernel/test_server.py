@@ -443,6 +443,20 @@ def three(path: str) -> None:
 async def at_most_two(directory: str) -> None:
     """Scenario: a server that takes two clients of each process."""
     module._MAX_OF_PROCESS = 2
+    session: Any = module.Session
+    serve, open_it, opening = session._serve, session._open, asyncio.Event()
+
+    async def served_later(session: Any, *handoff: Any) -> None:
+        if session._arriving:  # until the one before is being opened
+            await opening.wait()
+        await serve(session, *handoff)
+
+    async def opened_slowly(session: Any, client: Any) -> None:
+        opening.set()
+        await asyncio.sleep(0.1)
+        await open_it(session, client)
+
+    session._serve, session._open = served_later, opened_slowly
     path = f"{directory}/s"
     async with Server(aiouffd.ZeroSource(MIB), path) as server:
         for _ in range(2):
