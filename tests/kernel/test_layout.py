@@ -219,7 +219,7 @@ async def nobody_there() -> None:
     def work(region: aiouffd.Region, monitor: aiouffd.Monitor) -> None:
         engine: Any = monitor._engine
         assert peek(region.address) == word(0)
-        engine._loop.call_soon_threadsafe(time.sleep, 1.0)
+        engine.loop.call_soon_threadsafe(time.sleep, 1.0)
         with pytest.raises(aiouffd.BusyError):
             region.madvise(mmap.MADV_DONTNEED, 0, PAGE)
         assert peek(region.address) == word(0)
