@@ -315,7 +315,7 @@ class Region(mmap.mmap):
             if self._adopted:  # it has been private, and is emptied as it would be
                 option, length = mmap.MADV_REMOVE, align_up(length, self.page_size)
             if self._listener is None:
-                super().madvise(option, start, length)
+                self._advise(option, start, length)
                 return
 
             def empty(change: LayoutChange) -> None:
@@ -323,6 +323,18 @@ class Region(mmap.mmap):
                 change.removed(start, length)
 
             self._listener.change(empty)
+
+    def _advise(self, option: int, start: int, length: int) -> None:
+        """As `mmap.madvise`, which keeps the GIL. The kernel waits until a pager has read that pages are removed.
+
+        If that was killed just now, threads of this process have another one started.
+        """
+        if not 0 <= start < len(self):
+            raise ValueError("madvise start out of bounds")
+        if length < 0:
+            raise ValueError("madvise length invalid")
+        with memoryview(self):  # not closed meanwhile
+            libc.madvise(self.address + start, min(length, len(self) - start), option)
 
     def resize(self, newsize: int) -> None:
         """As `mmap.resize`; a mapping that grows may move. What is added reads as zeros.

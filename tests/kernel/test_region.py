@@ -7,6 +7,8 @@ import gc
 import mmap
 import os
 import resource
+import signal
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from aiouffd.kernel.pagemap import Pagemap
 from aiouffd.ranges import Range
 
 HUGE = 2 << 20
+MADVISE = ("28 ", "233 ")  # its number on x86-64, and on others
 
 
 def mapped(address: int) -> bool:
@@ -226,6 +229,49 @@ def emptied_while_served(source: str) -> None:
 def test_emptying_served_memory_warns_that_it_is_zeros(source: str) -> None:
     """At the caller's line, where a source's data were shown; not for zeros, nor for memory that nobody serves."""
     play(emptied_while_served, source)
+
+
+def emptied_beside_others() -> None:
+    """Scenario: the pager's worker is stopped, so that madvise(2) waits until its event is read."""
+    region = aiouffd.Region(8 * PAGE)
+    with aiouffd.Monitor(region, aiouffd.BufferSource(b"x" * 8 * PAGE)) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert region[0] == ord("x")
+        os.kill(monitor.pids[1], signal.SIGSTOP)
+        try:
+            thread = threading.Thread(target=region.madvise, args=(mmap.MADV_DONTNEED, 0, PAGE))
+            thread.start()
+            where = Path(f"/proc/self/task/{thread.native_id}/syscall")
+            while not where.read_text().startswith(MADVISE):
+                assert thread.is_alive()
+            with pytest.raises(BufferError):  # it is in use
+                region.refuse_views()
+        finally:
+            os.kill(monitor.pids[1], signal.SIGCONT)
+        thread.join()
+        assert region[0] == 0
+        assert region[PAGE] == ord("x")
+
+
+def test_other_threads_run_while_memory_is_emptied() -> None:
+    """Among them are those that start another pager, should it be killed just then."""
+    play(emptied_beside_others)
+
+
+def test_only_a_part_is_emptied() -> None:
+    """Within the region: else the error is that of mmap."""
+    region = aiouffd.Region(2 * PAGE)
+    plain = mmap.mmap(-1, 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for start, length in ((2 * PAGE, PAGE), (-PAGE, PAGE), (0, -1)):
+        for memory in (region, plain):
+            with pytest.raises(ValueError, match=r"madvise (start out of bounds|length invalid)"):
+                memory.madvise(mmap.MADV_DONTNEED, start, length)
+    for memory in (region, plain):
+        with pytest.raises(OSError, match="Invalid argument"):
+            memory.madvise(mmap.MADV_DONTNEED, 3, PAGE)
+        memory[:] = b"x" * 2 * PAGE
+        memory.madvise(mmap.MADV_DONTNEED, PAGE, 100 * PAGE)
+        assert (memory[0], memory[PAGE]) == (ord("x"), 0)
 
 
 def test_a_memfd_that_cannot_be_mapped_leaves_no_descriptor() -> None:
