@@ -76,7 +76,7 @@ def clients(size: int, count: int, *options: str, directory: Path | None = None)
             start = region.address + number * step
             end = region.address + size if number == count - 1 else start + step
             stack.enter_context(handed_over(place / "uffd.sock", start, end - start, start - region.address))
-        criu_rig.until(lambda: log.read_text().count("regions, pages of") == count, "handoffs")
+        criu_rig.until(lambda: log.read_text().count(", pages of ") == count, "handoffs")
         yield Arena(region.address, server.pid)
 
 
