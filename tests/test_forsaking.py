@@ -46,7 +46,7 @@ async def test_what_is_missing_is_poisoned() -> None:
 
 async def test_what_is_no_longer_mapped_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """The space has not read of it. The kernel refuses a piece with more than one mapping."""
-    monkeypatch.setattr(module, "_TOGETHER", 2)
+    monkeypatch.setattr(module, "_PIECE", 16 * PAGE)
     world = World(0)
     world.uffd.munmap(BASE + 6 * PAGE, BASE + 9 * PAGE)
     world.uffd.read_raw()  # by somebody else

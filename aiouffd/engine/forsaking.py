@@ -7,6 +7,9 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
+from aiouffd.engine.runs import Op, Run
+from aiouffd.ranges import pieces
+
 if TYPE_CHECKING:
     from aiouffd.engine.space import Space
 
@@ -14,8 +17,7 @@ __all__ = ["forsake"]
 
 log: logging.Logger = logging.getLogger("aiouffd")
 
-_PIECE: Final = 2 << 20  # bytes that are poisoned at once: some 50 us
-_TOGETHER: Final = 64  # tries in one turn of the loop
+_PIECE: Final = 512 << 10  # bytes that are poisoned in one turn of the loop: 128 pages, if each of them is there
 _PAUSE: Final = 0.064  # seconds, while the kernel puts it off
 
 
@@ -30,34 +32,24 @@ async def forsake(space: Space) -> bool:
     """
     space.refuse()
     for mapping in list(space.mappings):
-        if not await _poison(space, mapping.start, mapping.end):
-            log.critical("%r: its pages cannot be poisoned (UFFDIO_POISON: Linux 6.6), and its threads wait", space)
-            return False
+        for at, size in pieces(mapping.start, mapping.end, space.page_size, _PIECE):
+            if not await _poison(space, Run(Op.POISON, at, -1, size)):
+                log.critical("%r: its pages cannot be poisoned (UFFDIO_POISON: Linux 6.6), and its threads wait", space)
+                return False
+            await asyncio.sleep(0)
     space.unregister()
     space.wake_all()
     return True
 
 
-async def _poison(space: Space, start: int, end: int) -> bool:
-    page = space.page_size
-    at, step, tries = start, max(_PIECE, page), 0
-    while at < end and not space.is_gone:
+async def _poison(space: Space, run: Run) -> bool:
+    while run.left and not space.is_gone:
         space.uffd.fileno()  # not closed
-        size = min(step, end - at)
-        result = space.uffd.try_poison(at, size, 0)
-        tries += 1
-        if result > 0:
-            at, step = at + result, min(2 * step, max(_PIECE, page))
+        result = space.resolver.resolve(run, wake=False)
+        if result == -errno.ESRCH:
+            space.gone()
         elif result in (-errno.EAGAIN, -errno.ENOMEM):  # a change of the layout that nobody has read, for one
             await asyncio.sleep(_PAUSE)
-        elif result == -errno.ENOENT and size > page:  # more than one VMA
-            step = (size // page + 1) // 2 * page
-        elif result in (-errno.EEXIST, -errno.ENOENT):  # it is there, or unmapped
-            at += page
-        elif result in (-errno.ESRCH, -errno.ENOSPC):
-            space.gone()
-        else:
+        elif result:
             return False
-        if tries % _TOGETHER == 0:
-            await asyncio.sleep(0)
     return True

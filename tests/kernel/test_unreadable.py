@@ -28,6 +28,16 @@ class Breaks(Pattern):
         return super().read_nowait(offset, length)
 
 
+class BreaksLate(Pattern):
+    """The same with its last page but one."""
+
+    def read_nowait(self, offset: int, length: int) -> bytes:
+        """Return bytes."""
+        if offset == SIZE - 2 * PAGE:
+            reading._preadv = refuse
+        return super().read_nowait(offset, length)
+
+
 def refuse(*_: Any) -> int:
     """Fail as no read of a userfaultfd does."""
     raise OSError(errno.EIO, "broken")
@@ -57,3 +67,26 @@ async def unreadable(engine: str) -> None:
 def test_nobody_waits_where_messages_cannot_be_read(engine: str) -> None:
     """Missing pages are SIGBUS, and EFAULT of a system call; what is there stays, and the owner hears why."""
     play(unreadable, engine)
+
+
+async def unreadable_and_bounded() -> None:
+    """Scenario: pages have been dropped of shared memory, which leaves a marker of their protection."""
+    os.environ["AIOUFFD_NATIVE"] = "0"
+    region, (_, pipe) = aiouffd.Region(SIZE, shared=True), os.pipe()
+    view = memoryview(region)
+    async with aiouffd.Monitor(region, BreaksLate(SIZE), readahead=0, max_resident=SIZE // 4) as monitor:
+        for page in range(SIZE // PAGE - 1):
+            assert await asyncio.to_thread(peek, region.address + page * PAGE) == word(page)
+        assert monitor.statistics().pages_evicted
+        with pytest.raises(aiouffd.OperationError, match=os.strerror(errno.EIO)):
+            await monitor.wait_error()
+        for page in (0, 1, SIZE // PAGE - 1):
+            with pytest.raises(OSError, match=os.strerror(errno.EFAULT)):
+                await asyncio.to_thread(os.write, pipe, view[page * PAGE : (page + 1) * PAGE])
+        assert peek(region.address + SIZE - 2 * PAGE) == word(SIZE // PAGE - 2)
+    view.release()
+
+
+def test_what_was_dropped_is_missing_as_well() -> None:
+    """It is no page that is there, and is not read as zeros."""
+    play(unreadable_and_bounded)
