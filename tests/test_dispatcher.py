@@ -214,22 +214,27 @@ async def test_a_process_that_is_gone_is_dropped(rig: Rig, monkeypatch: pytest.M
     assert len(dropped) == 1
 
 
+def fail(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Have the first three reads fail, and the next come soon; return what they fail with, as far as they have not."""
+    failing = [number] * 3
+
+    def preadv(*arguments: Any) -> int:
+        if failing:
+            raise OSError(failing.pop(), "")
+        return os.preadv(*arguments)
+
+    monkeypatch.setattr(module, "_PASSING_ERROR_PAUSE", 0.001)
+    monkeypatch.setattr(reading, "_preadv", preadv)
+    return failing
+
+
 @pytest.mark.usefixtures("python_reader")
 async def test_events_that_cannot_be_read_wait(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """EMFILE: a fork's descriptor finds no room. It is read again after each pause, and it is logged once."""
     logging.getLogger("aiouffd").propagate = True
-    monkeypatch.setattr(module, "_PASSING_ERROR_PAUSE", 0.001)
-    failing = [errno.EMFILE] * 3
-    read = os.preadv
-
-    def preadv(*arguments: Any) -> int:
-        if failing:
-            raise OSError(failing.pop(), "no room")
-        return read(*arguments)
-
-    monkeypatch.setattr(reading, "_preadv", preadv)
+    failing = fail(monkeypatch, errno.EMFILE)
     world, uffd = rig.world()
     world.touch(1, 1)
     uffd.send()
@@ -298,21 +303,14 @@ async def test_a_descriptor_that_is_broken_is_tried_again(
 ) -> None:
     """Where threads are to wait for what cannot be had. Its owner is told once."""
     logging.getLogger("aiouffd").propagate = True
-    monkeypatch.setattr(module, "_PASSING_ERROR_PAUSE", 0.001)
-    failing = [errno.EIO] * 3
-
-    def preadv(*arguments: Any) -> int:
-        if failing:
-            raise OSError(failing.pop(), "broken")
-        return os.preadv(*arguments)
-
-    monkeypatch.setattr(reading, "_preadv", preadv)
+    failing = fail(monkeypatch, errno.EIO)
     world, uffd = rig.world()
     world.space.retrying = Retrying(world.space)
     world.touch(1, 1)
     uffd.send()
     await until(lambda: uffd.pages)
     assert uffd.pages == {BASE + PAGE: content(PAGE, PAGE)}
+    assert not failing
     assert len(world.errors) == 1
     assert caplog.text.count("events cannot be read, and wait") == 1
 
