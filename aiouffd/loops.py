@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-__all__ = ["kind", "new_event_loop", "run"]
+__all__ = ["kind", "new_event_loop", "require_room", "run"]
 
 _DESCRIPTORS = 9  # of a loop of uvloop that runs
 _uvloop: Any
@@ -32,25 +32,30 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     Raises:
         OSError: there is no room for its descriptors. libuv would end the process.
     """
-    if _uvloop is not None and not _has_room():
-        _find_room()
+    if _uvloop is not None:
+        require_room(_DESCRIPTORS)
     loop: asyncio.AbstractEventLoop = (_uvloop or asyncio).new_event_loop()
     return loop
 
 
-def _has_room() -> bool:
-    """Tell whether a loop has room, in 2 us; False where that cannot be told so quickly."""
+def require_room(count: int) -> None:
+    """Raise OSError where there is no room for so many more descriptors. Takes 2 us where /proc says that there is."""
+    if not _has_room(count):
+        _find_room(count)
+
+
+def _has_room(count: int) -> bool:
     try:
         used = os.stat("/proc/self/fd").st_size  # noqa: PTH116 - open ones; 0 before Linux 6.2; a Path takes 5 us
     except OSError:
         return False
-    return 0 < used <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _DESCRIPTORS
+    return 0 < used <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - count
 
 
-def _find_room() -> None:
+def _find_room(count: int) -> None:
     room: list[int] = []
     try:
-        while len(room) < _DESCRIPTORS:
+        while len(room) < count:
             room.append(os.dup(room[0]) if room else os.eventfd(0))
     finally:
         for fd in room:

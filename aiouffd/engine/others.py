@@ -23,7 +23,7 @@ class _Space(Protocol):
 
 
 class Others:
-    """The spaces of one dispatcher. Used on its loop, but by the dispatcher itself.
+    """The spaces of one dispatcher, for who else runs on its loop.
 
     Args:
         spaces: by descriptor.

@@ -14,6 +14,7 @@ from aiouffd.errors import HandoffError, UffdError, encode_error
 from aiouffd.handoff.arrival import Arrival
 from aiouffd.handoff.json_lines import line
 from aiouffd.handoff.own_threads import close_apart, close_foreign
+from aiouffd.loops import require_room
 from aiouffd.ranges import Range
 from aiouffd.server.rejection import Policy, Rejections
 
@@ -110,7 +111,7 @@ class Reception:
         while True:
             try:
                 await _readable(listener.fileno())
-                _check_room(listener.fileno())
+                require_room(_ROOM)  # else what a client hands over is lost, and it waits for ever
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:  # too many open files, most likely; connections wait in the backlog
                 if monotonic() - told >= _REMINDER:
@@ -197,14 +198,3 @@ async def _readable(fd: int) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(fd)
-
-
-def _check_room(fd: int) -> None:
-    """Raise OSError where a client's descriptors could not be received: it could not be made to end, neither."""
-    opened: list[int] = []
-    try:
-        while len(opened) < _ROOM:
-            opened.append(os.dup(fd))
-    finally:
-        for each in opened:
-            os.close(each)

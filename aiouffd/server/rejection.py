@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from aiouffd.errors import UffdError
 from aiouffd.handoff.own_threads import close_foreign, in_own_thread
 from aiouffd.kernel.abi import RegisterMode
-from aiouffd.kernel.memory import address_of, unreadable
+from aiouffd.kernel.userfaultfd import is_registered
 from aiouffd.ranges import Range
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def poison(uffd: Userfaultfd, where: Range, page_size: int) -> int:
     Raises:
         UnsupportedError, OperationError: the kernel has no POISON (before Linux 6.6), or refuses it.
     """
-    if uffd.try_copy(where.start, address_of(unreadable()), page_size, 0) == -errno.ENOENT:
+    if not is_registered(uffd, where.start, page_size):
         return 0
     try:
         # The kernel lets a userfaultfd poison what another one of its process has registered. Registering again what is

@@ -4,7 +4,7 @@ What is brought ahead is placed in steps, one in each turn of the loop, whoever'
 more where no thread waits. In between, faults are read. So a fault waits for one step, and not for one of each space
 that is being filled. Between two parts of a step, spaces for which nothing is brought are served a turn, and the step
 ends early where threads wait there still. Where these have faulted lately, reads ahead are small, and no more are under
-way than come in while one fault is read: what comes in has to be received and placed, and faults wait for that. Else
+way than come in while one of them is read: what comes in has to be received and placed, and faults wait for that. Else
 there is no bound but each backend's own.
 """
 
@@ -28,7 +28,7 @@ _STEP: Final = 64 << 10  # bytes that small steps of one turn place together
 _LEAST: Final = _STEP // 8  # so that these are few
 _MOST_STEPS: Final = 4 * _STEP  # where no thread waits after each part of them
 _LATELY_NS: Final = 200_000_000  # since a fault of others: they may have the next one at any time
-_LOOK_NS: Final = 5_000_000  # between two looks: one takes 0.1 us for each space
+_LOOK_NS: Final = 5_000_000  # between two looks: one takes some 0.2 us for each space
 
 
 class _Gate(Protocol):
