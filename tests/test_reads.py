@@ -117,6 +117,17 @@ async def test_what_nobody_waits_for_is_read_ahead() -> None:
 
 
 @pytest.mark.usefixtures("pauses")
+async def test_how_long_reads_ahead_take_is_told() -> None:
+    """Of those that succeed; what a thread waits for may be much smaller, or come from elsewhere."""
+    reads = reading(Scripted(b"a", OSError(errno.EIO, ""), b"b"), Counters(), Limits())
+    await reads.read(0, 1, urgent=True)
+    with pytest.raises(SourceError):
+        await reads.read(0, 1, urgent=False, retries=0)
+    assert reads._gate.share == 1  # nothing is known
+    await reads.read(0, 1, urgent=False)
+    assert reads._gate.share > 1
+
+
 async def test_what_a_read_has_waited_for_is_told() -> None:
     """For its turn, and for tries that have failed."""
     reads = reading(Scripted(None, OSError("no"), b"1"), Counters(), Limits(concurrent_reads=1))
