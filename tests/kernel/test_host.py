@@ -145,8 +145,8 @@ class Guest:
     def __init__(self, path: Path, size: int = SIZE) -> None:
         self.region = aiouffd.Region(size)
         self._path = str(path)
-        self._connection = self._connect()
-        self._uffd = hand_over(self._connection, (self.region.address, size), PAGE)
+        self._connection: socket.socket
+        self._uffd = self._hand_over()
         self.outcome: int | GuestError | None = None
         self.begun, self.seconds = time.monotonic(), 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -172,8 +172,17 @@ class Guest:
             self._connection.close()
             self._connection = self._connect()
             mapping = Mapping(self.region.address, self.region.address + len(self.region), 0)
-            socket.send_fds(self._connection, [firecracker.encode([mapping], PAGE)], [self._uffd.fileno()])
+            with contextlib.suppress(ConnectionError):  # it is lost once more, and is handed over again later
+                socket.send_fds(self._connection, [firecracker.encode([mapping], PAGE)], [self._uffd.fileno()])
         return lost
+
+    def _hand_over(self) -> aiouffd.Userfaultfd:
+        while True:
+            self._connection = self._connect()
+            try:
+                return hand_over(self._connection, (self.region.address, len(self.region)), PAGE)
+            except ConnectionError:  # the server was killed since
+                self._connection.close()
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
